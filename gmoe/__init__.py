@@ -1,0 +1,69 @@
+"""Mixture-of-Experts for graphs and images over one shared router core."""
+
+from gmoe.conv import MoEConv
+from gmoe.convert import moefy
+from gmoe.counting import active_parameters, count_flops, match_width
+from gmoe.dispatch import dispatch, grouped_linear
+from gmoe.experts import Experts, LinearExperts, MLPExperts
+from gmoe.models import GNNMoE
+from gmoe.moe import MoE, MoELayer, record
+from gmoe.routing import (
+    ROUTERS,
+    AttentionVote,
+    AuxLoss,
+    ExpertChoice,
+    MultiCentroid,
+    OracleRouter,
+    RandomRouter,
+    Router,
+    Routing,
+    TokenChoice,
+    UniformRouter,
+    aux_loss,
+    build_router,
+    cv_squared,
+    importance_loss,
+    load_loss,
+    separation_loss,
+    switch_loss,
+    z_loss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ROUTERS",
+    "AttentionVote",
+    "AuxLoss",
+    "ExpertChoice",
+    "Experts",
+    "GNNMoE",
+    "LinearExperts",
+    "MLPExperts",
+    "MoE",
+    "MoEConv",
+    "MoELayer",
+    "MultiCentroid",
+    "OracleRouter",
+    "RandomRouter",
+    "Router",
+    "Routing",
+    "TokenChoice",
+    "UniformRouter",
+    "__version__",
+    "active_parameters",
+    "aux_loss",
+    "build_router",
+    "count_flops",
+    "cv_squared",
+    "dispatch",
+    "grouped_linear",
+    "importance_loss",
+    "load_loss",
+    "match_width",
+    "moefy",
+    "record",
+    "separation_loss",
+    "switch_loss",
+    "z_loss",
+]

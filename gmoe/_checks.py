@@ -1,0 +1,30 @@
+"""Argument checks: every message names the argument, the value got, and the legal values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Refuse ``value < least``."""
+    if not value >= least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse ``value <= 0``."""
+    if not value > 0:
+        raise ValueError(f"{name}: got {value}, expected a positive number")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse values outside [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: got {value}, expected a number in [0, 1)")
+
+
+def check_choice(name: str, value: object, legal: Iterable[object]) -> None:
+    """Refuse a value that is not one of ``legal``."""
+    legal = tuple(legal)
+    if value not in legal:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, legal))}")

@@ -1,0 +1,5 @@
+"""Experts inside message passing. Imports the core and torch_geometric."""
+
+from gmoe.conv.moe_conv import MoEConv
+
+__all__ = ["MoEConv"]

@@ -1,0 +1,374 @@
+"""How the experts of a MoEConv are run. Shapes: T tokens (destinations), D, I, O widths, E experts, P pairs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_geometric.nn import GCNConv, GINConv, GraphConv, MessagePassing, SAGEConv
+
+from gmoe.conv.graph import Graph
+from gmoe.dispatch import Backend, combine, dispatch
+from gmoe.experts import LinearExperts
+from gmoe.routing.routing import Routing
+
+MakeConv = Callable[[int], MessagePassing]
+"""Makes a fresh conv for the expert of that index."""
+
+
+class ConvExperts(nn.Module, ABC):
+    """E convs under one routing: the weighted sum of their outputs, as if each ran on the whole graph."""
+
+    @abstractmethod
+    def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
+        """(T, O) the mixture; ``aggregate`` is what :meth:`aggregate` gave."""
+
+    def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor | None:
+        """(T, D) what the convs aggregate, where that is the same for all experts; else ``None``."""
+        return None
+
+    @abstractmethod
+    def expert(self, index: int) -> MessagePassing:
+        """A detached copy of one expert as a plain PyG conv."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+
+
+class AggregateOnce(ConvExperts):
+    """Convs that aggregate without parameters, or linearly, and transform rows: A x W_e = (A x) W_e.
+
+    The aggregation is PyG's own: the class itself with its transform taken out, so that every option of it (edge
+    weights, normalisation, caching, fused kernels) holds.
+
+    Args:
+        make: makes the conv of an expert.
+        num_experts: E.
+        backend: of the grouped product.
+    """
+
+    def __init__(self, make: MakeConv, num_experts: int, backend: Backend) -> None:
+        super().__init__()
+        self.make = make
+        self.num_experts = num_experts
+        template = make(0)
+        assert self.accepts(template)
+        self.prototype = self._without_transform(template)
+        self._build(template, backend)
+        self.reset_parameters()
+
+    @staticmethod
+    def accepts(conv: MessagePassing) -> bool:
+        """Whether this conv, with its options, can be run this way."""
+        rule = AGGREGATE_ONCE.get(type(conv))
+        return conv.flow == "source_to_target" and rule is not None and rule._accepts(conv)
+
+    @staticmethod
+    @abstractmethod
+    def _accepts(conv: Any) -> bool: ...
+
+    @abstractmethod
+    def _without_transform(self, conv: Any) -> MessagePassing: ...
+
+    @abstractmethod
+    def _build(self, template: Any, backend: Backend) -> None: ...
+
+    def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
+        size = (graph.num_src, graph.num_dst)
+        out: Tensor = self.prototype((x_src, None), graph.adj, **graph.edge_args, size=size)
+        return out
+
+
+class LinearAggregation(AggregateOnce):
+    """One linear map an expert of what was aggregated, beside the root's features where the conv looks at them."""
+
+    linears: tuple[str, ...]
+    linear: LinearExperts
+    root: bool = True
+
+    def _parts(self, conv: Any) -> list[nn.Module]:
+        """The linear layers of a conv: of the aggregate, and of the root."""
+        return [getattr(conv, name) for name in self.linears[: 1 + self.root]]
+
+    def _bias(self, conv: Any) -> Tensor | None:
+        bias: Tensor | None = self._parts(conv)[0].bias
+        return bias
+
+    def _build(self, template: Any, backend: Backend) -> None:
+        parts = self._parts(template)
+        width = sum(int(part.weight.size(1)) for part in parts)
+        out_channels = int(parts[0].weight.size(0))
+        self.linear = LinearExperts(
+            width, out_channels, self.num_experts, bias=self._bias(template) is not None, backend=backend
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for expert in range(self.num_experts):  # as PyG initialises E separate convs
+            conv = self.make(expert)
+            self.linear.weight[expert] = torch.cat([part.weight for part in self._parts(conv)], dim=1).T
+            bias = self._bias(conv)
+            if self.linear.bias is not None and bias is not None:
+                self.linear.bias[expert] = bias
+
+    @torch.no_grad()
+    def expert(self, index: int) -> MessagePassing:
+        conv = self.make(index).to(device=self.linear.weight.device, dtype=self.linear.weight.dtype)
+        parts = self._parts(conv)
+        widths = [part.weight.size(1) for part in parts]
+        for part, weight in zip(parts, self.linear.weight[index].T.split(widths, dim=1), strict=True):
+            part.weight.copy_(weight)
+        bias = self._bias(conv)
+        if self.linear.bias is not None and bias is not None:
+            bias.copy_(self.linear.bias[index])
+        return conv.train(self.training)
+
+    def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
+        assert aggregate is not None
+        rows = torch.cat([aggregate, x_dst], dim=-1) if self.root else aggregate
+        return dispatch(rows, routing, self._transform)
+
+    def _transform(self, rows_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        out: Tensor = self.linear(rows_PI, offsets_E)
+        return out
+
+
+class GCNExperts(LinearAggregation):
+    """GCN: x' = (D^-1/2 (A + I) D^-1/2 x) W_e + b_e."""
+
+    linears = ("lin",)
+    root = False
+
+    @staticmethod
+    def _accepts(conv: Any) -> bool:
+        return conv.aggr in ("add", "sum", "mean")  # transforms before it aggregates, so that has to be linear
+
+    def _without_transform(self, conv: Any) -> MessagePassing:
+        conv = copy.deepcopy(conv)
+        conv.lin = nn.Identity()
+        conv.bias = None
+        return conv
+
+    def _bias(self, conv: Any) -> Tensor | None:
+        bias: Tensor | None = conv.bias
+        return bias
+
+    def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
+        if graph.num_src != graph.num_dst:
+            raise ValueError(
+                f"x: got {graph.num_src} sources and {graph.num_dst} destinations, expected one set of nodes, since "
+                "GCNConv takes no bipartite input (SAGEConv and GraphConv do)"
+            )
+        out: Tensor = self.prototype(x_src, graph.adj, **graph.edge_args)
+        return out
+
+
+class SAGEExperts(LinearAggregation):
+    """SAGE: x' = aggr_j(x_j) W_e + x_i V_e + b_e, optionally normalised."""
+
+    linears = ("lin_l", "lin_r")
+
+    @staticmethod
+    def _accepts(conv: Any) -> bool:
+        return not conv.project and _has_no_parameters(conv.aggr_module)
+
+    def _without_transform(self, conv: Any) -> MessagePassing:
+        conv = copy.deepcopy(conv)
+        self.root, self.normalize = conv.root_weight, conv.normalize
+        conv.lin_l = nn.Identity()
+        conv.root_weight, conv.normalize = False, False
+        if self.root:
+            del conv.lin_r
+        return conv
+
+    def _transform(self, rows_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        out = super()._transform(rows_PI, offsets_E)
+        return F.normalize(out, p=2.0, dim=-1) if self.normalize else out
+
+
+class GraphConvExperts(LinearAggregation):
+    """GraphConv: x' = aggr_j(w_ji x_j) W_e + x_i V_e + b_e."""
+
+    linears = ("lin_rel", "lin_root")
+
+    @staticmethod
+    def _accepts(conv: Any) -> bool:
+        return _has_no_parameters(conv.aggr_module)
+
+    def _without_transform(self, conv: Any) -> MessagePassing:
+        conv = copy.deepcopy(conv)
+        conv.lin_rel = nn.Identity()
+        del conv.lin_root
+        return conv
+
+
+class GINExperts(AggregateOnce):
+    """GIN: x' = nn_e((1 + eps_e) x_i + aggr_j(x_j)), for networks that treat each row by itself."""
+
+    eps_E: Tensor
+
+    @staticmethod
+    def _accepts(conv: Any) -> bool:
+        return _has_no_parameters(conv.aggr_module) and isinstance(conv.nn, nn.Module) and _row_wise(conv.nn)
+
+    def _without_transform(self, conv: Any) -> MessagePassing:
+        conv = copy.deepcopy(conv)
+        conv.nn = nn.Identity()
+        del conv.eps
+        conv.register_buffer("eps", torch.zeros(1), persistent=False)
+        return conv
+
+    def _build(self, template: Any, backend: Backend) -> None:
+        self.nns = nn.ModuleList(self.make(expert).nn for expert in range(self.num_experts))
+        eps = template.eps.detach().expand(self.num_experts).clone()
+        if isinstance(template.eps, nn.Parameter):
+            self.eps_E = nn.Parameter(eps)
+        else:
+            self.register_buffer("eps_E", eps)
+        self.initial_eps = template.initial_eps
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for expert, network in enumerate(self.nns):
+            network.load_state_dict(self.make(expert).nn.state_dict())
+        self.eps_E.fill_(self.initial_eps)
+
+    @torch.no_grad()
+    def expert(self, index: int) -> MessagePassing:
+        conv: Any = self.make(index).to(device=self.eps_E.device, dtype=self.eps_E.dtype)
+        conv.nn.load_state_dict(self.nns[index].state_dict())
+        conv.eps.copy_(self.eps_E[index])
+        return conv.train(self.training)
+
+    def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
+        assert aggregate is not None
+        outs = []
+        for index, token in enumerate(_tokens_of(routing)):
+            rows = aggregate.index_select(0, token) + (1 + self.eps_E[index]) * x_dst.index_select(0, token)
+            outs.append(self.nns[index](rows))
+        return combine(torch.cat(outs), routing)
+
+
+class SeparateExperts(ConvExperts):
+    """E convs run one by one, each on the in-edges of its own destinations where it is local, else on the whole graph.
+
+    Args:
+        make: makes the conv of an expert.
+        num_experts: E.
+        local: for each expert, whether its conv is local.
+    """
+
+    def __init__(self, make: MakeConv, num_experts: int, local: list[bool]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(make(expert) for expert in range(num_experts))
+        self.local = local
+
+    def reset_parameters(self) -> None:
+        for conv in self.convs:
+            conv.reset_parameters()
+
+    def expert(self, index: int) -> MessagePassing:
+        conv = copy.deepcopy(self.convs[index])
+        assert isinstance(conv, MessagePassing)
+        return conv.requires_grad_(True)
+
+    def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
+        tokens = list(_tokens_of(routing))
+        outs: list[Tensor | None] = []
+        for index, token in enumerate(tokens):
+            if token.numel() == 0:
+                outs.append(None)
+                continue
+            conv = self.convs[index]
+            run = run_on_destinations if self.local[index] and not _loops_misalign(conv, graph) else run_on_all
+            outs.append(run(conv, x_src, x_dst, graph, token))
+        done = [out for out in outs if out is not None]
+        if not done:
+            done = [run_on_all(self.convs[0], x_src, x_dst, graph, tokens[0])]
+        y = combine(torch.cat(done), routing)
+        # experts without a token get zero gradients, not None, or DDP would wait for them
+        idle = [p for out, conv in zip(outs, self.convs, strict=True) if out is None for p in conv.parameters()]
+        return y + sum(((p * 0).sum() for p in idle), y.new_zeros(())).to(y.dtype) if idle else y
+
+
+def run_on_all(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Tensor) -> Tensor:
+    """The conv on the whole graph, and of its output the rows of ``token``."""
+    x = x_src if x_src is x_dst else (x_src, x_dst)
+    out: Tensor = conv(x, graph.adj, **graph.edge_args)
+    return out.index_select(0, token)
+
+
+def run_on_destinations(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Tensor) -> Tensor:
+    """The conv on the in-edges of ``token`` only, its destinations first among the sources."""
+    edge, position = graph.in_edges(token)
+    source = graph.edge_index[0, edge]
+    place = torch.full((graph.num_src,), -1, dtype=torch.long, device=token.device)
+    among = token[token < graph.num_src]
+    place[among] = torch.arange(among.numel(), device=token.device)
+    others = source[place[source] < 0].unique()
+    place[others] = torch.arange(others.numel(), device=token.device) + among.numel()
+    nodes = torch.cat([among, others])
+    pair = [place[source], position]
+    local = torch.stack(pair if graph.flow == "source_to_target" else pair[::-1])
+    args = graph.args_of(edge, _parameters_of(conv))
+    x_near = x_src.index_select(0, nodes)
+    x = x_near if x_src is x_dst else (x_near, x_dst.index_select(0, token))
+    out: Tensor = conv(x, local, **args)
+    return out[: token.numel()]
+
+
+def _tokens_of(routing: Routing) -> Iterator[Tensor]:
+    """The tokens of each expert, in order."""
+    return iter(routing.token.split(routing.load.tolist()))
+
+
+def _parameters_of(conv: MessagePassing) -> frozenset[str]:
+    return frozenset(inspect.signature(conv.forward).parameters)
+
+
+def _loops_misalign(conv: Any, graph: Graph) -> bool:
+    """Self-loops of a bipartite graph join nodes of equal index, which a sub-graph keeps only where N_src >= N_dst."""
+    return bool(getattr(conv, "add_self_loops", False)) and graph.num_src < graph.num_dst
+
+
+def _has_no_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is None
+
+
+def without_dropout(module: nn.Module) -> nn.Module:
+    """A float64 copy in training mode that drops nothing, to be probed."""
+    probe = copy.deepcopy(module).double().train()
+    for part in probe.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        elif isinstance(getattr(part, "dropout", None), float):
+            part.dropout = 0.0  # type: ignore[assignment]
+        elif isinstance(getattr(part, "dropout", None), list):
+            part.dropout = [0.0] * len(part.dropout)  # type: ignore[arg-type]
+    return probe
+
+
+@torch.no_grad()
+def _row_wise(network: nn.Module) -> bool:
+    """Whether each row's output depends on that row alone, which batch norm in training breaks."""
+    first = next(network.parameters(), None)
+    if first is None:
+        return False
+    x = torch.randn(7, first.size(-1), dtype=torch.float64, device=first.device)
+    probe = without_dropout(network)
+    return torch.allclose(probe(x)[:3], probe(x[:3]), atol=1e-10)
+
+
+AGGREGATE_ONCE: dict[type[MessagePassing], type[AggregateOnce]] = {
+    GCNConv: GCNExperts,
+    SAGEConv: SAGEExperts,
+    GraphConv: GraphConvExperts,
+    GINConv: GINExperts,
+}

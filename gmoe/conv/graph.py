@@ -1,0 +1,95 @@
+"""The graph of one call, whatever its form. N_src sources, N_dst destinations (the tokens), M edges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_geometric import EdgeIndex
+from torch_geometric.typing import Adj, SparseTensor
+from torch_geometric.utils import index_sort, is_sparse, to_edge_index
+from torch_geometric.utils.sparse import index2ptr
+
+from gmoe.routing.router import check_edge_index
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Edges as the user gave them, and as plain ``edge_index`` for who needs that.
+
+    Args:
+        adj: plain ``edge_index`` (2, M), PyG's ``EdgeIndex``, a ``torch.sparse`` matrix or ``SparseTensor`` of shape
+            (N_dst, N_src).
+        num_src, num_dst: N_src and N_dst.
+        edge_args: what the conv takes per edge (``edge_weight``, ``edge_attr``, ...), each with M rows.
+        flow: PyG's ``flow``: which row of ``edge_index`` holds the destinations.
+
+    Raises:
+        ValueError: edges outside the nodes (CPU tensors), or an edge argument with another number of rows.
+    """
+
+    adj: Adj
+    num_src: int
+    num_dst: int
+    edge_args: dict[str, Tensor]
+    flow: str = "source_to_target"
+
+    def __post_init__(self) -> None:
+        if is_sparse(self.adj):
+            shape = (self.adj.size(0), self.adj.size(1))
+            if shape != (self.num_dst, self.num_src):
+                raise ValueError(
+                    f"edge_index: got a sparse matrix of shape {shape}, expected (destinations, sources) = "
+                    f"{(self.num_dst, self.num_src)}"
+                )
+            return
+        bounds = (self.num_src, self.num_dst)
+        check_edge_index(self.adj, *(bounds if self.flow == "source_to_target" else bounds[::-1]))
+        for name, value in self.edge_args.items():
+            if value.size(0) != self.adj.size(1):
+                raise ValueError(f"{name}: got {value.size(0)} rows, expected one for each of {self.adj.size(1)} edges")
+
+    @cached_property
+    def _coo(self) -> tuple[Tensor, Tensor | None]:
+        """Plain (source, destination) edges, and the values of a sparse matrix."""
+        if isinstance(self.adj, SparseTensor):
+            dst, src, value = self.adj.coo()
+            return torch.stack([src, dst]), value
+        if is_sparse(self.adj):
+            (dst, src), value = to_edge_index(self.adj)
+            return torch.stack([src, dst]), value
+        plain = self.adj.as_tensor() if isinstance(self.adj, EdgeIndex) else self.adj
+        return (plain if self.flow == "source_to_target" else plain.flip(0)), None
+
+    @property
+    def edge_index(self) -> Tensor:
+        """(2, M) sources and destinations."""
+        return self._coo[0]
+
+    @cached_property
+    def _by_destination(self) -> tuple[Tensor, Tensor]:
+        """(N_dst + 1,) where each destination's edges start, and (M,) the edges in that order."""
+        index, edge = index_sort(self.edge_index[1], max_value=self.num_dst, stable=True)
+        return index2ptr(index, self.num_dst), edge
+
+    def in_edges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """The edges that end in ``nodes``, destination by destination, and the position in ``nodes`` of each end."""
+        start, edge = self._by_destination
+        degree = start[nodes + 1] - start[nodes]
+        position = torch.arange(len(nodes), device=nodes.device).repeat_interleave(degree)
+        first = degree.cumsum(0) - degree
+        step = torch.arange(len(position), device=nodes.device) - first[position]
+        return edge[start[nodes][position] + step], position
+
+    def args_of(self, edges: Tensor, takes: frozenset[str]) -> dict[str, Any]:
+        """The edge arguments of some edges, those of a sparse matrix's values included."""
+        args = {name: value[edges] for name, value in self.edge_args.items()}
+        value = self._coo[1]
+        if value is not None:
+            for name in ("edge_weight", "edge_attr", "edge_type"):  # as MessagePassing reads them
+                if name in takes and name not in args:
+                    args[name] = value[edges]
+        return args

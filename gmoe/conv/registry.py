@@ -1,0 +1,67 @@
+"""What is known about PyG's convs: names, defaults, and which of them look one hop far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+from torch_geometric import nn as pyg
+from torch_geometric.nn import MessagePassing
+
+from gmoe._checks import check_choice
+
+ConvFactory: TypeAlias = Callable[..., MessagePassing]
+"""Called as ``conv(in_channels, out_channels, **conv_kwargs)``."""
+
+ConvLike: TypeAlias = str | ConvFactory | Sequence[str | ConvFactory]
+"""A name such as ``"gcn"``, a conv class, a factory, or a list of those, one an expert."""
+
+CONVS: dict[str, type[MessagePassing]] = {
+    name.removesuffix("Conv").lower(): getattr(pyg.conv, name) for name in pyg.conv.classes if name.endswith("Conv")
+}
+"""PyG's convs by the name without ``Conv``, in lower case: ``"gcn"``, ``"sage"``, ``"gatv2"``, ..."""
+
+LOCAL = frozenset(
+    {
+        pyg.CGConv,
+        pyg.ClusterGCNConv,
+        pyg.FeaStConv,
+        pyg.FiLMConv,
+        pyg.GATConv,
+        pyg.GATv2Conv,
+        pyg.GeneralConv,
+        pyg.GINConv,
+        pyg.GINEConv,
+        pyg.GraphConv,
+        pyg.LEConv,
+        pyg.MFConv,
+        pyg.ResGatedGraphConv,
+        pyg.SAGEConv,
+        pyg.SimpleConv,
+        pyg.TransformerConv,
+    }
+)
+"""Classes whose output at a node follows from its in-edges and their ends alone, under most options; all the same
+verified for each layer that is built."""
+
+
+def _gin(cls: type[MessagePassing], in_channels: int, out_channels: int, **kwargs: Any) -> MessagePassing:
+    """GIN(E) around the two-layer perceptron that PyG's ``GIN`` model builds, where no other is asked for."""
+    return cls(pyg.MLP([in_channels, out_channels, out_channels], norm=None), **kwargs)
+
+
+def conv_factory(conv: str | ConvFactory, conv_kwargs: Mapping[str, Any]) -> Callable[[Any, int], MessagePassing]:
+    """A factory ``(in_channels, out_channels) -> conv`` from a name, class or factory.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if isinstance(conv, str):
+        name = conv.lower().replace("_", "").removesuffix("conv")
+        if name not in CONVS:
+            check_choice("conv", conv, sorted(CONVS))
+        conv = CONVS[name]
+    if conv in (pyg.GINConv, pyg.GINEConv):
+        conv = partial(_gin, conv)
+    return partial(conv, **conv_kwargs)

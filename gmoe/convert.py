@@ -1,0 +1,186 @@
+"""Put MoE in place of the MLPs of a transformer. Shapes: B images, T tokens, D width, E experts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import singledispatch
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from gmoe._checks import check_at_least
+from gmoe.dispatch import Backend
+from gmoe.experts import LinearExperts, MLPExperts
+from gmoe.moe import MoE
+from gmoe.routing.build import RouterLike, build_router
+from gmoe.routing.router import Router
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def moefy(
+    model: nn.Module,
+    every: int = 2,
+    k: int = 2,
+    router: RouterLike = "token_choice",
+    num_experts: int = 8,
+    upcycle: bool = True,
+    *,
+    router_kwargs: Mapping[str, Any] | None = None,
+    backend: Backend = "auto",
+) -> nn.Module:
+    r"""Replace the MLP of every n-th transformer block by a MoE; turn a dense PyG GNN into a :class:`gmoe.GNNMoE`.
+
+    A transformer (torchvision's or timm's ``VisionTransformer``, or any model whose blocks lie in a ``ModuleList`` or
+    ``Sequential`` and each hold an ``mlp`` of linear, activation, linear) is changed in place and returned. Its MLPs
+    must see tokens as (B, T, D): the tokens of an image are a pool. A PyG ``GCN``, ``GraphSAGE``, ``GIN``, ``GAT``, ...
+    is left alone, and a new model is returned.
+
+    With ``upcycle`` every expert starts as a copy of the dense MLP (sparse upcycling, Komatsuzaki et al., 2023), so
+    that the layer starts as ``(sum of the token's weights) * mlp(x)``. What that means for each router:
+
+    - ``"token_choice"`` and ``"multi_centroid"`` at K >= 2 (normalized), ``"random"`` (weights sum to 1), ``"uniform"``:
+      the first forward equals the dense model's.
+    - either at K = 1 with ``"score"``: the MLP's output is scaled by the top probability, about 1 / E to 1; with
+      ``weight="straight_through"`` it equals the dense one.
+    - ``"expert_choice"`` by score: scaled by the sum of the probabilities of the experts that took the token; zero for
+      tokens that none took. ``weight="normalized"`` equals the dense one for all tokens that are taken.
+    - ``"attention_vote"``, and expert choice with softmax along tokens: weights average 1 over the chosen pairs, not
+      over a token's own, and tokens that none took get zero.
+
+    Args:
+        model: the dense model.
+        every: n; block ``i`` becomes MoE where ``i % n == n - 1`` (default 2).
+        k: K, experts per token (default 2).
+        router: a name or factory (default ``"token_choice"``); one router is built a layer.
+        num_experts: E (default 8).
+        upcycle: start the experts as copies of the dense MLP (default), or afresh.
+        router_kwargs: further arguments of the routers.
+        backend: see :func:`gmoe.dispatch.grouped_linear`.
+
+    Returns:
+        The model with MoE layers; collect their routings with :func:`gmoe.record`.
+
+    Raises:
+        ValueError: no such blocks, fewer than ``every``, an MLP of another form, or an argument out of range.
+    """
+    check_at_least("every", every, 1)
+    if isinstance(router, Router):
+        raise ValueError("router: got an instance, expected a name or a factory, since several layers are built")
+    return _moefy(
+        model,
+        every=every,
+        k=k,
+        router=router,
+        num_experts=num_experts,
+        upcycle=upcycle,
+        router_kwargs=router_kwargs,
+        backend=backend,
+    )
+
+
+@singledispatch
+def _moefy(
+    model: nn.Module,
+    *,
+    every: int,
+    k: int,
+    router: RouterLike,
+    num_experts: int,
+    upcycle: bool,
+    router_kwargs: Mapping[str, Any] | None,
+    backend: Backend,
+) -> nn.Module:
+    """The conversion by the type of the model; other modules register theirs. This one takes transformers."""
+    blocks = _blocks(model)
+    if not blocks:
+        raise ValueError(
+            f"model: got {type(model).__name__}, expected a transformer with blocks that hold an `mlp`, such as "
+            "torchvision's or timm's VisionTransformer, or a PyG BasicGNN"
+        )
+    if len(blocks) < every:
+        raise ValueError(f"every: got {every}, expected at most the number of blocks, {len(blocks)}")
+    chosen = [block for i, block in enumerate(blocks) if i % every == every - 1]
+    layers = []
+    for block in chosen:  # build all before changing any: an error leaves the model as it was
+        first = next(block.mlp.parameters())
+        experts = _experts_like(block.mlp, num_experts, upcycle, backend)
+        layer = MoE(build_router(router, experts.in_features, num_experts, k, router_kwargs), experts)
+        layers.append(layer.to(device=first.device, dtype=first.dtype).train(block.mlp.training))
+    for block, layer in zip(chosen, layers, strict=True):
+        block.mlp = layer
+    return model
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks in order."""
+    blocks = []
+    for container in model.modules():
+        if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 0:
+            children = list(container)
+            if all(isinstance(getattr(child, "mlp", None), nn.Module) for child in children):
+                blocks += children
+    return blocks
+
+
+def _experts_like(mlp: nn.Module, num_experts: int, upcycle: bool, backend: Backend) -> MLPExperts:
+    """Experts of the form of a dense MLP, and with ``upcycle`` copies of it, which is verified on random tokens."""
+    leaves = [m for m in mlp.modules() if next(m.children(), None) is None and not isinstance(m, nn.Identity)]
+    dropouts = {m.p for m in leaves if isinstance(m, nn.Dropout)}
+    form = [m for m in leaves if not isinstance(m, nn.Dropout)]
+    names = ", ".join(type(m).__name__ for m in form)
+    if (
+        len(form) != 3
+        or not isinstance(form[0], nn.Linear)
+        or not isinstance(form[2], nn.Linear)
+        or any(True for _ in form[1].parameters())
+        or form[0].out_features != form[2].in_features
+        or (form[0].bias is None) != (form[2].bias is None)
+        or len(dropouts) > 1
+    ):
+        raise ValueError(
+            f"model: got an mlp of ({names}) with dropout {sorted(dropouts)}, expected (Linear, an activation without "
+            "parameters, Linear), both with or both without bias, and one probability of dropout"
+        )
+    up, activation, down = form
+    experts = MLPExperts(
+        up.in_features,
+        up.out_features,
+        down.out_features,
+        num_experts,
+        activation=copy.deepcopy(activation),
+        dropout=dropouts.pop() if dropouts else 0.0,
+        bias=up.bias is not None,
+        backend=backend,
+    ).to(device=up.weight.device, dtype=up.weight.dtype)
+    if upcycle:
+        copy_linear(experts.up, up)
+        copy_linear(experts.down, down)
+    _verify_form(mlp, experts, up, down)
+    return experts
+
+
+@torch.no_grad()
+def copy_linear(experts: LinearExperts, linear: nn.Linear) -> None:
+    """Make every expert a copy of ``linear``."""
+    experts.weight.copy_(linear.weight.T.expand_as(experts.weight))
+    if experts.bias is not None:
+        experts.bias.copy_(linear.bias.expand_as(experts.bias))
+
+
+@torch.no_grad()
+def _verify_form(mlp: nn.Module, experts: MLPExperts, up: nn.Linear, down: nn.Linear) -> None:
+    """Refuse an mlp whose leaves look right but whose forward does something else."""
+    probe = copy.deepcopy(experts).eval().double()
+    copy_linear(probe.up, up)
+    copy_linear(probe.down, down)
+    reference = copy.deepcopy(mlp).eval().double()
+    x = torch.randn(1, 5, up.in_features, dtype=torch.float64, device=up.weight.device)
+    offsets = torch.full((experts.num_experts,), 5, dtype=torch.int32, device=x.device)
+    if not torch.allclose(probe(x[0], offsets), reference(x)[0], atol=1e-8):
+        raise ValueError(
+            f"model: got an mlp ({type(mlp).__name__}) that does not compute linear, activation, linear; "
+            "expected one that does"
+        )

@@ -1,0 +1,143 @@
+"""What a model costs: active parameters and FLOPs, and dense controls of equal cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gmoe._checks import check_at_least, check_positive
+from gmoe.moe import MoELayer
+
+aten = torch.ops.aten
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Number of parameters that an average token meets.
+
+    All parameters, but of the E experts of a :class:`gmoe.MoE` or :class:`gmoe.MoEConv` only the share
+    ``experts_per_token / E``. Routers and all else count in full; a parameter that is shared counts once.
+
+    Args:
+        model: any model.
+    """
+    total = float(sum(p.numel() for p in model.parameters()))
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            routed = sum(p.numel() for p in layer.routed_parameters())
+            total -= routed * (1.0 - layer.experts_per_token / layer.num_experts)
+    return round(total)
+
+
+def count_flops(model: Callable[..., Any], *args: Any, backward: bool = False, **kwargs: Any) -> int:
+    """FLOPs of one call, as torch's ``FlopCounterMode`` counts them (a multiply-add is two).
+
+    Extended by what message passing and the MoE layers add to matrix products: grouped and sparse products, the adds
+    of ``index_add`` and ``scatter_add`` (one an element), and attention on the CPU.
+
+    Args:
+        model: what is called as ``model(*args, **kwargs)``.
+        backward: count also the backward pass from the sum of the first tensor that comes out (default ``False``).
+    """
+    with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
+        out = model(*args, **kwargs)
+        if backward:
+            while isinstance(out, tuple | list):
+                out = out[0]
+            out.sum().backward()
+    return int(counter.get_total_flops())
+
+
+def match_width(
+    cost: Callable[[int], float], target: float, *, start: int = 1, stop: int = 2**16, tolerance: float = 0.02
+) -> int:
+    """The width whose cost is nearest to ``target``: how a dense control is widened to a MoE's cost.
+
+    Args:
+        cost: FLOPs or parameters of the model of that width; grows with it.
+        target: the cost to meet.
+        start, stop: the range of widths.
+        tolerance: largest relative difference (default 0.02); a narrow model may have no width that close.
+
+    Raises:
+        ValueError: no width in range comes within ``tolerance``; the message says which is nearest.
+    """
+    check_positive("target", target)
+    check_at_least("start", start, 1)
+    low, high = start, stop
+    while low < high:  # the first width that costs at least the target
+        middle = (low + high) // 2
+        if cost(middle) < target:
+            low = middle + 1
+        else:
+            high = middle
+    width = min((w for w in (low - 1, low) if w >= start), key=lambda w: abs(cost(w) - target))
+    off = cost(width) / target - 1.0
+    if abs(off) > tolerance:
+        raise ValueError(
+            f"target: got {target:g}; the nearest width, {width}, is off by {off:+.1%}, expected within {tolerance:.0%}"
+        )
+    return width
+
+
+def _numel(shape: Any) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _index_add(self: Any, dim: int, index: Any, source: Any, *_: Any, **__: Any) -> int:
+    return _numel(source)
+
+
+def _scatter_add(self: Any, dim: int, index: Any, source: Any, *_: Any, **__: Any) -> int:
+    return _numel(index)
+
+
+def _sparse_product(matrix: torch.Tensor, dense: torch.Tensor) -> int:
+    return int(2 * matrix._nnz() * dense.size(-1))
+
+
+def _addmm(_: Any, a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    """``addmm`` also stands for the product of a sparse matrix."""
+    if a.layout != torch.strided:
+        return _sparse_product(a, b)
+    return int(2 * a.size(0) * a.size(1) * b.size(1))
+
+
+def _sparse_reduce(matrix: torch.Tensor, dense: torch.Tensor, *_: Any, **__: Any) -> int:
+    return _sparse_product(matrix, dense)
+
+
+def _attention_cpu(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    batch, heads, queries, width = q
+    return int(2 * batch * heads * queries * k[2] * (width + v[3]))
+
+
+def _attention_cpu_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    batch, heads, queries, width = q  # scores again, then the gradients of v, of the scores, of q and of k
+    return int(2 * batch * heads * queries * k[2] * (3 * width + 2 * v[3]))
+
+
+def _raw(formula: Callable[..., int]) -> Callable[..., int]:
+    formula._get_raw = True  # type: ignore[attr-defined]  # how FlopCounterMode hands over tensors in place of shapes
+    return formula
+
+
+def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """(P, I) x (E, I, O), or the weight's gradient (I, P) x (P, O): each row meets one expert."""
+    return int(2 * a[0] * a[1] * b[-1])
+
+
+_EXTRA_FLOPS: dict[Any, Any] = {
+    aten.addmm: _raw(_addmm),
+    aten._sparse_mm_reduce_impl: _raw(_sparse_reduce),
+    aten._grouped_mm: _grouped_mm,
+    aten.index_add: _index_add,
+    aten.index_add_: _index_add,
+    aten.scatter_add: _scatter_add,
+    aten.scatter_add_: _scatter_add,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_cpu,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_cpu_backward,
+}

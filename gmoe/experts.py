@@ -1,0 +1,168 @@
+"""Stacked experts. Shapes: E experts, P pairs sorted by expert, I in, H hidden, O out features."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gmoe._checks import check_at_least, check_choice
+from gmoe.dispatch import Backend, grouped_linear
+
+Activation: TypeAlias = str | Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+    "identity": nn.Identity(),
+    "leaky_relu": F.leaky_relu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Experts(nn.Module, ABC):
+    """E functions of the same shape, run on pairs sorted by expert: ``experts(x (P, I), offsets (E,)) -> (P, O)``.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        num_experts: E.
+    """
+
+    def __init__(self, in_features: int, out_features: int, num_experts: int) -> None:
+        super().__init__()
+        check_at_least("in_features", in_features, 1)
+        check_at_least("out_features", out_features, 1)
+        check_at_least("num_experts", num_experts, 1)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.num_experts = num_experts
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+
+    @abstractmethod
+    def forward(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        """Run expert ``e`` on the rows ``offsets[e - 1]:offsets[e]``."""
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, num_experts={self.num_experts}"
+
+
+class LinearExperts(Experts):
+    """One linear layer an expert, initialised as E separate ``nn.Linear`` are.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        num_experts: E.
+        bias: learn a bias an expert (default ``True``).
+        backend: see :func:`gmoe.dispatch.grouped_linear` (default ``"auto"``).
+
+    Attributes:
+        weight: (E, I, O).
+        bias: (E, O) or ``None``.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, num_experts: int, *, bias: bool = True, backend: Backend = "auto"
+    ) -> None:
+        super().__init__(in_features, out_features, num_experts)
+        check_choice("backend", backend, get_args(Backend))
+        self.backend: Backend = backend
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for expert in range(self.num_experts):  # a stacked tensor would have another fan-in
+            linear = nn.Linear(
+                self.in_features,
+                self.out_features,
+                bias=self.bias is not None,
+                device=self.weight.device,
+                dtype=self.weight.dtype,
+            )
+            self.weight[expert] = linear.weight.T
+            if self.bias is not None:
+                self.bias[expert] = linear.bias
+
+    def forward(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        return grouped_linear(x_PI, self.weight, self.bias, offsets_E, self.backend)
+
+
+class MLPExperts(Experts):
+    r"""A two-layer perceptron an expert, :math:`f_e(x) = \phi(x W_e + b_e) V_e + c_e`.
+
+    With ``glu`` the first layer is twice as wide and gates itself: :math:`\phi(g) \odot u` with
+    :math:`[g, u] = x W_e + b_e` (Shazeer, 2020).
+
+    Args:
+        in_features: I.
+        hidden_features: H.
+        out_features: O.
+        num_experts: E.
+        activation: a name (``"gelu"`` is the default; also elu, gelu_tanh, identity, leaky_relu, relu, silu, tanh) or
+            an elementwise function of a tensor.
+        glu: gate the hidden layer (default ``False``).
+        dropout: probability of dropping a hidden unit, and an output (default 0).
+        bias: learn biases (default ``True``).
+        backend: see :func:`gmoe.dispatch.grouped_linear` (default ``"auto"``).
+
+    Raises:
+        ValueError: an unknown activation or backend; a size below 1; dropout outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        num_experts: int,
+        *,
+        activation: Activation = "gelu",
+        glu: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(in_features, out_features, num_experts)
+        check_at_least("hidden_features", hidden_features, 1)
+        if isinstance(activation, str):
+            check_choice("activation", activation, ACTIVATIONS)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: got {dropout}, expected a probability in [0, 1]")
+        self.hidden_features = hidden_features
+        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.glu = glu
+        width = 2 * hidden_features if glu else hidden_features
+        self.up = LinearExperts(in_features, width, num_experts, bias=bias, backend=backend)
+        self.down = LinearExperts(hidden_features, out_features, num_experts, bias=bias, backend=backend)
+        self.dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        self.up.reset_parameters()
+        self.down.reset_parameters()
+
+    def forward(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        h_PH = self.up(x_PI, offsets_E)
+        if self.glu:
+            gate_PH, up_PH = h_PH.chunk(2, dim=-1)
+            h_PH = self.activation(gate_PH) * up_PH
+        else:
+            h_PH = self.activation(h_PH)
+        return self.dropout(self.down(self.dropout(h_PH), offsets_E))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.hidden_features}, {self.out_features}, num_experts={self.num_experts}"

@@ -1,0 +1,63 @@
+"""Routers by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from gmoe._checks import check_choice
+from gmoe.routing.attention_vote import AttentionVote
+from gmoe.routing.expert_choice import ExpertChoice
+from gmoe.routing.multi_centroid import MultiCentroid
+from gmoe.routing.random_router import RandomRouter
+from gmoe.routing.router import Router
+from gmoe.routing.token_choice import TokenChoice
+from gmoe.routing.uniform_router import UniformRouter
+
+RouterLike: TypeAlias = str | Router | Callable[..., Router]
+"""A name of :data:`ROUTERS`; an instance; a class or factory ``router(dim, num_experts, k=k, **kwargs)``, ``k`` optional."""
+
+ROUTERS: dict[str, Callable[..., Router]] = {
+    "token_choice": TokenChoice,
+    "expert_choice": ExpertChoice,
+    "attention_vote": AttentionVote,
+    "multi_centroid": MultiCentroid,
+    "random": RandomRouter,
+    "uniform": UniformRouter,
+}
+"""Routers that a name can build. :class:`OracleRouter` needs the assignment, so it takes a factory."""
+
+
+def build_router(
+    router: RouterLike, dim: int, num_experts: int, k: int, kwargs: Mapping[str, Any] | None = None
+) -> Router:
+    """A router for one layer from a name, a factory or an instance.
+
+    Args:
+        router: see :data:`RouterLike`.
+        dim: width of the tokens.
+        num_experts: E.
+        k: experts per token, passed where the router has such a parameter.
+        kwargs: further arguments of the router.
+
+    Raises:
+        ValueError: an unknown name; an instance of other ``dim`` or ``num_experts``, or with ``kwargs``; K > E.
+    """
+    if isinstance(router, Router):
+        if kwargs:
+            raise ValueError(f"router_kwargs: got {dict(kwargs)!r} beside a router instance, expected none")
+        if (router.dim, router.num_experts) != (dim, num_experts):
+            raise ValueError(
+                f"router: got an instance for dim={router.dim}, num_experts={router.num_experts}, "
+                f"expected dim={dim}, num_experts={num_experts}"
+            )
+        return router
+    if isinstance(router, str):
+        check_choice("router", router, ROUTERS)
+        router = ROUTERS[router]
+    takes_k = "k" in inspect.signature(router).parameters  # uniform and oracle routers fix their own
+    built = router(dim, num_experts, **({"k": k} if takes_k else {}), **(kwargs or {}))
+    if not isinstance(built, Router):
+        raise ValueError(f"router: got a factory that returned {type(built).__name__}, expected a Router")
+    return built

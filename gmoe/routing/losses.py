@@ -1,0 +1,69 @@
+"""Auxiliary losses of routers. Shapes: T tokens, E experts, M centroids an expert, D width.
+
+All are computed over all tokens of the call, and are 0 where there are none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cv_squared(value_E: Tensor) -> Tensor:
+    """Squared coefficient of variation, ``var(v) / mean(v)^2``, with the population variance."""
+    eps = torch.finfo(value_E.dtype).tiny
+    return value_E.var(unbiased=False) / value_E.mean().square().clamp(min=eps)
+
+
+def importance_loss(probs_TE: Tensor) -> Tensor:
+    """``CV^2`` of the importance of the experts, ``sum_t p_te``, over all experts before selection (V-MoE, 2021)."""
+    return cv_squared(probs_TE.sum(dim=0))
+
+
+def load_loss(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: int) -> Tensor:
+    """``CV^2`` of the expected load under noisy top-K gating (Shazeer et al., 2017, appendix A).
+
+    The load of expert ``e`` is ``sum_t Phi((clean_te - threshold_te) / std_te)``, where the threshold is the K-th
+    best of the noisy logits of the *other* experts. Where K = E every load is T, and the loss is 0.
+    """
+    num_experts = clean_TE.size(1)
+    if k >= num_experts:
+        return clean_TE.sum() * 0.0
+    best_TK = noisy_TE.topk(k + 1, dim=-1).values
+    kth, next_after = best_TK[:, k - 1 : k], best_TK[:, k : k + 1]
+    threshold_TE = torch.where(noisy_TE >= kth, next_after, kth)
+    prob_TE = torch.special.ndtr((clean_TE - threshold_TE) / noise_std_TE)
+    return cv_squared(prob_TE.sum(dim=0))
+
+
+def switch_loss(probs_TE: Tensor, load_E: Tensor) -> Tensor:
+    """``E * sum_e f_e P_e`` (Fedus et al., 2021): f the share of the pairs (sums to 1), P the mean probability.
+
+    It is 1 where both are uniform, and E where one expert gets everything.
+    """
+    num_tokens, num_experts = probs_TE.shape
+    share_E = load_E.to(probs_TE.dtype) / load_E.sum().clamp(min=1)
+    return num_experts * (share_E * probs_TE.sum(dim=0)).sum() / max(num_tokens, 1)
+
+
+def z_loss(logits_TE: Tensor) -> Tensor:
+    """Mean over tokens of ``logsumexp_e(logit_te)^2`` (ST-MoE, Zoph et al., 2022)."""
+    return logits_TE.logsumexp(dim=-1).square().sum() / max(logits_TE.size(0), 1)
+
+
+def separation_loss(centroids_EMD: Tensor) -> Tensor:
+    """How alike the centroids are: mean of ``max(0, cos)^2`` over the pairs within an expert, plus that across experts.
+
+    0 where no two centroids have a positive cosine; 2 where all are the same. Either part is 0 where it has no pair.
+    """
+    num_experts, num_centroids, dim = centroids_EMD.shape
+    unit_ND = F.normalize(centroids_EMD.reshape(-1, dim), dim=-1)
+    overlap_NN = (unit_ND @ unit_ND.T).clamp(min=0).square()
+    owner_N = torch.arange(num_experts, device=unit_ND.device).repeat_interleave(num_centroids)
+    same_NN = owner_N[:, None] == owner_N
+    itself_NN = torch.eye(len(owner_N), dtype=torch.bool, device=unit_ND.device)
+    within = (overlap_NN * (same_NN & ~itself_NN)).sum() / max(num_experts * num_centroids * (num_centroids - 1), 1)
+    pairs_across = num_experts * (num_experts - 1) * num_centroids**2
+    across = (overlap_NN * ~same_NN).sum() / max(pairs_across, 1)
+    return within + across

@@ -1,0 +1,155 @@
+"""Pools: which tokens compete with each other.
+
+Shapes: T tokens, E experts, B pools, S tokens in each of B equal pools, C capacity, P pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The split of ``num_tokens`` tokens into ``num_pools`` non-empty pools.
+
+    Pools of equal size are kept as ``size`` and processed as one dense ``(B, S, E)`` batch; ragged pools are kept as
+    ``counts`` and processed by segments.
+
+    Args:
+        num_tokens: T.
+        num_pools: B; 0 only where there are no tokens.
+        size: S, the tokens of each pool, where all pools are equal; else ``None``.
+        index: (T,) pool of each token, in 0..B-1; ``None`` where tokens lie pool by pool in equal pools.
+        order: (T,) tokens listed pool by pool, in token order inside a pool; ``None`` where they lie so already.
+        counts: (B,) tokens of each pool, for ragged pools; else ``None``.
+    """
+
+    num_tokens: int
+    num_pools: int
+    size: int | None = None
+    index: Tensor | None = None
+    order: Tensor | None = None
+    counts: Tensor | None = None
+
+    @classmethod
+    def equal(cls, num_pools: int, size: int) -> Pools:
+        """``num_pools`` pools of ``size`` tokens each, one behind the other."""
+        num_tokens = num_pools * size
+        return cls(num_tokens, num_pools if size else 0, size=size)
+
+    @classmethod
+    def from_segments(cls, segment: Tensor) -> Pools:
+        """Pools from a segment-id vector (PyG's ``batch``), which may be unsorted and have gaps."""
+        num_tokens = segment.numel()
+        if num_tokens == 0:
+            return cls.equal(0, 0)
+        _, index, counts = torch.unique(segment, return_inverse=True, return_counts=True)
+        in_order = bool((index[1:] >= index[:-1]).all())
+        order = None if in_order else index.argsort(stable=True)
+        size = int(counts[0])
+        if bool((counts == size).all()):
+            return cls(num_tokens, counts.numel(), size=size, index=None if in_order else index, order=order)
+        return cls(num_tokens, counts.numel(), index=index, order=order, counts=counts)
+
+    def of(self, token_P: Tensor) -> Tensor:
+        """(P,) the pool of each of the given tokens."""
+        if self.index is not None:
+            return self.index.index_select(0, token_P)
+        assert self.size is not None
+        return token_P // max(self.size, 1)
+
+    def capacity(self, k: int, num_experts: int, capacity_factor: float) -> int | Tensor:
+        """``clamp(ceil(capacity_factor * k * T_pool / E), 1, T_pool)``: an int for equal pools, (B,) for ragged."""
+        share = capacity_factor * k / num_experts
+        slack = 1e-9  # 1.1 * 10 is 11.000000000000002 in floating point, and its ceil is not meant to be 12
+        if self.size is not None:
+            return min(max(math.ceil(share * self.size - slack), 1), self.size)
+        assert self.counts is not None
+        return (self.counts.double() * share - slack).ceil().long().clamp(min=1).minimum(self.counts)
+
+    def logsumexp(self, logits_TE: Tensor) -> Tensor:
+        """(T, E) for each token, the log-sum-exp over all tokens of its pool."""
+        if self.size is None:
+            assert self.index is not None
+            return segment_logsumexp(logits_TE, self.index, self.num_pools).index_select(0, self.index)
+        lse_BE = self._dense(logits_TE).logsumexp(dim=1)
+        if self.index is not None:
+            return lse_BE.index_select(0, self.index)
+        return lse_BE.repeat_interleave(self.size, dim=0, output_size=self.num_tokens)
+
+    def mean_of_pairs(self, value_P: Tensor, token_P: Tensor) -> Tensor:
+        """(P,) for each pair, the mean of ``value`` over the pairs of its pool."""
+        pool_P = self.of(token_P)
+        total_B = value_P.new_zeros(self.num_pools).index_add(0, pool_P, value_P)
+        pairs_B = value_P.new_zeros(self.num_pools).index_add(0, pool_P, torch.ones_like(value_P))
+        return (total_B / pairs_B.clamp(min=1)).index_select(0, pool_P)
+
+    def top_tokens(self, scores_TE: Tensor, capacity: int | Tensor) -> Tensor:
+        """(E, sum of C) the ``capacity`` best tokens of each pool for each expert, ascending in token index.
+
+        Ties go to the lowest token index. Every expert gets the same number of tokens.
+        """
+        if self.size is not None:
+            assert isinstance(capacity, int)
+            scores_BSE = self._dense(scores_TE)
+            best_BCE = scores_BSE.argsort(dim=1, descending=True, stable=True)[:, :capacity]
+            first_B = torch.arange(self.num_pools, device=scores_TE.device) * self.size
+            slot_EP = (best_BCE + first_B[:, None, None]).permute(2, 0, 1).flatten(1)
+            token_EP = slot_EP if self.order is None else self.order[slot_EP]
+            return token_EP.sort(dim=1).values
+        assert self.index is not None and self.counts is not None and isinstance(capacity, Tensor)
+        by_score_TE = scores_TE.argsort(dim=0, descending=True, stable=True)
+        by_pool_TE = self.index[by_score_TE].argsort(dim=0, stable=True)
+        token_TE = by_score_TE.gather(0, by_pool_TE)  # pool by pool, and inside a pool the best first
+        first_B = self.counts.cumsum(0) - self.counts
+        pool_T = torch.arange(self.num_pools, device=scores_TE.device).repeat_interleave(self.counts)
+        rank_T = torch.arange(self.num_tokens, device=scores_TE.device) - first_B[pool_T]
+        return token_TE[rank_T < capacity[pool_T]].T.sort(dim=1).values
+
+    def _dense(self, value_TE: Tensor) -> Tensor:
+        assert self.size is not None
+        if self.order is not None:
+            value_TE = value_TE.index_select(0, self.order)
+        return value_TE.view(self.num_pools, self.size, value_TE.size(1))
+
+    def padded(self, most_padding: int = 2) -> list[tuple[Tensor, Tensor | None]]:
+        """Batches of padded pools that hold each token once: ``(token (b, s), mask (b, s) or None)``.
+
+        Equal pools make one batch without a mask. Ragged pools are bucketed by size, so that a padded pool is at most
+        ``most_padding`` times as long as the pool itself; padding slots repeat the pool's first token, mask ``False``.
+        """
+        if self.num_tokens == 0:
+            return []
+        if self.size is not None:
+            if self.order is not None:
+                return [(self.order.view(self.num_pools, self.size), None)]
+            return []  # callers view the tokens as (B, S) without a gather
+        assert self.counts is not None and self.index is not None
+        order = self.order
+        if order is None:
+            order = torch.arange(self.num_tokens, device=self.counts.device)
+        first_B = self.counts.cumsum(0) - self.counts
+        bucket_B = (self.counts.double().log2() / math.log2(most_padding)).ceil().long()
+        batches: list[tuple[Tensor, Tensor | None]] = []
+        for bucket in bucket_B.unique().tolist():
+            chosen = (bucket_B == bucket).nonzero().view(-1)
+            counts = self.counts[chosen]
+            step = torch.arange(int(counts.max()), device=counts.device)
+            mask = step < counts[:, None]
+            slot = first_B[chosen][:, None] + torch.where(mask, step, 0)
+            batches.append((order[slot], mask))
+        return batches
+
+
+def segment_logsumexp(value_NE: Tensor, index_N: Tensor, num_segments: int) -> Tensor:
+    """(S, E) log-sum-exp of the rows of each segment; minus infinity for an empty one."""
+    index_NE = index_N[:, None].expand_as(value_NE)
+    shape = (num_segments, value_NE.size(1))
+    peak_SE = value_NE.detach().new_full(shape, -torch.inf).scatter_reduce(0, index_NE, value_NE.detach(), "amax")
+    peak_SE = torch.where(peak_SE.isfinite(), peak_SE, 0.0)
+    total_SE = value_NE.new_zeros(shape).index_add(0, index_N, (value_NE - peak_SE[index_N]).exp())
+    return total_SE.log() + peak_SE

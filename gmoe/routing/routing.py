@@ -1,0 +1,118 @@
+"""What a router returns. Shapes: T tokens, E experts, P (token, expert) pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class AuxLoss(NamedTuple):
+    """An auxiliary loss: the bare scalar and the coefficient that it enters the training loss with."""
+
+    value: Tensor
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which expert handles which token, sparse and ready for a grouped GEMM.
+
+    The pairs are sorted by expert and, inside an expert, by token.
+
+    Args:
+        token: (P,) int64, the token of each pair.
+        offsets: (E,) int32, cumulative ends: expert ``e`` owns the pairs ``offsets[e - 1]:offsets[e]``.
+        weight: (P,) the factor of the expert's output in the token's sum; differentiable.
+        scores: (T, E) what the router thinks of every pair: probabilities, or votes.
+        num_tokens: T.
+        losses: auxiliary losses by name, each with its coefficient.
+    """
+
+    token: Tensor
+    offsets: Tensor
+    weight: Tensor
+    scores: Tensor
+    num_tokens: int
+    losses: Mapping[str, AuxLoss] = field(default_factory=dict)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.offsets.numel()
+
+    @property
+    def load(self) -> Tensor:
+        """(E,) int64, the number of tokens of each expert."""
+        return self.offsets.diff(prepend=self.offsets.new_zeros(1)).long()
+
+    @property
+    def expert(self) -> Tensor:
+        """(P,) int64, the expert of each pair."""
+        experts = torch.arange(self.num_experts, device=self.token.device)
+        return experts.repeat_interleave(self.load, output_size=self.token.numel())
+
+    @property
+    def coverage(self) -> Tensor:
+        """Share of the tokens that have at least one expert; 1 where there are no tokens."""
+        if self.num_tokens == 0:
+            return self.scores.new_ones(())
+        covered = self.scores.new_zeros(self.num_tokens).index_fill(0, self.token, 1.0)
+        return covered.mean()
+
+    @property
+    def entropy(self) -> Tensor:
+        """Mean over tokens of the entropy, in nats, of the scores normalised to sum to 1 over the experts."""
+        scores = self.scores.detach()
+        prob = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        return torch.special.entr(prob).sum(dim=-1).sum() / max(self.num_tokens, 1)
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """The sum of the auxiliary losses, each times its coefficient; 0 where there are none."""
+        total = self.scores.new_zeros(())
+        for loss in self.losses.values():
+            total = total + loss.coefficient * loss.value
+        return total
+
+    def first(self, num_tokens: int) -> Routing:
+        """The routing of the first ``num_tokens`` tokens, as decided among all of them; the losses stay."""
+        if num_tokens == self.num_tokens:
+            return self
+        kept = self.token < num_tokens
+        load = self.scores.new_zeros(self.num_experts, dtype=torch.long).index_add(0, self.expert, kept.long())
+        return Routing(
+            token=self.token[kept],
+            offsets=load.cumsum(0).to(torch.int32),
+            weight=self.weight[kept],
+            scores=self.scores[:num_tokens],
+            num_tokens=num_tokens,
+            losses=self.losses,
+        )
+
+    def to_dense(self) -> Tensor:
+        """(T, E) weights; 0 where the token does not go to the expert."""
+        flat = self.token * self.num_experts + self.expert
+        dense = self.weight.new_zeros(self.num_tokens * self.num_experts).index_add(0, flat, self.weight)
+        return dense.view(self.num_tokens, self.num_experts)
+
+
+def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
+    """Sum of the auxiliary losses of one or several layers, to be added to the task loss.
+
+    Args:
+        routings: what ``return_routing=True`` or :func:`gmoe.record` gave.
+
+    Returns:
+        A scalar; a plain 0 on the CPU where ``routings`` is empty (a model without MoE layers).
+
+    Example:
+        >>> loss = F.cross_entropy(logits, y) + gmoe.aux_loss(routings)
+    """
+    if isinstance(routings, Routing):
+        return routings.aux_loss
+    losses = [routing.aux_loss for routing in routings]
+    return torch.stack(losses).sum() if losses else torch.zeros(())

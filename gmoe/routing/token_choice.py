@@ -1,0 +1,166 @@
+"""Token choice. Shapes: T tokens, D width, E experts, K experts a token, P pairs."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gmoe._checks import check_at_least, check_choice, check_positive
+from gmoe.routing.losses import importance_loss, load_loss, switch_loss, z_loss
+from gmoe.routing.pools import Pools
+from gmoe.routing.router import Router, Weighting, float_linear, gather_pairs
+from gmoe.routing.routing import AuxLoss, Routing
+from gmoe.routing.select import drop_over_capacity, pairs_of_choices, top_experts
+
+Balance: TypeAlias = Literal["importance_load", "switch", "bias"]
+
+
+class TokenChoice(Router):
+    r"""Each token takes its top-K experts (Shazeer et al., 2017; Switch Transformer, Fedus et al., 2021).
+
+    .. math::
+        g_{te} = \mathrm{softmax}_e(x_t W)_e, \qquad y_t = \sum_{e \in \mathrm{topK}(g_t)} w_{te} f_e(x_t)
+
+    Dropless, unless ``capacity_factor`` is given. Ties go to the lowest expert index.
+
+    Args:
+        dim: D, the width of the tokens.
+        num_experts: E.
+        k: K, experts per token (default 1).
+        weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"score"`` at K = 1.
+        noise: noisy top-K gating in training: adds ``N(0, 1) * softplus(x W_noise)`` to the logits, with learned
+            ``W_noise``, which starts at zero. ``None`` (default) turns it on just where ``balance`` needs it.
+        balance: what keeps the experts equally loaded (default ``None``):
+
+            - ``"importance_load"``: adds ``balance_coef * (CV^2(importance) + CV^2(load))``; the load has a gradient
+              through the noise only, so that ``noise=False`` is refused.
+            - ``"switch"``: adds ``balance_coef * E * sum_e f_e P_e``.
+            - ``"bias"``: no loss. A bias an expert is added to the probabilities for the selection, not for the
+              weights, and moves by ``bias_rate`` towards equal load once per training step (DeepSeek-V3, 2024). A
+              step's load takes effect with the next step, so that a checkpoint's recomputation selects the same.
+        balance_coef: coefficient of the balance loss (default 0.01).
+        bias_rate: step of the bias, in units of probability (default 0.001).
+        z_coef: coefficient of the router z-loss (default 0, no loss).
+        capacity_factor: in training, an expert takes at most ``clamp(ceil(capacity_factor * K * T_pool / E), 1,
+            T_pool)`` tokens of a pool. Pairs are dropped by priority (V-MoE's batch-prioritised routing: first
+            choices before second ones, and among them tokens with the highest probability first), never by position.
+            ``None`` (default) drops nothing.
+        check_finite: see :class:`Router`.
+
+    Shapes:
+        See :class:`Router`.
+
+    Raises:
+        ValueError: an argument out of range; the message names it, its value and the legal ones.
+    """
+
+    bias_E: Tensor
+    last_load_E: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 1,
+        *,
+        weight: Weighting | None = None,
+        noise: bool | None = None,
+        balance: Balance | None = None,
+        balance_coef: float = 0.01,
+        bias_rate: float = 0.001,
+        z_coef: float = 0.0,
+        capacity_factor: float | None = None,
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
+        if balance is not None:
+            check_choice("balance", balance, get_args(Balance))
+        if noise is None:
+            noise = balance == "importance_load"
+        if balance == "importance_load" and not noise:
+            raise ValueError("noise: got False with balance='importance_load', whose load term needs noise=True")
+        if capacity_factor is not None:
+            check_positive("capacity_factor", capacity_factor)
+        check_at_least("balance_coef", balance_coef, 0)
+        check_at_least("bias_rate", bias_rate, 0)
+        check_at_least("z_coef", z_coef, 0)
+        self.balance = balance
+        self.balance_coef = balance_coef
+        self.bias_rate = bias_rate
+        self.z_coef = z_coef
+        self.capacity_factor = capacity_factor
+        self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.noise = nn.Linear(dim, num_experts, bias=False) if noise else None
+        if balance == "bias":
+            self.register_buffer("bias_E", torch.zeros(num_experts))
+            self.register_buffer("last_load_E", torch.zeros(num_experts))
+        self.reset_parameters()
+
+    @staticmethod
+    def default_weight(k: int) -> Weighting:
+        return "normalized" if k >= 2 else "score"
+
+    def reset_parameters(self) -> None:
+        self.gate.reset_parameters()
+        if self.noise is not None:
+            nn.init.zeros_(self.noise.weight)
+        if self.balance == "bias":
+            self.bias_E.zero_()
+            self.last_load_E.zero_()
+
+    def route(self, x_TD: Tensor, pools: Pools, edge_index: Tensor | None) -> Routing:
+        clean_TE = float_linear(x_TD, self.gate)
+        logits_TE = clean_TE
+        noise_std_TE = None
+        if self.noise is not None:
+            noise_std_TE = F.softplus(float_linear(x_TD, self.noise))
+            if self.training:
+                logits_TE = clean_TE + torch.randn_like(clean_TE) * noise_std_TE
+        log_probs_TE = logits_TE.log_softmax(dim=-1)
+        probs_TE = log_probs_TE.exp()
+
+        expert_TK = top_experts(self._biased(probs_TE.detach()), self.k)
+        token_P, offsets_E = pairs_of_choices(expert_TK, self.num_experts)
+        load_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
+        if self.training and self.capacity_factor is not None:
+            capacity = pools.capacity(self.k, self.num_experts, self.capacity_factor)
+            token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), pools, capacity)
+
+        weight_P = self._weights(gather_pairs(log_probs_TE, token_P, offsets_E), token_P, pools.num_tokens)
+        losses = self._losses(clean_TE, logits_TE, noise_std_TE, probs_TE, load_E)
+        if self.balance == "bias" and self._counters_advance():
+            self.last_load_E.copy_(load_E)
+        return Routing(token_P, offsets_E, weight_P, probs_TE, pools.num_tokens, losses)
+
+    def _biased(self, probs_TE: Tensor) -> Tensor:
+        """The scores that decide the selection, with the bias brought up to date with the last step's load."""
+        if self.balance != "bias":
+            return probs_TE
+        if self._counters_advance():
+            self.bias_E.add_(self.bias_rate * (self.last_load_E.mean() - self.last_load_E).sign())
+        return probs_TE + self.bias_E
+
+    def _losses(
+        self, clean_TE: Tensor, logits_TE: Tensor, noise_std_TE: Tensor | None, probs_TE: Tensor, load_E: Tensor
+    ) -> dict[str, AuxLoss]:
+        losses = {}
+        if self.balance == "importance_load":
+            assert noise_std_TE is not None
+            losses["importance"] = AuxLoss(importance_loss(probs_TE), self.balance_coef)
+            losses["load"] = AuxLoss(load_loss(clean_TE, logits_TE, noise_std_TE, self.k), self.balance_coef)
+        elif self.balance == "switch":
+            losses["switch"] = AuxLoss(switch_loss(probs_TE, load_E), self.balance_coef)
+        if self.z_coef > 0:
+            losses["z"] = AuxLoss(z_loss(logits_TE), self.z_coef)
+        return losses
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.balance is not None:
+            text += f", balance={self.balance!r}"
+        if self.capacity_factor is not None:
+            text += f", capacity_factor={self.capacity_factor}"
+        return text

@@ -1,0 +1,94 @@
+"""Votes between tokens. Shapes: B pools, H voting heads, S tokens a pool, d head width, M edges, T tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gmoe.routing.pools import segment_logsumexp
+
+BLOCK_ELEMENTS = 2**22
+"""Scores held at once: 16 MiB in float32. Memory for votes is this plus O(T)."""
+
+
+class _AttentionVotes(torch.autograd.Function):
+    """votes_j = sum_i softmax_j(q_i . k_j), a block of voters i at a time, recomputed in the backward pass.
+
+    With p_ij the softmax and g_j the gradient of votes_j, that of the score s_ij is p_ij (g_j - sum_l p_il g_l).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, block: int) -> Tensor:
+        ctx.save_for_backward(q_BHSd, k_BHSd, mask_BS)
+        ctx.block = block
+        votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
+        for rows in _blocks(q_BHSd.size(2), block):
+            votes_BHS += _ballot(q_BHSd, k_BHSd, mask_BS, rows).sum(dim=2)
+        return votes_BHS
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        q_BHSd, k_BHSd, mask_BS = ctx.saved_tensors
+        grad_q = torch.empty_like(q_BHSd)
+        grad_k = torch.zeros_like(k_BHSd)
+        for rows in _blocks(q_BHSd.size(2), ctx.block):
+            p_BHbS = _ballot(q_BHSd, k_BHSd, mask_BS, rows)
+            mean_BHb1 = p_BHbS @ grad_BHS[..., None]
+            grad_s = p_BHbS.mul_(grad_BHS[:, :, None, :] - mean_BHb1)
+            part = grad_s @ k_BHSd
+            grad_q[:, :, rows] = part if q_BHSd.size(1) == part.size(1) else part.sum(dim=1, keepdim=True)
+            grad_k += grad_s.transpose(-1, -2) @ q_BHSd[:, :, rows]
+        return grad_q, grad_k, None, None
+
+
+def _blocks(length: int, block: int) -> list[slice]:
+    return [slice(start, min(start + block, length)) for start in range(0, length, block)]
+
+
+def _ballot(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, rows: slice) -> Tensor:
+    """(B, H, b, S) how the voters in ``rows`` spread their votes; padding neither votes nor is voted for."""
+    scores = q_BHSd[:, :, rows] @ k_BHSd.transpose(-1, -2)
+    if mask_BS is None:
+        return scores.softmax(dim=-1)
+    ballot = scores.masked_fill_(~mask_BS[:, None, None, :], -torch.inf).softmax(dim=-1)
+    return ballot.mul_(mask_BS[:, None, rows, None])
+
+
+def pool_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None, block: int | None = None) -> Tensor:
+    """(B, H, S) how much each token is voted for by the tokens of its pool; exact, in O(S) memory.
+
+    Args:
+        q_BHSd: queries, already divided by sqrt(d); H may be 1 where all heads share them.
+        k_BHSd: keys.
+        mask_BS: which slots hold a token; ``None`` for all.
+        block: voters at a time; by default as many as fit ``BLOCK_ELEMENTS``.
+    """
+    if block is None:
+        block = max(BLOCK_ELEMENTS // max(k_BHSd.shape[:-1].numel(), 1), 1)
+    votes: Tensor = _AttentionVotes.apply(q_BHSd, k_BHSd, mask_BS, block)
+    return votes
+
+
+def neighbour_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
+    """(T, H) votes where each node spreads one vote over its out-neighbours and itself; O(edges).
+
+    Every node has itself once, whether or not the graph has self-loops; parallel edges count once each.
+    """
+    num_tokens = k_THd.size(0)
+    src_M, dst_M = edge_index
+    proper = src_M != dst_M
+    itself_T = torch.arange(num_tokens, device=src_M.device)
+    src_M = torch.cat([src_M[proper], itself_T])
+    dst_M = torch.cat([dst_M[proper], itself_T])
+    heads = []
+    for head in range(k_THd.size(1)):  # a head at a time: (M, d) temporaries, not (M, H, d)
+        q_Td = q_THd[:, min(head, q_THd.size(1) - 1)]
+        score_M = (q_Td.index_select(0, src_M) * k_THd[:, head].index_select(0, dst_M)).sum(dim=-1)
+        lse_T = segment_logsumexp(score_M[:, None], src_M, num_tokens)[:, 0]
+        vote_M = (score_M - lse_T.index_select(0, src_M)).exp()
+        heads.append(vote_M.new_zeros(num_tokens).index_add(0, dst_M, vote_M))
+    return torch.stack(heads, dim=1)
