@@ -41,8 +41,8 @@ def moefy(
     With ``upcycle`` every expert starts as a copy of the dense MLP (sparse upcycling, Komatsuzaki et al., 2023), so
     that the layer starts as ``(sum of the token's weights) * mlp(x)``. What that means for each router:
 
-    - ``"token_choice"`` and ``"multi_centroid"`` at K >= 2 (normalized), ``"random"`` (weights sum to 1), ``"uniform"``:
-      the first forward equals the dense model's.
+    - ``"token_choice"`` and ``"multi_centroid"`` at K >= 2 (normalized), ``"random"`` and ``"uniform"``, whose
+      weights sum to 1: the first forward equals the dense model's.
     - either at K = 1 with ``"score"``: the MLP's output is scaled by the top probability, about 1 / E to 1; with
       ``weight="straight_through"`` it equals the dense one.
     - ``"expert_choice"`` by score: scaled by the sum of the probabilities of the experts that took the token; zero for
@@ -114,9 +114,9 @@ def _moefy(
     return model
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def _blocks(model: nn.Module) -> list[Any]:
     """The transformer blocks in order."""
-    blocks = []
+    blocks: list[Any] = []
     for container in model.modules():
         if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 0:
             children = list(container)
@@ -145,6 +145,8 @@ def _experts_like(mlp: nn.Module, num_experts: int, upcycle: bool, backend: Back
             "parameters, Linear), both with or both without bias, and one probability of dropout"
         )
     up, activation, down = form
+    assert isinstance(up, nn.Linear)
+    assert isinstance(down, nn.Linear)
     experts = MLPExperts(
         up.in_features,
         up.out_features,

@@ -8,14 +8,14 @@ from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import MessagePassing, SimpleConv
+from torch_geometric.nn import SimpleConv
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_at_least, check_choice
 from gmoe.conv.graph import Graph
 from gmoe.conv.moe_conv import MoEConv, RouteOn
-from gmoe.conv.registry import ConvFactory, ConvLike, conv_factory
+from gmoe.conv.registry import ConvLike, DenseLayers, conv_factory
 from gmoe.convert import _moefy
 from gmoe.dispatch import Backend
 from gmoe.moe import claim_router
@@ -25,29 +25,6 @@ from gmoe.routing.routing import Routing
 
 RoutingMode: TypeAlias = Literal["layer", "shared"]
 Residual: TypeAlias = Literal["none", "identity", "linear"]
-
-
-class DenseLayers:
-    """The convs of a dense GNN, layer by layer, as factories of copies.
-
-    Args:
-        model: the dense GNN.
-        upcycle: copy the parameters too.
-    """
-
-    def __init__(self, model: BasicGNN, upcycle: bool) -> None:
-        self.model = model
-        self.upcycle = upcycle
-
-    def __getitem__(self, layer: int) -> ConvFactory:
-        def make(_: Any, __: int) -> MessagePassing:
-            conv = copy.deepcopy(self.model.convs[layer])
-            if not self.upcycle:
-                conv.reset_parameters()
-            assert isinstance(conv, MessagePassing)
-            return conv
-
-        return make
 
 
 class GNNMoE(BasicGNN):

@@ -93,7 +93,7 @@ class LinearAggregation(AggregateOnce):
     linear: LinearExperts
     root: bool = True
 
-    def _parts(self, conv: Any) -> list[nn.Module]:
+    def _parts(self, conv: Any) -> list[Any]:
         """The linear layers of a conv: of the aggregate, and of the root."""
         return [getattr(conv, name) for name in self.linears[: 1 + self.root]]
 
@@ -237,7 +237,8 @@ class GINExperts(AggregateOnce):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for expert, network in enumerate(self.nns):
-            network.load_state_dict(self.make(expert).nn.state_dict())
+            made: Any = self.make(expert)
+            network.load_state_dict(made.nn.state_dict())
         self.eps_E.fill_(self.initial_eps)
 
     @torch.no_grad()
@@ -272,12 +273,14 @@ class SeparateExperts(ConvExperts):
 
     def reset_parameters(self) -> None:
         for conv in self.convs:
+            assert isinstance(conv, MessagePassing)
             conv.reset_parameters()
 
     def expert(self, index: int) -> MessagePassing:
         conv = copy.deepcopy(self.convs[index])
         assert isinstance(conv, MessagePassing)
-        return conv.requires_grad_(True)
+        conv.zero_grad()  # the copy takes gradients along
+        return conv
 
     def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
         tokens = list(_tokens_of(routing))
@@ -346,12 +349,13 @@ def without_dropout(module: nn.Module) -> nn.Module:
     """A float64 copy in training mode that drops nothing, to be probed."""
     probe = copy.deepcopy(module).double().train()
     for part in probe.modules():
+        rate: Any = getattr(part, "dropout", None)  # as PyG's layers call it: a number, or one for each layer
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        elif isinstance(getattr(part, "dropout", None), float):
-            part.dropout = 0.0  # type: ignore[assignment]
-        elif isinstance(getattr(part, "dropout", None), list):
-            part.dropout = [0.0] * len(part.dropout)  # type: ignore[arg-type]
+        elif isinstance(rate, float):
+            setattr(part, "dropout", 0.0)  # noqa: B010
+        elif isinstance(rate, list):
+            setattr(part, "dropout", [0.0] * len(rate))  # noqa: B010
     return probe
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
@@ -211,8 +211,7 @@ class MoEConv(MoELayer):
 
     @property
     def _flow(self) -> str:
-        convs = self.experts.convs if isinstance(self.experts, SeparateExperts) else [self.experts.prototype]
-        return str(convs[0].flow)
+        return str(_convs(self.experts)[0].flow)
 
     def _edge_arguments(self, **given: Tensor | None) -> dict[str, Tensor]:
         args = {name: value for name, value in given.items() if value is not None}
@@ -290,10 +289,15 @@ def _takes_local_path(conv: MessagePassing, in_channels: int | tuple[int, int], 
     return verified
 
 
+def _convs(experts: ConvExperts) -> list[Any]:
+    """The PyG convs that are run."""
+    return list(experts.convs) if isinstance(experts, SeparateExperts) else [experts.prototype]
+
+
 def _forward_arguments(experts: ConvExperts) -> frozenset[str]:
-    convs = experts.convs if isinstance(experts, SeparateExperts) else [experts.prototype]
-    forwards: list[Callable[..., Any]] = [conv.forward for conv in convs]
-    return frozenset.intersection(*(frozenset(inspect.signature(forward).parameters) for forward in forwards))
+    """What the forward of all of them takes."""
+    takes = [frozenset(inspect.signature(conv.forward).parameters) for conv in _convs(experts)]
+    return frozenset.intersection(*takes)
 
 
 def _aggregate_width(experts: AggregateOnce, in_channels: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.models.basic_gnn import BasicGNN
 
 from gmoe._checks import check_choice
 
@@ -62,6 +64,30 @@ def conv_factory(conv: str | ConvFactory, conv_kwargs: Mapping[str, Any]) -> Cal
         if name not in CONVS:
             check_choice("conv", conv, sorted(CONVS))
         conv = CONVS[name]
-    if conv in (pyg.GINConv, pyg.GINEConv):
-        conv = partial(_gin, conv)
-    return partial(conv, **conv_kwargs)
+    if conv is pyg.GINConv or conv is pyg.GINEConv:
+        return partial(_gin, conv, **conv_kwargs)
+    factory: ConvFactory = conv
+    return partial(factory, **conv_kwargs)
+
+
+class DenseLayers:
+    """The convs of a dense GNN, layer by layer, as factories of copies.
+
+    Args:
+        model: the dense GNN.
+        upcycle: copy the parameters too.
+    """
+
+    def __init__(self, model: BasicGNN, upcycle: bool) -> None:
+        self.model = model
+        self.upcycle = upcycle
+
+    def __getitem__(self, layer: int) -> ConvFactory:
+        def make(_: Any, __: int) -> MessagePassing:
+            conv = copy.deepcopy(self.model.convs[layer])
+            if not self.upcycle:
+                conv.reset_parameters()
+            assert isinstance(conv, MessagePassing)
+            return conv
+
+        return make

@@ -16,7 +16,7 @@ from gmoe.routing.token_choice import TokenChoice
 from gmoe.routing.uniform_router import UniformRouter
 
 RouterLike: TypeAlias = str | Router | Callable[..., Router]
-"""A name of :data:`ROUTERS`; an instance; a class or factory ``router(dim, num_experts, k=k, **kwargs)``, ``k`` optional."""
+"""A name of :data:`ROUTERS`; a class or factory ``router(dim, num_experts, k=k, **kwargs)``; an instance."""
 
 ROUTERS: dict[str, Callable[..., Router]] = {
     "token_choice": TokenChoice,

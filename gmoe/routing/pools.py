@@ -101,7 +101,9 @@ class Pools:
             slot_EP = (best_BCE + first_B[:, None, None]).permute(2, 0, 1).flatten(1)
             token_EP = slot_EP if self.order is None else self.order[slot_EP]
             return token_EP.sort(dim=1).values
-        assert self.index is not None and self.counts is not None and isinstance(capacity, Tensor)
+        assert self.index is not None
+        assert self.counts is not None
+        assert isinstance(capacity, Tensor)
         by_score_TE = scores_TE.argsort(dim=0, descending=True, stable=True)
         by_pool_TE = self.index[by_score_TE].argsort(dim=0, stable=True)
         token_TE = by_score_TE.gather(0, by_pool_TE)  # pool by pool, and inside a pool the best first
@@ -128,7 +130,7 @@ class Pools:
             if self.order is not None:
                 return [(self.order.view(self.num_pools, self.size), None)]
             return []  # callers view the tokens as (B, S) without a gather
-        assert self.counts is not None and self.index is not None
+        assert self.counts is not None
         order = self.order
         if order is None:
             order = torch.arange(self.num_tokens, device=self.counts.device)

@@ -1,0 +1,1 @@
+"""Training runs and measurements; run from a clone, never installed."""

@@ -1,0 +1,42 @@
+"""scikit-learn's 1,797 handwritten digits (8x8, 10 classes; UCI, CC BY 4.0), as images and as a graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import kneighbors_graph
+from torch import Tensor
+
+from experiments.data.task import Split, Task, graph_task, image_task
+
+
+def _split(labels: np.ndarray) -> dict[Split, Tensor]:
+    """A fixed stratified split, 50 / 25 / 25."""
+    everything = np.arange(len(labels))
+    train, rest = train_test_split(everything, train_size=0.5, stratify=labels, random_state=0)
+    val, test = train_test_split(rest, train_size=0.5, stratify=labels[rest], random_state=0)
+    return {"train": torch.from_numpy(train), "val": torch.from_numpy(val), "test": torch.from_numpy(test)}
+
+
+def digits() -> Task:
+    """The digits as images of one channel, standardised over the training set."""
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 16.0
+    labels = torch.from_numpy(data.target).long()
+    split = _split(data.target)
+    train = images[split["train"]]
+    images = (images - train.mean()) / train.std()
+
+    return image_task("digits", images, labels, split)
+
+
+def digits_graph() -> Task:
+    """The digits as nodes: an edge, in both directions, where either is among the other's 10 nearest neighbours."""
+    data = load_digits()
+    near = kneighbors_graph(data.data, n_neighbors=10, include_self=False)
+    source, destination = near.maximum(near.T).nonzero()
+    edge_index = torch.from_numpy(np.stack([source, destination])).long()
+    x = torch.from_numpy(data.data).float() / 16.0
+    return graph_task("digits-graph", x, edge_index, torch.from_numpy(data.target).long(), _split(data.target))

@@ -1,0 +1,137 @@
+"""A run: its folder, its summary, and where it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.config import TrainConfig
+from experiments.data import load_task
+from experiments.loop import train_seed
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Train all seeds of a run, write its folder, and return its summary. A finished run is only read.
+
+    Raises:
+        ValueError: the folder is not empty and ``resume`` is off, or it holds a run of another configuration.
+    """
+    folder = config.folder()
+    if folder.exists() and any(folder.iterdir()) and not config.resume:
+        raise ValueError(f"out: got {folder}, which is not empty; expected a new folder, or --resume to go on with it")
+    _same_run(folder / "config.json", config.science())
+    finished = folder / "summary.json"
+    if finished.exists():
+        summary: dict[str, Any] = json.loads(finished.read_text())
+        return summary
+    task = load_task(config.dataset, config.data_root, config.offline)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config.science())
+    results = []
+    for seed in config.seeds:
+        part = folder / f"seed-{seed}"
+        result = part / "result.json"
+        if not result.exists():
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+                write_json(result, train_seed(config, task, seed, part))
+        results.append(json.loads(result.read_text()))
+    summary = summarise(config, task.metric_name, results)
+    write_json(finished, summary)
+    return summary
+
+
+def _same_run(path: Path, science: dict[str, Any]) -> None:
+    if not path.exists():
+        return
+    there = json.loads(path.read_text())
+    here = json.loads(json.dumps(science))
+    for name in sorted(set(there) | set(here)):
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"out: {path.parent} holds a run with {name}={there.get(name)!r}, expected {here.get(name)!r}; choose "
+                "another folder"
+            )
+
+
+def summarise(config: TrainConfig, metric: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, sample standard deviation and n over the seeds, with all that is needed to repeat the run."""
+    first = results[0]
+    return {
+        "metric": metric,
+        "val": spread([result["val"] for result in results]),
+        "test": spread([result["test"] for result in results]),
+        "best_epoch": spread([result["best_epoch"] for result in results]),
+        "seconds": spread([result["seconds"] for result in results]),
+        **{name: first[name] for name in ("flops", "parameters", "active_parameters", "hidden")},
+        "routing": [
+            {
+                name: spread([result["routing"][layer][name] for result in results])
+                for name in ("coverage", "entropy", "nmi")
+                if name in first["routing"][layer]
+            }
+            for layer in range(len(first["routing"]))
+        ],
+        "config": config.science(),
+        "environment": environment(),
+    }
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (``None`` at n = 1), n, and the values."""
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+        "values": values,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Commit, hardware and versions."""
+    root = Path(__file__).parent
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    packages = ("torch", "torch-geometric", "torchvision", "lightning-fabric", "scikit-learn", "numpy")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(value, indent=2) + "\n")
+    fresh.replace(path)

@@ -1,0 +1,61 @@
+"""Train a preset: ``python -m experiments.train PRESET [options]``.
+
+    python -m experiments.train digits-graph --router expert_choice --experts 8 --k 1 --seeds 0 1 2
+
+Writes a run folder (config.json, seed-N/metrics.csv, seed-N/checkpoint/, routing/, summary.json), prints the summary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.config import TrainConfig
+from experiments.presets import PRESETS
+from experiments.runs import run
+
+
+def parse(args: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration from the command line: a preset, and what is changed of it."""
+    return tyro.extras.overridable_config_cli(PRESETS, args=args, prog="python -m experiments.train")
+
+
+def show(config: TrainConfig, summary: dict[str, Any], console: Console) -> None:
+    """Print a summary as a table."""
+    table = Table(title=f"{config.dataset}, {config.router}")
+    for column in ("", "mean", "std", "n"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in ("val", "test"):
+        figures = summary[name]
+        std = "–" if figures["std"] is None else f"{100 * figures['std']:.2f}"
+        table.add_row(f"{name} {summary['metric']} (%)", f"{100 * figures['mean']:.2f}", std, str(figures["n"]))
+    for layer, figures in enumerate(summary["routing"]):
+        for name, value in figures.items():
+            std = "–" if value["std"] is None else f"{value['std']:.3f}"
+            table.add_row(f"MoE layer {layer + 1}: {name}", f"{value['mean']:.3f}", std, str(value["n"]))
+    console.print(table)
+    console.print(
+        f"{summary['active_parameters']:,} of {summary['parameters']:,} parameters and {summary['flops']:,} FLOPs "
+        f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed; written to {config.folder()}"
+    )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = parse(args)
+    console = Console()
+    try:
+        summary = run(config)
+    except (ValueError, FileNotFoundError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+    show(config, summary, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""ViTMoE: torchvision's VisionTransformer with experts. Shapes: B images, C channels, T tokens, E experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, overload
+
+from torch import Tensor
+from torchvision.models import VisionTransformer
+
+from gmoe.convert import moefy
+from gmoe.dispatch import Backend
+from gmoe.moe import record
+from gmoe.routing.build import RouterLike
+from gmoe.routing.routing import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTSize:
+    """The dense transformer: what torchvision's ``VisionTransformer`` calls these sizes.
+
+    Args:
+        image_size: height and width of the images, in pixels.
+        patch_size: height and width of a patch, in pixels; divides ``image_size``.
+        num_layers: blocks.
+        num_heads: attention heads; divides ``hidden_dim``.
+        hidden_dim: width of a token.
+        mlp_dim: hidden width of the MLPs, and of each expert.
+    """
+
+    image_size: int
+    patch_size: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    mlp_dim: int
+
+
+SIZES: dict[int, ViTSize] = {
+    8: ViTSize(image_size=8, patch_size=2, num_layers=4, num_heads=4, hidden_dim=48, mlp_dim=96),
+    32: ViTSize(image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256),
+    160: ViTSize(image_size=160, patch_size=16, num_layers=6, num_heads=4, hidden_dim=192, mlp_dim=384),
+}
+"""Sizes by image size: handwritten digits (8x8), CIFAR (32x32), Imagenette (160x160)."""
+
+
+class ViTMoE(VisionTransformer):
+    r"""torchvision's ViT (Dosovitskiy et al., 2021) with a MoE in the MLP of every n-th block.
+
+    The tokens of one image, the class token included, are a pool: they compete for experts among themselves only.
+
+    Args:
+        size: a :class:`ViTSize`, or the image size of one of :data:`SIZES` (8, 32 or 160).
+        num_classes: default 10.
+        router: a name or factory (default ``"expert_choice"``); ``None`` leaves the dense ViT, the control.
+        num_experts: E (default 8).
+        k: K, experts per token (default 1).
+        every: block ``i`` is MoE where ``i % every == every - 1`` (default 2).
+        dropout, attention_dropout: of the dense ViT and the experts (default 0).
+        router_kwargs: further arguments of the routers.
+        backend: see :func:`gmoe.dispatch.grouped_linear`.
+
+    Shapes:
+        - ``images``: (B, 3, H, W), or (B, 1, H, W) grey ones, H = W = ``image_size``.
+        - returns (B, num_classes), and the list of :class:`gmoe.Routing` with ``return_routing=True``, empty if dense.
+
+    Raises:
+        ValueError: an image size without a preset, sizes that do not divide, or images of another shape.
+
+    Example:
+        >>> logits, routings = ViTMoE(32, router="expert_choice")(images, return_routing=True)
+        >>> loss = F.cross_entropy(logits, labels) + gmoe.aux_loss(routings)
+    """
+
+    def __init__(
+        self,
+        size: ViTSize | int,
+        num_classes: int = 10,
+        router: RouterLike | None = "expert_choice",
+        *,
+        num_experts: int = 8,
+        k: int = 1,
+        every: int = 2,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        router_kwargs: Mapping[str, Any] | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        if isinstance(size, int):
+            if size not in SIZES:
+                raise ValueError(f"size: got {size}, expected a ViTSize or one of {sorted(SIZES)}")
+            size = SIZES[size]
+        for name, whole, part in (
+            ("image_size", "image_size", "patch_size"),
+            ("hidden_dim", "hidden_dim", "num_heads"),
+        ):
+            if getattr(size, whole) % getattr(size, part):
+                raise ValueError(
+                    f"{name}: got {getattr(size, whole)}, expected a multiple of {part}={getattr(size, part)}"
+                )
+        super().__init__(**asdict(size), num_classes=num_classes, dropout=dropout, attention_dropout=attention_dropout)
+        self.size = size
+        self.dense = router is None
+        if router is not None:
+            moefy(
+                self,
+                every=every,
+                k=k,
+                router=router,
+                num_experts=num_experts,
+                upcycle=False,
+                router_kwargs=router_kwargs,
+                backend=backend,
+            )
+
+    @overload
+    def forward(self, images: Tensor, *, return_routing: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def forward(self, images: Tensor, *, return_routing: Literal[True]) -> tuple[Tensor, list[Routing]]: ...
+    def forward(self, images: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, list[Routing]]:
+        """Logits of the images; see the class."""
+        side = self.size.image_size
+        if images.dim() != 4 or images.size(1) not in (1, 3) or images.shape[2:] != (side, side):
+            raise ValueError(f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})")
+        if images.size(1) == 1:
+            images = images.expand(-1, 3, -1, -1)
+        if not return_routing:
+            return super().forward(images)
+        if self.dense:
+            return super().forward(images), []
+        with record(self.encoder) as routings:
+            logits = super().forward(images)
+        return logits, routings
+
+
+def widened(size: ViTSize, mlp_dim: int) -> ViTSize:
+    """The same transformer with another width of its MLPs: how a dense control meets the cost of a MoE."""
+    return replace(size, mlp_dim=mlp_dim)
