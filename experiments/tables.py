@@ -1,0 +1,99 @@
+"""README tables from result files: ``python -m experiments.tables`` rewrites README.md, ``--check`` only compares.
+
+A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from ``results/STUDY.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+MARKED = re.compile(r"(<!-- table: (?P<study>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablesConfig:
+    """Which page, from which results."""
+
+    page: Path = ROOT / "README.md"
+    """The page to rewrite."""
+    results: Path = ROOT / "results"
+    """Folder of the result files."""
+    check: bool = False
+    """Only compare; exit 1 where the page is out of date."""
+
+
+def render(page: str, results: Path) -> str:
+    """The page with all its tables generated anew."""
+
+    def table(match: re.Match[str]) -> str:
+        study = json.loads((results / f"{match['study']}.json").read_text())
+        return f"{match[1]}{study_table(study)}\n{match[3]}"
+
+    return MARKED.sub(table, page)
+
+
+def study_table(study: dict[str, Any]) -> str:
+    """One line an arm: the metric on the test set, what it costs, and what the routing follows."""
+    arms = {arm["arm"]: arm for arm in study["arms"]}
+    narrow, wide = arms.get(study["reference"]), arms.get(study["wide"])
+    planted = any("nmi" in layer for arm in study["arms"] for layer in arm["routing"])
+    metric = study["arms"][0]["metric"] if study["arms"] else "metric"
+    columns = ["arm", f"test {metric} (%)", "n", "active FLOPs", "parameters", "headroom recovered"]
+    if planted:
+        columns.append("NMI of expert and region, layer by layer")
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * 5 + ("---|" if planted else "")]
+    for arm in study["arms"]:
+        cells = [
+            arm["label"],
+            percent(arm["test"]),
+            str(arm["test"]["n"]),
+            "–" if narrow is None else f"{arm['flops'] / narrow['flops']:.2f}×",
+            f"{arm['parameters']:,}",
+            headroom(arm, narrow, wide),
+        ]
+        if planted:
+            cells.append(", ".join(nmi(layer["nmi"]) for layer in arm["routing"] if "nmi" in layer) or "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def percent(figures: dict[str, Any]) -> str:
+    """Mean ± sample standard deviation in per cent."""
+    mean = f"{100 * figures['mean']:.2f}"
+    return mean if figures["std"] is None else f"{mean} ± {100 * figures['std']:.2f}"
+
+
+def nmi(figures: dict[str, Any]) -> str:
+    """Mean ± sample standard deviation of a share."""
+    return f"{figures['mean']:.3f}" if figures["std"] is None else f"{figures['mean']:.3f} ± {figures['std']:.3f}"
+
+
+def headroom(arm: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None) -> str:
+    """(arm - dense) / (dense four times as wide - dense)."""
+    if narrow is None or wide is None or arm is narrow or arm is wide:
+        return "–"
+    base, room = narrow["test"]["mean"], wide["test"]["mean"] - narrow["test"]["mean"]
+    return "–" if room <= 0 else f"{100 * (arm['test']['mean'] - base) / room:.0f} %"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = tyro.cli(TablesConfig, args=args, prog="python -m experiments.tables", description=__doc__)
+    old = config.page.read_text()
+    new = render(old, config.results)
+    if config.check:
+        sys.exit(0 if new == old else f"{config.page} is out of date: run python -m experiments.tables")
+    config.page.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

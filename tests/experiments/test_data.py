@@ -1,0 +1,98 @@
+"""The data sets: what is planted is there, splits are fixed, disjoint and stratified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.data import Split, Task, load_task
+from experiments.data.mosaic import CLASSES, REGIONS, mosaic
+
+MOSAIC_SUM, MOSAIC_EDGES = -33198.47108442287, 15371898316
+"""Of the features, and of the sources times their position modulo 97: figures under results/ belong to this draw."""
+
+
+def rows(task: Task, split: Split) -> tuple[Tensor, Tensor]:
+    (batch,) = task.loader(split, 1, None)
+    assert batch.rows is not None
+    return batch.rows, batch.target
+
+
+def labels(task: Task) -> Tensor:
+    parts = [rows(task, split) for split in get_args(Split)]
+    y = torch.empty(sum(len(index) for index, _ in parts), dtype=torch.long)
+    for index, target in parts:
+        y[index] = target
+    return y
+
+
+def test_mosaic_is_as_described() -> None:
+    task = mosaic()
+    x, (source, destination) = next(iter(task.loader("train", 1, None))).inputs
+    region, y = task.planted, labels(task)
+    assert region is not None
+    assert x.shape == (8_000, 32)
+    assert source.shape == (80_000,)
+    assert torch.equal(region.bincount(), torch.full((REGIONS,), 1_000))
+    assert torch.equal(region[source], region[destination])
+    assert [len(rows(task, split)[0]) for split in get_args(Split)] == [4_000, 2_000, 2_000]
+    seen = torch.cat([rows(task, split)[0] for split in get_args(Split)])
+    assert torch.equal(seen.sort().values, torch.arange(8_000))
+    permutations = []
+    for r in range(REGIONS):
+        inside = region[destination] == r
+        count = torch.zeros(CLASSES, CLASSES).index_put(
+            (y[destination[inside]], y[source[inside]]), torch.ones(int(inside.sum())), accumulate=True
+        )
+        share = count / count.sum(dim=1, keepdim=True)
+        assert share.max(dim=1).values.mean() == pytest.approx(0.85 + 0.15 / CLASSES, abs=0.02)
+        permutations.append(share.argmax(dim=1))
+        assert torch.equal(permutations[-1].sort().values, torch.arange(CLASSES))
+    assert torch.equal(permutations[0], torch.arange(CLASSES))
+    assert len({tuple(p.tolist()) for p in permutations}) == REGIONS
+
+
+def test_mosaic_is_frozen() -> None:
+    x, edge_index = next(iter(mosaic().loader("train", 1, None))).inputs
+    again, edges_again = next(iter(mosaic().loader("train", 1, None))).inputs
+    assert torch.equal(x, again)
+    assert torch.equal(edge_index, edges_again)
+    assert float(x.double().sum()) == pytest.approx(MOSAIC_SUM, rel=1e-6)
+    assert int((edge_index[0] * (torch.arange(80_000) % 97)).sum()) == MOSAIC_EDGES
+
+
+def test_digits_graph() -> None:
+    task = load_task("digits-graph", Path("data"))
+    x, edge_index = next(iter(task.loader("train", 1, None))).inputs
+    assert x.shape == (1_797, 64)
+    assert 0 <= float(x.min()) < float(x.max()) <= 1
+    pairs = set(map(tuple, edge_index.T.tolist()))
+    assert all((destination, source) in pairs for source, destination in pairs)
+    assert int(edge_index[1].bincount(minlength=1_797).min()) >= 10
+    assert all(source != destination for source, destination in pairs)
+    y = labels(task)
+    for split in get_args(Split):
+        share = y[rows(task, split)[0]].bincount(minlength=10) / len(rows(task, split)[0])
+        torch.testing.assert_close(share, y.bincount() / len(y), atol=0.005, rtol=0)
+
+
+def test_digits_images() -> None:
+    task = load_task("digits", Path("data"))
+    sizes = {split: sum(len(batch.target) for batch in task.loader(split, 64, None)) for split in get_args(Split)}
+    assert sizes == {"train": 898, "val": 449, "test": 450}
+    first, second, other = (next(iter(task.loader("train", 64, seed))).inputs[0] for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert first.shape == (64, 1, 8, 8)
+    images = torch.cat([batch.inputs[0] for batch in task.loader("train", 64, None)])
+    assert abs(float(images.mean())) < 1e-4
+    assert float(images.std()) == pytest.approx(1, abs=1e-4)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="dataset: got 'pubmed', expected one of digits, digits-graph, mosaic"):
+        load_task("pubmed", Path("data"))

@@ -1,0 +1,197 @@
+"""The command line, the run folder, resuming, and the protocol."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import experiments.loop
+from experiments.config import TrainConfig
+from experiments.data import load_task
+from experiments.presets import PRESETS
+from experiments.runs import run, spread
+from experiments.train import main, parse
+
+QUICK = ["--epochs", "3", "--no-progress"]
+
+
+def quick(out: Path, *args: str, preset: str = "digits-graph", seeds: str = "0") -> dict[str, Any]:
+    """Run the command, and read what it wrote."""
+    main([preset, *QUICK, "--out", str(out), "--seeds", *seeds.split(), *args])
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary
+
+
+def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = quick(tmp_path / "run", "--router", "expert_choice", seeds="0 1")
+    assert summary["metric"] == "accuracy"
+    for split in ("val", "test"):
+        values = summary[split]["values"]
+        assert summary[split]["n"] == len(values) == 2
+        assert summary[split]["mean"] == pytest.approx(sum(values) / 2)
+        assert summary[split]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert {"commit", "versions", "cpu", "threads"} <= set(summary["environment"])
+    assert summary["config"]["router"] == "expert_choice"
+    for seed in (0, 1):
+        with (tmp_path / "run" / f"seed-{seed}" / "metrics.csv").open() as file:
+            assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+        assert load_file(tmp_path / "run" / f"seed-{seed}" / "checkpoint" / "best.safetensors")
+        pairs = load_file(tmp_path / "run" / "routing" / f"seed-{seed}.safetensors")
+        assert pairs["layer0.token"].shape == pairs["layer0.expert"].shape == pairs["layer0.weight"].shape
+    assert "test accuracy (%)" in capsys.readouterr().out
+
+
+def test_std_is_null_for_one_seed(tmp_path: Path) -> None:
+    assert quick(tmp_path / "run")["test"]["std"] is None
+    assert spread([1.0])["std"] is None
+
+
+def test_the_test_set_is_read_once_at_the_best_validation_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    evaluate = experiments.loop.evaluate
+
+    def watch(fabric: Any, model: Any, config: Any, task: Any, split: Any) -> Any:
+        seen.append(split)
+        return evaluate(fabric, model, config, task, split)
+
+    monkeypatch.setattr(experiments.loop, "evaluate", watch)
+    quick(tmp_path / "run")
+    assert seen == ["val", "val", "val", "test"]
+    with (tmp_path / "run" / "seed-0" / "metrics.csv").open() as file:
+        val = [float(row["val"]) for row in csv.DictReader(file)]
+    result = json.loads((tmp_path / "run" / "seed-0" / "result.json").read_text())
+    assert result["best_epoch"] == val.index(max(val))
+    assert result["val"] == max(val)
+
+
+@pytest.mark.parametrize("router", ["dense", "token_choice", "random", "uniform"])
+def test_same_seed_same_numbers(tmp_path: Path, router: str) -> None:
+    first, second = (quick(tmp_path / name, "--router", router) for name in ("a", "b"))
+    assert first["val"]["values"] == second["val"]["values"]
+    assert first["test"]["values"] == second["test"]["values"]
+
+
+@pytest.mark.parametrize("preset", ["digits-graph", "digits"])
+def test_resume_after_a_cut_equals_a_run_in_one_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    args = ("--router", "token_choice", "--dropout", "0.2", "--checkpoint-every", "1")
+    whole = quick(tmp_path / "whole", *args, preset=preset)
+    train_epoch = experiments.loop.train_epoch
+    done: list[int] = []
+
+    def cut(*arguments: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(experiments.loop, "train_epoch", cut)
+    with pytest.raises(KeyboardInterrupt):
+        quick(tmp_path / "cut", *args, preset=preset)
+    monkeypatch.setattr(experiments.loop, "train_epoch", train_epoch)
+    log = tmp_path / "cut" / "seed-0" / "metrics.csv"
+    log.write_text(log.read_text() + "2,9,9,9,9,9\n")  # an epoch behind the checkpoint
+    resumed = quick(tmp_path / "cut", *args, "--resume", preset=preset)
+    assert resumed["val"]["values"] == whole["val"]["values"]
+    assert resumed["test"]["values"] == whole["test"]["values"]
+    weights = [load_file(tmp_path / name / "seed-0" / "checkpoint" / "best.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with log.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert rows[-1]["loss"] != "9"
+
+
+def test_out_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    first = quick(tmp_path / "run", "--resume")  # nothing there: starts afresh
+    with pytest.raises(SystemExit) as stop:
+        quick(tmp_path / "run")
+    assert stop.value.code == 2
+    assert "not empty" in capsys.readouterr().err
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr("experiments.runs.train_seed", never)
+    assert quick(tmp_path / "run", "--resume") == first
+    with pytest.raises(SystemExit):
+        quick(tmp_path / "run", "--resume", "--lr", "0.5")
+    assert "lr" in capsys.readouterr().err
+
+
+def test_unknown_preset_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["ogbn-arxivv"])
+    error = capsys.readouterr()
+    assert all(name in error.err + error.out for name in PRESETS)
+
+
+def test_missing_data_says_what_how_large_and_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["cora", *QUICK, "--out", str(tmp_path / "run"), "--data-root", str(tmp_path / "none"), "--offline"])
+    error = " ".join(capsys.readouterr().err.split())
+    assert "ind.cora.x" in error
+    assert "about 0.2 MB" in error
+    assert str(tmp_path / "none" / "Cora" / "raw") in error.replace(" ", "") or "Cora/raw" in error
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["digits-graph", "--router", "oracle"], "router: got 'oracle' for digits-graph"),
+        (["mosaic", "--router", "oracle", "--experts", "4"], "experts: got 4, expected the 8 planted ones"),
+        (["digits-graph", "--router", "random", "--balance", "switch"], "balance: got 'switch', but the router 'random'"),
+        (["digits-graph", "--router", "dense", "--weight", "score"], "options: got"),
+        (["digits-graph", "--k", "9"], "k: got 9, expected at most num_experts=8"),
+        (["digits-graph", "--equal", "flops"], "equal: got 'flops' with router='token_choice'"),
+        (["digits-graph", "--kmeans-init"], "kmeans_init: got True"),
+    ],
+)
+def test_bad_combinations(tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*args, *QUICK, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("preset", ["digits", "digits-graph", "mosaic"])
+@pytest.mark.parametrize("router", ["expert_choice", "attention_vote", "multi_centroid"])
+def test_every_preset_that_ships_trains_with_every_router(tmp_path: Path, preset: str, router: str) -> None:
+    args = ("--epochs", "1", "--scope", "neighbours") if router == "attention_vote" and preset != "digits" else ()
+    summary = quick(tmp_path / "run", "--router", router, "--epochs", "1", *args, preset=preset)
+    assert 0 <= summary["test"]["mean"] <= 1
+
+
+def test_bf16_and_kmeans(tmp_path: Path) -> None:
+    summary = quick(tmp_path / "a", "--precision", "bf16-mixed")
+    assert summary["test"]["mean"] > 0.05
+    summary = quick(
+        tmp_path / "b", "--router", "multi_centroid", "--routing", "shared", "--kmeans-init", "--num-centroids", "1",
+        preset="mosaic",
+    )  # fmt: skip
+    assert summary["routing"][0]["nmi"]["mean"] > 0.9  # the centroids are the regions before any training
+
+
+def test_nan_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = replace(PRESETS["digits-graph"][1], epochs=1, progress=False, out=tmp_path / "run", seeds=(0,))
+    task = load_task("digits-graph", Path("data"))
+    next(iter(task.loader("train", 1, None))).inputs[0][3, 4] = torch.nan
+    monkeypatch.setattr("experiments.runs.load_task", lambda *_: task)
+    with pytest.raises(ValueError, match="x: got 2 values that are NaN or infinite|NaN or infinite"):
+        run(config)
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        PRESETS["digits"][1].lr = 1.0  # type: ignore[misc]
+    assert isinstance(PRESETS["digits"][1], TrainConfig)

@@ -1,0 +1,104 @@
+"""ViTMoE: shapes, pools per image, the dense control, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import gmoe
+from gmoe import MoE
+from vision import SIZES, ViTMoE, ViTSize
+
+TINY = ViTSize(image_size=8, patch_size=2, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
+
+
+def vit(router: str | None, size: ViTSize = TINY, **kwargs: object) -> ViTMoE:
+    torch.manual_seed(0)
+    model = ViTMoE(size, 5, router, num_experts=4, **kwargs)  # type: ignore[arg-type]
+    torch.nn.init.normal_(model.heads.head.weight)  # torchvision's starts at zero
+    return model
+
+
+@pytest.mark.parametrize("side", sorted(SIZES))
+@pytest.mark.parametrize("router", ["expert_choice", None])
+def test_presets_run_and_train(side: int, router: str | None) -> None:
+    model = ViTMoE(side, router=router)
+    logits, routings = model(torch.randn(2, 3, side, side), return_routing=True)
+    assert logits.shape == (2, 10)
+    tokens = 2 * ((side // SIZES[side].patch_size) ** 2 + 1)  # and the class token
+    assert [routing.num_tokens for routing in routings] == ([] if router is None else [tokens] * len(routings))
+    (F.cross_entropy(logits, torch.tensor([0, 1])) + gmoe.aux_loss(routings)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_every_nth_block_is_moe(every: int) -> None:
+    model = vit("token_choice", every=every)
+    blocks = [isinstance(block.mlp, MoE) for block in model.encoder.layers]
+    assert blocks == [i % every == every - 1 for i in range(2)]
+
+
+@pytest.mark.parametrize("router", sorted(gmoe.ROUTERS))
+@pytest.mark.parametrize("training", [False, True])
+def test_an_image_does_not_depend_on_its_batch_mates(router: str, training: bool) -> None:
+    model = vit(router, k=1 if router != "uniform" else 4).double().train(training)
+    images = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(model(images)[:2], model(images[:2]), atol=1e-6, rtol=0)
+
+
+def test_the_dense_control_is_torchvisions() -> None:
+    model = vit(None).double()
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(model(images), super(ViTMoE, model).forward(images))
+    assert model(images, return_routing=True)[1] == []
+
+
+def test_grey_images_are_repeated() -> None:
+    model = vit("expert_choice")
+    grey = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(model(grey), model(grey.repeat(1, 3, 1, 1)))
+
+
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice", "attention_vote"])
+def test_bf16_autocast(router: str) -> None:
+    model = vit(router)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, routings = model(torch.randn(2, 3, 8, 8), return_routing=True)
+    assert logits.dtype == torch.bfloat16
+    assert all(routing.scores.dtype == torch.float32 for routing in routings)
+
+
+def test_state_dict_round_trip() -> None:
+    model, other = vit("expert_choice"), ViTMoE(TINY, 5, "expert_choice", num_experts=4)
+    other.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(images), other(images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 64}, r"size: got 64, expected a ViTSize or one of \[8, 32, 160\]"),
+        (
+            {"size": ViTSize(image_size=9, patch_size=2, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=8)},
+            "image_size: got 9, expected a multiple of patch_size=2",
+        ),
+        (
+            {"size": ViTSize(image_size=8, patch_size=2, num_layers=2, num_heads=3, hidden_dim=16, mlp_dim=8)},
+            "hidden_dim: got 16, expected a multiple of num_heads=3",
+        ),
+        ({"size": TINY, "router": "nearest"}, "router: got 'nearest', expected one of 'token_choice'"),
+        ({"size": TINY, "every": 3}, "every: got 3, expected at most the number of blocks, 2"),
+        ({"size": TINY, "num_experts": 2, "k": 3}, "k: got 3, expected at most num_experts=2"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ViTMoE(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 9), (2, 2, 8, 8), (3, 8, 8)])
+def test_bad_images(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"images: got shape .*, expected \(B, 3 or 1, 8, 8\)"):
+        vit("expert_choice")(torch.randn(*shape))
