@@ -27,6 +27,8 @@ class RouterOptions:
     """Token choice: coefficient of the balance loss."""
     z_coef: float | None = None
     """Token and expert choice: coefficient of the router z-loss."""
+    init_scale: float | None = None
+    """Token and expert choice, attention vote: factor of the initial weights."""
     capacity_factor: float | None = None
     """Tokens per expert, relative to an even share."""
     normalize: Literal["experts", "tokens"] | None = None

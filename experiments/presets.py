@@ -28,6 +28,7 @@ MOSAIC = TrainConfig(
     hidden=16,
     layers=2,
     jk="last",
+    residual="none",
     epochs=150,
     seeds=(0, 1, 2, 3, 4),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 
@@ -12,8 +13,8 @@ def check_at_least(name: str, value: float, least: float) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse ``value <= 0``."""
-    if not value > 0:
+    """Refuse ``value <= 0`` and infinity."""
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: got {value}, expected a positive number")
 
 

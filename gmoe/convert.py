@@ -100,9 +100,14 @@ def _moefy(
             f"model: got {type(model).__name__}, expected a transformer with blocks that hold an `mlp`, such as "
             "torchvision's or timm's VisionTransformer, or a PyG BasicGNN"
         )
+    if len({id(parent) for parent, _ in blocks}) > 1:
+        raise ValueError(
+            f"model: got {type(model).__name__}, whose blocks lie in several stages; expected one sequence of "
+            "blocks on tokens (B, T, D), as in a VisionTransformer"
+        )
     if len(blocks) < every:
         raise ValueError(f"every: got {every}, expected at most the number of blocks, {len(blocks)}")
-    chosen = [block for i, block in enumerate(blocks) if i % every == every - 1]
+    chosen = [block for i, (_, block) in enumerate(blocks) if i % every == every - 1]
     layers = []
     for block in chosen:  # build all before changing any: an error leaves the model as it was
         first = next(block.mlp.parameters())
@@ -114,14 +119,14 @@ def _moefy(
     return model
 
 
-def _blocks(model: nn.Module) -> list[Any]:
-    """The transformer blocks in order."""
-    blocks: list[Any] = []
+def _blocks(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """The transformer blocks in order, each with the container that it lies in."""
+    blocks: list[tuple[nn.Module, Any]] = []
     for container in model.modules():
         if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 0:
             children = list(container)
             if all(isinstance(getattr(child, "mlp", None), nn.Module) for child in children):
-                blocks += children
+                blocks += [(container, child) for child in children]
     return blocks
 
 

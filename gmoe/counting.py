@@ -99,11 +99,15 @@ def _sparse_product(matrix: torch.Tensor, dense: torch.Tensor) -> int:
     return int(2 * matrix._nnz() * dense.size(-1))
 
 
-def _addmm(_: Any, a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    """``addmm`` also stands for the product of a sparse matrix."""
+def _mm(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
+    """``mm`` and ``addmm`` also stand for the product of a sparse matrix."""
     if a.layout != torch.strided:
         return _sparse_product(a, b)
     return int(2 * a.size(0) * a.size(1) * b.size(1))
+
+
+def _addmm(_: Any, a: torch.Tensor, b: torch.Tensor, *__: Any, **___: Any) -> int:
+    return _mm(a, b)
 
 
 def _sparse_reduce(matrix: torch.Tensor, dense: torch.Tensor, *_: Any, **__: Any) -> int:
@@ -131,8 +135,11 @@ def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 
 _EXTRA_FLOPS: dict[Any, Any] = {
+    aten.mm: _raw(_mm),
     aten.addmm: _raw(_addmm),
+    aten._sparse_addmm: _raw(_addmm),
     aten._sparse_mm_reduce_impl: _raw(_sparse_reduce),
+    aten._sparse_mm_reduce_impl_backward: _raw(_sparse_reduce),
     aten._grouped_mm: _grouped_mm,
     aten.index_add: _index_add,
     aten.index_add_: _index_add,

@@ -134,7 +134,7 @@ def _padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     expert_P = torch.arange(num_experts, device=x_PI.device).repeat_interleave(load_E)
     slot_P = expert_P * capacity + torch.arange(x_PI.size(0), device=x_PI.device) - start_P
     x_ECI = x_PI.new_zeros(num_experts * capacity, x_PI.size(1)).index_copy(0, slot_P, x_PI)
-    y_ECO = torch.bmm(x_ECI.view(num_experts, capacity, -1), weight_EIO)
+    y_ECO = torch.bmm(x_ECI.view(num_experts, capacity, x_PI.size(1)), weight_EIO)
     return y_ECO.flatten(0, 1).index_select(0, slot_P)
 
 

@@ -13,7 +13,7 @@ from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_at_least, check_choice
-from gmoe.conv.graph import Graph
+from gmoe.conv.graph import Graph, check_batch
 from gmoe.conv.moe_conv import MoEConv, RouteOn
 from gmoe.conv.registry import ConvLike, DenseLayers, conv_factory
 from gmoe.convert import _moefy
@@ -133,8 +133,8 @@ class GNNMoE(BasicGNN):
         shared: Router | None = None
         if routing == "shared" and router is not None:
             dim = in_channels * {"input": 1, "aggregate": route_hops, "both": 1 + route_hops}[route_on]
-            shared_args = {**router_args, **({"check_finite": True} if check_finite else {})}
-            shared = build_router(router, dim, num_experts, k, {} if isinstance(router, Router) else shared_args)
+            shared = build_router(router, dim, num_experts, k, router_args)
+            shared.check_finite |= check_finite
         super().__init__(
             hidden_channels if in_proj else in_channels,
             hidden_channels,
@@ -216,6 +216,7 @@ class GNNMoE(BasicGNN):
         """
         if self.shared_router is None:
             raise ValueError("routing: got 'layer', expected 'shared' to decide once")
+        check_batch(batch, x.size(0))
         edges = Graph(edge_index, x.size(0), x.size(0), {}).edge_index
         routing: Routing = self.shared_router(self.router_input(x, edge_index), batch, edges)
         return routing
@@ -296,7 +297,8 @@ class GNNMoE(BasicGNN):
                 routings.append(routing)
             x = self._after(layer, x, batch, batch_size)
             xs.append(x)
-        x = self.jk(xs) if hasattr(self, "jk") else x
+        if hasattr(self, "jk"):
+            x = self.jk([h[: x.size(0)] for h in xs])  # trimming leaves the later layers fewer nodes
         x = self.lin(x) if hasattr(self, "lin") else x
         return (x, routings) if return_routing else x
 

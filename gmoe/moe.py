@@ -57,6 +57,11 @@ class MoELayer(nn.Module):
         self.k = k
         self._experts_per_token = float(k)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.router is not None:  # a copy holds its own router, as the original does
+            claim_router(self.router, self)
+
     @property
     def experts_per_token(self) -> float:
         """Average number of experts of a token, by construction."""
@@ -152,7 +157,8 @@ def record(model: nn.Module) -> Iterator[list[Routing]]:
         model: any model that holds routers.
 
     Raises:
-        RuntimeError: a forward of ``model`` recorded nothing, or none took place; or a layer runs under *reentrant*
+        RuntimeError: a forward of ``model`` recorded nothing, or none took place (a model that ``torch.compile`` has
+            traced before the block does not see the hooks); or a layer runs under *reentrant*
             checkpointing, which would cut the auxiliary losses off from the parameters (use ``use_reentrant=False``).
 
     Example:
@@ -178,7 +184,10 @@ def record(model: nn.Module) -> Iterator[list[Routing]]:
 
     def end(_: nn.Module, __: Any, ___: Any) -> None:
         if len(routings) == before.pop():
-            raise RuntimeError("record: a forward of the model recorded no routing; does it hold a MoE layer?")
+            raise RuntimeError(
+                "record: a forward of the model recorded no routing; does it hold a MoE layer? (a model that was "
+                "compiled and called before the block does not see the hooks: enter the block first)"
+            )
 
     with ExitStack() as stack:
         for module in model.modules():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import GCNConv, GINConv, GraphConv, MessagePassing, SAGEConv
 
 from gmoe.conv.graph import Graph
@@ -62,7 +63,14 @@ class AggregateOnce(ConvExperts):
         assert self.accepts(template)
         self.prototype = self._without_transform(template)
         self._build(template, backend)
-        self.reset_parameters()
+        self._fill([make(expert) for expert in range(num_experts)])
+
+    def reset_parameters(self) -> None:
+        with torch.random.fork_rng(devices=[]):  # what is drawn while building is thrown away
+            made = [self.make(expert) for expert in range(self.num_experts)]
+        for conv in made:
+            conv.reset_parameters()
+        self._fill(made)
 
     @staticmethod
     def accepts(conv: MessagePassing) -> bool:
@@ -80,9 +88,16 @@ class AggregateOnce(ConvExperts):
     @abstractmethod
     def _build(self, template: Any, backend: Backend) -> None: ...
 
+    @abstractmethod
+    def _fill(self, convs: list[MessagePassing]) -> None:
+        """Take the parameters of E separate convs over, initialised as PyG does."""
+
     def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
         size = (graph.num_src, graph.num_dst)
-        out: Tensor = self.prototype((x_src, None), graph.adj, **graph.edge_args, size=size)
+        adj = graph.adj
+        if isinstance(adj, EdgeIndex) and None in adj.sparse_size():  # PyG ignores `size` beside an EdgeIndex
+            adj = EdgeIndex(adj.as_tensor(), sparse_size=size, sort_order=adj.sort_order)
+        out: Tensor = self.prototype((x_src, None), adj, **graph.edge_args, size=size)
         return out
 
 
@@ -110,9 +125,8 @@ class LinearAggregation(AggregateOnce):
         )
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        for expert in range(self.num_experts):  # as PyG initialises E separate convs
-            conv = self.make(expert)
+    def _fill(self, convs: list[MessagePassing]) -> None:
+        for expert, conv in enumerate(convs):
             self.linear.weight[expert] = torch.cat([part.weight for part in self._parts(conv)], dim=1).T
             bias = self._bias(conv)
             if self.linear.bias is not None and bias is not None:
@@ -160,11 +174,15 @@ class GCNExperts(LinearAggregation):
         bias: Tensor | None = conv.bias
         return bias
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.prototype._cached_edge_index = self.prototype._cached_adj_t = None  # as PyG's does
+
     def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
-        if graph.num_src != graph.num_dst:
+        if graph.bipartite:
             raise ValueError(
-                f"x: got {graph.num_src} sources and {graph.num_dst} destinations, expected one set of nodes, since "
-                "GCNConv takes no bipartite input (SAGEConv and GraphConv do)"
+                "x: got a tuple of source and destination nodes, expected one tensor, since GCNConv takes no bipartite "
+                "input (SAGEConv and GraphConv do)"
             )
         out: Tensor = self.prototype(x_src, graph.adj, **graph.edge_args)
         return out
@@ -232,14 +250,12 @@ class GINExperts(AggregateOnce):
             self.eps_E = nn.Parameter(eps)
         else:
             self.register_buffer("eps_E", eps)
-        self.initial_eps = template.initial_eps
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        for expert, network in enumerate(self.nns):
-            made: Any = self.make(expert)
-            network.load_state_dict(made.nn.state_dict())
-        self.eps_E.fill_(self.initial_eps)
+    def _fill(self, convs: list[Any]) -> None:
+        for expert, conv in enumerate(convs):
+            self.nns[expert].load_state_dict(conv.nn.state_dict())
+            self.eps_E[expert] = conv.eps
 
     @torch.no_grad()
     def expert(self, index: int) -> MessagePassing:

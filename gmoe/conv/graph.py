@@ -26,6 +26,7 @@ class Graph:
         num_src, num_dst: N_src and N_dst.
         edge_args: what the conv takes per edge (``edge_weight``, ``edge_attr``, ...), each with M rows.
         flow: PyG's ``flow``: which row of ``edge_index`` holds the destinations.
+        bipartite: sources and destinations are two sets of nodes.
 
     Raises:
         ValueError: edges outside the nodes (CPU tensors), or an edge argument with another number of rows.
@@ -36,6 +37,7 @@ class Graph:
     num_dst: int
     edge_args: dict[str, Tensor]
     flow: str = "source_to_target"
+    bipartite: bool = False
 
     def __post_init__(self) -> None:
         if is_sparse(self.adj):
@@ -89,7 +91,16 @@ class Graph:
         args = {name: value[edges] for name, value in self.edge_args.items()}
         value = self._coo[1]
         if value is not None:
-            for name in ("edge_weight", "edge_attr", "edge_type"):  # as MessagePassing reads them
+            names = ("edge_weight", "edge_type") if value.dim() == 1 else ("edge_weight", "edge_attr", "edge_type")
+            for name in names:  # as MessagePassing reads them
                 if name in takes and name not in args:
                     args[name] = value[edges]
         return args
+
+
+def check_batch(batch: Tensor | None, num_nodes: int) -> None:
+    """Refuse a ``batch`` vector that does not say for each node which graph it belongs to."""
+    if batch is not None and (batch.dim() != 1 or batch.numel() != num_nodes or batch.is_floating_point()):
+        raise ValueError(
+            f"batch: got shape {tuple(batch.shape)} of {batch.dtype}, expected one integer for each of {num_nodes} nodes"
+        )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
@@ -14,13 +16,12 @@ from torch_geometric.typing import Adj
 
 from gmoe._checks import check_at_least, check_choice
 from gmoe.conv.experts import AGGREGATE_ONCE, AggregateOnce, ConvExperts, SeparateExperts
-from gmoe.conv.graph import Graph
+from gmoe.conv.graph import Graph, check_batch
 from gmoe.conv.probe import is_local
 from gmoe.conv.registry import LOCAL, ConvFactory, ConvLike, conv_factory
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer
 from gmoe.routing.build import RouterLike, build_router
-from gmoe.routing.router import Router
 from gmoe.routing.routing import Routing
 
 RouteOn: TypeAlias = Literal["input", "aggregate", "both"]
@@ -93,6 +94,8 @@ class MoEConv(MoELayer):
     ) -> None:
         check_at_least("num_experts", num_experts, 1)
         check_at_least("k", k, 1)
+        if k > num_experts:
+            raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
         check_choice("route_on", route_on, get_args(RouteOn))
         check_choice("backend", backend, get_args(Backend))
         widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
@@ -105,10 +108,8 @@ class MoEConv(MoELayer):
             dim += _aggregate_width(experts, widths[0]) - widths[0]
         built = None
         if router is not None:
-            kwargs = dict(router_kwargs or {})
-            if check_finite and not isinstance(router, Router):
-                kwargs["check_finite"] = True
-            built = build_router(router, dim, num_experts, k, kwargs)
+            built = build_router(router, dim, num_experts, k, router_kwargs)
+            built.check_finite |= check_finite
         super().__init__(built, num_experts, k)
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -179,7 +180,8 @@ class MoEConv(MoELayer):
                 got = None if value is None else tuple(value.shape)
                 raise ValueError(f"x: got {name} nodes of shape {got}, expected (number of nodes, {width})")
         edge_args = self._edge_arguments(edge_weight=edge_weight, edge_attr=edge_attr)
-        graph = Graph(edge_index, x_src.size(0), x_dst.size(0), edge_args, self._flow)
+        check_batch(batch, x_dst.size(0))
+        graph = Graph(edge_index, x_src.size(0), x_dst.size(0), edge_args, self._flow, x_src is not x_dst)
         aggregate = self.experts.aggregate(x_src, graph)
         if routing is None:
             routing = self._route(x_src, x_dst, aggregate, graph, batch)
@@ -225,6 +227,23 @@ class MoEConv(MoELayer):
         return f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, route_on={self.route_on!r}"
 
 
+@dataclass(frozen=True)
+class _Make:
+    """Makes the conv of an expert. A class, not a closure, so that layers can be pickled."""
+
+    factories: list[Callable[[Any, int], MessagePassing]]
+    in_channels: int | tuple[int, int]
+    out_channels: int
+
+    def __call__(self, expert: int) -> MessagePassing:
+        built = self.factories[expert](self.in_channels, self.out_channels)
+        if not isinstance(built, MessagePassing):
+            raise ValueError(
+                f"conv: got a factory of {type(built).__name__}, expected one of PyG MessagePassing layers"
+            )
+        return built
+
+
 def _build_experts(
     conv: ConvLike,
     conv_kwargs: Mapping[str, Any],
@@ -240,14 +259,7 @@ def _build_experts(
         raise ValueError(f"conv: got a list of {len(kinds)} convs, expected num_experts={num_experts}")
     factories = [conv_factory(kind, conv_kwargs) for kind in kinds]
 
-    def make(expert: int) -> MessagePassing:
-        built = factories[expert](in_channels, out_channels)
-        if not isinstance(built, MessagePassing):
-            raise ValueError(
-                f"conv: got a factory of {type(built).__name__}, expected one of PyG MessagePassing layers"
-            )
-        return built
-
+    make = _Make(factories, in_channels, out_channels)
     samples = [make(expert) for expert in (range(num_experts) if not one_kind else range(min(2, num_experts)))]
     own: set[int] = set()
     for sample in samples:
@@ -304,4 +316,4 @@ def _aggregate_width(experts: AggregateOnce, in_channels: int) -> int:
     """Width of the aggregate, which several aggregations side by side widen."""
     x = torch.zeros(1, in_channels)
     graph = Graph(torch.zeros(2, 1, dtype=torch.long), 1, 1, {})
-    return experts.aggregate(x, graph).size(1)
+    return copy.deepcopy(experts).aggregate(x, graph).size(1)  # a copy, since some convs cache their first graph

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch_geometric.nn import MessagePassing
+from torch_geometric.nn import GINEConv, MessagePassing
 
 from gmoe.conv.experts import run_on_all, run_on_destinations, without_dropout
 from gmoe.conv.graph import Graph
@@ -37,6 +37,8 @@ def is_local(conv: MessagePassing, in_channels: int | tuple[int, int]) -> bool:
     if "edge_weight" in takes:
         edge_args["edge_weight"] = random(EDGES)
     edge_dim = getattr(conv, "edge_dim", None) or getattr(conv, "dim", None)
+    if isinstance(conv, GINEConv):
+        edge_dim = in_channels if conv.lin is None else conv.lin.in_channels
     if "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0:
         edge_args["edge_attr"] = random(EDGES, edge_dim)
     if isinstance(in_channels, int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -83,11 +84,18 @@ class DenseLayers:
         self.upcycle = upcycle
 
     def __getitem__(self, layer: int) -> ConvFactory:
-        def make(_: Any, __: int) -> MessagePassing:
-            conv = copy.deepcopy(self.model.convs[layer])
-            if not self.upcycle:
-                conv.reset_parameters()
-            assert isinstance(conv, MessagePassing)
-            return conv
+        return _CopyOf(self.model.convs[layer], self.upcycle)
 
-        return make
+
+@dataclass(frozen=True)
+class _CopyOf:
+    """A factory of copies of one conv, whatever sizes it is asked for."""
+
+    conv: MessagePassing
+    upcycle: bool
+
+    def __call__(self, in_channels: Any, out_channels: int) -> MessagePassing:
+        conv = copy.deepcopy(self.conv)
+        if not self.upcycle:
+            conv.reset_parameters()
+        return conv

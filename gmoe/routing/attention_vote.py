@@ -26,8 +26,9 @@ class AttentionVote(Router):
         \mathrm{votes}_j^e = \sum_i \mathrm{softmax}_j(q_i^e \cdot k_j^e / \sqrt{d})
 
     Every token has one vote an expert, so that votes average 1 over all tokens. Capacity and ties are those of
-    :class:`ExpertChoice`. Votes run along tokens: with ``weight="score"`` they are divided by the detached mean of the
-    pool's selected votes and capped at 10.
+    :class:`ExpertChoice`; votes that differ by rounding only are ties. Votes run
+    along tokens: with ``weight="score"`` they are divided by the detached mean of the pool's selected votes and capped
+    at 10.
 
     Args:
         dim: D, the width of the tokens.
@@ -41,6 +42,8 @@ class AttentionVote(Router):
             ``"neighbours"``: a node spreads its vote over its out-neighbours and itself, O(edges); needs
             ``edge_index``. Experts choose inside pools either way.
         head_dim: d, the width of queries and keys (default 32).
+        init_scale: factor of ``nn.Linear``'s initial weights of the queries (default 0.1): a softmax that is sharp from
+            the start, as large features make it, hardly learns.
         check_finite: see :class:`Router`.
 
     Shapes:
@@ -61,6 +64,7 @@ class AttentionVote(Router):
         queries: Queries = "per_expert",
         scope: Scope = "pool",
         head_dim: int = 32,
+        init_scale: float = 0.1,
         check_finite: bool = False,
     ) -> None:
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
@@ -68,12 +72,15 @@ class AttentionVote(Router):
         check_choice("queries", queries, get_args(Queries))
         check_choice("scope", scope, get_args(Scope))
         check_at_least("head_dim", head_dim, 1)
+        check_positive("init_scale", init_scale)
         self.capacity_factor = capacity_factor
         self.queries = queries
         self.scope = scope
         self.head_dim = head_dim
+        self.init_scale = init_scale
         self.query = nn.Linear(dim, (num_experts if queries == "per_expert" else 1) * head_dim, bias=False)
         self.key = nn.Linear(dim, num_experts * head_dim, bias=False)
+        self.reset_parameters()
 
     @property
     def experts_per_token(self) -> float:
@@ -82,6 +89,8 @@ class AttentionVote(Router):
     def reset_parameters(self) -> None:
         self.query.reset_parameters()
         self.key.reset_parameters()
+        with torch.no_grad():
+            self.query.weight.mul_(self.init_scale)
 
     def route(self, x_TD: Tensor, pools: Pools, edge_index: Tensor | None) -> Routing:
         q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim)) / math.sqrt(self.head_dim)
@@ -93,7 +102,9 @@ class AttentionVote(Router):
         else:
             votes_TE = self._pool_votes(q_THd, k_TEd, pools)
         capacity = pools.capacity(self.k, self.num_experts, self.capacity_factor)
-        token_P, offsets_E = pairs_of_experts(pools.top_tokens(votes_TE.detach(), capacity))
+        # a vote is a sum over voters: equal tokens come out equal up to rounding only
+        tolerance = 64 * torch.finfo(votes_TE.dtype).eps
+        token_P, offsets_E = pairs_of_experts(pools.top_tokens(votes_TE.detach(), capacity, tolerance))
         gate_P = gather_pairs(votes_TE, token_P, offsets_E)
         log_gate_P = gate_P.clamp(min=torch.finfo(gate_P.dtype).tiny).log()
         weight_P = self._weights_along_tokens(log_gate_P, token_P, pools)

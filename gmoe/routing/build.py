@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from gmoe._checks import check_choice
+from gmoe._checks import check_at_least, check_choice
 from gmoe.routing.attention_vote import AttentionVote
 from gmoe.routing.expert_choice import ExpertChoice
 from gmoe.routing.multi_centroid import MultiCentroid
@@ -56,7 +56,11 @@ def build_router(
     if isinstance(router, str):
         check_choice("router", router, ROUTERS)
         router = ROUTERS[router]
-    takes_k = "k" in inspect.signature(router).parameters  # uniform and oracle routers fix their own
+    check_at_least("k", k, 1)
+    if k > num_experts:
+        raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
+    parameters = inspect.signature(router).parameters.values()
+    takes_k = any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in parameters)  # uniform and oracle fix their own
     built = router(dim, num_experts, **({"k": k} if takes_k else {}), **(kwargs or {}))
     if not isinstance(built, Router):
         raise ValueError(f"router: got a factory that returned {type(built).__name__}, expected a Router")

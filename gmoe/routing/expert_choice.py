@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check_at_least
+from gmoe._checks import check_at_least, check_positive
 from gmoe.routing.expert_side import ExpertSide, Inference, Normalize
 from gmoe.routing.losses import z_loss
 from gmoe.routing.pools import Pools
@@ -35,6 +36,8 @@ class ExpertChoice(Router):
             that each token decides alone; needs at least one training step before.
         momentum: share of the newest step in those running means (default 0.1).
         z_coef: coefficient of the router z-loss (default 0, no loss).
+        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as Switch Transformer's): a softmax that is
+            sharp from the start, as large features make it, hardly learns.
         check_finite: see :class:`Router`.
 
     Shapes:
@@ -57,13 +60,17 @@ class ExpertChoice(Router):
         inference: Inference = "pool",
         momentum: float = 0.1,
         z_coef: float = 0.0,
+        init_scale: float = 0.1,
         check_finite: bool = False,
     ) -> None:
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
         check_at_least("z_coef", z_coef, 0)
+        check_positive("init_scale", init_scale)
         self.z_coef = z_coef
+        self.init_scale = init_scale
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.side = ExpertSide(num_experts, k, capacity_factor, normalize, inference, momentum)
+        self.reset_parameters()
 
     @property
     def experts_per_token(self) -> float:
@@ -71,6 +78,8 @@ class ExpertChoice(Router):
 
     def reset_parameters(self) -> None:
         self.gate.reset_parameters()
+        with torch.no_grad():
+            self.gate.weight.mul_(self.init_scale)
         self.side.reset_parameters()
 
     def route(self, x_TD: Tensor, pools: Pools, edge_index: Tensor | None) -> Routing:

@@ -28,8 +28,9 @@ class Chosen(NamedTuple):
 class ExpertSide(nn.Module):
     """Each expert takes its ``C = clamp(ceil(capacity_factor * K * T_pool / E), 1, T_pool)`` best tokens of a pool.
 
-    In threshold inference it keeps, for each expert, a running mean of the score of the last token taken (the *cut*)
-    and, where gates run along tokens, of what divides them (the *scale*); at evaluation each token then decides alone.
+    In threshold inference it keeps, for each expert, a running mean of the logarithm of the score of the last token
+    taken (the *cut*) and, where gates run along tokens, of what divides them (the *scale*); at evaluation each token
+    then decides alone.
 
     Args:
         num_experts: E.
@@ -122,7 +123,8 @@ class ExpertSide(nn.Module):
             mean_P = pools.mean_of_pairs(log_gate_P.exp(), token_EC.reshape(-1))
             log_sum_P = ranked_TE.T.gather(1, token_EC).reshape(-1) - log_gate_P
             log_scale_EC = (log_sum_P + mean_P.log()).view_as(token_EC)
-            self.log_scale_E.lerp_(log_scale_EC.mean(dim=1).to(self.log_scale_E.dtype), share)
+            log_scale_EB = torch.zeros_like(cut_EB).scatter(1, pool_EC, log_scale_EC)  # the same in all of a pool
+            self.log_scale_E.lerp_(log_scale_EB.mean(dim=1).to(self.log_scale_E.dtype), share)
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize!r}, inference={self.inference!r}, capacity_factor={self.capacity_factor}"

@@ -13,7 +13,8 @@ def kmeans(
     """Lloyd's k-means with k-means++ starts (Arthur & Vassilvitskii, 2007): the best of ``restarts`` runs.
 
     Returns:
-        Centres (N, D) and the cluster of each token (T,). No cluster is empty as long as there are N distinct tokens.
+        Centres (N, D) and the cluster of each token (T,). A cluster may be empty where there are fewer than N
+        distinct tokens.
     """
     best: tuple[float, Tensor, Tensor] | None = None
     for _ in range(restarts):

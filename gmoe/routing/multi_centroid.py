@@ -126,9 +126,11 @@ class MultiCentroid(Router):
         self.center_D.copy_(x_TD.mean(dim=0))
         unit_TD = F.normalize(x_TD - self.center_D, dim=-1)
         generator = torch.Generator(device=unit_TD.device).manual_seed(seed)
-        _, owner_T = kmeans(unit_TD, self.num_experts, generator)
+        center_ED, owner_T = kmeans(unit_TD, self.num_experts, generator)
         for expert in range(self.num_experts):
             mine_TD = unit_TD[owner_T == expert]
+            if len(mine_TD) == 0:  # fewer distinct tokens than experts
+                mine_TD = center_ED[expert : expert + 1]
             clusters = min(self.num_centroids, len(mine_TD))
             centroid_MD, _ = kmeans(mine_TD, clusters, generator)
             # an expert with fewer tokens than centroids repeats them

@@ -88,15 +88,23 @@ class Pools:
         pairs_B = value_P.new_zeros(self.num_pools).index_add(0, pool_P, torch.ones_like(value_P))
         return (total_B / pairs_B.clamp(min=1)).index_select(0, pool_P)
 
-    def top_tokens(self, scores_TE: Tensor, capacity: int | Tensor) -> Tensor:
+    def top_tokens(self, scores_TE: Tensor, capacity: int | Tensor, tolerance: float = 0.0) -> Tensor:
         """(E, sum of C) the ``capacity`` best tokens of each pool for each expert, ascending in token index.
 
         Ties go to the lowest token index. Every expert gets the same number of tokens.
+
+        Args:
+            scores_TE: the scores.
+            capacity: C, for all pools or (B,).
+            tolerance: neighbours in the ranking whose relative difference is at most this are ties (default 0).
         """
         if self.size is not None:
             assert isinstance(capacity, int)
             scores_BSE = self._dense(scores_TE)
-            best_BCE = scores_BSE.argsort(dim=1, descending=True, stable=True)[:, :capacity]
+            best_BSE = scores_BSE.argsort(dim=1, descending=True, stable=True)
+            if tolerance > 0:
+                best_BSE = _order_ties(best_BSE, scores_BSE.gather(1, best_BSE), tolerance)
+            best_BCE = best_BSE[:, :capacity]
             first_B = torch.arange(self.num_pools, device=scores_TE.device) * self.size
             slot_EP = (best_BCE + first_B[:, None, None]).permute(2, 0, 1).flatten(1)
             token_EP = slot_EP if self.order is None else self.order[slot_EP]
@@ -109,6 +117,9 @@ class Pools:
         token_TE = by_score_TE.gather(0, by_pool_TE)  # pool by pool, and inside a pool the best first
         first_B = self.counts.cumsum(0) - self.counts
         pool_T = torch.arange(self.num_pools, device=scores_TE.device).repeat_interleave(self.counts)
+        if tolerance > 0:
+            new_pool_T = pool_T.diff(prepend=pool_T[:1]) > 0
+            token_TE = _order_ties(token_TE[None], scores_TE.gather(0, token_TE)[None], tolerance, new_pool_T)[0]
         rank_T = torch.arange(self.num_tokens, device=scores_TE.device) - first_B[pool_T]
         return token_TE[rank_T < capacity[pool_T]].T.sort(dim=1).values
 
@@ -147,6 +158,25 @@ class Pools:
         return batches
 
 
+def _order_ties(token_BSE: Tensor, score_BSE: Tensor, tolerance: float, cut_S: Tensor | None = None) -> Tensor:
+    """Tokens that are sorted by score, best first, with runs of nearly equal scores sorted by token index.
+
+    Args:
+        token_BSE: the tokens.
+        score_BSE: their scores.
+        tolerance: relative difference up to which neighbours belong to one run.
+        cut_S: where a run ends in any case, since another pool begins.
+    """
+    before, after = score_BSE[:, :-1], score_BSE[:, 1:]
+    cut_BSE = (before - after) > tolerance * before.abs()
+    if cut_S is not None:
+        cut_BSE = cut_BSE | cut_S[1:, None]
+    run_BSE = torch.zeros_like(token_BSE)
+    run_BSE[:, 1:] = cut_BSE.cumsum(dim=1)
+    key_BSE = run_BSE * (token_BSE.amax() + 1 if token_BSE.numel() else 1) + token_BSE
+    return token_BSE.gather(1, key_BSE.argsort(dim=1))
+
+
 def segment_logsumexp(value_NE: Tensor, index_N: Tensor, num_segments: int) -> Tensor:
     """(S, E) log-sum-exp of the rows of each segment; minus infinity for an empty one."""
     index_NE = index_N[:, None].expand_as(value_NE)
@@ -154,4 +184,5 @@ def segment_logsumexp(value_NE: Tensor, index_N: Tensor, num_segments: int) -> T
     peak_SE = value_NE.detach().new_full(shape, -torch.inf).scatter_reduce(0, index_NE, value_NE.detach(), "amax")
     peak_SE = torch.where(peak_SE.isfinite(), peak_SE, 0.0)
     total_SE = value_NE.new_zeros(shape).index_add(0, index_N, (value_NE - peak_SE[index_N]).exp())
-    return total_SE.log() + peak_SE
+    used_SE = total_SE > 0  # the logarithm of 0 would have a gradient that is not a number
+    return torch.where(used_SE, torch.where(used_SE, total_SE, 1.0).log() + peak_SE, -torch.inf)

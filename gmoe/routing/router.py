@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,17 @@ class Router(nn.Module, ABC):
             check_edge_index(edge_index, pools.num_tokens, pools.num_tokens)
         with torch.autocast(x.device.type, enabled=False):
             return self.route(x_TD.to(torch.promote_types(x.dtype, torch.float32)), pools, edge_index)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        """Keep counters and frozen projections in float32 at least: in bfloat16 a bias's steps would round away."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self.get_buffer(name)
+            if new.is_floating_point() and new.dtype.itemsize < 4:
+                parent, _, leaf = name.rpartition(".")
+                self.get_submodule(parent)._buffers[leaf] = old.to(device=new.device, dtype=torch.float32)
+        return self
 
     def _pools(self, x: Tensor, pool: Tensor | None) -> Pools:
         if x.dim() < 2 or x.size(-1) != self.dim or not x.is_floating_point():

@@ -34,7 +34,7 @@ def drop_over_capacity(
     """
     num_tokens, k = expert_TK.shape
     num_experts = probs_TE.size(1)
-    by_priority_T = probs_TE.max(dim=-1).values.argsort(descending=True, stable=True)
+    by_priority_T = probs_TE.gather(1, expert_TK[:, :1])[:, 0].argsort(descending=True, stable=True)
     token_P = by_priority_T.repeat(k)
     expert_P = expert_TK[by_priority_T].T.reshape(-1)
     pool_P = pools.of(token_P)

@@ -40,10 +40,13 @@ class TokenChoice(Router):
             - ``"switch"``: adds ``balance_coef * E * sum_e f_e P_e``.
             - ``"bias"``: no loss. A bias an expert is added to the probabilities for the selection, not for the
               weights, and moves by ``bias_rate`` towards equal load once per training step (DeepSeek-V3, 2024). A
-              step's load takes effect with the next step, so that a checkpoint's recomputation selects the same.
+              step's load takes effect with the next forward in training, so that a checkpoint's recomputation selects
+              the same, as long as every forward is followed by its own backward.
         balance_coef: coefficient of the balance loss (default 0.01).
         bias_rate: step of the bias, in units of probability (default 0.001).
         z_coef: coefficient of the router z-loss (default 0, no loss).
+        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as Switch Transformer's): a softmax that is
+            sharp from the start, as large features make it, hardly learns.
         capacity_factor: in training, an expert takes at most ``clamp(ceil(capacity_factor * K * T_pool / E), 1,
             T_pool)`` tokens of a pool. Pairs are dropped by priority (V-MoE's batch-prioritised routing: first
             choices before second ones, and among them tokens with the highest probability first), never by position.
@@ -72,6 +75,7 @@ class TokenChoice(Router):
         balance_coef: float = 0.01,
         bias_rate: float = 0.001,
         z_coef: float = 0.0,
+        init_scale: float = 0.1,
         capacity_factor: float | None = None,
         check_finite: bool = False,
     ) -> None:
@@ -87,10 +91,12 @@ class TokenChoice(Router):
         check_at_least("balance_coef", balance_coef, 0)
         check_at_least("bias_rate", bias_rate, 0)
         check_at_least("z_coef", z_coef, 0)
+        check_positive("init_scale", init_scale)
         self.balance = balance
         self.balance_coef = balance_coef
         self.bias_rate = bias_rate
         self.z_coef = z_coef
+        self.init_scale = init_scale
         self.capacity_factor = capacity_factor
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.noise = nn.Linear(dim, num_experts, bias=False) if noise else None
@@ -105,6 +111,8 @@ class TokenChoice(Router):
 
     def reset_parameters(self) -> None:
         self.gate.reset_parameters()
+        with torch.no_grad():
+            self.gate.weight.mul_(self.init_scale)
         if self.noise is not None:
             nn.init.zeros_(self.noise.weight)
         if self.balance == "bias":
@@ -122,7 +130,9 @@ class TokenChoice(Router):
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         probs_TE = log_probs_TE.exp()
 
-        expert_TK = top_experts(self._biased(probs_TE.detach()), self.k)
+        # probabilities may underflow to ties that the logits do not have
+        ranked_TE = self._biased(probs_TE) if self.balance == "bias" else logits_TE
+        expert_TK = top_experts(ranked_TE.detach(), self.k)
         token_P, offsets_E = pairs_of_choices(expert_TK, self.num_experts)
         load_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
         if self.training and self.capacity_factor is not None:
@@ -136,9 +146,7 @@ class TokenChoice(Router):
         return Routing(token_P, offsets_E, weight_P, probs_TE, pools.num_tokens, losses)
 
     def _biased(self, probs_TE: Tensor) -> Tensor:
-        """The scores that decide the selection, with the bias brought up to date with the last step's load."""
-        if self.balance != "bias":
-            return probs_TE
+        """Probability and bias, the latter brought up to date with the last step's load."""
         if self._counters_advance():
             self.bias_E.add_(self.bias_rate * (self.last_load_E.mean() - self.last_load_E).sign())
         return probs_TE + self.bias_E

@@ -150,7 +150,10 @@ def test_missing_data_says_what_how_large_and_where(tmp_path: Path, capsys: pyte
     [
         (["digits-graph", "--router", "oracle"], "router: got 'oracle' for digits-graph"),
         (["mosaic", "--router", "oracle", "--experts", "4"], "experts: got 4, expected the 8 planted ones"),
-        (["digits-graph", "--router", "random", "--balance", "switch"], "balance: got 'switch', but the router 'random'"),
+        (
+            ["digits-graph", "--router", "random", "--balance", "switch"],
+            "balance: got 'switch', but the",
+        ),
         (["digits-graph", "--router", "dense", "--weight", "score"], "options: got"),
         (["digits-graph", "--k", "9"], "k: got 9, expected at most num_experts=8"),
         (["digits-graph", "--equal", "flops"], "equal: got 'flops' with router='token_choice'"),
@@ -187,7 +190,7 @@ def test_nan_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     task = load_task("digits-graph", Path("data"))
     next(iter(task.loader("train", 1, None))).inputs[0][3, 4] = torch.nan
     monkeypatch.setattr("experiments.runs.load_task", lambda *_: task)
-    with pytest.raises(ValueError, match="x: got 2 values that are NaN or infinite|NaN or infinite"):
+    with pytest.raises(ValueError, match="values that are NaN or infinite"):
         run(config)
 
 

@@ -1,0 +1,157 @@
+"""Studies: lists of arms, fixed before the first of them is run. `python -m experiments.sweep NAME` runs one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from experiments.config import RouterName, RouterOptions, TrainConfig
+from experiments.presets import DIGITS, DIGITS_GRAPH, MOSAIC
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One line of a study's table.
+
+    Args:
+        name: of its run folder.
+        label: in the table.
+        config: what is run.
+    """
+
+    name: str
+    label: str
+    config: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Arms that are compared.
+
+    Args:
+        about: what is asked, and what was tuned.
+        arms: the arms.
+        reference: the narrow dense arm that costs and headroom are relative to.
+        wide: the dense arm four times as wide.
+    """
+
+    about: str
+    arms: tuple[Arm, ...]
+    reference: str = "dense"
+    wide: str = "dense-4x"
+
+
+def _controls(base: TrainConfig, equal_to: RouterName, ks: tuple[int, ...]) -> Iterator[Arm]:
+    """Dense models: as wide as an expert, four times as wide, and at the cost of the MoE."""
+    dense = replace(base, router="dense", options=RouterOptions())
+    yield Arm(name="dense", label="dense", config=dense)
+    yield Arm(name="dense-4x", label="dense, four times as wide", config=replace(dense, hidden=4 * base.hidden))
+    for k in ks:
+        yield Arm(
+            name=f"dense-flops-k{k}",
+            label=f"dense, active FLOPs of `{equal_to}` K={k}",
+            config=replace(dense, equal="flops", equal_to=equal_to, k=k),
+        )
+    yield Arm(
+        name="dense-parameters",
+        label=f"dense, parameters of `{equal_to}`",
+        config=replace(dense, equal="parameters", equal_to=equal_to),
+    )
+
+
+def _arm(base: TrainConfig, router: RouterName, note: str = "", slug: str = "", **changes: Any) -> Arm:
+    config = replace(base, router=router, **changes)
+    parts = [router, *([config.routing] if base.dataset == "mosaic" and router not in ("uniform", "oracle") else [])]
+    k = "" if router in ("uniform", "oracle") else f", K={config.k}"
+    name = "-".join([*parts, *([f"k{config.k}"] if k else []), *([slug] if slug else [])]).replace("_", "-")
+    label = (
+        f"`{router}`" + (f", {config.routing} routing" if len(parts) > 1 else "") + k + (f", {note}" if note else "")
+    )
+    return Arm(name=name, label=label, config=config)
+
+
+def _mosaic() -> Study:
+    base = replace(MOSAIC, routing="shared", seeds=(5, 6, 7, 8, 9))
+    noisy = RouterOptions(balance="importance_load", balance_coef=0.1)
+    one_centroid = RouterOptions(num_centroids=1)
+    near = RouterOptions(scope="neighbours", head_dim=8)
+    arms = [*_controls(base, "token_choice", (1, 2)), _arm(base, "oracle"), _arm(base, "uniform")]
+    modes: tuple[Literal["shared", "layer"], ...] = ("shared", "layer")
+    for k in (1, 2):
+        for routing in modes:
+            run = replace(base, k=k, routing=routing)
+            arms += [
+                _arm(run, "random"),
+                _arm(run, "token_choice"),
+                _arm(run, "token_choice", "noise and importance + load balance", "balanced", options=noisy),
+                _arm(run, "expert_choice"),
+                _arm(run, "multi_centroid", "one centroid", "one", options=one_centroid),
+                _arm(run, "multi_centroid", "one centroid, k-means", "kmeans", options=one_centroid, kmeans_init=True),
+                _arm(run, "attention_vote", "neighbours", "neighbours", options=near),
+            ]
+    sharp = RouterOptions(init_scale=1.0)
+    only_x = replace(base, route_on="input")
+    arms += [  # what closed the distance, one change at a time
+        _arm(base, "token_choice", "initial weights × 10", "sharp", options=sharp),
+        _arm(base, "expert_choice", "initial weights × 10", "sharp", options=sharp),
+        _arm(base, "token_choice", "Switch loss", "switch", options=RouterOptions(balance="switch", balance_coef=0.1)),
+        _arm(base, "token_choice", "noise alone", "noise", options=RouterOptions(noise=True)),
+        _arm(base, "token_choice", "straight-through", "straight", options=RouterOptions(weight="straight_through")),
+        _arm(only_x, "token_choice", "balanced, on x alone", "balanced-x", options=noisy),
+        _arm(only_x, "expert_choice", "on x alone", "x"),
+        _arm(base, "expert_choice", "softmax along tokens", "tokens", options=RouterOptions(normalize="tokens")),
+        _arm(base, "multi_centroid", "four centroids", "four"),
+        _arm(
+            base,
+            "multi_centroid",
+            "one centroid, experts choose",
+            "experts",
+            options=RouterOptions(num_centroids=1, choice="experts"),
+        ),
+        _arm(
+            base,
+            "multi_centroid",
+            "one centroid, k-means, experts choose",
+            "kmeans-experts",
+            options=RouterOptions(num_centroids=1, choice="experts"),
+            kmeans_init=True,
+        ),
+        _arm(
+            replace(base, residual="identity"),
+            "attention_vote",
+            "neighbours, residual",
+            "neighbours-residual",
+            options=near,
+        ),
+    ]
+    return Study(
+        about=(
+            "Does a learned router find planted regions, and does it pay? Width 16, 8 experts, 150 epochs, Adam at 0.01; "
+            "the options of the arms were chosen on seeds 0 and 1, the table is on seeds 5 to 9."
+        ),
+        arms=tuple(arms),
+    )
+
+
+def _digits(base: TrainConfig) -> Study:
+    routers: tuple[RouterName, ...] = (
+        "random",
+        "uniform",
+        "token_choice",
+        "expert_choice",
+        "attention_vote",
+        "multi_centroid",
+    )
+    return Study(
+        about="All routers with their defaults on data that ships with scikit-learn; nothing was tuned for an arm.",
+        arms=(*_controls(base, "token_choice", (1,)), *(_arm(base, router) for router in routers)),
+    )
+
+
+STUDIES: dict[str, Study] = {
+    "mosaic": _mosaic(),
+    "digits": _digits(DIGITS),
+    "digits-graph": _digits(DIGITS_GRAPH),
+}
+"""The studies by name."""

@@ -1,0 +1,485 @@
+"""The slow, obvious reference: python loops over pools, tokens and experts, written from the documented semantics.
+
+Also the router cases that many tests share. Shapes: T tokens, D width, E experts, P pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gmoe import (
+    AttentionVote,
+    ExpertChoice,
+    Experts,
+    LinearExperts,
+    MLPExperts,
+    MoE,
+    MultiCentroid,
+    OracleRouter,
+    RandomRouter,
+    Router,
+    TokenChoice,
+    UniformRouter,
+)
+from gmoe.routing.expert_side import ExpertSide
+
+Pair: TypeAlias = tuple[int, int]
+"""(token, expert)."""
+
+DTYPE = torch.float64
+
+
+# The cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """A router with options, and what it needs beside tokens."""
+
+    name: str
+    router: type[Router]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_edges(self) -> bool:
+        return self.options.get("scope") == "neighbours"
+
+    @property
+    def learned(self) -> bool:
+        return self.router not in (RandomRouter, UniformRouter, OracleRouter)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether training draws noise."""
+        return self.options.get("noise", False) or self.options.get("balance") == "importance_load"
+
+    @property
+    def differs_at_evaluation(self) -> bool:
+        options = self.options
+        return self.noisy or options.get("inference") == "threshold" or self.name == "token_choice-capacity"
+
+    @property
+    def token_side(self) -> bool:
+        """Whether a token decides alone at evaluation."""
+        expert_side = self.router in (ExpertChoice, AttentionVote) or self.options.get("choice") == "experts"
+        return not expert_side or self.options.get("inference") == "threshold"
+
+    def weights(self, k: int) -> list[str]:
+        """The weightings that this router allows."""
+        if self.router in (UniformRouter, OracleRouter):
+            return ["default"]
+        return ["score", "straight_through", *(["normalized"] if k > 1 else [])]
+
+    def build(self, dim: int, num_experts: int, k: int, weight: str = "default", num_tokens: int = 0) -> Router:
+        """A float64 router whose options all matter: no parameter is left at zero."""
+        options: dict[str, Any] = dict(self.options)
+        if weight != "default":
+            options["weight"] = weight
+        if self.router not in (UniformRouter, OracleRouter):
+            options["k"] = k
+        if self.router is OracleRouter:
+            options["assignment"] = torch.arange(num_tokens) * 3 % num_experts
+        router = self.router(dim, num_experts, **options).to(DTYPE)
+        for name, value in [*router.named_parameters(), *router.named_buffers()]:
+            if name in ("noise.weight", "bias_E", "center_D", "side.cut_E", "side.log_scale_E"):
+                nn.init.normal_(value, std=0.2)
+            if name == "side.steps":
+                value.fill_(1)
+        if options.get("inference") == "threshold" and options.get("normalize", "experts") == "experts":
+            router.get_submodule("side").get_buffer("cut_E").sub_(math.log(num_experts))
+        return router
+
+
+CASES = [
+    Case("token_choice", TokenChoice),
+    Case("token_choice-noise", TokenChoice, {"noise": True}),
+    Case("token_choice-importance_load", TokenChoice, {"balance": "importance_load", "balance_coef": 0.5}),
+    Case("token_choice-switch-z", TokenChoice, {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1}),
+    Case("token_choice-bias", TokenChoice, {"balance": "bias", "bias_rate": 0.1}),
+    Case("token_choice-capacity", TokenChoice, {"capacity_factor": 0.75}),
+    Case("expert_choice", ExpertChoice, {"z_coef": 0.1}),
+    Case("expert_choice-tokens", ExpertChoice, {"normalize": "tokens", "capacity_factor": 1.3}),
+    Case("expert_choice-threshold", ExpertChoice, {"inference": "threshold"}),
+    Case("expert_choice-tokens-threshold", ExpertChoice, {"normalize": "tokens", "inference": "threshold"}),
+    Case("attention_vote", AttentionVote, {"head_dim": 4}),
+    Case("attention_vote-shared", AttentionVote, {"head_dim": 4, "queries": "shared", "capacity_factor": 0.6}),
+    Case("attention_vote-neighbours", AttentionVote, {"head_dim": 4, "scope": "neighbours"}),
+    Case(
+        "attention_vote-shared-neighbours", AttentionVote, {"head_dim": 4, "scope": "neighbours", "queries": "shared"}
+    ),
+    Case("multi_centroid", MultiCentroid, {"num_centroids": 3}),
+    Case("multi_centroid-logsumexp", MultiCentroid, {"reduce": "logsumexp", "separation_coef": 0.0}),
+    Case("multi_centroid-experts", MultiCentroid, {"choice": "experts", "num_centroids": 2}),
+    Case("multi_centroid-tokens", MultiCentroid, {"choice": "experts", "normalize": "tokens", "num_centroids": 1}),
+    Case("multi_centroid-threshold", MultiCentroid, {"choice": "experts", "inference": "threshold"}),
+    Case("random", RandomRouter),
+    Case("uniform", UniformRouter),
+    Case("oracle", OracleRouter),
+]
+
+
+def case_names(cases: Sequence[Case]) -> list[str]:
+    return [case.name for case in cases]
+
+
+def graph_edges(pool: Sequence[Sequence[int]], seed: int = 0) -> Tensor:
+    """(2, M) random edges inside pools, with self-loops and parallel edges; the last node of a pool has none."""
+    generator = torch.Generator().manual_seed(seed)
+    edges = []
+    for tokens in pool:
+        some = tokens[:-1] or tokens
+        ends = torch.randint(len(some), (2, 3 * len(some)), generator=generator)
+        edges.append(torch.tensor(some)[ends])
+    return torch.cat(edges, dim=1) if edges else torch.zeros(2, 0, dtype=torch.long)
+
+
+# The reference
+
+
+def pool_lists(x: Tensor, pool: Tensor | None) -> list[list[int]]:
+    """The tokens of each pool, in token order."""
+    num_tokens = x[..., 0].numel()
+    if pool is None:
+        size = x.size(-2)
+        return [list(range(start, start + size)) for start in range(0, num_tokens, max(size, 1))]
+    lists: dict[int, list[int]] = {}
+    for token, segment in enumerate(pool.reshape(-1).tolist()):
+        lists.setdefault(segment, []).append(token)
+    return list(lists.values())
+
+
+def capacity(k: int, num_tokens: int, num_experts: int, factor: float) -> int:
+    """clamp(ceil(capacity_factor * K * T_pool / E), 1, T_pool), in exact arithmetic."""
+    return min(max(math.ceil(Fraction(str(factor)) * k * num_tokens / num_experts), 1), num_tokens)
+
+
+def softmax(values: Sequence[Tensor]) -> list[Tensor]:
+    exps = [(value - max(v.item() for v in values)).exp() for value in values]
+    return [e / sum(exps[1:], exps[0]) for e in exps]
+
+
+def best_first(indices: Sequence[int], score: Callable[[int], float]) -> list[int]:
+    """Highest score first, ties to the lowest index."""
+    return sorted(indices, key=lambda i: (-score(i), i))
+
+
+def choose_by_token(score_TE: Sequence[Sequence[float]], k: int) -> list[list[int]]:
+    return [best_first(range(len(row)), lambda e, row=row: row[e])[:k] for row in score_TE]  # type: ignore[misc]
+
+
+def choose_by_expert(score_TE: Sequence[Sequence[float]], pools: list[list[int]], k: int, factor: float) -> list[Pair]:
+    num_experts = len(score_TE[0]) if score_TE else 0
+    pairs = []
+    for tokens in pools:
+        for e in range(num_experts):
+            taken = best_first(tokens, lambda t, e=e: score_TE[t][e])  # type: ignore[misc]
+            pairs += [(t, e) for t in taken[: capacity(k, len(tokens), num_experts, factor)]]
+    return pairs
+
+
+def drop(chosen: list[list[int]], prob_TE: list[list[Tensor]], pools: list[list[int]], factor: float) -> list[Pair]:
+    """V-MoE's priority: all first choices before second ones, and the tokens surest of their first choice first."""
+    num_experts = len(prob_TE[0])
+    pairs = []
+    for tokens in pools:
+        limit = capacity(len(chosen[0]), len(tokens), num_experts, factor)
+        load = [0] * num_experts
+        for rank in range(len(chosen[0])):
+            for t in best_first(tokens, lambda t: prob_TE[t][chosen[t][0]].item()):
+                e = chosen[t][rank]
+                if load[e] < limit:
+                    load[e] += 1
+                    pairs.append((t, e))
+    return pairs
+
+
+def pair_weights(
+    weight: str, gate: dict[Pair, Tensor], pools: list[list[int]], along_tokens: bool
+) -> dict[Pair, Tensor]:
+    """What ``weight=`` says, see :class:`gmoe.Router`."""
+    if weight == "straight_through":
+        return {pair: g / g.detach() for pair, g in gate.items()}
+    if weight == "normalized":
+        total: dict[int, Tensor] = {}
+        for (t, _), g in gate.items():
+            total[t] = total[t] + g if t in total else g
+        return {(t, e): g / total[t] for (t, e), g in gate.items()}
+    if not along_tokens:
+        return gate
+    result: dict[Pair, Tensor] = {}
+    for tokens in pools:
+        mine = {pair: g for pair, g in gate.items() if pair[0] in tokens}
+        mean = sum(g.item() for g in mine.values()) / max(len(mine), 1)
+        result.update({pair: (g / mean).clamp(max=10.0) for pair, g in mine.items()})
+    return result
+
+
+def naive_pool_votes(q: list[Tensor], k: list[Tensor], pools: list[list[int]]) -> list[Tensor]:
+    """Of one expert: votes_j = sum_i softmax_j(q_i . k_j / sqrt(d))."""
+    votes = [torch.zeros((), dtype=DTYPE) for _ in k]
+    for tokens in pools:
+        for i in tokens:
+            for j, vote in zip(tokens, softmax([q[i] @ k[j] / math.sqrt(k[j].numel()) for j in tokens]), strict=True):
+                votes[j] = votes[j] + vote
+    return votes
+
+
+def naive_neighbour_votes(q: list[Tensor], k: list[Tensor], edges: list[Pair]) -> list[Tensor]:
+    """Of one expert: each node spreads a vote over itself, once, and its out-neighbours, once an edge."""
+    votes = [torch.zeros((), dtype=DTYPE) for _ in k]
+    for i in range(len(k)):
+        targets = [dst for src, dst in edges if src == i and dst != i] + [i]
+        for j, vote in zip(targets, softmax([q[i] @ k[j] / math.sqrt(k[j].numel()) for j in targets]), strict=True):
+            votes[j] = votes[j] + vote
+    return votes
+
+
+def naive_cv_squared(values: list[Tensor]) -> Tensor:
+    mean = sum(values[1:], values[0]) / len(values)
+    return sum(((v - mean) ** 2 for v in values), torch.zeros((), dtype=DTYPE)) / len(values) / mean**2
+
+
+def naive_load_loss(clean: list[list[Tensor]], noisy: list[list[Tensor]], std: list[list[Tensor]], k: int) -> Tensor:
+    """CV^2 of sum_t Phi((clean - K-th best noisy logit of the others) / std)."""
+    num_experts = len(clean[0])
+    if k == num_experts:
+        return torch.zeros((), dtype=DTYPE)
+    loads = [torch.zeros((), dtype=DTYPE) for _ in range(num_experts)]
+    for t in range(len(clean)):
+        for e in range(num_experts):
+            others = [noisy[t][f] for f in range(num_experts) if f != e]
+            threshold = sorted(others, key=lambda v: -v.item())[k - 1]
+            z = (clean[t][e] - threshold) / std[t][e]
+            loads[e] = loads[e] + 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+    return naive_cv_squared(loads)
+
+
+def naive_separation(centroid_EMD: Tensor) -> Tensor:
+    num_experts, num_centroids, _ = centroid_EMD.shape
+    within, across = [torch.zeros((), dtype=DTYPE)], [torch.zeros((), dtype=DTYPE)]
+    owners = [(e, m) for e in range(num_experts) for m in range(num_centroids)]
+    for a in owners:
+        for b in owners:
+            if a != b:
+                cosine = F.cosine_similarity(centroid_EMD[a], centroid_EMD[b], dim=0)
+                (within if a[0] == b[0] else across).append(cosine.clamp(min=0) ** 2)
+    return torch.stack(within).sum() / max(len(within) - 1, 1) + torch.stack(across).sum() / max(len(across) - 1, 1)
+
+
+Grid: TypeAlias = list[list[Tensor]]
+"""A scalar a token and expert."""
+
+
+def naive_votes(router: AttentionVote, x_TD: Tensor, pools: list[list[int]], edge_index: Tensor | None) -> Grid:
+    edges = [] if edge_index is None else [(int(s), int(d)) for s, d in edge_index.T]
+    votes_ET = []
+    for e in range(router.num_experts):
+        rows = slice(e * router.head_dim, (e + 1) * router.head_dim)
+        key = [router.key.weight[rows] @ x for x in x_TD]
+        query = [(router.query.weight if router.queries == "shared" else router.query.weight[rows]) @ x for x in x_TD]
+        if router.scope == "pool":
+            votes_ET.append(naive_pool_votes(query, key, pools))
+        else:
+            votes_ET.append(naive_neighbour_votes(query, key, edges))
+    return [[votes[t] for votes in votes_ET] for t in range(len(x_TD))]
+
+
+def naive_logits(router: Router, x_TD: Tensor) -> Grid:
+    if isinstance(router, RandomRouter):
+        return [[x @ column for column in router.projection_DE.T] for x in x_TD]
+    if isinstance(router, TokenChoice | ExpertChoice):
+        return [[x @ row for row in router.gate.weight] for x in x_TD]
+    assert isinstance(router, MultiCentroid)
+    grid = []
+    for x in x_TD:
+        cosines_EM = [
+            [F.cosine_similarity(x - router.center_D, c, dim=0) / router.log_temperature.exp() for c in mine]
+            for mine in router.centroid
+        ]
+        if router.reduce == "max":
+            grid.append([max(mine, key=lambda v: v.item()) for mine in cosines_EM])
+        else:
+            grid.append([torch.stack([v.exp() for v in mine]).sum().log() for mine in cosines_EM])
+    return grid
+
+
+def naive_side(
+    router: Router, side: ExpertSide, logits: Grid, probs: Grid, pools: list[list[int]]
+) -> dict[Pair, Tensor]:
+    """Experts choose, by rank or by threshold."""
+    experts, tokens = range(router.num_experts), range(len(logits))
+    along_tokens = side.normalize == "tokens"
+    if side.inference == "threshold" and not router.training:
+        ranked = logits if along_tokens else [[p.log() for p in row] for row in probs]
+        pairs = [(t, e) for t in tokens for e in experts if ranked[t][e].item() >= side.cut_E[e].item()]
+        if not along_tokens:
+            return pair_weights(router.weight, {(t, e): probs[t][e] for t, e in pairs}, pools, False)
+        gate = {(t, e): (logits[t][e] - side.log_scale_E[e]).exp() for t, e in pairs}
+        weights = pair_weights(router.weight, gate, pools, False)
+        return {p: w.clamp(max=10.0) if router.weight == "score" else w for p, w in weights.items()}
+    gates = [list(row) for row in probs]
+    if along_tokens:
+        for pool in pools:
+            for e in experts:
+                for t, g in zip(pool, softmax([logits[t][e] for t in pool]), strict=True):
+                    gates[t][e] = g
+    pairs = choose_by_expert(values(gates), pools, router.k, side.capacity_factor)
+    return pair_weights(router.weight, {(t, e): gates[t][e] for t, e in pairs}, pools, along_tokens)
+
+
+def values(grid: Grid) -> list[list[float]]:
+    return [[value.item() for value in row] for row in grid]
+
+
+def naive_z_loss(logits: Grid) -> Tensor:
+    return torch.stack([torch.stack(row).exp().sum().log() ** 2 for row in logits]).mean()
+
+
+def naive_switch_loss(probs: Grid, pairs: list[Pair]) -> Tensor:
+    num_experts, total = len(probs[0]), torch.zeros((), dtype=DTYPE)
+    for e in range(num_experts):
+        share = sum(e == other for _, other in pairs) / len(pairs)
+        total = total + share * torch.stack([row[e] for row in probs]).mean()
+    return num_experts * total
+
+
+def naive_importance_loss(probs: Grid) -> Tensor:
+    return naive_cv_squared([torch.stack([row[e] for row in probs]).sum() for e in range(len(probs[0]))])
+
+
+def naive_route(
+    router: Router, x_TD: Tensor, pools: list[list[int]], edge_index: Tensor | None, seed: int
+) -> tuple[dict[Pair, Tensor], Tensor]:
+    """The weight of each pair that is chosen, and the auxiliary loss. ``seed`` draws the noise."""
+    one, aux = torch.ones((), dtype=DTYPE), torch.zeros((), dtype=DTYPE)
+    tokens, experts = range(len(x_TD)), range(router.num_experts)
+    if len(x_TD) == 0:
+        return {}, aux
+    if isinstance(router, OracleRouter):
+        return {(t, int(router.assignment_T[t])): one for t in tokens}, aux
+    if isinstance(router, UniformRouter):
+        return {(t, e): one / router.num_experts for t in tokens for e in experts}, aux
+    if isinstance(router, AttentionVote):
+        votes = naive_votes(router, x_TD, pools, edge_index)
+        pairs = choose_by_expert(values(votes), pools, router.k, router.capacity_factor)
+        return pair_weights(router.weight, {(t, e): votes[t][e] for t, e in pairs}, pools, True), aux
+
+    clean = logits = naive_logits(router, x_TD)
+    std = [[one for _ in experts] for _ in tokens]
+    if isinstance(router, TokenChoice) and router.noise is not None:
+        std = [[F.softplus(x @ row) for row in router.noise.weight] for x in x_TD]
+        if router.training:
+            draw = torch.randn(len(x_TD), len(experts), dtype=DTYPE, generator=torch.Generator().manual_seed(seed))
+            logits = [[clean[t][e] + draw[t, e] * std[t][e] for e in experts] for t in tokens]
+    probs = [softmax(row) for row in logits]
+    if getattr(router, "z_coef", 0):
+        aux = aux + router.z_coef * naive_z_loss(logits)  # type: ignore[operator]
+    if isinstance(router, MultiCentroid) and router.separation_coef:
+        aux = aux + router.separation_coef * naive_separation(router.centroid)
+    if isinstance(router, ExpertChoice | MultiCentroid) and router.side is not None:
+        return naive_side(router, router.side, logits, probs, pools), aux
+
+    balance = router.balance if isinstance(router, TokenChoice) else None
+    bias = router.bias_E.tolist() if isinstance(router, TokenChoice) and balance == "bias" else [0.0] * len(experts)
+    chosen = choose_by_token([[p + b for p, b in zip(row, bias, strict=True)] for row in values(probs)], router.k)
+    pairs = [(t, e) for t in tokens for e in chosen[t]]
+    if isinstance(router, TokenChoice):
+        if balance == "switch":
+            aux = aux + router.balance_coef * naive_switch_loss(probs, pairs)
+        if balance == "importance_load":
+            load = naive_load_loss(clean, logits, std, router.k)
+            aux = aux + router.balance_coef * (naive_importance_loss(probs) + load)
+        if router.training and router.capacity_factor is not None:
+            pairs = drop(chosen, probs, pools, router.capacity_factor)
+    return pair_weights(router.weight, {(t, e): probs[t][e] for t, e in pairs}, pools, False), aux
+
+
+def naive_linear(linear: LinearExperts, expert: int, x_I: Tensor) -> Tensor:
+    y_O = x_I @ linear.weight[expert]
+    return y_O if linear.bias is None else y_O + linear.bias[expert]
+
+
+def naive_expert(experts: Experts, expert: int, x_I: Tensor) -> Tensor:
+    """What one expert does to one token."""
+    if isinstance(experts, LinearExperts):
+        return naive_linear(experts, expert, x_I)
+    assert isinstance(experts, MLPExperts)
+    h_H = naive_linear(experts.up, expert, x_I)
+    if experts.glu:
+        h_H = experts.activation(h_H[: experts.hidden_features]) * h_H[experts.hidden_features :]
+    else:
+        h_H = experts.activation(h_H)
+    return naive_linear(experts.down, expert, h_H)
+
+
+@dataclass
+class Naive:
+    """What the reference says of one call."""
+
+    y: Tensor
+    dense_TE: Tensor
+    aux: Tensor
+
+
+def naive_moe(
+    layer: MoE, x: Tensor, pool: Tensor | None = None, edge_index: Tensor | None = None, seed: int = 0
+) -> Naive:
+    """y_t = sum_e w_te f_e(x_t), a token and an expert at a time."""
+    x_TD = x.reshape(-1, x.size(-1))
+    weights, aux = naive_route(layer.router, x_TD, pool_lists(x, pool), edge_index, seed)
+    y = [torch.zeros(layer.experts.out_features, dtype=x.dtype) for _ in x_TD]
+    dense_TE = torch.zeros(len(x_TD), layer.num_experts, dtype=x.dtype)
+    for (t, e), w in weights.items():
+        y[t] = y[t] + w * naive_expert(layer.experts, e, x_TD[t])
+        dense_TE[t, e] = w.detach()
+    y_TO = torch.stack(y) if y else x_TD.new_zeros(0, layer.experts.out_features)
+    return Naive(y_TO.reshape(*x.shape[:-1], -1), dense_TE, aux)
+
+
+def gradients(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients, with zeros where the loss does not depend on a tensor."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(w) for w in wanted]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]
+
+
+def assert_same_as_naive(
+    layer: MoE,
+    x: Tensor,
+    pool: Tensor | None = None,
+    edge_index: Tensor | None = None,
+    *,
+    tolerance: float = 1e-10,
+    seed: int = 0,
+) -> None:
+    """Output, weights, auxiliary loss and every gradient of ``layer`` equal those of the reference."""
+    x = x.clone().requires_grad_()
+    expected = naive_moe(layer, x, pool, edge_index, seed)
+    torch.manual_seed(seed)
+    y, routing = layer(x, pool, edge_index, return_routing=True)
+
+    def close(actual: Tensor, wanted: Tensor, what: str) -> None:
+        assert actual.shape == wanted.shape, what
+        assert actual.dtype == wanted.dtype, what
+        difference = (actual - wanted).abs().max().item() if wanted.numel() else 0.0
+        assert difference <= tolerance, f"{what} differs by {difference}"
+
+    close(routing.to_dense(), expected.dense_TE, "weights")
+    assert torch.equal(routing.to_dense() != 0, expected.dense_TE != 0)
+    close(y, expected.y, "output")
+    close(routing.aux_loss, expected.aux, "aux_loss")
+    cotangent = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(seed + 1))
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    wanted = gradients((expected.y * cotangent).sum() + expected.aux, [x, *parameters])
+    actual = gradients((y * cotangent).sum() + routing.aux_loss, [x, *parameters])
+    for name, a, w in zip(["x", *names], actual, wanted, strict=True):
+        close(a, w, f"gradient of {name}")

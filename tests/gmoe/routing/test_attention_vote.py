@@ -1,0 +1,140 @@
+"""Attention vote. Shapes: T tokens, D width, E experts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gmoe import AttentionVote
+
+D, E = 6, 4
+OPTIONS: list[dict[str, Any]] = [
+    {"queries": queries, "scope": scope} for queries in ("per_expert", "shared") for scope in ("pool", "neighbours")
+]
+each = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options.values()))
+
+
+@each
+@pytest.mark.parametrize(
+    "pool",
+    [None, [0] * 6 + [1] * 6, [0, 3] * 6, [5, 0, 0, 1, 5, 5, 5, 5, 5, 5, 0, 5]],
+    ids=["one", "equal", "equal_unsorted", "ragged"],
+)
+def test_votes_average_one_over_the_tokens(options: dict[str, Any], pool: list[int] | None) -> None:
+    router, x = AttentionVote(D, E, **options), 3 * torch.randn(12, D)
+    segment = torch.zeros(12, dtype=torch.long) if pool is None else torch.tensor(pool)
+    edge_index = torch.randint(12, (2, 60))
+    edge_index = edge_index[:, segment[edge_index[0]] == segment[edge_index[1]]]
+    votes = router(x, None if pool is None else segment, edge_index).scores
+    for ids in segment.unique():
+        torch.testing.assert_close(votes[segment == ids].mean(0), torch.ones(E))
+
+
+@each
+def test_selected_weights_average_one_in_each_pool(options: dict[str, Any]) -> None:
+    """The scale rule: divided by the mean of the pool's selected votes."""
+    pool = torch.tensor([5, 0, 0, 1, 5, 5, 5, 5, 5, 5, 0, 5])
+    edge_index = torch.stack([torch.arange(12), torch.arange(12)])
+    routing = AttentionVote(D, E, k=2, **options)(torch.randn(12, D), pool, edge_index)
+    for ids in pool.unique():
+        mine = routing.weight[pool[routing.token] == ids]
+        assert mine.max() < 10
+        assert mine.mean().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_weight_is_capped_at_ten() -> None:
+    """All vote for one token of 40: it alone is selected with a vote, 20 times the mean of 20."""
+    router = AttentionVote(1, 1, capacity_factor=0.5, head_dim=1)
+    with torch.no_grad():
+        router.query.weight.fill_(30.0)
+        router.key.weight.fill_(30.0)
+    weight = router(torch.tensor([[1.0]] * 39 + [[2.0]])).weight
+    assert weight.max() == 10
+    assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize(("queries", "projections"), [("per_expert", 2 * E), ("shared", E + 1)])
+def test_number_of_projections(queries: Any, projections: int) -> None:
+    router = AttentionVote(D, E, queries=queries, head_dim=5)
+    assert sum(parameter.numel() for parameter in router.parameters()) == projections * 5 * D
+
+
+def test_popular_token_is_taken() -> None:
+    router = AttentionVote(2, 1, capacity_factor=0.25, head_dim=2)
+    with torch.no_grad():
+        router.query.weight.copy_(torch.eye(2))
+        router.key.weight.copy_(torch.eye(2))
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [5.0, 0.0], [0.0, 1.0]])
+    assert router(x).token.tolist() == [2]
+
+
+def test_neighbours_need_edges() -> None:
+    with pytest.raises(
+        ValueError, match=r"edge_index: got None with scope='neighbours', expected the \(2, num_edges\)"
+    ):
+        AttentionVote(D, E, scope="neighbours")(torch.randn(3, D))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"queries": "global"}, "queries: got 'global', expected one of 'per_expert', 'shared'"),
+        ({"scope": "graph"}, "scope: got 'graph', expected one of 'pool', 'neighbours'"),
+        ({"head_dim": 0}, "head_dim: got 0, expected at least 1"),
+        ({"capacity_factor": 0}, "capacity_factor: got 0, expected a positive number"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AttentionVote(D, E, **kwargs)
+
+
+def test_repr() -> None:
+    text = repr(AttentionVote(D, E, queries="shared", scope="neighbours"))
+    assert "6, 4, k=1, weight='score', queries='shared', scope='neighbours'" in text
+
+
+MEASURE = """
+import resource, sys, time, torch
+from gmoe import AttentionVote, LinearExperts, MoE
+layer = MoE(AttentionVote(64, 4), LinearExperts(64, 64, 4))
+def run(num_tokens):
+    layer(torch.randn(num_tokens, 64)).square().sum().backward()
+run(4000)  # the block of votes and torch's own buffers
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+run(int(sys.argv[1]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.perf_counter() - start)
+"""
+
+
+def measure(num_tokens: int) -> tuple[float, float]:
+    """Peak memory in KiB above that of a small call, and seconds."""
+    root = Path(__file__).parents[3]
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(num_tokens)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    memory, seconds = map(float, result.stdout.split())
+    return memory, seconds
+
+
+@pytest.mark.slow
+def test_memory_grows_linearly() -> None:
+    """T = 20,000 and E = 4, forward and backward: one (T, T) float matrix would be 1.6 GB."""
+    half, _ = measure(10_000)
+    full, seconds = measure(20_000)
+    assert seconds < 60
+    assert full < 300 * 1024
+    assert full <= 2.3 * max(half, 16 * 1024)  # below 16 MiB the difference is the allocator's

@@ -1,0 +1,150 @@
+"""Expert choice. Shapes: T tokens, D width, E experts, C capacity."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from gmoe import ExpertChoice, LinearExperts, MoE
+
+
+def identity_gate(num_experts: int, **options: Any) -> ExpertChoice:
+    """A router whose logits are its input."""
+    router = ExpertChoice(num_experts, num_experts, **options)
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.eye(num_experts))
+    return router
+
+
+def test_by_hand_over_experts() -> None:
+    # probabilities (.8, .2), (.6, .4), (.1, .9), (.5, .5); C = ceil(1 * 4 / 2) = 2
+    probs = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9], [0.5, 0.5]])
+    expected = torch.tensor([[0.8, 0], [0.6, 0], [0, 0.9], [0, 0.5]])
+    torch.testing.assert_close(identity_gate(2)(probs.log()).to_dense(), expected)
+
+
+def test_by_hand_over_tokens() -> None:
+    # along tokens: expert 0 (.1, .2, .3, .4), expert 1 (.7, .1, .1, .1); C = 2
+    shares = torch.tensor([[0.1, 0.7], [0.2, 0.1], [0.3, 0.1], [0.4, 0.1]])
+    routing = identity_gate(2, normalize="tokens")(shares.log())
+    # selected .3 + .4 and .7 + .1 (the tie goes to token 1): mean 1.5 / 4 = .375
+    expected = torch.tensor([[0, 0.7], [0, 0.1], [0.3, 0], [0.4, 0]]) / 0.375
+    torch.testing.assert_close(routing.to_dense(), expected)
+    torch.testing.assert_close(routing.scores, shares)
+
+
+def test_the_weight_is_capped_at_ten() -> None:
+    """One of 20 tokens has nearly all the share: 20 times the mean, cut to 10, with no gradient above."""
+    logits = torch.tensor([[10.0]] + [[0.0]] * 19, requires_grad=True)
+    weight = identity_gate(1, normalize="tokens")(logits).weight
+    share = math.exp(10) / (math.exp(10) + 19)
+    assert weight[0].item() == 10.0
+    assert weight[1].item() == pytest.approx(20 * (1 - share) / 19, rel=1e-5)  # the mean share is 1 / 20
+    weight[0].backward()
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_the_load_is_even_by_construction() -> None:
+    pool = torch.tensor([0] * 5 + [1] * 8 + [2])
+    load = ExpertChoice(4, 3, k=2)(torch.randn(14, 4), pool=pool).load
+    assert load.tolist() == [4 + 6 + 1] * 3  # ceil(10 / 3), ceil(16 / 3), ceil(2 / 3)
+
+
+@pytest.mark.parametrize(("k", "factor", "expected"), [(1, 1.0, 1.0), (2, 1.5, 3.0), (2, 9.0, 4.0), (1, 0.5, 0.5)])
+def test_experts_per_token(k: int, factor: float, expected: float) -> None:
+    router = ExpertChoice(4, 4, k=k, capacity_factor=factor)
+    assert router.experts_per_token == expected
+    assert router(torch.randn(80, 4)).token.numel() == 80 * expected
+
+
+def test_tokens_without_an_expert_get_zero() -> None:
+    layer = MoE(ExpertChoice(4, 4, capacity_factor=0.25), LinearExperts(4, 3, 4))
+    y, routing = layer(torch.randn(32, 4), return_routing=True)
+    covered = torch.zeros(32, dtype=torch.bool).index_fill(0, routing.token, value=True)
+    assert routing.coverage < 0.5
+    assert not y[~covered].any()
+    assert bool(y[covered].any(dim=1).all())
+
+
+@pytest.mark.parametrize("normalize", ["experts", "tokens"])
+def test_threshold_at_evaluation_decides_by_the_cut(normalize: Any) -> None:
+    """One training step on the same tokens: the last token that was taken is the cut, so the same are taken."""
+    torch.manual_seed(0)
+    router, x = ExpertChoice(5, 3, normalize=normalize, inference="threshold").double(), torch.randn(17, 5).double()
+    trained = router(x)
+    router.eval()
+    found = router(x)
+    assert torch.equal(found.to_dense() != 0, trained.to_dense() != 0)
+    torch.testing.assert_close(found.weight, trained.weight, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", ["score", "straight_through"])
+@pytest.mark.parametrize("normalize", ["experts", "tokens"])
+def test_threshold_ignores_appended_tokens(normalize: Any, weight: Any) -> None:
+    torch.manual_seed(0)
+    router = ExpertChoice(5, 3, weight=weight, normalize=normalize, inference="threshold")
+    layer = MoE(router, LinearExperts(5, 4, 3))
+    for _ in range(3):
+        layer(torch.randn(2, 20, 5))
+    layer.eval()
+    x = torch.randn(20, 5)
+    more = torch.cat([x, 5 * torch.randn(30, 5)])
+    torch.testing.assert_close(layer(more)[:20], layer(x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(layer(x[:1]), layer(x)[:1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(layer(x[None]), layer(x)[None], atol=1e-6, rtol=0)
+
+
+def test_threshold_weights_are_capped() -> None:
+    router = identity_gate(1, normalize="tokens", inference="threshold")
+    router(torch.zeros(8, 1))
+    weight = router.eval()(torch.tensor([[0.0], [1.0], [9.0]])).weight
+    torch.testing.assert_close(weight, torch.tensor([1.0, math.e, 10.0]))
+
+
+def test_threshold_needs_a_training_step() -> None:
+    router = ExpertChoice(5, 3, inference="threshold").eval()
+    with pytest.raises(RuntimeError, match="no cut scores yet: run a training step"):
+        router(torch.randn(4, 5))
+    router.train()(torch.randn(0, 5))  # no tokens, no step
+    with pytest.raises(RuntimeError, match="no cut scores yet"):
+        router.eval()(torch.randn(4, 5))
+    router.train()(torch.randn(4, 5))
+    router.eval()(torch.randn(4, 5))
+    router.reset_parameters()
+    with pytest.raises(RuntimeError, match="no cut scores yet"):
+        router(torch.randn(4, 5))
+
+
+def test_the_z_loss_reaches_the_gate() -> None:
+    router = ExpertChoice(5, 3, z_coef=0.5)
+    routing = router(torch.randn(9, 5))
+    assert routing.losses["z"].coefficient == 0.5
+    (gradient,) = torch.autograd.grad(routing.aux_loss, router.gate.weight)
+    assert gradient.abs().max() > 1e-6
+    assert not ExpertChoice(5, 3)(torch.randn(9, 5)).losses
+
+
+def test_identical_rows_go_by_index() -> None:
+    assert ExpertChoice(4, 2)(torch.ones(10, 4)).token.view(2, -1).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"capacity_factor": 0.0}, "capacity_factor: got 0.0, expected a positive number"),
+        ({"capacity_factor": -2}, "capacity_factor: got -2, expected a positive number"),
+        ({"normalize": "nodes"}, "normalize: got 'nodes', expected one of 'experts', 'tokens'"),
+        ({"inference": "batch"}, "inference: got 'batch', expected one of 'pool', 'threshold'"),
+        ({"momentum": 0.0}, r"momentum: got 0.0, expected a number in \(0, 1\]"),
+        ({"momentum": 1.5}, r"momentum: got 1.5, expected a number in \(0, 1\]"),
+        ({"z_coef": -1}, "z_coef: got -1, expected at least 0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExpertChoice(4, 3, **kwargs)

@@ -1,0 +1,78 @@
+"""k-means. Shapes: T tokens, D width, N clusters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gmoe.routing.kmeans import kmeans
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def blobs(num_clusters: int, each: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Well-separated clusters in a random order, and who belongs where."""
+    center = 20.0 * torch.eye(num_clusters)
+    owner = torch.arange(num_clusters).repeat(each)[torch.randperm(num_clusters * each, generator=generator(seed))]
+    return center[owner] + torch.randn(len(owner), num_clusters, generator=generator(seed)), owner
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_clusters_are_found(seed: int) -> None:
+    x, planted = blobs(6, 30, seed)
+    center, owner = kmeans(x, 6, generator(seed))
+    assert len(set(zip(planted.tolist(), owner.tolist(), strict=True))) == 6  # the same up to names
+    for cluster in range(6):
+        torch.testing.assert_close(center[cluster], x[owner == cluster].mean(0))
+
+
+def test_each_token_is_nearest_to_its_own_centre() -> None:
+    x = torch.randn(60, 3, generator=generator())
+    center, owner = kmeans(x, 5, generator())
+    distance = (x[:, None] - center).square().sum(-1)
+    torch.testing.assert_close(distance.gather(1, owner[:, None])[:, 0], distance.min(1).values)
+    assert owner.bincount(minlength=5).min() > 0
+
+
+def test_the_seed_decides() -> None:
+    x = torch.randn(80, 3, generator=generator())
+    first, again = kmeans(x, 7, generator(1))[0], kmeans(x, 7, generator(1))[0]
+    assert torch.equal(first, again)
+    state = torch.get_rng_state()
+    kmeans(x, 3, generator(2))
+    assert torch.equal(torch.get_rng_state(), state)  # no draw from the global generator
+
+
+def test_more_restarts_are_no_worse() -> None:
+    x = torch.randn(100, 2, generator=generator())
+
+    def inertia(restarts: int) -> float:
+        center, owner = kmeans(x, 8, generator(), restarts=restarts)
+        return float((x - center[owner]).square().sum())
+
+    assert inertia(8) <= inertia(1) + 1e-4
+
+
+def test_as_many_clusters_as_tokens() -> None:
+    x = torch.tensor([[0.0], [1.0], [5.0]])
+    center, owner = kmeans(x, 3, generator())
+    assert sorted(center[:, 0].tolist()) == [0.0, 1.0, 5.0]
+    assert torch.equal(center[owner], x)
+
+
+def test_repeated_tokens() -> None:
+    """As many distinct tokens as clusters: none is empty, whatever the copies."""
+    x = torch.tensor([[0.0], [1.0], [5.0]])[torch.tensor([0, 0, 0, 1, 2, 2, 0, 0])]
+    for seed in range(5):
+        center, owner = kmeans(x, 3, generator(seed))
+        assert torch.equal(center[owner], x)
+        assert owner.bincount(minlength=3).min() > 0
+
+
+def test_fewer_distinct_tokens_than_clusters() -> None:
+    center, owner = kmeans(torch.ones(6, 2), 3, generator())
+    assert torch.equal(center, torch.ones(3, 2))
+    assert owner.max() < 3

@@ -1,0 +1,181 @@
+"""Multi-centroid routing. Shapes: T tokens, D width, E experts, M centroids an expert."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gmoe import MultiCentroid
+
+
+def with_centroids(centroid_EMD: Tensor, **options: Any) -> MultiCentroid:
+    num_experts, num_centroids, dim = centroid_EMD.shape
+    router = MultiCentroid(dim, num_experts, num_centroids=num_centroids, **options)
+    with torch.no_grad():
+        router.centroid.copy_(centroid_EMD)
+    return router
+
+
+CENTROIDS = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.6, 0.8]]])
+
+
+def test_by_hand() -> None:
+    # x = (3, 0): cosines (1, 0) and (-1, .6); best 1 and .6; at temperature .5: logits 2 and 1.2
+    routing = with_centroids(CENTROIDS, temperature=0.5)(torch.tensor([[3.0, 0.0]]))
+    torch.testing.assert_close(routing.scores, torch.tensor([[2.0, 1.2]]).softmax(-1))
+    assert routing.expert.tolist() == [0]
+
+
+def test_logsumexp_by_hand() -> None:
+    # log(e^2 + e^0) and log(e^-2 + e^1.2)
+    routing = with_centroids(CENTROIDS, temperature=0.5, reduce="logsumexp")(torch.tensor([[3.0, 0.0]]))
+    odds = torch.tensor([[math.exp(2) + 1, math.exp(-2) + math.exp(1.2)]])
+    torch.testing.assert_close(routing.scores, odds / odds.sum())
+
+
+def test_length_does_not_matter_but_the_centre_does() -> None:
+    router, x = MultiCentroid(4, 3), torch.randn(8, 4)
+    torch.testing.assert_close(router(7 * x).scores, router(x).scores)
+    router.center_D.fill_(1.0)
+    plain = MultiCentroid(4, 3)
+    plain.load_state_dict({**router.state_dict(), "center_D": torch.zeros(4)})
+    torch.testing.assert_close(router(x).scores, plain(x - 1).scores)
+    assert router(torch.ones(2, 4)).scores.isfinite().all()  # the centre itself has no direction
+
+
+def test_defaults() -> None:
+    assert MultiCentroid(4, 3).weight == "score"
+    assert MultiCentroid(4, 3, k=2).weight == "normalized"
+    assert MultiCentroid(4, 3, k=2, choice="experts").weight == "score"
+    assert MultiCentroid(4, 3).centroid.shape == (3, 4, 4)
+    assert MultiCentroid(4, 3, temperature=0.25).log_temperature.exp().item() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("choice", ["tokens", "experts"])
+def test_who_chooses(choice: Any) -> None:
+    router = MultiCentroid(4, 3, choice=choice, capacity_factor=1.5)
+    routing = router(torch.randn(12, 4))
+    if choice == "tokens":
+        assert routing.token.sort().values.tolist() == list(range(12))
+        assert router.experts_per_token == 1
+    else:
+        assert routing.load.tolist() == [6, 6, 6]
+        assert router.experts_per_token == 1.5
+
+
+def test_the_separation_loss() -> None:
+    routing = with_centroids(CENTROIDS, separation_coef=0.5)(torch.randn(5, 2))
+    # within: (2, 0) and (0, 1) 0; (-1, 0) and (.6, .8) -.6 -> 0. Across: 0-(-1) -> 0, (2, 0)-(.6, .8) .6 -> .36,
+    # (0, 1)-(-1, 0) 0, (0, 1)-(.6, .8) .8 -> .64: mean over four .25
+    value, coefficient = routing.losses["separation"]
+    assert value.item() == pytest.approx(0.25)
+    assert coefficient == 0.5
+    assert routing.aux_loss.item() == pytest.approx(0.125)
+    router = MultiCentroid(4, 3)
+    router(torch.randn(5, 4)).aux_loss.backward()
+    assert router.centroid.grad is not None
+    assert router.centroid.grad.abs().max() > 1e-6
+    assert not MultiCentroid(4, 3, separation_coef=0.0)(torch.randn(5, 4)).losses
+
+
+# k-means initialisation
+
+
+def directions(num_clusters: int, each: int) -> tuple[Tensor, Tensor]:
+    """Clusters of directions about a common offset."""
+    torch.manual_seed(0)
+    owner = torch.arange(num_clusters).repeat(each)
+    return 5.0 + 10.0 * torch.eye(num_clusters)[owner] + 0.3 * torch.randn(len(owner), num_clusters), owner
+
+
+@pytest.mark.parametrize("num_centroids", [1, 4])
+def test_init_from_data_finds_planted_clusters(num_centroids: int) -> None:
+    x, planted = directions(5, 40)
+    router = MultiCentroid(5, 5, num_centroids=num_centroids)
+    router.init_from_data(x.view(4, 50, 5), seed=1)
+    expert = router(x).to_dense().argmax(-1)
+    assert len(set(zip(planted.tolist(), expert.tolist(), strict=True))) == 5
+    torch.testing.assert_close(router.center_D, x.mean(0))
+    assert router.centroid.requires_grad
+
+
+def test_init_from_data_follows_the_seed() -> None:
+    first, second = MultiCentroid(4, 3), MultiCentroid(4, 3)
+    x = torch.randn(50, 4)
+    first.init_from_data(x, seed=3)
+    state = torch.get_rng_state()
+    second.init_from_data(x, seed=3)
+    assert torch.equal(first.centroid, second.centroid)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_init_from_data_in_other_dtypes(dtype: torch.dtype) -> None:
+    router = MultiCentroid(4, 3).to(dtype)
+    router.init_from_data(torch.randn(50, 4))
+    assert router.centroid.dtype == dtype
+    assert router.centroid.isfinite().all()
+
+
+def test_never_in_forward() -> None:
+    router = MultiCentroid(4, 3)
+    before = router.centroid.clone()
+    router(torch.randn(50, 4))
+    assert torch.equal(router.centroid, before)
+    assert not router.center_D.any()
+
+
+def test_fewer_tokens_than_centroids_repeat() -> None:
+    router = MultiCentroid(3, 3, num_centroids=4)
+    router.init_from_data(torch.eye(3))
+    assert router.centroid.isfinite().all()
+    assert sorted(router(torch.eye(3)).expert.tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("distinct", [1, 3, 7])
+def test_fewer_distinct_tokens_than_experts(distinct: int) -> None:
+    """Minesweeper has 7 distinct rows; 8 experts are asked for."""
+    torch.manual_seed(0)
+    router, x = MultiCentroid(5, 8), torch.randn(distinct, 5).repeat(30, 1)
+    router.init_from_data(x)
+    assert router.centroid.isfinite().all()
+    routing = router(x)
+    assert routing.scores.isfinite().all()
+    assert int((routing.load > 0).sum()) <= distinct
+
+
+@pytest.mark.parametrize("shape", [(50, 3), (2, 4), (0, 4), (4,)], ids=str)
+def test_init_from_bad_data(shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=r"x: got shape .*, expected \(..., dim=4\) with at least num_experts=3 tokens"
+    ):
+        MultiCentroid(4, 3).init_from_data(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"choice": "both"}, "choice: got 'both', expected one of 'tokens', 'experts'"),
+        ({"reduce": "mean"}, "reduce: got 'mean', expected one of 'max', 'logsumexp'"),
+        ({"num_centroids": 0}, "num_centroids: got 0, expected at least 1"),
+        ({"temperature": 0.0}, "temperature: got 0.0, expected a positive number"),
+        ({"separation_coef": -1}, "separation_coef: got -1, expected at least 0"),
+        ({"capacity_factor": 0}, "capacity_factor: got 0, expected a positive number"),
+        ({"normalize": "nodes"}, "normalize: got 'nodes', expected one of 'experts', 'tokens'"),
+        ({"inference": "batch"}, "inference: got 'batch', expected one of 'pool', 'threshold'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultiCentroid(4, 3, **kwargs)
+
+
+def test_threshold_needs_a_training_step() -> None:
+    router = MultiCentroid(4, 3, choice="experts", inference="threshold").eval()
+    with pytest.raises(RuntimeError, match="no cut scores yet"):
+        router(torch.randn(4, 4))

@@ -1,0 +1,241 @@
+"""Costs, against arithmetic by hand. Shapes: T tokens, D, O widths, E experts, K experts a token, M edges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_geometric.nn import GCNConv
+from torch_geometric.utils import spmm
+
+from gmoe import (
+    GNNMoE,
+    LinearExperts,
+    MLPExperts,
+    MoE,
+    MoEConv,
+    OracleRouter,
+    active_parameters,
+    build_router,
+    count_flops,
+    match_width,
+)
+from tests.gmoe.conv.masked import random_graph, routing_of
+
+T, D, O, E = 10, 8, 4, 4  # noqa: E741
+LINEAR = D * O + O
+
+
+def moe(router: str = "token_choice", k: int = 1, experts: nn.Module | None = None, **kwargs: Any) -> MoE:
+    return MoE(build_router(router, D, E, k, kwargs), experts or LinearExperts(D, O, E))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("router", "k", "kwargs", "own", "per_token"),
+    [
+        ("token_choice", 1, {}, D * E, 1),
+        ("token_choice", 3, {}, D * E, 3),
+        ("token_choice", 2, {"balance": "importance_load"}, 2 * D * E, 2),  # gate and noise
+        ("expert_choice", 2, {}, D * E, 2),
+        ("expert_choice", 2, {"capacity_factor": 0.5}, D * E, 1),
+        ("expert_choice", 2, {"capacity_factor": 5.0}, D * E, E),
+        ("attention_vote", 1, {"head_dim": 2}, 2 * D * 2 * E, 1),
+        ("attention_vote", 1, {"head_dim": 2, "queries": "shared"}, (E + 1) * D * 2, 1),
+        ("multi_centroid", 1, {"num_centroids": 3}, E * 3 * D + 1, 1),
+        ("random", 2, {}, 0, 2),
+        ("uniform", 1, {}, 0, E),
+    ],
+)
+def test_active_parameters_of_moe(router: str, k: int, kwargs: dict[str, Any], own: int, per_token: float) -> None:
+    assert active_parameters(moe(router, k, **kwargs)) == own + per_token * LINEAR
+    conv = MoEConv("gcn", D, O, num_experts=E, router=router, k=k, router_kwargs=kwargs)
+    assert active_parameters(conv) == own + per_token * LINEAR
+
+
+def test_active_parameters_of_other_experts() -> None:
+    mlp = D * 6 + 6 + 6 * O + O
+    assert active_parameters(moe(k=2, experts=MLPExperts(D, 6, O, E))) == D * E + 2 * mlp
+    sage = 2 * D * O + O
+    assert active_parameters(MoEConv("sage", D, O, num_experts=E, k=2)) == D * E + 2 * sage
+    gat = D * O + 2 * O + O
+    assert active_parameters(MoEConv("gat", D, O, num_experts=E, k=2)) == D * E + 2 * gat
+    gin = D * O + O + O * O + O
+    assert active_parameters(MoEConv("gin", D, O, num_experts=E, k=2, train_eps=True)) == D * E + 2 * (gin + 1)
+
+
+def test_active_parameters_of_a_dense_model() -> None:
+    shared = nn.Linear(D, D)
+    assert active_parameters(nn.Sequential(shared, nn.ReLU(), shared)) == D * D + D
+
+
+@pytest.mark.parametrize(
+    ("router", "kwargs", "own", "per_token"),
+    [
+        ("token_choice", {}, 2 * D * E, 1),
+        ("expert_choice", {"capacity_factor": 1.5}, 2 * D * E, 1.5),
+        ("uniform", {}, 0, E),
+    ],
+)
+@pytest.mark.parametrize("routing", ["layer", "shared"])
+def test_active_parameters_of_gnn_moe(
+    routing: Any, router: str, kwargs: dict[str, Any], own: int, per_token: float
+) -> None:
+    """Two MoE layers of (D, D), a dense (D, O), identity residuals; a router sees [x, Ax], 2 D wide."""
+    model = GNNMoE(D, D, O, 3, num_experts=E, router=router, routing=routing, router_kwargs=kwargs)
+    routers = own * (2 if routing == "layer" else 1)
+    assert active_parameters(model) == routers + 2 * per_token * (D * D + D) + LINEAR
+
+
+def test_a_model_that_is_already_counted_follows_its_instance() -> None:
+    router = build_router("expert_choice", 2 * D, E, 1, {"capacity_factor": 2.0})
+    model = GNNMoE(D, D, O, 2, num_experts=E, router=router, routing="shared")
+    assert active_parameters(model) == 2 * D * E + 2 * (D * D + D) + LINEAR
+
+
+ASSIGNMENT = torch.tensor([0, 0, 0, 0, 0, 1, 1, 3, 3, 3])  # loads 5, 2, 0, 3
+
+
+def planted(experts: nn.Module) -> MoE:
+    return MoE(OracleRouter(D, E, ASSIGNMENT), experts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("backend", "rows"),
+    [("loop", T), ("grouped", T), ("padded", E * 5), ("auto", T)],  # padded: to the largest load
+)
+def test_flops_of_moe(backend: Any, rows: int) -> None:
+    x = torch.randn(T, D)
+    layer = planted(LinearExperts(D, O, E, backend=backend))
+    added = T * O  # the weighted sum, one add an element
+    assert count_flops(layer, x) == 2 * rows * D * O + added
+    hidden = planted(MLPExperts(D, 16, O, E, backend=backend))
+    assert count_flops(hidden, x) == 2 * rows * (D * 16 + 16 * O) + added
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_flops_of_the_backward_pass(backend: Any) -> None:
+    x = torch.randn(T, D, requires_grad=True)
+    layer = planted(LinearExperts(D, O, E, bias=False, backend=backend))
+    product = 2 * T * D * O
+    gathered = T * D  # the gradient of the gather is an index_add
+    assert count_flops(layer, x, backward=True) == 3 * product + T * O + gathered
+    assert layer.experts.weight.grad is not None
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_flops_of_the_router(k: int) -> None:
+    x = torch.randn(T, D)
+    gate, product = 2 * T * D * E, 2 * k * T * D * O
+    normalised = k * T if k > 1 else 0  # the sum of a token's gates
+    assert count_flops(moe(k=k), x) == gate + product + k * T * O + normalised
+
+
+def sparse_graph() -> tuple[Tensor, Tensor, int]:
+    """Edges, the same as a sparse matrix, and their number."""
+    edge_index = random_graph(T, T, 30).unique(dim=1)
+    adj = torch.sparse_coo_tensor(edge_index.flip(0), torch.ones(edge_index.size(1)), (T, T), check_invariants=True)
+    return edge_index, adj.coalesce(), edge_index.size(1)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("product", ["sum", "mean", "@", "torch.sparse.mm"])
+def test_flops_of_a_sparse_product(product: str, layout: torch.layout) -> None:
+    """Two an edge and channel, forward; and as much again for the gradient of the dense side."""
+    _, adj, edges = sparse_graph()
+    adj = adj if layout == torch.sparse_coo else adj.to_sparse_csr()
+    x = torch.randn(T, D, requires_grad=True)
+    calls: dict[str, Any] = {"@": lambda x: adj @ x, "torch.sparse.mm": lambda x: torch.sparse.mm(adj, x)}
+    call = calls.get(product, lambda x: spmm(adj, x, reduce=product))
+    assert count_flops(call, x) == 2 * edges * D
+    assert count_flops(call, x, backward=True) == 4 * edges * D
+
+
+@pytest.mark.parametrize("form", ["edges", "coo", "csr"])
+def test_flops_of_aggregation(form: str) -> None:
+    edge_index, adj, edges = sparse_graph()
+    graph = {"edges": edge_index, "coo": adj, "csr": adj.to_sparse_csr()}[form]
+    an_edge = 1 if form == "edges" else 2  # an add a message; a multiply-add in a sparse product
+    x = torch.randn(T, D)
+    assert count_flops(GCNConv(D, O, normalize=False), x, graph) == 2 * T * D * O + an_edge * edges * O
+    # aggregated once, D wide, for two experts a node
+    layer = MoEConv("gcn", D, O, num_experts=E, router=None, normalize=False)
+    routing = routing_of(torch.ones(T, E) * torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    experts = 2 * 2 * T * D * O + 2 * T * O
+    assert count_flops(layer, x, graph, routing=routing) == an_edge * edges * D + experts
+
+
+def test_flops_of_attention_on_the_cpu() -> None:
+    batch, heads, tokens, width = 2, 3, 5, 8
+    q, k, v = (torch.randn(batch, heads, tokens, width, requires_grad=True) for _ in range(3))
+    scores = 2 * batch * heads * tokens * tokens * width
+    assert count_flops(F.scaled_dot_product_attention, q, k, v) == 2 * scores
+    # backward: the scores again, and the gradients of v, of the scores, of q and of k
+    assert count_flops(F.scaled_dot_product_attention, q, k, v, backward=True) == 7 * scores
+
+
+def test_flops_of_a_dense_model_are_torchs() -> None:
+    model = nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, O))
+    assert count_flops(model, torch.randn(T, D)) == 2 * T * (D * 16 + 16 * O)
+
+
+def test_flops_take_keywords_and_tuples() -> None:
+    layer = moe()
+    x = torch.randn(T, D, requires_grad=True)
+    plain = count_flops(layer, x, backward=True)
+    assert count_flops(layer, x, pool=None, return_routing=True, backward=True) == plain
+    model = GNNMoE(D, D, O, 2, num_experts=E)
+    assert count_flops(model, x, random_graph(T, T, 20), return_routing=True, backward=True) > 0
+
+
+def test_match_width() -> None:
+    assert match_width(lambda width: width**2, 10_000) == 100
+    assert match_width(lambda width: width**2, 10_080) == 100  # the nearest, not the first above
+    assert match_width(lambda width: width, 7, start=7) == 7
+    assert match_width(lambda width: width, 65_536) == 65_536
+
+    def dense(width: int) -> int:
+        return sum(p.numel() for p in nn.Sequential(nn.Linear(32, width), nn.Linear(width, 10)).parameters())
+
+    width = match_width(dense, 5_000)
+    assert abs(dense(width) / 5_000 - 1) <= 0.02
+    assert all(abs(dense(other) - 5_000) >= abs(dense(width) - 5_000) for other in (width - 1, width + 1))
+
+
+@pytest.mark.parametrize(
+    ("target", "kwargs", "message"),
+    [
+        (50, {}, r"target: got 50; the nearest width, 7, is off by -2.0%, expected within 1%"),
+        (50, {"stop": 3}, r"target: got 50; the nearest width, 3, is off by -82.0%"),
+        (1, {"start": 5}, r"target: got 1; the nearest width, 5, is off by"),
+        (0, {}, "target: got 0, expected a positive number"),
+        (10, {"start": 0}, "start: got 0, expected at least 1"),
+    ],
+)
+def test_match_width_refuses(target: float, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        match_width(lambda width: width**2, target, tolerance=0.01, **kwargs)
+
+
+def test_match_width_with_cost_of_a_real_control() -> None:
+    """The MoE stays as it is; the dense GCN is widened until the count agrees within 2 %."""
+    x, edge_index = torch.randn(T, D), random_graph(T, T, 40)
+    target = count_flops(GNNMoE(D, 32, O, 3, num_experts=E, k=2), x, edge_index)
+
+    def cost(width: int) -> int:
+        return count_flops(GNNMoE(D, width, O, 3, router=None), x, edge_index)
+
+    width = match_width(cost, target, stop=256)
+    assert width > 32
+    assert cost(width) == pytest.approx(target, rel=0.02)
+
+
+def test_counting_changes_nothing() -> None:
+    layer, x = moe(), torch.randn(T, D)
+    expected: Tensor = layer(x)
+    count_flops(layer, x, backward=False)
+    active_parameters(layer)
+    assert torch.equal(layer(x), expected)
+    assert all(p.grad is None for p in layer.parameters())
