@@ -65,9 +65,8 @@ def _arm(base: TrainConfig, router: RouterName, note: str = "", slug: str = "", 
     parts = [router, *([config.routing] if base.dataset == "mosaic" and router not in ("uniform", "oracle") else [])]
     k = "" if router in ("uniform", "oracle") else f", K={config.k}"
     name = "-".join([*parts, *([f"k{config.k}"] if k else []), *([slug] if slug else [])]).replace("_", "-")
-    label = (
-        f"`{router}`" + (f", {config.routing} routing" if len(parts) > 1 else "") + k + (f", {note}" if note else "")
-    )
+    label = ", ".join([f"`{router}`", *([f"{config.routing} routing"] if len(parts) > 1 else [])]) + k
+    label += f", {note}" if note else ""
     return Arm(name=name, label=label, config=config)
 
 
@@ -88,7 +87,6 @@ def _mosaic() -> Study:
                 _arm(run, "expert_choice"),
                 _arm(run, "multi_centroid", "one centroid", "one", options=one_centroid),
                 _arm(run, "multi_centroid", "one centroid, k-means", "kmeans", options=one_centroid, kmeans_init=True),
-                _arm(run, "attention_vote", "neighbours", "neighbours", options=near),
             ]
     sharp = RouterOptions(init_scale=1.0)
     only_x = replace(base, route_on="input")
@@ -117,18 +115,20 @@ def _mosaic() -> Study:
             options=RouterOptions(num_centroids=1, choice="experts"),
             kmeans_init=True,
         ),
-        _arm(
-            replace(base, residual="identity"),
-            "attention_vote",
-            "neighbours, residual",
-            "neighbours-residual",
-            options=near,
-        ),
+    ]
+    for k in (1, 2):
+        for routing in modes:
+            run = replace(base, k=k, routing=routing)
+            arms.append(_arm(run, "attention_vote", "neighbours", "neighbours", options=near))
+    residual = replace(base, residual="identity")
+    arms += [
+        _arm(residual, "attention_vote", "neighbours, residual", "neighbours-residual", options=near),
+        _arm(base, "attention_vote", "pool", "pool", options=RouterOptions(head_dim=8)),
     ]
     return Study(
         about=(
-            "Does a learned router find planted regions, and does it pay? Width 16, 8 experts, 150 epochs, Adam at 0.01; "
-            "the options of the arms were chosen on seeds 0 and 1, the table is on seeds 5 to 9."
+            "Does a learned router find planted regions, and does it pay? Width 16, 8 experts, 150 epochs, Adam at "
+            "0.01; the options of the arms were chosen on seeds 0 and 1, the table is on seeds 5 to 9."
         ),
         arms=tuple(arms),
     )

@@ -102,5 +102,6 @@ def check_batch(batch: Tensor | None, num_nodes: int) -> None:
     """Refuse a ``batch`` vector that does not say for each node which graph it belongs to."""
     if batch is not None and (batch.dim() != 1 or batch.numel() != num_nodes or batch.is_floating_point()):
         raise ValueError(
-            f"batch: got shape {tuple(batch.shape)} of {batch.dtype}, expected one integer for each of {num_nodes} nodes"
+            f"batch: got shape {tuple(batch.shape)} of {batch.dtype}, expected one integer for each of {num_nodes} "
+            "nodes"
         )
