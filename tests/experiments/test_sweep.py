@@ -1,0 +1,88 @@
+"""Sweeps skip what is finished, and their arms are what they say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import experiments.sweep
+from experiments.build import build_model, flops, matched_width, num_parameters
+from experiments.data import load_task
+from experiments.presets import DIGITS, DIGITS_GRAPH, MOSAIC
+from experiments.studies import STUDIES, Arm, Study
+from experiments.sweep import SweepConfig, main, sweep
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = replace(DIGITS_GRAPH, epochs=1, seeds=(0,), hidden=4)
+    study = Study(
+        about="a test",
+        arms=(
+            Arm(name="dense", label="dense", config=replace(base, router="dense")),
+            Arm(name="dense-4x", label="wide", config=replace(base, router="dense", hidden=16)),
+            Arm(name="moe", label="MoE", config=base),
+        ),
+    )
+    monkeypatch.setitem(STUDIES, "tiny", study)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_finished_arms_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["tiny", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--no-progress"]
+    main([*args, "--only", "dense"])
+    assert [a["arm"] for a in json.loads((tmp_path / "results" / "tiny.json").read_text())["arms"]] == [
+        "dense",
+        "dense-4x",
+    ]
+    ran: list[str] = []
+    run = experiments.sweep.run
+
+    def watch(config: Any) -> Any:
+        finished = (config.folder() / "summary.json").exists()
+        ran.extend([] if finished else [config.folder().name])
+        return run(config)
+
+    monkeypatch.setattr(experiments.sweep, "run", watch)
+    main(args)
+    assert ran == ["moe"]
+    assert "| MoE |" in capsys.readouterr().out
+
+
+def test_unknown_study() -> None:
+    with pytest.raises(ValueError, match="study: got 'cifar', expected one of mosaic, digits"):
+        sweep(SweepConfig(study="cifar"))
+
+
+@pytest.mark.parametrize("name", ["mosaic", "digits", "digits-graph"])
+def test_arms_have_controls_and_build(name: str) -> None:
+    study = STUDIES[name]
+    arms = {arm.name: arm.config for arm in study.arms}
+    assert len(arms) == len(study.arms)
+    assert {"dense", "dense-4x", "dense-flops-k1", "dense-parameters", "uniform"} <= set(arms)
+    assert any(config.router == "random" for config in arms.values())
+    assert len({(config.epochs, config.lr, config.seeds) for config in arms.values()}) == 1  # equal effort
+    task = load_task(arms["dense"].dataset, Path("data"))
+    for config in arms.values():
+        if config.equal is None:
+            build_model(config, task)
+
+
+@pytest.mark.parametrize("config", [MOSAIC, DIGITS, DIGITS_GRAPH], ids=lambda config: config.dataset)
+def test_dense_controls_cost_what_the_moe_costs(config: Any) -> None:
+    task = load_task(config.dataset, Path("data"))
+    inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
+    moe = build_model(config, task)
+    for equal, cost in (("flops", lambda model: flops(model, inputs)), ("parameters", num_parameters)):
+        dense = replace(config, router="dense", equal=equal)
+        width = matched_width(dense, task)
+        costs = [cost(build_model(replace(dense, equal=None, hidden=w), task)) for w in (width - 1, width, width + 1)]
+        target = cost(moe)
+        assert abs(costs[1] - target) == min(abs(c - target) for c in costs)
+        assert costs[1] == pytest.approx(target, rel=0.05)
