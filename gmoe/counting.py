@@ -68,8 +68,8 @@ def match_width(
     check_positive("target", target)
     check_at_least("start", start, 1)
     low, high = start, start
-    # double first, since wide models are slow to measure; not by powers of two, at which a model may have a special case
-    # (a residual without a projection where input and hidden width agree)
+    # double first, since wide models are slow to measure; not by powers of two, at which a model may have a special
+    # case (a residual without a projection where input and hidden width agree)
     while high < stop and cost(high) < target:
         low, high = high, min(2 * high + 1, stop)
     while low < high:  # the first width that costs at least the target

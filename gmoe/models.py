@@ -325,6 +325,17 @@ class GNNMoE(BasicGNN):
             out = out + self.residuals[layer](x)
         return out, routing
 
+    def inference(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refused: PyG's layer-wise inference would let the nodes of a batch compete among themselves.
+
+        Raises:
+            RuntimeError: always; call the model on the whole graph.
+        """
+        raise RuntimeError(
+            "inference: layer-wise inference would route each batch by itself, so that a node's experts depend on its "
+            "batch; call the model on the whole graph"
+        )
+
     def _after(self, layer: int, x: Tensor, batch: Tensor | None, batch_size: int | None) -> Tensor:
         """Normalisation, activation and dropout, on all but an output conv."""
         if layer == self.num_layers - 1 and self.jk_mode is None:

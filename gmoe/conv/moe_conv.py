@@ -198,18 +198,22 @@ class MoEConv(MoELayer):
     ) -> Routing:
         if self.router is None:
             raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
-        seen = [x_dst] if self.route_on != "aggregate" else []
-        if self.route_on != "input":
-            if aggregate is None:
-                aggregate = self._mean((x_src, x_dst), graph.edge_index, size=(graph.num_src, graph.num_dst))
-            seen.append(aggregate)
+        seen = self._seen(x_src, x_dst, aggregate, graph)
         edges = None
         if getattr(self.router, "scope", None) == "neighbours":
             if x_src is not x_dst:
                 raise ValueError("x: got bipartite input, expected one set of nodes for a vote among neighbours")
             edges = graph.edge_index
-        routing: Routing = self.router(torch.cat(seen, dim=-1) if len(seen) > 1 else seen[0], batch, edges)
+        routing: Routing = self.router(seen, batch, edges)
         return routing
+
+    def _seen(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph) -> Tensor:
+        """What the router sees of each destination."""
+        if self.route_on == "input":
+            return x_dst
+        if aggregate is None:
+            aggregate = self._mean((x_src, x_dst), graph.edge_index, size=(graph.num_src, graph.num_dst))
+        return aggregate if self.route_on == "aggregate" else torch.cat([x_dst, aggregate], dim=-1)
 
     @property
     def _flow(self) -> str:

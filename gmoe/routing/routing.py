@@ -82,14 +82,27 @@ class Routing:
         """The routing of the first ``num_tokens`` tokens, as decided among all of them; the losses stay."""
         if num_tokens == self.num_tokens:
             return self
-        kept = self.token < num_tokens
-        load = self.scores.new_zeros(self.num_experts, dtype=torch.long).index_add(0, self.expert, kept.long())
+        return self.select(torch.arange(num_tokens, device=self.token.device))
+
+    def select(self, tokens: Tensor) -> Routing:
+        """The routing of some tokens, renumbered, as decided among all of them; the losses stay.
+
+        Args:
+            tokens: (t,) distinct tokens; ``tokens[i]`` becomes token ``i``.
+        """
+        place = torch.full((self.num_tokens,), -1, device=self.token.device)
+        place[tokens] = torch.arange(len(tokens), device=self.token.device)
+        token = place[self.token]
+        kept = (token >= 0).nonzero().view(-1)
+        # by expert, as they are, and then by their new number
+        kept = kept[(self.expert[kept] * len(tokens) + token[kept]).argsort()]
+        load = self.load.new_zeros(self.num_experts).index_add(0, self.expert[kept], torch.ones_like(kept))
         return Routing(
-            token=self.token[kept],
+            token=token[kept],
             offsets=load.cumsum(0).to(torch.int32),
             weight=self.weight[kept],
-            scores=self.scores[:num_tokens],
-            num_tokens=num_tokens,
+            scores=self.scores[tokens],
+            num_tokens=len(tokens),
             losses=self.losses,
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import experiments.runs
 import experiments.sweep
 from experiments.build import build_model, flops, matched_width, num_parameters
 from experiments.data import load_task
@@ -42,7 +43,7 @@ def test_finished_arms_are_skipped(
         "dense-4x",
     ]
     ran: list[str] = []
-    run = experiments.sweep.run
+    run = experiments.runs.run
 
     def watch(config: Any) -> Any:
         finished = (config.folder() / "summary.json").exists()
