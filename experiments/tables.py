@@ -78,11 +78,12 @@ def nmi(figures: dict[str, Any]) -> str:
 
 
 def headroom(arm: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None) -> str:
-    """(arm - dense) / (dense four times as wide - dense)."""
+    """(arm - dense) / (dense four times as wide - dense); none where that room is within twice the spread."""
     if narrow is None or wide is None or arm is narrow or arm is wide:
         return "–"
     base, room = narrow["test"]["mean"], wide["test"]["mean"] - narrow["test"]["mean"]
-    return "–" if room <= 0 else f"{100 * (arm['test']['mean'] - base) / room:.0f} %"
+    spread = max(narrow["test"]["std"] or 0.0, wide["test"]["std"] or 0.0)
+    return "no headroom" if room <= 2 * spread else f"{100 * (arm['test']['mean'] - base) / room:.0f} %"
 
 
 def main(args: Sequence[str] | None = None) -> None:

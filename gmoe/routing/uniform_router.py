@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gmoe.routing.pools import Pools
 from gmoe.routing.router import Router
 from gmoe.routing.routing import Routing
-from gmoe.routing.select import pairs_of_mask
+from gmoe.routing.select import pairs_of_experts
 
 
 class UniformRouter(Router):
@@ -30,6 +31,7 @@ class UniformRouter(Router):
 
     def route(self, x_TD: Tensor, pools: Pools, edge_index: Tensor | None) -> Routing:
         scores_TE = x_TD.new_full((pools.num_tokens, self.num_experts), 1.0 / self.num_experts)
-        token_P, offsets_E = pairs_of_mask(scores_TE > 0)
+        tokens = torch.arange(pools.num_tokens, device=x_TD.device)
+        token_P, offsets_E = pairs_of_experts(tokens.expand(self.num_experts, -1))
         weight_P = scores_TE.new_full(token_P.shape, 1.0 / self.num_experts)
         return Routing(token_P, offsets_E, weight_P, scores_TE, pools.num_tokens)

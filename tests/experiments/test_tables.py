@@ -41,7 +41,9 @@ def test_study_table() -> None:
 
 def test_no_headroom_is_said() -> None:
     narrow, wide, moe = arm("dense", [0.9], 1), arm("dense-4x", [0.9], 4), arm("moe", [0.95], 1)
-    assert headroom(moe, narrow, wide) == "–"
+    assert headroom(moe, narrow, wide) == "no headroom"
+    assert headroom(moe, narrow, arm("noisy", [0.90, 0.95], 4)) == "no headroom"
+    assert headroom(moe, moe, wide) == "–"
     assert percent(narrow["test"]) == "90.00"
 
 
