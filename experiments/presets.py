@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from experiments.config import TrainConfig
 
 DIGITS = TrainConfig(
@@ -46,16 +48,7 @@ CORA = TrainConfig(
 )
 """Cora, public split; the recipe of the GCN paper (Kipf & Welling, 2017)."""
 
-CITESEER = TrainConfig(
-    dataset="citeseer",
-    hidden=16,
-    layers=2,
-    residual="none",
-    dropout=0.5,
-    epochs=200,
-    weight_decay=5e-4,
-    seeds=tuple(range(10)),
-)
+CITESEER = replace(CORA, dataset="citeseer")
 """CiteSeer, public split; the recipe of the GCN paper."""
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
