@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import gmoe
-from experiments.config import TrainConfig
+from experiments.config import RouterOptions, TrainConfig
 from experiments.data import Task
 from gmoe import GNNMoE, OracleRouter, Router
 from vision import SIZES, ViTMoE
-from vision.vit_moe import widened
 
 
 def build_model(config: TrainConfig, task: Task) -> nn.Module:
@@ -29,15 +28,16 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
         return _build(config, task)
     if config.router != "dense":
         raise ValueError(f"equal: got {config.equal!r} with router={config.router!r}, expected router='dense'")
-    return _build(replace(config, hidden=matched_width(config, task), equal=None), task)
+    width = matched_width(config, task)
+    return _build(replace(config, hidden=width, equal=None, options=RouterOptions()), task)
 
 
 def matched_width(config: TrainConfig, task: Task) -> int:
     """The hidden width at which the dense model costs what the MoE ``equal_to`` costs, to 2 % or the nearest width."""
-    twin = _build(replace(config, router=config.equal_to, equal=None, options=replace(config.options)), task)
+    twin = build_twin(config, task)
 
     def dense(width: int) -> nn.Module:
-        return _build(replace(config, hidden=width, equal=None), task)
+        return _build(replace(config, hidden=width, equal=None, options=RouterOptions()), task)
 
     if config.equal == "parameters":
         target = float(num_parameters(twin))
@@ -45,6 +45,22 @@ def matched_width(config: TrainConfig, task: Task) -> int:
     inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
     target = float(flops(twin, inputs))
     return gmoe.match_width(lambda width: flops(dense(width), inputs), target, tolerance=0.5)
+
+
+def build_twin(config: TrainConfig, task: Task) -> nn.Module:
+    """The MoE that a dense control is matched to."""
+    return _build(replace(config, router=config.equal_to, equal=None), task)
+
+
+def matched_ratio(config: TrainConfig, task: Task, model: nn.Module) -> float | None:
+    """Cost of a matched dense control over that of its MoE: 1 but for what whole widths cannot meet."""
+    if config.equal is None:
+        return None
+    twin = build_twin(config, task)
+    if config.equal == "parameters":
+        return num_parameters(model) / num_parameters(twin)
+    inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
+    return flops(model, inputs) / flops(twin, inputs)
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -64,7 +80,7 @@ def flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
 def _build(config: TrainConfig, task: Task) -> nn.Module:
     router, router_kwargs = _router(config, task)
     if task.kind == "image":
-        size = replace(widened(SIZES[task.in_channels], config.hidden), num_layers=config.layers)
+        size = replace(SIZES[task.in_channels], mlp_dim=config.hidden, num_layers=config.layers)
         return ViTMoE(
             size,
             task.num_classes,
@@ -106,7 +122,7 @@ def _router(config: TrainConfig, task: Task) -> tuple[str | Callable[..., Router
     """The router by name or factory, and its options."""
     given = config.options.given()
     if config.router == "dense":
-        if given and config.equal is None:
+        if given:
             raise ValueError(f"options: got {given} with router='dense', expected none")
         return None, {}
     known: Any
@@ -141,10 +157,11 @@ def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> N
         router.init_from_data(args[0], seed=seed)
 
     handles = [router.register_forward_pre_hook(begin) for router in routers]
-    training = model.training
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
-        model.eval()(*inputs)
+        model.train()(*inputs)  # in training, since threshold inference has no cut scores yet
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
+    begun = {name: value for name, value in model.state_dict().items() if name.endswith(("centroid", "center_D"))}
+    model.load_state_dict({**before, **begun})  # counters and norms as they were

@@ -136,6 +136,13 @@ class TrainConfig:
     progress: bool = True
     """Show a progress bar."""
 
+    def __post_init__(self) -> None:
+        for name in ("experts", "k", "hidden", "layers", "every", "epochs", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: got {self.seeds}, expected at least one, each once")
+
     def folder(self) -> Path:
         """The run folder."""
         return self.out if self.out is not None else Path("runs") / f"{self.dataset}-{self.router}"

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import gmoe
-from experiments.build import build_model, flops, init_centroids, num_parameters
+from experiments.build import build_model, flops, init_centroids, matched_ratio, num_parameters
 from experiments.config import TrainConfig
 from experiments.data import Split, Task
 from experiments.routing_stats import routing_summary, save_routings
@@ -47,6 +47,7 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
         "flops": flops(model, inputs),
         "parameters": num_parameters(model),
         "active_parameters": gmoe.active_parameters(model),
+        "matched": matched_ratio(config, task, model),
         "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
     }
     model, optimizer = fabric.setup(model, make_optimizer(config, model))
@@ -62,6 +63,7 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
         optimizer.load_state_dict(loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
         torch.set_rng_state(loaded["rng"])
+        torch.cuda.set_rng_state_all(loaded["cuda_rng"])
     log = Log(folder / "metrics.csv", keep=progress["epoch"])
 
     bar = tqdm(
@@ -93,6 +95,7 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
                     "optimizer": optimizer.state_dict(),
                     "scheduler": scheduler.state_dict(),
                     "rng": torch.get_rng_state(),
+                    "cuda_rng": torch.cuda.get_rng_state_all(),
                 },
                 best,
             )
@@ -204,10 +207,6 @@ class Checkpoint:
         path = self.folder / "state.ckpt"
         return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
 
-    def best(self) -> dict[str, Tensor]:
-        """The weights of the best validation epoch."""
-        return load_file(self.folder / "best.safetensors")
-
 
 class Log:
     """metrics.csv: one row an epoch; rows behind the checkpoint are cut when a run goes on."""
@@ -218,10 +217,13 @@ class Log:
         if keep > 0 and path.exists():
             with path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < keep]
-        self._file = path.open("w", newline="")
         self._writer: csv.DictWriter[str] | None = None
+        fresh = path.with_suffix(".new")  # takes the old one's place when it is whole
+        self._file = fresh.open("w", newline="")
         for row in rows:
             self.write(row)
+        self.flush()
+        fresh.replace(path)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row."""

@@ -38,6 +38,7 @@ MOSAIC = TrainConfig(
 
 CORA = TrainConfig(
     dataset="cora",
+    route_on="input",
     hidden=16,
     layers=2,
     residual="none",

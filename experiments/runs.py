@@ -72,7 +72,7 @@ def summarise(config: TrainConfig, metric: str, results: list[dict[str, Any]]) -
         "test": spread([result["test"] for result in results]),
         "best_epoch": spread([result["best_epoch"] for result in results]),
         "seconds": spread([result["seconds"] for result in results]),
-        **{name: first[name] for name in ("flops", "parameters", "active_parameters", "hidden")},
+        **{name: first[name] for name in ("flops", "parameters", "active_parameters", "matched", "hidden")},
         "routing": [
             {
                 name: spread([result["routing"][layer][name] for result in results])

@@ -47,9 +47,9 @@ def show(config: TrainConfig, summary: dict[str, Any], console: Console) -> None
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = parse(args)
     console = Console()
     try:
+        config = parse(args)
         summary = run(config)
     except (ValueError, FileNotFoundError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)

@@ -12,16 +12,17 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name}: got {value}, expected at least {least}")
 
 
+def check_count(name: str, value: int) -> None:
+    """Refuse what is not a whole number of at least 1."""
+    if not isinstance(value, int):
+        raise ValueError(f"{name}: got {value!r}, expected a whole number")
+    check_at_least(name, value, 1)
+
+
 def check_positive(name: str, value: float) -> None:
     """Refuse ``value <= 0`` and infinity."""
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: got {value}, expected a positive number")
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Refuse values outside [0, 1)."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: got {value}, expected a number in [0, 1)")
 
 
 def check_choice(name: str, value: object, legal: Iterable[object]) -> None:

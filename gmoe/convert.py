@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from gmoe._checks import check_at_least
+from gmoe._checks import check_count
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.moe import MoE
@@ -66,7 +66,7 @@ def moefy(
     Raises:
         ValueError: no such blocks, fewer than ``every``, an MLP of another form, or an argument out of range.
     """
-    check_at_least("every", every, 1)
+    check_count("every", every)
     if isinstance(router, Router):
         raise ValueError("router: got an instance, expected a name or a factory, since several layers are built")
     return _moefy(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gmoe._checks import check_at_least, check_positive
+from gmoe._checks import check_count, check_positive
 from gmoe.moe import MoELayer
 
 aten = torch.ops.aten
@@ -66,7 +66,7 @@ def match_width(
         ValueError: no width in range comes within ``tolerance``; the message says which is nearest.
     """
     check_positive("target", target)
-    check_at_least("start", start, 1)
+    check_count("start", start)
     low, high = start, start
     # double first, since wide models are slow to measure; not by powers of two, at which a model may have a special
     # case (a residual without a projection where input and hidden width agree)

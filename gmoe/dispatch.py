@@ -51,11 +51,12 @@ def grouped_linear(
 
             - ``"loop"``: one matmul an expert, written in place. One host sync.
             - ``"padded"``: one ``bmm`` over all experts, padded to the largest load. One host sync.
-            - ``"grouped"``: ``torch.nn.functional.grouped_mm``; no host sync. It has no float64 kernel, so that float64
-              runs as ``"loop"``; widths that its alignment rule refuses are padded with zeros.
-            - ``"auto"`` (default): ``"loop"`` on the CPU, ``"grouped"`` on other devices.
+            - ``"grouped"``: ``torch.nn.functional.grouped_mm``; no host sync where torch has a kernel for it (bfloat16
+              on recent CUDA devices), a loop of torch's own elsewhere. float64, which it refuses, runs as ``"loop"``;
+              widths that its alignment rule refuses are padded with zeros.
+            - ``"auto"`` (default): ``"grouped"`` on CUDA, else ``"loop"``.
 
-    Follows autocast as ``nn.Linear`` does.
+    Follows autocast as ``nn.Linear`` does. Can be differentiated once.
 
     Raises:
         ValueError: an unknown backend.
@@ -67,7 +68,7 @@ def grouped_linear(
         x_PI, weight_EIO = x_PI.to(dtype), weight_EIO.to(dtype)
         bias_EO = None if bias_EO is None else bias_EO.to(dtype)
     if backend == "auto":
-        backend = "loop" if device == "cpu" else "grouped"
+        backend = "grouped" if device == "cuda" else "loop"
     if backend == "grouped" and x_PI.dtype == torch.float64:
         backend = "loop"
     return _run(x_PI, weight_EIO, bias_EO, offsets_E, backend)
@@ -159,7 +160,9 @@ class _GroupedMM(torch.autograd.Function):
                 grad_weight = torch.zeros_like(weight_EIO)
             else:
                 full_EIO = F.grouped_mm(a_IP, b_PO, offs=offsets_E)
-                grad_weight = full_EIO[:, : weight_EIO.size(1), : weight_EIO.size(2)].contiguous()
+                grad_weight = full_EIO[:, : weight_EIO.size(1), : weight_EIO.size(2)]
+                # an empty group's product is zero, whether or not the kernel writes it
+                grad_weight = torch.where((_load(offsets_E) > 0)[:, None, None], grad_weight, 0.0)
         return grad_x, grad_weight, None
 
 

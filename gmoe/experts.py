@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_at_least, check_choice
+from gmoe._checks import check_choice, check_count
 from gmoe.dispatch import Backend, grouped_linear
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
@@ -38,9 +38,9 @@ class Experts(nn.Module, ABC):
 
     def __init__(self, in_features: int, out_features: int, num_experts: int) -> None:
         super().__init__()
-        check_at_least("in_features", in_features, 1)
-        check_at_least("out_features", out_features, 1)
-        check_at_least("num_experts", num_experts, 1)
+        check_count("in_features", in_features)
+        check_count("out_features", out_features)
+        check_count("num_experts", num_experts)
         self.in_features = in_features
         self.out_features = out_features
         self.num_experts = num_experts
@@ -138,7 +138,7 @@ class MLPExperts(Experts):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(in_features, out_features, num_experts)
-        check_at_least("hidden_features", hidden_features, 1)
+        check_count("hidden_features", hidden_features)
         if isinstance(activation, str):
             check_choice("activation", activation, ACTIVATIONS)
         if not 0 <= dropout <= 1:

@@ -12,7 +12,7 @@ from torch_geometric.nn import SimpleConv
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.typing import Adj
 
-from gmoe._checks import check_at_least, check_choice
+from gmoe._checks import check_choice, check_count
 from gmoe.conv.graph import Graph, check_batch
 from gmoe.conv.moe_conv import MoEConv, RouteOn
 from gmoe.conv.registry import ConvLike, DenseLayers, conv_factory
@@ -111,11 +111,9 @@ class GNNMoE(BasicGNN):
         check_finite: bool = False,
         **conv_kwargs: Any,
     ) -> None:
-        for name, value in (("in_channels", in_channels), ("hidden_channels", hidden_channels)):
-            check_at_least(name, value, 1)
-        for name, value in (("out_channels", out_channels), ("num_layers", num_layers), ("every", every)):
-            check_at_least(name, value, 1)
-        check_at_least("route_hops", route_hops, 1)
+        sizes = {"in_channels": in_channels, "hidden_channels": hidden_channels, "out_channels": out_channels}
+        for name, value in {**sizes, "num_layers": num_layers, "every": every, "route_hops": route_hops}.items():
+            check_count(name, value)
         check_choice("routing", routing, get_args(RoutingMode))
         check_choice("route_on", route_on, get_args(RouteOn))
         check_choice("residual", residual, get_args(Residual))
@@ -276,6 +274,7 @@ class GNNMoE(BasicGNN):
             raise ValueError("edge_attr: got edge_weight too, expected at most one of them where layers are trimmed")
         if x.dim() != 2 or x.size(1) != self.in_channels:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected (number of nodes, {self.in_channels})")
+        Graph(edge_index, x.size(0), x.size(0), {})  # checks the edges, also for the dense control
         decision = None if self.shared_router is None else self.decide(x, edge_index, batch)
         routings = [] if decision is None else [decision]
         if self.lin_in is not None:
@@ -331,10 +330,9 @@ class GNNMoE(BasicGNN):
         Raises:
             RuntimeError: always; call the model on the whole graph.
         """
-        raise RuntimeError(
-            "inference: layer-wise inference would route each batch by itself, so that a node's experts depend on its "
-            "batch; call the model on the whole graph"
-        )
+        raise RuntimeError("inference: a node's experts would depend on its batch; call the model on the whole graph")
+
+    inference_per_layer = inference
 
     def _after(self, layer: int, x: Tensor, batch: Tensor | None, batch_size: int | None) -> Tensor:
         """Normalisation, activation and dropout, on all but an output conv."""

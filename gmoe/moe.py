@@ -20,14 +20,19 @@ from gmoe.routing.routing import Routing
 _OWNERS: weakref.WeakKeyDictionary[Router, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
 
+def _holder(router: Router) -> nn.Module | None:
+    """The living module that holds ``router``."""
+    reference = _OWNERS.get(router)
+    return None if reference is None else reference()
+
+
 def claim_router(router: Router, owner: nn.Module) -> None:
     """Make ``owner`` the one module that holds ``router``.
 
     Raises:
         ValueError: another module, still alive, holds it.
     """
-    reference = _OWNERS.get(router)
-    holder = None if reference is None else reference()
+    holder = _holder(router)
     if holder is not None and holder is not owner:
         raise ValueError(
             "router: got an instance that another layer holds already, expected one of its own for each layer (pass a "
@@ -59,7 +64,7 @@ class MoELayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.router is not None:  # a copy holds its own router, as the original does
+        if self.router is not None and _holder(self.router) is None:  # a deep copy holds the copied router
             claim_router(self.router, self)
 
     @property

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, overload
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
+from gmoe.experts import LinearExperts
 from gmoe.moe import record
 from gmoe.routing.build import RouterLike
 from gmoe.routing.routing import Routing
@@ -113,6 +114,12 @@ class ViTMoE(VisionTransformer):
                 router_kwargs=router_kwargs,
                 backend=backend,
             )
+            for module in self.modules():
+                if isinstance(module, LinearExperts):  # as torchvision initialises its MLPs, and so the dense control
+                    for expert in range(module.num_experts):
+                        nn.init.xavier_uniform_(module.weight[expert])
+                    if module.bias is not None:
+                        nn.init.normal_(module.bias, std=1e-6)
 
     @overload
     def forward(self, images: Tensor, *, return_routing: Literal[False] = ...) -> Tensor: ...
@@ -132,8 +139,3 @@ class ViTMoE(VisionTransformer):
         with record(self.encoder) as routings:
             logits = super().forward(images)
         return logits, routings
-
-
-def widened(size: ViTSize, mlp_dim: int) -> ViTSize:
-    """The same transformer with another width of its MLPs: how a dense control meets the cost of a MoE."""
-    return replace(size, mlp_dim=mlp_dim)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from torch_geometric import EdgeIndex
 from torch_geometric.nn import GCNConv, GINConv, GraphConv, MessagePassing, SAGEConv
 
 from gmoe.conv.graph import Graph
-from gmoe.dispatch import Backend, combine, dispatch
+from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
 from gmoe.routing.routing import Routing
 
@@ -29,6 +28,9 @@ class ConvExperts(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
         """(T, O) the mixture; ``aggregate`` is what :meth:`aggregate` gave."""
+
+    transforms_first: bool = False
+    """Whether :meth:`forward` does better without the aggregate, where the router does not need it."""
 
     def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor | None:
         """(T, D) what the convs aggregate, where that is the same for all experts; else ``None``."""
@@ -102,7 +104,11 @@ class AggregateOnce(ConvExperts):
 
 
 class LinearAggregation(AggregateOnce):
-    """One linear map an expert of what was aggregated, beside the root's features where the conv looks at them."""
+    """One linear map an expert of what was aggregated, beside the root's features where the conv looks at them.
+
+    Where all experts' outputs side by side are narrower than the input, and the aggregation is a sum or a mean, the
+    order is turned round: A (x [W_1 ... W_E]), of which each row keeps the columns of its experts.
+    """
 
     linears: tuple[str, ...]
     linear: LinearExperts
@@ -123,6 +129,9 @@ class LinearAggregation(AggregateOnce):
         self.linear = LinearExperts(
             width, out_channels, self.num_experts, bias=self._bias(template) is not None, backend=backend
         )
+        self.aggregate_width = int(parts[0].weight.size(1))
+        narrower = self.num_experts * out_channels < self.aggregate_width
+        self.transforms_first = narrower and template.aggr in ("add", "sum", "mean")
 
     @torch.no_grad()
     def _fill(self, convs: list[MessagePassing]) -> None:
@@ -134,7 +143,8 @@ class LinearAggregation(AggregateOnce):
 
     @torch.no_grad()
     def expert(self, index: int) -> MessagePassing:
-        conv = self.make(index).to(device=self.linear.weight.device, dtype=self.linear.weight.dtype)
+        with torch.random.fork_rng(devices=[]):  # to look at an expert must not change what is drawn next
+            conv = self.make(index).to(device=self.linear.weight.device, dtype=self.linear.weight.dtype)
         parts = self._parts(conv)
         widths = [part.weight.size(1) for part in parts]
         for part, weight in zip(parts, self.linear.weight[index].T.split(widths, dim=1), strict=True):
@@ -145,13 +155,31 @@ class LinearAggregation(AggregateOnce):
         return conv.train(self.training)
 
     def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
-        assert aggregate is not None
+        if aggregate is None:
+            return self._transform_first(x_src, x_dst, graph, routing)
         rows = torch.cat([aggregate, x_dst], dim=-1) if self.root else aggregate
         return dispatch(rows, routing, self._transform)
 
+    def _transform_first(self, x_src: Tensor, x_dst: Tensor, graph: Graph, routing: Routing) -> Tensor:
+        weight_EIO = self.linear.weight
+        weight_IEO = weight_EIO[:, : self.aggregate_width].transpose(0, 1).flatten(1)
+        h_TEO = self.aggregate(x_src @ weight_IEO, graph)
+        pair_P = routing.token * self.num_experts + routing.expert
+        y_PO = h_TEO.view(-1, weight_EIO.size(2)).index_select(0, pair_P)
+        if self.root:
+            root_EIO = weight_EIO[:, self.aggregate_width :]
+            x_PI = x_dst.index_select(0, routing.token)
+            y_PO = y_PO + grouped_linear(x_PI, root_EIO, None, routing.offsets, self.linear.backend)
+        if self.linear.bias is not None:
+            y_PO = y_PO + self.linear.bias.index_select(0, routing.expert)
+        return combine(self._finish(y_PO), routing)
+
+    def _finish(self, y_PO: Tensor) -> Tensor:
+        """What the conv does to its output."""
+        return y_PO
+
     def _transform(self, rows_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        out: Tensor = self.linear(rows_PI, offsets_E)
-        return out
+        return self._finish(self.linear(rows_PI, offsets_E))
 
 
 class GCNExperts(LinearAggregation):
@@ -206,9 +234,8 @@ class SAGEExperts(LinearAggregation):
             del conv.lin_r
         return conv
 
-    def _transform(self, rows_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        out = super()._transform(rows_PI, offsets_E)
-        return F.normalize(out, p=2.0, dim=-1) if self.normalize else out
+    def _finish(self, y_PO: Tensor) -> Tensor:
+        return F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO
 
 
 class GraphConvExperts(LinearAggregation):
@@ -259,7 +286,8 @@ class GINExperts(AggregateOnce):
 
     @torch.no_grad()
     def expert(self, index: int) -> MessagePassing:
-        conv: Any = self.make(index).to(device=self.eps_E.device, dtype=self.eps_E.dtype)
+        with torch.random.fork_rng(devices=[]):
+            conv: Any = self.make(index).to(device=self.eps_E.device, dtype=self.eps_E.dtype)
         conv.nn.load_state_dict(self.nns[index].state_dict())
         conv.eps.copy_(self.eps_E[index])
         return conv.train(self.training)
@@ -267,94 +295,15 @@ class GINExperts(AggregateOnce):
     def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
         assert aggregate is not None
         outs = []
-        for index, token in enumerate(_tokens_of(routing)):
+        for index, token in enumerate(tokens_of(routing)):
             rows = aggregate.index_select(0, token) + (1 + self.eps_E[index]) * x_dst.index_select(0, token)
             outs.append(self.nns[index](rows))
         return combine(torch.cat(outs), routing)
 
 
-class SeparateExperts(ConvExperts):
-    """E convs run one by one, each on the in-edges of its own destinations where it is local, else on the whole graph.
-
-    Args:
-        make: makes the conv of an expert.
-        num_experts: E.
-        local: for each expert, whether its conv is local.
-    """
-
-    def __init__(self, make: MakeConv, num_experts: int, local: list[bool]) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(make(expert) for expert in range(num_experts))
-        self.local = local
-
-    def reset_parameters(self) -> None:
-        for conv in self.convs:
-            assert isinstance(conv, MessagePassing)
-            conv.reset_parameters()
-
-    def expert(self, index: int) -> MessagePassing:
-        conv = copy.deepcopy(self.convs[index])
-        assert isinstance(conv, MessagePassing)
-        conv.zero_grad()  # the copy takes gradients along
-        return conv
-
-    def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
-        tokens = list(_tokens_of(routing))
-        outs: list[Tensor | None] = []
-        for index, token in enumerate(tokens):
-            if token.numel() == 0:
-                outs.append(None)
-                continue
-            conv = self.convs[index]
-            run = run_on_destinations if self.local[index] and not _loops_misalign(conv, graph) else run_on_all
-            outs.append(run(conv, x_src, x_dst, graph, token))
-        done = [out for out in outs if out is not None]
-        if not done:
-            done = [run_on_all(self.convs[0], x_src, x_dst, graph, tokens[0])]
-        y = combine(torch.cat(done), routing)
-        # experts without a token get zero gradients, not None, or DDP would wait for them
-        idle = [p for out, conv in zip(outs, self.convs, strict=True) if out is None for p in conv.parameters()]
-        return y + sum(((p * 0).sum() for p in idle), y.new_zeros(())).to(y.dtype) if idle else y
-
-
-def run_on_all(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Tensor) -> Tensor:
-    """The conv on the whole graph, and of its output the rows of ``token``."""
-    x = x_src if x_src is x_dst else (x_src, x_dst)
-    out: Tensor = conv(x, graph.adj, **graph.edge_args)
-    return out.index_select(0, token)
-
-
-def run_on_destinations(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Tensor) -> Tensor:
-    """The conv on the in-edges of ``token`` only, its destinations first among the sources."""
-    edge, position = graph.in_edges(token)
-    source = graph.edge_index[0, edge]
-    place = torch.full((graph.num_src,), -1, dtype=torch.long, device=token.device)
-    among = token[token < graph.num_src]
-    place[among] = torch.arange(among.numel(), device=token.device)
-    others = source[place[source] < 0].unique()
-    place[others] = torch.arange(others.numel(), device=token.device) + among.numel()
-    nodes = torch.cat([among, others])
-    pair = [place[source], position]
-    local = torch.stack(pair if graph.flow == "source_to_target" else pair[::-1])
-    args = graph.args_of(edge, _parameters_of(conv))
-    x_near = x_src.index_select(0, nodes)
-    x = x_near if x_src is x_dst else (x_near, x_dst.index_select(0, token))
-    out: Tensor = conv(x, local, **args)
-    return out[: token.numel()]
-
-
-def _tokens_of(routing: Routing) -> Iterator[Tensor]:
+def tokens_of(routing: Routing) -> Iterator[Tensor]:
     """The tokens of each expert, in order."""
     return iter(routing.token.split(routing.load.tolist()))
-
-
-def _parameters_of(conv: MessagePassing) -> frozenset[str]:
-    return frozenset(inspect.signature(conv.forward).parameters)
-
-
-def _loops_misalign(conv: Any, graph: Graph) -> bool:
-    """Self-loops of a bipartite graph join nodes of equal index, which a sub-graph keeps only where N_src >= N_dst."""
-    return bool(getattr(conv, "add_self_loops", False)) and graph.num_src < graph.num_dst
 
 
 def _has_no_parameters(module: nn.Module) -> bool:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing, SimpleConv
 from torch_geometric.typing import Adj
 
-from gmoe._checks import check_at_least, check_choice
-from gmoe.conv.experts import AGGREGATE_ONCE, AggregateOnce, ConvExperts, SeparateExperts
+from gmoe._checks import check_choice, check_count
+from gmoe.conv.experts import AGGREGATE_ONCE, AggregateOnce, ConvExperts
 from gmoe.conv.graph import Graph, check_batch
 from gmoe.conv.probe import is_local
 from gmoe.conv.registry import LOCAL, ConvFactory, ConvLike, conv_factory
+from gmoe.conv.separate import SeparateExperts
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer
 from gmoe.routing.build import RouterLike, build_router
@@ -35,7 +36,8 @@ class MoEConv(MoELayer):
 
     Equal, in outputs and gradients, to running E convs on the whole graph and masking, at a cost that follows K:
 
-    - GCN, SAGE, GraphConv and GIN aggregate once, and each row meets only its experts in one grouped product;
+    - GCN, SAGE, GraphConv and GIN aggregate once, and each row meets only its experts in one grouped product (where E
+      times the output is narrower than the input, they transform first, unless the router needs the aggregate);
     - local convs (a node's output follows from its in-edges and their ends) run on the in-edges of each expert's nodes;
       verified by a float64 probe at construction;
     - anything else runs on the whole graph for each expert, with a warning that its cost follows E.
@@ -92,15 +94,15 @@ class MoEConv(MoELayer):
         check_finite: bool = False,
         **conv_kwargs: Any,
     ) -> None:
-        check_at_least("num_experts", num_experts, 1)
-        check_at_least("k", k, 1)
+        check_count("num_experts", num_experts)
+        check_count("k", k)
         if k > num_experts:
             raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
         check_choice("route_on", route_on, get_args(RouteOn))
         check_choice("backend", backend, get_args(Backend))
         widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
         for name, width in (("in_channels", min(widths)), ("out_channels", out_channels)):
-            check_at_least(name, width, 1)
+            check_count(name, width)
         experts = _build_experts(conv, conv_kwargs, in_channels, out_channels, num_experts, local, backend)
         takes = _forward_arguments(experts)
         dim = {"input": widths[1], "aggregate": widths[0], "both": sum(widths)}[route_on]
@@ -110,7 +112,7 @@ class MoEConv(MoELayer):
         if router is not None:
             built = build_router(router, dim, num_experts, k, router_kwargs)
             built.check_finite |= check_finite
-        super().__init__(built, num_experts, k)
+        super().__init__(built, num_experts, k if built is None else built.k)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.route_on = route_on
@@ -182,7 +184,9 @@ class MoEConv(MoELayer):
         edge_args = self._edge_arguments(edge_weight=edge_weight, edge_attr=edge_attr)
         check_batch(batch, x_dst.size(0))
         graph = Graph(edge_index, x_src.size(0), x_dst.size(0), edge_args, self._flow, x_src is not x_dst)
-        aggregate = self.experts.aggregate(x_src, graph)
+        router_needs_it = routing is None and self.route_on != "input"
+        skip = self.experts.transforms_first and not router_needs_it
+        aggregate = None if skip else self.experts.aggregate(x_src, graph)
         if routing is None:
             routing = self._route(x_src, x_dst, aggregate, graph, batch)
         elif (routing.num_tokens, routing.num_experts) != (x_dst.size(0), self.num_experts):
@@ -289,6 +293,8 @@ def _build_experts(
 def _takes_local_path(conv: MessagePassing, in_channels: int | tuple[int, int], local: bool | None) -> bool:
     if local is False or (local is None and type(conv) not in LOCAL):
         return False
+    if any(parameter.is_meta for parameter in conv.parameters()):  # nothing to run
+        return True
     try:
         verified = is_local(conv, in_channels)
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check_at_least, check_choice, check_positive
+from gmoe._checks import check_choice, check_count, check_positive
 from gmoe.routing.pools import Pools
 from gmoe.routing.router import Router, Weighting, float_linear, gather_pairs
 from gmoe.routing.routing import Routing
@@ -71,7 +71,7 @@ class AttentionVote(Router):
         check_positive("capacity_factor", capacity_factor)
         check_choice("queries", queries, get_args(Queries))
         check_choice("scope", scope, get_args(Scope))
-        check_at_least("head_dim", head_dim, 1)
+        check_count("head_dim", head_dim)
         check_positive("init_scale", init_scale)
         self.capacity_factor = capacity_factor
         self.queries = queries
@@ -103,7 +103,7 @@ class AttentionVote(Router):
             votes_TE = self._pool_votes(q_THd, k_TEd, pools)
         capacity = pools.capacity(self.k, self.num_experts, self.capacity_factor)
         # a vote is a sum over voters: equal tokens come out equal up to rounding only
-        tolerance = 64 * torch.finfo(votes_TE.dtype).eps
+        tolerance = 8 * torch.finfo(votes_TE.dtype).eps
         token_P, offsets_E = pairs_of_experts(pools.top_tokens(votes_TE.detach(), capacity, tolerance))
         gate_P = gather_pairs(votes_TE, token_P, offsets_E)
         log_gate_P = gate_P.clamp(min=torch.finfo(gate_P.dtype).tiny).log()

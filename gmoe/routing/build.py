@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
-from gmoe._checks import check_at_least, check_choice
+from gmoe._checks import check_choice, check_count
 from gmoe.routing.attention_vote import AttentionVote
 from gmoe.routing.expert_choice import ExpertChoice
 from gmoe.routing.multi_centroid import MultiCentroid
@@ -38,7 +39,7 @@ def build_router(
         router: see :data:`RouterLike`.
         dim: width of the tokens.
         num_experts: E.
-        k: experts per token, passed where the router has such a parameter.
+        k: experts per token, passed where the router has such a parameter and a ``partial`` does not bind it.
         kwargs: further arguments of the router.
 
     Raises:
@@ -56,11 +57,13 @@ def build_router(
     if isinstance(router, str):
         check_choice("router", router, ROUTERS)
         router = ROUTERS[router]
-    check_at_least("k", k, 1)
+    check_count("k", k)
     if k > num_experts:
         raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
     parameters = inspect.signature(router).parameters.values()
-    takes_k = any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in parameters)  # uniform and oracle fix their own
+    own_k = isinstance(router, partial) and "k" in router.keywords
+    # uniform and oracle fix their own
+    takes_k = not own_k and any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in parameters)
     built = router(dim, num_experts, **({"k": k} if takes_k else {}), **(kwargs or {}))
     if not isinstance(built, Router):
         raise ValueError(f"router: got a factory that returned {type(built).__name__}, expected a Router")

@@ -116,7 +116,7 @@ class ExpertSide(nn.Module):
             1, pool_EC, ranked_TE.T.gather(1, token_EC), "amin"
         )
         self.steps += 1
-        share = (1.0 / self.steps.double()).clamp(min=self.momentum).to(self.cut_E.dtype)
+        share = (1.0 / self.steps.float()).clamp(min=self.momentum).to(self.cut_E.dtype)
         self.cut_E.lerp_(cut_EB.mean(dim=1).to(self.cut_E.dtype), share)
         if self.normalize == "tokens":
             # gate = exp(logit - log_sum); dividing by the pool's mean gate makes the scale log_sum + log(mean)

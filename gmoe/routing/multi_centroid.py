@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_at_least, check_choice, check_positive
+from gmoe._checks import check_at_least, check_choice, check_count, check_positive
 from gmoe.routing.expert_choice import expert_side_weights
 from gmoe.routing.expert_side import ExpertSide, Inference, Normalize
 from gmoe.routing.kmeans import kmeans
@@ -78,7 +78,7 @@ class MultiCentroid(Router):
         if weight is None:
             weight = "normalized" if choice == "tokens" and k >= 2 else "score"
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        check_at_least("num_centroids", num_centroids, 1)
+        check_count("num_centroids", num_centroids)
         check_choice("reduce", reduce, get_args(Reduce))
         check_positive("temperature", temperature)
         check_at_least("separation_coef", separation_coef, 0)
@@ -114,13 +114,15 @@ class MultiCentroid(Router):
             seed: of the k-means++ starts (default 0).
 
         Raises:
-            ValueError: a width that does not fit, or fewer tokens than experts.
+            ValueError: a width that does not fit, fewer tokens than experts, or values that are not finite.
         """
         if x.size(-1) != self.dim or x.numel() < self.dim * self.num_experts:
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}, expected (..., dim={self.dim}) with at least "
                 f"num_experts={self.num_experts} tokens"
             )
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"x: got {int((~x.isfinite()).sum())} values that are NaN or infinite, expected none")
         dtype = torch.promote_types(self.centroid.dtype, torch.float32)
         x_TD = x.reshape(-1, self.dim).to(device=self.centroid.device, dtype=dtype)
         self.center_D.copy_(x_TD.mean(dim=0))

@@ -69,7 +69,8 @@ class Pools:
         if self.size is not None:
             return min(max(math.ceil(share * self.size - slack), 1), self.size)
         assert self.counts is not None
-        return (self.counts.double() * share - slack).ceil().long().clamp(min=1).minimum(self.counts)
+        capacity = (self.counts.cpu().double() * share - slack).ceil().long()  # not every device has float64
+        return capacity.to(self.counts.device).clamp(min=1).minimum(self.counts)
 
     def logsumexp(self, logits_TE: Tensor) -> Tensor:
         """(T, E) for each token, the log-sum-exp over all tokens of its pool."""
@@ -96,7 +97,7 @@ class Pools:
         Args:
             scores_TE: the scores.
             capacity: C, for all pools or (B,).
-            tolerance: neighbours in the ranking whose relative difference is at most this are ties (default 0).
+            tolerance: runs of the ranking whose scores differ relatively by at most this are ties (default 0).
         """
         if self.size is not None:
             assert isinstance(capacity, int)
@@ -146,7 +147,7 @@ class Pools:
         if order is None:
             order = torch.arange(self.num_tokens, device=self.counts.device)
         first_B = self.counts.cumsum(0) - self.counts
-        bucket_B = (self.counts.double().log2() / math.log2(most_padding)).ceil().long()
+        bucket_B = (self.counts.cpu().double().log2() / math.log2(most_padding)).ceil().long().to(self.counts.device)
         batches: list[tuple[Tensor, Tensor | None]] = []
         for bucket in bucket_B.unique().tolist():
             chosen = (bucket_B == bucket).nonzero().view(-1)
@@ -164,7 +165,7 @@ def _order_ties(token_BSE: Tensor, score_BSE: Tensor, tolerance: float, cut_S: T
     Args:
         token_BSE: the tokens.
         score_BSE: their scores.
-        tolerance: relative difference up to which neighbours belong to one run.
+        tolerance: relative difference up to which neighbours belong to one run, and a run as a whole is a tie.
         cut_S: where a run ends in any case, since another pool begins.
     """
     before, after = score_BSE[:, :-1], score_BSE[:, 1:]
@@ -173,7 +174,13 @@ def _order_ties(token_BSE: Tensor, score_BSE: Tensor, tolerance: float, cut_S: T
         cut_BSE = cut_BSE | cut_S[1:, None]
     run_BSE = torch.zeros_like(token_BSE)
     run_BSE[:, 1:] = cut_BSE.cumsum(dim=1)
-    key_BSE = run_BSE * (token_BSE.amax() + 1 if token_BSE.numel() else 1) + token_BSE
+    # a run is a tie only as a whole: where scores lie densely, neighbours are near each other but the ends are not
+    worst_BSE = torch.full_like(score_BSE, torch.inf).scatter_reduce(1, run_BSE, score_BSE, "amin").gather(1, run_BSE)
+    best_BSE = torch.full_like(score_BSE, -torch.inf).scatter_reduce(1, run_BSE, score_BSE, "amax").gather(1, run_BSE)
+    tie_BSE = best_BSE - worst_BSE <= tolerance * best_BSE.abs()
+    place_S = torch.arange(token_BSE.size(1), device=token_BSE.device)[:, None]
+    within_BSE = torch.where(tie_BSE, token_BSE, place_S)
+    key_BSE = run_BSE * (token_BSE.amax() + 1 + len(place_S) if token_BSE.numel() else 1) + within_BSE
     return token_BSE.gather(1, key_BSE.argsort(dim=1))
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check_at_least, check_choice
+from gmoe._checks import check_choice, check_count
 from gmoe.routing.pools import Pools, segment_logsumexp
 from gmoe.routing.routing import Routing
 
@@ -58,9 +58,9 @@ class Router(nn.Module, ABC):
         check_finite: bool = False,
     ) -> None:
         super().__init__()
-        check_at_least("dim", dim, 1)
-        check_at_least("num_experts", num_experts, 1)
-        check_at_least("k", k, 1)
+        check_count("dim", dim)
+        check_count("num_experts", num_experts)
+        check_count("k", k)
         if k > num_experts:
             raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
         if weight is None:
@@ -114,7 +114,8 @@ class Router(nn.Module, ABC):
             new = self.get_buffer(name)
             if new.is_floating_point() and new.dtype.itemsize < 4:
                 parent, _, leaf = name.rpartition(".")
-                self.get_submodule(parent)._buffers[leaf] = old.to(device=new.device, dtype=torch.float32)
+                kept = new.float() if old.is_meta else old.to(device=new.device, dtype=torch.float32)
+                self.get_submodule(parent)._buffers[leaf] = kept
         return self
 
     def _pools(self, x: Tensor, pool: Tensor | None) -> Pools:
@@ -178,6 +179,8 @@ def check_edge_index(edge_index: Tensor, num_src: int, num_dst: int) -> None:
     """Refuse edges that point outside the nodes. CPU tensors only: elsewhere it would cost a host sync."""
     if edge_index.dim() != 2 or edge_index.size(0) != 2:
         raise ValueError(f"edge_index: got shape {tuple(edge_index.shape)}, expected (2, number of edges)")
+    if edge_index.is_floating_point() or edge_index.is_complex() or edge_index.dtype == torch.bool:
+        raise ValueError(f"edge_index: got {edge_index.dtype}, expected integers")
     if edge_index.device.type != "cpu" or edge_index.size(1) == 0:
         return
     for row, name, bound in ((0, "source", num_src), (1, "destination", num_dst)):

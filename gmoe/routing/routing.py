@@ -17,7 +17,7 @@ class AuxLoss(NamedTuple):
     coefficient: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Routing:
     """Which expert handles which token, sparse and ready for a grouped GEMM.
 

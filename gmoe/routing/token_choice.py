@@ -18,6 +18,10 @@ from gmoe.routing.select import drop_over_capacity, pairs_of_choices, top_expert
 Balance: TypeAlias = Literal["importance_load", "switch", "bias"]
 
 
+NOISE_FLOOR = 0.01
+"""Least standard deviation of the learned noise: at zero the load would have no gradient."""
+
+
 class TokenChoice(Router):
     r"""Each token takes its top-K experts (Shazeer et al., 2017; Switch Transformer, Fedus et al., 2021).
 
@@ -31,8 +35,8 @@ class TokenChoice(Router):
         num_experts: E.
         k: K, experts per token (default 1).
         weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"score"`` at K = 1.
-        noise: noisy top-K gating in training: adds ``N(0, 1) * softplus(x W_noise)`` to the logits, with learned
-            ``W_noise``, which starts at zero. ``None`` (default) turns it on just where ``balance`` needs it.
+        noise: noisy top-K gating in training: adds ``N(0, 1) * (softplus(x W_noise) + 0.01)`` to the logits, with
+            learned ``W_noise``, which starts at zero. ``None`` (default) turns it on just where ``balance`` needs it.
         balance: what keeps the experts equally loaded (default ``None``):
 
             - ``"importance_load"``: adds ``balance_coef * (CV^2(importance) + CV^2(load))``; the load has a gradient
@@ -124,7 +128,7 @@ class TokenChoice(Router):
         logits_TE = clean_TE
         noise_std_TE = None
         if self.noise is not None:
-            noise_std_TE = F.softplus(float_linear(x_TD, self.noise))
+            noise_std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
             if self.training:
                 logits_TE = clean_TE + torch.randn_like(clean_TE) * noise_std_TE
         log_probs_TE = logits_TE.log_softmax(dim=-1)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import experiments.loop
 from experiments.config import TrainConfig
 from experiments.data import load_task
+from experiments.loop import Log
 from experiments.presets import PRESETS
 from experiments.runs import run, spread
 from experiments.train import main, parse
@@ -198,3 +199,42 @@ def test_configs_are_frozen() -> None:
     with pytest.raises(AttributeError):
         PRESETS["digits"][1].lr = 1.0  # type: ignore[misc]
     assert isinstance(PRESETS["digits"][1], TrainConfig)
+
+
+def test_a_log_survives_being_cut_off_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    log = Log(path, keep=0)
+    for epoch in range(3):
+        log.write({"epoch": epoch, "val": 0.5})
+    log.close()
+    Log(path, keep=3).write({"epoch": 3, "val": 0.5})  # never flushed, as when the process is killed
+    with path.open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)][:3] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--seeds", "0", "0"], "seeds: got (0, 0), expected at least one, each once"),
+        (["--epochs", "0"], "epochs: got 0, expected at least 1"),
+        (["--checkpoint-every", "0"], "checkpoint_every: got 0"),
+        (["--batch-size", "-1"], "batch_size: got -1"),
+    ],
+)
+def test_bad_numbers(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["digits-graph", *args])
+    captured = capsys.readouterr()
+    assert message in " ".join((captured.err + captured.out).split())
+
+
+def test_a_control_of_a_moe_with_options(tmp_path: Path) -> None:
+    args = ("--router", "dense", "--equal", "flops", "--equal-to", "expert_choice", "--capacity-factor", "2")
+    summary = quick(tmp_path / "run", *args)
+    assert summary["matched"] == pytest.approx(1, abs=0.05)
+    assert quick(tmp_path / "own", "--router", "dense")["matched"] is None
+
+
+def test_kmeans_before_the_first_cut_scores(tmp_path: Path) -> None:
+    args = ("--router", "multi_centroid", "--choice", "experts", "--inference", "threshold", "--kmeans-init")
+    assert quick(tmp_path / "run", *args)["test"]["mean"] > 0.05

@@ -375,7 +375,7 @@ def naive_route(
     clean = logits = naive_logits(router, x_TD)
     std = [[one for _ in experts] for _ in tokens]
     if isinstance(router, TokenChoice) and router.noise is not None:
-        std = [[F.softplus(x @ row) for row in router.noise.weight] for x in x_TD]
+        std = [[F.softplus(x @ row) + 0.01 for row in router.noise.weight] for x in x_TD]
         if router.training:
             draw = torch.randn(len(x_TD), len(experts), dtype=DTYPE, generator=torch.Generator().manual_seed(seed))
             logits = [[clean[t][e] + draw[t, e] * std[t][e] for e in experts] for t in tokens]

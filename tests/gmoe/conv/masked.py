@@ -10,7 +10,8 @@ from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
 from gmoe import MoEConv, Routing
-from gmoe.conv.experts import GCNExperts, GINExperts, GraphConvExperts, SAGEExperts, SeparateExperts
+from gmoe.conv.experts import GCNExperts, GINExperts, GraphConvExperts, SAGEExperts
+from gmoe.conv.separate import SeparateExperts
 
 Features = Tensor | tuple[Tensor, Tensor]
 

@@ -28,7 +28,8 @@ from torch_geometric.nn import (
 )
 
 from gmoe import MoEConv
-from gmoe.conv.experts import AggregateOnce, SeparateExperts
+from gmoe.conv.experts import AggregateOnce
+from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph, routing_of
 
 AGGREGATE_ONCE: list[tuple[Any, dict[str, Any]]] = [
@@ -297,3 +298,16 @@ def test_local_path_runs_on_the_in_edges_of_the_chosen() -> None:
     weight_TE[1, 0], weight_TE[3, 2] = 1.0, 1.0
     conv(features(6, WIDTH), edge_index, routing=routing_of(weight_TE))
     assert rows == [(2, 1), (2, 1)]  # a destination and its one source, and the edge between them
+
+
+@pytest.mark.parametrize("graph", sorted(GRAPHS))
+@pytest.mark.parametrize(("cls", "kwargs"), AGGREGATE_ONCE[:14])
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice"])
+def test_narrow_outputs_are_transformed_first(cls: Any, kwargs: dict[str, Any], graph: str, router: str) -> None:
+    """3 experts x 2 columns are narrower than 9: A (x W) in place of (A x) W, except where the aggregate is needed."""
+    num_nodes, edge_index = GRAPHS[graph]
+    linear = isinstance(kwargs.get("aggr", "mean"), str) and kwargs.get("aggr") != "max"
+    for route_on in ("input", "both"):
+        conv = MoEConv(cls, 9, 2, num_experts=3, router=router, k=2, route_on=route_on, **kwargs).double()
+        assert conv.experts.transforms_first is linear
+        assert_equals_masked(conv, features(num_nodes, 9), edge_index)

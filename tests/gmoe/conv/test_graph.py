@@ -12,8 +12,8 @@ from torch_geometric import EdgeIndex
 from torch_geometric.nn import GATConv, GCNConv, GINConv, GraphConv, LEConv, SAGEConv, SimpleConv
 
 from gmoe import GNNMoE, MoEConv
-from gmoe.conv.experts import SeparateExperts
 from gmoe.conv.graph import Graph
+from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import assert_equals_masked, features, random_graph, routing_of
 
 NODES, WIDTH = 9, 4
