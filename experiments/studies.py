@@ -72,7 +72,7 @@ def _arm(base: TrainConfig, router: RouterName, note: str = "", slug: str = "", 
 
 def _mosaic() -> Study:
     base = replace(MOSAIC, routing="shared", seeds=(5, 6, 7, 8, 9))
-    noisy = RouterOptions(balance="importance_load", balance_coef=0.1)
+    score = RouterOptions(weight="score")  # K = 1; at K = 2 weights are normalized
     one_centroid = RouterOptions(num_centroids=1)
     near = RouterOptions(scope="neighbours", head_dim=8)
     arms = [*_controls(base, "token_choice", (1, 2)), _arm(base, "oracle"), _arm(base, "uniform")]
@@ -80,23 +80,31 @@ def _mosaic() -> Study:
     for k in (1, 2):
         for routing in modes:
             run = replace(base, k=k, routing=routing)
+            plain = RouterOptions(weight="score" if k == 1 else None)
+            noisy = replace(plain, balance="importance_load", balance_coef=0.1)
             arms += [
                 _arm(run, "random"),
-                _arm(run, "token_choice"),
+                _arm(run, "token_choice", options=plain),
                 _arm(run, "token_choice", "noise and importance + load balance", "balanced", options=noisy),
                 _arm(run, "expert_choice"),
                 _arm(run, "multi_centroid", "one centroid", "one", options=one_centroid),
                 _arm(run, "multi_centroid", "one centroid, k-means", "kmeans", options=one_centroid, kmeans_init=True),
             ]
-    sharp = RouterOptions(init_scale=1.0)
     only_x = replace(base, route_on="input")
+    balanced = replace(score, balance="importance_load", balance_coef=0.1)
     arms += [  # what closed the distance, one change at a time
-        _arm(base, "token_choice", "initial weights × 10", "sharp", options=sharp),
-        _arm(base, "expert_choice", "initial weights × 10", "sharp", options=sharp),
-        _arm(base, "token_choice", "Switch loss", "switch", options=RouterOptions(balance="switch", balance_coef=0.1)),
-        _arm(base, "token_choice", "noise alone", "noise", options=RouterOptions(noise=True)),
-        _arm(base, "token_choice", "straight-through", "straight", options=RouterOptions(weight="straight_through")),
-        _arm(only_x, "token_choice", "balanced, on x alone", "balanced-x", options=noisy),
+        _arm(base, "token_choice", "initial weights × 10", "sharp", options=replace(score, init_scale=1.0)),
+        _arm(base, "expert_choice", "initial weights × 10", "sharp", options=RouterOptions(init_scale=1.0)),
+        _arm(base, "token_choice", "Switch loss", "switch", options=replace(score, balance="switch", balance_coef=0.1)),
+        _arm(base, "token_choice", "noise alone", "noise", options=replace(score, noise=True)),
+        _arm(
+            base,
+            "token_choice",
+            "straight-through (the default)",
+            "straight",
+            options=RouterOptions(weight="straight_through"),
+        ),
+        _arm(only_x, "token_choice", "balanced, on x alone", "balanced-x", options=balanced),
         _arm(only_x, "expert_choice", "on x alone", "x"),
         _arm(base, "expert_choice", "softmax along tokens", "tokens", options=RouterOptions(normalize="tokens")),
         _arm(base, "multi_centroid", "four centroids", "four"),
@@ -121,10 +129,7 @@ def _mosaic() -> Study:
             run = replace(base, k=k, routing=routing)
             arms.append(_arm(run, "attention_vote", "neighbours", "neighbours", options=near))
     residual = replace(base, residual="identity")
-    arms += [
-        _arm(residual, "attention_vote", "neighbours, residual", "neighbours-residual", options=near),
-        _arm(base, "attention_vote", "pool", "pool", options=RouterOptions(head_dim=8)),
-    ]
+    arms.append(_arm(residual, "attention_vote", "neighbours, residual", "neighbours-residual", options=near))
     return Study(
         about=(
             "Does a learned router find planted regions, and does it pay? Width 16, 8 experts, 150 epochs, Adam at "

@@ -34,7 +34,8 @@ class TokenChoice(Router):
         dim: D, the width of the tokens.
         num_experts: E.
         k: K, experts per token (default 1).
-        weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"score"`` at K = 1.
+        weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"straight_through"`` at K = 1
+            (by ``"score"`` the layer starts at 1 / E of its scale, which small features never leave: Cora).
         noise: noisy top-K gating in training: adds ``N(0, 1) * (softplus(x W_noise) + 0.01)`` to the logits, with
             learned ``W_noise``, which starts at zero. ``None`` (default) turns it on just where ``balance`` needs it.
         balance: what keeps the experts equally loaded (default ``None``):
@@ -111,7 +112,7 @@ class TokenChoice(Router):
 
     @staticmethod
     def default_weight(k: int) -> Weighting:
-        return "normalized" if k >= 2 else "score"
+        return "normalized" if k >= 2 else "straight_through"
 
     def reset_parameters(self) -> None:
         self.gate.reset_parameters()
