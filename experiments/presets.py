@@ -47,10 +47,10 @@ CORA = TrainConfig(
     weight_decay=5e-4,
     seeds=tuple(range(10)),
 )
-"""Cora, public split; the recipe of the GCN paper (Kipf & Welling, 2017)."""
+"""Cora, public split; nearly the recipe of the GCN paper (Kipf & Welling, 2017), which decays the first layer only."""
 
 CITESEER = replace(CORA, dataset="citeseer")
-"""CiteSeer, public split; the recipe of the GCN paper."""
+"""CiteSeer, public split; the recipe of Cora."""
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "digits": ("Handwritten digits (8x8) as images; a 4-block ViT.", DIGITS),

@@ -51,7 +51,7 @@ def test_far_apart_logits_do_not_tie(dtype: torch.dtype) -> None:
 
 
 def test_default_weights() -> None:
-    assert TokenChoice(4, 3).weight == "score"
+    assert TokenChoice(4, 3).weight == "straight_through"
     assert TokenChoice(4, 3, k=2).weight == "normalized"
 
 
@@ -171,8 +171,8 @@ def test_a_bias_does_not_change_the_priority() -> None:
 
 def test_bias_by_hand() -> None:
     """Probabilities tie throughout, so that all six tokens follow the bias; ties go to the lowest index."""
-    router, x = with_gate(TokenChoice(2, 3, balance="bias", bias_rate=0.5), [[0.0] * 2] * 3), torch.randn(6, 2)
-    r = 0.5
+    router = with_gate(TokenChoice(2, 3, weight="score", balance="bias", bias_rate=0.5), [[0.0] * 2] * 3)
+    x, r = torch.randn(6, 2), 0.5
     expected = [
         ([0.0, 0.0, 0.0], 0),  # step 1: nothing known; all to expert 0, load (6, 0, 0), mean 2
         ([-r, r, r], 1),  # step 2: 0 was over, 1 and 2 under; all to expert 1
@@ -293,5 +293,5 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
 
 def test_repr_shows_the_options() -> None:
     assert repr(TokenChoice(4, 3, balance="switch", capacity_factor=1.05)).startswith(
-        "TokenChoice(\n  4, 3, k=1, weight='score', balance='switch', capacity_factor=1.05"
+        "TokenChoice(\n  4, 3, k=1, weight='straight_through', balance='switch', capacity_factor=1.05"
     )
