@@ -80,12 +80,13 @@ def _mosaic() -> Study:
     for k in (1, 2):
         for routing in modes:
             run = replace(base, k=k, routing=routing)
+            by_score = "by score" if k == 1 else ""
             plain = RouterOptions(weight="score" if k == 1 else None)
             noisy = replace(plain, balance="importance_load", balance_coef=0.1)
             arms += [
                 _arm(run, "random"),
-                _arm(run, "token_choice", options=plain),
-                _arm(run, "token_choice", "noise and importance + load balance", "balanced", options=noisy),
+                _arm(run, "token_choice", by_score, options=plain),
+                _arm(run, "token_choice", f"{by_score}{', ' if by_score else ''}balanced", "balanced", options=noisy),
                 _arm(run, "expert_choice"),
                 _arm(run, "multi_centroid", "one centroid", "one", options=one_centroid),
                 _arm(run, "multi_centroid", "one centroid, k-means", "kmeans", options=one_centroid, kmeans_init=True),
@@ -93,10 +94,16 @@ def _mosaic() -> Study:
     only_x = replace(base, route_on="input")
     balanced = replace(score, balance="importance_load", balance_coef=0.1)
     arms += [  # what closed the distance, one change at a time
-        _arm(base, "token_choice", "initial weights × 10", "sharp", options=replace(score, init_scale=1.0)),
+        _arm(base, "token_choice", "by score, initial weights × 10", "sharp", options=replace(score, init_scale=1.0)),
         _arm(base, "expert_choice", "initial weights × 10", "sharp", options=RouterOptions(init_scale=1.0)),
-        _arm(base, "token_choice", "Switch loss", "switch", options=replace(score, balance="switch", balance_coef=0.1)),
-        _arm(base, "token_choice", "noise alone", "noise", options=replace(score, noise=True)),
+        _arm(
+            base,
+            "token_choice",
+            "by score, Switch loss",
+            "switch",
+            options=replace(score, balance="switch", balance_coef=0.1),
+        ),
+        _arm(base, "token_choice", "by score, noise alone", "noise", options=replace(score, noise=True)),
         _arm(
             base,
             "token_choice",
@@ -104,7 +111,7 @@ def _mosaic() -> Study:
             "straight",
             options=RouterOptions(weight="straight_through"),
         ),
-        _arm(only_x, "token_choice", "balanced, on x alone", "balanced-x", options=balanced),
+        _arm(only_x, "token_choice", "by score, balanced, on x alone", "balanced-x", options=balanced),
         _arm(only_x, "expert_choice", "on x alone", "x"),
         _arm(base, "expert_choice", "softmax along tokens", "tokens", options=RouterOptions(normalize="tokens")),
         _arm(base, "multi_centroid", "four centroids", "four"),
