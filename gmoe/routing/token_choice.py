@@ -46,7 +46,7 @@ class TokenChoice(Router):
             - ``"bias"``: no loss. A bias an expert is added to the probabilities for the selection, not for the
               weights, and moves by ``bias_rate`` towards equal load once per training step (DeepSeek-V3, 2024). A
               step's load takes effect with the next forward in training, so that a checkpoint's recomputation selects
-              the same, as long as every forward is followed by its own backward.
+              the same, as long as every forward is followed by its own backward. Each process counts its own load.
         balance_coef: coefficient of the balance loss (default 0.01).
         bias_rate: step of the bias, in units of probability (default 0.001).
         z_coef: coefficient of the router z-loss (default 0, no loss).
