@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, overload
@@ -41,7 +42,7 @@ def claim_router(router: Router, owner: nn.Module) -> None:
     _OWNERS[router] = weakref.ref(owner)
 
 
-class MoELayer(nn.Module):
+class MoELayer(nn.Module, ABC):
     """What all layers with experts have in common, in an image model or a graph model: a router of their own, or none.
 
     Args:
@@ -77,9 +78,9 @@ class MoELayer(nn.Module):
         self.k = router.k
         self._experts_per_token = router.experts_per_token
 
+    @abstractmethod
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of all E experts, of which a token meets ``experts_per_token / E``."""
-        raise NotImplementedError(type(self).__name__)
 
 
 class MoE(MoELayer):
