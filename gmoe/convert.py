@@ -43,8 +43,8 @@ def moefy(
 
     - ``"token_choice"`` and ``"multi_centroid"`` at K >= 2 (normalized), ``"random"`` and ``"uniform"``, whose
       weights sum to 1: the first forward equals the dense model's.
-    - either at K = 1 with ``"score"``: the MLP's output is scaled by the top probability, about 1 / E to 1; with
-      ``weight="straight_through"`` it equals the dense one.
+    - at K = 1, ``"token_choice"`` (straight-through) equals it too; ``"multi_centroid"`` (by score) scales the MLP's
+      output by the top probability, between 1 / E and 1, unless ``weight="straight_through"``.
     - ``"expert_choice"`` by score: scaled by the sum of the probabilities of the experts that took the token; zero for
       tokens that none took. ``weight="normalized"`` equals the dense one for all tokens that are taken.
     - ``"attention_vote"``, and expert choice with softmax along tokens: weights average 1 over the chosen pairs, not

@@ -171,7 +171,7 @@ class LinearAggregation(AggregateOnce):
             x_PI = x_dst.index_select(0, routing.token)
             y_PO = y_PO + grouped_linear(x_PI, root_EIO, None, routing.offsets, self.linear.backend)
         if self.linear.bias is not None:
-            y_PO = y_PO + self.linear.bias.index_select(0, routing.expert)
+            y_PO = y_PO + self.linear.bias.to(y_PO.dtype).index_select(0, routing.expert)
         return combine(self._finish(y_PO), routing)
 
     def _finish(self, y_PO: Tensor) -> Tensor:

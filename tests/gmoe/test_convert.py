@@ -47,7 +47,7 @@ def images(count: int = 3) -> Tensor:
     ("router", "k", "kwargs"),
     [
         ("token_choice", 2, None),
-        ("token_choice", 1, {"weight": "straight_through"}),
+        ("token_choice", 1, None),
         ("multi_centroid", 2, None),
         ("random", 2, None),
         ("random", 1, None),

@@ -311,3 +311,13 @@ def test_narrow_outputs_are_transformed_first(cls: Any, kwargs: dict[str, Any], 
         conv = MoEConv(cls, 9, 2, num_experts=3, router=router, k=2, route_on=route_on, **kwargs).double()
         assert conv.experts.transforms_first is linear
         assert_equals_masked(conv, features(num_nodes, 9), edge_index)
+
+
+@pytest.mark.parametrize("out_channels", [2, 9])
+@pytest.mark.parametrize("conv", ["gcn", "sage", "graph"])
+def test_autocast_gives_bfloat16_in_either_order(conv: str, out_channels: int) -> None:
+    """3 x 2 columns are transformed first, 3 x 9 last."""
+    num_nodes, edge_index = GRAPHS["mixed"]
+    moe = MoEConv(conv, 9, out_channels, num_experts=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert moe(torch.randn(num_nodes, 9), edge_index).dtype == torch.bfloat16
