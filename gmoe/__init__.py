@@ -1,10 +1,12 @@
 """Mixture-of-Experts for graphs and images over one shared router core."""
 
-from gmoe.conv import MoEConv
-from gmoe.convert import moefy
+from gmoe.conv import FilterConv, HeteroMoEConv, MLPConv, MoEConv, RelationalConv
+from gmoe.convert_gnn import moefy
 from gmoe.counting import active_parameters, count_flops, match_width
 from gmoe.dispatch import dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
+from gmoe.hetero import HeteroGNNMoE
+from gmoe.loader import neighbor_loader
 from gmoe.models import GNNMoE
 from gmoe.moe import MoE, MoELayer, record
 from gmoe.routing import (
@@ -28,6 +30,7 @@ from gmoe.routing import (
     switch_loss,
     z_loss,
 )
+from gmoe.sampler import NeighborSampler
 
 __version__ = "0.1.0"
 
@@ -37,15 +40,21 @@ __all__ = [
     "AuxLoss",
     "ExpertChoice",
     "Experts",
+    "FilterConv",
     "GNNMoE",
+    "HeteroGNNMoE",
+    "HeteroMoEConv",
     "LinearExperts",
+    "MLPConv",
     "MLPExperts",
     "MoE",
     "MoEConv",
     "MoELayer",
     "MultiCentroid",
+    "NeighborSampler",
     "OracleRouter",
     "RandomRouter",
+    "RelationalConv",
     "Router",
     "Routing",
     "TokenChoice",
@@ -62,6 +71,7 @@ __all__ = [
     "load_loss",
     "match_width",
     "moefy",
+    "neighbor_loader",
     "record",
     "separation_loss",
     "switch_loss",

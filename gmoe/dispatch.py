@@ -67,11 +67,14 @@ def grouped_linear(
         dtype = torch.get_autocast_dtype(device)
         x_PI, weight_EIO = x_PI.to(dtype), weight_EIO.to(dtype)
         bias_EO = None if bias_EO is None else bias_EO.to(dtype)
+    return _run(x_PI, weight_EIO, bias_EO, offsets_E, resolve_backend(backend, x_PI))
+
+
+def resolve_backend(backend: Backend, x: Tensor) -> Literal["grouped", "padded", "loop"]:
+    """What ``"auto"`` stands for on this device, and what stands in for ``"grouped"`` where that has no kernel."""
     if backend == "auto":
-        backend = "grouped" if device == "cuda" else "loop"
-    if backend == "grouped" and x_PI.dtype == torch.float64:
-        backend = "loop"
-    return _run(x_PI, weight_EIO, bias_EO, offsets_E, backend)
+        backend = "grouped" if x.device.type == "cuda" else "loop"
+    return "loop" if backend == "grouped" and x.dtype == torch.float64 else backend
 
 
 @torch.compiler.disable  # the sizes depend on the data; and torch.compile refuses grouped_mm in float32

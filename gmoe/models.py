@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import SimpleConv
+from torch_geometric.nn import MessagePassing, SimpleConv
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.graph import Graph, check_batch
-from gmoe.conv.moe_conv import MoEConv, RouteOn
-from gmoe.conv.registry import ConvLike, DenseLayers, conv_factory
-from gmoe.convert import _moefy
+from gmoe.conv.build import count_experts
+from gmoe.conv.graph import Graph, check_batch, parameters_of
+from gmoe.conv.moe_conv import MoEConv
+from gmoe.conv.registry import ConvFactory, ConvLike, DenseLayers, conv_factory
+from gmoe.conv.seen import RouteOn, route_parts, seen
 from gmoe.dispatch import Backend
+from gmoe.inference import LayerwiseInference
 from gmoe.moe import claim_router
 from gmoe.routing.build import RouterLike, build_router
 from gmoe.routing.router import Router
@@ -27,7 +28,7 @@ RoutingMode: TypeAlias = Literal["layer", "shared"]
 Residual: TypeAlias = Literal["none", "identity", "linear"]
 
 
-class GNNMoE(BasicGNN):
+class GNNMoE(LayerwiseInference, BasicGNN):
     r"""A GNN in the manner of PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and residuals.
 
     .. math::
@@ -44,12 +45,12 @@ class GNNMoE(BasicGNN):
         conv: see :class:`MoEConv` (default ``"gcn"``).
         router: a name or factory, or, with ``routing="shared"``, also an instance (default ``"token_choice"``).
             ``None`` builds the dense control: the same model with plain convs in all layers.
-        num_experts: E (default 8).
+        num_experts: E (default 8, or the length of a list of convs).
         k: K, experts per node (default 1).
         routing: ``"layer"`` (default): each layer has a router of its own, on its own input. ``"shared"``: one router
             decides once for each node, from the raw features and their mean over in-edges, and all layers follow.
-        route_on: what routers see: ``"both"`` (default) the node and the aggregate of its neighbours, ``"input"`` or
-            ``"aggregate"``.
+        route_on: what routers see: ``"both"`` (default) the node and the aggregate of its neighbours, ``"input"``,
+            ``"aggregate"``, ``"degree"``, or several of them.
         route_hops: with ``routing="shared"``, how many times the raw features are averaged over in-edges: the
             aggregates are (Ax, ..., A^hops x) (default 1).
         every: layer ``i`` is a MoEConv where ``i % every == every - 1`` (default 1), the output layer excepted.
@@ -58,6 +59,8 @@ class GNNMoE(BasicGNN):
             jumping knowledge; ``jk="last"`` is a plain output projection).
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
+        shared_expert: one more expert on every node of the MoE layers; see :class:`MoEConv` (default ``False``).
+        input_dropout: dropout of the input features (default 0).
         in_proj: begin with a linear layer to ``hidden_channels`` (default ``False``).
         router_kwargs: further arguments of the routers.
         backend, local, check_finite: see :class:`MoEConv`.
@@ -90,7 +93,7 @@ class GNNMoE(BasicGNN):
         conv: ConvLike | DenseLayers = "gcn",
         router: RouterLike | None = "token_choice",
         *,
-        num_experts: int = 8,
+        num_experts: int | None = None,
         k: int = 1,
         routing: RoutingMode = "layer",
         route_on: RouteOn = "both",
@@ -104,6 +107,8 @@ class GNNMoE(BasicGNN):
         norm_kwargs: dict[str, Any] | None = None,
         jk: str | None = None,
         residual: Residual = "identity",
+        shared_expert: bool | str | ConvFactory = False,
+        input_dropout: float = 0.0,
         in_proj: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
@@ -115,7 +120,10 @@ class GNNMoE(BasicGNN):
         for name, value in {**sizes, "num_layers": num_layers, "every": every, "route_hops": route_hops}.items():
             check_count(name, value)
         check_choice("routing", routing, get_args(RoutingMode))
-        check_choice("route_on", route_on, get_args(RouteOn))
+        parts = route_parts(route_on)
+        if not isinstance(conv, DenseLayers):
+            num_experts = count_experts(conv, num_experts)
+        num_experts = 8 if num_experts is None else num_experts
         check_choice("residual", residual, get_args(Residual))
         hidden = num_layers if jk is not None else num_layers - 1
         moe_layers = [i for i in range(hidden) if i % every == every - 1] if router is not None else []
@@ -130,7 +138,8 @@ class GNNMoE(BasicGNN):
         router_args = dict(router_kwargs or {})
         shared: Router | None = None
         if routing == "shared" and router is not None:
-            dim = in_channels * {"input": 1, "aggregate": route_hops, "both": 1 + route_hops}[route_on]
+            widths = {"input": in_channels, "aggregate": route_hops * in_channels, "degree": 1}
+            dim = sum(widths[part] for part in parts)
             shared = build_router(router, dim, num_experts, k, router_args)
             shared.check_finite |= check_finite
         super().__init__(
@@ -151,7 +160,8 @@ class GNNMoE(BasicGNN):
                 "num_experts": num_experts,
                 "router": router if shared is None else None,
                 "k": k if shared is None else shared.k,
-                "route_on": route_on if shared is None else "input",
+                "route_on": parts if shared is None else "input",
+                "shared_expert": shared_expert,
                 "router_kwargs": router_args if shared is None else None,
                 "backend": backend,
                 "local": local,
@@ -161,9 +171,10 @@ class GNNMoE(BasicGNN):
         )
         self.in_channels = in_channels
         self.routing = routing
-        self.route_on = route_on
+        self.route_on = parts
         self.route_hops = route_hops
         self.moe_layers = moe_layers
+        self.input_dropout = nn.Dropout(input_dropout)
         self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None
         self.residuals = nn.ModuleList()
         if residual != "none":
@@ -221,12 +232,13 @@ class GNNMoE(BasicGNN):
 
     def router_input(self, x: Tensor, edge_index: Adj) -> Tensor:
         """(N, dim) what a shared router sees: the raw features and their means over in-edges."""
-        seen = [x]
-        if self.route_on != "input":
-            edges = Graph(edge_index, x.size(0), x.size(0), {}).edge_index
+        graph = Graph(edge_index, x.size(0), x.size(0), {})
+        powers = [x]
+        if "aggregate" in self.route_on:
             for _ in range(self.route_hops):
-                seen.append(self._mean(seen[-1], edges))
-        return torch.cat(seen[1:] if self.route_on == "aggregate" else seen, dim=-1)
+                powers.append(self._mean(powers[-1], graph.edge_index))
+        aggregate = torch.cat(powers[1:], dim=-1) if len(powers) > 1 else None
+        return seen(self.route_on, x, aggregate, graph)
 
     @overload
     def forward(
@@ -277,6 +289,7 @@ class GNNMoE(BasicGNN):
         Graph(edge_index, x.size(0), x.size(0), {})  # checks the edges, also for the dense control
         decision = None if self.shared_router is None else self.decide(x, edge_index, batch)
         routings = [] if decision is None else [decision]
+        x = self.input_dropout(x)
         if self.lin_in is not None:
             x = self.lin_in(x)
         xs: list[Tensor] = []
@@ -313,26 +326,25 @@ class GNNMoE(BasicGNN):
     ) -> tuple[Tensor, Routing | None]:
         """One conv and its residual."""
         conv = self.convs[layer]
-        edge_args = {"edge_weight": edge_weight, "edge_attr": edge_attr}
-        edge_args = {name: value for name, value in edge_args.items() if value is not None}
+        given = {"edge_weight": edge_weight, "edge_attr": edge_attr}
+        edge_args = {name: value for name, value in given.items() if value is not None}
         routing = None
         if isinstance(conv, MoEConv):
             out, routing = conv(x, edge_index, **edge_args, batch=batch, routing=decision, return_routing=True)
         else:
-            out = conv(x, edge_index, **edge_args)
+            out = conv(x, edge_index, **self._taken(conv, edge_args))
         if layer < len(self.residuals):
             out = out + self.residuals[layer](x)
         return out, routing
 
-    def inference(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Refused: PyG's layer-wise inference would let the nodes of a batch compete among themselves.
-
-        Raises:
-            RuntimeError: always; call the model on the whole graph.
-        """
-        raise RuntimeError("inference: a node's experts would depend on its batch; call the model on the whole graph")
-
-    inference_per_layer = inference
+    def _taken(self, conv: MessagePassing, edge_args: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a plain conv takes; of several kinds of experts, the first may take less than the others."""
+        names = parameters_of(conv)
+        known = names.union(*(c.edge_names if isinstance(c, MoEConv) else parameters_of(c) for c in self.convs))
+        for name in edge_args:
+            if name not in known:
+                raise ValueError(f"{name}: got a tensor, but no conv of the model takes it")
+        return {name: value for name, value in edge_args.items() if name in names}
 
     def _after(self, layer: int, x: Tensor, batch: Tensor | None, batch_size: int | None) -> Tensor:
         """Normalisation, activation and dropout, on all but an output conv."""
@@ -351,48 +363,3 @@ class GNNMoE(BasicGNN):
             f"{type(self).__name__}({self.in_channels}, {self.hidden_channels}, {self.out_channels}, "
             f"num_layers={self.num_layers}, routing={self.routing!r})"
         )
-
-
-@_moefy.register(BasicGNN)
-def _moefy_gnn(
-    model: BasicGNN,
-    *,
-    every: int,
-    k: int,
-    router: RouterLike,
-    num_experts: int,
-    upcycle: bool,
-    router_kwargs: Mapping[str, Any] | None,
-    backend: Backend,
-) -> GNNMoE:
-    """A GNNMoE with the options and, with ``upcycle``, the parameters of a dense PyG GNN; without residuals, as it."""
-    if not isinstance(model.in_channels, int) or any(p.numel() == 0 for p in model.parameters()):
-        raise ValueError("model: got a GNN with bipartite or lazy layers, expected one with known in_channels")
-    moe = GNNMoE(
-        model.in_channels,
-        model.hidden_channels,
-        model.out_channels,
-        model.num_layers,
-        conv=DenseLayers(model, upcycle),
-        router=router,
-        num_experts=num_experts,
-        k=k,
-        every=every,
-        route_on="input",
-        dropout=model.dropout.p,
-        act=copy.deepcopy(model.act),
-        act_first=model.act_first,
-        norm=copy.deepcopy(model.norms[0]),
-        jk=model.jk_mode,
-        residual="none",
-        router_kwargs=router_kwargs,
-        backend=backend,
-    )
-    moe.norms = copy.deepcopy(model.norms)
-    for name in ("jk", "lin"):
-        if hasattr(model, name):
-            setattr(moe, name, copy.deepcopy(getattr(model, name)))
-    if not upcycle:
-        moe.reset_parameters()
-    first = next(model.parameters())
-    return moe.to(device=first.device, dtype=first.dtype).train(model.training)

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch_geometric import EdgeIndex
-from torch_geometric.nn import GCNConv, GINConv, GraphConv, MessagePassing, SAGEConv
+from torch_geometric.nn import MessagePassing
 
 from gmoe.conv.graph import Graph
-from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
-from gmoe.experts import LinearExperts
+from gmoe.conv.pieces import Piece, Pieces
+from gmoe.dispatch import Backend
 from gmoe.routing.routing import Routing
 
 MakeConv = Callable[[int], MessagePassing]
@@ -36,6 +34,27 @@ class ConvExperts(nn.Module, ABC):
         """(T, D) what the convs aggregate, where that is the same for all experts; else ``None``."""
         return None
 
+    def aggregate_by_pieces(self, x: Tensor, pieces: Pieces) -> Tensor | None:
+        """:meth:`aggregate` of all nodes of a large graph."""
+        return None
+
+    def by_pieces(self, x: Tensor, aggregate: Tensor | None, pieces: Pieces, routing: Routing) -> Tensor:
+        """:meth:`forward` of all nodes of a large graph.
+
+        Raises:
+            RuntimeError: a conv looks further than one hop.
+        """
+
+        def near(x: Tensor, piece: Piece) -> Tensor:
+            out: Tensor = self(x, x, None, piece.graph.with_args_of(self.prototypes()), piece.routing(routing))
+            return out
+
+        return pieces.map(near, x)
+
+    @abstractmethod
+    def prototypes(self) -> list[MessagePassing]:
+        """PyG convs whose arguments and ``flow`` are those of the experts."""
+
     @abstractmethod
     def expert(self, index: int) -> MessagePassing:
         """A detached copy of one expert as a plain PyG conv."""
@@ -45,11 +64,8 @@ class ConvExperts(nn.Module, ABC):
         """Draw the parameters anew."""
 
 
-class AggregateOnce(ConvExperts):
-    """Convs that aggregate without parameters, or linearly, and transform rows: A x W_e = (A x) W_e.
-
-    The aggregation is PyG's own: the class itself with its transform taken out, so that every option of it (edge
-    weights, normalisation, caching, fused kernels) holds.
+class StackedExperts(ConvExperts):
+    """E convs of one class and the same options, their parameters stacked.
 
     Args:
         make: makes the conv of an expert.
@@ -57,15 +73,47 @@ class AggregateOnce(ConvExperts):
         backend: of the grouped product.
     """
 
+    prototype: MessagePassing
+
     def __init__(self, make: MakeConv, num_experts: int, backend: Backend) -> None:
         super().__init__()
         self.make = make
         self.num_experts = num_experts
         template = make(0)
         assert self.accepts(template)
-        self.prototype = self._without_transform(template)
         self._build(template, backend)
         self._fill([make(expert) for expert in range(num_experts)])
+
+    @staticmethod
+    @abstractmethod
+    def accepts(conv: Any) -> bool:
+        """Whether this conv, with its options, can be run this way."""
+
+    @abstractmethod
+    def _build(self, template: Any, backend: Backend) -> None:
+        """Set ``prototype`` and the stacked parameters up, for convs like ``template``."""
+
+    @abstractmethod
+    def _fill(self, convs: list[Any]) -> None:
+        """Take the parameters of E separate convs over, initialised as PyG does."""
+
+    @abstractmethod
+    def _unfill(self, conv: Any, index: int) -> None:
+        """Give a fresh conv the parameters of one expert."""
+
+    def prototypes(self) -> list[MessagePassing]:
+        return [self.prototype]
+
+    def _rows_by_pieces(self, x: Tensor, aggregate: Tensor | None, pieces: Pieces, routing: Routing) -> Tensor:
+        """:meth:`forward` of experts that, given the aggregate, look at each node by itself."""
+        outs = []
+        for start in range(0, x.size(0), pieces.batch_size):
+            rows = torch.arange(start, min(start + pieces.batch_size, x.size(0)), device=x.device)
+            near = None if aggregate is None else aggregate[rows].to(pieces.device)
+            part = x[rows].to(pieces.device)
+            own = routing.select(rows.to(routing.token.device))
+            outs.append(self(part, part, near, Graph(_no_edges(part), len(rows), len(rows), {}), own).to(x.device))
+        return torch.cat(outs)
 
     def reset_parameters(self) -> None:
         with torch.random.fork_rng(devices=[]):  # what is drawn while building is thrown away
@@ -74,240 +122,22 @@ class AggregateOnce(ConvExperts):
             conv.reset_parameters()
         self._fill(made)
 
-    @staticmethod
-    def accepts(conv: MessagePassing) -> bool:
-        """Whether this conv, with its options, can be run this way."""
-        rule = AGGREGATE_ONCE.get(type(conv))
-        return conv.flow == "source_to_target" and rule is not None and rule._accepts(conv)
-
-    @staticmethod
-    @abstractmethod
-    def _accepts(conv: Any) -> bool: ...
-
-    @abstractmethod
-    def _without_transform(self, conv: Any) -> MessagePassing: ...
-
-    @abstractmethod
-    def _build(self, template: Any, backend: Backend) -> None: ...
-
-    @abstractmethod
-    def _fill(self, convs: list[MessagePassing]) -> None:
-        """Take the parameters of E separate convs over, initialised as PyG does."""
-
-    def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
-        size = (graph.num_src, graph.num_dst)
-        adj = graph.adj
-        if isinstance(adj, EdgeIndex) and None in adj.sparse_size():  # PyG ignores `size` beside an EdgeIndex
-            adj = EdgeIndex(adj.as_tensor(), sparse_size=size, sort_order=adj.sort_order)
-        out: Tensor = self.prototype((x_src, None), adj, **graph.edge_args, size=size)
-        return out
-
-
-class LinearAggregation(AggregateOnce):
-    """One linear map an expert of what was aggregated, beside the root's features where the conv looks at them.
-
-    Where all experts' outputs side by side are narrower than the input, and the aggregation is a sum or a mean, the
-    order is turned round: A (x [W_1 ... W_E]), of which each row keeps the columns of its experts.
-    """
-
-    linears: tuple[str, ...]
-    linear: LinearExperts
-    root: bool = True
-
-    def _parts(self, conv: Any) -> list[Any]:
-        """The linear layers of a conv: of the aggregate, and of the root."""
-        return [getattr(conv, name) for name in self.linears[: 1 + self.root]]
-
-    def _bias(self, conv: Any) -> Tensor | None:
-        bias: Tensor | None = self._parts(conv)[0].bias
-        return bias
-
-    def _build(self, template: Any, backend: Backend) -> None:
-        parts = self._parts(template)
-        width = sum(int(part.weight.size(1)) for part in parts)
-        out_channels = int(parts[0].weight.size(0))
-        self.linear = LinearExperts(
-            width, out_channels, self.num_experts, bias=self._bias(template) is not None, backend=backend
-        )
-        self.aggregate_width = int(parts[0].weight.size(1))
-        narrower = self.num_experts * out_channels < self.aggregate_width
-        self.transforms_first = narrower and template.aggr in ("add", "sum", "mean")
-
-    @torch.no_grad()
-    def _fill(self, convs: list[MessagePassing]) -> None:
-        for expert, conv in enumerate(convs):
-            self.linear.weight[expert] = torch.cat([part.weight for part in self._parts(conv)], dim=1).T
-            bias = self._bias(conv)
-            if self.linear.bias is not None and bias is not None:
-                self.linear.bias[expert] = bias
-
     @torch.no_grad()
     def expert(self, index: int) -> MessagePassing:
+        first = next(self.parameters())
         with torch.random.fork_rng(devices=[]):  # to look at an expert must not change what is drawn next
-            conv = self.make(index).to(device=self.linear.weight.device, dtype=self.linear.weight.dtype)
-        parts = self._parts(conv)
-        widths = [part.weight.size(1) for part in parts]
-        for part, weight in zip(parts, self.linear.weight[index].T.split(widths, dim=1), strict=True):
-            part.weight.copy_(weight)
-        bias = self._bias(conv)
-        if self.linear.bias is not None and bias is not None:
-            bias.copy_(self.linear.bias[index])
+            conv = self.make(index).to(device=first.device, dtype=first.dtype)
+        self._unfill(conv, index)
         return conv.train(self.training)
 
-    def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
-        if aggregate is None:
-            return self._transform_first(x_src, x_dst, graph, routing)
-        rows = torch.cat([aggregate, x_dst], dim=-1) if self.root else aggregate
-        return dispatch(rows, routing, self._transform)
 
-    def _transform_first(self, x_src: Tensor, x_dst: Tensor, graph: Graph, routing: Routing) -> Tensor:
-        weight_EIO = self.linear.weight
-        weight_IEO = weight_EIO[:, : self.aggregate_width].transpose(0, 1).flatten(1)
-        h_TEO = self.aggregate(x_src @ weight_IEO, graph)
-        pair_P = routing.token * self.num_experts + routing.expert
-        y_PO = h_TEO.view(-1, weight_EIO.size(2)).index_select(0, pair_P)
-        if self.root:
-            root_EIO = weight_EIO[:, self.aggregate_width :]
-            x_PI = x_dst.index_select(0, routing.token)
-            y_PO = y_PO + grouped_linear(x_PI, root_EIO, None, routing.offsets, self.linear.backend)
-        if self.linear.bias is not None:
-            y_PO = y_PO + self.linear.bias.to(y_PO.dtype).index_select(0, routing.expert)
-        return combine(self._finish(y_PO), routing)
-
-    def _finish(self, y_PO: Tensor) -> Tensor:
-        """What the conv does to its output."""
-        return y_PO
-
-    def _transform(self, rows_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        return self._finish(self.linear(rows_PI, offsets_E))
-
-
-class GCNExperts(LinearAggregation):
-    """GCN: x' = (D^-1/2 (A + I) D^-1/2 x) W_e + b_e."""
-
-    linears = ("lin",)
-    root = False
-
-    @staticmethod
-    def _accepts(conv: Any) -> bool:
-        return conv.aggr in ("add", "sum", "mean")  # transforms before it aggregates, so that has to be linear
-
-    def _without_transform(self, conv: Any) -> MessagePassing:
-        conv = copy.deepcopy(conv)
-        conv.lin = nn.Identity()
-        conv.bias = None
-        return conv
-
-    def _bias(self, conv: Any) -> Tensor | None:
-        bias: Tensor | None = conv.bias
-        return bias
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self.prototype._cached_edge_index = self.prototype._cached_adj_t = None  # as PyG's does
-
-    def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
-        if graph.bipartite:
-            raise ValueError(
-                "x: got a tuple of source and destination nodes, expected one tensor, since GCNConv takes no bipartite "
-                "input (SAGEConv and GraphConv do)"
-            )
-        out: Tensor = self.prototype(x_src, graph.adj, **graph.edge_args)
-        return out
-
-
-class SAGEExperts(LinearAggregation):
-    """SAGE: x' = aggr_j(x_j) W_e + x_i V_e + b_e, optionally normalised."""
-
-    linears = ("lin_l", "lin_r")
-
-    @staticmethod
-    def _accepts(conv: Any) -> bool:
-        return not conv.project and _has_no_parameters(conv.aggr_module)
-
-    def _without_transform(self, conv: Any) -> MessagePassing:
-        conv = copy.deepcopy(conv)
-        self.root, self.normalize = conv.root_weight, conv.normalize
-        conv.lin_l = nn.Identity()
-        conv.root_weight, conv.normalize = False, False
-        if self.root:
-            del conv.lin_r
-        return conv
-
-    def _finish(self, y_PO: Tensor) -> Tensor:
-        return F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO
-
-
-class GraphConvExperts(LinearAggregation):
-    """GraphConv: x' = aggr_j(w_ji x_j) W_e + x_i V_e + b_e."""
-
-    linears = ("lin_rel", "lin_root")
-
-    @staticmethod
-    def _accepts(conv: Any) -> bool:
-        return _has_no_parameters(conv.aggr_module)
-
-    def _without_transform(self, conv: Any) -> MessagePassing:
-        conv = copy.deepcopy(conv)
-        conv.lin_rel = nn.Identity()
-        del conv.lin_root
-        return conv
-
-
-class GINExperts(AggregateOnce):
-    """GIN: x' = nn_e((1 + eps_e) x_i + aggr_j(x_j)), for networks that treat each row by itself."""
-
-    eps_E: Tensor
-
-    @staticmethod
-    def _accepts(conv: Any) -> bool:
-        return _has_no_parameters(conv.aggr_module) and isinstance(conv.nn, nn.Module) and _row_wise(conv.nn)
-
-    def _without_transform(self, conv: Any) -> MessagePassing:
-        conv = copy.deepcopy(conv)
-        conv.nn = nn.Identity()
-        del conv.eps
-        conv.register_buffer("eps", torch.zeros(1), persistent=False)
-        return conv
-
-    def _build(self, template: Any, backend: Backend) -> None:
-        self.nns = nn.ModuleList(self.make(expert).nn for expert in range(self.num_experts))
-        eps = template.eps.detach().expand(self.num_experts).clone()
-        if isinstance(template.eps, nn.Parameter):
-            self.eps_E = nn.Parameter(eps)
-        else:
-            self.register_buffer("eps_E", eps)
-
-    @torch.no_grad()
-    def _fill(self, convs: list[Any]) -> None:
-        for expert, conv in enumerate(convs):
-            self.nns[expert].load_state_dict(conv.nn.state_dict())
-            self.eps_E[expert] = conv.eps
-
-    @torch.no_grad()
-    def expert(self, index: int) -> MessagePassing:
-        with torch.random.fork_rng(devices=[]):
-            conv: Any = self.make(index).to(device=self.eps_E.device, dtype=self.eps_E.dtype)
-        conv.nn.load_state_dict(self.nns[index].state_dict())
-        conv.eps.copy_(self.eps_E[index])
-        return conv.train(self.training)
-
-    def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
-        assert aggregate is not None
-        outs = []
-        for index, token in enumerate(tokens_of(routing)):
-            rows = aggregate.index_select(0, token) + (1 + self.eps_E[index]) * x_dst.index_select(0, token)
-            outs.append(self.nns[index](rows))
-        return combine(torch.cat(outs), routing)
+def _no_edges(like: Tensor) -> Tensor:
+    return torch.empty(2, 0, dtype=torch.long, device=like.device)
 
 
 def tokens_of(routing: Routing) -> Iterator[Tensor]:
     """The tokens of each expert, in order."""
     return iter(routing.token.split(routing.load.tolist()))
-
-
-def _has_no_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is None
 
 
 def without_dropout(module: nn.Module) -> nn.Module:
@@ -322,22 +152,3 @@ def without_dropout(module: nn.Module) -> nn.Module:
         elif isinstance(rate, list):
             setattr(part, "dropout", [0.0] * len(rate))  # noqa: B010
     return probe
-
-
-@torch.no_grad()
-def _row_wise(network: nn.Module) -> bool:
-    """Whether each row's output depends on that row alone, which batch norm in training breaks."""
-    first = next(network.parameters(), None)
-    if first is None:
-        return False
-    x = torch.randn(7, first.size(-1), dtype=torch.float64, device=first.device)
-    probe = without_dropout(network)
-    return torch.allclose(probe(x)[:3], probe(x[:3]), atol=1e-10)
-
-
-AGGREGATE_ONCE: dict[type[MessagePassing], type[AggregateOnce]] = {
-    GCNConv: GCNExperts,
-    SAGEConv: SAGEExperts,
-    GraphConv: GraphConvExperts,
-    GINConv: GINExperts,
-}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
+from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj, SparseTensor
-from torch_geometric.utils import index_sort, is_sparse, to_edge_index
+from torch_geometric.utils import degree, index_sort, is_sparse, to_edge_index
 from torch_geometric.utils.sparse import index2ptr
 
 from gmoe.routing.router import check_edge_index
@@ -48,6 +53,15 @@ class Graph:
                     f"{(self.num_dst, self.num_src)}"
                 )
             return
+        if self.adj.dtype != torch.long and not self.adj.is_floating_point():
+            # torch's gather on CPU misreads expanded int32 indices, so that gradients would be silently wrong
+            plain = self.adj.as_tensor() if isinstance(self.adj, EdgeIndex) else self.adj
+            object.__setattr__(self, "adj", plain.long())
+        if isinstance(self.adj, EdgeIndex):
+            sizes = self.adj.sparse_size() if self.flow == "source_to_target" else self.adj.sparse_size()[::-1]
+            for name, size, nodes in zip(("source", "destination"), sizes, (self.num_src, self.num_dst), strict=True):
+                if size is not None and size != nodes:
+                    raise ValueError(f"edge_index: got an EdgeIndex of {size} {name} nodes, expected {nodes}")
         bounds = (self.num_src, self.num_dst)
         check_edge_index(self.adj, *(bounds if self.flow == "source_to_target" else bounds[::-1]))
         for name, value in self.edge_args.items():
@@ -86,6 +100,44 @@ class Graph:
         step = torch.arange(len(position), device=nodes.device) - first[position]
         return edge[start[nodes][position] + step], position
 
+    @property
+    def log_degree(self) -> Tensor:
+        """(N_dst, 1) log(1 + in-degree)."""
+        return degree(self.edge_index[1], self.num_dst).log1p()[:, None]
+
+    def with_args_of(self, convs: Sequence[MessagePassing]) -> Graph:
+        """The same graph with only the edge arguments that all of these convs take."""
+        takes = frozenset.intersection(*map(parameters_of, convs))
+        if takes.issuperset(self.edge_args):
+            return self
+        graph = copy.copy(self)
+        object.__setattr__(graph, "edge_args", {name: v for name, v in self.edge_args.items() if name in takes})
+        return graph
+
+    def neighbourhood(self, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The in-edges of some destinations and their ends, the destinations first.
+
+        Args:
+            token: (n,) distinct destinations.
+
+        Returns:
+            (S,) the nodes, (2, m) renumbered sources and destinations, and (m,) which edges they are. A destination
+            that is no source (N_dst > N_src) is left out of the nodes.
+        """
+        edge, position = self.in_edges(token)
+        source = self.edge_index[0, edge]
+        place = torch.full((self.num_src,), -1, dtype=torch.long, device=token.device)
+        among = token[token < self.num_src]
+        place[among] = torch.arange(among.numel(), device=token.device)
+        others = source[place[source] < 0].unique()
+        place[others] = torch.arange(others.numel(), device=token.device) + among.numel()
+        return torch.cat([among, others]), torch.stack([place[source], position]), edge
+
+    @property
+    def device(self) -> torch.device:
+        """Where the edges are."""
+        return self.edge_index.device
+
     def args_of(self, edges: Tensor, takes: frozenset[str]) -> dict[str, Any]:
         """The edge arguments of some edges, those of a sparse matrix's values included."""
         args = {name: value[edges] for name, value in self.edge_args.items()}
@@ -96,6 +148,29 @@ class Graph:
                 if name in takes and name not in args:
                     args[name] = value[edges]
         return args
+
+
+def sized(adj: Adj, size: tuple[int, int]) -> Adj:
+    """An EdgeIndex with its number of nodes, of which alone PyG takes it; any other form as it is."""
+    if isinstance(adj, EdgeIndex) and None in adj.sparse_size():
+        return EdgeIndex(adj.as_tensor(), sparse_size=size, sort_order=adj.sort_order)
+    return adj
+
+
+@contextmanager
+def aggregating(adj: Adj, x: Tensor) -> Iterator[Tensor]:
+    """The features to aggregate: in float32 and without autocast where the matrix is sparse, which has no kernels in
+    half precision."""
+    if not is_sparse(adj):
+        yield x
+        return
+    with torch.autocast(x.device.type, enabled=False):
+        yield x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def parameters_of(conv: MessagePassing) -> frozenset[str]:
+    """What the conv's forward takes."""
+    return frozenset(inspect.signature(conv.forward).parameters)
 
 
 def check_batch(batch: Tensor | None, num_nodes: int) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args, overload
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +11,16 @@ from torch_geometric.nn import MessagePassing, SimpleConv
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.experts import AGGREGATE_ONCE, AggregateOnce, ConvExperts
-from gmoe.conv.graph import Graph, check_batch
-from gmoe.conv.probe import is_local
-from gmoe.conv.registry import LOCAL, ConvFactory, ConvLike, conv_factory
-from gmoe.conv.separate import SeparateExperts
+from gmoe.conv.build import build_experts, count_experts
+from gmoe.conv.experts import ConvExperts
+from gmoe.conv.graph import Graph, check_batch, parameters_of
+from gmoe.conv.pieces import Pieces
+from gmoe.conv.registry import ConvFactory, ConvLike
+from gmoe.conv.seen import RouteOn, aggregate_width, columns_of, joined, route_parts, seen
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer
 from gmoe.routing.build import RouterLike, build_router
 from gmoe.routing.routing import Routing
-
-RouteOn: TypeAlias = Literal["input", "aggregate", "both"]
 
 
 class MoEConv(MoELayer):
@@ -50,11 +45,14 @@ class MoEConv(MoELayer):
             ``GINEConv`` by class or name get PyG's two-layer perceptron.
         in_channels: width of the nodes; a tuple ``(source, destination)`` for bipartite input where the conv takes it.
         out_channels: passed to the conv (GAT with ``heads`` returns ``heads * out_channels``).
-        num_experts: E (default 8).
+        num_experts: E (default 8, or the length of a list of convs).
         router: name, factory or instance (default ``"token_choice"``); ``None`` where every call brings ``routing=``.
         k: K, experts per node (default 1).
         route_on: what the router sees: the node's ``"input"`` (default), the ``"aggregate"`` of its neighbours (the
-            conv's own where all experts share it, else the mean over in-edges), or ``"both"``.
+            conv's own where all experts share it, else the mean over in-edges), ``"both"`` of them, its ``"degree"``
+            (log(1 + in-degree)), or a sequence of these.
+        shared_expert: one more expert that runs on every node, with weight 1, beside the routed ones: ``True`` for
+            one of their kind (of a list, the first), or a conv as in ``conv`` (default ``False``).
         router_kwargs: further arguments of the router.
         local: ``True`` says that a class of your own is local, ``False`` forbids the local path; ``None`` (default)
             takes it for the classes known to be.
@@ -83,42 +81,47 @@ class MoEConv(MoELayer):
         conv: ConvLike,
         in_channels: int | tuple[int, int],
         out_channels: int,
-        num_experts: int = 8,
+        num_experts: int | None = None,
         router: RouterLike | None = "token_choice",
         k: int = 1,
         *,
         route_on: RouteOn = "input",
+        shared_expert: bool | str | ConvFactory = False,
         router_kwargs: Mapping[str, Any] | None = None,
         local: bool | None = None,
         backend: Backend = "auto",
         check_finite: bool = False,
         **conv_kwargs: Any,
     ) -> None:
-        check_count("num_experts", num_experts)
+        num_experts = count_experts(conv, num_experts)
         check_count("k", k)
         if k > num_experts:
             raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
-        check_choice("route_on", route_on, get_args(RouteOn))
+        parts = route_parts(route_on)
         check_choice("backend", backend, get_args(Backend))
         widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
         for name, width in (("in_channels", min(widths)), ("out_channels", out_channels)):
             check_count(name, width)
-        experts = _build_experts(conv, conv_kwargs, in_channels, out_channels, num_experts, local, backend)
-        takes = _forward_arguments(experts)
-        dim = {"input": widths[1], "aggregate": widths[0], "both": sum(widths)}[route_on]
-        if isinstance(experts, AggregateOnce) and route_on != "input":
-            dim += _aggregate_width(experts, widths[0]) - widths[0]
+        experts = build_experts(conv, conv_kwargs, in_channels, out_channels, num_experts, local, backend)
         built = None
         if router is not None:
-            built = build_router(router, dim, num_experts, k, router_kwargs)
+            sizes = {"input": widths[1], "aggregate": widths[0], "degree": 1}
+            if "aggregate" in parts:
+                sizes["aggregate"] = aggregate_width(experts, widths[0])
+            built = build_router(router, sum(sizes[part] for part in parts), num_experts, k, router_kwargs)
             built.check_finite |= check_finite
         super().__init__(built, num_experts, k if built is None else built.k)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.route_on = route_on
+        self.route_on = parts
         self.experts = experts
+        self.shared: ConvExperts | None = None
+        if shared_expert is not False:
+            first = conv if isinstance(conv, str) or callable(conv) else conv[0]
+            kind = first if shared_expert is True else shared_expert
+            self.shared = build_experts(kind, conv_kwargs, in_channels, out_channels, 1, local, backend)
+        self._aggregates_alike = shared_expert is True and (isinstance(conv, str) or callable(conv))
         self._widths = widths
-        self._takes = takes
         self._mean = SimpleConv(aggr="mean")
 
     def reset_parameters(self) -> None:
@@ -126,6 +129,8 @@ class MoEConv(MoELayer):
         if self.router is not None:
             self.router.reset_parameters()
         self.experts.reset_parameters()
+        if self.shared is not None:
+            self.shared.reset_parameters()
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()
@@ -184,7 +189,7 @@ class MoEConv(MoELayer):
         edge_args = self._edge_arguments(edge_weight=edge_weight, edge_attr=edge_attr)
         check_batch(batch, x_dst.size(0))
         graph = Graph(edge_index, x_src.size(0), x_dst.size(0), edge_args, self._flow, x_src is not x_dst)
-        router_needs_it = routing is None and self.route_on != "input"
+        router_needs_it = routing is None and "aggregate" in self.route_on
         skip = self.experts.transforms_first and not router_needs_it
         aggregate = None if skip else self.experts.aggregate(x_src, graph)
         if routing is None:
@@ -195,135 +200,77 @@ class MoEConv(MoELayer):
                 f"{x_dst.size(0)} and {self.num_experts}"
             )
         y = self.experts(x_src, x_dst, aggregate, graph, routing)
+        if self.shared is not None:
+            own = graph.with_args_of(self.shared.prototypes())
+            if aggregate is None or not self._aggregates_alike:
+                aggregate = self.shared.aggregate(x_src, own)
+            y = y + self.shared(x_src, x_dst, aggregate, own, Routing.everyone(x_dst.size(0), y))
         return (y, routing) if return_routing else y
+
+    @torch.no_grad()
+    def by_pieces(
+        self, x: Tensor, pieces: Pieces, batch: Tensor | None = None, routing: Routing | None = None
+    ) -> tuple[Tensor, Routing]:
+        """(N, O) the output of all nodes of a large graph, routed at once and computed in pieces; and the routing.
+
+        Raises:
+            RuntimeError: a conv looks further than one hop.
+        """
+        aggregate = None
+        if routing is None:
+            aggregate = self.experts.aggregate_by_pieces(x, pieces)
+            view = aggregate
+            if view is None and "aggregate" in self.route_on:
+                view = pieces.map(lambda x, piece: self._mean(x, piece.graph.edge_index), x)
+            routing = self._decide(seen(self.route_on, x, view, pieces.graph).to(pieces.device), batch, pieces.graph)
+        y = self.experts.by_pieces(x, aggregate, pieces, routing)
+        if self.shared is not None:
+            near = aggregate if self._aggregates_alike else None
+            y = y + self.shared.by_pieces(x, near, pieces, Routing.everyone(x.size(0), y))
+        return y, routing
 
     def _route(
         self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, batch: Tensor | None
     ) -> Routing:
         if self.router is None:
             raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
-        seen = self._seen(x_src, x_dst, aggregate, graph)
-        edges = None
-        if getattr(self.router, "scope", None) == "neighbours":
-            if x_src is not x_dst:
-                raise ValueError("x: got bipartite input, expected one set of nodes for a vote among neighbours")
-            edges = graph.edge_index
-        routing: Routing = self.router(seen, batch, edges)
-        return routing
-
-    def _seen(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph) -> Tensor:
-        """What the router sees of each destination."""
-        if self.route_on == "input":
-            return x_dst
-        if aggregate is None:
+        if "aggregate" in self.route_on and aggregate is None:
             aggregate = self._mean((x_src, x_dst), graph.edge_index, size=(graph.num_src, graph.num_dst))
-        return aggregate if self.route_on == "aggregate" else torch.cat([x_dst, aggregate], dim=-1)
+        if x_src is not x_dst and self._votes_by_neighbours:
+            raise ValueError("x: got bipartite input, expected one set of nodes for a vote among neighbours")
+        with joined(columns_of(self.route_on, x_dst, aggregate, graph)) as view:
+            return self._decide(view, batch, graph)
+
+    @property
+    def _votes_by_neighbours(self) -> bool:
+        return getattr(self.router, "scope", None) == "neighbours"
+
+    def _decide(self, view: Tensor, batch: Tensor | None, graph: Graph) -> Routing:
+        assert self.router is not None
+        edges = graph.edge_index.to(view.device) if self._votes_by_neighbours else None
+        routing: Routing = self.router(view, batch, edges)
+        return routing
 
     @property
     def _flow(self) -> str:
-        return str(_convs(self.experts)[0].flow)
+        return str(self._prototypes()[0].flow)
+
+    def _prototypes(self) -> list[MessagePassing]:
+        return self.experts.prototypes() + ([] if self.shared is None else self.shared.prototypes())
+
+    @property
+    def edge_names(self) -> frozenset[str]:
+        """What some of the experts take per edge, of ``edge_weight`` and ``edge_attr``."""
+        return frozenset.union(*map(parameters_of, self._prototypes())) & {"edge_weight", "edge_attr"}
 
     def _edge_arguments(self, **given: Tensor | None) -> dict[str, Tensor]:
         args = {name: value for name, value in given.items() if value is not None}
-        for name in args:
-            if name not in self._takes:
-                legal = sorted(self._takes & set(given)) or "none"
-                raise ValueError(f"{name}: got a tensor, but the conv takes {legal} of edge_weight and edge_attr")
+        if args:
+            for name in args:
+                if name not in self.edge_names:
+                    legal = sorted(self.edge_names) or "none"
+                    raise ValueError(f"{name}: got a tensor, but the conv takes {legal} of edge_weight and edge_attr")
         return args
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, route_on={self.route_on!r}"
-
-
-@dataclass(frozen=True)
-class _Make:
-    """Makes the conv of an expert. A class, not a closure, so that layers can be pickled."""
-
-    factories: list[Callable[[Any, int], MessagePassing]]
-    in_channels: int | tuple[int, int]
-    out_channels: int
-
-    def __call__(self, expert: int) -> MessagePassing:
-        built = self.factories[expert](self.in_channels, self.out_channels)
-        if not isinstance(built, MessagePassing):
-            raise ValueError(
-                f"conv: got a factory of {type(built).__name__}, expected one of PyG MessagePassing layers"
-            )
-        return built
-
-
-def _build_experts(
-    conv: ConvLike,
-    conv_kwargs: Mapping[str, Any],
-    in_channels: int | tuple[int, int],
-    out_channels: int,
-    num_experts: int,
-    local: bool | None,
-    backend: Backend,
-) -> ConvExperts:
-    one_kind = isinstance(conv, str) or callable(conv)
-    kinds: list[str | ConvFactory] = [conv] * num_experts if one_kind else list(conv)  # type: ignore[list-item,arg-type]
-    if len(kinds) != num_experts:
-        raise ValueError(f"conv: got a list of {len(kinds)} convs, expected num_experts={num_experts}")
-    factories = [conv_factory(kind, conv_kwargs) for kind in kinds]
-
-    make = _Make(factories, in_channels, out_channels)
-    samples = [make(expert) for expert in (range(num_experts) if not one_kind else range(min(2, num_experts)))]
-    own: set[int] = set()
-    for sample in samples:
-        ids = {id(p) for p in sample.parameters()}
-        if own & ids:
-            raise ValueError("conv: got a factory whose convs share parameters, expected fresh ones at each call")
-        own |= ids
-    if one_kind and AggregateOnce.accepts(samples[0]) and local is None:
-        return AGGREGATE_ONCE[type(samples[0])](make, num_experts, backend)
-    flags = [_takes_local_path(sample, in_channels, local) for sample in samples]
-    if one_kind:
-        flags = flags[:1] * num_experts
-    if not all(flags):
-        names = sorted({type(sample).__name__ for sample, flag in zip(samples, flags, strict=False) if not flag})
-        warnings.warn(
-            f"{', '.join(names)} runs on the whole graph for every expert, so that its cost follows num_experts, not "
-            "k; if its output at a node follows from the node's in-edges alone, pass local=True",
-            stacklevel=3,
-        )
-    return SeparateExperts(make, num_experts, flags)
-
-
-def _takes_local_path(conv: MessagePassing, in_channels: int | tuple[int, int], local: bool | None) -> bool:
-    if local is False or (local is None and type(conv) not in LOCAL):
-        return False
-    if any(parameter.is_meta for parameter in conv.parameters()):  # nothing to run
-        return True
-    try:
-        verified = is_local(conv, in_channels)
-    except Exception as error:
-        if local is None:
-            return False
-        raise ValueError(
-            f"local: got True, but {type(conv).__name__} fails on a small random graph: {error}"
-        ) from error
-    if local and not verified:
-        raise ValueError(
-            f"local: got True, but {type(conv).__name__} gives another output on a node's in-edges than on the whole "
-            "graph; expected None or False"
-        )
-    return verified
-
-
-def _convs(experts: ConvExperts) -> list[Any]:
-    """The PyG convs that are run."""
-    return list(experts.convs) if isinstance(experts, SeparateExperts) else [experts.prototype]
-
-
-def _forward_arguments(experts: ConvExperts) -> frozenset[str]:
-    """What the forward of all of them takes."""
-    takes = [frozenset(inspect.signature(conv.forward).parameters) for conv in _convs(experts)]
-    return frozenset.intersection(*takes)
-
-
-def _aggregate_width(experts: AggregateOnce, in_channels: int) -> int:
-    """Width of the aggregate, which several aggregations side by side widen."""
-    x = torch.zeros(1, in_channels)
-    graph = Graph(torch.zeros(2, 1, dtype=torch.long), 1, 1, {})
-    return copy.deepcopy(experts).aggregate(x, graph).size(1)  # a copy, since some convs cache their first graph
+        return f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, route_on={self.route_on}"

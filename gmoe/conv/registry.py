@@ -13,6 +13,8 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 
 from gmoe._checks import check_choice
+from gmoe.conv.filter_conv import FilterConv
+from gmoe.conv.mlp_conv import MLPConv
 
 ConvFactory: TypeAlias = Callable[..., MessagePassing]
 """Called as ``conv(in_channels, out_channels, **conv_kwargs)``."""
@@ -24,6 +26,16 @@ CONVS: dict[str, type[MessagePassing]] = {
     name.removesuffix("Conv").lower(): getattr(pyg.conv, name) for name in pyg.conv.classes if name.endswith("Conv")
 }
 """PyG's convs by the name without ``Conv``, in lower case: ``"gcn"``, ``"sage"``, ``"gatv2"``, ..."""
+
+OWN: dict[str, ConvFactory] = {
+    "mlp": MLPConv,
+    "filter": FilterConv,
+    "identity": partial(FilterConv, filter="identity"),
+    "low_pass": FilterConv,
+    "high_pass": partial(FilterConv, filter="high_pass"),
+    "two_hop": partial(FilterConv, hops=2),
+}
+"""Kinds of experts that are not PyG's."""
 
 LOCAL = frozenset(
     {
@@ -62,9 +74,10 @@ def conv_factory(conv: str | ConvFactory, conv_kwargs: Mapping[str, Any]) -> Cal
     """
     if isinstance(conv, str):
         name = conv.lower().replace("_", "").removesuffix("conv")
-        if name not in CONVS:
-            check_choice("conv", conv, sorted(CONVS))
-        conv = CONVS[name]
+        known = CONVS | {own.replace("_", ""): factory for own, factory in OWN.items()}
+        if name not in known:
+            check_choice("conv", conv, sorted([*CONVS, *OWN]))
+        conv = known[name]
     if conv is pyg.GINConv or conv is pyg.GINEConv:
         return partial(_gin, conv, **conv_kwargs)
     factory: ConvFactory = conv

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
 from gmoe.conv.experts import ConvExperts, MakeConv, tokens_of
-from gmoe.conv.graph import Graph
+from gmoe.conv.graph import Graph, parameters_of
+from gmoe.conv.pieces import Pieces
 from gmoe.dispatch import combine
 from gmoe.routing.routing import Routing
 
@@ -41,6 +41,18 @@ class SeparateExperts(ConvExperts):
         conv.zero_grad()  # the copy takes gradients along
         return conv
 
+    def prototypes(self) -> list[MessagePassing]:
+        return [conv for conv in self.convs if isinstance(conv, MessagePassing)]
+
+    def by_pieces(self, x: Tensor, aggregate: Tensor | None, pieces: Pieces, routing: Routing) -> Tensor:
+        far = {type(conv).__name__ for conv, local in zip(self.convs, self.local, strict=True) if not local}
+        if far:
+            raise RuntimeError(
+                f"inference: {', '.join(sorted(far))} looks further than one hop, so that it has no layer-wise "
+                "inference; call the model on the whole graph"
+            )
+        return super().by_pieces(x, aggregate, pieces, routing)
+
     def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
         tokens = list(tokens_of(routing))
         outs: list[Tensor | None] = []
@@ -50,10 +62,10 @@ class SeparateExperts(ConvExperts):
                 continue
             conv = self.convs[index]
             run = run_on_destinations if self.local[index] and not _loops_misalign(conv, graph) else run_on_all
-            outs.append(run(conv, x_src, x_dst, graph, token))
+            outs.append(run(conv, x_src, x_dst, graph.with_args_of([conv]), token))
         done = [out for out in outs if out is not None]
         if not done:
-            done = [run_on_all(self.convs[0], x_src, x_dst, graph, tokens[0])]
+            done = [run_on_all(self.convs[0], x_src, x_dst, graph.with_args_of(self.prototypes()[:1]), tokens[0])]
         y = combine(torch.cat(done), routing)
         # experts without a token get zero gradients, not None, or DDP would wait for them
         idle = [p for out, conv in zip(outs, self.convs, strict=True) if out is None for p in conv.parameters()]
@@ -69,25 +81,13 @@ def run_on_all(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Ten
 
 def run_on_destinations(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Tensor) -> Tensor:
     """The conv on the in-edges of ``token`` only, its destinations first among the sources."""
-    edge, position = graph.in_edges(token)
-    source = graph.edge_index[0, edge]
-    place = torch.full((graph.num_src,), -1, dtype=torch.long, device=token.device)
-    among = token[token < graph.num_src]
-    place[among] = torch.arange(among.numel(), device=token.device)
-    others = source[place[source] < 0].unique()
-    place[others] = torch.arange(others.numel(), device=token.device) + among.numel()
-    nodes = torch.cat([among, others])
-    pair = [place[source], position]
-    local = torch.stack(pair if graph.flow == "source_to_target" else pair[::-1])
-    args = graph.args_of(edge, _parameters_of(conv))
+    nodes, near, edge = graph.neighbourhood(token)
+    local = near if graph.flow == "source_to_target" else near.flip(0)
+    args = graph.args_of(edge, parameters_of(conv))
     x_near = x_src.index_select(0, nodes)
     x = x_near if x_src is x_dst else (x_near, x_dst.index_select(0, token))
     out: Tensor = conv(x, local, **args)
     return out[: token.numel()]
-
-
-def _parameters_of(conv: MessagePassing) -> frozenset[str]:
-    return frozenset(inspect.signature(conv.forward).parameters)
 
 
 def _loops_misalign(conv: Any, graph: Graph) -> bool:

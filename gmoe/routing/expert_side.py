@@ -83,8 +83,11 @@ class ExpertSide(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
-    def forward(self, logits_TE: Tensor, pools: Pools, advance: bool) -> Chosen:
-        """Choose; ``advance`` says whether this is a training step that the running means count."""
+    def forward(self, logits_TE: Tensor, pools: Pools, advance: bool, tolerance: float = 0.0) -> Chosen:
+        """Choose; ``advance`` says whether this is a training step that the running means count.
+
+        Log-scores that differ by at most ``tolerance`` times their size, or times 1 where they are smaller, are ties.
+        """
         if self.inference == "threshold" and not self.training:
             return self._by_threshold(logits_TE)
         along_tokens = self.normalize == "tokens"
@@ -92,7 +95,10 @@ class ExpertSide(nn.Module):
         ranked_TE = logits_TE if along_tokens else logits_TE.log_softmax(dim=-1)
         log_scores_TE = logits_TE - pools.logsumexp(logits_TE) if along_tokens else ranked_TE
         capacity = pools.capacity(self.k, self.num_experts, self.capacity_factor)
-        token_EC = pools.top_tokens(ranked_TE.detach(), capacity)
+        order_TE = ranked_TE.detach()
+        if tolerance > 0:  # which is relative, and a logarithm may be 0
+            order_TE = order_TE - order_TE.clamp(min=0).amax() - 1 if order_TE.numel() else order_TE
+        token_EC = pools.top_tokens(order_TE, capacity, tolerance)
         token_P, offsets_E = pairs_of_experts(token_EC)
         log_gate_P = gather_pairs(log_scores_TE, token_P, offsets_E)
         if advance and self.inference == "threshold" and token_P.numel() > 0:

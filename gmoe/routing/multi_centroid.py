@@ -141,7 +141,9 @@ class MultiCentroid(Router):
     def route(self, x_TD: Tensor, pools: Pools, edge_index: Tensor | None) -> Routing:
         logits_TE = self._logits(x_TD)
         if self.side is not None:
-            token_P, offsets_E, log_gate_P, scores_TE = self.side(logits_TE, pools, self._counters_advance())
+            # a cosine is rounded by where its row lies in the product: equal tokens come out equal up to that
+            tolerance = 8 * torch.finfo(logits_TE.dtype).eps / min(self.temperature, 1.0)
+            token_P, offsets_E, log_gate_P, scores_TE = self.side(logits_TE, pools, self._counters_advance(), tolerance)
             weight_P = expert_side_weights(self, self.side, log_gate_P, token_P, pools)
         else:
             log_scores_TE = logits_TE.log_softmax(dim=-1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,14 @@ class Routing:
     scores: Tensor
     num_tokens: int
     losses: Mapping[str, AuxLoss] = field(default_factory=dict)
+
+    @staticmethod
+    def everyone(num_tokens: int, like: Tensor) -> Routing:
+        """One expert that takes every token with weight 1; dtype and device are those of ``like``."""
+        token = torch.arange(num_tokens, device=like.device)
+        offsets = torch.full((1,), num_tokens, dtype=torch.int32, device=like.device)
+        ones = like.new_ones(num_tokens)
+        return Routing(token, offsets, ones, ones[:, None], num_tokens)
 
     @property
     def num_experts(self) -> int:
@@ -103,6 +111,30 @@ class Routing:
             weight=self.weight[kept],
             scores=self.scores[tokens],
             num_tokens=len(tokens),
+            losses=self.losses,
+        )
+
+    def padded(self, num_tokens: int) -> Routing:
+        """The same pairs among more tokens, the last of which have no expert and scores of 0."""
+        scores = self.scores.new_zeros(num_tokens, self.num_experts)
+        scores[: self.num_tokens] = self.scores
+        return replace(self, scores=scores, num_tokens=num_tokens)
+
+    def of_experts(self, experts: Sequence[int]) -> Routing:
+        """The pairs of some experts, renumbered in that order; the losses stay. One host sync.
+
+        Args:
+            experts: distinct experts; ``experts[i]`` becomes expert ``i``.
+        """
+        ends = self.offsets.tolist()
+        slices = [slice(ends[e - 1] if e > 0 else 0, ends[e]) for e in experts]
+        load = [part.stop - part.start for part in slices]
+        return Routing(
+            token=torch.cat([self.token[part] for part in slices]),
+            offsets=torch.tensor(load, device=self.offsets.device).cumsum(0).to(torch.int32),
+            weight=torch.cat([self.weight[part] for part in slices]),
+            scores=self.scores[:, list(experts)],
+            num_tokens=self.num_tokens,
             losses=self.losses,
         )
 

@@ -334,12 +334,11 @@ def test_flops_of_linear_aggregation_grow_with_k_and_are_flat_in_e(conv: str) ->
     assert flops(conv, 4, 4) == aggregation + 4 * (flops(conv, 4, 1) - aggregation)
 
 
-@pytest.mark.parametrize("conv", ["gat", "le"])
+@pytest.mark.parametrize("conv", ["le", "resgatedgraph"])
 def test_messages_of_local_convs_follow_k_not_e(conv: str) -> None:
     def messages(num_experts: int, k: int) -> int:
         seen: list[int] = []
-        kwargs: Any = {"add_self_loops": False} if conv == "gat" else {}
-        layer: Any = MoEConv(conv, D, D, num_experts=num_experts, k=k, **kwargs)
+        layer: Any = MoEConv(conv, D, D, num_experts=num_experts, k=k)
         for module in layer.experts.convs:
             module.register_message_forward_hook(lambda _, __, out: seen.append(out.size(0)))
         layer(features(T, D).float(), EDGES)

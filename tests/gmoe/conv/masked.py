@@ -10,13 +10,19 @@ from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
 from gmoe import MoEConv, Routing
-from gmoe.conv.experts import GCNExperts, GINExperts, GraphConvExperts, SAGEExperts
+from gmoe.conv.aggregate import GCNExperts, GINExperts, GraphConvExperts, SAGEExperts
+from gmoe.conv.attention import AttentionExperts
+from gmoe.conv.filters import FilterExperts
+from gmoe.conv.graph import parameters_of
+from gmoe.conv.mixed import MixedExperts
+from gmoe.conv.mlp_conv import MLPConvExperts
 from gmoe.conv.separate import SeparateExperts
 
 Features = Tensor | tuple[Tensor, Tensor]
 
 LINEARS: dict[type, tuple[str, ...]] = {
     GCNExperts: ("lin",),
+    FilterExperts: ("lin",),
     SAGEExperts: ("lin_l", "lin_r"),
     GraphConvExperts: ("lin_rel", "lin_root"),
 }
@@ -58,9 +64,12 @@ def routing_of(weight_TE: Tensor) -> Routing:
 
 
 def masked(convs: list[Any], x: Features, adj: Any, routing: Routing, **edge_args: Tensor) -> Tensor:
-    """sum_e w_e * conv_e(x, A)."""
+    """sum_e w_e * conv_e(x, A), each conv with the edge arguments that it takes."""
     weight_TE = routing.to_dense()
-    outs = [weight_TE[:, e, None] * conv(x, adj, **edge_args) for e, conv in enumerate(convs)]
+    outs = []
+    for e, conv in enumerate(convs):
+        args = {name: value for name, value in edge_args.items() if name in parameters_of(conv)}
+        outs.append(weight_TE[:, e, None] * conv(x, adj, **args))
     return torch.stack(outs).sum(dim=0)
 
 
@@ -68,11 +77,31 @@ def separate(conv: MoEConv) -> list[MessagePassing]:
     return [conv.expert(index) for index in range(conv.num_experts)]
 
 
-def stacked(conv: MoEConv, convs: list[Any], of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def stacked(experts: Any, convs: list[Any], of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """What ``of`` gives for the parameters of separate convs, under the names and shapes of the layer's own."""
-    experts = conv.experts
+    if isinstance(experts, MixedExperts):
+        return {
+            f"groups.{g}.{name}": value
+            for g, (group, members) in enumerate(zip(experts.groups, experts.members, strict=True))
+            for name, value in stacked(group, [convs[e] for e in members], of).items()
+        }
     if isinstance(experts, SeparateExperts):
         return {f"convs.{e}.{name}": of(p) for e, c in enumerate(convs) for name, p in c.named_parameters()}
+    if isinstance(experts, MLPConvExperts):
+        return {
+            f"mlp.{part}.{kind}": torch.stack([of(value).T if kind == "weight" else of(value) for value in values])
+            for part in ("up", "down")
+            for kind in ("weight", "bias")
+            if None not in (values := [getattr(getattr(c, part), kind) for c in convs])
+        }
+    if isinstance(experts, AttentionExperts):
+        found = {name: torch.stack([of(getattr(c, name)) for c in convs]) for name in experts._vectors(convs[0])}
+        for name, layer in experts._layers(convs[0]).items():
+            layers = [getattr(c, name) for c in convs]
+            found[f"{name}.weight"] = torch.stack([of(layer.weight).T for layer in layers])
+            if layer.bias is not None:
+                found[f"{name}.bias"] = torch.stack([of(layer.bias) for layer in layers])
+        return found
     if isinstance(experts, GINExperts):
         found = {f"nns.{e}.{name}": of(p) for e, c in enumerate(convs) for name, p in c.nn.named_parameters()}
         if isinstance(convs[0].eps, torch.nn.Parameter):
@@ -81,7 +110,8 @@ def stacked(conv: MoEConv, convs: list[Any], of: Callable[[Tensor], Tensor]) -> 
     names = [name for name in LINEARS[type(experts)] if hasattr(convs[0], name)]
     weights = [torch.cat([of(getattr(c, name).weight) for name in names], dim=1).T for c in convs]
     found = {"linear.weight": torch.stack(weights)}
-    biased = [c if isinstance(experts, GCNExperts) else getattr(c, names[0]) for c in convs]
+    own_bias = isinstance(experts, GCNExperts | FilterExperts)
+    biased = [c if own_bias else getattr(c, names[0]) for c in convs]
     if biased[0].bias is not None:
         found["linear.bias"] = torch.stack([of(part.bias) for part in biased])
     return found
@@ -106,6 +136,7 @@ def assert_equals_masked(
     ``weight_TE``: weights to follow in place of the router's. ``reference_adj``: edges for the reference if others.
     """
     convs = separate(conv)
+    always = None if conv.shared is None else conv.shared.expert(0)
     xs = [x] if isinstance(x, Tensor) else list(x)
     adj_reference = adj if reference_adj is None else reference_adj
 
@@ -119,6 +150,8 @@ def assert_equals_masked(
         y, routing = conv(inputs, adj, **args, batch=batch, routing=follow, return_routing=True)
         if reference:
             y = masked(convs, inputs, adj_reference, routing, **args)
+            if conv.shared is not None:
+                y = y + masked([always], inputs, adj_reference, Routing.everyone(y.size(0), y), **args)
         y.backward(features(*y.shape, seed=5))
         found = {"y": y.detach(), **{f"x{i}": gradient(leaf) for i, leaf in enumerate(leaves)}}
         found |= {name: gradient(value) for name, value in args.items()}
@@ -127,7 +160,11 @@ def assert_equals_masked(
         if conv.router is not None:
             found |= {f"router.{name}": gradient(p) for name, p in conv.router.named_parameters()}
         own = {name: gradient(p) for name, p in conv.experts.named_parameters()}
-        return found | (stacked(conv, convs, gradient) if reference else own)
+        if conv.shared is not None:
+            mine = {name: gradient(p) for name, p in conv.shared.named_parameters()}
+            theirs = stacked(conv.shared, [always], gradient) if reference else mine
+            found |= {f"shared.{name}": value for name, value in theirs.items()}
+        return found | (stacked(conv.experts, convs, gradient) if reference else own)
 
     ours, theirs = run(reference=False), run(reference=True)
     assert ours.keys() == theirs.keys()

@@ -304,7 +304,7 @@ def test_given_routing_does_not_touch_the_layers_own_router() -> None:
 @pytest.mark.parametrize(
     ("conv", "text"),
     [
-        ("gcn", "MoEConv(\n  4, 4, num_experts=3, route_on='input'"),
+        ("gcn", "MoEConv(\n  4, 4, num_experts=3, route_on=('input',)"),
         ("gat", "TokenChoice("),
         ("gat", "GATConv(4, 4, heads=1)"),
     ],

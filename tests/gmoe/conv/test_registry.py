@@ -11,7 +11,8 @@ from torch import nn
 from torch_geometric import nn as pyg
 
 from gmoe import MoEConv
-from gmoe.conv.experts import AggregateOnce
+from gmoe.conv.experts import StackedExperts
+from gmoe.conv.graph import parameters_of
 from gmoe.conv.registry import CONVS, LOCAL, conv_factory
 from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import assert_equals_masked, features, random_graph
@@ -68,7 +69,7 @@ def test_all_convs_equal_masked(name: str) -> None:
     edge_index = random_graph(NODES, NODES, EDGES)
     x = features(NODES, WIDTH)
     args: dict[str, Any] = {}
-    if "edge_weight" in conv._takes and name != "appnp":
+    if "edge_weight" in parameters_of(conv._prototypes()[0]) and name != "appnp":
         args["edge_weight"] = features(EDGES, seed=1).abs() + 0.1
     if name in ("gine", "nn"):
         args["edge_attr"] = features(EDGES, WIDTH, seed=1)
@@ -98,7 +99,7 @@ def test_registered_as_local_takes_a_path_whose_cost_follows_k(name: str, recwar
     if isinstance(conv.experts, SeparateExperts):
         assert conv.experts.local == [True] * 3
     else:
-        assert isinstance(conv.experts, AggregateOnce)
+        assert isinstance(conv.experts, StackedExperts)
     assert not [w for w in recwarn if "whole graph" in str(w.message)]
 
 

@@ -1,0 +1,381 @@
+"""HeteroGNNMoE: a GNN with HeteroMoEConv layers. Shapes: N nodes of a type, D width, E experts, K experts a node."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args, overload
+
+from torch import Tensor, nn
+from torch_geometric.nn import BatchNorm
+from torch_geometric.nn.module_dict import ModuleDict
+from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
+from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
+
+from gmoe._checks import check_choice, check_count
+from gmoe.conv.hetero_conv import HeteroMoEConv, HeteroRouteOn
+from gmoe.conv.relational import Aggr, RelationalConv, checked_metadata
+from gmoe.dispatch import Backend
+from gmoe.routing.build import RouterLike
+from gmoe.routing.router import Router
+from gmoe.routing.routing import Routing
+
+HeteroResidual: TypeAlias = Literal["none", "identity", "linear"]
+
+
+class HeteroGNNMoE(nn.Module):
+    r"""A GNN of :class:`HeteroMoEConv` layers on PyG's ``HeteroData``: what :class:`GNNMoE` is on ``Data``.
+
+    .. math::
+        h^{(l+1)}_t = \mathrm{dropout}(\phi(\mathrm{norm}_t(\mathrm{HeteroMoEConv}_l(h^{(l)})_t
+            + \mathrm{res}_t(h^{(l)}_t)))) \quad \text{for each node type } t
+
+    The last layer is a dense :class:`RelationalConv`, so that a node that no expert takes still gets its logits. With
+    a ``target``, each layer computes only the node types that the target's logits follow from.
+
+    Args:
+        in_channels: width of the features, of all node types, or of each that has some: every other type gets an
+            embedding, learned for each of its nodes.
+        hidden_channels: width of the hidden layers.
+        out_channels: width of the output, such as the number of classes.
+        metadata: node types and edge types, ``data.metadata()``.
+        num_layers: number of relational layers (default 2).
+        router: a name or factory (default ``"token_choice"``). ``None`` builds the dense control: the same model with
+            :class:`RelationalConv` in all layers.
+        target: the node type whose logits are wanted; ``None`` (default) is all of them.
+        num_nodes_dict: number of nodes of every type, ``data.num_nodes_dict``; needed where a type has an embedding.
+        embedding_channels: width of the embeddings (default ``hidden_channels``).
+        num_experts: E (default 8).
+        k: K, experts per node (default 1).
+        every: layer ``i`` is a MoE where ``i % every == every - 1`` (default 1), the output layer excepted.
+        in_proj: begin with a linear layer to ``hidden_channels`` for each node type, embeddings of that width
+            excepted. ``None`` (default): just where the widths of the types differ.
+        dropout: default 0.
+        act, norm, norm_kwargs: as in PyG's ``BasicGNN`` (defaults: relu, no norm). Each node type has its own norms.
+        residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
+            output layer has none.
+        aggr, route_on, share_router, share_experts, router_kwargs, backend, check_finite: see :class:`HeteroMoEConv`.
+            With ``share_experts`` dense layers share their root weight too.
+
+    Shapes:
+        - ``x_dict``: (N, D) of each type that has features.
+        - ``edge_index_dict``, ``batch_dict``: see :class:`HeteroMoEConv`.
+        - ``n_id_dict``: (N,) of a mini-batch, each node's number in the whole graph, ``batch.n_id_dict``; needed for
+          types with embeddings. Without it, these are taken to be whole.
+        - returns (N, out_channels) of the target, or a dict of all types; with ``return_routing=True`` also the list of
+          all layers' and node types' :class:`Routing`, in the order of ``routed``.
+
+    Attributes:
+        routed: (layer, node type) of each routing.
+
+    Raises:
+        ValueError: no layer would be a MoE; a router instance; a type without features and without
+            ``num_nodes_dict``; features of a mini-batch without ``n_id_dict``; whatever :class:`HeteroMoEConv` refuses.
+
+    Example:
+        >>> model = HeteroGNNMoE(
+        ...     {"paper": 128}, 64, 349, data.metadata(), target="paper", num_nodes_dict=data.num_nodes_dict
+        ... )
+        >>> logits, routings = model(data.x_dict, data.edge_index_dict, return_routing=True)
+        >>> loss = F.cross_entropy(logits, data["paper"].y) + gmoe.aux_loss(routings)
+
+        OGB's R-GCN for ogbn-mag:
+
+        >>> HeteroGNNMoE(..., router=None, embedding_channels=128, residual="none", dropout=0.5)
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Mapping[NodeType, int],
+        hidden_channels: int,
+        out_channels: int,
+        metadata: Metadata,
+        num_layers: int = 2,
+        router: RouterLike | None = "token_choice",
+        *,
+        target: NodeType | None = None,
+        num_nodes_dict: Mapping[NodeType, int] | None = None,
+        embedding_channels: int | None = None,
+        num_experts: int = 8,
+        k: int = 1,
+        every: int = 1,
+        in_proj: bool | None = None,
+        dropout: float = 0.0,
+        act: Any = "relu",
+        norm: Any = None,
+        norm_kwargs: Mapping[str, Any] | None = None,
+        residual: HeteroResidual = "identity",
+        aggr: Aggr = "mean",
+        route_on: HeteroRouteOn = "both",
+        share_router: bool = False,
+        share_experts: bool = False,
+        router_kwargs: Mapping[str, Any] | None = None,
+        backend: Backend = "auto",
+        check_finite: bool = False,
+    ) -> None:
+        sizes = {"hidden_channels": hidden_channels, "out_channels": out_channels}
+        for name, value in {**sizes, "num_layers": num_layers, "every": every}.items():
+            check_count(name, value)
+        check_choice("residual", residual, get_args(HeteroResidual))
+        metadata = checked_metadata(metadata)
+        if target is not None:
+            check_choice("target", target, metadata[0])
+        if isinstance(router, Router):
+            raise ValueError("router: got an instance for several node types, expected a name or a factory")
+        moe_layers = [i for i in range(num_layers - 1) if i % every == every - 1] if router is not None else []
+        if router is not None and not moe_layers:
+            raise ValueError(
+                f"every: got {every} with num_layers={num_layers}, which leaves no hidden layer for a MoE; expected "
+                "more layers or a smaller every"
+            )
+        super().__init__()
+        self.in_channels = in_channels
+        self.hidden_channels = hidden_channels
+        self.out_channels = out_channels
+        self.num_layers = num_layers
+        self.target = target
+        inputs, *types_of = _types_by_depth(metadata, target, num_layers)
+        self.input = HeteroInput(
+            in_channels, hidden_channels, inputs, metadata[0], num_nodes_dict, embedding_channels, in_proj
+        )
+        norm_layer = _norm(norm, hidden_channels, norm_kwargs)
+        self.norm_takes_batch = "batch" in inspect.signature(norm_layer.forward).parameters
+        self.convs = nn.ModuleList()
+        self.residuals = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        widths = self.input.out_channels
+        for layer, types in enumerate(types_of):
+            conv: HeteroMoEConv | RelationalConv
+            if layer in moe_layers:
+                conv = HeteroMoEConv(
+                    widths,
+                    hidden_channels,
+                    metadata,
+                    num_experts,
+                    router,
+                    k,
+                    aggr=aggr,
+                    route_on=route_on,
+                    share_router=share_router,
+                    share_experts=share_experts,
+                    out_types=types,
+                    router_kwargs=router_kwargs,
+                    backend=backend,
+                    check_finite=check_finite,
+                )
+            else:
+                width = hidden_channels if layer < num_layers - 1 else out_channels
+                conv = RelationalConv(widths, width, metadata, aggr=aggr, share_root=share_experts, out_types=types)
+            self.convs.append(conv)
+            if layer < num_layers - 1:
+                self.residuals.append(_residuals(residual, {name: widths[name] for name in types}, hidden_channels))
+                self.norms.append(ModuleDict({name: copy.deepcopy(norm_layer) for name in types}))
+            widths = dict.fromkeys(types, hidden_channels)
+        self.routed = [(layer, name) for layer in moe_layers for name in types_of[layer]]
+        self.act = nn.Identity() if act is None else activation_resolver(act)
+        self.dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        by_type = [part for parts in (*self.residuals, *self.norms) for part in parts.children()]
+        for module in (self.input, *self.convs, *by_type):
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    @overload
+    def forward(
+        self,
+        x_dict: Mapping[NodeType, Tensor],
+        edge_index_dict: Mapping[EdgeType, Adj],
+        n_id_dict: Mapping[NodeType, Tensor] | None = ...,
+        batch_dict: Mapping[NodeType, Tensor] | None = ...,
+        *,
+        return_routing: Literal[False] = ...,
+    ) -> Any: ...
+    @overload
+    def forward(
+        self,
+        x_dict: Mapping[NodeType, Tensor],
+        edge_index_dict: Mapping[EdgeType, Adj],
+        n_id_dict: Mapping[NodeType, Tensor] | None = ...,
+        batch_dict: Mapping[NodeType, Tensor] | None = ...,
+        *,
+        return_routing: Literal[True],
+    ) -> tuple[Any, list[Routing]]: ...
+    def forward(
+        self,
+        x_dict: Mapping[NodeType, Tensor],
+        edge_index_dict: Mapping[EdgeType, Adj],
+        n_id_dict: Mapping[NodeType, Tensor] | None = None,
+        batch_dict: Mapping[NodeType, Tensor] | None = None,
+        *,
+        return_routing: bool = False,
+    ) -> Any:
+        """Logits of the target, (N, out_channels), or of all types, a dict; see the class."""
+        h_dict: dict[NodeType, Tensor] = self.input(x_dict, n_id_dict)
+        routings: list[Routing] = []
+        for layer, conv in enumerate(self.convs):
+            if isinstance(conv, HeteroMoEConv):
+                out_dict, decided = conv(h_dict, edge_index_dict, batch_dict, return_routing=True)
+                routings.extend(decided.values())
+            else:
+                out_dict = conv(h_dict, edge_index_dict)
+            if layer < self.num_layers - 1:
+                out_dict = {name: self._after(layer, name, h_dict, h, batch_dict) for name, h in out_dict.items()}
+            h_dict = out_dict
+        out = h_dict if self.target is None else h_dict[self.target]
+        return (out, routings) if return_routing else out
+
+    def _after(
+        self,
+        layer: int,
+        node_type: NodeType,
+        before: Mapping[NodeType, Tensor],
+        h: Tensor,
+        batch_dict: Mapping[NodeType, Tensor] | None,
+    ) -> Tensor:
+        """Residual, normalisation, activation and dropout of a hidden layer."""
+        residuals: Any = self.residuals[layer]
+        norms: Any = self.norms[layer]
+        if node_type in residuals:
+            h = h + residuals[node_type](before[node_type])
+        args = [(batch_dict or {}).get(node_type)] if self.norm_takes_batch else []
+        h = norms[node_type](h, *args)
+        out: Tensor = self.dropout(self.act(h))
+        return out
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.in_channels}, {self.hidden_channels}, {self.out_channels}, "
+            f"num_layers={self.num_layers}, target={self.target!r})"
+        )
+
+
+class HeteroInput(nn.Module):
+    """The input of each node type: its features, or an embedding for each node, and a projection where asked for.
+
+    Args:
+        in_channels, hidden_channels, num_nodes_dict, embedding_channels, in_proj: see :class:`HeteroGNNMoE`.
+        node_types: those that the model looks at.
+        all_types: of the graph.
+
+    Attributes:
+        out_channels: width of what comes out, by node type.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Mapping[NodeType, int],
+        hidden_channels: int,
+        node_types: Sequence[NodeType],
+        all_types: Sequence[NodeType],
+        num_nodes_dict: Mapping[NodeType, int] | None,
+        embedding_channels: int | None,
+        in_proj: bool | None,
+    ) -> None:
+        super().__init__()
+        given = in_channels if isinstance(in_channels, Mapping) else dict.fromkeys(all_types, in_channels)
+        width = hidden_channels if embedding_channels is None else embedding_channels
+        widths = {name: given.get(name, width) for name in node_types}
+        for name, value in {"embedding_channels": width, **given}.items():
+            check_count(name if name == "embedding_channels" else f"in_channels[{name!r}]", value)
+        self.embedded = [name for name in node_types if name not in given]
+        self.num_nodes_dict = dict(num_nodes_dict or {})
+        missing = [name for name in all_types if name not in self.num_nodes_dict]
+        if self.embedded and missing:
+            raise ValueError(
+                f"num_nodes_dict: got {num_nodes_dict}, expected the number of nodes of {missing} too, since "
+                f"{self.embedded} have no in_channels and so get embeddings"
+            )
+        self.in_channels = {name: widths[name] for name in node_types if name in given}
+        self.embeddings = ModuleDict(
+            {name: nn.Embedding(self.num_nodes_dict[name], widths[name]) for name in self.embedded}
+        )
+        self.lin = ModuleDict()
+        if len(set(widths.values())) > 1 if in_proj is None else in_proj:
+            for name in node_types:
+                if name in given or widths[name] != hidden_channels:
+                    self.lin[name] = nn.Linear(widths[name], hidden_channels)
+            widths = dict.fromkeys(node_types, hidden_channels)
+        self.out_channels = widths
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew; embeddings as in OGB's example."""
+        for embedding in self.embeddings.children():
+            nn.init.xavier_uniform_(embedding.weight)
+        for linear in self.lin.children():
+            linear.reset_parameters()
+
+    def forward(
+        self, x_dict: Mapping[NodeType, Tensor], n_id_dict: Mapping[NodeType, Tensor] | None
+    ) -> dict[NodeType, Tensor]:
+        """(N, out_channels) of each node type."""
+        h_dict = {name: self._features(name, x_dict, n_id_dict) for name in self.in_channels}
+        for name in self.embedded:
+            if name in x_dict:
+                raise ValueError(
+                    f"x_dict[{name!r}]: got features, expected none, since in_channels has no width for it"
+                )
+            h_dict[name] = self._embedding(name, n_id_dict)
+        return {name: self.lin[name](h) if name in self.lin else h for name, h in h_dict.items()}
+
+    def _features(
+        self, node_type: NodeType, x_dict: Mapping[NodeType, Tensor], n_id_dict: Mapping[NodeType, Tensor] | None
+    ) -> Tensor:
+        x, width = x_dict.get(node_type), self.in_channels[node_type]
+        if x is None or x.dim() != 2 or x.size(1) != width:
+            got = None if x is None else f"shape {tuple(x.shape)}"
+            raise ValueError(f"x_dict[{node_type!r}]: got {got}, expected (number of nodes, {width})")
+        if self.embedded and n_id_dict is None and x.size(0) != self.num_nodes_dict[node_type]:
+            raise ValueError(
+                f"n_id_dict: got None with {x.size(0)} of the {self.num_nodes_dict[node_type]} {node_type!r} nodes, "
+                "expected the numbers of the mini-batch's nodes, which say whose embeddings to take"
+            )
+        return x
+
+    def _embedding(self, node_type: NodeType, n_id_dict: Mapping[NodeType, Tensor] | None) -> Tensor:
+        embedding: Any = self.embeddings[node_type]
+        if n_id_dict is None:
+            whole: Tensor = embedding.weight
+            return whole
+        if node_type not in n_id_dict:
+            raise ValueError(
+                f"n_id_dict[{node_type!r}]: got None, expected the numbers of the nodes in the whole graph"
+            )
+        own: Tensor = embedding(n_id_dict[node_type])
+        return own
+
+
+def _types_by_depth(metadata: Metadata, target: NodeType | None, num_layers: int) -> list[list[NodeType]]:
+    """The node types that are needed as input, and after each layer."""
+    node_types, edge_types = metadata
+    needed = [list(node_types) if target is None else [target]]
+    for _ in range(num_layers):
+        last = needed[0]
+        met = {*last, *(source for source, _, end in edge_types if end in last)}
+        needed.insert(0, [name for name in node_types if name in met])
+    return needed
+
+
+def _residuals(residual: HeteroResidual, widths: Mapping[NodeType, int], hidden_channels: int) -> ModuleDict:
+    if residual == "none":
+        return ModuleDict()
+    return ModuleDict(
+        {
+            name: nn.Identity()
+            if residual == "identity" and width == hidden_channels
+            else nn.Linear(width, hidden_channels)
+            for name, width in widths.items()
+        }
+    )
+
+
+def _norm(norm: Any, width: int, norm_kwargs: Mapping[str, Any] | None) -> nn.Module:
+    if norm is None:
+        return nn.Identity()
+    built: nn.Module = normalization_resolver(norm, width, **(norm_kwargs or {}))
+    if isinstance(built, BatchNorm) and built.module.track_running_stats:
+        built.allow_single_element = True  # a mini-batch may hold one node of a type
+    return built

@@ -1,0 +1,115 @@
+"""Mini-batches of a graph, with or without compiled extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+import torch_geometric.typing
+from torch import Tensor
+from torch_geometric.data import Data, HeteroData
+from torch_geometric.loader import NeighborLoader, NodeLoader
+from torch_geometric.sampler.base import SubgraphType
+from torch_geometric.typing import NodeType
+
+from gmoe._checks import check_choice
+from gmoe.sampler import Fanouts, NeighborSampler, check_nodes
+
+SamplerBackend: TypeAlias = Literal["auto", "pyg", "gmoe"]
+InputNodes: TypeAlias = Tensor | Sequence[int] | NodeType | tuple[NodeType, Tensor | Sequence[int] | None] | None
+
+PYG_ONLY: dict[str, Any] = {
+    "subgraph_type": SubgraphType.directional,
+    "directed": True,
+    "disjoint": False,
+    "temporal_strategy": "uniform",
+    "time_attr": None,
+    "input_time": None,
+    "weight_attr": None,
+    "neighbor_sampler": None,
+}
+"""Arguments of PyG's NeighborLoader of which our sampler knows just the default."""
+
+
+def neighbor_loader(
+    data: Data | HeteroData,
+    num_neighbors: Fanouts,
+    input_nodes: InputNodes = None,
+    batch_size: int = 1,
+    replace: bool = False,
+    *,
+    backend: SamplerBackend = "auto",
+    **kwargs: Any,
+) -> NodeLoader:
+    """PyG's ``NeighborLoader`` where ``pyg-lib`` is installed, and the same batches in distribution where it is not.
+
+    Args:
+        data: the graph.
+        num_neighbors: how many in-edges a node draws in each hop, from the seeds outwards (-1: all of them); for
+            ``HeteroData`` also a dictionary by type of edges.
+        input_nodes: the seeds of an epoch: ids, a boolean mask, or all nodes (``None``, default). For ``HeteroData`` a
+            type of nodes, or a type and any of these.
+        batch_size: seeds in a batch (default 1).
+        replace: draw with replacement (default ``False``).
+        backend: ``"pyg"``: PyG's ``NeighborLoader``, which needs ``pyg-lib`` (``torch-sparse`` will do, but leaves out
+            ``num_sampled_nodes`` and ``num_sampled_edges``). ``"gmoe"``: PyG's ``NodeLoader`` over
+            :class:`gmoe.NeighborSampler`. ``"auto"`` (default): the former where ``pyg-lib`` is installed.
+        **kwargs: further arguments of the loader and of ``torch.utils.data.DataLoader``. ``shuffle=True`` for training;
+            ``num_workers=1, persistent_workers=True`` draws the next batches while the model computes.
+
+    Returns:
+        A loader of ``Data`` or ``HeteroData``. The first ``batch.batch_size`` nodes of a batch are its seeds: loss and
+        metric belong on them alone. ``n_id``, ``e_id`` and ``input_id`` are the nodes, edges and seeds in ``data``.
+
+    Raises:
+        ImportError: ``backend="pyg"``, and neither ``pyg-lib`` nor ``torch-sparse`` is installed.
+        ValueError: with our sampler, an argument that asks for temporal, weighted, disjoint, bidirectional or induced
+            sampling; seeds that do not fit the graph; whatever :class:`gmoe.NeighborSampler` refuses.
+
+    Example:
+        >>> for batch in gmoe.neighbor_loader(data, [15, 10, 5], data.train_mask, batch_size=1024, shuffle=True):
+        ...     logits = model(batch.x, batch.edge_index)[: batch.batch_size]
+        ...     loss = F.cross_entropy(logits, batch.y[: batch.batch_size])
+    """
+    check_choice("backend", backend, get_args(SamplerBackend))
+    kwargs |= {"input_nodes": _checked(data, input_nodes), "batch_size": batch_size}
+    with_pyg_lib, with_torch_sparse = torch_geometric.typing.WITH_PYG_LIB, torch_geometric.typing.WITH_TORCH_SPARSE
+    if backend == "pyg" and not (with_pyg_lib or with_torch_sparse):
+        raise ImportError("backend: got 'pyg' without pyg-lib or torch-sparse installed, expected 'auto' or 'gmoe'")
+    if backend == "pyg" or (backend == "auto" and with_pyg_lib):
+        return NeighborLoader(data, num_neighbors, replace=replace, **kwargs)
+    if "subgraph_type" in kwargs:
+        kwargs["subgraph_type"] = SubgraphType(kwargs["subgraph_type"])
+    for name, default in PYG_ONLY.items():
+        value = kwargs.pop(name, default)
+        if isinstance(value, Tensor) or value != default:
+            raise ValueError(f"{name}: got {value!r}, expected {default!r}, or backend='pyg' with pyg-lib installed")
+    sampler = NeighborSampler(data, num_neighbors, replace, is_sorted=kwargs.pop("is_sorted", False))
+    return NodeLoader(data, sampler, **kwargs)
+
+
+def _checked(data: Data | HeteroData, input_nodes: Any) -> Any:
+    """The seeds as PyG takes them, refusing what it would meet with an assertion, a crash or wrong seeds."""
+    if isinstance(data, Data):
+        return None if input_nodes is None else _ids(input_nodes, data.num_nodes)
+    is_pair = isinstance(input_nodes, tuple | list) and len(input_nodes) == 2
+    kind, nodes = input_nodes if is_pair else (input_nodes, None)
+    if not isinstance(kind, str) or kind not in data.node_types:
+        got = repr(kind) if isinstance(kind, str) else type(input_nodes).__name__
+        legal = ", ".join(map(repr, data.node_types))
+        raise ValueError(f"input_nodes: got {got}, expected a type of nodes of {legal}, or (type, nodes)")
+    return kind, None if nodes is None else _ids(nodes, data[kind].num_nodes)
+
+
+def _ids(nodes: Any, num_nodes: int) -> Tensor:
+    """Ids or a mask, as a tensor: of a list or an array of booleans PyG would take 0 and 1 as ids."""
+    nodes = torch.as_tensor(nodes)
+    if nodes.dtype == torch.bool:
+        if nodes.shape != (num_nodes,):
+            raise ValueError(f"input_nodes: got a mask of shape {tuple(nodes.shape)}, expected ({num_nodes},)")
+        return nodes
+    if nodes.numel() == 0:
+        nodes = nodes.long()  # an empty list makes floats
+    check_nodes("input_nodes", nodes, num_nodes)
+    return nodes

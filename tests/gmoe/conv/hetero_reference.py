@@ -1,0 +1,152 @@
+"""The reference for relational layers: E separate sets of PyG's SAGEConvs in HeteroConv. Not a test itself."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import HeteroConv, SAGEConv
+
+from gmoe import Routing, aux_loss
+from gmoe.conv.hetero_conv import HeteroMoEConv
+from gmoe.conv.relational import RelationalConv
+from tests.gmoe.conv.masked import features, gradient, random_graph, routing_of
+
+EdgeType = tuple[str, str, str]
+Nodes = dict[str, Tensor]
+Edges = dict[EdgeType, Any]
+
+METADATA: tuple[list[str], list[EdgeType]] = (
+    ["paper", "author", "field", "venue"],
+    [
+        ("author", "writes", "paper"),
+        ("paper", "cites", "paper"),
+        ("paper", "rev_writes", "author"),
+        ("paper", "has", "field"),
+        ("venue", "prints", "paper"),  # nothing ends in a venue
+    ],
+)
+COUNTS = {"paper": 7, "author": 5, "field": 3, "venue": 4}
+WIDTHS = {"paper": 4, "author": 3, "field": 5, "venue": 2}
+OUT = 3
+
+
+def nodes(widths: Mapping[str, int] | int = WIDTHS, counts: Mapping[str, int] = COUNTS, seed: int = 0) -> Nodes:
+    width_of = dict.fromkeys(counts, widths) if isinstance(widths, int) else widths
+    return {t: features(counts[t], width_of[t], seed=seed + i) for i, t in enumerate(counts)}
+
+
+def edges(counts: Mapping[str, int] = COUNTS, seed: int = 0) -> Edges:
+    """Of each relation; the last node of either type stays isolated in it."""
+    return {
+        r: random_graph(counts[r[0]], counts[r[-1]], 3 * counts[r[0]], seed=seed + i) for i, r in enumerate(METADATA[1])
+    }
+
+
+def csr(edge_index: Tensor, num_src: int, num_dst: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The transposed adjacency, a parallel edge being a value of its own."""
+    order = edge_index[1].argsort(stable=True)
+    source, destination = edge_index[:, order]
+    start = torch.zeros(num_dst + 1, dtype=torch.long)
+    start[1:] = torch.bincount(destination, minlength=num_dst).cumsum(0)
+    return torch.sparse_csr_tensor(start, source, torch.ones(len(source), dtype=dtype), (num_dst, num_src))
+
+
+class Plain(nn.Module):
+    """A relational layer with the weights of ``dense``, of PyG's and torch's own modules alone."""
+
+    def __init__(self, dense: RelationalConv) -> None:
+        super().__init__()
+        types = list(dense.relations_into)
+        roots: Any = copy.deepcopy(dense.root)
+        self.shared = dense.share_root
+        self.root = nn.ModuleDict({t: roots if self.shared else roots[t] for t in types})
+        convs = {}
+        for relation in (r for into in dense.relations_into.values() for r in into):
+            linear: Any = dense.relation[relation]
+            width = (dense.in_channels[relation[0]], dense.in_channels[relation[-1]])
+            conv = SAGEConv(width, linear.out_features, aggr=dense.aggr, root_weight=False, bias=False)
+            convs[relation] = conv.to(linear.weight.dtype)
+            conv.lin_l.weight.data.copy_(linear.weight)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of types that nothing ends in
+            self.convs = HeteroConv(convs, aggr="sum")
+
+    def forward(self, x_dict: Nodes, edge_index_dict: Edges) -> Nodes:
+        used = {r: adj for r, adj in edge_index_dict.items() if r in self.convs.convs}
+        summed = self.convs(x_dict, used)
+        return {t: root(x_dict[t]) + summed.get(t, 0.0) for t, root in self.root.items()}
+
+    def named(self, of: Any) -> Nodes:
+        """What ``of`` gives for each parameter, under the names of a RelationalConv's."""
+        found = {f"root.{p}": of(v) for p, v in self.root.named_parameters()}
+        if self.shared:
+            found = {f"root.{p}": of(v) for p, v in next(iter(self.root.values())).named_parameters()}
+        for relation, conv in self.convs.convs.items():
+            found[f"relation.<{'___'.join(relation)}>.weight"] = of(conv.lin_l.weight)
+        return found
+
+
+def masked(experts: list[Plain], x_dict: Nodes, edge_index_dict: Edges, routings: Mapping[str, Routing]) -> Nodes:
+    """sum_e w_e * expert_e(x, A) of each node type."""
+    outs = [expert(x_dict, edge_index_dict) for expert in experts]
+    return {
+        t: torch.stack([routings[t].to_dense()[:, e, None] * out[t] for e, out in enumerate(outs)]).sum(dim=0)
+        for t in outs[0]
+    }
+
+
+def backward(y_dict: Nodes, extra: Tensor | None = None) -> None:
+    total = sum(((y * features(*y.shape, seed=50 + i)).sum() for i, y in enumerate(y_dict.values())), torch.zeros(()))
+    (total if extra is None else total + extra).backward()
+
+
+def assert_equals_masked(
+    conv: HeteroMoEConv,
+    x_dict: Nodes,
+    edge_index_dict: Edges,
+    *,
+    reference_edges: Edges | None = None,
+    weights: Nodes | None = None,
+    **kwargs: Any,
+) -> None:
+    """Outputs and gradients of inputs, routers, experts and given weights equal those of the masked reference.
+
+    ``weights``: (T, E) of each type to follow in place of the routers'. ``reference_edges``: for the reference if
+    others.
+    """
+    experts = [Plain(conv.expert(index)) for index in range(conv.num_experts)]
+
+    def run(reference: bool) -> Nodes:
+        conv.zero_grad(set_to_none=True)
+        xs = {t: x.detach().clone().requires_grad_() for t, x in x_dict.items()}
+        given = {t: w.detach().clone().requires_grad_() for t, w in (weights or {}).items()}
+        follow = None if weights is None else {t: routing_of(w) for t, w in given.items()}
+        y_dict, routings = conv(xs, edge_index_dict, routings=follow, return_routing=True, **kwargs)
+        if reference:
+            y_dict = masked(experts, xs, reference_edges or edge_index_dict, routings)
+        backward(y_dict, aux_loss(routings.values()))
+        found = {f"y.{t}": y.detach() for t, y in y_dict.items()}
+        found |= {f"x.{t}": gradient(x) for t, x in xs.items()}
+        found |= {f"weight.{t}": gradient(w) * (w != 0) for t, w in given.items()}
+        for part in [conv.routers] if conv.router is None else [conv.router]:
+            found |= {f"router.{name}": gradient(p) for name, p in part.named_parameters()}
+        if not reference:
+            assert all(p.grad is not None for p in conv.experts.parameters())  # zeros where nothing came
+            return found | {f"experts.{name}": gradient(p) for name, p in conv.experts.named_parameters()}
+        named = [expert.named(gradient) for expert in experts]
+        stacked = {name: torch.stack([each[name] for each in named]) for name in named[0]}
+        return found | {f"experts.{name}": g.mT if "weight" in name else g for name, g in stacked.items()}
+
+    assert_all_close(run(reference=False), run(reference=True))
+
+
+def assert_all_close(ours: Nodes, theirs: Nodes, atol: float = 1e-10) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(value.shape == theirs[name].shape for name, value in ours.items())
+    far = {name: (value - theirs[name]).abs().max().item() for name, value in ours.items() if value.numel()}
+    assert all(difference <= atol for difference in far.values()), f"largest differences: {far}"

@@ -1,0 +1,272 @@
+"""Mini-batches: the contract of PyG's NeighborLoader, with and without pyg-lib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch_geometric.typing
+from torch import Tensor
+from torch.nn import functional as F
+from torch_geometric import EdgeIndex
+from torch_geometric.data import Data, HeteroData
+from torch_geometric.loader import NeighborLoader, NodeLoader
+from torch_geometric.sampler.base import SubgraphType
+
+import gmoe
+from gmoe import GNNMoE
+from gmoe.loader import SamplerBackend, neighbor_loader
+from gmoe.sampler import NeighborSampler
+from tests.gmoe.sampled import graph, hetero_graph
+
+NODES, EDGES = 40, 300
+
+needs_pyg_lib = pytest.mark.skipif(not torch_geometric.typing.WITH_PYG_LIB, reason="pyg-lib is not installed")
+each_backend = pytest.mark.parametrize("backend", ["gmoe", pytest.param("pyg", marks=needs_pyg_lib)])
+
+
+def full_graph() -> Data:
+    data = graph(NODES, EDGES)
+    data.y = torch.arange(NODES)
+    data.edge_weight = torch.arange(EDGES) / EDGES
+    data.edge_attr = torch.arange(EDGES)[:, None]
+    data.train_mask = torch.arange(NODES) % 3 == 0
+    return data
+
+
+def epoch(loader: NodeLoader) -> list[Any]:
+    return list(loader)
+
+
+@each_backend
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("replace", [False, True])
+def test_batches_are_parts_of_the_graph(backend: SamplerBackend, num_workers: int, replace: bool) -> None:
+    data = full_graph()
+    loader = neighbor_loader(
+        data,
+        [4, 3],
+        data.train_mask,
+        batch_size=5,
+        replace=replace,
+        backend=backend,
+        shuffle=True,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+    assert len(loader) == 3
+    for _ in range(2):
+        batches = epoch(loader)
+        seeds = torch.cat([batch.n_id[: batch.batch_size] for batch in batches])
+        assert torch.equal(seeds.sort().values, data.train_mask.nonzero().view(-1))
+        assert torch.equal(torch.cat([batch.input_id for batch in batches]), seeds)
+        for batch in batches:
+            assert torch.equal(batch.n_id[batch.edge_index], data.edge_index[:, batch.e_id])
+            for name in ("x", "y", "train_mask"):
+                assert torch.equal(batch[name], data[name][batch.n_id])
+            for name in ("edge_weight", "edge_attr"):
+                assert torch.equal(batch[name], data[name][batch.e_id])
+            assert batch.batch_size == batch.num_sampled_nodes[0]
+            assert len(batch.num_sampled_nodes) == 3
+            assert sum(batch.num_sampled_nodes) == batch.num_nodes == len(batch.n_id.unique())
+            assert sum(batch.num_sampled_edges) == batch.num_edges
+            assert batch.edge_index[1].bincount().max() <= 4
+            assert batch.edge_index[1].max() < sum(batch.num_sampled_nodes[:2])
+    loader._iterator = None  # ends a worker at once, which the garbage collector would wait 5 seconds for
+
+
+@each_backend
+def test_hetero_batches(backend: SamplerBackend) -> None:
+    data = hetero_graph()
+    loader = neighbor_loader(data, [3, 2], ("paper", torch.arange(10, 20)), batch_size=4, backend=backend)
+    batches = epoch(loader)
+    assert [batch["paper"].batch_size for batch in batches] == [4, 4, 2]
+    for batch, seeds in zip(batches, torch.arange(10, 20).split(4), strict=True):
+        assert torch.equal(batch["paper"].n_id[: len(seeds)], seeds)
+        assert torch.equal(batch["paper"].input_id + 10, seeds)
+        for kind in data.node_types:
+            assert torch.equal(batch[kind].x, data[kind].x[batch[kind].n_id])
+            assert sum(batch[kind].num_sampled_nodes) == batch[kind].num_nodes
+        for kind in data.edge_types:
+            ends = torch.stack([batch[kind[end]].n_id[batch[kind].edge_index[end // 2]] for end in (0, 2)])
+            assert torch.equal(ends, data[kind].edge_index[:, batch[kind].e_id])
+            assert torch.equal(batch[kind].edge_attr, batch[kind].e_id)
+            assert sum(batch[kind].num_sampled_edges) == batch[kind].num_edges
+
+
+@pytest.mark.parametrize(
+    ("input_nodes", "seeds"),
+    [
+        (None, list(range(NODES))),
+        ([7, 3, 3], [7, 3, 3]),
+        (torch.tensor([5, 1], dtype=torch.int32), [5, 1]),
+        (torch.arange(NODES) < 2, [0, 1]),
+        ([True, *[False] * (NODES - 2), True], [0, NODES - 1]),
+        ([], []),
+    ],
+    ids=["all", "list", "int32", "mask", "list of booleans", "none"],
+)
+def test_input_nodes(input_nodes: Any, seeds: list[int]) -> None:
+    (batch,) = epoch(neighbor_loader(full_graph(), [2], input_nodes, batch_size=NODES, backend="gmoe")) or (None,)
+    assert seeds == ([] if batch is None else batch.n_id[: batch.batch_size].tolist())
+
+
+@pytest.mark.parametrize(
+    ("input_nodes", "num_seeds"),
+    [("author", 20), (("author", None), 20), (["author", [4]], 1), (("paper", torch.arange(30) < 7), 7)],
+)
+def test_hetero_input_nodes(input_nodes: Any, num_seeds: int) -> None:
+    (batch,) = epoch(neighbor_loader(hetero_graph(), [2], input_nodes, batch_size=50, backend="gmoe"))
+    kind = input_nodes if isinstance(input_nodes, str) else input_nodes[0]
+    assert batch[kind].batch_size == num_seeds
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_seed_of_torch_repeats_an_epoch(num_workers: int) -> None:
+    def draw(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        loader = neighbor_loader(
+            full_graph(), [3, 3], batch_size=8, backend="gmoe", shuffle=True, num_workers=num_workers
+        )
+        return [batch.e_id for _ in range(2) for batch in loader]
+
+    first, second, other = draw(0), draw(0), draw(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first[:5], first[5:], strict=True))  # epochs differ
+
+
+def test_all_neighbours_give_the_logits_of_the_whole_graph() -> None:
+    """GNNMoE by token choice: seeds are routed as in the full batch, with and without trimming."""
+    data = full_graph()
+    torch.manual_seed(0)
+    model = GNNMoE(4, 8, 5, num_layers=2, conv="sage", num_experts=3).double().eval()
+    full = model(data.x.double(), data.edge_index)
+    for batch in neighbor_loader(data, [-1, -1], batch_size=7, backend="gmoe"):
+        hops = (batch.num_sampled_nodes, batch.num_sampled_edges)
+        for trim in ({}, dict(zip(("num_sampled_nodes_per_hop", "num_sampled_edges_per_hop"), hops, strict=True))):
+            logits = model(batch.x.double(), batch.edge_index, **trim)[: batch.batch_size]
+            torch.testing.assert_close(logits, full[batch.input_id])
+
+
+def test_training_on_batches_learns() -> None:
+    """Labels that only a node's neighbours tell."""
+    torch.manual_seed(0)
+    data = graph(400, 4_000)
+    data.y = (data.x[:, 0][data.edge_index[0]].new_zeros(400).index_add(0, *reversed_ends(data)) > 0).long()
+    model = GNNMoE(4, 16, 2, num_layers=2, conv="sage", num_experts=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(4):
+        for batch in neighbor_loader(data, [8, 4], batch_size=40, backend="gmoe", shuffle=True):
+            optimizer.zero_grad()
+            logits, routings = model(batch.x, batch.edge_index, return_routing=True)
+            seeds = slice(batch.batch_size)
+            (F.cross_entropy(logits[seeds], batch.y[seeds]) + gmoe.aux_loss(routings)).backward()
+            optimizer.step()
+    accuracy = (model.eval()(data.x, data.edge_index).argmax(dim=1) == data.y).double().mean()
+    assert accuracy > 0.9
+
+
+def reversed_ends(data: Data) -> tuple[Tensor, Tensor]:
+    source, destination = data.edge_index
+    return destination, data.x[source, 0]
+
+
+def test_edge_index_of_pyg() -> None:
+    data = full_graph()
+    plain = data.edge_index
+    data.edge_index = EdgeIndex(plain, sparse_size=(NODES, NODES))
+    for batch in neighbor_loader(data, [3], batch_size=20, backend="gmoe"):
+        assert torch.equal(batch.n_id[batch.edge_index], plain[:, batch.e_id])
+
+
+# which backend
+
+
+def test_auto_takes_pyg_lib_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = full_graph()
+    monkeypatch.setattr(torch_geometric.typing, "WITH_PYG_LIB", False)
+    monkeypatch.setattr(torch_geometric.typing, "WITH_TORCH_SPARSE", True)
+    ours = neighbor_loader(data, [4, 3], replace=True)
+    assert type(ours) is NodeLoader
+    assert isinstance(ours.node_sampler, NeighborSampler)
+    assert ours.node_sampler.replace
+    assert ours.node_sampler.num_neighbors.values == [4, 3]
+    monkeypatch.setattr(torch_geometric.typing, "WITH_PYG_LIB", True)
+    theirs = neighbor_loader(data, [4, 3], [1, 2], 2, replace=True, disjoint=True)
+    assert type(theirs) is NeighborLoader
+    assert theirs.node_sampler.replace
+    assert theirs.node_sampler.disjoint
+    assert theirs.node_sampler.num_neighbors.values == [4, 3]
+    assert theirs.batch_size == 2
+    assert theirs.input_data.node.tolist() == [1, 2]
+    assert type(neighbor_loader(data, [4], backend="gmoe")) is NodeLoader
+
+
+def test_pyg_needs_its_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WITH_PYG_LIB", "WITH_TORCH_SPARSE"):
+        monkeypatch.setattr(torch_geometric.typing, name, False)
+    with pytest.raises(ImportError, match="backend: got 'pyg' without pyg-lib or torch-sparse installed, expected"):
+        neighbor_loader(full_graph(), [3], backend="pyg")
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "default"),
+    [
+        ("subgraph_type", "induced", "directional"),
+        ("subgraph_type", SubgraphType.bidirectional, "directional"),
+        ("directed", False, "True"),
+        ("disjoint", True, "False"),
+        ("temporal_strategy", "last", "'uniform'"),
+        ("time_attr", "time", "None"),
+        ("input_time", torch.arange(NODES), "None"),
+        ("weight_attr", "edge_weight", "None"),
+        ("neighbor_sampler", object(), "None"),
+    ],
+)
+def test_what_only_pyg_does_is_refused(name: str, value: Any, default: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s){name}: got .*, expected .*{default}.*, or backend='pyg' with pyg-lib"):
+        neighbor_loader(full_graph(), [3], backend="gmoe", **{name: value})
+
+
+def test_defaults_of_pyg_are_taken() -> None:
+    defaults: dict[str, Any] = {
+        "subgraph_type": "directional",
+        "disjoint": False,
+        "time_attr": None,
+        "is_sorted": False,
+    }
+    assert len(neighbor_loader(full_graph(), [3], batch_size=NODES, backend="gmoe", **defaults)) == 1
+    with pytest.raises(ValueError, match="is_sorted: got True"):
+        neighbor_loader(full_graph(), [3], backend="gmoe", is_sorted=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "input_nodes", "message"),
+    [
+        (full_graph, [0, NODES], rf"input_nodes: got {NODES}, expected values in 0\.\.{NODES - 1}"),
+        (
+            full_graph,
+            torch.ones(3, dtype=torch.bool),
+            rf"input_nodes: got a mask of shape \(3,\), expected \({NODES},\)",
+        ),
+        (full_graph, [0.5], "input_nodes: got shape .* of torch.float32, expected a vector of node ids"),
+        (hetero_graph, None, "input_nodes: got NoneType, expected a type of nodes of 'paper', 'author', 'place'"),
+        (hetero_graph, torch.arange(3), r"input_nodes: got Tensor, expected .*, or \(type, nodes\)"),
+        (hetero_graph, "field", "input_nodes: got 'field', expected"),
+        (hetero_graph, ("place", [5]), r"input_nodes: got 5, expected values in 0\.\.4"),
+    ],
+)
+def test_bad_input_nodes(make: Callable[[], Data | HeteroData], input_nodes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        neighbor_loader(make(), [3], input_nodes)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend: got 'dgl', expected one of 'auto', 'pyg', 'gmoe'"):
+        neighbor_loader(full_graph(), [3], backend="dgl")  # type: ignore[arg-type]

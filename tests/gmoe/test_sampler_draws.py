@@ -1,0 +1,119 @@
+"""Sets of edges that the sampler may draw are equally likely. A node that is n times a seed draws n times."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.nn import SAGEConv
+from torch_geometric.sampler import NodeSamplerInput
+
+from gmoe.sampler import NeighborSampler
+from tests.gmoe.sampled import graph, hetero_graph, hetero_sample, sample, star
+
+
+def within(count: Tensor | int, trials: int, share: float) -> Tensor:
+    """Whether a binomial count is within 5 standard deviations of its mean."""
+    return (torch.as_tensor(count) - trials * share).abs() <= 5 * math.sqrt(trials * share * (1 - share)) + 1e-9
+
+
+@pytest.mark.parametrize(("degree", "k"), [(5, 1), (5, 2), (5, 3), (5, 4), (6, 3)])
+def test_subsets_are_equally_likely(degree: int, k: int) -> None:
+    trials = 20_000
+    torch.manual_seed(0)
+    out = sample(star(degree), [k], [0] * trials)
+    assert out.edge is not None
+    subsets = Counter(tuple(sorted(edges)) for edges in out.edge.view(trials, k).tolist())
+    assert set(subsets) == set(combinations(range(degree), k))
+    assert within(torch.tensor(list(subsets.values())), trials, 1 / math.comb(degree, k)).all()
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 20])
+def test_each_edge_is_included_with_probability_k_over_degree(k: int) -> None:
+    """On a graph with nodes of many degrees, in both hops."""
+    data = graph(10, 120)
+    degree = data.edge_index[1].bincount(minlength=10)
+    trials = 2_000
+    torch.manual_seed(1)
+    out = sample(data, [k], list(range(10)) * trials)
+    assert out.edge is not None
+    included = out.edge.bincount(minlength=120)
+    share = (k / degree[data.edge_index[1]]).clamp(max=1)
+    for edge in range(120):
+        assert within(included[edge], trials, float(share[edge]))
+    assert torch.equal(out.col.bincount(minlength=10 * trials), degree.clamp(max=k).repeat(trials))
+
+
+def test_edges_of_a_second_hop_are_drawn_uniformly() -> None:
+    """A path 2 -> 1 -> 0, where node 1 has 8 more in-edges."""
+    source = torch.tensor([1, *range(2, 11)])
+    data = Data(edge_index=torch.stack([source, torch.tensor([0] + [1] * 9)]), num_nodes=11)
+    sampler, trials = NeighborSampler(data, [1, 3]), 1_500
+    included = torch.zeros(10, dtype=torch.long)
+    torch.manual_seed(2)
+    for _ in range(trials):
+        out = sampler.sample_from_nodes(NodeSamplerInput(None, torch.tensor([0])))
+        included[out.edge] += 1
+    assert included[0] == trials
+    assert within(included[1:], trials, 3 / 9).all()
+
+
+def test_hub() -> None:
+    """Each tenth of its edges is drawn alike, and so are odd and even ones and those that Floyd's algorithm adds."""
+    degree, k, trials = 50_000, 10, 4_000
+    torch.manual_seed(0)
+    out = sample(star(degree), [k], [0] * trials)
+    assert out.edge is not None
+    edges = out.edge.view(trials, k)
+    assert (edges.sort(dim=1).values.diff(dim=1) > 0).all()
+    stretch = (out.edge // (degree // 10)).bincount(minlength=10)
+    assert within(stretch, trials * k, 0.1).all()  # without replacement it spreads less than a binomial
+    assert within((out.edge % 2).sum(), trials * k, 0.5)
+    last = torch.tensor([0] * 10 + list(range(degree - 10, degree)))
+    assert out.edge.bincount(minlength=degree)[last].max() <= 8  # Poisson(0.8): above it once in 10^6
+
+
+def test_replacement_draws_independently() -> None:
+    degree, k, trials = 4, 3, 20_000
+    torch.manual_seed(0)
+    out = sample(star(degree), [k], [0] * trials, replace=True)
+    assert out.edge is not None
+    drawn = Counter(tuple(edges) for edges in out.edge.view(trials, k).tolist())
+    assert len(drawn) == degree**k
+    assert within(torch.tensor(list(drawn.values())), trials, degree**-k).all()
+
+
+def test_replacement_draws_k_of_a_smaller_neighbourhood() -> None:
+    out = sample(star(2), [5], [0, 1], replace=True)
+    assert out.num_sampled_edges == [5]
+    assert out.col.tolist() == [0] * 5
+
+
+def test_mean_aggregate_is_unbiased() -> None:
+    data = graph(30, 400)
+    conv = SAGEConv(4, 3).double()
+    x = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    full = conv(x, data.edge_index)
+    trials = 4_000
+    torch.manual_seed(3)
+    out = sample(data, [4], list(range(30)) * trials)
+    drawn = conv(x[out.node], torch.stack([out.row, out.col]))[: 30 * trials].view(trials, 30, 3)
+    error = (drawn.mean(dim=0) - full).abs()
+    assert (error <= 5 * drawn.std(dim=0) / math.sqrt(trials) + 1e-9).all()
+    assert drawn.std(dim=0).max() > 0.1  # there is something to average
+
+
+def test_hetero_inclusion_is_uniform() -> None:
+    data, trials = hetero_graph(), 2_000
+    kind = ("paper", "cites", "paper")
+    torch.manual_seed(0)
+    out = hetero_sample(data, [2], "paper", list(range(30)) * trials, replace=False)
+    edge_index = data[kind].edge_index
+    share = (2 / edge_index[1].bincount(minlength=30)[edge_index[1]]).clamp(max=1)
+    included = out.edge[kind].bincount(minlength=120)
+    assert all(bool(within(included[edge], trials, float(share[edge]))) for edge in range(120))
