@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import HeteroData
 
 import gmoe
 from experiments.config import RouterOptions, TrainConfig
 from experiments.data import Task
-from gmoe import GNNMoE, OracleRouter, Router
+from gmoe import GNNMoE, HeteroGNNMoE, OracleRouter, Router
+from gmoe.conv.registry import CONVS
 from vision import SIZES, ViTMoE
+
+FILTERS = frozenset({"filter", "identity", "low_pass", "high_pass", "two_hop"})
+"""Names of filter experts."""
 
 
 def build_model(config: TrainConfig, task: Task) -> nn.Module:
@@ -70,11 +76,8 @@ def num_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Active FLOPs of one forward pass in training mode, which leaves the model's counters as they were."""
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    count = gmoe.count_flops(model.train(), *inputs)
-    model.load_state_dict(state)
-    return count
+    """Active FLOPs of one forward pass in training mode; of a copy, since it moves counters and fills convs' caches."""
+    return gmoe.count_flops(copy.deepcopy(model).train(), *inputs)
 
 
 def _build(config: TrainConfig, task: Task) -> nn.Module:
@@ -91,12 +94,17 @@ def _build(config: TrainConfig, task: Task) -> nn.Module:
             dropout=config.dropout,
             router_kwargs={**router_kwargs, "check_finite": config.check_finite} if router is not None else None,
         )
+    if task.kind == "hetero":
+        return _build_hetero(config, task, router, router_kwargs)
+    for name in ("share_router", "share_experts"):
+        if getattr(config, name):
+            raise ValueError(f"{name}: got True for {task.name}, expected False on a graph of one node type")
     return GNNMoE(
         task.in_channels,
         config.hidden,
         task.num_classes,
         config.layers,
-        config.conv,
+        kinds_of_experts(config),
         router,
         num_experts=config.experts,
         k=config.k,
@@ -108,14 +116,87 @@ def _build(config: TrainConfig, task: Task) -> nn.Module:
         norm=config.norm,
         jk=config.jk,
         residual=config.residual,
+        shared_expert=config.shared_expert,
+        input_dropout=config.input_dropout,
+        in_proj=config.in_proj,
         router_kwargs=router_kwargs,
         check_finite=config.check_finite,
-        **_conv_kwargs(config),
+        **_conv_kwargs(config, task),
     )
 
 
-def _conv_kwargs(config: TrainConfig) -> dict[str, Any]:
-    return {"aggr": "mean"} if config.conv == "sage" else {}
+def _build_hetero(config: TrainConfig, task: Task, router: Any, router_kwargs: dict[str, Any]) -> nn.Module:
+    """A relational GNN; every relation has its own linear layer, whatever ``conv`` says of graphs of one type."""
+    for name, value, only in (
+        ("conv", config.conv, ("sage",)),
+        ("routing", config.routing, "layer"),
+        ("shared_expert", config.shared_expert, False),
+        ("jk", config.jk, None),
+        ("heads", config.heads, 1),
+        ("input_dropout", config.input_dropout, 0.0),
+        ("route_hops", config.route_hops, 1),
+    ):
+        if value != only:
+            raise ValueError(f"{name}: got {value!r} for {task.name}, expected {only!r} on a heterogeneous graph")
+    assert isinstance(task.graph, HeteroData)
+    (route_on,) = config.route_on if len(config.route_on) == 1 else ("degree",)
+    if route_on == "degree":
+        raise ValueError(f"route_on: got {config.route_on} for {task.name}, expected one of input, aggregate, both")
+    return HeteroGNNMoE(
+        {kind: width for kind, width in task.in_channels.items() if width is not None},
+        config.hidden,
+        task.num_classes,
+        task.graph.metadata(),
+        config.layers,
+        router,
+        target=task.target,
+        num_nodes_dict=task.graph.num_nodes_dict,
+        num_experts=config.experts,
+        k=config.k,
+        every=config.every,
+        in_proj=True if config.in_proj else None,
+        dropout=config.dropout,
+        norm=config.norm,
+        residual=config.residual,
+        route_on=route_on,
+        share_router=config.share_router,
+        share_experts=config.share_experts,
+        router_kwargs=router_kwargs,
+        check_finite=config.check_finite,
+    )
+
+
+def kinds_of_experts(config: TrainConfig) -> str | list[str]:
+    """The conv of all experts, or the kind of each; the first alone for the dense model.
+
+    Raises:
+        ValueError: a number of experts in which the kinds do not go evenly.
+    """
+    if len(config.conv) == 1 or config.router == "dense":
+        return config.conv[0]
+    times, rest = divmod(config.experts, len(config.conv))
+    if rest:
+        raise ValueError(f"experts: got {config.experts}, expected a multiple of the {len(config.conv)} kinds of conv")
+    return list(config.conv) * times
+
+
+def _conv_kwargs(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """Arguments that every kind of conv takes."""
+    found: dict[str, Any] = {}
+    takes = [frozenset(inspect.signature(CONVS[kind].__init__).parameters) for kind in config.conv if kind in CONVS]
+    if config.conv == ("sage",):
+        found["aggr"] = "mean"
+    if config.heads > 1:
+        if not all("heads" in names for names in takes) or len(takes) < len(config.conv):
+            raise ValueError(f"heads: got {config.heads}, but {' or '.join(config.conv)} takes none")
+        found["heads"] = config.heads
+    if config.edge_features:
+        if not all("edge_dim" in names for names in takes) or len(takes) < len(config.conv):
+            raise ValueError(f"edge_features: got True, but {' or '.join(config.conv)} takes none")
+        found["edge_dim"] = task.edge_dim
+    if config.sampling == config.evaluation == "full" and (config.conv == ("gcn",) or set(config.conv) <= FILTERS):
+        found["cached"] = True  # there is one graph only
+    return found
 
 
 def _router(config: TrainConfig, task: Task) -> tuple[str | Callable[..., Router] | None, dict[str, Any]]:
@@ -148,7 +229,8 @@ def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> N
     Raises:
         ValueError: the model has no such router.
     """
-    routers = [module for module in model.modules() if isinstance(module, gmoe.MultiCentroid)]
+    copied = copy.deepcopy(model).train()  # whose counters, norms and caches may move
+    routers = [module for module in copied.modules() if isinstance(module, gmoe.MultiCentroid)]
     if not routers:
         raise ValueError("kmeans_init: got True, expected False, since the model has no multi-centroid router")
 
@@ -156,12 +238,8 @@ def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> N
         assert isinstance(router, gmoe.MultiCentroid)
         router.init_from_data(args[0], seed=seed)
 
-    handles = [router.register_forward_pre_hook(begin) for router in routers]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    try:
-        model.train()(*inputs)  # in training, since threshold inference has no cut scores yet
-    finally:
-        for handle in handles:
-            handle.remove()
-    begun = {name: value for name, value in model.state_dict().items() if name.endswith(("centroid", "center_D"))}
-    model.load_state_dict({**before, **begun})  # counters and norms as they were
+    for router in routers:
+        router.register_forward_pre_hook(begin)
+    copied(*inputs)  # in training, since threshold inference has no cut scores yet
+    begun = {name: value for name, value in copied.state_dict().items() if name.endswith(("centroid", "center_D"))}
+    model.load_state_dict({**model.state_dict(), **begun})

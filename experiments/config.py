@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -59,8 +60,8 @@ class RouterOptions:
 class TrainConfig:
     """One training run: a data set, a model, a recipe, and where it all goes."""
 
-    dataset: Literal["digits", "digits-graph", "mosaic", "cora", "citeseer"]
-    """The data."""
+    dataset: str
+    """The data: `digits`, `digits-graph`, `mosaic`, a name of `experiments/data/registry.py`, or `graph`, your own."""
 
     # model
     router: RouterName = "token_choice"
@@ -75,12 +76,24 @@ class TrainConfig:
     """Message-passing layers, or transformer blocks."""
     every: int = 1
     """Layer i holds experts where i % every == every - 1."""
-    conv: str = "gcn"
-    """Graphs: the conv."""
+    conv: tuple[str, ...] = ("gcn",)
+    """Graphs: the conv; several are kinds of experts that alternate (a dense model takes the first)."""
+    heads: int = 1
+    """Graphs: attention heads, of the convs that have them."""
+    edge_features: bool = False
+    """Graphs: give the edge features to convs that take them (GAT, GATv2, Transformer, GINE, ...)."""
+    shared_expert: bool = False
+    """Graphs: one more expert that runs on every node."""
+    in_proj: bool = False
+    """Graphs: begin with a linear layer."""
+    share_router: bool = False
+    """Heterogeneous graphs: one router for all node types, not one for each."""
+    share_experts: bool = False
+    """Heterogeneous graphs: the experts of all node types have one root weight and bias."""
     routing: Literal["layer", "shared"] = "layer"
     """Graphs: each layer routes, or one decision for all layers."""
-    route_on: Literal["input", "aggregate", "both"] = "both"
-    """Graphs: what the router sees."""
+    route_on: tuple[Literal["input", "aggregate", "both", "degree"], ...] = ("both",)
+    """Graphs: what the router sees: the node, its neighbours, both, log-degree, or several of them."""
     route_hops: int = 1
     """Graphs, shared routing: how far the router sees."""
     residual: Literal["none", "identity", "linear"] = "identity"
@@ -104,13 +117,34 @@ class TrainConfig:
     epochs: int = 100
     """Epochs."""
     batch_size: int = 128
-    """Images: batch size. Graphs of these data sets are trained full-batch."""
+    """Batch size; of graphs, seed nodes a batch (`neighbor`), or nodes a part (`random_node`)."""
+    sampling: Literal["full", "neighbor", "random_node"] = "full"
+    """Graphs: train on the whole graph, on sampled neighbourhoods, or on random parts."""
+    fanout: tuple[int, ...] = (15, 10, 5)
+    """Graphs, `neighbor`: neighbours sampled a node, layer by layer; -1 takes all."""
+    workers: int = 0
+    """Graphs, `neighbor`: processes that sample while the model computes."""
+    evaluation: Literal["full", "layerwise", "sampled"] = "full"
+    """Graphs: evaluate on the whole graph, layer by layer in pieces (same result, less memory), or as in training."""
+    undirected: bool = True
+    """Graphs: add the reverse of every edge."""
+    self_loops: bool = False
+    """Graphs: add a self-loop to every node (GCN and GAT add their own all the same)."""
+    adjacency: Literal["auto", "edge_index", "csr"] = "auto"
+    """Graphs, full-batch: how edges are given; `auto` takes CSR where convs run on it and use no edge features."""
+    label_use: float = 0.0
+    """Graphs, full-batch: share of the training labels that are input, drawn anew each epoch, while the loss is on the
+    others; at evaluation all of them are input. Off by default."""
+    eval_every: int = 1
+    """Epochs between evaluations; validation selects among those."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """Optimizer."""
     lr: float = 0.01
     """Learning rate."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning-rate schedule: constant, or 10 % linear warm-up and cosine."""
+    input_dropout: float = 0.0
+    """Graphs: dropout of the input features."""
     weight_decay: float = 0.0
     """Weight decay; never on biases, norms, temperatures and centroids."""
     seeds: tuple[int, ...] = (0,)
@@ -121,6 +155,10 @@ class TrainConfig:
     """Root folder of the data, given to the data set's loader as it is."""
     offline: bool = False
     """Never download."""
+    yes: bool = False
+    """Download also what is larger than 1 GB."""
+    metric: Literal["accuracy", "roc_auc"] | None = None
+    """Of a user's own graph: the metric (default accuracy)."""
     out: Path | None = None
     """Run folder; by default runs/DATASET-ROUTER."""
     resume: bool = False
@@ -137,9 +175,27 @@ class TrainConfig:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("experts", "k", "hidden", "layers", "every", "epochs", "batch_size", "checkpoint_every"):
+        for name in (
+            "experts",
+            "k",
+            "hidden",
+            "layers",
+            "every",
+            "epochs",
+            "batch_size",
+            "checkpoint_every",
+            "eval_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.label_use < 1:
+            raise ValueError(f"label_use: got {self.label_use}, expected a share in [0, 1)")
+        if self.label_use and self.sampling != "full":
+            raise ValueError(f"label_use: got {self.label_use} with sampling={self.sampling!r}, expected 'full'")
+        if self.metric is not None and self.dataset != "graph":
+            raise ValueError(
+                f"metric: got {self.metric!r} for {self.dataset}, expected none; only `graph` leaves it open"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: got {self.seeds}, expected at least one, each once")
 
@@ -149,8 +205,20 @@ class TrainConfig:
 
     def science(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON: all but where it runs and where it is written."""
-        where = {"data_root", "offline", "out", "resume", "checkpoint_every", "progress", "device"}
-        values = {name: value for name, value in asdict(self).items() if name not in where}
+        where = {"offline", "yes", "out", "resume", "checkpoint_every", "progress", "device", "workers"}
+        values = {name: value for name, value in asdict(self).items() if name not in where | {"data_root"}}
+        if self.dataset == "graph":
+            values["file"] = self.data_root.name
+            values["digest"] = _digest(self.data_root)
         values["options"] = self.options.given()
         values["seeds"] = list(self.seeds)
         return values
+
+
+def _digest(path: Path) -> str | None:
+    """Of the content of a file, or of the CSV files of a folder; ``None`` where there is none."""
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.exists() else []
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16] if files else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,6 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import gmoe
@@ -78,15 +79,17 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
         row: dict[str, Any] = {"epoch": epoch, "lr": scheduler.get_last_lr()[0]}
         row |= train_epoch(fabric, model, optimizer, config, task, seed * 100_003 + epoch)
         scheduler.step()
-        row["val"], _ = evaluate(fabric, model, config, task, "val")
+        last = epoch + 1 == config.epochs
+        measured = last or (epoch + 1) % config.eval_every == 0
+        row["val"] = evaluate(fabric, model, config, task, "val")[0] if measured else None
         progress["seconds"] += time.perf_counter() - started
         progress["epoch"] = epoch + 1
-        if row["val"] > progress["best_val"]:
+        if measured and row["val"] > progress["best_val"]:
             progress |= {"best_val": row["val"], "best_epoch": epoch}
             best = _copy(model)
         log.write(row | {"seconds": progress["seconds"]})
-        bar.set_postfix(loss=f"{row['loss']:.3f}", val=f"{row['val']:.4f}", best=f"{progress['best_val']:.4f}")
-        if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs:
+        bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress['best_val']:.4f}")
+        if (epoch + 1) % config.checkpoint_every == 0 or last:
             log.flush()
             checkpoint.save(
                 {
@@ -106,10 +109,12 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
     save_routings(routings, folder.parent / "routing" / f"{folder.name}.safetensors")
     return {
         "seed": seed,
+        "metric": task.metric_name,
         "val": progress["best_val"],
         "test": test,
         "best_epoch": progress["best_epoch"],
         "seconds": round(progress["seconds"], 2),
+        "peak_memory": round(peak_memory(fabric.device)),
         **cost,
         "routing": routing_summary(routings, task.planted),
     }
@@ -126,7 +131,7 @@ def train_epoch(
         optimizer.zero_grad()
         with routings_of(model) as routings:
             logits = model(*batch.inputs)
-        loss = F.cross_entropy(logits if batch.rows is None else logits[batch.rows], batch.target)
+        loss = task.loss(batch.counted(logits), batch.target)
         aux = gmoe.aux_loss(routings).to(loss.device)
         fabric.backward(loss + aux)
         optimizer.step()
@@ -143,12 +148,20 @@ def evaluate(
     """The metric over a split, and the routings: a list a batch, in it one a layer."""
     model.eval()
     metric = task.metric().to(fabric.device)
+    if config.evaluation == "layerwise":
+        assert task.graph is not None
+        assert task.split is not None
+        gnn: Any = model.module
+        logits, routings = gnn.inference(task.graph, fabric.device, batch_size=config.batch_size, return_routing=True)
+        rows = task.split[split]
+        metric.update(logits[rows].to(fabric.device), task.graph.y[rows].to(fabric.device))
+        return float(metric.compute()), [routings]
     kept = []
     for batch in task.loader(split, config.batch_size, None):
         batch = fabric.to_device(batch)
         with routings_of(model) as routings:
             logits = model(*batch.inputs)
-        metric.update(logits if batch.rows is None else logits[batch.rows], batch.target)
+        metric.update(batch.counted(logits), batch.target)
         kept.append(list(routings))
     return float(metric.compute()), kept
 
@@ -184,6 +197,14 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     if epoch < warmup:
         return (epoch + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(config.epochs - warmup, 1)))
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in use so far, in MiB: on a GPU what torch allocated, else the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    scale = 2**20 if sys.platform == "darwin" else 2**10  # of the unit that the system counts in
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
 class Checkpoint:

@@ -8,14 +8,16 @@ import platform
 import statistics
 import subprocess
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments.build import build_model
 from experiments.config import TrainConfig
-from experiments.data import load_task
+from experiments.data import Task, load_tasks
 from experiments.loop import train_seed
 
 
@@ -33,21 +35,26 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if finished.exists():
         summary: dict[str, Any] = json.loads(finished.read_text())
         return summary
-    task = load_task(config.dataset, config.data_root, config.offline)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config.science())
-    results = []
-    for seed in config.seeds:
-        part = folder / f"seed-{seed}"
-        result = part / "result.json"
-        if not result.exists():
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-                write_json(result, train_seed(config, task, seed, part))
-        results.append(json.loads(result.read_text()))
-    summary = summarise(config, task.metric_name, results)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+        task_of = load_tasks(config)
+        build_model(config, task_of(config.seeds[0]))  # refuses what cannot be built before anything is written
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", config.science())
+        results = [_finished(config, task_of, seed, folder / f"seed-{seed}") for seed in config.seeds]
+    summary = summarise(config, results)
     write_json(finished, summary)
     return summary
+
+
+def _finished(config: TrainConfig, task_of: Callable[[int], Task], seed: int, part: Path) -> dict[str, Any]:
+    """The result of a seed, which is trained where it has none."""
+    result = part / "result.json"
+    if not result.exists():
+        write_json(result, train_seed(config, task_of(seed), seed, part))
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
 
 
 def _same_run(path: Path, science: dict[str, Any]) -> None:
@@ -63,15 +70,16 @@ def _same_run(path: Path, science: dict[str, Any]) -> None:
             )
 
 
-def summarise(config: TrainConfig, metric: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean, sample standard deviation and n over the seeds, with all that is needed to repeat the run."""
     first = results[0]
     return {
-        "metric": metric,
+        "metric": first["metric"],
         "val": spread([result["val"] for result in results]),
         "test": spread([result["test"] for result in results]),
         "best_epoch": spread([result["best_epoch"] for result in results]),
         "seconds": spread([result["seconds"] for result in results]),
+        "peak_memory": max(result["peak_memory"] for result in results),
         **{name: first[name] for name in ("flops", "parameters", "active_parameters", "matched", "hidden")},
         "routing": [
             {

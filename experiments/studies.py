@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from experiments.config import RouterName, RouterOptions, TrainConfig
-from experiments.presets import DIGITS, DIGITS_GRAPH, MOSAIC
+from experiments.presets import CITESEER, CORA, DIGITS, DIGITS_GRAPH, FACEBOOK, MINESWEEPER, MOSAIC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def _mosaic() -> Study:
                 _arm(run, "multi_centroid", "one centroid", "one", options=one_centroid),
                 _arm(run, "multi_centroid", "one centroid, k-means", "kmeans", options=one_centroid, kmeans_init=True),
             ]
-    only_x = replace(base, route_on="input")
+    only_x = replace(base, route_on=("input",))
     balanced = replace(score, balance="importance_load", balance_coef=0.1)
     arms += [  # what closed the distance, one change at a time
         _arm(base, "token_choice", "by score, initial weights × 10", "sharp", options=replace(score, init_scale=1.0)),
@@ -161,9 +161,95 @@ def _digits(base: TrainConfig) -> Study:
     )
 
 
+def _real(base: TrainConfig, about: str, published: TrainConfig | None = None) -> Study:
+    """The same arms on every real graph, none of them tuned: recipe and width are the dense model's.
+
+    Args:
+        base: the narrow model.
+        about: what is asked.
+        published: the published recipe, as one more dense arm, where that is another.
+    """
+    anchor = (
+        ()
+        if published is None
+        else (Arm(name="dense-published", label="dense, published recipe", config=replace(published, router="dense")),)
+    )
+    kmeans = {"options": RouterOptions(num_centroids=1), "kmeans_init": True}
+    balanced = RouterOptions(balance="importance_load", balance_coef=0.1)
+    near = RouterOptions(scope="neighbours", head_dim=8)
+    filters = replace(base, conv=("low_pass", "identity", "high_pass", "two_hop"))
+    mixed = replace(base, conv=("gcn", "gat", "mlp", "sage"))
+    beside = replace(base, shared_expert=True)
+    two, two_filters = replace(base, k=2), replace(filters, k=2)
+    dense = replace(base, router="dense")
+    others = [kind for kind in ("gcn", "sage", "gat", "two_hop") if (kind,) != base.conv]
+    return Study(
+        about=about,
+        arms=(
+            *_controls(base, "token_choice", (1, 2)),
+            *anchor,
+            *(Arm(name=f"dense-{k}", label=f"dense, `{k}`", config=replace(dense, conv=(k,))) for k in others),
+            _arm(base, "random"),
+            _arm(base, "uniform"),
+            _arm(base, "token_choice"),
+            _arm(base, "token_choice", "balanced", "balanced", options=balanced),
+            _arm(two, "token_choice"),
+            _arm(two, "token_choice", "balanced", "balanced", options=balanced),
+            _arm(base, "expert_choice"),
+            _arm(two, "expert_choice"),
+            _arm(base, "attention_vote", "neighbours", "neighbours", options=near),
+            _arm(base, "multi_centroid", "one centroid", "one", options=RouterOptions(num_centroids=1)),
+            _arm(base, "multi_centroid", "k-means, shared routing", "kmeans", routing="shared", **kmeans),
+            _arm(two, "multi_centroid", "k-means, shared routing", "kmeans", routing="shared", **kmeans),
+            _arm(beside, "random", "shared expert", "beside"),
+            _arm(beside, "token_choice", "shared expert", "beside"),
+            _arm(beside, "expert_choice", "shared expert", "beside"),
+            _arm(
+                beside,
+                "multi_centroid",
+                "k-means, shared routing, shared expert",
+                "kmeans-beside",
+                routing="shared",
+                **kmeans,
+            ),
+            _arm(filters, "random", "filters", "filters"),
+            _arm(filters, "token_choice", "filters", "filters"),
+            _arm(filters, "token_choice", "filters, degree seen too", "filters-degree", route_on=("both", "degree")),
+            _arm(two_filters, "token_choice", "filters", "filters"),
+            _arm(two_filters, "expert_choice", "filters", "filters"),
+            _arm(
+                two_filters,
+                "multi_centroid",
+                "filters, k-means, shared routing",
+                "filters-kmeans",
+                routing="shared",
+                **kmeans,
+            ),
+            _arm(replace(mixed, k=2), "token_choice", "GCN, GAT, MLP and SAGE experts", "mixed"),
+        ),
+    )
+
+
+PROJECTED_CORA = replace(CORA, in_proj=True, input_dropout=0.5, route_on=("both",))
+NARROW_FACEBOOK = replace(FACEBOOK, hidden=8, jk="last", epochs=200, seeds=(0, 1, 2))
+NARROW_MINESWEEPER = replace(MINESWEEPER, hidden=16, experts=4, epochs=200, seeds=(0, 1, 2))
+
 STUDIES: dict[str, Study] = {
     "mosaic": _mosaic(),
     "digits": _digits(DIGITS),
     "digits-graph": _digits(DIGITS_GRAPH),
+    "cora": _real(PROJECTED_CORA, "Cora, 10 seeds: a linear layer, then 2 GCN layers of 16; nothing tuned.", CORA),
+    "citeseer": _real(
+        replace(PROJECTED_CORA, dataset="citeseer"),
+        "CiteSeer, 10 seeds: a linear layer, then 2 GCN layers of 16; nothing tuned.",
+        CITESEER,
+    ),
+    "facebook": _real(
+        NARROW_FACEBOOK, "facebook, width 8, splits 0 to 2 of 10; recipe of the dense model, nothing tuned."
+    ),
+    "minesweeper": _real(
+        NARROW_MINESWEEPER,
+        "minesweeper, 8 layers of 16, 4 experts, splits 0 to 2 of 10; recipe of the dense model, nothing tuned.",
+    ),
 }
 """The studies by name."""

@@ -1,9 +1,11 @@
 """Run a study, a fixed list of arms: ``python -m experiments.sweep STUDY [options]``.
 
     python -m experiments.sweep mosaic --runs runs/mosaic --results results
+    python -m experiments.sweep grid --preset minesweeper --routers token_choice expert_choice --experts 4 8 --ks 1 2
 
-Every arm is a run folder; finished arms are skipped and an unfinished one goes on, so that a study may be cut off at
-any time and started again. At the end, and after every arm, ``results/STUDY.json`` holds all that is finished.
+``grid`` is a study of your own: a preset over routers, numbers of experts and experts per token. Every arm is a run
+folder; finished arms are skipped and an unfinished one goes on, so that a study may be cut off at any time and started
+again. At the end, and after every arm, ``results/STUDY.json`` holds all that is finished.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
+from experiments.config import RouterName
+from experiments.grid import grid
 from experiments.runs import run, write_json
-from experiments.studies import STUDIES
+from experiments.studies import STUDIES, Study
 from experiments.tables import study_table
 
 
@@ -29,15 +34,27 @@ class SweepConfig:
     """A study and where it goes."""
 
     study: Annotated[str, tyro.conf.Positional]
-    """Name of the study."""
+    """Name of the study, or `grid`."""
+    preset: str | None = None
+    """Of a grid: the preset."""
+    routers: tuple[RouterName, ...] = ("random", "uniform", "token_choice", "expert_choice", "multi_centroid")
+    """Of a grid: the routers; a dense model, and one four times as wide, are always there."""
+    experts: tuple[int, ...] = (8,)
+    """Of a grid: numbers of experts, E."""
+    ks: tuple[int, ...] = (1, 2)
+    """Of a grid: experts per token, K."""
+    seeds: tuple[int, ...] = ()
+    """Of a grid: the seeds; none are those of the preset."""
+    epochs: int | None = None
+    """Of a grid: epochs; by default those of the preset."""
     runs: Path | None = None
-    """Folder of the run folders; by default runs/STUDY."""
+    """Folder of the run folders; by default runs/STUDY, or runs/grid-PRESET."""
     results: Path = Path("results")
     """Folder of the result files."""
     only: str = ""
     """Run only arms whose name contains this."""
     data_root: Path = Path("data")
-    """Root folder of the data."""
+    """Root folder of the data; users' own graphs lie in it."""
     threads: int = 0
     """CPU threads; 0 leaves torch's default."""
     progress: bool = True
@@ -50,23 +67,34 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     Raises:
         ValueError: an unknown study.
     """
-    if config.study not in STUDIES:
-        raise ValueError(f"study: got {config.study!r}, expected one of {', '.join(STUDIES)}")
+    name, study = _study(config)
     if config.threads > 0:
         torch.set_num_threads(config.threads)
-    folder = config.runs if config.runs is not None else Path("runs") / config.study
-    study = STUDIES[config.study]
+    folder = config.runs if config.runs is not None else Path("runs") / name
     for arm in study.arms:
         if config.only in arm.name:
             out = folder / arm.name
-            run(replace(arm.config, out=out, resume=True, progress=config.progress, data_root=config.data_root))
-            write_json(config.results / f"{config.study}.json", collect(config.study, folder))
-    return collect(config.study, folder)
+            root = config.data_root
+            if arm.config.dataset == "graph":
+                root = root / arm.config.data_root
+            run(replace(arm.config, out=out, resume=True, progress=config.progress, data_root=root))
+            write_json(config.results / f"{name}.json", collect(name, study, folder))
+    return collect(name, study, folder)
 
 
-def collect(name: str, folder: Path) -> dict[str, Any]:
+def _study(config: SweepConfig) -> tuple[str, Study]:
+    if config.study != "grid":
+        if config.study not in STUDIES:
+            raise ValueError(f"study: got {config.study!r}, expected one of {', '.join([*STUDIES, 'grid'])}")
+        return config.study, STUDIES[config.study]
+    if config.preset is None:
+        raise ValueError("preset: got none, expected --preset NAME for a grid")
+    made = grid(config.preset, config.routers, config.experts, config.ks, config.seeds, config.epochs)
+    return f"grid-{config.preset}", made
+
+
+def collect(name: str, study: Study, folder: Path) -> dict[str, Any]:
     """The results of the arms that are finished, in the order of the study."""
-    study = STUDIES[name]
     arms = []
     for arm in study.arms:
         path = folder / arm.name / "summary.json"
@@ -80,8 +108,8 @@ def main(args: Sequence[str] | None = None) -> None:
     config = tyro.cli(SweepConfig, args=args, prog="python -m experiments.sweep", description=__doc__)
     try:
         results = sweep(config)
-    except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     print(study_table(results))
 

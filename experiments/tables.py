@@ -1,6 +1,7 @@
-"""README tables from result files: ``python -m experiments.tables`` rewrites README.md, ``--check`` only compares.
+"""Tables from result files: ``python -m experiments.tables`` rewrites the pages, ``--check`` only compares.
 
-A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from ``results/STUDY.json``.
+A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from ``results/STUDY.json``. With
+``<!-- table: STUDY: ARM ARM -->`` it has those arms only.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from typing import Any
 import tyro
 
 ROOT = Path(__file__).parent.parent
-MARKED = re.compile(r"(<!-- table: (?P<study>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: (?P<study>[\w-]+)(?:: (?P<arms>[\w -]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TablesConfig:
-    """Which page, from which results."""
+    """Which pages, from which results."""
 
-    page: Path = ROOT / "README.md"
-    """The page to rewrite."""
+    pages: tuple[Path, ...] = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "when-moe-helps.md")
+    """The pages to rewrite."""
     results: Path = ROOT / "results"
     """Folder of the result files."""
     check: bool = False
@@ -36,14 +37,26 @@ def render(page: str, results: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         study = json.loads((results / f"{match['study']}.json").read_text())
-        return f"{match[1]}{study_table(study)}\n{match[3]}"
+        only = None if match["arms"] is None else match["arms"].split()
+        return f"{match[1]}{study_table(study, only)}\n{match[4]}"
 
     return MARKED.sub(table, page)
 
 
-def study_table(study: dict[str, Any]) -> str:
-    """One line an arm: the metric on the test set, what it costs, and what the routing follows."""
+def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
+    """One line an arm: the metric on the test set, what it costs, and what the routing follows.
+
+    Args:
+        study: the content of a result file.
+        only: names of the arms to show; all without it.
+
+    Raises:
+        ValueError: the study has no such arm.
+    """
     arms = {arm["arm"]: arm for arm in study["arms"]}
+    missing = [name for name in only or () if name not in arms]
+    if missing:
+        raise ValueError(f"only: got {', '.join(missing)}, expected some of {', '.join(arms)}")
     narrow, wide = arms.get(study["reference"]), arms.get(study["wide"])
     planted = any("nmi" in layer for arm in study["arms"] for layer in arm["routing"])
     metric = study["arms"][0]["metric"] if study["arms"] else "metric"
@@ -51,7 +64,7 @@ def study_table(study: dict[str, Any]) -> str:
     if planted:
         columns.append("NMI of expert and region, layer by layer")
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * 5 + ("---|" if planted else "")]
-    for arm in study["arms"]:
+    for arm in study["arms"] if only is None else [arms[name] for name in only]:
         cells = [
             arm["label"],
             percent(arm["test"]),
@@ -89,11 +102,16 @@ def headroom(arm: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str,
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = tyro.cli(TablesConfig, args=args, prog="python -m experiments.tables", description=__doc__)
-    old = config.page.read_text()
-    new = render(old, config.results)
-    if config.check:
-        sys.exit(0 if new == old else f"{config.page} is out of date: run python -m experiments.tables")
-    config.page.write_text(new)
+    stale = []
+    for page in config.pages:
+        old = page.read_text()
+        new = render(old, config.results)
+        if new != old:
+            stale.append(str(page))
+            if not config.check:
+                page.write_text(new)
+    if config.check and stale:
+        sys.exit(f"{', '.join(stale)} out of date: run python -m experiments.tables")
 
 
 if __name__ == "__main__":

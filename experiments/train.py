@@ -13,6 +13,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.config import TrainConfig
@@ -41,7 +42,8 @@ def show(config: TrainConfig, summary: dict[str, Any], console: Console) -> None
     console.print(table)
     console.print(
         f"{summary['active_parameters']:,} of {summary['parameters']:,} parameters and {summary['flops']:,} FLOPs "
-        f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed; written to {config.folder()}"
+        f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed, {summary['peak_memory']:,} MiB at most; "
+        f"written to {config.folder()}"
     )
 
 
@@ -51,8 +53,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         config = parse(args)
         summary = run(config)
-    except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     show(config, summary, console)
 

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
+from experiments.config import TrainConfig
 from experiments.data.digits import digits, digits_graph
+from experiments.data.graph_data import GraphData, Split
+from experiments.data.graph_task import graph_task, transformed
+from experiments.data.hetero_task import hetero_task
 from experiments.data.mosaic import mosaic
-from experiments.data.planetoid import planetoid
-from experiments.data.task import Batch, Split, Task
+from experiments.data.registry import load_graph
+from experiments.data.task import Batch, Task
+from experiments.data.user_graph import user_graph
 
-__all__ = ["Batch", "Split", "Task", "load_task"]
+__all__ = ["Batch", "Split", "Task", "load_tasks"]
 
 
-def load_task(name: str, root: Path, offline: bool = False) -> Task:
-    """Load a data set.
-
-    Args:
-        name: of the data set.
-        root: folder of the data, given to the loader as it is.
-        offline: never download.
+def load_tasks(config: TrainConfig) -> Callable[[int], Task]:
+    """Load the data set of a run; the result gives the task of a seed, whose split it chooses where there are several.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a broken file.
         FileNotFoundError: files are missing and cannot be fetched.
     """
-    loaders = {
-        "digits": digits,
-        "digits-graph": digits_graph,
-        "mosaic": mosaic,
-        "cora": lambda: planetoid("Cora", root, offline),
-        "citeseer": lambda: planetoid("CiteSeer", root, offline),
-    }
-    if name not in loaders:
-        raise ValueError(f"dataset: got {name!r}, expected one of {', '.join(loaders)}")
-    return loaders[name]()
+    if config.dataset == "digits":
+        images = digits()
+        return lambda _: images
+    graph = _load_graph(config)
+    data = transformed(graph, config)
+    make = graph_task if graph.target is None else hetero_task
+    return lambda seed: make(graph, data, config, seed)
+
+
+def _load_graph(config: TrainConfig) -> GraphData:
+    if config.dataset == "digits-graph":
+        return digits_graph()
+    if config.dataset == "mosaic":
+        return mosaic()
+    if config.dataset == "graph":
+        return user_graph(config.data_root, config.metric)
+    return load_graph(config.dataset, config.data_root, offline=config.offline, yes=config.yes)

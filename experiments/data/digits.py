@@ -7,12 +7,13 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import kneighbors_graph
-from torch import Tensor
+from torch_geometric.data import Data
 
-from experiments.data.task import Split, Task, graph_task, image_task
+from experiments.data.graph_data import GraphData, Splits, make_metric
+from experiments.data.task import Task, image_task
 
 
-def _split(labels: np.ndarray) -> dict[Split, Tensor]:
+def _split(labels: np.ndarray) -> Splits:
     """A fixed stratified split, 50 / 25 / 25."""
     everything = np.arange(len(labels))
     train, rest = train_test_split(everything, train_size=0.5, stratify=labels, random_state=0)
@@ -32,11 +33,19 @@ def digits() -> Task:
     return image_task("digits", images, labels, split)
 
 
-def digits_graph() -> Task:
+def digits_graph() -> GraphData:
     """The digits as nodes: an edge, in both directions, where either is among the other's 10 nearest neighbours."""
     data = load_digits()
     near = kneighbors_graph(data.data, n_neighbors=10, include_self=False)
     source, destination = near.maximum(near.T).nonzero()
     edge_index = torch.from_numpy(np.stack([source, destination])).long()
     x = torch.from_numpy(data.data).float() / 16.0
-    return graph_task("digits-graph", x, edge_index, torch.from_numpy(data.target).long(), _split(data.target))
+    split = _split(data.target)
+    return GraphData(
+        name="digits-graph",
+        data=Data(x=x, edge_index=edge_index, y=torch.from_numpy(data.target).long()),
+        splits=lambda _: split,
+        metric=make_metric("accuracy", 10),
+        metric_name="accuracy",
+        num_outputs=10,
+    )

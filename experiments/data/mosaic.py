@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch_geometric.data import Data
 
-from experiments.data.task import Task, graph_task
+from experiments.data.graph_data import GraphData, make_metric
 
 NODES, REGIONS, CLASSES, FEATURES, EDGES = 8_000, 8, 16, 32, 80_000
 
 
-def mosaic() -> Task:
+def mosaic() -> GraphData:
     """8,000 nodes in 8 regions; a neighbour's class tells a node's own, by a permutation that each region has.
 
     Features are class centre N(0, 1) + 3 x region centre N(0, 1) + 3 x N(0, 1) noise. The 80,000 directed edges lie
@@ -37,11 +38,17 @@ def mosaic() -> Task:
 
     order = torch.from_numpy(rng.permutation(NODES))
     train, val, test = order.split([NODES // 2, NODES // 4, NODES // 4])
-    return graph_task(
-        "mosaic",
-        torch.from_numpy(x).float(),
-        torch.from_numpy(np.stack([source, destination])).long(),
-        torch.from_numpy(label).long(),
-        {"train": train, "val": val, "test": test},
+    data = Data(
+        x=torch.from_numpy(x).float(),
+        edge_index=torch.from_numpy(np.stack([source, destination])).long(),
+        y=torch.from_numpy(label).long(),
+    )
+    return GraphData(
+        name="mosaic",
+        data=data,
+        splits=lambda _: {"train": train, "val": val, "test": test},
+        metric=make_metric("accuracy", CLASSES),
+        metric_name="accuracy",
+        num_outputs=CLASSES,
         planted=torch.from_numpy(region).long(),
     )

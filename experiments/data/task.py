@@ -5,50 +5,68 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch_geometric.data import Data, HeteroData
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-Split: TypeAlias = Literal["train", "val", "test"]
+from experiments.data.graph_data import Split, Splits
+
+Loader = Callable[[Split, int, int | None], Iterable["Batch"]]
 
 
 class Batch(NamedTuple):
     """One call of the model: ``model(*inputs)`` gives logits, of which the rows ``rows`` (all if ``None``) count."""
 
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Any, ...]
     target: Tensor
-    rows: Tensor | None = None
+    rows: Tensor | slice | None = None
+
+    def counted(self, logits: Tensor) -> Tensor:
+        """The logits that loss and metric count."""
+        return logits if self.rows is None else logits[self.rows]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A data set, ready to train on.
+    """A data set with one split, ready to train on.
 
     Args:
         name: of the data set.
-        kind: ``"graph"`` (inputs are ``x, edge_index``) or ``"image"`` (inputs are ``images``).
-        in_channels: width of the nodes, or height and width of the images.
-        num_classes: classes.
+        kind: ``"graph"`` (inputs are those of a GNN), ``"hetero"``, or ``"image"`` (inputs are ``images``).
+        in_channels: width of the nodes (by node type, ``None`` without features), or height and width of the images.
+        num_classes: width of the logits.
         metric_name: of the metric, higher is better, between 0 and 1.
         metric: makes the metric; it is updated with (logits, target).
         loader: ``loader(split, batch_size, shuffle_seed)`` gives the batches of one epoch; no shuffling without a seed.
+        loss: of (logits, target).
+        edge_dim: width of the edge features that inputs hold, or ``None``.
+        graph: the whole graph, for models that need more of it than batches hold.
+        split: the nodes of train, val and test.
+        target: of a heterogeneous graph, the node type that has labels.
         planted: (T,) the expert that each token should go to, where that is known.
     """
 
     name: str
-    kind: Literal["graph", "image"]
-    in_channels: int
+    kind: Literal["graph", "hetero", "image"]
+    in_channels: Any
     num_classes: int
     metric_name: str
     metric: Callable[[], Metric]
-    loader: Callable[[Split, int, int | None], Iterable[Batch]]
+    loader: Loader
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    edge_dim: int | None = None
+    graph: Data | HeteroData | None = None
+    split: Splits | None = None
+    target: str | None = None
     planted: Tensor | None = None
 
 
-def image_task(name: str, images: Tensor, labels: Tensor, split: dict[Split, Tensor]) -> Task:
+def image_task(name: str, images: Tensor, labels: Tensor, split: Splits) -> Task:
     """Classification by accuracy of images that lie in memory, (N, C, H, W)."""
     num_classes = int(labels.max()) + 1
 
@@ -67,30 +85,4 @@ def image_task(name: str, images: Tensor, labels: Tensor, split: dict[Split, Ten
         metric_name="accuracy",
         metric=partial(MulticlassAccuracy, num_classes=num_classes, average="micro"),
         loader=loader,
-    )
-
-
-def graph_task(
-    name: str,
-    x: Tensor,
-    edge_index: Tensor,
-    y: Tensor,
-    split: dict[Split, Tensor],
-    planted: Tensor | None = None,
-) -> Task:
-    """Full-batch node classification by accuracy."""
-    num_classes = int(y.max()) + 1
-
-    def loader(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
-        return [Batch((x, edge_index), y[split[part]], split[part])]
-
-    return Task(
-        name=name,
-        kind="graph",
-        in_channels=x.size(1),
-        num_classes=num_classes,
-        metric_name="accuracy",
-        metric=partial(MulticlassAccuracy, num_classes=num_classes, average="micro"),
-        loader=loader,
-        planted=planted,
     )

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from experiments.data import Split, Task, load_task
-from experiments.data.mosaic import CLASSES, REGIONS, mosaic
+from experiments.data import Split, Task, load_tasks
+from experiments.data.mosaic import CLASSES, REGIONS
+from experiments.presets import PRESETS
 
 MOSAIC_SUM, MOSAIC_EDGES = -33198.47108442287, 15371898316
 """Of the features, and of the sources times their position modulo 97: figures under results/ belong to this draw."""
 
 
+def task_of(name: str, **changes: Any) -> Task:
+    return load_tasks(replace(PRESETS[name][1], **{"adjacency": "edge_index", **changes}))(0)
+
+
 def rows(task: Task, split: Split) -> tuple[Tensor, Tensor]:
     (batch,) = task.loader(split, 1, None)
-    assert batch.rows is not None
+    assert isinstance(batch.rows, Tensor)
     return batch.rows, batch.target
 
 
@@ -31,7 +36,7 @@ def labels(task: Task) -> Tensor:
 
 
 def test_mosaic_is_as_described() -> None:
-    task = mosaic()
+    task = task_of("mosaic")
     x, (source, destination) = next(iter(task.loader("train", 1, None))).inputs
     region, y = task.planted, labels(task)
     assert region is not None
@@ -57,8 +62,8 @@ def test_mosaic_is_as_described() -> None:
 
 
 def test_mosaic_is_frozen() -> None:
-    x, edge_index = next(iter(mosaic().loader("train", 1, None))).inputs
-    again, edges_again = next(iter(mosaic().loader("train", 1, None))).inputs
+    x, edge_index = next(iter(task_of("mosaic").loader("train", 1, None))).inputs
+    again, edges_again = next(iter(task_of("mosaic").loader("train", 1, None))).inputs
     assert torch.equal(x, again)
     assert torch.equal(edge_index, edges_again)
     assert float(x.double().sum()) == pytest.approx(MOSAIC_SUM, rel=1e-6)
@@ -66,7 +71,7 @@ def test_mosaic_is_frozen() -> None:
 
 
 def test_digits_graph() -> None:
-    task = load_task("digits-graph", Path("data"))
+    task = task_of("digits-graph")
     x, edge_index = next(iter(task.loader("train", 1, None))).inputs
     assert x.shape == (1_797, 64)
     assert 0 <= float(x.min()) < float(x.max()) <= 1
@@ -81,7 +86,7 @@ def test_digits_graph() -> None:
 
 
 def test_digits_images() -> None:
-    task = load_task("digits", Path("data"))
+    task = task_of("digits")
     sizes = {split: sum(len(batch.target) for batch in task.loader(split, 64, None)) for split in get_args(Split)}
     assert sizes == {"train": 898, "val": 449, "test": 450}
     first, second, other = (next(iter(task.loader("train", 64, seed))).inputs[0] for seed in (1, 1, 2))
@@ -94,5 +99,5 @@ def test_digits_images() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="dataset: got 'pubmed', expected one of digits, digits-graph, mosaic"):
-        load_task("pubmed", Path("data"))
+    with pytest.raises(ValueError, match="dataset: got 'pubmedd', expected one of cora, citeseer"):
+        task_of("mosaic", dataset="pubmedd")

@@ -12,7 +12,7 @@ import pytest
 import experiments.runs
 import experiments.sweep
 from experiments.build import build_model, flops, matched_width, num_parameters
-from experiments.data import load_task
+from experiments.data import load_tasks
 from experiments.presets import DIGITS, DIGITS_GRAPH, MOSAIC
 from experiments.studies import STUDIES, Arm, Study
 from experiments.sweep import SweepConfig, main, sweep
@@ -56,6 +56,45 @@ def test_finished_arms_are_skipped(
     assert "| MoE |" in capsys.readouterr().out
 
 
+def test_a_grid_of_routers_experts_and_k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [
+        "grid",
+        "--preset",
+        "digits-graph",
+        "--routers",
+        "random",
+        "uniform",
+        "--experts",
+        "1",
+        "4",
+        "--ks",
+        "1",
+        "2",
+    ]
+    more = ["--seeds", "0", "1", "--epochs", "1", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    main([*args, *more, "--no-progress"])
+    study = json.loads((tmp_path / "grid-digits-graph.json").read_text())
+    names = ["dense", "dense-4x", "random-e1-k1", "random-e4-k1", "random-e4-k2", "uniform-e1", "uniform-e4"]
+    assert [arm["arm"] for arm in study["arms"]] == names
+    assert all(arm["test"]["n"] == 2 for arm in study["arms"])
+    assert "| `random`, E=4, K=2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["grid"], "preset: got none"),
+        (["grid", "--preset", "corra"], "preset: got 'corra', expected one of digits"),
+        (["grid", "--preset", "digits", "--routers", "random", "--ks", "9"], "ks: got (9,)"),
+    ],
+)
+def test_bad_grids(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_unknown_study() -> None:
     with pytest.raises(ValueError, match="study: got 'cifar', expected one of mosaic, digits"):
         sweep(SweepConfig(study="cifar"))
@@ -69,7 +108,7 @@ def test_arms_have_controls_and_build(name: str) -> None:
     assert {"dense", "dense-4x", "dense-flops-k1", "dense-parameters", "uniform"} <= set(arms)
     assert any(config.router == "random" for config in arms.values())
     assert len({(config.epochs, config.lr, config.seeds) for config in arms.values()}) == 1  # equal effort
-    task = load_task(arms["dense"].dataset, Path("data"))
+    task = load_tasks(arms["dense"])(0)
     for config in arms.values():
         if config.equal is None:
             build_model(config, task)
@@ -77,7 +116,7 @@ def test_arms_have_controls_and_build(name: str) -> None:
 
 @pytest.mark.parametrize("config", [MOSAIC, DIGITS, DIGITS_GRAPH], ids=lambda config: config.dataset)
 def test_dense_controls_cost_what_the_moe_costs(config: Any) -> None:
-    task = load_task(config.dataset, Path("data"))
+    task = load_tasks(config)(0)
     inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
     moe = build_model(config, task)
     for equal, cost in (("flops", lambda model: flops(model, inputs)), ("parameters", num_parameters)):

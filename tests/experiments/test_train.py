@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 import experiments.loop
 from experiments.config import TrainConfig
-from experiments.data import load_task
+from experiments.data import load_tasks
 from experiments.loop import Log
 from experiments.presets import PRESETS
 from experiments.runs import run, spread
 from experiments.train import main, parse
+from tests.experiments.ogb_data import plant
+from tests.experiments.pyg_data import Writer
 
 QUICK = ["--epochs", "3", "--no-progress"]
 
@@ -188,9 +190,9 @@ def test_bf16_and_kmeans(tmp_path: Path) -> None:
 
 def test_nan_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = replace(PRESETS["digits-graph"][1], epochs=1, progress=False, out=tmp_path / "run", seeds=(0,))
-    task = load_task("digits-graph", Path("data"))
+    task = load_tasks(config)(0)
     next(iter(task.loader("train", 1, None))).inputs[0][3, 4] = torch.nan
-    monkeypatch.setattr("experiments.runs.load_task", lambda *_: task)
+    monkeypatch.setattr("experiments.runs.load_tasks", lambda *_: lambda _: task)
     with pytest.raises(ValueError, match="values that are NaN or infinite"):
         run(config)
 
@@ -238,3 +240,77 @@ def test_a_control_of_a_moe_with_options(tmp_path: Path) -> None:
 def test_kmeans_before_the_first_cut_scores(tmp_path: Path) -> None:
     args = ("--router", "multi_centroid", "--choice", "experts", "--inference", "threshold", "--kmeans-init")
     assert quick(tmp_path / "run", *args)["test"]["mean"] > 0.05
+
+
+@pytest.fixture(scope="module")
+def ogb_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plant(tmp_path_factory.mktemp("ogb"))
+
+
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic"}))
+def test_every_preset_of_a_graph_runs_on_tiny_files(preset: str, tmp_path: Path, ogb_root: Path) -> None:
+    assert parse([preset, "--seeds", "3"]) == replace(PRESETS[preset][1], seeds=(3,))
+    if preset == "graph":
+        root = Writer(tmp_path).write("questions").folder / "questions.npz"
+    elif preset.startswith("ogbn-"):
+        root = ogb_root
+    else:
+        root = tmp_path / "data"
+        Writer(root).write(preset)
+    args = ("--data-root", str(root), "--epochs", "1", "--hidden", "8", "--experts", "2", "--offline")
+    summary = quick(tmp_path / "run", *args, preset=preset)
+    assert summary["config"]["dataset"] == PRESETS[preset][1].dataset
+    assert 0 <= summary["test"]["mean"] <= 1
+    assert summary["routing"]
+
+
+@pytest.mark.parametrize("sampling", ["neighbor", "random_node"])
+def test_resume_with_sampled_batches(sampling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = (
+        "--sampling", sampling, "--batch-size", "300", "--fanout", "4", "3", "--dropout", "0.2",
+        "--checkpoint-every", "1", "--eval-every", "2", "--evaluation", "sampled", "--epochs", "5",
+    )  # fmt: skip
+    whole = quick(tmp_path / "whole", *args)
+    train_epoch = experiments.loop.train_epoch
+    done: list[int] = []
+
+    def cut(*arguments: Any) -> Any:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(1)
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(experiments.loop, "train_epoch", cut)
+    with pytest.raises(KeyboardInterrupt):
+        quick(tmp_path / "cut", *args)
+    monkeypatch.setattr(experiments.loop, "train_epoch", train_epoch)
+    resumed = quick(tmp_path / "cut", *args, "--resume")
+    for name in ("val", "test", "best_epoch"):
+        assert resumed[name]["values"] == whole[name]["values"]
+    logs = []
+    for name in ("whole", "cut"):
+        with (tmp_path / name / "seed-0" / "metrics.csv").open() as file:
+            logs.append([(row["epoch"], row["loss"], row["val"]) for row in csv.DictReader(file)])
+    assert logs[0] == logs[1]
+    assert [bool(val) for _, _, val in logs[0]] == [False, True, False, True, True]  # the last epoch too
+    assert whole["best_epoch"]["values"][0] in (1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--conv low_pass identity high_pass two_hop --experts 4",
+        "--conv gcn mlp --route-on both degree --shared-expert",
+        "--conv gat --heads 2 --evaluation layerwise --batch-size 500",
+        "--routing shared --route-on input degree --route-hops 2 --jk last",
+        "--sampling neighbor --batch-size 400 --fanout -1 2 --evaluation layerwise",
+        "--label-use 0.5 --self-loops --undirected",
+        "--precision 64-true --conv sage --adjacency csr",
+    ],
+)
+def test_options_of_graphs(args: str, tmp_path: Path) -> None:
+    summary = quick(tmp_path / "run", *args.split(), "--epochs", "1")
+    assert 0 < summary["test"]["mean"] <= 1
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config == summary["config"]
+    assert config["self_loops"] == config["undirected"] == ("--self-loops" in args)

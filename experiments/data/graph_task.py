@@ -1,0 +1,208 @@
+"""From a graph data set to batches: the whole graph, sampled neighbourhoods, or random parts."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch_geometric.data import Data, HeteroData
+from torch_geometric.loader import RandomNodeLoader
+from torch_geometric.nn import MessagePassing
+from torch_geometric.transforms import AddRemainingSelfLoops, ToUndirected
+from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
+
+from experiments.config import TrainConfig
+from experiments.data.graph_data import GraphData, Split, task_loss
+from experiments.data.task import Batch, Loader, Task
+from gmoe.conv.registry import conv_factory
+from gmoe.loader import neighbor_loader
+
+CSR_CONVS = frozenset({"gcn", "sage", "graph", "gin", "mlp", "filter", "identity", "low_pass", "high_pass", "two_hop"})
+"""Convs that PyG runs on a sparse matrix without a message for every edge."""
+NORMALISED = CSR_CONVS - {"sage", "graph", "gin", "mlp", "identity"}
+"""Those of them that add self-loops: in a matrix also where there are some, in ``edge_index`` only where not."""
+
+
+def transformed(graph: GraphData, config: TrainConfig) -> Data | HeteroData:
+    """The graph with the edges that the run asks for: both directions, self-loops.
+
+    An edge that is there in both directions, or several times, gets the mean of its weights and features; a new
+    self-loop gets weight 1, and the mean of the features of the node's in-edges.
+    """
+    data = graph.data
+    if config.undirected:
+        data = ToUndirected(reduce="mean")(data)
+    if config.self_loops:
+        looped = AddRemainingSelfLoops()(data)
+        if isinstance(data, Data) and data.edge_attr is not None:
+            looped.edge_attr = AddRemainingSelfLoops("edge_attr", "mean")(data).edge_attr
+        data = looped
+    return data
+
+
+def weighs_edges(config: TrainConfig) -> list[bool]:
+    """Whether each kind of conv of the run takes edge weights.
+
+    Raises:
+        ValueError: an unknown conv.
+    """
+    kinds = config.conv[:1] if config.router == "dense" else config.conv
+    return ["edge_weight" in inspect.signature(conv_class(kind).forward).parameters for kind in kinds]
+
+
+def uses_csr(config: TrainConfig, data: Data) -> bool:
+    """Whether the whole graph is given as a sparse matrix; see ``--adjacency``.
+
+    Raises:
+        ValueError: a sparse matrix is asked for where it is not the same graph: with edge features, in mixed precision,
+            with edge weights that some of the convs do not take, or with self-loops that a conv would double.
+    """
+    hidden = data.edge_weight is not None and len(set(weighs_edges(config))) > 1  # all convs would see the values
+    refused = {
+        "edge_features": config.edge_features,
+        "precision": config.precision == "bf16-mixed",  # there are no sparse kernels in bfloat16
+        "edge_weight": hidden,
+        "self-loops": not NORMALISED.isdisjoint(config.conv) and contains_self_loops(data.edge_index),
+    }
+    names = ", ".join(name for name, is_refused in refused.items() if is_refused)
+    if config.adjacency == "csr" and names:
+        raise ValueError(f"adjacency: got 'csr', expected 'auto' or 'edge_index' because of {names}")
+    if config.adjacency != "auto":
+        return config.adjacency == "csr"
+    return config.sampling == "full" and set(config.conv) <= CSR_CONVS and not names
+
+
+def label_rows(y: Tensor, num_outputs: int) -> Tensor:
+    """(N, outputs) labels as input: one-hot of classes, binary labels as they are."""
+    return y if y.dim() == 2 else F.one_hot(y, num_outputs)
+
+
+def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, seed: int) -> Task:
+    """Node classification on the split of a seed.
+
+    Args:
+        graph: the data set.
+        data: its graph, :func:`transformed`.
+        config: how it is batched.
+        seed: chooses the split.
+
+    Raises:
+        ValueError: edge features are asked for, and there are none; label use with layer-wise evaluation; whatever
+            :func:`uses_csr` refuses.
+    """
+    assert isinstance(data, Data)
+    if config.edge_features and data.edge_attr is None:
+        raise ValueError(f"edge_features: got True, but {graph.name} has none")
+    if config.label_use and config.evaluation == "layerwise":
+        raise ValueError(f"label_use: got {config.label_use} with evaluation='layerwise', expected evaluation='full'")
+    split = graph.splits(seed)
+    data = _seen(graph, data, config)
+    adj: Any = data.edge_index
+    if uses_csr(config, data):
+        ends, size = data.edge_index.flip([0]), (data.num_nodes, data.num_nodes)
+        matrix = to_torch_csr_tensor(ends, edge_attr=data.edge_weight, size=size)
+        if matrix.values().numel() == data.num_edges:
+            adj = matrix
+        elif config.adjacency == "csr":  # which has one place for all of them
+            raise ValueError("adjacency: got 'csr', expected 'auto' or 'edge_index' because of parallel edges")
+
+    def inputs_of(part: Data, adj: Tensor) -> tuple[Any, ...]:
+        weight = None if adj.is_sparse_csr else part.edge_weight  # a matrix holds them
+        if part.edge_attr is not None:
+            return part.x, adj, weight, part.edge_attr
+        return (part.x, adj) if weight is None else (part.x, adj, weight)
+
+    whole = inputs_of(data, adj)
+    if config.sampling == "neighbor":  # once, not in every epoch
+        data = data.sort(sort_by_row=False)
+
+    def full(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
+        rows, known = split[part], split["train"]
+        if not config.label_use:
+            return [Batch(whole, data.y[rows], rows)]
+        if part == "train":  # learn from labels that are not given away
+            generator = torch.Generator().manual_seed(0 if seed is None else seed)
+            draws = torch.rand(len(rows), generator=generator)
+            given = draws < config.label_use
+            given[draws.argmax()] = False  # of a few labels all may be drawn
+            rows, known = rows[~given], rows[given]
+        labels = data.x.new_zeros(data.num_nodes, graph.num_outputs)
+        labels[known] = label_rows(data.y[known], graph.num_outputs).to(labels.dtype)
+        return [Batch((torch.cat([data.x, labels], dim=1), *whole[1:]), data.y[rows], rows)]
+
+    def neighbours(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+        loader = neighbor_loader(
+            data,
+            list(config.fanout),
+            input_nodes=split[part],
+            batch_size=batch_size,
+            shuffle=seed is not None,
+            generator=None if seed is None else torch.Generator().manual_seed(seed),
+            num_workers=config.workers,
+            is_sorted=True,
+        )
+        for batch in loader:  # seeds come first, and only they count
+            yield Batch(inputs_of(batch, batch.edge_index), batch.y[: batch.batch_size], slice(0, batch.batch_size))
+
+    def parts(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+        member = torch.zeros(data.num_nodes, dtype=torch.bool)
+        member[split[part]] = True
+        marked = copy.copy(data)
+        marked.member = member
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        count = -(-data.num_nodes // batch_size)
+        for batch in RandomNodeLoader(marked, num_parts=count, shuffle=seed is not None, generator=generator):
+            rows = batch.member.nonzero().view(-1)
+            if len(rows):
+                yield Batch(inputs_of(batch, batch.edge_index), batch.y[rows], rows)
+
+    loaders: dict[str, Loader] = {"full": full, "neighbor": neighbours, "random_node": parts}
+    sampled = loaders[config.sampling]
+
+    def loader(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
+        whole_graph = part != "train" and config.evaluation == "full"
+        return (full if whole_graph else sampled)(part, batch_size, seed)
+
+    return Task(
+        name=graph.name,
+        kind="graph",
+        in_channels=data.x.size(1) + (graph.num_outputs if config.label_use else 0),
+        num_classes=graph.num_outputs,
+        metric_name=graph.metric_name,
+        metric=graph.metric,
+        loader=loader,
+        loss=task_loss,
+        edge_dim=data.num_edge_features if config.edge_features else None,
+        graph=data,
+        split=split,
+        planted=graph.planted,
+    )
+
+
+def conv_class(kind: str) -> type[MessagePassing]:
+    """The class of a conv by its name.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    made: Any = conv_factory(kind, {})
+    return made.args[0] if made.args else made.func  # of GIN and GINE, what its factory is given
+
+
+def _seen(graph: GraphData, data: Data, config: TrainConfig) -> Data:
+    """The graph with what the models are to see, and nothing else."""
+    seen = Data(x=data.x, edge_index=data.edge_index, y=data.y)
+    if data.edge_weight is not None:
+        if any(weighs_edges(config)):
+            seen.edge_weight = data.edge_weight
+        else:
+            warnings.warn(f"edge_weight: {graph.name} has some, but {', '.join(config.conv)} takes none", stacklevel=3)
+    if config.edge_features:
+        seen.edge_attr = data.edge_attr
+    return seen

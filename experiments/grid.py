@@ -1,0 +1,56 @@
+"""A study of the user's own: a preset, over routers, numbers of experts and experts per token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+from experiments.config import RouterName, TrainConfig
+from experiments.presets import PRESETS
+from experiments.studies import Arm, Study
+
+
+def grid(
+    preset: str,
+    routers: tuple[RouterName, ...],
+    experts: tuple[int, ...],
+    ks: tuple[int, ...],
+    seeds: tuple[int, ...],
+    epochs: int | None,
+) -> Study:
+    """Every router at every E and K that it has, beside the dense model and one four times as wide.
+
+    Args:
+        preset: name of the preset.
+        routers: the routers; ``"dense"`` is always there.
+        experts: numbers of experts, E.
+        ks: experts per token, K; larger than E is left out, and ``"uniform"`` and ``"oracle"`` have none.
+        seeds: seeds of every arm; the preset's where empty.
+        epochs: epochs of every arm; the preset's where ``None``.
+
+    Raises:
+        ValueError: an unknown preset, or no arm.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
+    base = PRESETS[preset][1]
+    base = replace(base, seeds=seeds or base.seeds, epochs=base.epochs if epochs is None else epochs)
+    dense = replace(base, router="dense")
+    arms = [
+        Arm(name="dense", label="dense", config=dense),
+        Arm(name="dense-4x", label="dense, four times as wide", config=replace(dense, hidden=4 * base.hidden)),
+    ]
+    for router, e in product([name for name in routers if name != "dense"], experts):
+        fixed = router in ("uniform", "oracle")
+        for k in ks[:1] if fixed else [k for k in ks if k <= e]:
+            arms.append(_arm(base, router, e, None if fixed else k))
+    if len(arms) == 2:
+        raise ValueError(f"ks: got {ks} with experts={experts} and routers={routers}, which leaves no arm")
+    return Study(about=f"A grid over {preset}; nothing was tuned for an arm.", arms=tuple(arms))
+
+
+def _arm(base: TrainConfig, router: RouterName, experts: int, k: int | None) -> Arm:
+    config = replace(base, router=router, experts=experts, k=base.k if k is None else k)
+    name = f"{router.replace('_', '-')}-e{experts}" + ("" if k is None else f"-k{k}")
+    label = f"`{router}`, E={experts}" + ("" if k is None else f", K={k}")
+    return Arm(name=name, label=label, config=config)

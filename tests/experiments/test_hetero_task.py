@@ -1,0 +1,177 @@
+"""A small planted ogbn-mag as batches: on the whole graph and sampled; and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch_geometric.data import HeteroData
+
+from experiments.build import build_model
+from experiments.config import TrainConfig
+from experiments.data.graph_data import GraphData, Split
+from experiments.data.graph_task import transformed
+from experiments.data.hetero_task import hetero_task
+from experiments.data.registry import load_graph
+from experiments.data.task import Task
+from experiments.loop import make_optimizer
+from experiments.planted_ogb import write_planted
+
+PARTS: tuple[Split, ...] = get_args(Split)
+PAPERS = 130
+
+
+@pytest.fixture(scope="module")
+def mag(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
+    """Papers whose first feature is their number."""
+    root = tmp_path_factory.mktemp("ogb")
+    write_planted("ogbn-mag", root, PAPERS, 400, 4, 5)
+    graph = load_graph("ogbn-mag", root, offline=True)
+    graph.data["paper"].x[:, 0] = torch.arange(PAPERS)
+    return graph
+
+
+def make_config(**changes: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "dataset": "ogbn-mag", "conv": ("sage",), "hidden": 8, "experts": 2, "batch_size": 16, "fanout": (3, 3),
+    }  # fmt: skip
+    return TrainConfig(**(defaults | changes))
+
+
+def make_task(mag: GraphData, config: TrainConfig) -> Task:
+    return hetero_task(mag, transformed(mag, config), config, 0)
+
+
+@pytest.mark.parametrize("sampling", ["full", "neighbor"])
+@pytest.mark.parametrize("evaluation", ["full", "sampled"])
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_each_paper_counts_once(mag: GraphData, sampling: Any, evaluation: Any, batch_size: int) -> None:
+    task = make_task(mag, make_config(sampling=sampling, evaluation=evaluation))
+    for part in PARTS:
+        for seed in (None, 2):
+            ids: list[int] = []
+            for batch in task.loader(part, batch_size, seed):
+                nodes = batch.counted(batch.inputs[0]["paper"])[:, 0].long()
+                assert torch.equal(batch.target, mag.data["paper"].y[nodes])
+                ids += nodes.tolist()
+            assert sorted(ids) == mag.splits(0)[part].sort().values.tolist()
+
+
+@pytest.mark.parametrize("router", ["dense", "token_choice"])
+def test_all_neighbours_give_the_logits_of_the_whole_graph(mag: GraphData, router: Any) -> None:
+    config = make_config(router=router, sampling="neighbor", evaluation="sampled", fanout=(-1, -1))
+    task = make_task(mag, config)
+    model = build_model(config, task).eval()
+    (whole,) = make_task(mag, make_config()).loader("val", 1, None)
+    with torch.no_grad():
+        full = model(*whole.inputs)
+        for part in PARTS:
+            for batch in task.loader(part, 16, 1):
+                ids = batch.counted(batch.inputs[0]["paper"])[:, 0].long()
+                # of the experts alone that a paper chooses, whoever else is in the batch
+                torch.testing.assert_close(batch.counted(model(*batch.inputs)), full[ids], rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_without_some_kinds_of_nodes(mag: GraphData) -> None:
+    """No draws at all: the seeds alone are left."""
+    config = make_config(sampling="neighbor", fanout=(0, 0))
+    task = make_task(mag, config)
+    model = build_model(config, task)
+    for batch in task.loader("train", 16, 0):
+        assert {kind: len(ids) for kind, ids in batch.inputs[2].items() if len(ids)} == {"paper": len(batch.target)}
+        task.loss(batch.counted(model(*batch.inputs)), batch.target).backward()
+
+
+@pytest.mark.parametrize("sampling", ["full", "neighbor"])
+@pytest.mark.parametrize("router", ["dense", "expert_choice"])
+def test_it_learns(mag: GraphData, sampling: Any, router: Any) -> None:
+    config = make_config(sampling=sampling, router=router, lr=0.02, batch_size=64)
+    graph = mag.data.clone()
+    graph["paper"].x[:, 0] = 0  # numbers of nodes are no features
+    task = hetero_task(mag, transformed(replace(mag, data=graph), config), config, 0)
+    torch.manual_seed(0)
+    model = build_model(config, task).train()
+    optimizer = make_optimizer(config, model)
+    losses: list[float] = []
+    for epoch in range(8):
+        total = 0.0
+        for batch in task.loader("train", config.batch_size, epoch):
+            optimizer.zero_grad()
+            loss = task.loss(batch.counted(model(*batch.inputs)), batch.target)
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(batch.target)
+        losses.append(total)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_shuffling_follows_the_seed(mag: GraphData) -> None:
+    task = make_task(mag, make_config(sampling="neighbor"))
+
+    def first(seed: int | None) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        batch = next(iter(task.loader("train", 16, seed)))
+        return batch.inputs[0]["paper"], batch.inputs[2]["author"]
+
+    assert all(torch.equal(a, b) for a, b in zip(first(1), first(1), strict=True))
+    assert not torch.equal(first(1)[0], first(2)[0])
+    assert torch.equal(first(None)[0][:16, 0].long(), mag.splits(0)["train"][:16])
+
+
+@pytest.mark.parametrize("undirected", [True, False])
+def test_relations_have_reverses(mag: GraphData, undirected: bool) -> None:
+    config = make_config(undirected=undirected, self_loops=True)
+    task = make_task(mag, config)
+    graph = task.graph
+    assert isinstance(graph, HeteroData)
+    assert len(graph.edge_types) == (7 if undirected else 4)
+    cites = set(map(tuple, graph["paper", "cites", "paper"].edge_index.T.tolist()))
+    assert {(node, node) for node in range(PAPERS)} <= cites
+    assert (cites == {(b, a) for a, b in cites}) == undirected
+    assert len(mag.data.edge_types) == 4
+    if undirected:
+        writes = graph["author", "writes", "paper"].edge_index
+        assert torch.equal(graph["paper", "rev_writes", "author"].edge_index, writes.flip(0))
+    assert task.in_channels == {"paper": 4, "author": None, "institution": None, "field_of_study": None}
+    assert (task.kind, task.target, task.num_classes) == ("hetero", "paper", 349)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": "random_node"}, "sampling: got 'random_node' for ogbn-mag, expected one of 'full', 'neighbor'"),
+        ({"evaluation": "layerwise"}, "evaluation: got 'layerwise' for ogbn-mag, expected one of 'full', 'sampled'"),
+        ({"label_use": 0.5}, "label_use: got 0.5 for ogbn-mag, expected one of 0.0"),
+        ({"edge_features": True}, "edge_features: got True for ogbn-mag, expected one of False"),
+        ({"adjacency": "csr"}, "adjacency: got 'csr' for ogbn-mag, expected one of 'auto', 'edge_index'"),
+    ],
+)
+def test_refused(mag: GraphData, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make_task(mag, make_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"conv": ("gcn",)}, "conv"),
+        ({"routing": "shared"}, "routing"),
+        ({"shared_expert": True}, "shared_expert"),
+        ({"jk": "last"}, "jk"),
+        ({"route_on": ("degree",)}, "route_on"),
+        ({"route_on": ("input", "degree")}, "route_on"),
+    ],
+)
+def test_models_that_are_refused(mag: GraphData, changes: dict[str, Any], name: str) -> None:
+    config = make_config(**changes)
+    with pytest.raises(ValueError, match=f"^{name}: got .* for ogbn-mag, expected"):
+        build_model(config, make_task(mag, config))
+
+
+def test_a_root_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="ogbn-mag"):
+        load_graph("ogbn-mag", tmp_path, offline=True)
