@@ -84,15 +84,21 @@ class Turn:
     """That were timed."""
 
 
+def power_law_edges(nodes: int, edges: int, generator: torch.Generator) -> Tensor:
+    """Uniform nodes cite others by weights of a power law (exponent 2.7); then both directions of every edge."""
+    weight = torch.rand(nodes, generator=generator).pow(-1 / 1.7)
+    cited = torch.multinomial(weight, edges, replacement=True, generator=generator)
+    citing = torch.randint(nodes, (edges,), generator=generator)
+    return to_undirected(torch.stack([cited, citing]), num_nodes=nodes)
+
+
 def power_law_graph(config: ThroughputConfig) -> Data:
-    """Random features and labels; a node cites uniform ones, by weights of a power law (exponent 2.7), both ways."""
+    """Random features and labels on :func:`power_law_edges`."""
     generator = torch.Generator().manual_seed(config.seed)
-    weight = torch.rand(config.nodes, generator=generator).pow(-1 / 1.7)
-    cited = torch.multinomial(weight, config.edges, replacement=True, generator=generator)
-    citing = torch.randint(config.nodes, (config.edges,), generator=generator)
+    edge_index = power_law_edges(config.nodes, config.edges, generator)
     data = Data(
         x=torch.randn(config.nodes, config.features, generator=generator),
-        edge_index=to_undirected(torch.stack([cited, citing]), num_nodes=config.nodes),
+        edge_index=edge_index,
         y=torch.randint(config.classes, (config.nodes,), generator=generator),
     )
     data.train_mask = torch.zeros(config.nodes, dtype=torch.bool)

@@ -1,0 +1,1 @@
+"""How fast are gmoe's layers: ``python -m experiments.benchmark conv [options]``."""

@@ -1,0 +1,131 @@
+"""Message passing: one dense conv, E masked convs, and a MoEConv, forward and backward.
+
+Shapes: N nodes, D features, E experts, K experts a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_geometric.utils import to_torch_csr_tensor
+
+import gmoe
+from experiments.benchmark.options import Benchmark
+from experiments.throughput import power_law_edges
+from experiments.timing import take_turns
+from gmoe.conv.registry import conv_factory
+
+ADJACENCIES = ("edge_index", "csr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvBenchmark(Benchmark):
+    """One layer on a random graph; the default size is ogbn-arxiv's, with both directions of every edge."""
+
+    conv: str = "gcn"
+    """The conv, by the name that MoEConv takes."""
+    heads: int = 1
+    """Attention heads, of the convs that have them; they divide the output."""
+    nodes: int = 169_343
+    """Nodes."""
+    edges: int = 1_166_243
+    """Edges, before the reverse of each is added."""
+    width: int = 128
+    """Features in."""
+    out: int = 128
+    """Features out."""
+    experts: tuple[int, ...] = (8,)
+    """Numbers of experts, E."""
+    ks: tuple[int, ...] = (1, 2)
+    """Experts per node, K."""
+    adjacency: tuple[str, ...] = ADJACENCIES
+    """How edges are given; every arm of a form is compared with the dense conv in that form."""
+    masked: bool = True
+    """Time E convs on the whole graph too, each masked by the routing, and check that the layer equals them."""
+
+    def run(self) -> dict[str, Any]:
+        """Measure.
+
+        Returns:
+            By arm, the seconds of :func:`take_turns`, and ``ratio``, those over the dense conv's of the same adjacency.
+
+        Raises:
+            ValueError: an unknown form of adjacency, or heads that do not divide the output.
+            RuntimeError: the layer does not equal its masked convs.
+        """
+        for form in self.adjacency:
+            if form not in ADJACENCIES:
+                raise ValueError(f"adjacency: got {form!r}, expected one of {', '.join(ADJACENCIES)}")
+        if self.out % self.heads:
+            raise ValueError(f"out: got {self.out}, expected a multiple of heads={self.heads}")
+        device, arms = self.torch_device(), {}
+        generator = torch.Generator().manual_seed(self.seed)
+        edge_index = power_law_edges(self.nodes, self.edges, generator)
+        x = torch.randn(self.nodes, self.width, generator=generator).to(device).requires_grad_()
+        grad = torch.randn(self.nodes, self.out, generator=generator).to(device)
+        adjacencies: dict[str, Any] = {"edge_index": edge_index.to(device)}
+        if "csr" in self.adjacency:
+            size = (self.nodes, self.nodes)
+            adjacencies["csr"] = to_torch_csr_tensor(edge_index.flip([0]), size=size).to(device)
+        kwargs: dict[str, Any] = {"heads": self.heads} if self.heads > 1 else {}
+        torch.manual_seed(self.seed)
+        dense = conv_factory(self.conv, kwargs)(self.width, self.out // self.heads).to(device)
+        layers = {
+            (e, k): gmoe.MoEConv(self.conv, self.width, self.out // self.heads, num_experts=e, k=k, **kwargs).to(device)
+            for e in self.experts
+            for k in self.ks
+            if k <= e
+        }
+        for form in self.adjacency:
+            adj = adjacencies[form]
+            arms[f"dense, {form}"] = _step(dense, x, adj, grad)
+            for (e, k), layer in layers.items():
+                arms[f"MoEConv E={e} K={k}, {form}"] = _step(layer, x, adj, grad)
+            if self.masked:
+                for (e, k), layer in layers.items():
+                    masked = Masked(layer)
+                    _check_equal(layer, masked, x, adj)
+                    arms[f"masked E={e} K={k}, {form}"] = _step(masked, x, adj, grad)
+        found = take_turns(arms, self.repeats, device)
+        for name, figures in found.items():
+            reference = found[f"dense, {name.rsplit(', ', 1)[1]}"]
+            figures["ratio"] = {kind: figures[kind]["median"] / reference[kind]["median"] for kind in ("wall", "cpu")}
+        return found
+
+
+class Masked(torch.nn.Module):
+    """What public GNN-MoEs do: every expert of ``layer`` on the whole graph, and the routing as a mask."""
+
+    def __init__(self, layer: gmoe.MoEConv) -> None:
+        super().__init__()
+        self.router = layer.router
+        self.convs = torch.nn.ModuleList(layer.expert(index) for index in range(layer.num_experts))
+
+    def forward(self, x: Tensor, adj: Any) -> Tensor:
+        """(N, out) the sum of all experts' outputs, most of them times zero."""
+        assert self.router is not None
+        weight_NE = self.router(x).to_dense()
+        return torch.stack([weight_NE[:, index, None] * conv(x, adj) for index, conv in enumerate(self.convs)]).sum(
+            dim=0
+        )
+
+
+def _step(layer: torch.nn.Module, x: Tensor, adj: Any, grad: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        layer.zero_grad()
+        x.grad = None
+        layer(x, adj).backward(grad)
+
+    return step
+
+
+@torch.no_grad()
+def _check_equal(layer: torch.nn.Module, masked: torch.nn.Module, x: Tensor, adj: Any) -> None:
+    ours, theirs = layer(x, adj), masked(x, adj)
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
+        far = float((ours - theirs).abs().max())
+        raise RuntimeError(f"the layer and its masked convs differ by {far}, expected rounding only")

@@ -1,0 +1,83 @@
+"""The benchmarks compute what they say, and compare it in turns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import timing
+from experiments.benchmark.__main__ import main
+from experiments.benchmark.conv import Masked
+from gmoe import MoEConv
+
+SMALL = ["conv", "--nodes", "60", "--edges", "150", "--width", "6", "--out", "8", "--repeats", "2"]
+
+
+def test_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], list[str]()
+    monkeypatch.setattr("experiments.timing.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("experiments.timing.time.process_time", lambda: 2 * now[0])
+
+    def arm(name: str, seconds: float) -> None:
+        order.append(name)
+        now[0] += seconds
+
+    arms = {"a": lambda: arm("a", 1.0), "b": lambda: arm("b", 3.0), "c": lambda: arm("c", 5.0)}
+    found = timing.take_turns(arms, repeats=2, device=torch.device("cpu"))
+    assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert found["b"]["wall"] == {"median": 3.0, "min": 3.0, "max": 3.0, "values": [3.0, 3.0]}
+    assert found["c"]["cpu"]["median"] == 10.0
+
+
+def test_no_repeats_are_refused() -> None:
+    with pytest.raises(ValueError, match="repeats: got 0, expected at least 1"):
+        timing.take_turns({"a": lambda: None}, repeats=0, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("conv", ["gcn", "gat"])
+def test_conv_benchmark(conv: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    heads = ["--conv", "gat", "--heads", "2", "--adjacency", "edge_index"] if conv == "gat" else []
+    main([*SMALL, *heads, "--experts", "2", "4", "--ks", "1", "3", "--json", str(path)])
+    found = json.loads(path.read_text())
+    forms = ["edge_index"] if heads else ["edge_index", "csr"]
+    pairs = ["E=2 K=1", "E=4 K=1", "E=4 K=3"]  # K = 3 of 2 experts is left out
+    names = [["dense", *(f"{kind} {pair}" for kind in ("MoEConv", "masked") for pair in pairs)] for _ in forms]
+    assert list(found["arms"]) == [
+        f"{name}, {form}" for form, group in zip(forms, names, strict=True) for name in group
+    ]
+    for name, figures in found["arms"].items():
+        dense = found["arms"]["dense, " + name.rsplit(", ", 1)[1]]
+        assert figures["ratio"]["wall"] == figures["wall"]["median"] / dense["wall"]["median"]
+        assert len(figures["cpu"]["values"]) == 2
+    assert found["config"]["out"] == 8
+    assert "MoEConv E=4 K=3, edge_index" in capsys.readouterr().out
+
+
+def test_masked_equals_the_layer_and_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x, edges = MoEConv("gcn", 5, 4, num_experts=3, k=2), torch.randn(9, 5), torch.randint(9, (2, 30))
+    torch.testing.assert_close(layer(x, edges), Masked(layer)(x, edges))
+    monkeypatch.setattr(Masked, "forward", lambda *_: torch.zeros(60, 8))
+    with pytest.raises(RuntimeError, match="differ"):
+        main(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--adjacency", "dense"], "adjacency: got 'dense', expected one of edge_index, csr"),
+        (["--heads", "3"], "out: got 8, expected a multiple of heads=3"),
+        (["--device", "nowhere"], "device: got 'nowhere'"),
+        (["--repeats", "0"], "repeats: got 0"),
+        (["--conv", "nothing"], "conv: got 'nothing'"),
+    ],
+)
+def test_bad_options(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*SMALL, *args])
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
