@@ -5,14 +5,15 @@
 
 ``grid`` is a study of your own: a preset over routers, numbers of experts and experts per token. Every arm is a run
 folder; finished arms are skipped and an unfinished one goes on, so that a study may be cut off at any time and started
-again. At the end, and after every arm, ``results/STUDY.json`` holds all that is finished.
+again. At the end, and after every arm, ``results/STUDY.json`` holds all that is finished; an arm that it holds already,
+with the same configuration, is finished also where its run folder is gone.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,15 +72,23 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     folder = config.runs if config.runs is not None else Path("runs") / name
+    path = config.results / f"{name}.json"
+    known = {arm["arm"]: arm for arm in json.loads(path.read_text())["arms"]} if path.exists() else {}
+    finished: dict[str, dict[str, Any]] = {}
+    todo = []
     for arm in study.arms:
-        if config.only in arm.name:
-            out = folder / arm.name
-            root = config.data_root
-            if arm.config.dataset == "graph":
-                root = root / arm.config.data_root
-            run(replace(arm.config, out=out, resume=True, progress=config.progress, data_root=root))
-            write_json(config.results / f"{name}.json", collect(name, study, folder))
-    return collect(name, study, folder)
+        root = config.data_root
+        if arm.config.dataset == "graph":
+            root = root / arm.config.data_root
+        run_config = replace(arm.config, out=folder / arm.name, resume=True, progress=config.progress, data_root=root)
+        if arm.name in known and known[arm.name]["config"] == json.loads(json.dumps(run_config.science())):
+            finished[arm.name] = {**known[arm.name], "label": arm.label}
+        elif config.only in arm.name or (folder / arm.name / "summary.json").exists():
+            todo.append((arm, run_config))
+    for arm, run_config in todo:
+        finished[arm.name] = {"arm": arm.name, "label": arm.label, **run(run_config)}
+        write_json(path, collect(name, study, finished))
+    return collect(name, study, finished)
 
 
 def _study(config: SweepConfig) -> tuple[str, Study]:
@@ -93,13 +102,9 @@ def _study(config: SweepConfig) -> tuple[str, Study]:
     return f"grid-{config.preset}", made
 
 
-def collect(name: str, study: Study, folder: Path) -> dict[str, Any]:
+def collect(name: str, study: Study, finished: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The results of the arms that are finished, in the order of the study."""
-    arms = []
-    for arm in study.arms:
-        path = folder / arm.name / "summary.json"
-        if path.exists():
-            arms.append({"arm": arm.name, "label": arm.label, **json.loads(path.read_text())})
+    arms = [finished[arm.name] for arm in study.arms if arm.name in finished]
     return {"study": name, "about": study.about, "reference": study.reference, "wide": study.wide, "arms": arms}
 
 

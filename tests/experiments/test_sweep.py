@@ -56,6 +56,27 @@ def test_finished_arms_are_skipped(
     assert "| MoE |" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("tiny")
+def test_an_arm_of_the_result_file_is_finished_only_with_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["tiny", "--results", str(tmp_path / "results"), "--no-progress"]
+    main([*args, "--runs", str(tmp_path / "runs")])
+    path = tmp_path / "results" / "tiny.json"
+    before = json.loads(path.read_text())
+    main([*args, "--runs", str(tmp_path / "elsewhere")])
+    assert json.loads(path.read_text()) == before
+    assert not (tmp_path / "elsewhere").exists()
+    moe = STUDIES["tiny"].arms[2]
+    changed = replace(STUDIES["tiny"], arms=(*STUDIES["tiny"].arms[:2], replace(moe, config=replace(moe.config, k=2))))
+    monkeypatch.setitem(STUDIES, "tiny", changed)
+    main([*args, "--runs", str(tmp_path / "elsewhere")])
+    assert [folder.name for folder in (tmp_path / "elsewhere").iterdir()] == ["moe"]
+    after = json.loads(path.read_text())
+    assert after["arms"][:2] == before["arms"][:2]
+    assert after["arms"][2]["config"]["k"] == 2
+
+
 def test_a_grid_of_routers_experts_and_k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = [
         "grid",
