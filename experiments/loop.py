@@ -16,6 +16,7 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch_geometric.data import Data
 from tqdm import tqdm
 
 import gmoe
@@ -23,6 +24,7 @@ from experiments.build import build_model, flops, init_centroids, matched_ratio,
 from experiments.config import TrainConfig
 from experiments.data import Split, Task
 from experiments.routing_stats import routing_summary, save_routings
+from experiments.structure import node_properties
 from gmoe import Router, Routing
 
 
@@ -116,8 +118,17 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
         "seconds": round(progress["seconds"], 2),
         "peak_memory": round(peak_memory(fabric.device)),
         **cost,
-        "routing": routing_summary(routings, task.planted),
+        "routing": routing_summary(routings, task.planted, _properties(task, routings)),
     }
+
+
+def _properties(task: Task, routings: list[list[Routing]]) -> dict[str, Tensor]:
+    """Of the nodes, where they were routed all at once."""
+    graph = task.graph
+    if not isinstance(graph, Data) or len(routings) != 1:
+        return {}
+    whole = {routing.num_tokens for routing in routings[0]} == {graph.num_nodes}
+    return node_properties(graph) if whole else {}
 
 
 def train_epoch(

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
+from experiments.structure import alignment
 from gmoe import Routing
 
 
@@ -19,12 +20,16 @@ def primary_expert(routing: Routing) -> Tensor:
     return torch.where(dense_TE.sum(dim=1) > 0, dense_TE.argmax(dim=1), routing.num_experts)
 
 
-def routing_summary(routings: list[list[Routing]], planted: Tensor | None) -> list[dict[str, Any]]:
-    """For each MoE layer, over all batches: share of the load an expert, coverage, entropy, and NMI with the truth.
+def routing_summary(
+    routings: list[list[Routing]], planted: Tensor | None, properties: dict[str, Tensor] | None = None
+) -> list[dict[str, Any]]:
+    """For each MoE layer, over all batches: share of the load an expert, coverage, entropy, and what it follows.
 
     Args:
         routings: a list a batch, in it one a layer.
-        planted: (T,) the expert that each token should go to, for a single batch of all tokens.
+        planted: (T,) the expert that each token should go to, for a single batch of all tokens: ``"nmi"`` with it.
+        properties: (T,) integers each, for a single batch of all tokens: ``"ami_NAME"`` with each, and with them
+            shuffled; see :func:`~experiments.structure.alignment`.
     """
     layers = []
     for parts in zip(*routings, strict=True):
@@ -39,6 +44,10 @@ def routing_summary(routings: list[list[Routing]], planted: Tensor | None) -> li
         if planted is not None:
             (whole,) = parts
             layer["nmi"] = float(normalized_mutual_info_score(primary_expert(whole).cpu(), planted))
+        if properties:
+            (whole,) = parts
+            found = alignment(primary_expert(whole).cpu(), properties)
+            layer |= {f"ami_{name}": round(value, 4) for name, value in found.items()}
         layers.append(layer)
     return layers
 

@@ -84,8 +84,8 @@ def summarise(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, A
         "routing": [
             {
                 name: spread([result["routing"][layer][name] for result in results])
-                for name in ("coverage", "entropy", "nmi")
-                if name in first["routing"][layer]
+                for name in first["routing"][layer]
+                if name != "load"
             }
             for layer in range(len(first["routing"]))
         ],

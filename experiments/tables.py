@@ -61,9 +61,12 @@ def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
     planted = any("nmi" in layer for arm in study["arms"] for layer in arm["routing"])
     metric = study["arms"][0]["metric"] if study["arms"] else "metric"
     columns = ["arm", f"test {metric} (%)", "n", "active FLOPs", "parameters", "headroom recovered"]
+    followed = sorted({name for arm in study["arms"] for layer in arm["routing"] for name in layer if "ami_" in name})
     if planted:
         columns.append("NMI of expert and region, layer by layer")
-    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * 5 + ("---|" if planted else "")]
+    elif followed:
+        columns.append(f"AMI of expert and {', '.join(name.removeprefix('ami_') for name in followed)}; mean of layers")
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * 5 + ("---|" if len(columns) > 6 else "")]
     for arm in study["arms"] if only is None else [arms[name] for name in only]:
         cells = [
             arm["label"],
@@ -75,6 +78,9 @@ def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
         ]
         if planted:
             cells.append(", ".join(nmi(layer["nmi"]) for layer in arm["routing"] if "nmi" in layer) or "–")
+        elif followed:
+            means = [[layer[name]["mean"] for layer in arm["routing"] if name in layer] for name in followed]
+            cells.append(", ".join(f"{sum(values) / len(values):.2f}" for values in means if values) or "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -42,6 +42,8 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert summary[split]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert {"commit", "versions", "cpu", "threads"} <= set(summary["environment"])
     assert summary["config"]["router"] == "expert_choice"
+    (layer,) = summary["routing"]
+    assert set(layer) == {"coverage", "entropy", "ami_label", "ami_degree", "ami_homophily", "ami_shuffled"}
     for seed in (0, 1):
         with (tmp_path / "run" / f"seed-{seed}" / "metrics.csv").open() as file:
             assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2"]
