@@ -18,7 +18,7 @@ from experiments.config import RouterOptions, TrainConfig
 from experiments.data import Task
 from gmoe import GNNMoE, HeteroGNNMoE, OracleRouter, Router
 from gmoe.conv.registry import CONVS
-from vision import SIZES, ViTMoE
+from vision import SIZES, ViTMoE, ViTSize
 
 FILTERS = frozenset({"filter", "identity", "low_pass", "high_pass", "two_hop"})
 """Names of filter experts."""
@@ -83,14 +83,14 @@ def flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
 def _build(config: TrainConfig, task: Task) -> nn.Module:
     router, router_kwargs = _router(config, task)
     if task.kind == "image":
-        size = replace(SIZES[task.in_channels], mlp_dim=config.hidden, num_layers=config.layers)
         return ViTMoE(
-            size,
+            vit_size(config, task.in_channels),
             task.num_classes,
             router,
             num_experts=config.experts,
             k=config.k,
             every=config.every,
+            blocks=config.moe_blocks or None,
             dropout=config.dropout,
             router_kwargs={**router_kwargs, "check_finite": config.check_finite} if router is not None else None,
         )
@@ -123,6 +123,24 @@ def _build(config: TrainConfig, task: Task) -> nn.Module:
         check_finite=config.check_finite,
         **_conv_kwargs(config, task),
     )
+
+
+def vit_size(config: TrainConfig, image_size: int) -> ViTSize:
+    """The sizes of the ViT: those of the image size's preset, but for what is given.
+
+    Raises:
+        ValueError: an image size without a preset, and not all of patch, width and heads are given.
+    """
+    given = {"patch_size": config.patch, "hidden_dim": config.dim, "num_heads": config.vit_heads}
+    sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    sizes |= {"mlp_dim": config.hidden, "num_layers": config.layers}
+    if image_size in SIZES:
+        return replace(SIZES[image_size], **sizes)
+    if None in given.values():
+        raise ValueError(
+            f"image_size: got {image_size}, expected patch, dim and vit_heads with it, or one of {sorted(SIZES)}"
+        )
+    return ViTSize(image_size=image_size, **sizes)
 
 
 def _build_hetero(config: TrainConfig, task: Task, router: Any, router_kwargs: dict[str, Any]) -> nn.Module:

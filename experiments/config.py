@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+import json
+import math
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +78,16 @@ class TrainConfig:
     """Message-passing layers, or transformer blocks."""
     every: int = 1
     """Layer i holds experts where i % every == every - 1."""
+    moe_blocks: tuple[int, ...] = ()
+    """Images: the blocks that hold experts, from 0, in place of `every`."""
+    image_size: int | None = None
+    """Images: height and width that images are brought to; by default the data set's."""
+    patch: int | None = None
+    """Images: height and width of a patch; by default that of the size's preset."""
+    dim: int | None = None
+    """Images: width of a token; by default that of the size's preset."""
+    vit_heads: int | None = None
+    """Images: attention heads of the ViT; by default those of the size's preset."""
     conv: tuple[str, ...] = ("gcn",)
     """Graphs: the conv; several are kinds of experts that alternate (a dense model takes the first)."""
     heads: int = 1
@@ -114,6 +126,20 @@ class TrainConfig:
     """The router of the MoE that the dense control is matched to; experts, K and the rest as given."""
 
     # recipe
+    augment: Literal["none", "standard", "randaugment"] = "none"
+    """Images: random crops and flips (`standard`), and RandAugment with them."""
+    mixup: float = 0.0
+    """Images: alpha of mixup; 0 is off. With cutmix too, each batch draws one of them."""
+    cutmix: float = 0.0
+    """Images: alpha of cutmix; 0 is off."""
+    val_share: float = 0.1
+    """Images: share of the training images that validate, stratified; the data set's test images are read once."""
+    split_seed: int = 0
+    """Images: seed of that split."""
+    skip_broken: bool = False
+    """Images: leave out files that cannot be decoded, and say how many."""
+    label_smoothing: float = 0.0
+    """Images: label smoothing."""
     epochs: int = 100
     """Epochs."""
     batch_size: int = 128
@@ -142,7 +168,13 @@ class TrainConfig:
     lr: float = 0.01
     """Learning rate."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning-rate schedule: constant, or 10 % linear warm-up and cosine."""
+    """Learning-rate schedule: constant, or linear warm-up and cosine to 0, step by step."""
+    warmup: float = 0.1
+    """Share of the steps that warm up, of the cosine schedule."""
+    clip_norm: float = 0.0
+    """Clip the norm of the gradient to this; 0 leaves it."""
+    ema: float = 0.0
+    """Evaluate an exponential moving average of the weights with this decay; 0 evaluates the weights."""
     input_dropout: float = 0.0
     """Graphs: dropout of the input features."""
     weight_decay: float = 0.0
@@ -171,6 +203,8 @@ class TrainConfig:
     """Fabric's accelerator: auto, cpu, cuda, mps."""
     precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
     """Fabric's precision."""
+    compile: bool = False
+    """Run the model through torch.compile."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -192,6 +226,17 @@ class TrainConfig:
             raise ValueError(f"label_use: got {self.label_use}, expected a share in [0, 1)")
         if self.label_use and self.sampling != "full":
             raise ValueError(f"label_use: got {self.label_use} with sampling={self.sampling!r}, expected 'full'")
+        for name, value, least, below in (
+            ("val_share", self.val_share, 0, 1),
+            ("label_smoothing", self.label_smoothing, 0, 1),
+            ("warmup", self.warmup, 0, 1),
+            ("ema", self.ema, 0, 1),
+            ("mixup", self.mixup, 0, math.inf),
+            ("cutmix", self.cutmix, 0, math.inf),
+            ("clip_norm", self.clip_norm, 0, math.inf),
+        ):
+            if not least <= value < below:
+                raise ValueError(f"{name}: got {value}, expected a number in [{least}, {below})")
         if self.metric is not None and self.dataset != "graph":
             raise ValueError(
                 f"metric: got {self.metric!r} for {self.dataset}, expected none; only `graph` leaves it open"
@@ -205,14 +250,87 @@ class TrainConfig:
 
     def science(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON: all but where it runs and where it is written."""
-        where = {"offline", "yes", "out", "resume", "checkpoint_every", "progress", "device", "workers"}
+        where = {"offline", "yes", "out", "resume", "checkpoint_every", "progress", "device", "workers", "compile"}
         values = {name: value for name, value in asdict(self).items() if name not in where | {"data_root"}}
         if self.dataset == "graph":
             values["file"] = self.data_root.name
             values["digest"] = _digest(self.data_root)
         values["options"] = self.options.given()
-        values["seeds"] = list(self.seeds)
-        return values
+        found: dict[str, Any] = json.loads(json.dumps(values))
+        return found
+
+    def differences(self, there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Where the :meth:`science` of another run is another: its value and this one's.
+
+        What the other run did not know, since it is older, had the default.
+        """
+        here = self.science()
+        defaults = json.loads(json.dumps({option.name: option.default for option in fields(self) if _plain(option)}))
+        before = {name: there.get(name, defaults.get(name)) for name in here} | there
+        return {name: (value, here.get(name)) for name, value in before.items() if value != here.get(name)}
+
+    def refuse(self, names: tuple[str, ...], kind: str) -> None:
+        """Refuse options that a data set would ignore.
+
+        Args:
+            names: the options.
+            kind: what takes them.
+
+        Raises:
+            ValueError: one of them is not at its default.
+        """
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in names and value != option.default:
+                raise ValueError(
+                    f"{option.name}: got {value!r} for {self.dataset}, expected {option.default!r}; only {kind} take it"
+                )
+
+
+IMAGES_ONLY = (
+    "moe_blocks",
+    "image_size",
+    "patch",
+    "dim",
+    "vit_heads",
+    "augment",
+    "mixup",
+    "cutmix",
+    "val_share",
+    "split_seed",
+    "skip_broken",
+    "label_smoothing",
+)
+"""Options that mean nothing on a graph."""
+
+GRAPHS_ONLY = (
+    "conv",
+    "heads",
+    "edge_features",
+    "shared_expert",
+    "in_proj",
+    "share_router",
+    "share_experts",
+    "routing",
+    "route_on",
+    "route_hops",
+    "residual",
+    "norm",
+    "jk",
+    "input_dropout",
+    "sampling",
+    "fanout",
+    "evaluation",
+    "undirected",
+    "self_loops",
+    "adjacency",
+    "label_use",
+)
+"""Options that mean nothing on images."""
+
+
+def _plain(option: Field[Any]) -> bool:
+    return isinstance(option.default, int | float | str | tuple | None)
 
 
 def _digest(path: Path) -> str | None:

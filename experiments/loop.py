@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Data
 from tqdm import tqdm
 
 import gmoe
 from experiments.build import build_model, flops, init_centroids, matched_ratio, num_parameters
+from experiments.checkpoint import Checkpoint, Log
 from experiments.config import TrainConfig
 from experiments.data import Split, Task
 from experiments.routing_stats import routing_summary, save_routings
@@ -53,61 +55,9 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
         "matched": matched_ratio(config, task, model),
         "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
     }
-    model, optimizer = fabric.setup(model, make_optimizer(config, model))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda epoch: learning_rate(config, epoch))
-
-    checkpoint = Checkpoint(folder / "checkpoint")
-    progress: dict[str, Any] = {"epoch": 0, "best_epoch": -1, "best_val": -math.inf, "seconds": 0.0}
-    best = _copy(model)
-    loaded = checkpoint.load()
-    if loaded is not None:
-        progress, best = loaded["progress"], loaded["best"]
-        model.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
-        scheduler.load_state_dict(loaded["scheduler"])
-        torch.set_rng_state(loaded["rng"])
-        torch.cuda.set_rng_state_all(loaded["cuda_rng"])
-    log = Log(folder / "metrics.csv", keep=progress["epoch"])
-
-    bar = tqdm(
-        range(progress["epoch"], config.epochs),
-        initial=progress["epoch"],
-        total=config.epochs,
-        desc=f"{task.name} {config.router} seed {seed}",
-        disable=None if config.progress else True,
-    )
-    for epoch in bar:
-        started = time.perf_counter()
-        row: dict[str, Any] = {"epoch": epoch, "lr": scheduler.get_last_lr()[0]}
-        row |= train_epoch(fabric, model, optimizer, config, task, seed * 100_003 + epoch)
-        scheduler.step()
-        last = epoch + 1 == config.epochs
-        measured = last or (epoch + 1) % config.eval_every == 0
-        row["val"] = evaluate(fabric, model, config, task, "val")[0] if measured else None
-        progress["seconds"] += time.perf_counter() - started
-        progress["epoch"] = epoch + 1
-        if measured and row["val"] > progress["best_val"]:
-            progress |= {"best_val": row["val"], "best_epoch": epoch}
-            best = _copy(model)
-        log.write(row | {"seconds": progress["seconds"]})
-        bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress['best_val']:.4f}")
-        if (epoch + 1) % config.checkpoint_every == 0 or last:
-            log.flush()
-            checkpoint.save(
-                {
-                    "progress": progress,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict(),
-                    "rng": torch.get_rng_state(),
-                    "cuda_rng": torch.cuda.get_rng_state_all(),
-                },
-                best,
-            )
-    log.close()
-
-    model.load_state_dict(best)
-    test, routings = evaluate(fabric, model, config, task, "test")
+    with set_up(fabric, model, config, task) as training:
+        progress = fit(training, seed, folder)
+        test, routings = training.evaluate("test")
     save_routings(routings, folder.parent / "routing" / f"{folder.name}.safetensors")
     return {
         "seed": seed,
@@ -119,7 +69,203 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
         "peak_memory": round(peak_memory(fabric.device)),
         **cost,
         "routing": routing_summary(routings, task.planted, _properties(task, routings)),
+        "curve": progress["curve"],
     }
+
+
+def fit(training: Training, seed: int, folder: Path) -> dict[str, Any]:
+    """Train for as many epochs as there are to come, and leave the model with the weights that validation selects.
+
+    Returns:
+        ``best_val``, ``best_epoch``, ``seconds``, and the ``curve``: epochs done, loss and validation metric.
+    """
+    config, task = training.config, training.task
+    checkpoint = Checkpoint(folder / "checkpoint")
+    progress: dict[str, Any] = {
+        "epoch": 0,
+        "best_epoch": -1,
+        "best_val": -math.inf,
+        "seconds": 0.0,
+        "curve": {"epoch": [], "loss": [], "val": []},
+    }
+    best = training.weights()
+    loaded = checkpoint.load()
+    if loaded is not None:
+        progress, best = loaded["progress"], loaded["best"]
+        training.load(loaded["training"])
+    log = Log(folder / "metrics.csv", keep=progress["epoch"])
+    bar = tqdm(
+        range(progress["epoch"], config.epochs),
+        initial=progress["epoch"],
+        total=config.epochs,
+        desc=f"{task.name} {config.router} seed {seed}",
+        disable=None if config.progress else True,
+    )
+    for epoch in bar:
+        started = time.perf_counter()
+        row: dict[str, Any] = {"epoch": epoch, "lr": training.scheduler.get_last_lr()[0]}
+        row |= training.train_epoch(seed * 100_003 + epoch)
+        last = epoch + 1 == config.epochs
+        measured = last or (epoch + 1) % config.eval_every == 0
+        row["val"] = training.evaluate("val")[0] if measured else None
+        progress["seconds"] += time.perf_counter() - started
+        progress["epoch"] = epoch + 1
+        if measured:
+            for name, value in (("epoch", epoch + 1), ("loss", row["loss"]), ("val", row["val"])):
+                progress["curve"][name].append(round(value, 5))
+        if measured and row["val"] > progress["best_val"]:
+            progress |= {"best_val": row["val"], "best_epoch": epoch}
+            best = training.weights()
+        log.write(row | {"seconds": progress["seconds"]})
+        bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress['best_val']:.4f}")
+        if (epoch + 1) % config.checkpoint_every == 0 or last:
+            log.flush()
+            checkpoint.save({"progress": progress, "training": training.state()}, best)
+    log.close()
+    training.use(best)
+    return progress
+
+
+@dataclass
+class Training:
+    """What is trained, and by what.
+
+    Args:
+        fabric: device and precision.
+        model: set up by ``fabric``.
+        optimizer: set up by ``fabric``.
+        scheduler: steps with the optimizer.
+        averaged: the moving average of the weights, if there is one.
+        routings: what the last forward of the model routed, a list one a layer.
+        config: the run.
+        task: the data.
+    """
+
+    fabric: Fabric
+    model: Any
+    optimizer: Any
+    scheduler: LambdaLR
+    averaged: AveragedModel | None
+    routings: list[Routing]
+    config: TrainConfig
+    task: Task
+
+    def forward(self, inputs: tuple[Any, ...]) -> Tensor:
+        """Logits; ``routings`` are those of this call."""
+        self.routings.clear()
+        logits: Tensor = self.model(*inputs)
+        return logits
+
+    def train_epoch(self, shuffle_seed: int) -> dict[str, float]:
+        """One pass over the training set: means of the task loss, of all auxiliary losses, and of each of them."""
+        self.model.train()
+        sums: dict[str, Tensor] = {}  # tensors: a number would have to be waited for at every step
+        count = 0
+        for batch in self.task.loader("train", self.config.batch_size, shuffle_seed):
+            batch = self.fabric.to_device(batch)
+            self.optimizer.zero_grad()
+            loss = self.task.loss(batch.counted(self.forward(batch.inputs)), batch.target)
+            aux = gmoe.aux_loss(self.routings).to(loss.device)
+            self.fabric.backward(loss + aux)
+            if self.config.clip_norm:
+                self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.config.clip_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.model.module)
+            rows = len(batch.target)
+            count += rows
+            values = {"loss": loss, "aux": aux} | {
+                f"{name}_{layer}": value.value
+                for layer, routing in enumerate(self.routings)
+                for name, value in routing.losses.items()
+            }
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() * rows
+        return {name: float(value) / count for name, value in sums.items()}
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
+        """The metric over a split, and the routings: a list a batch, in it one a layer."""
+        with self._averaged():
+            return self._evaluate(split)
+
+    def _evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
+        task, config, device = self.task, self.config, self.fabric.device
+        self.model.eval()
+        metric = task.metric().to(device)
+        if config.evaluation == "layerwise":
+            assert task.graph is not None
+            assert task.split is not None
+            gnn: Any = self.model.module
+            logits, routings = gnn.inference(task.graph, device, batch_size=config.batch_size, return_routing=True)
+            rows = task.split[split]
+            metric.update(logits[rows].to(device), task.graph.y[rows].to(device))
+            return float(metric.compute()), [routings]
+        kept = []
+        for batch in task.loader(split, config.batch_size, None):
+            batch = self.fabric.to_device(batch)
+            metric.update(batch.counted(self.forward(batch.inputs)), batch.target)
+            kept.append(list(self.routings))
+        return float(metric.compute()), kept
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model has the averaged weights, where there are any."""
+        if self.averaged is None:
+            yield
+            return
+        own = _copy(self.model)
+        self.model.load_state_dict(self.averaged.module.state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the weights that are evaluated."""
+        return _copy(self.model if self.averaged is None else self.averaged.module)
+
+    def use(self, weights: dict[str, Tensor]) -> None:
+        """Evaluate these weights."""
+        self.model.load_state_dict(weights)
+        if self.averaged is not None:
+            self.averaged.module.load_state_dict(weights)
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the training depends on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        for name in ("model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+@contextmanager
+def set_up(fabric: Fabric, model: nn.Module, config: TrainConfig, task: Task) -> Iterator[Training]:
+    """Model, optimizer, schedule and average, ready to train; the routings are recorded as long as it lasts."""
+    average = None
+    if config.ema:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).to(fabric.device)
+    with routings_of(model) as routings:  # before compilation, which would not see hooks that come later
+        if config.compile:
+            model.compile()
+        ready, optimizer = fabric.setup(model, make_optimizer(config, model))
+        steps = config.epochs * task.steps(config.batch_size)
+        scheduler = LambdaLR(optimizer.optimizer, lambda step: learning_rate(config, step, steps))
+        yield Training(fabric, ready, optimizer, scheduler, average, routings, config, task)
 
 
 def _properties(task: Task, routings: list[list[Routing]]) -> dict[str, Tensor]:
@@ -129,52 +275,6 @@ def _properties(task: Task, routings: list[list[Routing]]) -> dict[str, Tensor]:
         return {}
     whole = {routing.num_tokens for routing in routings[0]} == {graph.num_nodes}
     return node_properties(graph) if whole else {}
-
-
-def train_epoch(
-    fabric: Fabric, model: nn.Module, optimizer: Any, config: TrainConfig, task: Task, shuffle_seed: int
-) -> dict[str, float]:
-    """One pass over the training set: mean task loss and auxiliary loss."""
-    model.train()
-    loss_sum, aux_sum, count = 0.0, 0.0, 0
-    for batch in task.loader("train", config.batch_size, shuffle_seed):
-        batch = fabric.to_device(batch)
-        optimizer.zero_grad()
-        with routings_of(model) as routings:
-            logits = model(*batch.inputs)
-        loss = task.loss(batch.counted(logits), batch.target)
-        aux = gmoe.aux_loss(routings).to(loss.device)
-        fabric.backward(loss + aux)
-        optimizer.step()
-        loss_sum += float(loss.detach()) * len(batch.target)
-        aux_sum += float(aux.detach()) * len(batch.target)
-        count += len(batch.target)
-    return {"loss": loss_sum / count, "aux": aux_sum / count}
-
-
-@torch.no_grad()
-def evaluate(
-    fabric: Fabric, model: nn.Module, config: TrainConfig, task: Task, split: Split
-) -> tuple[float, list[list[Routing]]]:
-    """The metric over a split, and the routings: a list a batch, in it one a layer."""
-    model.eval()
-    metric = task.metric().to(fabric.device)
-    if config.evaluation == "layerwise":
-        assert task.graph is not None
-        assert task.split is not None
-        gnn: Any = model.module
-        logits, routings = gnn.inference(task.graph, fabric.device, batch_size=config.batch_size, return_routing=True)
-        rows = task.split[split]
-        metric.update(logits[rows].to(fabric.device), task.graph.y[rows].to(fabric.device))
-        return float(metric.compute()), [routings]
-    kept = []
-    for batch in task.loader(split, config.batch_size, None):
-        batch = fabric.to_device(batch)
-        with routings_of(model) as routings:
-            logits = model(*batch.inputs)
-        metric.update(batch.counted(logits), batch.target)
-        kept.append(list(routings))
-    return float(metric.compute()), kept
 
 
 @contextmanager
@@ -200,14 +300,14 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     return optimizers[config.optimizer](groups, lr=config.lr)
 
 
-def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """The factor of the learning rate in an epoch."""
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """The factor of the learning rate at a step of ``steps``."""
     if config.schedule == "constant":
         return 1.0
-    warmup = max(config.epochs // 10, 1)
-    if epoch < warmup:
-        return (epoch + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(config.epochs - warmup, 1)))
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
 
 
 def peak_memory(device: torch.device) -> float:
@@ -216,61 +316,6 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     scale = 2**20 if sys.platform == "darwin" else 2**10  # of the unit that the system counts in
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
-
-
-class Checkpoint:
-    """The state of a run on disk, replaced in one step: weights in safetensors, the rest beside them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def save(self, state: dict[str, Any], best: dict[str, Tensor]) -> None:
-        """Write the state, and the best weights so far, each to a new file that then takes the old one's place."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fresh = self.folder / "state.new"
-        torch.save({**state, "best": best}, fresh)
-        fresh.replace(self.folder / "state.ckpt")
-        fresh = self.folder / "best.new"
-        save_file({name: value.contiguous() for name, value in best.items()}, fresh)
-        fresh.replace(self.folder / "best.safetensors")
-
-    def load(self) -> dict[str, Any] | None:
-        """The state, or ``None`` where there is none."""
-        path = self.folder / "state.ckpt"
-        return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
-
-
-class Log:
-    """metrics.csv: one row an epoch; rows behind the checkpoint are cut when a run goes on."""
-
-    def __init__(self, path: Path, keep: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows: list[dict[str, Any]] = []
-        if keep > 0 and path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < keep]
-        self._writer: csv.DictWriter[str] | None = None
-        fresh = path.with_suffix(".new")  # takes the old one's place when it is whole
-        self._file = fresh.open("w", newline="")
-        for row in rows:
-            self.write(row)
-        self.flush()
-        fresh.replace(path)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Add a row."""
-        if self._writer is None:
-            self._writer = csv.DictWriter(self._file, fieldnames=list(row))
-            self._writer.writeheader()
-        self._writer.writerow(row)
-
-    def flush(self) -> None:
-        """Bring the rows to the disk."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     folder = config.folder()
     if folder.exists() and any(folder.iterdir()) and not config.resume:
         raise ValueError(f"out: got {folder}, which is not empty; expected a new folder, or --resume to go on with it")
-    _same_run(folder / "config.json", config.science())
+    _same_run(folder / "config.json", config)
     finished = folder / "summary.json"
     if finished.exists():
         summary: dict[str, Any] = json.loads(finished.read_text())
@@ -57,17 +57,13 @@ def _finished(config: TrainConfig, task_of: Callable[[int], Task], seed: int, pa
     return found
 
 
-def _same_run(path: Path, science: dict[str, Any]) -> None:
+def _same_run(path: Path, config: TrainConfig) -> None:
     if not path.exists():
         return
-    there = json.loads(path.read_text())
-    here = json.loads(json.dumps(science))
-    for name in sorted(set(there) | set(here)):
-        if there.get(name) != here.get(name):
-            raise ValueError(
-                f"out: {path.parent} holds a run with {name}={there.get(name)!r}, expected {here.get(name)!r}; choose "
-                "another folder"
-            )
+    for name, (there, here) in sorted(config.differences(json.loads(path.read_text())).items()):
+        raise ValueError(
+            f"out: {path.parent} holds a run with {name}={there!r}, expected {here!r}; choose another folder"
+        )
 
 
 def summarise(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -89,6 +85,10 @@ def summarise(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, A
             }
             for layer in range(len(first["routing"]))
         ],
+        "curve": {
+            "epoch": first["curve"]["epoch"],
+            **{name: [result["curve"][name] for result in results] for name in ("loss", "val")},
+        },
         "config": config.science(),
         "environment": environment(),
     }

@@ -81,7 +81,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         if arm.config.dataset == "graph":
             root = root / arm.config.data_root
         run_config = replace(arm.config, out=folder / arm.name, resume=True, progress=config.progress, data_root=root)
-        if arm.name in known and known[arm.name]["config"] == json.loads(json.dumps(run_config.science())):
+        if arm.name in known and not run_config.differences(known[arm.name]["config"]):
             finished[arm.name] = {**known[arm.name], "label": arm.label}
         elif config.only in arm.name or (folder / arm.name / "summary.json").exists():
             todo.append((arm, run_config))

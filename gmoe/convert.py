@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ def moefy(
     num_experts: int = 8,
     upcycle: bool = True,
     *,
+    blocks: Sequence[int] | None = None,
     router_kwargs: Mapping[str, Any] | None = None,
     backend: Backend = "auto",
 ) -> nn.Module:
@@ -57,6 +58,7 @@ def moefy(
         router: a name or factory (default ``"token_choice"``); one router is built a layer.
         num_experts: E (default 8).
         upcycle: start the experts as copies of the dense MLP (default), or afresh.
+        blocks: of a transformer, indices of the blocks that become MoE, in place of ``every`` (default ``None``).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.dispatch.grouped_linear`.
 
@@ -76,6 +78,7 @@ def moefy(
         router=router,
         num_experts=num_experts,
         upcycle=upcycle,
+        blocks=None if blocks is None else tuple(blocks),
         router_kwargs=router_kwargs,
         backend=backend,
     )
@@ -90,24 +93,23 @@ def _moefy(
     router: RouterLike,
     num_experts: int,
     upcycle: bool,
+    blocks: tuple[int, ...] | None,
     router_kwargs: Mapping[str, Any] | None,
     backend: Backend,
 ) -> nn.Module:
     """The conversion by the type of the model; other modules register theirs. This one takes transformers."""
-    blocks = _blocks(model)
-    if not blocks:
+    found = _blocks(model)
+    if not found:
         raise ValueError(
             f"model: got {type(model).__name__}, expected a transformer with blocks that hold an `mlp`, such as "
             "torchvision's or timm's VisionTransformer, or a PyG BasicGNN"
         )
-    if len({id(parent) for parent, _ in blocks}) > 1:
+    if len({id(parent) for parent, _ in found}) > 1:
         raise ValueError(
             f"model: got {type(model).__name__}, whose blocks lie in several stages; expected one sequence of "
             "blocks on tokens (B, T, D), as in a VisionTransformer"
         )
-    if len(blocks) < every:
-        raise ValueError(f"every: got {every}, expected at most the number of blocks, {len(blocks)}")
-    chosen = [block for i, (_, block) in enumerate(blocks) if i % every == every - 1]
+    chosen = [found[i][1] for i in choose_blocks(len(found), every, blocks)]
     layers = []
     for block in chosen:  # build all before changing any: an error leaves the model as it was
         first = next(block.mlp.parameters())
@@ -117,6 +119,21 @@ def _moefy(
     for block, layer in zip(chosen, layers, strict=True):
         block.mlp = layer
     return model
+
+
+def choose_blocks(count: int, every: int, blocks: tuple[int, ...] | None) -> list[int]:
+    """Which of ``count`` blocks become MoE: every n-th, or those that are named.
+
+    Raises:
+        ValueError: no block, or one that is not there or is named twice.
+    """
+    if blocks is None:
+        if count < every:
+            raise ValueError(f"every: got {every}, expected at most the number of blocks, {count}")
+        return [i for i in range(count) if i % every == every - 1]
+    if not blocks or len(set(blocks)) < len(blocks) or not set(blocks) <= set(range(count)):
+        raise ValueError(f"blocks: got {blocks}, expected some of 0 to {count - 1}, each once")
+    return sorted(blocks)
 
 
 def _blocks(model: nn.Module) -> list[tuple[nn.Module, Any]]:

@@ -26,10 +26,13 @@ def _moefy_gnn(
     router: RouterLike,
     num_experts: int,
     upcycle: bool,
+    blocks: tuple[int, ...] | None,
     router_kwargs: Mapping[str, Any] | None,
     backend: Backend,
 ) -> GNNMoE:
     """A GNNMoE with the options and, with ``upcycle``, the parameters of a dense PyG GNN; without residuals, as it."""
+    if blocks is not None:
+        raise ValueError(f"blocks: got {blocks} for a GNN, expected None and `every`")
     if not isinstance(model.in_channels, int) or any(p.numel() == 0 for p in model.parameters()):
         raise ValueError("model: got a GNN with bipartite or lazy layers, expected one with known in_channels")
     moe = GNNMoE(

@@ -178,7 +178,8 @@ def record(model: nn.Module) -> Iterator[list[Routing]]:
     def keep(_: nn.Module, __: Any, routing: Routing) -> None:
         if in_backward():
             return
-        if not torch.is_grad_enabled() and _in_reentrant_checkpoint():
+        compiling = torch.compiler.is_compiling()  # which does not trace into reentrant checkpoints
+        if not compiling and not torch.is_grad_enabled() and _in_reentrant_checkpoint():
             raise RuntimeError(
                 "record: a MoE layer runs under reentrant checkpointing, which loses the gradients of its auxiliary "
                 "losses; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"

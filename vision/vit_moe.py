@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, overload
 
@@ -58,6 +58,7 @@ class ViTMoE(VisionTransformer):
         num_experts: E (default 8).
         k: K, experts per token (default 1).
         every: block ``i`` is MoE where ``i % every == every - 1`` (default 2).
+        blocks: indices of the blocks that are MoE, in place of ``every`` (default ``None``).
         dropout, attention_dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.dispatch.grouped_linear`.
@@ -83,6 +84,7 @@ class ViTMoE(VisionTransformer):
         num_experts: int = 8,
         k: int = 1,
         every: int = 2,
+        blocks: Sequence[int] | None = None,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         router_kwargs: Mapping[str, Any] | None = None,
@@ -111,6 +113,7 @@ class ViTMoE(VisionTransformer):
                 router=router,
                 num_experts=num_experts,
                 upcycle=False,
+                blocks=blocks,
                 router_kwargs=router_kwargs,
                 backend=backend,
             )

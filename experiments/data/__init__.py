@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from experiments.config import TrainConfig
+from experiments.config import GRAPHS_ONLY, IMAGES_ONLY, TrainConfig
 from experiments.data.digits import digits, digits_graph
 from experiments.data.graph_data import GraphData, Split
 from experiments.data.graph_task import graph_task, transformed
@@ -16,6 +16,9 @@ from experiments.data.user_graph import user_graph
 
 __all__ = ["Batch", "Split", "Task", "load_tasks"]
 
+MODEL_OF_IMAGES = ("moe_blocks", "patch", "dim", "vit_heads", "label_smoothing")
+"""Options of images that are not about where they come from."""
+
 
 def load_tasks(config: TrainConfig) -> Callable[[int], Task]:
     """Load the data set of a run; the result gives the task of a seed, whose split it chooses where there are several.
@@ -25,8 +28,11 @@ def load_tasks(config: TrainConfig) -> Callable[[int], Task]:
         FileNotFoundError: files are missing and cannot be fetched.
     """
     if config.dataset == "digits":
-        images = digits()
+        config.refuse(GRAPHS_ONLY, "graphs")
+        config.refuse(tuple(name for name in IMAGES_ONLY if name not in MODEL_OF_IMAGES), "image folders")
+        images = digits(config.label_smoothing)
         return lambda _: images
+    config.refuse(IMAGES_ONLY, "images")
     graph = _load_graph(config)
     data = transformed(graph, config)
     make = graph_task if graph.target is None else hetero_task

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -9,8 +11,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import kneighbors_graph
 from torch_geometric.data import Data
 
-from experiments.data.graph_data import GraphData, Splits, make_metric
-from experiments.data.task import Task, image_task
+from experiments.data.graph_data import GraphData, Split, Splits, make_metric
+from experiments.data.task import Batch, Task, image_task
 
 
 def _split(labels: np.ndarray) -> Splits:
@@ -21,7 +23,7 @@ def _split(labels: np.ndarray) -> Splits:
     return {"train": torch.from_numpy(train), "val": torch.from_numpy(val), "test": torch.from_numpy(test)}
 
 
-def digits() -> Task:
+def digits(label_smoothing: float = 0.0) -> Task:
     """The digits as images of one channel, standardised over the training set."""
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16.0
@@ -30,7 +32,14 @@ def digits() -> Task:
     train = images[split["train"]]
     images = (images - train.mean()) / train.std()
 
-    return image_task("digits", images, labels, split)
+    def loader(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+        index = split[part]
+        if seed is not None:
+            index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))]
+        for rows in index.split(batch_size):
+            yield Batch((images[rows],), labels[rows])
+
+    return image_task("digits", 8, 10, loader, len(split["train"]), label_smoothing)
 
 
 def digits_graph() -> GraphData:

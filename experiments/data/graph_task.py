@@ -169,6 +169,7 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, s
         whole_graph = part != "train" and config.evaluation == "full"
         return (full if whole_graph else sampled)(part, batch_size, seed)
 
+    counted = {"neighbor": len(split["train"]), "random_node": data.num_nodes}
     return Task(
         name=graph.name,
         kind="graph",
@@ -177,6 +178,7 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, s
         metric_name=graph.metric_name,
         metric=graph.metric,
         loader=loader,
+        steps=lambda size: -(-counted[config.sampling] // size) if config.sampling in counted else 1,
         loss=task_loss,
         edge_dim=data.num_edge_features if config.edge_features else None,
         graph=data,

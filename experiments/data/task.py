@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric.data import Data, HeteroData
@@ -43,7 +42,8 @@ class Task:
         metric_name: of the metric, higher is better, between 0 and 1.
         metric: makes the metric; it is updated with (logits, target).
         loader: ``loader(split, batch_size, shuffle_seed)`` gives the batches of one epoch; no shuffling without a seed.
-        loss: of (logits, target).
+        steps: how many training batches an epoch has, by batch size.
+        loss: of (logits, target), in training.
         edge_dim: width of the edge features that inputs hold, or ``None``.
         graph: the whole graph, for models that need more of it than batches hold.
         split: the nodes of train, val and test.
@@ -58,6 +58,7 @@ class Task:
     metric_name: str
     metric: Callable[[], Metric]
     loader: Loader
+    steps: Callable[[int], int] = lambda _: 1
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     edge_dim: int | None = None
     graph: Data | HeteroData | None = None
@@ -66,23 +67,27 @@ class Task:
     planted: Tensor | None = None
 
 
-def image_task(name: str, images: Tensor, labels: Tensor, split: Splits) -> Task:
-    """Classification by accuracy of images that lie in memory, (N, C, H, W)."""
-    num_classes = int(labels.max()) + 1
+def image_task(
+    name: str, image_size: int, num_classes: int, loader: Loader, num_train: int, label_smoothing: float
+) -> Task:
+    """Classification of images by accuracy.
 
-    def loader(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
-        index = split[part]
-        if seed is not None:
-            index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))]
-        for rows in index.split(batch_size):
-            yield Batch((images[rows],), labels[rows])
-
+    Args:
+        name: of the data set.
+        image_size: height and width, in pixels.
+        num_classes: width of the logits.
+        loader: see :class:`Task`; targets are classes, or in training (B, classes) shares of them.
+        num_train: training images.
+        label_smoothing: of the loss.
+    """
     return Task(
         name=name,
         kind="image",
-        in_channels=images.size(-1),
+        in_channels=image_size,
         num_classes=num_classes,
         metric_name="accuracy",
         metric=partial(MulticlassAccuracy, num_classes=num_classes, average="micro"),
         loader=loader,
+        steps=lambda batch_size: -(-num_train // batch_size),
+        loss=partial(F.cross_entropy, label_smoothing=label_smoothing),
     )

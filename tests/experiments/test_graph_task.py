@@ -16,7 +16,7 @@ from torch_geometric.data import Data
 from experiments.config import TrainConfig
 from experiments.data import Task
 from experiments.data.graph_data import GraphData, Split
-from experiments.loop import evaluate
+from experiments.loop import set_up
 from tests.experiments.made_graph import (
     CLASSES,
     NODES,
@@ -139,13 +139,13 @@ def test_layerwise_evaluation_equals_full(conv: tuple[str, ...], changes: dict[s
         full, layerwise = (make_task(replace(config, evaluation=how), graph) for how in ("full", "layerwise"))
     fabric = Fabric(accelerator="cpu", devices=1)
     model = model_of(config, full).float()
-    wrapped = fabric.setup(model)
-    assert isinstance(wrapped, nn.Module)
-    for part in PARTS[1:]:
-        one, routings = evaluate(fabric, wrapped, config, full, part)
-        two, pieces = evaluate(fabric, wrapped, replace(config, evaluation="layerwise"), layerwise, part)
-        assert one == two
-        assert [r.token.tolist() for r in routings[0]] == [r.token.tolist() for r in pieces[0]]
+    with set_up(fabric, model, config, full) as training:
+        by_pieces = replace(training, config=replace(config, evaluation="layerwise"), task=layerwise)
+        for part in PARTS[1:]:
+            two, pieces = by_pieces.evaluate(part)
+            one, routings = training.evaluate(part)
+            assert one == two
+            assert [r.token.tolist() for r in routings[0]] == [r.token.tolist() for r in pieces[0]]
     logits, _ = model_of(config, full).inference(_double(layerwise.graph), batch_size=7, return_routing=True)  # type: ignore[operator]
     torch.testing.assert_close(logits, logits_of(config, full))
 

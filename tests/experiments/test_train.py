@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import experiments.loop
+from experiments.checkpoint import Log
 from experiments.config import TrainConfig
 from experiments.data import load_tasks
-from experiments.loop import Log
+from experiments.loop import Training
 from experiments.presets import PRESETS
 from experiments.runs import run, spread
 from experiments.train import main, parse
@@ -62,13 +62,13 @@ def test_the_test_set_is_read_once_at_the_best_validation_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    evaluate = experiments.loop.evaluate
+    evaluate = Training.evaluate
 
-    def watch(fabric: Any, model: Any, config: Any, task: Any, split: Any) -> Any:
+    def watch(training: Training, split: Any) -> Any:
         seen.append(split)
-        return evaluate(fabric, model, config, task, split)
+        return evaluate(training, split)
 
-    monkeypatch.setattr(experiments.loop, "evaluate", watch)
+    monkeypatch.setattr(Training, "evaluate", watch)
     quick(tmp_path / "run")
     assert seen == ["val", "val", "val", "test"]
     with (tmp_path / "run" / "seed-0" / "metrics.csv").open() as file:
@@ -91,7 +91,7 @@ def test_resume_after_a_cut_equals_a_run_in_one_go(
 ) -> None:
     args = ("--router", "token_choice", "--dropout", "0.2", "--checkpoint-every", "1")
     whole = quick(tmp_path / "whole", *args, preset=preset)
-    train_epoch = experiments.loop.train_epoch
+    train_epoch = Training.train_epoch
     done: list[int] = []
 
     def cut(*arguments: Any) -> Any:
@@ -100,10 +100,10 @@ def test_resume_after_a_cut_equals_a_run_in_one_go(
         done.append(1)
         return train_epoch(*arguments)
 
-    monkeypatch.setattr(experiments.loop, "train_epoch", cut)
+    monkeypatch.setattr(Training, "train_epoch", cut)
     with pytest.raises(KeyboardInterrupt):
         quick(tmp_path / "cut", *args, preset=preset)
-    monkeypatch.setattr(experiments.loop, "train_epoch", train_epoch)
+    monkeypatch.setattr(Training, "train_epoch", train_epoch)
     log = tmp_path / "cut" / "seed-0" / "metrics.csv"
     log.write_text(log.read_text() + "2,9,9,9,9,9\n")  # an epoch behind the checkpoint
     resumed = quick(tmp_path / "cut", *args, "--resume", preset=preset)
@@ -273,7 +273,7 @@ def test_resume_with_sampled_batches(sampling: str, tmp_path: Path, monkeypatch:
         "--checkpoint-every", "1", "--eval-every", "2", "--evaluation", "sampled", "--epochs", "5",
     )  # fmt: skip
     whole = quick(tmp_path / "whole", *args)
-    train_epoch = experiments.loop.train_epoch
+    train_epoch = Training.train_epoch
     done: list[int] = []
 
     def cut(*arguments: Any) -> Any:
@@ -282,10 +282,10 @@ def test_resume_with_sampled_batches(sampling: str, tmp_path: Path, monkeypatch:
         done.append(1)
         return train_epoch(*arguments)
 
-    monkeypatch.setattr(experiments.loop, "train_epoch", cut)
+    monkeypatch.setattr(Training, "train_epoch", cut)
     with pytest.raises(KeyboardInterrupt):
         quick(tmp_path / "cut", *args)
-    monkeypatch.setattr(experiments.loop, "train_epoch", train_epoch)
+    monkeypatch.setattr(Training, "train_epoch", train_epoch)
     resumed = quick(tmp_path / "cut", *args, "--resume")
     for name in ("val", "test", "best_epoch"):
         assert resumed[name]["values"] == whole[name]["values"]

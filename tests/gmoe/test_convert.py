@@ -245,3 +245,15 @@ def test_bad_arguments_leave_the_model_alone(kwargs: dict[str, Any], message: st
     with pytest.raises(ValueError, match=message):
         moefy(vit, **{"num_experts": 4, **kwargs})
     assert not any(isinstance(mlp, MoE) for mlp in mlps(vit))
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_blocks_by_number(name: str) -> None:
+    vit = moefy(VITS[name](4), blocks=[3, 0], num_experts=2)
+    assert [isinstance(mlp, MoE) for mlp in mlps(vit)] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("blocks", [[], [0, 0], [3], [-1]])
+def test_blocks_that_are_not_there_are_refused(blocks: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"blocks: got .* expected some of 0 to 2, each once"):
+        moefy(torchvision_vit(), blocks=blocks)

@@ -514,3 +514,8 @@ def test_full_path_convs_warn_from_a_model_too() -> None:
     with pytest.warns(UserWarning, match="PNAConv runs on the whole graph"):
         gnn = model(conv=PNAConv, **kwargs)
     assert gnn(*graph()).shape == (NODES, OUT)
+
+
+def test_moefy_of_a_gnn_takes_no_blocks() -> None:
+    with pytest.raises(ValueError, match="blocks: got"):
+        moefy(GCN(4, 8, 3), blocks=[0])
