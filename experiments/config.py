@@ -63,7 +63,8 @@ class TrainConfig:
     """One training run: a data set, a model, a recipe, and where it all goes."""
 
     dataset: str
-    """The data: `digits`, `digits-graph`, `mosaic`, a name of `experiments/data/registry.py`, or `graph`, your own."""
+    """The data: `digits`, `digits-graph`, `mosaic`, a name of `experiments/data/registry.py` or of
+    `vision.load_images`, or `graph` and `images`, your own."""
 
     # model
     router: RouterName = "token_choice"

@@ -1,5 +1,21 @@
-"""Images: ViT with Mixture-of-Experts. Imports the gmoe core and torchvision."""
+"""Images: ViT with Mixture-of-Experts, and image data. Imports the gmoe core and torchvision."""
 
+from vision.augment import make_augment, make_mix, normalise
+from vision.images import ImageData, load_images, split_train_val
+from vision.sources import FileImages, ImageSource, MemoryImages
 from vision.vit_moe import SIZES, ViTMoE, ViTSize
 
-__all__ = ["SIZES", "ViTMoE", "ViTSize"]
+__all__ = [
+    "SIZES",
+    "FileImages",
+    "ImageData",
+    "ImageSource",
+    "MemoryImages",
+    "ViTMoE",
+    "ViTSize",
+    "load_images",
+    "make_augment",
+    "make_mix",
+    "normalise",
+    "split_train_val",
+]

@@ -9,10 +9,12 @@ from experiments.data.digits import digits, digits_graph
 from experiments.data.graph_data import GraphData, Split
 from experiments.data.graph_task import graph_task, transformed
 from experiments.data.hetero_task import hetero_task
+from experiments.data.images import images
 from experiments.data.mosaic import mosaic
 from experiments.data.registry import load_graph
 from experiments.data.task import Batch, Task
 from experiments.data.user_graph import user_graph
+from vision.images import NAMES as IMAGE_SETS
 
 __all__ = ["Batch", "Split", "Task", "load_tasks"]
 
@@ -30,8 +32,12 @@ def load_tasks(config: TrainConfig) -> Callable[[int], Task]:
     if config.dataset == "digits":
         config.refuse(GRAPHS_ONLY, "graphs")
         config.refuse(tuple(name for name in IMAGES_ONLY if name not in MODEL_OF_IMAGES), "image folders")
-        images = digits(config.label_smoothing)
-        return lambda _: images
+        small = digits(config.label_smoothing)
+        return lambda _: small
+    if config.dataset in IMAGE_SETS:
+        config.refuse(GRAPHS_ONLY, "graphs")
+        pictures = images(config)
+        return lambda _: pictures
     config.refuse(IMAGES_ONLY, "images")
     graph = _load_graph(config)
     data = transformed(graph, config)

@@ -1,0 +1,60 @@
+"""Image folders and torchvision's image data sets as tasks. Shapes: B images, C classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from experiments.config import TrainConfig
+from experiments.data.graph_data import Split
+from experiments.data.task import Batch, Task, image_task
+from vision.augment import make_augment, make_mix
+from vision.batches import batches
+from vision.images import load_images, split_train_val
+
+
+def images(config: TrainConfig) -> Task:
+    """``cifar10``, ``cifar100``, ``imagenette``, or ``images``, a folder of the user's own; see ``load_images``.
+
+    Validation is a part of the training images (``--val-share``, ``--split-seed``); the test images are read once.
+
+    Raises:
+        ValueError: a broken file, or options out of range.
+        FileNotFoundError: files are missing and cannot be fetched.
+    """
+    data = load_images(
+        config.dataset,
+        config.data_root,
+        image_size=config.image_size,
+        offline=config.offline,
+        skip_broken=config.skip_broken,
+    )
+    print(f"{data.name}: {len(data.train):,} + {len(data.test):,} images; {data.note}", flush=True)
+    train, val = split_train_val(data.train.labels, config.val_share, config.split_seed, allow_missing=True)
+    classes = len(data.classes)
+    missing = sorted(set(range(classes)) - set(data.train.labels[val].tolist()))
+    if missing:
+        names = ", ".join(data.classes[label] for label in missing[:5])
+        print(f"{data.name}: {len(missing)} of {classes} classes have no image in validation: {names}", flush=True)
+    augment = make_augment(config.augment, data.image_size)
+    mix = make_mix(config.mixup, config.cutmix, classes)
+    parts = {"train": (data.train, train), "val": (data.train, val), "test": (data.test, None)}
+
+    def loader(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+        source, index = parts[part]
+        training = part == "train"
+        for pictures, labels in batches(
+            source,
+            torch.arange(len(source)) if index is None else index,
+            batch_size,
+            mean=data.mean,
+            std=data.std,
+            augment=augment if training else None,
+            mix=mix if training else None,
+            seed=seed,
+            workers=config.workers,
+        ):
+            yield Batch((pictures,), labels)
+
+    return image_task(data.name, data.image_size, classes, loader, len(train), config.label_smoothing)

@@ -1,0 +1,131 @@
+"""Image folders on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments.config import TrainConfig
+from experiments.data import load_tasks
+from experiments.train import main
+
+SHAPE = ["--layers", "2", "--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--experts", "2"]
+QUICK = [*SHAPE, "--epochs", "2", "--batch-size", "8", "--seeds", "0", "--no-progress"]
+
+
+def write_images(root: Path, train: int = 8, test: int = 3, size: int = 8, classes: str = "abc") -> Path:
+    """Classes that differ in colour."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        for label, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 60, (size, size, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def folder_task(root: Path, **changes: Any) -> Any:
+    return load_tasks(TrainConfig(dataset="images", data_root=root, **changes))(0)
+
+
+def test_a_folder_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_images(tmp_path / "data")
+    args = ["--augment", "randaugment", "--mixup", "0.2", "--cutmix", "1", "--ema", "0.9", "--val-share", "0.25"]
+    main(["images", *QUICK, *args, "--data-root", str(root), "--out", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["metric"] == "accuracy"
+    assert summary["config"]["augment"] == "randaugment"
+    assert [layer["coverage"]["n"] for layer in summary["routing"]] == [1]
+    assert "images: 24 + 9 images" in capsys.readouterr().out
+
+
+def test_parts_do_not_overlap_and_only_training_is_augmented(tmp_path: Path) -> None:
+    root = write_images(tmp_path)
+    plain, changed = (
+        folder_task(root, val_share=0.25, augment=augment, mixup=mixup)
+        for augment, mixup in (("none", 0.0), ("standard", 0.5))
+    )
+
+    def rows(task: Any, part: Any, seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        found = list(task.loader(part, 5, seed))
+        return torch.cat([batch.inputs[0] for batch in found]), torch.cat([batch.target for batch in found])
+
+    seen = [{image.numpy().tobytes() for image in rows(plain, part, None)[0]} for part in ("train", "val", "test")]
+    assert [len(part) for part in seen] == [18, 6, 9]
+    assert len(set.union(*seen)) == 33
+    for part in ("val", "test"):
+        for one, two in zip(rows(plain, part, None), rows(changed, part, None), strict=True):
+            assert torch.equal(one, two)
+    images, labels = rows(changed, "train", 1)
+    assert labels.shape == (18, 3)
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(18))
+    assert torch.equal(images, rows(changed, "train", 1)[0])
+    assert not torch.equal(images, rows(changed, "train", 2)[0])
+    assert changed.steps(5) == len(list(changed.loader("train", 5, 0))) == 4
+
+
+def test_label_smoothing_is_the_loss_in_training(tmp_path: Path) -> None:
+    task = folder_task(write_images(tmp_path), label_smoothing=0.3)
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    share = torch.nn.functional.one_hot(target, 3) * 0.7 + 0.1
+    torch.testing.assert_close(task.loss(logits, target), -(share * logits.log_softmax(-1)).sum(dim=1).mean())
+
+
+def test_one_image_a_class_is_split_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = folder_task(write_images(tmp_path, train=1, test=1), val_share=0.34)
+    counts = [sum(len(batch.target) for batch in task.loader(part, 2, None)) for part in ("train", "val", "test")]
+    assert counts == [2, 1, 3]
+    assert "2 of 3 classes have no image in validation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "args", "message"),
+    [
+        ({"size": 10}, [], "image_size: got 10, expected a multiple of patch_size=4"),
+        ({"size": 24}, ["--patch", "None"], "image_size: got 24, expected patch, dim and vit_heads with it"),
+        ({}, ["--val-share", "0"], "val_share: got 0.0"),
+        ({}, ["--conv", "sage"], "conv: got ('sage',) for images"),
+        ({}, ["--router", "oracle"], "router: got 'oracle' for images"),
+    ],
+)
+def test_bad_options(
+    change: dict[str, Any], args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_images(tmp_path / "data", **change)
+    with pytest.raises(SystemExit):
+        main(["images", *QUICK, *args, "--data-root", str(root), "--out", str(tmp_path / "run")])
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_file_is_named_and_skipped_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_images(tmp_path / "data")
+    broken = root / "train" / "b" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    args = ["images", *QUICK, "--data-root", str(root), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        main(args)
+    assert "2.png" in capsys.readouterr().err
+    main([*args, "--skip-broken"])
+    assert "images: 23 + 9 images" in capsys.readouterr().out
+
+
+def test_grey_images_and_an_empty_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_images(tmp_path / "data")
+    for path in root.glob("*/a/*.png"):
+        Image.open(path).convert("L").save(path)
+    images = next(iter(folder_task(root).loader("test", 9, None))).inputs[0]
+    assert images.shape == (9, 3, 8, 8)
+    (root / "train" / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        main(["images", *QUICK, "--data-root", str(root), "--out", str(tmp_path / "run")])
+    assert "empty" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""Tiny images and data sets in the layouts that loaders read."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10, Imagenette
+
+SHADE = 20
+"""Images of the n-th class are of the colour (n * SHADE, n * SHADE + 1, n * SHADE + 2)."""
+
+
+def write_image(path: Path, colour: tuple[int, int, int] = (0, 0, 0), size: tuple[int, int] = (8, 8)) -> Path:
+    """One colour; ``size`` is (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def write_photo(path: Path, size: tuple[int, int], seed: int = 0, **kwargs: Any) -> Path:
+    """Smooth and random: a few random pixels, enlarged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, **kwargs)
+    return path
+
+
+def write_folder(
+    root: Path, counts: Mapping[str, int], size: tuple[int, int] = (8, 8), suffix: str = ".png", first: int = 0
+) -> Path:
+    """``root/<class>/<number>``, classes in the order given, of the colours from ``first`` on."""
+    for label, (name, count) in enumerate(counts.items(), start=first):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            shade = label * SHADE
+            write_image(root / name / f"{number:03}{suffix}", (shade, shade + 1, shade + 2), size)
+    return root
+
+
+def write_imagenette(root: Path, count: int = 1) -> Path:
+    """The folder that torchvision's ``Imagenette`` reads."""
+    for split in ("train", "val"):
+        for label, wnid in enumerate(sorted(Imagenette._WNID_TO_CLASS)):
+            for number in range(count):
+                write_image(root / "imagenette2-160" / split / wnid / f"{number}.JPEG", (label * SHADE,) * 3, (12, 9))
+    return root / "imagenette2-160"
+
+
+def write_cifar(
+    root: Path, cls: type[CIFAR10], num_classes: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[np.ndarray, list[int]]:
+    """The files of ``CIFAR10`` or ``CIFAR100`` with random pixels, of which torchvision then knows the MD5s.
+
+    Returns:
+        pixels (N, 3072) and labels of all training files.
+    """
+    folder = root / cls.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    key = "labels" if num_classes == 10 else "fine_labels"
+    pixels, labels = [], []
+
+    def write(name: str, content: Mapping[str, Any]) -> str:
+        (folder / name).write_bytes(pickle.dumps(dict(content)))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def split(files: list[list[str]]) -> list[list[str]]:
+        sums = []
+        for name, _ in files:
+            data = rng.integers(0, 256, (num_classes, 3072), dtype=np.uint8)
+            target = rng.permutation(num_classes).tolist()
+            sums.append([name, write(name, {"data": data, key: target})])
+            if name.startswith(("data", "train")):
+                pixels.append(data)
+                labels.extend(target)
+        return sums
+
+    monkeypatch.setattr(cls, "train_list", split(cls.train_list))
+    monkeypatch.setattr(cls, "test_list", split(cls.test_list))
+    names = [f"class{number}" for number in range(num_classes)]
+    meta = dict(cls.meta)
+    meta["md5"] = write(meta["filename"], {meta["key"]: names})
+    monkeypatch.setattr(cls, "meta", meta)
+    return np.concatenate(pixels), labels
+
+
+def pack(folder: Path, archive: Path) -> str:
+    """A folder as .tar.gz; returns its MD5."""
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(folder, folder.name)
+    return hashlib.md5(archive.read_bytes()).hexdigest()
+
+
+def cut(path: Path) -> Path:
+    """Leave the first half."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path

@@ -1,0 +1,156 @@
+"""Epochs: everything once, reproducible from the seed alone, the same with and without workers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.vision.made_images import cut, write_photo
+from vision.augment import Augment, make_augment, make_mix, normalise
+from vision.batches import batches
+from vision.sources import FileImages, ImageSource, MemoryImages
+
+CONSTANTS: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> FileImages:
+    root = tmp_path_factory.mktemp("photos")
+    paths = [str(write_photo(root / f"{number}.png", (16, 16), seed=number)) for number in range(11)]
+    return FileImages(paths, torch.arange(11), 16)
+
+
+@pytest.fixture(scope="module", params=["memory", "files"])
+def source(request: pytest.FixtureRequest, files: FileImages) -> ImageSource:
+    return files if request.param == "files" else MemoryImages(files.get(torch.arange(11)), files.labels)
+
+
+def epoch(source: ImageSource, index: Tensor | None = None, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
+    return list(batches(source, torch.arange(len(source)) if index is None else index, 4, **CONSTANTS, **kwargs))
+
+
+def random_options(**kwargs: Any) -> dict[str, Any]:
+    return {"augment": make_augment("randaugment", 16), "mix": make_mix(0.5, 1.0, 11), "seed": 3, **kwargs}
+
+
+def assert_same(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]]) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_a_seed_in_order_and_unchanged(source: ImageSource, workers: int) -> None:
+    index = torch.tensor([10, 2, 3, 3, 0])
+    found = epoch(source, index, **random_options(seed=None, workers=workers))
+    assert [len(images) for images, _ in found] == [4, 1]
+    assert torch.cat([labels for _, labels in found]).equal(index)
+    images = torch.cat([images for images, _ in found])
+    assert images.equal(normalise(source.get(index), **CONSTANTS))
+
+
+def test_with_a_seed_everything_once_shuffled(source: ImageSource) -> None:
+    index = torch.tensor([1, 3, 5, 7, 9])
+    found = epoch(source, index, seed=0)
+    labels = torch.cat([labels for _, labels in found])
+    assert labels.sort()[0].equal(index)
+    assert not labels.equal(index)
+    assert torch.cat([images for images, _ in found]).equal(normalise(source.get(labels), **CONSTANTS))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(source: ImageSource, workers: int) -> None:
+    assert_same(epoch(source, **random_options()), epoch(source, **random_options(workers=workers)))
+
+
+def test_all_follows_from_the_seed(source: ImageSource) -> None:
+    torch.manual_seed(0)
+    first = epoch(source, **random_options())
+    torch.manual_seed(1)
+    assert_same(first, epoch(source, **random_options()))
+    other = epoch(source, **random_options(seed=4))
+    assert not first[0][0].equal(other[0][0])
+
+
+@pytest.mark.parametrize("augment", [None, make_augment("standard", 16)])
+def test_each_epoch_is_augmented_anew(source: ImageSource, augment: Augment | None) -> None:
+    """Of one image only, so that shuffling cannot tell the epochs apart."""
+    index = torch.zeros(4, dtype=torch.int64)
+    one, other = (epoch(source, index, seed=seed, augment=augment)[0][0] for seed in (0, 1))
+    assert one.equal(other) == (augment is None)
+
+
+def test_each_epoch_is_mixed_anew(source: ImageSource) -> None:
+    index = torch.tensor([0, 1])
+    weights = [epoch(source, index, seed=seed, mix=make_mix(0.5, 0, 11))[0][1].max() for seed in range(4)]
+    assert len(set(map(float, weights))) == 4
+
+
+def test_images_of_a_batch_are_augmented_one_by_one(source: ImageSource) -> None:
+    index = torch.zeros(8, dtype=torch.int64)
+    images = torch.cat([images for images, _ in epoch(source, index, augment=make_augment("standard", 16), seed=0)])
+    assert len({tuple(image.flatten().tolist()) for image in images}) > 4
+
+
+def test_batches_differ_in_their_random_numbers(source: ImageSource) -> None:
+    index = torch.zeros(8, dtype=torch.int64)
+    one, two = epoch(source, index, augment=make_augment("standard", 16), seed=0)
+    assert not one[0].equal(two[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_global_generators_stay_as_they_were(source: ImageSource, workers: int, seed: int | None) -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    states = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+    for _ in batches(source, torch.arange(11), 4, **CONSTANTS, **random_options(workers=workers, seed=seed)):
+        assert torch.get_rng_state().equal(states[0])  # what runs between two batches too
+    assert torch.get_rng_state().equal(states[0])
+    assert random.getstate() == states[1]
+    assert repr(np.random.get_state()) == states[2]  # noqa: NPY002
+
+
+def test_mixed_labels_are_soft(source: ImageSource) -> None:
+    found = epoch(source, mix=make_mix(0.5, 1.0, 11), seed=0)
+    assert [labels.shape for _, labels in found] == [(4, 11), (4, 11), (3, 11)]
+
+
+def test_no_images_no_batches(source: ImageSource) -> None:
+    index = torch.empty(0, dtype=torch.int64)
+    assert epoch(source, index, seed=0) == epoch(source, index) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named(workers: int, tmp_path: Path) -> None:
+    paths = [write_photo(tmp_path / f"{number}.jpg", (16, 16)) for number in range(6)]
+    cut(paths[5])
+    source = FileImages([str(path) for path in paths], torch.arange(6), 16)
+    epochs = batches(source, torch.arange(6), 4, **CONSTANTS, workers=workers)
+    assert len(next(epochs)[0]) == 4
+    with pytest.raises(ValueError, match=rf"^cannot read the image {paths[5]} "):
+        next(epochs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"batch_size": 0}, r"^batch_size: got 0, expected at least 1"),
+        ({"workers": -1}, r"^workers: got -1, expected at least 0"),
+        ({"index": torch.tensor([0, 11])}, r"^index: got numbers in 0..11, expected them in 0..10"),
+        ({"index": torch.tensor([-1])}, r"^index: got numbers in -1..-1, expected them in 0..10"),
+        (
+            {"index": torch.ones(11, dtype=torch.bool)},
+            r"^index: got torch.bool of shape \(11,\), expected int64 \(n,\)",
+        ),
+        ({"index": torch.zeros(2, 2, dtype=torch.int64)}, r"^index: got torch.int64 of shape \(2, 2\)"),
+    ],
+)
+def test_illegal_arguments(source: ImageSource, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):  # at once, not at the first batch
+        batches(**{"source": source, "index": torch.arange(11), "batch_size": 4, **CONSTANTS, **kwargs})

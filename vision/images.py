@@ -1,0 +1,334 @@
+"""Image data sets through torchvision's own classes, and the split of their training images. Shapes: N images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder, Imagenette
+
+from vision.download import check_files, cifar_archive, imagenette_archive, unpacked
+from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
+
+Triple = tuple[float, float, float]
+
+NAMES = ("cifar10", "cifar100", "imagenette", "images")
+"""What :func:`load_images` knows."""
+
+CIFAR = {"cifar10": (CIFAR10, 170), "cifar100": (CIFAR100, 169)}
+"""Class, and megabytes of the archive."""
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+IMAGENET: tuple[Triple, Triple] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+CONSTANTS: dict[str, tuple[Triple, Triple]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenette": IMAGENET,
+    "images": IMAGENET,
+}
+"""Mean and standard deviation of the channels, of values in 0..1."""
+
+NOTES = {
+    "cifar10": "CIFAR-10 (Krizhevsky, 2009), cs.toronto.edu/~kriz/cifar.html, no licence stated",
+    "cifar100": "CIFAR-100 (Krizhevsky, 2009), cs.toronto.edu/~kriz/cifar.html, no licence stated",
+    "imagenette": "Imagenette, 160 px, github.com/fastai/imagenette, Apache 2.0; the images are ImageNet's",
+}
+JPEG_NOTE = "re-encoded as JPEG: accuracies are close to, not the same as, those on the originals"
+IMAGENETTE_COUNTS = 9_469, 3_925
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """A data set of images.
+
+    Args:
+        name: how the user calls it.
+        classes: names of the classes, by label.
+        train: the training images; validation is a part of them, see :func:`split_train_val`.
+        test: the test images.
+        mean, std: of the channels, for :func:`vision.augment.normalise`.
+        image_size: height and width of the images, in pixels.
+        note: source and licence, and what sets this copy apart from the published data.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: ImageSource
+    test: ImageSource
+    mean: Triple
+    std: Triple
+    image_size: int
+    note: str
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files of one split."""
+
+    folder: Path
+    classes: tuple[str, ...]
+    paths: list[str]
+    labels: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """How files are read: the arguments of load_images."""
+
+    name: str
+    image_size: int | None
+    skip_broken: bool
+    memory_limit: int
+
+
+def load_images(
+    name: str,
+    root: Path | str,
+    *,
+    image_size: int | None = None,
+    offline: bool = False,
+    skip_broken: bool = False,
+    memory_limit: int = 2 * 2**30,
+) -> ImageData:
+    """Training and test images, as uint8 in memory where they fit, decoded on demand where they do not.
+
+    - ``"cifar10"``: torchvision's ``root/cifar-10-batches-py``, else images re-encoded as JPEG in
+      ``root/cifar10/{train,test}/<class>`` or ``root/{train,test}/<class>``.
+    - ``"cifar100"``: torchvision's ``root/cifar-100-python``.
+    - ``"imagenette"``: torchvision's ``root/imagenette2-160``, whose ``val`` is the test set here.
+    - ``"images"``: any ``root/train/<class>/*``, with ``root/test/<class>/*`` or, without it, ``root/val/<class>/*``.
+      Each class of test must be one of train; a class may have no test images, which the note says.
+
+    What is not square or not of ``image_size`` is resized by the shorter side and centre-cropped.
+
+    Args:
+        name: one of those.
+        root: the folder.
+        image_size: height and width in pixels (default: 32 for CIFAR, 160 for Imagenette; for ``"images"`` that of the
+            images, if all are squares of one size).
+        offline: never download; without it a download says first what it fetches. An archive in ``root`` is unpacked.
+        skip_broken: leave out files that cannot be read, and print how many; decodes every file once, also where
+            they are decoded on demand.
+        memory_limit: bytes up to which images from files are kept decoded in memory, train and test together (default
+            2 GiB). CIFAR's own format always is.
+
+    Raises:
+        FileNotFoundError: the data are not there, and may not or cannot be downloaded; says what was looked for.
+        ValueError: an argument is not legal; a file is broken, a class folder empty, a class of test unknown in train,
+            or no ``image_size`` given and none to be seen; names the first of them.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(NAMES)}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: got {image_size}, expected at least 1")
+    root = Path(root).expanduser()
+    read = partial(_Reading, name=name, skip_broken=skip_broken, memory_limit=memory_limit)
+    if name == "images":
+        return _images(root, read(image_size=image_size))
+    if name == "imagenette":
+        return _imagenette(root, offline, read(image_size=image_size or 160))
+    if name == "cifar10" and not (root / CIFAR10.base_folder).is_dir():
+        for folder in (root / name, root):
+            if any((folder / "train" / known).is_dir() for known in CIFAR10_CLASSES):
+                return _cifar_jpeg(folder, read(image_size=image_size or 32))
+    return _cifar(name, root, offline, image_size or 32)
+
+
+def split_train_val(
+    labels: Tensor, val_share: float, seed: int, *, allow_missing: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Splits training images at random, class by class.
+
+    Of each class ``val_share`` go to validation, rounded, but at least one, and all but one at most.
+
+    Args:
+        labels: (N,) of the images.
+        val_share: share of validation, between 0 and 1.
+        seed: the same seed gives the same split.
+        allow_missing: what of classes with a single image, which cannot be on both sides: an error (default), or they
+            are split together as if they were one class, so that each is missing on one side (a lone one stays in
+            training).
+
+    Returns:
+        the training and the validation images, two sorted int64 tensors that share none and leave out none.
+
+    Raises:
+        ValueError: a share that is not between 0 and 1, fewer than two images, or a class with one (names it).
+    """
+    if not 0 < val_share < 1:
+        raise ValueError(f"val_share: got {val_share}, expected a number between 0 and 1")
+    if labels.dim() != 1 or len(labels) < 2:
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (N,), of at least two images")
+    _, group, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    single = (counts == 1)[group]
+    if single.any():
+        if not allow_missing:
+            raise ValueError(
+                f"labels: one image only of class {_few(labels[single].tolist())}, expected at least two, one to train "
+                "on and one to validate on; or split them all the same by allow_missing=True"
+            )
+        group = torch.where(single, len(counts), group)
+    generator = torch.Generator().manual_seed(seed)
+    val = []
+    for number in group.unique():
+        members = (group == number).nonzero()[:, 0]
+        count = min(max(round(val_share * len(members)), 1), len(members) - 1)
+        val.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    in_val = torch.zeros(len(labels), dtype=torch.bool)
+    in_val[torch.cat(val)] = True
+    return (~in_val).nonzero()[:, 0], in_val.nonzero()[:, 0]
+
+
+def _cifar(name: str, root: Path, offline: bool, image_size: int) -> ImageData:
+    cls, megabytes = CIFAR[name]
+    jpeg = f" nor, as JPEG, {root / name / 'train'} or {root / 'train'} with its classes" if name == "cifar10" else ""
+    folder = unpacked(name, root, cifar_archive(cls, megabytes), offline, instead=jpeg)
+    check_files(name, cls, folder)
+    parts = [cls(root, train=train) for train in (True, False)]
+    train, test = (
+        MemoryImages(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets), image_size
+        )
+        for part in parts
+    )
+    mean, std = CONSTANTS[name]
+    return ImageData(
+        name=name,
+        classes=tuple(parts[0].classes),
+        train=train,
+        test=test,
+        mean=mean,
+        std=std,
+        image_size=image_size,
+        note=NOTES[name],
+    )
+
+
+def _cifar_jpeg(folder: Path, reading: _Reading) -> ImageData:
+    train, test = (_listing(reading.name, folder / part) for part in ("train", "test"))
+    for split in (train, test):
+        _same_classes(reading.name, split, CIFAR10_CLASSES)
+    return _read(train, test, reading, f"{NOTES['cifar10']}; {JPEG_NOTE}")
+
+
+def _imagenette(root: Path, offline: bool, reading: _Reading) -> ImageData:
+    name = reading.name
+    folder = unpacked(name, root, imagenette_archive(), offline)
+    listings, counts = [], []
+    for split in ("train", "val"):
+        found = _listing(name, folder / split)
+        _same_classes(name, found, tuple(Imagenette._WNID_TO_CLASS))
+        data = Imagenette(root, split, size="160px", loader=str)  # so that it lists paths
+        paths, labels = zip(*(data[i] for i in range(len(data))), strict=True)
+        classes = tuple(names[0] for names in data.classes)
+        listings.append(_Listing(found.folder, classes, list(paths), torch.tensor(labels)))
+        counts.append(len(paths))
+    note = NOTES[name]
+    if tuple(counts) != IMAGENETTE_COUNTS:
+        whole = " + ".join(f"{count:,}" for count in IMAGENETTE_COUNTS)
+        note += f"; not the published set: {counts[0]:,} + {counts[1]:,} images of {whole}"
+    train, val = listings
+    return _read(train, val, reading, note)
+
+
+def _images(root: Path, reading: _Reading) -> ImageData:
+    tests = [root / part for part in ("test", "val") if (root / part).is_dir()]
+    missing = [str(root / "train")] if not (root / "train").is_dir() else []
+    missing += [] if tests else [f"{root / 'test'} (or val)"]
+    if missing:
+        raise FileNotFoundError(
+            f"images: no folder {', nor '.join(missing)}, expected {root}/train/<class>/<image> and "
+            f"{root}/test/<class>/<image>"
+        )
+    note = f"a folder of images, test set: {tests[0].name}" + ("; val is not read" if len(tests) > 1 else "")
+    return _read(_listing("images", root / "train"), _listing("images", tests[0]), reading, note)
+
+
+def _listing(name: str, folder: Path) -> _Listing:
+    """The files of a folder by class, none of which is empty."""
+    try:
+        found = ImageFolder(folder, allow_empty=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: no class folders in {folder}, expected {folder}/<class>/<image>") from error
+    labels = torch.tensor(found.targets, dtype=torch.int64)
+    empty = [found.classes[label] for label in _without(labels, len(found.classes))]
+    if empty:
+        raise ValueError(
+            f"{name}: no image in the class folder {_few([folder / part for part in empty])}, expected at least one; "
+            "fill it, or remove it"
+        )
+    return _Listing(folder, tuple(found.classes), [path for path, _ in found.samples], labels)
+
+
+def _same_classes(name: str, listing: _Listing, expected: Sequence[str]) -> None:
+    for what, odd in (
+        ("without", set(expected) - set(listing.classes)),
+        ("with unknown", set(listing.classes) - set(expected)),
+    ):
+        if odd:
+            raise ValueError(
+                f"{name}: {listing.folder} is {what} {_few(sorted(odd))}, expected the class folders "
+                f"{', '.join(sorted(expected))}; a copy that was cut off may have left it so"
+            )
+
+
+def _read(train: _Listing, test: _Listing, reading: _Reading, note: str) -> ImageData:
+    name, classes = reading.name, train.classes
+    unknown = [known for known in test.classes if known not in classes]
+    if unknown:
+        raise ValueError(
+            f"{name}: {test.folder} has class {_few(unknown)}, which {train.folder} has not; expected classes of "
+            f"train: {_few(list(classes), 20)}"
+        )
+    # ImageFolder numbers the classes of each folder by itself
+    numbers = torch.tensor([classes.index(known) for known in test.classes])
+    size = reading.image_size or common_size(train.paths + test.paths, reading.skip_broken)
+    in_memory = 3 * size * size * (len(train.paths) + len(test.paths)) <= reading.memory_limit
+    sources: list[ImageSource] = []
+    skipped: list[str] = []
+    for paths, labels in ((train.paths, train.labels), (test.paths, numbers[test.labels])):
+        out = torch.empty(len(paths), 3, size, size, dtype=torch.uint8) if in_memory else None
+        keep = torch.ones(len(paths), dtype=torch.bool)
+        if in_memory or reading.skip_broken:
+            broken = decode_all(paths, size, out, reading.skip_broken)
+            skipped += [paths[row] for row in broken]
+            keep[broken] = False
+        if out is not None:
+            sources.append(MemoryImages(out if keep.all() else out[keep], labels[keep]))
+        else:
+            sources.append(FileImages([paths[row] for row in keep.nonzero()[:, 0]], labels[keep], size))
+    if skipped:
+        print(f"{name}: skipped {len(skipped)} images that cannot be read, the first is {skipped[0]}", flush=True)
+        note += f"; {len(skipped)} images left out, for they cannot be read"
+    lost, untested = ([classes[label] for label in _without(part.labels, len(classes))] for part in sources)
+    if lost or not len(sources[1]):
+        what = f"of class {_few(lost)} in {train.folder}" if lost else f"in {test.folder}"
+        raise ValueError(f"{name}: no image {what} can be read, expected at least one")
+    if untested:
+        note += f"; no test images of {_few(untested)}"
+    mean, std = CONSTANTS[name]
+    return ImageData(
+        name=name,
+        classes=classes,
+        train=sources[0],
+        test=sources[1],
+        mean=mean,
+        std=std,
+        image_size=size,
+        note=note,
+    )
+
+
+def _without(labels: Tensor, num_classes: int) -> list[int]:
+    """The classes that no image has."""
+    return (torch.bincount(labels, minlength=num_classes) == 0).nonzero()[:, 0].tolist()
+
+
+def _few(names: Sequence[object], most: int = 5) -> str:
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
