@@ -230,6 +230,30 @@ def _real(base: TrainConfig, about: str, published: TrainConfig | None = None) -
     )
 
 
+def _confirmed(study: Study, about: str, experts: tuple[str, ...], dense: str, others: tuple[Arm, ...] = ()) -> Study:
+    """On all ten splits: the best arms of a study by validation, each with a dense model of its own FLOPs.
+
+    Args:
+        study: on the first splits.
+        about: what is asked.
+        experts: the best arms with experts.
+        dense: the best dense arm.
+        others: arms that tell what the experts' gain is due to.
+    """
+    arms = {arm.name: arm for arm in study.arms}
+    found = [arms[name] for name in dict.fromkeys((study.reference, study.wide, dense))]
+    for name in experts:
+        arm = arms[name]
+        found.append(arm)
+        for equal in ("flops", "parameters"):
+            twin = replace(arm.config, router="dense", equal=equal, equal_to=arm.config.router, kmeans_init=False)
+            label = f"dense, {'active FLOPs' if equal == 'flops' else 'parameters'} of the arm above"
+            found.append(Arm(name=f"dense-{equal}-{name}", label=label, config=twin))
+    found += others
+    ten = tuple(replace(arm, config=replace(arm.config, seeds=tuple(range(10)))) for arm in found)
+    return Study(about=about, arms=ten, reference=study.reference, wide=study.wide)
+
+
 PROJECTED_CORA = replace(CORA, in_proj=True, input_dropout=0.5, route_on=("both",))
 NARROW_FACEBOOK = replace(FACEBOOK, hidden=8, jk="last", epochs=200, seeds=(0, 1, 2))
 NARROW_MINESWEEPER = replace(MINESWEEPER, hidden=16, experts=4, epochs=200, seeds=(0, 1, 2))
@@ -253,3 +277,17 @@ STUDIES: dict[str, Study] = {
     ),
 }
 """The studies by name."""
+
+BESIDE = replace(NARROW_MINESWEEPER, shared_expert=True, routing="shared")
+STUDIES["minesweeper-10"] = _confirmed(
+    STUDIES["minesweeper"],
+    "minesweeper, all 10 splits: the arms that validated best on the first three, and what their gain is due to.",
+    experts=("multi-centroid-k1-kmeans-beside", "multi-centroid-k2-kmeans"),
+    dense="dense-parameters",
+    others=(
+        _arm(BESIDE, "random", "shared routing, shared expert", "shared-beside"),
+        _arm(BESIDE, "token_choice", "shared routing, shared expert", "shared-beside"),
+        _arm(BESIDE, "expert_choice", "shared routing, shared expert", "shared-beside"),
+        _arm(BESIDE, "uniform", "shared expert", "beside"),
+    ),
+)
