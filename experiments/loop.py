@@ -54,6 +54,7 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
         "active_parameters": gmoe.active_parameters(model),
         "matched": matched_ratio(config, task, model),
         "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
+        "steps": task.steps(config.batch_size),
     }
     with set_up(fabric, model, config, task) as training:
         progress = fit(training, seed, folder)

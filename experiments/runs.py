@@ -76,7 +76,7 @@ def summarise(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, A
         "best_epoch": spread([result["best_epoch"] for result in results]),
         "seconds": spread([result["seconds"] for result in results]),
         "peak_memory": max(result["peak_memory"] for result in results),
-        **{name: first[name] for name in ("flops", "parameters", "active_parameters", "matched", "hidden")},
+        **{name: first[name] for name in ("flops", "parameters", "active_parameters", "matched", "hidden", "steps")},
         "routing": [
             {
                 name: spread([result["routing"][layer][name] for result in results])

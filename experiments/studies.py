@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from experiments.config import RouterName, RouterOptions, TrainConfig
-from experiments.presets import CITESEER, CORA, DIGITS, DIGITS_GRAPH, FACEBOOK, MINESWEEPER, MOSAIC
+from experiments.presets import CIFAR10, CITESEER, CORA, DIGITS, DIGITS_GRAPH, FACEBOOK, MINESWEEPER, MOSAIC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +277,72 @@ STUDIES: dict[str, Study] = {
     ),
 }
 """The studies by name."""
+
+SMALL_VIT = replace(CIFAR10, dim=96, hidden=192, label_smoothing=0.0, epochs=8, seeds=(0, 1, 2))
+
+
+def _scale() -> Study:
+    """Which weights a layer should start with: DESIGN's question, before any router is compared."""
+    base = replace(SMALL_VIT, epochs=3, seeds=(0, 1))
+    routers: tuple[RouterName, ...] = ("token_choice", "expert_choice")
+    weights: tuple[Literal["score", "straight_through"], ...] = ("score", "straight_through")
+    return Study(
+        about="CIFAR-10 (JPEG), 6 blocks of 96, 3 epochs: weights by score start at 1/E, straight-through ones at 1.",
+        arms=(
+            Arm(name="dense", label="dense", config=replace(base, router="dense")),
+            *(
+                _arm(base, router, weight.replace("_", "-"), weight, options=RouterOptions(weight=weight))
+                for router in routers
+                for weight in weights
+            ),
+        ),
+    )
+
+
+def _founding() -> Study:
+    """The claims this project started from, on CIFAR-10; experiments/claims.py reads them off."""
+    once = replace(SMALL_VIT, seeds=(0,))
+    deep = replace(once, layers=12)
+
+    def dense(base: TrainConfig) -> TrainConfig:
+        return replace(base, router="dense", equal="flops", equal_to="expert_choice")
+
+    separated = RouterOptions(num_centroids=4, choice="experts", separation_coef=0.01)
+    return Study(
+        about=(
+            "CIFAR-10 (JPEG), all 45,000 training images, ViTs of width 96, 8 epochs, experts in every second block, "
+            "E = 8, K = 1; one recipe for all arms, nothing tuned for any."
+        ),
+        arms=(
+            Arm(name="dense", label="dense, active FLOPs of `expert_choice`", config=dense(SMALL_VIT)),
+            _arm(SMALL_VIT, "expert_choice"),
+            _arm(SMALL_VIT, "token_choice"),
+            _arm(SMALL_VIT, "attention_vote"),
+            Arm(name="dense-12", label="12 blocks, dense, active FLOPs of `expert_choice`", config=dense(deep)),
+            replace(_arm(deep, "expert_choice", slug="12"), label="12 blocks, `expert_choice`, K=1"),
+            _arm(once, "attention_vote", "shared queries", "shared", options=RouterOptions(queries="shared")),
+            _arm(
+                once,
+                "multi_centroid",
+                "experts choose, one centroid",
+                "one",
+                options=RouterOptions(num_centroids=1, choice="experts"),
+            ),
+            _arm(once, "multi_centroid", "experts choose, four centroids, separated", "four", options=separated),
+            _arm(once, "random"),
+            Arm(
+                name="dense-parameters",
+                label="dense, parameters of `expert_choice`",
+                config=replace(dense(once), equal="parameters"),
+            ),
+            _arm(once, "uniform"),
+        ),
+        wide="dense-parameters",
+    )
+
+
+STUDIES["cifar10-scale"] = _scale()
+STUDIES["founding"] = _founding()
 
 BESIDE = replace(NARROW_MINESWEEPER, shared_expert=True, routing="shared")
 STUDIES["minesweeper-10"] = _confirmed(

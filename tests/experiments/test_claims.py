@@ -1,0 +1,115 @@
+"""Verdicts follow from the intervals, and the page and the figures from the result file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from scipy.stats import ttest_ind
+
+from experiments.claims import FIGURES, accuracy, claims, earliness, judge, main, training_flops, verdict_table
+from experiments.studies import STUDIES
+
+
+def arm(test: list[float], val: list[list[float]] | None = None, flops: int = 10) -> dict[str, Any]:
+    val = [[0.1, 0.2, 0.3]] * len(test) if val is None else val
+    epochs = list(range(1, len(val[0]) + 1))
+    return {
+        "label": "`x`",
+        "test": {"values": test},
+        "curve": {"epoch": epochs, "val": val, "loss": val},
+        "flops": flops,
+        "steps": 4,
+    }
+
+
+def verdict(letter: str, **arms: Any) -> Any:
+    named = {name.replace("_", "-"): value for name, value in arms.items()}
+    (claim,) = (claim for claim in claims(named) if claim.letter == letter)
+    return judge(claim, named)
+
+
+def test_the_interval_is_students() -> None:
+    better, worse = [0.52, 0.55, 0.53], [0.50, 0.49, 0.515]
+    found = verdict("a", expert_choice_k1=arm(better), token_choice_k1=arm(worse))
+    interval = ttest_ind(better, worse).confidence_interval()
+    assert found.difference - found.half == pytest.approx(100 * interval.low)
+    assert found.difference + found.half == pytest.approx(100 * interval.high)
+    assert found.word == ("holds" if interval.low > 0 else "cannot be told at this budget")
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "word"),
+    [
+        ([0.60, 0.61], [0.50, 0.51], "holds"),
+        ([0.50, 0.51], [0.60, 0.61], "does not hold"),
+        ([0.50, 0.60], [0.49, 0.59], "cannot be told at this budget"),
+        ([0.60], [0.50], "cannot be told at this budget"),  # no spread is known
+    ],
+)
+def test_words(mine: list[float], other: list[float], word: str) -> None:
+    assert verdict("a", expert_choice_k1=arm(mine), token_choice_k1=arm(other)).word == word
+
+
+def test_one_seed_borrows_the_spread_of_the_others() -> None:
+    found = verdict(
+        "e", multi_centroid_k1_four=arm([0.6]), multi_centroid_k1_one=arm([0.5]), dense=arm([0.50, 0.51, 0.52])
+    )
+    assert found.word == "holds"
+    assert found.half == pytest.approx(100 * 4.302653 * 0.01 * math.sqrt(2), rel=1e-5)
+
+
+def test_a_margin_lets_a_little_loss_pass() -> None:
+    close = {"attention_vote_k1": arm([0.500, 0.501]), "expert_choice_k1": arm([0.504, 0.505])}
+    assert verdict("d", **close).word == "holds"
+    far = {"attention_vote_k1": arm([0.470, 0.471]), "expert_choice_k1": arm([0.504, 0.505])}
+    assert verdict("d", **far).word == "does not hold"
+
+
+def test_epochs_to_reach_the_dense_accuracy() -> None:
+    curves = [[0.1, 0.3, 0.5], [0.2, 0.4, 0.45]]
+    assert earliness(0.4)(arm([0.0, 0.0], curves)) == [-3.0, -2.0]
+    assert earliness(0.48)(arm([0.0, 0.0], curves)) == [-3.0, -4.0]
+    dense, moe = arm([0.5, 0.5], [[0.1, 0.2, 0.4], [0.1, 0.2, 0.41]]), arm([0.5, 0.5], [[0.4, 0.5, 0.6]] * 2)
+    named = {"dense": dense, "expert-choice-k1": moe}
+    first = next(claim for claim in claims(named) if claim.letter == "b")
+    assert judge(first, named).difference == 2.0  # reached at 40 % after one epoch in place of three
+
+
+def test_flops_count_forward_and_backward() -> None:
+    assert training_flops(arm([0.5], flops=10)) == [120.0, 240.0, 360.0]
+    assert accuracy(arm([0.5])) == [50.0]
+
+
+def test_the_studys_arms_are_those_of_the_claims() -> None:
+    arms = {one.name: arm([0.5]) for one in STUDIES["founding"].arms}
+    assert [claim.letter for claim in claims(arms)] == ["a", "b", "b", "c", "d", "d", "e"]
+    drawn = {name for _, names in FIGURES.values() for name in names}
+    assert drawn <= set(arms)
+
+
+def test_page_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {"expert-choice-k1": arm([0.6, 0.61]), "token-choice-k1": arm([0.5, 0.52])}
+    (tmp_path / "founding.json").write_text(
+        json.dumps({"arms": [{"arm": name, **value} for name, value in arms.items()]})
+    )
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- verdicts -->\nold\n<!-- end -->\nafter\n")
+    where = ["--results", str(tmp_path / "founding.json"), "--page", str(page), "--figures", str(tmp_path / "figures")]
+    main(where)
+    text = page.read_text()
+    assert text == f"before\n<!-- verdicts -->\n{verdict_table(arms)}\n<!-- end -->\nafter\n"
+    assert "| a | Expert choice beats token choice | +9.50 (± " in text
+    assert "\nold\n" not in text
+    assert "holds" in capsys.readouterr().out
+    drawn = ["claims-6-blocks", "claims-depth"]  # of the third, no arm is there
+    assert sorted(path.stem for path in (tmp_path / "figures").iterdir()) == drawn
+    for name in drawn:
+        assert Image.open(tmp_path / "figures" / f"{name}.png").size[0] > 500
+    before = [(tmp_path / "figures" / f"{name}.png").read_bytes() for name in drawn]
+    main(where)
+    assert before == [(tmp_path / "figures" / f"{name}.png").read_bytes() for name in drawn]
