@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -257,3 +258,34 @@ def test_blocks_by_number(name: str) -> None:
 def test_blocks_that_are_not_there_are_refused(blocks: list[int]) -> None:
     with pytest.raises(ValueError, match=r"blocks: got .* expected some of 0 to 2, each once"):
         moefy(torchvision_vit(), blocks=blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+def test_a_full_size_vit_upcycles(name: str) -> None:
+    """ViT-B/16 in float64: the first forward is the dense one's; it trains; its state dict makes the round trip."""
+    torch.manual_seed(0)
+    if name == "torchvision":
+        dense: Any = torchvision.models.vit_b_16()
+        head = dense.heads.head
+    else:
+        dense = timm.create_model("vit_base_patch16_224", pretrained=False)
+        head = dense.head
+    nn.init.normal_(head.weight, std=0.02)
+    dense = dense.double().eval()
+    x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    with torch.no_grad():
+        expected = dense(x)
+        vit = moefy(dense, num_experts=2, upcycle=True).eval()
+        torch.testing.assert_close(vit(x), expected, rtol=0, atol=1e-10)
+    vit = vit.float().train()
+    state = copy.deepcopy(vit.state_dict())
+    optimizer = torch.optim.SGD(vit.parameters(), lr=1e-3)
+    with record(vit) as routings, torch.autocast("cpu", torch.bfloat16):
+        loss = nn.functional.cross_entropy(vit(x.float()), torch.tensor([3]))
+    (loss + aux_loss(routings)).backward()
+    optimizer.step()
+    changed = [key for key, value in vit.state_dict().items() if not torch.equal(value, state[key])]
+    assert any("mlp.experts" in key for key in changed)
+    vit.load_state_dict(state)
+    assert all(torch.equal(value, state[key]) for key, value in vit.state_dict().items())
