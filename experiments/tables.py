@@ -1,13 +1,15 @@
 """Tables from result files: ``python -m experiments.tables`` rewrites the pages, ``--check`` only compares.
 
 A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from ``results/STUDY.json``. With
-``<!-- table: STUDY: ARM ARM -->`` it has those arms only.
+``<!-- table: STUDY: ARM ARM -->`` it has those arms only; ``<!-- pairs: STUDY: ARM/ARM ARM/ARM -->`` compares arms seed
+by seed.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ from typing import Any
 import tyro
 
 ROOT = Path(__file__).parent.parent
-MARKED = re.compile(r"(<!-- table: (?P<study>[\w-]+)(?:: (?P<arms>[\w -]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- (?P<kind>table|pairs): (?P<study>[\w-]+)(?:: (?P<arms>[\w/ -]+?))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,8 @@ def render(page: str, results: Path) -> str:
     def table(match: re.Match[str]) -> str:
         study = json.loads((results / f"{match['study']}.json").read_text())
         only = None if match["arms"] is None else match["arms"].split()
-        return f"{match[1]}{study_table(study, only)}\n{match[4]}"
+        made = study_table(study, only) if match["kind"] == "table" else pair_table(study, only or [])
+        return f"{match[1]}{made}\n{match[5]}"
 
     return MARKED.sub(table, page)
 
@@ -82,6 +87,32 @@ def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
             means = [[layer[name]["mean"] for layer in arm["routing"] if name in layer] for name in followed]
             cells.append(", ".join(f"{sum(values) / len(values):.2f}" for values in means if values) or "–")
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pair_table(study: dict[str, Any], pairs: list[str]) -> str:
+    """One line a pair of arms: the difference on the test set, seed by seed (or split by split).
+
+    Args:
+        study: the content of a result file.
+        pairs: ``"ARM/OTHER"`` each.
+
+    Raises:
+        ValueError: the study has no such arm, or the arms of a pair do not have the same seeds.
+    """
+    arms = {arm["arm"]: arm for arm in study["arms"]}
+    lines = ["| arm | less | mean difference ± std of differences | better in |", "|---|---|---:|---:|"]
+    for pair in pairs:
+        names = pair.split("/")
+        if len(names) != 2 or not set(names) <= set(arms):
+            raise ValueError(f"pairs: got {pair!r}, expected ARM/OTHER of {', '.join(arms)}")
+        one, other = (arms[name] for name in names)
+        if one["config"]["seeds"] != other["config"]["seeds"]:
+            raise ValueError(f"pairs: got {pair!r}, whose arms have other seeds each, expected the same")
+        found = [100 * (a - b) for a, b in zip(one["test"]["values"], other["test"]["values"], strict=True)]
+        std = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+        won = f"{sum(value > 0 for value in found)} of {len(found)}"
+        lines.append(f"| {one['label']} | {other['label']} | {statistics.fmean(found):+.2f}{std} | {won} |")
     return "\n".join(lines)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments.tables import ROOT, TablesConfig, headroom, main, percent, render, study_table
+from experiments.tables import ROOT, TablesConfig, headroom, main, pair_table, percent, render, study_table
 
 
 def arm(name: str, values: list[float], flops: int, nmi: list[float] | None = None) -> dict[str, Any]:
@@ -65,6 +66,34 @@ def test_a_table_of_some_arms_only() -> None:
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| moe", "| dense"]
     with pytest.raises(ValueError, match="only: got oracle, expected some of dense, dense-4x, moe, bad"):
         study_table(STUDY, ["moe", "oracle"])
+
+
+def test_pairs_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    seeds = {"config": {"seeds": [0, 1, 2]}}
+    one = arm("one", [0.5, 0.6, 0.7], 1) | seeds
+    two = arm("two", [0.49, 0.62, 0.67], 1) | seeds
+    for each, values in ((one, [0.5, 0.6, 0.7]), (two, [0.49, 0.62, 0.67])):
+        each["test"]["values"] = values
+    study = {"reference": "one", "wide": "two", "arms": [one, two, arm("other", [0.5], 1) | {"config": {"seeds": [7]}}]}
+    lines = pair_table(study, ["one/two"]).splitlines()
+    assert lines[2:] == ["| one | two | +0.67 ± 2.52 | 2 of 3 |"]
+    for pair in ("one", "one/three", "one/two/one"):
+        with pytest.raises(ValueError, match=f"pairs: got '{pair}', expected ARM/OTHER of one, two"):
+            pair_table(study, [pair])
+    with pytest.raises(ValueError, match="other seeds"):
+        pair_table(study, ["one/other"])
+    (tmp_path / "s.json").write_text(json.dumps(study))
+    page = render("<!-- pairs: s: one/two two/one -->\n<!-- end -->\n", tmp_path)
+    assert "| two | one | -0.67 ± 2.52 | 1 of 3 |" in page
+
+
+def test_what_routing_follows_is_shown() -> None:
+    layers = [{f"ami_{name}": {"mean": value} for name, value in (("degree", 0.5), ("label", x))} for x in (0.1, 0.3)]
+    study = {**STUDY, "arms": [STUDY["arms"][0], arm("moe", [0.8], 1) | {"routing": layers}]}
+    lines = study_table(study).splitlines()
+    assert lines[0].endswith("| AMI of expert and degree, label; mean of layers |")
+    assert [line.rsplit(" | ", 1)[1] for line in lines[2:]] == ["– |", "0.50, 0.20 |"]
+    assert len({line.count("|") for line in lines}) == 1
 
 
 @pytest.mark.parametrize("page", TablesConfig().pages, ids=lambda page: page.name)
