@@ -457,3 +457,12 @@ def test_the_scale_of_weights_along_tokens_does_not_depend_on_their_number(gates
     weight = router(x, edge_index=edge_index).weight
     assert weight.max() < 10  # no cap, so that the mean is exact
     assert weight.mean().item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_check_finite_lets_finite_values_pass_whose_sum_is_not() -> None:
+    router = TokenChoice(D, E, 1, check_finite=True)
+    with torch.no_grad():
+        router.gate.weight.fill_(0.0)
+    x = torch.full((4, D), torch.finfo(torch.float32).max)
+    assert not x.sum().isfinite()
+    assert router(x).coverage == 1
