@@ -161,19 +161,8 @@ def _digits(base: TrainConfig) -> Study:
     )
 
 
-def _real(base: TrainConfig, about: str, published: TrainConfig | None = None) -> Study:
-    """The same arms on every real graph, none of them tuned: recipe and width are the dense model's.
-
-    Args:
-        base: the narrow model.
-        about: what is asked.
-        published: the published recipe, as one more dense arm, where that is another.
-    """
-    anchor = (
-        ()
-        if published is None
-        else (Arm(name="dense-published", label="dense, published recipe", config=replace(published, router="dense")),)
-    )
+def _real(base: TrainConfig, about: str) -> Study:
+    """The same arms on every real graph, none of them tuned: recipe and width are the dense model's."""
     kmeans = {"options": RouterOptions(num_centroids=1), "kmeans_init": True}
     balanced = RouterOptions(balance="importance_load", balance_coef=0.1)
     near = RouterOptions(scope="neighbours", head_dim=8)
@@ -187,7 +176,6 @@ def _real(base: TrainConfig, about: str, published: TrainConfig | None = None) -
         about=about,
         arms=(
             *_controls(base, "token_choice", (1, 2)),
-            *anchor,
             *(Arm(name=f"dense-{k}", label=f"dense, `{k}`", config=replace(dense, conv=(k,))) for k in others),
             _arm(base, "random"),
             _arm(base, "uniform"),
@@ -230,6 +218,19 @@ def _real(base: TrainConfig, about: str, published: TrainConfig | None = None) -
     )
 
 
+BRIEF = (
+    *("dense", "dense-4x", "dense-flops-k1", "dense-parameters", "dense-gat", "dense-sage", "dense-two_hop"),
+    *("random-k1", "uniform", "token-choice-k1", "token-choice-k1-balanced", "token-choice-k2", "expert-choice-k1"),
+    *("attention-vote-k1-neighbours", "multi-centroid-k1-kmeans", "random-k1-beside", "token-choice-k1-beside"),
+    *("multi-centroid-k1-kmeans-beside", "token-choice-k2-filters"),
+)
+"""Arms for graphs without headroom."""
+
+
+def _brief(study: Study) -> Study:
+    return replace(study, arms=tuple(arm for arm in study.arms if arm.name in BRIEF))
+
+
 def _confirmed(study: Study, about: str, experts: tuple[str, ...], dense: str, others: tuple[Arm, ...] = ()) -> Study:
     """On all ten splits: the best arms of a study by validation, each with a dense model of its own FLOPs.
 
@@ -254,7 +255,6 @@ def _confirmed(study: Study, about: str, experts: tuple[str, ...], dense: str, o
     return Study(about=about, arms=ten, reference=study.reference, wide=study.wide)
 
 
-PROJECTED_CORA = replace(CORA, in_proj=True, input_dropout=0.5, route_on=("both",))
 NARROW_FACEBOOK = replace(FACEBOOK, hidden=8, jk="last", epochs=200, seeds=(0, 1, 2))
 NARROW_MINESWEEPER = replace(MINESWEEPER, hidden=16, experts=4, epochs=200, seeds=(0, 1, 2))
 
@@ -262,12 +262,8 @@ STUDIES: dict[str, Study] = {
     "mosaic": _mosaic(),
     "digits": _digits(DIGITS),
     "digits-graph": _digits(DIGITS_GRAPH),
-    "cora": _real(PROJECTED_CORA, "Cora, 10 seeds: a linear layer, then 2 GCN layers of 16; nothing tuned.", CORA),
-    "citeseer": _real(
-        replace(PROJECTED_CORA, dataset="citeseer"),
-        "CiteSeer, 10 seeds: a linear layer, then 2 GCN layers of 16; nothing tuned.",
-        CITESEER,
-    ),
+    "cora": _brief(_real(CORA, "Cora, 10 seeds: the published recipe, 2 GCN layers of 16; nothing tuned.")),
+    "citeseer": _brief(_real(CITESEER, "CiteSeer, 10 seeds: the published recipe, 2 GCN layers of 16; nothing tuned.")),
     "facebook": _real(
         NARROW_FACEBOOK, "facebook, width 8, splits 0 to 2 of 10; recipe of the dense model, nothing tuned."
     ),
