@@ -122,6 +122,9 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, s
     if config.sampling == "neighbor":  # once, not in every epoch
         data = data.sort(sort_by_row=False)
 
+    # a layer then computes only what the later ones hear
+    trims = config.layers == len(config.fanout) and not (data.edge_weight is not None and data.edge_attr is not None)
+
     def full(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
         rows, known = split[part], split["train"]
         if not config.label_use:
@@ -148,7 +151,11 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, s
             is_sorted=True,
         )
         for batch in loader:  # seeds come first, and only they count
-            yield Batch(inputs_of(batch, batch.edge_index), batch.y[: batch.batch_size], slice(0, batch.batch_size))
+            inputs = inputs_of(batch, batch.edge_index)
+            if trims:
+                hops = (batch.num_sampled_nodes, batch.num_sampled_edges)
+                inputs += (None,) * (6 - len(inputs)) + hops
+            yield Batch(inputs, batch.y[: batch.batch_size], slice(0, batch.batch_size))
 
     def parts(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
         member = torch.zeros(data.num_nodes, dtype=torch.bool)

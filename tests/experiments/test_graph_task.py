@@ -91,8 +91,15 @@ def test_all_neighbours_give_the_logits_of_the_whole_graph(conv: str, changes: d
             ids = batch.counted(batch.inputs[0])[:, 0].long()
             with torch.no_grad():
                 torch.testing.assert_close(batch.counted(model(*map(double, batch.inputs))), full[ids])
+            assert len(batch.inputs) == 8  # the layers are trimmed
             sizes.append(len(batch.inputs[0]))
         assert min(sizes) < NODES
+
+
+def test_layers_that_are_not_as_many_as_hops_are_not_trimmed() -> None:
+    config = make_config(sampling="neighbor", fanout=(2, 2, 2), evaluation="sampled", layers=2)
+    for part in PARTS:
+        assert {len(batch.inputs) for batch in make_task(config, make_graph()).loader(part, 7, 1)} == {2}
 
 
 def make_sampled(task: Task, config: TrainConfig, graph: GraphData, part: Split) -> Any:

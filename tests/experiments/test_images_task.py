@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from experiments.config import TrainConfig
 from experiments.data import load_tasks
+from experiments.presets import PRESETS
 from experiments.train import main
+from tests.vision.made_images import write_cifar, write_imagenette
+from vision.images import NAMES as IMAGE_SETS
 
 SHAPE = ["--layers", "2", "--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--experts", "2"]
 QUICK = [*SHAPE, "--epochs", "2", "--batch-size", "8", "--seeds", "0", "--no-progress"]
@@ -31,6 +35,23 @@ def write_images(root: Path, train: int = 8, test: int = 3, size: int = 8, class
                 pixels[..., label % 3] += 150
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
+
+
+@pytest.mark.parametrize("preset", IMAGE_SETS)
+def test_every_preset_runs_on_tiny_files(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "data"
+    if preset == "imagenette":
+        write_imagenette(root, count=2)
+    elif preset == "images":
+        write_images(root, size=32)
+    else:
+        write_cifar(root, *{"cifar10": (CIFAR10, 10), "cifar100": (CIFAR100, 100)}[preset], monkeypatch)
+    args = ["--epochs", "1", "--layers", "2", "--experts", "2", "--offline", "--no-progress", "--val-share", "0.4"]
+    main([preset, *args, "--data-root", str(root), "--out", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["config"]["dataset"] == preset == PRESETS[preset][1].dataset
+    assert 0 <= summary["test"]["mean"] <= 1
+    assert len(summary["routing"]) == 1
 
 
 def folder_task(root: Path, **changes: Any) -> Any:

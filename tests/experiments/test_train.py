@@ -21,6 +21,7 @@ from experiments.runs import run, spread
 from experiments.train import main, parse
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import Writer
+from vision.images import NAMES as IMAGE_SETS
 
 QUICK = ["--epochs", "3", "--no-progress"]
 
@@ -249,7 +250,7 @@ def ogb_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plant(tmp_path_factory.mktemp("ogb"))
 
 
-@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic"}))
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic", *IMAGE_SETS}))
 def test_every_preset_of_a_graph_runs_on_tiny_files(preset: str, tmp_path: Path, ogb_root: Path) -> None:
     assert parse([preset, "--seeds", "3"]) == replace(PRESETS[preset][1], seeds=(3,))
     if preset == "graph":
