@@ -354,13 +354,12 @@ STUDIES["minesweeper-10"] = _confirmed(
     ),
 )
 
+LONGER = ("dense", "dense-4x", "multi-centroid-k1-kmeans-beside", "dense-flops-multi-centroid-k1-kmeans-beside")
 STUDIES["minesweeper-500"] = Study(
     about="minesweeper, all 10 splits, 500 epochs in place of 200: does the dense model catch up?",
     arms=tuple(
         replace(arm, config=replace(arm.config, epochs=500))
         for arm in STUDIES["minesweeper-10"].arms
-        if arm.name in ("dense", "dense-4x")
-        or arm.name.endswith("multi-centroid-k1-kmeans-beside")
-        and "parameters" not in arm.name
+        if arm.name in LONGER
     ),
 )
