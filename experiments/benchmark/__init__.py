@@ -1,1 +1,1 @@
-"""How fast are gmoe's layers: ``python -m experiments.benchmark conv [options]``."""
+"""How fast are gmoe's layers: ``python -m experiments.benchmark conv|vit [options]``."""

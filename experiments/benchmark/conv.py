@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_geometric.utils import to_torch_csr_tensor
 
 import gmoe
-from experiments.benchmark.options import Benchmark
+from experiments.benchmark.options import Benchmark, with_ratios
 from experiments.throughput import power_law_edges
 from experiments.timing import take_turns
 from gmoe.conv.registry import conv_factory
@@ -90,11 +90,7 @@ class ConvBenchmark(Benchmark):
                     masked = Masked(layer)
                     _check_equal(layer, masked, x, adj)
                     arms[f"masked E={e} K={k}, {form}"] = _step(masked, x, adj, grad)
-        found = take_turns(arms, self.repeats, device)
-        for name, figures in found.items():
-            reference = found[f"dense, {name.rsplit(', ', 1)[1]}"]
-            figures["ratio"] = {kind: figures[kind]["median"] / reference[kind]["median"] for kind in ("wall", "cpu")}
-        return found
+        return with_ratios(take_turns(arms, self.repeats, device), lambda arm: f"dense, {arm.rsplit(', ', 1)[1]}")
 
 
 class Masked(torch.nn.Module):

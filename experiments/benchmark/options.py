@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,16 @@ class Benchmark:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: got {self.device!r}, expected one that torch finds here ({error})") from error
         return device
+
+
+def with_ratios(found: dict[str, dict[str, Any]], reference: Callable[[str], str]) -> dict[str, dict[str, Any]]:
+    """Each arm with ``ratio``: its median wall and CPU time over those of its reference arm.
+
+    Args:
+        found: what :func:`~experiments.timing.take_turns` returned.
+        reference: from the name of an arm to that of its reference.
+    """
+    for name, figures in found.items():
+        base = found[reference(name)]
+        figures["ratio"] = {kind: figures[kind]["median"] / base[kind]["median"] for kind in ("wall", "cpu")}
+    return found

@@ -11,9 +11,11 @@ import torch
 from experiments import timing
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.conv import Masked
-from gmoe import MoEConv
+from experiments.benchmark.peers import NonzeroLoop
+from gmoe import MLPExperts, MoE, MoEConv, TokenChoice
 
 SMALL = ["conv", "--nodes", "60", "--edges", "150", "--width", "6", "--out", "8", "--repeats", "2"]
+SMALL_VIT = ["vit", "--batch", "2", "--image", "8", "--layers", "2", "--heads", "2", "--dim", "8", "--hidden", "6"]
 
 
 def test_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +68,32 @@ def test_masked_equals_the_layer_and_a_difference_is_found(monkeypatch: pytest.M
         main(SMALL)
 
 
+@pytest.mark.parametrize("options", [["--router", "token_choice", "--k", "2"], ["--bf16", "--experts", "3"]])
+def test_vit_benchmark(options: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    main([*SMALL_VIT, *options, "--repeats", "1", "--json", str(path)])
+    found = json.loads(path.read_text())["arms"]
+    assert list(found) == ["dense", "loop with nonzero", "loop", "padded", "grouped"]
+    assert all(arm["ratio"]["cpu"] == arm["cpu"]["median"] / found["dense"]["cpu"]["median"] for arm in found.values())
+
+
+def test_loop_with_nonzero_equals_the_layer() -> None:
+    torch.manual_seed(0)
+    layer = MoE(TokenChoice(5, 4, k=2), MLPExperts(5, 7, 6, num_experts=4)).double()
+    x = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
+    weights = [x, *layer.parameters()]
+    y, other = layer(x), NonzeroLoop(layer)(x)
+    torch.testing.assert_close(other, y)
+    grad = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(other, weights, grad), torch.autograd.grad(y, weights, grad))
+
+
+def test_ways_to_run_a_vit_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NonzeroLoop, "forward", lambda _, x: torch.zeros_like(x))
+    with pytest.raises(RuntimeError, match="loop with nonzero and loop differ"):
+        main([*SMALL_VIT, "--repeats", "1"])
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -74,10 +102,12 @@ def test_masked_equals_the_layer_and_a_difference_is_found(monkeypatch: pytest.M
         (["--device", "nowhere"], "device: got 'nowhere'"),
         (["--repeats", "0"], "repeats: got 0"),
         (["--conv", "nothing"], "conv: got 'nothing'"),
+        (["vit", "--router", "nothing"], "router: got 'nothing'"),
+        (["vit", "--image", "9"], "image_size: got 9, expected a multiple of patch_size=4"),
     ],
 )
 def test_bad_options(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main([*SMALL, *args])
+        main(args if args[0] == "vit" else [*SMALL, *args])
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
