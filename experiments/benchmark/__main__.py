@@ -1,4 +1,4 @@
-"""``python -m experiments.benchmark conv|vit [options]``: arms take turns; ratios are those of medians in one run."""
+"""``python -m experiments.benchmark NAME [options]``: the arms take turns; ratios are those of medians in one run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.benchmark.conv import ConvBenchmark
+from experiments.benchmark.ffn import FFNBenchmark
 from experiments.benchmark.options import Benchmark
 from experiments.benchmark.vit import VitBenchmark
 from experiments.runs import environment, write_json
 
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "conv": ("A layer of message passing, forward and backward.", ConvBenchmark()),
+    "ffn": ("A layer of perceptrons, forward and backward; ours and others'.", FFNBenchmark()),
     "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", VitBenchmark()),
 }
 """By the name of the command line."""

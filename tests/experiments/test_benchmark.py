@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from experiments import timing
+from experiments.benchmark import peers
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.conv import Masked
 from experiments.benchmark.peers import NonzeroLoop
 from gmoe import MLPExperts, MoE, MoEConv, TokenChoice
 
 SMALL = ["conv", "--nodes", "60", "--edges", "150", "--width", "6", "--out", "8", "--repeats", "2"]
+SMALL_FFN = ["ffn", "--tokens", "64", "--width", "16", "--hidden", "24"]
 SMALL_VIT = ["vit", "--batch", "2", "--image", "8", "--layers", "2", "--heads", "2", "--dim", "8", "--hidden", "6"]
 
 
@@ -66,6 +69,40 @@ def test_masked_equals_the_layer_and_a_difference_is_found(monkeypatch: pytest.M
     monkeypatch.setattr(Masked, "forward", lambda *_: torch.zeros(60, 8))
     with pytest.raises(RuntimeError, match="differ"):
         main(SMALL)
+
+
+def test_ffn_benchmark(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    options = ["--experts", "2", "4", "--ks", "1", "3", "--precisions", "bf16", "--backends", "auto", "padded"]
+    main([*SMALL_FFN, *options, "--no-peers", "--repeats", "1", "--json", str(path)])
+    found = json.loads(path.read_text())["arms"]
+    pairs = {1: ["E=2 K=1", "E=4 K=1"], 3: ["E=4 K=3"]}
+    ours = {k: [f"gmoe {way} {pair}, bf16" for pair in pairs[k] for way in ("auto", "padded")] for k in pairs}
+    assert list(found) == [name for k in pairs for name in (f"dense K={k}, bf16", *ours[k], f"dense K={k}, fp32")]
+    assert found[ours[3][0]]["ratio"]["wall"] == (
+        found[ours[3][0]]["wall"]["median"] / found["dense K=3, fp32"]["wall"]["median"]
+    )
+
+
+def test_ffn_benchmark_with_peers(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    main([*SMALL_FFN, "--repeats", "1", "--json", str(path)])
+    names = json.loads(path.read_text())["arms"]
+    assert {"gmoe auto E=8 K=2, fp32", "loop with nonzero E=8 K=2, fp32"} <= set(names)
+    for module, arm in (
+        ("transformers", "Mixtral eager"),
+        ("transformers", "Mixtral grouped_mm"),
+        ("pytorch_mixtures", "pytorch-mixtures"),
+        ("st_moe_pytorch", "st-moe-pytorch"),
+        ("tutel", "Tutel"),
+    ):
+        assert (f"{arm} E=8 K=2, fp32" in names) == (importlib.util.find_spec(module) is not None)
+
+
+def test_a_peer_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.NonzeroLoop, "forward", lambda _, x: x)
+    with pytest.raises(RuntimeError, match="loop with nonzero and gmoe differ"):
+        main([*SMALL_FFN, "--repeats", "1"])
 
 
 @pytest.mark.parametrize("options", [["--router", "token_choice", "--k", "2"], ["--bf16", "--experts", "3"]])
