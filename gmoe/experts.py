@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._checks import check_choice, check_count
-from gmoe.dispatch import Backend, grouped_linear
+from gmoe.dispatch import Backend, dispatch, grouped_linear, resolve_backend
+from gmoe.routed_linear import routed_linear
+from gmoe.routed_mlp import routed_mlp
+from gmoe.routing.routing import Routing
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 
@@ -25,6 +28,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
+
+PURE = frozenset(
+    {nn.ELU, nn.GELU, nn.Hardswish, nn.Identity, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.SiLU, nn.Tanh}
+)
+"""Modules that may be applied twice: no parameters, no chance."""
 
 
 class Experts(nn.Module, ABC):
@@ -52,6 +60,10 @@ class Experts(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         """Run expert ``e`` on the rows ``offsets[e - 1]:offsets[e]``."""
+
+    def mix(self, x_TI: Tensor, routing: Routing) -> Tensor:
+        r"""(T, O) the mixture :math:`y_t = \sum_e w_{te} f_e(x_t)`; subclasses may know a faster way."""
+        return dispatch(x_TI, routing, self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, num_experts={self.num_experts}"
@@ -100,6 +112,9 @@ class LinearExperts(Experts):
 
     def forward(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         return grouped_linear(x_PI, self.weight, self.bias, offsets_E, self.backend)
+
+    def mix(self, x_TI: Tensor, routing: Routing) -> Tensor:
+        return routed_linear([x_TI], self.weight, self.bias, routing, self.backend)
 
 
 class MLPExperts(Experts):
@@ -156,13 +171,23 @@ class MLPExperts(Experts):
         self.down.reset_parameters()
 
     def forward(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        h_PH = self.up(x_PI, offsets_E)
-        if self.glu:
-            gate_PH, up_PH = h_PH.chunk(2, dim=-1)
-            h_PH = self.activation(gate_PH) * up_PH
-        else:
-            h_PH = self.activation(h_PH)
+        h_PH = self._activate(self.up(x_PI, offsets_E))
         return self.dropout(self.down(self.dropout(h_PH), offsets_E))
+
+    def mix(self, x_TI: Tensor, routing: Routing) -> Tensor:
+        loop = all(resolve_backend(part.backend, x_TI) == "loop" for part in (self.up, self.down))
+        pure = self.activation in ACTIVATIONS.values() or type(self.activation) in PURE
+        drops = self.training and self.dropout.p > 0
+        if not loop or not pure or drops:
+            return super().mix(x_TI, routing)
+        up, down = self.up, self.down
+        return routed_mlp(x_TI, up.weight, up.bias, down.weight, down.bias, self._activate, routing)
+
+    def _activate(self, u: Tensor) -> Tensor:
+        if not self.glu:
+            return self.activation(u)
+        gate, u = u.chunk(2, dim=-1)
+        return self.activation(gate) * u
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.hidden_features}, {self.out_features}, num_experts={self.num_experts}"

@@ -13,7 +13,6 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from gmoe.dispatch import dispatch
 from gmoe.experts import Experts
 from gmoe.routing.router import Router, in_backward
 from gmoe.routing.routing import Routing
@@ -147,7 +146,7 @@ class MoE(MoELayer):
     ) -> Tensor | tuple[Tensor, Routing]:
         """Route and run; see the class."""
         routing: Routing = self.router(x, pool, edge_index)
-        y_TO = dispatch(x.reshape(-1, x.size(-1)), routing, self.experts)
+        y_TO = self.experts.mix(x.reshape(-1, x.size(-1)), routing)
         y = y_TO.view(*x.shape[:-1], y_TO.size(-1))
         return (y, routing) if return_routing else y
 

@@ -12,7 +12,7 @@ from torch_geometric.typing import Adj
 from gmoe.conv.experts import StackedExperts
 from gmoe.conv.graph import Graph
 from gmoe.conv.pieces import Pieces
-from gmoe.dispatch import Backend, dispatch
+from gmoe.dispatch import Backend
 from gmoe.experts import MLPExperts
 from gmoe.routing.routing import Routing
 
@@ -101,4 +101,4 @@ class MLPConvExperts(StackedExperts):
         return self._rows_by_pieces(x, None, pieces, routing)
 
     def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
-        return dispatch(x_dst, routing, self.mlp)
+        return self.mlp.mix(x_dst, routing)
