@@ -16,39 +16,52 @@ def node_properties(data: Data) -> dict[str, Tensor]:
     """(N,) integers a property: the ``label``, the in-``degree`` and the local ``homophily`` of every node.
 
     Homophily is the share of in-neighbours of the same label. Degree and homophily are binned by their quantiles,
-    equal values together; nodes without neighbours have a bin of their own. Without one label a node, ``degree`` alone.
+    equal values together; nodes without neighbours have a bin of their own. What is not known of a node, since it or
+    all its neighbours have no label (below 0), is -1. Without one label a node, ``degree`` alone.
     """
     source, destination = remove_self_loops(data.edge_index)[0]
-    in_degree = degree(destination, data.num_nodes)
-    found = {"degree": quantile_bins(in_degree)}
+    found = {"degree": quantile_bins(degree(destination, data.num_nodes))}
     if data.y is not None and data.y.dim() == 1:
+        labelled = (data.y[source] >= 0) & (data.y[destination] >= 0)
+        source, destination = source[labelled], destination[labelled]
         same = (data.y[source] == data.y[destination]).float()
         share = scatter(same, destination, dim_size=data.num_nodes, reduce="mean")
-        found["homophily"] = quantile_bins(share.where(in_degree > 0, -1.0))
-        found["label"] = data.y
+        heard = degree(destination, data.num_nodes) > 0
+        found["homophily"] = quantile_bins(share.where(heard, -1.0)).where(data.y >= 0, -1)
+        found["label"] = data.y.clamp(min=-1)
     return found
 
 
 def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
-    """(N,) the bin of each value; the bins hold about as many values each, as far as equal values allow."""
-    inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
-    places = (inner * (len(values) - 1)).round().long()
-    edges = values.sort().values[places].unique()
-    return torch.bucketize(values, edges)
+    """(N,) the bin of each value, equal values together: each value its own where there are few; else the bins hold
+    about as many values each, as far as equal ones allow."""
+    distinct, which, counts = values.unique(return_inverse=True, return_counts=True)
+    if len(distinct) <= bins:
+        return which
+    middle = counts.cumsum(0) - (counts + 1) / 2  # the mean rank of each distinct value
+    return (middle / len(values) * bins).long()[which]
 
 
 def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) -> dict[str, float]:
     """Adjusted mutual information (Vinh et al., 2010) of an assignment with each property: 1 the same, 0 by chance.
 
+    It is 0 too where one of them is constant, and so says nothing.
+
     Args:
         assignment: (N,) integers, such as the expert of each node.
-        properties: (N,) integers each.
+        properties: (N,) integers each; nodes below 0 are left out.
         seed: of the control ``"shuffled"``: the largest alignment, in size, of the shuffled assignment.
     """
     if not properties:
         return {}
-    order = torch.randperm(len(assignment), generator=torch.Generator().manual_seed(seed))
-    given, shuffled = assignment.numpy(), assignment[order].numpy()
-    found = {name: float(adjusted_mutual_info_score(given, value.numpy())) for name, value in properties.items()}
-    control = [float(adjusted_mutual_info_score(shuffled, value.numpy())) for value in properties.values()]
-    return found | {"shuffled": max(control, key=abs)}
+    shuffled = assignment[torch.randperm(len(assignment), generator=torch.Generator().manual_seed(seed))]
+    found = {name: _ami(assignment, value) for name, value in properties.items()}
+    return found | {"shuffled": max((_ami(shuffled, value) for value in properties.values()), key=abs)}
+
+
+def _ami(assignment: Tensor, value: Tensor) -> float:
+    known = value >= 0
+    assignment, value = assignment[known], value[known]
+    if len(assignment.unique()) < 2 or len(value.unique()) < 2:
+        return 0.0
+    return float(adjusted_mutual_info_score(assignment.numpy(), value.numpy()))

@@ -107,7 +107,7 @@ class StackedExperts(ConvExperts):
     def _rows_by_pieces(self, x: Tensor, aggregate: Tensor | None, pieces: Pieces, routing: Routing) -> Tensor:
         """:meth:`forward` of experts that, given the aggregate, look at each node by itself."""
         outs = []
-        for start in range(0, x.size(0), pieces.batch_size):
+        for start in range(0, max(x.size(0), 1), pieces.batch_size):
             rows = torch.arange(start, min(start + pieces.batch_size, x.size(0)), device=x.device)
             near = None if aggregate is None else aggregate[rows].to(pieces.device)
             part = x[rows].to(pieces.device)

@@ -85,6 +85,11 @@ class Graph:
         """(2, M) sources and destinations."""
         return self._coo[0]
 
+    @property
+    def values(self) -> Tensor | None:
+        """(M, ...) those of a sparse matrix that holds some; its edges are ``edge_index``."""
+        return self._coo[1]
+
     @cached_property
     def _by_destination(self) -> tuple[Tensor, Tensor]:
         """(N_dst + 1,) where each destination's edges start, and (M,) the edges in that order."""
@@ -141,7 +146,7 @@ class Graph:
     def args_of(self, edges: Tensor, takes: frozenset[str]) -> dict[str, Any]:
         """The edge arguments of some edges, those of a sparse matrix's values included."""
         args = {name: value[edges] for name, value in self.edge_args.items()}
-        value = self._coo[1]
+        value = self.values
         if value is not None:
             names = ("edge_weight", "edge_type") if value.dim() == 1 else ("edge_weight", "edge_attr", "edge_type")
             for name in names:  # as MessagePassing reads them

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.nn import GCNConv
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.utils import is_sparse, to_torch_csr_tensor
 
 from gmoe.conv.filter_conv import FilterConv
 from gmoe.conv.graph import Graph
@@ -47,7 +48,8 @@ class Pieces:
     """The pieces of a graph, whose in-edges are complete, so that a conv that looks one hop far is exact on them.
 
     Args:
-        data: edge_index, and perhaps edge_weight and edge_attr.
+        data: edge_index, and perhaps edge_weight and edge_attr; the pieces of a sparse matrix with values are such
+            matrices.
         batch_size: destinations a piece.
         device: where pieces are computed.
         keep: hold the pieces, in place of making them anew for every layer.
@@ -69,12 +71,15 @@ class Pieces:
             yield from self._kept
             return
         made = []
-        for start in range(0, self.num_nodes, self.batch_size):
+        for start in range(0, max(self.num_nodes, 1), self.batch_size):  # of no nodes, one empty piece
             end = min(start + self.batch_size, self.num_nodes)
             nodes, edge_index, edge = self.graph.neighbourhood(torch.arange(start, end, device=self.graph.device))
             args = {name: value[edge].to(self.device) for name, value in self.graph.edge_args.items()}
-            graph = Graph(edge_index.to(self.device), len(nodes), len(nodes), args)
-            piece = Piece(nodes, start, end, graph)
+            adj = edge_index.to(self.device)
+            if self.graph.values is not None:
+                ends, size = adj.flip(0), (len(nodes), len(nodes))
+                adj = to_torch_csr_tensor(ends, self.graph.values[edge].to(self.device), size=size)
+            piece = Piece(nodes, start, end, Graph(adj, len(nodes), len(nodes), args))
             if self.keep:
                 made.append(piece)
             yield piece
@@ -87,7 +92,7 @@ class Pieces:
         for piece in self:
             out = compute(x[piece.nodes.to(x.device)].to(self.device), piece)
             outs.append(out[: piece.size].to(x.device))
-        return torch.cat(outs) if outs else x.new_empty(0, 0)
+        return torch.cat(outs)
 
     @contextmanager
     def of(self, conv: Any) -> Iterator[Pieces]:
@@ -97,8 +102,10 @@ class Pieces:
             return
         key = (bool(getattr(conv, "improved", False)), bool(conv.add_self_loops))
         if key not in self._normed:
+            # in the form that the edges came in: of a matrix, PyG adds self-loops also where there are some
+            adj = self.graph.adj if is_sparse(self.graph.adj) else self.graph.edge_index
             weight = self.graph.edge_args.get("edge_weight")
-            edge_index, weight = gcn_norm(self.graph.edge_index, weight, self.num_nodes, *key, dtype=self.dtype)
+            edge_index, weight = gcn_norm(adj, weight, self.num_nodes, *key, dtype=self.dtype)
             data = Data(edge_index=edge_index, edge_weight=weight, num_nodes=self.num_nodes)
             self._normed[key] = Pieces(data, self.batch_size, self.device, self.keep)
         conv.normalize = False

@@ -54,3 +54,28 @@ def test_alignment_is_one_with_itself_and_none_by_chance() -> None:
     assert abs(found["other"]) < 0.01
     assert abs(found["shuffled"]) < 0.01
     assert alignment(experts, {}) == {}
+
+
+def test_few_values_are_told_apart_however_rare() -> None:
+    degrees = torch.tensor([8.0] * 970 + [3.0] * 4 + [5.0] * 26)  # a grid: corners, edges, and the rest
+    assert quantile_bins(degrees).unique().tolist() == [0, 1, 2]
+    many = torch.cat([torch.full((900,), 50.0), torch.arange(100).float()])
+    assert (quantile_bins(many)[:900] > quantile_bins(many)[900]).all()
+
+
+def test_a_constant_says_nothing() -> None:
+    constant, other = torch.zeros(50, dtype=torch.long), torch.arange(50) % 2
+    assert set(alignment(constant, {"other": other, "same": constant}).values()) == {0.0}
+    assert alignment(other, {"constant": constant}) == {"constant": 0.0, "shuffled": 0.0}
+
+
+def test_unlabelled_nodes_are_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(3, (4000,), generator=generator).where(torch.rand(4000, generator=generator) < 0.3, -1)
+    edges = torch.randint(4000, (2, 20_000), generator=generator)
+    properties = node_properties(Data(edge_index=edges, y=y, num_nodes=4000))
+    assert (properties["label"][y < 0] == -1).all()
+    assert (properties["homophily"][y < 0] == -1).all()
+    found = alignment((y >= 0).long() + torch.randint(2, (4000,), generator=generator), properties)
+    assert abs(found["label"]) < 0.01
+    assert abs(found["homophily"]) < 0.01

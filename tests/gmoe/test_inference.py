@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.loader import NodeLoader
+from torch_geometric.utils import to_torch_csr_tensor
 
 from gmoe import GNNMoE, NeighborSampler
 from tests.gmoe.conv.masked import features, random_graph
@@ -102,6 +103,21 @@ def test_edge_weights(conv: Any) -> None:
     data = graph(edge_weight=features(70, seed=4).abs() + 0.1)
     model = model_of(conv=conv)
     assert_equal(model, data, 6, data.edge_weight)
+
+
+@pytest.mark.parametrize("router", [None, "expert_choice"])
+@pytest.mark.parametrize("routing", ["layer", "shared"])
+@pytest.mark.parametrize("conv", ["gcn", "sage", "graph", "gin", ["low_pass", "high_pass", "gcn", "mlp"]], ids=str)
+def test_values_of_a_sparse_matrix(conv: Any, routing: Any, router: str | None) -> None:
+    data = graph()
+    ends, values = data.edge_index.unique(dim=1), features(70, seed=4).abs() + 0.1
+    data.edge_index = to_torch_csr_tensor(ends.flip(0), values[: ends.size(1)], size=(NODES, NODES))
+    assert_equal(model_of(conv=conv, routing=routing, router=router), data, 6)
+
+
+def test_no_nodes() -> None:
+    data = Data(x=torch.zeros(0, WIDTH).double(), edge_index=torch.empty(2, 0, dtype=torch.long))
+    assert_equal(model_of(), data, 6)
 
 
 @pytest.mark.parametrize("conv", ["gat", "gatv2", "transformer"])
