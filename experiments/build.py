@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import HeteroData
+from torch_geometric.data import Data, HeteroData
 
 import gmoe
 from experiments.config import RouterOptions, TrainConfig
@@ -38,19 +39,57 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
     return _build(replace(config, hidden=width, equal=None, options=RouterOptions()), task)
 
 
-def matched_width(config: TrainConfig, task: Task) -> int:
-    """The hidden width at which the dense model costs what the MoE ``equal_to`` costs, to 2 % or the nearest width."""
-    twin = build_twin(config, task)
+def try_model(config: TrainConfig, task: Task) -> None:
+    """Build the model and run it once.
 
-    def dense(width: int) -> nn.Module:
-        return _build(replace(config, hidden=width, equal=None, options=RouterOptions()), task)
+    Raises:
+        ValueError: it cannot be built, does not run on the data, or not in the way that it will be evaluated.
+    """
+    model = build_model(config, task)
+    inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
+    with _refusing(config, task, "runs"):
+        flops(model, inputs)
+    if config.evaluation == "layerwise" and isinstance(model, GNNMoE):
+        tiny = Data(x=torch.zeros(2, task.in_channels), edge_index=torch.tensor([[0, 1], [1, 0]]))
+        if task.edge_dim is not None:
+            tiny.edge_attr = torch.zeros(2, task.edge_dim)
+        with _refusing(config, task, "can be evaluated layer by layer"):
+            copy.deepcopy(model).eval().inference(tiny)
+
+
+@contextmanager
+def _refusing(config: TrainConfig, task: Task, what: str) -> Iterator[None]:
+    """A conv's own complaint, as one about the configuration."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        if task.kind != "graph":
+            raise
+        raise ValueError(
+            f"conv: got {', '.join(config.conv)}, expected one that {what} with these sizes and data "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def matched_width(config: TrainConfig, task: Task) -> int:
+    """The hidden width at which the dense model costs what the MoE ``equal_to`` costs, to 2 % or the nearest width.
+
+    With attention heads, which divide it, their nearest multiple.
+    """
+    twin = build_twin(config, task)
+    step = config.heads if task.kind == "graph" else 1
+
+    def dense(steps: int) -> nn.Module:
+        return _build(replace(config, hidden=steps * step, equal=None, options=RouterOptions()), task)
 
     if config.equal == "parameters":
         target = float(num_parameters(twin))
-        return gmoe.match_width(lambda width: num_parameters(dense(width)), target, tolerance=0.5)
+        return step * gmoe.match_width(lambda steps: num_parameters(dense(steps)), target, tolerance=0.5)
     inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
     target = float(flops(twin, inputs))
-    return gmoe.match_width(lambda width: flops(dense(width), inputs), target, tolerance=0.5)
+    return step * gmoe.match_width(lambda steps: flops(dense(steps), inputs), target, tolerance=0.5)
 
 
 def build_twin(config: TrainConfig, task: Task) -> nn.Module:

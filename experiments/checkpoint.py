@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,20 @@ class Checkpoint:
         fresh.replace(self.folder / "best.safetensors")
 
     def load(self) -> dict[str, Any] | None:
-        """The state, or ``None`` where there is none."""
+        """The state, or ``None`` where there is none.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
         path = self.folder / "state.ckpt"
-        return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path}: cannot be read ({reason}); delete it to begin this seed anew") from error
+        return state
 
 
 class Log:

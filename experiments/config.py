@@ -15,6 +15,8 @@ RouterName = Literal[
     "dense", "token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform", "oracle"
 ]
 
+FANOUT = (15, 10, 5)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions:
@@ -147,10 +149,10 @@ class TrainConfig:
     """Batch size; of graphs, seed nodes a batch (`neighbor`), or nodes a part (`random_node`)."""
     sampling: Literal["full", "neighbor", "random_node"] = "full"
     """Graphs: train on the whole graph, on sampled neighbourhoods, or on random parts."""
-    fanout: tuple[int, ...] = (15, 10, 5)
-    """Graphs, `neighbor`: neighbours sampled a node, layer by layer; -1 takes all."""
+    fanout: tuple[int, ...] = FANOUT
+    """Graphs, `neighbor`: neighbours sampled a node, hop by hop; -1 takes all."""
     workers: int = 0
-    """Graphs, `neighbor`: processes that sample while the model computes."""
+    """Processes that sample (graphs, `neighbor`) or load images while the model computes."""
     evaluation: Literal["full", "layerwise", "sampled"] = "full"
     """Graphs: evaluate on the whole graph, layer by layer in pieces (same result, less memory), or as in training."""
     undirected: bool = True
@@ -220,9 +222,28 @@ class TrainConfig:
             "batch_size",
             "checkpoint_every",
             "eval_every",
+            "heads",
+            "patch",
+            "dim",
+            "vit_heads",
+            "image_size",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        if not self.conv:
+            raise ValueError("conv: got none, expected at least one")
+        if not self.lr > 0:
+            raise ValueError(f"lr: got {self.lr}, expected a number above 0")
+        if self.sampling != "neighbor" and self.fanout != FANOUT:
+            raise ValueError(f"fanout: got {self.fanout} with sampling={self.sampling!r}, expected 'neighbor'")
+        if not self.fanout or any(count < 1 and count != -1 for count in self.fanout):
+            raise ValueError(f"fanout: got {self.fanout}, expected at least one number, each above 0 or -1 (all)")
+        if self.ema and self.options.inference == "threshold":
+            raise ValueError(
+                "ema: got an average with inference='threshold', whose cut scores are those of the weights themselves; "
+                "expected 0, or inference='pool'"
+            )
         if not 0 <= self.label_use < 1:
             raise ValueError(f"label_use: got {self.label_use}, expected a share in [0, 1)")
         if self.label_use and self.sampling != "full":
@@ -235,6 +256,7 @@ class TrainConfig:
             ("mixup", self.mixup, 0, math.inf),
             ("cutmix", self.cutmix, 0, math.inf),
             ("clip_norm", self.clip_norm, 0, math.inf),
+            ("weight_decay", self.weight_decay, 0, math.inf),
         ):
             if not least <= value < below:
                 raise ValueError(f"{name}: got {value}, expected a number in [{least}, {below})")
@@ -256,6 +278,8 @@ class TrainConfig:
         if self.dataset == "graph":
             values["file"] = self.data_root.name
             values["digest"] = _digest(self.data_root)
+        if self.dataset in IMAGE_FOLDERS:
+            values["digest"] = _listing_digest(self.data_root)
         values["options"] = self.options.given()
         found: dict[str, Any] = json.loads(json.dumps(values))
         return found
@@ -330,6 +354,10 @@ GRAPHS_ONLY = (
 """Options that mean nothing on images."""
 
 
+IMAGE_FOLDERS = ("cifar10", "imagenette", "images")
+"""Image data that may be any files in folders; the others are the published ones, or refused."""
+
+
 def _plain(option: Field[Any]) -> bool:
     return isinstance(option.default, int | float | str | tuple | None)
 
@@ -340,4 +368,15 @@ def _digest(path: Path) -> str | None:
     found = hashlib.sha256()
     for file in files:
         found.update(file.read_bytes())
+    return found.hexdigest()[:16] if files else None
+
+
+def _listing_digest(root: Path) -> str | None:
+    """Of the names and sizes of the images that a root holds in folders; ``None`` where there are none."""
+    places = [root, root / "cifar10", root / "imagenette2-160"]
+    folders = [place / part for place in places for part in ("train", "test", "val") if (place / part).is_dir()]
+    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
+    found = hashlib.sha256()
+    for file in files:
+        found.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode())
     return found.hexdigest()[:16] if files else None

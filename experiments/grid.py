@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 from experiments.config import RouterName, TrainConfig
 from experiments.presets import PRESETS
@@ -35,12 +36,15 @@ def grid(
         raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
     base = PRESETS[preset][1]
     base = replace(base, seeds=seeds or base.seeds, epochs=base.epochs if epochs is None else epochs)
+    if preset == "graph":
+        base = replace(base, data_root=Path())  # the file is the root itself
     dense = replace(base, router="dense")
     arms = [
         Arm(name="dense", label="dense", config=dense),
         Arm(name="dense-4x", label="dense, four times as wide", config=replace(dense, hidden=4 * base.hidden)),
     ]
-    for router, e in product([name for name in routers if name != "dense"], experts):
+    ks = tuple(dict.fromkeys(ks))
+    for router, e in product([name for name in dict.fromkeys(routers) if name != "dense"], dict.fromkeys(experts)):
         fixed = router in ("uniform", "oracle")
         for k in ks[:1] if fixed else [k for k in ks if k <= e]:
             arms.append(_arm(base, router, e, None if fixed else k))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import resource
 import sys
@@ -42,12 +43,12 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
     Returns:
         The figures of this seed, as JSON.
     """
-    fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
+    fabric = make_fabric(config)
     fabric.seed_everything(seed, verbose=False)
     model = build_model(config, task)
     inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
     if config.kmeans_init:
-        init_centroids(model, inputs, seed)
+        init_centroids(model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed)
     cost = {
         "flops": flops(model, inputs),
         "parameters": num_parameters(model),
@@ -72,6 +73,26 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
         "routing": routing_summary(routings, task.planted, _properties(task, routings)),
         "curve": progress["curve"],
     }
+
+
+def make_fabric(config: TrainConfig) -> Fabric:
+    """Device and precision.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        return Fabric(accelerator=config.device, devices=1, precision=config.precision)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"device: got {config.device!r}, expected one that is there ({error})") from error
+
+
+def _check_finite(name: str, value: float, seed: int, epoch: int, config: TrainConfig) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{name}: got {value} in epoch {epoch} of seed {seed}, expected a number; the training diverged (lr="
+            f"{config.lr}, clip_norm={config.clip_norm}), or the data hold values that are not finite"
+        )
 
 
 def fit(training: Training, seed: int, folder: Path) -> dict[str, Any]:
@@ -106,9 +127,12 @@ def fit(training: Training, seed: int, folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         row: dict[str, Any] = {"epoch": epoch, "lr": training.scheduler.get_last_lr()[0]}
         row |= training.train_epoch(seed * 100_003 + epoch)
+        _check_finite("loss", row["loss"], seed, epoch, config)
         last = epoch + 1 == config.epochs
         measured = last or (epoch + 1) % config.eval_every == 0
         row["val"] = training.evaluate("val")[0] if measured else None
+        if measured:
+            _check_finite(task.metric_name, row["val"], seed, epoch, config)
         progress["seconds"] += time.perf_counter() - started
         progress["epoch"] = epoch + 1
         if measured:
@@ -123,6 +147,8 @@ def fit(training: Training, seed: int, folder: Path) -> dict[str, Any]:
             log.flush()
             checkpoint.save({"progress": progress, "training": training.state()}, best)
     log.close()
+    if len(progress["curve"]["val"]) > 1 and len(set(progress["curve"]["val"])) == 1:
+        print(f"{task.name}: validation never changed, so that the first epoch is selected", flush=True)
     training.use(best)
     return progress
 
@@ -169,7 +195,9 @@ class Training:
             aux = gmoe.aux_loss(self.routings).to(loss.device)
             self.fabric.backward(loss + aux)
             if self.config.clip_norm:
-                self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.config.clip_norm)
+                self.fabric.clip_gradients(
+                    self.model, self.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
+                )
             self.optimizer.step()
             self.scheduler.step()
             if self.averaged is not None:
@@ -199,7 +227,11 @@ class Training:
             assert task.graph is not None
             assert task.split is not None
             gnn: Any = self.model.module
-            logits, routings = gnn.inference(task.graph, device, batch_size=config.batch_size, return_routing=True)
+            graph = task.graph
+            if config.precision == "64-true":
+                graph = copy.copy(graph).apply(lambda value: value.double() if value.is_floating_point() else value)
+            with self.fabric.autocast():
+                logits, routings = gnn.inference(graph, device, batch_size=config.batch_size, return_routing=True)
             rows = task.split[split]
             metric.update(logits[rows].to(device), task.graph.y[rows].to(device))
             return float(metric.compute()), [routings]
@@ -259,7 +291,8 @@ def set_up(fabric: Fabric, model: nn.Module, config: TrainConfig, task: Task) ->
     """Model, optimizer, schedule and average, ready to train; the routings are recorded as long as it lasts."""
     average = None
     if config.ema:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).to(fabric.device)
+        dtype = torch.float64 if config.precision == "64-true" else None
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).to(fabric.device, dtype)
     with routings_of(model) as routings:  # before compilation, which would not see hooks that come later
         if config.compile:
             model.compile()

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from experiments.build import build_model
+from experiments.build import try_model
 from experiments.config import TrainConfig
 from experiments.data import Task, load_tasks
-from experiments.loop import train_seed
+from experiments.loop import make_fabric, train_seed
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -39,7 +39,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
         task_of = load_tasks(config)
-        build_model(config, task_of(config.seeds[0]))  # refuses what cannot be built before anything is written
+        make_fabric(config)
+        try_model(config, task_of(config.seeds[0]))  # refuses what cannot be run before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config.science())
         results = [_finished(config, task_of, seed, folder / f"seed-{seed}") for seed in config.seeds]
@@ -141,5 +142,5 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(value, indent=2) + "\n")
+    fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     fresh.replace(path)

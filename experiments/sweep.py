@@ -6,7 +6,8 @@
 ``grid`` is a study of your own: a preset over routers, numbers of experts and experts per token. Every arm is a run
 folder; finished arms are skipped and an unfinished one goes on, so that a study may be cut off at any time and started
 again. At the end, and after every arm, ``results/STUDY.json`` holds all that is finished; an arm that it holds already,
-with the same configuration, is finished also where its run folder is gone.
+with the same configuration, is finished also where its run folder is gone. An arm that cannot be run is named at the
+end, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -55,15 +56,18 @@ class SweepConfig:
     only: str = ""
     """Run only arms whose name contains this."""
     data_root: Path = Path("data")
-    """Root folder of the data; users' own graphs lie in it."""
+    """Root folder of the data, in which facebook.npz lies; of a grid over `graph`, your own file."""
     threads: int = 0
     """CPU threads; 0 leaves torch's default."""
     progress: bool = True
     """Show progress bars."""
 
 
-def sweep(config: SweepConfig) -> dict[str, Any]:
-    """Run what is not finished, and return the study's results.
+def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """Run what is not finished.
+
+    Returns:
+        The study's results, and by arm why it could not be run.
 
     Raises:
         ValueError: an unknown study.
@@ -85,10 +89,17 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
             finished[arm.name] = {**known[arm.name], "label": arm.label}
         elif config.only in arm.name or (folder / arm.name / "summary.json").exists():
             todo.append((arm, run_config))
+    if config.study == "grid":  # what an earlier grid over the same preset left stays
+        finished = {arm: found for arm, found in known.items() if arm not in {a.name for a in study.arms}} | finished
+    failed: dict[str, str] = {}
     for arm, run_config in todo:
-        finished[arm.name] = {"arm": arm.name, "label": arm.label, **run(run_config)}
+        try:
+            finished[arm.name] = {"arm": arm.name, "label": arm.label, **run(run_config)}
+        except (ValueError, OSError) as error:  # of this arm; the others go on
+            failed[arm.name] = str(error)
+            continue
         write_json(path, collect(name, study, finished))
-    return collect(name, study, finished)
+    return collect(name, study, finished), failed
 
 
 def _study(config: SweepConfig) -> tuple[str, Study]:
@@ -99,24 +110,33 @@ def _study(config: SweepConfig) -> tuple[str, Study]:
     if config.preset is None:
         raise ValueError("preset: got none, expected --preset NAME for a grid")
     made = grid(config.preset, config.routers, config.experts, config.ks, config.seeds, config.epochs)
-    return f"grid-{config.preset}", made
+    name = f"grid-{config.preset}"
+    if config.seeds:
+        name += "-seeds-" + "-".join(map(str, config.seeds))
+    return name if config.epochs is None else f"{name}-epochs-{config.epochs}", made
 
 
 def collect(name: str, study: Study, finished: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The results of the arms that are finished, in the order of the study."""
-    arms = [finished[arm.name] for arm in study.arms if arm.name in finished]
+    """The results of the arms that are finished, in the order of the study, and then others."""
+    names = [arm.name for arm in study.arms if arm.name in finished]
+    arms = [finished[arm] for arm in [*names, *(arm for arm in finished if arm not in names)]]
     return {"study": name, "about": study.about, "reference": study.reference, "wide": study.wide, "arms": arms}
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = tyro.cli(SweepConfig, args=args, prog="python -m experiments.sweep", description=__doc__)
+    console = Console(stderr=True, soft_wrap=True)
     try:
-        results = sweep(config)
+        results, failed = sweep(config)
     except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     print(study_table(results))
+    for arm, reason in failed.items():
+        console.print(f"[bold red]{arm}:[/] {escape(reason)}", highlight=False)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -128,11 +128,14 @@ def nmi(figures: dict[str, Any]) -> str:
 
 
 def headroom(arm: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None) -> str:
-    """(arm - dense) / (dense four times as wide - dense); none where that room is within twice the spread."""
+    """(arm - dense) / (dense four times as wide - dense); none where that room is within twice the spread, or no spread
+    is known."""
     if narrow is None or wide is None or arm is narrow or arm is wide:
         return "–"
+    if narrow["test"]["std"] is None or wide["test"]["std"] is None:
+        return "–"
     base, room = narrow["test"]["mean"], wide["test"]["mean"] - narrow["test"]["mean"]
-    spread = max(narrow["test"]["std"] or 0.0, wide["test"]["std"] or 0.0)
+    spread = max(narrow["test"]["std"], wide["test"]["std"])
     return "no headroom" if room <= 2 * spread else f"{100 * (arm['test']['mean'] - base) / room:.0f} %"
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gmoe._autograd import first_order
 from gmoe._checks import check_choice
 from gmoe.routing.routing import Routing
 
@@ -112,7 +112,7 @@ class _Loop(torch.autograd.Function):
         return y_PO
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_PO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x_PI, weight_EIO = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
@@ -151,7 +151,7 @@ class _GroupedMM(torch.autograd.Function):
         return _grouped(x_PI, weight_EIO, offsets_E)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_PO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_PI, weight_EIO, offsets_E = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad

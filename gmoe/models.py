@@ -15,7 +15,7 @@ from gmoe._checks import check_choice, check_count
 from gmoe.conv.build import count_experts
 from gmoe.conv.graph import Graph, check_batch, parameters_of
 from gmoe.conv.moe_conv import MoEConv
-from gmoe.conv.registry import ConvFactory, ConvLike, DenseLayers, conv_factory
+from gmoe.conv.registry import ConvFactory, ConvLike, DenseLayers, conv_factory, make_conv
 from gmoe.conv.seen import RouteOn, route_parts, seen
 from gmoe.dispatch import Backend
 from gmoe.inference import LayerwiseInference
@@ -208,7 +208,7 @@ class GNNMoE(LayerwiseInference, BasicGNN):
             return MoEConv(conv, in_channels, out_channels, **kwargs["moe_kwargs"], **conv_kwargs)
         if not (isinstance(conv, str) or callable(conv)):
             conv = conv[0]  # of several kinds, the first is the dense one
-        return conv_factory(conv, conv_kwargs)(in_channels, out_channels)
+        return make_conv(conv_factory(conv, conv_kwargs), in_channels, out_channels)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gmoe._autograd import first_order
 from gmoe.dispatch import Backend, dispatch, grouped_linear, resolve_backend
 from gmoe.routing.routing import Routing
 
@@ -71,7 +71,7 @@ class _RoutedLinear(torch.autograd.Function):
         return out_TO
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         token_P, gate_P, weight_EIO, bias_EO, *parts = ctx.saved_tensors
         _, needs_gate, needs_weight, needs_bias, *needs_parts = ctx.needs_input_grad

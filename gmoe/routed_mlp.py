@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gmoe._autograd import first_order
 from gmoe.routing.routing import Routing
 
 
@@ -80,7 +80,7 @@ class _RoutedMLP(torch.autograd.Function):
         return out_TO
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         token_P, x_TI, gate_P, up_EIU, up_bias_EU, down_EHO, down_bias_EO, *hidden = ctx.saved_tensors
         grads = [

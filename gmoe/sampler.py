@@ -101,6 +101,8 @@ class NeighborSampler(BaseSampler):
 
     @num_neighbors.setter
     def num_neighbors(self, num_neighbors: Fanouts) -> None:
+        if not isinstance(num_neighbors, NumNeighbors | Sequence | Mapping):
+            raise ValueError(f"num_neighbors: got {num_neighbors!r}, expected a list, one number a hop")
         given = num_neighbors if isinstance(num_neighbors, NumNeighbors) else NumNeighbors(num_neighbors)
         if self.is_hetero:
             fanouts = given.get_values(list(self._graph))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder, Imagenette
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vision.download import check_files, cifar_archive, imagenette_archive, unpacked
 from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
@@ -40,6 +41,7 @@ NOTES = {
     "imagenette": "Imagenette, 160 px, github.com/fastai/imagenette, Apache 2.0; the images are ImageNet's",
 }
 JPEG_NOTE = "re-encoded as JPEG: accuracies are close to, not the same as, those on the originals"
+CIFAR10_COUNTS = 50_000, 10_000
 IMAGENETTE_COUNTS = 9_469, 3_925
 
 
@@ -152,8 +154,7 @@ def split_train_val(
         val_share: share of validation, between 0 and 1.
         seed: the same seed gives the same split.
         allow_missing: what of classes with a single image, which cannot be on both sides: an error (default), or they
-            are split together as if they were one class, so that each is missing on one side (a lone one stays in
-            training).
+            stay in training; where all classes have just one, some of them validate, and training has none of those.
 
     Returns:
         the training and the validation images, two sorted int64 tensors that share none and leave out none.
@@ -173,10 +174,10 @@ def split_train_val(
                 f"labels: one image only of class {_few(labels[single].tolist())}, expected at least two, one to train "
                 "on and one to validate on; or split them all the same by allow_missing=True"
             )
-        group = torch.where(single, len(counts), group)
+        group = torch.zeros_like(group) if single.all() else torch.where(single, -1, group)
     generator = torch.Generator().manual_seed(seed)
     val = []
-    for number in group.unique():
+    for number in group[group >= 0].unique():
         members = (group == number).nonzero()[:, 0]
         count = min(max(round(val_share * len(members)), 1), len(members) - 1)
         val.append(members[torch.randperm(len(members), generator=generator)[:count]])
@@ -214,13 +215,16 @@ def _cifar_jpeg(folder: Path, reading: _Reading) -> ImageData:
     train, test = (_listing(reading.name, folder / part) for part in ("train", "test"))
     for split in (train, test):
         _same_classes(reading.name, split, CIFAR10_CLASSES)
-    return _read(train, test, reading, f"{NOTES['cifar10']}; {JPEG_NOTE}")
+    note = f"{NOTES['cifar10']}; {JPEG_NOTE}{_not_all((len(train.paths), len(test.paths)), CIFAR10_COUNTS)}"
+    return _read(train, test, reading, note)
 
 
 def _imagenette(root: Path, offline: bool, reading: _Reading) -> ImageData:
     name = reading.name
+    if (root / "train" / next(iter(Imagenette._WNID_TO_CLASS))).is_dir():  # the folder itself
+        root = root.resolve().parent if root.resolve().name == imagenette_archive().folder else root
     folder = unpacked(name, root, imagenette_archive(), offline)
-    listings, counts = [], []
+    listings = []
     for split in ("train", "val"):
         found = _listing(name, folder / split)
         _same_classes(name, found, tuple(Imagenette._WNID_TO_CLASS))
@@ -228,13 +232,16 @@ def _imagenette(root: Path, offline: bool, reading: _Reading) -> ImageData:
         paths, labels = zip(*(data[i] for i in range(len(data))), strict=True)
         classes = tuple(names[0] for names in data.classes)
         listings.append(_Listing(found.folder, classes, list(paths), torch.tensor(labels)))
-        counts.append(len(paths))
-    note = NOTES[name]
-    if tuple(counts) != IMAGENETTE_COUNTS:
-        whole = " + ".join(f"{count:,}" for count in IMAGENETTE_COUNTS)
-        note += f"; not the published set: {counts[0]:,} + {counts[1]:,} images of {whole}"
     train, val = listings
+    note = NOTES[name] + _not_all((len(train.paths), len(val.paths)), IMAGENETTE_COUNTS)
     return _read(train, val, reading, note)
+
+
+def _not_all(counts: tuple[int, int], whole: tuple[int, int]) -> str:
+    """What a note says of a copy with other numbers of images than were published."""
+    if counts == whole:
+        return ""
+    return f"; not the published set: {counts[0]:,} + {counts[1]:,} images of {whole[0]:,} + {whole[1]:,}"
 
 
 def _images(root: Path, reading: _Reading) -> ImageData:
@@ -263,7 +270,19 @@ def _listing(name: str, folder: Path) -> _Listing:
             f"{name}: no image in the class folder {_few([folder / part for part in empty])}, expected at least one; "
             "fill it, or remove it"
         )
+    others = [file for part in found.classes for file in sorted((folder / part).rglob("*")) if _is_unknown(file)]
+    if others:
+        print(
+            f"{name}: {len(others)} files in {folder} are left out, for they are no {', '.join(IMG_EXTENSIONS)}; the "
+            f"first is {others[0]}",
+            flush=True,
+        )
     return _Listing(folder, tuple(found.classes), [path for path, _ in found.samples], labels)
+
+
+def _is_unknown(file: Path) -> bool:
+    """A file that is no image by its name, and no hidden one either."""
+    return file.suffix.lower() not in IMG_EXTENSIONS and not file.name.startswith(".") and file.is_file()
 
 
 def _same_classes(name: str, listing: _Listing, expected: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
+from gmoe._checks import check_count
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
@@ -68,7 +69,7 @@ class ViTMoE(VisionTransformer):
         - returns (B, num_classes), and the list of :class:`gmoe.Routing` with ``return_routing=True``, empty if dense.
 
     Raises:
-        ValueError: an image size without a preset, sizes that do not divide, or images of another shape.
+        ValueError: an image size without a preset, sizes below 1 or that do not divide, or images of another shape.
 
     Example:
         >>> logits, routings = ViTMoE(32, router="expert_choice")(images, return_routing=True)
@@ -94,6 +95,8 @@ class ViTMoE(VisionTransformer):
             if size not in SIZES:
                 raise ValueError(f"size: got {size}, expected a ViTSize or one of {sorted(SIZES)}")
             size = SIZES[size]
+        for name, value in asdict(size).items():
+            check_count(name, value)
         for name, whole, part in (
             ("image_size", "image_size", "patch_size"),
             ("hidden_dim", "hidden_dim", "num_heads"),

@@ -31,12 +31,15 @@ def images(config: TrainConfig) -> Task:
         skip_broken=config.skip_broken,
     )
     print(f"{data.name}: {len(data.train):,} + {len(data.test):,} images; {data.note}", flush=True)
+    if len(data.classes) < 2:
+        raise ValueError(f"{data.name}: got one class, {data.classes[0]}, expected at least two")
     train, val = split_train_val(data.train.labels, config.val_share, config.split_seed, allow_missing=True)
     classes = len(data.classes)
-    missing = sorted(set(range(classes)) - set(data.train.labels[val].tolist()))
-    if missing:
-        names = ", ".join(data.classes[label] for label in missing[:5])
-        print(f"{data.name}: {len(missing)} of {classes} classes have no image in validation: {names}", flush=True)
+    for part, rows in (("training", train), ("validation", val)):
+        missing = sorted(set(range(classes)) - set(data.train.labels[rows].tolist()))
+        if missing:
+            names = ", ".join(data.classes[label] for label in missing[:5])
+            print(f"{data.name}: {len(missing)} of {classes} classes have no image in {part}: {names}", flush=True)
     augment = make_augment(config.augment, data.image_size)
     mix = make_mix(config.mixup, config.cutmix, classes)
     parts = {"train": (data.train, train), "val": (data.train, val), "test": (data.test, None)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 import zipfile
 import zlib
@@ -35,7 +36,7 @@ def user_graph(path: Path, metric: MetricName | None = None) -> GraphData:
             - ``FILE.npz`` with node_features (N, D), node_labels (N,), edges (M, 2), and train_masks, val_masks,
               test_masks, each (N,), or (S, N) for S splits, of which seed s takes ``s % S``;
             - ``FILE.pt``, a PyG ``Data`` with x, edge_index, y, train_mask, val_mask, test_mask ((N,) or (N, S)), and
-              perhaps edge_weight or edge_attr; what else it holds is left out;
+              perhaps edge_weight or edge_attr; other tensors, numbers and texts are left out;
             - a folder with ``nodes.csv`` (columns ``label``, ``split`` with train / val / test or nothing, perhaps
               ``id``, without which nodes are numbered from 0; all others are features) and ``edges.csv`` (columns
               ``source``, ``target``, perhaps ``weight``; all others are left out).
@@ -180,6 +181,14 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
             )
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as CSV ({error})") from error
+    with path.open(encoding="utf-8-sig", newline="") as file:  # pandas would rename them
+        header = [name.strip() for name in next(csv.reader(file), [])]
+    bad = [name for name in header if not name or header.count(name) > 1]
+    if bad:
+        raise ValueError(
+            f"{path}: line 1 has a column {bad[0]!r}, expected a name of its own for each (pandas writes its index as "
+            "a nameless one, unless index=False)"
+        )
     missing = [column for column in columns if column not in table]
     if missing:
         raise ValueError(f"{path}: no column {', '.join(missing)}; got {', '.join(map(str, table.columns))}")

@@ -16,7 +16,7 @@ from gmoe.conv.filter_conv import FilterConv
 from gmoe.conv.mixed import MixedExperts
 from gmoe.conv.mlp_conv import MLPConv
 from gmoe.conv.probe import is_local
-from gmoe.conv.registry import LOCAL, ConvFactory, ConvLike, conv_factory
+from gmoe.conv.registry import LOCAL, ConvFactory, ConvLike, conv_factory, make_conv
 from gmoe.conv.separate import SeparateExperts
 from gmoe.conv.stacks import stack_of
 from gmoe.dispatch import Backend
@@ -118,10 +118,7 @@ class _Make:
         return _Make([self.factories[expert] for expert in experts], self.in_channels, self.out_channels)
 
     def __call__(self, expert: int) -> MessagePassing:
-        conv = self.factories[expert](self.in_channels, self.out_channels)
-        if not isinstance(conv, MessagePassing):
-            raise ValueError(f"conv: got a factory of {type(conv).__name__}, expected one of PyG MessagePassing layers")
-        return conv
+        return make_conv(self.factories[expert], self.in_channels, self.out_channels)
 
 
 def _takes_local_path(conv: MessagePassing, in_channels: int | tuple[int, int], local: bool | None) -> bool:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gmoe._autograd import first_order
 from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.pair_graph import PairGraph
 from gmoe.conv.segment import Messages, at_least_float32, blocks, weighted_sum
@@ -96,7 +96,7 @@ class _AdditiveScores(torch.autograd.Function):
         return out_MH
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
         source_UO, target_PO, edge_MF, edge_EFO, att_EOH = ctx.saved_tensors
         messages, slope = ctx.messages, ctx.negative_slope

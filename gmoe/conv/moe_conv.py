@@ -33,11 +33,14 @@ class MoEConv(MoELayer):
 
     - GCN, SAGE, GraphConv and GIN aggregate once, and each row meets only its experts in one grouped product (where E
       times the output is narrower than the input, they transform first, unless the router needs the aggregate);
-    - local convs (a node's output follows from its in-edges and their ends) run on the in-edges of each expert's nodes;
-      verified by a float64 probe at construction;
+    - GAT, GATv2 and TransformerConv send K messages an edge. What they transform is each (source, expert) pair that an
+      edge asks for, at most min(K · edges, E · N) of them: on dense graphs this part grows with E;
+    - other local convs (a node's output follows from its in-edges and their ends) run on the in-edges of each expert's
+      nodes; verified by a float64 probe at construction;
     - anything else runs on the whole graph for each expert, with a warning that its cost follows E.
 
-    A node without an expert gets zero; the model around adds the residual.
+    A node without an expert gets zero; the model around adds the residual. Can be differentiated once:
+    ``create_graph=True`` is refused.
 
     Args:
         conv: a PyG conv class, its name (``"gcn"``, ``"sage"``, ``"graph"``, ``"gin"``, ``"gat"``, ...), a factory

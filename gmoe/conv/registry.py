@@ -84,6 +84,24 @@ def conv_factory(conv: str | ConvFactory, conv_kwargs: Mapping[str, Any]) -> Cal
     return partial(factory, **conv_kwargs)
 
 
+def make_conv(factory: Callable[[Any, int], MessagePassing], in_channels: Any, out_channels: int) -> MessagePassing:
+    """A fresh conv.
+
+    Raises:
+        ValueError: it needs other arguments, or it is none of PyG's MessagePassing layers.
+    """
+    try:
+        conv = factory(in_channels, out_channels)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"conv: got one that cannot be built as conv({in_channels}, {out_channels}) ({error}); expected the rest "
+            "of its arguments by name, or a factory (in_channels, out_channels) -> conv"
+        ) from error
+    if not isinstance(conv, MessagePassing):
+        raise ValueError(f"conv: got a factory of {type(conv).__name__}, expected one of PyG MessagePassing layers")
+    return conv
+
+
 class DenseLayers:
     """The convs of a dense GNN, layer by layer, as factories of copies.
 

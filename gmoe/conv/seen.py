@@ -69,12 +69,17 @@ def joined(columns: Sequence[Tensor]) -> Iterator[Tensor]:
     versions = [column._version for column in columns]
     identity = (view.data_ptr(), view.shape, view.dtype)  # not the view, which the hooks would keep alive
 
-    def pack(kept: Tensor) -> Tensor | None:
+    def pack(kept: Tensor) -> tuple[Tensor, int] | None:
         same = (kept.data_ptr(), kept.shape, kept.dtype) == identity
-        return None if same else kept.detach()  # an output of its own node would keep that node alive
+        return None if same else (kept.detach(), kept._version)  # an output of its own node would keep that node alive
 
-    def unpack(kept: Tensor | None) -> Tensor:
-        if kept is not None:
+    def unpack(packed: tuple[Tensor, int] | None) -> Tensor:
+        if packed is not None:
+            kept, version = packed
+            if kept._version != version:  # which torch checks of what it keeps itself
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(kept.shape)} that the router needs for its gradient was changed in place"
+                )
             return kept
         if versions != [column._version for column in columns]:
             raise RuntimeError("x: changed in place after a router saw it, expected unchanged until the backward pass")

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch_geometric.utils import index_sort
 from torch_geometric.utils.sparse import index2ptr
+
+from gmoe._autograd import first_order
 
 SPARSE_DEVICES = ("cpu",)
 """Where sums and products are one sparse product a head. Elsewhere they are gathered and added, block by block."""
@@ -102,7 +103,7 @@ class _WeightedSum(torch.autograd.Function):
         return _sum(weight_MH, value_UHC, messages, weight_MH.size(1))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_PHC: Tensor) -> tuple[Tensor, Tensor, None]:
         weight_MH, value_UHC = ctx.saved_tensors
         reverse, order = ctx.messages.reverse
@@ -118,7 +119,7 @@ class _Dot(torch.autograd.Function):
         return _products(query_PHC, key_UHC, messages)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor, Tensor, None]:
         query_PHC, key_UHC = ctx.saved_tensors
         reverse, order = ctx.messages.reverse

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gmoe._autograd import first_order
 from gmoe.routing.pools import segment_logsumexp
 
 BLOCK_ELEMENTS = 2**22
@@ -30,7 +30,7 @@ class _AttentionVotes(torch.autograd.Function):
         return votes_BHS
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None, None]:
         q_BHSd, k_BHSd, mask_BS = ctx.saved_tensors
         grad_q = torch.empty_like(q_BHSd)

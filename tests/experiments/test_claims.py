@@ -23,6 +23,7 @@ def arm(test: list[float], val: list[list[float]] | None = None, flops: int = 10
         "test": {"values": test},
         "curve": {"epoch": epochs, "val": val, "loss": val},
         "flops": flops,
+        "parameters": 7,
         "steps": 4,
     }
 
@@ -70,14 +71,29 @@ def test_a_margin_lets_a_little_loss_pass() -> None:
     assert verdict("d", **far).word == "does not hold"
 
 
-def test_epochs_to_reach_the_dense_accuracy() -> None:
-    curves = [[0.1, 0.3, 0.5], [0.2, 0.4, 0.45]]
-    assert earliness(0.4)(arm([0.0, 0.0], curves)) == [-3.0, -2.0]
-    assert earliness(0.48)(arm([0.0, 0.0], curves)) == [-3.0, -4.0]
-    dense, moe = arm([0.5, 0.5], [[0.1, 0.2, 0.4], [0.1, 0.2, 0.41]]), arm([0.5, 0.5], [[0.4, 0.5, 0.6]] * 2)
+@pytest.mark.parametrize(
+    ("mine", "word"),
+    [
+        ([0.501, 0.502], "holds"),
+        ([0.480, 0.481], "does not hold"),
+        ([0.520, 0.521], "does not hold"),
+        ([0.49, 0.51], "cannot be told at this budget"),
+    ],
+)
+def test_no_difference_is_a_claim_of_its_own(mine: list[float], word: str) -> None:
+    assert verdict("c", expert_choice_k1_12=arm(mine), dense_12=arm([0.500, 0.503])).word == word
+
+
+def test_epochs_to_reach_the_target() -> None:
+    curves = [[0.35, 0.75, 0.8], [0.55, 0.6, 0.6], [0.1, 0.2, 0.3]]
+    assert earliness(arm([0.0] * 3, curves)) == pytest.approx([-1.5, -1.0, -4.0])
+    dense, moe = arm([0.5, 0.5], [[0.1, 0.5, 0.6], [0.1, 0.5, 0.6]]), arm([0.5, 0.5], [[0.5, 0.6, 0.6]] * 2)
     named = {"dense": dense, "expert-choice-k1": moe}
     first = next(claim for claim in claims(named) if claim.letter == "b")
-    assert judge(first, named).difference == 2.0  # reached at 40 % after one epoch in place of three
+    found = judge(first, named)
+    assert found.difference == pytest.approx(1.0)
+    assert math.isinf(found.half)  # all seeds alike: no spread is known
+    assert found.word == "cannot be told at this budget"
 
 
 def test_flops_count_forward_and_backward() -> None:
@@ -104,6 +120,7 @@ def test_page_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     text = page.read_text()
     assert text == f"before\n<!-- verdicts -->\n{verdict_table(arms)}\n<!-- end -->\nafter\n"
     assert "| a | Expert choice beats token choice | +9.50 (± " in text
+    assert "| 2 and 2 | 1.00× | 1.00× | holds |" in text
     assert "\nold\n" not in text
     assert "holds" in capsys.readouterr().out
     drawn = ["claims-6-blocks", "claims-depth"]  # of the third, no arm is there
@@ -113,3 +130,13 @@ def test_page_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     before = [(tmp_path / "figures" / f"{name}.png").read_bytes() for name in drawn]
     main(where)
     assert before == [(tmp_path / "figures" / f"{name}.png").read_bytes() for name in drawn]
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    where = ["--results", str(tmp_path / "none.json"), "--page", str(tmp_path / "page.md")]
+    with pytest.raises(SystemExit, match=r"none\.json is missing"):
+        main(where)
+    (tmp_path / "none.json").write_text('{"arms": []}')
+    (tmp_path / "page.md").write_text("no marks")
+    with pytest.raises(SystemExit, match="has no place for the table"):
+        main(where)

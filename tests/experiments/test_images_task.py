@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from experiments.build import init_centroids
 from experiments.config import TrainConfig
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
@@ -105,7 +107,52 @@ def test_one_image_a_class_is_split_all_the_same(tmp_path: Path, capsys: pytest.
     task = folder_task(write_images(tmp_path, train=1, test=1), val_share=0.34)
     counts = [sum(len(batch.target) for batch in task.loader(part, 2, None)) for part in ("train", "val", "test")]
     assert counts == [2, 1, 3]
-    assert "2 of 3 classes have no image in validation" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "2 of 3 classes have no image in validation" in shown
+    assert "1 of 3 classes have no image in training" in shown
+
+
+def test_another_folder_is_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = write_images(tmp_path / "one"), write_images(tmp_path / "other", train=5)
+    args = ["images", *QUICK, "--out", str(tmp_path / "run")]
+    main([*args, "--data-root", str(one)])
+    main([*args, "--data-root", str(one), "--resume"])
+    with pytest.raises(SystemExit):
+        main([*args, "--data-root", str(other), "--resume"])
+    assert "holds a run with digest=" in " ".join(capsys.readouterr().err.split())
+
+
+def test_one_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_images(tmp_path / "data")
+    for part, name in (("train", "b"), ("train", "c"), ("test", "b"), ("test", "c")):
+        shutil.rmtree(root / part / name)
+    with pytest.raises(SystemExit):
+        main(["images", *QUICK, "--data-root", str(root), "--out", str(tmp_path / "run")])
+    assert "images: got one class, a, expected at least two" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders list class by class."""
+    seen: list[torch.Tensor] = []
+
+    def watch(model: Any, inputs: Any, seed: int) -> None:
+        seen.append(inputs[0])
+        init_centroids(model, inputs, seed)
+
+    monkeypatch.setattr("experiments.loop.init_centroids", watch)
+    root = write_images(tmp_path / "data", train=30)
+    options = ["--router", "multi_centroid", "--kmeans-init", "--batch-size", "24"]
+    main(["images", *QUICK, *options, "--data-root", str(root), "--out", str(tmp_path / "run")])
+    assert len(seen[0].flatten(1).mean(1).round(decimals=2).unique()) > 1
+
+
+@pytest.mark.parametrize("option", ["--patch", "--dim", "--vit-heads", "--image-size"])
+def test_sizes_below_one(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_images(tmp_path / "data")
+    with pytest.raises(SystemExit):
+        main(["images", *QUICK, option, "0", "--data-root", str(root), "--out", str(tmp_path / "run")])
+    assert "got 0, expected at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from experiments.data import load_tasks
 from experiments.presets import DIGITS, DIGITS_GRAPH, MOSAIC
 from experiments.studies import STUDIES, Arm, Study
 from experiments.sweep import SweepConfig, main, sweep
+from tests.experiments.user_data import write_npz
 
 
 @pytest.fixture
@@ -94,11 +95,42 @@ def test_a_grid_of_routers_experts_and_k(tmp_path: Path, capsys: pytest.CaptureF
     ]
     more = ["--seeds", "0", "1", "--epochs", "1", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
     main([*args, *more, "--no-progress"])
-    study = json.loads((tmp_path / "grid-digits-graph.json").read_text())
+    path = tmp_path / "grid-digits-graph-seeds-0-1-epochs-1.json"
+    study = json.loads(path.read_text())
     names = ["dense", "dense-4x", "random-e1-k1", "random-e4-k1", "random-e4-k2", "uniform-e1", "uniform-e4"]
     assert [arm["arm"] for arm in study["arms"]] == names
     assert all(arm["test"]["n"] == 2 for arm in study["arms"])
     assert "| `random`, E=4, K=2 |" in capsys.readouterr().out
+    main(
+        ["grid", "--preset", "digits-graph", "--routers", "token_choice", "--experts", "4", "4", *more, "--no-progress"]
+    )
+    added = ["dense", "dense-4x", "token-choice-e4-k1", "token-choice-e4-k2"]
+    assert [arm["arm"] for arm in json.loads(path.read_text())["arms"]] == [*added, *names[2:]]
+
+
+def test_a_grid_over_your_own_graph(tmp_path: Path) -> None:
+    file = write_npz(tmp_path / "mine.npz")
+    args = ["grid", "--preset", "graph", "--routers", "random", "--experts", "2", "--ks", "1", "--seeds", "0"]
+    more = ["--epochs", "1", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress"]
+    main([*args, *more, "--data-root", str(file)])
+    study = json.loads((tmp_path / "grid-graph-seeds-0-epochs-1.json").read_text())
+    assert {arm["config"]["file"] for arm in study["arms"]} == {"mine.npz"}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_arm_that_cannot_be_run_does_not_end_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, wide, moe = STUDIES["tiny"].arms
+    wrong = replace(wide, config=replace(wide.config, norm="nothing"))
+    monkeypatch.setitem(STUDIES, "tiny", replace(STUDIES["tiny"], arms=(dense, wrong, moe)))
+    with pytest.raises(SystemExit) as stopped:
+        main(["tiny", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress"])
+    assert stopped.value.code == 1
+    assert [arm["arm"] for arm in json.loads((tmp_path / "tiny.json").read_text())["arms"]] == ["dense", "moe"]
+    shown = capsys.readouterr()
+    assert "| MoE |" in shown.out
+    assert "dense-4x:" in shown.err
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,11 @@ def test_study_table() -> None:
 
 
 def test_no_headroom_is_said() -> None:
-    narrow, wide, moe = arm("dense", [0.9], 1), arm("dense-4x", [0.9], 4), arm("moe", [0.95], 1)
+    narrow, wide, moe = arm("dense", [0.9, 0.9], 1), arm("dense-4x", [0.9, 0.9], 4), arm("moe", [0.95], 1)
     assert headroom(moe, narrow, wide) == "no headroom"
     assert headroom(moe, narrow, arm("noisy", [0.90, 0.95], 4)) == "no headroom"
     assert headroom(moe, moe, wide) == "–"
-    assert percent(narrow["test"]) == "90.00"
+    assert percent(moe["test"]) == "95.00"
 
 
 def test_check_fails_on_an_old_page(tmp_path: Path) -> None:
@@ -100,3 +100,8 @@ def test_what_routing_follows_is_shown() -> None:
 def test_the_pages_are_up_to_date(page: Path) -> None:
     text = page.read_text()
     assert render(text, ROOT / "results") == text
+
+
+def test_headroom_needs_a_spread() -> None:
+    one = {**STUDY, "arms": [arm("dense", [0.5], 1), arm("dense-4x", [0.9], 4), arm("moe", [0.8], 1)]}
+    assert study_table(one).splitlines()[-1].rstrip(" |").endswith("–")

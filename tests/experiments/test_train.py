@@ -270,8 +270,9 @@ def test_every_preset_of_a_graph_runs_on_tiny_files(preset: str, tmp_path: Path,
 @pytest.mark.parametrize("sampling", ["neighbor", "random_node"])
 def test_resume_with_sampled_batches(sampling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = (
-        "--sampling", sampling, "--batch-size", "300", "--fanout", "4", "3", "--dropout", "0.2",
+        "--sampling", sampling, "--batch-size", "300", "--dropout", "0.2",
         "--checkpoint-every", "1", "--eval-every", "2", "--evaluation", "sampled", "--epochs", "5",
+        *(("--fanout", "4", "3") if sampling == "neighbor" else ()),
     )  # fmt: skip
     whole = quick(tmp_path / "whole", *args)
     train_epoch = Training.train_epoch
@@ -309,6 +310,8 @@ def test_resume_with_sampled_batches(sampling: str, tmp_path: Path, monkeypatch:
         "--sampling neighbor --batch-size 400 --fanout -1 2 --evaluation layerwise",
         "--label-use 0.5 --self-loops --undirected",
         "--precision 64-true --conv sage --adjacency csr",
+        "--precision 64-true --conv sage --evaluation layerwise --ema 0.5",
+        "--precision bf16-mixed --conv gcn --evaluation layerwise",
     ],
 )
 def test_options_of_graphs(args: str, tmp_path: Path) -> None:
@@ -317,3 +320,57 @@ def test_options_of_graphs(args: str, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config == summary["config"]
     assert config["self_loops"] == config["undirected"] == ("--self-loops" in args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--lr 1e30 --clip-norm 1 --router dense", "loss: got nan in epoch"),
+        ("--lr 0", "lr: got 0.0"),
+        ("--weight-decay -1", "weight_decay: got -1.0"),
+        ("--conv cheb", "conv: got one that cannot be built as conv("),
+        ("--conv rgcn --router dense", "conv: got one that cannot be built as conv("),
+        ("--conv agnn", "conv: got agnn, expected one that"),
+        ("--conv tag --evaluation layerwise", "expected one that can be evaluated layer by layer"),
+        ("--conv two_hop --evaluation layerwise", "expected one that can be evaluated layer by layer"),
+        ("--conv gat --heads 0", "heads: got 0"),
+        ("--fanout 3 3", "fanout: got (3, 3) with sampling='full'"),
+        ("--sampling neighbor --fanout 0", "fanout: got (0,)"),
+        ("--router expert_choice --inference threshold --ema 0.9", "ema: got an average with inference='threshold'"),
+        ("--device nowhere", "device: got 'nowhere'"),
+        pytest.param(
+            "--device cuda",
+            "device: got 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:TAGConv", "ignore:FilterConv", "ignore:AGNNConv", "ignore:ChebConv")
+def test_what_cannot_be_run_is_an_error_of_one_line(
+    args: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        quick(tmp_path / "run", *args.split())
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert ("epoch" in message) or not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("equal", ["flops", "parameters"])
+def test_controls_of_models_with_heads(equal: str, tmp_path: Path) -> None:
+    args = ("--conv", "gat", "--heads", "4", "--hidden", "16", "--router", "dense", "--equal", equal)
+    summary = quick(tmp_path / "run", *args, "--epochs", "1")
+    assert summary["hidden"] % 4 == 0
+    assert summary["hidden"] > 16
+    assert summary["matched"] == pytest.approx(1, abs=0.15)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick(tmp_path / "run")
+    for name in ("summary.json", "seed-0/result.json"):
+        (tmp_path / "run" / name).unlink()
+    state = tmp_path / "run" / "seed-0" / "checkpoint" / "state.ckpt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(SystemExit):
+        quick(tmp_path / "run", "--resume")
+    assert "state.ckpt: cannot be read" in " ".join(capsys.readouterr().err.split())

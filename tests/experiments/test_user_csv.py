@@ -126,3 +126,18 @@ def test_no_features(tmp_path: Path) -> None:
     given["node_features"] = given["node_features"][:, :0]
     with pytest.raises(ValueError, match=r"mine: got features of shape \(40, 0\), expected \(nodes, at least one\)"):
         user_graph(write_csv(tmp_path, given))
+
+
+@pytest.mark.parametrize("header", ["{},extra", ",{}", "{},f0"])
+def test_columns_have_names_of_their_own(header: str, tmp_path: Path) -> None:
+    """pandas writes its index as a column without a name: it would be a feature."""
+    folder = write_csv(tmp_path)
+    lines = (folder / "nodes.csv").read_text().splitlines()
+    names = header.format(lines[0])
+    rows = [f"{i},{line}" if header.startswith(",") else f"{line},{i}" for i, line in enumerate(lines[1:])]
+    (folder / "nodes.csv").write_text("\n".join([names, *rows]) + "\n")
+    if header.endswith("extra"):
+        assert user_graph(folder).data.x.size(1) == arrays()["node_features"].shape[1] + 1
+        return
+    with pytest.raises(ValueError, match="line 1 has a column"):
+        user_graph(folder)

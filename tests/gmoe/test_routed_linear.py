@@ -102,6 +102,26 @@ def test_a_change_in_place_is_noticed() -> None:
         y.sum().backward()
 
 
+@pytest.mark.parametrize("route_on", ["input", "both"])
+def test_a_router_that_changes_before_the_backward_pass_is_noticed(route_on: Any) -> None:
+    conv = MoEConv("gcn", 4, 4, num_experts=3, k=2, route_on=route_on).double()
+    x = features(9, 4).requires_grad_()
+    loss = conv(x, random_graph(9, 9, 30)).square().sum()
+    assert conv.router is not None
+    with torch.no_grad():
+        conv.router.get_parameter("gate.weight").mul_(2)  # as an optimizer does
+    with pytest.raises(RuntimeError, match=r"in.?place"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("conv", ["gcn", "gat", "gatv2", "mlp"])
+def test_second_order_gradients_are_refused(conv: str) -> None:
+    layer = MoEConv(conv, 4, 4, num_experts=3).double()
+    x = features(9, 4).requires_grad_()
+    with pytest.raises(RuntimeError, match="create_graph: got True, expected False"):
+        torch.autograd.grad(layer(x, random_graph(9, 9, 30)).sum(), x, create_graph=True)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("router", ["token_choice", "expert_choice", "multi_centroid", "attention_vote"])
 def test_nothing_is_left_of_a_step(router: Any, backward: bool) -> None:
