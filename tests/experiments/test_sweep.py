@@ -109,7 +109,7 @@ def test_a_grid_of_routers_experts_and_k(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_grid_over_your_own_graph(tmp_path: Path) -> None:
-    file = write_npz(tmp_path / "mine.npz")
+    file = write_npz(tmp_path)
     args = ["grid", "--preset", "graph", "--routers", "random", "--experts", "2", "--ks", "1", "--seeds", "0"]
     more = ["--epochs", "1", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress"]
     main([*args, *more, "--data-root", str(file)])
