@@ -34,12 +34,14 @@ class Study:
         arms: the arms.
         reference: the narrow dense arm that costs and headroom are relative to.
         wide: the dense arm four times as wide.
+        chosen_on: seeds (splits) that an earlier study chose the arms on, by validation.
     """
 
     about: str
     arms: tuple[Arm, ...]
     reference: str = "dense"
     wide: str = "dense-4x"
+    chosen_on: tuple[int, ...] = ()
 
 
 def _controls(base: TrainConfig, equal_to: RouterName, ks: tuple[int, ...]) -> Iterator[Arm]:
@@ -252,7 +254,8 @@ def _confirmed(study: Study, about: str, experts: tuple[str, ...], dense: str, o
             found.append(Arm(name=f"dense-{equal}-{name}", label=label, config=twin))
     found += others
     ten = tuple(replace(arm, config=replace(arm.config, seeds=tuple(range(10)))) for arm in found)
-    return Study(about=about, arms=ten, reference=study.reference, wide=study.wide)
+    chosen_on = study.arms[0].config.seeds
+    return Study(about=about, arms=ten, reference=study.reference, wide=study.wide, chosen_on=chosen_on)
 
 
 NARROW_FACEBOOK = replace(FACEBOOK, hidden=8, jk="last", epochs=200, seeds=(0, 1, 2))
@@ -352,6 +355,13 @@ STUDIES["minesweeper-10"] = _confirmed(
         _arm(BESIDE, "expert_choice", "shared routing, shared expert", "shared-beside"),
         _arm(BESIDE, "uniform", "shared expert", "beside"),
     ),
+)
+
+STUDIES["facebook-10"] = _confirmed(
+    STUDIES["facebook"],
+    "facebook, all 10 splits: the arms that validated best on the first three.",
+    experts=("token-choice-k1-balanced", "token-choice-k1-filters"),
+    dense="dense-two_hop",
 )
 
 LONGER = ("dense", "dense-4x", "multi-centroid-k1-kmeans-beside", "dense-flops-multi-centroid-k1-kmeans-beside")

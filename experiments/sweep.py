@@ -120,7 +120,14 @@ def collect(name: str, study: Study, finished: Mapping[str, dict[str, Any]]) -> 
     """The results of the arms that are finished, in the order of the study, and then others."""
     names = [arm.name for arm in study.arms if arm.name in finished]
     arms = [finished[arm] for arm in [*names, *(arm for arm in finished if arm not in names)]]
-    return {"study": name, "about": study.about, "reference": study.reference, "wide": study.wide, "arms": arms}
+    return {
+        "study": name,
+        "about": study.about,
+        "reference": study.reference,
+        "wide": study.wide,
+        "chosen_on": list(study.chosen_on),
+        "arms": arms,
+    }
 
 
 def main(args: Sequence[str] | None = None) -> None:

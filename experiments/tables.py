@@ -93,6 +93,8 @@ def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
 def pair_table(study: dict[str, Any], pairs: list[str]) -> str:
     """One line a pair of arms: the difference on the test set, seed by seed (or split by split).
 
+    Where the arms were chosen on some of the seeds, also the difference on the others alone.
+
     Args:
         study: the content of a result file.
         pairs: ``"ARM/OTHER"`` each.
@@ -102,6 +104,10 @@ def pair_table(study: dict[str, Any], pairs: list[str]) -> str:
     """
     arms = {arm["arm"]: arm for arm in study["arms"]}
     lines = ["| arm | less | mean difference ± std of differences | better in |", "|---|---|---:|---:|"]
+    chosen_on = set(study.get("chosen_on", ()))
+    if chosen_on:
+        seeds = ", ".join(map(str, sorted(chosen_on)))
+        lines = [f"{lines[0]} without splits {seeds}, which chose the arms |", f"{lines[1]}---:|"]
     for pair in pairs:
         names = pair.split("/")
         if len(names) != 2 or not set(names) <= set(arms):
@@ -110,10 +116,19 @@ def pair_table(study: dict[str, Any], pairs: list[str]) -> str:
         if one["config"]["seeds"] != other["config"]["seeds"]:
             raise ValueError(f"pairs: got {pair!r}, whose arms have other seeds each, expected the same")
         found = [100 * (a - b) for a, b in zip(one["test"]["values"], other["test"]["values"], strict=True)]
-        std = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
         won = f"{sum(value > 0 for value in found)} of {len(found)}"
-        lines.append(f"| {one['label']} | {other['label']} | {statistics.fmean(found):+.2f}{std} | {won} |")
+        line = f"| {one['label']} | {other['label']} | {signed(found)} | {won} |"
+        if chosen_on:
+            rest = [value for value, seed in zip(found, one["config"]["seeds"], strict=True) if seed not in chosen_on]
+            line += f" {signed(rest)} |"
+        lines.append(line)
     return "\n".join(lines)
+
+
+def signed(differences: list[float]) -> str:
+    """Mean ± sample standard deviation with a sign."""
+    std = f" ± {statistics.stdev(differences):.2f}" if len(differences) > 1 else ""
+    return f"{statistics.fmean(differences):+.2f}{std}"
 
 
 def percent(figures: dict[str, Any]) -> str:

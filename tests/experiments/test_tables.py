@@ -82,6 +82,9 @@ def test_pairs_are_compared_seed_by_seed(tmp_path: Path) -> None:
             pair_table(study, [pair])
     with pytest.raises(ValueError, match="other seeds"):
         pair_table(study, ["one/other"])
+    chosen = pair_table(study | {"chosen_on": [1]}, ["one/two"]).splitlines()
+    assert chosen[0].endswith("| better in | without splits 1, which chose the arms |")
+    assert chosen[2] == "| one | two | +0.67 ± 2.52 | 2 of 3 | +2.00 ± 1.41 |"
     (tmp_path / "s.json").write_text(json.dumps(study))
     page = render("<!-- pairs: s: one/two two/one -->\n<!-- end -->\n", tmp_path)
     assert "| two | one | -0.67 ± 2.52 | 1 of 3 |" in page
