@@ -237,8 +237,8 @@ class TrainConfig:
             raise ValueError(f"lr: got {self.lr}, expected a number above 0")
         if self.sampling != "neighbor" and self.fanout != FANOUT:
             raise ValueError(f"fanout: got {self.fanout} with sampling={self.sampling!r}, expected 'neighbor'")
-        if not self.fanout or any(count < 1 and count != -1 for count in self.fanout):
-            raise ValueError(f"fanout: got {self.fanout}, expected at least one number, each above 0 or -1 (all)")
+        if not self.fanout or min(self.fanout) < -1:
+            raise ValueError(f"fanout: got {self.fanout}, expected at least one number, none below -1 (all)")
         if self.ema and self.options.inference == "threshold":
             raise ValueError(
                 "ema: got an average with inference='threshold', whose cut scores are those of the weights themselves; "

@@ -52,9 +52,11 @@ def make_graph(weights: bool = False, attr: bool = False, binary: bool = False, 
 
 def make_config(**changes: Any) -> TrainConfig:
     defaults: dict[str, Any] = {
-        "dataset": "made", "conv": ("sage",), "hidden": 6, "experts": 2, "batch_size": 7, "fanout": (3, 3),
+        "dataset": "made", "conv": ("sage",), "hidden": 6, "experts": 2, "batch_size": 7,
         "undirected": False,
     }  # fmt: skip
+    if changes.get("sampling") == "neighbor":
+        defaults["fanout"] = (3, 3)
     return TrainConfig(**(defaults | changes))
 
 

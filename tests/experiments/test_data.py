@@ -86,7 +86,7 @@ def test_digits_graph() -> None:
 
 
 def test_digits_images() -> None:
-    task = task_of("digits")
+    task = task_of("digits", adjacency="auto")
     sizes = {split: sum(len(batch.target) for batch in task.loader(split, 64, None)) for split in get_args(Split)}
     assert sizes == {"train": 898, "val": 449, "test": 450}
     first, second, other = (next(iter(task.loader("train", 64, seed))).inputs[0] for seed in (1, 1, 2))

@@ -37,8 +37,10 @@ def mag(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
 
 def make_config(**changes: Any) -> TrainConfig:
     defaults: dict[str, Any] = {
-        "dataset": "ogbn-mag", "conv": ("sage",), "hidden": 8, "experts": 2, "batch_size": 16, "fanout": (3, 3),
+        "dataset": "ogbn-mag", "conv": ("sage",), "hidden": 8, "experts": 2, "batch_size": 16,
     }  # fmt: skip
+    if changes.get("sampling") == "neighbor":
+        defaults["fanout"] = (3, 3)
     return TrainConfig(**(defaults | changes))
 
 

@@ -335,7 +335,7 @@ def test_options_of_graphs(args: str, tmp_path: Path) -> None:
         ("--conv two_hop --evaluation layerwise", "expected one that can be evaluated layer by layer"),
         ("--conv gat --heads 0", "heads: got 0"),
         ("--fanout 3 3", "fanout: got (3, 3) with sampling='full'"),
-        ("--sampling neighbor --fanout 0", "fanout: got (0,)"),
+        ("--sampling neighbor --fanout -2", "fanout: got (-2,)"),
         ("--router expert_choice --inference threshold --ema 0.9", "ema: got an average with inference='threshold'"),
         ("--device nowhere", "device: got 'nowhere'"),
         pytest.param(
