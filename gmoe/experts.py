@@ -65,6 +65,15 @@ class Experts(nn.Module, ABC):
         r"""(T, O) the mixture :math:`y_t = \sum_e w_{te} f_e(x_t)`; subclasses may know a faster way."""
         return dispatch(x_TI, routing, self)
 
+    def _is_plain(self, cls: type[Experts]) -> bool:
+        """Whether nothing would notice that :meth:`forward` is passed over: it is that of ``cls``, and has no hooks."""
+        if type(self).forward is not cls.forward:
+            return False
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return not any(
+            "forward" in module.__dict__ or any(getattr(module, name) for name in hooks) for module in self.modules()
+        )
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, num_experts={self.num_experts}"
 
@@ -114,6 +123,8 @@ class LinearExperts(Experts):
         return grouped_linear(x_PI, self.weight, self.bias, offsets_E, self.backend)
 
     def mix(self, x_TI: Tensor, routing: Routing) -> Tensor:
+        if not self._is_plain(LinearExperts):
+            return super().mix(x_TI, routing)
         return routed_linear([x_TI], self.weight, self.bias, routing, self.backend)
 
 
@@ -178,7 +189,7 @@ class MLPExperts(Experts):
         loop = all(resolve_backend(part.backend, x_TI) == "loop" for part in (self.up, self.down))
         pure = self.activation in ACTIVATIONS.values() or type(self.activation) in PURE
         drops = self.training and self.dropout.p > 0
-        if not loop or not pure or drops:
+        if not loop or not pure or drops or not self._is_plain(MLPExperts):
             return super().mix(x_TI, routing)
         up, down = self.up, self.down
         return routed_mlp(x_TI, up.weight, up.bias, down.weight, down.bias, self._activate, routing)

@@ -92,6 +92,26 @@ def test_only_what_can_be_applied_twice(
         assert runs_in_one_step(mlp.eval(), monkeypatch)
 
 
+@pytest.mark.parametrize("where", ["", "up"])
+def test_hooks_are_called(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, seen = MLPExperts(3, 5, 2, 4), list[int]()
+    mlp.get_submodule(where).register_forward_hook(lambda _, args, __: seen.append(args[0].size(0)))
+    assert not runs_in_one_step(mlp, monkeypatch)
+    assert seen == [20]
+
+
+def test_a_forward_of_ones_own_is_called() -> None:
+    class Doubled(MLPExperts):
+        def forward(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+            return 2 * super().forward(x_PI, offsets_E)
+
+    torch.manual_seed(0)
+    plain, doubled = MLPExperts(3, 5, 2, 4), Doubled(3, 5, 2, 4)
+    doubled.load_state_dict(plain.state_dict())
+    x, routing = torch.randn(5, 3), routing_of(torch.ones(5, 4))
+    torch.testing.assert_close(doubled.mix(x, routing), 2 * plain.mix(x, routing))
+
+
 @pytest.mark.parametrize("backend", ["loop", "padded"])
 def test_autocast(backend: Backend) -> None:
     torch.manual_seed(0)
