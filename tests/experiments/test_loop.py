@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -79,6 +79,17 @@ def test_the_average_is_that_of_the_weights_after_each_step() -> None:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         training.use(found)
         assert training.evaluate("val")[0] == averaged
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", False)])
+def test_bf16_on_the_cpu_does_without_the_fused_attention(
+    precision: Literal["32-true", "bf16-mixed"], fused: bool
+) -> None:
+    config, model, task = model_and_task(precision=precision)
+    with set_up(Fabric(accelerator="cpu", devices=1, precision=precision), model, config, task) as training:
+        training.train_epoch(0)
+        assert torch.backends.cuda.flash_sdp_enabled() is fused
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
