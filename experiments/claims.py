@@ -28,7 +28,7 @@ Values: TypeAlias = Callable[[dict[str, Any]], list[float]]
 MARKED = re.compile(r"(<!-- verdicts -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-TARGET = 0.55
+TARGET = 0.5
 """The accuracy that claim (b) asks the epochs of, fixed before the study was run."""
 
 

@@ -277,23 +277,29 @@ STUDIES: dict[str, Study] = {
 }
 """The studies by name."""
 
-SMALL_VIT = replace(CIFAR10, dim=96, hidden=192, label_smoothing=0.0, epochs=8, seeds=(0, 1, 2))
+SMALL_VIT = replace(
+    CIFAR10,
+    dim=96,
+    vit_heads=3,
+    hidden=192,
+    label_smoothing=0.0,
+    epochs=5,
+    precision="bf16-mixed",
+    seeds=(0, 1, 2),
+)
 
 
 def _scale() -> Study:
     """Which weights a layer should start with: DESIGN's question, before any router is compared."""
-    base = replace(SMALL_VIT, epochs=3, seeds=(0, 1))
+    base = replace(SMALL_VIT, epochs=2, seeds=(0, 1))
     routers: tuple[RouterName, ...] = ("token_choice", "expert_choice")
     weights: tuple[Literal["score", "straight_through"], ...] = ("score", "straight_through")
     return Study(
-        about="CIFAR-10 (JPEG), 6 blocks of 96, 3 epochs: weights by score start at 1/E, straight-through ones at 1.",
-        arms=(
-            Arm(name="dense", label="dense", config=replace(base, router="dense")),
-            *(
-                _arm(base, router, weight.replace("_", "-"), weight, options=RouterOptions(weight=weight))
-                for router in routers
-                for weight in weights
-            ),
+        about="CIFAR-10 (JPEG), 6 blocks of 96, 2 epochs: weights by score start at 1/E, straight-through ones at 1.",
+        arms=tuple(
+            _arm(base, router, weight.replace("_", "-"), weight, options=RouterOptions(weight=weight))
+            for router in routers
+            for weight in weights
         ),
     )
 
@@ -309,8 +315,8 @@ def _founding() -> Study:
     separated = RouterOptions(num_centroids=4, choice="experts", separation_coef=0.01)
     return Study(
         about=(
-            "CIFAR-10 (JPEG), all 45,000 training images, ViTs of width 96, 8 epochs, experts in every second block, "
-            "E = 8, K = 1; one recipe for all arms, nothing tuned for any."
+            "CIFAR-10 (JPEG), all 45,000 training images, ViTs of width 96, 5 epochs in bf16, experts in every second "
+            "block, E = 8, K = 1; one recipe for all arms, nothing tuned for any."
         ),
         arms=(
             Arm(name="dense", label="dense, active FLOPs of `expert_choice`", config=dense(SMALL_VIT)),

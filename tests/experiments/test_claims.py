@@ -85,9 +85,9 @@ def test_no_difference_is_a_claim_of_its_own(mine: list[float], word: str) -> No
 
 
 def test_epochs_to_reach_the_target() -> None:
-    curves = [[0.35, 0.75, 0.8], [0.55, 0.6, 0.6], [0.1, 0.2, 0.3]]
+    curves = [[0.3, 0.7, 0.8], [0.5, 0.6, 0.6], [0.1, 0.2, 0.3]]
     assert earliness(arm([0.0] * 3, curves)) == pytest.approx([-1.5, -1.0, -4.0])
-    dense, moe = arm([0.5, 0.5], [[0.1, 0.5, 0.6], [0.1, 0.5, 0.6]]), arm([0.5, 0.5], [[0.5, 0.6, 0.6]] * 2)
+    dense, moe = arm([0.5, 0.5], [[0.1, 0.5, 0.6]] * 2), arm([0.5, 0.5], [[0.5, 0.6, 0.6]] * 2)
     named = {"dense": dense, "expert-choice-k1": moe}
     first = next(claim for claim in claims(named) if claim.letter == "b")
     found = judge(first, named)
