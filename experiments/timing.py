@@ -1,13 +1,18 @@
-"""Arms of a benchmark take turns, so that a slow moment of the machine hits all of them."""
+"""Arms of a benchmark take turns, so that a slow moment of the machine hits all of them; and what memory they take."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def take_turns(
@@ -44,6 +49,34 @@ def take_turns(
                 wall[name].append(time.perf_counter() - started)
                 cpu[name].append(time.process_time() - used)
     return {name: {"wall": spread(wall[name]), "cpu": spread(cpu[name])} for name in names}
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most memory that one run has allocated and not yet freed, beyond what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    with _silence(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in changes), initial=0))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on the standard error stream, not from native code either: the profiler tells there when it starts."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def spread(values: list[float]) -> dict[str, Any]:

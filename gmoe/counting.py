@@ -118,6 +118,10 @@ def _sparse_reduce(matrix: torch.Tensor, dense: torch.Tensor, *_: Any, **__: Any
     return _sparse_product(matrix, dense)
 
 
+def _sampled_product(pattern: torch.Tensor, a: torch.Tensor, *_: Any, **__: Any) -> int:
+    return _sparse_product(pattern, a)
+
+
 def _attention_cpu(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     batch, heads, queries, width = q
     return int(2 * batch * heads * queries * k[2] * (width + v[3]))
@@ -142,6 +146,7 @@ _EXTRA_FLOPS: dict[Any, Any] = {
     aten.mm: _raw(_mm),
     aten.addmm: _raw(_addmm),
     aten._sparse_addmm: _raw(_addmm),
+    aten.sparse_sampled_addmm: _raw(_sampled_product),
     aten._sparse_mm_reduce_impl: _raw(_sparse_reduce),
     aten._sparse_mm_reduce_impl_backward: _raw(_sparse_reduce),
     aten._grouped_mm: _grouped_mm,

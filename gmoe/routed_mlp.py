@@ -109,7 +109,8 @@ class _RoutedMLP(torch.autograd.Function):
                 torch.sum(grad, dim=0, out=grad_down_bias[expert])
             if not below:
                 continue
-            (grad_u,) = torch.autograd.grad(h, u, grad_h.mul_(gate))
+            h.backward(grad_h.mul_(gate))  # not autograd.grad, in which hooks of a FLOP counter cannot run
+            grad_u = u.grad
             if grad_up is not None:
                 torch.mm(x_TI.index_select(0, token).T, grad_u, out=grad_up[expert])
             if grad_up_bias is not None:

@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from experiments.benchmark.conv import ConvBenchmark
 from experiments.benchmark.ffn import FFNBenchmark
 from experiments.benchmark.options import Benchmark
+from experiments.benchmark.router import RouterBenchmark
+from experiments.benchmark.train import TrainBenchmark
 from experiments.benchmark.vit import VitBenchmark
+from experiments.benchmark.vote import VoteBenchmark
 from experiments.runs import environment, write_json
 
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "conv": ("A layer of message passing, forward and backward.", ConvBenchmark()),
     "ffn": ("A layer of perceptrons, forward and backward; ours and others'.", FFNBenchmark()),
+    "router": ("The routers' share of a layer.", RouterBenchmark()),
+    "vote": ("Attention votes: naive, in blocks, over neighbours.", VoteBenchmark()),
+    "train": ("Where an epoch's time goes: data, forward, backward, optimiser, rest.", TrainBenchmark()),
     "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", VitBenchmark()),
 }
 """By the name of the command line."""
-
-
-def show(found: dict[str, Any]) -> Table:
-    """The figures as a table."""
-    table = Table(title="medians; × is the ratio to the reference arm's", title_justify="left")
-    for column in ("", "wall (ms)", "min to max", "CPU (ms)", "× wall", "× CPU"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for name, figures in found.items():
-        wall, cpu, ratio = figures["wall"], figures["cpu"], figures["ratio"]
-        table.add_row(
-            name,
-            f"{1000 * wall['median']:,.1f}",
-            f"{1000 * wall['min']:,.0f} to {1000 * wall['max']:,.0f}",
-            f"{1000 * cpu['median']:,.1f}",
-            f"{ratio['wall']:.3f}",
-            f"{ratio['cpu']:.3f}",
-        )
-    return table
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -50,16 +37,18 @@ def main(args: Sequence[str] | None = None) -> None:
     config = tyro.extras.overridable_config_cli(BENCHMARKS, args=args, prog="python -m experiments.benchmark")
     if config.threads > 0:
         torch.set_num_threads(config.threads)
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
     try:
         found = config.run()
     except ValueError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     console = Console()
-    console.width = max(console.width, 100)  # a narrow table would cut figures
-    console.print(show(found))
+    console.width = max(console.width, 140)  # a narrow table would cut figures
+    console.print(config.table(found))
     if config.json is not None:
-        settings = {name: value for name, value in asdict(config).items() if name != "json"}
+        settings = {name: value for name, value in asdict(config).items() if name not in ("json", "data_root")}
         write_json(config.json, {"config": settings, "arms": found, "environment": environment()})
 
 

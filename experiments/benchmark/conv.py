@@ -5,18 +5,17 @@ Shapes: N nodes, D features, E experts, K experts a node.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch_geometric.nn import HeteroLinear
 from torch_geometric.utils import to_torch_csr_tensor
 
 import gmoe
-from experiments.benchmark.options import Benchmark, with_ratios
+from experiments.benchmark.options import Benchmark, layer_step, measure
 from experiments.throughput import power_law_edges
-from experiments.timing import take_turns
 from gmoe.conv.registry import conv_factory
 
 ADJACENCIES = ("edge_index", "csr")
@@ -45,13 +44,14 @@ class ConvBenchmark(Benchmark):
     adjacency: tuple[str, ...] = ADJACENCIES
     """How edges are given; every arm of a form is compared with the dense conv in that form."""
     masked: bool = True
-    """Time E convs on the whole graph too, each masked by the routing, and check that the layer equals them."""
+    """Time E convs on the whole graph too, each masked by the routing, and of GCN experts PyG's HeteroLinear on the
+    aggregate; and check that the layer equals them."""
 
     def run(self) -> dict[str, Any]:
         """Measure.
 
         Returns:
-            By arm, the seconds of :func:`take_turns`, and ``ratio``, those over the dense conv's of the same adjacency.
+            By arm, the figures of :func:`measure`; the reference is the dense conv on the same adjacency.
 
         Raises:
             ValueError: an unknown form of adjacency, or heads that do not divide the output.
@@ -64,13 +64,9 @@ class ConvBenchmark(Benchmark):
             raise ValueError(f"out: got {self.out}, expected a multiple of heads={self.heads}")
         device, arms = self.torch_device(), {}
         generator = torch.Generator().manual_seed(self.seed)
-        edge_index = power_law_edges(self.nodes, self.edges, generator)
+        adjacencies = random_graph(self.nodes, self.edges, generator)
         x = torch.randn(self.nodes, self.width, generator=generator).to(device).requires_grad_()
         grad = torch.randn(self.nodes, self.out, generator=generator).to(device)
-        adjacencies: dict[str, Any] = {"edge_index": edge_index.to(device)}
-        if "csr" in self.adjacency:
-            size = (self.nodes, self.nodes)
-            adjacencies["csr"] = to_torch_csr_tensor(edge_index.flip([0]), size=size).to(device)
         kwargs: dict[str, Any] = {"heads": self.heads} if self.heads > 1 else {}
         torch.manual_seed(self.seed)
         dense = conv_factory(self.conv, kwargs)(self.width, self.out // self.heads).to(device)
@@ -81,16 +77,25 @@ class ConvBenchmark(Benchmark):
             if k <= e
         }
         for form in self.adjacency:
-            adj = adjacencies[form]
-            arms[f"dense, {form}"] = _step(dense, x, adj, grad)
+            adj = adjacencies[form].to(device)
+            arms[f"dense, {form}"] = layer_step(dense, (x, adj), grad)
             for (e, k), layer in layers.items():
-                arms[f"MoEConv E={e} K={k}, {form}"] = _step(layer, x, adj, grad)
+                arms[f"MoEConv E={e} K={k}, {form}"] = layer_step(layer, (x, adj), grad)
             if self.masked:
                 for (e, k), layer in layers.items():
-                    masked = Masked(layer)
-                    _check_equal(layer, masked, x, adj)
-                    arms[f"masked E={e} K={k}, {form}"] = _step(masked, x, adj, grad)
-        return with_ratios(take_turns(arms, self.repeats, device), lambda arm: f"dense, {arm.rsplit(', ', 1)[1]}")
+                    others: dict[str, torch.nn.Module] = {"masked": Masked(layer)}
+                    if self.conv == "gcn":
+                        others["HeteroLinear"] = ByHeteroLinear(layer)
+                    for name, other in others.items():
+                        _check_equal(layer, other, x, adj)
+                        arms[f"{name} E={e} K={k}, {form}"] = layer_step(other, (x, adj), grad)
+        return measure(arms, self.repeats, device, lambda arm: f"dense, {arm.rsplit(', ', 1)[1]}")
+
+
+def random_graph(nodes: int, edges: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """A random graph by form of adjacency: both directions of ``edges`` edges."""
+    edge_index = power_law_edges(nodes, edges, generator)
+    return {"edge_index": edge_index, "csr": to_torch_csr_tensor(edge_index.flip([0]), size=(nodes, nodes))}
 
 
 class Masked(torch.nn.Module):
@@ -110,13 +115,32 @@ class Masked(torch.nn.Module):
         )
 
 
-def _step(layer: torch.nn.Module, x: Tensor, adj: Any, grad: Tensor) -> Callable[[], None]:
-    def step() -> None:
-        layer.zero_grad()
-        x.grad = None
-        layer(x, adj).backward(grad)
+class ByHeteroLinear(torch.nn.Module):
+    """What PyG offers: GCN's aggregate once, and its HeteroLinear with the expert as the type of a row.
 
-    return step
+    Args:
+        layer: of GCN experts, whose router and weights it takes.
+    """
+
+    def __init__(self, layer: gmoe.MoEConv) -> None:
+        super().__init__()
+        self.router = layer.router
+        experts = [layer.expert(index) for index in range(layer.num_experts)]
+        self.conv = experts[0]
+        self.conv.lin, self.conv.bias = torch.nn.Identity(), None
+        self.linear = HeteroLinear(layer.in_channels, layer.out_channels, layer.num_experts, is_sorted=True)
+        with torch.no_grad():
+            for index, expert in enumerate(layer.expert(index) for index in range(layer.num_experts)):
+                self.linear.weight[index].copy_(expert.lin.weight.T)
+                self.linear.bias[index].copy_(expert.bias)
+
+    def forward(self, x: Tensor, adj: Any) -> Tensor:
+        """(N, out) the weighted sum of each node's experts."""
+        assert self.router is not None
+        routing = self.router(x)
+        aggregate = self.conv(x, adj)
+        y = self.linear(aggregate[routing.token], routing.expert) * routing.weight[:, None]
+        return y.new_zeros(x.size(0), y.size(1)).index_add(0, routing.token, y)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ Shapes: T tokens, D width, H hidden, E experts, K experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import gmoe
 from experiments.benchmark import peers
-from experiments.benchmark.options import Benchmark, with_ratios
-from experiments.timing import take_turns
+from experiments.benchmark.options import Benchmark, layer_step, measure
 from gmoe.dispatch import Backend
 
 Precision = Literal["fp32", "bf16"]
@@ -49,8 +48,7 @@ class FFNBenchmark(Benchmark):
         """Measure.
 
         Returns:
-            By arm, the seconds of :func:`take_turns`, and ``ratio``, those over the dense FFN with hidden width K·H in
-            float32.
+            By arm, the figures of :func:`measure`; the reference is the dense FFN with hidden width K·H in float32.
 
         Raises:
             RuntimeError: layers that compute the same thing differ.
@@ -70,10 +68,9 @@ class FFNBenchmark(Benchmark):
                     layers |= {f"{name} E={e} K={k}": layer for name, layer in self._layers(e, k, x)}
             for name, layer in layers.items():
                 for precision in self.precisions:
-                    arms[f"{name}, {precision}"] = _step(layer.to(device), x, grad, precision == "bf16")
-            arms.setdefault(f"dense K={k}, fp32", _step(dense, x, grad, bf16=False))
-        found = take_turns(arms, self.repeats, device)
-        return with_ratios(found, lambda arm: f"dense K={arm.split(',')[0].rsplit('K=', 1)[1]}, fp32")
+                    arms[f"{name}, {precision}"] = layer_step(layer.to(device), (x,), grad, precision == "bf16")
+            arms.setdefault(f"dense K={k}, fp32", layer_step(dense, (x,), grad))
+        return measure(arms, self.repeats, device, lambda arm: f"dense K={arm.split(',')[0].rsplit('K=', 1)[1]}, fp32")
 
     def _layers(self, e: int, k: int, x: Tensor) -> Iterator[tuple[str, nn.Module]]:
         """Ours and the others', each group with one set of weights, checked equal."""
@@ -111,17 +108,6 @@ def _with_backend(layer: gmoe.MoE, backend: Backend, width: int, hidden: int) ->
     )
     made.load_state_dict(layer.state_dict())
     return made
-
-
-def _step(layer: nn.Module, x: Tensor, grad: Tensor, bf16: bool) -> Callable[[], None]:
-    def step() -> None:
-        layer.zero_grad()
-        x.grad = None
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            y = layer(x)
-        y.backward(grad.to(y.dtype))
-
-    return step
 
 
 @torch.no_grad()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+import gmoe
+from experiments.timing import peak_bytes, take_turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +31,25 @@ class Benchmark:
     """Where to write the figures."""
 
     def run(self) -> dict[str, Any]:
-        """By arm, the seconds of :func:`~experiments.timing.take_turns` and their ratio to the reference arm's."""
+        """By arm, the figures of :func:`measure`."""
         raise NotImplementedError
+
+    def table(self, found: dict[str, Any]) -> Table:
+        """What :meth:`run` returned, to read."""
+        table = Table(title="medians; × is the ratio to the reference arm's", title_justify="left")
+        for column in ("", "wall (ms)", "min to max", "CPU (ms)", "MiB", "× wall", "× CPU", "× FLOPs", "× memory"):
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        for name, figures in found.items():
+            wall, cpu, ratio = figures["wall"], figures["cpu"], figures["ratio"]
+            table.add_row(
+                name,
+                f"{1000 * wall['median']:,.1f}",
+                f"{1000 * wall['min']:,.0f} to {1000 * wall['max']:,.0f}",
+                f"{1000 * cpu['median']:,.1f}",
+                f"{figures['memory'] / 2**20:,.1f}",
+                *("–" if ratio[kind] is None else f"{ratio[kind]:.3f}" for kind in ("wall", "cpu", "flops", "memory")),
+            )
+        return table
 
     def torch_device(self) -> torch.device:
         """The device.
@@ -43,14 +65,51 @@ class Benchmark:
         return device
 
 
-def with_ratios(found: dict[str, dict[str, Any]], reference: Callable[[str], str]) -> dict[str, dict[str, Any]]:
-    """Each arm with ``ratio``: its median wall and CPU time over those of its reference arm.
+def measure(
+    arms: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, reference: Callable[[str], str]
+) -> dict[str, dict[str, Any]]:
+    """What :func:`~experiments.timing.take_turns` finds, and what one run costs.
 
     Args:
-        found: what :func:`~experiments.timing.take_turns` returned.
+        arms: what is timed, by name.
+        repeats: timed runs of each arm.
+        device: where the arms compute.
         reference: from the name of an arm to that of its reference.
+
+    Returns:
+        For each arm ``wall`` and ``cpu``; ``flops`` of one run; ``memory``, the most bytes that it holds at once beyond
+        what was there before; and ``ratio``, each of these (of times the median) over the reference arm's.
     """
+    found = take_turns(arms, repeats, device)
+    for name, figures in found.items():
+        figures["flops"] = gmoe.count_flops(arms[name])
+        figures["memory"] = peak_bytes(arms[name], device)
     for name, figures in found.items():
         base = found[reference(name)]
-        figures["ratio"] = {kind: figures[kind]["median"] / base[kind]["median"] for kind in ("wall", "cpu")}
+        ratio = {kind: figures[kind]["median"] / base[kind]["median"] for kind in ("wall", "cpu")}
+        figures["ratio"] = ratio | {kind: _over(figures[kind], base[kind]) for kind in ("flops", "memory")}
     return found
+
+
+def _over(value: float, base: float) -> float | None:
+    return value / base if base else None
+
+
+def layer_step(layer: nn.Module, inputs: tuple[Any, ...], grad: Tensor, bf16: bool = False) -> Callable[[], None]:
+    """Forward and backward of a layer, which leaves no gradients behind.
+
+    Args:
+        layer: what is called.
+        inputs: the first of them gets a gradient too.
+        grad: that of the output.
+        bf16: under bfloat16 autocast.
+    """
+
+    def step() -> None:
+        with torch.autocast(grad.device.type, torch.bfloat16, enabled=bf16):
+            y = layer(*inputs)
+        y.backward(grad.to(y.dtype))
+        layer.zero_grad()
+        inputs[0].grad = None
+
+    return step

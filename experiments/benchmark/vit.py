@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vision_transformer import MLPBlock
 
-from experiments.benchmark.options import Benchmark, with_ratios
+from experiments.benchmark.options import Benchmark, measure
 from experiments.benchmark.peers import NonzeroLoop
-from experiments.timing import take_turns
 from gmoe.dispatch import Backend
 from vision import ViTMoE, ViTSize
 
@@ -52,8 +51,8 @@ class VitBenchmark(Benchmark):
         """Measure a forward and a backward pass of the whole model.
 
         Returns:
-            By arm, the seconds of :func:`take_turns`, and ``ratio``, those over the dense ViT's of the same active
-            hidden width, K times that of an expert in every second block.
+            By arm, the figures of :func:`measure`; the reference is the dense ViT of the same active hidden width, K
+            times that of an expert in every second block.
 
         Raises:
             ValueError: sizes that do not divide, or an unknown router.
@@ -66,7 +65,7 @@ class VitBenchmark(Benchmark):
         models = {name: model.to(device) for name, model in self._models().items()}
         _check_equal({name: model for name, model in models.items() if name != REFERENCE}, images)
         arms = {name: self._step(model, images, labels) for name, model in models.items()}
-        return with_ratios(take_turns(arms, self.repeats, device), lambda _: REFERENCE)
+        return measure(arms, self.repeats, device, lambda _: REFERENCE)
 
     def _models(self) -> dict[str, nn.Module]:
         size = ViTSize(
@@ -92,10 +91,10 @@ class VitBenchmark(Benchmark):
 
     def _step(self, model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
         def step() -> None:
-            model.zero_grad()
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
                 loss = F.cross_entropy(model(images), labels)
             loss.backward()
+            model.zero_grad()
 
         return step
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._checks import check_choice, check_count, check_positive
+from gmoe.routing.neighbour_votes import neighbour_votes
 from gmoe.routing.pools import Pools
 from gmoe.routing.router import Router, Weighting, float_linear, gather_pairs
 from gmoe.routing.routing import Routing
 from gmoe.routing.select import pairs_of_experts
-from gmoe.routing.votes import neighbour_votes, pool_votes
+from gmoe.routing.votes import pool_votes
 
 Queries: TypeAlias = Literal["per_expert", "shared"]
 Scope: TypeAlias = Literal["pool", "neighbours"]

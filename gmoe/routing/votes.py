@@ -1,4 +1,4 @@
-"""Votes between tokens. Shapes: B pools, H voting heads, S tokens a pool, d head width, M edges, T tokens."""
+"""Votes between the tokens of a pool. Shapes: B pools, H voting heads, S tokens a pool, d head width."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gmoe._autograd import first_order
-from gmoe.routing.pools import segment_logsumexp
 
 BLOCK_ELEMENTS = 2**22
 """Scores held at once: 16 MiB in float32. Memory for votes is this plus O(T)."""
@@ -84,24 +83,3 @@ def pool_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None, bl
         block = max(k_BHSd.size(2) if small else BLOCK_ELEMENTS // max(k_BHSd.shape[:-1].numel(), 1), 1)
     votes: Tensor = _AttentionVotes.apply(q_BHSd, k_BHSd, mask_BS, block)
     return votes
-
-
-def neighbour_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
-    """(T, H) votes where each node spreads one vote over its out-neighbours and itself; O(edges).
-
-    Every node has itself once, whether or not the graph has self-loops; parallel edges count once each.
-    """
-    num_tokens = k_THd.size(0)
-    src_M, dst_M = edge_index
-    proper = src_M != dst_M
-    itself_T = torch.arange(num_tokens, device=src_M.device)
-    src_M = torch.cat([src_M[proper], itself_T])
-    dst_M = torch.cat([dst_M[proper], itself_T])
-    heads = []
-    for head in range(k_THd.size(1)):  # a head at a time: (M, d) temporaries, not (M, H, d)
-        q_Td = q_THd[:, min(head, q_THd.size(1) - 1)]
-        score_M = (q_Td.index_select(0, src_M) * k_THd[:, head].index_select(0, dst_M)).sum(dim=-1)
-        lse_T = segment_logsumexp(score_M[:, None], src_M, num_tokens)[:, 0]
-        vote_M = (score_M - lse_T.index_select(0, src_M)).exp()
-        heads.append(vote_M.new_zeros(num_tokens).index_add(0, dst_M, vote_M))
-    return torch.stack(heads, dim=1)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 
 from experiments import timing
 from experiments.benchmark import peers
 from experiments.benchmark.__main__ import main
-from experiments.benchmark.conv import Masked
+from experiments.benchmark.conv import ByHeteroLinear, Masked
 from experiments.benchmark.peers import NonzeroLoop
+from experiments.benchmark.train import Clock
+from experiments.build import build_model
+from experiments.data import load_tasks
+from experiments.loop import set_up
+from experiments.presets import DIGITS
 from gmoe import MLPExperts, MoE, MoEConv, TokenChoice
 
 SMALL = ["conv", "--nodes", "60", "--edges", "150", "--width", "6", "--out", "8", "--repeats", "2"]
@@ -42,6 +50,18 @@ def test_no_repeats_are_refused() -> None:
         timing.take_turns({"a": lambda: None}, repeats=0, device=torch.device("cpu"))
 
 
+def test_peak_memory_is_that_of_what_lives_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    def step() -> torch.Tensor:
+        a = torch.ones(256, 1024)
+        b = a + 1  # two of 1 MiB
+        del a
+        return b * 2
+
+    assert timing.peak_bytes(step, torch.device("cpu")) == pytest.approx(2 * 2**20, abs=100)
+    assert timing.peak_bytes(lambda: None, torch.device("cpu")) == 0
+    assert capfd.readouterr().err == ""  # what the profiler says of itself
+
+
 @pytest.mark.parametrize("conv", ["gcn", "gat"])
 def test_conv_benchmark(conv: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "found.json"
@@ -50,7 +70,9 @@ def test_conv_benchmark(conv: str, tmp_path: Path, capsys: pytest.CaptureFixture
     found = json.loads(path.read_text())
     forms = ["edge_index"] if heads else ["edge_index", "csr"]
     pairs = ["E=2 K=1", "E=4 K=1", "E=4 K=3"]  # K = 3 of 2 experts is left out
-    names = [["dense", *(f"{kind} {pair}" for kind in ("MoEConv", "masked") for pair in pairs)] for _ in forms]
+    kinds = ["masked"] if heads else ["masked", "HeteroLinear"]
+    others = [f"{kind} {pair}" for pair in pairs for kind in kinds]
+    names = [["dense", *(f"MoEConv {pair}" for pair in pairs), *others] for _ in forms]
     assert list(found["arms"]) == [
         f"{name}, {form}" for form, group in zip(forms, names, strict=True) for name in group
     ]
@@ -58,6 +80,8 @@ def test_conv_benchmark(conv: str, tmp_path: Path, capsys: pytest.CaptureFixture
         dense = found["arms"]["dense, " + name.rsplit(", ", 1)[1]]
         assert figures["ratio"]["wall"] == figures["wall"]["median"] / dense["wall"]["median"]
         assert len(figures["cpu"]["values"]) == 2
+        assert figures["flops"] > 0
+        assert figures["ratio"]["memory"] == figures["memory"] / dense["memory"]
     assert found["config"]["out"] == 8
     assert "MoEConv E=4 K=3, edge_index" in capsys.readouterr().out
 
@@ -69,6 +93,12 @@ def test_masked_equals_the_layer_and_a_difference_is_found(monkeypatch: pytest.M
     monkeypatch.setattr(Masked, "forward", lambda *_: torch.zeros(60, 8))
     with pytest.raises(RuntimeError, match="differ"):
         main(SMALL)
+
+
+def test_hetero_linear_equals_the_layer() -> None:
+    torch.manual_seed(0)
+    layer, x, edges = MoEConv("gcn", 5, 4, num_experts=3, k=2), torch.randn(9, 5), torch.randint(9, (2, 30))
+    torch.testing.assert_close(ByHeteroLinear(layer)(x, edges), layer(x, edges))
 
 
 def test_ffn_benchmark(tmp_path: Path) -> None:
@@ -131,9 +161,82 @@ def test_ways_to_run_a_vit_that_differ_are_found(monkeypatch: pytest.MonkeyPatch
         main([*SMALL_VIT, "--repeats", "1"])
 
 
+@pytest.mark.parametrize("options", [[], ["--no-naive"], ["--no-naive", "--no-pool"]])
+def test_vote_benchmark(options: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    main(["vote", "--tokens", "50", "--edges", "90", "--width", "6", *options, "--repeats", "1", "--json", str(path)])
+    arms = json.loads(path.read_text())["arms"]
+    assert list(arms) == [
+        "GATConv",
+        *(["naive votes"] if not options else []),
+        *(["votes in blocks"] if "--no-pool" not in options else []),
+        "votes of neighbours",
+        *(["AttentionVote, pool"] if "--no-pool" not in options else []),
+        "AttentionVote, neighbours",
+    ]
+
+
+def test_votes_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.benchmark.vote.pool", lambda *_: torch.ones(50, 8))
+    with pytest.raises(AssertionError, match="not close"):
+        main(["vote", "--tokens", "50", "--edges", "90", "--width", "6"])
+
+
+@pytest.mark.parametrize("layer", ["ffn", "conv"])
+def test_router_benchmark(layer: str, tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    sizes = ["--layer", layer, "--tokens", "40", "--edges", "60", "--width", "8", "--hidden", "12", "--experts", "3"]
+    routers = ["token_choice", "random", "uniform"]
+    main(["router", *sizes, "--routers", *routers, "--ks", "1", "2", "--repeats", "1", "--json", str(path)])
+    arms = json.loads(path.read_text())["arms"]
+    assert list(arms) == [f"{what}, {name} K={k}" for k in (1, 2) for name in routers for what in ("layer", "router")]
+    for name, figures in arms.items():
+        whole = arms[name.replace("router, ", "layer, ")]
+        assert figures["ratio"]["wall"] == figures["wall"]["median"] / whole["wall"]["median"]
+
+
+def test_train_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    presets = ["--presets", "digits", "digits-graph", "cora", "--data-root", str(tmp_path)]
+    main(["train", *presets, "--batches", "2", "--repeats", "2", "--json", str(path)])
+    found = json.loads(path.read_text())["arms"]
+    assert {name: figures["batches"] for name, figures in found.items()} == {"digits": 2, "digits-graph": 1}
+    for figures in found.values():
+        assert list(figures["parts"]) == ["data", "forward", "backward", "optimiser", "rest"]
+        assert sum(figures["share"].values()) == pytest.approx(1.0)
+        assert min(figures["parts"].values()) >= 0
+        assert len(figures["wall"]["values"]) == 2
+    assert "cora is left out" in capsys.readouterr().err
+
+
+def test_the_clock_lets_go_and_counts_what_sleeps() -> None:
+    config = replace(DIGITS, layers=2, hidden=8, experts=2, batch_size=600)
+    task = load_tasks(config)(0)
+    torch.manual_seed(0)
+    with set_up(Fabric(accelerator="cpu", devices=1), build_model(config, task), config, task) as training:
+
+        def slow_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.2)
+            return task.loss(logits, target)
+
+        training.task = slow = replace(task, loss=slow_loss)
+        with Clock(torch.device("cpu")).on(training, 2) as clock:
+            training.train_epoch(0)
+        assert training.task is slow
+        assert not {"forward", "step", "backward"} & set(vars(training)).union(vars(training.fabric))
+        before = dict(clock.seconds)
+        training.train_epoch(1)
+    assert clock.seconds == before  # nothing is counted any more
+    assert clock.batches == 2
+    assert before["forward"] >= 0.4
+    assert min(before.values()) > 0
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["train", "--presets", "nothing"], "presets: got nothing, expected some of digits"),
+        (["train", "--presets", "cora"], "presets: got none whose data are at hand"),
         (["--adjacency", "dense"], "adjacency: got 'dense', expected one of edge_index, csr"),
         (["--heads", "3"], "out: got 8, expected a multiple of heads=3"),
         (["--device", "nowhere"], "device: got 'nowhere'"),
@@ -145,6 +248,6 @@ def test_ways_to_run_a_vit_that_differ_are_found(monkeypatch: pytest.MonkeyPatch
 )
 def test_bad_options(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(args if args[0] == "vit" else [*SMALL, *args])
+        main(args if args[0] in ("vit", "train") else [*SMALL, *args])
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())

@@ -23,6 +23,7 @@ from gmoe import (
     count_flops,
     match_width,
 )
+from gmoe.routing.neighbour_votes import neighbour_votes
 from tests.gmoe.conv.masked import random_graph, routing_of
 
 T, D, O, E = 10, 8, 4, 4  # noqa: E741
@@ -174,6 +175,14 @@ def test_flops_of_attention_on_the_cpu() -> None:
     assert count_flops(F.scaled_dot_product_attention, q, k, v) == 2 * scores
     # backward: the scores again, and the gradients of v, of the scores, of q and of k
     assert count_flops(F.scaled_dot_product_attention, q, k, v, backward=True) == 7 * scores
+
+
+def test_flops_of_votes_of_neighbours() -> None:
+    q, k = (torch.randn(T, 3, 4, requires_grad=True) for _ in range(2))
+    edges = torch.stack([torch.arange(T - 1), torch.arange(1, T)])
+    scores = 2 * (2 * T - 1) * 3 * 4  # with a self-loop a node
+    assert count_flops(neighbour_votes, q, k, edges) == scores
+    assert count_flops(neighbour_votes, q, k, edges, backward=True) == 3 * scores
 
 
 def test_flops_of_a_dense_model_are_torchs() -> None:

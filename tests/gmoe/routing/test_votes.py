@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gmoe.routing import votes
-from gmoe.routing.votes import neighbour_votes, pool_votes
-from tests.gmoe.reference import naive_neighbour_votes, naive_pool_votes
+from gmoe.routing.votes import pool_votes
+from tests.gmoe.reference import naive_pool_votes
 
 B, H, S, D = 2, 3, 6, 2
 MASK = torch.tensor([[True, True, False, True, True, False], [True, False, False, False, False, False]])
@@ -107,43 +107,3 @@ def test_nothing_of_all_pairs_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest.matmuls > 100  # blocks were seen in forward and backward
     assert largest.numel <= 4 * size * 8  # the queries themselves
     assert largest.numel < size * size / 10
-
-
-# Neighbours
-
-EDGES = [(0, 1), (0, 1), (0, 2), (1, 0), (3, 3), (3, 1), (4, 4), (4, 4)]  # parallels, self-loops; 2 and 5 have none
-
-
-def random_tokens(query_heads: int) -> tuple[Tensor, Tensor]:
-    q, k = random_qk(query_heads)
-    return q[0].transpose(0, 1), k[0].transpose(0, 1)
-
-
-@heads
-def test_neighbour_votes_equal_naive(query_heads: int) -> None:
-    q, k = random_tokens(query_heads)
-    found = neighbour_votes(q, k, torch.tensor(EDGES).T)
-    for h in range(H):
-        query = list(q[:, h if query_heads > 1 else 0] * math.sqrt(D))
-        expected = torch.stack(naive_neighbour_votes(query, list(k[:, h]), EDGES))
-        torch.testing.assert_close(found[:, h], expected, atol=1e-12, rtol=0)
-    torch.testing.assert_close(found.mean(0), torch.ones(H, dtype=torch.float64))
-
-
-@heads
-def test_neighbour_votes_gradcheck(query_heads: int) -> None:
-    q, k = (v.detach().clone().requires_grad_() for v in random_tokens(query_heads))
-    assert torch.autograd.gradcheck(lambda q, k: neighbour_votes(q, k, torch.tensor(EDGES).T), (q, k))
-
-
-def test_without_edges_each_node_keeps_its_vote() -> None:
-    q, k = random_tokens(H)
-    found = neighbour_votes(q, k, torch.zeros(2, 0, dtype=torch.long))
-    torch.testing.assert_close(found, torch.ones(S, H, dtype=torch.float64))
-
-
-def test_neighbour_votes_hold_nothing_of_all_pairs() -> None:
-    q, k = (torch.randn(600, 4, 8, requires_grad=True) for _ in range(2))
-    with Largest() as largest:
-        neighbour_votes(q, k, torch.randint(600, (2, 1200))).square().sum().backward()
-    assert largest.numel <= 4 * 600 * 8

@@ -1,0 +1,174 @@
+"""Where an epoch's time goes: data, forward, backward, optimiser, and the rest."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from experiments.benchmark.options import Benchmark
+from experiments.build import build_model
+from experiments.config import RouterName
+from experiments.data import Batch, load_tasks
+from experiments.loop import Training, make_fabric, set_up
+from experiments.presets import PRESETS
+from experiments.timing import spread, wait_for
+
+PARTS = ("data", "forward", "backward", "optimiser")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchmark(Benchmark):
+    """One epoch of each preset whose data are at hand, in the loop that trains it."""
+
+    presets: tuple[str, ...] = tuple(PRESETS)
+    """Names of presets."""
+    router: RouterName | None = None
+    """The router; by default the preset's own."""
+    batches: int = 20
+    """At most so many batches of an epoch."""
+    repeats: int = 3
+    """Timed epochs, after one that is not."""
+    data_root: Path = Path("data")
+    """Root folder of the data. Nothing is downloaded."""
+
+    def run(self) -> dict[str, Any]:
+        """Measure.
+
+        Returns:
+            By preset, ``wall``, and ``parts``: the seconds of the median epoch by part; ``share``, those over the
+            epoch's; ``batches``. The rest is logging, losses of the routers, and the loop itself.
+
+        Raises:
+            ValueError: an unknown preset, or none whose data are at hand.
+        """
+        unknown = sorted(set(self.presets) - set(PRESETS))
+        if unknown:
+            raise ValueError(f"presets: got {', '.join(unknown)}, expected some of {', '.join(PRESETS)}")
+        self.torch_device()
+        found, reasons = {}, {}
+        for name in self.presets:
+            try:
+                found[name] = self._preset(name)
+            except (FileNotFoundError, ValueError) as error:
+                reasons[name] = str(error).splitlines()[0]
+        console = Console(stderr=True, soft_wrap=True)
+        for name, reason in reasons.items():
+            console.print(f"{name} is left out: {reason}", markup=False, highlight=False)
+        if not found:
+            raise ValueError("presets: got none whose data are at hand")
+        return found
+
+    def table(self, found: dict[str, Any]) -> Table:
+        """What :meth:`run` returned, to read."""
+        table = Table(title="median epochs, at most so many batches; shares in %", title_justify="left")
+        for column in ("", "batches", "seconds", *PARTS, "rest"):
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        for name, figures in found.items():
+            shares = (f"{100 * share:.1f}" for share in figures["share"].values())
+            table.add_row(name, str(figures["batches"]), f"{sum(figures['parts'].values()):.3f}", *shares)
+        return table
+
+    def _preset(self, name: str) -> dict[str, Any]:
+        config = PRESETS[name][1]
+        root = self.data_root / config.data_root if config.dataset == "graph" else self.data_root
+        config = replace(config, data_root=root, offline=True, device=self.device, epochs=self.repeats + 1)
+        if self.router is not None:
+            config = replace(config, router=self.router)
+        task = load_tasks(config)(self.seed)
+        fabric = make_fabric(config)
+        fabric.seed_everything(self.seed, verbose=False)
+        model = build_model(config, task)
+        epochs = []
+        with set_up(fabric, model, config, task) as training:
+            for epoch in range(self.repeats + 1):
+                with Clock(fabric.device).on(training, self.batches) as clock:
+                    started = clock.now()
+                    training.train_epoch(epoch)
+                    total = clock.now() - started
+                epochs.append((total, clock))
+        timed = sorted(epochs[1:], key=lambda epoch: epoch[0])
+        total, clock = timed[(len(timed) - 1) // 2]
+        parts = clock.seconds | {"rest": total - sum(clock.seconds.values())}
+        return {
+            "wall": spread([epoch[0] for epoch in epochs[1:]]),
+            "batches": clock.batches,
+            "parts": parts,
+            "share": {part: seconds / total for part, seconds in parts.items()},
+        }
+
+
+@dataclass
+class Clock:
+    """Seconds by part of an epoch.
+
+    Args:
+        device: whose work is waited for before the clock is read.
+    """
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    batches: int = 0
+
+    def now(self) -> float:
+        """Seconds, once all work is done."""
+        wait_for(self.device)
+        return time.perf_counter()
+
+    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, whose time is that of ``part``."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = self.now()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.seconds[part] += self.now() - started
+
+        return timed
+
+    @contextmanager
+    def on(self, training: Training, batches: int) -> Iterator[Clock]:
+        """Time what the loop calls, and end an epoch after so many batches."""
+        task, fabric, optimizer = training.task, training.fabric, training.optimizer
+        loader = task.loader
+
+        def timed_loader(*args: Any) -> Iterator[Batch]:
+            drawn: Iterable[Batch] = itertools.islice(loader(*args), batches)
+            following = self.timed("data", iter(drawn).__next__)
+            while True:
+                try:
+                    batch = following()
+                except StopIteration:
+                    return
+                self.batches += 1
+                yield batch
+
+        timed_loss = self.timed("forward", task.loss)
+        kept = training.task
+        training.task = replace(task, loader=timed_loader, loss=timed_loss)
+        places = (
+            (training, "forward", "forward"),
+            (fabric, "to_device", "data"),
+            (fabric, "backward", "backward"),
+            (fabric, "clip_gradients", "optimiser"),
+            (optimizer, "step", "optimiser"),
+            (optimizer, "zero_grad", "optimiser"),
+            (training.scheduler, "step", "optimiser"),
+        )
+        for owner, name, part in places:
+            setattr(owner, name, self.timed(part, getattr(owner, name)))
+        try:
+            yield self
+        finally:
+            training.task = kept
+            for owner, name, _ in places:
+                delattr(owner, name)  # the class's own again
