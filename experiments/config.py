@@ -284,6 +284,28 @@ class TrainConfig:
         found: dict[str, Any] = json.loads(json.dumps(values))
         return found
 
+    @staticmethod
+    def restore(science: dict[str, Any], data_root: Path) -> TrainConfig:
+        """The configuration that :meth:`science` was written of.
+
+        Args:
+            science: as JSON.
+            data_root: where the data are here; of a user's own graph the folder that holds the file.
+
+        Raises:
+            ValueError: an option that there is not, or a value that is not legal.
+        """
+        values = {name: value for name, value in science.items() if name not in ("file", "digest")}
+        known = {option.name for option in fields(TrainConfig)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"config: got {', '.join(unknown)}, expected options of experiments.train")
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        values["options"] = RouterOptions(**values.get("options", {}))
+        if science.get("file"):
+            data_root = data_root if data_root.is_file() else data_root / science["file"]
+        return TrainConfig(**values, data_root=data_root)
+
     def differences(self, there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Where the :meth:`science` of another run is another: its value and this one's.
 

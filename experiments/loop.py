@@ -27,9 +27,9 @@ from experiments.build import build_model, flops, init_centroids, matched_ratio,
 from experiments.checkpoint import Checkpoint, Log
 from experiments.config import TrainConfig
 from experiments.data import Split, Task
-from experiments.routing_stats import routing_summary, save_routings
+from experiments.routing_stats import routing_rows, routing_summary, save_routings
 from experiments.structure import node_properties
-from gmoe import Router, Routing
+from gmoe import Router, Routing, RoutingStats
 
 
 def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict[str, Any]:
@@ -117,6 +117,7 @@ def fit(training: Training, seed: int, folder: Path) -> dict[str, Any]:
         progress, best = loaded["progress"], loaded["best"]
         training.load(loaded["training"])
     log = Log(folder / "metrics.csv", keep=progress["epoch"])
+    routing_log = Log(folder / "routing.csv", keep=progress["epoch"])
     bar = tqdm(
         range(progress["epoch"], config.epochs),
         initial=progress["epoch"],
@@ -143,11 +144,15 @@ def fit(training: Training, seed: int, folder: Path) -> dict[str, Any]:
             progress |= {"best_val": row["val"], "best_epoch": epoch}
             best = training.weights()
         log.write(row | {"seconds": progress["seconds"]})
+        for routed in routing_rows(training.stats):
+            routing_log.write({"epoch": epoch} | routed)
         bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress['best_val']:.4f}")
         if (epoch + 1) % config.checkpoint_every == 0 or last:
             log.flush()
+            routing_log.flush()
             checkpoint.save({"progress": progress, "training": training.state()}, best)
     log.close()
+    routing_log.close()
     if len(progress["curve"]["val"]) > 1 and len(set(progress["curve"]["val"])) == 1:
         print(f"{task.name}: validation never changed, so that the first epoch is selected", flush=True)
     training.use(best)
@@ -167,6 +172,7 @@ class Training:
         routings: what the last forward of the model routed, a list one a layer.
         config: the run.
         task: the data.
+        stats: of the routings of the last epoch's training steps; ``None`` of a dense model.
     """
 
     fabric: Fabric
@@ -177,6 +183,7 @@ class Training:
     routings: list[Routing]
     config: TrainConfig
     task: Task
+    stats: RoutingStats | None = None
 
     def forward(self, inputs: tuple[Any, ...]) -> Tensor:
         """Logits; ``routings`` are those of this call."""
@@ -189,6 +196,7 @@ class Training:
         self.model.train()
         sums: dict[str, Tensor] = {}  # tensors: a number would have to be waited for at every step
         count = 0
+        self.stats = None
         for batch in self.task.loader("train", self.config.batch_size, shuffle_seed):
             batch = self.fabric.to_device(batch)
             self.optimizer.zero_grad()
@@ -203,6 +211,11 @@ class Training:
             self.scheduler.step()
             if self.averaged is not None:
                 self.averaged.update_parameters(self.model.module)
+            if self.routings:
+                if self.stats is None:
+                    experts = [routing.num_experts for routing in self.routings]
+                    self.stats = RoutingStats(experts).to(self.fabric.device)
+                self.stats.update(self.routings)
             rows = len(batch.target)
             count += rows
             values = {"loss": loss, "aux": aux} | {

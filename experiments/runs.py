@@ -19,6 +19,7 @@ from experiments.build import try_model
 from experiments.config import TrainConfig
 from experiments.data import Task, load_tasks
 from experiments.loop import make_fabric, train_seed
+from experiments.routing_stats import LISTS
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -40,9 +41,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
         task_of = load_tasks(config)
         make_fabric(config)
-        try_model(config, task_of(config.seeds[0]))  # refuses what cannot be run before anything is written
+        task = task_of(config.seeds[0])
+        try_model(config, task)  # refuses what cannot be run before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config.science())
+        if task.kind == "image":
+            names = ("in_channels", "num_classes", "classes", "mean", "std")
+            write_json(folder / "images.json", {name: getattr(task, name) for name in names})
         results = [_finished(config, task_of, seed, folder / f"seed-{seed}") for seed in config.seeds]
     summary = summarise(config, results)
     write_json(finished, summary)
@@ -82,7 +87,7 @@ def summarise(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, A
             {
                 name: spread([result["routing"][layer][name] for result in results])
                 for name in first["routing"][layer]
-                if name != "load"
+                if name not in LISTS
             }
             for layer in range(len(first["routing"]))
         ],

@@ -31,6 +31,7 @@ from gmoe.routing import (
     z_loss,
 )
 from gmoe.sampler import NeighborSampler
+from gmoe.stats import RoutingStats
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "RelationalConv",
     "Router",
     "Routing",
+    "RoutingStats",
     "TokenChoice",
     "UniformRouter",
     "__version__",

@@ -79,6 +79,7 @@ def upward(module: str, name: str) -> bool:
         return top != "gmoe"  # re-exports only
     if inside(module, "gmoe"):
         legal = {"torch", "gmoe", *sys.stdlib_module_names} | (PYG if inside(module, *GRAPH) else set())
+        legal |= {"torchmetrics"} if module == "gmoe.stats" else set()
         return top not in legal or name == "gmoe" or (is_graph(name) and not inside(module, *GRAPH))
     if inside(module, "vision"):
         return top in ("torch_geometric", "experiments", "tests", "ogb") or is_graph(name)

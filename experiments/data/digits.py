@@ -30,7 +30,8 @@ def digits(label_smoothing: float = 0.0) -> Task:
     labels = torch.from_numpy(data.target).long()
     split = _split(data.target)
     train = images[split["train"]]
-    images = (images - train.mean()) / train.std()
+    mean, std = float(train.mean()), float(train.std())
+    images = (images - mean) / std
 
     def loader(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
         index = split[part]
@@ -39,7 +40,8 @@ def digits(label_smoothing: float = 0.0) -> Task:
         for rows in index.split(batch_size):
             yield Batch((images[rows],), labels[rows])
 
-    return image_task("digits", 8, 10, loader, len(split["train"]), label_smoothing)
+    names = tuple(str(name) for name in data.target_names)
+    return image_task("digits", 8, names, loader, len(split["train"]), label_smoothing, (mean,), (std,))
 
 
 def digits_graph() -> GraphData:

@@ -60,4 +60,13 @@ def images(config: TrainConfig) -> Task:
         ):
             yield Batch((pictures,), labels)
 
-    return image_task(data.name, data.image_size, classes, loader, len(train), config.label_smoothing)
+    return image_task(
+        data.name,
+        data.image_size,
+        data.classes,
+        loader,
+        len(train),
+        config.label_smoothing,
+        data.mean,
+        data.std,
+    )

@@ -49,6 +49,8 @@ class Task:
         split: the nodes of train, val and test.
         target: of a heterogeneous graph, the node type that has labels.
         planted: (T,) the expert that each token should go to, where that is known.
+        classes: names of the classes, where they are known.
+        mean, std: of images, a channel; what the model sees is (value in 0..1 - mean) / std.
     """
 
     name: str
@@ -65,21 +67,33 @@ class Task:
     split: Splits | None = None
     target: str | None = None
     planted: Tensor | None = None
+    classes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 def image_task(
-    name: str, image_size: int, num_classes: int, loader: Loader, num_train: int, label_smoothing: float
+    name: str,
+    image_size: int,
+    classes: tuple[str, ...],
+    loader: Loader,
+    num_train: int,
+    label_smoothing: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> Task:
     """Classification of images by accuracy.
 
     Args:
         name: of the data set.
         image_size: height and width, in pixels.
-        num_classes: width of the logits.
+        classes: their names.
         loader: see :class:`Task`; targets are classes, or in training (B, classes) shares of them.
         num_train: training images.
         label_smoothing: of the loss.
+        mean, std: see :class:`Task`.
     """
+    num_classes = len(classes)
     return Task(
         name=name,
         kind="image",
@@ -90,4 +104,7 @@ def image_task(
         loader=loader,
         steps=lambda batch_size: -(-num_train // batch_size),
         loss=partial(F.cross_entropy, label_smoothing=label_smoothing),
+        classes=classes,
+        mean=mean,
+        std=std,
     )

@@ -30,6 +30,7 @@ class Routing:
         scores: (T, E) what the router thinks of every pair: probabilities, or votes.
         num_tokens: T.
         losses: auxiliary losses by name, each with its coefficient.
+        dropped: pairs that tokens chose and experts had no capacity for.
     """
 
     token: Tensor
@@ -38,6 +39,7 @@ class Routing:
     scores: Tensor
     num_tokens: int
     losses: Mapping[str, AuxLoss] = field(default_factory=dict)
+    dropped: int = 0
 
     @staticmethod
     def everyone(num_tokens: int, like: Tensor) -> Routing:
@@ -87,13 +89,16 @@ class Routing:
         return total
 
     def first(self, num_tokens: int) -> Routing:
-        """The routing of the first ``num_tokens`` tokens, as decided among all of them; the losses stay."""
+        """The routing of the first ``num_tokens`` tokens, as decided among all of them; the losses stay.
+
+        What was dropped stays as well, since it is not known whose it was.
+        """
         if num_tokens == self.num_tokens:
             return self
         return self.select(torch.arange(num_tokens, device=self.token.device))
 
     def select(self, tokens: Tensor) -> Routing:
-        """The routing of some tokens, renumbered, as decided among all of them; the losses stay.
+        """The routing of some tokens, renumbered, as decided among all of them; losses and what was dropped stay.
 
         Args:
             tokens: (t,) distinct tokens; ``tokens[i]`` becomes token ``i``.
@@ -112,6 +117,7 @@ class Routing:
             scores=self.scores[tokens],
             num_tokens=len(tokens),
             losses=self.losses,
+            dropped=self.dropped,
         )
 
     def padded(self, num_tokens: int) -> Routing:

@@ -140,6 +140,7 @@ class TokenChoice(Router):
         expert_TK = top_experts(ranked_TE.detach(), self.k)
         token_P, offsets_E = pairs_of_choices(expert_TK, self.num_experts)
         load_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
+        num_chosen = token_P.numel()
         if self.training and self.capacity_factor is not None:
             capacity = pools.capacity(self.k, self.num_experts, self.capacity_factor)
             token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), pools, capacity)
@@ -148,7 +149,8 @@ class TokenChoice(Router):
         losses = self._losses(clean_TE, logits_TE, noise_std_TE, probs_TE, load_E)
         if self.balance == "bias" and self._counters_advance():
             self.last_load_E.copy_(load_E)
-        return Routing(token_P, offsets_E, weight_P, probs_TE, pools.num_tokens, losses)
+        dropped = num_chosen - token_P.numel()
+        return Routing(token_P, offsets_E, weight_P, probs_TE, pools.num_tokens, losses, dropped)
 
     def _biased(self, probs_TE: Tensor) -> Tensor:
         """Probability and bias, the latter brought up to date with the last step's load."""

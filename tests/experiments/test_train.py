@@ -44,12 +44,19 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"commit", "versions", "cpu", "threads"} <= set(summary["environment"])
     assert summary["config"]["router"] == "expert_choice"
     (layer,) = summary["routing"]
-    assert set(layer) == {"coverage", "entropy", "ami_label", "ami_degree", "ami_homophily", "ami_shuffled"}
+    counted = {"coverage", "experts_per_token", "entropy", "dropped", "dead"}
+    assert set(layer) == counted | {"ami_label", "ami_degree", "ami_homophily", "ami_shuffled"}
     for seed in (0, 1):
         with (tmp_path / "run" / f"seed-{seed}" / "metrics.csv").open() as file:
             assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+        with (tmp_path / "run" / f"seed-{seed}" / "routing.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["epoch"], row["layer"]) for row in rows] == [("0", "0"), ("1", "0"), ("2", "0")]
+        for row in rows:
+            assert sum(float(row[f"load_{expert}"]) for expert in range(8)) == pytest.approx(1.0, abs=1e-3)
         assert load_file(tmp_path / "run" / f"seed-{seed}" / "checkpoint" / "best.safetensors")
         pairs = load_file(tmp_path / "run" / "routing" / f"seed-{seed}.safetensors")
+        assert pairs["layer0.size"].tolist() == [1797, 8]
         assert pairs["layer0.token"].shape == pairs["layer0.expert"].shape == pairs["layer0.weight"].shape
     assert "test accuracy (%)" in capsys.readouterr().out
 

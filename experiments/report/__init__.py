@@ -1,0 +1,1 @@
+"""One page from finished runs: ``python -m experiments.report RUN... --out DIR``."""

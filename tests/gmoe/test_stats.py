@@ -1,0 +1,170 @@
+"""RoutingStats counts what a slow loop counts, over updates and over processes. Shapes: T tokens, E experts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, multiprocessing, nn
+
+import gmoe
+from gmoe import MLPExperts, MoE, Router, Routing, RoutingStats, TokenChoice, build_router
+
+ROUTERS = ("token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform")
+
+
+def counted_slowly(routings: list[Routing]) -> dict[str, Any]:
+    """Of the routings of one layer, token by token and pair by pair."""
+    experts = routings[0].num_experts
+    load, weight = [0] * experts, [0.0] * experts
+    tokens = covered = dropped = 0
+    entropy = 0.0
+    for routing in routings:
+        has = set()
+        for token, expert, w in zip(
+            routing.token.tolist(), routing.expert.tolist(), routing.weight.tolist(), strict=True
+        ):
+            load[expert] += 1
+            weight[expert] += w
+            has.add(token)
+        tokens += routing.num_tokens
+        covered += len(has)
+        dropped += routing.dropped
+        for row in routing.scores.tolist():
+            total = sum(row)
+            entropy -= sum(s / total * math.log(s / total) for s in row if s > 0)
+    pairs = sum(load)
+    return {
+        "load": [count / max(pairs, 1) for count in load],
+        "weight": [total / max(count, 1) for total, count in zip(weight, load, strict=True)],
+        "coverage": covered / tokens if tokens else 1.0,
+        "experts_per_token": pairs / max(tokens, 1),
+        "entropy": entropy / max(tokens, 1),
+        "dropped": dropped / max(dropped + pairs, 1),
+        "dead": load.count(0),
+    }
+
+
+def check(found: dict[str, Tensor], expected: dict[str, Any]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].tolist() == pytest.approx(value, abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=3), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_counts_as_a_slow_loop_does(name: str, sizes: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    router = build_router(name, 4, 3, 2)
+    stats = RoutingStats(3)
+    routings = [router(torch.randn(size, 4)) for size in sizes]
+    for routing in routings:
+        stats.update(routing)
+    (found,) = stats.compute()
+    check(found, counted_slowly(routings))
+
+
+def test_dropped_pairs_are_counted() -> None:
+    torch.manual_seed(0)
+    router = TokenChoice(4, 4, k=1, weight="score", capacity_factor=0.5).train()
+    with torch.no_grad():
+        router.gate.weight.zero_()  # ties go to the first expert
+    routing = router(torch.randn(16, 4))
+    assert routing.dropped == 14  # capacity is 0.5 * 16 / 4
+    stats = RoutingStats(4)
+    stats.update(routing)
+    (found,) = stats.compute()
+    assert found["dropped"].item() == pytest.approx(14 / 16)
+    assert found["coverage"].item() == pytest.approx(2 / 16)
+    assert found["dead"].item() == 3
+    assert router.eval()(torch.randn(16, 4)).dropped == 0
+
+
+def test_layers_of_other_sizes_and_a_models_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        MoE(build_router("token_choice", 4, 2, 1), MLPExperts(4, 5, 4, num_experts=2)),
+        MoE(build_router("expert_choice", 4, 5, 2), MLPExperts(4, 5, 4, num_experts=5)),
+    )
+    stats = RoutingStats.of(model)
+    assert stats.num_experts == (2, 5)
+    kept: list[list[Routing]] = []
+    for _ in range(3):
+        with gmoe.record(model) as routings:
+            model(torch.randn(2, 7, 4))
+        stats.update(routings)
+        kept.append(routings)
+    for layer, found in enumerate(stats.compute()):
+        check(found, counted_slowly([routings[layer] for routings in kept]))
+    stats.reset()
+    assert stats.load.sum() == 0
+
+
+def test_call_gives_the_batch_and_keeps_the_whole() -> None:
+    torch.manual_seed(0)
+    router, stats = build_router("token_choice", 4, 3, 1), RoutingStats(3)
+    one, two = router(torch.randn(6, 4)), router(torch.randn(9, 4))
+    check(stats(one)[0], counted_slowly([one]))
+    check(stats(two)[0], counted_slowly([two]))
+    check(stats.compute()[0], counted_slowly([one, two]))
+
+
+def test_no_gradient_is_held() -> None:
+    router = build_router("token_choice", 4, 3, 2)
+    stats = RoutingStats(3)
+    stats.update(router(torch.randn(6, 4, requires_grad=True)))
+    assert not any(value.requires_grad for value in stats.compute()[0].values())
+
+
+def test_before_any_update() -> None:
+    with pytest.warns(UserWarning, match="compute"):
+        (found,) = RoutingStats(2).compute()
+    check(found, counted_slowly([Routing.everyone(0, torch.zeros(0, 2)).padded(0)]) | {
+        "load": [0.0, 0.0], "weight": [0.0, 0.0], "dead": 2
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [((), "num_experts: got no layers"), (0, "num_experts: got 0"), ((2, -1), "num_experts: got -1")],
+)
+def test_bad_numbers_of_experts(experts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RoutingStats(experts)
+
+
+def test_other_layers_are_refused() -> None:
+    router: Router = build_router("token_choice", 4, 3, 1)
+    routing = router(torch.randn(5, 4))
+    with pytest.raises(ValueError, match=r"routings: got layers of \(3, 3\) experts, expected \(3,\)"):
+        RoutingStats(3).update([routing, routing])
+    with pytest.raises(ValueError, match=r"routings: got layers of \(3,\) experts, expected \(4,\)"):
+        RoutingStats(4).update(routing)
+    with pytest.raises(ValueError, match="model: got Linear without a router"):
+        RoutingStats.of(nn.Linear(2, 2))
+
+
+def _one_of_two(rank: int, meeting: str, out: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    router = build_router("token_choice", 4, 3, 1)
+    parts = torch.randn(10, 4).split([3, 7])  # the ranks see other numbers of tokens
+    stats = RoutingStats(3)
+    stats.update(router(parts[rank]))
+    torch.save(stats.compute(), f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_are_summed(tmp_path: Path) -> None:
+    multiprocessing.spawn(_one_of_two, (str(tmp_path / "meeting"), str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    router = build_router("token_choice", 4, 3, 1)
+    expected = counted_slowly([router(part) for part in torch.randn(10, 4).split([3, 7])])
+    for rank in range(2):
+        check(torch.load(tmp_path / f"{rank}.pt")[0], expected)
