@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+
+from experiments.digest import file_digest, listing_digest
 
 RouterName = Literal[
     "dense", "token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform", "oracle"
@@ -277,9 +278,9 @@ class TrainConfig:
         values = {name: value for name, value in asdict(self).items() if name not in where | {"data_root"}}
         if self.dataset == "graph":
             values["file"] = self.data_root.name
-            values["digest"] = _digest(self.data_root)
+            values["digest"] = file_digest(self.data_root)
         if self.dataset in IMAGE_FOLDERS:
-            values["digest"] = _listing_digest(self.data_root)
+            values["digest"] = listing_digest(self.data_root)
         values["options"] = self.options.given()
         found: dict[str, Any] = json.loads(json.dumps(values))
         return found
@@ -382,23 +383,3 @@ IMAGE_FOLDERS = ("cifar10", "imagenette", "images")
 
 def _plain(option: Field[Any]) -> bool:
     return isinstance(option.default, int | float | str | tuple | None)
-
-
-def _digest(path: Path) -> str | None:
-    """Of the content of a file, or of the CSV files of a folder; ``None`` where there is none."""
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.exists() else []
-    found = hashlib.sha256()
-    for file in files:
-        found.update(file.read_bytes())
-    return found.hexdigest()[:16] if files else None
-
-
-def _listing_digest(root: Path) -> str | None:
-    """Of the names and sizes of the images that a root holds in folders; ``None`` where there are none."""
-    places = [root, root / "cifar10", root / "imagenette2-160"]
-    folders = [place / part for place in places for part in ("train", "test", "val") if (place / part).is_dir()]
-    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
-    found = hashlib.sha256()
-    for file in files:
-        found.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode())
-    return found.hexdigest()[:16] if files else None

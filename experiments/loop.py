@@ -117,7 +117,8 @@ def fit(training: Training, seed: int, folder: Path) -> dict[str, Any]:
         progress, best = loaded["progress"], loaded["best"]
         training.load(loaded["training"])
     log = Log(folder / "metrics.csv", keep=progress["epoch"])
-    routing_log = Log(folder / "routing.csv", keep=progress["epoch"])
+    routing_log = None if config.router == "dense" else Log(folder / "routing.csv", keep=progress["epoch"])
+    logs = [log] if routing_log is None else [log, routing_log]
     bar = tqdm(
         range(progress["epoch"], config.epochs),
         initial=progress["epoch"],
@@ -144,15 +145,16 @@ def fit(training: Training, seed: int, folder: Path) -> dict[str, Any]:
             progress |= {"best_val": row["val"], "best_epoch": epoch}
             best = training.weights()
         log.write(row | {"seconds": progress["seconds"]})
-        for routed in routing_rows(training.stats):
-            routing_log.write({"epoch": epoch} | routed)
+        if routing_log is not None:
+            for routed in routing_rows(training.stats):
+                routing_log.write({"epoch": epoch} | routed)
         bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress['best_val']:.4f}")
         if (epoch + 1) % config.checkpoint_every == 0 or last:
-            log.flush()
-            routing_log.flush()
+            for file in logs:
+                file.flush()
             checkpoint.save({"progress": progress, "training": training.state()}, best)
-    log.close()
-    routing_log.close()
+    for file in logs:
+        file.close()
     if len(progress["curve"]["val"]) > 1 and len(set(progress["curve"]["val"])) == 1:
         print(f"{task.name}: validation never changed, so that the first epoch is selected", flush=True)
     training.use(best)

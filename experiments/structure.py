@@ -55,11 +55,12 @@ def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) 
     if not properties:
         return {}
     shuffled = assignment[torch.randperm(len(assignment), generator=torch.Generator().manual_seed(seed))]
-    found = {name: _ami(assignment, value) for name, value in properties.items()}
-    return found | {"shuffled": max((_ami(shuffled, value) for value in properties.values()), key=abs)}
+    found = {name: ami(assignment, value) for name, value in properties.items()}
+    return found | {"shuffled": max((ami(shuffled, value) for value in properties.values()), key=abs)}
 
 
-def _ami(assignment: Tensor, value: Tensor) -> float:
+def ami(assignment: Tensor, value: Tensor) -> float:
+    """Adjusted mutual information of two partitions, nodes below 0 in ``value`` left out; 0 where one is constant."""
     known = value >= 0
     assignment, value = assignment[known], value[known]
     if len(assignment.unique()) < 2 or len(value.unique()) < 2:

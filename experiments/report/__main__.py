@@ -130,7 +130,8 @@ def _similar(page: Page, dataset: str, runs: Sequence[RunFolder]) -> None:
     page.heading(f"{dataset}: do two runs find the same experts?", 3)
     page.text(
         "Adjusted mutual information of the expert with the largest weight of each token, mean over the MoE layers: 1 "
-        f"where two routings agree up to the experts' numbers, 0 by chance. Shuffled control: {found.shuffled:+.3f}."
+        "where two routings agree up to the experts' numbers, 0 by chance, and 0 where one of them uses one expert "
+        f"only. Shuffled control: {found.shuffled:+.3f}."
     )
     names = list(dict.fromkeys(found.runs))
 
@@ -206,8 +207,8 @@ def _images(page: Page, run: RunFolder, task: Task, config: ReportConfig) -> Non
     page.figure(
         image_view.by_class(seen, task.classes),
         f"{name}-classes",
-        "Of each class's pairs of patch and expert, the share of every expert: rows alike say that experts do not go "
-        "by class.",
+        "Of the weights on each class's patches, the share of every expert: rows alike say that experts do not go by "
+        "class.",
     )
     page.figure(
         image_view.by_place(seen),
@@ -252,7 +253,8 @@ def _graph(page: Page, run: RunFolder, task: Task, config: ReportConfig) -> None
             graph_view.heat_maps(graph, routing, task.classes),
             f"{run.name}-nodes-{layer + 1}",
             f"MoE layer {layer + 1}, seed {seed}: of each expert's nodes, the share of every class, in-degree and "
-            "local homophily. A row like the last one says that the expert does not go by it.",
+            "local homophily (of the same class among its neighbours), both in bins from few to many. A row like the "
+            "last one says that the expert does not go by it.",
         )
     page.figure(
         graph_view.drawing(graph, routings[0], seed),

@@ -48,7 +48,8 @@ def cost(runs: Sequence[RunFolder]) -> Figure:
             test = run.summary["test"]
             error = None if test["std"] is None else 100 * test["std"]
             axis.errorbar(run.summary[name], 100 * test["mean"], error, fmt="o", capsize=3, label=run.name)
-        axis.set(xlabel=text, xscale="log")
+        values = [run.summary[name] for run in runs]
+        axis.set(xlabel=text, xscale="log" if max(values) > 5 * min(values) else "linear")
         axis.grid(alpha=0.3)
     axes[0].set(ylabel=f"test {runs[0].summary['metric']} (%)")
     axes[0].legend(fontsize="small")
@@ -90,11 +91,11 @@ def routing_over_training(run: RunFolder) -> Figure:
 
 
 def experts_over_epochs(rows: Rows, layer: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs (n,), and of a layer's experts the figure ``name`` (n, E)."""
+    """Epochs done (n,), and of a layer's experts the figure ``name`` (n, E)."""
     mine = [row for row in rows if row["layer"] == layer]
     columns = [column for column in mine[0] if column.startswith(f"{name}_") and mine[0][column] is not None]
     values = np.array([[row[column] or 0.0 for column in columns] for row in mine])
-    return np.array([row["epoch"] for row in mine], dtype=float), values
+    return np.array([row["epoch"] for row in mine], dtype=float) + 1, values
 
 
 def _over_epochs(rows: Rows, layer: int, name: str) -> list[float]:

@@ -51,8 +51,8 @@ def heat_maps(graph: Data, routing: Routing, classes: tuple[str, ...] = ()) -> F
 
 CAPTIONS = {
     "label": "class",
-    "degree": "in-degree, from few to many (bins of equal numbers of nodes)",
-    "homophily": "share of neighbours of the same class, from few to many (bins)",
+    "degree": "in-degree (bin)",
+    "homophily": "local homophily (bin)",
 }
 """Of the columns of a heat map."""
 

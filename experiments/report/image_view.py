@@ -119,7 +119,10 @@ def gallery(seen: Seen, layer: int, classes: Sequence[str], per_expert: int = 14
 
 
 def by_class(seen: Seen, classes: Sequence[str]) -> Figure:
-    """A panel a layer: of each class's pairs of patch and expert, every expert's share."""
+    """A panel a layer: of the weights on each class's patches, every expert's share.
+
+    Of weights, since where experts choose each takes as many patches of every image.
+    """
     assert seen.labels is not None
     layers = len(seen.weights)
     figure = Figure(figsize=(3.6 * layers + 0.8, 1.2 + 0.3 * len(classes)), layout="constrained")
@@ -135,10 +138,10 @@ def by_class(seen: Seen, classes: Sequence[str]) -> Figure:
 
 
 def class_shares(weight_BGGE: Tensor, labels: Tensor, num_classes: int) -> np.ndarray:
-    """(classes, E) of each class's pairs, every expert's share; 0 of a class without."""
-    taken_BE = (weight_BGGE > 0).flatten(1, 2).sum(dim=1).double()
-    counts = torch.zeros(num_classes, taken_BE.size(1), dtype=torch.double).index_add(0, labels, taken_BE)
-    share: np.ndarray = (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+    """(classes, E) of the weights on each class's patches, every expert's share; 0 of a class without."""
+    given_BE = weight_BGGE.double().flatten(1, 2).sum(dim=1)
+    total = torch.zeros(num_classes, given_BE.size(1), dtype=torch.double).index_add(0, labels, given_BE)
+    share: np.ndarray = (total / total.sum(dim=1, keepdim=True).clamp(min=1e-12)).numpy()
     return share
 
 

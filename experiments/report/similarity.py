@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from experiments.routing_stats import primary_expert
 from experiments.run_folder import RunFolder
+from experiments.structure import ami as ami_of
 
 MOST_TOKENS = 50_000
 """Of more tokens a random part is compared."""
@@ -77,10 +77,10 @@ def similarity(runs: Sequence[RunFolder], seed: int = 0) -> Similarity | None:
     for i in range(count):
         for j in range(i):
             pairs = [(found[i][2][layer], found[j][2][layer]) for layer in range(layers)]
-            same = [adjusted_mutual_info_score(a[tokens].numpy(), b[tokens].numpy()) for a, b in pairs]
+            same = [ami_of(a[tokens], b[tokens]) for a, b in pairs]
             ami[i, j] = ami[j, i] = np.mean(same)
             if len(chance) < 20:
-                chance += [adjusted_mutual_info_score(a[tokens].numpy(), b[mixed].numpy()) for a, b in pairs[:1]]
+                chance += [ami_of(a[tokens], b[mixed]) for a, b in pairs[:1]]
     return Similarity(
         names=[name for name, _, _ in found],
         runs=[run for _, run, _ in found],

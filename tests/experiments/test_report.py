@@ -195,7 +195,7 @@ def test_loads_over_epochs() -> None:
         for layer in range(2)
     ]
     epochs, loads = curves.experts_over_epochs(rows, 1, "load")
-    assert epochs.tolist() == [0, 1, 2]
+    assert epochs.tolist() == [1, 2, 3]
     np.testing.assert_allclose(loads, [[0.0, 1.0], [0.1, 0.9], [0.2, 0.8]])
 
 
@@ -232,6 +232,10 @@ def test_renumbered_experts_are_the_same(runs: Path) -> None:
     assert abs(between) < 0.1
     assert abs(found.shuffled) < 0.1
     assert similarity.similarity([with_routing("b", other)]) is None
+    one = torch.zeros(60, dtype=torch.long)
+    collapsed = similarity.similarity([with_routing("a", one, one)])
+    assert collapsed is not None
+    assert collapsed.within("a") == 0.0  # of one expert each, which says nothing
 
 
 # Graphs
@@ -306,9 +310,9 @@ def test_first_of_each_class() -> None:
 
 def test_class_shares_by_hand() -> None:
     weight = torch.zeros(3, 1, 2, 2)
-    weight[0, 0, 0, 0] = weight[0, 0, 1, 1] = weight[1, 0, 0, 0] = 0.5
+    weight[0, 0, 0, 0], weight[0, 0, 1, 1], weight[1, 0, 0, 0] = 0.2, 0.1, 0.3
     found = image_view.class_shares(weight, torch.tensor([1, 1, 0]), 3)
-    np.testing.assert_allclose(found, np.array([[0, 0], [2 / 3, 1 / 3], [0, 0]]))
+    np.testing.assert_allclose(found, np.array([[0, 0], [5 / 6, 1 / 6], [0, 0]]), atol=1e-6)
 
 
 def test_the_gallery_shows_the_heaviest_patches(monkeypatch: pytest.MonkeyPatch) -> None:
