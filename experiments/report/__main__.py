@@ -250,7 +250,7 @@ def _graph(page: Page, run: RunFolder, task: Task, config: ReportConfig) -> None
     page.table(["MoE layer", "within (%)", "by chance (%)", "ratio"], rows)
     for layer, routing in enumerate(routings):
         page.figure(
-            graph_view.heat_maps(graph, routing, task.classes),
+            graph_view.heat_maps(graph, routing, task.classes, task.planted),
             f"{run.name}-nodes-{layer + 1}",
             f"MoE layer {layer + 1}, seed {seed}: of each expert's nodes, the share of every class, in-degree and "
             "local homophily (of the same class among its neighbours), both in bins from few to many. A row like the "
@@ -259,8 +259,8 @@ def _graph(page: Page, run: RunFolder, task: Task, config: ReportConfig) -> None
     page.figure(
         graph_view.drawing(graph, routings[0], seed),
         f"{run.name}-drawing",
-        f"{len(graph_view.drawn_nodes(graph))} of {graph.num_nodes:,} nodes, by the experts of MoE layer 1 of seed "
-        f"{seed} and by class.",
+        f"Nodes by the experts of MoE layer 1 of seed {seed}, and by class: the whole graph where it has at most "
+        f"{graph_view.MOST_DRAWN} nodes, else the surroundings of a node of median degree of each expert.",
     )
 
 

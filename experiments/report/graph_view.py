@@ -26,11 +26,14 @@ NOBODY = (0.85, 0.85, 0.85)
 """The colour of nodes without an expert."""
 
 
-def heat_maps(graph: Data, routing: Routing, classes: tuple[str, ...] = ()) -> Figure:
-    """Of each expert's nodes, the share of every class, degree and local homophily; the last row is all nodes."""
+def heat_maps(graph: Data, routing: Routing, classes: tuple[str, ...] = (), planted: Tensor | None = None) -> Figure:
+    """Of each expert's nodes, the share of every class, degree and local homophily, and of every planted region where
+    there are some; the last row is all nodes."""
     expert = primary_expert(routing)
     properties = node_properties(graph)
-    order = [name for name in ("label", "degree", "homophily") if name in properties]
+    if planted is not None:
+        properties["planted"] = planted
+    order = [name for name in ("planted", "label", "degree", "homophily") if name in properties]
     rows = [str(number) for number in range(routing.num_experts)]
     rows += ["none"] if (expert == routing.num_experts).any() else []
     figure = Figure(figsize=(4.2 * len(order), 1.4 + 0.32 * len(rows)), layout="constrained")
@@ -50,6 +53,7 @@ def heat_maps(graph: Data, routing: Routing, classes: tuple[str, ...] = ()) -> F
 
 
 CAPTIONS = {
+    "planted": "planted region",
     "label": "class",
     "degree": "in-degree (bin)",
     "homophily": "local homophily (bin)",
@@ -88,33 +92,50 @@ def edges_within(graph: Data, routing: Routing, repeats: int = 10, seed: int = 0
     return share(expert), sum(shuffled) / len(shuffled)
 
 
-def drawn_nodes(graph: Data, most: int = MOST_DRAWN) -> Tensor:
-    """All nodes of a small graph; else the ego graph of a node of median degree, grown until it has enough nodes."""
+def drawn_nodes(graph: Data, expert: Tensor, most: int = MOST_DRAWN) -> Tensor:
+    """All nodes of a small graph; else the surroundings of a node of median degree of each expert, as many nodes each.
+
+    Args:
+        graph: with ``edge_index``.
+        expert: (N,) of every node.
+        most: nodes in all.
+    """
     assert graph.num_nodes is not None
     if graph.num_nodes <= most:
         return torch.arange(graph.num_nodes)
     degree = graph.edge_index[1].bincount(minlength=graph.num_nodes)
-    (centre,) = degree.argsort(stable=True)[len(degree) // 2].view(1).tolist()
+    parts = []
+    kinds = expert.unique()[:most]
+    for kind in kinds:
+        members = (expert == kind).nonzero().view(-1)
+        centre = members[degree[members].argsort(stable=True)[len(members) // 2]]
+        parts.append(_surroundings(graph, int(centre), most // len(kinds)))
+    return torch.cat(parts).unique()
+
+
+def _surroundings(graph: Data, centre: int, most: int) -> Tensor:
+    """The nodes around one, hop by hop; of the last hop some."""
     nodes = torch.tensor([centre])
-    for hops in range(1, most + 1):
+    for hops in range(1, most):
         grown, *_ = k_hop_subgraph(centre, hops, graph.edge_index, num_nodes=graph.num_nodes)
         if len(grown) == len(nodes):
             break  # the whole component
-        if len(grown) > most:  # fill up with some of the last hop, nearest numbers first
+        if len(grown) > most:
             last = grown[~torch.isin(grown, nodes)]
-            return torch.cat([nodes, last[: most - len(nodes)]]).sort().values
+            return torch.cat([nodes, last[: most - len(nodes)]])
         nodes = grown
     return nodes
 
 
 def drawing(graph: Data, routing: Routing, seed: int = 0) -> Figure:
     """A part of the graph twice: its nodes coloured by expert, and by class."""
-    nodes = drawn_nodes(graph)
+    expert = primary_expert(routing)
+    nodes = drawn_nodes(graph, expert)
     assert graph.num_nodes is not None
     edges, _ = subgraph(nodes, graph.edge_index, relabel_nodes=True, num_nodes=graph.num_nodes)
     small = to_networkx(Data(edge_index=edges, num_nodes=len(nodes)), to_undirected=True, remove_self_loops=True)
     places = nx.spring_layout(small, seed=seed, iterations=100)
-    expert = primary_expert(routing)[nodes]
+    expert = expert[nodes]
     colours = [*(tuple(colour) for colour in palette(routing.num_experts).tolist()), NOBODY]
     sides = [("expert", expert, colours, routing.num_experts)]
     if graph.y is not None and graph.y.dim() == 1:

@@ -266,15 +266,22 @@ def test_contingency_by_hand() -> None:
 
 @pytest.mark.parametrize(("size", "most", "expected"), [(40, 40, 40), (40, 39, 39), (40, 6, 6), (500, 250, 250)])
 def test_drawn_nodes_are_few_and_connected(size: int, most: int, expected: int) -> None:
-    nodes = graph_view.drawn_nodes(ring(size), most)
-    assert len(nodes.unique()) == expected
+    nodes = graph_view.drawn_nodes(ring(size), torch.zeros(size, dtype=torch.long), most)
+    assert len(nodes.unique()) == len(nodes) == expected
     breaks = ((nodes.roll(-1) - nodes) % size != 1).sum()
     assert breaks <= 2  # an arc of the ring, but for one that is cut off the last hop
 
 
-def test_drawn_nodes_of_a_small_component() -> None:
+def test_every_expert_is_drawn() -> None:
+    expert = torch.arange(400) // 100
+    nodes = graph_view.drawn_nodes(ring(400), expert, 40)
+    assert expert[nodes].bincount().tolist() == [10, 10, 10, 10]
+
+
+def test_drawn_nodes_of_small_components() -> None:
     lonely = Data(edge_index=torch.tensor([[0, 1], [1, 0]]), num_nodes=300)
-    assert len(graph_view.drawn_nodes(lonely, 50)) <= 2
+    expert = torch.tensor([0, 0, *[1] * 298])
+    assert len(graph_view.drawn_nodes(lonely, expert, 50)) == 3
 
 
 def test_figures_of_graphs_without_classes_and_with_idle_nodes(tmp_path: Path) -> None:
@@ -282,7 +289,8 @@ def test_figures_of_graphs_without_classes_and_with_idle_nodes(tmp_path: Path) -
     routing = build_router("expert_choice", 4, 3, 1)(torch.randn(12, 4))
     half = replace(routing, token=routing.token[:2], weight=routing.weight[:2], offsets=routing.offsets.clamp(max=2))
     del graph.y
-    for found in (graph_view.heat_maps(graph, half), graph_view.drawing(graph, half)):
+    planted = torch.arange(12) // 6
+    for found in (graph_view.heat_maps(graph, half, planted=planted), graph_view.drawing(graph, half)):
         found.savefig(tmp_path / "x.png")
 
 
