@@ -11,11 +11,11 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_there_are_six_snippets_and_two_set_up_commands() -> None:
-    assert len(SNIPPETS) == 6
+def test_there_are_seven_snippets_and_two_set_up_commands() -> None:
+    assert len(SNIPPETS) == 7
     assert len(re.findall(r"^pip install -e ", README, re.MULTILINE)) == 2
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["conv", "gnn", "kinds", "batches", "hetero", "vit"])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["conv", "gnn", "kinds", "batches", "hetero", "vit", "stats"])
 def test_snippet_runs(snippet: str) -> None:
     exec(compile(snippet, "README.md", "exec"), {})
