@@ -2,7 +2,7 @@
 
 A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from ``results/STUDY.json``. With
 ``<!-- table: STUDY: ARM ARM -->`` it has those arms only; ``<!-- pairs: STUDY: ARM/ARM ARM/ARM -->`` compares arms seed
-by seed.
+by seed. ``<!-- benchmark: NAME -->`` is what ``experiments.benchmark`` wrote.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs): (?P<study>[\w-]+)(?:: (?P<arms>[\w/ -]+?))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (?P<kind>table|pairs|benchmark): (?P<study>[\w-]+)(?:: (?P<arms>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -28,7 +29,10 @@ MARKED = re.compile(
 class TablesConfig:
     """Which pages, from which results."""
 
-    pages: tuple[Path, ...] = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "when-moe-helps.md")
+    pages: tuple[Path, ...] = (
+        ROOT / "README.md",
+        *(ROOT / "docs" / f"{page}.md" for page in ("results", "when-moe-helps", "claims", "benchmarks")),
+    )
     """The pages to rewrite."""
     results: Path = ROOT / "results"
     """Folder of the result files."""
@@ -42,7 +46,10 @@ def render(page: str, results: Path) -> str:
     def table(match: re.Match[str]) -> str:
         study = json.loads((results / f"{match['study']}.json").read_text())
         only = None if match["arms"] is None else match["arms"].split()
-        made = study_table(study, only) if match["kind"] == "table" else pair_table(study, only or [])
+        if match["kind"] == "benchmark":
+            made = benchmark_table(study)
+        else:
+            made = study_table(study, only) if match["kind"] == "table" else pair_table(study, only or [])
         return f"{match[1]}{made}\n{match[5]}"
 
     return MARKED.sub(table, page)
@@ -123,6 +130,35 @@ def pair_table(study: dict[str, Any], pairs: list[str]) -> str:
             line += f" {signed(rest)} |"
         lines.append(line)
     return "\n".join(lines)
+
+
+def benchmark_table(found: dict[str, Any]) -> str:
+    """One line an arm: seconds, ratios to the reference arm, memory; of ``train``, where an epoch's time goes.
+
+    Args:
+        found: the content of a benchmark's file.
+    """
+    arms, where = found["arms"], found["environment"]
+    if "parts" in next(iter(arms.values())):
+        parts = list(next(iter(arms.values()))["parts"])
+        lines = [f"| preset | batches | seconds | {' | '.join(f'{part} (%)' for part in parts)} |"]
+        lines.append("|---|" + "---:|" * (len(parts) + 2))
+        for name, arm in arms.items():
+            shares = " | ".join(f"{100 * arm['share'][part]:.1f}" for part in parts)
+            lines.append(f"| {name} | {arm['batches']} | {sum(arm['parts'].values()):.3f} | {shares} |")
+    else:
+        lines = ["| arm | wall (ms) | from | to | × wall | × CPU | × FLOPs | MiB |", "|---|" + "---:|" * 7]
+        for name, arm in arms.items():
+            wall, ratio = arm["wall"], arm["ratio"]
+            cells = [f"{1000 * wall[key]:,.1f}" for key in ("median", "min", "max")]
+            cells += [f"{ratio['wall']:.3f}", f"{ratio['cpu']:.3f}"]
+            flops = ratio.get("flops")
+            cells.append("–" if flops is None else f"{flops:.2f}")
+            cells.append(f"{arm['memory'] / 2**20:,.0f}" if "memory" in arm else "–")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "torch-geometric"))
+    place = where["gpu"] if found["config"].get("device", "cpu") != "cpu" else where["cpu"]
+    return "\n".join([*lines, "", f"{place}, {where['threads']} threads; {versions}; commit {where['commit'][:7]}."])
 
 
 def signed(differences: list[float]) -> str:

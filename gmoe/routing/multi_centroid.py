@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._checks import check_at_least, check_choice, check_count, check_positive
+from gmoe.routing.cosine import cosine
 from gmoe.routing.expert_choice import expert_side_weights
 from gmoe.routing.expert_side import ExpertSide, Inference, Normalize
 from gmoe.routing.kmeans import kmeans
@@ -157,10 +158,12 @@ class MultiCentroid(Router):
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         centroid_ND = self.centroid.flatten(0, 1).to(torch.promote_types(self.centroid.dtype, torch.float32))
-        unit_TD = F.normalize(x_TD - self.center_D.to(x_TD.dtype), dim=-1)
-        cosine_TEM = (unit_TD @ F.normalize(centroid_ND, dim=-1).T).unflatten(-1, (self.num_experts, -1))
-        scaled_TEM = cosine_TEM * (-self.log_temperature.to(cosine_TEM.dtype)).exp()
-        return scaled_TEM.amax(dim=-1) if self.reduce == "max" else scaled_TEM.logsumexp(dim=-1)
+        cosine_TN = cosine(x_TD, self.center_D.to(x_TD.dtype), F.normalize(centroid_ND, dim=-1))
+        cosine_TEM = cosine_TN.unflatten(-1, (self.num_experts, -1))
+        factor = (-self.log_temperature.to(cosine_TN.dtype)).exp()
+        if self.reduce == "max":
+            return cosine_TEM.amax(dim=-1) * factor
+        return (cosine_TEM * factor).logsumexp(dim=-1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_centroids={self.num_centroids}, choice={self.choice!r}"

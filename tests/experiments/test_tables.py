@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from experiments.tables import ROOT, TablesConfig, headroom, main, pair_table, percent, render, study_table
+from experiments.tables import (
+    ROOT,
+    TablesConfig,
+    benchmark_table,
+    headroom,
+    main,
+    pair_table,
+    percent,
+    render,
+    study_table,
+)
 
 
 def arm(name: str, values: list[float], flops: int, nmi: list[float] | None = None) -> dict[str, Any]:
@@ -108,3 +118,35 @@ def test_the_pages_are_up_to_date(page: Path) -> None:
 def test_headroom_needs_a_spread() -> None:
     one = {**STUDY, "arms": [arm("dense", [0.5], 1), arm("dense-4x", [0.9], 4), arm("moe", [0.8], 1)]}
     assert study_table(one).splitlines()[-1].rstrip(" |").endswith("–")
+
+
+def test_benchmark_table() -> None:
+    figures = {"median": 0.5, "min": 0.25, "max": 1.0, "values": [0.25, 0.5, 1.0]}
+    arm = {
+        "wall": figures,
+        "cpu": figures,
+        "memory": 3 * 2**20,
+        "ratio": {"wall": 1.5, "cpu": 2.0, "flops": None, "memory": 1},
+    }
+    where = {
+        "versions": {"torch": "2", "torch-geometric": "3"}, "cpu": "C", "gpu": "G", "threads": 2, "commit": "0123456789"
+    }  # fmt: skip
+    lines = benchmark_table({"arms": {"ours": arm}, "environment": where, "config": {"device": "cpu"}}).splitlines()
+    assert lines[2] == "| ours | 500.0 | 250.0 | 1,000.0 | 1.500 | 2.000 | – | 3 |"
+    assert lines[-1] == "C, 2 threads; torch 2, torch-geometric 3; commit 0123456."
+    found = {"arms": {"ours": arm}, "environment": where, "config": {"device": "cuda"}}
+    assert benchmark_table(found).splitlines()[-1].startswith("G, ")
+
+
+def test_benchmark_table_of_training() -> None:
+    arm = {"batches": 2, "parts": {"data": 1.0, "rest": 3.0}, "share": {"data": 0.25, "rest": 0.75}}
+    where = {
+        "versions": {"torch": "2", "torch-geometric": "3"},
+        "cpu": "C",
+        "gpu": None,
+        "threads": 1,
+        "commit": "01234567",
+    }
+    lines = benchmark_table({"arms": {"digits": arm}, "environment": where, "config": {}}).splitlines()
+    assert lines[0] == "| preset | batches | seconds | data (%) | rest (%) |"
+    assert lines[2] == "| digits | 2 | 4.000 | 25.0 | 75.0 |"
