@@ -102,14 +102,12 @@ class Pools:
         if self.size is not None:
             assert isinstance(capacity, int)
             scores_BSE = self._dense(scores_TE)
+            if tolerance == 0 and scores_TE.device.type == "cpu" and self.num_pools:
+                return self._tokens_of_slots(_largest(scores_BSE, capacity))
             best_BSE = scores_BSE.argsort(dim=1, descending=True, stable=True)
             if tolerance > 0:
                 best_BSE = _order_ties(best_BSE, scores_BSE.gather(1, best_BSE), tolerance)
-            best_BCE = best_BSE[:, :capacity]
-            first_B = torch.arange(self.num_pools, device=scores_TE.device) * self.size
-            slot_EP = (best_BCE + first_B[:, None, None]).permute(2, 0, 1).flatten(1)
-            token_EP = slot_EP if self.order is None else self.order[slot_EP]
-            return token_EP.sort(dim=1).values
+            return self._tokens_of_slots(best_BSE[:, :capacity].transpose(1, 2)).sort(dim=1).values
         assert self.index is not None
         assert self.counts is not None
         assert isinstance(capacity, Tensor)
@@ -123,6 +121,13 @@ class Pools:
             token_TE = _order_ties(token_TE[None], scores_TE.gather(0, token_TE)[None], tolerance, new_pool_T)[0]
         rank_T = torch.arange(self.num_tokens, device=scores_TE.device) - first_B[pool_T]
         return token_TE[rank_T < capacity[pool_T]].T.sort(dim=1).values
+
+    def _tokens_of_slots(self, slot_BEC: Tensor) -> Tensor:
+        """(E, B * C) the tokens at slots of equal pools; those of a pool ascend with its slots."""
+        assert self.size is not None
+        first_B = torch.arange(self.num_pools, device=slot_BEC.device) * self.size
+        slot_EP = (slot_BEC + first_B[:, None, None]).transpose(0, 1).flatten(1)
+        return slot_EP if self.order is None else self.order[slot_EP].sort(dim=1).values
 
     def _dense(self, value_TE: Tensor) -> Tensor:
         assert self.size is not None
@@ -157,6 +162,20 @@ class Pools:
             slot = first_B[chosen][:, None] + torch.where(mask, step, 0)
             batches.append((order[slot], mask))
         return batches
+
+
+def _largest(scores_BSE: Tensor, capacity: int) -> Tensor:
+    """(B, E, C) the slots of the C largest scores of each pool and expert, ascending; ties go to the lowest slot.
+
+    By the C-th largest score, without sorting: a tenth of the time, but on a GPU one host sync. NaN is larger than all.
+    """
+    scores_BES = scores_BSE.transpose(1, 2).contiguous()
+    scores_BES = torch.where(scores_BES.isnan(), torch.inf, scores_BES)
+    cut_BE1 = scores_BES.kthvalue(scores_BES.size(2) - capacity + 1, dim=2, keepdim=True).values
+    above_BES, tie_BES = scores_BES > cut_BE1, scores_BES == cut_BE1
+    missing_BE1 = capacity - above_BES.sum(dim=2, keepdim=True)
+    chosen_BES = above_BES | (tie_BES & (tie_BES.cumsum(dim=2) <= missing_BE1))
+    return chosen_BES.nonzero()[:, 2].view(*scores_BES.shape[:2], capacity)
 
 
 def _order_ties(token_BSE: Tensor, score_BSE: Tensor, tolerance: float, cut_S: Tensor | None = None) -> Tensor:

@@ -135,3 +135,14 @@ def test_segment_logsumexp() -> None:
     found = segment_logsumexp(value, torch.tensor([0, 2, 2, 3]), 4)[:, 0]
     expected = [0.0, -torch.inf, 1000.0 + torch.tensor(2.0, dtype=torch.float64).log().item(), -torch.inf]
     assert found.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 4])
+def test_top_tokens_of_odd_values(capacity: int) -> None:
+    """NaN first, then infinity, and every expert gets its number whatever it sees; with and without sorting."""
+    nan, inf = torch.nan, torch.inf
+    scores = torch.tensor([[0.0, -inf, inf], [nan, -inf, 2.0], [-0.0, -inf, inf], [1.0, -inf, nan]])
+    pools = Pools.equal(1, 4)
+    expected = [[1, 3, 0, 2], [0, 1, 2, 3], [0, 2, 3, 1]]  # NaN and infinity are ties
+    found = pools.top_tokens(scores, capacity)
+    assert found.tolist() == [sorted(row[:capacity]) for row in expected]
