@@ -31,7 +31,10 @@ class TablesConfig:
 
     pages: tuple[Path, ...] = (
         ROOT / "README.md",
-        *(ROOT / "docs" / f"{page}.md" for page in ("results", "when-moe-helps", "claims", "benchmarks")),
+        *(
+            ROOT / "docs" / f"{page}.md"
+            for page in ("results", "when-moe-helps", "claims", "benchmarks", "see-the-routing")
+        ),
     )
     """The pages to rewrite."""
     results: Path = ROOT / "results"

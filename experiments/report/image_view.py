@@ -34,11 +34,11 @@ class Seen:
     weights: list[Tensor]
 
 
-def look(model: nn.Module, task: Task, most: int = MOST_IMAGES) -> Seen:
-    """Run the model on validation images."""
+def look(model: nn.Module, task: Task, most: int = MOST_IMAGES, seed: int = 0) -> Seen:
+    """Run the model on validation images, shuffled by ``seed`` since they may lie class by class."""
     images, labels = [], []
     weights: list[list[Tensor]] = []
-    for batch in task.loader("val", 128, None):
+    for batch in task.loader("val", 128, seed):
         (pictures,) = batch.inputs
         _, routings = route(model, pictures)
         weights.append([patch_weights(routing, len(pictures)) for routing in routings])
