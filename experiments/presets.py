@@ -48,8 +48,9 @@ CIFAR10 = TrainConfig(
 )
 """CIFAR-10 with crops and flips; a 6-block ViT, 128 wide, 4x4 patches, MLPs of 256, experts in every second block.
 
-``python -m experiments.train cifar10 --data-root DIR --epochs 22 --precision bf16-mixed``, 93 minutes on one core (EPYC,
-AVX-512 with bf16), 255 s an epoch, beside another job. Seed 0: 75.6 %, on images re-encoded as JPEG (results/cifar10.json).
+``python -m experiments.train cifar10 --data-root DIR --epochs 22 --precision bf16-mixed``, 93 minutes on one core
+(EPYC, AVX-512 with bf16) beside another job, about half as long on two. Seed 0: 75.6 %, on images re-encoded as JPEG
+(results/cifar10.json).
 """
 
 CIFAR100 = replace(CIFAR10, dataset="cifar100")

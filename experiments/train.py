@@ -35,11 +35,16 @@ def show(config: TrainConfig, summary: dict[str, Any], console: Console) -> None
         figures = summary[name]
         std = "–" if figures["std"] is None else f"{100 * figures['std']:.2f}"
         table.add_row(f"{name} {summary['metric']} (%)", f"{100 * figures['mean']:.2f}", std, str(figures["n"]))
-    for layer, figures in enumerate(summary["routing"]):
-        for name, value in figures.items():
-            std = "–" if value["std"] is None else f"{value['std']:.3f}"
-            table.add_row(f"MoE layer {layer + 1}: {name}", f"{value['mean']:.3f}", std, str(value["n"]))
     console.print(table)
+    if summary["routing"]:
+        routing = Table(title="routing of the test split, by MoE layer; mean over seeds", title_justify="left")
+        routing.add_column("", no_wrap=True)
+        for layer in range(len(summary["routing"])):
+            routing.add_column(str(layer + 1), justify="right", no_wrap=True)
+        for name in summary["routing"][0]:
+            routing.add_row(name.replace("_", " "), *(f"{figures[name]['mean']:.3f}" for figures in summary["routing"]))
+        console.width = max(console.width, 24 + 10 * len(summary["routing"]))  # a narrow table would cut figures
+        console.print(routing)
     console.print(
         f"{summary['active_parameters']:,} of {summary['parameters']:,} parameters and {summary['flops']:,} FLOPs "
         f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed, {summary['peak_memory']:,} MiB at most; "
