@@ -192,7 +192,8 @@ class MLPExperts(Experts):
         if not loop or not pure or drops or not self._is_plain(MLPExperts):
             return super().mix(x_TI, routing)
         up, down = self.up, self.down
-        return routed_mlp(x_TI, up.weight, up.bias, down.weight, down.bias, self._activate, routing)
+        activation = self._activate if self.glu else self.activation
+        return routed_mlp(x_TI, up.weight, up.bias, down.weight, down.bias, activation, routing)
 
     def _activate(self, u: Tensor) -> Tensor:
         if not self.glu:

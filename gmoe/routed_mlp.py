@@ -10,9 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gmoe._autograd import first_order
 from gmoe.routing.routing import Routing
+
+DERIVATIVES: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] = {
+    F.gelu: torch.ops.aten.gelu_backward.default,
+    F.relu: lambda grad, u: torch.ops.aten.threshold_backward(grad, u, 0),
+    F.silu: torch.ops.aten.silu_backward.default,
+}
+"""Of the usual activations, from the gradient of the output and the input to that of the input; others go by autograd,
+whose overhead is felt where there are many experts."""
 
 
 @torch.compiler.disable  # the sizes depend on the data
@@ -95,8 +104,9 @@ class _RoutedMLP(torch.autograd.Function):
         for expert, pairs in enumerate(ctx.slices):
             token, gate = token_P[pairs], gate_P[pairs, None]
             grad = grad_TO.index_select(0, token)
-            u = hidden[expert].detach().requires_grad_(below)
-            with torch.enable_grad():
+            derivative = DERIVATIVES.get(ctx.activation)
+            u = hidden[expert].detach().requires_grad_(below and derivative is None)
+            with torch.set_grad_enabled(u.requires_grad):
                 h = ctx.activation(u)
             grad_h = grad @ down_EHO[expert].T
             if grad_gate is not None:
@@ -109,8 +119,10 @@ class _RoutedMLP(torch.autograd.Function):
                 torch.sum(grad, dim=0, out=grad_down_bias[expert])
             if not below:
                 continue
-            h.backward(grad_h.mul_(gate))  # not autograd.grad, in which hooks of a FLOP counter cannot run
-            grad_u = u.grad
+            grad_h.mul_(gate)
+            if derivative is None:
+                h.backward(grad_h)  # not autograd.grad, in which hooks of a FLOP counter cannot run
+            grad_u = u.grad if derivative is None else derivative(grad_h, u)
             if grad_up is not None:
                 torch.mm(x_TI.index_select(0, token).T, grad_u, out=grad_up[expert])
             if grad_up_bias is not None:
