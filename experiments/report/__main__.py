@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,6 +267,8 @@ def _graph(page: Page, run: RunFolder, task: Task, config: ReportConfig) -> None
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
     config = tyro.cli(ReportConfig, args=args, prog="python -m experiments.report", description=__doc__)
     console = Console(stderr=True, soft_wrap=True)
     try:

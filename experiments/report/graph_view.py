@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.utils import k_hop_subgraph, remove_self_loops, subgraph, to_networkx
@@ -40,12 +41,16 @@ def heat_maps(graph: Data, routing: Routing, classes: tuple[str, ...] = (), plan
     for axis, name in zip(figure.subplots(1, len(order), squeeze=False)[0], order, strict=True):
         value = properties[name]
         known = value >= 0
-        counts = contingency(expert[known], value[known], routing.num_experts + 1)
+        columns = value[known]
+        if name in ("degree", "homophily"):  # equal values share a bin, so that some numbers are of none
+            columns = columns.unique(return_inverse=True)[1]
+        counts = contingency(expert[known], columns, routing.num_experts + 1)
         table = np.concatenate([counts[: len(rows)], counts.sum(axis=0, keepdims=True)])
         share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
         image = axis.imshow(share, aspect="auto", cmap="Blues", vmin=0)
         axis.set_yticks(range(len(rows) + 1), [*rows, "all"])
         axis.set(xlabel=CAPTIONS[name], ylabel="expert")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if name == "label" and len(classes) == share.shape[1]:
             axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize="x-small")
         figure.colorbar(image, ax=axis, shrink=0.8)
