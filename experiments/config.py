@@ -291,7 +291,7 @@ class TrainConfig:
 
         Args:
             science: as JSON.
-            data_root: where the data are here; of a user's own graph the folder that holds the file.
+            data_root: where the data are here; a user's own graph itself, or the folder that holds it.
 
         Raises:
             ValueError: an option that there is not, or a value that is not legal.
@@ -303,8 +303,8 @@ class TrainConfig:
             raise ValueError(f"config: got {', '.join(unknown)}, expected options of experiments.train")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         values["options"] = RouterOptions(**values.get("options", {}))
-        if science.get("file"):
-            data_root = data_root if data_root.is_file() else data_root / science["file"]
+        if science.get("file") and data_root.name != science["file"]:
+            data_root = data_root / science["file"]
         return TrainConfig(**values, data_root=data_root)
 
     def differences(self, there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

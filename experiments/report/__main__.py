@@ -40,7 +40,7 @@ class ReportConfig:
     out: Path = Path("runs/report")
     """Folder of the page."""
     data_root: Path = Path("data")
-    """Root folder of the data; of a user's own graph the folder with its file."""
+    """Root folder of the data; of a user's own graph its file or folder, or the folder that holds it."""
     images: int = 6
     """Images in a map of patches."""
     title: str = "Routing report"

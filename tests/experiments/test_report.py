@@ -17,6 +17,7 @@ import torch
 from torch_geometric.data import Data
 
 from experiments.presets import DIGITS, DIGITS_GRAPH
+from experiments.presets import GRAPH as GRAPH_PRESET
 from experiments.report import curves, graph_view, image_view, similarity
 from experiments.report.__main__ import main
 from experiments.report.page import Page, file_name
@@ -129,6 +130,36 @@ def test_a_broken_run_is_named_and_the_others_are_reported(
     page = Contents(tmp_path / "report" / "index.html")
     assert str(path) in page.words
     assert "graph-dense" in page.words
+
+
+@pytest.mark.parametrize("form", ["graph.npz", "folder"])
+def test_a_graph_of_ones_own_is_found(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "own" / form
+    if form == "graph.npz":
+        path.parent.mkdir()
+        part = np.arange(60) % 3
+        np.savez(
+            path,
+            node_features=np.eye(60, dtype=np.float32),
+            node_labels=np.arange(60) % 2,
+            edges=np.stack([np.arange(60), np.roll(np.arange(60), 1)], axis=1),
+            train_masks=part == 0,
+            val_masks=part == 1,
+            test_masks=part == 2,
+        )
+    else:
+        path.mkdir(parents=True)
+        rows = [f"{node % 5},{node % 2},{('train', 'val', 'test')[node % 3]}" for node in range(60)]
+        (path / "nodes.csv").write_text("\n".join(["x0,label,split", *rows]) + "\n")
+        (path / "edges.csv").write_text("\n".join(["source,target", *(f"{i},{i + 1}" for i in range(59))]) + "\n")
+    small = replace(GRAPH_PRESET, data_root=path, epochs=1, hidden=4, experts=2, seeds=(0,), progress=False)
+    run(replace(small, router="token_choice", out=tmp_path / "run"))
+    for root in (path, path.parent):
+        task = read_run(tmp_path / "run", root).load_task(0)
+        assert task.graph is not None
+        assert task.graph.num_nodes == 60
+    with pytest.raises(FileNotFoundError, match="give --data-root"):
+        read_run(tmp_path / "run", tmp_path).load_task(0)
 
 
 @pytest.mark.parametrize(
