@@ -45,6 +45,7 @@ class RunFolder:
 
     Args:
         folder: where it lies.
+        name: by which people know it, at first that of the folder.
         config: the run; its data root is the one given to :func:`read_run`.
         science: config.json.
         summary: summary.json.
@@ -52,15 +53,11 @@ class RunFolder:
     """
 
     folder: Path
+    name: str
     config: TrainConfig
     science: dict[str, Any]
     summary: dict[str, Any]
     seeds: dict[int, SeedLog]
-
-    @property
-    def name(self) -> str:
-        """The folder's name, by which people know the run."""
-        return self.folder.resolve().name
 
     def load_task(self, seed: int) -> Task:
         """The data, as that seed saw them.
@@ -167,7 +164,14 @@ def read_run(folder: Path, data_root: Path) -> RunFolder:
             routing=[] if dense else _rows(part / "routing.csv", config.epochs * len(routings)),
             routings=routings,
         )
-    return RunFolder(folder=folder, config=config, science=science, summary=summary, seeds=seeds)
+    return RunFolder(
+        folder=folder,
+        name=folder.resolve().name,
+        config=config,
+        science=science,
+        summary=summary,
+        seeds=seeds,
+    )
 
 
 def _json(path: Path, hint: str = "") -> dict[str, Any]:

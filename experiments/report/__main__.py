@@ -15,7 +15,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +66,7 @@ def report(config: ReportConfig) -> tuple[Path, dict[str, str]]:
             failed[str(folder)] = str(error)
     if not runs:
         raise ValueError("; ".join(failed.values()) or "runs: got none, expected at least one folder")
+    runs = _told_apart(runs)
     page = Page(config.title, config.out)
     for reason in failed.values():
         page.text(f"Left out: {reason}", warn=True)
@@ -78,6 +79,13 @@ def report(config: ReportConfig) -> tuple[Path, dict[str, str]]:
         if run.config.router != "dense":
             _routing(page, run, config)
     return page.write(), failed
+
+
+def _told_apart(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """The runs, each once; those whose folders have one name are called by their paths."""
+    runs = list({run.folder.resolve(): run for run in runs}.values())
+    names = [run.name for run in runs]
+    return [replace(run, name=str(run.folder.resolve())) if names.count(run.name) > 1 else run for run in runs]
 
 
 def _results(page: Page, runs: Sequence[RunFolder]) -> None:

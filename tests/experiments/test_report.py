@@ -75,6 +75,17 @@ def test_report_of_graphs_and_images(runs: Path, tmp_path: Path, capsys: pytest.
     assert {file.name for file in (out / "csv").iterdir()} == {"graph-seed-0.csv", "graph-seed-1.csv"}
 
 
+def test_runs_of_one_name_are_told_apart(runs: Path, tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        shutil.copytree(runs / "images", tmp_path / part / "run")
+    folders = [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run"), str(tmp_path / "a" / "run")]
+    main([*folders, "--out", str(tmp_path / "report")])
+    page = Contents(tmp_path / "report" / "index.html")
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(list((tmp_path / "report" / "figures").glob("*.png"))) == len(images)
+    assert {folder in page.words for folder in folders} == {True}
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -251,7 +262,7 @@ def test_renumbered_experts_are_the_same(runs: Path) -> None:
             seed: replace(known.seeds[0], routings=[of_assignment(assignment.tolist(), 3)])
             for seed, assignment in enumerate(assignments)
         }
-        return replace(known, folder=Path(name), seeds=seeds)
+        return replace(known, folder=Path(name), name=name, seeds=seeds)
 
     found = similarity.similarity([with_routing("a", first, renumbered), with_routing("b", other)])
     assert found is not None
