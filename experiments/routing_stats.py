@@ -14,9 +14,6 @@ from torchmetrics.functional.clustering import normalized_mutual_info_score
 from experiments.structure import alignment
 from gmoe import Routing, RoutingStats
 
-LISTS = ("load", "weight")
-"""What of :class:`gmoe.RoutingStats` has a figure an expert."""
-
 
 def primary_expert(routing: Routing) -> Tensor:
     """(T,) the expert with the largest weight of each token; E, one more than there are, for tokens without any."""
@@ -103,11 +100,7 @@ def _rounded(stats: RoutingStats) -> list[dict[str, Any]]:
         found = value.tolist()
         return [round(one, 4) for one in found] if isinstance(found, list) else round(found, 4)
 
-    # a metric of one element comes out without dimensions
-    return [
-        {name: plain(value.view(-1) if name in LISTS else value) for name, value in layer.items()}
-        for layer in stats.compute()
-    ]
+    return [{name: plain(value) for name, value in layer.items()} for layer in stats.compute()]
 
 
 def save_routings(routings: list[list[Routing]], path: Path) -> None:

@@ -19,7 +19,7 @@ from experiments.build import try_model
 from experiments.config import TrainConfig
 from experiments.data import Task, load_tasks
 from experiments.loop import make_fabric, train_seed
-from experiments.routing_stats import LISTS
+from gmoe.stats import PER_EXPERT
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def summarise(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, A
             {
                 name: spread([result["routing"][layer][name] for result in results])
                 for name in first["routing"][layer]
-                if name not in LISTS
+                if name not in PER_EXPERT
             }
             for layer in range(len(first["routing"]))
         ],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torchmetrics import Metric
 from gmoe._checks import check_count
 from gmoe.routing.router import Router
 from gmoe.routing.routing import Routing
+
+PER_EXPERT = ("load", "weight")
+"""The figures that there is one of for each expert."""
 
 
 class RoutingStats(Metric):
@@ -75,6 +79,20 @@ class RoutingStats(Metric):
             ("dropped", (layers,), torch.long),
         ):
             self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """torchmetrics takes the dimension off tensors of one element, and so off the figures of one expert."""
+        wrapped = super()._wrap_compute(compute)
+
+        @functools.wraps(wrapped)
+        def shaped(*args: Any, **kwargs: Any) -> list[dict[str, Tensor]]:
+            found: list[dict[str, Tensor]] = wrapped(*args, **kwargs)
+            return [
+                {name: value.view(-1) if name in PER_EXPERT else value for name, value in layer.items()}
+                for layer in found
+            ]
+
+        return shaped
 
     @classmethod
     def of(cls, model: nn.Module, **kwargs: Any) -> RoutingStats:

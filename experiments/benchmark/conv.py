@@ -69,7 +69,10 @@ class ConvBenchmark(Benchmark):
         grad = torch.randn(self.nodes, self.out, generator=generator).to(device)
         kwargs: dict[str, Any] = {"heads": self.heads} if self.heads > 1 else {}
         torch.manual_seed(self.seed)
-        dense = conv_factory(self.conv, kwargs)(self.width, self.out // self.heads).to(device)
+        try:
+            dense = conv_factory(self.conv, kwargs)(self.width, self.out // self.heads).to(device)
+        except TypeError as error:
+            raise ValueError(f"heads: got {self.heads}, but {self.conv} takes none") from error
         layers = {
             (e, k): gmoe.MoEConv(self.conv, self.width, self.out // self.heads, num_experts=e, k=k, **kwargs).to(device)
             for e in self.experts

@@ -50,6 +50,9 @@ class TrainBenchmark(Benchmark):
         Raises:
             ValueError: an unknown preset, or none whose data are at hand.
         """
+        for name, value in (("repeats", self.repeats), ("batches", self.batches)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
         unknown = sorted(set(self.presets) - set(PRESETS))
         if unknown:
             raise ValueError(f"presets: got {', '.join(unknown)}, expected some of {', '.join(PRESETS)}")
@@ -142,7 +145,7 @@ class Clock:
         loader = task.loader
 
         def timed_loader(*args: Any) -> Iterator[Batch]:
-            drawn: Iterable[Batch] = itertools.islice(loader(*args), batches)
+            drawn: Iterable[Batch] = itertools.islice(self.timed("data", loader)(*args), batches)
             following = self.timed("data", iter(drawn).__next__)
             while True:
                 try:

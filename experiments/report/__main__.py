@@ -11,6 +11,7 @@ the exit status is then 1.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import warnings
@@ -71,21 +72,32 @@ def report(config: ReportConfig) -> tuple[Path, dict[str, str]]:
     for reason in failed.values():
         page.text(f"Left out: {reason}", warn=True)
     _results(page, runs)
-    for dataset in dict.fromkeys(run.config.dataset for run in runs):
-        mine = [run for run in runs if run.config.dataset == dataset]
-        _training(page, dataset, mine)
-        _similar(page, dataset, mine)
+    for name, mine in _by_data(runs).items():
+        _training(page, name, mine)
+        _similar(page, name, mine)
     for run in runs:
         if run.config.router != "dense":
             _routing(page, run, config)
     return page.write(), failed
 
 
+def _by_data(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
+    """The runs on the same data, by what these are called; graphs and images of one's own go by their content."""
+    groups: dict[tuple[str, str | None], list[RunFolder]] = {}
+    for run in runs:
+        groups.setdefault((run.science.get("file") or run.config.dataset, run.science.get("digest")), []).append(run)
+    names = [name for name, _ in groups]
+    return {f"{name} ({digest})" if names.count(name) > 1 else name: mine for (name, digest), mine in groups.items()}
+
+
 def _told_apart(runs: Sequence[RunFolder]) -> list[RunFolder]:
     """The runs, each once; those whose folders have one name are called by their paths."""
     runs = list({run.folder.resolve(): run for run in runs}.values())
-    names = [run.name for run in runs]
-    return [replace(run, name=str(run.folder.resolve())) if names.count(run.name) > 1 else run for run in runs]
+    names = [file_name(run.name) for run in runs]
+    return [
+        replace(run, name=str(run.folder.resolve())) if names.count(name) > 1 else run
+        for run, name in zip(runs, names, strict=True)
+    ]
 
 
 def _results(page: Page, runs: Sequence[RunFolder]) -> None:
@@ -142,6 +154,8 @@ def _similar(page: Page, dataset: str, runs: Sequence[RunFolder]) -> None:
         "where two routings agree up to the experts' numbers, 0 by chance, and 0 where one of them uses one expert "
         f"only. Shuffled control: {found.shuffled:+.3f}."
     )
+    if found.others:
+        page.text(f"Of other numbers of MoE layers or tokens, and not compared: {', '.join(found.others)}.")
     names = list(dict.fromkeys(found.runs))
 
     def cell(value: float | None) -> str:
@@ -253,7 +267,12 @@ def _graph(page: Page, run: RunFolder, task: Task, config: ReportConfig) -> None
         pairs = [graph_view.edges_within(graph, log.routings[layer]) for log in run.seeds.values()]
         within, chance = (statistics.fmean(values) for values in zip(*pairs, strict=True))
         rows.append(
-            [str(layer + 1), f"{100 * within:.1f}", f"{100 * chance:.1f}", f"{within / chance:.2f}×" if chance else "–"]
+            [
+                str(layer + 1),
+                "–" if math.isnan(within) else f"{100 * within:.1f}",
+                "–" if math.isnan(chance) else f"{100 * chance:.1f}",
+                f"{within / chance:.2f}×" if chance > 0 else "–",
+            ]
         )
     page.text("Edges whose two ends have the same expert, and what chance would give; mean over seeds:")
     page.table(["MoE layer", "within (%)", "by chance (%)", "ratio"], rows)

@@ -27,12 +27,14 @@ class Similarity:
         runs: the run of each.
         ami: (R, R), mean over the layers.
         shuffled: mean over pairs where one routing is shuffled, the control.
+        others: runs that are not compared, since they route other numbers of tokens or layers.
     """
 
     names: list[str]
     runs: list[str]
     ami: np.ndarray
     shuffled: float
+    others: list[str]
 
     def within(self, run: str) -> float | None:
         """Mean between seeds of one run; ``None`` of one seed."""
@@ -53,7 +55,7 @@ class Similarity:
 
 
 def similarity(runs: Sequence[RunFolder], seed: int = 0) -> Similarity | None:
-    """Of all seeds of the runs that route as many tokens in as many layers as the first; ``None`` of fewer than two.
+    """Of the seeds that route as many tokens in as many layers, the most that there are; ``None`` of fewer than two.
 
     Runs of one data set route the same tokens: all nodes of the graph, or the patches of all test images.
 
@@ -61,14 +63,17 @@ def similarity(runs: Sequence[RunFolder], seed: int = 0) -> Similarity | None:
         runs: of one data set.
         seed: of the tokens compared, and of the shuffled control.
     """
-    found: list[tuple[str, str, list[Tensor]]] = []
+    groups: dict[tuple[int, ...], list[tuple[str, str, list[Tensor]]]] = {}
     for run in runs:
         for number, log in run.seeds.items():
             experts = [primary_expert(routing) for routing in log.routings]
-            if experts and (not found or [len(e) for e in experts] == [len(e) for e in found[0][2]]):
-                found.append((f"{run.name}, seed {number}", run.name, experts))
+            if experts:
+                shape = tuple(len(layer) for layer in experts)
+                groups.setdefault(shape, []).append((f"{run.name}, seed {number}", run.name, experts))
+    found = max(groups.values(), key=len, default=[])
     if len(found) < 2:
         return None
+    compared = {run for _, run, _ in found}
     generator = torch.Generator().manual_seed(seed)
     layers, count = len(found[0][2]), len(found)
     tokens = torch.randperm(len(found[0][2][0]), generator=generator)[:MOST_TOKENS]
@@ -86,6 +91,7 @@ def similarity(runs: Sequence[RunFolder], seed: int = 0) -> Similarity | None:
         runs=[run for _, run, _ in found],
         ami=ami,
         shuffled=float(np.mean(chance)),
+        others=[run.name for run in runs if run.name not in compared and run.config.router != "dense"],
     )
 
 

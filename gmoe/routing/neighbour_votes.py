@@ -51,10 +51,8 @@ class _NeighbourVotes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_THd: Tensor, k_THd: Tensor, graph: _Graph) -> Tensor:
         votes_HT, ballots = k_THd.new_empty(k_THd.size(1), k_THd.size(0)), []
-        pattern = _matrix(graph.ends, graph.dst_M, k_THd.new_zeros(()).expand(len(graph.dst_M)).contiguous())
         for head in range(k_THd.size(1)):
-            q_Td, k_Td = _head(q_THd, head), _head(k_THd, head)
-            p_M = torch.sparse.sampled_addmm(pattern, q_Td, k_Td.T, beta=0.0).values()
+            p_M = _scores(_head(q_THd, head), _head(k_THd, head), graph)
             p_M -= _reduce(p_M, "max", graph.ends).index_select(0, graph.src_M)
             p_M.exp_()
             p_M /= _reduce(p_M, "sum", graph.ends).index_select(0, graph.src_M)
@@ -100,6 +98,14 @@ def _ends(sorted_M: Tensor, num_tokens: int) -> Tensor:
 def _head(value_THd: Tensor, head: int) -> Tensor:
     """(T, d), of the only one where heads share it."""
     return value_THd[:, min(head, value_THd.size(1) - 1)].contiguous()
+
+
+def _scores(q_Td: Tensor, k_Td: Tensor, graph: _Graph) -> Tensor:
+    """(M,) the product of each edge's query and key."""
+    if len(graph.dst_M) > len(q_Td) ** 2:  # a small graph with parallel edges, for which sampled_addmm has no room
+        return torch.linalg.vecdot(q_Td.index_select(0, graph.src_M), k_Td.index_select(0, graph.dst_M))
+    pattern = _matrix(graph.ends, graph.dst_M, torch.zeros_like(graph.dst_M, dtype=k_Td.dtype))
+    return torch.sparse.sampled_addmm(pattern, q_Td, k_Td.T, beta=0.0).values()
 
 
 def _reduce(value_M: Tensor, how: str, ends: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class Pools:
 def _largest(scores_BSE: Tensor, capacity: int) -> Tensor:
     """(B, E, C) the slots of the C largest scores of each pool and expert, ascending; ties go to the lowest slot.
 
-    By the C-th largest score, without sorting: a tenth of the time, but on a GPU one host sync. NaN is larger than all.
+    By the C-th largest score, without sorting: a tenth of the time, but on a GPU one host sync. NaN counts as infinity.
     """
     scores_BES = scores_BSE.transpose(1, 2).contiguous()
     scores_BES = torch.where(scores_BES.isnan(), torch.inf, scores_BES)

@@ -236,6 +236,9 @@ def test_the_clock_lets_go_and_counts_what_sleeps() -> None:
     ("args", "message"),
     [
         (["train", "--presets", "nothing"], "presets: got nothing, expected some of digits"),
+        (["train", "--repeats", "0"], "repeats: got 0, expected at least 1"),
+        (["train", "--batches", "0"], "batches: got 0, expected at least 1"),
+        (["--heads", "2"], "heads: got 2, but gcn takes none"),
         (["train", "--presets", "cora"], "presets: got none whose data are at hand"),
         (["--adjacency", "dense"], "adjacency: got 'dense', expected one of edge_index, csr"),
         (["--heads", "3"], "out: got 8, expected a multiple of heads=3"),

@@ -19,7 +19,7 @@ from torch_geometric.data import Data
 from experiments.presets import DIGITS, DIGITS_GRAPH
 from experiments.presets import GRAPH as GRAPH_PRESET
 from experiments.report import curves, graph_view, image_view, similarity
-from experiments.report.__main__ import main
+from experiments.report.__main__ import _by_data, main
 from experiments.report.page import Page, file_name
 from experiments.routing_stats import load_routings, primary_expert, save_routings
 from experiments.run_folder import RunFolder, load_model, read_run
@@ -227,6 +227,16 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     assert not {"script", "img", "b"} & {tag for tag, _ in Contents(page.write()).tags}
 
 
+def test_own_graphs_are_not_mixed(runs: Path) -> None:
+    one = read_run(runs / "graph", Path("data"))
+    own = [replace(one, science={**one.science, "file": "g.npz", "digest": digest}) for digest in ("a", "b", "a")]
+    assert {name: len(mine) for name, mine in _by_data([one, *own]).items()} == {
+        "digits-graph": 1,
+        "g.npz (a)": 2,
+        "g.npz (b)": 1,
+    }
+
+
 # Curves
 
 
@@ -274,6 +284,12 @@ def test_renumbered_experts_are_the_same(runs: Path) -> None:
     assert abs(between) < 0.1
     assert abs(found.shuffled) < 0.1
     assert similarity.similarity([with_routing("b", other)]) is None
+    deeper = with_routing("deeper", other)
+    deeper = replace(deeper, seeds={0: replace(deeper.seeds[0], routings=2 * deeper.seeds[0].routings)})
+    mixed = similarity.similarity([deeper, with_routing("a", first, renumbered)])
+    assert mixed is not None
+    assert mixed.names == ["a, seed 0", "a, seed 1"]
+    assert mixed.others == ["deeper"]
     one = torch.zeros(60, dtype=torch.long)
     collapsed = similarity.similarity([with_routing("a", one, one)])
     assert collapsed is not None

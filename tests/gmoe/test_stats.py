@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,17 @@ def test_call_gives_the_batch_and_keeps_the_whole() -> None:
     check(stats(one)[0], counted_slowly([one]))
     check(stats(two)[0], counted_slowly([two]))
     check(stats.compute()[0], counted_slowly([one, two]))
+
+
+def test_one_expert_has_a_list_of_one() -> None:
+    stats = RoutingStats([1, 3])
+    stats.update([build_router(name, 4, e, 1)(torch.randn(5, 4)) for name, e in (("expert_choice", 1), ("random", 3))])
+    for copy in (stats, pickle.loads(pickle.dumps(stats))):
+        for _ in range(2):  # computed, and remembered
+            one, three = copy.compute()
+            assert [one[name].shape for name in ("load", "weight")] == [(1,), (1,)]
+            assert [three[name].shape for name in ("load", "weight")] == [(3,), (3,)]
+            assert one["coverage"].shape == ()
 
 
 def test_no_gradient_is_held() -> None:

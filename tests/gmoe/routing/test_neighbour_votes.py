@@ -50,6 +50,22 @@ def test_gradients_equal_naive(query_heads: int) -> None:
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("copies", [1, 3, 6, 7, 40])
+def test_more_edges_than_pairs_of_nodes(copies: int) -> None:
+    q, k = random_tokens(H)
+    edges = EDGES * copies
+    found = neighbour_votes(q, k, torch.tensor(edges).T)
+    expected = torch.stack(
+        [torch.stack(naive_neighbour_votes(list(q[:, h] * math.sqrt(D)), list(k[:, h]), edges)) for h in range(H)],
+        dim=1,
+    )
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    grad = torch.randn(T, H, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, (q, k), grad), torch.autograd.grad(expected, (q, k), grad), atol=1e-12, rtol=0
+    )
+
+
 @heads
 def test_gradcheck(query_heads: int) -> None:
     assert torch.autograd.gradcheck(
