@@ -37,7 +37,7 @@ def show(config: TrainConfig, summary: dict[str, Any], console: Console) -> None
         table.add_row(f"{name} {summary['metric']} (%)", f"{100 * figures['mean']:.2f}", std, str(figures["n"]))
     console.print(table)
     if summary["routing"]:
-        routing = Table(title="routing of the test split, by MoE layer; mean over seeds", title_justify="left")
+        routing = Table(title="routing, by MoE layer", title_justify="left")
         routing.add_column("", no_wrap=True)
         for layer in range(len(summary["routing"])):
             routing.add_column(str(layer + 1), justify="right", no_wrap=True)

@@ -169,7 +169,7 @@ def test_missing_data_says_what_how_large_and_where(tmp_path: Path, capsys: pyte
         ),
         (["digits-graph", "--router", "dense", "--weight", "score"], "options: got"),
         (["digits-graph", "--k", "9"], "k: got 9, expected at most num_experts=8"),
-        (["digits-graph", "--equal", "flops"], "equal: got 'flops' with router='token_choice'"),
+        (["digits-graph", "--equal", "flops"], "equal: got 'flops' with router='expert_choice'"),
         (["digits-graph", "--kmeans-init"], "kmeans_init: got True"),
     ],
 )
