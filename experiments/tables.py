@@ -159,9 +159,20 @@ def benchmark_table(found: dict[str, Any]) -> str:
             cells.append("–" if flops is None else f"{flops:.2f}")
             cells.append(f"{arm['memory'] / 2**20:,.0f}" if "memory" in arm else "–")
             lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", measured_on(where, found["config"].get("device", "cpu"))])
+
+
+def measured_on(where: dict[str, Any], device: str) -> str:
+    """Hardware, versions and commit in a line.
+
+    Args:
+        where: what :func:`experiments.runs.environment` found.
+        device: of the run.
+    """
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "torch-geometric"))
-    place = where["gpu"] if found["config"].get("device", "cpu") != "cpu" else where["cpu"]
-    return "\n".join([*lines, "", f"{place}, {where['threads']} threads; {versions}; commit {where['commit'][:7]}."])
+    place = where["cpu"] if device == "cpu" else where["gpu"]
+    commit = "" if where["commit"] is None else f"; commit {where['commit'][:7]}"
+    return f"{place}, {where['threads']} threads; {versions}{commit}."
 
 
 def signed(differences: list[float]) -> str:

@@ -20,6 +20,7 @@ from experiments.benchmark.train import TrainBenchmark
 from experiments.benchmark.vit import VitBenchmark
 from experiments.benchmark.vote import VoteBenchmark
 from experiments.runs import environment, write_json
+from experiments.tables import measured_on
 
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "conv": ("A layer of message passing, forward and backward.", ConvBenchmark()),
@@ -47,9 +48,11 @@ def main(args: Sequence[str] | None = None) -> None:
     console = Console()
     console.width = max(console.width, 140)  # a narrow table would cut figures
     console.print(config.table(found))
+    where = environment()
+    console.print(measured_on(where, config.device), highlight=False)
     if config.json is not None:
         settings = {name: value for name, value in asdict(config).items() if name not in ("json", "data_root")}
-        write_json(config.json, {"config": settings, "arms": found, "environment": environment()})
+        write_json(config.json, {"config": settings, "arms": found, "environment": where})
 
 
 if __name__ == "__main__":
