@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,8 +23,8 @@ from scipy.stats import t as student
 from experiments.tables import ROOT
 
 Arms: TypeAlias = dict[str, dict[str, Any]]
-Values: TypeAlias = Callable[[dict[str, Any]], list[float]]
-"""Of an arm, a value a seed; larger is better."""
+Values: TypeAlias = Callable[[dict[str, Any]], "list[float] | None"]
+"""Of an arm, a value a seed, or ``None`` where some seed has none; larger is better."""
 
 MARKED = re.compile(r"(<!-- verdicts -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -34,23 +35,21 @@ TARGET = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What is said of two arms.
+    """What is said of the means of some arms: a sum of them, each times its factor, is above minus the margin.
 
     Args:
         letter: of the claim.
         text: what is claimed.
-        arm: the arm that is claimed to be better, or the same.
-        than: the other arm.
-        unit: of the difference.
-        values: what is compared.
-        margin: the arm may be worse by so much, where "at least equal" or "little loss" is claimed.
+        factors: by arm; one at 1 and one at -1 compare two arms, two more the other way compare two differences.
+        unit: of the sum.
+        values: what the means are of.
+        margin: the sum may be below zero by so much, where "at least equal" or "little loss" is claimed.
         same: the claim is that there is no difference, to the margin either way.
     """
 
     letter: str
     text: str
-    arm: str
-    than: str
+    factors: Mapping[str, int]
     unit: str
     values: Values
     margin: float = 0.0
@@ -63,8 +62,10 @@ class Verdict:
 
     difference: float
     half: float
-    counts: tuple[int, int]
     word: str
+
+
+UNKNOWN = "cannot be told at this budget"
 
 
 def accuracy(arm: dict[str, Any]) -> list[float]:
@@ -72,42 +73,79 @@ def accuracy(arm: dict[str, Any]) -> list[float]:
     return [100 * value for value in arm["test"]["values"]]
 
 
-def earliness(arm: dict[str, Any]) -> list[float]:
-    """Minus the epochs until validation reaches :data:`TARGET`, between two epochs on a straight line; of a seed that
-    never does, one more than it ran."""
+def earliness(arm: dict[str, Any]) -> list[float] | None:
+    """Minus the epochs until validation reaches :data:`TARGET`, between two epochs on a straight line from zero;
+    ``None`` where a seed never does."""
     epochs = [0.0, *arm["curve"]["epoch"]]
     found = []
     for curve in arm["curve"]["val"]:
         points = [0.0, *curve]
-        reached = epochs[-1] + 1.0
-        for i in range(1, len(points)):
-            if points[i] >= TARGET:
-                share = (TARGET - points[i - 1]) / (points[i] - points[i - 1])
-                reached = epochs[i - 1] + share * (epochs[i] - epochs[i - 1])
-                break
-        found.append(-reached)
+        i = next((i for i, point in enumerate(points) if point >= TARGET), None)
+        if i is None:
+            return None
+        share = (TARGET - points[i - 1]) / (points[i] - points[i - 1])
+        found.append(-(epochs[i - 1] + share * (epochs[i] - epochs[i - 1])))
     return found
 
 
 def claims(arms: Arms) -> list[Claim]:
     """The five claims, as comparisons of arms; those whose arms are not finished are left out."""
     points, epochs = "points of test accuracy", f"epochs earlier at {100 * TARGET:.0f} % on validation"
+
+    def compare(letter: str, text: str, arm: str, than: str, **how: Any) -> Claim:
+        return Claim(
+            letter=letter, text=text, factors={arm: 1, than: -1}, **({"unit": points, "values": accuracy} | how)
+        )
+
     all_of_them = [
-        Claim(letter="a", text="Expert choice beats token choice", arm="expert-choice-k1", than="token-choice-k1",
-              unit=points, values=accuracy),
-        Claim(letter="b", text="With experts, 6 blocks reach a given accuracy in fewer epochs than the dense model of "
-              "equal active FLOPs", arm="expert-choice-k1", than="dense", unit=epochs, values=earliness),
-        Claim(letter="b", text="… and end higher", arm="expert-choice-k1", than="dense", unit=points, values=accuracy),
-        Claim(letter="c", text="With 12 blocks the difference vanishes (to 1 point)", arm="expert-choice-k1-12",
-              than="dense-12", unit=points, values=accuracy, margin=1.0, same=True),
-        Claim(letter="d", text="Attention votes are at least equal to expert choice (to 1 point)",
-              arm="attention-vote-k1", than="expert-choice-k1", unit=points, values=accuracy, margin=1.0),
-        Claim(letter="d", text="Shared queries cost far fewer parameters at little loss (to 1 point)",
-              arm="attention-vote-k1-shared", than="attention-vote-k1", unit=points, values=accuracy, margin=1.0),
-        Claim(letter="e", text="Several centroids, with the separation loss, beat one", arm="multi-centroid-k1-four",
-              than="multi-centroid-k1-one", unit=points, values=accuracy),
-    ]  # fmt: skip
-    return [claim for claim in all_of_them if {claim.arm, claim.than} <= set(arms)]
+        compare("a", "Expert choice beats token choice", "expert-choice-k1", "token-choice-k1"),
+        compare("a", "… and token choice with Switch's balance loss", "expert-choice-k1", "token-choice-k1-balanced"),
+        compare(
+            "b",
+            "With experts, 6 blocks reach a given accuracy in fewer epochs than the dense model of equal active FLOPs",
+            "expert-choice-k1",
+            "dense",
+            unit=epochs,
+            values=earliness,
+        ),
+        compare("b", "… and end higher", "expert-choice-k1", "dense"),
+        compare(
+            "c",
+            "With 12 blocks no difference is left (to 1 point)",
+            "expert-choice-k1-12",
+            "dense-12",
+            margin=1,
+            same=True,
+        ),
+        Claim(
+            letter="c",
+            text="… and it is smaller than with 6",
+            factors={"expert-choice-k1": 1, "dense": -1, "expert-choice-k1-12": -1, "dense-12": 1},
+            unit="points between the differences",
+            values=accuracy,
+        ),
+        compare(
+            "d",
+            "Attention votes are at least equal to expert choice (to 1 point)",
+            "attention-vote-k1",
+            "expert-choice-k1",
+            margin=1,
+        ),
+        compare(
+            "d",
+            "Queries shared by the experts lose little (to 1 point) and save parameters",
+            "attention-vote-k1-shared",
+            "attention-vote-k1",
+            margin=1,
+        ),
+        compare(
+            "e",
+            "Several centroids, with the separation loss, beat one",
+            "multi-centroid-k1-four",
+            "multi-centroid-k1-one",
+        ),
+    ]
+    return [claim for claim in all_of_them if set(claim.factors) <= set(arms)]
 
 
 def judge(claim: Claim, arms: Arms) -> Verdict:
@@ -115,23 +153,24 @@ def judge(claim: Claim, arms: Arms) -> Verdict:
 
     "Better" holds where the whole 95 % interval of the difference lies above minus the margin, and does not where it
     lies below. "The same" holds where the whole interval lies within the margin, and does not where it lies outside.
-    Else it cannot be told. Each interval stands for itself: where seven claims are all false, one "better" is found in
-    one study of six.
+    Else it cannot be told, nor can it where an arm has a seed without a value; such arms lend no variance either. Each
+    interval stands for itself: where nine claims are all false, one "better" is found in one study of five.
     """
-    groups = [claim.values(arm) for arm in arms.values()]
-    freedom = sum(len(group) - 1 for group in groups)
-    squares = sum((value - sum(group) / len(group)) ** 2 for group in groups for value in group)
-    mine, other = claim.values(arms[claim.arm]), claim.values(arms[claim.than])
-    difference = sum(mine) / len(mine) - sum(other) / len(other)
+    values = {name: found for name, arm in arms.items() if (found := claim.values(arm)) is not None}
+    if not set(claim.factors) <= set(values):
+        return Verdict(math.nan, math.inf, UNKNOWN)
+    means = {name: statistics.fmean(found) for name, found in values.items()}
+    freedom = sum(len(found) - 1 for found in values.values())
+    squares = sum((value - means[name]) ** 2 for name, found in values.items() for value in found)
+    difference = sum(factor * means[name] for name, factor in claim.factors.items())
     half = math.inf
     if squares > 0:  # of values that are all the same, no spread is known
-        error = math.sqrt(squares / freedom * (1 / len(mine) + 1 / len(other)))
+        error = math.sqrt(squares / freedom * sum(f**2 / len(values[name]) for name, f in claim.factors.items()))
         half = float(student.ppf(0.975, freedom)) * error
     low, high = difference - half, difference + half
     holds = -claim.margin < low and (not claim.same or high < claim.margin)
     fails = high < -claim.margin or (claim.same and low > claim.margin)
-    word = "holds" if holds else "does not hold" if fails else "cannot be told at this budget"
-    return Verdict(difference, half, (len(mine), len(other)), word)
+    return Verdict(difference, half, "holds" if holds else "does not hold" if fails else UNKNOWN)
 
 
 def verdict_table(arms: Arms) -> str:
@@ -142,11 +181,14 @@ def verdict_table(arms: Arms) -> str:
     ]
     for claim in claims(arms):
         found = judge(claim, arms)
+        n = ", ".join(str(len(arms[name]["test"]["values"])) for name in claim.factors)
         spread = "no spread known" if math.isinf(found.half) else f"± {found.half:.2f}"
-        n = " and ".join(map(str, found.counts))
         difference = f"{found.difference:+.2f} ({spread}) {claim.unit}"
-        costs = " | ".join(f"{arms[claim.arm][c] / arms[claim.than][c]:.2f}×" for c in ("flops", "parameters"))
-        lines.append(f"| {claim.letter} | {claim.text} | {difference} | {n} | {costs} | {found.word} |")
+        if math.isnan(found.difference):
+            difference = f"not every seed got to {100 * TARGET:.0f} %"
+        arm, than, *more = claim.factors
+        costs = ["", ""] if more else [f"{arms[arm][c] / arms[than][c]:.2f}×" for c in ("flops", "parameters")]
+        lines.append(f"| {claim.letter} | {claim.text} | {difference} | {n} | {' | '.join(costs)} | {found.word} |")
     return "\n".join(lines)
 
 
@@ -180,7 +222,16 @@ def draw(arms: Arms, names: Sequence[str], title: str, path: Path) -> None:
 FIGURES = {
     "claims-6-blocks": (
         "6 blocks: dense and the routers",
-        ("dense", "expert-choice-k1", "token-choice-k1", "attention-vote-k1", "random-k1", "uniform"),
+        (
+            "dense",
+            "expert-choice-k1",
+            "token-choice-k1",
+            "token-choice-k1-balanced",
+            "attention-vote-k1",
+            "random-k1",
+            "uniform",
+            "dense-parameters",
+        ),
     ),
     "claims-depth": ("6 and 12 blocks", ("dense", "expert-choice-k1", "dense-12", "expert-choice-k1-12")),
     "claims-variants": (
@@ -207,9 +258,15 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = tyro.cli(ClaimsConfig, args=args, prog="python -m experiments.claims", description=__doc__)
     for path in (config.results, config.page):
-        if not path.exists():
+        if not path.is_file():
             sys.exit(f"error: {path} is missing; python -m experiments.sweep founding makes the results")
-    arms: Arms = {arm["arm"]: arm for arm in json.loads(config.results.read_text())["arms"]}
+    try:
+        results = json.loads(config.results.read_text())
+    except ValueError as error:
+        sys.exit(f"error: {config.results} is no JSON: {error}")
+    if not isinstance(results, dict) or results.get("study") != "founding":
+        sys.exit(f"error: {config.results} does not hold the study `founding`")
+    arms: Arms = {arm["arm"]: arm for arm in results["arms"]}
     page = config.page.read_text()
     if not MARKED.search(page):
         sys.exit(f"error: {config.page} has no place for the table, <!-- verdicts --> and <!-- end -->")

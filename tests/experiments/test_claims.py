@@ -13,6 +13,7 @@ from scipy.stats import ttest_ind
 
 from experiments.claims import FIGURES, accuracy, claims, earliness, judge, main, training_flops, verdict_table
 from experiments.studies import STUDIES
+from gmoe.routing.build import build_router
 
 
 def arm(test: list[float], val: list[list[float]] | None = None, flops: int = 10) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def arm(test: list[float], val: list[list[float]] | None = None, flops: int = 10
 
 def verdict(letter: str, **arms: Any) -> Any:
     named = {name.replace("_", "-"): value for name, value in arms.items()}
-    (claim,) = (claim for claim in claims(named) if claim.letter == letter)
+    claim, *_ = (claim for claim in claims(named) if claim.letter == letter)
     return judge(claim, named)
 
 
@@ -85,15 +86,39 @@ def test_no_difference_is_a_claim_of_its_own(mine: list[float], word: str) -> No
 
 
 def test_epochs_to_reach_the_target() -> None:
-    curves = [[0.3, 0.7, 0.8], [0.5, 0.6, 0.6], [0.1, 0.2, 0.3]]
-    assert earliness(arm([0.0] * 3, curves)) == pytest.approx([-1.5, -1.0, -4.0])
+    assert earliness(arm([0.0] * 2, [[0.3, 0.7, 0.8], [0.5, 0.6, 0.6]])) == pytest.approx([-1.5, -1.0])
+    assert earliness(arm([0.0] * 2, [[0.3, 0.7, 0.8], [0.1, 0.2, 0.3]])) is None
     dense, moe = arm([0.5, 0.5], [[0.1, 0.5, 0.6]] * 2), arm([0.5, 0.5], [[0.5, 0.6, 0.6]] * 2)
-    named = {"dense": dense, "expert-choice-k1": moe}
-    first = next(claim for claim in claims(named) if claim.letter == "b")
-    found = judge(first, named)
+    found = verdict("b", dense=dense, expert_choice_k1=moe)
     assert found.difference == pytest.approx(1.0)
     assert math.isinf(found.half)  # all seeds alike: no spread is known
     assert found.word == "cannot be told at this budget"
+
+
+def test_arms_that_never_reach_the_target_say_nothing() -> None:
+    dense, moe = arm([0.5, 0.5], [[0.4, 0.5], [0.3, 0.6]]), arm([0.5, 0.5], [[0.5, 0.6], [0.4, 0.8]])
+    never = arm([0.1] * 3, [[0.1, 0.2]] * 3)
+    two = {"dense": dense, "expert_choice_k1": moe}
+    assert verdict("b", **two, random_k1=never) == verdict("b", **two)
+    found = verdict("b", dense=never, expert_choice_k1=moe)
+    assert found.word == "cannot be told at this budget"
+    named = {"dense": never, "expert-choice-k1": moe}
+    assert "not every seed got to 50 %" in verdict_table(named)
+
+
+def test_a_difference_of_differences() -> None:
+    arms = {
+        "expert-choice-k1": arm([0.64, 0.66]),
+        "dense": arm([0.60, 0.60]),
+        "expert-choice-k1-12": arm([0.61]),
+        "dense-12": arm([0.60]),
+    }
+    claim = next(claim for claim in claims(arms) if claim.text.endswith("smaller than with 6"))
+    found = judge(claim, arms)
+    assert found.difference == pytest.approx(5.0 - 1.0)
+    # variance 2 squares over 2 degrees of freedom; four means of 2, 2, 1 and 1 seeds
+    assert found.half == pytest.approx(4.302653 * math.sqrt(2 / 2 * (0.5 + 0.5 + 1 + 1)), rel=1e-5)
+    assert "| 2, 2, 1, 1 |  |  | cannot be told" in verdict_table(arms)
 
 
 def test_flops_count_forward_and_backward() -> None:
@@ -103,15 +128,22 @@ def test_flops_count_forward_and_backward() -> None:
 
 def test_the_studys_arms_are_those_of_the_claims() -> None:
     arms = {one.name: arm([0.5]) for one in STUDIES["founding"].arms}
-    assert [claim.letter for claim in claims(arms)] == ["a", "b", "b", "c", "d", "d", "e"]
+    assert [claim.letter for claim in claims(arms)] == ["a", "a", "b", "b", "c", "c", "d", "d", "e"]
     drawn = {name for _, names in FIGURES.values() for name in names}
     assert drawn <= set(arms)
+
+
+def test_all_arms_weigh_by_score() -> None:
+    for one in STUDIES["founding"].arms:
+        if one.config.router not in ("dense", "uniform"):
+            router = build_router(one.config.router, 8, 4, one.config.k, one.config.options.given())
+            assert router.weight == "score", one.name
 
 
 def test_page_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arms = {"expert-choice-k1": arm([0.6, 0.61]), "token-choice-k1": arm([0.5, 0.52])}
     (tmp_path / "founding.json").write_text(
-        json.dumps({"arms": [{"arm": name, **value} for name, value in arms.items()]})
+        json.dumps({"study": "founding", "arms": [{"arm": name, **value} for name, value in arms.items()]})
     )
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- verdicts -->\nold\n<!-- end -->\nafter\n")
@@ -120,7 +152,7 @@ def test_page_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     text = page.read_text()
     assert text == f"before\n<!-- verdicts -->\n{verdict_table(arms)}\n<!-- end -->\nafter\n"
     assert "| a | Expert choice beats token choice | +9.50 (± " in text
-    assert "| 2 and 2 | 1.00× | 1.00× | holds |" in text
+    assert "| 2, 2 | 1.00× | 1.00× | holds |" in text
     assert "\nold\n" not in text
     assert "holds" in capsys.readouterr().out
     drawn = ["claims-6-blocks", "claims-depth"]  # of the third, no arm is there
@@ -136,7 +168,13 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     where = ["--results", str(tmp_path / "none.json"), "--page", str(tmp_path / "page.md")]
     with pytest.raises(SystemExit, match=r"none\.json is missing"):
         main(where)
-    (tmp_path / "none.json").write_text('{"arms": []}')
     (tmp_path / "page.md").write_text("no marks")
+    (tmp_path / "none.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"none\.json is no JSON"):
+        main(where)
+    (tmp_path / "none.json").write_text('{"study": "cora", "arms": []}')
+    with pytest.raises(SystemExit, match="does not hold the study `founding`"):
+        main(where)
+    (tmp_path / "none.json").write_text('{"study": "founding", "arms": []}')
     with pytest.raises(SystemExit, match="has no place for the table"):
         main(where)
