@@ -35,8 +35,12 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
         return _build(config, task)
     if config.router != "dense":
         raise ValueError(f"equal: got {config.equal!r} with router={config.router!r}, expected router='dense'")
-    width = matched_width(config, task)
-    return _build(replace(config, hidden=width, equal=None, options=RouterOptions()), task)
+    return _build(_without_experts(config, matched_width(config, task)), task)
+
+
+def _without_experts(config: TrainConfig, hidden: int) -> TrainConfig:
+    """The dense model of a control, of some width."""
+    return replace(config, hidden=hidden, equal=None, moe_blocks=(), options=RouterOptions())
 
 
 def try_model(config: TrainConfig, task: Task) -> None:
@@ -82,7 +86,7 @@ def matched_width(config: TrainConfig, task: Task) -> int:
     step = config.heads if task.kind == "graph" else 1
 
     def dense(steps: int) -> nn.Module:
-        return _build(replace(config, hidden=steps * step, equal=None, options=RouterOptions()), task)
+        return _build(_without_experts(config, steps * step), task)
 
     if config.equal == "parameters":
         target = float(num_parameters(twin))

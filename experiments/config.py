@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.digest import file_digest, listing_digest
+from experiments.digest import file_digest, images_digest
 
 RouterName = Literal[
     "dense", "token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform", "oracle"
@@ -254,6 +254,8 @@ class TrainConfig:
             ("label_smoothing", self.label_smoothing, 0, 1),
             ("warmup", self.warmup, 0, 1),
             ("ema", self.ema, 0, 1),
+            ("dropout", self.dropout, 0, 1),
+            ("input_dropout", self.input_dropout, 0, 1),
             ("mixup", self.mixup, 0, math.inf),
             ("cutmix", self.cutmix, 0, math.inf),
             ("clip_norm", self.clip_norm, 0, math.inf),
@@ -267,6 +269,10 @@ class TrainConfig:
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: got {self.seeds}, expected at least one, each once")
+        if not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
+            raise ValueError(f"seeds: got {self.seeds}, expected numbers from 0 to 2**32 - 1")
+        if self.router == "dense" and self.equal is None and self.moe_blocks:
+            raise ValueError(f"moe_blocks: got {self.moe_blocks} with router='dense', expected none: it has no experts")
 
     def folder(self) -> Path:
         """The run folder."""
@@ -280,7 +286,7 @@ class TrainConfig:
             values["file"] = self.data_root.name
             values["digest"] = file_digest(self.data_root)
         if self.dataset in IMAGE_FOLDERS:
-            values["digest"] = listing_digest(self.data_root)
+            values["digest"] = images_digest(self.dataset, self.data_root)
         values["options"] = self.options.given()
         found: dict[str, Any] = json.loads(json.dumps(values))
         return found

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
+
+from vision import image_files
 
 
 def file_digest(path: Path) -> str | None:
@@ -15,12 +18,12 @@ def file_digest(path: Path) -> str | None:
     return found.hexdigest()[:16] if files else None
 
 
-def listing_digest(root: Path) -> str | None:
-    """Of the names and sizes of the images that a root holds in folders; ``None`` where there are none."""
-    places = [root, root / "cifar10", root / "imagenette2-160"]
-    folders = [place / part for place in places for part in ("train", "test", "val") if (place / part).is_dir()]
-    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
+def images_digest(name: str, root: Path) -> str | None:
+    """Of the names and sizes of the files that a data set of images is read from; ``None`` where there are none."""
+    files = image_files(name, root)
     found = hashlib.sha256()
+    base = os.path.commonpath(files) if files else root
     for file in files:
-        found.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode())
+        size = file.stat().st_size if file.exists() else None  # a link to nowhere
+        found.update(f"{file.relative_to(base).as_posix()} {size}\n".encode())
     return found.hexdigest()[:16] if files else None

@@ -84,7 +84,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
     """
     try:
         return Fabric(accelerator=config.device, devices=1, precision=config.precision)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, ImportError) as error:
         raise ValueError(f"device: got {config.device!r}, expected one that is there ({error})") from error
 
 

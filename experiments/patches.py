@@ -84,7 +84,11 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     found = []
     for path in paths:
         inside = (
-            sorted(file for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
+            sorted(
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".")
+            )
             if path.is_dir()
             else [path]
         )

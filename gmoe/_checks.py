@@ -25,6 +25,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {value}, expected a positive number")
 
 
+def check_probability(name: str, value: float) -> None:
+    """Refuse what is outside [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: got {value}, expected a probability in [0, 1]")
+
+
 def check_choice(name: str, value: object, legal: Iterable[object]) -> None:
     """Refuse a value that is not one of ``legal``."""
     legal = tuple(legal)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import singledispatch
 from typing import Any, TypeVar
 
@@ -71,6 +71,8 @@ def moefy(
     check_count("every", every)
     if isinstance(router, Router):
         raise ValueError("router: got an instance, expected a name or a factory, since several layers are built")
+    if blocks is not None and not isinstance(blocks, Iterable):
+        raise ValueError(f"blocks: got {blocks!r}, expected a list of numbers of blocks")
     return _moefy(
         model,
         every=every,
@@ -112,8 +114,8 @@ def _moefy(
     chosen = [found[i][1] for i in choose_blocks(len(found), every, blocks)]
     layers = []
     for block in chosen:  # build all before changing any: an error leaves the model as it was
-        first = next(block.mlp.parameters())
         experts = _experts_like(block.mlp, num_experts, upcycle, backend)
+        first = experts.up.weight
         layer = MoE(build_router(router, experts.in_features, num_experts, k, router_kwargs), experts)
         layers.append(layer.to(device=first.device, dtype=first.dtype).train(block.mlp.training))
     for block, layer in zip(chosen, layers, strict=True):
@@ -131,7 +133,8 @@ def choose_blocks(count: int, every: int, blocks: tuple[int, ...] | None) -> lis
         if count < every:
             raise ValueError(f"every: got {every}, expected at most the number of blocks, {count}")
         return [i for i in range(count) if i % every == every - 1]
-    if not blocks or len(set(blocks)) < len(blocks) or not set(blocks) <= set(range(count)):
+    whole = all(isinstance(block, int) for block in blocks)
+    if not blocks or not whole or len(set(blocks)) < len(blocks) or not set(blocks) <= set(range(count)):
         raise ValueError(f"blocks: got {blocks}, expected some of 0 to {count - 1}, each once")
     return sorted(blocks)
 
@@ -149,33 +152,14 @@ def _blocks(model: nn.Module) -> list[tuple[nn.Module, Any]]:
 
 def _experts_like(mlp: nn.Module, num_experts: int, upcycle: bool, backend: Backend) -> MLPExperts:
     """Experts of the form of a dense MLP, and with ``upcycle`` copies of it, which is verified on random tokens."""
-    leaves = [m for m in mlp.modules() if next(m.children(), None) is None and not isinstance(m, nn.Identity)]
-    dropouts = {m.p for m in leaves if isinstance(m, nn.Dropout)}
-    form = [m for m in leaves if not isinstance(m, nn.Dropout)]
-    names = ", ".join(type(m).__name__ for m in form)
-    if (
-        len(form) != 3
-        or not isinstance(form[0], nn.Linear)
-        or not isinstance(form[2], nn.Linear)
-        or any(True for _ in form[1].parameters())
-        or form[0].out_features != form[2].in_features
-        or (form[0].bias is None) != (form[2].bias is None)
-        or len(dropouts) > 1
-    ):
-        raise ValueError(
-            f"model: got an mlp of ({names}) with dropout {sorted(dropouts)}, expected (Linear, an activation without "
-            "parameters, Linear), both with or both without bias, and one probability of dropout"
-        )
-    up, activation, down = form
-    assert isinstance(up, nn.Linear)
-    assert isinstance(down, nn.Linear)
+    up, activation, down, dropout = _form(mlp)
     experts = MLPExperts(
         up.in_features,
         up.out_features,
         down.out_features,
         num_experts,
         activation=copy.deepcopy(activation),
-        dropout=dropouts.pop() if dropouts else 0.0,
+        dropout=dropout,
         bias=up.bias is not None,
         backend=backend,
     ).to(device=up.weight.device, dtype=up.weight.dtype)
@@ -184,6 +168,58 @@ def _experts_like(mlp: nn.Module, num_experts: int, upcycle: bool, backend: Back
         copy_linear(experts.down, down)
     _verify_form(mlp, experts, up, down)
     return experts
+
+
+def _form(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear, tuple[float, float]]:
+    """The parts of an MLP and its two probabilities of dropout, by the order in which a forward calls them."""
+    if isinstance(mlp, MoE):
+        raise ValueError("model: got a block whose mlp is a MoE already, expected a dense one; see `blocks`")
+    called = [part for part in _calls(mlp) if not isinstance(part, nn.Dropout) or part.p > 0]
+    form = [part for part in called if not isinstance(part, nn.Dropout)]
+    drops = ["D" if isinstance(part, nn.Dropout) else "x" for part in called]
+    if (
+        len(form) != 3
+        or not isinstance(form[0], nn.Linear)
+        or not isinstance(form[2], nn.Linear)
+        or any(True for _ in form[1].parameters())
+        or form[0].out_features != form[2].in_features
+        or (form[0].bias is None) != (form[2].bias is None)
+        or "".join(drops) not in ("xxx", "xxDx", "xxxD", "xxDxD")
+    ):
+        names = [
+            f"Linear {part.in_features} to {part.out_features}" if isinstance(part, nn.Linear) else type(part).__name__
+            for part in called
+        ]
+        raise ValueError(
+            f"model: got an mlp of ({', '.join(names)}), expected (Linear, an activation without parameters, Linear), "
+            "as wide as one another between, both with or both without bias, with dropout only before and after the "
+            "second; gated MLPs are none"
+        )
+    up, activation, down = form
+    hidden, output = (part.p if isinstance(part, nn.Dropout) else 0.0 for part in (called[2], called[-1]))
+    return up, activation, down, (hidden, output)
+
+
+@torch.no_grad()
+def _calls(mlp: nn.Module) -> list[Any]:
+    """The innermost modules of an MLP as a forward of it calls them; identities left out."""
+    leaves = {name: part for name, part in mlp.named_modules() if next(part.children(), None) is None}
+    first = next((part for part in leaves.values() if isinstance(part, nn.Linear)), None)
+    if first is None:
+        return list(leaves.values())
+    called: list[Any] = []
+    probe = copy.deepcopy(mlp).eval()
+    for name, part in leaves.items():
+        if not isinstance(part, nn.Identity):
+            probe.get_submodule(name).register_forward_hook(lambda *_, part=part: called.append(part))
+    try:
+        probe(torch.zeros(1, 5, first.in_features, dtype=first.weight.dtype, device=first.weight.device))
+    except Exception as error:
+        raise ValueError(
+            f"model: got an mlp ({type(mlp).__name__}) that does not take tokens (B, T, {first.in_features}), expected "
+            f"one that does ({type(error).__name__}: {error})"
+        ) from error
+    return called
 
 
 @torch.no_grad()
@@ -197,14 +233,19 @@ def copy_linear(experts: LinearExperts, linear: nn.Linear) -> None:
 @torch.no_grad()
 def _verify_form(mlp: nn.Module, experts: MLPExperts, up: nn.Linear, down: nn.Linear) -> None:
     """Refuse an mlp whose leaves look right but whose forward does something else."""
-    probe = copy.deepcopy(experts).eval().double()
+    probe = copy.deepcopy(experts).double()
     copy_linear(probe.up, up)
     copy_linear(probe.down, down)
-    reference = copy.deepcopy(mlp).eval().double()
+    reference = copy.deepcopy(mlp).double()
+    for part in (*probe.modules(), *reference.modules()):
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
     x = torch.randn(1, 5, up.in_features, dtype=torch.float64, device=up.weight.device)
     offsets = torch.full((experts.num_experts,), 5, dtype=torch.int32, device=x.device)
-    if not torch.allclose(probe(x[0], offsets), reference(x)[0], atol=1e-8):
-        raise ValueError(
-            f"model: got an mlp ({type(mlp).__name__}) that does not compute linear, activation, linear; "
-            "expected one that does"
-        )
+    for training in (False, True):  # in training too: a dropout that is no module, and is not carried over, shows
+        found, expected = probe.train(training)(x[0], offsets), reference.train(training)(x)[0]
+        if not torch.allclose(found, expected, atol=1e-8):
+            raise ValueError(
+                f"model: got an mlp ({type(mlp).__name__}) that does not compute linear, activation, linear; "
+                "expected one that does"
+            )

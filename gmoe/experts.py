@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_choice, check_count
+from gmoe._checks import check_choice, check_count, check_probability
 from gmoe.dispatch import Backend, dispatch, grouped_linear, resolve_backend
 from gmoe.routed_linear import routed_linear
 from gmoe.routed_mlp import routed_mlp
@@ -142,7 +142,7 @@ class MLPExperts(Experts):
         activation: a name (``"gelu"`` is the default; also elu, gelu_tanh, identity, leaky_relu, relu, silu, tanh) or
             an elementwise function of a tensor.
         glu: gate the hidden layer (default ``False``).
-        dropout: probability of dropping a hidden unit, and an output (default 0).
+        dropout: probability of dropping a hidden unit, and an output; or the two of them (default 0).
         bias: learn biases (default ``True``).
         backend: see :func:`gmoe.dispatch.grouped_linear` (default ``"auto"``).
 
@@ -159,7 +159,7 @@ class MLPExperts(Experts):
         *,
         activation: Activation = "gelu",
         glu: bool = False,
-        dropout: float = 0.0,
+        dropout: float | tuple[float, float] = 0.0,
         bias: bool = True,
         backend: Backend = "auto",
     ) -> None:
@@ -167,15 +167,17 @@ class MLPExperts(Experts):
         check_count("hidden_features", hidden_features)
         if isinstance(activation, str):
             check_choice("activation", activation, ACTIVATIONS)
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: got {dropout}, expected a probability in [0, 1]")
+        of_hidden, of_output = dropout if isinstance(dropout, tuple) else (dropout, dropout)
+        for probability in (of_hidden, of_output):
+            check_probability("dropout", probability)
         self.hidden_features = hidden_features
         self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self.glu = glu
         width = 2 * hidden_features if glu else hidden_features
         self.up = LinearExperts(in_features, width, num_experts, bias=bias, backend=backend)
         self.down = LinearExperts(hidden_features, out_features, num_experts, bias=bias, backend=backend)
-        self.dropout = nn.Dropout(dropout)
+        self.hidden_dropout = nn.Dropout(of_hidden)
+        self.output_dropout = nn.Dropout(of_output)
 
     def reset_parameters(self) -> None:
         self.up.reset_parameters()
@@ -183,12 +185,12 @@ class MLPExperts(Experts):
 
     def forward(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         h_PH = self._activate(self.up(x_PI, offsets_E))
-        return self.dropout(self.down(self.dropout(h_PH), offsets_E))
+        return self.output_dropout(self.down(self.hidden_dropout(h_PH), offsets_E))
 
     def mix(self, x_TI: Tensor, routing: Routing) -> Tensor:
         loop = all(resolve_backend(part.backend, x_TI) == "loop" for part in (self.up, self.down))
         pure = self.activation in ACTIVATIONS.values() or type(self.activation) in PURE
-        drops = self.training and self.dropout.p > 0
+        drops = self.training and max(self.hidden_dropout.p, self.output_dropout.p) > 0
         if not loop or not pure or drops or not self._is_plain(MLPExperts):
             return super().mix(x_TI, routing)
         up, down = self.up, self.down

@@ -1,7 +1,7 @@
 """Images: ViT with Mixture-of-Experts, and image data. Imports the gmoe core and torchvision."""
 
 from vision.augment import make_augment, make_mix, normalise
-from vision.images import ImageData, load_images, split_train_val
+from vision.images import ImageData, image_files, load_images, split_train_val
 from vision.sources import FileImages, ImageSource, MemoryImages
 from vision.vit_moe import SIZES, ViTMoE, ViTSize
 
@@ -13,6 +13,7 @@ __all__ = [
     "MemoryImages",
     "ViTMoE",
     "ViTSize",
+    "image_files",
     "load_images",
     "make_augment",
     "make_mix",

@@ -68,7 +68,7 @@ def batches(
 
 
 @dataclass(frozen=True, eq=False)
-class _Epoch(Dataset[tuple[Tensor, Tensor] | ValueError]):
+class _Epoch(Dataset[tuple[Tensor, Tensor] | ValueError | OSError]):
     source: ImageSource
     index: Tensor
     batch_size: int
@@ -81,10 +81,13 @@ class _Epoch(Dataset[tuple[Tensor, Tensor] | ValueError]):
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | ValueError:
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | ValueError | OSError:
         try:
             return self.batch(number)
-        except ValueError as error:  # as a value: DataLoader would bury it in the text of a worker's traceback
+        except (
+            ValueError,
+            OSError,
+        ) as error:  # as a value: DataLoader would bury it in the text of a worker's traceback
             return error
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +106,7 @@ def _ahead(epoch: _Epoch, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     # a generator of its own: DataLoader would draw from the global one
     loader = DataLoader(epoch, batch_size=None, num_workers=workers, generator=torch.Generator())
     for made in loader:
-        if isinstance(made, ValueError):
+        if isinstance(made, ValueError | OSError):
             raise made
         images, labels = made
         yield images, labels

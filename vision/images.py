@@ -105,7 +105,8 @@ def load_images(
     - ``"cifar100"``: torchvision's ``root/cifar-100-python``.
     - ``"imagenette"``: torchvision's ``root/imagenette2-160``, whose ``val`` is the test set here.
     - ``"images"``: any ``root/train/<class>/*``, with ``root/test/<class>/*`` or, without it, ``root/val/<class>/*``.
-      Each class of test must be one of train; a class may have no test images, which the note says.
+      Each class of test must be one of train; a class may have no test images, which the note says. Hidden folders and
+      files, whose names begin with a dot, are left out.
 
     What is not square or not of ``image_size`` is resized by the shorter side and centre-cropped.
 
@@ -135,11 +136,48 @@ def load_images(
         return _images(root, read(image_size=image_size))
     if name == "imagenette":
         return _imagenette(root, offline, read(image_size=image_size or 160))
-    if name == "cifar10" and not (root / CIFAR10.base_folder).is_dir():
-        for folder in (root / name, root):
-            if any((folder / "train" / known).is_dir() for known in CIFAR10_CLASSES):
-                return _cifar_jpeg(folder, read(image_size=image_size or 32))
+    jpeg = _jpeg_folder(root) if name == "cifar10" else None
+    if jpeg is not None:
+        return _cifar_jpeg(jpeg, read(image_size=image_size or 32))
     return _cifar(name, root, offline, image_size or 32)
+
+
+def image_files(name: str, root: Path | str) -> list[Path]:
+    """The files that :func:`load_images` reads, by split and class; none where the data are not there.
+
+    Args:
+        name, root: see :func:`load_images`.
+    """
+    root = Path(root).expanduser()
+    jpeg = _jpeg_folder(root) if name == "cifar10" else None
+    if jpeg is None and name in CIFAR:
+        folder = root / CIFAR[name][0].base_folder
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    base = jpeg or (_imagenette_folder(root) if name == "imagenette" else root)
+    parts = [part for part in ("train", "test", "val") if (base / part).is_dir()][:2]
+    found: list[Path] = []
+    for part in parts:
+        try:
+            found += [Path(path) for path, _ in _Folder(base / part, allow_empty=True).samples]
+        except FileNotFoundError:  # of no classes
+            continue
+    return found
+
+
+def _jpeg_folder(root: Path) -> Path | None:
+    """Where CIFAR-10 lies as JPEG; ``None`` also where torchvision's own files are, which come first."""
+    if (root / CIFAR10.base_folder).is_dir():
+        return None
+    known = (
+        folder for folder in (root / "cifar10", root) for name in CIFAR10_CLASSES if (folder / "train" / name).is_dir()
+    )
+    return next(known, None)
+
+
+def _imagenette_folder(root: Path) -> Path:
+    """Imagenette's folder: in the root, or the root itself."""
+    itself = (root / "train" / next(iter(Imagenette._WNID_TO_CLASS))).is_dir()
+    return root if itself else root / imagenette_archive().folder
 
 
 def split_train_val(
@@ -221,15 +259,16 @@ def _cifar_jpeg(folder: Path, reading: _Reading) -> ImageData:
 
 def _imagenette(root: Path, offline: bool, reading: _Reading) -> ImageData:
     name = reading.name
-    if (root / "train" / next(iter(Imagenette._WNID_TO_CLASS))).is_dir():  # the folder itself
-        root = root.resolve().parent if root.resolve().name == imagenette_archive().folder else root
+    if _imagenette_folder(root) == root and root.resolve().name == imagenette_archive().folder:
+        root = root.resolve().parent
     folder = unpacked(name, root, imagenette_archive(), offline)
     listings = []
     for split in ("train", "val"):
         found = _listing(name, folder / split)
         _same_classes(name, found, tuple(Imagenette._WNID_TO_CLASS))
         data = Imagenette(root, split, size="160px", loader=str)  # so that it lists paths
-        paths, labels = zip(*(data[i] for i in range(len(data))), strict=True)
+        seen = [item for item in (data[i] for i in range(len(data))) if not _is_hidden(Path(item[0]).relative_to(root))]
+        paths, labels = zip(*seen, strict=True)
         classes = tuple(names[0] for names in data.classes)
         listings.append(_Listing(found.folder, classes, list(paths), torch.tensor(labels)))
     train, val = listings
@@ -257,10 +296,34 @@ def _images(root: Path, reading: _Reading) -> ImageData:
     return _read(_listing("images", root / "train"), _listing("images", tests[0]), reading, note)
 
 
+class _Folder(ImageFolder):
+    """torchvision's, without the folders and files whose names begin with a dot, which systems and editors leave."""
+
+    def __init__(self, root: Path, allow_empty: bool) -> None:
+        def valid(path: str) -> bool:
+            inside = Path(path).relative_to(root)
+            return inside.suffix.lower() in IMG_EXTENSIONS and not _is_hidden(inside)
+
+        super().__init__(root, is_valid_file=valid, allow_empty=allow_empty)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes = sorted(
+            entry.name for entry in Path(directory).iterdir() if entry.is_dir() and not _is_hidden(Path(entry.name))
+        )
+        if not classes:
+            raise FileNotFoundError(f"no class folder in {directory}")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether some part of a path begins with a dot."""
+    return any(part.startswith(".") and part != ".." for part in path.parts)
+
+
 def _listing(name: str, folder: Path) -> _Listing:
     """The files of a folder by class, none of which is empty."""
     try:
-        found = ImageFolder(folder, allow_empty=True)
+        found = _Folder(folder, allow_empty=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no class folders in {folder}, expected {folder}/<class>/<image>") from error
     labels = torch.tensor(found.targets, dtype=torch.int64)
@@ -270,19 +333,24 @@ def _listing(name: str, folder: Path) -> _Listing:
             f"{name}: no image in the class folder {_few([folder / part for part in empty])}, expected at least one; "
             "fill it, or remove it"
         )
-    others = [file for part in found.classes for file in sorted((folder / part).rglob("*")) if _is_unknown(file)]
-    if others:
-        print(
-            f"{name}: {len(others)} files in {folder} are left out, for they are no {', '.join(IMG_EXTENSIONS)}; the "
-            f"first is {others[0]}",
-            flush=True,
-        )
+    inside = (file for part in found.classes for file in sorted((folder / part).rglob("*")))
+    _tell(name, folder, f"are no {', '.join(IMG_EXTENSIONS)}", [file for file in inside if not _is_image(file)])
+    loose = [file for file in sorted(folder.iterdir()) if _is_image(file)]
+    _tell(name, folder, "lie in no class folder", loose)
     return _Listing(folder, tuple(found.classes), [path for path, _ in found.samples], labels)
 
 
-def _is_unknown(file: Path) -> bool:
-    """A file that is no image by its name, and no hidden one either."""
-    return file.suffix.lower() not in IMG_EXTENSIONS and not file.name.startswith(".") and file.is_file()
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMG_EXTENSIONS
+
+
+def _tell(name: str, folder: Path, why: str, files: list[Path]) -> None:
+    """Print what is left out; hidden files need no word."""
+    shown = [file for file in files if file.is_file() and not _is_hidden(file.relative_to(folder))]
+    if shown:
+        print(
+            f"{name}: {len(shown)} files in {folder} are left out, for they {why}; the first is {shown[0]}", flush=True
+        )
 
 
 def _same_classes(name: str, listing: _Listing, expected: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -186,7 +187,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the image's
+        dangling = isinstance(error, FileNotFoundError) and Path(path).is_symlink()
+        if isinstance(error, OSError) and error.errno is not None and not dangling:  # the disk's, not the image's
             raise
         raise ValueError(
             f"cannot read the image {path} ({type(error).__name__}: {error}); a copy that was cut off may have left it "

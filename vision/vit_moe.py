@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from gmoe._checks import check_count
+from gmoe._checks import check_count, check_probability
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
@@ -69,7 +69,8 @@ class ViTMoE(VisionTransformer):
         - returns (B, num_classes), and the list of :class:`gmoe.Routing` with ``return_routing=True``, empty if dense.
 
     Raises:
-        ValueError: an image size without a preset, sizes below 1 or that do not divide, or images of another shape.
+        ValueError: an image size without a preset, sizes below 1 or that do not divide, a probability outside [0, 1],
+            blocks of a dense ViT, or images of another shape.
 
     Example:
         >>> logits, routings = ViTMoE(32, router="expert_choice")(images, return_routing=True)
@@ -91,10 +92,15 @@ class ViTMoE(VisionTransformer):
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
-        if isinstance(size, int):
+        if not isinstance(size, ViTSize):
             if size not in SIZES:
-                raise ValueError(f"size: got {size}, expected a ViTSize or one of {sorted(SIZES)}")
+                raise ValueError(f"size: got {size!r}, expected a ViTSize or one of {sorted(SIZES)}")
             size = SIZES[size]
+        check_count("num_classes", num_classes)
+        check_probability("dropout", dropout)
+        check_probability("attention_dropout", attention_dropout)
+        if router is None and blocks is not None:
+            raise ValueError(f"blocks: got {blocks!r} without a router, expected None; a dense ViT has no experts")
         for name, value in asdict(size).items():
             check_count(name, value)
         for name, whole, part in (

@@ -43,7 +43,8 @@ def build_router(
         kwargs: further arguments of the router.
 
     Raises:
-        ValueError: an unknown name; an instance of other ``dim`` or ``num_experts``, or with ``kwargs``; K > E.
+        ValueError: an unknown name, or an argument that the router does not take; an instance of other ``dim`` or
+            ``num_experts``, or with ``kwargs``; K > E.
     """
     if isinstance(router, Router):
         if kwargs:
@@ -57,14 +58,24 @@ def build_router(
     if isinstance(router, str):
         check_choice("router", router, ROUTERS)
         router = ROUTERS[router]
+    if not callable(router):
+        raise ValueError(f"router: got {router!r}, expected a name, a factory or an instance")
     check_count("k", k)
     if k > num_experts:
         raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
-    parameters = inspect.signature(router).parameters.values()
+    signature = inspect.signature(router)
     own_k = isinstance(router, partial) and "k" in router.keywords
     # uniform and oracle fix their own
-    takes_k = not own_k and any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in parameters)
-    built = router(dim, num_experts, **({"k": k} if takes_k else {}), **(kwargs or {}))
+    takes_k = not own_k and any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    arguments = {**({"k": k} if takes_k else {}), **(kwargs or {})}
+    try:
+        signature.bind(dim, num_experts, **arguments)
+    except TypeError as error:
+        known = [name for name in signature.parameters if name not in ("dim", "num_experts", "k")]
+        raise ValueError(
+            f"router_kwargs: got {dict(kwargs or {})!r}, expected some of {', '.join(known)} ({error})"
+        ) from error
+    built = router(dim, num_experts, **arguments)
     if not isinstance(built, Router):
         raise ValueError(f"router: got a factory that returned {type(built).__name__}, expected a Router")
     return built

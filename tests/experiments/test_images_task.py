@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,27 +15,15 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from experiments.build import init_centroids
 from experiments.config import TrainConfig
 from experiments.data import load_tasks
+from experiments.digest import images_digest
 from experiments.presets import PRESETS
 from experiments.train import main
-from tests.vision.made_images import write_cifar, write_imagenette
+from tests.vision.made_images import write_cifar, write_folder, write_image, write_imagenette, write_images
+from vision.images import CIFAR10_CLASSES
 from vision.images import NAMES as IMAGE_SETS
 
 SHAPE = ["--layers", "2", "--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--experts", "2"]
 QUICK = [*SHAPE, "--epochs", "2", "--batch-size", "8", "--seeds", "0", "--no-progress"]
-
-
-def write_images(root: Path, train: int = 8, test: int = 3, size: int = 8, classes: str = "abc") -> Path:
-    """Classes that differ in colour."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("test", test)):
-        for label, name in enumerate(classes):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 60, (size, size, 3), dtype=np.uint8)
-                pixels[..., label % 3] += 150
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
 
 
 @pytest.mark.parametrize("preset", IMAGE_SETS)
@@ -117,9 +104,31 @@ def test_another_folder_is_another_run(tmp_path: Path, capsys: pytest.CaptureFix
     args = ["images", *QUICK, "--out", str(tmp_path / "run")]
     main([*args, "--data-root", str(one)])
     main([*args, "--data-root", str(one), "--resume"])
+    (one / "train" / ".DS_Store").write_bytes(b"litter")
+    (one / "notes.txt").write_text("litter")
+    main([*args, "--data-root", str(one), "--resume"])
     with pytest.raises(SystemExit):
         main([*args, "--data-root", str(other), "--resume"])
     assert "holds a run with digest=" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_digest_follows_links_and_layouts(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "data")
+    linked = tmp_path / "linked"
+    shutil.copytree(root, linked)
+    shutil.rmtree(linked / "train" / "b")
+    (linked / "train" / "b").symlink_to(root / "train" / "b")
+    assert images_digest("images", linked) == images_digest("images", root)
+    write_image(root / "train" / "b" / "more.png")
+    assert images_digest("images", linked) == images_digest("images", root) is not None
+    (linked / "train" / "b" / "nowhere.png").symlink_to(tmp_path / "nowhere.png")
+    assert images_digest("images", linked) is not None
+    assert images_digest("images", tmp_path) is None
+    jpeg = {part: write_folder(tmp_path / part, dict.fromkeys(CIFAR10_CLASSES, 1)) for part in ("train", "test")}
+    before = images_digest("cifar10", jpeg["train"].parent)
+    (tmp_path / "cifar-10-batches-py").mkdir()  # which load_images prefers
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"pixels")
+    assert images_digest("cifar10", tmp_path) not in (before, None)
 
 
 def test_one_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

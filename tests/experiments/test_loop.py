@@ -16,11 +16,12 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
-from experiments.build import build_model
+from experiments.build import build_model, matched_ratio
 from experiments.data import load_tasks
 from experiments.loop import Training, learning_rate, set_up
 from experiments.presets import DIGITS, DIGITS_GRAPH
 from experiments.train import main
+from tests.vision.made_images import write_images
 
 SMALL = replace(DIGITS, layers=2, hidden=8, experts=2, batch_size=300, epochs=2, progress=False)
 
@@ -124,8 +125,15 @@ def test_losses_are_logged_layer_by_layer(tmp_path: Path) -> None:
     assert summary["curve"]["loss"][0] == pytest.approx([float(row["loss"]) for row in rows], abs=1e-5)
 
 
-def test_resume_with_a_moving_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = ["digits", "--epochs", "3", "--seeds", "0", "--no-progress", "--ema", "0.9", "--checkpoint-every", "1"]
+AUGMENTED = ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--batch-size", "8"]
+AUGMENTED += ["--augment", "randaugment", "--mixup", "0.5", "--cutmix", "0.5", "--dropout", "0.1", "--noise", "True"]
+
+
+@pytest.mark.parametrize("preset", ["digits", "images"])
+def test_resume_with_a_moving_average(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = [preset, "--epochs", "3", "--seeds", "0", "--no-progress", "--ema", "0.9", "--checkpoint-every", "1"]
+    if preset == "images":
+        args += ["--router", "token_choice", *AUGMENTED, "--data-root", str(write_images(tmp_path / "data"))]
     main([*args, "--out", str(tmp_path / "whole")])
     train_epoch, done = Training.train_epoch, list[int]()
 
@@ -162,6 +170,7 @@ def test_compiled_training_gives_the_same_curve(tmp_path: Path) -> None:
         ("digits", ["--conv", "gat"], "conv: got ('gat',) for digits"),
         ("digits", ["--augment", "standard"], "augment: got 'standard' for digits"),
         ("digits-graph", ["--patch", "4"], "patch: got 4 for digits-graph"),
+        ("digits", ["--moe-blocks", "1", "--router", "dense"], "moe_blocks: got (1,) with router='dense'"),
         ("digits", ["--moe-blocks", "0", "9"], "blocks: got (0, 9), expected some of 0 to 3"),
         ("digits", ["--ema", "1.0"], "ema: got 1.0, expected a number in [0, 1)"),
         ("digits", ["--patch", "3"], "image_size: got 8, expected a multiple of patch_size=3"),
@@ -181,6 +190,13 @@ def test_blocks_by_number(tmp_path: Path) -> None:
     model = build_model(config, load_tasks(config)(0))
     kinds = [type(block.mlp).__name__ for block in model.encoder.layers]  # type: ignore[union-attr]
     assert kinds == ["MoE", "MLPBlock", "MLPBlock", "MoE"]
+
+
+def test_a_control_of_chosen_blocks() -> None:
+    config = replace(DIGITS, moe_blocks=(0, 3), router="dense", equal="parameters", equal_to="expert_choice")
+    task = load_tasks(config)(0)
+    ratio = matched_ratio(config, task, build_model(config, task))
+    assert ratio == pytest.approx(1, abs=0.01)
 
 
 def test_older_runs_had_the_defaults() -> None:

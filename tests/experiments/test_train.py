@@ -25,6 +25,9 @@ from vision.images import NAMES as IMAGE_SETS
 
 QUICK = ["--epochs", "3", "--no-progress"]
 
+BETTER_THAN_CHANCE = 0.4
+"""Of ten classes, after three epochs."""
+
 
 def quick(out: Path, *args: str, preset: str = "digits-graph", seeds: str = "0") -> dict[str, Any]:
     """Run the command, and read what it wrote."""
@@ -190,7 +193,7 @@ def test_every_preset_that_ships_trains_with_every_router(tmp_path: Path, preset
 
 def test_bf16_and_kmeans(tmp_path: Path) -> None:
     summary = quick(tmp_path / "a", "--precision", "bf16-mixed")
-    assert summary["test"]["mean"] > 0.05
+    assert summary["test"]["mean"] > BETTER_THAN_CHANCE
     summary = quick(
         tmp_path / "b", "--router", "multi_centroid", "--routing", "shared", "--kmeans-init", "--num-centroids", "1",
         preset="mosaic",
@@ -228,6 +231,9 @@ def test_a_log_survives_being_cut_off_twice(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["--seeds", "0", "0"], "seeds: got (0, 0), expected at least one, each once"),
+        (["--seeds", "-1"], "seeds: got (-1,), expected numbers from 0"),
+        (["--dropout", "2"], "dropout: got 2.0, expected a number in [0, 1)"),
+        (["--device", "tpu"], "device: got 'tpu', expected one that is there"),
         (["--epochs", "0"], "epochs: got 0, expected at least 1"),
         (["--checkpoint-every", "0"], "checkpoint_every: got 0"),
         (["--batch-size", "-1"], "batch_size: got -1"),
@@ -249,7 +255,7 @@ def test_a_control_of_a_moe_with_options(tmp_path: Path) -> None:
 
 def test_kmeans_before_the_first_cut_scores(tmp_path: Path) -> None:
     args = ("--router", "multi_centroid", "--choice", "experts", "--inference", "threshold", "--kmeans-init")
-    assert quick(tmp_path / "run", *args)["test"]["mean"] > 0.05
+    assert quick(tmp_path / "run", *args)["test"]["mean"] > BETTER_THAN_CHANCE
 
 
 @pytest.fixture(scope="module")

@@ -142,10 +142,45 @@ def test_dtype_mode_and_dropout_are_kept() -> None:
     layer = mlps(vit)[1]
     assert isinstance(layer, MoE)
     assert isinstance(layer.experts, MLPExperts)
-    assert layer.experts.dropout.p == 0.25
+    assert layer.experts.hidden_dropout.p == layer.experts.output_dropout.p == 0.25
     assert not layer.training
     assert all(p.dtype == torch.float64 for p in layer.parameters())
     assert moefy(torchvision_vit().train(), num_experts=4).training
+
+
+@pytest.mark.parametrize("hidden", [0.0, 0.5])
+@pytest.mark.parametrize("output", [0.0, 0.5])
+@pytest.mark.parametrize("backend", ["loop", "padded"])
+def test_what_is_dropped_stays_the_same(hidden: float, output: float, backend: str) -> None:
+    """Shares of zeros of a layer whose biases are zero: of hidden units, through a down projection of ones, none."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Dropout(hidden), nn.Linear(64, 8), nn.Dropout(output)).double()
+    x = torch.randn(4, 200, 8, dtype=torch.float64)
+    model: Any = moefy(stack(Block(mlp)), every=1, num_experts=2, k=1, backend=backend)  # type: ignore[arg-type]
+    layer = model[0].mlp
+    assert (layer.experts.hidden_dropout.p, layer.experts.output_dropout.p) == (hidden, output)
+    for module in (mlp, layer):
+        y = module.train()(x)
+        assert (y == 0).double().mean().item() == pytest.approx(output, abs=0.05)
+        twice = module(x)
+        assert torch.equal(y, twice) == (hidden == output == 0)
+        kept = (y != 0) & (twice != 0)
+        assert torch.equal(y[kept], twice[kept]) == (hidden == 0)
+
+
+def test_one_dropout_module_used_twice() -> None:
+    """As in timm's older MLPs: what counts is what a forward calls."""
+    drop = nn.Dropout(0.5)
+    model: Any = moefy(
+        stack(Block(nn.Sequential(*plain_mlp()[:2], drop, nn.Linear(12, 8), drop))), every=1, num_experts=2
+    )
+    experts = model[0].mlp.experts
+    assert experts.hidden_dropout.p == experts.output_dropout.p == 0.5
+
+
+def test_timms_two_dropouts() -> None:
+    vit: Any = moefy(timm_vit(proj_drop_rate=0.3), every=1, num_experts=4)
+    assert vit.blocks[0].mlp.experts.output_dropout.p == 0.3
 
 
 def test_activation_is_copied() -> None:
@@ -171,7 +206,26 @@ class Odd(nn.Sequential):
         return super().forward(x) + x
 
 
-def stack(*blocks: nn.Module) -> nn.Module:
+class Functional(nn.Sequential):
+    """With a dropout that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__(*plain_mlp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class Grid(nn.Sequential):
+    """Of maps, not of tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, _, _ = x.shape
+        out: Tensor = super().forward(x)
+        return out
+
+
+def stack(*blocks: nn.Module) -> Any:
     return nn.Sequential(*blocks)
 
 
@@ -195,10 +249,13 @@ def test_any_model_of_such_blocks() -> None:
             lambda: stack(Block(Odd(*plain_mlp())), Block(Odd(*plain_mlp()))),
             r"mlp \(Odd\) that does not compute linear",
         ),
-        (lambda: stack(Block(nn.Sequential(*plain_mlp(), nn.ReLU()))), r"mlp of \(Linear, GELU, Linear, ReLU\)"),
+        (
+            lambda: stack(Block(nn.Sequential(*plain_mlp(), nn.ReLU()))),
+            r"mlp of \(Linear 8 to 12, GELU, Linear 12 to 8, ReLU\)",
+        ),
         (
             lambda: stack(Block(nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8)))),
-            r"\(Linear, PReLU, Linear\)",
+            r"\(Linear 8 to 8, PReLU, Linear 8 to 8\)",
         ),
         (
             lambda: stack(Block(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=False)))),
@@ -206,10 +263,21 @@ def test_any_model_of_such_blocks() -> None:
         ),
         (
             lambda: stack(Block(nn.Sequential(nn.Dropout(0.1), *plain_mlp(), nn.Dropout(0.2)))),
-            r"dropout \[0.1, 0.2\].*one probability of dropout",
+            r"\(Dropout, Linear 8 to 12, .* dropout only before and after the second",
+        ),
+        (lambda: stack(Block(Functional())), r"mlp \(Functional\) that does not compute linear"),
+        (lambda: stack(Block(nn.Identity())), r"model: got an mlp of \(Identity\)"),
+        (lambda: stack(Block(nn.Conv2d(3, 3, 1))), r"model: got an mlp of \(Conv2d\)"),
+        (lambda: stack(Block(Grid(*plain_mlp()))), r"model: got an mlp \(Grid\) that does not take tokens \(B, T, 8\)"),
+        (
+            lambda: moefy(stack(Block(nn.Sequential(*plain_mlp()))), every=1, num_experts=4),
+            "model: got a block whose mlp is a MoE already",
         ),
         (lambda: timm_vit(mlp_layer=timm.layers.mlp.SwiGLU), "model: got an mlp"),
-        (lambda: timm_vit(mlp_layer=timm.layers.mlp.GluMlp), "model: got an mlp"),
+        (
+            lambda: timm_vit(mlp_layer=timm.layers.mlp.GluMlp),
+            r"Linear 16 to 64, .*, Linear 32 to 16\).* gated MLPs are none",
+        ),
     ],
 )
 def test_refuses_and_leaves_the_model_alone(build: Any, message: str) -> None:
@@ -237,6 +305,8 @@ def test_an_odd_block_late_in_the_model_leaves_the_early_ones_alone() -> None:
         ({"num_experts": 0}, "num_experts: got 0, expected at least 1"),
         ({"router": "nobody"}, "router: got 'nobody', expected one of 'token_choice'"),
         ({"router": TokenChoice(16, 4)}, "router: got an instance, expected a name or a factory"),
+        ({"router": None}, "router: got None, expected a name, a factory or an instance"),
+        ({"router_kwargs": {"foo": 1}}, r"router_kwargs: got \{'foo': 1\}, expected some of weight, noise, balance"),
         ({"backend": "cuda"}, "backend: got 'cuda', expected one of"),
         ({"k": 1, "router_kwargs": {"weight": "normalized"}}, "weight: got 'normalized' with k=1"),
     ],
@@ -254,7 +324,12 @@ def test_blocks_by_number(name: str) -> None:
     assert [isinstance(mlp, MoE) for mlp in mlps(vit)] == [True, False, False, True]
 
 
-@pytest.mark.parametrize("blocks", [[], [0, 0], [3], [-1]])
+def test_blocks_that_are_no_list_are_refused() -> None:
+    with pytest.raises(ValueError, match="blocks: got 3, expected a list"):
+        moefy(torchvision_vit(), blocks=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("blocks", [[], [0, 0], [3], [-1], [1.0]])
 def test_blocks_that_are_not_there_are_refused(blocks: list[int]) -> None:
     with pytest.raises(ValueError, match=r"blocks: got .* expected some of 0 to 2, each once"):
         moefy(torchvision_vit(), blocks=blocks)

@@ -45,6 +45,20 @@ def write_folder(
     return root
 
 
+def write_images(root: Path, train: int = 8, test: int = 3, size: int = 8, classes: str = "abc") -> Path:
+    """Classes that differ in colour."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        for label, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 60, (size, size, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
 def write_imagenette(root: Path, count: int = 1) -> Path:
     """The folder that torchvision's ``Imagenette`` reads."""
     for split in ("train", "val"):

@@ -137,6 +137,13 @@ def test_a_broken_image_is_named(workers: int, tmp_path: Path) -> None:
         next(epochs)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_disks_errors_come_as_they_are(workers: int, tmp_path: Path) -> None:
+    source = FileImages([str(tmp_path)], torch.tensor([0]), 16)  # a folder
+    with pytest.raises(OSError, match=rf"^\[Errno \d+\] .*{tmp_path}"):
+        next(batches(source, torch.arange(1), 4, **CONSTANTS, workers=workers))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

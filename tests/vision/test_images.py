@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
 from tests.vision.made_images import SHADE, cut, write_cifar, write_folder, write_image, write_imagenette
-from vision import ImageSource, load_images, split_train_val
+from vision import ImageSource, image_files, load_images, split_train_val
 from vision.images import CIFAR10_CLASSES
 
 COUNTS = {"cat": 3, "dog": 2, "owl": 4}
@@ -84,6 +84,48 @@ def test_an_empty_class_folder_is_named(folder: Path, part: str, litter: bool) -
         (folder / part / "newt" / "readme.txt").write_text("none yet")
     with pytest.raises(ValueError, match=rf"^images: no image in the class folder {folder}/{part}/newt, expected"):
         load_images("images", folder)
+
+
+def test_hidden_folders_and_files_are_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = load_images("images", folder), image_files("images", folder)
+    write_image(folder / "train" / ".ipynb_checkpoints" / "000.png")
+    write_image(folder / "train" / "cat" / ".ipynb_checkpoints" / "000.png")
+    (folder / "train" / "dog" / "._000.png").write_bytes(b"no image")
+    (folder / "test" / ".DS_Store").write_bytes(b"no image")
+    after = load_images("images", folder), image_files("images", folder)
+    assert after[0].classes == before[0].classes
+    assert shades(after[0].train) == shades(before[0].train)
+    assert after[1] == before[1]
+    assert capsys.readouterr().out == ""
+
+
+def test_images_in_no_class_folder_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loose = write_image(folder / "train" / "loose.png")
+    assert shades(load_images("images", folder).train) == expected(COUNTS)
+    assert capsys.readouterr().out == (
+        f"images: 1 files in {folder / 'train'} are left out, for they lie in no class folder; the first is {loose}\n"
+    )
+
+
+@pytest.mark.parametrize("memory_limit", [2**31, 0])
+def test_a_link_to_nowhere(folder: Path, memory_limit: int) -> None:
+    link = folder / "train" / "cat" / "gone.png"
+    link.symlink_to(folder / "nowhere.png")
+    with pytest.raises(ValueError, match=rf"cannot read the image {link} \(FileNotFoundError"):
+        shades(load_images("images", folder, image_size=8, memory_limit=memory_limit).train)
+    data = load_images("images", folder, image_size=8, memory_limit=memory_limit, skip_broken=True)
+    assert shades(data.train) == expected(COUNTS)
+
+
+def test_the_files_that_are_read(folder: Path, tmp_path: Path) -> None:
+    assert len(image_files("images", folder)) == sum(COUNTS.values()) + 3
+    write_folder(folder / "val", COUNTS)  # beside test, it is not read
+    assert not [file for file in image_files("images", folder) if "val" in file.parts]
+    assert image_files("cifar100", folder) == image_files("imagenette", folder) == []
+    shutil.copytree(folder, tmp_path / "linked")
+    shutil.rmtree(tmp_path / "linked" / "train" / "cat")
+    (tmp_path / "linked" / "train" / "cat").symlink_to(folder / "train" / "cat")
+    assert len(image_files("images", tmp_path / "linked")) == len(image_files("images", folder))
 
 
 def test_a_class_of_test_unknown_in_train(folder: Path) -> None:
@@ -165,6 +207,7 @@ def test_cifar(cls: type[CIFAR10], num_classes: int, tmp_path: Path, monkeypatch
     larger = load_images(cls.__name__.lower(), tmp_path, offline=True, image_size=64)
     assert larger.image_size == larger.test.image_size == 64
     assert larger.test.get(torch.tensor([0, 1])).shape == (2, 3, 64, 64)
+    assert {file.parent for file in image_files(cls.__name__.lower(), tmp_path)} == {tmp_path / cls.base_folder}
 
 
 @pytest.mark.parametrize("below", ["", "cifar10"])
@@ -183,7 +226,9 @@ def test_cifar10_as_jpeg(below: str, tmp_path: Path) -> None:
 def test_cifar10s_own_files_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("train", "test"):
         write_folder(tmp_path / part, dict.fromkeys(CIFAR10_CLASSES, 1), (32, 32), ".jpg")
+    assert {file.suffix for file in image_files("cifar10", tmp_path)} == {".jpg"}
     write_cifar(tmp_path, CIFAR10, 10, monkeypatch)
+    assert ".jpg" not in {file.suffix for file in image_files("cifar10", tmp_path)}
     assert load_images("cifar10", tmp_path, offline=True).classes[0] == "class0"
 
 
@@ -215,6 +260,10 @@ def test_imagenette(tmp_path: Path) -> None:
     assert all(abs(shade - label * SHADE) <= 3 for label, shade in shades(data.test))
     assert data.note.endswith("; not the published set: 10 + 10 images of 9,469 + 3,925")
     assert load_images("imagenette", tmp_path, image_size=32, memory_limit=0).train.image_size == 32
+    assert image_files("imagenette", tmp_path) == image_files("imagenette", tmp_path / "imagenette2-160")
+    hidden = tmp_path / "imagenette2-160" / "train" / sorted(Imagenette._WNID_TO_CLASS)[0] / "._0.JPEG"
+    hidden.write_bytes(b"no image")
+    assert len(load_images("imagenette", tmp_path, offline=True).train) == 10
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
