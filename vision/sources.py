@@ -192,7 +192,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
             raise
         raise ValueError(
             f"cannot read the image {path} ({type(error).__name__}: {error}); a copy that was cut off may have left it "
-            "so. Replace it, delete it, or skip such images by skip_broken=True (--skip-broken)"
+            "so. Replace it or delete it; in training such images can be skipped by skip_broken=True (--skip-broken)"
         ) from error
 
 
