@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmoe._autograd import first_order
-from gmoe.dispatch import Backend, dispatch, grouped_linear, resolve_backend
+from gmoe.dispatch import Backend, dispatch, grouped_linear, resolve_backend, rounded
 from gmoe.routing.routing import Routing
 
 
@@ -47,6 +47,7 @@ def _in_one_step(parts: Sequence[Tensor], weight_EIO: Tensor, bias_EO: Tensor | 
     dtype = weight_EIO.dtype
     parts = [part.to(dtype) for part in parts]
     bias_EO = None if bias_EO is None else bias_EO.to(dtype)
+    routing = rounded(routing, parts[0])
     with torch.autocast(device, enabled=False):
         out: Tensor = _RoutedLinear.apply(routing, routing.weight.to(dtype), weight_EIO, bias_EO, *parts)
     return out

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmoe._autograd import first_order
+from gmoe.dispatch import rounded
 from gmoe.routing.routing import Routing
 
 DERIVATIVES: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] = {
@@ -53,6 +54,7 @@ def routed_mlp(
         dtype = torch.get_autocast_dtype(device)
         x_TI, up_EIU, down_EHO = x_TI.to(dtype), up_EIU.to(dtype), down_EHO.to(dtype)
         up_bias_EU, down_bias_EO = (None if bias is None else bias.to(dtype) for bias in (up_bias_EU, down_bias_EO))
+    routing = rounded(routing, x_TI)
     gate_P = routing.weight.to(x_TI.dtype)
     with torch.autocast(device, enabled=False):
         out: Tensor = _RoutedMLP.apply(routing, activation, x_TI, gate_P, up_EIU, up_bias_EU, down_EHO, down_bias_EO)

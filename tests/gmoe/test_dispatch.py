@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmoe import LinearExperts, MoE, Routing, TokenChoice, dispatch, grouped_linear
-from gmoe.dispatch import Backend
+from gmoe import LinearExperts, MLPExperts, MoE, Routing, TokenChoice, dispatch, grouped_linear
+from gmoe.dispatch import Backend, rounded
 
 BACKENDS: list[Backend] = list(get_args(Backend))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -170,3 +173,77 @@ def test_experts_without_tokens_have_zero_gradients(backend: Backend) -> None:
         assert parameter.grad is not None
         assert not parameter.grad[:2].any()
         assert parameter.grad[2].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    loads=st.lists(st.integers(0, 200), min_size=1, max_size=5),
+    backend=st.sampled_from(["mlp", "linear"]),
+    seed=st.integers(0, 99),
+)
+def test_rounded_loads_change_no_result(loads: list[int], backend: str, seed: int) -> None:
+    """In bfloat16 only; here that routing runs experts in float64."""
+    torch.manual_seed(seed)
+    tokens, num_experts = 200, len(loads)
+    token = torch.cat([torch.randperm(tokens)[:load].sort()[0] for load in loads])
+    gate = torch.randn(len(token), dtype=torch.float64, requires_grad=True)
+    scores = torch.zeros(tokens, num_experts, dtype=torch.float64)
+    routing = Routing(token, ends(loads), gate, scores, tokens)
+    even = rounded(routing, torch.zeros(1, dtype=torch.bfloat16))
+    step = max(sum(loads) // (16 * num_experts), 1)
+    if step == 1 or len(set(loads)) == 1:
+        assert even is routing
+    else:
+        largest = max(2**n for n in range(9) if 2**n <= step)
+        assert even.load.tolist() == [-(-load // largest) * largest for load in loads]
+    assert even.token.numel() <= sum(loads) + max(sum(loads) // 16, 0)
+    experts = MLPExperts(3, 4, 2, num_experts) if backend == "mlp" else LinearExperts(3, 2, num_experts)
+    experts = experts.double()
+    x = torch.randn(tokens, 3, dtype=torch.float64, requires_grad=True)
+    leaves = [x, gate, *experts.parameters()]
+    found, expected = (experts.mix(x, one) for one in (even, routing))
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    grad = torch.randn_like(found)
+    for own, other in zip(
+        torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(own, other, atol=1e-10, rtol=0)
+
+
+def test_only_bfloat16_on_the_cpu_is_rounded() -> None:
+    routing = Routing(torch.arange(64), ends([63, 1]), torch.ones(64), torch.zeros(64, 2), 64)
+    assert rounded(routing, torch.zeros(1)) is routing
+    assert rounded(routing, torch.zeros(1, dtype=torch.float16)) is routing
+    assert rounded(routing, torch.zeros(1, dtype=torch.bfloat16, device="meta")) is routing
+    assert rounded(routing, torch.zeros(1, dtype=torch.bfloat16)).load.tolist() == [64, 2]
+
+
+@pytest.mark.parametrize("parts", ["mlp", "linear"])
+def test_bfloat16_sees_few_sizes(parts: str) -> None:
+    """Sizes of the products in training, forward and backward, over steps with new loads each."""
+    torch.manual_seed(0)
+    experts = MLPExperts(8, 16, 8, 4) if parts == "mlp" else LinearExperts(8, 8, 4)
+    layer = MoE(TokenChoice(8, 4, 1, init_scale=1.0), experts)
+    rows, loads = set[int](), set[int]()
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16), Sizes() as sizes:
+            y, routing = layer(torch.randn(1000, 8, requires_grad=True), return_routing=True)
+            y.sum().backward()
+        rows |= sizes.rows
+        loads |= set(routing.load.tolist())
+    assert len(loads) > 40
+    assert {size for size in rows if size % 8} <= {1000}, "the router's own"
+    assert len(rows) < 30
+
+
+class Sizes(TorchDispatchMode):
+    """The larger sides of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.rows |= {max(arg.shape) for arg in args if isinstance(arg, Tensor) and arg.dim() == 2}
+        return func(*args, **(kwargs or {}))
