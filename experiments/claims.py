@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import matplotlib.pyplot as plt
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import t as student
 
 from experiments.tables import ROOT
@@ -208,6 +209,7 @@ def draw(arms: Arms, names: Sequence[str], title: str, path: Path) -> None:
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes[0].set(xlabel="epochs", ylabel="validation accuracy (%)", title=title)
     axes[1].set(xlabel="training FLOPs, forward and backward")
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(fontsize="small")
     for axis in axes:
         axis.grid(alpha=0.3)
