@@ -198,7 +198,7 @@ def training_flops(arm: dict[str, Any]) -> list[float]:
 
 def draw(arms: Arms, names: Sequence[str], title: str, path: Path) -> None:
     """Validation accuracy against epochs and against training FLOPs: mean, and the band from worst to best seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
     assert isinstance(axes[0], Axes)
     for arm in (arms[name] for name in names if name in arms):
         curves = [[100 * value for value in curve] for curve in arm["curve"]["val"]]
@@ -210,7 +210,7 @@ def draw(arms: Arms, names: Sequence[str], title: str, path: Path) -> None:
     axes[0].set(xlabel="epochs", ylabel="validation accuracy (%)", title=title)
     axes[1].set(xlabel="training FLOPs, forward and backward")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     for axis in axes:
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
