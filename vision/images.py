@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder, Imagenette
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
 from vision.download import check_files, cifar_archive, imagenette_archive, unpacked
+from vision.folders import Listing, VisibleFolder, few, is_hidden, listing_of, without
 from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
 
 Triple = tuple[float, float, float]
@@ -67,16 +67,6 @@ class ImageData:
     std: Triple
     image_size: int
     note: str
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """The files of one split."""
-
-    folder: Path
-    classes: tuple[str, ...]
-    paths: list[str]
-    labels: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +148,7 @@ def image_files(name: str, root: Path | str) -> list[Path]:
     found: list[Path] = []
     for part in parts:
         try:
-            found += [Path(path) for path, _ in _Folder(base / part, allow_empty=True).samples]
+            found += [Path(path) for path, _ in VisibleFolder(base / part, allow_empty=True).samples]
         except FileNotFoundError:  # of no classes
             continue
     return found
@@ -209,7 +199,7 @@ def split_train_val(
     if single.any():
         if not allow_missing:
             raise ValueError(
-                f"labels: one image only of class {_few(labels[single].tolist())}, expected at least two, one to train "
+                f"labels: one image only of class {few(labels[single].tolist())}, expected at least two, one to train "
                 "on and one to validate on; or split them all the same by allow_missing=True"
             )
         group = torch.zeros_like(group) if single.all() else torch.where(single, -1, group)
@@ -250,7 +240,7 @@ def _cifar(name: str, root: Path, offline: bool, image_size: int) -> ImageData:
 
 
 def _cifar_jpeg(folder: Path, reading: _Reading) -> ImageData:
-    train, test = (_listing(reading.name, folder / part) for part in ("train", "test"))
+    train, test = (listing_of(reading.name, folder / part) for part in ("train", "test"))
     for split in (train, test):
         _same_classes(reading.name, split, CIFAR10_CLASSES)
     note = f"{NOTES['cifar10']}; {JPEG_NOTE}{_not_all((len(train.paths), len(test.paths)), CIFAR10_COUNTS)}"
@@ -264,13 +254,13 @@ def _imagenette(root: Path, offline: bool, reading: _Reading) -> ImageData:
     folder = unpacked(name, root, imagenette_archive(), offline)
     listings = []
     for split in ("train", "val"):
-        found = _listing(name, folder / split)
+        found = listing_of(name, folder / split)
         _same_classes(name, found, tuple(Imagenette._WNID_TO_CLASS))
         data = Imagenette(root, split, size="160px", loader=str)  # so that it lists paths
-        seen = [item for item in (data[i] for i in range(len(data))) if not _is_hidden(Path(item[0]).relative_to(root))]
+        seen = [item for item in (data[i] for i in range(len(data))) if not is_hidden(Path(item[0]).relative_to(root))]
         paths, labels = zip(*seen, strict=True)
         classes = tuple(names[0] for names in data.classes)
-        listings.append(_Listing(found.folder, classes, list(paths), torch.tensor(labels)))
+        listings.append(Listing(found.folder, classes, list(paths), torch.tensor(labels)))
     train, val = listings
     note = NOTES[name] + _not_all((len(train.paths), len(val.paths)), IMAGENETTE_COUNTS)
     return _read(train, val, reading, note)
@@ -293,85 +283,28 @@ def _images(root: Path, reading: _Reading) -> ImageData:
             f"{root}/test/<class>/<image>"
         )
     note = f"a folder of images, test set: {tests[0].name}" + ("; val is not read" if len(tests) > 1 else "")
-    return _read(_listing("images", root / "train"), _listing("images", tests[0]), reading, note)
+    return _read(listing_of("images", root / "train"), listing_of("images", tests[0]), reading, note)
 
 
-class _Folder(ImageFolder):
-    """torchvision's, without the folders and files whose names begin with a dot, which systems and editors leave."""
-
-    def __init__(self, root: Path, allow_empty: bool) -> None:
-        def valid(path: str) -> bool:
-            inside = Path(path).relative_to(root)
-            return inside.suffix.lower() in IMG_EXTENSIONS and not _is_hidden(inside)
-
-        super().__init__(root, is_valid_file=valid, allow_empty=allow_empty)
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        classes = sorted(
-            entry.name for entry in Path(directory).iterdir() if entry.is_dir() and not _is_hidden(Path(entry.name))
-        )
-        if not classes:
-            raise FileNotFoundError(f"no class folder in {directory}")
-        return classes, {name: label for label, name in enumerate(classes)}
-
-
-def _is_hidden(path: Path) -> bool:
-    """Whether some part of a path begins with a dot."""
-    return any(part.startswith(".") and part != ".." for part in path.parts)
-
-
-def _listing(name: str, folder: Path) -> _Listing:
-    """The files of a folder by class, none of which is empty."""
-    try:
-        found = _Folder(folder, allow_empty=True)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: no class folders in {folder}, expected {folder}/<class>/<image>") from error
-    labels = torch.tensor(found.targets, dtype=torch.int64)
-    empty = [found.classes[label] for label in _without(labels, len(found.classes))]
-    if empty:
-        raise ValueError(
-            f"{name}: no image in the class folder {_few([folder / part for part in empty])}, expected at least one; "
-            "fill it, or remove it"
-        )
-    inside = (file for part in found.classes for file in sorted((folder / part).rglob("*")))
-    _tell(name, folder, f"are no {', '.join(IMG_EXTENSIONS)}", [file for file in inside if not _is_image(file)])
-    loose = [file for file in sorted(folder.iterdir()) if _is_image(file)]
-    _tell(name, folder, "lie in no class folder", loose)
-    return _Listing(folder, tuple(found.classes), [path for path, _ in found.samples], labels)
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMG_EXTENSIONS
-
-
-def _tell(name: str, folder: Path, why: str, files: list[Path]) -> None:
-    """Print what is left out; hidden files need no word."""
-    shown = [file for file in files if file.is_file() and not _is_hidden(file.relative_to(folder))]
-    if shown:
-        print(
-            f"{name}: {len(shown)} files in {folder} are left out, for they {why}; the first is {shown[0]}", flush=True
-        )
-
-
-def _same_classes(name: str, listing: _Listing, expected: Sequence[str]) -> None:
+def _same_classes(name: str, listing: Listing, expected: Sequence[str]) -> None:
     for what, odd in (
         ("without", set(expected) - set(listing.classes)),
         ("with unknown", set(listing.classes) - set(expected)),
     ):
         if odd:
             raise ValueError(
-                f"{name}: {listing.folder} is {what} {_few(sorted(odd))}, expected the class folders "
+                f"{name}: {listing.folder} is {what} {few(sorted(odd))}, expected the class folders "
                 f"{', '.join(sorted(expected))}; a copy that was cut off may have left it so"
             )
 
 
-def _read(train: _Listing, test: _Listing, reading: _Reading, note: str) -> ImageData:
+def _read(train: Listing, test: Listing, reading: _Reading, note: str) -> ImageData:
     name, classes = reading.name, train.classes
     unknown = [known for known in test.classes if known not in classes]
     if unknown:
         raise ValueError(
-            f"{name}: {test.folder} has class {_few(unknown)}, which {train.folder} has not; expected classes of "
-            f"train: {_few(list(classes), 20)}"
+            f"{name}: {test.folder} has class {few(unknown)}, which {train.folder} has not; expected classes of "
+            f"train: {few(list(classes), 20)}"
         )
     # ImageFolder numbers the classes of each folder by itself
     numbers = torch.tensor([classes.index(known) for known in test.classes])
@@ -393,12 +326,12 @@ def _read(train: _Listing, test: _Listing, reading: _Reading, note: str) -> Imag
     if skipped:
         print(f"{name}: skipped {len(skipped)} images that cannot be read, the first is {skipped[0]}", flush=True)
         note += f"; {len(skipped)} images left out, for they cannot be read"
-    lost, untested = ([classes[label] for label in _without(part.labels, len(classes))] for part in sources)
+    lost, untested = ([classes[label] for label in without(part.labels, len(classes))] for part in sources)
     if lost or not len(sources[1]):
-        what = f"of class {_few(lost)} in {train.folder}" if lost else f"in {test.folder}"
+        what = f"of class {few(lost)} in {train.folder}" if lost else f"in {test.folder}"
         raise ValueError(f"{name}: no image {what} can be read, expected at least one")
     if untested:
-        note += f"; no test images of {_few(untested)}"
+        note += f"; no test images of {few(untested)}"
     mean, std = CONSTANTS[name]
     return ImageData(
         name=name,
@@ -410,12 +343,3 @@ def _read(train: _Listing, test: _Listing, reading: _Reading, note: str) -> Imag
         image_size=size,
         note=note,
     )
-
-
-def _without(labels: Tensor, num_classes: int) -> list[int]:
-    """The classes that no image has."""
-    return (torch.bincount(labels, minlength=num_classes) == 0).nonzero()[:, 0].tolist()
-
-
-def _few(names: Sequence[object], most: int = 5) -> str:
-    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

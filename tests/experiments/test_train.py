@@ -239,9 +239,9 @@ def test_a_log_survives_being_cut_off_twice(tmp_path: Path) -> None:
         (["--batch-size", "-1"], "batch_size: got -1"),
     ],
 )
-def test_bad_numbers(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_numbers(args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["digits-graph", *args])
+        main(["digits-graph", "--out", str(tmp_path / "run"), *args])
     captured = capsys.readouterr()
     assert message in " ".join((captured.err + captured.out).split())
 
