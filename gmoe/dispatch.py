@@ -74,9 +74,9 @@ def grouped_linear(
 def rounded(routing: Routing, x: Tensor) -> Routing:
     """The routing with loads rounded up, by pairs of weight zero, to few values; its pairs are no longer distinct.
 
-    In bfloat16 on the CPU, oneDNN compiles a kernel for each size that it sees: 0.3 to 0.4 ms, as long as a product of
-    1,000 rows takes. Loads of tokens that choose are new in each step. Rounding costs at most a 16th of the rows.
-    Elsewhere, and where all loads are the same, the routing is returned as it is.
+    In bfloat16 on the CPU, oneDNN compiles a kernel for each size that it has not kept, which takes longer than the
+    product itself (1,000 rows, 96 to 192). Loads of tokens that choose are new in each step. Rounding adds at most a
+    16th of the rows. Elsewhere, and where all loads are the same, the routing is returned as it is.
     """
     pairs, num_experts = routing.token.numel(), routing.num_experts
     multiple = 1 << max(pairs // (16 * num_experts), 1).bit_length() - 1

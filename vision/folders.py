@@ -23,14 +23,17 @@ class Listing:
 
 
 class VisibleFolder(ImageFolder):
-    """torchvision's, without the folders and files whose names begin with a dot, which systems and editors leave."""
+    """torchvision's, without the folders and files whose names begin with a dot, which systems and editors leave.
 
-    def __init__(self, root: Path, allow_empty: bool) -> None:
+    A class may be empty.
+    """
+
+    def __init__(self, root: Path) -> None:
         def valid(path: str) -> bool:
             inside = Path(path).relative_to(root)
             return inside.suffix.lower() in IMG_EXTENSIONS and not is_hidden(inside)
 
-        super().__init__(root, is_valid_file=valid, allow_empty=allow_empty)
+        super().__init__(root, is_valid_file=valid, allow_empty=True)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         classes = sorted(
@@ -49,7 +52,7 @@ def is_hidden(path: Path) -> bool:
 def listing_of(name: str, folder: Path) -> Listing:
     """The files of a folder by class, none of which is empty."""
     try:
-        found = VisibleFolder(folder, allow_empty=True)
+        found = VisibleFolder(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no class folders in {folder}, expected {folder}/<class>/<image>") from error
     labels = torch.tensor(found.targets, dtype=torch.int64)

@@ -148,7 +148,7 @@ def image_files(name: str, root: Path | str) -> list[Path]:
     found: list[Path] = []
     for part in parts:
         try:
-            found += [Path(path) for path, _ in VisibleFolder(base / part, allow_empty=True).samples]
+            found += [Path(path) for path, _ in VisibleFolder(base / part).samples]
         except FileNotFoundError:  # of no classes
             continue
     return found

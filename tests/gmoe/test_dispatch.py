@@ -196,7 +196,7 @@ def test_rounded_loads_change_no_result(loads: list[int], backend: str, seed: in
     else:
         largest = max(2**n for n in range(9) if 2**n <= step)
         assert even.load.tolist() == [-(-load // largest) * largest for load in loads]
-    assert even.token.numel() <= sum(loads) + max(sum(loads) // 16, 0)
+    assert even.token.numel() <= sum(loads) + sum(loads) // 16
     experts = MLPExperts(3, 4, 2, num_experts) if backend == "mlp" else LinearExperts(3, 2, num_experts)
     experts = experts.double()
     x = torch.randn(tokens, 3, dtype=torch.float64, requires_grad=True)
