@@ -36,9 +36,7 @@ class VisibleFolder(ImageFolder):
         super().__init__(root, is_valid_file=valid, allow_empty=True)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        classes = sorted(
-            entry.name for entry in Path(directory).iterdir() if entry.is_dir() and not is_hidden(Path(entry.name))
-        )
+        classes = [name for name in super().find_classes(directory)[0] if not is_hidden(Path(name))]
         if not classes:
             raise FileNotFoundError(f"no class folder in {directory}")
         return classes, {name: label for label, name in enumerate(classes)}
@@ -46,7 +44,7 @@ class VisibleFolder(ImageFolder):
 
 def is_hidden(path: Path) -> bool:
     """Whether some part of a path begins with a dot."""
-    return any(part.startswith(".") and part != ".." for part in path.parts)
+    return any(part.startswith(".") for part in path.parts)
 
 
 def listing_of(name: str, folder: Path) -> Listing:
@@ -88,4 +86,5 @@ def without(labels: Tensor, num_classes: int) -> list[int]:
 
 
 def few(names: Sequence[object], most: int = 5) -> str:
+    """The first names of many, and how many more there are."""
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -67,15 +67,14 @@ def build_router(
     own_k = isinstance(router, partial) and "k" in router.keywords
     # uniform and oracle fix their own
     takes_k = not own_k and any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    arguments = {**({"k": k} if takes_k else {}), **(kwargs or {})}
+    own = {"k": k} if takes_k else {}
+    kwargs = dict(kwargs or {})
     try:
-        signature.bind(dim, num_experts, **arguments)
+        signature.bind(dim, num_experts, **own, **kwargs)
     except TypeError as error:
         known = [name for name in signature.parameters if name not in ("dim", "num_experts", "k")]
-        raise ValueError(
-            f"router_kwargs: got {dict(kwargs or {})!r}, expected some of {', '.join(known)} ({error})"
-        ) from error
-    built = router(dim, num_experts, **arguments)
+        raise ValueError(f"router_kwargs: got {kwargs!r}, expected some of {', '.join(known)} ({error})") from error
+    built = router(dim, num_experts, **own, **kwargs)
     if not isinstance(built, Router):
         raise ValueError(f"router: got a factory that returned {type(built).__name__}, expected a Router")
     return built

@@ -307,6 +307,7 @@ def test_an_odd_block_late_in_the_model_leaves_the_early_ones_alone() -> None:
         ({"router": TokenChoice(16, 4)}, "router: got an instance, expected a name or a factory"),
         ({"router": None}, "router: got None, expected a name, a factory or an instance"),
         ({"router_kwargs": {"foo": 1}}, r"router_kwargs: got \{'foo': 1\}, expected some of weight, noise, balance"),
+        ({"router_kwargs": {"k": 1}}, r"router_kwargs: got \{'k': 1\}, expected some of weight, .*multiple values"),
         ({"backend": "cuda"}, "backend: got 'cuda', expected one of"),
         ({"k": 1, "router_kwargs": {"weight": "normalized"}}, "weight: got 'normalized' with k=1"),
     ],
