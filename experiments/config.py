@@ -198,7 +198,7 @@ class TrainConfig:
     out: Path | None = None
     """Run folder; by default runs/DATASET-ROUTER."""
     resume: bool = False
-    """Go on with a run folder that exists."""
+    """Go on with a run folder that exists; seeds that it lacks are added."""
     checkpoint_every: int = 50
     """Epochs between checkpoints."""
     check_finite: bool = True

@@ -23,7 +23,8 @@ from gmoe.stats import PER_EXPERT
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Train all seeds of a run, write its folder, and return its summary. A finished run is only read.
+    """Train all seeds of a run, write its folder, and return its summary. A finished run is only read; to one of fewer
+    seeds, the others are added.
 
     Raises:
         ValueError: the folder is not empty and ``resume`` is off, or it holds a run of another configuration.
@@ -31,9 +32,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     folder = config.folder()
     if folder.exists() and any(folder.iterdir()) and not config.resume:
         raise ValueError(f"out: got {folder}, which is not empty; expected a new folder, or --resume to go on with it")
-    _same_run(folder / "config.json", config)
+    fewer_seeds = _same_run(folder / "config.json", config)
     finished = folder / "summary.json"
-    if finished.exists():
+    if finished.exists() and not fewer_seeds:
         summary: dict[str, Any] = json.loads(finished.read_text())
         return summary
     with warnings.catch_warnings():
@@ -44,6 +45,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         task = task_of(config.seeds[0])
         try_model(config, task)  # refuses what cannot be run before anything is written
         folder.mkdir(parents=True, exist_ok=True)
+        finished.unlink(missing_ok=True)  # before the configuration says that more seeds belong to it
         write_json(folder / "config.json", config.science())
         if task.kind == "image":
             names = ("in_channels", "num_classes", "classes", "mean", "std")
@@ -63,13 +65,19 @@ def _finished(config: TrainConfig, task_of: Callable[[int], Task], seed: int, pa
     return found
 
 
-def _same_run(path: Path, config: TrainConfig) -> None:
+def _same_run(path: Path, config: TrainConfig) -> bool:
+    """Refuse a folder of another run; whether it holds this run with fewer seeds."""
     if not path.exists():
-        return
-    for name, (there, here) in sorted(config.differences(json.loads(path.read_text())).items()):
+        return False
+    differences = config.differences(json.loads(path.read_text()))
+    fewer_seeds = "seeds" in differences and set(differences["seeds"][0]) < set(config.seeds)
+    if fewer_seeds:
+        del differences["seeds"]
+    for name, (there, here) in sorted(differences.items()):
         raise ValueError(
             f"out: {path.parent} holds a run with {name}={there!r}, expected {here!r}; choose another folder"
         )
+    return fewer_seeds
 
 
 def summarise(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,28 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.checkpoint import Log
 from experiments.config import TrainConfig
 from experiments.data import load_tasks
 from experiments.loop import Training
 from experiments.presets import PRESETS
 from experiments.runs import run, spread
 from experiments.train import main, parse
+from tests.experiments.command import QUICK, quick
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import Writer
 from vision.images import NAMES as IMAGE_SETS
 
-QUICK = ["--epochs", "3", "--no-progress"]
-
 BETTER_THAN_CHANCE = 0.4
 """Of ten classes, after three epochs."""
-
-
-def quick(out: Path, *args: str, preset: str = "digits-graph", seeds: str = "0") -> dict[str, Any]:
-    """Run the command, and read what it wrote."""
-    main([preset, *QUICK, "--out", str(out), "--seeds", *seeds.split(), *args])
-    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    return summary
 
 
 def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,55 +85,6 @@ def test_same_seed_same_numbers(tmp_path: Path, router: str) -> None:
     first, second = (quick(tmp_path / name, "--router", router) for name in ("a", "b"))
     assert first["val"]["values"] == second["val"]["values"]
     assert first["test"]["values"] == second["test"]["values"]
-
-
-@pytest.mark.parametrize("preset", ["digits-graph", "digits"])
-def test_resume_after_a_cut_equals_a_run_in_one_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
-) -> None:
-    args = ("--router", "token_choice", "--dropout", "0.2", "--checkpoint-every", "1")
-    whole = quick(tmp_path / "whole", *args, preset=preset)
-    train_epoch = Training.train_epoch
-    done: list[int] = []
-
-    def cut(*arguments: Any) -> Any:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(1)
-        return train_epoch(*arguments)
-
-    monkeypatch.setattr(Training, "train_epoch", cut)
-    with pytest.raises(KeyboardInterrupt):
-        quick(tmp_path / "cut", *args, preset=preset)
-    monkeypatch.setattr(Training, "train_epoch", train_epoch)
-    log = tmp_path / "cut" / "seed-0" / "metrics.csv"
-    log.write_text(log.read_text() + "2,9,9,9,9,9\n")  # an epoch behind the checkpoint
-    resumed = quick(tmp_path / "cut", *args, "--resume", preset=preset)
-    assert resumed["val"]["values"] == whole["val"]["values"]
-    assert resumed["test"]["values"] == whole["test"]["values"]
-    weights = [load_file(tmp_path / name / "seed-0" / "checkpoint" / "best.safetensors") for name in ("whole", "cut")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    with log.open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
-    assert rows[-1]["loss"] != "9"
-
-
-def test_out_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    first = quick(tmp_path / "run", "--resume")  # nothing there: starts afresh
-    with pytest.raises(SystemExit) as stop:
-        quick(tmp_path / "run")
-    assert stop.value.code == 2
-    assert "not empty" in capsys.readouterr().err
-
-    def never(*_: Any) -> Any:
-        raise AssertionError("a finished run was trained again")
-
-    monkeypatch.setattr("experiments.runs.train_seed", never)
-    assert quick(tmp_path / "run", "--resume") == first
-    with pytest.raises(SystemExit):
-        quick(tmp_path / "run", "--resume", "--lr", "0.5")
-    assert "lr" in capsys.readouterr().err
 
 
 def test_unknown_preset_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,17 +158,6 @@ def test_configs_are_frozen() -> None:
     assert isinstance(PRESETS["digits"][1], TrainConfig)
 
 
-def test_a_log_survives_being_cut_off_twice(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.csv"
-    log = Log(path, keep=0)
-    for epoch in range(3):
-        log.write({"epoch": epoch, "val": 0.5})
-    log.close()
-    Log(path, keep=3).write({"epoch": 3, "val": 0.5})  # never flushed, as when the process is killed
-    with path.open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)][:3] == ["0", "1", "2"]
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -278,39 +209,6 @@ def test_every_preset_of_a_graph_runs_on_tiny_files(preset: str, tmp_path: Path,
     assert summary["config"]["dataset"] == PRESETS[preset][1].dataset
     assert 0 <= summary["test"]["mean"] <= 1
     assert summary["routing"]
-
-
-@pytest.mark.parametrize("sampling", ["neighbor", "random_node"])
-def test_resume_with_sampled_batches(sampling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = (
-        "--sampling", sampling, "--batch-size", "300", "--dropout", "0.2",
-        "--checkpoint-every", "1", "--eval-every", "2", "--evaluation", "sampled", "--epochs", "5",
-        *(("--fanout", "4", "3") if sampling == "neighbor" else ()),
-    )  # fmt: skip
-    whole = quick(tmp_path / "whole", *args)
-    train_epoch = Training.train_epoch
-    done: list[int] = []
-
-    def cut(*arguments: Any) -> Any:
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        done.append(1)
-        return train_epoch(*arguments)
-
-    monkeypatch.setattr(Training, "train_epoch", cut)
-    with pytest.raises(KeyboardInterrupt):
-        quick(tmp_path / "cut", *args)
-    monkeypatch.setattr(Training, "train_epoch", train_epoch)
-    resumed = quick(tmp_path / "cut", *args, "--resume")
-    for name in ("val", "test", "best_epoch"):
-        assert resumed[name]["values"] == whole[name]["values"]
-    logs = []
-    for name in ("whole", "cut"):
-        with (tmp_path / name / "seed-0" / "metrics.csv").open() as file:
-            logs.append([(row["epoch"], row["loss"], row["val"]) for row in csv.DictReader(file)])
-    assert logs[0] == logs[1]
-    assert [bool(val) for _, _, val in logs[0]] == [False, True, False, True, True]  # the last epoch too
-    assert whole["best_epoch"]["values"][0] in (1, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -376,14 +274,3 @@ def test_controls_of_models_with_heads(equal: str, tmp_path: Path) -> None:
     assert summary["hidden"] % 4 == 0
     assert summary["hidden"] > 16
     assert summary["matched"] == pytest.approx(1, abs=0.15)
-
-
-def test_a_broken_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick(tmp_path / "run")
-    for name in ("summary.json", "seed-0/result.json"):
-        (tmp_path / "run" / name).unlink()
-    state = tmp_path / "run" / "seed-0" / "checkpoint" / "state.ckpt"
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(SystemExit):
-        quick(tmp_path / "run", "--resume")
-    assert "state.ckpt: cannot be read" in " ".join(capsys.readouterr().err.split())
