@@ -308,7 +308,7 @@ def _founding() -> Study:
     """The claims this project started from, on CIFAR-10; experiments/claims.py reads them off."""
     score = RouterOptions(weight="score")  # of all arms, as cifar10-scale found; the default of the others
     once = replace(SMALL_VIT, seeds=(0,))
-    deep = replace(once, layers=12)
+    deep = replace(SMALL_VIT, layers=12)
 
     def dense(base: TrainConfig) -> TrainConfig:
         return replace(base, router="dense", equal="flops", equal_to="expert_choice")
@@ -327,12 +327,12 @@ def _founding() -> Study:
             _arm(SMALL_VIT, "token_choice", options=score),
             _arm(SMALL_VIT, "token_choice", "balanced", "balanced", options=replace(score, balance="switch")),
             _arm(SMALL_VIT, "attention_vote"),
-            _arm(once, "attention_vote", "shared queries", "shared", options=RouterOptions(queries="shared")),
-            _arm(once, "multi_centroid", "experts choose, one centroid", "one", options=one),
-            _arm(once, "multi_centroid", "experts choose, four centroids, separated", "four", options=four),
+            _arm(SMALL_VIT, "attention_vote", "shared queries", "shared", options=RouterOptions(queries="shared")),
+            _arm(SMALL_VIT, "multi_centroid", "experts choose, one centroid", "one", options=one),
+            _arm(SMALL_VIT, "multi_centroid", "experts choose, four centroids, separated", "four", options=four),
             Arm(name="dense-12", label="12 blocks, dense, active FLOPs of `expert_choice`", config=dense(deep)),
             replace(_arm(deep, "expert_choice", slug="12"), label="12 blocks, `expert_choice`, K=1"),
-            _arm(once, "random", options=score),
+            _arm(SMALL_VIT, "random", options=score),
             Arm(
                 name="dense-parameters",
                 label="dense, parameters of `expert_choice`",
