@@ -264,9 +264,12 @@ def main(args: Sequence[str] | None = None) -> None:
         results = json.loads(config.results.read_text())
     except ValueError as error:
         sys.exit(f"error: {config.results} is no JSON: {error}")
-    if not isinstance(results, dict) or results.get("study") != "founding":
+    if not isinstance(results, dict) or results.get("study") != "founding" or "arms" not in results:
         sys.exit(f"error: {config.results} does not hold the study `founding`")
     arms: Arms = {arm["arm"]: arm for arm in results["arms"]}
+    broken = [name for name, arm in arms.items() if not {"label", "test", "curve", "flops", "steps"} <= set(arm)]
+    if broken:
+        sys.exit(f"error: {config.results} has arms without figures: {', '.join(broken)}")
     page = config.page.read_text()
     if not MARKED.search(page):
         sys.exit(f"error: {config.page} has no place for the table, <!-- verdicts --> and <!-- end -->")

@@ -25,5 +25,5 @@ def images_digest(name: str, root: Path) -> str | None:
     base = os.path.commonpath(files) if files else root
     for file in files:
         size = file.stat().st_size if file.exists() else None  # a link to nowhere
-        found.update(f"{file.relative_to(base).as_posix()} {size}\n".encode())
+        found.update(os.fsencode(f"{file.relative_to(base).as_posix()} {size}\n"))
     return found.hexdigest()[:16] if files else None

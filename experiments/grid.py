@@ -30,7 +30,7 @@ def grid(
         epochs: epochs of every arm; the preset's where ``None``.
 
     Raises:
-        ValueError: an unknown preset, or no arm.
+        ValueError: an unknown preset, a K larger than every E, or no arm.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
@@ -48,6 +48,8 @@ def grid(
         fixed = router in ("uniform", "oracle")
         for k in ks[:1] if fixed else [k for k in ks if k <= e]:
             arms.append(_arm(base, router, e, None if fixed else k))
+    if any(k > max(experts, default=k) for k in ks):
+        raise ValueError(f"ks: got {ks}, expected none larger than all of experts={experts}")
     if len(arms) == 2:
         raise ValueError(f"ks: got {ks} with experts={experts} and routers={routers}, which leaves no arm")
     return Study(about=f"A grid over {preset}; nothing was tuned for an arm.", arms=tuple(arms))

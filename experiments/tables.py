@@ -209,8 +209,11 @@ def main(args: Sequence[str] | None = None) -> None:
     config = tyro.cli(TablesConfig, args=args, prog="python -m experiments.tables", description=__doc__)
     stale = []
     for page in config.pages:
-        old = page.read_text()
-        new = render(old, config.results)
+        try:
+            old = page.read_text()
+            new = render(old, config.results)
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {page}: {error}")
         if new != old:
             stale.append(str(page))
             if not config.check:

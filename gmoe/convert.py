@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import singledispatch
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -36,8 +37,9 @@ def moefy(
 
     A transformer (torchvision's or timm's ``VisionTransformer``, or any model whose blocks lie in a ``ModuleList`` or
     ``Sequential`` and each hold an ``mlp`` of linear, activation, linear) is changed in place and returned. Its MLPs
-    must see tokens as (B, T, D): the tokens of an image are a pool. A PyG ``GCN``, ``GraphSAGE``, ``GIN``, ``GAT``, ...
-    is left alone, and a new model is returned.
+    must see tokens as (B, T, D): the tokens of an image are a pool, padding included, so that in a model that pads its
+    sequences (timm's NaFlexViT) padding takes places where experts choose, and counts in all loads. A PyG ``GCN``,
+    ``GraphSAGE``, ``GIN``, ``GAT``, ... is left alone, and a new model is returned.
 
     With ``upcycle`` every expert starts as a copy of the dense MLP (sparse upcycling, Komatsuzaki et al., 2023), so
     that the layer starts as ``(sum of the token's weights) * mlp(x)``. What that means for each router:
@@ -66,7 +68,8 @@ def moefy(
         The model with MoE layers; collect their routings with :func:`gmoe.record`.
 
     Raises:
-        ValueError: no such blocks, fewer than ``every``, an MLP of another form, or an argument out of range.
+        ValueError: no such blocks, fewer than ``every``, an MLP of another form or without values (on the meta device),
+            or an argument out of range.
     """
     check_count("every", every)
     if isinstance(router, Router):
@@ -133,10 +136,10 @@ def choose_blocks(count: int, every: int, blocks: tuple[int, ...] | None) -> lis
         if count < every:
             raise ValueError(f"every: got {every}, expected at most the number of blocks, {count}")
         return [i for i in range(count) if i % every == every - 1]
-    whole = all(isinstance(block, int) for block in blocks)
+    whole = all(isinstance(block, Integral) for block in blocks)  # NumPy's too
     if not blocks or not whole or len(set(blocks)) < len(blocks) or not set(blocks) <= set(range(count)):
         raise ValueError(f"blocks: got {blocks}, expected some of 0 to {count - 1}, each once")
-    return sorted(blocks)
+    return sorted(map(int, blocks))
 
 
 def _blocks(model: nn.Module) -> list[tuple[nn.Module, Any]]:
@@ -153,6 +156,8 @@ def _blocks(model: nn.Module) -> list[tuple[nn.Module, Any]]:
 def _experts_like(mlp: nn.Module, num_experts: int, upcycle: bool, backend: Backend) -> MLPExperts:
     """Experts of the form of a dense MLP, and with ``upcycle`` copies of it, which is verified on random tokens."""
     up, activation, down, dropout = _form(mlp)
+    if up.weight.is_meta:
+        raise ValueError("model: got parameters on the meta device, expected ones with values")
     experts = MLPExperts(
         up.in_features,
         up.out_features,
@@ -233,15 +238,15 @@ def copy_linear(experts: LinearExperts, linear: nn.Linear) -> None:
 @torch.no_grad()
 def _verify_form(mlp: nn.Module, experts: MLPExperts, up: nn.Linear, down: nn.Linear) -> None:
     """Refuse an mlp whose leaves look right but whose forward does something else."""
-    probe = copy.deepcopy(experts).double()
+    probe = copy.deepcopy(experts).cpu().double()  # not every device has doubles
     copy_linear(probe.up, up)
     copy_linear(probe.down, down)
-    reference = copy.deepcopy(mlp).double()
+    reference = copy.deepcopy(mlp).cpu().double()
     for part in (*probe.modules(), *reference.modules()):
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-    x = torch.randn(1, 5, up.in_features, dtype=torch.float64, device=up.weight.device)
-    offsets = torch.full((experts.num_experts,), 5, dtype=torch.int32, device=x.device)
+    x = torch.randn(1, 5, up.in_features, dtype=torch.float64)
+    offsets = torch.full((experts.num_experts,), 5, dtype=torch.int32)
     for training in (False, True):  # in training too: a dropout that is no module, and is not carried over, shows
         found, expected = probe.train(training)(x[0], offsets), reference.train(training)(x)[0]
         if not torch.allclose(found, expected, atol=1e-8):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +141,8 @@ class MLPExperts(Experts):
         out_features: O.
         num_experts: E.
         activation: a name (``"gelu"`` is the default; also elu, gelu_tanh, identity, leaky_relu, relu, silu, tanh) or
-            an elementwise function of a tensor.
+            an elementwise function of a tensor. Of a module that works in place, a copy that does not is taken: what
+            it would overwrite is needed for the gradient.
         glu: gate the hidden layer (default ``False``).
         dropout: probability of dropping a hidden unit, and an output; or the two of them (default 0).
         bias: learn biases (default ``True``).
@@ -171,7 +173,7 @@ class MLPExperts(Experts):
         for probability in (of_hidden, of_output):
             check_probability("dropout", probability)
         self.hidden_features = hidden_features
-        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else _out_of_place(activation)
         self.glu = glu
         width = 2 * hidden_features if glu else hidden_features
         self.up = LinearExperts(in_features, width, num_experts, bias=bias, backend=backend)
@@ -205,3 +207,17 @@ class MLPExperts(Experts):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.hidden_features}, {self.out_features}, num_experts={self.num_experts}"
+
+
+def _out_of_place(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The activation itself, or where it works in place a copy that does not."""
+
+    def in_place(module: nn.Module) -> list[Any]:
+        return [part for part in module.modules() if getattr(part, "inplace", False)]
+
+    if not isinstance(activation, nn.Module) or not in_place(activation):
+        return activation
+    activation = copy.deepcopy(activation)
+    for part in in_place(activation):
+        part.inplace = False
+    return activation

@@ -119,9 +119,15 @@ def broken(name: str, file: Path) -> ValueError:
 
 def _in_place(file: Path, folder: Path, archive: Archive) -> None:
     """Unpacks beside ``folder`` first, so that no half of it is ever taken for the whole."""
+    new = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix="download-") as scratch:
-        if file.exists():
-            (Path(scratch) / file.name).symlink_to(file.resolve())
-        archive.fetch(Path(scratch))
-        (Path(scratch) / folder.name).replace(folder)
+    try:
+        with TemporaryDirectory(dir=folder.parent, prefix="download-") as scratch:
+            if file.exists():
+                (Path(scratch) / file.name).symlink_to(file.resolve())
+            archive.fetch(Path(scratch))
+            (Path(scratch) / folder.name).replace(folder)
+    except BaseException:
+        for parent in new:  # of a root that was mistyped, nothing stays
+            parent.rmdir()
+        raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,16 @@ class VisibleFolder(ImageFolder):
     """torchvision's, without the folders and files whose names begin with a dot, which systems and editors leave.
 
     A class may be empty.
+
+    Raises:
+        OSError: a folder in it cannot be read, which torchvision would pass over.
+        ValueError: a folder in it holds itself by a link.
     """
 
     def __init__(self, root: Path) -> None:
+        for _ in walk(root):
+            pass
+
         def valid(path: str) -> bool:
             inside = Path(path).relative_to(root)
             return inside.suffix.lower() in IMG_EXTENSIONS and not is_hidden(inside)
@@ -40,6 +48,28 @@ class VisibleFolder(ImageFolder):
         if not classes:
             raise FileNotFoundError(f"no class folder in {directory}")
         return classes, {name: label for label, name in enumerate(classes)}
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below, links followed, but hidden ones.
+
+    Raises:
+        OSError: a folder cannot be read.
+        ValueError: a folder holds itself by a link.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        here = Path(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for link in (here / name for name in folders if (here / name).is_symlink()):
+            end = link.resolve()
+            above = (folder / part for part in (here.relative_to(folder), *here.relative_to(folder).parents))
+            if any(part.resolve().is_relative_to(end) for part in above):
+                raise ValueError(f"{printable(link)} links to {printable(end)}, in which it lies; remove the link")
+        yield from (here / name for name in sorted(files) if not name.startswith("."))
 
 
 def is_hidden(path: Path) -> bool:
@@ -60,10 +90,10 @@ def listing_of(name: str, folder: Path) -> Listing:
             f"{name}: no image in the class folder {few([folder / part for part in empty])}, expected at least one; "
             "fill it, or remove it"
         )
-    inside = (file for part in found.classes for file in sorted((folder / part).rglob("*")))
-    _tell(name, folder, f"are no {', '.join(IMG_EXTENSIONS)}", [file for file in inside if not _is_image(file)])
-    loose = [file for file in sorted(folder.iterdir()) if _is_image(file)]
-    _tell(name, folder, "lie in no class folder", loose)
+    files = list(walk(folder))
+    others = [file for file in files if not _is_image(file) and file.parent != folder]
+    _tell(name, folder, f"are no {', '.join(IMG_EXTENSIONS)}", others)
+    _tell(name, folder, "lie in no class folder", [file for file in files if _is_image(file) and file.parent == folder])
     return Listing(folder, tuple(found.classes), [path for path, _ in found.samples], labels)
 
 
@@ -72,17 +102,21 @@ def _is_image(file: Path) -> bool:
 
 
 def _tell(name: str, folder: Path, why: str, files: list[Path]) -> None:
-    """Print what is left out; hidden files need no word."""
-    shown = [file for file in files if file.is_file() and not is_hidden(file.relative_to(folder))]
+    """Print what is left out."""
+    shown = [file for file in files if file.is_file()]
     if shown:
-        print(
-            f"{name}: {len(shown)} files in {folder} are left out, for they {why}; the first is {shown[0]}", flush=True
-        )
+        first = printable(shown[0])
+        print(f"{name}: {len(shown)} files in {folder} are left out, for they {why}; the first is {first}", flush=True)
 
 
 def without(labels: Tensor, num_classes: int) -> list[int]:
     """The classes that no image has."""
     return (torch.bincount(labels, minlength=num_classes) == 0).nonzero()[:, 0].tolist()
+
+
+def printable(path: Path | str) -> str:
+    """A path whose bytes need not be UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def few(names: Sequence[object], most: int = 5) -> str:

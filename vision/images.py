@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
 from vision.download import check_files, cifar_archive, imagenette_archive, unpacked
-from vision.folders import Listing, VisibleFolder, few, is_hidden, listing_of, without
+from vision.folders import Listing, VisibleFolder, few, listing_of, printable, without
 from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
 
 Triple = tuple[float, float, float]
@@ -249,18 +249,15 @@ def _cifar_jpeg(folder: Path, reading: _Reading) -> ImageData:
 
 def _imagenette(root: Path, offline: bool, reading: _Reading) -> ImageData:
     name = reading.name
-    if _imagenette_folder(root) == root and root.resolve().name == imagenette_archive().folder:
-        root = root.resolve().parent
-    folder = unpacked(name, root, imagenette_archive(), offline)
+    folder = _imagenette_folder(root)
+    if folder != root:
+        folder = unpacked(name, root, imagenette_archive(), offline)
     listings = []
     for split in ("train", "val"):
         found = listing_of(name, folder / split)
         _same_classes(name, found, tuple(Imagenette._WNID_TO_CLASS))
-        data = Imagenette(root, split, size="160px", loader=str)  # so that it lists paths
-        seen = [item for item in (data[i] for i in range(len(data))) if not is_hidden(Path(item[0]).relative_to(root))]
-        paths, labels = zip(*seen, strict=True)
-        classes = tuple(names[0] for names in data.classes)
-        listings.append(Listing(found.folder, classes, list(paths), torch.tensor(labels)))
+        classes = tuple(Imagenette._WNID_TO_CLASS[wnid][0] for wnid in found.classes)
+        listings.append(replace(found, classes=classes))
     train, val = listings
     note = NOTES[name] + _not_all((len(train.paths), len(val.paths)), IMAGENETTE_COUNTS)
     return _read(train, val, reading, note)
@@ -324,7 +321,10 @@ def _read(train: Listing, test: Listing, reading: _Reading, note: str) -> ImageD
         else:
             sources.append(FileImages([paths[row] for row in keep.nonzero()[:, 0]], labels[keep], size))
     if skipped:
-        print(f"{name}: skipped {len(skipped)} images that cannot be read, the first is {skipped[0]}", flush=True)
+        print(
+            f"{name}: skipped {len(skipped)} images that cannot be read, the first is {printable(skipped[0])}",
+            flush=True,
+        )
         note += f"; {len(skipped)} images left out, for they cannot be read"
     lost, untested = ([classes[label] for label in without(part.labels, len(classes))] for part in sources)
     if lost or not len(sources[1]):

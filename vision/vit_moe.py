@@ -15,6 +15,7 @@ from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.moe import record
 from gmoe.routing.build import RouterLike
+from gmoe.routing.router import Router
 from gmoe.routing.routing import Routing
 
 
@@ -113,7 +114,6 @@ class ViTMoE(VisionTransformer):
                 )
         super().__init__(**asdict(size), num_classes=num_classes, dropout=dropout, attention_dropout=attention_dropout)
         self.size = size
-        self.dense = router is None
         if router is not None:
             moefy(
                 self,
@@ -132,6 +132,11 @@ class ViTMoE(VisionTransformer):
                         nn.init.xavier_uniform_(module.weight[expert])
                     if module.bias is not None:
                         nn.init.normal_(module.bias, std=1e-6)
+
+    @property
+    def dense(self) -> bool:
+        """Whether no block has experts."""
+        return not any(isinstance(module, Router) for module in self.modules())
 
     @overload
     def forward(self, images: Tensor, *, return_routing: Literal[False] = ...) -> Tensor: ...

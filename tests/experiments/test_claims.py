@@ -175,6 +175,12 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text('{"study": "cora", "arms": []}')
     with pytest.raises(SystemExit, match="does not hold the study `founding`"):
         main(where)
+    (tmp_path / "none.json").write_text('{"study": "founding"}')
+    with pytest.raises(SystemExit, match="does not hold the study `founding`"):
+        main(where)
+    (tmp_path / "none.json").write_text('{"study": "founding", "arms": [{"arm": "dense", "label": "dense"}]}')
+    with pytest.raises(SystemExit, match="has arms without figures: dense"):
+        main(where)
     (tmp_path / "none.json").write_text('{"study": "founding", "arms": []}')
     with pytest.raises(SystemExit, match="has no place for the table"):
         main(where)

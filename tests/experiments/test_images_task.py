@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,8 @@ def test_a_digest_follows_links_and_layouts(tmp_path: Path) -> None:
     assert images_digest("images", linked) == images_digest("images", root) is not None
     (linked / "train" / "b" / "nowhere.png").symlink_to(tmp_path / "nowhere.png")
     assert images_digest("images", linked) is not None
+    write_image(root / "train" / "b" / os.fsdecode(b"caf\xe9.png"))
+    assert images_digest("images", root) is not None
     assert images_digest("images", tmp_path) is None
     jpeg = {part: write_folder(tmp_path / part, dict.fromkeys(CIFAR10_CLASSES, 1)) for part in ("train", "test")}
     before = images_digest("cifar10", jpeg["train"].parent)

@@ -139,6 +139,7 @@ def test_an_arm_that_cannot_be_run_does_not_end_the_sweep(
         (["grid"], "preset: got none"),
         (["grid", "--preset", "corra"], "preset: got 'corra', expected one of digits"),
         (["grid", "--preset", "digits", "--routers", "random", "--ks", "9"], "ks: got (9,)"),
+        (["grid", "--preset", "digits", "--experts", "2", "--ks", "1", "3"], "ks: got (1, 3), expected none larger"),
     ],
 )
 def test_bad_grids(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,21 @@ def test_check_fails_on_an_old_page(tmp_path: Path) -> None:
     main(["--pages", str(page), "--check"])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"error: .*page\.md: .*No such file"),
+        ("<!-- table: nothing -->\n<!-- end -->", r"error: .*page\.md: .*No such file.*nothing\.json"),
+        ("<!-- table: digits: nobody -->\n<!-- end -->", r"error: .*page\.md: only: got nobody"),
+    ],
+)
+def test_what_a_page_asks_in_vain(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "page.md").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        main(["--pages", str(tmp_path / "page.md")])
+
+
 def test_a_table_of_some_arms_only() -> None:
     lines = study_table(STUDY, ["moe", "dense"]).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| moe", "| dense"]

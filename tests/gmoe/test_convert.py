@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -189,6 +192,21 @@ def test_activation_is_copied() -> None:
     torch.testing.assert_close(moefy(vit, every=1, num_experts=4)(images()), expected, rtol=0, atol=1e-10)
 
 
+def test_an_activation_that_works_in_place() -> None:
+    vit = timm_vit(act_layer=partial(nn.ReLU, inplace=True))
+    expected = vit(images())
+    found = moefy(vit, every=1, num_experts=4)(images())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    found.sum().backward()
+
+
+def test_weights_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        vit = torchvision_vit()
+    with pytest.raises(ValueError, match="model: got parameters on the meta device, expected ones with values"):
+        moefy(vit)
+
+
 class Block(nn.Module):
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -319,9 +337,10 @@ def test_bad_arguments_leave_the_model_alone(kwargs: dict[str, Any], message: st
     assert not any(isinstance(mlp, MoE) for mlp in mlps(vit))
 
 
+@pytest.mark.parametrize("kind", [list, np.array])
 @pytest.mark.parametrize("name", VITS)
-def test_blocks_by_number(name: str) -> None:
-    vit = moefy(VITS[name](4), blocks=[3, 0], num_experts=2)
+def test_blocks_by_number(name: str, kind: Callable[[list[int]], Any]) -> None:
+    vit = moefy(VITS[name](4), blocks=kind([3, 0]), num_experts=2)
     assert [isinstance(mlp, MoE) for mlp in mlps(vit)] == [True, False, False, True]
 
 

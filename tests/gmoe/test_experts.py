@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe import Experts, LinearExperts, MLPExperts
+from gmoe import Experts, LinearExperts, MLPExperts, MoE, TokenChoice
+from gmoe.dispatch import Backend
 from tests.gmoe.reference import naive_expert
 
 OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
@@ -35,6 +36,31 @@ def test_equals_an_expert_at_a_time(build: Callable[[], Experts]) -> None:
     x = torch.randn(5, 4, dtype=torch.float64)
     expected = torch.stack([naive_expert(experts, e, row) for e, row in zip(OWNER, x, strict=True)])
     torch.testing.assert_close(experts(x, OFFSETS), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("backend", ["loop", "padded", "grouped", "auto"])
+@pytest.mark.parametrize("kind", [nn.ELU, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Dropout])
+def test_activations_that_work_in_place(kind: Callable[..., nn.Module], backend: Backend, glu: bool) -> None:
+    activation = nn.Sequential(kind(inplace=True)).eval()
+    for module in (activation, activation[0]):
+        torch.manual_seed(0)
+        experts = MLPExperts(4, 6, 3, 3, activation=module, glu=glu, backend=backend).double().eval()
+        layer = MoE(TokenChoice(4, 3).double(), experts)
+        x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        out = layer(x)
+        out.square().sum().backward()
+        torch.manual_seed(0)
+        experts = MLPExperts(4, 6, 3, 3, activation=kind().eval(), glu=glu, backend="padded").double().eval()
+        other = MoE(TokenChoice(4, 3).double(), experts)
+        x_other = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        expected = other(x_other)
+        expected.square().sum().backward()
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(x.grad, x_other.grad)
+        for one, two in zip(layer.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad)
+    assert activation[0].inplace  # the user's own stays
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, Imagenette
 
+from vision import ImageSource
+
 SHADE = 20
 """Images of the n-th class are of the colour (n * SHADE, n * SHADE + 1, n * SHADE + 2)."""
+
+COUNTS = {"cat": 3, "dog": 2, "owl": 4}
+"""Training images by class of the fixture ``folder``."""
 
 
 def write_image(path: Path, colour: tuple[int, int, int] = (0, 0, 0), size: tuple[int, int] = (8, 8)) -> Path:
@@ -117,3 +123,13 @@ def cut(path: Path) -> Path:
     """Leave the first half."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return path
+
+
+def shades(source: ImageSource) -> list[list[int]]:
+    """(label, red) of each image."""
+    images = source.get(torch.arange(len(source)))
+    return [[int(label), int(image[0, 0, 0])] for label, image in zip(source.labels, images, strict=True)]
+
+
+def expected(counts: dict[str, int]) -> list[list[int]]:
+    return [[label, label * SHADE] for label, count in enumerate(counts.values()) for _ in range(count)]

@@ -99,6 +99,10 @@ def test_a_download_that_fails_leaves_nothing(
     with pytest.raises(FileNotFoundError) as online:
         load_images(name, tmp_path / "data")
     assert str(online.value) == f"{offline.value} (the download failed: {error})"
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "data").mkdir()
+    with pytest.raises(FileNotFoundError):
+        load_images(name, tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
 
 

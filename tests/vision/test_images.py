@@ -12,29 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
-from tests.vision.made_images import SHADE, cut, write_cifar, write_folder, write_image, write_imagenette
-from vision import ImageSource, image_files, load_images, split_train_val
+from tests.vision.made_images import (
+    COUNTS,
+    SHADE,
+    cut,
+    expected,
+    shades,
+    write_cifar,
+    write_folder,
+    write_image,
+    write_imagenette,
+)
+from vision import image_files, load_images, split_train_val
 from vision.images import CIFAR10_CLASSES
-
-COUNTS = {"cat": 3, "dog": 2, "owl": 4}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Three classes in train and in test."""
-    write_folder(tmp_path / "train", COUNTS)
-    write_folder(tmp_path / "test", {"cat": 1, "dog": 1, "owl": 1})
-    return tmp_path
-
-
-def shades(source: ImageSource) -> list[list[int]]:
-    """(label, red) of each image."""
-    images = source.get(torch.arange(len(source)))
-    return [[int(label), int(image[0, 0, 0])] for label, image in zip(source.labels, images, strict=True)]
-
-
-def expected(counts: dict[str, int]) -> list[list[int]]:
-    return [[label, label * SHADE] for label, count in enumerate(counts.values()) for _ in range(count)]
 
 
 @pytest.mark.parametrize("memory_limit", [2**31, 12 * 3 * 64, 12 * 3 * 64 - 1, 0])
@@ -84,48 +74,6 @@ def test_an_empty_class_folder_is_named(folder: Path, part: str, litter: bool) -
         (folder / part / "newt" / "readme.txt").write_text("none yet")
     with pytest.raises(ValueError, match=rf"^images: no image in the class folder {folder}/{part}/newt, expected"):
         load_images("images", folder)
-
-
-def test_hidden_folders_and_files_are_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = load_images("images", folder), image_files("images", folder)
-    write_image(folder / "train" / ".ipynb_checkpoints" / "000.png")
-    write_image(folder / "train" / "cat" / ".ipynb_checkpoints" / "000.png")
-    (folder / "train" / "dog" / "._000.png").write_bytes(b"no image")
-    (folder / "test" / ".DS_Store").write_bytes(b"no image")
-    after = load_images("images", folder), image_files("images", folder)
-    assert after[0].classes == before[0].classes
-    assert shades(after[0].train) == shades(before[0].train)
-    assert after[1] == before[1]
-    assert capsys.readouterr().out == ""
-
-
-def test_images_in_no_class_folder_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    loose = write_image(folder / "train" / "loose.png")
-    assert shades(load_images("images", folder).train) == expected(COUNTS)
-    assert capsys.readouterr().out == (
-        f"images: 1 files in {folder / 'train'} are left out, for they lie in no class folder; the first is {loose}\n"
-    )
-
-
-@pytest.mark.parametrize("memory_limit", [2**31, 0])
-def test_a_link_to_nowhere(folder: Path, memory_limit: int) -> None:
-    link = folder / "train" / "cat" / "gone.png"
-    link.symlink_to(folder / "nowhere.png")
-    with pytest.raises(ValueError, match=rf"cannot read the image {link} \(FileNotFoundError"):
-        shades(load_images("images", folder, image_size=8, memory_limit=memory_limit).train)
-    data = load_images("images", folder, image_size=8, memory_limit=memory_limit, skip_broken=True)
-    assert shades(data.train) == expected(COUNTS)
-
-
-def test_the_files_that_are_read(folder: Path, tmp_path: Path) -> None:
-    assert len(image_files("images", folder)) == sum(COUNTS.values()) + 3
-    write_folder(folder / "val", COUNTS)  # beside test, it is not read
-    assert not [file for file in image_files("images", folder) if "val" in file.parts]
-    assert image_files("cifar100", folder) == image_files("imagenette", folder) == []
-    shutil.copytree(folder, tmp_path / "linked")
-    shutil.rmtree(tmp_path / "linked" / "train" / "cat")
-    (tmp_path / "linked" / "train" / "cat").symlink_to(folder / "train" / "cat")
-    assert len(image_files("images", tmp_path / "linked")) == len(image_files("images", folder))
 
 
 def test_a_class_of_test_unknown_in_train(folder: Path) -> None:
@@ -264,6 +212,25 @@ def test_imagenette(tmp_path: Path) -> None:
     hidden = tmp_path / "imagenette2-160" / "train" / sorted(Imagenette._WNID_TO_CLASS)[0] / "._0.JPEG"
     hidden.write_bytes(b"no image")
     assert len(load_images("imagenette", tmp_path, offline=True).train) == 10
+
+
+def test_imagenette_as_torchvision_lists_it(tmp_path: Path) -> None:
+    write_imagenette(tmp_path, count=2)
+    data = load_images("imagenette", tmp_path, offline=True)
+    theirs = Imagenette(tmp_path, "train", size="160px")
+    assert data.classes == tuple(names[0] for names in theirs.classes)
+    assert data.train.labels.tolist() == [label for _, label in theirs._samples]
+    assert [str(file) for file in image_files("imagenette", tmp_path)][:20] == [path for path, _ in theirs._samples]
+
+
+def test_an_untidy_imagenette(tmp_path: Path) -> None:
+    folder = write_imagenette(tmp_path)
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    write_image(folder / "train" / "n03445777" / "1.png")  # torchvision would pass over it
+    (tmp_path / "linked").symlink_to(folder.rename(tmp_path / "moved"))
+    data = load_images("imagenette", tmp_path / "linked", offline=True)
+    assert (len(data.train), len(data.test)) == (11, 10)
+    assert data.note.endswith("; not the published set: 11 + 10 images of 9,469 + 3,925")
 
 
 @pytest.mark.parametrize("part", ["train", "val"])

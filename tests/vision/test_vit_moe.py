@@ -54,6 +54,14 @@ def test_the_dense_control_is_torchvisions() -> None:
     assert model(images, return_routing=True)[1] == []
 
 
+def test_the_routings_of_an_upcycled_control() -> None:
+    model = vit(None)
+    assert model.dense
+    gmoe.moefy(model, num_experts=4)
+    assert not model.dense
+    assert len(model(torch.randn(2, 3, 8, 8), return_routing=True)[1]) == 1
+
+
 def test_grey_images_are_repeated() -> None:
     model = vit("expert_choice")
     grey = torch.randn(2, 1, 8, 8)
