@@ -94,7 +94,7 @@ def listing_of(name: str, folder: Path) -> Listing:
     others = [file for file in files if not _is_image(file) and file.parent != folder]
     _tell(name, folder, f"are no {', '.join(IMG_EXTENSIONS)}", others)
     _tell(name, folder, "lie in no class folder", [file for file in files if _is_image(file) and file.parent == folder])
-    return Listing(folder, tuple(found.classes), [path for path, _ in found.samples], labels)
+    return Listing(folder, tuple(map(printable, found.classes)), [path for path, _ in found.samples], labels)
 
 
 def _is_image(file: Path) -> bool:
@@ -116,7 +116,7 @@ def without(labels: Tensor, num_classes: int) -> list[int]:
 
 def printable(path: Path | str) -> str:
     """A path whose bytes need not be UTF-8."""
-    return os.fsencode(path).decode(errors="replace")
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def few(names: Sequence[object], most: int = 5) -> str:

@@ -74,7 +74,11 @@ def test_names_that_are_not_utf8(folder: Path, capsys: pytest.CaptureFixture[str
     train = folder / "train"
     (train / "cat" / "000.png").rename(train / "cat" / os.fsdecode(b"caf\xe9.png"))
     (train / "cat" / os.fsdecode(b"caf\xe9.txt")).write_text("no image")
-    assert sorted(shades(load_images("images", folder).train)) == sorted(expected(COUNTS))
+    for part in ("train", "test"):
+        (folder / part / "dog").rename(folder / part / os.fsdecode(b"d\xf8g"))
+    data = load_images("images", folder)
+    assert data.classes == ("cat", "d\\xf8g", "owl")
+    assert sorted(shades(data.train)) == sorted(expected(COUNTS))
     assert "the first is" in capsys.readouterr().out
     assert len(image_files("images", folder)) == sum(COUNTS.values()) + 3
 
