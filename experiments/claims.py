@@ -108,7 +108,9 @@ def claims(arms: Arms) -> list[Claim]:
             values=earliness,
         ),
         compare("b", "… and end higher", "expert-choice-k1", "dense"),
+        compare("b", "… and higher than the dense model of equal parameters", "expert-choice-k1", "dense-parameters"),
         compare("b", "… and higher than with a frozen random router", "expert-choice-k1", "random-k1"),
+        compare("b", "… and higher than the uniform average of all experts", "expert-choice-k1", "uniform"),
         compare(
             "c",
             "With 12 blocks no difference is left (to 1 point)",
