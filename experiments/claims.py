@@ -91,26 +91,32 @@ def earliness(arm: dict[str, Any]) -> list[float] | None:
 
 def claims(arms: Arms) -> list[Claim]:
     """The five claims, as comparisons of arms; those whose arms are not finished are left out."""
+    experts, votes = "expert-choice-k1", "attention-vote-k1"
     epochs = f"epochs earlier at {100 * TARGET:.0f} % on validation"
 
     def compare(letter: str, text: str, arm: str, than: str, **how: Any) -> Claim:
         return Claim(letter=letter, text=text, factors={arm: 1, than: -1}, **how)
 
     all_of_them = [
-        compare("a", "Expert choice beats token choice", "expert-choice-k1", "token-choice-k1"),
-        compare("a", "… and token choice with Switch's balance loss", "expert-choice-k1", "token-choice-k1-balanced"),
+        compare("a", "Expert choice beats token choice", experts, "token-choice-k1"),
+        compare("a", "… and token choice with Switch's balance loss", experts, "token-choice-k1-balanced"),
         compare(
             "b",
             "With experts, 6 blocks reach a given accuracy in fewer epochs than the dense model of equal active FLOPs",
-            "expert-choice-k1",
+            experts,
             "dense",
             unit=epochs,
             values=earliness,
         ),
-        compare("b", "… and end higher", "expert-choice-k1", "dense"),
-        compare("b", "… and higher than the dense model of equal parameters", "expert-choice-k1", "dense-parameters"),
-        compare("b", "… and higher than with a frozen random router", "expert-choice-k1", "random-k1"),
-        compare("b", "… and higher than the uniform average of all experts", "expert-choice-k1", "uniform"),
+        compare("b", "… and end higher", experts, "dense"),
+        compare(
+            "b", "… and so do experts at the scale of a dense MLP (straight-through)", f"{experts}-straight", "dense"
+        ),
+        compare("b", "… and higher than the dense model of equal parameters", experts, "dense-parameters"),
+        compare(
+            "b", "… and tokens that choose do so better than a frozen random router", "token-choice-k1", "random-k1"
+        ),
+        compare("b", "… and higher than the uniform average of all experts", experts, "uniform"),
         compare(
             "c",
             "With 12 blocks no difference is left (to 1 point)",
@@ -122,26 +128,33 @@ def claims(arms: Arms) -> list[Claim]:
         Claim(
             letter="c",
             text="… and it is smaller than with 6",
-            factors={"expert-choice-k1": 1, "dense": -1, "expert-choice-k1-12": -1, "dense-12": 1},
+            factors={experts: 1, "dense": -1, "expert-choice-k1-12": -1, "dense-12": 1},
             unit="points between the differences",
         ),
         compare(
             "d",
             "Attention votes are at least equal to expert choice (to 1 point)",
-            "attention-vote-k1",
-            "expert-choice-k1",
+            votes,
+            experts,
+            margin=1,
+        ),
+        compare(
+            "d",
+            "… and to expert choice of their scale (straight-through; to 1 point)",
+            votes,
+            f"{experts}-straight",
             margin=1,
         ),
         compare(
             "d",
             "Queries shared by the experts lose little (to 1 point) and save parameters",
             "attention-vote-k1-shared",
-            "attention-vote-k1",
+            votes,
             margin=1,
         ),
         compare(
             "e",
-            "Several centroids, with the separation loss, beat one",
+            "Several centroids beat one, both with the separation loss",
             "multi-centroid-k1-four",
             "multi-centroid-k1-one",
         ),
@@ -227,6 +240,7 @@ FIGURES = {
         (
             "dense",
             "expert-choice-k1",
+            "expert-choice-k1-straight",
             "token-choice-k1",
             "token-choice-k1-balanced",
             "attention-vote-k1",

@@ -306,7 +306,8 @@ def _scale() -> Study:
 
 def _founding() -> Study:
     """The claims this project started from, on CIFAR-10; experiments/claims.py reads them off."""
-    score = RouterOptions(weight="score")  # of all arms, as cifar10-scale found; the default of the others
+    score = RouterOptions(weight="score")  # of all arms but one, as cifar10-scale found; the default of the others
+    straight = RouterOptions(weight="straight_through")  # at the scale of a dense MLP, and of attention votes
     once = replace(SMALL_VIT, seeds=(0,))
     deep = replace(SMALL_VIT, layers=12)
 
@@ -318,18 +319,19 @@ def _founding() -> Study:
     return Study(
         about=(
             "CIFAR-10 (JPEG), all 45,000 training images, ViTs of width 96, 5 epochs in bf16, experts in every second "
-            "block, E = 8, K = 1, weights by score; one recipe for all arms, nothing tuned for any. *Headroom* is here "
-            "that of the dense model of equal parameters."
+            "block, E = 8, K = 1, weights by score but for one arm; one recipe for all arms, nothing tuned for any. "
+            "*Headroom* is here that of the dense model of equal parameters."
         ),
         arms=(
             Arm(name="dense", label="dense, active FLOPs of `expert_choice`", config=dense(SMALL_VIT)),
             _arm(SMALL_VIT, "expert_choice"),
+            _arm(SMALL_VIT, "expert_choice", "straight-through", "straight", options=straight),
             _arm(SMALL_VIT, "token_choice", options=score),
             _arm(SMALL_VIT, "token_choice", "balanced", "balanced", options=replace(score, balance="switch")),
             _arm(SMALL_VIT, "attention_vote"),
-            _arm(SMALL_VIT, "attention_vote", "shared queries", "shared", options=RouterOptions(queries="shared")),
-            _arm(SMALL_VIT, "multi_centroid", "experts choose, one centroid", "one", options=one),
-            _arm(SMALL_VIT, "multi_centroid", "experts choose, four centroids, separated", "four", options=four),
+            _arm(once, "attention_vote", "shared queries", "shared", options=RouterOptions(queries="shared")),
+            _arm(once, "multi_centroid", "experts choose, one centroid", "one", options=one),
+            _arm(once, "multi_centroid", "experts choose, four centroids, separated", "four", options=four),
             Arm(name="dense-12", label="12 blocks, dense, active FLOPs of `expert_choice`", config=dense(deep)),
             replace(_arm(deep, "expert_choice", slug="12"), label="12 blocks, `expert_choice`, K=1"),
             _arm(SMALL_VIT, "random", options=score),
