@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -113,9 +114,7 @@ def claims(arms: Arms) -> list[Claim]:
             "b", "… and so do experts at the scale of a dense MLP (straight-through)", f"{experts}-straight", "dense"
         ),
         compare("b", "… and higher than the dense model of equal parameters", experts, "dense-parameters"),
-        compare(
-            "b", "… and tokens that choose do so better than a frozen random router", "token-choice-k1", "random-k1"
-        ),
+        compare("b", "… and token choice is above a frozen random router", "token-choice-k1", "random-k1"),
         compare("b", "… and higher than the uniform average of all experts", experts, "uniform"),
         compare(
             "c",
@@ -168,7 +167,7 @@ def judge(claim: Claim, arms: Arms) -> Verdict:
     "Better" holds where the whole 95 % interval of the difference lies above minus the margin, and does not where it
     lies below. "The same" holds where the whole interval lies within the margin, and does not where it lies outside.
     Else it cannot be told, nor can it where an arm has a seed without a value; such arms lend no variance either. Each
-    interval stands for itself: where ten claims are all false, one "better" is found in one study of five.
+    interval stands for itself: of n lines without any difference, one "better" is found in 1 - 0.975^n of studies.
     """
     values = {name: found for name, arm in arms.items() if (found := claim.values(arm)) is not None}
     if not set(claim.factors) <= set(values):
@@ -213,20 +212,28 @@ def training_flops(arm: dict[str, Any]) -> list[float]:
 
 
 def draw(arms: Arms, names: Sequence[str], title: str, path: Path) -> None:
-    """Validation accuracy against epochs and against training FLOPs: mean, and the band from worst to best seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
+    """Validation accuracy against epochs and against training FLOPs, the mean and the band from worst to best seed; and
+    the test accuracy of every seed, with the mean. An arm looks the same in all figures."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.8), layout="constrained", width_ratios=(2, 2, 1))
     assert isinstance(axes[0], Axes)
-    for arm in (arms[name] for name in names if name in arms):
+    axes[1].sharey(axes[0])
+    styles = dict(zip(arms, product(("-", "--", ":"), [f"C{i}" for i in range(10)]), strict=False))
+    for place, name in enumerate(name for name in names if name in arms):
+        arm, (style, colour) = arms[name], styles[name]
         curves = [[100 * value for value in curve] for curve in arm["curve"]["val"]]
         mean = [sum(column) / len(column) for column in zip(*curves, strict=True)]
-        for axis, x in zip(axes, (arm["curve"]["epoch"], training_flops(arm)), strict=True):
-            (line,) = axis.plot(x, mean, label=f"{arm['label'].replace('`', '')} (n = {len(curves)})")
+        for axis, x in zip(axes, (arm["curve"]["epoch"], training_flops(arm)), strict=False):
+            axis.plot(x, mean, style, color=colour, label=f"{arm['label'].replace('`', '')} (n = {len(curves)})")
             low, high = ([f(column) for column in zip(*curves, strict=True)] for f in (min, max))
-            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        values = accuracy(arm)
+        axes[2].plot([place] * len(values), values, "o", color=colour, markersize=4)
+        axes[2].hlines(statistics.fmean(values), place - 0.3, place + 0.3, color=colour, linestyle=style)
     axes[0].set(xlabel="epochs", ylabel="validation accuracy (%)", title=title)
-    axes[1].set(xlabel="training FLOPs, forward and backward")
+    axes[1].set(xlabel="training FLOPs, forward and backward", title="mean, and worst to best seed")
+    axes[2].set(xticks=[], ylabel="test accuracy (%)", title="every seed, and mean")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     for axis in axes:
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -331,7 +331,7 @@ def _founding() -> Study:
             _arm(SMALL_VIT, "attention_vote"),
             _arm(once, "attention_vote", "shared queries", "shared", options=RouterOptions(queries="shared")),
             _arm(once, "multi_centroid", "experts choose, one centroid", "one", options=one),
-            _arm(once, "multi_centroid", "experts choose, four centroids, separated", "four", options=four),
+            _arm(once, "multi_centroid", "experts choose, four centroids", "four", options=four),
             Arm(name="dense-12", label="12 blocks, dense, active FLOPs of `expert_choice`", config=dense(deep)),
             replace(_arm(deep, "expert_choice", slug="12"), label="12 blocks, `expert_choice`, K=1"),
             _arm(SMALL_VIT, "random", options=score),

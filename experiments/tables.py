@@ -61,6 +61,8 @@ def render(page: str, results: Path) -> str:
 def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
     """One line an arm: the metric on the test set, what it costs, and what the routing follows.
 
+    Columns of which nothing is known are left out.
+
     Args:
         study: the content of a result file.
         only: names of the arms to show; all without it.
@@ -81,7 +83,7 @@ def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
         columns.append("NMI of expert and region, layer by layer")
     elif followed:
         columns.append(f"AMI of expert and {', '.join(name.removeprefix('ami_') for name in followed)}; mean of layers")
-    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * 5 + ("---|" if len(columns) > 6 else "")]
+    rows = []
     for arm in study["arms"] if only is None else [arms[name] for name in only]:
         cells = [
             arm["label"],
@@ -96,8 +98,11 @@ def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
         elif followed:
             means = [[layer[name]["mean"] for layer in arm["routing"] if name in layer] for name in followed]
             cells.append(", ".join(f"{sum(values) / len(values):.2f}" for values in means if values) or "–")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    said = [i for i in range(len(columns)) if not rows or any(cells[i] != "–" for cells in rows)]
+    dashes = ["---", *["---:"] * 5, "---"]
+    lines = [f"| {' | '.join(columns[i] for i in said)} |", f"|{'|'.join(dashes[i] for i in said)}|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells[i] for i in said)} |" for cells in rows)])
 
 
 def pair_table(study: dict[str, Any], pairs: list[str]) -> str:
