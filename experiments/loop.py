@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
         The figures of this seed, as JSON.
     """
     fabric = make_fabric(config)
+    restart_peak_memory(fabric.device)
     fabric.seed_everything(seed, verbose=False)
     model = build_model(config, task)
     inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
@@ -71,7 +72,7 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
         "seconds": round(progress["seconds"], 2),
         "peak_memory": round(peak_memory(fabric.device)),
         **cost,
-        "routing": routing_summary(routings, task.planted, _properties(task, routings)),
+        "routing": routing_summary(routings, *_followed(task, routings)),
         "curve": progress["curve"],
     }
 
@@ -329,13 +330,13 @@ def attention_kernel(device: torch.device, config: TrainConfig) -> AbstractConte
     return nullcontext()
 
 
-def _properties(task: Task, routings: list[list[Routing]]) -> dict[str, Tensor]:
-    """Of the nodes, where they were routed all at once."""
+def _followed(task: Task, routings: list[list[Routing]]) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The planted experts and the properties of the nodes, where they were routed all at once."""
     graph = task.graph
     if not isinstance(graph, Data) or len(routings) != 1:
-        return {}
+        return None, {}
     whole = {routing.num_tokens for routing in routings[0]} == {graph.num_nodes}
-    return node_properties(graph) if whole else {}
+    return (task.planted, node_properties(graph)) if whole else (None, {})
 
 
 @contextmanager
@@ -371,8 +372,17 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
 
 
+def restart_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory` count from here on: on a GPU, and where the system is Linux; elsewhere it cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: torch.device) -> float:
-    """The most memory in use so far, in MiB: on a GPU what torch allocated, else the whole process."""
+    """The most memory in use since :func:`restart_peak_memory`, in MiB: on a GPU what torch allocated, else the whole
+    process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     scale = 2**20 if sys.platform == "darwin" else 2**10  # of the unit that the system counts in

@@ -54,7 +54,7 @@ CIFAR10 = TrainConfig(
 """
 
 CIFAR100 = replace(CIFAR10, dataset="cifar100")
-"""CIFAR-100 on CIFAR-10's recipe. Its files are not at hand here: never run."""
+"""CIFAR-100 on CIFAR-10's recipe. It was run on made-up files only."""
 
 IMAGENETTE = replace(CIFAR10, dataset="imagenette", hidden=384, epochs=80, batch_size=64)
 """Imagenette at 160 pixels, random resized crops; a 6-block ViT, 192 wide, 16x16 patches. Run on a sample only."""
@@ -121,7 +121,7 @@ CITESEER = replace(CORA, dataset="citeseer")
 """
 
 PUBMED = replace(CORA, dataset="pubmed")
-"""PubMed, public split; the recipe of Cora. Its files are not at hand here: never run."""
+"""PubMed, public split; the recipe of Cora. It was run on made-up files only."""
 
 HETEROPHILOUS = TrainConfig(
     dataset="roman-empire",
@@ -139,7 +139,7 @@ HETEROPHILOUS = TrainConfig(
 )
 """The heterophilous graphs, after the recipe of their paper (Platonov et al., 2023): 512 wide, layer norm, lr 3e-5,
 1,000 steps; 10 fixed splits. The paper chooses 1 to 5 layers by validation and has GELU and feed-forward blocks; here
-are 5 layers, ReLU and linear residuals. Not run: their files are not at hand."""
+are 5 layers, ReLU and linear residuals. They were run on made-up files only."""
 
 MINESWEEPER = TrainConfig(
     dataset="minesweeper",

@@ -290,7 +290,7 @@ SMALL_VIT = replace(
 
 
 def _scale() -> Study:
-    """Which weights a layer should start with: DESIGN's question, before any router is compared."""
+    """Which weights a layer should start with, asked before any router is compared."""
     base = replace(SMALL_VIT, epochs=2, seeds=(0, 1))
     routers: tuple[RouterName, ...] = ("token_choice", "expert_choice")
     weights: tuple[Literal["score", "straight_through"], ...] = ("score", "straight_through")

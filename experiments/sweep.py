@@ -5,7 +5,7 @@
 
 ``grid`` is a study of your own: a preset over routers, numbers of experts and experts per token. Every arm is a run
 folder; finished arms are skipped and an unfinished one goes on, so that a study may be cut off at any time and started
-again. At the end, and after every arm, ``results/STUDY.json`` holds all that is finished; an arm that it holds already,
+again. After every arm, ``results/STUDY.json`` holds all that is finished; an arm that it holds already,
 with the same configuration, is finished also where its run folder is gone. An arm that cannot be run is named at the
 end, and the exit status is then 1.
 """

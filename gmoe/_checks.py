@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
@@ -14,7 +15,7 @@ def check_at_least(name: str, value: float, least: float) -> None:
 
 def check_count(name: str, value: int) -> None:
     """Refuse what is not a whole number of at least 1."""
-    if not isinstance(value, int):
+    if not isinstance(value, Integral) or isinstance(value, bool):  # NumPy's too
         raise ValueError(f"{name}: got {value!r}, expected a whole number")
     check_at_least(name, value, 1)
 

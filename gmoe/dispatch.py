@@ -50,7 +50,7 @@ def grouped_linear(
         offsets_E: (E,) int32 cumulative ends; the last is P.
         backend: all give the same result and gradients.
 
-            - ``"loop"``: one matmul an expert, written in place. One host sync.
+            - ``"loop"``: one matmul per expert, written in place. One host sync.
             - ``"padded"``: one ``bmm`` over all experts, padded to the largest load. One host sync.
             - ``"grouped"``: ``torch.nn.functional.grouped_mm``; no host sync where torch has a kernel for it (bfloat16
               on recent CUDA devices), a loop of torch's own elsewhere. float64, which it refuses, runs as ``"loop"``;
@@ -120,7 +120,7 @@ def _load(offsets_E: Tensor) -> Tensor:
 
 
 class _Loop(torch.autograd.Function):
-    """One matmul an expert. Each writes its slice of the result: no (P, O) copy, no stacking of gradients."""
+    """One matmul per expert. Each writes its slice of the result: no (P, O) copy, no stacking of gradients."""
 
     @staticmethod
     def forward(ctx: Any, x_PI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:

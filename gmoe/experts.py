@@ -19,11 +19,16 @@ from gmoe.routing.routing import Routing
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 
+
+def _gelu_tanh(u: Tensor) -> Tensor:
+    return F.gelu(u, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
     "gelu": F.gelu,
-    "gelu_tanh": nn.GELU(approximate="tanh"),
-    "identity": nn.Identity(),
+    "gelu_tanh": _gelu_tanh,
+    "identity": torch.positive,
     "leaky_relu": F.leaky_relu,
     "relu": F.relu,
     "silu": F.silu,
@@ -80,13 +85,13 @@ class Experts(nn.Module, ABC):
 
 
 class LinearExperts(Experts):
-    """One linear layer an expert, initialised as E separate ``nn.Linear`` are.
+    """One linear layer per expert, initialised as E separate ``nn.Linear`` are.
 
     Args:
         in_features: I.
         out_features: O.
         num_experts: E.
-        bias: learn a bias an expert (default ``True``).
+        bias: learn a bias per expert (default ``True``).
         backend: see :func:`gmoe.dispatch.grouped_linear` (default ``"auto"``).
 
     Attributes:
@@ -130,7 +135,7 @@ class LinearExperts(Experts):
 
 
 class MLPExperts(Experts):
-    r"""A two-layer perceptron an expert, :math:`f_e(x) = \phi(x W_e + b_e) V_e + c_e`.
+    r"""A two-layer perceptron per expert, :math:`f_e(x) = \phi(x W_e + b_e) V_e + c_e`.
 
     With ``glu`` the first layer is twice as wide and gates itself: :math:`\phi(g) \odot u` with
     :math:`[g, u] = x W_e + b_e` (Shazeer, 2020).

@@ -189,8 +189,8 @@ class HeteroGNNMoE(nn.Module):
         x_dict: Mapping[NodeType, Tensor],
         edge_index_dict: Mapping[EdgeType, Adj],
         n_id_dict: Mapping[NodeType, Tensor] | None = ...,
-        batch_dict: Mapping[NodeType, Tensor] | None = ...,
         *,
+        batch_dict: Mapping[NodeType, Tensor] | None = ...,
         return_routing: Literal[False] = ...,
     ) -> Any: ...
     @overload
@@ -199,8 +199,8 @@ class HeteroGNNMoE(nn.Module):
         x_dict: Mapping[NodeType, Tensor],
         edge_index_dict: Mapping[EdgeType, Adj],
         n_id_dict: Mapping[NodeType, Tensor] | None = ...,
-        batch_dict: Mapping[NodeType, Tensor] | None = ...,
         *,
+        batch_dict: Mapping[NodeType, Tensor] | None = ...,
         return_routing: Literal[True],
     ) -> tuple[Any, list[Routing]]: ...
     def forward(
@@ -208,8 +208,8 @@ class HeteroGNNMoE(nn.Module):
         x_dict: Mapping[NodeType, Tensor],
         edge_index_dict: Mapping[EdgeType, Adj],
         n_id_dict: Mapping[NodeType, Tensor] | None = None,
-        batch_dict: Mapping[NodeType, Tensor] | None = None,
         *,
+        batch_dict: Mapping[NodeType, Tensor] | None = None,
         return_routing: bool = False,
     ) -> Any:
         """Logits of the target, (N, out_channels), or of all types, a dict; see the class."""
@@ -217,7 +217,7 @@ class HeteroGNNMoE(nn.Module):
         routings: list[Routing] = []
         for layer, conv in enumerate(self.convs):
             if isinstance(conv, HeteroMoEConv):
-                out_dict, decided = conv(h_dict, edge_index_dict, batch_dict, return_routing=True)
+                out_dict, decided = conv(h_dict, edge_index_dict, batch_dict=batch_dict, return_routing=True)
                 routings.extend(decided.values())
             else:
                 out_dict = conv(h_dict, edge_index_dict)

@@ -43,7 +43,8 @@ class GNNMoE(LayerwiseInference, BasicGNN):
         out_channels: width of the output, such as the number of classes.
         num_layers: number of convs (default 2).
         conv: see :class:`MoEConv` (default ``"gcn"``).
-        router: a name or factory, or, with ``routing="shared"``, also an instance (default ``"token_choice"``).
+        router: a name or factory, or an instance where one is all it takes: with ``routing="shared"``, or for a
+            single MoE layer (default ``"token_choice"``).
             ``None`` builds the dense control: the same model with plain convs in all layers.
         num_experts: E (default 8, or the length of a list of convs).
         k: K, experts per node (default 1).

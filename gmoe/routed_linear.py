@@ -1,4 +1,4 @@
-"""A linear layer an expert, from tokens to tokens in one step. Shapes: T tokens, E experts, P pairs, I in, O out."""
+"""A linear layer per expert, from tokens to tokens in one step. Shapes: T tokens, E experts, P pairs, I in, O out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A perceptron an expert, from tokens to tokens in one step.
+"""A perceptron per expert, from tokens to tokens in one step.
 
 Shapes: T tokens, E experts, P pairs, I in, H hidden, O out features; U = H, or 2 H before a gate.
 """

@@ -18,7 +18,6 @@ from experiments.benchmark.options import Benchmark, layer_step, measure
 from gmoe.dispatch import Backend
 
 Precision = Literal["fp32", "bf16"]
-BACKENDS: tuple[Backend, ...] = ("auto", "loop", "padded", "grouped")
 OWN_ROUTING = ("st-moe-pytorch", "Tutel")
 """Layers whose routing cannot be made ours, so that outputs are not compared."""
 

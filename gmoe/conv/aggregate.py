@@ -38,7 +38,7 @@ class AggregateOnce(StackedExperts):
         adj = sized(graph.adj, size)
         with aggregating(adj, x_src) as x:
             out: Tensor = self.prototype((x, None), adj, **graph.edge_args, size=size)
-        return out
+        return out.to(x_src.dtype)
 
     def aggregate_by_pieces(self, x: Tensor, pieces: Pieces) -> Tensor:
         with pieces.of(self.prototype) as own:
@@ -163,7 +163,7 @@ class GCNExperts(LinearAggregation):
             )
         with aggregating(graph.adj, x_src) as x:
             out: Tensor = self.prototype(x, graph.adj, **graph.edge_args)
-        return out
+        return out.to(x_src.dtype)
 
 
 class SAGEExperts(LinearAggregation):

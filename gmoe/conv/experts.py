@@ -108,11 +108,11 @@ class StackedExperts(ConvExperts):
         """:meth:`forward` of experts that, given the aggregate, look at each node by itself."""
         outs = []
         for start in range(0, max(x.size(0), 1), pieces.batch_size):
-            rows = torch.arange(start, min(start + pieces.batch_size, x.size(0)), device=x.device)
-            near = None if aggregate is None else aggregate[rows].to(pieces.device)
-            part = x[rows].to(pieces.device)
-            own = routing.select(rows.to(routing.token.device))
-            outs.append(self(part, part, near, Graph(_no_edges(part), len(rows), len(rows), {}), own).to(x.device))
+            end = min(start + pieces.batch_size, x.size(0))
+            near = None if aggregate is None else aggregate[start:end].to(pieces.device)
+            part = x[start:end].to(pieces.device)
+            graph = Graph(_no_edges(part), end - start, end - start, {})
+            outs.append(self(part, part, near, graph, routing.between(start, end)).to(x.device))
         return torch.cat(outs)
 
     def reset_parameters(self) -> None:

@@ -73,7 +73,7 @@ class FilterExperts(StackedExperts):
             adj, edge_weight = self.prototype.norm(x_src, graph.adj, graph.edge_args.get("edge_weight"))
             for _ in range(self.hops):
                 with aggregating(adj, powers[-1]) as x:
-                    powers.append(self.prototype.hop(x, adj, edge_weight))
+                    powers.append(self.prototype.hop(x, adj, edge_weight).to(x_src.dtype))
         return powers
 
     def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor | None:

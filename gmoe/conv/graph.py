@@ -131,12 +131,19 @@ class Graph:
         """
         edge, position = self.in_edges(token)
         source = self.edge_index[0, edge]
-        place = torch.full((self.num_src,), -1, dtype=torch.long, device=token.device)
+        place = self._place
         among = token[token < self.num_src]
         place[among] = torch.arange(among.numel(), device=token.device)
         others = source[place[source] < 0].unique()
         place[others] = torch.arange(others.numel(), device=token.device) + among.numel()
-        return torch.cat([among, others]), torch.stack([place[source], position]), edge
+        nodes, ends = torch.cat([among, others]), torch.stack([place[source], position])
+        place[nodes] = -1  # what was touched alone: a piece costs what it holds, not what the graph does
+        return nodes, ends, edge
+
+    @cached_property
+    def _place(self) -> Tensor:
+        """(N_src,) all -1, between two calls of :meth:`neighbourhood`."""
+        return torch.full((self.num_src,), -1, dtype=torch.long, device=self.device)
 
     @property
     def device(self) -> torch.device:

@@ -197,8 +197,8 @@ class HeteroMoEConv(MoELayer):
         self,
         x_dict: Mapping[NodeType, Tensor],
         edge_index_dict: Mapping[EdgeType, Adj],
-        batch_dict: Mapping[NodeType, Tensor] | None = ...,
         *,
+        batch_dict: Mapping[NodeType, Tensor] | None = ...,
         routings: Mapping[NodeType, Routing] | None = ...,
         return_routing: Literal[False] = ...,
     ) -> dict[NodeType, Tensor]: ...
@@ -207,8 +207,8 @@ class HeteroMoEConv(MoELayer):
         self,
         x_dict: Mapping[NodeType, Tensor],
         edge_index_dict: Mapping[EdgeType, Adj],
-        batch_dict: Mapping[NodeType, Tensor] | None = ...,
         *,
+        batch_dict: Mapping[NodeType, Tensor] | None = ...,
         routings: Mapping[NodeType, Routing] | None = ...,
         return_routing: Literal[True],
     ) -> tuple[dict[NodeType, Tensor], dict[NodeType, Routing]]: ...
@@ -216,8 +216,8 @@ class HeteroMoEConv(MoELayer):
         self,
         x_dict: Mapping[NodeType, Tensor],
         edge_index_dict: Mapping[EdgeType, Adj],
-        batch_dict: Mapping[NodeType, Tensor] | None = None,
         *,
+        batch_dict: Mapping[NodeType, Tensor] | None = None,
         routings: Mapping[NodeType, Routing] | None = None,
         return_routing: bool = False,
     ) -> dict[NodeType, Tensor] | tuple[dict[NodeType, Tensor], dict[NodeType, Routing]]:

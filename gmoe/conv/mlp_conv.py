@@ -23,7 +23,7 @@ class MLPConv(MessagePassing):
     The expert for nodes that need no neighbours (the weak expert of Mowst, Zeng et al., 2024).
 
     Args:
-        in_channels: width of the nodes; of a tuple, the destinations' counts.
+        in_channels: width of the nodes; for a tuple, that of the destinations.
         out_channels: width of the output.
         hidden_channels: width of the hidden layer (default ``out_channels``).
         bias: learn biases (default ``True``).

@@ -41,7 +41,7 @@ class Piece:
 
     def routing(self, whole: Routing) -> Routing:
         """Of the decisions on all nodes, those on the destinations; the other nodes of the piece have no expert."""
-        return whole.select(torch.arange(self.start, self.end, device=whole.token.device)).padded(len(self.nodes))
+        return whole.between(self.start, self.end).padded(len(self.nodes))
 
 
 class Pieces:

@@ -98,7 +98,7 @@ def make_conv(factory: Callable[[Any, int], MessagePassing], in_channels: Any, o
             "of its arguments by name, or a factory (in_channels, out_channels) -> conv"
         ) from error
     if not isinstance(conv, MessagePassing):
-        raise ValueError(f"conv: got a factory of {type(conv).__name__}, expected one of PyG MessagePassing layers")
+        raise ValueError(f"conv: got a factory of {type(conv).__name__}, expected one of PyG's MessagePassing layers")
     return conv
 
 

@@ -39,7 +39,8 @@ def build_router(
         router: see :data:`RouterLike`.
         dim: width of the tokens.
         num_experts: E.
-        k: experts per token, passed where the router has such a parameter and a ``partial`` does not bind it.
+        k: experts per token, passed where the router has such a parameter and a ``partial`` does not bind it; an
+            instance keeps its own.
         kwargs: further arguments of the router.
 
     Raises:

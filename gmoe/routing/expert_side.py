@@ -29,8 +29,8 @@ class ExpertSide(nn.Module):
     """Each expert takes its ``C = clamp(ceil(capacity_factor * K * T_pool / E), 1, T_pool)`` best tokens of a pool.
 
     In threshold inference it keeps, for each expert, a running mean of the logarithm of the score of the last token
-    taken (the *cut*) and, where gates run along tokens, of what divides them (the *scale*); at evaluation each token
-    then decides alone.
+    taken (the *cut*) and, where gates run along tokens, of what divides them (the *scale*; the cut is then one of
+    logits); at evaluation each token then decides alone.
 
     Args:
         num_experts: E.
@@ -83,10 +83,13 @@ class ExpertSide(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
-    def forward(self, logits_TE: Tensor, pools: Pools, advance: bool, tolerance: float = 0.0) -> Chosen:
+    def forward(
+        self, logits_TE: Tensor, pools: Pools, advance: bool, tolerance: float = 0.0, scale: Tensor | float = 1.0
+    ) -> Chosen:
         """Choose; ``advance`` says whether this is a training step that the running means count.
 
-        Log-scores that differ by at most ``tolerance`` times their size, or times 1 where they are smaller, are ties.
+        Log-scores times ``scale`` that differ by at most ``tolerance`` times their size, or times 1 where they are
+        smaller, are ties.
         """
         if self.inference == "threshold" and not self.training:
             return self._by_threshold(logits_TE)
@@ -97,7 +100,7 @@ class ExpertSide(nn.Module):
         capacity = pools.capacity(self.k, self.num_experts, self.capacity_factor)
         order_TE = ranked_TE.detach()
         if tolerance > 0:  # which is relative, and a logarithm may be 0
-            order_TE = order_TE - order_TE.clamp(min=0).amax() - 1 if order_TE.numel() else order_TE
+            order_TE = log_scores_TE.detach() * scale - 1
         token_EC = pools.top_tokens(order_TE, capacity, tolerance)
         token_P, offsets_E = pairs_of_experts(token_EC)
         log_gate_P = gather_pairs(log_scores_TE, token_P, offsets_E)

@@ -1,4 +1,4 @@
-"""Auxiliary losses of routers. Shapes: T tokens, E experts, M centroids an expert, D width.
+"""Auxiliary losses of routers. Shapes: T tokens, E experts, M centroids per expert, D width.
 
 All are computed over all tokens of the call, and are 0 where there are none.
 """

@@ -1,4 +1,4 @@
-"""Multi-centroid routing. Shapes: T tokens, D width, E experts, M centroids an expert."""
+"""Multi-centroid routing. Shapes: T tokens, D width, E experts, M centroids per expert."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Reduce: TypeAlias = Literal["max", "logsumexp"]
 
 
 class MultiCentroid(Router):
-    r"""Several centroids an expert: an expert is as good as its best centroid is near, by cosine similarity.
+    r"""Several centroids per expert: an expert is as good as its best centroid is near, by cosine similarity.
 
     .. math::
         l_{te} = \max_m \cos(x_t - \mu, c_{em}) / \tau, \qquad g_t = \mathrm{softmax}_e(l_t)
@@ -143,8 +143,11 @@ class MultiCentroid(Router):
         logits_TE = self._logits(x_TD)
         if self.side is not None:
             # a cosine is rounded by where its row lies in the product: equal tokens come out equal up to that
-            tolerance = 8 * torch.finfo(logits_TE.dtype).eps / min(self.temperature, 1.0)
-            token_P, offsets_E, log_gate_P, scores_TE = self.side(logits_TE, pools, self._counters_advance(), tolerance)
+            tolerance = 8 * torch.finfo(logits_TE.dtype).eps
+            scale = self.log_temperature.detach().exp().clamp(max=1).to(logits_TE.dtype)
+            token_P, offsets_E, log_gate_P, scores_TE = self.side(
+                logits_TE, pools, self._counters_advance(), tolerance, scale
+            )
             weight_P = expert_side_weights(self, self.side, log_gate_P, token_P, pools)
         else:
             log_scores_TE = logits_TE.log_softmax(dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -109,13 +110,28 @@ class Routing:
         kept = (token >= 0).nonzero().view(-1)
         # by expert, as they are, and then by their new number
         kept = kept[(self.expert[kept] * len(tokens) + token[kept]).argsort()]
-        load = self.load.new_zeros(self.num_experts).index_add(0, self.expert[kept], torch.ones_like(kept))
+        return self._of_pairs(kept, token[kept], self.scores[tokens])
+
+    def between(self, start: int, end: int) -> Routing:
+        """:meth:`select` of the tokens ``start:end``; all of them piece by piece cost no more than all at once."""
+        pairs, first = self._by_token
+        kept = pairs[first[start] : first[end]].sort().values
+        return self._of_pairs(kept, self.token[kept] - start, self.scores[start:end])
+
+    @cached_property
+    def _by_token(self) -> tuple[Tensor, Tensor]:
+        """(P,) the pairs token by token, and (T + 1,) where each token's begin."""
+        token, pairs = self.token.sort()
+        return pairs, torch.searchsorted(token, torch.arange(self.num_tokens + 1, device=token.device))
+
+    def _of_pairs(self, kept: Tensor, token: Tensor, scores: Tensor) -> Routing:
+        """Some pairs, by expert and then by their new ``token``, among the tokens that have ``scores``."""
         return Routing(
-            token=token[kept],
-            offsets=load.cumsum(0).to(torch.int32),
+            token=token,
+            offsets=torch.searchsorted(kept, self.offsets.long()).to(torch.int32),
             weight=self.weight[kept],
-            scores=self.scores[tokens],
-            num_tokens=len(tokens),
+            scores=scores,
+            num_tokens=len(scores),
             losses=self.losses,
             dropped=self.dropped,
         )

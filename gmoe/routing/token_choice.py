@@ -42,12 +42,14 @@ class TokenChoice(Router):
         balance: what keeps the experts equally loaded (default ``None``):
 
             - ``"importance_load"``: adds ``balance_coef * (CV^2(importance) + CV^2(load))``; the load has a gradient
-              through the noise only, so that ``noise=False`` is refused.
+              through the noise only, so that ``noise=False`` is refused. Importance is summed over the noisy
+              probabilities, as by Shazeer et al. (2017), but before selection, as by V-MoE.
             - ``"switch"``: adds ``balance_coef * E * sum_e f_e P_e``.
-            - ``"bias"``: no loss. A bias an expert is added to the probabilities for the selection, not for the
+            - ``"bias"``: no loss. A bias per expert is added to the probabilities for the selection, not for the
               weights, and moves by ``bias_rate`` towards equal load once per training step (DeepSeek-V3, 2024). A
               step's load takes effect with the next forward in training, so that a checkpoint's recomputation selects
-              the same, as long as every forward is followed by its own backward. Each process counts its own load.
+              the same, as long as every forward is followed by its own backward. Processes do not add up
+              their loads: under DDP, which broadcasts buffers, the first one's counts.
         balance_coef: coefficient of the balance loss (default 0.01).
         bias_rate: step of the bias, in units of probability (default 0.001).
         z_coef: coefficient of the router z-loss (default 0, no loss).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from experiments.config import TrainConfig
 from experiments.data import load_tasks
-from experiments.loop import Training
+from experiments.loop import Training, peak_memory, restart_peak_memory
 from experiments.presets import PRESETS
 from experiments.runs import run, spread
 from experiments.train import main, parse
@@ -274,3 +275,21 @@ def test_controls_of_models_with_heads(equal: str, tmp_path: Path) -> None:
     assert summary["hidden"] % 4 == 0
     assert summary["hidden"] > 16
     assert summary["matched"] == pytest.approx(1, abs=0.15)
+
+
+def test_planted_experts_where_test_nodes_are_sampled(tmp_path: Path) -> None:
+    args = ("--sampling", "neighbor", "--fanout", "3", "3", "--batch-size", "2000", "--evaluation", "sampled")
+    summary = quick(tmp_path / "run", *args, "--epochs", "1", preset="mosaic")
+    assert not any("nmi" in layer for layer in summary["routing"])  # which is of all nodes, routed at once
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux forgets a peak")
+def test_the_peak_of_memory_is_a_seeds_own() -> None:
+    device = torch.device("cpu")
+    held = torch.ones(60 * 2**20, dtype=torch.uint8)
+    restart_peak_memory(device)
+    with_it = peak_memory(device)
+    del held
+    assert peak_memory(device) == pytest.approx(with_it, abs=5)
+    restart_peak_memory(device)
+    assert peak_memory(device) < with_it - 50

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -154,3 +155,14 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build(*args, **kwargs)
+
+
+@pytest.mark.parametrize("count", [np.int64(3), np.int32(3)])
+def test_counts_may_be_numpys(count: Any) -> None:
+    assert LinearExperts(count, count, count).weight.shape == (3, 3, 3)
+
+
+@pytest.mark.parametrize("count", [True, 3.0, "3"])
+def test_counts_are_whole_numbers(count: Any) -> None:
+    with pytest.raises(ValueError, match=r"num_experts: got .*, expected a whole number"):
+        LinearExperts(4, 3, count)

@@ -423,4 +423,4 @@ def test_errors_of_a_call() -> None:
     with pytest.raises(ValueError, match="n_id_dict: got None with 5 of the 12 'paper' nodes"):
         gnn({"paper": DATA["paper"].x[:5]}, {})
     with pytest.raises(ValueError, match=r"n_id_dict\['author'\]: got None"):
-        gnn(DATA.x_dict, edges, {"paper": DATA["paper"].n_id})
+        gnn(DATA.x_dict, edges, n_id_dict={"paper": DATA["paper"].n_id})

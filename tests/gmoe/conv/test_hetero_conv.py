@@ -250,7 +250,7 @@ def test_batch_mates_do_not_matter(router: str, share_router: bool) -> None:
     shift = {r: torch.tensor([[COUNTS[r[0]]], [COUNTS[r[-1]]]]) for r in METADATA[1]}
     found = {r: torch.cat([graphs[0][1][r], graphs[1][1][r] + shift[r]], dim=1) for r in METADATA[1]}
     batch = {t: torch.tensor([0] * n + [1] * other[t]) for t, n in COUNTS.items()}
-    assert_all_close(conv(xs, found, batch), {t: torch.cat([y[t] for y in alone]) for t in TYPES})
+    assert_all_close(conv(xs, found, batch_dict=batch), {t: torch.cat([y[t] for y in alone]) for t in TYPES})
 
 
 @pytest.mark.parametrize("share_router", [False, True])
@@ -479,7 +479,7 @@ def test_errors_of_a_call() -> None:
     xs, found = nodes(WIDTH), edges()
     conv = layer().double()
     with pytest.raises(ValueError, match=r"batch_dict\['field'\]: batch: got shape \(2,\)"):
-        conv(xs, found, {"field": torch.zeros(2, dtype=torch.long)})
+        conv(xs, found, batch_dict={"field": torch.zeros(2, dtype=torch.long)})
     with pytest.raises(ValueError, match="routings: got None, expected one of each node type, since router=None"):
         layer(router=None).double()(xs, found)
     _, routings = conv(xs, found, return_routing=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import GATConv, GCNConv, GINConv, GraphConv, SAGEConv
+from torch_geometric.utils import to_torch_csr_tensor
 
 from gmoe import ROUTERS, MoEConv, OracleRouter, TokenChoice, aux_loss, record
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph, routing_of
@@ -217,12 +220,20 @@ def test_autocast_scores_in_float32(conv: str) -> None:
             torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("conv", CONVS)
-def test_a_model_in_bfloat16_scores_in_float32(conv: str) -> None:
+@pytest.mark.parametrize("csr", [False, True])
+@pytest.mark.parametrize("conv", [*CONVS, "low_pass", "two_hop", partial(SAGEConv, normalize=True)])
+def test_a_model_in_bfloat16_scores_in_float32(conv: Any, csr: bool) -> None:
     x, edge_index = graph()
-    y, routing = layer(conv).bfloat16()(x.bfloat16(), edge_index, return_routing=True)
+    adj = to_torch_csr_tensor(edge_index.flip(0), size=(NODES, NODES)) if csr else edge_index
+    leaf = x.bfloat16().requires_grad_()
+    moe = layer(conv, route_on="both")
+    y, routing = copy.deepcopy(moe).bfloat16()(leaf, adj, return_routing=True)
     assert y.dtype == torch.bfloat16
     assert routing.scores.dtype == torch.float32
+    y.sum().backward()
+    assert leaf.grad is not None
+    expected = moe(x, adj, routing=replace(routing, weight=routing.weight.float()))
+    torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize(("conv", "backend"), [("gcn", "aot_eager"), ("gat", "eager")])
@@ -367,7 +378,7 @@ def test_on_a_graph_of_realistic_width() -> None:
         ),
         ({"conv": "gnc"}, "conv: got 'gnc', expected one of 'agnn'"),
         ({"conv": ["gcn", "gat"]}, "conv: got a list of 2 convs, expected num_experts=3"),
-        ({"conv": lambda i, o: nn.Linear(i, o)}, "conv: got a factory of Linear, expected one of PyG MessagePassing"),
+        ({"conv": lambda i, o: nn.Linear(i, o)}, "conv: got a factory of Linear, expected one of PyG's MessagePassing"),
         (
             {"conv": lambda *_: SHARED},
             "conv: got a factory whose convs share parameters",

@@ -131,3 +131,21 @@ def test_counters_survive_a_state_dict() -> None:
 
 def test_repr() -> None:
     assert repr(side("tokens")) == "ExpertSide(normalize='tokens', inference='threshold', capacity_factor=0.5)"
+
+
+@pytest.mark.parametrize("normalize", ["experts", "tokens"])
+def test_ties_do_not_depend_on_other_pools(normalize: Normalize) -> None:
+    router = ExpertSide(2, 1, 1.0, normalize, "pool", 0.5)
+    logits = torch.tensor([[0.0, 0.0], [1e-3, 0.0]])
+    alone = router(logits, Pools.from_segments(torch.tensor([0, 0])), False, 1e-6)
+    assert alone.token_P.tolist() == [1, 0]
+    mates = torch.tensor([[0.0, 0.0], [1e-3, 0.0], [1e6, 1e6], [1e6, 1e6]])
+    together = router(mates, Pools.from_segments(torch.tensor([0, 0, 1, 1])), False, 1e-6)
+    assert together.token_P.tolist() == [1, 2, 0, 2]
+
+
+def test_the_scale_of_ties() -> None:
+    router = ExpertSide(2, 1, 1.0, "tokens", "pool", 0.5)
+    logits, pools = torch.tensor([[0.0, 0.0], [1e-3, 0.0]]), Pools.from_segments(torch.tensor([0, 0]))
+    assert router(logits, pools, False, 1e-4).token_P.tolist() == [1, 0]
+    assert router(logits, pools, False, 1e-4, torch.tensor(0.01)).token_P.tolist() == [0, 0]

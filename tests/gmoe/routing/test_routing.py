@@ -8,8 +8,11 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gmoe import AuxLoss, Routing, aux_loss
+from gmoe.routing.select import pairs_of_mask
 
 
 def example() -> Routing:
@@ -54,6 +57,25 @@ def test_first_keeps_the_first_tokens() -> None:
     routing = example()
     assert routing.first(4) is routing
     assert routing.first(0).to_dense().shape == (0, 3)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(mask=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=9), data=st.data())
+def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None:
+    chosen_TE = torch.tensor(mask, dtype=torch.bool).view(-1, 3)
+    token, offsets = pairs_of_mask(chosen_TE)
+    scores = torch.rand(len(mask), 3)
+    whole = Routing(token, offsets, torch.rand(len(token)), scores, len(mask), example().losses)
+    order = data.draw(st.permutations(range(len(mask))))
+    tokens = torch.tensor(order[: data.draw(st.integers(0, len(mask)))], dtype=torch.int64)
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(mask))] * 2)))
+    for part, rows in ((whole.select(tokens), tokens), (whole.between(start, end), torch.arange(start, end))):
+        assert torch.equal(part.to_dense(), whole.to_dense()[rows])
+        assert torch.equal(part.scores, scores[rows])
+        assert part.num_tokens == len(rows)
+        assert (part.offsets.dtype, part.losses) == (torch.int32, whole.losses)
+        pairs = list(zip(part.expert.tolist(), part.token.tolist(), strict=True))
+        assert pairs == sorted(pairs)
 
 
 def test_aux_loss_is_the_weighted_sum() -> None:
