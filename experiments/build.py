@@ -19,6 +19,7 @@ from experiments.config import RouterOptions, TrainConfig
 from experiments.data import Task
 from gmoe import GNNMoE, HeteroGNNMoE, OracleRouter, Router
 from gmoe.conv.registry import CONVS
+from gmoe.convert import choose_blocks
 from vision import SIZES, ViTMoE, ViTSize
 
 FILTERS = frozenset({"filter", "identity", "low_pass", "high_pass", "two_hop"})
@@ -32,10 +33,37 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
         ValueError: an option that the router does not know, or a combination that makes no sense.
     """
     if config.equal is None:
-        return _build(config, task)
+        return _scaled(_build(config, task), config)
     if config.router != "dense":
         raise ValueError(f"equal: got {config.equal!r} with router={config.router!r}, expected router='dense'")
-    return _build(_without_experts(config, matched_width(config, task)), task)
+    return _scaled(_build(_without_experts(config, matched_width(config, task)), task), config)
+
+
+class ScaledMLP(nn.Module):
+    """An MLP whose output is multiplied by a factor, as experts' outputs are by their weights.
+
+    Args:
+        mlp: the MLP.
+        factor: the factor.
+    """
+
+    def __init__(self, mlp: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.factor * self.mlp(x)
+        return out
+
+
+def _scaled(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """A dense ViT with its MLPs scaled where a MoE would have experts; other models as they are."""
+    if config.mlp_scale != 1 and isinstance(model, ViTMoE):
+        blocks: Any = list(model.encoder.layers)
+        for i in choose_blocks(len(blocks), config.every, config.moe_blocks or None):
+            blocks[i].mlp = ScaledMLP(blocks[i].mlp, config.mlp_scale)
+    return model
 
 
 def _without_experts(config: TrainConfig, hidden: int) -> TrainConfig:
@@ -98,7 +126,7 @@ def matched_width(config: TrainConfig, task: Task) -> int:
 
 def build_twin(config: TrainConfig, task: Task) -> nn.Module:
     """The MoE that a dense control is matched to."""
-    return _build(replace(config, router=config.equal_to, equal=None), task)
+    return _build(replace(config, router=config.equal_to, equal=None, mlp_scale=1.0), task)
 
 
 def matched_ratio(config: TrainConfig, task: Task, model: nn.Module) -> float | None:

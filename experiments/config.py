@@ -84,6 +84,8 @@ class TrainConfig:
     """Layer i holds experts where i % every == every - 1."""
     moe_blocks: tuple[int, ...] = ()
     """Images: the blocks that hold experts, from 0, in place of `every`."""
+    mlp_scale: float = 1.0
+    """Images, dense: factor of the output of the MLPs in whose place experts would be, which weights by score scale."""
     image_size: int | None = None
     """Images: height and width that images are brought to; by default the data set's."""
     patch: int | None = None
@@ -256,6 +258,7 @@ class TrainConfig:
             ("ema", self.ema, 0, 1),
             ("dropout", self.dropout, 0, 1),
             ("input_dropout", self.input_dropout, 0, 1),
+            ("mlp_scale", self.mlp_scale, 0, math.inf),
             ("mixup", self.mixup, 0, math.inf),
             ("cutmix", self.cutmix, 0, math.inf),
             ("clip_norm", self.clip_norm, 0, math.inf),
@@ -271,6 +274,10 @@ class TrainConfig:
             raise ValueError(f"seeds: got {self.seeds}, expected at least one, each once")
         if not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
             raise ValueError(f"seeds: got {self.seeds}, expected numbers from 0 to 2**32 - 1")
+        if self.router != "dense" and self.mlp_scale != 1:
+            raise ValueError(
+                f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected 1; dense MLPs take it"
+            )
         if self.router == "dense" and self.equal is None and self.moe_blocks:
             raise ValueError(f"moe_blocks: got {self.moe_blocks} with router='dense', expected none: it has no experts")
 
@@ -342,6 +349,7 @@ class TrainConfig:
 
 
 IMAGES_ONLY = (
+    "mlp_scale",
     "moe_blocks",
     "image_size",
     "patch",

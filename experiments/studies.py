@@ -336,6 +336,11 @@ def _founding() -> Study:
             replace(_arm(deep, "expert_choice", slug="12"), label="12 blocks, `expert_choice`, K=1"),
             _arm(SMALL_VIT, "random", options=score),
             Arm(
+                name="dense-scaled",
+                label="dense, active FLOPs of `expert_choice`, every second MLP × 1/8",
+                config=replace(dense(SMALL_VIT), mlp_scale=0.125, seeds=(0, 1)),
+            ),
+            Arm(
                 name="dense-parameters",
                 label="dense, parameters of `expert_choice`",
                 config=replace(dense(once), equal="parameters"),

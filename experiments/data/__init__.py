@@ -18,7 +18,7 @@ from vision.images import NAMES as IMAGE_SETS
 
 __all__ = ["Batch", "Split", "Task", "load_tasks"]
 
-MODEL_OF_IMAGES = ("moe_blocks", "patch", "dim", "vit_heads", "label_smoothing")
+MODEL_OF_IMAGES = ("mlp_scale", "moe_blocks", "patch", "dim", "vit_heads", "label_smoothing")
 """Options of images that are not about where they come from."""
 
 

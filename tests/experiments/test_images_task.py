@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from experiments.build import init_centroids
+from experiments.build import ScaledMLP, build_model, build_twin, init_centroids
 from experiments.config import TrainConfig
 from experiments.data import load_tasks
 from experiments.digest import images_digest
@@ -159,6 +161,33 @@ def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(seen[0].flatten(1).mean(1).round(decimals=2).unique()) > 1
 
 
+def test_a_control_with_scaled_mlps(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "data")
+    sizes: dict[str, Any] = {"layers": 3, "patch": 4, "dim": 8, "vit_heads": 2, "hidden": 8, "experts": 2}
+    config = TrainConfig(dataset="images", data_root=root, router="dense", every=2, **sizes)
+    task = load_tasks(config)(0)
+    images = torch.randn(2, 3, 8, 8)
+    plain, scaled = (fresh(replace(config, mlp_scale=scale), task) for scale in (1.0, 0.25))
+    assert [type(block.mlp).__name__ for block in scaled.encoder.layers] == ["MLPBlock", "ScaledMLP", "MLPBlock"]
+    with torch.no_grad():
+        for parameter in (plain.encoder.layers[1].mlp[3].weight, plain.encoder.layers[1].mlp[3].bias):
+            parameter.mul_(0.25)
+    torch.testing.assert_close(scaled(images), plain(images))
+    twin = build_twin(replace(config, equal="flops", equal_to="expert_choice", mlp_scale=0.25), task)
+    assert not any(isinstance(module, ScaledMLP) for module in twin.modules())
+    args = ["--router", "dense", "--mlp-scale", "0.125", "--equal", "flops", "--equal-to", "expert_choice"]
+    main(["images", *QUICK, *args, "--data-root", str(root), "--out", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["matched"] == pytest.approx(1, abs=0.2)
+
+
+def fresh(config: TrainConfig, task: Any) -> Any:
+    torch.manual_seed(0)
+    model: Any = build_model(config, task)
+    torch.manual_seed(0)
+    nn.init.normal_(model.heads.head.weight)  # torchvision's starts at zero
+    return model.eval()
+
+
 @pytest.mark.parametrize("option", ["--patch", "--dim", "--vit-heads", "--image-size"])
 def test_sizes_below_one(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_images(tmp_path / "data")
@@ -175,6 +204,8 @@ def test_sizes_below_one(option: str, tmp_path: Path, capsys: pytest.CaptureFixt
         ({}, ["--val-share", "0"], "val_share: got 0.0"),
         ({}, ["--conv", "sage"], "conv: got ('sage',) for images"),
         ({}, ["--router", "oracle"], "router: got 'oracle' for images"),
+        ({}, ["--router", "dense", "--mlp-scale", "nan"], "mlp_scale: got nan, expected a number in [0, inf)"),
+        ({}, ["--mlp-scale", "0.5"], "mlp_scale: got 0.5 with router='expert_choice', expected 1"),
     ],
 )
 def test_bad_options(
