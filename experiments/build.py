@@ -32,11 +32,10 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
     Raises:
         ValueError: an option that the router does not know, or a combination that makes no sense.
     """
-    if config.equal is None:
-        return _scaled(_build(config, task), config)
-    if config.router != "dense":
+    if config.equal is not None and config.router != "dense":
         raise ValueError(f"equal: got {config.equal!r} with router={config.router!r}, expected router='dense'")
-    return _scaled(_build(_without_experts(config, matched_width(config, task)), task), config)
+    own = config if config.equal is None else _without_experts(config, matched_width(config, task))
+    return _scaled(_build(own, task), config)
 
 
 class ScaledMLP(nn.Module):

@@ -110,10 +110,9 @@ def claims(arms: Arms) -> list[Claim]:
             values=earliness,
         ),
         compare("b", "… and end higher", experts, "dense"),
-        compare(
-            "b", "… and so do experts at the scale of a dense MLP (straight-through)", f"{experts}-straight", "dense"
-        ),
-        compare("b", "… and higher than dense at their scale (every second MLP × 1/8)", experts, "dense-scaled"),
+        compare("b", "… also at the scale of a dense MLP (straight-through)", f"{experts}-straight", "dense"),
+        compare("b", "Scaling every second MLP × 1/8 helps a dense model", "dense-scaled", "dense"),
+        compare("b", "Experts end higher than that model", experts, "dense-scaled"),
         compare("b", "… and higher than the dense model of equal parameters", experts, "dense-parameters"),
         compare("b", "… and token choice is above a frozen random router", "token-choice-k1", "random-k1"),
         compare("b", "… and higher than the uniform average of all experts", experts, "uniform"),

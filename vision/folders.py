@@ -28,14 +28,16 @@ class VisibleFolder(ImageFolder):
 
     A class may be empty.
 
+    Attributes:
+        files: all that is not hidden, images or not.
+
     Raises:
         OSError: a folder in it cannot be read, which torchvision would pass over.
         ValueError: a folder in it holds itself by a link.
     """
 
     def __init__(self, root: Path) -> None:
-        for _ in walk(root):
-            pass
+        self.files = list(walk(root))
 
         def valid(path: str) -> bool:
             inside = Path(path).relative_to(root)
@@ -90,10 +92,10 @@ def listing_of(name: str, folder: Path) -> Listing:
             f"{name}: no image in the class folder {few([folder / part for part in empty])}, expected at least one; "
             "fill it, or remove it"
         )
-    files = list(walk(folder))
-    others = [file for file in files if not _is_image(file) and file.parent != folder]
+    others = [file for file in found.files if not _is_image(file) and file.parent != folder]
     _tell(name, folder, f"are no {', '.join(IMG_EXTENSIONS)}", others)
-    _tell(name, folder, "lie in no class folder", [file for file in files if _is_image(file) and file.parent == folder])
+    loose = [file for file in found.files if _is_image(file) and file.parent == folder]
+    _tell(name, folder, "lie in no class folder", loose)
     return Listing(folder, tuple(map(printable, found.classes)), [path for path, _ in found.samples], labels)
 
 

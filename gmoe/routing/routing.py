@@ -113,7 +113,7 @@ class Routing:
         return self._of_pairs(kept, token[kept], self.scores[tokens])
 
     def between(self, start: int, end: int) -> Routing:
-        """:meth:`select` of the tokens ``start:end``; all of them piece by piece cost no more than all at once."""
+        """:meth:`select` of the tokens ``start:end``, at the cost of what they hold, once the pairs are sorted."""
         pairs, first = self._by_token
         kept = pairs[first[start] : first[end]].sort().values
         return self._of_pairs(kept, self.token[kept] - start, self.scores[start:end])

@@ -128,7 +128,7 @@ def test_flops_count_forward_and_backward() -> None:
 
 def test_the_studys_arms_are_those_of_the_claims() -> None:
     arms = {one.name: arm([0.5]) for one in STUDIES["founding"].arms}
-    assert "".join(claim.letter for claim in claims(arms)) == "aabbbbbbbccddde"
+    assert "".join(claim.letter for claim in claims(arms)) == "aabbbbbbbbccddde"
     drawn = {name for _, names in FIGURES.values() for name in names}
     assert drawn <= set(arms)
 
