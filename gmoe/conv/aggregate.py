@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch_geometric.nn import MessagePassing
 
 from gmoe.conv.experts import StackedExperts, tokens_of, without_dropout
-from gmoe.conv.graph import Graph, aggregating, sized
+from gmoe.conv.graph import Graph, aggregated, sized
 from gmoe.conv.pieces import Pieces
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
@@ -36,9 +36,7 @@ class AggregateOnce(StackedExperts):
     def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
         size = (graph.num_src, graph.num_dst)
         adj = sized(graph.adj, size)
-        with aggregating(adj, x_src) as x:
-            out: Tensor = self.prototype((x, None), adj, **graph.edge_args, size=size)
-        return out.to(x_src.dtype)
+        return aggregated(adj, x_src, lambda x: self.prototype((x, None), adj, **graph.edge_args, size=size))
 
     def aggregate_by_pieces(self, x: Tensor, pieces: Pieces) -> Tensor:
         with pieces.of(self.prototype) as own:
@@ -161,9 +159,7 @@ class GCNExperts(LinearAggregation):
                 "x: got a tuple of source and destination nodes, expected one tensor, since GCNConv takes no bipartite "
                 "input (SAGEConv and GraphConv do)"
             )
-        with aggregating(graph.adj, x_src) as x:
-            out: Tensor = self.prototype(x, graph.adj, **graph.edge_args)
-        return out.to(x_src.dtype)
+        return aggregated(graph.adj, x_src, lambda x: self.prototype(x, graph.adj, **graph.edge_args))
 
 
 class SAGEExperts(LinearAggregation):

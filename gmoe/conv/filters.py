@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gmoe.conv.experts import StackedExperts, tokens_of
 from gmoe.conv.filter_conv import FilterConv
-from gmoe.conv.graph import Graph, aggregating
+from gmoe.conv.graph import Graph, aggregated
 from gmoe.conv.pieces import Piece, Pieces
 from gmoe.dispatch import Backend, combine
 from gmoe.experts import LinearExperts
@@ -72,8 +72,7 @@ class FilterExperts(StackedExperts):
         if self.hops:
             adj, edge_weight = self.prototype.norm(x_src, graph.adj, graph.edge_args.get("edge_weight"))
             for _ in range(self.hops):
-                with aggregating(adj, powers[-1]) as x:
-                    powers.append(self.prototype.hop(x, adj, edge_weight).to(x_src.dtype))
+                powers.append(aggregated(adj, powers[-1], lambda x: self.prototype.hop(x, adj, edge_weight)))
         return powers
 
     def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -169,15 +168,13 @@ def sized(adj: Adj, size: tuple[int, int]) -> Adj:
     return adj
 
 
-@contextmanager
-def aggregating(adj: Adj, x: Tensor) -> Iterator[Tensor]:
-    """The features to aggregate: in float32 and without autocast where the matrix is sparse, which has no kernels in
-    half precision."""
+def aggregated(adj: Adj, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """``run(x)`` in the dtype of ``x``; in float32 and without autocast where the matrix is sparse, since that has no
+    kernels in half precision."""
     if not is_sparse(adj):
-        yield x
-        return
+        return run(x).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        yield x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return run(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).to(x.dtype)
 
 
 def parameters_of(conv: MessagePassing) -> frozenset[str]:
