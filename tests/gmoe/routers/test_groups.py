@@ -1,4 +1,4 @@
-"""Pools. Shapes: T tokens, E experts, B pools, C capacity, P pairs."""
+"""Groups. Shapes: T tokens, E experts, B groups, C capacity, P pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmoe.routing.pools import Pools, segment_logsumexp
+from gmoe.routing.groups import Groups, segment_logsumexp
 from tests.gmoe.reference import best_first, capacity
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
@@ -16,33 +16,33 @@ segments = st.lists(st.sampled_from([0, 2, 3, 9]), min_size=1, max_size=24)
 
 
 def members(ids: list[int]) -> list[list[int]]:
-    """Tokens of each pool, pools in ascending order of their ids."""
+    """Tokens of each pool, groups in ascending order of their ids."""
     return [[t for t, i in enumerate(ids) if i == pool] for pool in sorted(set(ids))]
 
 
-def test_equal_pools_are_recognised() -> None:
-    assert Pools.from_segments(torch.tensor([4, 4, 7, 7])) == Pools.equal(2, 2)
-    unsorted = Pools.from_segments(torch.tensor([7, 4, 4, 7]))
-    assert (unsorted.size, unsorted.num_pools) == (2, 2)
-    ragged = Pools.from_segments(torch.tensor([7, 4, 4]))
+def test_equal_groups_are_recognised() -> None:
+    assert Groups.from_segments(torch.tensor([4, 4, 7, 7])) == Groups.equal(2, 2)
+    unsorted = Groups.from_segments(torch.tensor([7, 4, 4, 7]))
+    assert (unsorted.size, unsorted.num_groups) == (2, 2)
+    ragged = Groups.from_segments(torch.tensor([7, 4, 4]))
     assert ragged.size is None
-    assert Pools.from_segments(torch.zeros(0, dtype=torch.long)).num_pools == 0
-    assert Pools.equal(3, 0).num_pools == 0
+    assert Groups.from_segments(torch.zeros(0, dtype=torch.long)).num_groups == 0
+    assert Groups.equal(3, 0).num_groups == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
 def test_any_integer_is_a_segment_id(dtype: torch.dtype) -> None:
-    pools = Pools.from_segments(torch.tensor([1, 0, 1]).to(dtype))
-    assert pools.of(torch.tensor([0, 1, 2])).tolist() == [1, 0, 1]
+    groups = Groups.from_segments(torch.tensor([1, 0, 1]).to(dtype))
+    assert groups.of(torch.tensor([0, 1, 2])).tolist() == [1, 0, 1]
 
 
 @SETTINGS
 @given(ids=segments)
 def test_of(ids: list[int]) -> None:
-    pools = Pools.from_segments(torch.tensor(ids))
+    groups = Groups.from_segments(torch.tensor(ids))
     expected = [sorted(set(ids)).index(i) for i in ids]
-    assert pools.of(torch.arange(len(ids))).tolist() == expected
-    assert pools.num_pools == len(set(ids))
+    assert groups.of(torch.arange(len(ids))).tolist() == expected
+    assert groups.num_groups == len(set(ids))
 
 
 @SETTINGS
@@ -53,7 +53,7 @@ def test_of(ids: list[int]) -> None:
     factor=st.sampled_from([0.001, 0.1, 0.3, 0.5, 0.7, 1.0, 1.05, 1.1, 1.25, 2.0, 100.0]),
 )
 def test_capacity(ids: list[int], k: int, num_experts: int, factor: float) -> None:
-    found = Pools.from_segments(torch.tensor(ids)).capacity(k, num_experts, factor)
+    found = Groups.from_segments(torch.tensor(ids)).capacity(k, num_experts, factor)
     expected = [capacity(k, len(tokens), num_experts, factor) for tokens in members(ids)]
     if isinstance(found, Tensor):
         assert found.tolist() == expected
@@ -62,11 +62,11 @@ def test_capacity(ids: list[int], k: int, num_experts: int, factor: float) -> No
 
 
 def test_capacity_by_hand() -> None:
-    assert Pools.equal(1, 10).capacity(1, 4, 1.0) == 3  # ceil(2.5)
-    assert Pools.equal(1, 100).capacity(1, 10, 1.1) == 11  # 11.000000000000002 in floating point
-    assert Pools.equal(1, 10).capacity(2, 4, 1.0) == 5
-    assert Pools.equal(1, 3).capacity(1, 8, 0.1) == 1  # at least 1
-    assert Pools.equal(1, 3).capacity(4, 4, 5.0) == 3  # at most T
+    assert Groups.equal(1, 10).capacity(1, 4, 1.0) == 3  # ceil(2.5)
+    assert Groups.equal(1, 100).capacity(1, 10, 1.1) == 11  # 11.000000000000002 in floating point
+    assert Groups.equal(1, 10).capacity(2, 4, 1.0) == 5
+    assert Groups.equal(1, 3).capacity(1, 8, 0.1) == 1  # at least 1
+    assert Groups.equal(1, 3).capacity(4, 4, 5.0) == 3  # at most T
 
 
 @SETTINGS
@@ -79,7 +79,7 @@ def test_logsumexp(ids: list[int], data: st.DataObject) -> None:
     expected = torch.empty_like(logits)
     for tokens in members(ids):
         expected[tokens] = logits[tokens].logsumexp(dim=0)
-    found = Pools.from_segments(torch.tensor(ids)).logsumexp(logits)
+    found = Groups.from_segments(torch.tensor(ids)).logsumexp(logits)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     cotangent = torch.randn(logits.shape, dtype=torch.float64)
     wanted = torch.autograd.grad((expected * cotangent).sum(), logits)
@@ -92,8 +92,8 @@ def test_top_tokens_with_ties(ids: list[int], factor: float, data: st.DataObject
     """Scores from three values: most of them tie, and the lowest token index wins."""
     drawn = data.draw(st.lists(st.sampled_from([-1.0, 0.0, 2.0]), min_size=2 * len(ids), max_size=2 * len(ids)))
     scores = torch.tensor(drawn).view(-1, 2)
-    pools = Pools.from_segments(torch.tensor(ids))
-    found = pools.top_tokens(scores, pools.capacity(1, 2, factor))
+    groups = Groups.from_segments(torch.tensor(ids))
+    found = groups.top_tokens(scores, groups.capacity(1, 2, factor))
     for e in range(2):
         expected: list[int] = []
         for tokens in members(ids):
@@ -105,10 +105,10 @@ def test_top_tokens_with_ties(ids: list[int], factor: float, data: st.DataObject
 @SETTINGS
 @given(ids=segments)
 def test_mean_of_pairs(ids: list[int]) -> None:
-    pools = Pools.from_segments(torch.tensor(ids))
+    groups = Groups.from_segments(torch.tensor(ids))
     token = torch.arange(len(ids)).repeat(2)[: len(ids) + len(ids) // 2]  # some tokens twice
     value = torch.randn(len(token), dtype=torch.float64)
-    for position, mean in enumerate(pools.mean_of_pairs(value, token).tolist()):
+    for position, mean in enumerate(groups.mean_of_pairs(value, token).tolist()):
         same = [v for v, t in zip(value.tolist(), token.tolist(), strict=True) if ids[t] == ids[int(token[position])]]
         assert mean == pytest.approx(sum(same) / len(same), abs=1e-12)
 
@@ -116,8 +116,8 @@ def test_mean_of_pairs(ids: list[int]) -> None:
 @SETTINGS
 @given(ids=segments)
 def test_padded_batches_hold_each_token_once(ids: list[int]) -> None:
-    pools = Pools.from_segments(torch.tensor(ids))
-    batches = pools.padded()
+    groups = Groups.from_segments(torch.tensor(ids))
+    batches = groups.padded()
     rows: list[list[int]] = []
     for token, mask in batches:
         mask = torch.ones_like(token, dtype=torch.bool) if mask is None else mask
@@ -127,7 +127,7 @@ def test_padded_batches_hold_each_token_once(ids: list[int]) -> None:
     if batches:
         assert sorted(rows) == sorted(members(ids))
     else:
-        assert members(ids) == torch.arange(len(ids)).view(pools.num_pools, -1).tolist()
+        assert members(ids) == torch.arange(len(ids)).view(groups.num_groups, -1).tolist()
 
 
 def test_segment_logsumexp() -> None:
@@ -142,7 +142,7 @@ def test_top_tokens_of_odd_values(capacity: int) -> None:
     """NaN first, then infinity, and every expert gets its number whatever it sees; with and without sorting."""
     nan, inf = torch.nan, torch.inf
     scores = torch.tensor([[0.0, -inf, inf], [nan, -inf, 2.0], [-0.0, -inf, inf], [1.0, -inf, nan]])
-    pools = Pools.equal(1, 4)
+    groups = Groups.equal(1, 4)
     expected = [[1, 3, 0, 2], [0, 1, 2, 3], [0, 2, 3, 1]]  # NaN and infinity are ties
-    found = pools.top_tokens(scores, capacity)
+    found = groups.top_tokens(scores, capacity)
     assert found.tolist() == [sorted(row[:capacity]) for row in expected]

@@ -50,7 +50,7 @@ def test_the_weight_is_capped_at_ten() -> None:
 
 def test_the_load_is_even_by_construction() -> None:
     pool = torch.tensor([0] * 5 + [1] * 8 + [2])
-    load = ExpertChoice(4, 3, k=2)(torch.randn(14, 4), pool=pool).load
+    load = ExpertChoice(4, 3, k=2)(torch.randn(14, 4), batch=batch).load
     assert load.tolist() == [4 + 6 + 1] * 3  # ceil(10 / 3), ceil(16 / 3), ceil(2 / 3)
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gmoe import ExpertChoice, LinearExperts, MoE, MultiCentroid, Router
 from gmoe.routing.expert_side import ExpertSide, Normalize
-from gmoe.routing.pools import Pools
+from gmoe.routing.groups import Groups
 
 
 def side(normalize: Normalize, momentum: float = 0.5) -> ExpertSide:
@@ -22,8 +22,8 @@ def side(normalize: Normalize, momentum: float = 0.5) -> ExpertSide:
 
 def step(router: ExpertSide, logits: list[float], pool: list[int] | None = None) -> None:
     """A training step of the one expert, at half of its pool's tokens."""
-    pools = Pools.equal(1, len(logits)) if pool is None else Pools.from_segments(torch.tensor(pool))
-    router(torch.tensor(logits)[:, None], pools, True)
+    groups = Groups.equal(1, len(logits)) if pool is None else Groups.from_segments(torch.tensor(pool))
+    router(torch.tensor(logits)[:, None], groups, True)
 
 
 def test_the_cut_by_hand() -> None:
@@ -59,34 +59,34 @@ def test_the_scale_by_hand() -> None:
 RAGGED = [0, 1, 1, 1, 1, 0]
 
 
-def test_the_cut_is_the_mean_over_pools() -> None:
+def test_the_cut_is_the_mean_over_groups() -> None:
     router = side("tokens")
     step(router, [9.0, 4.0, 1.0, 3.0, 2.0, 5.0], RAGGED)
     # pool 0: (9, 5) takes 9; pool 1: (4, 1, 3, 2) takes 4, 3, cut 3; mean (9 + 3) / 2
     assert router.cut_E.item() == pytest.approx(6.0)
 
 
-def test_the_scale_is_the_mean_over_pools() -> None:
+def test_the_scale_is_the_mean_over_groups() -> None:
     router = side("tokens")
     step(router, torch.tensor([6.0, 4.0, 1.0, 3.0, 2.0, 2.0]).log().tolist(), RAGGED)
-    # pool 0: (6, 2) takes 6: sum 8, share .75: scale 6. Pool 1: as above 3.5. Mean of the logarithms over the two pools
+    # pool 0: (6, 2) takes 6: sum 8, share .75: scale 6. Pool 1: as above 3.5. Mean of the logarithms over the two groups
     assert router.log_scale_E.item() == pytest.approx((math.log(6) + math.log(3.5)) / 2)
 
 
 def test_the_cut_of_probabilities_is_a_logarithm() -> None:
     router = ExpertSide(2, 1, 1.0, "experts", "threshold", 0.5)
     probs = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9], [0.5, 0.5]])
-    router(probs.log(), Pools.equal(1, 4), True)  # expert 0 takes .8 and .6, expert 1 .9 and .5
+    router(probs.log(), Groups.equal(1, 4), True)  # expert 0 takes .8 and .6, expert 1 .9 and .5
     torch.testing.assert_close(router.cut_E.exp(), torch.tensor([0.6, 0.5]))
 
 
 def test_nothing_moves_without_advance() -> None:
     router = side("tokens")
-    router(torch.randn(4, 1), Pools.equal(1, 4), False)
+    router(torch.randn(4, 1), Groups.equal(1, 4), False)
     assert router.steps == 0
     router.eval()
     with pytest.raises(RuntimeError, match="no cut scores"):
-        router(torch.randn(4, 1), Pools.equal(1, 4), False)
+        router(torch.randn(4, 1), Groups.equal(1, 4), False)
 
 
 def test_pool_inference_keeps_nothing() -> None:
@@ -134,18 +134,18 @@ def test_repr() -> None:
 
 
 @pytest.mark.parametrize("normalize", ["experts", "tokens"])
-def test_ties_do_not_depend_on_other_pools(normalize: Normalize) -> None:
+def test_ties_do_not_depend_on_other_groups(normalize: Normalize) -> None:
     router = ExpertSide(2, 1, 1.0, normalize, "pool", 0.5)
     logits = torch.tensor([[0.0, 0.0], [1e-3, 0.0]])
-    alone = router(logits, Pools.from_segments(torch.tensor([0, 0])), False, 1e-6)
+    alone = router(logits, Groups.from_segments(torch.tensor([0, 0])), False, 1e-6)
     assert alone.token_P.tolist() == [1, 0]
     mates = torch.tensor([[0.0, 0.0], [1e-3, 0.0], [1e6, 1e6], [1e6, 1e6]])
-    together = router(mates, Pools.from_segments(torch.tensor([0, 0, 1, 1])), False, 1e-6)
+    together = router(mates, Groups.from_segments(torch.tensor([0, 0, 1, 1])), False, 1e-6)
     assert together.token_P.tolist() == [1, 2, 0, 2]
 
 
 def test_the_scale_of_ties() -> None:
     router = ExpertSide(2, 1, 1.0, "tokens", "pool", 0.5)
-    logits, pools = torch.tensor([[0.0, 0.0], [1e-3, 0.0]]), Pools.from_segments(torch.tensor([0, 0]))
-    assert router(logits, pools, False, 1e-4).token_P.tolist() == [1, 0]
-    assert router(logits, pools, False, 1e-4, torch.tensor(0.01)).token_P.tolist() == [0, 0]
+    logits, groups = torch.tensor([[0.0, 0.0], [1e-3, 0.0]]), Groups.from_segments(torch.tensor([0, 0]))
+    assert router(logits, groups, False, 1e-4).token_P.tolist() == [1, 0]
+    assert router(logits, groups, False, 1e-4, torch.tensor(0.01)).token_P.tolist() == [0, 0]
