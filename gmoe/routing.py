@@ -80,12 +80,14 @@ class Routing:
             )
         if pairs == 0:
             return
-        low, high = (int(value) for value in token.aminmax())
-        if low < 0 or high >= self.num_tokens:
-            raise ValueError(f"token: got values in {low}..{high}, expected 0..num_tokens-1={self.num_tokens - 1}")
-        unordered = token[1:] <= token[:-1]
-        unordered[[end - 1 for end in ends[:-1] if 0 < end < pairs]] = False  # another expert begins
-        if bool(unordered.any()):
+        low, high = token.aminmax()
+        if int(low) < 0 or int(high) >= self.num_tokens:
+            got = f"{int(low)}..{int(high)}"
+            raise ValueError(f"token: got values in {got}, expected 0..num_tokens-1={self.num_tokens - 1}")
+        falls = torch.zeros(pairs + 1, dtype=torch.bool)
+        falls[1:pairs] = token[1:] <= token[:-1]
+        falls[offsets.long()] = False  # where the next expert begins
+        if bool(falls.any()):
             raise ValueError("token: got pairs out of order or twice, expected each expert's tokens strictly ascending")
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Groups. Shapes: T tokens, E experts, B groups, C capacity, P pairs."""
+"""Groups, and from scores to pairs. Shapes: T tokens, E experts, K experts a token, B groups, C capacity, P pairs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmoe.routing.groups import Groups, segment_logsumexp
-from tests.gmoe.reference import best_first, capacity
+from gmoe.routers.groups import Groups, drop_over_capacity, pairs_of_experts, pairs_of_mask, segment_logsumexp
+from tests.gmoe.reference import Pair, best_first, capacity, drop, group_lists
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
 segments = st.lists(st.sampled_from([0, 2, 3, 9]), min_size=1, max_size=24)
 
 
 def members(ids: list[int]) -> list[list[int]]:
-    """Tokens of each pool, groups in ascending order of their ids."""
-    return [[t for t, i in enumerate(ids) if i == pool] for pool in sorted(set(ids))]
+    """Tokens of each group, groups in ascending order of their ids."""
+    return [[t for t, i in enumerate(ids) if i == group] for group in sorted(set(ids))]
 
 
 def test_equal_groups_are_recognised() -> None:
@@ -33,7 +33,7 @@ def test_equal_groups_are_recognised() -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
 def test_any_integer_is_a_segment_id(dtype: torch.dtype) -> None:
     groups = Groups.from_segments(torch.tensor([1, 0, 1]).to(dtype))
-    assert groups.of(torch.tensor([0, 1, 2])).tolist() == [1, 0, 1]
+    assert groups.of_tokens(torch.tensor([0, 1, 2])).tolist() == [1, 0, 1]
 
 
 @SETTINGS
@@ -41,7 +41,7 @@ def test_any_integer_is_a_segment_id(dtype: torch.dtype) -> None:
 def test_of(ids: list[int]) -> None:
     groups = Groups.from_segments(torch.tensor(ids))
     expected = [sorted(set(ids)).index(i) for i in ids]
-    assert groups.of(torch.arange(len(ids))).tolist() == expected
+    assert groups.of_tokens(torch.arange(len(ids))).tolist() == expected
     assert groups.num_groups == len(set(ids))
 
 
@@ -59,6 +59,12 @@ def test_capacity(ids: list[int], k: int, num_experts: int, factor: float) -> No
         assert found.tolist() == expected
     else:
         assert [found] * len(expected) == expected
+
+
+def test_groups_from_what_a_router_is_given() -> None:
+    assert Groups.of(3, 12) == Groups.equal(4, 3)
+    assert Groups.of(0, 0).num_groups == 0
+    assert Groups.of(torch.tensor([4, 4, 7, 7]), 4) == Groups.equal(2, 2)
 
 
 def test_capacity_by_hand() -> None:
@@ -104,30 +110,32 @@ def test_top_tokens_with_ties(ids: list[int], factor: float, data: st.DataObject
 
 @SETTINGS
 @given(ids=segments)
-def test_mean_of_pairs(ids: list[int]) -> None:
+def test_log_mean_of_pairs(ids: list[int]) -> None:
     groups = Groups.from_segments(torch.tensor(ids))
     token = torch.arange(len(ids)).repeat(2)[: len(ids) + len(ids) // 2]  # some tokens twice
-    value = torch.randn(len(token), dtype=torch.float64)
-    for position, mean in enumerate(groups.mean_of_pairs(value, token).tolist()):
-        same = [v for v, t in zip(value.tolist(), token.tolist(), strict=True) if ids[t] == ids[int(token[position])]]
+    gate = torch.rand(len(token), dtype=torch.float64) + 0.1
+    for position, mean in enumerate(groups.log_mean_of_pairs(gate.log(), token).exp().tolist()):
+        same = [v for v, t in zip(gate.tolist(), token.tolist(), strict=True) if ids[t] == ids[int(token[position])]]
         assert mean == pytest.approx(sum(same) / len(same), abs=1e-12)
 
 
 @SETTINGS
 @given(ids=segments)
-def test_padded_batches_hold_each_token_once(ids: list[int]) -> None:
+def test_batches_hold_each_token_once_and_give_it_back(ids: list[int]) -> None:
     groups = Groups.from_segments(torch.tensor(ids))
-    batches = groups.padded()
     rows: list[list[int]] = []
-    for token, mask in batches:
-        mask = torch.ones_like(token, dtype=torch.bool) if mask is None else mask
-        assert token.shape == mask.shape
-        assert bool((mask.sum(1) * 2 >= token.size(1)).all())  # a padded pool is at most twice as long
+    total = torch.zeros(len(ids), dtype=torch.long)
+    for part in groups.batches():
+        token = part.take(torch.arange(len(ids)))
+        mask = torch.ones_like(token, dtype=torch.bool) if part.mask is None else part.mask
+        assert token.shape == mask.shape == part.shape
+        assert bool((mask.sum(1) * 2 >= token.size(1)).all())  # a padded group is at most twice as long
+        number = torch.arange(groups.num_groups) if part.group is None else part.group
+        assert torch.equal(groups.of_tokens(token[:, 0]), number)
         rows += [row[keep].tolist() for row, keep in zip(token, mask, strict=True)]
-    if batches:
-        assert sorted(rows) == sorted(members(ids))
-    else:
-        assert members(ids) == torch.arange(len(ids)).view(groups.num_groups, -1).tolist()
+        total = part.add(total, (token + 1) * mask)
+    assert sorted(rows) == sorted(members(ids))
+    assert total.tolist() == list(range(1, len(ids) + 1))
 
 
 def test_segment_logsumexp() -> None:
@@ -146,3 +154,68 @@ def test_top_tokens_of_odd_values(capacity: int) -> None:
     expected = [[1, 3, 0, 2], [0, 1, 2, 3], [0, 2, 3, 1]]  # NaN and infinity are ties
     found = groups.top_tokens(scores, capacity)
     assert found.tolist() == [sorted(row[:capacity]) for row in expected]
+
+
+# From scores to pairs
+
+
+def as_pairs(token_P: Tensor, offsets_E: Tensor) -> list[Pair]:
+    """Pairs in the order of the routing: by expert, then by token."""
+    assert token_P.dtype == torch.int64
+    assert offsets_E.dtype == torch.int32
+    owner = torch.searchsorted(offsets_E.long(), torch.arange(len(token_P)), right=True)
+    return list(zip(token_P.tolist(), owner.tolist(), strict=True))
+
+
+def by_expert(pairs: list[Pair]) -> list[Pair]:
+    return sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+
+
+def best_experts(probs: Tensor, k: int) -> Tensor:
+    return probs.argsort(dim=-1, descending=True, stable=True)[:, :k]
+
+
+@SETTINGS
+@given(
+    ids=st.lists(st.sampled_from([0, 1, 5]), min_size=1, max_size=14),
+    k=st.integers(1, 3),
+    factor=st.sampled_from([0.2, 0.5, 1.0, 1.5]),
+    data=st.data(),
+)
+def test_drop_over_capacity_with_ties(ids: list[int], k: int, factor: float, data: st.DataObject) -> None:
+    """Probabilities from few values: equally sure tokens keep their place by index."""
+    row = st.permutations([0.1, 0.3, 0.6]) | st.permutations([0.2, 0.3, 0.5]) | st.just([0.4, 0.2, 0.4])
+    probs = torch.tensor(data.draw(st.lists(row, min_size=len(ids), max_size=len(ids))), dtype=torch.float64)
+    groups = Groups.from_segments(torch.tensor(ids))
+    expert_TK = best_experts(probs, k)
+    found = drop_over_capacity(expert_TK, probs, groups, groups.capacity(k, 3, factor))
+    expected = drop(expert_TK.tolist(), [list(p) for p in probs], group_lists(probs, torch.tensor(ids)), factor)
+    assert as_pairs(*found) == by_expert(expected)
+
+
+def test_drop_by_priority_not_by_position() -> None:
+    """Three tokens prefer expert 0, which takes two: the surest, 1 and 2, and not the first ones."""
+    probs = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.7, 0.3]])
+    found = drop_over_capacity(best_experts(probs, 1), probs, Groups.equal(1, 3), 2)
+    assert as_pairs(*found) == [(1, 0), (2, 0)]
+
+
+def test_first_choices_go_before_second_ones() -> None:
+    """Expert 1 takes one token: the unsure token 1, whose first choice it is, before the sure token 0."""
+    probs = torch.tensor([[0.7, 0.3, 0.0], [0.1, 0.5, 0.4]])
+    found = drop_over_capacity(best_experts(probs, 2), probs, Groups.equal(1, 2), 1)
+    assert as_pairs(*found) == [(0, 0), (1, 1), (1, 2)]
+
+
+def test_the_surest_of_the_first_choice_where_the_choice_is_biased() -> None:
+    """A bias sent token 0 (0.9, 0.1) to expert 1 with 0.1; token 1 chose it with 0.6, and has priority."""
+    probs = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
+    found = drop_over_capacity(torch.tensor([[1], [1]]), probs, Groups.equal(1, 2), 1)
+    assert as_pairs(*found) == [(1, 1)]
+
+
+def test_pairs_of_experts_and_of_masks() -> None:
+    assert as_pairs(*pairs_of_experts(torch.tensor([[0, 2], [1, 2]]))) == [(0, 0), (2, 0), (1, 1), (2, 1)]
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    assert as_pairs(*pairs_of_mask(mask)) == [(0, 0), (0, 2), (1, 2)]
+    assert as_pairs(*pairs_of_mask(torch.zeros(0, 3, dtype=torch.bool))) == []
