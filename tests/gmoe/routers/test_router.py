@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import gmoe
 from gmoe import (
     AttentionVote,
     ExpertChoice,
@@ -23,6 +27,7 @@ from gmoe import (
     Router,
     TokenChoice,
 )
+from gmoe.routers import Groups
 from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, case_names, graph_edges, group_lists
 
 D, E = 5, 3
@@ -397,7 +402,9 @@ def test_bad_arguments(router: type[Router], args: tuple[int, ...], kwargs: dict
 def test_bad_calls(case: Case) -> None:
     x, batch, edge_index = make_call(case, "ragged")
     router = make_layer(case, len(x)).router
-    bad: list[tuple[tuple[Tensor | None, ...], str]] = [
+    bad: list[tuple[tuple[Any, ...], str]] = [
+        ((None,), r"x: got NoneType, expected a tensor \(..., T, dim=5\) of floats"),
+        (([[0.0] * D],), "x: got list, expected a tensor"),
         ((x[:, :4], batch, edge_index), r"x: got shape \(11, 4\).*expected \(..., T, dim=5\)"),
         ((x[0], None, edge_index), r"x: got shape \(5,\).*expected \(..., T, dim=5\)"),
         ((x.long(), batch, edge_index), "x: got .*int64, expected .* floats"),
@@ -434,6 +441,86 @@ def test_a_router_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Router(D, E)  # type: ignore[abstract]
     assert issubclass(Router, nn.Module)
+
+
+# Where routers run
+
+
+@each_mode
+@each_case
+def test_inference_mode_gives_the_same(case: Case, training: bool) -> None:
+    x, batch, edge_index = make_call(case, "ragged")
+    router = make_layer(case, len(x), training=training).router
+    twin = copy.deepcopy(router)
+    torch.manual_seed(0)
+    expected = router(x, batch, edge_index).to_dense()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        assert torch.equal(twin(x, batch, edge_index).to_dense(), expected)
+    for (name, a), (_, b) in zip(router.named_buffers(), twin.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@each_case
+def test_a_router_on_the_meta_device_is_materialized(case: Case) -> None:
+    x, batch, edge_index = make_call(case, "ragged")
+    options = {**case.options, **({} if case.router is not OracleRouter else {"assignment": torch.arange(11) % E})}
+    with torch.device("meta"):
+        router = case.router(D, E, **options)
+    assert all(parameter.is_meta for parameter in router.parameters())
+    router.to_empty(device="cpu")
+    usual = case.router(D, E, **options)
+    for module in (router, usual):
+        torch.manual_seed(0)
+        module.reset_parameters()
+    for name, value in usual.state_dict().items():
+        assert torch.equal(router.state_dict()[name], value), name
+    assert router(x.float(), batch, edge_index).to_dense().isfinite().all()
+
+
+@each_mode
+@pytest.mark.parametrize("k", [1, 2])
+def test_token_choice_compiles_without_a_break(k: int, training: bool) -> None:
+    torch.compiler.reset()
+    router = TokenChoice(D, E, k).train(training)
+    compiled: Any = torch.compile(router, fullgraph=True, backend="eager")
+    for num_tokens in (7, 7, 9):
+        x = torch.randn(num_tokens, D)
+        found, expected = compiled(x), router(x)
+        assert torch.equal(found.to_dense(), expected.to_dense())
+        found.weight.sum().backward()
+
+
+@each_case
+def test_transforms_of_torch_func_are_refused(case: Case) -> None:
+    x, _, edge_index = make_call(case, "one_group")
+    router = make_layer(case, len(x)).router
+    with pytest.raises(RuntimeError, match=r"torch.func transforms .* are not supported"):
+        torch.func.grad(lambda value: router(value, None, edge_index).weight.sum())(x)
+
+
+def test_token_choice_builds_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would cost host syncs on a GPU."""
+    monkeypatch.setattr(Groups, "from_segments", None)
+    x, batch, _ = make_call(CASES[0], "ragged")
+    for router in (TokenChoice(D, E), MultiCentroid(D, E), RandomRouter(D, E)):
+        router(x, batch)
+
+
+def test_a_default_call_passes_few_functions() -> None:
+    router, x = TokenChoice(D, E), torch.randn(7, D)
+    root = str(Path(gmoe.__file__).parent)
+    seen: set[tuple[str, str]] = set()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(root):
+            seen.add((frame.f_code.co_filename, frame.f_code.co_qualname))
+
+    sys.setprofile(count)
+    router(x)
+    sys.setprofile(None)
+    assert len(seen) <= 5, seen
+    assert len({file for file, _ in seen}) <= 3, seen
 
 
 # Scale
