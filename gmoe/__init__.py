@@ -7,29 +7,23 @@ from gmoe.dispatch import dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.hetero import HeteroGNNMoE
 from gmoe.loader import neighbor_loader
+from gmoe.losses import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
 from gmoe.models import GNNMoE
-from gmoe.moe import MoE, MoELayer, record
-from gmoe.routing import (
+from gmoe.moe import MoE, MoELayer
+from gmoe.routers import (
     ROUTERS,
     AttentionVote,
-    AuxLoss,
     ExpertChoice,
     MultiCentroid,
     OracleRouter,
     RandomRouter,
     Router,
-    Routing,
+    SoftSlots,
     TokenChoice,
     UniformRouter,
-    aux_loss,
     build_router,
-    cv_squared,
-    importance_loss,
-    load_loss,
-    separation_loss,
-    switch_loss,
-    z_loss,
 )
+from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
 from gmoe.sampler import NeighborSampler
 from gmoe.stats import RoutingStats
 
@@ -59,6 +53,7 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingStats",
+    "SoftSlots",
     "TokenChoice",
     "UniformRouter",
     "__version__",
@@ -74,7 +69,7 @@ __all__ = [
     "match_width",
     "moefy",
     "neighbor_loader",
-    "record",
+    "record_routing",
     "separation_loss",
     "switch_loss",
     "z_loss",

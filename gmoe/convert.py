@@ -15,8 +15,7 @@ from gmoe._checks import check_count
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.moe import MoE
-from gmoe.routing.build import RouterLike, build_router
-from gmoe.routing.router import Router
+from gmoe.routers import Router, RouterLike, build_router
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -12,7 +12,7 @@ from gmoe.conv.registry import DenseLayers
 from gmoe.convert import _moefy, moefy
 from gmoe.dispatch import Backend
 from gmoe.models import GNNMoE
-from gmoe.routing.build import RouterLike
+from gmoe.routers import RouterLike
 
 __all__ = ["moefy"]
 

@@ -17,9 +17,8 @@ from gmoe._checks import check_choice, check_count
 from gmoe.conv.hetero_conv import HeteroMoEConv, HeteroRouteOn
 from gmoe.conv.relational import Aggr, RelationalConv, checked_metadata
 from gmoe.dispatch import Backend
-from gmoe.routing.build import RouterLike
-from gmoe.routing.router import Router
-from gmoe.routing.routing import Routing
+from gmoe.routers import Router, RouterLike
+from gmoe.routing import Routing
 
 HeteroResidual: TypeAlias = Literal["none", "identity", "linear"]
 

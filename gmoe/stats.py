@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from gmoe._checks import check_count
-from gmoe.routing.router import Router
-from gmoe.routing.routing import Routing
+from gmoe.routers import Router
+from gmoe.routing import Routing
 
 PER_EXPERT = ("load", "weight")
 """The figures that there is one of for each expert."""

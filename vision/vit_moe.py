@@ -14,9 +14,9 @@ from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.moe import record
-from gmoe.routing.build import RouterLike
-from gmoe.routing.router import Router
-from gmoe.routing.routing import Routing
+from gmoe.routers import RouterLike
+from gmoe.routers import Router
+from gmoe.routing import Routing
 
 
 @dataclass(frozen=True, kw_only=True)

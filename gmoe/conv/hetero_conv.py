@@ -18,9 +18,8 @@ from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.moe import MoELayer, _holder, claim_router
 from gmoe.routed_linear import routed_linear
-from gmoe.routing.build import RouterLike, build_router
-from gmoe.routing.router import Router
-from gmoe.routing.routing import AuxLoss, Routing
+from gmoe.routers import Router, RouterLike, build_router
+from gmoe.routing import AuxLoss, Routing
 
 HeteroRouteOn: TypeAlias = Literal["input", "aggregate", "both"]
 HeteroRouterLike: TypeAlias = RouterLike | Mapping[NodeType, RouterLike]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gmoe.routing.neighbour_votes import neighbour_votes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.nn import GCNConv
@@ -23,7 +24,6 @@ from gmoe import (
     count_flops,
     match_width,
 )
-from gmoe.routing.neighbour_votes import neighbour_votes
 from tests.gmoe.conv.masked import random_graph, routing_of
 
 T, D, O, E = 10, 8, 4, 4  # noqa: E741
