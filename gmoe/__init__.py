@@ -1,13 +1,16 @@
-"""Mixture-of-Experts for graphs and images over one shared router core."""
+"""Mixture-of-Experts for graphs and images over one shared router core.
 
-from gmoe.conv import FilterConv, HeteroMoEConv, MLPConv, MoEConv, RelationalConv
-from gmoe.convert_gnn import moefy
-from gmoe.counting import active_parameters, count_flops, match_width
+Importing it takes torch alone. What needs torch_geometric, torchvision or torchmetrics is imported where it is first
+used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gmoe.convert import moefy
 from gmoe.dispatch import dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
-from gmoe.hetero import HeteroGNNMoE
-from gmoe.loader import neighbor_loader
-from gmoe.models import GNNMoE
+from gmoe.flops import active_parameters, count_flops, match_width
 from gmoe.moe import MoE, MoELayer, record
 from gmoe.routing import (
     ROUTERS,
@@ -30,52 +33,105 @@ from gmoe.routing import (
     switch_loss,
     z_loss,
 )
-from gmoe.sampler import NeighborSampler
-from gmoe.stats import RoutingStats
+
+if TYPE_CHECKING:
+    from gmoe.conv.filter_conv import FilterConv
+    from gmoe.conv.graph import Graph
+    from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
+    from gmoe.conv.mlp_conv import MLPConv
+    from gmoe.conv.moe_conv import MoEConv
+    from gmoe.data.loader import neighbor_loader
+    from gmoe.data.sampler import NeighborSampler
+    from gmoe.metrics import RoutingStats
+    from gmoe.models.gnn import GNNMoE
+    from gmoe.models.hetero_gnn import HeteroGNNMoE
+    from gmoe.models.vit import ViTMoE, ViTSize
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ROUTERS",
-    "AttentionVote",
-    "AuxLoss",
-    "ExpertChoice",
-    "Experts",
-    "FilterConv",
-    "GNNMoE",
-    "HeteroGNNMoE",
-    "HeteroMoEConv",
-    "LinearExperts",
-    "MLPConv",
-    "MLPExperts",
-    "MoE",
-    "MoEConv",
-    "MoELayer",
-    "MultiCentroid",
-    "NeighborSampler",
-    "OracleRouter",
-    "RandomRouter",
-    "RelationalConv",
-    "Router",
-    "Routing",
-    "RoutingStats",
-    "TokenChoice",
-    "UniformRouter",
+__all__ = [  # noqa: RUF022  # by theme
     "__version__",
-    "active_parameters",
+    # layers
+    "MoE",
+    "MoELayer",
+    "Experts",
+    "LinearExperts",
+    "MLPExperts",
+    # routing
+    "Routing",
+    "AuxLoss",
     "aux_loss",
-    "build_router",
-    "count_flops",
-    "cv_squared",
+    "record",
     "dispatch",
     "grouped_linear",
+    # routers
+    "ROUTERS",
+    "Router",
+    "build_router",
+    "TokenChoice",
+    "ExpertChoice",
+    "AttentionVote",
+    "MultiCentroid",
+    "RandomRouter",
+    "UniformRouter",
+    "OracleRouter",
+    # losses
+    "cv_squared",
     "importance_loss",
     "load_loss",
-    "match_width",
-    "moefy",
-    "neighbor_loader",
-    "record",
     "separation_loss",
     "switch_loss",
     "z_loss",
+    # dense models into MoE, and what they cost
+    "moefy",
+    "active_parameters",
+    "count_flops",
+    "match_width",
+    "RoutingStats",
+    # graphs
+    "Graph",
+    "MoEConv",
+    "FilterConv",
+    "MLPConv",
+    "HeteroMoEConv",
+    "RelationalConv",
+    "GNNMoE",
+    "HeteroGNNMoE",
+    "NeighborSampler",
+    "neighbor_loader",
+    # images
+    "ViTMoE",
+    "ViTSize",
 ]
+
+_LAZY = {
+    "gmoe.conv.filter_conv": ("FilterConv",),
+    "gmoe.conv.graph": ("Graph",),
+    "gmoe.conv.hetero": ("HeteroMoEConv", "RelationalConv"),
+    "gmoe.conv.mlp_conv": ("MLPConv",),
+    "gmoe.conv.moe_conv": ("MoEConv",),
+    "gmoe.data.loader": ("neighbor_loader",),
+    "gmoe.data.sampler": ("NeighborSampler",),
+    "gmoe.metrics": ("RoutingStats",),
+    "gmoe.models.gnn": ("GNNMoE",),
+    "gmoe.models.hetero_gnn": ("HeteroGNNMoE",),
+    "gmoe.models.vit": ("ViTMoE", "ViTSize"),
+}
+"""The names above that are imported on first use, by module."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LAZY.items():
+        if name in names:
+            try:
+                value = getattr(importlib.import_module(module), name)
+            except ModuleNotFoundError as error:
+                extra = {"torchvision": "vision"}.get(error.name or "", "graph")
+                raise ImportError(f'gmoe.{name} needs {error.name}: pip install "gmoe[{extra}]"') from error
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'gmoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import HeteroConv, SAGEConv
 
-from gmoe.conv.relational import RelationalConv
+from gmoe.conv.hetero import RelationalConv
 from tests.gmoe.conv.hetero_reference import (
     COUNTS,
     METADATA,

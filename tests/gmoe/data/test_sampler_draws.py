@@ -13,8 +13,8 @@ from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 from torch_geometric.sampler import NodeSamplerInput
 
-from gmoe.sampler import NeighborSampler
-from tests.gmoe.sampled import graph, hetero_graph, hetero_sample, sample, star
+from gmoe.data.sampler import NeighborSampler
+from tests.gmoe.data.sampled import graph, hetero_graph, hetero_sample, sample, star
 
 
 def within(count: Tensor | int, trials: int, share: float) -> Tensor:

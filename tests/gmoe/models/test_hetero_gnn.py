@@ -15,9 +15,8 @@ from torch_geometric.data import Batch, HeteroData
 from torch_geometric.loader import RandomNodeLoader
 
 from gmoe import ROUTERS, TokenChoice, active_parameters, aux_loss, neighbor_loader, record
-from gmoe.conv.hetero_conv import HeteroMoEConv
-from gmoe.conv.relational import RelationalConv
-from gmoe.hetero import HeteroGNNMoE
+from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
+from gmoe.models.hetero_gnn import HeteroGNNMoE
 from tests.gmoe.conv.hetero_reference import csr
 from tests.gmoe.conv.masked import features, random_graph
 
@@ -212,7 +211,7 @@ def test_sparse_matrices() -> None:
 @pytest.mark.parametrize("share", [False, True], ids=["separate", "shared"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router(router: str, share: bool) -> None:
-    gnn = model(router=router, k=2, num_layers=3, share_router=share, share_experts=share)
+    gnn = model(router=router, k=2, num_layers=3, tie_routers=share, tie_experts=share)
     with record(gnn) as recorded:
         logits, routings = call(gnn, return_routing=True)
     assert len(recorded) == (2 if share else len(routings))
@@ -223,12 +222,12 @@ def test_every_router(router: str, share: bool) -> None:
     assert torch.equal(call(gnn), call(gnn))
 
 
-@pytest.mark.parametrize("share_experts", [False, True])
-def test_active_parameters(share_experts: bool) -> None:
+@pytest.mark.parametrize("tie_experts", [False, True])
+def test_active_parameters(tie_experts: bool) -> None:
     """An expert of the MoE layer is a layer of the dense control; what is left are the routers."""
-    dense = sum(p.numel() for p in model(router=None, share_experts=share_experts).parameters())
+    dense = sum(p.numel() for p in model(router=None, tie_experts=tie_experts).parameters())
     for k in (1, 2):
-        gnn = model(k=k, num_experts=8, share_experts=share_experts)
+        gnn = model(k=k, num_experts=8, tie_experts=tie_experts)
         conv: Any = gnn.convs[0]
         layer = sum(p.numel() for p in conv.expert(0).parameters())
         routers = sum(p.numel() for p in conv.routers.parameters())
@@ -263,10 +262,10 @@ def test_embeddings_are_looked_up_by_n_id() -> None:
     assert seen == DATA.num_nodes
 
 
-@pytest.mark.parametrize("share_router", [False, True])
-def test_seeds_with_all_their_neighbours_get_the_logits_of_the_whole_graph(share_router: bool) -> None:
+@pytest.mark.parametrize("tie_routers", [False, True])
+def test_seeds_with_all_their_neighbours_get_the_logits_of_the_whole_graph(tie_routers: bool) -> None:
     data = mag({name: 5 * n for name, n in COUNTS.items()})
-    gnn = model(data, num_layers=3, k=2, share_router=share_router).eval()
+    gnn = model(data, num_layers=3, k=2, tie_routers=tie_routers).eval()
     whole = call(gnn, data)
     for batch in neighbor_loader(data, [-1] * 3, "paper", batch_size=16):
         seeds = batch["paper"].n_id[: batch["paper"].batch_size]
@@ -328,7 +327,7 @@ def test_state_dict_copies_and_pickles() -> None:
 
 
 def test_reset_parameters() -> None:
-    gnn = model(norm="batch_norm", residual="linear", share_router=True)
+    gnn = model(norm="batch_norm", residual="linear", tie_routers=True)
     with torch.no_grad():
         for parameter in gnn.parameters():
             parameter.fill_(7.0)
@@ -376,7 +375,7 @@ def accuracy(data: HeteroData, **kwargs: Any) -> float:
 def test_learns_what_the_dense_control_of_equal_cost_cannot() -> None:
     """Seen with three seeds: 0.91 to 0.95, dense 0.67 to 0.73."""
     data = planted()
-    moe = accuracy(data, num_experts=8, route_on="input", router_kwargs={"balance": "switch"})
+    moe = accuracy(data, num_experts=8, router_kwargs={"balance": "switch"})
     assert moe > 0.85
     assert moe > accuracy(data, router=None) + 0.1
 
@@ -400,7 +399,7 @@ def test_learns_what_the_dense_control_of_equal_cost_cannot() -> None:
             "expected the number of nodes of ['paper', 'institution', 'field_of_study'] too",
         ),
         ({"embedding_channels": 0}, "embedding_channels: got 0, expected at least 1"),
-        ({"share_experts": True, "in_proj": False}, "in_channels: got {'paper': 4, 'author': 6"),
+        ({"tie_experts": True, "in_proj": False}, "in_channels: got {'paper': 4, 'author': 6"),
         ({"router_kwargs": {"scope": "neighbours"}, "router": "attention_vote"}, "router: got scope='neighbours'"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",

@@ -17,10 +17,10 @@ from torch_geometric.nn import GraphSAGE, HeteroConv, SAGEConv
 from torch_geometric.sampler import EdgeSamplerInput, NodeSamplerInput, SamplerOutput
 from torch_geometric.utils import k_hop_subgraph, trim_to_layer
 
-import gmoe.sampler
+import gmoe.data.sampler
 from gmoe import GNNMoE
-from gmoe.sampler import NeighborSampler
-from tests.gmoe.sampled import check, expected_count, graph, hetero_graph, hetero_sample, hops, sample
+from gmoe.data.sampler import NeighborSampler
+from tests.gmoe.data.sampled import check, expected_count, graph, hetero_graph, hetero_sample, hops, sample
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -185,7 +185,7 @@ def test_error_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     index = NodeSamplerInput(None, torch.arange(4))
     sampler.sample_from_nodes(index)
     with monkeypatch.context() as patch:
-        patch.setattr(gmoe.sampler, "_draw", interrupt)
+        patch.setattr(gmoe.data.sampler, "_draw", interrupt)
         with pytest.raises(KeyboardInterrupt):
             sampler.sample_from_nodes(index)
     check(data, sampler.sample_from_nodes(index), [3, 3], [0, 1, 2, 3], replace=False)
@@ -245,7 +245,7 @@ def test_transposed_adjacency(monkeypatch: pytest.MonkeyPatch) -> None:
         def csr(self) -> tuple[Tensor, Tensor, None]:
             return start, by_destination[0], None
 
-    monkeypatch.setattr(gmoe.sampler, "SparseTensor", Adjacency)
+    monkeypatch.setattr(gmoe.data.sampler, "SparseTensor", Adjacency)
     out = sample(Data(num_nodes=30, adj_t=Adjacency()), [4, 3], [5, 2, 8])
     check(Data(num_nodes=30, edge_index=by_destination), out, [4, 3], [5, 2, 8], replace=False)
 

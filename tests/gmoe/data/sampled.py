@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.sampler import HeteroSamplerOutput, NodeSamplerInput, SamplerOutput
 
-from gmoe.sampler import NeighborSampler
+from gmoe.data.sampler import NeighborSampler
 
 
 def graph(num_nodes: int, num_edges: int, seed: int = 0) -> Data:

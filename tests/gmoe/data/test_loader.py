@@ -17,9 +17,9 @@ from torch_geometric.sampler.base import SubgraphType
 
 import gmoe
 from gmoe import GNNMoE
-from gmoe.loader import SamplerBackend, neighbor_loader
-from gmoe.sampler import NeighborSampler
-from tests.gmoe.sampled import graph, hetero_graph
+from gmoe.data.loader import SamplerBackend, neighbor_loader
+from gmoe.data.sampler import NeighborSampler
+from tests.gmoe.data.sampled import graph, hetero_graph
 
 NODES, EDGES = 40, 300
 
