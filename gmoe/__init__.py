@@ -120,17 +120,23 @@ _LAZY = {
 """The names above that are imported on first use, by module."""
 
 
+_EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", "torchvision": "vision"}
+"""The extra that brings what they need."""
+
+
 def __getattr__(name: str) -> Any:
-    for module, names in _LAZY.items():
-        if name in names:
-            try:
-                value = getattr(importlib.import_module(module), name)
-            except ModuleNotFoundError as error:
-                extra = {"torchvision": "vision"}.get(error.name or "", "graph")
-                raise ImportError(f'gmoe.{name} needs {error.name}: pip install "gmoe[{extra}]"') from error
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module 'gmoe' has no attribute {name!r}")
+    module = next((module for module, names in _LAZY.items() if name in names), None)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        raise ImportError(f'gmoe.{name} needs {package}: pip install "gmoe[{_EXTRAS[package]}]"') from error
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
