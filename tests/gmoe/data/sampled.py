@@ -25,12 +25,16 @@ def star(degree: int) -> Data:
     return Data(edge_index=torch.stack([source, torch.zeros_like(source)]), num_nodes=degree + 1)
 
 
-def sample(data: Data, fanouts: list[int], seeds: Any, replace: bool = False, **kwargs: Any) -> SamplerOutput:
-    out = NeighborSampler(data, fanouts, replace, **kwargs).sample_from_nodes(
-        NodeSamplerInput(None, torch.as_tensor(seeds, dtype=torch.long))
-    )
+def draw(sampler: NeighborSampler, seeds: Any, seed: int | None = None) -> SamplerOutput:
+    if seed is not None:
+        torch.manual_seed(seed)
+    out = sampler.sample_from_nodes(NodeSamplerInput(None, torch.as_tensor(list(seeds), dtype=torch.long)))
     assert isinstance(out, SamplerOutput)
     return out
+
+
+def sample(data: Data, fanouts: list[int], seeds: Any, replace: bool = False, **kwargs: Any) -> SamplerOutput:
+    return draw(NeighborSampler(data, fanouts, replace, **kwargs), seeds)
 
 
 def hops(values: Tensor, sizes: list[int]) -> list[list[int]]:
