@@ -1,76 +1,143 @@
-"""Mixture-of-Experts for graphs and images over one shared router core."""
+"""Mixture-of-Experts for graphs and images over one shared router core.
 
-from gmoe.conv import FilterConv, HeteroMoEConv, MLPConv, MoEConv, RelationalConv
-from gmoe.convert_gnn import moefy
-from gmoe.counting import active_parameters, count_flops, match_width
+Importing it takes torch alone. What needs torch_geometric, torchvision or torchmetrics is imported where it is first
+used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gmoe.convert import moefy
 from gmoe.dispatch import dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
-from gmoe.hetero import HeteroGNNMoE
-from gmoe.loader import neighbor_loader
-from gmoe.losses import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
-from gmoe.models import GNNMoE
-from gmoe.moe import MoE, MoELayer
-from gmoe.routers import (
+from gmoe.flops import active_parameters, count_flops, match_width
+from gmoe.moe import MoE, MoELayer, record
+from gmoe.routing import (
     ROUTERS,
     AttentionVote,
+    AuxLoss,
     ExpertChoice,
     MultiCentroid,
     OracleRouter,
     RandomRouter,
     Router,
-    SoftSlots,
+    Routing,
     TokenChoice,
     UniformRouter,
+    aux_loss,
     build_router,
+    cv_squared,
+    importance_loss,
+    load_loss,
+    separation_loss,
+    switch_loss,
+    z_loss,
 )
-from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
-from gmoe.sampler import NeighborSampler
-from gmoe.stats import RoutingStats
+
+if TYPE_CHECKING:
+    from gmoe.conv.filter_conv import FilterConv
+    from gmoe.conv.graph import Graph
+    from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
+    from gmoe.conv.mlp_conv import MLPConv
+    from gmoe.conv.moe_conv import MoEConv
+    from gmoe.data.loader import neighbor_loader
+    from gmoe.data.sampler import NeighborSampler
+    from gmoe.metrics import RoutingStats
+    from gmoe.models.gnn import GNNMoE
+    from gmoe.models.hetero_gnn import HeteroGNNMoE
+    from gmoe.models.vit import ViTMoE, ViTSize
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ROUTERS",
-    "AttentionVote",
-    "AuxLoss",
-    "ExpertChoice",
-    "Experts",
-    "FilterConv",
-    "GNNMoE",
-    "HeteroGNNMoE",
-    "HeteroMoEConv",
-    "LinearExperts",
-    "MLPConv",
-    "MLPExperts",
-    "MoE",
-    "MoEConv",
-    "MoELayer",
-    "MultiCentroid",
-    "NeighborSampler",
-    "OracleRouter",
-    "RandomRouter",
-    "RelationalConv",
-    "Router",
-    "Routing",
-    "RoutingStats",
-    "SoftSlots",
-    "TokenChoice",
-    "UniformRouter",
+__all__ = [  # noqa: RUF022  # by theme
     "__version__",
-    "active_parameters",
+    # layers
+    "MoE",
+    "MoELayer",
+    "Experts",
+    "LinearExperts",
+    "MLPExperts",
+    # routing
+    "Routing",
+    "AuxLoss",
     "aux_loss",
-    "build_router",
-    "count_flops",
-    "cv_squared",
+    "record",
     "dispatch",
     "grouped_linear",
+    # routers
+    "ROUTERS",
+    "Router",
+    "build_router",
+    "TokenChoice",
+    "ExpertChoice",
+    "AttentionVote",
+    "MultiCentroid",
+    "RandomRouter",
+    "UniformRouter",
+    "OracleRouter",
+    # losses
+    "cv_squared",
     "importance_loss",
     "load_loss",
-    "match_width",
-    "moefy",
-    "neighbor_loader",
-    "record_routing",
     "separation_loss",
     "switch_loss",
     "z_loss",
+    # dense models into MoE, and what they cost
+    "moefy",
+    "active_parameters",
+    "count_flops",
+    "match_width",
+    "RoutingStats",
+    # graphs
+    "Graph",
+    "MoEConv",
+    "FilterConv",
+    "MLPConv",
+    "HeteroMoEConv",
+    "RelationalConv",
+    "GNNMoE",
+    "HeteroGNNMoE",
+    "NeighborSampler",
+    "neighbor_loader",
+    # images
+    "ViTMoE",
+    "ViTSize",
 ]
+
+_LAZY = {
+    "gmoe.conv.filter_conv": ("FilterConv",),
+    "gmoe.conv.graph": ("Graph",),
+    "gmoe.conv.hetero": ("HeteroMoEConv", "RelationalConv"),
+    "gmoe.conv.mlp_conv": ("MLPConv",),
+    "gmoe.conv.moe_conv": ("MoEConv",),
+    "gmoe.data.loader": ("neighbor_loader",),
+    "gmoe.data.sampler": ("NeighborSampler",),
+    "gmoe.metrics": ("RoutingStats",),
+    "gmoe.models.gnn": ("GNNMoE",),
+    "gmoe.models.hetero_gnn": ("HeteroGNNMoE",),
+    "gmoe.models.vit": ("ViTMoE", "ViTSize"),
+}
+"""The names above that are imported on first use, by module."""
+
+
+_EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", "torchvision": "vision"}
+"""The extra that brings what they need."""
+
+
+def __getattr__(name: str) -> Any:
+    module = next((module for module, names in _LAZY.items() if name in names), None)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        raise ImportError(f'gmoe.{name} needs {package}: pip install "gmoe[{_EXTRAS[package]}]"') from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

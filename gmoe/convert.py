@@ -1,12 +1,15 @@
-"""Put MoE in place of the MLPs of a transformer. Shapes: B images, T tokens, D width, E experts."""
+"""Put MoE in place of the MLPs of a transformer, or of the convs of a PyG GNN.
+
+Shapes: B images, T tokens, D width, E experts.
+"""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import singledispatch
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +20,8 @@ from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.moe import MoE
 from gmoe.routers import Router, RouterLike, build_router
 
-M = TypeVar("M", bound=nn.Module)
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Where torch keeps the hooks of a module."""
 
 
 def moefy(
@@ -36,7 +40,7 @@ def moefy(
 
     A transformer (torchvision's or timm's ``VisionTransformer``, or any model whose blocks lie in a ``ModuleList`` or
     ``Sequential`` and each hold an ``mlp`` of linear, activation, linear) is changed in place and returned. Its MLPs
-    must see tokens as (B, T, D): the tokens of an image are a pool, padding included, so that in a model that pads its
+    must see tokens as (B, T, D): the tokens of an image are a group, padding included, so that in a model that pads its
     sequences (timm's NaFlexViT) padding takes places where experts choose, and counts in all loads. A PyG ``GCN``,
     ``GraphSAGE``, ``GIN``, ``GAT``, ... is left alone, and a new model is returned.
 
@@ -58,7 +62,7 @@ def moefy(
         k: K, experts per token (default 2).
         router: a name or factory (default ``"token_choice"``); one router is built a layer.
         num_experts: E (default 8).
-        upcycle: start the experts as copies of the dense MLP (default), or afresh.
+        upcycle: start the experts as copies of the dense MLP (default), frozen where it is frozen, or afresh.
         blocks: of a transformer, indices of the blocks that become MoE, in place of ``every`` (default ``None``).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.dispatch.grouped_linear`.
@@ -67,53 +71,23 @@ def moefy(
         The model with MoE layers; collect their routings with :func:`gmoe.record`.
 
     Raises:
-        ValueError: no such blocks, fewer than ``every``, an MLP of another form or without values (on the meta device),
-            or an argument out of range.
+        ValueError: no such blocks, fewer than ``every``, or an argument out of range; an MLP of another form, without
+            values (on the meta device), with a parametrized weight (weight norm, spectral norm, pruning), or with
+            hooks: experts would lose them.
     """
     check_count("every", every)
     if isinstance(router, Router):
         raise ValueError("router: got an instance, expected a name or a factory, since several layers are built")
     if blocks is not None and not isinstance(blocks, Iterable):
         raise ValueError(f"blocks: got {blocks!r}, expected a list of numbers of blocks")
-    return _moefy(
-        model,
-        every=every,
-        k=k,
-        router=router,
-        num_experts=num_experts,
-        upcycle=upcycle,
-        blocks=None if blocks is None else tuple(blocks),
-        router_kwargs=router_kwargs,
-        backend=backend,
-    )
-
-
-@singledispatch
-def _moefy(
-    model: nn.Module,
-    *,
-    every: int,
-    k: int,
-    router: RouterLike,
-    num_experts: int,
-    upcycle: bool,
-    blocks: tuple[int, ...] | None,
-    router_kwargs: Mapping[str, Any] | None,
-    backend: Backend,
-) -> nn.Module:
-    """The conversion by the type of the model; other modules register theirs. This one takes transformers."""
+    pyg = sys.modules.get("torch_geometric.nn.models.basic_gnn")  # who has a PyG model has imported it
+    if pyg is not None and isinstance(model, pyg.BasicGNN):
+        if blocks is not None:
+            raise ValueError(f"blocks: got {blocks} for a GNN, expected None and `every`")
+        options = {"k": k, "router": router, "num_experts": num_experts, "router_kwargs": router_kwargs}
+        return _moefy_gnn(model, upcycle, every=every, backend=backend, **options)
     found = _blocks(model)
-    if not found:
-        raise ValueError(
-            f"model: got {type(model).__name__}, expected a transformer with blocks that hold an `mlp`, such as "
-            "torchvision's or timm's VisionTransformer, or a PyG BasicGNN"
-        )
-    if len({id(parent) for parent, _ in found}) > 1:
-        raise ValueError(
-            f"model: got {type(model).__name__}, whose blocks lie in several stages; expected one sequence of "
-            "blocks on tokens (B, T, D), as in a VisionTransformer"
-        )
-    chosen = [found[i][1] for i in choose_blocks(len(found), every, blocks)]
+    chosen = [found[i] for i in choose_blocks(len(found), every, None if blocks is None else tuple(blocks))]
     layers = []
     for block in chosen:  # build all before changing any: an error leaves the model as it was
         experts = _experts_like(block.mlp, num_experts, upcycle, backend)
@@ -141,19 +115,31 @@ def choose_blocks(count: int, every: int, blocks: tuple[int, ...] | None) -> lis
     return sorted(map(int, blocks))
 
 
-def _blocks(model: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """The transformer blocks in order, each with the container that it lies in."""
-    blocks: list[tuple[nn.Module, Any]] = []
+def _blocks(model: nn.Module) -> list[Any]:
+    """The transformer blocks in order."""
+    stages = []
     for container in model.modules():
-        if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 0:
-            children = list(container)
-            if all(isinstance(getattr(child, "mlp", None), nn.Module) for child in children):
-                blocks += [(container, child) for child in children]
-    return blocks
+        blocks = list(container) if isinstance(container, nn.ModuleList | nn.Sequential) else []
+        if blocks and all(isinstance(getattr(block, "mlp", None), nn.Module) for block in blocks):
+            stages.append(blocks)
+    if not stages:
+        raise ValueError(
+            f"model: got {type(model).__name__}, expected a transformer with blocks that hold an `mlp`, such as "
+            "torchvision's or timm's VisionTransformer, or a PyG BasicGNN"
+        )
+    if len(stages) > 1:
+        raise ValueError(
+            f"model: got {type(model).__name__}, whose blocks lie in several stages; expected one sequence of "
+            "blocks on tokens (B, T, D), as in a VisionTransformer"
+        )
+    return stages[0]
 
 
 def _experts_like(mlp: nn.Module, num_experts: int, upcycle: bool, backend: Backend) -> MLPExperts:
     """Experts of the form of a dense MLP, and with ``upcycle`` copies of it, which is verified on random tokens."""
+    if isinstance(mlp, MoE):
+        raise ValueError("model: got a block whose mlp is a MoE already, expected a dense one; see `blocks`")
+    _refuse_what_would_be_lost(mlp)
     up, activation, down, dropout = _form(mlp)
     if up.weight.is_meta:
         raise ValueError("model: got parameters on the meta device, expected ones with values")
@@ -168,19 +154,37 @@ def _experts_like(mlp: nn.Module, num_experts: int, upcycle: bool, backend: Back
         backend=backend,
     ).to(device=up.weight.device, dtype=up.weight.dtype)
     if upcycle:
-        copy_linear(experts.up, up)
-        copy_linear(experts.down, down)
+        for part, linear in ((experts.up, up), (experts.down, down)):
+            _copy_linear(part, linear)
+            for name, parameter in part.named_parameters():
+                parameter.requires_grad_(linear.get_parameter(name).requires_grad)
     _verify_form(mlp, experts, up, down)
     return experts
 
 
+def _refuse_what_would_be_lost(mlp: nn.Module) -> None:
+    """Weights that are computed from other parameters, and hooks: experts would take over neither."""
+    for name, part in mlp.named_modules():
+        where = f"mlp.{name}" if name else "mlp"
+        if isinstance(part, nn.Linear) and not {"weight", "bias"} <= part._parameters.keys():
+            raise ValueError(
+                f"model: got {where} with a parametrized weight (weight norm, spectral norm, pruning), expected a "
+                "plain one, since experts would not compute it; remove it first, or leave the block out of `blocks`"
+            )
+        hooks = [hook for kind in HOOKS for hook in getattr(part, kind).values()]
+        if hooks:
+            called = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)
+            raise ValueError(
+                f"model: got {where} with hooks ({called}), expected none, since experts would not run them; remove "
+                "them first, or leave the block out of `blocks`"
+            )
+
+
 def _form(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear, tuple[float, float]]:
     """The parts of an MLP and its two probabilities of dropout, by the order in which a forward calls them."""
-    if isinstance(mlp, MoE):
-        raise ValueError("model: got a block whose mlp is a MoE already, expected a dense one; see `blocks`")
     called = [part for part in _calls(mlp) if not isinstance(part, nn.Dropout) or part.p > 0]
     form = [part for part in called if not isinstance(part, nn.Dropout)]
-    drops = ["D" if isinstance(part, nn.Dropout) else "x" for part in called]
+    drops = "".join("D" if isinstance(part, nn.Dropout) else "x" for part in called)
     if (
         len(form) != 3
         or not isinstance(form[0], nn.Linear)
@@ -188,7 +192,7 @@ def _form(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear, tuple[float,
         or any(True for _ in form[1].parameters())
         or form[0].out_features != form[2].in_features
         or (form[0].bias is None) != (form[2].bias is None)
-        or "".join(drops) not in ("xxx", "xxDx", "xxxD", "xxDxD")
+        or drops not in ("xxx", "xxDx", "xxxD", "xxDxD")
     ):
         names = [
             f"Linear {part.in_features} to {part.out_features}" if isinstance(part, nn.Linear) else type(part).__name__
@@ -199,9 +203,8 @@ def _form(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear, tuple[float,
             "as wide as one another between, both with or both without bias, with dropout only before and after the "
             "second; gated MLPs are none"
         )
-    up, activation, down = form
     hidden, output = (part.p if isinstance(part, nn.Dropout) else 0.0 for part in (called[2], called[-1]))
-    return up, activation, down, (hidden, output)
+    return form[0], form[1], form[2], (hidden, output)
 
 
 @torch.no_grad()
@@ -227,7 +230,7 @@ def _calls(mlp: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def copy_linear(experts: LinearExperts, linear: nn.Linear) -> None:
+def _copy_linear(experts: LinearExperts, linear: nn.Linear) -> None:
     """Make every expert a copy of ``linear``."""
     experts.weight.copy_(linear.weight.T.expand_as(experts.weight))
     if experts.bias is not None:
@@ -238,8 +241,8 @@ def copy_linear(experts: LinearExperts, linear: nn.Linear) -> None:
 def _verify_form(mlp: nn.Module, experts: MLPExperts, up: nn.Linear, down: nn.Linear) -> None:
     """Refuse an mlp whose leaves look right but whose forward does something else."""
     probe = copy.deepcopy(experts).cpu().double()  # not every device has doubles
-    copy_linear(probe.up, up)
-    copy_linear(probe.down, down)
+    _copy_linear(probe.up, up)
+    _copy_linear(probe.down, down)
     reference = copy.deepcopy(mlp).cpu().double()
     for part in (*probe.modules(), *reference.modules()):
         if isinstance(part, nn.Dropout):
@@ -253,3 +256,35 @@ def _verify_form(mlp: nn.Module, experts: MLPExperts, up: nn.Linear, down: nn.Li
                 f"model: got an mlp ({type(mlp).__name__}) that does not compute linear, activation, linear; "
                 "expected one that does"
             )
+
+
+def _moefy_gnn(model: Any, upcycle: bool, **options: Any) -> nn.Module:
+    """A GNNMoE with the options and, with ``upcycle``, the parameters of a dense PyG GNN; without residuals, as it."""
+    from gmoe.conv.registry import DenseLayers
+    from gmoe.models.gnn import GNNMoE
+
+    if not isinstance(model.in_channels, int) or any(p.numel() == 0 for p in model.parameters()):
+        raise ValueError("model: got a GNN with bipartite or lazy layers, expected one with known in_channels")
+    moe = GNNMoE(
+        model.in_channels,
+        model.hidden_channels,
+        model.out_channels,
+        model.num_layers,
+        conv=DenseLayers(model, upcycle),
+        route_on="input",
+        dropout=model.dropout.p,
+        act=copy.deepcopy(model.act),
+        act_first=model.act_first,
+        norm=copy.deepcopy(model.norms[0]),
+        jk=model.jk_mode,
+        residual="none",
+        **options,
+    )
+    moe.norms = copy.deepcopy(model.norms)
+    for name in ("jk", "lin"):
+        if hasattr(model, name):
+            setattr(moe, name, copy.deepcopy(getattr(model, name)))
+    if not upcycle:
+        moe.reset_parameters()
+    first = next(model.parameters())
+    return moe.to(device=first.device, dtype=first.dtype).train(model.training)

@@ -19,7 +19,7 @@ from gmoe.conv.seen import seen
 from gmoe.routing import Routing
 
 if TYPE_CHECKING:
-    from gmoe.models import GNNMoE
+    from gmoe.models.gnn import GNNMoE
 
 
 class LayerwiseInference:

@@ -1,55 +1,54 @@
-"""Who may import whom (DESIGN, section 1), read from the sources at every nesting level."""
+"""Who may import whom (DESIGN, section 1), read from the sources at every nesting level; and what an import loads."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 import gmoe
 
 ROOT = Path(__file__).parent.parent
-GRAPH = (
-    "gmoe.conv",
-    "gmoe.convert_gnn",
-    "gmoe.hetero",
-    "gmoe.inference",
-    "gmoe.loader",
-    "gmoe.models",
-    "gmoe.sampler",
-)
-"""The parts of gmoe that may import torch_geometric."""
+PYG = frozenset({"torch_geometric", "tqdm"})
+"""torch_geometric, and its own dependency for progress bars."""
 
-PYG = {"torch_geometric", "tqdm"}
-"""What they may import beside torch: torch_geometric, and its own dependency for progress bars."""
-
-GRAPH_NAMES = {
-    "FilterConv",
-    "GNNMoE",
-    "HeteroGNNMoE",
-    "HeteroMoEConv",
-    "MLPConv",
-    "MoEConv",
-    "NeighborSampler",
-    "RelationalConv",
-    "neighbor_loader",
+ROOMS: dict[str, frozenset[str]] = {
+    "gmoe.conv": PYG,
+    "gmoe.data": PYG,
+    "gmoe.inference": PYG,
+    "gmoe.metrics": frozenset({"torchmetrics"}),
+    "gmoe.models.gnn": PYG,
+    "gmoe.models.hetero_gnn": PYG,
+    "gmoe.models.vit": frozenset({"torchvision"}),
 }
-"""What of the public names comes from them."""
+"""What the parts of gmoe may import beside torch. All others, the core, import torch alone."""
+
+LAZY = {"gmoe": tuple(ROOMS), "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn")}
+"""Who may import what of it inside of functions, or for the type checker."""
 
 SOURCES = sorted(path for folder in ("gmoe", "vision", "experiments") for path in (ROOT / folder).rglob("*.py"))
+
+
+class Import(NamedTuple):
+    name: str
+    lazy: bool = False
+    """Inside of a function, or under ``if TYPE_CHECKING``."""
 
 
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[Import]:
     """All that a module imports, as dotted names; ``from a import b`` gives ``a.b``."""
     package = module.split(".") if is_package else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+
+    def named(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -63,39 +62,48 @@ def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "gmoe":
             yield f"gmoe.{node.attr}"  # import gmoe; gmoe.GNNMoE
 
+    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        yield from (Import(name, lazy) for name in named(node))
+        lazy |= isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        )
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, lazy)
+
+    yield from walk(ast.parse(source), False)
+
 
 def inside(name: str, *modules: str) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def is_graph(name: str) -> bool:
-    return inside(name, *GRAPH) or name in {f"gmoe.{public}" for public in GRAPH_NAMES}
+def needs(name: str) -> frozenset[str]:
+    """What a module of gmoe, or a public name, needs beside torch."""
+    public = {f"gmoe.{name}": module for module, names in gmoe._LAZY.items() for name in names}
+    name = public.get(name, name)
+    return frozenset().union(*(packages for room, packages in ROOMS.items() if inside(name, room)))
 
 
-def upward(module: str, name: str) -> bool:
-    """Whether ``module`` may not import ``name``."""
+def upward(module: str, found: Import) -> bool:
+    """Whether ``module`` may not import ``found``."""
+    name, lazy = found
     top = name.split(".")[0]
-    if module == "gmoe":
-        return top != "gmoe"  # re-exports only
+    if lazy and inside(name, *LAZY.get(module, ())):
+        return False
     if inside(module, "gmoe"):
-        legal = {"torch", "gmoe", *sys.stdlib_module_names} | (PYG if inside(module, *GRAPH) else set())
-        legal |= {"torchmetrics"} if module == "gmoe.stats" else set()
-        return top not in legal or name == "gmoe" or (is_graph(name) and not inside(module, *GRAPH))
+        if top != "gmoe":
+            return top not in {"torch", *sys.stdlib_module_names, *needs(module)}
+        return name == "gmoe" or not needs(name) <= needs(module)
     if inside(module, "vision"):
-        return top in ("torch_geometric", "experiments", "tests", "ogb") or is_graph(name)
+        return top in ("torch_geometric", "experiments", "tests", "ogb") or bool(needs(name) & PYG)
     return top == "tests"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_no_upward_import(path: Path) -> None:
     module = module_of(path)
-    found = {name for name in imports(path.read_text(), module, path.name == "__init__.py") if upward(module, name)}
-    assert not found, f"{module} may not import {sorted(found)}"
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_one_file_is_one_thing(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+    found = [name for name in imports(path.read_text(), module, path.name == "__init__.py") if upward(module, name)]
+    assert not found, f"{module} may not import {found}"
 
 
 @pytest.mark.parametrize(
@@ -103,18 +111,29 @@ def test_one_file_is_one_thing(path: Path) -> None:
     [
         ("gmoe.moe", "import torch_geometric", True),
         ("gmoe.moe", "def f():\n    if True:\n        from torch_geometric.nn import GCNConv", True),
-        ("gmoe.routing.pools", "from ..conv import MoEConv", True),
-        ("gmoe.routing.pools", "from ..dispatch import dispatch", False),
-        ("gmoe.convert", "from gmoe import models", True),
+        ("gmoe.routers.base", "from ..conv import MoEConv", True),
+        ("gmoe.routers.base", "from ..dispatch import dispatch", False),
+        ("gmoe.convert", "from gmoe.models.gnn import GNNMoE", True),
+        ("gmoe.convert", "def f():\n    from gmoe.models.gnn import GNNMoE", False),
+        ("gmoe.convert", "def f():\n    from gmoe.models.vit import ViTMoE", True),
+        ("gmoe.convert", "def f():\n    import torch_geometric", True),
         ("gmoe.convert", "import gmoe", True),
         ("gmoe.convert", "import numpy", True),
         ("gmoe.convert", "import importlib\nimportlib.import_module('torch_geometric')", True),
         ("gmoe.convert", "from collections import abc\nimport torch.utils.checkpoint", False),
-        ("gmoe.conv.experts", "from torch_geometric.nn import GCNConv\nfrom gmoe.experts import LinearExperts", False),
-        ("gmoe.models", "from gmoe.conv import MoEConv", False),
-        ("gmoe.models", "import experiments.train", True),
-        ("gmoe", "import torch", True),
-        ("vision.vit", "from torchvision.models import VisionTransformer\nfrom gmoe import MoE, ExpertChoice", False),
+        ("gmoe.conv.hetero", "from torch_geometric.nn import GCNConv\nfrom gmoe.experts import LinearExperts", False),
+        ("gmoe.models.gnn", "from gmoe.conv import MoEConv", False),
+        ("gmoe.models.gnn", "import experiments.train", True),
+        ("gmoe.models.vit", "from torchvision.models import VisionTransformer\nfrom gmoe.convert import moefy", False),
+        ("gmoe.models.vit", "from gmoe.models.gnn import GNNMoE", True),
+        ("gmoe.models.vit", "from vision import images", True),
+        ("gmoe.metrics", "import torchmetrics", False),
+        ("gmoe.flops", "import torchmetrics", True),
+        ("gmoe.flops", "from gmoe.metrics import RoutingStats", True),
+        ("gmoe", "from gmoe.moe import MoE", False),
+        ("gmoe", "from gmoe.conv.moe_conv import MoEConv", True),
+        ("gmoe", "if TYPE_CHECKING:\n    from gmoe.conv.moe_conv import MoEConv", False),
+        ("vision.vit", "from torchvision.models import VisionTransformer\nfrom gmoe import MoE, ViTMoE", False),
         ("vision.vit", "from gmoe import GNNMoE", True),
         ("vision.vit", "import gmoe\ngmoe.MoEConv", True),
         ("vision.vit", "from torch_geometric.data import Data", True),
@@ -126,29 +145,60 @@ def test_the_rule_itself(module: str, source: str, bad: bool) -> None:
     assert any(upward(module, name) for name in imports(source, module)) == bad
 
 
-def test_public_surface_is_a_sorted_and_complete_list_of_names() -> None:
-    """gmoe/__init__.py holds re-exports, ``__version__`` and ``__all__``, and nothing else."""
+# What an import loads
+
+
+def run(script: str) -> str:
+    """What a new interpreter prints."""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_an_import_loads_torch_alone() -> None:
+    loaded = run("import sys, gmoe; print(*{name.split('.')[0] for name in sys.modules})").split()
+    assert "torch" in loaded
+    assert not {"torch_geometric", "torchvision", "torchmetrics", "scipy", "sklearn", "pandas"} & set(loaded)
+
+
+def test_names_that_need_more_are_there_without_it() -> None:
+    """For ``dir`` and type checkers; their use names what is missing, and the extra that brings it."""
+    script = """
+import sys
+sys.modules.update(dict.fromkeys(["torch_geometric", "torchvision", "torchmetrics"]))  # not to be imported
+import gmoe
+assert set(gmoe.__all__) <= set(dir(gmoe))
+for name in ("MoEConv", "GNNMoE", "HeteroMoEConv", "neighbor_loader", "ViTMoE", "RoutingStats", "nobody"):
+    try:
+        getattr(gmoe, name)
+    except (ImportError, AttributeError) as error:
+        print(type(error).__name__, error)
+"""
+    graph = 'needs torch_geometric: pip install "gmoe[graph]"'
+    assert run(script).splitlines() == [
+        *(f"ImportError gmoe.{name} {graph}" for name in ("MoEConv", "GNNMoE", "HeteroMoEConv", "neighbor_loader")),
+        'ImportError gmoe.ViTMoE needs torchvision: pip install "gmoe[vision]"',
+        'ImportError gmoe.RoutingStats needs torchmetrics: pip install "gmoe[graph]"',
+        "AttributeError module 'gmoe' has no attribute 'nobody'",
+    ]
+
+
+def test_all_public_names_can_be_imported() -> None:
+    names: dict[str, Any] = {}
+    exec("from gmoe import *", names)
+    assert set(gmoe.__all__) <= set(names)
+    assert all(names[name].__doc__ for name in gmoe.__all__ if name != "ROUTERS")
+
+
+def test_public_names_are_those_of_the_imports() -> None:
+    """Those that are imported at once and those of ``_LAZY``, which the type checker sees as the user does."""
     body = ast.parse((ROOT / "gmoe" / "__init__.py").read_text()).body
-    docstring, *statements = body
-    assert isinstance(docstring, ast.Expr)
-    exported: list[str] = []
-    assigned: list[str] = []
-    for statement in statements:
-        if isinstance(statement, ast.ImportFrom):
-            assert all(alias.asname is None and alias.name != "*" for alias in statement.names)
-            exported += [alias.name for alias in statement.names]
-        else:
-            assert isinstance(statement, ast.Assign)
-            assigned += [target.id for target in statement.targets if isinstance(target, ast.Name)]
-    assert assigned == ["__version__", "__all__"]
-
-    def order(name: str) -> tuple[int, str]:  # constants, classes, the rest: as ruff's RUF022 sorts
-        return (0 if name.isupper() else 1 if name[0].isupper() else 2), name
-
-    assert gmoe.__all__ == sorted(gmoe.__all__, key=order)
-    assert sorted(gmoe.__all__) == sorted([*exported, "__version__"])
-    assert all(hasattr(gmoe, name) for name in gmoe.__all__)
-    assert all(getattr(gmoe, name).__doc__ for name in gmoe.__all__ if name != "ROUTERS")
+    now = {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    (checked,) = [node.body for node in body if isinstance(node, ast.If)]
+    typed = [node for node in checked if isinstance(node, ast.ImportFrom)]
+    seen = [(node.module, tuple(alias.name for alias in node.names)) for node in typed]
+    assert seen == list(gmoe._LAZY.items())
+    later = {name for names in gmoe._LAZY.values() for name in names}
+    assert len(set(gmoe.__all__)) == len(gmoe.__all__)
+    assert set(gmoe.__all__) == (now - {"TYPE_CHECKING", "Any"}) | later | {"__version__"}
 
 
 def test_every_module_says_what_it_is() -> None:

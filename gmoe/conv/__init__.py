@@ -1,9 +1,8 @@
 """Experts inside message passing. Imports the core and torch_geometric."""
 
 from gmoe.conv.filter_conv import FilterConv
-from gmoe.conv.hetero_conv import HeteroMoEConv
+from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
 from gmoe.conv.mlp_conv import MLPConv
 from gmoe.conv.moe_conv import MoEConv
-from gmoe.conv.relational import RelationalConv
 
 __all__ = ["FilterConv", "HeteroMoEConv", "MLPConv", "MoEConv", "RelationalConv"]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import HeteroConv, SAGEConv
 
 from gmoe import Routing, aux_loss
-from gmoe.conv.hetero_conv import HeteroMoEConv
-from gmoe.conv.relational import RelationalConv
+from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
 from tests.gmoe.conv.masked import features, gradient, random_graph, routing_of
 
 EdgeType = tuple[str, str, str]

@@ -17,9 +17,9 @@ from torch_geometric.sampler.base import SubgraphType
 
 import gmoe
 from gmoe import GNNMoE
-from gmoe.loader import SamplerBackend, neighbor_loader
-from gmoe.sampler import NeighborSampler
-from tests.gmoe.sampled import graph, hetero_graph
+from gmoe.data.loader import SamplerBackend, neighbor_loader
+from gmoe.data.sampler import NeighborSampler
+from tests.gmoe.data.sampled import graph, hetero_graph
 
 NODES, EDGES = 40, 300
 
@@ -138,7 +138,7 @@ def test_seed_of_torch_repeats_an_epoch(num_workers: int) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first[:5], first[5:], strict=True))  # epochs differ
 
 
-def test_all_neighbours_give_the_logits_of_the_whole_graph() -> None:
+def test_all_neighbors_give_the_logits_of_the_whole_graph() -> None:
     """GNNMoE by token choice: seeds are routed as in the full batch, with and without trimming."""
     data = full_graph()
     torch.manual_seed(0)
@@ -152,7 +152,7 @@ def test_all_neighbours_give_the_logits_of_the_whole_graph() -> None:
 
 
 def test_training_on_batches_learns() -> None:
-    """Labels that only a node's neighbours tell."""
+    """Labels that only a node's neighbors tell."""
     torch.manual_seed(0)
     data = graph(400, 4_000)
     data.y = (data.x[:, 0][data.edge_index[0]].new_zeros(400).index_add(0, *reversed_ends(data)) > 0).long()

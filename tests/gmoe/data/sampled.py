@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.sampler import HeteroSamplerOutput, NodeSamplerInput, SamplerOutput
 
-from gmoe.sampler import NeighborSampler
+from gmoe.data.sampler import NeighborSampler
 
 
 def graph(num_nodes: int, num_edges: int, seed: int = 0) -> Data:
@@ -25,12 +25,16 @@ def star(degree: int) -> Data:
     return Data(edge_index=torch.stack([source, torch.zeros_like(source)]), num_nodes=degree + 1)
 
 
-def sample(data: Data, fanouts: list[int], seeds: Any, replace: bool = False, **kwargs: Any) -> SamplerOutput:
-    out = NeighborSampler(data, fanouts, replace, **kwargs).sample_from_nodes(
-        NodeSamplerInput(None, torch.as_tensor(seeds, dtype=torch.long))
-    )
+def draw(sampler: NeighborSampler, seeds: Any, seed: int | None = None) -> SamplerOutput:
+    if seed is not None:
+        torch.manual_seed(seed)
+    out = sampler.sample_from_nodes(NodeSamplerInput(None, torch.as_tensor(list(seeds), dtype=torch.long)))
     assert isinstance(out, SamplerOutput)
     return out
+
+
+def sample(data: Data, fanouts: list[int], seeds: Any, replace: bool = False, **kwargs: Any) -> SamplerOutput:
+    return draw(NeighborSampler(data, fanouts, replace, **kwargs), seeds)
 
 
 def hops(values: Tensor, sizes: list[int]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Neighbour sampling in pure torch. Shapes: F nodes of a frontier, L of them large, S edges drawn, k the fan-out."""
+"""Neighbor sampling in pure torch. Shapes: F nodes of a frontier, L of them large, S edges drawn, k the fan-out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class InEdges(NamedTuple):
 
 
 class NeighborSampler(BaseSampler):
-    r"""Uniform neighbour sampling (GraphSAGE, Hamilton et al., 2017) with torch alone.
+    r"""Uniform neighbor sampling (GraphSAGE, Hamilton et al., 2017) with torch alone.
 
     What ``pyg-lib`` is to PyG's ``NeighborLoader``, behind the same interface: give it to PyG's ``NodeLoader`` or
     ``LinkLoader``, or call :func:`gmoe.neighbor_loader`. Hop by hop, each node that the last hop found draws

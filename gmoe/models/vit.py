@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, overload
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
@@ -51,12 +51,12 @@ SIZES: dict[int, ViTSize] = {
 class ViTMoE(VisionTransformer):
     r"""torchvision's ViT (Dosovitskiy et al., 2021) with a MoE in the MLP of every n-th block.
 
-    The tokens of one image, the class token included, are a pool: they compete for experts among themselves only.
+    The tokens of one image, the class token included, are a group: they compete for experts among themselves only.
 
     Args:
         size: a :class:`ViTSize`, or the image size of one of :data:`SIZES` (8, 32 or 160).
         num_classes: default 10.
-        router: a name or factory (default ``"expert_choice"``); ``None`` leaves the dense ViT, the control.
+        router: a name or factory (default ``"expert_choice"``); ``None`` leaves the dense ViT, the baseline.
         num_experts: E (default 8).
         k: K, experts per token (default 1).
         every: block ``i`` is MoE where ``i % every == every - 1`` (default 2).
@@ -66,7 +66,7 @@ class ViTMoE(VisionTransformer):
         backend: see :func:`gmoe.dispatch.grouped_linear`.
 
     Shapes:
-        - ``images``: (B, 3, H, W), or (B, 1, H, W) grey ones, H = W = ``image_size``.
+        - ``images``: (B, 3, H, W), or (B, 1, H, W) gray ones, H = W = ``image_size``.
         - returns (B, num_classes), and the list of :class:`gmoe.Routing` with ``return_routing=True``, empty if dense.
 
     Raises:
@@ -104,13 +104,10 @@ class ViTMoE(VisionTransformer):
             raise ValueError(f"blocks: got {blocks!r} without a router, expected None; a dense ViT has no experts")
         for name, value in asdict(size).items():
             check_count(name, value)
-        for name, whole, part in (
-            ("image_size", "image_size", "patch_size"),
-            ("hidden_dim", "hidden_dim", "num_heads"),
-        ):
+        for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
             if getattr(size, whole) % getattr(size, part):
                 raise ValueError(
-                    f"{name}: got {getattr(size, whole)}, expected a multiple of {part}={getattr(size, part)}"
+                    f"{whole}: got {getattr(size, whole)}, expected a multiple of {part}={getattr(size, part)}"
                 )
         super().__init__(**asdict(size), num_classes=num_classes, dropout=dropout, attention_dropout=attention_dropout)
         self.size = size
@@ -127,7 +124,7 @@ class ViTMoE(VisionTransformer):
                 backend=backend,
             )
             for module in self.modules():
-                if isinstance(module, LinearExperts):  # as torchvision initialises its MLPs, and so the dense control
+                if isinstance(module, LinearExperts):  # as torchvision initializes its MLPs, and so the dense control
                     for expert in range(module.num_experts):
                         nn.init.xavier_uniform_(module.weight[expert])
                     if module.bias is not None:
@@ -138,10 +135,6 @@ class ViTMoE(VisionTransformer):
         """Whether no block has experts."""
         return not any(isinstance(module, Router) for module in self.modules())
 
-    @overload
-    def forward(self, images: Tensor, *, return_routing: Literal[False] = ...) -> Tensor: ...
-    @overload
-    def forward(self, images: Tensor, *, return_routing: Literal[True]) -> tuple[Tensor, list[Routing]]: ...
     def forward(self, images: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, list[Routing]]:
         """Logits of the images; see the class."""
         side = self.size.image_size

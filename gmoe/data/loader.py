@@ -14,7 +14,7 @@ from torch_geometric.sampler.base import SubgraphType
 from torch_geometric.typing import NodeType
 
 from gmoe._checks import check_choice
-from gmoe.sampler import Fanouts, NeighborSampler, check_nodes
+from gmoe.data.sampler import Fanouts, NeighborSampler, check_nodes
 
 SamplerBackend: TypeAlias = Literal["auto", "pyg", "gmoe"]
 InputNodes: TypeAlias = Tensor | Sequence[int] | NodeType | tuple[NodeType, Tensor | Sequence[int] | None] | None

@@ -15,9 +15,8 @@ from torch_geometric.data import Batch, HeteroData
 from torch_geometric.loader import RandomNodeLoader
 
 from gmoe import ROUTERS, TokenChoice, active_parameters, aux_loss, neighbor_loader, record
-from gmoe.conv.hetero_conv import HeteroMoEConv
-from gmoe.conv.relational import RelationalConv
-from gmoe.hetero import HeteroGNNMoE
+from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
+from gmoe.models.hetero_gnn import HeteroGNNMoE
 from tests.gmoe.conv.hetero_reference import csr
 from tests.gmoe.conv.masked import features, random_graph
 
@@ -188,16 +187,13 @@ def test_each_type_and_layer_has_a_norm_of_its_own() -> None:
     assert len(list(gnn.norms.parameters())) == 2 * (4 + 3)  # scale and shift; the last hidden layer prunes a type
 
 
-@pytest.mark.parametrize("residual", ["none", "identity", "linear"])
-def test_residuals(residual: Any) -> None:
+@pytest.mark.parametrize(("residual", "plain"), [("identity", nn.Identity), ("linear", nn.Linear)])
+def test_residuals(residual: Any, plain: type) -> None:
     gnn = model(num_layers=3, residual=residual, in_proj=False)
-    kinds = [{name: type(part) for name, part in parts.items()} for parts in gnn.residuals]  # type: ignore[operator]
-    plain = nn.Identity if residual == "identity" else nn.Linear
-    if residual == "none":
-        assert kinds == [{}, {}]
-    else:
-        assert kinds[0] == {**dict.fromkeys(COUNTS, plain), "paper": nn.Linear}  # 4 features, 6 hidden
-        assert kinds[1] == dict.fromkeys(["paper", "author", "field_of_study"], plain)
+    first, second = ({name: type(part) for name, part in parts.items()} for parts in gnn.residuals)  # type: ignore[operator]
+    assert first == {**dict.fromkeys(COUNTS, plain), "paper": nn.Linear}  # 4 features, 6 hidden
+    assert second == dict.fromkeys(["paper", "author", "field_of_study"], plain)
+    assert not any(parts for parts in model(num_layers=3, residual="none").residuals)
 
 
 def test_sparse_matrices() -> None:
@@ -212,7 +208,7 @@ def test_sparse_matrices() -> None:
 @pytest.mark.parametrize("share", [False, True], ids=["separate", "shared"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router(router: str, share: bool) -> None:
-    gnn = model(router=router, k=2, num_layers=3, share_router=share, share_experts=share)
+    gnn = model(router=router, k=2, num_layers=3, tie_routers=share, tie_experts=share)
     with record(gnn) as recorded:
         logits, routings = call(gnn, return_routing=True)
     assert len(recorded) == (2 if share else len(routings))
@@ -223,12 +219,12 @@ def test_every_router(router: str, share: bool) -> None:
     assert torch.equal(call(gnn), call(gnn))
 
 
-@pytest.mark.parametrize("share_experts", [False, True])
-def test_active_parameters(share_experts: bool) -> None:
+@pytest.mark.parametrize("tie_experts", [False, True])
+def test_active_parameters(tie_experts: bool) -> None:
     """An expert of the MoE layer is a layer of the dense control; what is left are the routers."""
-    dense = sum(p.numel() for p in model(router=None, share_experts=share_experts).parameters())
+    dense = sum(p.numel() for p in model(router=None, tie_experts=tie_experts).parameters())
     for k in (1, 2):
-        gnn = model(k=k, num_experts=8, share_experts=share_experts)
+        gnn = model(k=k, num_experts=8, tie_experts=tie_experts)
         conv: Any = gnn.convs[0]
         layer = sum(p.numel() for p in conv.expert(0).parameters())
         routers = sum(p.numel() for p in conv.routers.parameters())
@@ -263,10 +259,10 @@ def test_embeddings_are_looked_up_by_n_id() -> None:
     assert seen == DATA.num_nodes
 
 
-@pytest.mark.parametrize("share_router", [False, True])
-def test_seeds_with_all_their_neighbours_get_the_logits_of_the_whole_graph(share_router: bool) -> None:
+@pytest.mark.parametrize("tie_routers", [False, True])
+def test_seeds_with_all_their_neighbors_get_the_logits_of_the_whole_graph(tie_routers: bool) -> None:
     data = mag({name: 5 * n for name, n in COUNTS.items()})
-    gnn = model(data, num_layers=3, k=2, share_router=share_router).eval()
+    gnn = model(data, num_layers=3, k=2, tie_routers=tie_routers).eval()
     whole = call(gnn, data)
     for batch in neighbor_loader(data, [-1] * 3, "paper", batch_size=16):
         seeds = batch["paper"].n_id[: batch["paper"].batch_size]
@@ -315,25 +311,19 @@ def test_autocast() -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in gnn.parameters())
 
 
-def test_state_dict_copies_and_pickles() -> None:
-    gnn = model(norm="batch_norm").eval()
+def test_state_dict_copies_pickles_and_reset() -> None:
+    gnn = model(norm="batch_norm", residual="linear", tie_routers=True).eval()
     expected = call(gnn)
-    torch.manual_seed(1)
-    other = model(norm="batch_norm").eval()
+    other = copy.deepcopy(gnn)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(7.0)
     other.reset_parameters()
+    assert [name for name, p in other.named_parameters() if bool((p == 7.0).any())] == []
     assert not torch.allclose(call(other), expected)
     other.load_state_dict(gnn.state_dict())
     for copied in (other, copy.deepcopy(gnn), pickle.loads(pickle.dumps(gnn))):
         assert torch.equal(call(copied), expected)
-
-
-def test_reset_parameters() -> None:
-    gnn = model(norm="batch_norm", residual="linear", share_router=True)
-    with torch.no_grad():
-        for parameter in gnn.parameters():
-            parameter.fill_(7.0)
-    gnn.reset_parameters()
-    assert [name for name, p in gnn.named_parameters() if bool((p == 7.0).any())] == []
 
 
 def test_dropout() -> None:
@@ -376,7 +366,7 @@ def accuracy(data: HeteroData, **kwargs: Any) -> float:
 def test_learns_what_the_dense_control_of_equal_cost_cannot() -> None:
     """Seen with three seeds: 0.91 to 0.95, dense 0.67 to 0.73."""
     data = planted()
-    moe = accuracy(data, num_experts=8, route_on="input", router_kwargs={"balance": "switch"})
+    moe = accuracy(data, num_experts=8, router_kwargs={"balance": "switch"})
     assert moe > 0.85
     assert moe > accuracy(data, router=None) + 0.1
 
@@ -400,7 +390,7 @@ def test_learns_what_the_dense_control_of_equal_cost_cannot() -> None:
             "expected the number of nodes of ['paper', 'institution', 'field_of_study'] too",
         ),
         ({"embedding_channels": 0}, "embedding_channels: got 0, expected at least 1"),
-        ({"share_experts": True, "in_proj": False}, "in_channels: got {'paper': 4, 'author': 6"),
+        ({"tie_experts": True, "in_proj": False}, "in_channels: got {'paper': 4, 'author': 6"),
         ({"router_kwargs": {"scope": "neighbours"}, "router": "attention_vote"}, "router: got scope='neighbours'"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
@@ -411,16 +401,18 @@ def test_errors_of_the_constructor(kwargs: dict[str, Any], message: str) -> None
     assert message in str(error.value)
 
 
-def test_errors_of_a_call() -> None:
-    gnn = model()
-    edges = DATA.edge_index_dict
-    with pytest.raises(ValueError, match=r"x_dict\['paper'\]: got None, expected \(number of nodes, 4\)"):
-        gnn({}, edges)
-    with pytest.raises(ValueError, match=r"x_dict\['paper'\]: got shape \(12, 3\)"):
-        gnn({"paper": DATA["paper"].x[:, :3]}, edges)
-    with pytest.raises(ValueError, match=r"x_dict\['author'\]: got features, expected none, since in_channels has no"):
-        gnn({**DATA.x_dict, "author": torch.zeros(9, 4)}, edges)
-    with pytest.raises(ValueError, match="n_id_dict: got None with 5 of the 12 'paper' nodes"):
-        gnn({"paper": DATA["paper"].x[:5]}, {})
-    with pytest.raises(ValueError, match=r"n_id_dict\['author'\]: got None"):
-        gnn(DATA.x_dict, edges, n_id_dict={"paper": DATA["paper"].n_id})
+@pytest.mark.parametrize(
+    ("x_dict", "kwargs", "message"),
+    [
+        ({}, {}, "x_dict['paper']: got None, expected (number of nodes, 4)"),
+        ({"paper": DATA["paper"].x[:, :3]}, {}, "x_dict['paper']: got shape (12, 3)"),
+        ({**DATA.x_dict, "author": torch.zeros(9, 4)}, {}, "x_dict['author']: got features, expected none, since"),
+        ({"paper": DATA["paper"].x[:5]}, {}, "n_id_dict: got None with 5 of the 12 'paper' nodes"),
+        (DATA.x_dict, {"n_id_dict": {"paper": DATA["paper"].n_id}}, "n_id_dict['author']: got None"),
+    ],
+    ids=["no features", "width", "features of an embedded type", "n_id_dict", "n_id_dict of a type"],
+)
+def test_errors_of_a_call(x_dict: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        model()(x_dict, DATA.edge_index_dict, **kwargs)
+    assert message in str(error.value)

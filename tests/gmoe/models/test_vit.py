@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import gmoe
 from gmoe import MoE
-from vision import SIZES, ViTMoE, ViTSize
+from gmoe.models.vit import SIZES, ViTMoE, ViTSize
 
 TINY = ViTSize(image_size=8, patch_size=2, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args, overload
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 from torch_geometric.nn import BatchNorm
@@ -14,8 +15,7 @@ from torch_geometric.nn.resolver import activation_resolver, normalization_resol
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.hetero_conv import HeteroMoEConv, HeteroRouteOn
-from gmoe.conv.relational import Aggr, RelationalConv, checked_metadata
+from gmoe.conv.hetero import Aggr, HeteroMoEConv, HeteroRouterInput, RelationalConv, checked_metadata
 from gmoe.dispatch import Backend
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
@@ -54,8 +54,8 @@ class HeteroGNNMoE(nn.Module):
         act, norm, norm_kwargs: as in PyG's ``BasicGNN`` (defaults: relu, no norm). Each node type has its own norms.
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
-        aggr, route_on, share_router, share_experts, router_kwargs, backend, check_finite: see :class:`HeteroMoEConv`.
-            With ``share_experts`` dense layers share their root weight too.
+        aggr, router_input, tie_routers, tie_experts, router_kwargs, backend, check_finite: see :class:`HeteroMoEConv`.
+            With ``tie_experts`` dense layers share their root weight too.
 
     Shapes:
         - ``x_dict``: (N, D) of each type that has features.
@@ -106,9 +106,9 @@ class HeteroGNNMoE(nn.Module):
         norm_kwargs: Mapping[str, Any] | None = None,
         residual: HeteroResidual = "identity",
         aggr: Aggr = "mean",
-        route_on: HeteroRouteOn = "both",
-        share_router: bool = False,
-        share_experts: bool = False,
+        router_input: HeteroRouterInput = "node",
+        tie_routers: bool = False,
+        tie_experts: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
         check_finite: bool = False,
@@ -118,60 +118,30 @@ class HeteroGNNMoE(nn.Module):
             check_count(name, value)
         check_choice("residual", residual, get_args(HeteroResidual))
         metadata = checked_metadata(metadata)
-        if target is not None:
-            check_choice("target", target, metadata[0])
-        if isinstance(router, Router):
-            raise ValueError("router: got an instance for several node types, expected a name or a factory")
-        moe_layers = [i for i in range(num_layers - 1) if i % every == every - 1] if router is not None else []
-        if router is not None and not moe_layers:
-            raise ValueError(
-                f"every: got {every} with num_layers={num_layers}, which leaves no hidden layer for a MoE; expected "
-                "more layers or a smaller every"
-            )
+        moe_layers = _moe_layers(router, num_layers, every)
         super().__init__()
-        self.in_channels = in_channels
-        self.hidden_channels = hidden_channels
-        self.out_channels = out_channels
-        self.num_layers = num_layers
-        self.target = target
+        self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
+        self.num_layers, self.target = num_layers, target
         inputs, *types_of = _types_by_depth(metadata, target, num_layers)
+        self.routed = [(layer, name) for layer in moe_layers for name in types_of[layer]]
         self.input = HeteroInput(
             in_channels, hidden_channels, inputs, metadata[0], num_nodes_dict, embedding_channels, in_proj
         )
+        options: dict[str, Any] = {"num_experts": num_experts, "router": router, "k": k, "router_input": router_input}
+        options |= {"tie_routers": tie_routers, "tie_experts": tie_experts, "router_kwargs": router_kwargs}
+        moe: Any = partial(HeteroMoEConv, **options, backend=backend, check_finite=check_finite)
+        dense: Any = partial(RelationalConv, share_root=tie_experts)
         norm_layer = _norm(norm, hidden_channels, norm_kwargs)
         self.norm_takes_batch = "batch" in inspect.signature(norm_layer.forward).parameters
-        self.convs = nn.ModuleList()
-        self.residuals = nn.ModuleList()
-        self.norms = nn.ModuleList()
+        self.convs, self.residuals, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         widths = self.input.out_channels
-        for layer, types in enumerate(types_of):
-            conv: HeteroMoEConv | RelationalConv
-            if layer in moe_layers:
-                conv = HeteroMoEConv(
-                    widths,
-                    hidden_channels,
-                    metadata,
-                    num_experts,
-                    router,
-                    k,
-                    aggr=aggr,
-                    route_on=route_on,
-                    share_router=share_router,
-                    share_experts=share_experts,
-                    out_types=types,
-                    router_kwargs=router_kwargs,
-                    backend=backend,
-                    check_finite=check_finite,
-                )
-            else:
-                width = hidden_channels if layer < num_layers - 1 else out_channels
-                conv = RelationalConv(widths, width, metadata, aggr=aggr, share_root=share_experts, out_types=types)
-            self.convs.append(conv)
-            if layer < num_layers - 1:
-                self.residuals.append(_residuals(residual, {name: widths[name] for name in types}, hidden_channels))
-                self.norms.append(ModuleDict({name: copy.deepcopy(norm_layer) for name in types}))
+        for layer, types in enumerate(types_of[:-1]):
+            conv = moe if layer in moe_layers else dense
+            self.convs.append(conv(widths, hidden_channels, metadata, aggr=aggr, out_types=types))
+            self.residuals.append(_residuals(residual, {name: widths[name] for name in types}, hidden_channels))
+            self.norms.append(ModuleDict({name: copy.deepcopy(norm_layer) for name in types}))
             widths = dict.fromkeys(types, hidden_channels)
-        self.routed = [(layer, name) for layer in moe_layers for name in types_of[layer]]
+        self.convs.append(dense(widths, out_channels, metadata, aggr=aggr, out_types=types_of[-1]))
         self.act = nn.Identity() if act is None else activation_resolver(act)
         self.dropout = nn.Dropout(dropout)
 
@@ -182,26 +152,6 @@ class HeteroGNNMoE(nn.Module):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
-    @overload
-    def forward(
-        self,
-        x_dict: Mapping[NodeType, Tensor],
-        edge_index_dict: Mapping[EdgeType, Adj],
-        n_id_dict: Mapping[NodeType, Tensor] | None = ...,
-        *,
-        batch_dict: Mapping[NodeType, Tensor] | None = ...,
-        return_routing: Literal[False] = ...,
-    ) -> Any: ...
-    @overload
-    def forward(
-        self,
-        x_dict: Mapping[NodeType, Tensor],
-        edge_index_dict: Mapping[EdgeType, Adj],
-        n_id_dict: Mapping[NodeType, Tensor] | None = ...,
-        *,
-        batch_dict: Mapping[NodeType, Tensor] | None = ...,
-        return_routing: Literal[True],
-    ) -> tuple[Any, list[Routing]]: ...
     def forward(
         self,
         x_dict: Mapping[NodeType, Tensor],
@@ -234,7 +184,7 @@ class HeteroGNNMoE(nn.Module):
         h: Tensor,
         batch_dict: Mapping[NodeType, Tensor] | None,
     ) -> Tensor:
-        """Residual, normalisation, activation and dropout of a hidden layer."""
+        """Residual, normalization, activation and dropout of a hidden layer."""
         residuals: Any = self.residuals[layer]
         norms: Any = self.norms[layer]
         if node_type in residuals:
@@ -347,9 +297,26 @@ class HeteroInput(nn.Module):
         return own
 
 
+def _moe_layers(router: RouterLike | None, num_layers: int, every: int) -> list[int]:
+    """The layers that are a MoE: every n-th, the output layer excepted."""
+    if router is None:
+        return []
+    if isinstance(router, Router):
+        raise ValueError("router: got an instance for several node types, expected a name or a factory")
+    layers = [layer for layer in range(num_layers - 1) if layer % every == every - 1]
+    if not layers:
+        raise ValueError(
+            f"every: got {every} with num_layers={num_layers}, which leaves no hidden layer for a MoE; expected "
+            "more layers or a smaller every"
+        )
+    return layers
+
+
 def _types_by_depth(metadata: Metadata, target: NodeType | None, num_layers: int) -> list[list[NodeType]]:
     """The node types that are needed as input, and after each layer."""
     node_types, edge_types = metadata
+    if target is not None:
+        check_choice("target", target, node_types)
     needed = [list(node_types) if target is None else [target]]
     for _ in range(num_layers):
         last = needed[0]

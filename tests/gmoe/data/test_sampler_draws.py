@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
-from torch_geometric.sampler import NodeSamplerInput
 
-from gmoe.sampler import NeighborSampler
-from tests.gmoe.sampled import graph, hetero_graph, hetero_sample, sample, star
+from gmoe.data.sampler import NeighborSampler
+from tests.gmoe.data.sampled import draw, graph, hetero_graph, hetero_sample, sample, star
 
 
 def within(count: Tensor | int, trials: int, share: float) -> Tensor:
@@ -57,8 +56,7 @@ def test_edges_of_a_second_hop_are_drawn_uniformly() -> None:
     included = torch.zeros(10, dtype=torch.long)
     torch.manual_seed(2)
     for _ in range(trials):
-        out = sampler.sample_from_nodes(NodeSamplerInput(None, torch.tensor([0])))
-        included[out.edge] += 1
+        included[draw(sampler, [0]).edge] += 1
     assert included[0] == trials
     assert within(included[1:], trials, 3 / 9).all()
 
@@ -88,7 +86,7 @@ def test_replacement_draws_independently() -> None:
     assert within(torch.tensor(list(drawn.values())), trials, degree**-k).all()
 
 
-def test_replacement_draws_k_of_a_smaller_neighbourhood() -> None:
+def test_replacement_draws_k_of_a_smaller_neighborhood() -> None:
     out = sample(star(2), [5], [0, 1], replace=True)
     assert out.num_sampled_edges == [5]
     assert out.col.tolist() == [0] * 5

@@ -17,10 +17,10 @@ from torch_geometric.nn import GraphSAGE, HeteroConv, SAGEConv
 from torch_geometric.sampler import EdgeSamplerInput, NodeSamplerInput, SamplerOutput
 from torch_geometric.utils import k_hop_subgraph, trim_to_layer
 
-import gmoe.sampler
+import gmoe.data.sampler
 from gmoe import GNNMoE
-from gmoe.sampler import NeighborSampler
-from tests.gmoe.sampled import check, expected_count, graph, hetero_graph, hetero_sample, hops, sample
+from gmoe.data.sampler import NeighborSampler
+from tests.gmoe.data.sampled import check, draw, expected_count, graph, hetero_graph, hetero_sample, hops, sample
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -41,11 +41,10 @@ def test_output_is_a_sampled_subgraph(
     torch.manual_seed(seed)
     sampler = NeighborSampler(data, fanouts, replace)
     for _ in range(2):  # the second batch meets no trace of the first
-        out = sampler.sample_from_nodes(NodeSamplerInput(None, torch.tensor(seeds, dtype=torch.long)))
-        check(data, out, fanouts, seeds, replace)
+        check(data, draw(sampler, seeds), fanouts, seeds, replace)
 
 
-def test_all_neighbours_are_the_k_hop_subgraph() -> None:
+def test_all_neighbors_are_the_k_hop_subgraph() -> None:
     data = graph(200, 500)
     for num_hops in (1, 2, 3):
         seeds = torch.tensor([3, 50, 120])
@@ -157,64 +156,39 @@ def same(a: SamplerOutput, b: SamplerOutput) -> bool:
 
 
 def test_draws_are_repeated_by_the_seed_of_torch() -> None:
+    """Also in int64, where ids are beyond int32, and by a copy as spawned workers get it, which shares no map."""
     data = graph(100, 3_000)
-    outs = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        outs.append(sample(data, [5, 5], list(range(20))))
-    assert same(outs[0], outs[1])
-    assert not same(outs[0], outs[2])
-
-
-def test_pickled_sampler_shares_no_map() -> None:
-    """As spawned workers get it; also the first of two would clear what the second is about to read."""
-    sampler = NeighborSampler(graph(20, 60), [3])
-    index = NodeSamplerInput(None, torch.arange(4))
-    torch.manual_seed(0)
-    first = sampler.sample_from_nodes(index)
+    sampler = NeighborSampler(data, [5, 5])
+    first, again, other = (draw(sampler, range(20), seed) for seed in (0, 0, 1))
+    assert same(first, again)
+    assert not same(first, other)
     copied = pickle.loads(pickle.dumps(sampler))
     assert len(sampler._maps) == 1
     assert copied._maps == []
-    torch.manual_seed(0)
-    assert same(copied.sample_from_nodes(index), first)
+    assert same(first, draw(copied, range(20), 0))
+    iinfo = torch.iinfo
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "iinfo", lambda dtype: iinfo(torch.int8 if dtype == torch.int32 else dtype))
+        wide = NeighborSampler(data, [5, 5])
+        assert wide._dtype == torch.int64
+        assert same(first, draw(wide, range(20), 0))
 
 
-def test_error_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_and_inference_mode_leave_no_trace() -> None:
     data = graph(20, 60)
     sampler = NeighborSampler(data, [3, 3])
-    index = NodeSamplerInput(None, torch.arange(4))
-    sampler.sample_from_nodes(index)
-    with monkeypatch.context() as patch:
-        patch.setattr(gmoe.sampler, "_draw", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            sampler.sample_from_nodes(index)
-    check(data, sampler.sample_from_nodes(index), [3, 3], [0, 1, 2, 3], replace=False)
-
-
-def test_first_batch_in_inference_mode() -> None:
-    data = graph(20, 60)
-    sampler = NeighborSampler(data, [3])
-    index = NodeSamplerInput(None, torch.arange(4))
     with torch.inference_mode():
-        sampler.sample_from_nodes(index)
-    check(data, sampler.sample_from_nodes(index), [3], [0, 1, 2, 3], replace=False)
+        draw(sampler, range(4))
+    check(data, draw(sampler, range(4)), [3, 3], [0, 1, 2, 3], replace=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gmoe.data.sampler, "_draw", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            draw(sampler, range(4))
+    check(data, draw(sampler, range(4)), [3, 3], [0, 1, 2, 3], replace=False)
 
 
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-def test_ids_beyond_int32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph too large for int32 is sampled alike in int64."""
-    data = graph(50, 600)
-    torch.manual_seed(0)
-    narrow = sample(data, [4, 4], [3, 9])
-    iinfo = torch.iinfo
-    monkeypatch.setattr(torch, "iinfo", lambda dtype: iinfo(torch.int8 if dtype == torch.int32 else dtype))
-    sampler = NeighborSampler(data, [4, 4])
-    assert sampler._dtype == torch.int64
-    torch.manual_seed(0)
-    assert same(sampler.sample_from_nodes(NodeSamplerInput(None, torch.tensor([3, 9]))), narrow)
 
 
 @pytest.mark.parametrize("form", ["EdgeIndex", "EdgeIndex by col", "is_sorted", "int32", "not contiguous"])
@@ -245,7 +219,7 @@ def test_transposed_adjacency(monkeypatch: pytest.MonkeyPatch) -> None:
         def csr(self) -> tuple[Tensor, Tensor, None]:
             return start, by_destination[0], None
 
-    monkeypatch.setattr(gmoe.sampler, "SparseTensor", Adjacency)
+    monkeypatch.setattr(gmoe.data.sampler, "SparseTensor", Adjacency)
     out = sample(Data(num_nodes=30, adj_t=Adjacency()), [4, 3], [5, 2, 8])
     check(Data(num_nodes=30, edge_index=by_destination), out, [4, 3], [5, 2, 8], replace=False)
 
@@ -258,26 +232,22 @@ def test_graph_without_edges() -> None:
         assert out.row.shape == out.col.shape == (0,)
 
 
-def test_metadata_and_permutation() -> None:
-    sampler = NeighborSampler(graph(9, 20), [2])
+def test_metadata_permutation_and_new_fanouts() -> None:
+    data = graph(40, 400)
+    sampler = NeighborSampler(data, [2])
     input_id = torch.tensor([5, 3])
     out = sampler.sample_from_nodes(NodeSamplerInput(input_id, torch.tensor([1, 2])))
     assert out.metadata[0] is input_id
     assert out.metadata[1] is None
     assert sampler.edge_permutation is None
     assert repr(sampler) == "NeighborSampler(num_neighbors=[2], replace=False)"
-
-
-def test_fanouts_may_be_changed() -> None:
-    data = graph(40, 400)
-    sampler = NeighborSampler(data, [2])
     sampler.num_neighbors = [3, 1]
-    check(data, sampler.sample_from_nodes(NodeSamplerInput(None, torch.tensor([1, 2]))), [3, 1], [1, 2], replace=False)
+    check(data, draw(sampler, [1, 2]), [3, 1], [1, 2], replace=False)
 
 
 @pytest.mark.parametrize("kind", [None, ("author", "writes", "paper"), ("paper", "cites", "paper")])
 def test_link_loader(kind: tuple[str, str, str] | None) -> None:
-    """Seed edges, with negative ones: the labelled ends are nodes of the batch."""
+    """Seed edges, with negative ones: the labeled ends are nodes of the batch."""
     data: Any = graph(30, 200) if kind is None else hetero_graph()
     edge_index = data.edge_index if kind is None else data[kind].edge_index
     label_index = edge_index[:, :6]

@@ -1,0 +1,513 @@
+"""Relational layers on heterogeneous graphs: RelationalConv, and HeteroMoEConv, a mixture of them.
+
+Shapes: T tokens (the nodes of a type), D, I, O widths, M edges of a relation, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_geometric.nn import SimpleConv
+from torch_geometric.nn.module_dict import ModuleDict
+from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
+from torch_geometric.utils import is_torch_sparse_tensor
+
+from gmoe._checks import check_choice, check_count
+from gmoe.conv.graph import Graph, check_batch, sized
+from gmoe.dispatch import Backend
+from gmoe.experts import LinearExperts
+from gmoe.moe import MoELayer
+from gmoe.routed_linear import routed_linear
+from gmoe.routing.build import RouterLike, build_router
+from gmoe.routing.router import Router
+from gmoe.routing.routing import AuxLoss, Routing
+
+Aggr: TypeAlias = Literal["mean", "sum"]
+HeteroRouterLike: TypeAlias = RouterLike | Mapping[NodeType, RouterLike]
+"""One :data:`RouterLike` for all node types, or one for each."""
+
+RouterPart: TypeAlias = Literal["node", "neighbors"]
+HeteroRouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
+"""What a router sees of a node: itself, the aggregates of its neighbors, or both."""
+
+
+class Relational(nn.Module):
+    """What dense and mixed relational layers share: a row for each node, and the linear maps that rows meet.
+
+    A row is the node beside the aggregate of each relation that ends in its type.
+
+    Args:
+        in_channels: width of the nodes, of all types or of each.
+        metadata: node types and edge types, ``data.metadata()``.
+        make: ``make(in_channels, bias)`` is the linear map of one part of a row; inputs are dim 1 of its ``weight``.
+        aggr: ``"mean"`` or ``"sum"`` over the in-edges of a relation.
+        out_types: node types to compute; ``None`` is all.
+        share_root: one root map for all node types.
+
+    Raises:
+        ValueError: metadata or widths that do not fit.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Mapping[NodeType, int],
+        metadata: Metadata,
+        make: Callable[[int, bool], nn.Module],
+        *,
+        aggr: Aggr,
+        out_types: Collection[NodeType] | None,
+        share_root: bool,
+    ) -> None:
+        super().__init__()
+        node_types, edge_types = self.metadata = checked_metadata(metadata)
+        check_choice("aggr", aggr, get_args(Aggr))
+        wanted = node_types if out_types is None else out_types
+        for name in wanted:
+            check_choice("out_types", name, node_types)
+        if not wanted:
+            raise ValueError("out_types: got none, expected at least one node type")
+        self.relations_into: dict[NodeType, list[EdgeType]] = {
+            name: [relation for relation in edge_types if relation[-1] == name] for name in node_types if name in wanted
+        }
+        relations = [relation for into in self.relations_into.values() for relation in into]
+        met = {*wanted, *(source for source, *_ in relations)}
+        self.in_channels = widths_of(in_channels, [name for name in node_types if name in met])
+        self.aggr = aggr
+        self.share_root = share_root
+        self.root = (
+            make(one_width(self.in_channels, wanted, "a shared root weight"), True)
+            if share_root
+            else ModuleDict({name: make(self.in_channels[name], True) for name in self.relations_into})
+        )
+        self.relation = ModuleDict({relation: make(self.in_channels[relation[0]], False) for relation in relations})
+        self.aggregate = SimpleConv(aggr=aggr)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        roots = [self.root] if self.share_root else self.root.children()
+        for part in (*roots, *self.relation.children()):
+            part.reset_parameters()
+
+    def widths(self, node_type: NodeType) -> list[int]:
+        """The widths of a row's parts: the node, and the aggregate of each relation."""
+        return [self.in_channels[name] for name in (node_type, *(r[0] for r in self.relations_into[node_type]))]
+
+    def weights(self, node_type: NodeType) -> tuple[Tensor, Tensor]:
+        """The weight that the rows of a type meet, part by part along dim 1, and the bias."""
+        root: Any = self.root if self.share_root else self.root[node_type]  # type: ignore[index]
+        parts = [root, *(self.relation[relation] for relation in self.relations_into[node_type])]
+        return torch.cat([part.weight for part in parts], dim=1), root.bias
+
+    def rows(
+        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj]
+    ) -> dict[NodeType, Tensor]:
+        """(T, sum of the widths) of each type that the layer computes."""
+        for relation in edge_index_dict:
+            check_choice("edge_index_dict", relation, self.metadata[1])
+        for name, width in self.in_channels.items():
+            x = x_dict.get(name)
+            if x is None or x.dim() != 2 or x.size(1) != width:
+                got = None if x is None else f"shape {tuple(x.shape)}"
+                raise ValueError(f"x_dict[{name!r}]: got {got}, expected (number of nodes, {width})")
+        rows = {}
+        for name, relations in self.relations_into.items():
+            x_dst = x_dict[name]
+            parts = [x_dst]
+            for relation in relations:
+                x_src = x_dict[relation[0]]
+                if relation in edge_index_dict:
+                    parts.append(self._aggregate(x_src, x_dst, relation, edge_index_dict[relation]))
+                else:  # zeros, so that its weight has a gradient
+                    parts.append(x_src.new_zeros(x_dst.size(0), x_src.size(1)))
+            rows[name] = torch.cat(parts, dim=-1)
+        return rows
+
+    def _aggregate(self, x_src: Tensor, x_dst: Tensor, relation: EdgeType, adj: Adj) -> Tensor:
+        size = (x_src.size(0), x_dst.size(0))
+        with _naming(f"edge_index_dict[{relation}]"):
+            Graph(adj, *size, {}, bipartite=True)  # checks the edges
+            adj = sized(adj, size)
+        # in half precision the sum over many neighbors, and their number, would round away
+        x = x_src.to(torch.promote_types(x_src.dtype, torch.float32))
+        # torch refuses a product of two dtypes, and with int32 edges gives wrong gradients (gather, 2.13, on the CPU)
+        dtype = x.dtype if is_torch_sparse_tensor(adj) else torch.int64
+        if isinstance(adj, Tensor) and adj.dtype != dtype:
+            adj = adj.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            out: Tensor = self.aggregate((x, None), adj, size=size)
+        return out.to(x_src.dtype)
+
+    def extra_repr(self) -> str:
+        return f"aggr={self.aggr!r}, share_root={self.share_root}"
+
+
+class RelationalConv(Relational):
+    r"""A dense relational layer: R-GCN (Schlichtkrull et al., 2018), as in OGB's example for ogbn-mag.
+
+    .. math::
+        x_i' = W_{\tau(i)} x_i + \sum_r W_r \, \mathrm{mean}_{j \in N_r(i)} x_j + b_{\tau(i)}
+
+    where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it. It is PyG's
+    ``HeteroConv`` of ``SAGEConv``\ s, but for one root weight a node type in place of one a relation. The dense
+    control of :class:`HeteroMoEConv`, which see for shapes and for what absent types and relations do.
+
+    Args:
+        in_channels: width of the nodes, of all types or of each.
+        out_channels: width of the output.
+        metadata: node types and edge types, ``data.metadata()``.
+        aggr: ``"mean"`` (default) or ``"sum"`` over the in-edges of a relation.
+        share_root: one root weight and bias for all node types, as in the paper (default ``False``).
+        out_types: node types to compute (default all); there are no parameters for others.
+
+    Raises:
+        ValueError: metadata, widths or edges that do not fit.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Mapping[NodeType, int],
+        out_channels: int,
+        metadata: Metadata,
+        *,
+        aggr: Aggr = "mean",
+        share_root: bool = False,
+        out_types: Collection[NodeType] | None = None,
+    ) -> None:
+        check_count("out_channels", out_channels)
+        super().__init__(
+            in_channels,
+            metadata,
+            lambda width, bias: nn.Linear(width, out_channels, bias=bias),
+            aggr=aggr,
+            out_types=out_types,
+            share_root=share_root,
+        )
+
+    def forward(
+        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj]
+    ) -> dict[NodeType, Tensor]:
+        """(T, out) of each node type."""
+        rows = self.rows(x_dict, edge_index_dict)
+        return {name: F.linear(value, *self.weights(name)) for name, value in rows.items()}
+
+
+class HeteroMoEConv(MoELayer):
+    r"""A mixture of E relational layers, of which each node runs K, on PyG's ``HeteroData``.
+
+    .. math::
+        x_i' = \sum_{e \in \mathrm{experts}(i)} w_{ie} \Big( W_{e,\tau(i)} x_i
+            + \sum_r W_{e,r} \, \mathrm{mean}_{j \in N_r(i)} x_j + b_{e,\tau(i)} \Big)
+
+    where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it: an expert is an R-GCN
+    layer (:class:`RelationalConv`). Equal, in outputs and gradients, to running E of them on the whole graph and
+    masking. Each relation is aggregated once, and the rows of a node type meet their experts in one grouped product,
+    so that compute scales with K, not E.
+
+    Each node type has a router and experts of its own, or they are tied:
+
+    - ``tie_routers``: one router for the nodes of all types, which are separate groups. As neighbors it sees the mean
+      over the relations of a node's type, since types differ in the number of relations.
+    - ``tie_experts``: :math:`W_e` and :math:`b_e` in place of :math:`W_{e,\tau}` and :math:`b_{e,\tau}`, so that
+      expert e means one thing for all types. The weight of a relation, :math:`W_{e,r}`, is the relation's own either
+      way, as in R-GCN.
+
+    A type in which no relation ends keeps its root term. A relation that is absent from a call, or has no edge into a
+    node, adds zero. A node without an expert gets zero; the model around adds the residual.
+
+    Args:
+        in_channels: width of the nodes, of all types or of each.
+        out_channels: width of the output.
+        metadata: node types and edge types, ``data.metadata()``.
+        num_experts: E (default 8).
+        router: a name or factory (default ``"token_choice"``), or a dict of those, or of instances, by node type; with
+            ``tie_routers`` a name, factory or instance. ``None`` where every call brings ``routings=``.
+        k: K, experts per node (default 1).
+        aggr: ``"mean"`` (default) or ``"sum"`` over the in-edges of a relation.
+        router_input: what routers see: ``"node"`` (default), ``"neighbors"`` (the aggregates), or both, side by side.
+        tie_routers, tie_experts: see above (default ``False``); they need one width for all node types.
+        out_types: node types to compute (default all); there are no parameters for others.
+        router_kwargs: further arguments of the routers.
+        backend: see :func:`gmoe.dispatch.grouped_linear`.
+        check_finite: the routers refuse NaN and infinity (default ``False``; costs a host sync).
+
+    Shapes:
+        - ``x_dict``: (T, D) of each node type that is computed, or that a relation into those starts in; T may be 0.
+        - ``edge_index_dict``: of each edge type (2, M), PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or
+          ``SparseTensor`` (T_dst, T_src), with which no (M, D) messages are stored.
+        - ``batch_dict``: (T,) the graph of each node; the graphs of a PyG ``Batch`` are separate groups.
+        - returns (T, out) of each node type, and with ``return_routing=True`` the :class:`Routing` of each. The losses
+          of a tied router are those of all types together, in equal shares, so that
+          ``gmoe.aux_loss(routings.values())`` is right either way.
+
+    Raises:
+        ValueError: K > E; metadata, widths, edges or routings that do not fit; a router instance for several node
+            types; ``"attention_vote"`` with ``scope="neighbors"``, since neighbors are of other types.
+
+    Example:
+        >>> conv = HeteroMoEConv(128, 64, data.metadata(), num_experts=8, router="expert_choice")
+        >>> h_dict, routings = conv(data.x_dict, data.edge_index_dict, return_routing=True)
+        >>> loss = task_loss(h_dict) + gmoe.aux_loss(routings.values())
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Mapping[NodeType, int],
+        out_channels: int,
+        metadata: Metadata,
+        num_experts: int = 8,
+        router: HeteroRouterLike | None = "token_choice",
+        k: int = 1,
+        *,
+        aggr: Aggr = "mean",
+        router_input: HeteroRouterInput = "node",
+        tie_routers: bool = False,
+        tie_experts: bool = False,
+        out_types: Collection[NodeType] | None = None,
+        router_kwargs: Mapping[str, Any] | None = None,
+        backend: Backend = "auto",
+        check_finite: bool = False,
+    ) -> None:
+        for name, count in (("out_channels", out_channels), ("num_experts", num_experts), ("k", k)):
+            check_count(name, count)
+        if k > num_experts:
+            raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
+        experts = Relational(
+            in_channels,
+            metadata,
+            lambda width, bias: LinearExperts(width, out_channels, num_experts, bias=bias, backend=backend),
+            aggr=aggr,
+            out_types=out_types,
+            share_root=tie_experts,
+        )
+        given = {router_input} if isinstance(router_input, str) else set(router_input)
+        parts: tuple[RouterPart, ...] = tuple(part for part in get_args(RouterPart) if part in given)
+        if not given or len(parts) < len(given):
+            raise ValueError(f"router_input: got {router_input!r}, expected 'node', 'neighbors', or both of them")
+        routers: dict[NodeType, Router] = {}
+        for name, like in _router_likes(router, list(experts.relations_into), tie_routers).items():
+            dim = _router_dim(experts, name, parts, tie_routers)
+            routers[name] = build_router(like, dim, num_experts, k, router_kwargs)
+            routers[name].check_finite |= check_finite
+            if getattr(routers[name], "scope", None) == "neighbours":
+                raise ValueError(
+                    "router: got scope='neighbours', expected scope='pool', since neighbors differ in type"
+                )
+        tied = next(iter(routers.values())) if tie_routers and routers else None
+        super().__init__(tied, num_experts, k if tied is None else tied.k)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.router_input = parts
+        self.tie_routers = tie_routers
+        self.backend: Backend = backend
+        self.experts = experts
+        self.routers = ModuleDict({} if tie_routers else routers)
+
+    def reset_parameters(self) -> None:
+        """Draw routers and experts anew."""
+        for router in (self.router, *self.routers.children()):
+            if router is not None:
+                router.reset_parameters()
+        self.experts.reset_parameters()
+
+    @property
+    def experts_per_token(self) -> float:
+        """Average number of experts of a token, by construction: the mean over the node types."""
+        each = [router.experts_per_token for router in self.routers.children()]
+        return sum(each) / len(each) if each else super().experts_per_token
+
+    def routed_parameters(self) -> Iterator[nn.Parameter]:
+        return self.experts.parameters()
+
+    @torch.no_grad()
+    def expert(self, index: int) -> RelationalConv:
+        """A detached copy of expert ``index`` as a dense layer.
+
+        Raises:
+            ValueError: an index outside 0..E-1.
+        """
+        if not 0 <= index < self.num_experts:
+            raise ValueError(f"index: got {index}, expected 0..num_experts-1={self.num_experts - 1}")
+        own = self.experts
+        with torch.random.fork_rng(devices=[]):  # to look at an expert must not change what is drawn next
+            dense = RelationalConv(
+                own.in_channels,
+                self.out_channels,
+                own.metadata,
+                aggr=own.aggr,
+                share_root=own.share_root,
+                out_types=own.relations_into,
+            )
+        first = next(own.parameters())
+        dense.to(device=first.device, dtype=first.dtype)
+        for name, parameter in dense.named_parameters():
+            stacked = own.get_parameter(name)[index]
+            parameter.copy_(stacked.T if stacked.dim() == 2 else stacked)
+        return dense.train(self.training)
+
+    def forward(
+        self,
+        x_dict: Mapping[NodeType, Tensor],
+        edge_index_dict: Mapping[EdgeType, Adj],
+        *,
+        batch_dict: Mapping[NodeType, Tensor] | None = None,
+        routings: Mapping[NodeType, Routing] | None = None,
+        return_routing: bool = False,
+    ) -> dict[NodeType, Tensor] | tuple[dict[NodeType, Tensor], dict[NodeType, Routing]]:
+        """Route and run; see the class. ``routings``: decisions made elsewhere, used in place of the routers'."""
+        rows = self.experts.rows(x_dict, edge_index_dict)
+        decided = self._route(rows, batch_dict or {}) if routings is None else self._checked(routings, rows)
+        out = {
+            name: routed_linear([rows_TI], *self.experts.weights(name), decided[name], self.backend)
+            for name, rows_TI in rows.items()
+        }
+        return (out, decided) if return_routing else out
+
+    def _checked(
+        self, routings: Mapping[NodeType, Routing], rows: Mapping[NodeType, Tensor]
+    ) -> dict[NodeType, Routing]:
+        for name, rows_TI in rows.items():
+            got = (routings[name].num_tokens, routings[name].num_experts) if name in routings else None
+            expected = (rows_TI.size(0), self.num_experts)
+            if got != expected:
+                raise ValueError(f"routings[{name!r}]: got {got} tokens and experts, expected {expected}")
+        return {name: routings[name] for name in rows}
+
+    def _route(self, rows: Mapping[NodeType, Tensor], batch_dict: Mapping[NodeType, Tensor]) -> dict[NodeType, Routing]:
+        for name, rows_TI in rows.items():
+            with _naming(f"batch_dict[{name!r}]"):
+                check_batch(batch_dict.get(name), rows_TI.size(0))
+        seen = {name: self._seen(name, rows_TI) for name, rows_TI in rows.items()}
+        if self.router is not None:
+            return self._route_together(self.router, seen, batch_dict)
+        if not self.routers:
+            raise ValueError("routings: got None, expected one of each node type, since router=None")
+        return {name: self.routers[name](x, batch_dict.get(name)) for name, x in seen.items()}
+
+    def _route_together(
+        self, router: Router, seen: Mapping[NodeType, Tensor], batch_dict: Mapping[NodeType, Tensor]
+    ) -> dict[NodeType, Routing]:
+        """One decision for all types, so that its counters advance once; then taken apart."""
+        groups = []
+        for index, (name, x_TD) in enumerate(seen.items()):
+            batch_T = batch_dict.get(name, x_TD.new_zeros(x_TD.size(0), dtype=torch.long))
+            groups.append(len(seen) * batch_T + index)
+        together: Routing = router(torch.cat(list(seen.values())), torch.cat(groups))
+        losses = {key: AuxLoss(loss.value, loss.coefficient / len(seen)) for key, loss in together.losses.items()}
+        tokens = torch.arange(together.num_tokens, device=together.token.device).split([len(x) for x in seen.values()])
+        return {name: replace(together.select(own), losses=losses) for name, own in zip(seen, tokens, strict=True)}
+
+    def _seen(self, node_type: NodeType, rows_TI: Tensor) -> Tensor:
+        """(T, dim) what the router sees of the nodes of a type."""
+        node, *neighbors = rows_TI.split(self.experts.widths(node_type), dim=1)
+        if self.tie_routers and "neighbors" in self.router_input:
+            neighbors = [torch.stack(neighbors).mean(dim=0) if neighbors else torch.zeros_like(node)]
+        columns = {"node": [node], "neighbors": neighbors}
+        return torch.cat([column for part in self.router_input for column in columns[part]], dim=-1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, "
+            f"router_input={self.router_input}, tie_routers={self.tie_routers}"
+        )
+
+
+def _router_dim(experts: Relational, node_type: NodeType, parts: Sequence[RouterPart], tie_routers: bool) -> int:
+    """The width of what the router of a node type, or of all types, sees."""
+    for name, into in experts.relations_into.items():
+        if not into and "node" not in parts:
+            raise ValueError(
+                f"router_input: got 'neighbors', expected 'node' or both, since no relation ends in {name!r}"
+            )
+    node, *neighbors = experts.widths(node_type)
+    if tie_routers:
+        node = one_width(experts.in_channels, experts.in_channels, "tie_routers=True")
+        neighbors = [node]
+    widths = {"node": node, "neighbors": sum(neighbors)}
+    return sum(widths[part] for part in parts)
+
+
+def _router_likes(
+    router: HeteroRouterLike | None, node_types: Sequence[NodeType], tie_routers: bool
+) -> dict[NodeType, RouterLike]:
+    """What to build for each node type; under the first type alone where their routers are tied."""
+    if router is None:
+        return {}
+    if isinstance(router, Mapping) and (tie_routers or set(router) != set(node_types)):
+        expected = "one router, since tie_routers=True" if tie_routers else f"one router for each of {node_types}"
+        raise ValueError(f"router: got a dict for {list(router)}, expected {expected}")
+    if tie_routers:
+        node_types = node_types[:1]
+    likes = {name: router[name] if isinstance(router, Mapping) else router for name in node_types}
+    instances = [id(like) for like in likes.values() if isinstance(like, Router)]
+    if len(set(instances)) < len(instances):
+        raise ValueError(
+            "router: got one instance for several node types, expected a name, a factory, a dict with an instance for "
+            "each, or tie_routers=True"
+        )
+    return likes
+
+
+@contextmanager
+def _naming(argument: str) -> Iterator[None]:
+    """Say in an error which entry of a dict it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
+
+
+def checked_metadata(metadata: Metadata) -> Metadata:
+    """The node types, and the edge types between them.
+
+    Raises:
+        ValueError: there are none; one occurs twice; an edge type starts or ends elsewhere.
+    """
+    node_types, edge_types = list(metadata[0]), [tuple(edge_type) for edge_type in metadata[1]]
+    if not node_types:
+        raise ValueError("metadata: got no node types, expected at least one")
+    for kind, names in (("node", node_types), ("edge", edge_types)):
+        if len(set(names)) < len(names):
+            raise ValueError(f"metadata: got {kind} types {names}, expected each of them once")
+    for edge_type in edge_types:
+        if len(edge_type) != 3 or not {edge_type[0], edge_type[-1]} <= set(node_types):
+            raise ValueError(
+                f"metadata: got edge type {edge_type}, expected (source, relation, destination) between the node types "
+                f"{node_types}"
+            )
+    return node_types, edge_types
+
+
+def widths_of(in_channels: int | Mapping[NodeType, int], node_types: Sequence[NodeType]) -> dict[NodeType, int]:
+    """The width of each of these node types.
+
+    Raises:
+        ValueError: one is missing, or no whole number of at least 1.
+    """
+    if isinstance(in_channels, Mapping):
+        missing = [name for name in node_types if name not in in_channels]
+        if missing:
+            raise ValueError(f"in_channels: got {dict(in_channels)}, expected widths of {missing} too")
+        widths = {name: in_channels[name] for name in node_types}
+    else:
+        widths = dict.fromkeys(node_types, in_channels)
+    for width in widths.values():
+        check_count("in_channels", width)
+    return widths
+
+
+def one_width(widths: Mapping[NodeType, int], node_types: Collection[NodeType], reason: str) -> int:
+    """The width that all of these node types have.
+
+    Raises:
+        ValueError: they differ.
+    """
+    found = {name: widths[name] for name in widths if name in node_types}
+    if len(set(found.values())) > 1:
+        raise ValueError(f"in_channels: got {found} with {reason}, expected one width for all node types")
+    return next(iter(found.values()))

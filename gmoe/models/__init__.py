@@ -1,0 +1,1 @@
+"""Whole models. ``gnn`` and ``hetero_gnn`` need torch_geometric, ``vit`` torchvision: import each by itself."""
