@@ -8,37 +8,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gmoe.convert import moefy
-from gmoe.dispatch import dispatch, grouped_linear
+from gmoe.dispatch import combine, dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
-from gmoe.moe import MoE, MoELayer, record
-from gmoe.routing import (
+from gmoe.moe import MoE, MoELayer, SoftMoE
+from gmoe.losses import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
+from gmoe.routers import (
     ROUTERS,
     AttentionVote,
-    AuxLoss,
     ExpertChoice,
     MultiCentroid,
     OracleRouter,
     RandomRouter,
     Router,
-    Routing,
+    SoftSlots,
     TokenChoice,
     UniformRouter,
-    aux_loss,
     build_router,
-    cv_squared,
-    importance_loss,
-    load_loss,
-    separation_loss,
-    switch_loss,
-    z_loss,
 )
+from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
 
 if TYPE_CHECKING:
-    from gmoe.conv.filter_conv import FilterConv
+    from gmoe.conv.aggregate import FilterConv, MLPConv
     from gmoe.conv.graph import Graph
     from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
-    from gmoe.conv.mlp_conv import MLPConv
     from gmoe.conv.moe_conv import MoEConv
     from gmoe.data.loader import neighbor_loader
     from gmoe.data.sampler import NeighborSampler
@@ -53,6 +46,7 @@ __all__ = [  # noqa: RUF022  # by theme
     "__version__",
     # layers
     "MoE",
+    "SoftMoE",
     "MoELayer",
     "Experts",
     "LinearExperts",
@@ -61,8 +55,9 @@ __all__ = [  # noqa: RUF022  # by theme
     "Routing",
     "AuxLoss",
     "aux_loss",
-    "record",
+    "record_routing",
     "dispatch",
+    "combine",
     "grouped_linear",
     # routers
     "ROUTERS",
@@ -75,6 +70,7 @@ __all__ = [  # noqa: RUF022  # by theme
     "RandomRouter",
     "UniformRouter",
     "OracleRouter",
+    "SoftSlots",
     # losses
     "cv_squared",
     "importance_loss",
@@ -105,10 +101,9 @@ __all__ = [  # noqa: RUF022  # by theme
 ]
 
 _LAZY = {
-    "gmoe.conv.filter_conv": ("FilterConv",),
+    "gmoe.conv.aggregate": ("FilterConv", "MLPConv"),
     "gmoe.conv.graph": ("Graph",),
     "gmoe.conv.hetero": ("HeteroMoEConv", "RelationalConv"),
-    "gmoe.conv.mlp_conv": ("MLPConv",),
     "gmoe.conv.moe_conv": ("MoEConv",),
     "gmoe.data.loader": ("neighbor_loader",),
     "gmoe.data.sampler": ("NeighborSampler",),

@@ -13,20 +13,16 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_geometric.nn import SimpleConv
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
-from torch_geometric.utils import is_torch_sparse_tensor
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.graph import Graph, check_batch, sized
-from gmoe.dispatch import Backend
+from gmoe.conv.graph import Graph, check_batch
+from gmoe.dispatch import Backend, routed_linear
 from gmoe.experts import LinearExperts
 from gmoe.moe import MoELayer
-from gmoe.routed_linear import routed_linear
-from gmoe.routing.build import RouterLike, build_router
-from gmoe.routing.router import Router
-from gmoe.routing.routing import AuxLoss, Routing
+from gmoe.routers import Router, RouterLike, build_router
+from gmoe.routing import AuxLoss, Routing
 
 Aggr: TypeAlias = Literal["mean", "sum"]
 HeteroRouterLike: TypeAlias = RouterLike | Mapping[NodeType, RouterLike]
@@ -86,7 +82,6 @@ class Relational(nn.Module):
             else ModuleDict({name: make(self.in_channels[name], True) for name in self.relations_into})
         )
         self.relation = ModuleDict({relation: make(self.in_channels[relation[0]], False) for relation in relations})
-        self.aggregate = SimpleConv(aggr=aggr)
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
@@ -131,17 +126,11 @@ class Relational(nn.Module):
     def _aggregate(self, x_src: Tensor, x_dst: Tensor, relation: EdgeType, adj: Adj) -> Tensor:
         size = (x_src.size(0), x_dst.size(0))
         with _naming(f"edge_index_dict[{relation}]"):
-            Graph(adj, *size, {}, bipartite=True)  # checks the edges
-            adj = sized(adj, size)
-        # in half precision the sum over many neighbors, and their number, would round away
-        x = x_src.to(torch.promote_types(x_src.dtype, torch.float32))
-        # torch refuses a product of two dtypes, and with int32 edges gives wrong gradients (gather, 2.13, on the CPU)
-        dtype = x.dtype if is_torch_sparse_tensor(adj) else torch.int64
-        if isinstance(adj, Tensor) and adj.dtype != dtype:
-            adj = adj.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            out: Tensor = self.aggregate((x, None), adj, size=size)
-        return out.to(x_src.dtype)
+            graph = Graph(adj, size)
+        total = graph.sum(x_src, graph.values)
+        if self.aggr == "mean":
+            total = total / graph.in_degree.clamp(min=1).to(total.dtype)[:, None]
+        return total.to(x_src.dtype)
 
     def extra_repr(self) -> str:
         return f"aggr={self.aggr!r}, share_root={self.share_root}"
@@ -294,12 +283,15 @@ class HeteroMoEConv(MoELayer):
             dim = _router_dim(experts, name, parts, tie_routers)
             routers[name] = build_router(like, dim, num_experts, k, router_kwargs)
             routers[name].check_finite |= check_finite
-            if getattr(routers[name], "scope", None) == "neighbours":
+            if getattr(routers[name], "scope", None) == "neighbors":
                 raise ValueError(
-                    "router: got scope='neighbours', expected scope='pool', since neighbors differ in type"
+                    "router: got scope='neighbors', expected scope='group', since neighbors differ in type"
                 )
         tied = next(iter(routers.values())) if tie_routers and routers else None
-        super().__init__(tied, num_experts, k if tied is None else tied.k)
+        super().__init__(num_experts, k if tied is None else tied.k)
+        self.router = tied
+        if routers:
+            self.experts_per_token = sum(router.experts_per_token for router in routers.values()) / len(routers)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.router_input = parts
@@ -314,12 +306,6 @@ class HeteroMoEConv(MoELayer):
             if router is not None:
                 router.reset_parameters()
         self.experts.reset_parameters()
-
-    @property
-    def experts_per_token(self) -> float:
-        """Average number of experts of a token, by construction: the mean over the node types."""
-        each = [router.experts_per_token for router in self.routers.children()]
-        return sum(each) / len(each) if each else super().experts_per_token
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()

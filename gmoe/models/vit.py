@@ -13,10 +13,8 @@ from gmoe._checks import check_count, check_probability
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
-from gmoe.moe import record
-from gmoe.routers import RouterLike
-from gmoe.routers import Router
-from gmoe.routing import Routing
+from gmoe.routers import Router, RouterLike
+from gmoe.routing import record_routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +144,6 @@ class ViTMoE(VisionTransformer):
             return super().forward(images)
         if self.dense:
             return super().forward(images), []
-        with record(self.encoder) as routings:
+        with record_routing(self.encoder) as routings:
             logits = super().forward(images)
         return logits, routings
