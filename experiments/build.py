@@ -1,4 +1,4 @@
-"""From a configuration to a model, and dense controls of equal cost."""
+"""From a configuration to a model, and dense baselines of equal cost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILTERS = frozenset({"filter", "identity", "low_pass", "high_pass", "two_hop"})
 
 
 def build_model(config: TrainConfig, task: Task) -> nn.Module:
-    """The model of a run; with ``equal`` the dense control, widened to the cost of its MoE.
+    """The model of a run; with ``equal`` the dense baseline, widened to the cost of its MoE.
 
     Raises:
         ValueError: an option that the router does not know, or a combination that makes no sense.
@@ -66,7 +66,7 @@ def _scaled(model: nn.Module, config: TrainConfig) -> nn.Module:
 
 
 def _without_experts(config: TrainConfig, hidden: int) -> TrainConfig:
-    """The dense model of a control, of some width."""
+    """The dense model of a baseline, of some width."""
     return replace(config, hidden=hidden, equal=None, moe_blocks=(), options=RouterOptions())
 
 
@@ -124,12 +124,12 @@ def matched_width(config: TrainConfig, task: Task) -> int:
 
 
 def build_twin(config: TrainConfig, task: Task) -> nn.Module:
-    """The MoE that a dense control is matched to."""
+    """The MoE that a dense baseline is matched to."""
     return _build(replace(config, router=config.equal_to, equal=None, mlp_scale=1.0), task)
 
 
 def matched_ratio(config: TrainConfig, task: Task, model: nn.Module) -> float | None:
-    """Cost of a matched dense control over that of its MoE: 1 but for what whole widths cannot meet."""
+    """Cost of a matched dense baseline over that of its MoE: 1 but for what whole widths cannot meet."""
     if config.equal is None:
         return None
     twin = build_twin(config, task)
@@ -166,7 +166,7 @@ def _build(config: TrainConfig, task: Task) -> nn.Module:
         )
     if task.kind == "hetero":
         return _build_hetero(config, task, router, router_kwargs)
-    for name in ("share_router", "share_experts"):
+    for name in ("tie_routers", "tie_experts"):
         if getattr(config, name):
             raise ValueError(f"{name}: got True for {task.name}, expected False on a graph of one node type")
     return GNNMoE(
@@ -178,9 +178,9 @@ def _build(config: TrainConfig, task: Task) -> nn.Module:
         router,
         num_experts=config.experts,
         k=config.k,
-        routing=config.routing,
-        route_on=config.route_on,
-        route_hops=config.route_hops,
+        routing="shared" if config.shared_router else "layer",
+        route_on=_route_on(config),
+        route_hops=config.router_hops,
         every=config.every,
         dropout=config.dropout,
         norm=config.norm,
@@ -218,19 +218,21 @@ def _build_hetero(config: TrainConfig, task: Task, router: Any, router_kwargs: d
     """A relational GNN; every relation has its own linear layer, whatever ``conv`` says of graphs of one type."""
     for name, value, only in (
         ("conv", config.conv, ("sage",)),
-        ("routing", config.routing, "layer"),
+        ("shared_router", config.shared_router, False),
         ("shared_expert", config.shared_expert, False),
         ("jk", config.jk, None),
         ("heads", config.heads, 1),
         ("input_dropout", config.input_dropout, 0.0),
-        ("route_hops", config.route_hops, 1),
+        ("router_hops", config.router_hops, 1),
     ):
         if value != only:
             raise ValueError(f"{name}: got {value!r} for {task.name}, expected {only!r} on a heterogeneous graph")
     assert isinstance(task.graph, HeteroData)
-    (route_on,) = config.route_on if len(config.route_on) == 1 else ("degree",)
-    if route_on == "degree":
-        raise ValueError(f"route_on: got {config.route_on} for {task.name}, expected one of input, aggregate, both")
+    if "degree" in config.router_input:
+        raise ValueError(
+            f"router_input: got {config.router_input} for {task.name}, expected node, neighbors, or both of them"
+        )
+    (route_on,) = _route_on(config)
     return HeteroGNNMoE(
         {kind: width for kind, width in task.in_channels.items() if width is not None},
         config.hidden,
@@ -248,11 +250,20 @@ def _build_hetero(config: TrainConfig, task: Task, router: Any, router_kwargs: d
         norm=config.norm,
         residual=config.residual,
         route_on=route_on,
-        share_router=config.share_router,
-        share_experts=config.share_experts,
+        share_router=config.tie_routers,
+        share_experts=config.tie_experts,
         router_kwargs=router_kwargs,
         check_finite=config.check_finite,
     )
+
+
+def _route_on(config: TrainConfig) -> tuple[Any, ...]:
+    """The router's input as the library names it."""
+    names: dict[str, str] = {"node": "input", "neighbors": "aggregate", "degree": "degree"}
+    parts = tuple(names[part] for part in config.router_input)
+    if {"input", "aggregate"} <= set(parts):
+        parts = ("both", *(part for part in parts if part == "degree"))
+    return parts
 
 
 def kinds_of_experts(config: TrainConfig) -> str | list[str]:
@@ -304,12 +315,17 @@ def _router(config: TrainConfig, task: Task) -> tuple[str | Callable[..., Router
         known = partial(OracleRouter, assignment=task.planted)
     else:
         known = gmoe.ROUTERS[config.router]
-    legal = set(inspect.signature(known).parameters)
+    legal = {{"queries": "shared_queries"}.get(name, name) for name in inspect.signature(known).parameters}
     for name, value in given.items():
         if name not in legal:
             raise ValueError(f"{name}: got {value!r}, but the router {config.router!r} has no such option")
     if given.get("balance") == "none":
         given["balance"] = None
+    if "shared_queries" in given:
+        given["queries"] = "shared" if given.pop("shared_queries") else "per_expert"
+    for name in ("scope", "inference"):
+        if name in given:
+            given[name] = {"group": "pool", "neighbors": "neighbours"}.get(given[name], given[name])
     return (known if config.router == "oracle" else config.router), given
 
 

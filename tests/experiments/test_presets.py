@@ -23,7 +23,7 @@ from experiments.studies import STUDIES
 from gmoe import Router
 
 RUNS: dict[str, TrainConfig] = {name: config for name, (_, config) in PRESETS.items()} | {
-    f"{name}/{arm.name}": arm.config for name, study in STUDIES.items() for arm in study.arms
+    f"{name}/{variant.name}": variant.config for name, study in STUDIES.items() for variant in study.variants
 }
 RUNS |= {
     f"{name} --router {router} --k {k}": replace(PRESETS[name][1], router=router, k=k)
