@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from gmoe.models.vit import SIZES, ViTMoE, ViTSize
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
 
@@ -18,9 +19,8 @@ import gmoe
 from experiments.config import RouterOptions, TrainConfig
 from experiments.data import Task
 from gmoe import GNNMoE, HeteroGNNMoE, OracleRouter, Router
-from gmoe.conv.registry import CONVS
+from gmoe.conv.separate import CONVS
 from gmoe.convert import choose_blocks
-from vision import SIZES, ViTMoE, ViTSize
 
 FILTERS = frozenset({"filter", "identity", "low_pass", "high_pass", "two_hop"})
 """Names of filter experts."""
@@ -178,9 +178,9 @@ def _build(config: TrainConfig, task: Task) -> nn.Module:
         router,
         num_experts=config.experts,
         k=config.k,
-        routing="shared" if config.shared_router else "layer",
-        route_on=_route_on(config),
-        route_hops=config.router_hops,
+        shared_router=config.shared_router,
+        router_input=config.router_input,
+        router_hops=config.router_hops,
         every=config.every,
         dropout=config.dropout,
         norm=config.norm,
@@ -232,7 +232,6 @@ def _build_hetero(config: TrainConfig, task: Task, router: Any, router_kwargs: d
         raise ValueError(
             f"router_input: got {config.router_input} for {task.name}, expected node, neighbors, or both of them"
         )
-    (route_on,) = _route_on(config)
     return HeteroGNNMoE(
         {kind: width for kind, width in task.in_channels.items() if width is not None},
         config.hidden,
@@ -249,21 +248,12 @@ def _build_hetero(config: TrainConfig, task: Task, router: Any, router_kwargs: d
         dropout=config.dropout,
         norm=config.norm,
         residual=config.residual,
-        route_on=route_on,
-        share_router=config.tie_routers,
-        share_experts=config.tie_experts,
+        router_input=config.router_input,
+        tie_routers=config.tie_routers,
+        tie_experts=config.tie_experts,
         router_kwargs=router_kwargs,
         check_finite=config.check_finite,
     )
-
-
-def _route_on(config: TrainConfig) -> tuple[Any, ...]:
-    """The router's input as the library names it."""
-    names: dict[str, str] = {"node": "input", "neighbors": "aggregate", "degree": "degree"}
-    parts = tuple(names[part] for part in config.router_input)
-    if {"input", "aggregate"} <= set(parts):
-        parts = ("both", *(part for part in parts if part == "degree"))
-    return parts
 
 
 def kinds_of_experts(config: TrainConfig) -> str | list[str]:
@@ -315,17 +305,12 @@ def _router(config: TrainConfig, task: Task) -> tuple[str | Callable[..., Router
         known = partial(OracleRouter, assignment=task.planted)
     else:
         known = gmoe.ROUTERS[config.router]
-    legal = {{"queries": "shared_queries"}.get(name, name) for name in inspect.signature(known).parameters}
+    legal = set(inspect.signature(known).parameters)
     for name, value in given.items():
         if name not in legal:
             raise ValueError(f"{name}: got {value!r}, but the router {config.router!r} has no such option")
     if given.get("balance") == "none":
         given["balance"] = None
-    if "shared_queries" in given:
-        given["queries"] = "shared" if given.pop("shared_queries") else "per_expert"
-    for name in ("scope", "inference"):
-        if name in given:
-            given[name] = {"group": "pool", "neighbors": "neighbours"}.get(given[name], given[name])
     return (known if config.router == "oracle" else config.router), given
 
 

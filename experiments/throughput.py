@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import tyro
+from gmoe.data.loader import neighbor_loader
+from gmoe.data.sampler import NeighborSampler
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -29,8 +31,6 @@ from torch_geometric.utils import to_undirected
 
 import gmoe
 from experiments.runs import environment, write_json
-from gmoe.loader import neighbor_loader
-from gmoe.sampler import NeighborSampler
 
 UNTIMED = 3
 """Batches before the clock of a turn starts: one in hand, and the two that an idle worker has drawn in advance."""
@@ -136,6 +136,9 @@ def training_step(config: ThroughputConfig) -> Callable[[Data], None]:
         num_layers=len(config.fanout),
         conv="sage",
         num_experts=config.experts,
+        router_input=("node", "neighbors"),
+        shared_expert=False,
+        router_kwargs={"weight": "straight_through", "balance": None},
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 

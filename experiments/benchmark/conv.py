@@ -16,7 +16,7 @@ from torch_geometric.utils import to_torch_csr_tensor
 import gmoe
 from experiments.benchmark.options import Benchmark, layer_step, measure
 from experiments.throughput import power_law_edges
-from gmoe.conv.registry import conv_factory
+from gmoe.conv.separate import conv_factory
 
 ADJACENCIES = ("edge_index", "csr")
 
@@ -74,7 +74,9 @@ class ConvBenchmark(Benchmark):
         except TypeError as error:
             raise ValueError(f"heads: got {self.heads}, but {self.conv} takes none") from error
         layers = {
-            (e, k): gmoe.MoEConv(self.conv, self.width, self.out // self.heads, num_experts=e, k=k, **kwargs).to(device)
+            (e, k): gmoe.MoEConv(
+                self.conv, self.width, self.out // self.heads, num_experts=e, k=k, shared_expert=False, **kwargs
+            ).to(device)
             for e in self.experts
             for k in self.ks
             if k <= e

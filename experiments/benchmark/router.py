@@ -63,7 +63,9 @@ class RouterBenchmark(Benchmark):
                 torch.manual_seed(self.seed)
                 layer: torch.nn.Module
                 if convs:
-                    layer = gmoe.MoEConv("gcn", width, width, num_experts=self.experts, router=name, k=k)
+                    layer = gmoe.MoEConv(
+                        "gcn", width, width, num_experts=self.experts, router=name, k=k, shared_expert=False
+                    )
                 else:
                     router = gmoe.build_router(name, width, self.experts, k)
                     layer = gmoe.MoE(router, gmoe.MLPExperts(width, self.hidden, width, num_experts=self.experts))

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from gmoe.routers.attention_vote import group_votes, neighbor_votes
 from torch import Tensor, nn
 from torch_geometric.nn import GATConv
 
 import gmoe
 from experiments.benchmark.options import Benchmark, measure
 from experiments.throughput import power_law_edges
-from gmoe.routing.neighbour_votes import neighbour_votes
-from gmoe.routing.votes import pool_votes
 
 REFERENCE = "GATConv"
 
@@ -74,13 +73,13 @@ class VoteBenchmark(Benchmark):
         if self.group:
             variants["votes in blocks"] = _votes(in_blocks, q, k, grad)
         variants["votes of neighbors"] = _votes(
-            lambda q, k: neighbour_votes(q / math.sqrt(q.size(-1)), k, edge_index), q, k, grad
+            lambda q, k: neighbor_votes(q / math.sqrt(q.size(-1)), k, edge_index), q, k, grad
         )
-        scopes: dict[str, Literal["pool", "neighbours"]] = {"group": "pool", "neighbors": "neighbours"}
-        for name, scope in scopes.items():
-            if name == "neighbors" or self.group:
+        scopes: tuple[Literal["group", "neighbors"], ...] = ("group", "neighbors")
+        for scope in scopes:
+            if scope == "neighbors" or self.group:
                 router = gmoe.AttentionVote(self.width, self.experts, scope=scope, head_dim=self.head_dim).to(device)
-                variants[f"AttentionVote, {name}"] = route(router, x, edge_index)
+                variants[f"AttentionVote, {scope}"] = route(router, x, edge_index)
         return measure(variants, self.repeats, device, lambda _: REFERENCE)
 
 
@@ -93,7 +92,7 @@ def naive(q_TEd: Tensor, k_TEd: Tensor) -> Tensor:
 def in_blocks(q_TEd: Tensor, k_TEd: Tensor) -> Tensor:
     """(T, E) the same, in blocks."""
     q_BEd, k_BEd = (value.transpose(0, 1)[None] for value in (q_TEd / math.sqrt(q_TEd.size(-1)), k_TEd))
-    return pool_votes(q_BEd, k_BEd)[0].T
+    return group_votes(q_BEd, k_BEd)[0].T
 
 
 def _votes(votes: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, grad: Tensor) -> Callable[[], None]:

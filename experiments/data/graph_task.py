@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from gmoe.data.loader import neighbor_loader
 from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric.data import Data, HeteroData
@@ -20,8 +21,7 @@ from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
 from experiments.config import TrainConfig
 from experiments.data.graph_data import GraphData, Split, task_loss
 from experiments.data.task import Batch, Loader, Task
-from gmoe.conv.registry import conv_factory
-from gmoe.loader import neighbor_loader
+from gmoe.conv.separate import conv_factory
 
 CSR_CONVS = frozenset({"gcn", "sage", "graph", "gin", "mlp", "filter", "identity", "low_pass", "high_pass", "two_hop"})
 """Convs that PyG runs on a sparse matrix without a message for every edge."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gmoe import Routing, build_router
-from vision import ViTMoE, ViTSize
+from gmoe import Routing, ViTMoE, ViTSize, build_router
 from vision.patch_maps import crop_patches, palette, patch_weights, tint
 
 
