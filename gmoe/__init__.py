@@ -11,8 +11,8 @@ from gmoe.convert import moefy
 from gmoe.dispatch import combine, dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
-from gmoe.moe import MoE, MoELayer, SoftMoE
 from gmoe.losses import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
+from gmoe.moe import MoE, MoELayer, SoftMoE
 from gmoe.routers import (
     ROUTERS,
     AttentionVote,
