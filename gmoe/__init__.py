@@ -11,28 +11,22 @@ from gmoe.convert import moefy
 from gmoe.dispatch import dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
-from gmoe.moe import MoE, MoELayer, record
-from gmoe.routing import (
+from gmoe.losses import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
+from gmoe.moe import MoE, MoELayer
+from gmoe.routers import (
     ROUTERS,
     AttentionVote,
-    AuxLoss,
     ExpertChoice,
     MultiCentroid,
     OracleRouter,
     RandomRouter,
     Router,
-    Routing,
+    SoftSlots,
     TokenChoice,
     UniformRouter,
-    aux_loss,
     build_router,
-    cv_squared,
-    importance_loss,
-    load_loss,
-    separation_loss,
-    switch_loss,
-    z_loss,
 )
+from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
 
 if TYPE_CHECKING:
     from gmoe.conv.filter_conv import FilterConv
@@ -61,7 +55,7 @@ __all__ = [  # noqa: RUF022  # by theme
     "Routing",
     "AuxLoss",
     "aux_loss",
-    "record",
+    "record_routing",
     "dispatch",
     "grouped_linear",
     # routers
@@ -72,6 +66,7 @@ __all__ = [  # noqa: RUF022  # by theme
     "ExpertChoice",
     "AttentionVote",
     "MultiCentroid",
+    "SoftSlots",
     "RandomRouter",
     "UniformRouter",
     "OracleRouter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable
 from numbers import Integral
@@ -36,4 +37,10 @@ def check_choice(name: str, value: object, legal: Iterable[object]) -> None:
     """Refuse a value that is not one of ``legal``."""
     legal = tuple(legal)
     if value not in legal:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, legal))}")
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, legal))}{nearest(value, legal)}")
+
+
+def nearest(value: object, legal: Iterable[object]) -> str:
+    """The end of a message: the legal name that an unknown one is like, if there is one."""
+    found = difflib.get_close_matches(str(value), [name for name in legal if isinstance(name, str)], n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -18,8 +18,7 @@ from gmoe._checks import check_count
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.moe import MoE
-from gmoe.routing.build import RouterLike, build_router
-from gmoe.routing.router import Router
+from gmoe.routers import Router, RouterLike, build_router
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Where torch keeps the hooks of a module."""
@@ -69,7 +68,7 @@ def moefy(
         backend: see :func:`gmoe.dispatch.grouped_linear`.
 
     Returns:
-        The model with MoE layers; collect their routings with :func:`gmoe.record`.
+        The model with MoE layers; collect their routings with :func:`gmoe.record_routing`.
 
     Raises:
         ValueError: no such blocks, fewer than ``every``, or an argument out of range; an MLP of another form, without

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gmoe._autograd import first_order
 from gmoe._checks import check_choice
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
 

@@ -15,7 +15,7 @@ from gmoe._checks import check_choice, check_count, check_probability
 from gmoe.dispatch import Backend, dispatch, grouped_linear, resolve_backend
 from gmoe.routed_linear import routed_linear
 from gmoe.routed_mlp import routed_mlp
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 

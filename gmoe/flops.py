@@ -1,4 +1,4 @@
-"""What a model costs: active parameters and FLOPs, and dense controls of equal cost."""
+"""What a model costs: active parameters and FLOPs, and dense baselines of equal cost."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def count_flops(model: Callable[..., Any], *args: Any, backward: bool = False, *
 def match_width(
     cost: Callable[[int], float], target: float, *, start: int = 1, stop: int = 2**16, tolerance: float = 0.02
 ) -> int:
-    """The width whose cost is nearest to ``target``: how a dense control is widened to a MoE's cost.
+    """The width whose cost is nearest to ``target``: how a dense baseline is widened to a MoE's cost.
 
     Args:
         cost: FLOPs or parameters of the model of that width; grows with it.

@@ -16,7 +16,7 @@ from gmoe.conv.graph import check_batch
 from gmoe.conv.moe_conv import MoEConv
 from gmoe.conv.pieces import Pieces
 from gmoe.conv.seen import seen
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 if TYPE_CHECKING:
     from gmoe.models.gnn import GNNMoE

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, overload
 
-import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from gmoe.experts import Experts
-from gmoe.routing.router import Router, in_backward
-from gmoe.routing.routing import Routing
+from gmoe.routers import Router
+from gmoe.routing import Routing
 
 _OWNERS: weakref.WeakKeyDictionary[Router, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
@@ -92,7 +88,7 @@ class MoE(MoELayer):
         experts: the stacked experts, as many as the router knows.
 
     Shapes:
-        - ``x``: (..., T, D); leading dimensions are pools. ``pool`` and ``edge_index`` as in :class:`Router`.
+        - ``x``: (..., T, D); leading dimensions are pools. ``batch`` and ``edge_index`` as in :class:`Router`.
         - returns (..., T, O), and the :class:`Routing` too with ``return_routing=True``. Losses are in the routing:
           ``loss = task + gmoe.aux_loss(routing)``.
 
@@ -127,91 +123,25 @@ class MoE(MoELayer):
     def forward(
         self,
         x: Tensor,
-        pool: Tensor | None = ...,
+        batch: Tensor | None = ...,
         edge_index: Tensor | None = ...,
         *,
         return_routing: Literal[False] = ...,
     ) -> Tensor: ...
     @overload
     def forward(
-        self, x: Tensor, pool: Tensor | None = ..., edge_index: Tensor | None = ..., *, return_routing: Literal[True]
+        self, x: Tensor, batch: Tensor | None = ..., edge_index: Tensor | None = ..., *, return_routing: Literal[True]
     ) -> tuple[Tensor, Routing]: ...
     def forward(
         self,
         x: Tensor,
-        pool: Tensor | None = None,
+        batch: Tensor | None = None,
         edge_index: Tensor | None = None,
         *,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
         """Route and run; see the class."""
-        routing: Routing = self.router(x, pool, edge_index)
+        routing: Routing = self.router(x, batch, edge_index)
         y_TO = self.experts.mix(x.reshape(-1, x.size(-1)), routing)
         y = y_TO.view(*x.shape[:-1], y_TO.size(-1))
         return (y, routing) if return_routing else y
-
-
-@contextmanager
-def record(model: nn.Module) -> Iterator[list[Routing]]:
-    """Collect the :class:`Routing` of every router in ``model``, in the order of execution, for as long as it lasts.
-
-    For models that cannot pass routings on, such as torchvision's ViT. Hooks on the routers; what activation
-    checkpointing recomputes in the backward pass is not recorded again.
-
-    Args:
-        model: any model that holds routers.
-
-    Raises:
-        RuntimeError: a forward of ``model`` recorded nothing, or none took place (a model that ``torch.compile`` has
-            traced before the block does not see the hooks); or a layer runs under *reentrant*
-            checkpointing, which would cut the auxiliary losses off from the parameters (use ``use_reentrant=False``).
-
-    Example:
-        >>> with record(vit) as routings:
-        ...     loss = F.cross_entropy(vit(images), labels)
-        >>> loss = loss + gmoe.aux_loss(routings)
-    """
-    routings: list[Routing] = []
-    before: list[int] = []
-
-    def keep(_: nn.Module, __: Any, routing: Routing) -> None:
-        if in_backward():
-            return
-        compiling = torch.compiler.is_compiling()  # which does not trace into reentrant checkpoints
-        if not compiling and not torch.is_grad_enabled() and _in_reentrant_checkpoint():
-            raise RuntimeError(
-                "record: a MoE layer runs under reentrant checkpointing, which loses the gradients of its auxiliary "
-                "losses; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
-        routings.append(routing)
-
-    def start(_: nn.Module, __: Any) -> None:
-        before.append(len(routings))
-
-    def end(_: nn.Module, __: Any, ___: Any) -> None:
-        if len(routings) == before.pop():
-            raise RuntimeError(
-                "record: a forward of the model recorded no routing; does it hold a MoE layer? (a model that was "
-                "compiled and called before the block does not see the hooks: enter the block first)"
-            )
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, Router):
-                stack.callback(module.register_forward_hook(keep).remove)
-        stack.callback(model.register_forward_pre_hook(start).remove)
-        if not isinstance(model, Router):
-            stack.callback(model.register_forward_hook(end).remove)
-        yield routings
-        if not routings:
-            raise RuntimeError("record: nothing was recorded; run the model inside the block")
-
-
-def _in_reentrant_checkpoint() -> bool:
-    reentrant = torch.utils.checkpoint.CheckpointFunction.forward.__code__
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is reentrant:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

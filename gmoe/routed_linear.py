@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gmoe._autograd import first_order
 from gmoe.dispatch import Backend, dispatch, grouped_linear, resolve_backend, rounded
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 
 def routed_linear(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gmoe._autograd import first_order
 from gmoe.dispatch import rounded
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 DERIVATIVES: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] = {
     F.gelu: torch.ops.aten.gelu_backward.default,

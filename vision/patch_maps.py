@@ -7,7 +7,7 @@ import colorsys
 import torch
 from torch import Tensor
 
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 DISTINCT = (
     "1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf",

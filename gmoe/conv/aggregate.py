@@ -17,7 +17,7 @@ from gmoe.conv.pieces import Pieces
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
 from gmoe.routed_linear import routed_linear
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 
 class AggregateOnce(StackedExperts):

@@ -18,7 +18,7 @@ from gmoe.conv.pair_graph import PairGraph, with_self_loops
 from gmoe.conv.segment import at_least_float32
 from gmoe.dispatch import Backend, combine, grouped_linear
 from gmoe.experts import LinearExperts
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 
 class AttentionExperts(StackedExperts):

@@ -14,7 +14,7 @@ from torch_geometric.nn import MessagePassing
 from gmoe.conv.graph import Graph
 from gmoe.conv.pieces import Piece, Pieces
 from gmoe.dispatch import Backend
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 MakeConv = Callable[[int], MessagePassing]
 """Makes a fresh conv for the expert of that index."""

@@ -14,7 +14,7 @@ from gmoe.conv.graph import Graph, aggregated
 from gmoe.conv.pieces import Piece, Pieces
 from gmoe.dispatch import Backend, combine
 from gmoe.experts import LinearExperts
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 
 class FilterExperts(StackedExperts):

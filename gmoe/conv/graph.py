@@ -17,7 +17,7 @@ from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import degree, index_sort, is_sparse, to_edge_index
 from torch_geometric.utils.sparse import index2ptr
 
-from gmoe.routing.router import check_edge_index
+from gmoe.routers.base import check_edge_index
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.moe import MoELayer
 from gmoe.routed_linear import routed_linear
-from gmoe.routing.build import RouterLike, build_router
-from gmoe.routing.router import Router
-from gmoe.routing.routing import AuxLoss, Routing
+from gmoe.routers import Router, RouterLike, build_router
+from gmoe.routing import AuxLoss, Routing
 
 Aggr: TypeAlias = Literal["mean", "sum"]
 HeteroRouterLike: TypeAlias = RouterLike | Mapping[NodeType, RouterLike]
@@ -155,7 +154,7 @@ class RelationalConv(Relational):
 
     where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it. It is PyG's
     ``HeteroConv`` of ``SAGEConv``\ s, but for one root weight a node type in place of one a relation. The dense
-    control of :class:`HeteroMoEConv`, which see for shapes and for what absent types and relations do.
+    baseline of :class:`HeteroMoEConv`, which see for shapes and for what absent types and relations do.
 
     Args:
         in_channels: width of the nodes, of all types or of each.
@@ -294,9 +293,9 @@ class HeteroMoEConv(MoELayer):
             dim = _router_dim(experts, name, parts, tie_routers)
             routers[name] = build_router(like, dim, num_experts, k, router_kwargs)
             routers[name].check_finite |= check_finite
-            if getattr(routers[name], "scope", None) == "neighbours":
+            if getattr(routers[name], "scope", None) == "neighbors":
                 raise ValueError(
-                    "router: got scope='neighbours', expected scope='pool', since neighbors differ in type"
+                    "router: got scope='neighbors', expected scope='group', since neighbors differ in type"
                 )
         tied = next(iter(routers.values())) if tie_routers and routers else None
         super().__init__(tied, num_experts, k if tied is None else tied.k)

@@ -10,7 +10,7 @@ from torch_geometric.nn import MessagePassing
 from gmoe.conv.experts import ConvExperts
 from gmoe.conv.graph import Graph
 from gmoe.conv.pieces import Pieces
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 
 class MixedExperts(ConvExperts):

@@ -14,7 +14,7 @@ from gmoe.conv.graph import Graph
 from gmoe.conv.pieces import Pieces
 from gmoe.dispatch import Backend
 from gmoe.experts import MLPExperts
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 
 class MLPConv(MessagePassing):

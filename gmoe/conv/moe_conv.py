@@ -19,8 +19,8 @@ from gmoe.conv.registry import ConvFactory, ConvLike
 from gmoe.conv.seen import RouteOn, aggregate_width, columns_of, joined, route_parts, seen
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer
-from gmoe.routing.build import RouterLike, build_router
-from gmoe.routing.routing import Routing
+from gmoe.routers import RouterLike, build_router
+from gmoe.routing import Routing
 
 
 class MoEConv(MoELayer):

@@ -13,7 +13,7 @@ from torch_geometric.utils.sparse import index2ptr
 
 from gmoe.conv.graph import Graph
 from gmoe.conv.segment import Messages
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 EDGE_ATTR = frozenset({"edge_attr"})
 

@@ -16,7 +16,7 @@ from torch_geometric.utils import is_sparse, to_torch_csr_tensor
 
 from gmoe.conv.filter_conv import FilterConv
 from gmoe.conv.graph import Graph
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from gmoe.conv.experts import ConvExperts, MakeConv, tokens_of
 from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.pieces import Pieces
 from gmoe.dispatch import combine
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 
 class SeparateExperts(ConvExperts):

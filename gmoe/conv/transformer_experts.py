@@ -12,7 +12,7 @@ from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.pair_graph import PairGraph
 from gmoe.conv.segment import dot, weighted_sum
 from gmoe.experts import LinearExperts
-from gmoe.routing.routing import Routing
+from gmoe.routing import Routing
 
 
 class TransformerExperts(AttentionExperts):

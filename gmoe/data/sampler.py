@@ -22,7 +22,7 @@ from torch_geometric.sampler.neighbor_sampler import edge_sample, node_sample
 from torch_geometric.sampler.utils import to_csc
 from torch_geometric.typing import EdgeType, NodeType, SparseTensor
 
-from gmoe.routing.router import check_edge_index
+from gmoe.routers.base import check_edge_index
 
 Fanouts: TypeAlias = Sequence[int] | Mapping[EdgeType, Sequence[int]] | NumNeighbors
 

@@ -20,9 +20,8 @@ from gmoe.conv.seen import RouteOn, route_parts, seen
 from gmoe.dispatch import Backend
 from gmoe.inference import LayerwiseInference
 from gmoe.moe import claim_router
-from gmoe.routing.build import RouterLike, build_router
-from gmoe.routing.router import Router
-from gmoe.routing.routing import Routing
+from gmoe.routers import Router, RouterLike, build_router
+from gmoe.routing import Routing
 
 RoutingMode: TypeAlias = Literal["layer", "shared"]
 Residual: TypeAlias = Literal["none", "identity", "linear"]

@@ -17,9 +17,8 @@ from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 from gmoe._checks import check_choice, check_count
 from gmoe.conv.hetero import Aggr, HeteroMoEConv, HeteroRouterInput, RelationalConv, checked_metadata
 from gmoe.dispatch import Backend
-from gmoe.routing.build import RouterLike
-from gmoe.routing.router import Router
-from gmoe.routing.routing import Routing
+from gmoe.routers import Router, RouterLike
+from gmoe.routing import Routing
 
 HeteroResidual: TypeAlias = Literal["none", "identity", "linear"]
 
@@ -41,7 +40,7 @@ class HeteroGNNMoE(nn.Module):
         out_channels: width of the output, such as the number of classes.
         metadata: node types and edge types, ``data.metadata()``.
         num_layers: number of relational layers (default 2).
-        router: a name or factory (default ``"token_choice"``). ``None`` builds the dense control: the same model with
+        router: a name or factory (default ``"token_choice"``). ``None`` builds the dense baseline: the same model with
             :class:`RelationalConv` in all layers.
         target: the node type whose logits are wanted; ``None`` (default) is all of them.
         num_nodes_dict: number of nodes of every type, ``data.num_nodes_dict``; needed where a type has an embedding.

@@ -13,10 +13,8 @@ from gmoe._checks import check_count, check_probability
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
-from gmoe.moe import record
-from gmoe.routing.build import RouterLike
-from gmoe.routing.router import Router
-from gmoe.routing.routing import Routing
+from gmoe.routers import Router, RouterLike
+from gmoe.routing import Routing, record_routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +122,7 @@ class ViTMoE(VisionTransformer):
                 backend=backend,
             )
             for module in self.modules():
-                if isinstance(module, LinearExperts):  # as torchvision initializes its MLPs, and so the dense control
+                if isinstance(module, LinearExperts):  # as torchvision initializes its MLPs, and so the dense baseline
                     for expert in range(module.num_experts):
                         nn.init.xavier_uniform_(module.weight[expert])
                     if module.bias is not None:
@@ -146,6 +144,6 @@ class ViTMoE(VisionTransformer):
             return super().forward(images)
         if self.dense:
             return super().forward(images), []
-        with record(self.encoder) as routings:
+        with record_routing(self.encoder) as routings:
             logits = super().forward(images)
         return logits, routings

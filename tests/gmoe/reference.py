@@ -1,4 +1,4 @@
-"""The slow, obvious reference: python loops over pools, tokens and experts, written from the documented semantics.
+"""The slow, obvious reference: python loops over groups, tokens and experts, written from the documented semantics.
 
 Also the router cases that many tests share. Shapes: T tokens, D width, E experts, P pairs.
 """
@@ -29,7 +29,7 @@ from gmoe import (
     TokenChoice,
     UniformRouter,
 )
-from gmoe.routing.expert_side import ExpertSide
+from gmoe.routers.expert_choice import ExpertSelection
 
 Pair: TypeAlias = tuple[int, int]
 """(token, expert)."""
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def needs_edges(self) -> bool:
-        return self.options.get("scope") == "neighbours"
+        return self.options.get("scope") == "neighbors"
 
     @property
     def learned(self) -> bool:
@@ -89,12 +89,12 @@ class Case:
             options["assignment"] = torch.arange(num_tokens) * 3 % num_experts
         router = self.router(dim, num_experts, **options).to(DTYPE)
         for name, value in [*router.named_parameters(), *router.named_buffers()]:
-            if name in ("noise.weight", "bias_E", "center_D", "side.cut_E", "side.log_scale_E"):
+            if name in ("noise.weight", "bias_E", "center_D", "selection.threshold_E", "selection.log_scale_E"):
                 nn.init.normal_(value, std=0.2)
-            if name == "side.steps":
+            if name == "selection.steps":
                 value.fill_(1)
         if options.get("inference") == "threshold" and options.get("normalize", "experts") == "experts":
-            router.get_submodule("side").get_buffer("cut_E").sub_(math.log(num_experts))
+            router.get_buffer("selection.threshold_E").sub_(math.log(num_experts))
         return router
 
 
@@ -110,10 +110,10 @@ CASES = [
     Case("expert_choice-threshold", ExpertChoice, {"inference": "threshold"}),
     Case("expert_choice-tokens-threshold", ExpertChoice, {"normalize": "tokens", "inference": "threshold"}),
     Case("attention_vote", AttentionVote, {"head_dim": 4}),
-    Case("attention_vote-shared", AttentionVote, {"head_dim": 4, "queries": "shared", "capacity_factor": 0.6}),
-    Case("attention_vote-neighbours", AttentionVote, {"head_dim": 4, "scope": "neighbours"}),
+    Case("attention_vote-shared", AttentionVote, {"head_dim": 4, "shared_queries": True, "capacity_factor": 0.6}),
+    Case("attention_vote-neighbors", AttentionVote, {"head_dim": 4, "scope": "neighbors"}),
     Case(
-        "attention_vote-shared-neighbours", AttentionVote, {"head_dim": 4, "scope": "neighbours", "queries": "shared"}
+        "attention_vote-shared-neighbors", AttentionVote, {"head_dim": 4, "scope": "neighbors", "shared_queries": True}
     ),
     Case("multi_centroid", MultiCentroid, {"num_centroids": 3}),
     Case("multi_centroid-logsumexp", MultiCentroid, {"reduce": "logsumexp", "separation_coef": 0.0}),
@@ -130,11 +130,11 @@ def case_names(cases: Sequence[Case]) -> list[str]:
     return [case.name for case in cases]
 
 
-def graph_edges(pool: Sequence[Sequence[int]], seed: int = 0) -> Tensor:
-    """(2, M) random edges inside pools, with self-loops and parallel edges; the last node of a pool has none."""
+def graph_edges(groups: Sequence[Sequence[int]], seed: int = 0) -> Tensor:
+    """(2, M) random edges inside groups, with self-loops and parallel edges; the last node of a group has none."""
     generator = torch.Generator().manual_seed(seed)
     edges = []
-    for tokens in pool:
+    for tokens in groups:
         some = tokens[:-1] or tokens
         ends = torch.randint(len(some), (2, 3 * len(some)), generator=generator)
         edges.append(torch.tensor(some)[ends])
@@ -144,20 +144,20 @@ def graph_edges(pool: Sequence[Sequence[int]], seed: int = 0) -> Tensor:
 # The reference
 
 
-def pool_lists(x: Tensor, pool: Tensor | None) -> list[list[int]]:
-    """The tokens of each pool, in token order."""
+def group_lists(x: Tensor, batch: Tensor | None) -> list[list[int]]:
+    """The tokens of each group, in token order."""
     num_tokens = x[..., 0].numel()
-    if pool is None:
+    if batch is None:
         size = x.size(-2)
         return [list(range(start, start + size)) for start in range(0, num_tokens, max(size, 1))]
     lists: dict[int, list[int]] = {}
-    for token, segment in enumerate(pool.reshape(-1).tolist()):
+    for token, segment in enumerate(batch.reshape(-1).tolist()):
         lists.setdefault(segment, []).append(token)
     return list(lists.values())
 
 
 def capacity(k: int, num_tokens: int, num_experts: int, factor: float) -> int:
-    """clamp(ceil(capacity_factor * K * T_pool / E), 1, T_pool), in exact arithmetic."""
+    """clamp(ceil(capacity_factor * K * T_group / E), 1, T_group), in exact arithmetic."""
     return min(max(math.ceil(Fraction(str(factor)) * k * num_tokens / num_experts), 1), num_tokens)
 
 
@@ -175,21 +175,21 @@ def choose_by_token(score_TE: Sequence[Sequence[float]], k: int) -> list[list[in
     return [best_first(range(len(row)), lambda e, row=row: row[e])[:k] for row in score_TE]  # type: ignore[misc]
 
 
-def choose_by_expert(score_TE: Sequence[Sequence[float]], pools: list[list[int]], k: int, factor: float) -> list[Pair]:
+def choose_by_expert(score_TE: Sequence[Sequence[float]], groups: list[list[int]], k: int, factor: float) -> list[Pair]:
     num_experts = len(score_TE[0]) if score_TE else 0
     pairs = []
-    for tokens in pools:
+    for tokens in groups:
         for e in range(num_experts):
             taken = best_first(tokens, lambda t, e=e: score_TE[t][e])  # type: ignore[misc]
             pairs += [(t, e) for t in taken[: capacity(k, len(tokens), num_experts, factor)]]
     return pairs
 
 
-def drop(chosen: list[list[int]], prob_TE: list[list[Tensor]], pools: list[list[int]], factor: float) -> list[Pair]:
+def drop(chosen: list[list[int]], prob_TE: list[list[Tensor]], groups: list[list[int]], factor: float) -> list[Pair]:
     """V-MoE's priority: all first choices before second ones, and the tokens surest of their first choice first."""
     num_experts = len(prob_TE[0])
     pairs = []
-    for tokens in pools:
+    for tokens in groups:
         limit = capacity(len(chosen[0]), len(tokens), num_experts, factor)
         load = [0] * num_experts
         for rank in range(len(chosen[0])):
@@ -202,7 +202,7 @@ def drop(chosen: list[list[int]], prob_TE: list[list[Tensor]], pools: list[list[
 
 
 def pair_weights(
-    weight: str, gate: dict[Pair, Tensor], pools: list[list[int]], along_tokens: bool
+    weight: str, gate: dict[Pair, Tensor], groups: list[list[int]], along_tokens: bool
 ) -> dict[Pair, Tensor]:
     """What ``weight=`` says, see :class:`gmoe.Router`."""
     if weight == "straight_through":
@@ -215,25 +215,25 @@ def pair_weights(
     if not along_tokens:
         return gate
     result: dict[Pair, Tensor] = {}
-    for tokens in pools:
+    for tokens in groups:
         mine = {pair: g for pair, g in gate.items() if pair[0] in tokens}
         mean = sum(g.item() for g in mine.values()) / max(len(mine), 1)
         result.update({pair: (g / mean).clamp(max=10.0) for pair, g in mine.items()})
     return result
 
 
-def naive_pool_votes(q: list[Tensor], k: list[Tensor], pools: list[list[int]]) -> list[Tensor]:
+def naive_group_votes(q: list[Tensor], k: list[Tensor], groups: list[list[int]]) -> list[Tensor]:
     """Of one expert: votes_j = sum_i softmax_j(q_i . k_j / sqrt(d))."""
     votes = [torch.zeros((), dtype=DTYPE) for _ in k]
-    for tokens in pools:
+    for tokens in groups:
         for i in tokens:
             for j, vote in zip(tokens, softmax([q[i] @ k[j] / math.sqrt(k[j].numel()) for j in tokens]), strict=True):
                 votes[j] = votes[j] + vote
     return votes
 
 
-def naive_neighbour_votes(q: list[Tensor], k: list[Tensor], edges: list[Pair]) -> list[Tensor]:
-    """Of one expert: each node spreads a vote over itself, once, and its out-neighbours, once an edge."""
+def naive_neighbor_votes(q: list[Tensor], k: list[Tensor], edges: list[Pair]) -> list[Tensor]:
+    """Of one expert: each node spreads a vote over itself, once, and its out-neighbors, once an edge."""
     votes = [torch.zeros((), dtype=DTYPE) for _ in k]
     for i in range(len(k)):
         targets = [dst for src, dst in edges if src == i and dst != i] + [i]
@@ -278,17 +278,17 @@ Grid: TypeAlias = list[list[Tensor]]
 """A scalar a token and expert."""
 
 
-def naive_votes(router: AttentionVote, x_TD: Tensor, pools: list[list[int]], edge_index: Tensor | None) -> Grid:
+def naive_votes(router: AttentionVote, x_TD: Tensor, groups: list[list[int]], edge_index: Tensor | None) -> Grid:
     edges = [] if edge_index is None else [(int(s), int(d)) for s, d in edge_index.T]
     votes_ET = []
     for e in range(router.num_experts):
         rows = slice(e * router.head_dim, (e + 1) * router.head_dim)
         key = [router.key.weight[rows] @ x for x in x_TD]
-        query = [(router.query.weight if router.queries == "shared" else router.query.weight[rows]) @ x for x in x_TD]
-        if router.scope == "pool":
-            votes_ET.append(naive_pool_votes(query, key, pools))
+        query = [(router.query.weight if router.shared_queries else router.query.weight[rows]) @ x for x in x_TD]
+        if router.scope == "group":
+            votes_ET.append(naive_group_votes(query, key, groups))
         else:
-            votes_ET.append(naive_neighbour_votes(query, key, edges))
+            votes_ET.append(naive_neighbor_votes(query, key, edges))
     return [[votes[t] for votes in votes_ET] for t in range(len(x_TD))]
 
 
@@ -301,7 +301,7 @@ def naive_logits(router: Router, x_TD: Tensor) -> Grid:
     grid = []
     for x in x_TD:
         cosines_EM = [
-            [F.cosine_similarity(x - router.center_D, c, dim=0) / router.log_temperature.exp() for c in mine]
+            [F.cosine_similarity(x - router.center_D, c, dim=0) / router.log_temperature[0].exp() for c in mine]
             for mine in router.centroid
         ]
         if router.reduce == "max":
@@ -311,28 +311,28 @@ def naive_logits(router: Router, x_TD: Tensor) -> Grid:
     return grid
 
 
-def naive_side(
-    router: Router, side: ExpertSide, logits: Grid, probs: Grid, pools: list[list[int]]
+def naive_selection(
+    router: Router, selection: ExpertSelection, logits: Grid, probs: Grid, groups: list[list[int]]
 ) -> dict[Pair, Tensor]:
     """Experts choose, by rank or by threshold."""
     experts, tokens = range(router.num_experts), range(len(logits))
-    along_tokens = side.normalize == "tokens"
-    if side.inference == "threshold" and not router.training:
+    along_tokens = selection.normalize == "tokens"
+    if selection.inference == "threshold" and not router.training:
         ranked = logits if along_tokens else [[p.log() for p in row] for row in probs]
-        pairs = [(t, e) for t in tokens for e in experts if ranked[t][e].item() >= side.cut_E[e].item()]
+        pairs = [(t, e) for t in tokens for e in experts if ranked[t][e].item() >= selection.threshold_E[e].item()]
         if not along_tokens:
-            return pair_weights(router.weight, {(t, e): probs[t][e] for t, e in pairs}, pools, False)
-        gate = {(t, e): (logits[t][e] - side.log_scale_E[e]).exp() for t, e in pairs}
-        weights = pair_weights(router.weight, gate, pools, False)
+            return pair_weights(router.weight, {(t, e): probs[t][e] for t, e in pairs}, groups, False)
+        gate = {(t, e): (logits[t][e] - selection.log_scale_E[e]).exp() for t, e in pairs}
+        weights = pair_weights(router.weight, gate, groups, False)
         return {p: w.clamp(max=10.0) if router.weight == "score" else w for p, w in weights.items()}
     gates = [list(row) for row in probs]
     if along_tokens:
-        for pool in pools:
+        for group in groups:
             for e in experts:
-                for t, g in zip(pool, softmax([logits[t][e] for t in pool]), strict=True):
+                for t, g in zip(group, softmax([logits[t][e] for t in group]), strict=True):
                     gates[t][e] = g
-    pairs = choose_by_expert(values(gates), pools, router.k, side.capacity_factor)
-    return pair_weights(router.weight, {(t, e): gates[t][e] for t, e in pairs}, pools, along_tokens)
+    pairs = choose_by_expert(values(gates), groups, router.k, selection.capacity_factor)
+    return pair_weights(router.weight, {(t, e): gates[t][e] for t, e in pairs}, groups, along_tokens)
 
 
 def values(grid: Grid) -> list[list[float]]:
@@ -356,7 +356,7 @@ def naive_importance_loss(probs: Grid) -> Tensor:
 
 
 def naive_route(
-    router: Router, x_TD: Tensor, pools: list[list[int]], edge_index: Tensor | None, seed: int
+    router: Router, x_TD: Tensor, groups: list[list[int]], edge_index: Tensor | None, seed: int
 ) -> tuple[dict[Pair, Tensor], Tensor]:
     """The weight of each pair that is chosen, and the auxiliary loss. ``seed`` draws the noise."""
     one, aux = torch.ones((), dtype=DTYPE), torch.zeros((), dtype=DTYPE)
@@ -368,9 +368,9 @@ def naive_route(
     if isinstance(router, UniformRouter):
         return {(t, e): one / router.num_experts for t in tokens for e in experts}, aux
     if isinstance(router, AttentionVote):
-        votes = naive_votes(router, x_TD, pools, edge_index)
-        pairs = choose_by_expert(values(votes), pools, router.k, router.capacity_factor)
-        return pair_weights(router.weight, {(t, e): votes[t][e] for t, e in pairs}, pools, True), aux
+        votes = naive_votes(router, x_TD, groups, edge_index)
+        pairs = choose_by_expert(values(votes), groups, router.k, router.capacity_factor)
+        return pair_weights(router.weight, {(t, e): votes[t][e] for t, e in pairs}, groups, True), aux
 
     clean = logits = naive_logits(router, x_TD)
     std = [[one for _ in experts] for _ in tokens]
@@ -384,8 +384,8 @@ def naive_route(
         aux = aux + router.z_coef * naive_z_loss(logits)  # type: ignore[operator]
     if isinstance(router, MultiCentroid) and router.separation_coef:
         aux = aux + router.separation_coef * naive_separation(router.centroid)
-    if isinstance(router, ExpertChoice | MultiCentroid) and router.side is not None:
-        return naive_side(router, router.side, logits, probs, pools), aux
+    if isinstance(router, ExpertChoice | MultiCentroid) and router.selection is not None:
+        return naive_selection(router, router.selection, logits, probs, groups), aux
 
     balance = router.balance if isinstance(router, TokenChoice) else None
     bias = router.bias_E.tolist() if isinstance(router, TokenChoice) and balance == "bias" else [0.0] * len(experts)
@@ -398,8 +398,8 @@ def naive_route(
             load = naive_load_loss(clean, logits, std, router.k)
             aux = aux + router.balance_coef * (naive_importance_loss(probs) + load)
         if router.training and router.capacity_factor is not None:
-            pairs = drop(chosen, probs, pools, router.capacity_factor)
-    return pair_weights(router.weight, {(t, e): probs[t][e] for t, e in pairs}, pools, False), aux
+            pairs = drop(chosen, probs, groups, router.capacity_factor)
+    return pair_weights(router.weight, {(t, e): probs[t][e] for t, e in pairs}, groups, False), aux
 
 
 def naive_linear(linear: LinearExperts, expert: int, x_I: Tensor) -> Tensor:
@@ -430,11 +430,11 @@ class Naive:
 
 
 def naive_moe(
-    layer: MoE, x: Tensor, pool: Tensor | None = None, edge_index: Tensor | None = None, seed: int = 0
+    layer: MoE, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None, seed: int = 0
 ) -> Naive:
     """y_t = sum_e w_te f_e(x_t), a token and an expert at a time."""
     x_TD = x.reshape(-1, x.size(-1))
-    weights, aux = naive_route(layer.router, x_TD, pool_lists(x, pool), edge_index, seed)
+    weights, aux = naive_route(layer.router, x_TD, group_lists(x, batch), edge_index, seed)
     y = [torch.zeros(layer.experts.out_features, dtype=x.dtype) for _ in x_TD]
     dense_TE = torch.zeros(len(x_TD), layer.num_experts, dtype=x.dtype)
     for (t, e), w in weights.items():
@@ -455,7 +455,7 @@ def gradients(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
 def assert_same_as_naive(
     layer: MoE,
     x: Tensor,
-    pool: Tensor | None = None,
+    batch: Tensor | None = None,
     edge_index: Tensor | None = None,
     *,
     tolerance: float = 1e-10,
@@ -463,9 +463,9 @@ def assert_same_as_naive(
 ) -> None:
     """Output, weights, auxiliary loss and every gradient of ``layer`` equal those of the reference."""
     x = x.clone().requires_grad_()
-    expected = naive_moe(layer, x, pool, edge_index, seed)
+    expected = naive_moe(layer, x, batch, edge_index, seed)
     torch.manual_seed(seed)
-    y, routing = layer(x, pool, edge_index, return_routing=True)
+    y, routing = layer(x, batch, edge_index, return_routing=True)
 
     def close(actual: Tensor, wanted: Tensor, what: str) -> None:
         assert actual.shape == wanted.shape, what

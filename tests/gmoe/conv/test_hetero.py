@@ -23,12 +23,13 @@ from gmoe import (
     OracleRouter,
     RandomRouter,
     RelationalConv,
+    RoutingStats,
     TokenChoice,
     UniformRouter,
     active_parameters,
     aux_loss,
     count_flops,
-    record,
+    record_routing,
 )
 from tests.gmoe.conv.hetero_reference import (
     COUNTS,
@@ -361,7 +362,7 @@ def test_a_tied_router_decides_once() -> None:
     """Counters advance once a step, node types are groups, and losses are counted once."""
     kwargs: dict[str, Any] = {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1}
     conv = layer(tie_routers=True, router_kwargs=kwargs).double()
-    with record(conv) as recorded:
+    with record_routing(conv) as recorded:
         _, routings = conv(nodes(WIDTH), edges(), return_routing=True)
     (together,) = recorded
     torch.testing.assert_close(aux_loss(routings.values()), together.aux_loss)
@@ -379,9 +380,25 @@ def test_a_tied_router_decides_once() -> None:
     assert bias.last_load_E.sum() == sum(COUNTS.values())
 
 
+def test_what_a_tied_router_drops_is_counted_once() -> None:
+    """By the type whose tokens lost a pair, and so as often as in the one decision."""
+    conv = layer(tie_routers=True, router_kwargs={"capacity_factor": 0.5, "weight": "score"}).double().train()
+    with record_routing(conv) as recorded:
+        _, routings = conv(nodes(WIDTH), edges(), return_routing=True)
+    (together,) = recorded
+    by_type = {t: int(COUNTS[t] - r.token.numel()) for t, r in routings.items()}  # K = 1
+    assert {t: int(r.dropped) for t, r in routings.items()} == by_type
+    assert int(together.dropped) == sum(by_type.values()) > 0
+    stats, whole = RoutingStats([EXPERTS] * len(TYPES)), RoutingStats(EXPERTS)
+    stats.update(list(routings.values()))
+    whole.update(together)
+    assert stats.dropped.tolist() == list(by_type.values())
+    assert stats.dropped.sum() == whole.dropped.sum()
+
+
 def test_separate_routers_are_recorded_in_order() -> None:
     conv = layer(router_kwargs={"balance": "switch"})
-    with record(conv) as recorded:
+    with record_routing(conv) as recorded:
         _, routings = conv(floats(nodes(WIDTH)), edges(), return_routing=True)
     assert [r.num_tokens for r in recorded] == list(COUNTS.values())
     assert all(own is other for own, other in zip(routings.values(), recorded, strict=True))
@@ -575,7 +592,7 @@ BAD_MIXTURE: list[tuple[dict[str, Any], str]] = [
     ({"router": dict.fromkeys(TYPES, "random"), "tie_routers": True}, "expected one router, since tie_routers=True"),
     ({"router": TokenChoice(4, 3)}, "router: got one instance for several node types"),
     ({"router": dict.fromkeys(TYPES, TokenChoice(4, 3))}, "router: got one instance for several node types"),
-    ({"router": "attention_vote", "router_kwargs": {"scope": "neighbours"}}, "scope='neighbours', expected scope="),
+    ({"router": "attention_vote", "router_kwargs": {"scope": "neighbors"}}, "scope='neighbors', expected scope="),
     ({"widths": WIDTHS, "tie_routers": True}, "with tie_routers=True, expected one width for all node types"),
     ({"widths": WIDTHS, "tie_experts": True}, "expected one width for all node types"),
 ]

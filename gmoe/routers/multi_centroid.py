@@ -1,4 +1,4 @@
-"""Multi-centroid routing. Shapes: T tokens, D width, E experts, M centroids per expert."""
+"""Multi-centroid routing. Shapes: T tokens, D width, E experts, M centroids per expert, N centroids or clusters."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._checks import check_at_least, check_choice, check_count, check_positive
-from gmoe.routing.cosine import cosine
-from gmoe.routing.expert_choice import expert_side_weights
-from gmoe.routing.expert_side import ExpertSide, Inference, Normalize
-from gmoe.routing.kmeans import kmeans
-from gmoe.routing.losses import separation_loss
-from gmoe.routing.pools import Pools
-from gmoe.routing.router import Router, Weighting, gather_pairs
-from gmoe.routing.routing import AuxLoss, Routing
-from gmoe.routing.select import pairs_of_choices, top_experts
+from gmoe.losses import separation_loss
+from gmoe.routers.base import Router, Weighting
+from gmoe.routers.expert_choice import ExpertSelection, Inference, Normalize
+from gmoe.routing import AuxLoss, Routing
 
 Choice: TypeAlias = Literal["tokens", "experts"]
 Reduce: TypeAlias = Literal["max", "logsumexp"]
+
+EPS = 1e-12
+"""The smallest norm that a token is divided by, as in ``torch.nn.functional.normalize``."""
 
 
 class MultiCentroid(Router):
     r"""Several centroids per expert: an expert is as good as its best centroid is near, by cosine similarity.
 
+    Its nearest relative is `X-MoE <https://arxiv.org/abs/2204.09179>`_ (Chi et al., 2022), with one centroid an expert.
+
     .. math::
         l_{te} = \max_m \cos(x_t - \mu, c_{em}) / \tau, \qquad g_t = \mathrm{softmax}_e(l_t)
 
-    The temperature :math:`\tau` is learned. The centre :math:`\mu` is zero until :meth:`init_from_data` sets it.
+    The temperature :math:`\tau` is learned. The center :math:`\mu` is zero until :meth:`init_from_data` sets it.
 
     Args:
         dim: D, the width of the tokens.
@@ -39,7 +39,7 @@ class MultiCentroid(Router):
         weight: see :class:`Router`; default ``"normalized"`` where tokens choose and K >= 2, else ``"score"``.
         num_centroids: M, centroids per expert (default 4).
         choice: ``"tokens"`` (default): tokens take their top-K experts, as in :class:`TokenChoice`. ``"experts"``:
-            experts take their top-C tokens of a pool, as in :class:`ExpertChoice`.
+            experts take their top-C tokens of a group, as in :class:`ExpertChoice`.
         reduce: ``"max"`` (default), or the smooth ``"logsumexp"`` over an expert's centroids.
         temperature: initial tau (default 0.1).
         separation_coef: coefficient of the separation loss, the mean squared positive cosine between centroids within
@@ -71,7 +71,7 @@ class MultiCentroid(Router):
         separation_coef: float = 0.01,
         capacity_factor: float = 1.0,
         normalize: Normalize = "experts",
-        inference: Inference = "pool",
+        inference: Inference = "group",
         momentum: float = 0.1,
         check_finite: bool = False,
     ) -> None:
@@ -89,26 +89,26 @@ class MultiCentroid(Router):
         self.temperature = temperature
         self.separation_coef = separation_coef
         self.centroid = nn.Parameter(torch.empty(num_experts, num_centroids, dim))
-        self.log_temperature = nn.Parameter(torch.empty(()))
+        self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP2 refuses scalars
         self.register_buffer("center_D", torch.zeros(dim))
-        side = ExpertSide(num_experts, k, capacity_factor, normalize, inference, momentum)
-        self.side = side if choice == "experts" else None
+        selection = ExpertSelection(num_experts, k, capacity_factor, normalize, inference, momentum)
+        self.selection = selection if choice == "experts" else None
         self.reset_parameters()
 
     @property
     def experts_per_token(self) -> float:
-        return super().experts_per_token if self.side is None else self.side.experts_per_token
+        return super().experts_per_token if self.selection is None else self.selection.experts_per_token
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.centroid)
         nn.init.constant_(self.log_temperature, math.log(self.temperature))
         self.center_D.zero_()
-        if self.side is not None:
-            self.side.reset_parameters()
+        if self.selection is not None:
+            self.selection.reset_parameters()
 
     @torch.no_grad()
     def init_from_data(self, x: Tensor, *, seed: int = 0) -> None:
-        """Set the centroids by spherical k-means: E clusters of the centred data, and M clusters inside each.
+        """Set the centroids by spherical k-means: E clusters of the centered data, and M clusters inside each.
 
         Args:
             x: (..., D) tokens, at least E of them; a sample is enough.
@@ -139,29 +139,27 @@ class MultiCentroid(Router):
             # an expert with fewer tokens than centroids repeats them
             self.centroid[expert] = centroid_MD[torch.arange(self.num_centroids) % clusters]
 
-    def route(self, x_TD: Tensor, pools: Pools, edge_index: Tensor | None) -> Routing:
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TE = self._logits(x_TD)
-        if self.side is not None:
-            # a cosine is rounded by where its row lies in the product: equal tokens come out equal up to that
-            tolerance = 8 * torch.finfo(logits_TE.dtype).eps
-            scale = self.log_temperature.detach().exp().clamp(max=1).to(logits_TE.dtype)
-            token_P, offsets_E, log_gate_P, scores_TE = self.side(
-                logits_TE, pools, self._counters_advance(), tolerance, scale
-            )
-            weight_P = expert_side_weights(self, self.side, log_gate_P, token_P, pools)
-        else:
-            log_scores_TE = logits_TE.log_softmax(dim=-1)
-            scores_TE = log_scores_TE.exp()
-            token_P, offsets_E = pairs_of_choices(top_experts(logits_TE.detach(), self.k), self.num_experts)
-            weight_P = self._weights(gather_pairs(log_scores_TE, token_P, offsets_E), token_P, pools.num_tokens)
         losses = {}
         if self.separation_coef > 0:
             losses["separation"] = AuxLoss(separation_loss(self.centroid), self.separation_coef)
-        return Routing(token_P, offsets_E, weight_P, scores_TE, pools.num_tokens, losses)
+        if self.selection is None:
+            log_probs_TE = logits_TE.log_softmax(dim=-1)
+            expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
+            return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses)
+        # a cosine is rounded by where its row lies in the product: equal tokens come out equal up to that
+        tolerance = 8 * torch.finfo(logits_TE.dtype).eps
+        scale = self.log_temperature.detach().exp().clamp(max=1).to(logits_TE.dtype)
+        token_P, offsets_E, log_gate_P, scores_TE = self.selection(logits_TE, group, tolerance, scale)
+        weight_P = self._pair_weights(log_gate_P, token_P, len(x_TD))
+        return Routing(token_P, offsets_E, weight_P, scores_TE, len(x_TD), losses)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
-        centroid_ND = self.centroid.flatten(0, 1).to(torch.promote_types(self.centroid.dtype, torch.float32))
-        cosine_TN = cosine(x_TD, self.center_D.to(x_TD.dtype), F.normalize(centroid_ND, dim=-1))
+        unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
+        centered_TD = x_TD - self.center_D.to(x_TD.dtype)
+        norm_T1 = torch.linalg.vector_norm(centered_TD, dim=-1, keepdim=True).clamp(min=EPS)
+        cosine_TN = (centered_TD @ unit_ND.T) / norm_T1  # no unit vector a token is held
         cosine_TEM = cosine_TN.unflatten(-1, (self.num_experts, -1))
         factor = (-self.log_temperature.to(cosine_TN.dtype)).exp()
         if self.reduce == "max":
@@ -170,3 +168,53 @@ class MultiCentroid(Router):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_centroids={self.num_centroids}, choice={self.choice!r}"
+
+
+@torch.no_grad()
+def kmeans(
+    x_TD: Tensor, num_clusters: int, generator: torch.Generator, *, restarts: int = 8, steps: int = 50
+) -> tuple[Tensor, Tensor]:
+    """Lloyd's k-means with k-means++ starts (Arthur & Vassilvitskii, 2007): the best of ``restarts`` runs.
+
+    Returns:
+        Centers (N, D) and the cluster of each token (T,). A cluster may be empty where there are fewer than N
+        distinct tokens.
+    """
+    best: tuple[float, Tensor, Tensor] | None = None
+    for _ in range(restarts):
+        center_ND = _plus_plus(x_TD, num_clusters, generator)
+        owner_T = _nearest(x_TD, center_ND)[1]
+        for _ in range(steps):
+            count_N = torch.bincount(owner_T, minlength=num_clusters)
+            total_ND = torch.zeros_like(center_ND).index_add_(0, owner_T, x_TD)
+            # an emptied cluster keeps its center
+            center_ND = torch.where(count_N[:, None] > 0, total_ND / count_N.clamp(min=1)[:, None], center_ND)
+            moved_T = _nearest(x_TD, center_ND)[1]
+            if torch.equal(moved_T, owner_T):
+                break
+            owner_T = moved_T
+        inertia = float(_nearest(x_TD, center_ND)[0].sum())
+        if best is None or inertia < best[0]:
+            best = (inertia, center_ND, owner_T)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _nearest(x_TD: Tensor, center_ND: Tensor) -> tuple[Tensor, Tensor]:
+    distance_T, owner_T = torch.cdist(x_TD, center_ND).min(dim=1)
+    return distance_T.square(), owner_T
+
+
+def _plus_plus(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """Starts that lie far apart: each next one is drawn with probability proportional to the squared distance."""
+    device = x_TD.device
+    chosen = [torch.randint(len(x_TD), (1,), generator=generator, device=device)]
+    far_T = torch.full((len(x_TD),), torch.inf, dtype=x_TD.dtype, device=device)
+    for _ in range(num_clusters - 1):
+        far_T = far_T.minimum((x_TD - x_TD[chosen[-1]]).square().sum(dim=1))
+        # all tokens already chosen or repeated: any of them is as good
+        odds_T = far_T if bool(far_T.sum() > 0) else torch.ones_like(far_T)
+        cumulative_T = odds_T.double().cumsum(0)
+        draw = torch.rand(1, generator=generator, device=device, dtype=torch.float64) * cumulative_T[-1]
+        chosen.append(torch.searchsorted(cumulative_T, draw, right=True).clamp(max=len(x_TD) - 1))
+    return x_TD[torch.cat(chosen)]

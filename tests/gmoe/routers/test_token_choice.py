@@ -138,10 +138,10 @@ def test_capacity_in_training_only() -> None:
     assert router.eval()(x).token.tolist() == [0, 1, 2, 3]
 
 
-def test_capacity_holds_in_each_pool() -> None:
+def test_capacity_holds_in_each_group() -> None:
     router = with_gate(TokenChoice(2, 2, capacity_factor=0.5), [[1.0, 0.0], [0.0, 0.0]])
     x = torch.tensor([[4.0, 0], [3, 0], [2, 0], [1, 0], [5, 0]])
-    assert router(x, pool=torch.tensor([0, 0, 0, 0, 8])).token.tolist() == [0, 4]
+    assert router(x, batch=torch.tensor([0, 0, 0, 0, 8])).token.tolist() == [0, 4]
 
 
 def test_dropped_tokens_get_zero() -> None:

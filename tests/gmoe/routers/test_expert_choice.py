@@ -49,8 +49,8 @@ def test_the_weight_is_capped_at_ten() -> None:
 
 
 def test_the_load_is_even_by_construction() -> None:
-    pool = torch.tensor([0] * 5 + [1] * 8 + [2])
-    load = ExpertChoice(4, 3, k=2)(torch.randn(14, 4), pool=pool).load
+    batch = torch.tensor([0] * 5 + [1] * 8 + [2])
+    load = ExpertChoice(4, 3, k=2)(torch.randn(14, 4), batch=batch).load
     assert load.tolist() == [4 + 6 + 1] * 3  # ceil(10 / 3), ceil(16 / 3), ceil(2 / 3)
 
 
@@ -71,8 +71,8 @@ def test_tokens_without_an_expert_get_zero() -> None:
 
 
 @pytest.mark.parametrize("normalize", ["experts", "tokens"])
-def test_threshold_at_evaluation_decides_by_the_cut(normalize: Any) -> None:
-    """One training step on the same tokens: the last token that was taken is the cut, so the same are taken."""
+def test_threshold_at_evaluation_decides_by_the_last_score_taken(normalize: Any) -> None:
+    """One training step on the same tokens: the last token that was taken is the threshold, so the same are taken."""
     torch.manual_seed(0)
     router, x = ExpertChoice(5, 3, normalize=normalize, inference="threshold").double(), torch.randn(17, 5).double()
     trained = router(x)
@@ -107,15 +107,15 @@ def test_threshold_weights_are_capped() -> None:
 
 def test_threshold_needs_a_training_step() -> None:
     router = ExpertChoice(5, 3, inference="threshold").eval()
-    with pytest.raises(RuntimeError, match="no cut scores yet: run a training step"):
+    with pytest.raises(RuntimeError, match="no thresholds yet: run a training step"):
         router(torch.randn(4, 5))
     router.train()(torch.randn(0, 5))  # no tokens, no step
-    with pytest.raises(RuntimeError, match="no cut scores yet"):
+    with pytest.raises(RuntimeError, match="no thresholds yet"):
         router.eval()(torch.randn(4, 5))
     router.train()(torch.randn(4, 5))
     router.eval()(torch.randn(4, 5))
     router.reset_parameters()
-    with pytest.raises(RuntimeError, match="no cut scores yet"):
+    with pytest.raises(RuntimeError, match="no thresholds yet"):
         router(torch.randn(4, 5))
 
 
@@ -138,7 +138,7 @@ def test_identical_rows_go_by_index() -> None:
         ({"capacity_factor": 0.0}, "capacity_factor: got 0.0, expected a positive number"),
         ({"capacity_factor": -2}, "capacity_factor: got -2, expected a positive number"),
         ({"normalize": "nodes"}, "normalize: got 'nodes', expected one of 'experts', 'tokens'"),
-        ({"inference": "batch"}, "inference: got 'batch', expected one of 'pool', 'threshold'"),
+        ({"inference": "batch"}, "inference: got 'batch', expected one of 'group', 'threshold'"),
         ({"momentum": 0.0}, r"momentum: got 0.0, expected a number in \(0, 1\]"),
         ({"momentum": 1.5}, r"momentum: got 1.5, expected a number in \(0, 1\]"),
         ({"z_coef": -1}, "z_coef: got -1, expected at least 0"),

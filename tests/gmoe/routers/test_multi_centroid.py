@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gmoe import MultiCentroid
 
@@ -37,14 +38,42 @@ def test_logsumexp_by_hand() -> None:
     torch.testing.assert_close(routing.scores, odds / odds.sum())
 
 
-def test_length_does_not_matter_but_the_centre_does() -> None:
+def test_length_does_not_matter_but_the_center_does() -> None:
     router, x = MultiCentroid(4, 3), torch.randn(8, 4)
     torch.testing.assert_close(router(7 * x).scores, router(x).scores)
     router.center_D.fill_(1.0)
     plain = MultiCentroid(4, 3)
     plain.load_state_dict({**router.state_dict(), "center_D": torch.zeros(4)})
     torch.testing.assert_close(router(x).scores, plain(x - 1).scores)
-    assert router(torch.ones(2, 4)).scores.isfinite().all()  # the centre itself has no direction
+    assert router(torch.ones(2, 4)).scores.isfinite().all()  # the center itself has no direction
+
+
+def test_cosines_equal_products_of_unit_vectors() -> None:
+    torch.manual_seed(0)
+    router, x = MultiCentroid(5, 3, temperature=1.0).double(), torch.randn(7, 5, dtype=torch.float64)
+    router.center_D.normal_()
+    x.requires_grad_()
+    unit_EMD = F.normalize(router.centroid, dim=-1)
+    expected = torch.einsum("td,emd->tem", F.normalize(x - router.center_D, dim=-1), unit_EMD).amax(-1).softmax(-1)
+    found, grad = router(x).scores, torch.randn(7, 3, dtype=torch.float64)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    wanted = torch.autograd.grad(expected, (x, router.centroid), grad)
+    torch.testing.assert_close(torch.autograd.grad(found, (x, router.centroid), grad), wanted, atol=1e-12, rtol=0)
+
+
+def test_a_token_at_the_center_is_like_nothing() -> None:
+    router = MultiCentroid(4, 3)
+    x = torch.zeros(2, 4, requires_grad=True)
+    scores = router(x).scores
+    torch.testing.assert_close(scores, torch.full((2, 3), 1 / 3))
+    scores.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_no_parameter_is_a_scalar() -> None:
+    """FSDP2 refuses scalar parameters."""
+    assert all(parameter.dim() > 0 for parameter in MultiCentroid(4, 3).parameters())
 
 
 def test_defaults() -> None:
@@ -166,7 +195,7 @@ def test_init_from_bad_data(shape: tuple[int, ...]) -> None:
         ({"separation_coef": -1}, "separation_coef: got -1, expected at least 0"),
         ({"capacity_factor": 0}, "capacity_factor: got 0, expected a positive number"),
         ({"normalize": "nodes"}, "normalize: got 'nodes', expected one of 'experts', 'tokens'"),
-        ({"inference": "batch"}, "inference: got 'batch', expected one of 'pool', 'threshold'"),
+        ({"inference": "batch"}, "inference: got 'batch', expected one of 'group', 'threshold'"),
     ],
     ids=str,
 )
@@ -177,5 +206,5 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
 
 def test_threshold_needs_a_training_step() -> None:
     router = MultiCentroid(4, 3, choice="experts", inference="threshold").eval()
-    with pytest.raises(RuntimeError, match="no cut scores yet"):
+    with pytest.raises(RuntimeError, match="no thresholds yet"):
         router(torch.randn(4, 4))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import gmoe
 from gmoe import (
     AttentionVote,
     ExpertChoice,
@@ -23,26 +27,27 @@ from gmoe import (
     Router,
     TokenChoice,
 )
-from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, case_names, graph_edges, pool_lists
+from gmoe.routers import Groups
+from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, case_names, graph_edges, group_lists
 
 D, E = 5, 3
 
 INPUTS: dict[str, tuple[tuple[int, ...], list[int] | None]] = {
-    "one_pool": ((11, D), None),
+    "one_group": ((11, D), None),
     "leading": ((3, 4, D), None),
     "two_leading": ((2, 2, 3, D), None),
-    "ragged": ((11, D), [5, 0, 5, 9, 0, 0, 5, 9, 9, 9, 2]),  # unsorted, with gaps, and a pool of one
+    "ragged": ((11, D), [5, 0, 5, 9, 0, 0, 5, 9, 9, 9, 2]),  # unsorted, with gaps, and a group of one
     "ragged_sorted": ((9, D), [0, 0, 0, 0, 0, 1, 3, 3, 3]),
     "equal_unsorted": ((12, D), [7, 1, 4, 4, 1, 7, 7, 4, 1, 1, 4, 7]),
-    "leading_and_pool": ((2, 5, D), [0, 1, 1, 0, 2, 2, 2, 1, 0, 0]),
+    "leading_and_batch": ((2, 5, D), [0, 1, 1, 0, 2, 2, 2, 1, 0, 0]),
     "one_token": ((1, D), None),
-    "pools_of_one": ((4, 1, D), None),
+    "groups_of_one": ((4, 1, D), None),
 }
 SETTINGS = settings(max_examples=10, deadline=None, derandomize=True)
 
-POOLED = [case for case in CASES if not case.needs_edges]  # degrees set equal rows apart
+GROUPED = [case for case in CASES if not case.needs_edges]  # degrees set equal rows apart
 
-IMAGES = [case for case in POOLED if case.router is not OracleRouter]  # whose number of tokens is fixed
+IMAGES = [case for case in GROUPED if case.router is not OracleRouter]  # whose number of tokens is fixed
 ALONE = [case for case in IMAGES if case.token_side]
 
 each_case = pytest.mark.parametrize("case", CASES, ids=case_names(CASES))
@@ -63,8 +68,8 @@ def make_call(case: Case, name: str, seed: int = 0) -> tuple[Tensor, Tensor | No
     """The arguments of a forward."""
     shape, ids = INPUTS[name]
     x = tokens(shape, seed)
-    pool = None if ids is None else torch.tensor(ids).view(shape[:-1])
-    return x, pool, graph_edges(pool_lists(x, pool)) if case.needs_edges else None
+    batch = None if ids is None else torch.tensor(ids).view(shape[:-1])
+    return x, batch, graph_edges(group_lists(x, batch)) if case.needs_edges else None
 
 
 # Equal to the naive reference
@@ -82,8 +87,8 @@ def label(value: object) -> str:
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize(("case", "training"), MODES, ids=label)
 def test_equals_naive_on_every_input(case: Case, training: bool, name: str) -> None:
-    x, pool, edge_index = make_call(case, name)
-    assert_same_as_naive(make_layer(case, x[..., 0].numel(), training=training), x, pool, edge_index)
+    x, batch, edge_index = make_call(case, name)
+    assert_same_as_naive(make_layer(case, x[..., 0].numel(), training=training), x, batch, edge_index)
 
 
 @pytest.mark.parametrize(
@@ -92,48 +97,48 @@ def test_equals_naive_on_every_input(case: Case, training: bool, name: str) -> N
     ids=label,
 )
 def test_equals_naive_in_every_weighting(case: Case, training: bool, k: int, weight: str) -> None:
-    x, pool, edge_index = make_call(case, "ragged")
-    assert_same_as_naive(make_layer(case, len(x), k, weight, training), x, pool, edge_index)
+    x, batch, edge_index = make_call(case, "ragged")
+    assert_same_as_naive(make_layer(case, len(x), k, weight, training), x, batch, edge_index)
 
 
-@pytest.mark.parametrize("name", ["one_pool", "leading", "ragged", "equal_unsorted"])
-@pytest.mark.parametrize("case", POOLED, ids=case_names(POOLED))
+@pytest.mark.parametrize("name", ["one_group", "leading", "ragged", "equal_unsorted"])
+@pytest.mark.parametrize("case", GROUPED, ids=case_names(GROUPED))
 def test_ties_equal_naive(case: Case, name: str) -> None:
     """Two distinct rows, and parameters that are multiples of 1/4: scores tie exactly."""
-    x, pool, _ = make_call(case, name)
+    x, batch, _ = make_call(case, name)
     layer = make_layer(case, x[..., 0].numel(), training=False)
     with torch.no_grad():
         for parameter in layer.router.parameters():
             parameter.copy_((parameter * 8).round() / 4)
     rows = torch.tensor([[1.0, 0, -1, 2, 0], [0, 1, 1, 0, -1]], dtype=DTYPE)
     x = rows[torch.arange(x[..., 0].numel()) % 2].view_as(x)
-    assert_same_as_naive(layer, x, pool)
+    assert_same_as_naive(layer, x, batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("ragged", [False, True], ids=["one_pool", "ragged"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["one_group", "ragged"])
 @pytest.mark.parametrize("case", IMAGES, ids=case_names(IMAGES))
 def test_of_many_equal_rows_the_lowest_tokens_are_taken(case: Case, ragged: bool, dtype: torch.dtype) -> None:
-    """Seven distinct rows, as on minesweeper: no equal token is passed over for a later one of its pool."""
+    """Seven distinct rows, as on minesweeper: no equal token is passed over for a later one of its group."""
     torch.manual_seed(0)
     num_tokens = 1003
     which_T = torch.randint(7, (num_tokens,))
-    pool_T = torch.randint(3, (num_tokens,)) if ragged else torch.zeros(num_tokens, dtype=torch.long)
+    batch_T = torch.randint(3, (num_tokens,)) if ragged else torch.zeros(num_tokens, dtype=torch.long)
     router = case.build(D, E, 1, num_tokens=num_tokens).to(dtype).eval()
     x = torch.randn(7, D, dtype=dtype)[which_T]
-    taken_TE = router(x, pool=pool_T).to_dense() != 0
+    taken_TE = router(x, batch=batch_T).to_dense() != 0
     for group in range(21):
-        mine_TE = taken_TE[which_T + 7 * pool_T == group].int()
+        mine_TE = taken_TE[which_T + 7 * batch_T == group].int()
         assert bool((mine_TE.diff(dim=0) <= 0).all()), f"group {group}: a later token was taken first"
 
 
 # Independence
 
 
-def split_by_pool(x: Tensor, pool: Tensor, edge_index: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Each pool as a call of its own: its tokens' indices, its tokens, its edges."""
+def split_by_group(x: Tensor, batch: Tensor, edge_index: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Each group as a call of its own: its tokens' indices, its tokens, its edges."""
     calls = []
-    for ids in pool_lists(x, pool):
+    for ids in group_lists(x, batch):
         index = torch.tensor(ids)
         edges = None
         if edge_index is not None:
@@ -150,13 +155,13 @@ def split_by_pool(x: Tensor, pool: Tensor, edge_index: Tensor | None) -> list[tu
     [(case, training) for case in CASES for training in (True, False) if not (training and case.noisy)],
     ids=label,
 )
-def test_a_pool_does_not_see_its_batch_mates(case: Case, sizes: list[int], training: bool) -> None:
-    pool = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    x = tokens((len(pool), D))
-    edge_index = graph_edges(pool_lists(x, pool)) if case.needs_edges else None
+def test_a_group_does_not_see_its_batch_mates(case: Case, sizes: list[int], training: bool) -> None:
+    batch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    x = tokens((len(batch), D))
+    edge_index = graph_edges(group_lists(x, batch)) if case.needs_edges else None
     layer = make_layer(case, len(x), training=training)
-    together = copy.deepcopy(layer)(x, pool, edge_index)
-    for index, mine, edges in split_by_pool(x, pool, edge_index):
+    together = copy.deepcopy(layer)(x, batch, edge_index)
+    for index, mine, edges in split_by_group(x, batch, edge_index):
         alone = copy.deepcopy(layer)
         if isinstance(alone.router, OracleRouter):
             alone.router.assignment_T = alone.router.assignment_T[index]
@@ -184,11 +189,11 @@ def test_token_side_evaluation_does_not_see_other_tokens(case: Case) -> None:
 
 @each_case
 def test_evaluation_is_deterministic(case: Case) -> None:
-    x, pool, edge_index = make_call(case, "ragged")
+    x, batch, edge_index = make_call(case, "ragged")
     layer = make_layer(case, len(x), training=False)
     before = copy.deepcopy(layer.state_dict())
-    first = layer(x, pool, edge_index)
-    assert torch.equal(first, layer(x, pool, edge_index))
+    first = layer(x, batch, edge_index)
+    assert torch.equal(first, layer(x, batch, edge_index))
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -197,16 +202,16 @@ def test_evaluation_is_deterministic(case: Case) -> None:
 
 
 @SETTINGS
-@given(case=st.sampled_from(CASES), name=st.sampled_from(["one_pool", "ragged", "equal_unsorted"]), data=st.data())
+@given(case=st.sampled_from(CASES), name=st.sampled_from(["one_group", "ragged", "equal_unsorted"]), data=st.data())
 def test_permuted_tokens_give_permuted_output(case: Case, name: str, data: st.DataObject) -> None:
-    x, pool, edge_index = make_call(case, name, data.draw(st.integers(0, 99)))
+    x, batch, edge_index = make_call(case, name, data.draw(st.integers(0, 99)))
     order = torch.tensor(data.draw(st.permutations(range(len(x)))))
     layer = make_layer(case, len(x), training=False)
-    y = layer(x, pool, edge_index)
+    y = layer(x, batch, edge_index)
     if isinstance(layer.router, OracleRouter):
         layer.router.assignment_T = layer.router.assignment_T[order]
     moved_edges = None if edge_index is None else order.argsort()[edge_index]
-    moved = layer(x[order], None if pool is None else pool[order], moved_edges)
+    moved = layer(x[order], None if batch is None else batch[order], moved_edges)
     torch.testing.assert_close(moved, y[order], atol=1e-10, rtol=0)
 
 
@@ -227,11 +232,11 @@ def renumber(layer: MoE, order: Tensor) -> MoE:
 @SETTINGS
 @given(case=st.sampled_from(CASES), order=st.permutations(range(E)), seed=st.integers(0, 99))
 def test_renumbered_experts_give_the_same_output(case: Case, order: list[int], seed: int) -> None:
-    x, pool, edge_index = make_call(case, "ragged", seed)
+    x, batch, edge_index = make_call(case, "ragged", seed)
     layer = make_layer(case, len(x), training=False)
     renumbered = renumber(layer, torch.tensor(order))
-    y, routing = layer(x, pool, edge_index, return_routing=True)
-    other, other_routing = renumbered(x, pool, edge_index, return_routing=True)
+    y, routing = layer(x, batch, edge_index, return_routing=True)
+    other, other_routing = renumbered(x, batch, edge_index, return_routing=True)
     torch.testing.assert_close(other, y, atol=1e-10, rtol=0)
     torch.testing.assert_close(other_routing.scores, routing.scores[:, order])
     torch.testing.assert_close(other_routing.load, routing.load[order])
@@ -246,9 +251,9 @@ def test_renumbered_experts_give_the_same_output(case: Case, order: list[int], s
     ids=label,
 )
 def test_the_task_reaches_the_router_at_one_expert_a_token(case: Case, weight: str) -> None:
-    x, pool, edge_index = make_call(case, "ragged")
+    x, batch, edge_index = make_call(case, "ragged")
     layer = make_layer(case, len(x), 1, weight)
-    layer(x, pool, edge_index).square().sum().backward()
+    layer(x, batch, edge_index).square().sum().backward()
     for name, parameter in layer.router.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 1e-8, name
@@ -261,8 +266,8 @@ def test_zero_tokens(case: Case, training: bool, shape: tuple[int, ...]) -> None
     layer = make_layer(case, 0, training=training)
     edge_index = torch.zeros(2, 0, dtype=torch.long)
     before = copy.deepcopy(layer.router.state_dict())
-    for pool in (None, torch.zeros(shape[:-1], dtype=torch.long)):
-        y, routing = layer(torch.zeros(shape, dtype=DTYPE), pool, edge_index, return_routing=True)
+    for batch in (None, torch.zeros(shape[:-1], dtype=torch.long)):
+        y, routing = layer(torch.zeros(shape, dtype=DTYPE), batch, edge_index, return_routing=True)
         assert y.shape == (*shape[:-1], 4)
         assert routing.to_dense().shape == (0, E)
         assert routing.aux_loss.isfinite()
@@ -279,11 +284,11 @@ def test_zero_tokens(case: Case, training: bool, shape: tuple[int, ...]) -> None
 @each_case
 def test_gradients_pass_anomaly_detection(case: Case) -> None:
     """No NaN on the way, not even one that is thrown away: tokens without an expert take part."""
-    x, pool, edge_index = make_call(case, "ragged")
+    x, batch, edge_index = make_call(case, "ragged")
     for weight in case.weights(2):
         layer = make_layer(case, len(x), 2, weight)
         with torch.autograd.set_detect_anomaly(True):
-            y, routing = layer(x, pool, edge_index, return_routing=True)
+            y, routing = layer(x, batch, edge_index, return_routing=True)
             (y.sum() + routing.aux_loss).backward()
 
 
@@ -293,8 +298,8 @@ def test_gradients_pass_anomaly_detection(case: Case) -> None:
 @each_mode
 @each_case
 def test_pairs_are_sorted_and_typed(case: Case, training: bool) -> None:
-    x, pool, edge_index = make_call(case, "ragged")
-    routing = make_layer(case, len(x), training=training).router(x, pool, edge_index)
+    x, batch, edge_index = make_call(case, "ragged")
+    routing = make_layer(case, len(x), training=training).router(x, batch, edge_index)
     assert routing.token.dtype == torch.int64
     assert routing.offsets.dtype == torch.int32
     assert routing.scores.shape == (len(x), E)
@@ -306,24 +311,24 @@ def test_pairs_are_sorted_and_typed(case: Case, training: bool) -> None:
 @each_mode
 @each_case
 def test_scores_are_float32_under_autocast_and_in_a_bfloat16_model(case: Case, training: bool) -> None:
-    x, pool, edge_index = make_call(case, "ragged")
+    x, batch, edge_index = make_call(case, "ragged")
     router = make_layer(case, len(x), training=training).router.float()
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(3)
-        routing = router(x.float(), pool, edge_index)
+        routing = router(x.float(), batch, edge_index)
     torch.manual_seed(3)
-    plain = router(x.float(), pool, edge_index)
+    plain = router(x.float(), batch, edge_index)
     assert routing.scores.dtype == routing.weight.dtype == torch.float32
     if not training:
         assert torch.equal(routing.scores, plain.scores)
-    assert router.bfloat16()(x.bfloat16(), pool, edge_index).scores.dtype == torch.float32
+    assert router.bfloat16()(x.bfloat16(), batch, edge_index).scores.dtype == torch.float32
 
 
 @each_case
 def test_a_view_that_is_not_contiguous_is_the_same(case: Case) -> None:
-    x, pool, edge_index = make_call(case, "ragged")
+    x, batch, edge_index = make_call(case, "ragged")
     layer = make_layer(case, len(x), training=False)
-    torch.testing.assert_close(layer(x.T.contiguous().T, pool, edge_index), layer(x, pool, edge_index))
+    torch.testing.assert_close(layer(x.T.contiguous().T, batch, edge_index), layer(x, batch, edge_index))
 
 
 # Modules
@@ -331,24 +336,24 @@ def test_a_view_that_is_not_contiguous_is_the_same(case: Case) -> None:
 
 @each_case
 def test_state_dict_copy_and_pickle(case: Case) -> None:
-    x, pool, edge_index = make_call(case, "ragged")
+    x, batch, edge_index = make_call(case, "ragged")
     router = make_layer(case, len(x)).router
-    router(x, pool, edge_index)  # so that counters have moved
+    router(x, batch, edge_index)  # so that counters have moved
     router.eval()
     torch.manual_seed(9)
     loaded = case.build(D, E, 2, num_tokens=len(x)).eval()
     loaded.load_state_dict(router.state_dict())
-    expected = router(x, pool, edge_index).to_dense()
+    expected = router(x, batch, edge_index).to_dense()
     for twin in (loaded, copy.deepcopy(router), pickle.loads(pickle.dumps(router))):
-        assert torch.equal(twin(x, pool, edge_index).to_dense(), expected)
+        assert torch.equal(twin(x, batch, edge_index).to_dense(), expected)
 
 
 @each_case
 def test_reset_parameters_draws_anew_and_forgets_counters(case: Case) -> None:
-    x, pool, edge_index = make_call(case, "ragged")
+    x, batch, edge_index = make_call(case, "ragged")
     router = make_layer(case, len(x)).router
     for _ in range(2):
-        router(x, pool, edge_index)
+        router(x, batch, edge_index)
     torch.manual_seed(4)
     router.reset_parameters()
     first = copy.deepcopy(router.state_dict())
@@ -395,17 +400,19 @@ def test_bad_arguments(router: type[Router], args: tuple[int, ...], kwargs: dict
 
 @each_case
 def test_bad_calls(case: Case) -> None:
-    x, pool, edge_index = make_call(case, "ragged")
+    x, batch, edge_index = make_call(case, "ragged")
     router = make_layer(case, len(x)).router
-    bad: list[tuple[tuple[Tensor | None, ...], str]] = [
-        ((x[:, :4], pool, edge_index), r"x: got shape \(11, 4\).*expected \(..., T, dim=5\)"),
+    bad: list[tuple[tuple[Any, ...], str]] = [
+        ((None,), r"x: got NoneType, expected a tensor \(..., T, dim=5\) of floats"),
+        (([[0.0] * D],), "x: got list, expected a tensor"),
+        ((x[:, :4], batch, edge_index), r"x: got shape \(11, 4\).*expected \(..., T, dim=5\)"),
         ((x[0], None, edge_index), r"x: got shape \(5,\).*expected \(..., T, dim=5\)"),
-        ((x.long(), pool, edge_index), "x: got .*int64, expected .* floats"),
-        ((x, torch.zeros(10, dtype=torch.long), edge_index), r"pool: got shape \(10,\).*shape \(11,\)"),
-        ((x, torch.zeros(11), edge_index), "pool: got .*float32, expected one integer a token"),
-        ((x, pool, torch.tensor([[0, 1], [2, 11]])), "edge_index: got destination node 11, expected values in 0..10"),
-        ((x, pool, torch.tensor([[-1, 1], [2, 3]])), "edge_index: got source node -1, expected values in 0..10"),
-        ((x, pool, torch.zeros(3, 2, dtype=torch.long)), r"edge_index: got shape \(3, 2\), expected \(2, "),
+        ((x.long(), batch, edge_index), "x: got .*int64, expected .* floats"),
+        ((x, torch.zeros(10, dtype=torch.long), edge_index), r"batch: got shape \(10,\).*shape \(11,\)"),
+        ((x, torch.zeros(11), edge_index), "batch: got .*float32, expected one integer a token"),
+        ((x, batch, torch.tensor([[0, 1], [2, 11]])), "edge_index: got destination node 11, expected values in 0..10"),
+        ((x, batch, torch.tensor([[-1, 1], [2, 3]])), "edge_index: got source node -1, expected values in 0..10"),
+        ((x, batch, torch.zeros(3, 2, dtype=torch.long)), r"edge_index: got shape \(3, 2\), expected \(2, "),
     ]
     for args, message in bad:
         with pytest.raises(ValueError, match=message):
@@ -415,13 +422,13 @@ def test_bad_calls(case: Case) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @each_case
 def test_check_finite(case: Case, value: float) -> None:
-    x, pool, edge_index = make_call(case, "ragged")
+    x, batch, edge_index = make_call(case, "ragged")
     x[3, 2] = value
     router = make_layer(case, len(x)).router
-    router(x, pool, edge_index)  # off by default
+    router(x, batch, edge_index)  # off by default
     router.check_finite = True
     with pytest.raises(ValueError, match="x: got 1 values that are NaN or infinite, expected none"):
-        router(x, pool, edge_index)
+        router(x, batch, edge_index)
 
 
 def test_check_finite_is_an_argument() -> None:
@@ -436,14 +443,94 @@ def test_a_router_is_abstract() -> None:
     assert issubclass(Router, nn.Module)
 
 
+# Where routers run
+
+
+@each_mode
+@each_case
+def test_inference_mode_gives_the_same(case: Case, training: bool) -> None:
+    x, batch, edge_index = make_call(case, "ragged")
+    router = make_layer(case, len(x), training=training).router
+    twin = copy.deepcopy(router)
+    torch.manual_seed(0)
+    expected = router(x, batch, edge_index).to_dense()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        assert torch.equal(twin(x, batch, edge_index).to_dense(), expected)
+    for (name, a), (_, b) in zip(router.named_buffers(), twin.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@each_case
+def test_a_router_on_the_meta_device_is_materialized(case: Case) -> None:
+    x, batch, edge_index = make_call(case, "ragged")
+    options = {**case.options, **({} if case.router is not OracleRouter else {"assignment": torch.arange(11) % E})}
+    with torch.device("meta"):
+        router = case.router(D, E, **options)
+    assert all(parameter.is_meta for parameter in router.parameters())
+    router.to_empty(device="cpu")
+    usual = case.router(D, E, **options)
+    for module in (router, usual):
+        torch.manual_seed(0)
+        module.reset_parameters()
+    for name, value in usual.state_dict().items():
+        assert torch.equal(router.state_dict()[name], value), name
+    assert router(x.float(), batch, edge_index).to_dense().isfinite().all()
+
+
+@each_mode
+@pytest.mark.parametrize("k", [1, 2])
+def test_token_choice_compiles_without_a_break(k: int, training: bool) -> None:
+    torch.compiler.reset()
+    router = TokenChoice(D, E, k).train(training)
+    compiled: Any = torch.compile(router, fullgraph=True, backend="eager")
+    for num_tokens in (7, 7, 9):
+        x = torch.randn(num_tokens, D)
+        found, expected = compiled(x), router(x)
+        assert torch.equal(found.to_dense(), expected.to_dense())
+        found.weight.sum().backward()
+
+
+@each_case
+def test_transforms_of_torch_func_are_refused(case: Case) -> None:
+    x, _, edge_index = make_call(case, "one_group")
+    router = make_layer(case, len(x)).router
+    with pytest.raises(RuntimeError, match=r"torch.func transforms .* are not supported"):
+        torch.func.grad(lambda value: router(value, None, edge_index).weight.sum())(x)
+
+
+def test_token_choice_builds_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would cost host syncs on a GPU."""
+    monkeypatch.setattr(Groups, "from_segments", None)
+    x, batch, _ = make_call(CASES[0], "ragged")
+    for router in (TokenChoice(D, E), MultiCentroid(D, E), RandomRouter(D, E)):
+        router(x, batch)
+
+
+def test_a_default_call_passes_few_functions() -> None:
+    router, x = TokenChoice(D, E), torch.randn(7, D)
+    root = str(Path(gmoe.__file__).parent)
+    seen: set[tuple[str, str]] = set()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(root):
+            seen.add((frame.f_code.co_filename, frame.f_code.co_qualname))
+
+    sys.setprofile(count)
+    router(x)
+    sys.setprofile(None)
+    assert len(seen) <= 5, seen
+    assert len({file for file, _ in seen}) <= 3, seen
+
+
 # Scale
 
-LONG = ("pool", 100_000)  # all pairs of 100,000
+LONG = ("group", 100_000)  # all pairs of 100,000
 
 
 @pytest.mark.parametrize(
     ("gates", "num_tokens"),
-    [(gates, n) for gates in ("softmax", "neighbours", "pool") for n in (10, 1000, 100_000) if (gates, n) != LONG],
+    [(gates, n) for gates in ("softmax", "neighbors", "group") for n in (10, 1000, 100_000) if (gates, n) != LONG],
 )
 def test_the_scale_of_weights_along_tokens_does_not_depend_on_their_number(gates: str, num_tokens: int) -> None:
     torch.manual_seed(0)
@@ -453,7 +540,7 @@ def test_the_scale_of_weights_along_tokens_does_not_depend_on_their_number(gates
     if gates == "softmax":
         router = ExpertChoice(D, E, normalize="tokens")
     else:
-        router = AttentionVote(D, E, scope="neighbours" if gates == "neighbours" else "pool", head_dim=4)
+        router = AttentionVote(D, E, scope="neighbors" if gates == "neighbors" else "group", head_dim=4)
     weight = router(x, edge_index=edge_index).weight
     assert weight.max() < 10  # no cap, so that the mean is exact
     assert weight.mean().item() == pytest.approx(1.0, abs=1e-4)

@@ -1,27 +1,29 @@
-"""The abstract router. Shapes: T tokens, D width, E experts, K experts a token, P pairs."""
+"""The abstract router. Shapes: T tokens, D width, E experts, K experts per token, P pairs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gmoe._checks import check_choice, check_count
-from gmoe.routing.pools import Pools, segment_logsumexp
-from gmoe.routing.routing import Routing
+from gmoe.routers.groups import segment_logsumexp
+from gmoe.routing import Routing, in_backward
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
 
 MAX_WEIGHT = 10.0
-"""Cap of a weight that was taken along tokens and divided by the mean of its pool."""
+"""Cap of a ``"score"`` weight; only gates that run along tokens reach it."""
 
 
 class Router(nn.Module, ABC):
-    """Decides which expert handles which token.
+    """Decide which expert handles which token.
 
-    Called as ``router(x, pool=None, edge_index=None)``. Scores are computed in float32 at least, also under autocast.
+    Called as ``router(x, batch=None, edge_index=None)``. Scores are computed in float32 at least, also under autocast.
+    A router of your own implements :meth:`route` and :meth:`reset_parameters`.
 
     Args:
         dim: D, the width of the tokens.
@@ -30,7 +32,7 @@ class Router(nn.Module, ABC):
         weight: how a pair's weight follows from its gate ``g`` (a probability or a vote):
 
             - ``"score"``: ``g`` itself. Where ``g`` runs along tokens, it is divided by the detached mean of the
-              selected gates of the pool and capped at 10, so that the scale does not depend on T.
+              selected gates of the group and capped at 10, so that the scale does not depend on T.
             - ``"normalized"``: ``g`` divided by the sum over the token's experts, so that a token's weights sum to 1.
               Refused at K = 1, where it is constant and the router would get no gradient from the task.
             - ``"straight_through"``: ``g / g.detach()``: the value 1 with the gradient of ``log g``.
@@ -38,14 +40,15 @@ class Router(nn.Module, ABC):
         check_finite: raise on NaN or infinity in the tokens. Costs a host sync; default ``False``.
 
     Shapes:
-        - ``x``: (..., T, D); leading dimensions are pools, without them all tokens are one pool.
-        - ``pool``: optional segment ids (PyG's ``batch``), integers of shape ``x.shape[:-1]``, unsorted and with gaps
+        - ``x``: (..., T, D); leading dimensions are groups, without them all tokens are one group.
+        - ``batch``: optional group ids (PyG's ``batch``), integers of shape ``x.shape[:-1]``, unsorted and with gaps
           allowed.
         - ``edge_index``: optional (2, number of edges), the graph of the tokens; only some routers look at it.
 
     Raises:
-        ValueError: K, E or ``weight`` out of range; a token width, pool vector or edge index that does not fit;
+        ValueError: K, E or ``weight`` out of range; tokens, a batch vector or an edge index that do not fit;
             ``check_finite`` and a value that is not finite.
+        RuntimeError: called inside a transform of ``torch.func``.
     """
 
     def __init__(
@@ -92,20 +95,67 @@ class Router(nn.Module, ABC):
         """Draw the parameters anew and forget all counters."""
 
     @abstractmethod
-    def route(self, x_TD: Tensor, pools: Pools, edge_index: Tensor | None) -> Routing:
-        """Route flat tokens, in float32 or float64 and with autocast off."""
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        """Route flat tokens, in float32 or float64 and with autocast off.
 
-    def forward(self, x: Tensor, pool: Tensor | None = None, edge_index: Tensor | None = None) -> Routing:
+        Args:
+            x_TD: (T, D) tokens.
+            group: (T,) group ids, unsorted and with gaps allowed; or the number of tokens in each of the equal groups
+                that lie one behind the other. Where tokens compete, ``Groups.of(group, T)`` reads either.
+            edge_index: (2, number of edges), or ``None``.
+        """
+
+    def forward(self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None) -> Routing:
         """Route ``x``; see the class."""
-        pools = self._pools(x, pool)
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise RuntimeError("torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers")
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x: got {type(x).__name__}, expected a tensor (..., T, dim={self.dim}) of floats")
+        if x.dim() < 2 or x.size(-1) != self.dim or not x.is_floating_point():
+            raise ValueError(f"x: got shape {tuple(x.shape)} of {x.dtype}, expected (..., T, dim={self.dim}) of floats")
+        group: Tensor | int = x.size(-2)
+        if batch is not None:
+            if batch.shape != x.shape[:-1] or batch.is_floating_point() or batch.is_complex():
+                got, expected = f"{tuple(batch.shape)} of {batch.dtype}", tuple(x.shape[:-1])
+                raise ValueError(f"batch: got shape {got}, expected one integer a token, shape {expected}")
+            group = batch.reshape(-1)
         x_TD = x.reshape(-1, self.dim)
         # a finite sum has finite terms, and is cheaper to have; one that is not may have overflowed
         if self.check_finite and not bool(x_TD.detach().sum().isfinite()) and not bool(x_TD.isfinite().all()):
             raise ValueError(f"x: got {int((~x_TD.isfinite()).sum())} values that are NaN or infinite, expected none")
         if edge_index is not None:
-            check_edge_index(edge_index, pools.num_tokens, pools.num_tokens)
+            check_edge_index(edge_index, x_TD.size(0), x_TD.size(0))
         with torch.autocast(x.device.type, enabled=False):
-            return self.route(x_TD.to(torch.promote_types(x.dtype, torch.float32)), pools, edge_index)
+            routing = self.route(x_TD.to(torch.promote_types(x.dtype, torch.float32)), group, edge_index)
+        if routing.losses and self.training and not torch.is_grad_enabled():
+            routing = replace(routing, detached=True)
+        return routing
+
+    def _top_k(self, ranked_TE: Tensor, log_gate_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, K) each token's best experts, best first, ties to the lowest index; and (T, K) their weights."""
+        if self.k == 1:  # the first of equal maxima, unlike topk
+            expert_TK = ranked_TE.detach().max(dim=-1, keepdim=True).indices
+        else:
+            expert_TK = ranked_TE.detach().argsort(dim=-1, descending=True, stable=True)[:, : self.k]
+        log_gate_TK = log_gate_TE.gather(1, expert_TK)
+        if self.weight == "normalized":
+            log_gate_TK = log_gate_TK.log_softmax(dim=-1)
+        elif self.weight == "straight_through":
+            log_gate_TK = log_gate_TK - log_gate_TK.detach()
+        return expert_TK, log_gate_TK.exp()
+
+    def _pair_weights(self, log_gate_P: Tensor, token_P: Tensor, num_tokens: int) -> Tensor:
+        """(P,) the weights of any pairs from the logarithms of their gates."""
+        if self.weight == "score":
+            return log_gate_P.exp().clamp(max=MAX_WEIGHT)
+        if self.weight == "straight_through":
+            return (log_gate_P - log_gate_P.detach()).exp()
+        total_T = segment_logsumexp(log_gate_P[:, None], token_P, num_tokens)[:, 0]
+        return (log_gate_P - total_T.index_select(0, token_P)).exp()
+
+    def is_training_step(self) -> bool:
+        """Whether this forward moves the counters: not in evaluation, not when a checkpoint recomputes it."""
+        return self.training and not in_backward()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """Keep counters and frozen projections in float32 at least: in bfloat16 a bias's steps would round away."""
@@ -119,61 +169,13 @@ class Router(nn.Module, ABC):
                 self.get_submodule(parent)._buffers[leaf] = kept
         return self
 
-    def _pools(self, x: Tensor, pool: Tensor | None) -> Pools:
-        if x.dim() < 2 or x.size(-1) != self.dim or not x.is_floating_point():
-            raise ValueError(f"x: got shape {tuple(x.shape)} of {x.dtype}, expected (..., T, dim={self.dim}) of floats")
-        if pool is None:
-            return Pools.equal(x.shape[:-2].numel(), x.size(-2))
-        if pool.shape != x.shape[:-1] or pool.is_floating_point() or pool.is_complex():
-            raise ValueError(
-                f"pool: got shape {tuple(pool.shape)} of {pool.dtype}, expected one integer a token, "
-                f"shape {tuple(x.shape[:-1])}"
-            )
-        return Pools.from_segments(pool.reshape(-1))
-
-    def _weights(self, log_gate_P: Tensor, token_P: Tensor, num_tokens: int) -> Tensor:
-        """(P,) the pairs' weights from the logarithms of their gates."""
-        if self.weight == "score":
-            return log_gate_P.exp()
-        if self.weight == "straight_through":
-            return (log_gate_P - log_gate_P.detach()).exp()
-        total_T = segment_logsumexp(log_gate_P[:, None], token_P, num_tokens)[:, 0]
-        return (log_gate_P - total_T.index_select(0, token_P)).exp()
-
-    def _weights_along_tokens(self, log_gate_P: Tensor, token_P: Tensor, pools: Pools) -> Tensor:
-        """:meth:`_weights` for gates that run along tokens: scaled by the mean of the pool's selected gates."""
-        if self.weight != "score":
-            return self._weights(log_gate_P, token_P, pools.num_tokens)
-        gate_P = log_gate_P.exp()
-        mean_P = pools.mean_of_pairs(gate_P.detach(), token_P).clamp(min=torch.finfo(gate_P.dtype).tiny)
-        return (gate_P / mean_P).clamp(max=MAX_WEIGHT)
-
-    def _counters_advance(self) -> bool:
-        """Whether this forward counts as a training step: not in evaluation, not when a checkpoint recomputes it."""
-        return self.training and not in_backward()
-
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, k={self.k}, weight={self.weight!r}"
 
 
-@torch.compiler.disable
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass, as when activation checkpointing recomputes a forward."""
-    return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself asks
-
-
-def gather_pairs(value_TE: Tensor, token_P: Tensor, offsets_E: Tensor) -> Tensor:
-    """(P,) the entries of ``value`` at the pairs. One flat ``index_select``, whose backward is an ``index_add``."""
-    num_experts = value_TE.size(1)
-    load_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)).long()
-    expert_P = torch.arange(num_experts, device=token_P.device).repeat_interleave(load_E, output_size=token_P.numel())
-    return value_TE.reshape(-1).index_select(0, token_P * num_experts + expert_P)
-
-
 def float_linear(x_TD: Tensor, linear: nn.Linear) -> Tensor:
-    """``linear(x)`` with the parameters in float32 at least: a model in bfloat16 still scores in float32."""
-    weight = linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
-    return nn.functional.linear(x_TD, weight)
+    """``linear(x)`` in the precision of ``x``, at least float32: a model in bfloat16 still scores in float32."""
+    return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
 
 
 def check_edge_index(edge_index: Tensor, num_src: int, num_dst: int) -> None:

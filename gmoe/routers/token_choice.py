@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -9,14 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._checks import check_at_least, check_choice, check_positive
-from gmoe.routing.losses import importance_loss, load_loss, switch_loss, z_loss
-from gmoe.routing.pools import Pools
-from gmoe.routing.router import Router, Weighting, float_linear, gather_pairs
-from gmoe.routing.routing import AuxLoss, Routing
-from gmoe.routing.select import drop_over_capacity, pairs_of_choices, top_experts
+from gmoe.losses import importance_loss, load_loss, switch_loss, z_loss
+from gmoe.routers.base import Router, Weighting, float_linear
+from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
+from gmoe.routing import AuxLoss, Routing
 
 Balance: TypeAlias = Literal["importance_load", "switch", "bias"]
-
 
 NOISE_FLOOR = 0.01
 """Least standard deviation of the learned noise: at zero the load would have no gradient."""
@@ -55,8 +54,8 @@ class TokenChoice(Router):
         z_coef: coefficient of the router z-loss (default 0, no loss).
         init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as Switch Transformer's): a softmax that is
             sharp from the start, as large features make it, hardly learns.
-        capacity_factor: in training, an expert takes at most ``clamp(ceil(capacity_factor * K * T_pool / E), 1,
-            T_pool)`` tokens of a pool. Pairs are dropped by priority (V-MoE's batch-prioritised routing: first
+        capacity_factor: in training, an expert takes at most ``clamp(ceil(capacity_factor * K * T_group / E), 1,
+            T_group)`` tokens of a group. Pairs are dropped by priority (V-MoE's batch-prioritized routing: first
             choices before second ones, and among them tokens with the highest probability first), never by position.
             ``None`` (default) drops nothing.
         check_finite: see :class:`Router`.
@@ -127,53 +126,56 @@ class TokenChoice(Router):
             self.bias_E.zero_()
             self.last_load_E.zero_()
 
-    def route(self, x_TD: Tensor, pools: Pools, edge_index: Tensor | None) -> Routing:
-        clean_TE = float_linear(x_TD, self.gate)
-        logits_TE = clean_TE
-        noise_std_TE = None
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        clean_TE = logits_TE = F.linear(x_TD, self.gate.weight.to(x_TD.dtype))
+        std_TE = None
         if self.noise is not None:
-            noise_std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
+            std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
             if self.training:
-                logits_TE = clean_TE + torch.randn_like(clean_TE) * noise_std_TE
+                logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         probs_TE = log_probs_TE.exp()
-
         # probabilities may underflow to ties that the logits do not have
         ranked_TE = self._biased(probs_TE) if self.balance == "bias" else logits_TE
-        expert_TK = top_experts(ranked_TE.detach(), self.k)
-        token_P, offsets_E = pairs_of_choices(expert_TK, self.num_experts)
-        load_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
-        num_chosen = token_P.numel()
+        expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)
+        routing = Routing.from_choices(expert_TK, weight_TK, self.num_experts, probs_TE)
+        if self.balance is not None or self.z_coef > 0:
+            routing = replace(routing, losses=self._losses(clean_TE, logits_TE, std_TE, routing))
+            if self.balance == "bias" and self.is_training_step():
+                self.last_load_E.copy_(routing.load)
         if self.training and self.capacity_factor is not None:
-            capacity = pools.capacity(self.k, self.num_experts, self.capacity_factor)
-            token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), pools, capacity)
-
-        weight_P = self._weights(gather_pairs(log_probs_TE, token_P, offsets_E), token_P, pools.num_tokens)
-        losses = self._losses(clean_TE, logits_TE, noise_std_TE, probs_TE, load_E)
-        if self.balance == "bias" and self._counters_advance():
-            self.last_load_E.copy_(load_E)
-        dropped = num_chosen - token_P.numel()
-        return Routing(token_P, offsets_E, weight_P, probs_TE, pools.num_tokens, losses, dropped)
+            routing = self._within_capacity(routing, expert_TK, log_probs_TE, Groups.of(group, len(x_TD)))
+        return routing
 
     def _biased(self, probs_TE: Tensor) -> Tensor:
         """Probability and bias, the latter brought up to date with the last step's load."""
-        if self._counters_advance():
+        if self.is_training_step():
             self.bias_E.add_(self.bias_rate * (self.last_load_E.mean() - self.last_load_E).sign())
         return probs_TE + self.bias_E
 
     def _losses(
-        self, clean_TE: Tensor, logits_TE: Tensor, noise_std_TE: Tensor | None, probs_TE: Tensor, load_E: Tensor
+        self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, routing: Routing
     ) -> dict[str, AuxLoss]:
         losses = {}
         if self.balance == "importance_load":
-            assert noise_std_TE is not None
-            losses["importance"] = AuxLoss(importance_loss(probs_TE), self.balance_coef)
-            losses["load"] = AuxLoss(load_loss(clean_TE, logits_TE, noise_std_TE, self.k), self.balance_coef)
+            assert std_TE is not None
+            losses["importance"] = AuxLoss(importance_loss(routing.scores), self.balance_coef)
+            losses["load"] = AuxLoss(load_loss(clean_TE, logits_TE, std_TE, self.k), self.balance_coef)
         elif self.balance == "switch":
-            losses["switch"] = AuxLoss(switch_loss(probs_TE, load_E), self.balance_coef)
+            losses["switch"] = AuxLoss(switch_loss(routing.scores, routing.load), self.balance_coef)
         if self.z_coef > 0:
             losses["z"] = AuxLoss(z_loss(logits_TE), self.z_coef)
         return losses
+
+    def _within_capacity(self, routing: Routing, expert_TK: Tensor, log_probs_TE: Tensor, groups: Groups) -> Routing:
+        """The routing without the pairs that experts have no room for; the weights are those of what is left."""
+        assert self.capacity_factor is not None
+        capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
+        token_P, offsets_E = drop_over_capacity(expert_TK, routing.scores.detach(), groups, capacity)
+        log_gate_P = gather_pairs(log_probs_TE, token_P, offsets_E)
+        weight_P = self._pair_weights(log_gate_P, token_P, routing.num_tokens)
+        kept_T = token_P.new_zeros(routing.num_tokens).index_add(0, token_P, torch.ones_like(token_P))
+        return replace(routing, token=token_P, offsets=offsets_E, weight=weight_P, dropped_T=self.k - kept_T)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

@@ -15,35 +15,35 @@ from gmoe import AttentionVote
 
 D, E = 6, 4
 OPTIONS: list[dict[str, Any]] = [
-    {"queries": queries, "scope": scope} for queries in ("per_expert", "shared") for scope in ("pool", "neighbours")
+    {"shared_queries": shared, "scope": scope} for shared in (False, True) for scope in ("group", "neighbors")
 ]
-each = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options.values()))
+each = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
 @each
 @pytest.mark.parametrize(
-    "pool",
+    "batch",
     [None, [0] * 6 + [1] * 6, [0, 3] * 6, [5, 0, 0, 1, 5, 5, 5, 5, 5, 5, 0, 5]],
     ids=["one", "equal", "equal_unsorted", "ragged"],
 )
-def test_votes_average_one_over_the_tokens(options: dict[str, Any], pool: list[int] | None) -> None:
+def test_votes_average_one_over_the_tokens(options: dict[str, Any], batch: list[int] | None) -> None:
     router, x = AttentionVote(D, E, **options), 3 * torch.randn(12, D)
-    segment = torch.zeros(12, dtype=torch.long) if pool is None else torch.tensor(pool)
+    segment = torch.zeros(12, dtype=torch.long) if batch is None else torch.tensor(batch)
     edge_index = torch.randint(12, (2, 60))
     edge_index = edge_index[:, segment[edge_index[0]] == segment[edge_index[1]]]
-    votes = router(x, None if pool is None else segment, edge_index).scores
+    votes = router(x, None if batch is None else segment, edge_index).scores
     for ids in segment.unique():
         torch.testing.assert_close(votes[segment == ids].mean(0), torch.ones(E))
 
 
 @each
-def test_selected_weights_average_one_in_each_pool(options: dict[str, Any]) -> None:
-    """The scale rule: divided by the mean of the pool's selected votes."""
-    pool = torch.tensor([5, 0, 0, 1, 5, 5, 5, 5, 5, 5, 0, 5])
+def test_selected_weights_average_one_in_each_group(options: dict[str, Any]) -> None:
+    """The scale rule: divided by the mean of the group's selected votes."""
+    batch = torch.tensor([5, 0, 0, 1, 5, 5, 5, 5, 5, 5, 0, 5])
     edge_index = torch.stack([torch.arange(12), torch.arange(12)])
-    routing = AttentionVote(D, E, k=2, **options)(torch.randn(12, D), pool, edge_index)
-    for ids in pool.unique():
-        mine = routing.weight[pool[routing.token] == ids]
+    routing = AttentionVote(D, E, k=2, **options)(torch.randn(12, D), batch, edge_index)
+    for ids in batch.unique():
+        mine = routing.weight[batch[routing.token] == ids]
         assert mine.max() < 10
         assert mine.mean().item() == pytest.approx(1.0, abs=1e-5)
 
@@ -59,9 +59,9 @@ def test_the_weight_is_capped_at_ten() -> None:
     assert weight.isfinite().all()
 
 
-@pytest.mark.parametrize(("queries", "projections"), [("per_expert", 2 * E), ("shared", E + 1)])
-def test_number_of_projections(queries: Any, projections: int) -> None:
-    router = AttentionVote(D, E, queries=queries, head_dim=5)
+@pytest.mark.parametrize(("shared", "projections"), [(False, 2 * E), (True, E + 1)])
+def test_number_of_projections(shared: bool, projections: int) -> None:
+    router = AttentionVote(D, E, shared_queries=shared, head_dim=5)
     assert sum(parameter.numel() for parameter in router.parameters()) == projections * 5 * D
 
 
@@ -74,18 +74,15 @@ def test_popular_token_is_taken() -> None:
     assert router(x).token.tolist() == [2]
 
 
-def test_neighbours_need_edges() -> None:
-    with pytest.raises(
-        ValueError, match=r"edge_index: got None with scope='neighbours', expected the \(2, num_edges\)"
-    ):
-        AttentionVote(D, E, scope="neighbours")(torch.randn(3, D))
+def test_neighbors_need_edges() -> None:
+    with pytest.raises(ValueError, match=r"edge_index: got None with scope='neighbors', expected the \(2, num_edges\)"):
+        AttentionVote(D, E, scope="neighbors")(torch.randn(3, D))
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"queries": "global"}, "queries: got 'global', expected one of 'per_expert', 'shared'"),
-        ({"scope": "graph"}, "scope: got 'graph', expected one of 'pool', 'neighbours'"),
+        ({"scope": "graph"}, "scope: got 'graph', expected one of 'group', 'neighbors'"),
         ({"head_dim": 0}, "head_dim: got 0, expected at least 1"),
         ({"capacity_factor": 0}, "capacity_factor: got 0, expected a positive number"),
     ],
@@ -97,8 +94,8 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
 
 
 def test_repr() -> None:
-    text = repr(AttentionVote(D, E, queries="shared", scope="neighbours"))
-    assert "6, 4, k=1, weight='score', queries='shared', scope='neighbours'" in text
+    text = repr(AttentionVote(D, E, shared_queries=True, scope="neighbors"))
+    assert "6, 4, k=1, weight='score', shared_queries=True, scope='neighbors'" in text
 
 
 MEASURE = """

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmoe.routing.kmeans import kmeans
+from gmoe.routers.multi_centroid import kmeans
 
 
 def generator(seed: int = 0) -> torch.Generator:

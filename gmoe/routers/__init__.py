@@ -1,4 +1,4 @@
-"""Routers by name."""
+"""Routers: which expert handles which token. Imports torch only."""
 
 from __future__ import annotations
 
@@ -7,14 +7,33 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
-from gmoe._checks import check_choice, check_count
-from gmoe.routing.attention_vote import AttentionVote
-from gmoe.routing.expert_choice import ExpertChoice
-from gmoe.routing.multi_centroid import MultiCentroid
-from gmoe.routing.random_router import RandomRouter
-from gmoe.routing.router import Router
-from gmoe.routing.token_choice import TokenChoice
-from gmoe.routing.uniform_router import UniformRouter
+from gmoe._checks import check_choice, check_count, nearest
+from gmoe.routers.attention_vote import AttentionVote
+from gmoe.routers.base import Router, Weighting
+from gmoe.routers.baselines import OracleRouter, RandomRouter, UniformRouter
+from gmoe.routers.expert_choice import ExpertChoice
+from gmoe.routers.groups import Groups
+from gmoe.routers.multi_centroid import MultiCentroid
+from gmoe.routers.soft import SoftRouting, SoftSlots
+from gmoe.routers.token_choice import TokenChoice
+
+__all__ = [
+    "ROUTERS",
+    "AttentionVote",
+    "ExpertChoice",
+    "Groups",
+    "MultiCentroid",
+    "OracleRouter",
+    "RandomRouter",
+    "Router",
+    "RouterLike",
+    "SoftRouting",
+    "SoftSlots",
+    "TokenChoice",
+    "UniformRouter",
+    "Weighting",
+    "build_router",
+]
 
 RouterLike: TypeAlias = str | Router | Callable[..., Router]
 """A name of :data:`ROUTERS`; a class or factory ``router(dim, num_experts, k=k, **kwargs)``; an instance."""
@@ -27,7 +46,8 @@ ROUTERS: dict[str, Callable[..., Router]] = {
     "random": RandomRouter,
     "uniform": UniformRouter,
 }
-"""Routers that a name can build. :class:`OracleRouter` needs the assignment, so it takes a factory."""
+"""Routers that a name can build. :class:`OracleRouter` needs the assignment, so it takes a factory; the slots of
+:class:`SoftSlots` are for :class:`gmoe.SoftMoE`."""
 
 
 def build_router(
@@ -74,7 +94,10 @@ def build_router(
         signature.bind(dim, num_experts, **own, **kwargs)
     except TypeError as error:
         known = [name for name in signature.parameters if name not in ("dim", "num_experts", "k")]
-        raise ValueError(f"router_kwargs: got {kwargs!r}, expected some of {', '.join(known)} ({error})") from error
+        unknown = next((name for name in kwargs if name not in known), "")
+        raise ValueError(
+            f"router_kwargs: got {kwargs!r}, expected some of {', '.join(known)} ({error}){nearest(unknown, known)}"
+        ) from error
     built = router(dim, num_experts, **own, **kwargs)
     if not isinstance(built, Router):
         raise ValueError(f"router: got a factory that returned {type(built).__name__}, expected a Router")

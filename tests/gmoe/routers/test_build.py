@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gmoe
-from gmoe import ROUTERS, OracleRouter, Router, TokenChoice, UniformRouter, build_router
+from gmoe import ROUTERS, OracleRouter, Router, SoftSlots, TokenChoice, UniformRouter, build_router
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -24,7 +24,7 @@ def test_by_name(name: str) -> None:
 def test_every_public_router_has_a_name() -> None:
     public = [getattr(gmoe, name) for name in gmoe.__all__]
     routers = {c for c in public if isinstance(c, type) and issubclass(c, Router) and c is not Router}
-    assert routers == {*ROUTERS.values(), OracleRouter}
+    assert routers == {*ROUTERS.values(), OracleRouter, SoftSlots}
 
 
 def test_arguments_are_passed_on() -> None:
@@ -70,3 +70,12 @@ def test_refusals() -> None:
         build_router(TokenChoice(6, 4), 6, 4, 1, {"weight": "score"})
     with pytest.raises(ValueError, match="router: got a factory that returned Linear, expected a Router"):
         build_router(torch.nn.Linear, 6, 4, 1)  # type: ignore[arg-type]
+
+
+def test_the_nearest_name_is_suggested() -> None:
+    with pytest.raises(ValueError, match=r"router: got 'token_choise', .*; did you mean 'token_choice'"):
+        build_router("token_choise", 6, 4, 1)
+    with pytest.raises(ValueError, match=r"router_kwargs: got .*; did you mean 'capacity_factor'"):
+        build_router("expert_choice", 6, 4, 1, {"capacity": 1.0})
+    with pytest.raises(ValueError, match=r"balance: got 'swich', .*; did you mean 'switch'"):
+        build_router("token_choice", 6, 4, 1, {"balance": "swich"})

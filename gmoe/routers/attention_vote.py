@@ -1,0 +1,276 @@
+"""Attention vote.
+
+Shapes: T tokens, D width, E experts, H voting heads, d head width, B groups, S tokens a group, M edges with one
+self-loop a token.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gmoe._autograd import first_order
+from gmoe._checks import check_choice, check_count, check_positive
+from gmoe.routers.base import Router, Weighting, float_linear
+from gmoe.routers.groups import Groups, gather_pairs, pairs_of_experts
+from gmoe.routing import Routing
+
+Scope: TypeAlias = Literal["group", "neighbors"]
+
+BLOCK_ELEMENTS = 2**22
+"""Scores held at once: 16 MiB in float32. Memory for votes is this plus O(T)."""
+
+KEPT = 4
+"""The softmax is kept for the backward pass where a group has at most so many tokens a unit of the head width."""
+
+
+class AttentionVote(Router):
+    r"""Each expert takes the top-C tokens of a group that the other tokens vote for.
+
+    .. math::
+        \mathrm{votes}_j^e = \sum_i \mathrm{softmax}_j(q_i^e \cdot k_j^e / \sqrt{d})
+
+    Every token has one vote an expert, so that votes average 1 over all tokens. Capacity and ties are those of
+    :class:`ExpertChoice`; votes that differ by rounding only are ties. Votes run
+    along tokens: with ``weight="score"`` they are divided by the detached mean of the group's selected votes and capped
+    at 10.
+
+    Args:
+        dim: D, the width of the tokens.
+        num_experts: E.
+        k: K, the average number of experts of a token at ``capacity_factor=1`` (default 1).
+        weight: see :class:`Router`; default ``"score"``.
+        capacity_factor: scales the number of tokens that an expert takes (default 1).
+        shared_queries: ``False`` (default): E queries and E keys. ``True``: one global query and E keys, E + 1
+            projections in place of 2E.
+        scope: ``"group"`` (default): all tokens of a group vote; exact, O(T^2) time, O(T) memory forward and backward.
+            ``"neighbors"``: a node spreads its vote over its out-neighbors and itself, O(edges); needs ``edge_index``.
+            Experts choose inside groups either way.
+        head_dim: d, the width of queries and keys (default 32).
+        init_scale: factor of ``nn.Linear``'s initial weights of the queries (default 0.1): a softmax that is sharp from
+            the start, as large features make it, hardly learns.
+        check_finite: see :class:`Router`.
+
+    Shapes:
+        See :class:`Router`.
+
+    Raises:
+        ValueError: an argument out of range, or ``scope="neighbors"`` without ``edge_index``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 1,
+        *,
+        weight: Weighting | None = None,
+        capacity_factor: float = 1.0,
+        shared_queries: bool = False,
+        scope: Scope = "group",
+        head_dim: int = 32,
+        init_scale: float = 0.1,
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
+        check_positive("capacity_factor", capacity_factor)
+        check_choice("scope", scope, get_args(Scope))
+        check_count("head_dim", head_dim)
+        check_positive("init_scale", init_scale)
+        self.capacity_factor = capacity_factor
+        self.shared_queries = shared_queries
+        self.scope = scope
+        self.head_dim = head_dim
+        self.init_scale = init_scale
+        self.query = nn.Linear(dim, (1 if shared_queries else num_experts) * head_dim, bias=False)
+        self.key = nn.Linear(dim, num_experts * head_dim, bias=False)
+        self.reset_parameters()
+
+    @property
+    def experts_per_token(self) -> float:
+        return min(self.k * self.capacity_factor, float(self.num_experts))
+
+    def reset_parameters(self) -> None:
+        self.query.reset_parameters()
+        self.key.reset_parameters()
+        with torch.no_grad():
+            self.query.weight.mul_(self.init_scale)
+
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        groups = Groups.of(group, len(x_TD))
+        q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim)) / math.sqrt(self.head_dim)
+        k_TEd = float_linear(x_TD, self.key).unflatten(-1, (self.num_experts, self.head_dim))
+        if self.scope == "neighbors":
+            if edge_index is None:
+                raise ValueError("edge_index: got None with scope='neighbors', expected the (2, num_edges) edges")
+            votes_TE = neighbor_votes(q_THd, k_TEd, edge_index)
+        else:
+            votes_TE = k_TEd.new_zeros(k_TEd.shape[:2])
+            for part in groups.batches():
+                votes_BES = group_votes(part.take(q_THd).transpose(1, 2), part.take(k_TEd).transpose(1, 2), part.mask)
+                votes_TE = part.add(votes_TE, votes_BES.transpose(1, 2))
+        capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
+        # a vote is a sum over voters: equal tokens come out equal up to rounding only
+        tolerance = 8 * torch.finfo(votes_TE.dtype).eps
+        token_P, offsets_E = pairs_of_experts(groups.top_tokens(votes_TE.detach(), capacity, tolerance))
+        gate_P = gather_pairs(votes_TE, token_P, offsets_E)
+        log_gate_P = gate_P.clamp(min=torch.finfo(gate_P.dtype).tiny).log()
+        log_gate_P = log_gate_P - groups.log_mean_of_pairs(log_gate_P, token_P)
+        weight_P = self._pair_weights(log_gate_P, token_P, len(x_TD))
+        return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, shared_queries={self.shared_queries}, scope={self.scope!r}"
+
+
+def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None, block: int | None = None) -> Tensor:
+    """(B, H, S) how much each token is voted for by the tokens of its group; exact, in O(S) memory.
+
+    A block of voters at a time, whose softmax the backward pass computes again; the softmax of small groups is kept.
+
+    Args:
+        q_BHSd: queries, already divided by sqrt(d); H may be 1 where all heads share them.
+        k_BHSd: keys.
+        mask_BS: which slots hold a token; ``None`` for all.
+        block: voters at a time; by default all of a small group, else as many as fit ``BLOCK_ELEMENTS``.
+    """
+    size = k_BHSd.size(2)
+    small = size <= KEPT * k_BHSd.size(3)
+    if block is None:
+        block = size if small else BLOCK_ELEMENTS // max(k_BHSd.shape[:-1].numel(), 1)
+    if small and block >= size:
+        return _votes_of(q_BHSd, k_BHSd, mask_BS, mask_BS)
+    block = math.ceil(size / math.ceil(size / max(block, 1)))  # as many as fit, of nearly equal length
+    masks = [None] * math.ceil(size / block) if mask_BS is None else mask_BS.split(block, dim=1)
+    parts = zip(q_BHSd.split(block, dim=2), masks, strict=True)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    votes = [checkpoint(_votes_of, q_BHbd, k_BHSd, mask_BS, mask_Bb, **options) for q_BHbd, mask_Bb in parts]
+    return sum(votes[1:], votes[0])
+
+
+def _votes_of(q_BHbd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, mask_Bb: Tensor | None) -> Tensor:
+    """(B, H, S) the votes of b voters; padding neither votes nor is voted for."""
+    scores_BHbS = q_BHbd @ k_BHSd.transpose(-1, -2)
+    if mask_BS is None or mask_Bb is None:
+        return scores_BHbS.softmax(dim=-1).sum(dim=2)
+    shares_BHbS = scores_BHbS.masked_fill(~mask_BS[:, None, None, :], -torch.inf).softmax(dim=-1)
+    return (mask_Bb[:, None, None].to(shares_BHbS.dtype) @ shares_BHbS).squeeze(2)
+
+
+@torch.compiler.disable  # which knows no sparse tensors
+def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
+    """(T, H) votes where each node spreads one vote over its out-neighbors and itself; O(edges).
+
+    Every node has itself once, whether or not the graph has self-loops; parallel edges count once each. Scores and
+    gradients are sparse products, a head at a time: no (M, d) tensor.
+
+    Args:
+        q_THd: queries, already divided by sqrt(d); H may be 1 where all heads share them.
+        k_THd: keys.
+        edge_index: (2, num_edges) from voters to those they vote for.
+    """
+    graph = _sorted(edge_index, k_THd.size(0))
+    with torch.autocast(k_THd.device.type, enabled=False):
+        votes: Tensor = _NeighborVotes.apply(q_THd, k_THd, graph)
+    return votes
+
+
+class _Edges(NamedTuple):
+    """Edges sorted by source (a row a voter), and how they are sorted by destination."""
+
+    ends: Tensor
+    """(T + 1,) where a voter's edges end."""
+    dst_M: Tensor
+    src_M: Tensor
+    by_dst_M: Tensor
+    """Edges in the order of their destinations, and of those ``dst_ends`` and ``dst_src_M``."""
+    dst_ends: Tensor
+    dst_src_M: Tensor
+
+
+class _NeighborVotes(torch.autograd.Function):
+    """votes_j = sum_i p_ij with p_ij the softmax of s_ij = q_i . k_j over the out-neighbors j of i.
+
+    With g_j the gradient of votes_j, that of s_ij is p_ij (g_j - sum_l p_il g_l).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_THd: Tensor, k_THd: Tensor, graph: _Edges) -> Tensor:
+        votes_HT, shares = k_THd.new_empty(k_THd.size(1), k_THd.size(0)), []
+        for head in range(k_THd.size(1)):
+            p_M = _scores(_head(q_THd, head), _head(k_THd, head), graph)
+            p_M -= _reduce(p_M, "max", graph.ends).index_select(0, graph.src_M)
+            p_M.exp_()
+            p_M /= _reduce(p_M, "sum", graph.ends).index_select(0, graph.src_M)
+            votes_HT[head] = _reduce(p_M.index_select(0, graph.by_dst_M), "sum", graph.dst_ends)
+            shares.append(p_M)
+        ctx.graph = graph
+        ctx.save_for_backward(q_THd, k_THd, *shares)
+        return votes_HT.T
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
+        q_THd, k_THd, *shares = ctx.saved_tensors
+        graph: _Edges = ctx.graph
+        grad_q, grad_k = torch.zeros_like(q_THd), torch.empty_like(k_THd)
+        with torch.autocast(k_THd.device.type, enabled=False):
+            for head, p_M in enumerate(shares):
+                grad_M = grad_TH[:, head].contiguous().index_select(0, graph.dst_M)
+                mean_T = _reduce(p_M * grad_M, "sum", graph.ends)
+                grad_M.sub_(mean_T.index_select(0, graph.src_M)).mul_(p_M)
+                forth = _matrix(graph.ends, graph.dst_M, grad_M)
+                back = _matrix(graph.dst_ends, graph.dst_src_M, grad_M.index_select(0, graph.by_dst_M))
+                grad_q[:, min(head, q_THd.size(1) - 1)] += _product(forth, _head(k_THd, head))
+                grad_k[:, head] = _product(back, _head(q_THd, head))
+        return grad_q, grad_k, None
+
+
+def _sorted(edge_index: Tensor, num_tokens: int) -> _Edges:
+    src_M, dst_M = edge_index
+    proper = src_M != dst_M
+    itself_T = torch.arange(num_tokens, device=src_M.device)
+    src_M, by_src_M = torch.cat([src_M[proper], itself_T]).sort(stable=True)
+    dst_M = torch.cat([dst_M[proper], itself_T]).index_select(0, by_src_M)
+    sorted_dst_M, by_dst_M = dst_M.sort(stable=True)
+    ends, dst_ends = (_ends(index_M, num_tokens) for index_M in (src_M, sorted_dst_M))
+    return _Edges(ends, dst_M, src_M, by_dst_M, dst_ends, src_M.index_select(0, by_dst_M))
+
+
+def _ends(sorted_M: Tensor, num_tokens: int) -> Tensor:
+    return torch.searchsorted(sorted_M, torch.arange(num_tokens + 1, device=sorted_M.device))
+
+
+def _head(value_THd: Tensor, head: int) -> Tensor:
+    """(T, d), of the only one where heads share it."""
+    return value_THd[:, min(head, value_THd.size(1) - 1)].contiguous()
+
+
+def _scores(q_Td: Tensor, k_Td: Tensor, graph: _Edges) -> Tensor:
+    """(M,) the product of each edge's query and key."""
+    if len(graph.dst_M) > len(q_Td) ** 2:  # a small graph with parallel edges, for which sampled_addmm has no room
+        return torch.linalg.vecdot(q_Td.index_select(0, graph.src_M), k_Td.index_select(0, graph.dst_M))
+    pattern = _matrix(graph.ends, graph.dst_M, torch.zeros_like(graph.dst_M, dtype=k_Td.dtype))
+    return torch.sparse.sampled_addmm(pattern, q_Td, k_Td.T, beta=0.0).values()
+
+
+def _reduce(value_M: Tensor, how: str, ends: Tensor) -> Tensor:
+    """(T,) of each token's stretch of edges, which always has its self-loop."""
+    return torch.segment_reduce(value_M, how, offsets=ends, unsafe=True)
+
+
+def _matrix(ends: Tensor, column_M: Tensor, value_M: Tensor) -> Tensor:
+    size = (len(ends) - 1, len(ends) - 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(ends, column_M, value_M, size, check_invariants=False)
+
+
+def _product(matrix: Tensor, dense_Td: Tensor) -> Tensor:
+    """On the CPU by a kernel of torch's own, which every build has."""
+    return torch.sparse.mm(matrix, dense_Td, "sum") if dense_Td.device.type == "cpu" else matrix @ dense_Td

@@ -1,0 +1,118 @@
+"""Baselines: random, uniform and oracle routing. Shapes: T tokens, D width, E experts, K experts per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gmoe.routers.base import Router, Weighting
+from gmoe.routing import Routing
+
+
+class RandomRouter(Router):
+    r"""Baseline: token choice by a frozen random projection, ``softmax(x R)`` with :math:`R_{de} \sim N(0, 1/D)`.
+
+    Random but a function of the token, so that it follows permutations and equal tokens share experts (hash-like
+    routing, Roller et al., 2021). It has nothing to learn; what a learned router gains over it, routing gains.
+
+    Args:
+        dim: D, the width of the tokens.
+        num_experts: E.
+        k: K, experts per token (default 1).
+        weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"straight_through"``, the value 1, at
+            K = 1: scores of a frozen projection say nothing that an output should be scaled by.
+        check_finite: see :class:`Router`.
+
+    Shapes:
+        See :class:`Router`.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    projection_DE: Tensor
+
+    def __init__(
+        self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None, check_finite: bool = False
+    ) -> None:
+        super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
+        self.register_buffer("projection_DE", torch.empty(dim, num_experts))
+        self.reset_parameters()
+
+    @staticmethod
+    def default_weight(k: int) -> Weighting:
+        return "normalized" if k >= 2 else "straight_through"
+
+    def reset_parameters(self) -> None:
+        self.projection_DE.normal_(std=self.dim**-0.5)
+
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        log_probs_TE = (x_TD @ self.projection_DE.to(x_TD.dtype)).log_softmax(dim=-1)
+        expert_TK, weight_TK = self._top_k(log_probs_TE, log_probs_TE)
+        return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp())
+
+
+class UniformRouter(Router):
+    """Baseline: every token goes to all E experts with weight 1 / E, a plain average. It costs E times one expert.
+
+    Args:
+        dim: D, the width of the tokens.
+        num_experts: E; also K.
+        check_finite: see :class:`Router`.
+
+    Shapes:
+        See :class:`Router`.
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, check_finite: bool = False) -> None:
+        super().__init__(dim, num_experts, k=num_experts, weight="score", check_finite=check_finite)
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw."""
+
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        scores_TE = x_TD.new_full((len(x_TD), self.num_experts), 1.0 / self.num_experts)
+        experts_TE = torch.arange(self.num_experts, device=x_TD.device).expand(len(x_TD), -1)
+        return Routing.from_choices(experts_TE, scores_TE, self.num_experts, scores_TE)
+
+
+class OracleRouter(Router):
+    """Baseline for planted data: every token goes to the one expert that it is known to belong to, with weight 1.
+
+    Args:
+        dim: D, the width of the tokens.
+        num_experts: E.
+        assignment: (T,) integers in 0..E-1, the expert of each token; calls must bring the same T tokens in order.
+        check_finite: see :class:`Router`.
+
+    Shapes:
+        See :class:`Router`.
+
+    Raises:
+        ValueError: an assignment outside 0..E-1, or a call with another number of tokens.
+    """
+
+    assignment_T: Tensor
+
+    def __init__(self, dim: int, num_experts: int, assignment: Tensor, *, check_finite: bool = False) -> None:
+        super().__init__(dim, num_experts, k=1, check_finite=check_finite)
+        if assignment.dim() != 1 or assignment.is_floating_point():
+            raise ValueError(
+                f"assignment: got shape {tuple(assignment.shape)} of {assignment.dtype}, expected (T,) integers"
+            )
+        if assignment.numel() and not 0 <= int(assignment.min()) <= int(assignment.max()) < num_experts:
+            raise ValueError(
+                f"assignment: got values in {int(assignment.min())}..{int(assignment.max())}, "
+                f"expected 0..num_experts-1={num_experts - 1}"
+            )
+        self.assignment = assignment  # what a buffer that went through the meta device is restored from
+        self.register_buffer("assignment_T", assignment.long())
+
+    def reset_parameters(self) -> None:
+        self.assignment_T.copy_(self.assignment)
+
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        if len(x_TD) != len(self.assignment_T):
+            raise ValueError(f"x: got {len(x_TD)} tokens, expected the {len(self.assignment_T)} assigned ones")
+        expert_T1 = self.assignment_T[:, None]
+        return Routing.from_choices(expert_T1, x_TD.new_ones(expert_T1.shape), self.num_experts)

@@ -1,0 +1,219 @@
+"""Expert choice. Shapes: T tokens, D width, E experts, C capacity, P pairs."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from gmoe._checks import check_at_least, check_choice, check_positive
+from gmoe.losses import z_loss
+from gmoe.routers.base import Router, Weighting, float_linear
+from gmoe.routers.groups import Groups, gather_pairs, pairs_of_experts, pairs_of_mask
+from gmoe.routing import AuxLoss, Routing, in_backward
+
+Normalize: TypeAlias = Literal["experts", "tokens"]
+Inference: TypeAlias = Literal["group", "threshold"]
+
+
+class ExpertChoice(Router):
+    r"""Each expert takes its top-C tokens of a group (Zhou et al., 2022), so that the load is even by construction.
+
+    .. math::
+        g = \mathrm{softmax}(X W), \quad
+        C = \mathrm{clamp}(\lceil \mathrm{cf} \cdot K \cdot T_\mathrm{group} / E \rceil, 1, T_\mathrm{group})
+
+    A token may get several experts, or none (then the layer gives it zero). Ties go to the lowest token index.
+
+    Args:
+        dim: D, the width of the tokens.
+        num_experts: E.
+        k: K, the average number of experts of a token at ``capacity_factor=1`` (default 1).
+        weight: see :class:`Router`; default ``"score"``.
+        capacity_factor: scales the number of tokens that an expert takes (default 1).
+        normalize: ``"experts"`` (default): softmax over experts, as in the paper. ``"tokens"``: softmax along the
+            tokens of the group; with ``weight="score"`` the weights are then divided by the detached mean of the
+            group's selected ones and capped at 10.
+        inference: at evaluation, ``"group"`` (default): as in training, so that a token's experts depend on its group.
+            ``"threshold"``: an expert takes every token whose score reaches a running mean of the last scores that
+            were taken in training, so that each token decides alone; needs at least one training step before.
+        momentum: share of the newest step in those running means (default 0.1).
+        z_coef: coefficient of the router z-loss (default 0, no loss).
+        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as Switch Transformer's): a softmax that is
+            sharp from the start, as large features make it, hardly learns.
+        check_finite: see :class:`Router`.
+
+    Shapes:
+        See :class:`Router`.
+
+    Raises:
+        ValueError: an argument out of range.
+        RuntimeError: threshold inference before the first training step.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 1,
+        *,
+        weight: Weighting | None = None,
+        capacity_factor: float = 1.0,
+        normalize: Normalize = "experts",
+        inference: Inference = "group",
+        momentum: float = 0.1,
+        z_coef: float = 0.0,
+        init_scale: float = 0.1,
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
+        check_at_least("z_coef", z_coef, 0)
+        check_positive("init_scale", init_scale)
+        self.z_coef = z_coef
+        self.init_scale = init_scale
+        self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.selection = ExpertSelection(num_experts, k, capacity_factor, normalize, inference, momentum)
+        self.reset_parameters()
+
+    @property
+    def experts_per_token(self) -> float:
+        return self.selection.experts_per_token
+
+    def reset_parameters(self) -> None:
+        self.gate.reset_parameters()
+        with torch.no_grad():
+            self.gate.weight.mul_(self.init_scale)
+        self.selection.reset_parameters()
+
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        logits_TE = float_linear(x_TD, self.gate)
+        token_P, offsets_E, log_gate_P, scores_TE = self.selection(logits_TE, group)
+        weight_P = self._pair_weights(log_gate_P, token_P, len(x_TD))
+        losses = {"z": AuxLoss(z_loss(logits_TE), self.z_coef)} if self.z_coef > 0 else {}
+        return Routing(token_P, offsets_E, weight_P, scores_TE, len(x_TD), losses)
+
+
+class Selected(NamedTuple):
+    """Pairs, the logarithms of their gates (scaled as weights are, where gates run along tokens), and all scores."""
+
+    token_P: Tensor
+    offsets_E: Tensor
+    log_gate_P: Tensor
+    scores_TE: Tensor
+
+
+class ExpertSelection(nn.Module):
+    """Each expert takes its ``C = clamp(ceil(capacity_factor * K * T_group / E), 1, T_group)`` best tokens of a group.
+
+    In threshold inference it keeps, for each expert, a running mean of the logarithm of the score of the last token
+    taken (the *threshold*) and, where gates run along tokens, of what divides them (the *scale*; the threshold is then
+    one of logits); at evaluation each token then decides alone.
+
+    Args:
+        num_experts: E.
+        k: K, the average number of experts of a token at ``capacity_factor=1``.
+        capacity_factor: more (or fewer) tokens than that.
+        normalize: softmax of the logits over ``"experts"`` or over the ``"tokens"`` of the group.
+        inference: ``"group"`` or ``"threshold"``.
+        momentum: share of the newest training step in the running means; the first ``1 / momentum`` steps are
+            averaged evenly.
+    """
+
+    threshold_E: Tensor
+    log_scale_E: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        k: int,
+        capacity_factor: float,
+        normalize: Normalize,
+        inference: Inference,
+        momentum: float,
+    ) -> None:
+        super().__init__()
+        check_positive("capacity_factor", capacity_factor)
+        check_choice("normalize", normalize, get_args(Normalize))
+        check_choice("inference", inference, get_args(Inference))
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum: got {momentum}, expected a number in (0, 1]")
+        self.num_experts = num_experts
+        self.k = k
+        self.capacity_factor = capacity_factor
+        self.normalize = normalize
+        self.inference = inference
+        self.momentum = momentum
+        if inference == "threshold":
+            self.register_buffer("threshold_E", torch.zeros(num_experts))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+            if normalize == "tokens":
+                self.register_buffer("log_scale_E", torch.zeros(num_experts))
+
+    @property
+    def experts_per_token(self) -> float:
+        """Average number of experts of a token."""
+        return min(self.k * self.capacity_factor, float(self.num_experts))
+
+    def reset_parameters(self) -> None:
+        """Forget the running means."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def forward(
+        self, logits_TE: Tensor, group: Tensor | int, tolerance: float = 0.0, scale: Tensor | float = 1.0
+    ) -> Selected:
+        """Select the pairs.
+
+        Args:
+            logits_TE: the logits.
+            group: which tokens compete, see :meth:`gmoe.routers.Router.route`.
+            tolerance: log-scores times ``scale`` that differ by at most ``tolerance`` times their size, or times 1
+                where they are smaller, are ties.
+            scale: see ``tolerance``.
+        """
+        along_tokens = self.normalize == "tokens"
+        # inside a group the softmax along tokens ranks as the logits do
+        ranked_TE = logits_TE if along_tokens else logits_TE.log_softmax(dim=-1)
+        if self.inference == "threshold" and not self.training:
+            if int(self.steps) == 0:
+                raise RuntimeError(
+                    "inference='threshold' has no thresholds yet: run a training step or load a state dict"
+                )
+            log_scores_TE = logits_TE - self.log_scale_E if along_tokens else ranked_TE
+            token_P, offsets_E = pairs_of_mask(ranked_TE >= self.threshold_E)
+            log_gate_P = gather_pairs(log_scores_TE, token_P, offsets_E)
+            return Selected(token_P, offsets_E, log_gate_P, log_scores_TE.exp())
+        groups = Groups.of(group, len(logits_TE))
+        log_scores_TE = logits_TE - groups.logsumexp(logits_TE) if along_tokens else ranked_TE
+        order_TE = ranked_TE.detach()
+        if tolerance > 0:  # which is relative, and a logarithm may be 0
+            order_TE = log_scores_TE.detach() * scale - 1
+        capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
+        token_EC = groups.top_tokens(order_TE, capacity, tolerance)
+        token_P, offsets_E = pairs_of_experts(token_EC)
+        log_gate_P = gather_pairs(log_scores_TE, token_P, offsets_E)
+        if along_tokens:
+            log_gate_P = log_gate_P - groups.log_mean_of_pairs(log_gate_P, token_P)
+        if self.inference == "threshold" and token_P.numel() > 0 and not in_backward():
+            self._update_stats(ranked_TE.detach(), log_gate_P.detach(), token_EC, groups)
+        return Selected(token_P, offsets_E, log_gate_P, log_scores_TE.exp())
+
+    @torch.no_grad()
+    def _update_stats(self, ranked_TE: Tensor, log_gate_P: Tensor, token_EC: Tensor, groups: Groups) -> None:
+        """Move the running means by this step: the mean over its groups."""
+        group_EC = groups.of_tokens(token_EC.reshape(-1)).view_as(token_EC)
+        ranked_EC = ranked_TE.T.gather(1, token_EC)
+        last_EB = ranked_TE.new_full((self.num_experts, groups.num_groups), torch.inf)
+        last_EB = last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin")
+        self.steps += 1
+        share = (1.0 / self.steps.float()).clamp(min=self.momentum).to(self.threshold_E.dtype)
+        self.threshold_E.lerp_(last_EB.mean(dim=1).to(self.threshold_E.dtype), share)
+        if self.normalize == "tokens":  # gate = exp(logit) / scale, the same scale in all of a group
+            log_scale_EC = ranked_EC - log_gate_P.view_as(token_EC)
+            log_scale_EB = torch.zeros_like(last_EB).scatter(1, group_EC, log_scale_EC)
+            self.log_scale_E.lerp_(log_scale_EB.mean(dim=1).to(self.log_scale_E.dtype), share)
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.normalize!r}, inference={self.inference!r}, capacity_factor={self.capacity_factor}"

@@ -1,0 +1,132 @@
+"""Soft MoE. Shapes: T tokens, D width, E experts, S slots per expert, N = E * S, B groups, R = B * N, I in, O out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gmoe._checks import check_count
+from gmoe.routers.base import Router
+from gmoe.routers.groups import Groups, pairs_of_experts
+from gmoe.routing import Routing
+
+EPS = 1e-6
+"""Added to the norms that tokens and slots are divided by, as in the paper's code."""
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class SoftRouting(Routing):
+    """What :class:`SoftSlots` returns: how slots mix tokens, and how tokens mix slots.
+
+    As a :class:`Routing` it records all T * E pairs, each with the summed combine weights of the expert's slots.
+
+    Args:
+        dispatch_TES: (T, E, S) the share of each token in each slot of its group; sums to 1 over a group's tokens.
+        combine_TES: (T, E, S) the share of each slot in each token; sums to 1 over the slots.
+        groups: which tokens share slots.
+    """
+
+    dispatch_TES: Tensor
+    combine_TES: Tensor
+    groups: Groups
+
+    @property
+    def slot_offsets(self) -> Tensor:
+        """(E,) int32 cumulative ends of the slot rows of each expert."""
+        experts_E = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=self.token.device)
+        return experts_E * (self.groups.num_groups * self.dispatch_TES.size(2))
+
+    def dispatch(self, x_TI: Tensor) -> Tensor:
+        """(R, I) the slots, weighted means of a group's tokens; sorted by expert, then by group."""
+        shares_TN = self.dispatch_TES.flatten(1).to(x_TI.dtype)
+        slots_BNI = x_TI.new_zeros(self.groups.num_groups, shares_TN.size(1), x_TI.size(1))
+        for part in self.groups.batches():
+            shares_BsN = part.take(shares_TN)
+            if part.mask is not None:
+                shares_BsN = shares_BsN * part.mask[..., None]
+            mixed_BNI = shares_BsN.transpose(1, 2) @ part.take(x_TI)
+            slots_BNI = mixed_BNI if part.group is None else slots_BNI.index_add(0, part.group, mixed_BNI)
+        return slots_BNI.unflatten(1, (self.num_experts, -1)).transpose(0, 1).flatten(0, 2)
+
+    def combine(self, y_RO: Tensor) -> Tensor:
+        """(T, O) each token's weighted mean of the experts' outputs for its group's slots."""
+        shares_TN = self.combine_TES.flatten(1).to(y_RO.dtype)
+        shape = (self.num_experts, self.groups.num_groups, self.dispatch_TES.size(2), y_RO.size(1))
+        y_BNO = y_RO.view(shape).transpose(0, 1).flatten(1, 2)
+        y_TO = y_RO.new_zeros(self.num_tokens, y_RO.size(1))
+        for part in self.groups.batches():
+            shares_BsN = part.take(shares_TN)
+            if part.mask is not None:
+                shares_BsN = shares_BsN * part.mask[..., None]
+            y_TO = part.add(y_TO, shares_BsN @ (y_BNO if part.group is None else y_BNO[part.group]))
+        return y_TO
+
+
+class SoftSlots(Router):
+    r"""Slots that are mixtures of a group's tokens (`Soft MoE <https://arxiv.org/abs/2308.00951>`_, Puigcerver et al.,
+    2024); for :class:`gmoe.SoftMoE`.
+
+    .. math::
+        l = X \Phi, \quad D = \mathrm{softmax}_t(l), \quad C = \mathrm{softmax}_{es}(l), \quad
+        y = C f(D^\top X)
+
+    Every slot is a weighted mean of all tokens, and every token one of all slots: nothing is chosen or dropped, and
+    everything has a gradient. The cost of a layer follows the slots, not the tokens.
+
+    Args:
+        dim: D, the width of the tokens.
+        num_experts: E; also K, since every token takes part in every expert.
+        slots: S, slots per expert and group (default 1).
+        normalize: ``True`` (default): tokens and slots enter the logits with norm 1, the slots times a learned scale
+            that starts at 1, as in the paper (section 2.3). Slots mix the tokens as they are.
+        check_finite: see :class:`Router`.
+
+    Shapes:
+        See :class:`Router`.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, slots: int = 1, *, normalize: bool = True, check_finite: bool = False
+    ) -> None:
+        super().__init__(dim, num_experts, k=num_experts, weight="score", check_finite=check_finite)
+        check_count("slots", slots)
+        self.slots = slots
+        self.phi = nn.Parameter(torch.empty(num_experts, slots, dim))
+        self.scale = nn.Parameter(torch.empty(1)) if normalize else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.phi, std=self.dim**-0.5)
+        if self.scale is not None:
+            nn.init.ones_(self.scale)
+
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> SoftRouting:
+        groups = Groups.of(group, len(x_TD))
+        phi_ND = self.phi.flatten(0, 1).to(x_TD.dtype)
+        if self.scale is not None:
+            x_TD = x_TD / (torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True) + EPS)
+            phi_ND = phi_ND / (torch.linalg.vector_norm(phi_ND, dim=-1, keepdim=True) + EPS)
+            phi_ND = phi_ND * self.scale.to(x_TD.dtype)
+        logits_TN = x_TD @ phi_ND.T
+        combine_TES = logits_TN.softmax(dim=-1).unflatten(-1, (self.num_experts, self.slots))
+        dispatch_TN = (logits_TN - groups.logsumexp(logits_TN)).exp()
+        weight_TE = combine_TES.sum(dim=-1)
+        token_P, offsets_E = pairs_of_experts(torch.arange(len(x_TD), device=x_TD.device).expand(self.num_experts, -1))
+        return SoftRouting(
+            token=token_P,
+            offsets=offsets_E,
+            weight=weight_TE.T.reshape(-1),
+            scores=weight_TE,
+            num_tokens=len(x_TD),
+            dispatch_TES=dispatch_TN.view_as(combine_TES),
+            combine_TES=combine_TES,
+            groups=groups,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.num_experts}, slots={self.slots}, normalize={self.scale is not None}"

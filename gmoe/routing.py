@@ -1,0 +1,368 @@
+"""What a router returns, its auxiliary losses, and how to record it.
+
+Shapes: T tokens, E experts, K experts per token, P pairs.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class AuxLoss(NamedTuple):
+    """An auxiliary loss: the bare scalar and the coefficient that it enters the training loss with."""
+
+    value: Tensor
+    coefficient: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Routing:
+    """Which expert handles which token: sparse (token, expert) pairs, ready for a grouped GEMM.
+
+    The pairs are sorted by expert and, inside an expert, by token. A router of your own builds one with
+    :meth:`from_choices`.
+
+    Args:
+        token: (P,) int64, the token of each pair.
+        offsets: (E,) int32, cumulative ends: expert ``e`` owns the pairs ``offsets[e - 1]:offsets[e]``.
+        weight: (P,) the factor of the expert's output in the token's sum; differentiable.
+        scores: (T, E) what the router thinks of every pair: probabilities, or votes.
+        num_tokens: T.
+        losses: auxiliary losses by name, each with its coefficient.
+        dropped_T: (T,) int64, how many pairs of each token experts had no capacity for; ``None`` where nothing can be
+            dropped.
+        detached: whether the losses were computed in training while gradients were off, so that they train nothing.
+
+    Raises:
+        ValueError: a tensor of another shape or dtype; on the CPU also offsets that are not cumulative, tokens out of
+            range, and pairs out of order (elsewhere reading values would cost a host sync).
+    """
+
+    token: Tensor
+    offsets: Tensor
+    weight: Tensor
+    scores: Tensor
+    num_tokens: int
+    losses: Mapping[str, AuxLoss] = field(default_factory=dict)
+    dropped_T: Tensor | None = None
+    detached: bool = False
+
+    def __post_init__(self) -> None:
+        token, offsets, pairs = self.token, self.offsets, self.token.numel()
+        if token.dim() != 1 or token.dtype != torch.int64:
+            raise ValueError(f"token: got shape {tuple(token.shape)} of {token.dtype}, expected (P,) int64")
+        if offsets.dim() != 1 or offsets.dtype != torch.int32 or offsets.numel() == 0:
+            raise ValueError(f"offsets: got shape {tuple(offsets.shape)} of {offsets.dtype}, expected (E,) int32")
+        if self.weight.shape != token.shape or not self.weight.is_floating_point():
+            got = f"{tuple(self.weight.shape)} of {self.weight.dtype}"
+            raise ValueError(f"weight: got shape {got}, expected one float a pair, shape {tuple(token.shape)}")
+        if self.scores.shape != (self.num_tokens, offsets.numel()):
+            expected = f"(num_tokens={self.num_tokens}, E={offsets.numel()})"
+            raise ValueError(f"scores: got shape {tuple(self.scores.shape)}, expected {expected}")
+        # reading values would cost a host sync on a GPU, and what is traced or fake has none
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or type(token) is not Tensor:
+            return
+        if token.device.type != "cpu" or offsets.device.type != "cpu":
+            return
+        ends = offsets.tolist()
+        if ends != sorted(ends) or ends[0] < 0 or ends[-1] != pairs:
+            raise ValueError(
+                f"offsets: got {ends}, expected the experts' cumulative ends (load.cumsum(0), not the load itself), "
+                f"never falling, the last one the number of pairs {pairs}"
+            )
+        if pairs == 0:
+            return
+        low, high = token.aminmax()
+        if int(low) < 0 or int(high) >= self.num_tokens:
+            got = f"{int(low)}..{int(high)}"
+            raise ValueError(f"token: got values in {got}, expected 0..num_tokens-1={self.num_tokens - 1}")
+        falls = torch.zeros(pairs + 1, dtype=torch.bool)
+        falls[1:pairs] = token[1:] <= token[:-1]
+        falls[offsets.long()] = False  # where the next expert begins
+        if bool(falls.any()):
+            raise ValueError("token: got pairs out of order or twice, expected each expert's tokens strictly ascending")
+
+    @staticmethod
+    def from_choices(
+        expert_TK: Tensor,
+        weight_TK: Tensor,
+        num_experts: int,
+        scores: Tensor | None = None,
+        losses: Mapping[str, AuxLoss] | None = None,
+    ) -> Routing:
+        """The routing where each token has chosen K experts. No host sync.
+
+        Args:
+            expert_TK: (T, K) integers in 0..E-1, the experts of each token, distinct in a row.
+            weight_TK: (T, K) the weight of each choice; differentiable.
+            num_experts: E.
+            scores: (T, E) what the router thinks of every pair; by default the weights, 0 where not chosen.
+            losses: auxiliary losses by name.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit; on the CPU also an expert out of range or twice in a row.
+
+        Example:
+            >>> probs = logits.softmax(dim=-1)
+            >>> weight, expert = probs.topk(2)
+            >>> routing = Routing.from_choices(expert, weight, num_experts=8, scores=probs)
+        """
+        if expert_TK.dim() != 2 or expert_TK.is_floating_point() or expert_TK.dtype == torch.bool:
+            got = f"{tuple(expert_TK.shape)} of {expert_TK.dtype}"
+            raise ValueError(f"expert_TK: got shape {got}, expected (T, K) integers")
+        if weight_TK.shape != expert_TK.shape:
+            shapes = f"{tuple(weight_TK.shape)}, expected that of expert_TK, {tuple(expert_TK.shape)}"
+            raise ValueError(f"weight_TK: got shape {shapes}")
+        num_tokens, k = expert_TK.shape
+        expert_P, slot_P = expert_TK.long().reshape(-1).sort(stable=True)
+        on_cpu = type(expert_P) is Tensor and expert_P.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and expert_P.numel() and not 0 <= int(expert_P[0]) <= int(expert_P[-1]) < num_experts:
+            got = f"{int(expert_P[0])}..{int(expert_P[-1])}"
+            raise ValueError(f"expert_TK: got values in {got}, expected 0..num_experts-1={num_experts - 1}")
+        experts_E = torch.arange(num_experts, device=expert_P.device)
+        if scores is None:
+            scores = weight_TK.detach().new_zeros(num_tokens, num_experts)
+            scores = scores.scatter(1, expert_TK.long(), weight_TK.detach())
+        return Routing(
+            token=slot_P // max(k, 1),
+            offsets=torch.searchsorted(expert_P, experts_E, right=True).to(torch.int32),
+            weight=weight_TK.reshape(-1).index_select(0, slot_P),
+            scores=scores,
+            num_tokens=num_tokens,
+            losses={} if losses is None else losses,
+        )
+
+    @staticmethod
+    def everyone(num_tokens: int, like: Tensor) -> Routing:
+        """One expert that takes every token with weight 1; dtype and device are those of ``like``."""
+        token = torch.arange(num_tokens, device=like.device)
+        offsets = torch.full((1,), num_tokens, dtype=torch.int32, device=like.device)
+        ones = like.new_ones(num_tokens)
+        return Routing(token, offsets, ones, ones[:, None], num_tokens)
+
+    def __repr__(self) -> str:
+        text = f"{type(self).__name__}({self.num_tokens} tokens, {self.num_experts} experts"
+        if type(self.offsets) is not Tensor or self.offsets.is_meta:  # no values to show
+            return f"{text})"
+        load = self.load
+        return f"{text}, load {int(load.min())}…{int(load.max())})"
+
+    def summary(self) -> str:
+        """Several lines for people: load by expert, coverage, entropy, weights, what was dropped, losses."""
+        pairs, load = self.token.numel(), self.load.tolist()
+        lines = [f"{self.num_tokens} tokens, {self.num_experts} experts, {pairs} pairs"]
+        lines += [f"  expert {e}: {n} tokens ({n / max(pairs, 1):.1%} of the pairs)" for e, n in enumerate(load)]
+        lines += [
+            f"coverage: {float(self.coverage):.1%} of the tokens have an expert",
+            f"experts per token: {pairs / max(self.num_tokens, 1):.3g}",
+            f"entropy of the scores: {float(self.entropy):.3g} nats",
+            f"mean weight: {float(self.weight.detach().mean()) if pairs else 0.0:.3g}",
+            f"dropped pairs: {int(self.dropped)}",
+        ]
+        lines += [
+            f"loss {name}: {float(loss.value.detach()):.3g} (coefficient {loss.coefficient:g})"
+            for name, loss in self.losses.items()
+        ]
+        return "\n".join(lines)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.offsets.numel()
+
+    @property
+    def load(self) -> Tensor:
+        """(E,) int64, the number of tokens of each expert."""
+        return self.offsets.diff(prepend=self.offsets.new_zeros(1)).long()
+
+    @property
+    def expert(self) -> Tensor:
+        """(P,) int64, the expert of each pair."""
+        experts = torch.arange(self.num_experts, device=self.token.device)
+        return experts.repeat_interleave(self.load, output_size=self.token.numel())
+
+    @property
+    def dropped(self) -> Tensor:
+        """Number of pairs that tokens chose and experts had no capacity for, a scalar."""
+        return self.token.new_zeros(()) if self.dropped_T is None else self.dropped_T.sum()
+
+    @property
+    def coverage(self) -> Tensor:
+        """Share of the tokens that have at least one expert; 1 where there are no tokens."""
+        if self.num_tokens == 0:
+            return self.scores.new_ones(())
+        covered = self.scores.new_zeros(self.num_tokens).index_fill(0, self.token, 1.0)
+        return covered.mean()
+
+    @property
+    def entropy(self) -> Tensor:
+        """Mean over tokens of the entropy, in nats, of the scores normalized to sum to 1 over the experts."""
+        scores = self.scores.detach()
+        prob = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        return torch.special.entr(prob).sum(dim=-1).sum() / max(self.num_tokens, 1)
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """The sum of the auxiliary losses, each times its coefficient; 0 where there are none."""
+        total = self.scores.new_zeros(())
+        for loss in self.losses.values():
+            total = total + loss.coefficient * loss.value
+        return total
+
+    def to_dense(self) -> Tensor:
+        """(T, E) weights; 0 where the token does not go to the expert."""
+        flat = self.token * self.num_experts + self.expert
+        dense = self.weight.new_zeros(self.num_tokens * self.num_experts).index_add(0, flat, self.weight)
+        return dense.view(self.num_tokens, self.num_experts)
+
+    def select(self, tokens: Tensor) -> Routing:
+        """The routing of some tokens, renumbered, as decided among all of them; the losses stay.
+
+        Args:
+            tokens: (t,) distinct tokens; ``tokens[i]`` becomes token ``i``.
+        """
+        place = torch.full((self.num_tokens,), -1, device=self.token.device)
+        place[tokens] = torch.arange(len(tokens), device=self.token.device)
+        token = place[self.token]
+        kept = (token >= 0).nonzero().view(-1)
+        # by expert, as they are, and then by their new number
+        kept = kept[(self.expert[kept] * len(tokens) + token[kept]).argsort()]
+        return self._of_pairs(kept, token[kept], tokens)
+
+    def first(self, num_tokens: int) -> Routing:
+        """:meth:`between` of the first ``num_tokens`` tokens."""
+        return self if num_tokens == self.num_tokens else self.between(0, num_tokens)
+
+    def between(self, start: int, end: int) -> Routing:
+        """:meth:`select` of the tokens ``start:end``, at the cost of what they hold. Host syncs."""
+        bounds = torch.tensor([start, end], device=self.token.device)
+        kept = []
+        for pairs in self._slices():  # each in the order of its tokens
+            low, high = torch.searchsorted(self.token[pairs], bounds).tolist()
+            kept.append(torch.arange(pairs.start + low, pairs.start + high, device=self.token.device))
+        kept_P = torch.cat(kept)
+        return self._of_pairs(kept_P, self.token[kept_P] - start, slice(start, end))
+
+    def of_experts(self, experts: Sequence[int]) -> Routing:
+        """The pairs of some experts, renumbered in that order; the losses stay. One host sync.
+
+        Args:
+            experts: distinct experts; ``experts[i]`` becomes expert ``i``.
+        """
+        slices = self._slices()
+        chosen = [slices[expert] for expert in experts]
+        load = torch.tensor([part.stop - part.start for part in chosen], device=self.offsets.device)
+        return Routing(
+            token=torch.cat([self.token[part] for part in chosen]),
+            offsets=load.cumsum(0).to(torch.int32),
+            weight=torch.cat([self.weight[part] for part in chosen]),
+            scores=self.scores[:, list(experts)],
+            num_tokens=self.num_tokens,
+            losses=self.losses,
+            detached=self.detached,
+        )
+
+    def padded(self, num_tokens: int) -> Routing:
+        """The same pairs among more tokens, the last of which have no expert and scores of 0."""
+        more = num_tokens - self.num_tokens
+        dropped_T = None if self.dropped_T is None else nn.functional.pad(self.dropped_T, (0, more))
+        scores = nn.functional.pad(self.scores, (0, 0, 0, more))
+        return Routing(self.token, self.offsets, self.weight, scores, num_tokens, self.losses, dropped_T, self.detached)
+
+    def _slices(self) -> list[slice]:
+        """Each expert's pairs."""
+        ends = self.offsets.tolist()
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _of_pairs(self, kept: Tensor, token: Tensor, tokens: Tensor | slice) -> Routing:
+        """Some pairs, in order, with new token numbers, among ``tokens``."""
+        scores = self.scores[tokens]
+        return Routing(
+            token=token,
+            offsets=torch.searchsorted(kept, self.offsets.long()).to(torch.int32),
+            weight=self.weight[kept],
+            scores=scores,
+            num_tokens=len(scores),
+            losses=self.losses,
+            dropped_T=None if self.dropped_T is None else self.dropped_T[tokens],
+            detached=self.detached,
+        )
+
+
+def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
+    """Sum the auxiliary losses of one or several layers, to be added to the task loss.
+
+    Warns where a layer in training computed its losses while gradients were off: they train nothing.
+
+    Args:
+        routings: what ``return_routing=True`` or :func:`record_routing` gave.
+
+    Returns:
+        A scalar; a plain 0 on the CPU where ``routings`` is empty (a model without MoE layers).
+
+    Example:
+        >>> loss = F.cross_entropy(logits, y) + gmoe.aux_loss(routings)
+    """
+    routings = [routings] if isinstance(routings, Routing) else list(routings)
+    if torch.is_grad_enabled() and any(routing.detached for routing in routings):
+        warnings.warn(
+            "aux_loss: got losses without a gradient from a layer in training, which ran under no_grad or under "
+            "reentrant checkpointing; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+            stacklevel=2,
+        )
+    losses = [routing.aux_loss for routing in routings]
+    return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
+    """Collect the :class:`Routing` of every router in ``model``, in the order of execution, inside the block.
+
+    For models that cannot pass routings on, such as torchvision's ViT. Only what the thread that entered the block runs
+    is recorded, and not what activation checkpointing recomputes in the backward pass.
+
+    Args:
+        model: any model that holds routers.
+
+    Raises:
+        RuntimeError: nothing was recorded in the block (also of a model that ``torch.compile`` traced before it).
+
+    Example:
+        >>> with record_routing(vit) as routings:
+        ...     loss = F.cross_entropy(vit(images), labels)
+        >>> loss = loss + gmoe.aux_loss(routings)
+    """
+    from gmoe.routers.base import Router  # which imports this module
+
+    routings: list[Routing] = []
+    thread = threading.get_ident()
+
+    @torch.compiler.disable
+    def keep(_: nn.Module, __: Any, routing: Routing) -> None:
+        if threading.get_ident() == thread and not in_backward():
+            routings.append(routing)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, Router):
+                stack.callback(module.register_forward_hook(keep).remove)
+        yield routings
+        if not routings:
+            raise RuntimeError(
+                "record_routing: nothing was recorded; run a model that holds MoE layers inside the block (one that "
+                "was compiled and called before the block does not see the hooks: enter the block first)"
+            )
+
+
+@torch.compiler.disable
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass, as when activation checkpointing recomputes a forward."""
+    return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself asks

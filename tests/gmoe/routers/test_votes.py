@@ -1,0 +1,213 @@
+"""Votes in a group and along edges. Shapes: B groups, H heads, S tokens a group, d head width, T tokens."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gmoe.routers import attention_vote
+from gmoe.routers.attention_vote import group_votes, neighbor_votes
+from tests.gmoe.reference import naive_group_votes, naive_neighbor_votes
+
+B, H, S, D = 2, 3, 6, 2
+MASK = torch.tensor([[True, True, False, True, True, False], [True, False, False, False, False, False]])
+
+blocks = pytest.mark.parametrize("block", [1, 2, 4, 6, 100, None])
+heads = pytest.mark.parametrize("query_heads", [H, 1], ids=["per_head", "shared"])
+masks = pytest.mark.parametrize("mask", [None, MASK], ids=["full", "masked"])
+
+
+def random_qk(query_heads: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(B, h, S, D, dtype=torch.float64, requires_grad=True) for h in (query_heads, H))  # type: ignore[return-value]
+
+
+def test_by_hand() -> None:
+    # q = 1 and log 3, keys 1 and 0: token 0 spreads e : 1, token 1 spreads 3 : 1
+    q, k = torch.tensor([[1.0], [math.log(3)]]), torch.tensor([[1.0], [0.0]])
+    found = group_votes(q[None, None], k[None, None])[0, 0]
+    e = math.e
+    torch.testing.assert_close(found, torch.tensor([e / (e + 1) + 0.75, 1 / (e + 1) + 0.25]))
+
+
+@blocks
+@masks
+@heads
+def test_group_votes_equal_naive(query_heads: int, mask: Tensor | None, block: int | None) -> None:
+    q, k = random_qk(query_heads)
+    found = group_votes(q, k, mask, block)
+    for b in range(B):
+        tokens = [s for s in range(S) if mask is None or mask[b, s]]
+        for h in range(H):
+            query = list(q[b, h if query_heads > 1 else 0] * math.sqrt(D))  # the reference divides by sqrt(d)
+            expected = torch.stack(naive_group_votes(query, list(k[b, h]), [tokens]))
+            torch.testing.assert_close(found[b, h], expected, atol=1e-12, rtol=0)
+
+
+@blocks
+@masks
+@heads
+def test_group_votes_gradcheck(query_heads: int, mask: Tensor | None, block: int | None) -> None:
+    assert torch.autograd.gradcheck(lambda q, k: group_votes(q, k, mask, block), random_qk(query_heads))
+
+
+def test_one_side_may_be_frozen() -> None:
+    q, k = random_qk(H)
+    (grad_q, grad_k) = torch.autograd.grad(group_votes(q, k).square().sum(), [q, k])
+    torch.testing.assert_close(torch.autograd.grad(group_votes(q, k.detach()).square().sum(), q)[0], grad_q)
+    torch.testing.assert_close(torch.autograd.grad(group_votes(q.detach(), k).square().sum(), k)[0], grad_k)
+
+
+@masks
+def test_votes_average_one_over_the_tokens(mask: Tensor | None) -> None:
+    q, k = random_qk(H)
+    size = torch.full((B, 1), float(S)) if mask is None else mask.sum(1, keepdim=True)
+    found = group_votes(q, k, mask)
+    torch.testing.assert_close(found.sum(-1), size.expand(B, H).double())
+    if mask is not None:
+        assert not found[~mask[:, None].expand_as(found)].any()
+
+
+def test_far_apart_scores_are_finite() -> None:
+    q, k = random_qk(1)
+    (1e4 * group_votes(1e4 * q, k, MASK)).sum().backward()
+    assert k.grad is not None
+    assert q.grad is not None
+    assert bool(k.grad.isfinite().all() & q.grad.isfinite().all())
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that an operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+        self.matmuls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.matmuls += func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                held = leaf._nnz() if leaf.layout == torch.sparse_csr else leaf.numel()
+                self.numel = max(self.numel, held)
+        return result
+
+
+def test_nothing_of_all_pairs_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward hold no tensor that grows as S * S."""
+    monkeypatch.setattr(attention_vote, "BLOCK_ELEMENTS", 2**13)
+    size = 600
+    q, k = (torch.randn(1, 4, size, 8, requires_grad=True) for _ in range(2))
+    with Largest() as largest:
+        group_votes(q, k).square().sum().backward()
+    assert largest.matmuls > 100  # blocks were seen in forward and backward
+    assert largest.numel <= 4 * size * 8  # the queries themselves
+    assert largest.numel < size * size / 10
+
+
+# Along edges
+
+T = 6
+EDGES = [(0, 1), (0, 1), (0, 2), (1, 0), (3, 3), (3, 1), (4, 4), (4, 4)]  # parallels, self-loops; 2 and 5 have none
+
+
+def random_tokens(query_heads: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(T, h, D, dtype=torch.float64, requires_grad=True) for h in (query_heads, H))  # type: ignore[return-value]
+
+
+@heads
+def test_neighbor_votes_equal_naive(query_heads: int) -> None:
+    q, k = random_tokens(query_heads)
+    found = neighbor_votes(q, k, torch.tensor(EDGES).T)
+    for h in range(H):
+        query = list(q[:, h if query_heads > 1 else 0] * math.sqrt(D))  # the reference divides by sqrt(d)
+        expected = torch.stack(naive_neighbor_votes(query, list(k[:, h]), EDGES))
+        torch.testing.assert_close(found[:, h], expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.mean(0), torch.ones(H, dtype=torch.float64))
+
+
+@heads
+def test_gradients_of_neighbor_votes_equal_naive(query_heads: int) -> None:
+    q, k = random_tokens(query_heads)
+    grad = torch.randn(T, H, dtype=torch.float64)
+    found = torch.autograd.grad(neighbor_votes(q, k, torch.tensor(EDGES).T), (q, k), grad)
+    columns = []
+    for h in range(H):
+        query = list(q[:, h if query_heads > 1 else 0] * math.sqrt(D))
+        columns.append(torch.stack(naive_neighbor_votes(query, list(k[:, h]), EDGES)))
+    expected = torch.autograd.grad(torch.stack(columns, dim=1), (q, k), grad)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("copies", [1, 3, 6, 7, 40])
+def test_more_edges_than_pairs_of_nodes(copies: int) -> None:
+    q, k = random_tokens(H)
+    edges = EDGES * copies
+    found = neighbor_votes(q, k, torch.tensor(edges).T)
+    expected = torch.stack(
+        [torch.stack(naive_neighbor_votes(list(q[:, h] * math.sqrt(D)), list(k[:, h]), edges)) for h in range(H)],
+        dim=1,
+    )
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    grad = torch.randn(T, H, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, (q, k), grad), torch.autograd.grad(expected, (q, k), grad), atol=1e-12, rtol=0
+    )
+
+
+@heads
+def test_neighbor_votes_gradcheck(query_heads: int) -> None:
+    assert torch.autograd.gradcheck(
+        lambda q, k: neighbor_votes(q, k, torch.tensor(EDGES).T), random_tokens(query_heads)
+    )
+
+
+def test_without_edges_each_node_keeps_its_vote() -> None:
+    found = neighbor_votes(*random_tokens(H), torch.zeros(2, 0, dtype=torch.long))
+    torch.testing.assert_close(found, torch.ones(T, H, dtype=torch.float64))
+
+
+def test_no_nodes() -> None:
+    q = torch.randn(0, H, D, requires_grad=True)
+    votes = neighbor_votes(q, torch.randn(0, H, D), torch.zeros(2, 0, dtype=torch.long))
+    votes.sum().backward()
+    assert votes.shape == (0, H)
+    assert q.grad is not None
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k = (300 * value.detach() for value in random_tokens(H))
+    found = neighbor_votes(q, k, torch.tensor(EDGES).T)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.mean(0), torch.ones(H, dtype=torch.float64))
+
+
+def test_autocast_leaves_votes_alone() -> None:
+    q, k = (value.detach().float() for value in random_tokens(H))
+    expected = neighbor_votes(q, k, torch.tensor(EDGES).T)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = neighbor_votes(q, k, torch.tensor(EDGES).T)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_no_warning_reaches_the_user() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        q, k = random_tokens(H)
+        neighbor_votes(q, k, torch.tensor(EDGES).T).sum().backward()
+
+
+def test_neighbor_votes_hold_nothing_of_all_pairs() -> None:
+    q, k = (torch.randn(600, 4, 8, requires_grad=True) for _ in range(2))
+    with Largest() as largest:
+        neighbor_votes(q, k, torch.randint(600, (2, 1200))).square().sum().backward()
+    assert largest.numel <= 4 * 600 * 8

@@ -1,0 +1,414 @@
+"""What a router returns, its losses, and recording. Shapes: T tokens, E experts, K experts a token, P pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+import threading
+import time
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from gmoe import AuxLoss, MultiCentroid, Routing, TokenChoice, aux_loss, record_routing
+from gmoe.routers.groups import pairs_of_mask
+
+
+def example() -> Routing:
+    """Four tokens, three experts: 0 has token 1; 1 has none; 2 has 0, 1 and 3."""
+    return Routing(
+        token=torch.tensor([1, 0, 1, 3]),
+        offsets=torch.tensor([1, 1, 4], dtype=torch.int32),
+        weight=torch.tensor([0.5, 1.0, 0.25, 2.0], requires_grad=True),
+        scores=torch.tensor([[0.5, 0.5, 0.0], [2.0, 2.0, 4.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+        num_tokens=4,
+        losses={"a": AuxLoss(torch.tensor(3.0), 0.5), "b": AuxLoss(torch.tensor(2.0), 0.25)},
+    )
+
+
+def test_derived_properties() -> None:
+    routing = example()
+    assert routing.num_experts == 3
+    assert routing.load.tolist() == [1, 0, 3]
+    assert routing.load.dtype == routing.expert.dtype == torch.int64
+    assert routing.expert.tolist() == [0, 2, 2, 2]
+    assert routing.coverage.item() == 0.75  # token 2 has no expert
+    # entropies log 2; of (1/4, 1/4, 1/2) 1.5 log 2; 0; 0 for all-zero scores. Mean 2.5 / 4 log 2
+    assert routing.entropy.item() == pytest.approx(2.5 / 4 * math.log(2))
+    assert routing.to_dense().tolist() == [[0, 0, 1.0], [0.5, 0, 0.25], [0, 0, 0], [0, 0, 2.0]]
+
+
+def test_to_dense_is_differentiable() -> None:
+    routing = example()
+    (routing.to_dense() * torch.arange(12.0).view(4, 3)).sum().backward()
+    assert routing.weight.grad is not None
+    assert routing.weight.grad.tolist() == [3, 2, 5, 11]  # 3 t + e
+
+
+def test_first_keeps_the_first_tokens() -> None:
+    first = example().first(2)
+    assert first.to_dense().tolist() == [[0, 0, 1.0], [0.5, 0, 0.25]]
+    assert first.offsets.tolist() == [1, 1, 3]
+    assert first.offsets.dtype == torch.int32
+    assert first.scores.shape == (2, 3)
+    assert first.num_tokens == 2
+    assert first.aux_loss == example().aux_loss
+    routing = example()
+    assert routing.first(4) is routing
+    assert torch.equal(routing.first(2).padded(4).to_dense()[:2], first.to_dense())
+    assert routing.first(2).padded(4).coverage == 0.5
+    assert routing.first(0).to_dense().shape == (0, 3)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(mask=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=9), data=st.data())
+def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None:
+    chosen_TE = torch.tensor(mask, dtype=torch.bool).view(-1, 3)
+    token, offsets = pairs_of_mask(chosen_TE)
+    scores = torch.rand(len(mask), 3)
+    dropped = torch.arange(len(mask))
+    whole = Routing(token, offsets, torch.rand(len(token)), scores, len(mask), example().losses, dropped)
+    order = data.draw(st.permutations(range(len(mask))))
+    tokens = torch.tensor(order[: data.draw(st.integers(0, len(mask)))], dtype=torch.int64)
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(mask))] * 2)))
+    for part, rows in ((whole.select(tokens), tokens), (whole.between(start, end), torch.arange(start, end))):
+        assert torch.equal(part.to_dense(), whole.to_dense()[rows])
+        assert torch.equal(part.scores, scores[rows])
+        assert part.dropped == rows.sum()
+        assert part.num_tokens == len(rows)
+        assert (part.offsets.dtype, part.losses) == (torch.int32, whole.losses)
+        pairs = list(zip(part.expert.tolist(), part.token.tolist(), strict=True))
+        assert pairs == sorted(pairs)
+
+
+def test_aux_loss_is_the_weighted_sum() -> None:
+    # 0.5 * 3 + 0.25 * 2 = 2 a layer
+    assert example().aux_loss.item() == 2.0
+    assert aux_loss(example()).item() == 2.0
+    assert aux_loss([example(), example()]).item() == 4.0
+    assert aux_loss(iter([example()])).item() == 2.0
+    assert aux_loss([]).item() == 0.0
+    assert dataclasses.replace(example(), losses={}).aux_loss.item() == 0.0
+
+
+def test_aux_loss_carries_gradients() -> None:
+    value = torch.tensor(3.0, requires_grad=True)
+    routing = dataclasses.replace(example(), losses={"a": AuxLoss(value, 0.5), "b": AuxLoss(2 * value, 0.25)})
+    aux_loss([routing, routing]).backward()
+    assert value.grad is not None
+    assert value.grad.item() == 2.0  # twice (0.5 + 2 * 0.25)
+
+
+def test_no_tokens() -> None:
+    empty = torch.zeros(0)
+    routing = Routing(empty.long(), torch.zeros(2, dtype=torch.int32), empty, torch.zeros(0, 2), 0)
+    assert routing.load.tolist() == [0, 0]
+    assert routing.expert.tolist() == []
+    assert routing.coverage == 1
+    assert routing.entropy == 0
+    assert routing.aux_loss == 0
+    assert routing.to_dense().shape == (0, 2)
+
+
+def test_frozen_and_picklable() -> None:
+    routing = dataclasses.replace(example(), weight=torch.ones(4))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        routing.num_tokens = 3  # type: ignore[misc]
+    assert torch.equal(pickle.loads(pickle.dumps(routing)).to_dense(), routing.to_dense())
+
+
+def test_everyone_is_one_expert() -> None:
+    routing = Routing.everyone(3, torch.zeros(1, dtype=torch.float64))
+    assert routing.to_dense().tolist() == [[1.0]] * 3
+    assert routing.weight.dtype == torch.float64
+
+
+def test_of_experts_renumbers() -> None:
+    routing = example()
+    assert torch.equal(routing.of_experts([2, 0]).to_dense(), routing.to_dense()[:, [2, 0]])
+    assert torch.equal(routing.of_experts([1]).scores, routing.scores[:, [1]])
+
+
+# From choices
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data(), num_tokens=st.integers(0, 7), k=st.integers(1, 4))
+def test_from_choices_puts_each_weight_at_its_pair(data: st.DataObject, num_tokens: int, k: int) -> None:
+    rows = [data.draw(st.permutations(range(4)))[:k] for _ in range(num_tokens)]
+    expert = torch.tensor(rows, dtype=torch.int32).view(num_tokens, k)
+    weight = torch.rand(num_tokens, k, requires_grad=True)
+    routing = Routing.from_choices(expert, weight, 4, losses=example().losses)
+    expected = torch.zeros(num_tokens, 4).scatter(1, expert.long(), weight.detach())
+    assert torch.equal(routing.to_dense(), expected)
+    assert torch.equal(routing.scores, expected)
+    assert not routing.scores.requires_grad
+    assert routing.losses == example().losses
+    cotangent = torch.rand(num_tokens, 4)
+    (grad,) = torch.autograd.grad((routing.to_dense() * cotangent).sum(), weight)
+    assert torch.equal(grad, cotangent.gather(1, expert.long()))
+
+
+def test_from_choices_keeps_given_scores() -> None:
+    scores = torch.rand(2, 3)
+    assert Routing.from_choices(torch.tensor([[0], [2]]), torch.ones(2, 1), 3, scores).scores is scores
+
+
+@pytest.mark.parametrize(
+    ("expert", "weight", "message"),
+    [
+        ([[0, 3]], [[0.5, 0.5]], r"expert_TK: got values in 0..3, expected 0..num_experts-1=2"),
+        ([[-1, 2]], [[0.5, 0.5]], r"expert_TK: got values in -1..2"),
+        ([[1, 1]], [[0.5, 0.5]], "token: got pairs out of order or twice"),
+        ([[0, 1]], [[0.5]], r"weight_TK: got shape \(1, 1\), expected that of expert_TK, \(1, 2\)"),
+        ([0, 1], [0.5, 0.5], r"expert_TK: got shape \(2,\)"),
+        ([[0.0, 1.0]], [[0.5, 0.5]], "expert_TK: got .* of torch.float32"),
+        ([[0, 1]], [[1, 2]], "weight: got .* of torch.int64"),
+    ],
+    ids=str,
+)
+def test_from_choices_refuses(expert: list[Any], weight: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Routing.from_choices(torch.tensor(expert), torch.tensor(weight), 3)
+
+
+# What is no routing
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offsets": int32(1, 0, 3)}, r"offsets: got \[1, 0, 3\], expected .*cumulative ends"),  # loads
+        ({"offsets": int32(1, 1, 3)}, "offsets: got .* the number of pairs 4"),
+        ({"offsets": int32(-1, 1, 4)}, "offsets: got"),
+        ({"offsets": torch.tensor([1, 1, 4])}, r"offsets: got shape \(3,\) of torch.int64"),
+        ({"offsets": int32()}, "offsets: got"),
+        ({"token": torch.tensor([1, 0, 3, 1])}, "token: got pairs out of order"),
+        ({"token": torch.tensor([1, 0, 1, 1])}, "token: got pairs out of order or twice"),
+        ({"token": torch.tensor([1, 0, 1, 4])}, r"token: got values in 0..4, expected 0..num_tokens-1=3"),
+        ({"token": torch.tensor([1, -1, 1, 3])}, r"token: got values in -1..3"),
+        ({"token": int32(1, 0, 1, 3)}, "token: got .* of torch.int32"),
+        ({"weight": torch.ones(3)}, r"weight: got shape \(3,\)"),
+        ({"scores": torch.ones(4, 2)}, r"scores: got shape \(4, 2\), expected \(num_tokens=4, E=3\)"),
+        ({"num_tokens": 5}, r"scores: got shape \(4, 3\), expected \(num_tokens=5, E=3\)"),
+    ],
+    ids=str,
+)
+def test_what_is_no_routing_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(example(), **changes)
+
+
+@pytest.mark.parametrize("offsets", [(4, 4, 4), (0, 0, 4), (1, 1, 4), (0, 1, 4)], ids=str)
+def test_starved_experts_are_a_routing(offsets: tuple[int, ...]) -> None:
+    token = torch.arange(4) if 1 not in offsets else torch.tensor([3, 0, 1, 3])
+    dataclasses.replace(example(), token=token, offsets=int32(*offsets))
+
+
+def test_values_of_fake_and_meta_tensors_are_not_read() -> None:
+    with FakeTensorMode():
+        fake = Routing.from_choices(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), 3)
+    meta = Routing.from_choices(torch.zeros(4, 1, dtype=torch.long, device="meta"), torch.ones(4, 1, device="meta"), 3)
+    assert repr(fake) == repr(meta) == "Routing(4 tokens, 3 experts)"
+
+
+def test_the_check_is_cheap() -> None:
+    token = torch.arange(100_000)
+    routing = Routing.from_choices((token % 8)[:, None], torch.ones(100_000, 1), 8)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        routing.__post_init__()
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1e-3
+
+
+# For people
+
+
+def test_repr_is_short() -> None:
+    assert repr(example()) == "Routing(4 tokens, 3 experts, load 0…3)"
+
+
+def test_summary_says_it_in_lines() -> None:
+    lines = dataclasses.replace(example(), dropped_T=torch.tensor([0, 0, 2, 0])).summary().split("\n")
+    assert lines == [
+        "4 tokens, 3 experts, 4 pairs",
+        "  expert 0: 1 tokens (25.0% of the pairs)",
+        "  expert 1: 0 tokens (0.0% of the pairs)",
+        "  expert 2: 3 tokens (75.0% of the pairs)",
+        "coverage: 75.0% of the tokens have an expert",
+        "experts per token: 1",
+        "entropy of the scores: 0.433 nats",
+        "mean weight: 0.938",
+        "dropped pairs: 2",
+        "loss a: 3 (coefficient 0.5)",
+        "loss b: 2 (coefficient 0.25)",
+    ]
+    empty = torch.zeros(0)
+    assert "0 tokens" in Routing(empty.long(), int32(0, 0), empty, torch.zeros(0, 2), 0).summary()
+
+
+# Losses that train nothing
+
+
+def test_losses_computed_without_gradients_in_training_warn() -> None:
+    router, x = TokenChoice(4, 3, balance="switch"), torch.randn(6, 4)
+    with torch.no_grad():
+        routing = router(x)
+        aux_loss(routing)  # nothing is to be trained
+    with pytest.warns(UserWarning, match="use_reentrant=False"):
+        aux_loss([router(x), routing])
+
+
+def test_other_losses_do_not_warn() -> None:
+    router, x = TokenChoice(4, 3, balance="switch"), torch.randn(6, 4)
+    with torch.no_grad():
+        bare = TokenChoice(4, 3)(x)
+        evaluated = router.eval()(x)
+    frozen = router.train().requires_grad_(False)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        aux_loss([bare, evaluated, frozen])
+
+
+# Recording
+
+
+class Model(nn.Module):
+    """Two routers, perhaps under checkpointing."""
+
+    def __init__(self, use_reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList(TokenChoice(4, n, balance="switch") for n in (3, 4))
+        self.use_reentrant = use_reentrant
+
+    def step(self, router: nn.Module, x: Tensor) -> Tensor:
+        return x * router(x).to_dense().sum(dim=1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for router in self.routers:
+            if self.use_reentrant is None:
+                x = self.step(router, x)
+            else:
+                x = checkpoint(self.step, router, x, use_reentrant=self.use_reentrant)  # type: ignore[assignment]
+        return x
+
+
+def test_routings_are_recorded_in_order_while_the_block_lasts() -> None:
+    model, x = Model(), torch.randn(6, 4)
+    with record_routing(model) as routings:
+        model(x)
+        assert [routing.num_experts for routing in routings] == [3, 4]
+        model(x[:2])
+    assert [routing.num_tokens for routing in routings] == [6, 6, 2, 2]
+    model(x)
+    assert len(routings) == 4
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_recording_nests() -> None:
+    model = Model()
+    with record_routing(model) as outer, record_routing(model.routers[1]) as inner:
+        model(torch.randn(6, 4))
+    assert (len(outer), len(inner)) == (2, 1)
+
+
+def test_a_block_that_recorded_nothing_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="record_routing: nothing was recorded"), record_routing(Model()):
+        pass
+    model = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError, match="record_routing: nothing was recorded"), record_routing(model):
+        model(torch.randn(3, 4))
+
+
+def test_an_error_in_the_block_is_the_one_that_is_raised() -> None:
+    model = Model()
+    with pytest.raises(KeyError), record_routing(model):
+        raise KeyError
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_another_thread_neither_adds_nor_fails() -> None:
+    model, x = Model(), torch.randn(6, 4)
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            model(x[:1])
+        except BaseException as error:
+            errors.append(error)
+
+    with record_routing(model) as routings:
+        other = threading.Thread(target=call)
+        other.start()
+        other.join()
+        model(x)
+    assert not errors
+    assert [routing.num_tokens for routing in routings] == [6, 6]
+
+
+def test_each_thread_records_its_own() -> None:
+    model, together = Model(), threading.Barrier(2)
+    found: dict[int, list[int]] = {}
+
+    def call(num_tokens: int) -> None:
+        with record_routing(model) as routings:
+            together.wait(10)
+            model(torch.randn(num_tokens, 4))
+            together.wait(10)
+        found[num_tokens] = [routing.num_tokens for routing in routings]
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in (3, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {3: [3, 3], 5: [5, 5]}
+
+
+def test_a_recomputation_is_not_recorded() -> None:
+    model, x = Model(use_reentrant=False), torch.randn(6, 4, requires_grad=True)
+    with record_routing(model) as routings:
+        (model(x).sum() + aux_loss(routings)).backward()
+    assert len(routings) == 2
+    gate = model.routers[0].get_parameter("gate.weight")
+    assert gate.grad is not None
+
+
+def test_reentrant_checkpointing_warns_with_the_losses() -> None:
+    model, x = Model(use_reentrant=True), torch.randn(6, 4, requires_grad=True)
+    with record_routing(model) as routings:
+        model(x)
+    with pytest.warns(UserWarning, match="reentrant checkpointing"):
+        aux_loss(routings)
+
+
+def test_a_compiled_model_is_recorded() -> None:
+    torch.compiler.reset()
+    router = MultiCentroid(4, 3)
+    compiled: Any = torch.compile(router, backend="eager")
+    with record_routing(compiled) as routings:
+        compiled(torch.randn(6, 4))
+    assert len(routings) == 1
+
+
+def test_a_model_traced_before_the_block_is_not_passed_over_in_silence() -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(TokenChoice(4, 3))
+    compiled: Any = torch.compile(model, backend="eager")
+    compiled(torch.randn(6, 4))
+    with pytest.raises(RuntimeError, match="compiled and called before the block"), record_routing(compiled):
+        compiled(torch.randn(6, 4))
