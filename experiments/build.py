@@ -187,6 +187,7 @@ def _build(config: TrainConfig, task: Task) -> nn.Module:
         jk=config.jk,
         residual=config.residual,
         shared_expert=config.shared_expert,
+        local=None,
         input_dropout=config.input_dropout,
         in_proj=config.in_proj,
         router_kwargs=router_kwargs,
@@ -289,7 +290,7 @@ def _conv_kwargs(config: TrainConfig, task: Task) -> dict[str, Any]:
 
 def _router(config: TrainConfig, task: Task) -> tuple[str | Callable[..., Router] | None, dict[str, Any]]:
     """The router by name or factory, and its options."""
-    given = config.options.given()
+    given = config.router_options()
     if config.router == "dense":
         if given:
             raise ValueError(f"options: got {given} with router='dense', expected none")
@@ -307,6 +308,8 @@ def _router(config: TrainConfig, task: Task) -> tuple[str | Callable[..., Router
     for name, value in given.items():
         if name not in legal:
             raise ValueError(f"{name}: got {value!r}, but the router {config.router!r} has no such option")
+    if given.get("balance") == "none":
+        given["balance"] = None
     return (known if config.router == "oracle" else config.router), given
 
 

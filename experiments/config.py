@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +22,16 @@ FANOUT = (15, 10, 5)
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions:
-    """Options of the routers; what is left out takes the router's own default, what it does not know is an error."""
+    """Options of the routers; what a router does not know is an error.
+
+    What is left out takes the value of :func:`pinned` (`weight`, `balance`), or the router's own default.
+    """
 
     weight: Literal["score", "normalized", "straight_through"] | None = None
     """How a pair's weight follows from its gate."""
     noise: bool | None = None
     """Token choice: noisy top-K gating in training."""
-    balance: Literal["importance_load", "switch", "bias"] | None = None
+    balance: Literal["none", "importance_load", "switch", "bias"] | None = None
     """Token choice: what keeps the experts equally loaded."""
     balance_coef: float | None = None
     """Token choice: coefficient of the balance loss."""
@@ -59,6 +63,25 @@ class RouterOptions:
     def given(self) -> dict[str, Any]:
         """The options that were set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def pinned(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a run's router, with weight and balance written out, whatever the library's defaults.
+
+    Args:
+        run: as JSON, see :meth:`TrainConfig.science`.
+    """
+    options: dict[str, Any] = run["options"]
+    router = run["equal_to"] if run["router"] == "dense" and run.get("equal") else run["router"]
+    by_gate = "normalized" if run["k"] > 1 else None
+    pins: dict[str, dict[str, Any]] = {
+        "token_choice": {"weight": by_gate or "straight_through", "balance": "none"},
+        "random": {"weight": by_gate or "straight_through"},
+        "expert_choice": {"weight": "score"},
+        "attention_vote": {"weight": "score"},
+        "multi_centroid": {"weight": "score" if options.get("choice") == "experts" else by_gate or "score"},
+    }
+    return pins.get(router, {}) | options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +308,10 @@ class TrainConfig:
         """The run folder."""
         return self.out if self.out is not None else Path("runs") / f"{self.dataset}-{self.router}"
 
+    def router_options(self) -> dict[str, Any]:
+        """The options of the router, see :func:`pinned`."""
+        return pinned({**vars(self), "options": self.options.given()})
+
     def science(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON: all but where it runs and where it is written."""
         where = {"offline", "yes", "out", "resume", "checkpoint_every", "progress", "device", "workers", "compile"}
@@ -294,7 +321,7 @@ class TrainConfig:
             values["digest"] = file_digest(self.data_root)
         if self.dataset in IMAGE_FOLDERS:
             values["digest"] = images_digest(self.dataset, self.data_root)
-        values["options"] = self.options.given()
+        values["options"] = self.router_options()
         found: dict[str, Any] = json.loads(json.dumps(values))
         return found
 
@@ -328,6 +355,7 @@ class TrainConfig:
         here = self.science()
         defaults = json.loads(json.dumps({option.name: option.default for option in fields(self) if _plain(option)}))
         before = {name: there.get(name, defaults.get(name)) for name in here} | there
+        before["options"] = pinned(before)
         return {name: (value, here.get(name)) for name, value in before.items() if value != here.get(name)}
 
     def refuse(self, names: tuple[str, ...], kind: str) -> None:

@@ -1,4 +1,8 @@
-"""The presets: one frozen configuration a data set. `python -m experiments.train NAME` runs one."""
+"""The presets: one frozen configuration a data set. `python -m experiments.train NAME` runs one.
+
+They name K, `every`, the router's input and the shared expert, and `experiments.config.pinned` adds the weights and the
+balance of the router in use: no default of the library changes what they run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from experiments.data.registry import PYG
 
 DIGITS = TrainConfig(
     dataset="digits",
+    k=1,
     hidden=96,
     layers=4,
     every=2,
@@ -30,6 +35,7 @@ DIGITS = TrainConfig(
 CIFAR10 = TrainConfig(
     dataset="cifar10",
     router="expert_choice",
+    k=1,
     hidden=256,
     layers=6,
     every=2,
@@ -66,6 +72,10 @@ DIGITS_GRAPH = TrainConfig(
     dataset="digits-graph",
     router="expert_choice",
     undirected=False,
+    k=1,
+    every=1,
+    route_on=("both",),
+    shared_expert=False,
     hidden=32,
     layers=2,
     epochs=100,
@@ -83,6 +93,10 @@ MOSAIC = TrainConfig(
     conv=("sage",),
     undirected=False,
     adjacency="edge_index",
+    k=1,
+    every=1,
+    route_on=("both",),
+    shared_expert=False,
     hidden=16,
     layers=2,
     jk="last",
@@ -99,6 +113,9 @@ MOSAIC = TrainConfig(
 CORA = TrainConfig(
     dataset="cora",
     route_on=("input",),
+    k=1,
+    every=1,
+    shared_expert=False,
     hidden=16,
     layers=2,
     residual="none",
@@ -126,6 +143,10 @@ PUBMED = replace(CORA, dataset="pubmed")
 HETEROPHILOUS = TrainConfig(
     dataset="roman-empire",
     conv=("sage",),
+    k=1,
+    every=1,
+    route_on=("both",),
+    shared_expert=False,
     hidden=512,
     layers=5,
     norm="layer_norm",
@@ -144,6 +165,10 @@ are 5 layers, ReLU and linear residuals. They were run on made-up files only."""
 MINESWEEPER = TrainConfig(
     dataset="minesweeper",
     conv=("sage",),
+    k=1,
+    every=1,
+    route_on=("both",),
+    shared_expert=False,
     hidden=64,
     layers=8,
     norm="batch_norm",
@@ -158,12 +183,26 @@ MINESWEEPER = TrainConfig(
 al., 2024) with fewer layers and epochs (300 for 2,000)."""
 
 SMALL = TrainConfig(
-    dataset="amazon-photo", hidden=64, layers=2, dropout=0.5, weight_decay=5e-4, epochs=200, seeds=tuple(range(10))
+    dataset="amazon-photo",
+    k=1,
+    every=1,
+    route_on=("both",),
+    shared_expert=False,
+    hidden=64,
+    layers=2,
+    dropout=0.5,
+    weight_decay=5e-4,
+    epochs=200,
+    seeds=tuple(range(10)),
 )
 """Graphs without a recipe of their own: 2 layers of 64, dropout .5, lr .01, weight decay 5e-4. Not tuned."""
 
 ARXIV = TrainConfig(
     dataset="ogbn-arxiv",
+    k=1,
+    every=1,
+    route_on=("both",),
+    shared_expert=False,
     hidden=256,
     layers=3,
     norm="batch_norm",

@@ -1,0 +1,119 @@
+"""Presets and variants say all that they rely on: a changed default of the library changes none of them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch_geometric.data import HeteroData
+from torchmetrics.classification import MulticlassAccuracy
+
+import gmoe
+from experiments import build
+from experiments.config import RouterName, TrainConfig
+from experiments.data.task import Task
+from experiments.presets import PRESETS
+from experiments.studies import STUDIES
+from gmoe import Router
+
+RUNS: dict[str, TrainConfig] = {name: config for name, (_, config) in PRESETS.items()} | {
+    f"{name}/{arm.name}": arm.config for name, study in STUDIES.items() for arm in study.arms
+}
+RUNS |= {
+    f"{name} --router {router} --k {k}": replace(PRESETS[name][1], router=router, k=k)
+    for name, router, k in product(("digits", "cora"), get_args(RouterName), (1, 2))
+}
+PINNED = {"k", "every", "route_on", "shared_expert", "local", "weight", "balance"}
+EXPECTED = json.loads((Path(__file__).parent / "resolved.json").read_text())
+"""Arguments of the models and their routers: ``common`` by class and by router, and what a run has in its place."""
+
+
+def task_of(config: TrainConfig) -> Task:
+    """Data of the right kind, of which only sizes are known."""
+    images = config.dataset in ("digits", "cifar10", "cifar100", "imagenette", "images")
+    graph = None
+    if config.dataset == "ogbn-mag":
+        graph = HeteroData({"paper": {"x": torch.zeros(2, 5)}})
+        graph["paper", "cites", "paper"].edge_index = torch.zeros(2, 1, dtype=torch.long)
+    return Task(
+        name=config.dataset,
+        kind="image" if images else "graph" if graph is None else "hetero",
+        in_channels=32 if images else 5 if graph is None else {"paper": 5},
+        num_classes=3,
+        metric_name="accuracy",
+        metric=lambda: MulticlassAccuracy(num_classes=3),
+        loader=lambda *_: iter(()),
+        graph=graph,
+        target=None if graph is None else "paper",
+        planted=torch.arange(config.experts),
+    )
+
+
+def calls(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, inspect.BoundArguments]:
+    """The arguments with which the model of a run, and a router of it, are built, by class."""
+    config = replace(config, mlp_scale=1.0)
+    if config.equal is not None:  # of a dense model that is matched, those of the MoE that it is matched to
+        config = replace(config, router=config.equal_to, equal=None)
+    found: dict[str, inspect.BoundArguments] = {}
+
+    def record(cls: type) -> Any:
+        def called(*args: Any, **kwargs: Any) -> torch.nn.Module:
+            found[cls.__name__] = inspect.signature(cls).bind(*args, **kwargs)
+            return torch.nn.Module()
+
+        return called
+
+    with monkeypatch.context() as patch:
+        for name in ("GNNMoE", "HeteroGNNMoE", "ViTMoE"):
+            patch.setattr(build, name, record(getattr(build, name)))
+        build.build_model(config, task_of(config))
+    ((_, call),) = found.items()
+    router, kwargs = call.arguments.pop("router"), call.arguments.pop("router_kwargs") or {}
+    if router is not None:
+        make = gmoe.ROUTERS[router] if isinstance(router, str) else router
+        signature = inspect.signature(make)
+        own_k = {"k": config.k} if "k" in signature.parameters else {}
+        name = make.__name__ if isinstance(make, type) else "OracleRouter"
+        found[name] = signature.bind(4, config.experts, **own_k, **kwargs)
+    return found
+
+
+def resolve(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """The arguments of :func:`calls` with the defaults of the library filled in."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, call in calls(config, monkeypatch).items():
+        call.apply_defaults()
+        found[name] = call.arguments
+        if issubclass(cls := getattr(gmoe, name, torch.nn.Module), Router):
+            router = cls(*call.args, **call.kwargs)
+            found[name] |= {
+                chosen: getattr(router, chosen) for chosen in ("weight", "noise") if hasattr(router, chosen)
+            }
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_models_and_routers_are_built_as_they_were(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = resolve(RUNS[name], monkeypatch)
+    expected = EXPECTED["runs"][name]
+    assert set(found) == set(expected)
+    for part, arguments in expected.items():
+        before = EXPECTED["common"][part] | arguments
+        assert {argument: found[part].get(argument, "not there") for argument in before} == before
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_pinned_is_left_to_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for call in calls(RUNS[name], monkeypatch).values():
+        assert PINNED & set(call.signature.parameters) <= set(call.arguments)
+
+
+def test_all_runs_are_compared() -> None:
+    assert set(EXPECTED["runs"]) == set(RUNS)

@@ -1,0 +1,155 @@
+"""Soft MoE's slots equal the dense formula. Shapes: T tokens, D width, E experts, S slots, N = E * S."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gmoe import Routing, SoftSlots
+from gmoe.routers import SoftRouting
+from tests.gmoe.reference import group_lists
+
+D, E, O = 5, 3, 4  # noqa: E741
+
+INPUTS: dict[str, tuple[tuple[int, ...], list[int] | None]] = {
+    "one_group": ((7, D), None),
+    "leading": ((2, 2, 3, D), None),
+    "ragged": ((9, D), [5, 0, 5, 9, 0, 0, 5, 2, 9]),
+    "equal_unsorted": ((6, D), [7, 1, 7, 1, 1, 7]),
+    "one_token": ((1, D), None),
+    "no_tokens": ((0, 4, D), None),
+    "empty_groups": ((2, 0, D), None),
+}
+
+
+class Layer(nn.Module):
+    """A layer of affine experts on the slots of a router."""
+
+    def __init__(self, slots: int, normalize: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = SoftSlots(D, E, slots, normalize=normalize)
+        self.weight = nn.Parameter(torch.randn(E, D, O))
+        self.bias = nn.Parameter(torch.randn(E, O))
+        self.double()
+        if self.router.scale is not None:
+            nn.init.constant_(self.router.scale, 1.7)
+
+    def experts(self, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+        load = offsets_E.diff(prepend=offsets_E.new_zeros(1)).tolist()
+        parts = zip(x_RD.split(load), self.weight, self.bias, strict=True)
+        return torch.cat([(rows @ weight + bias).tanh() for rows, weight, bias in parts])
+
+    def forward(self, x: Tensor, batch: Tensor | None = None) -> tuple[Tensor, SoftRouting]:
+        routing: SoftRouting = self.router(x, batch)
+        y_TO = routing.combine(self.experts(routing.dispatch(x.reshape(-1, D)), routing.slot_offsets))
+        return y_TO.view(*x.shape[:-1], O), routing
+
+
+def reference(layer: Layer, x: Tensor, batch: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The paper's algorithm 1 (and 2, normalization), a group at a time; and (T, E) the combine weights."""
+    x_TD, router = x.reshape(-1, D), layer.router
+    y_TO = torch.zeros(len(x_TD), O, dtype=x.dtype)
+    dense_TE = torch.zeros(len(x_TD), E, dtype=x.dtype)
+    phi_NO = router.phi.flatten(0, 1)
+    for tokens in group_lists(x, batch):
+        x_SD, logits_x, phi = x_TD[tokens], x_TD[tokens], phi_NO
+        if router.scale is not None:
+            logits_x = logits_x / (logits_x.square().sum(-1, keepdim=True).sqrt() + 1e-6)
+            phi = router.scale * phi / (phi.square().sum(-1, keepdim=True).sqrt() + 1e-6)
+        logits = logits_x @ phi.T
+        slots_ESD = (logits.softmax(dim=0).T @ x_SD).view(E, -1, D)
+        out_ESO = torch.stack([(slots_ESD[e] @ layer.weight[e] + layer.bias[e]).tanh() for e in range(E)])
+        combine = logits.softmax(dim=1)
+        y_TO = y_TO.index_copy(0, torch.tensor(tokens), combine @ out_ESO.flatten(0, 1))
+        dense_TE = dense_TE.index_copy(0, torch.tensor(tokens), combine.view(len(tokens), E, -1).sum(-1))
+    return y_TO.view(*x.shape[:-1], O), dense_TE
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("name", INPUTS)
+def test_equals_the_dense_formula_with_gradients(name: str, slots: int, normalize: bool) -> None:
+    shape, ids = INPUTS[name]
+    layer = Layer(slots, normalize)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    batch = None if ids is None else torch.tensor(ids)
+    y, routing = layer(x, batch)
+    expected, dense = reference(layer, x, batch)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(routing.to_dense(), dense, atol=1e-12, rtol=0)
+    wanted = [x, *layer.parameters()]
+    grads = torch.autograd.grad(y.square().sum(), wanted)
+    if x.numel():
+        for found, right in zip(grads, torch.autograd.grad(expected.square().sum(), wanted), strict=True):
+            torch.testing.assert_close(found, right, atol=1e-12, rtol=0)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_the_record_holds_all_pairs() -> None:
+    routing = SoftSlots(D, E, 2)(torch.randn(2, 6, D))
+    assert isinstance(routing, Routing)
+    assert routing.load.tolist() == [12] * E
+    assert routing.slot_offsets.tolist() == [4, 8, 12]
+    assert routing.coverage == 1
+    torch.testing.assert_close(routing.to_dense().sum(-1), torch.ones(12))
+    assert routing.scores.shape == (12, E)
+    assert repr(routing) == "SoftRouting(12 tokens, 3 experts, load 12…12)"
+    assert routing.select(torch.tensor([3, 1])).num_tokens == 2
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(ids=st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_shares_sum_to_one(ids: list[int]) -> None:
+    batch = torch.tensor(ids)
+    routing = SoftSlots(D, E, 2)(torch.randn(len(ids), D), batch)
+    torch.testing.assert_close(routing.combine_TES.sum((1, 2)), torch.ones(len(ids)))
+    for group in batch.unique():
+        torch.testing.assert_close(routing.dispatch_TES[batch == group].sum(0), torch.ones(E, 2))
+
+
+def test_a_group_does_not_see_its_batch_mates() -> None:
+    layer, x = Layer(2), torch.randn(3, 4, D, dtype=torch.float64)
+    together = layer(x)[0]
+    for image, y in zip(x, together, strict=True):
+        torch.testing.assert_close(layer(image)[0], y, atol=1e-12, rtol=0)
+
+
+def test_length_of_tokens_does_not_matter_to_normalized_logits() -> None:
+    router, x = SoftSlots(D, E), torch.randn(6, D)
+    torch.testing.assert_close(router(100 * x).combine_TES, router(x).combine_TES, atol=1e-4, rtol=0)
+    plain = SoftSlots(D, E, normalize=False)
+    assert plain.scale is None
+    torch.testing.assert_close(plain(x).combine_TES.flatten(1), F.linear(x, plain.phi.flatten(0, 1)).softmax(-1))
+
+
+def test_bfloat16_and_autocast_keep_the_layers_precision() -> None:
+    router, x = SoftSlots(D, E), torch.randn(6, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        routing = router(x)
+    assert routing.combine_TES.dtype == torch.float32
+    half = copy.deepcopy(router).bfloat16()(x.bfloat16())
+    assert half.dispatch_TES.dtype == torch.float32
+    assert half.combine(half.dispatch(x.bfloat16())).dtype == torch.bfloat16
+
+
+def test_meta_device_and_scalars() -> None:
+    with torch.device("meta"):
+        router = SoftSlots(D, E, 2)
+    router.to_empty(device="cpu").reset_parameters()  # type: ignore[operator]
+    assert router(torch.randn(4, D)).weight.isfinite().all()
+    assert all(parameter.dim() > 0 for parameter in router.parameters())
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="slots: got 0, expected at least 1"):
+        SoftSlots(D, E, 0)
+    with pytest.raises(ValueError, match=r"x: got shape \(4, 2\)"):
+        SoftSlots(D, E)(torch.randn(4, 2))
+    assert repr(SoftSlots(D, E, 2)) == "SoftSlots(5, 3, slots=2, normalize=True)"

@@ -1,0 +1,60 @@
+"""The page on routers and convs of one's own: its code runs, and does what it says. Shapes: T tokens, E experts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gmoe
+
+PAGE = Path(__file__).parents[2] / "docs" / "your-own-router.md"
+
+
+@pytest.fixture(scope="module")
+def page() -> dict[str, Any]:
+    """What the page's blocks define, run one after the other."""
+    names: dict[str, Any] = {"__name__": "page"}
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    return names
+
+
+def test_the_router_is_trained_by_the_task(page: dict[str, Any]) -> None:
+    layer = page["layer"]
+    assert layer.router.gate.weight.grad.abs().max() > 0
+    assert repr(page["routing"]).startswith("Routing(400 tokens, 8 experts, load ")
+
+
+def test_the_router_equals_the_formula(page: dict[str, Any]) -> None:
+    router = page["SigmoidRouter"](5, 4, k=2).eval()
+    router.bias_E.copy_(torch.tensor([0.0, 0.3, -0.2, 0.1]))
+    x = torch.randn(9, 5)
+    gate = (x @ router.gate.weight.T).sigmoid()
+    for t, row in enumerate(router(x).to_dense()):
+        chosen = sorted(range(4), key=lambda e, t=t: -(gate[t] + router.bias_E)[e].item())[:2]  # type: ignore[misc]
+        expected = torch.zeros(4)
+        expected[chosen] = gate[t, chosen] / gate[t, chosen].sum()
+        torch.testing.assert_close(row, expected)
+
+
+def test_the_bias_evens_out_the_load(page: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    router, x = page["SigmoidRouter"](6, 4, k=2, bias_rate=0.01), torch.randn(400, 6) + 1.0
+    first = router(x).load.double()
+    for _ in range(300):
+        last = router(x).load.double()
+    assert last.std() < 0.1 * first.std()
+    before = router.bias_E.clone()
+    router.eval()(x)
+    assert torch.equal(router.bias_E, before)
+
+
+def test_the_router_is_built_by_its_class(page: dict[str, Any]) -> None:
+    router = gmoe.build_router(page["SigmoidRouter"], 6, 4, 2, {"bias_rate": 0.5})
+    assert (router.k, router(torch.randn(3, 6)).num_experts) == (2, 4)
