@@ -1,4 +1,4 @@
-"""From a configuration to a model, and dense controls of equal cost."""
+"""From a configuration to a model, and dense baselines of equal cost."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from gmoe.models.vit import SIZES, ViTMoE, ViTSize
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
 
@@ -18,16 +19,15 @@ import gmoe
 from experiments.config import RouterOptions, TrainConfig
 from experiments.data import Task
 from gmoe import GNNMoE, HeteroGNNMoE, OracleRouter, Router
-from gmoe.conv.registry import CONVS
+from gmoe.conv.separate import CONVS
 from gmoe.convert import choose_blocks
-from vision import SIZES, ViTMoE, ViTSize
 
 FILTERS = frozenset({"filter", "identity", "low_pass", "high_pass", "two_hop"})
 """Names of filter experts."""
 
 
 def build_model(config: TrainConfig, task: Task) -> nn.Module:
-    """The model of a run; with ``equal`` the dense control, widened to the cost of its MoE.
+    """The model of a run; with ``equal`` the dense baseline, widened to the cost of its MoE.
 
     Raises:
         ValueError: an option that the router does not know, or a combination that makes no sense.
@@ -66,7 +66,7 @@ def _scaled(model: nn.Module, config: TrainConfig) -> nn.Module:
 
 
 def _without_experts(config: TrainConfig, hidden: int) -> TrainConfig:
-    """The dense model of a control, of some width."""
+    """The dense model of a baseline, of some width."""
     return replace(config, hidden=hidden, equal=None, moe_blocks=(), options=RouterOptions())
 
 
@@ -124,12 +124,12 @@ def matched_width(config: TrainConfig, task: Task) -> int:
 
 
 def build_twin(config: TrainConfig, task: Task) -> nn.Module:
-    """The MoE that a dense control is matched to."""
+    """The MoE that a dense baseline is matched to."""
     return _build(replace(config, router=config.equal_to, equal=None, mlp_scale=1.0), task)
 
 
 def matched_ratio(config: TrainConfig, task: Task, model: nn.Module) -> float | None:
-    """Cost of a matched dense control over that of its MoE: 1 but for what whole widths cannot meet."""
+    """Cost of a matched dense baseline over that of its MoE: 1 but for what whole widths cannot meet."""
     if config.equal is None:
         return None
     twin = build_twin(config, task)
@@ -166,7 +166,7 @@ def _build(config: TrainConfig, task: Task) -> nn.Module:
         )
     if task.kind == "hetero":
         return _build_hetero(config, task, router, router_kwargs)
-    for name in ("share_router", "share_experts"):
+    for name in ("tie_routers", "tie_experts"):
         if getattr(config, name):
             raise ValueError(f"{name}: got True for {task.name}, expected False on a graph of one node type")
     return GNNMoE(
@@ -178,9 +178,9 @@ def _build(config: TrainConfig, task: Task) -> nn.Module:
         router,
         num_experts=config.experts,
         k=config.k,
-        routing=config.routing,
-        route_on=config.route_on,
-        route_hops=config.route_hops,
+        shared_router=config.shared_router,
+        router_input=config.router_input,
+        router_hops=config.router_hops,
         every=config.every,
         dropout=config.dropout,
         norm=config.norm,
@@ -218,19 +218,20 @@ def _build_hetero(config: TrainConfig, task: Task, router: Any, router_kwargs: d
     """A relational GNN; every relation has its own linear layer, whatever ``conv`` says of graphs of one type."""
     for name, value, only in (
         ("conv", config.conv, ("sage",)),
-        ("routing", config.routing, "layer"),
+        ("shared_router", config.shared_router, False),
         ("shared_expert", config.shared_expert, False),
         ("jk", config.jk, None),
         ("heads", config.heads, 1),
         ("input_dropout", config.input_dropout, 0.0),
-        ("route_hops", config.route_hops, 1),
+        ("router_hops", config.router_hops, 1),
     ):
         if value != only:
             raise ValueError(f"{name}: got {value!r} for {task.name}, expected {only!r} on a heterogeneous graph")
     assert isinstance(task.graph, HeteroData)
-    (route_on,) = config.route_on if len(config.route_on) == 1 else ("degree",)
-    if route_on == "degree":
-        raise ValueError(f"route_on: got {config.route_on} for {task.name}, expected one of input, aggregate, both")
+    if "degree" in config.router_input:
+        raise ValueError(
+            f"router_input: got {config.router_input} for {task.name}, expected node, neighbors, or both of them"
+        )
     return HeteroGNNMoE(
         {kind: width for kind, width in task.in_channels.items() if width is not None},
         config.hidden,
@@ -247,9 +248,9 @@ def _build_hetero(config: TrainConfig, task: Task, router: Any, router_kwargs: d
         dropout=config.dropout,
         norm=config.norm,
         residual=config.residual,
-        route_on=route_on,
-        share_router=config.share_router,
-        share_experts=config.share_experts,
+        router_input=config.router_input,
+        tie_routers=config.tie_routers,
+        tie_experts=config.tie_experts,
         router_kwargs=router_kwargs,
         check_finite=config.check_finite,
     )

@@ -1,6 +1,6 @@
 """The claims this project started from: ``python -m experiments.claims`` judges them in docs/claims.md, with figures.
 
-All of it is read from ``results/founding.json``, which ``python -m experiments.sweep founding`` makes.
+All of it is read from ``results/cifar10-claims.json``, which ``python -m experiments.sweep cifar10-claims`` makes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from scipy.stats import t as student
 
 from experiments.tables import ROOT
 
-Arms: TypeAlias = dict[str, dict[str, Any]]
+Variants: TypeAlias = dict[str, dict[str, Any]]
 Values: TypeAlias = Callable[[dict[str, Any]], "list[float] | None"]
-"""Of an arm, a value a seed, or ``None`` where some seed has none; larger is better."""
+"""Of a variant, a value a seed, or ``None`` where some seed has none; larger is better."""
 
 MARKED = re.compile(r"(<!-- verdicts -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -35,19 +35,19 @@ TARGET = 0.5
 """The accuracy that claim (b) asks the epochs of, fixed before the study was run."""
 
 
-def accuracy(arm: dict[str, Any]) -> list[float]:
+def accuracy(variant: dict[str, Any]) -> list[float]:
     """Test accuracy in points."""
-    return [100 * value for value in arm["test"]["values"]]
+    return [100 * value for value in variant["test"]["values"]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What is said of the means of some arms: a sum of them, each times its factor, is above minus the margin.
+    """What is said of the means of some variants: a sum of them, each times its factor, is above minus the margin.
 
     Args:
         letter: of the claim.
         text: what is claimed.
-        factors: by arm; one at 1 and one at -1 compare two arms, two more the other way compare two differences.
+        factors: by variant; one at 1 and one at -1 compare two, two more the other way compare two differences.
         unit: of the sum (default: points of test accuracy).
         values: what the means are of (default: that).
         margin: the sum may be below zero by so much, where "at least equal" or "little loss" is claimed.
@@ -75,12 +75,12 @@ class Verdict:
 UNKNOWN = "cannot be told at this budget"
 
 
-def earliness(arm: dict[str, Any]) -> list[float] | None:
+def earliness(variant: dict[str, Any]) -> list[float] | None:
     """Minus the epochs until validation reaches :data:`TARGET`, between two epochs on a straight line from zero;
     ``None`` where a seed never does."""
-    epochs = [0.0, *arm["curve"]["epoch"]]
+    epochs = [0.0, *variant["curve"]["epoch"]]
     found = []
-    for curve in arm["curve"]["val"]:
+    for curve in variant["curve"]["val"]:
         points = [0.0, *curve]
         i = next((i for i, point in enumerate(points) if point >= TARGET), None)
         if i is None:
@@ -90,13 +90,13 @@ def earliness(arm: dict[str, Any]) -> list[float] | None:
     return found
 
 
-def claims(arms: Arms) -> list[Claim]:
-    """The five claims, as comparisons of arms; those whose arms are not finished are left out."""
+def claims(variants: Variants) -> list[Claim]:
+    """The five claims, as comparisons of variants; those whose variants are not finished are left out."""
     experts, votes = "expert-choice-k1", "attention-vote-k1"
     epochs = f"epochs earlier at {100 * TARGET:.0f} % on validation"
 
-    def compare(letter: str, text: str, arm: str, than: str, **how: Any) -> Claim:
-        return Claim(letter=letter, text=text, factors={arm: 1, than: -1}, **how)
+    def compare(letter: str, text: str, variant: str, than: str, **how: Any) -> Claim:
+        return Claim(letter=letter, text=text, factors={variant: 1, than: -1}, **how)
 
     all_of_them = [
         compare("a", "Expert choice beats token choice", experts, "token-choice-k1"),
@@ -158,18 +158,19 @@ def claims(arms: Arms) -> list[Claim]:
             "multi-centroid-k1-one",
         ),
     ]
-    return [claim for claim in all_of_them if set(claim.factors) <= set(arms)]
+    return [claim for claim in all_of_them if set(claim.factors) <= set(variants)]
 
 
-def judge(claim: Claim, arms: Arms) -> Verdict:
-    """The verdict by Student's t, with one variance for all arms, pooled from those with several seeds.
+def judge(claim: Claim, variants: Variants) -> Verdict:
+    """The verdict by Student's t, with one variance for all variants, pooled from those with several seeds.
 
     "Better" holds where the whole 95 % interval of the difference lies above minus the margin, and does not where it
     lies below. "The same" holds where the whole interval lies within the margin, and does not where it lies outside.
-    Else it cannot be told, nor can it where an arm has a seed without a value; such arms lend no variance either. Each
-    interval stands for itself: of n lines without any difference, one "better" is found in 1 - 0.975^n of studies.
+    Else it cannot be told, nor can it where a variant has a seed without a value; such variants lend no variance
+    either. Each interval stands for itself: of n lines without any difference, one "better" is found in 1 - 0.975^n of
+    studies.
     """
-    values = {name: found for name, arm in arms.items() if (found := claim.values(arm)) is not None}
+    values = {name: found for name, variant in variants.items() if (found := claim.values(variant)) is not None}
     if not set(claim.factors) <= set(values):
         return Verdict(math.nan, math.inf, UNKNOWN)
     means = {name: statistics.fmean(found) for name, found in values.items()}
@@ -186,49 +187,51 @@ def judge(claim: Claim, arms: Arms) -> Verdict:
     return Verdict(difference, half, "holds" if holds else "does not hold" if fails else UNKNOWN)
 
 
-def verdict_table(arms: Arms) -> str:
+def verdict_table(variants: Variants) -> str:
     """One line a claim."""
     lines = [
         "| | claim | difference (95 % interval) | n | FLOPs | parameters | verdict |",
         "|---|---|---|---|---:|---:|---|",
     ]
-    for claim in claims(arms):
-        found = judge(claim, arms)
-        n = ", ".join(str(len(arms[name]["test"]["values"])) for name in claim.factors)
+    for claim in claims(variants):
+        found = judge(claim, variants)
+        n = ", ".join(str(len(variants[name]["test"]["values"])) for name in claim.factors)
         spread = "no spread known" if math.isinf(found.half) else f"± {found.half:.2f}"
         difference = f"{found.difference:+.2f} ({spread}) {claim.unit}"
         if math.isnan(found.difference):
             difference = f"not every seed got to {100 * TARGET:.0f} %"
-        arm, than, *more = claim.factors
-        costs = ["", ""] if more else [f"{arms[arm][c] / arms[than][c]:.2f}×" for c in ("flops", "parameters")]
+        variant, than, *more = claim.factors
+        costs = (
+            ["", ""] if more else [f"{variants[variant][c] / variants[than][c]:.2f}×" for c in ("flops", "parameters")]
+        )
         lines.append(f"| {claim.letter} | {claim.text} | {difference} | {n} | {' | '.join(costs)} | {found.word} |")
     return "\n".join(lines)
 
 
-def training_flops(arm: dict[str, Any]) -> list[float]:
+def training_flops(variant: dict[str, Any]) -> list[float]:
     """FLOPs spent by each epoch of the curve: forward and, twice as dear, backward; a last, smaller batch counts in
     full."""
-    return [3.0 * arm["flops"] * arm["steps"] * epoch for epoch in arm["curve"]["epoch"]]
+    return [3.0 * variant["flops"] * variant["steps"] * epoch for epoch in variant["curve"]["epoch"]]
 
 
-def draw(arms: Arms, names: Sequence[str], title: str, path: Path) -> None:
+def draw(variants: Variants, names: Sequence[str], title: str, path: Path) -> None:
     """Validation accuracy against epochs and against training FLOPs, the mean and the band from worst to best seed; and
-    the test accuracy of every seed, with the mean. An arm looks the same in all figures."""
+    the test accuracy of every seed, with the mean. A variant looks the same in all figures."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.8), layout="constrained", width_ratios=(2, 2, 1))
     assert isinstance(axes[0], Axes)
     axes[1].sharey(axes[0])
-    styles = dict(zip(arms, product(("-", "--", ":"), [f"C{i}" for i in range(10)]), strict=False))
-    for place, name in enumerate(name for name in names if name in arms):
-        arm, (style, colour) = arms[name], styles[name]
-        curves = [[100 * value for value in curve] for curve in arm["curve"]["val"]]
+    styles = dict(zip(variants, product(("-", "--", ":"), [f"C{i}" for i in range(10)]), strict=False))
+    for place, name in enumerate(name for name in names if name in variants):
+        variant, (style, color) = variants[name], styles[name]
+        curves = [[100 * value for value in curve] for curve in variant["curve"]["val"]]
         mean = [sum(column) / len(column) for column in zip(*curves, strict=True)]
-        for axis, x in zip(axes, (arm["curve"]["epoch"], training_flops(arm)), strict=False):
-            axis.plot(x, mean, style, color=colour, label=f"{arm['label'].replace('`', '')} (n = {len(curves)})")
+        for axis, x in zip(axes, (variant["curve"]["epoch"], training_flops(variant)), strict=False):
+            axis.plot(x, mean, style, color=color, label=f"{variant['label'].replace('`', '')} (n = {len(curves)})")
             low, high = ([f(column) for column in zip(*curves, strict=True)] for f in (min, max))
-            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-        values = accuracy(arm)
-        axes[2].plot([place] * len(values), values, "o", color=colour, markersize=4)
-        axes[2].hlines(statistics.fmean(values), place - 0.3, place + 0.3, color=colour, linestyle=style)
+            axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        values = accuracy(variant)
+        axes[2].plot([place] * len(values), values, "o", color=color, markersize=4)
+        axes[2].hlines(statistics.fmean(values), place - 0.3, place + 0.3, color=color, linestyle=style)
     axes[0].set(xlabel="epochs", ylabel="validation accuracy (%)", title=title)
     axes[1].set(xlabel="training FLOPs, forward and backward", title="mean, and worst to best seed")
     axes[2].set(xticks=[], ylabel="test accuracy (%)", title="every seed, and mean")
@@ -263,14 +266,14 @@ FIGURES = {
         ("attention-vote-k1", "attention-vote-k1-shared", "multi-centroid-k1-one", "multi-centroid-k1-four"),
     ),
 }
-"""By file name, title and arms."""
+"""By file name, title and variants."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimsConfig:
     """Where from, and where to."""
 
-    results: Path = ROOT / "results" / "founding.json"
+    results: Path = ROOT / "results" / "cifar10-claims.json"
     """The result file."""
     page: Path = ROOT / "docs" / "claims.md"
     """The page, whose part between the marks is rewritten."""
@@ -283,25 +286,27 @@ def main(args: Sequence[str] | None = None) -> None:
     config = tyro.cli(ClaimsConfig, args=args, prog="python -m experiments.claims", description=__doc__)
     for path in (config.results, config.page):
         if not path.is_file():
-            sys.exit(f"error: {path} is missing; python -m experiments.sweep founding makes the results")
+            sys.exit(f"error: {path} is missing; python -m experiments.sweep cifar10-claims makes the results")
     try:
         results = json.loads(config.results.read_text())
     except ValueError as error:
         sys.exit(f"error: {config.results} is no JSON: {error}")
-    if not isinstance(results, dict) or results.get("study") != "founding" or "arms" not in results:
-        sys.exit(f"error: {config.results} does not hold the study `founding`")
-    arms: Arms = {arm["arm"]: arm for arm in results["arms"]}
-    broken = [name for name, arm in arms.items() if not {"label", "test", "curve", "flops", "steps"} <= set(arm)]
+    if not isinstance(results, dict) or results.get("study") != "cifar10-claims" or "variants" not in results:
+        sys.exit(f"error: {config.results} does not hold the study `cifar10-claims`")
+    variants: Variants = {variant["variant"]: variant for variant in results["variants"]}
+    broken = [
+        name for name, variant in variants.items() if not {"label", "test", "curve", "flops", "steps"} <= set(variant)
+    ]
     if broken:
-        sys.exit(f"error: {config.results} has arms without figures: {', '.join(broken)}")
+        sys.exit(f"error: {config.results} has variants without figures: {', '.join(broken)}")
     page = config.page.read_text()
     if not MARKED.search(page):
         sys.exit(f"error: {config.page} has no place for the table, <!-- verdicts --> and <!-- end -->")
-    config.page.write_text(MARKED.sub(lambda match: f"{match[1]}{verdict_table(arms)}\n{match[2]}", page))
+    config.page.write_text(MARKED.sub(lambda match: f"{match[1]}{verdict_table(variants)}\n{match[2]}", page))
     for name, (title, names) in FIGURES.items():
-        if set(names) & set(arms):
-            draw(arms, names, title, config.figures / f"{name}.png")
-    print(verdict_table(arms))
+        if set(names) & set(variants):
+            draw(variants, names, title, config.figures / f"{name}.png")
+    print(verdict_table(variants))
 
 
 if __name__ == "__main__":

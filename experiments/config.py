@@ -13,6 +13,8 @@ import tyro
 
 from experiments.digest import file_digest, images_digest
 
+RouterInput = Literal["node", "neighbors", "degree"]
+
 RouterName = Literal[
     "dense", "token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform", "oracle"
 ]
@@ -43,11 +45,11 @@ class RouterOptions:
     """Tokens per expert, relative to an even share."""
     normalize: Literal["experts", "tokens"] | None = None
     """Expert choice: softmax over experts or along tokens."""
-    inference: Literal["pool", "threshold"] | None = None
-    """Expert choice: evaluation by pool or by a running threshold."""
-    queries: Literal["per_expert", "shared"] | None = None
-    """Attention vote: whose queries."""
-    scope: Literal["pool", "neighbours"] | None = None
+    inference: Literal["group", "threshold"] | None = None
+    """Expert choice: evaluation by group or by a running threshold."""
+    shared_queries: bool | None = None
+    """Attention vote: all experts have the same queries."""
+    scope: Literal["group", "neighbors"] | None = None
     """Attention vote: who votes for whom."""
     head_dim: int | None = None
     """Attention vote: width of queries and keys."""
@@ -94,7 +96,7 @@ class TrainConfig:
 
     # model
     router: RouterName = "token_choice"
-    """Who decides; `dense` is the model without experts, the control."""
+    """Who decides; `dense` is the model without experts, the baseline."""
     experts: int = 8
     """Number of experts, E."""
     k: int = 1
@@ -127,16 +129,16 @@ class TrainConfig:
     """Graphs: one more expert that runs on every node."""
     in_proj: bool = False
     """Graphs: begin with a linear layer."""
-    share_router: bool = False
+    tie_routers: bool = False
     """Heterogeneous graphs: one router for all node types, not one for each."""
-    share_experts: bool = False
+    tie_experts: bool = False
     """Heterogeneous graphs: the experts of all node types have one root weight and bias."""
-    routing: Literal["layer", "shared"] = "layer"
-    """Graphs: each layer routes, or one decision for all layers."""
-    route_on: tuple[Literal["input", "aggregate", "both", "degree"], ...] = ("both",)
-    """Graphs: what the router sees: the node, its neighbours, both, log-degree, or several of them."""
-    route_hops: int = 1
-    """Graphs, shared routing: how far the router sees."""
+    shared_router: bool = False
+    """Graphs: one decision for all layers, not one in each."""
+    router_input: tuple[RouterInput, ...] = ("node",)
+    """Graphs: what the router sees: the node, the mean of its neighbors, log-degree."""
+    router_hops: int = 1
+    """Graphs, shared router: how far the router sees."""
     residual: Literal["none", "identity", "linear"] = "identity"
     """Graphs: the residual."""
     norm: str | None = None
@@ -152,7 +154,7 @@ class TrainConfig:
     equal: Literal["flops", "parameters"] | None = None
     """With --router dense: widen it until it costs what the MoE of `equal_to` costs (active FLOPs, or parameters)."""
     equal_to: RouterName = "token_choice"
-    """The router of the MoE that the dense control is matched to; experts, K and the rest as given."""
+    """The router of the MoE that the dense baseline is matched to; experts, K and the rest as given."""
 
     # recipe
     augment: Literal["none", "standard", "randaugment"] = "none"
@@ -174,9 +176,9 @@ class TrainConfig:
     batch_size: int = 128
     """Batch size; of graphs, seed nodes a batch (`neighbor`), or nodes a part (`random_node`)."""
     sampling: Literal["full", "neighbor", "random_node"] = "full"
-    """Graphs: train on the whole graph, on sampled neighbourhoods, or on random parts."""
+    """Graphs: train on the whole graph, on sampled neighborhoods, or on random parts."""
     fanout: tuple[int, ...] = FANOUT
-    """Graphs, `neighbor`: neighbours sampled a node, hop by hop; -1 takes all."""
+    """Graphs, `neighbor`: neighbors sampled a node, hop by hop; -1 takes all."""
     workers: int = 0
     """Processes that sample (graphs, `neighbor`) or load images while the model computes."""
     evaluation: Literal["full", "layerwise", "sampled"] = "full"
@@ -187,7 +189,7 @@ class TrainConfig:
     """Graphs: add a self-loop to every node (GCN and GAT add their own all the same)."""
     adjacency: Literal["auto", "edge_index", "csr"] = "auto"
     """Graphs, full-batch: how edges are given; `auto` takes CSR where convs run on it and use no edge features."""
-    label_use: float = 0.0
+    label_reuse: float = 0.0
     """Graphs, full-batch: share of the training labels that are input, drawn anew each epoch, while the loss is on the
     others; at evaluation all of them are input. Off by default."""
     eval_every: int = 1
@@ -216,7 +218,7 @@ class TrainConfig:
     """Root folder of the data, given to the data set's loader as it is."""
     offline: bool = False
     """Never download."""
-    yes: bool = False
+    allow_large_downloads: bool = False
     """Download also what is larger than 1 GB."""
     metric: Literal["accuracy", "roc_auc"] | None = None
     """Of a user's own graph: the metric (default accuracy)."""
@@ -268,12 +270,12 @@ class TrainConfig:
         if self.ema and self.options.inference == "threshold":
             raise ValueError(
                 "ema: got an average with inference='threshold', whose cut scores are those of the weights themselves; "
-                "expected 0, or inference='pool'"
+                "expected 0, or inference='group'"
             )
-        if not 0 <= self.label_use < 1:
-            raise ValueError(f"label_use: got {self.label_use}, expected a share in [0, 1)")
-        if self.label_use and self.sampling != "full":
-            raise ValueError(f"label_use: got {self.label_use} with sampling={self.sampling!r}, expected 'full'")
+        if not 0 <= self.label_reuse < 1:
+            raise ValueError(f"label_reuse: got {self.label_reuse}, expected a share in [0, 1)")
+        if self.label_reuse and self.sampling != "full":
+            raise ValueError(f"label_reuse: got {self.label_reuse} with sampling={self.sampling!r}, expected 'full'")
         for name, value, least, below in (
             ("val_share", self.val_share, 0, 1),
             ("label_smoothing", self.label_smoothing, 0, 1),
@@ -314,7 +316,17 @@ class TrainConfig:
 
     def science(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON: all but where it runs and where it is written."""
-        where = {"offline", "yes", "out", "resume", "checkpoint_every", "progress", "device", "workers", "compile"}
+        where = {
+            "offline",
+            "allow_large_downloads",
+            "out",
+            "resume",
+            "checkpoint_every",
+            "progress",
+            "device",
+            "workers",
+            "compile",
+        }
         values = {name: value for name, value in asdict(self).items() if name not in where | {"data_root"}}
         if self.dataset == "graph":
             values["file"] = self.data_root.name
@@ -355,7 +367,6 @@ class TrainConfig:
         here = self.science()
         defaults = json.loads(json.dumps({option.name: option.default for option in fields(self) if _plain(option)}))
         before = {name: there.get(name, defaults.get(name)) for name in here} | there
-        before["options"] = pinned(before)
         return {name: (value, here.get(name)) for name, value in before.items() if value != here.get(name)}
 
     def refuse(self, names: tuple[str, ...], kind: str) -> None:
@@ -399,11 +410,11 @@ GRAPHS_ONLY = (
     "edge_features",
     "shared_expert",
     "in_proj",
-    "share_router",
-    "share_experts",
-    "routing",
-    "route_on",
-    "route_hops",
+    "tie_routers",
+    "tie_experts",
+    "shared_router",
+    "router_input",
+    "router_hops",
     "residual",
     "norm",
     "jk",
@@ -414,7 +425,7 @@ GRAPHS_ONLY = (
     "undirected",
     "self_loops",
     "adjacency",
-    "label_use",
+    "label_reuse",
 )
 """Options that mean nothing on images."""
 

@@ -341,9 +341,9 @@ def _followed(task: Task, routings: list[list[Routing]]) -> tuple[Tensor | None,
 
 @contextmanager
 def routings_of(model: nn.Module) -> Iterator[list[Routing]]:
-    """:func:`gmoe.record` for models that may be dense."""
+    """:func:`gmoe.record_routing` for models that may be dense."""
     if any(isinstance(module, Router) for module in model.modules()):
-        with gmoe.record(model) as routings:
+        with gmoe.record_routing(model) as routings:
             yield routings
     else:
         yield []

@@ -59,7 +59,7 @@ SPECIES = np.array([3702, 4932, 6239, 7227, 7955, 9606, 10090, 511145])
 MODULES = 16
 """Communities of the planted proteins, across species."""
 SEPARATION = 4.5
-"""Distance of two class centres, in standard deviations of the noise: own features tell some of the classes."""
+"""Distance of two class centers, in standard deviations of the noise: own features tell some of the classes."""
 LEAST_NODES = 100
 """So that no part of a split is empty."""
 ROUNDS = 30
@@ -83,7 +83,7 @@ def write_planted(
     Every node belongs to a community. An edge stays inside its community with probability ``homophily``, and both ends
     are drawn by Pareto weights, so that few nodes have most edges. No edge is there twice, none is a self-loop.
 
-    - ogbn-arxiv: the class is the community, features are the class centre plus N(0, 1); papers cite older papers.
+    - ogbn-arxiv: the class is the community, features are the class center plus N(0, 1); papers cite older papers.
     - ogbn-products: the same, undirected: each edge is stored once, and ``ogb`` adds the other direction.
     - ogbn-proteins: no node features. An edge's features, in [0, 1], are the mean of its ends' communities' plus noise;
       the 112 labels are noisy linear functions of the mean over a node's edges, cut at a rate each. Edges stay in a
@@ -167,7 +167,7 @@ class Planter:
     def plain(self) -> Files:
         """ogbn-arxiv and ogbn-products: one kind of node, features, one label."""
         nodes, edges, _, _ = self.size
-        community, x, y = self._labelled()
+        community, x, y = self._labeled()
         part = self._parts()
         if self.name == "ogbn-arxiv":
             year = self._years(part, first=1971)
@@ -196,8 +196,8 @@ class Planter:
         module = self.rng.integers(MODULES, size=nodes)
         inner = which * MODULES + module
         pairs = self._links(edges, inner, inner, outer=which, orient=_lowest_first)
-        centre = self.rng.random((MODULES, features))
-        edge_x = centre[module[pairs]].mean(axis=1) + 0.15 * self.rng.standard_normal((edges, features))
+        center = self.rng.random((MODULES, features))
+        edge_x = center[module[pairs]].mean(axis=1) + 0.15 * self.rng.standard_normal((edges, features))
         edge_x = edge_x.clip(0.001, 0.999).round(3)
 
         ends = pairs.T.reshape(-1)
@@ -223,7 +223,7 @@ class Planter:
         """ogbn-mag: papers with features and venues, and who wrote them, where, and on what."""
         papers, citations, _, venues = self.size
         part = self._parts()
-        venue, x, y = self._labelled()
+        venue, x, y = self._labeled()
         year = self._years(part, first=2010)
         count = {
             "author": round(1.54 * papers),
@@ -263,14 +263,14 @@ class Planter:
             files[f"{folder}/edge_reltype.csv.gz"] = np.full(len(pairs), number)
         return files
 
-    def _labelled(self) -> tuple[Ints, Floats, Ints]:
+    def _labeled(self) -> tuple[Ints, Floats, Ints]:
         """Community, features and label of each node; every class has a node, later ones fewer."""
         nodes, _, features, classes = self.size
         popularity = np.arange(1, classes + 1) ** -0.5
         rest = self.rng.choice(classes, size=nodes - classes, p=popularity / popularity.sum())
         community = self.rng.permutation(np.concatenate([np.arange(classes), rest]))
-        centre = self.rng.standard_normal((classes, features)) * SEPARATION / np.sqrt(2 * features)
-        x = centre[community] + self.rng.standard_normal((nodes, features))
+        center = self.rng.standard_normal((classes, features)) * SEPARATION / np.sqrt(2 * features)
+        x = center[community] + self.rng.standard_normal((nodes, features))
         noisy = self.rng.random(nodes) < self.label_noise
         return community, x, np.where(noisy, self.rng.integers(classes, size=nodes), community)
 

@@ -74,14 +74,14 @@ DIGITS_GRAPH = TrainConfig(
     undirected=False,
     k=1,
     every=1,
-    route_on=("both",),
+    router_input=("node", "neighbors"),
     shared_expert=False,
     hidden=32,
     layers=2,
     epochs=100,
     seeds=(0, 1, 2),
 )
-"""The same digits as nodes of a symmetric 10-nearest-neighbour graph; a 2-layer GCN.
+"""The same digits as nodes of a symmetric 10-nearest-neighbor graph; a 2-layer GCN.
 
 ``python -m experiments.train digits-graph --router NAME``, about 2 s a seed on one core (Xeon, AVX-512). Seeds 0 to 2:
 dense 98.6 ± 0.1, expert choice 97.9 ± 0.3 %; token choice 98.4 ± 0.4 %, but without a balance loss it leaves six or
@@ -95,7 +95,7 @@ MOSAIC = TrainConfig(
     adjacency="edge_index",
     k=1,
     every=1,
-    route_on=("both",),
+    router_input=("node", "neighbors"),
     shared_expert=False,
     hidden=16,
     layers=2,
@@ -104,15 +104,15 @@ MOSAIC = TrainConfig(
     epochs=150,
     seeds=(0, 1, 2, 3, 4),
 )
-"""8 planted regions, in each of which a neighbour's class means something else; a 2-layer SAGE, and a linear output.
+"""8 planted regions, in each of which a neighbor's class means something else; a 2-layer SAGE, and a linear output.
 
-``python -m experiments.sweep mosaic``, about 6 s a seed and arm on one core (Xeon, AVX-512). Seeds 5 to 9: dense
-84.6 ± 1.9, k-means centroids with shared routing 94.4 ± 0.7, oracle 93.9 ± 0.2 % (results/mosaic.json).
+``python -m experiments.sweep mosaic``, about 6 s a seed and variant on one core (Xeon, AVX-512). Seeds 5 to 9: dense
+84.6 ± 1.9, k-means centroids with a shared router 94.4 ± 0.7, oracle 93.9 ± 0.2 % (results/mosaic.json).
 """
 
 CORA = TrainConfig(
     dataset="cora",
-    route_on=("input",),
+    router_input=("node",),
     k=1,
     every=1,
     shared_expert=False,
@@ -145,7 +145,7 @@ HETEROPHILOUS = TrainConfig(
     conv=("sage",),
     k=1,
     every=1,
-    route_on=("both",),
+    router_input=("node", "neighbors"),
     shared_expert=False,
     hidden=512,
     layers=5,
@@ -167,7 +167,7 @@ MINESWEEPER = TrainConfig(
     conv=("sage",),
     k=1,
     every=1,
-    route_on=("both",),
+    router_input=("node", "neighbors"),
     shared_expert=False,
     hidden=64,
     layers=8,
@@ -186,7 +186,7 @@ SMALL = TrainConfig(
     dataset="amazon-photo",
     k=1,
     every=1,
-    route_on=("both",),
+    router_input=("node", "neighbors"),
     shared_expert=False,
     hidden=64,
     layers=2,
@@ -201,7 +201,7 @@ ARXIV = TrainConfig(
     dataset="ogbn-arxiv",
     k=1,
     every=1,
-    route_on=("both",),
+    router_input=("node", "neighbors"),
     shared_expert=False,
     hidden=256,
     layers=3,
@@ -258,8 +258,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "cifar100": ("CIFAR-100; a 6-block ViT.", CIFAR100),
     "imagenette": ("Imagenette at 160 pixels; a 6-block ViT.", IMAGENETTE),
     "images": ("Images of your own: --data-root DIR with train/CLASS/* and test/CLASS/* (or val/).", IMAGES),
-    "digits-graph": ("The same digits as nodes of a 10-nearest-neighbour graph; a 2-layer GCN.", DIGITS_GRAPH),
-    "mosaic": ("8 planted regions, in each of which a neighbour's class means something else; a 2-layer SAGE.", MOSAIC),
+    "digits-graph": ("The same digits as nodes of a 10-nearest-neighbor graph; a 2-layer GCN.", DIGITS_GRAPH),
+    "mosaic": ("8 planted regions, in each of which a neighbor's class means something else; a 2-layer SAGE.", MOSAIC),
     "graph": ("A graph of your own: --data-root FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv.", GRAPH),
     "cora": ("Cora, public split; a 2-layer GCN.", CORA),
     "citeseer": ("CiteSeer, public split; a 2-layer GCN.", CITESEER),

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gmoe.metrics import PER_EXPERT
 
 from experiments.build import try_model
 from experiments.config import TrainConfig
 from experiments.data import Task, load_tasks
 from experiments.loop import make_fabric, train_seed
-from gmoe.stats import PER_EXPERT
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             names = ("in_channels", "num_classes", "classes", "mean", "std")
             write_json(folder / "images.json", {name: getattr(task, name) for name in names})
         results = [_finished(config, task_of, seed, folder / f"seed-{seed}") for seed in config.seeds]
-    summary = summarise(config, results)
+    summary = summarize(config, results)
     write_json(finished, summary)
     return summary
 
@@ -80,7 +80,7 @@ def _same_run(path: Path, config: TrainConfig) -> bool:
     return fewer_seeds
 
 
-def summarise(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean, sample standard deviation and n over the seeds, with all that is needed to repeat the run."""
     first = results[0]
     return {

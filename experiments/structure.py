@@ -15,15 +15,15 @@ BINS = 8
 def node_properties(data: Data) -> dict[str, Tensor]:
     """(N,) integers a property: the ``label``, the in-``degree`` and the local ``homophily`` of every node.
 
-    Homophily is the share of in-neighbours of the same label. Degree and homophily are binned by their quantiles,
-    equal values together; nodes without neighbours have a bin of their own. What is not known of a node, since it or
-    all its neighbours have no label (below 0), is -1. Without one label a node, ``degree`` alone.
+    Homophily is the share of in-neighbors of the same label. Degree and homophily are binned by their quantiles,
+    equal values together; nodes without neighbors have a bin of their own. What is not known of a node, since it or
+    all its neighbors have no label (below 0), is -1. Without one label a node, ``degree`` alone.
     """
     source, destination = remove_self_loops(data.edge_index)[0]
     found = {"degree": quantile_bins(degree(destination, data.num_nodes))}
     if data.y is not None and data.y.dim() == 1:
-        labelled = (data.y[source] >= 0) & (data.y[destination] >= 0)
-        source, destination = source[labelled], destination[labelled]
+        labeled = (data.y[source] >= 0) & (data.y[destination] >= 0)
+        source, destination = source[labeled], destination[labeled]
         same = (data.y[source] == data.y[destination]).float()
         share = scatter(same, destination, dim_size=data.num_nodes, reduce="mean")
         heard = degree(destination, data.num_nodes) > 0
@@ -50,7 +50,7 @@ def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) 
     Args:
         assignment: (N,) integers, such as the expert of each node.
         properties: (N,) integers each; nodes below 0 are left out.
-        seed: of the control ``"shuffled"``: the largest alignment, in size, of the shuffled assignment.
+        seed: of the baseline ``"shuffled"``: the largest alignment, in size, of the shuffled assignment.
     """
     if not properties:
         return {}

@@ -1,12 +1,12 @@
-"""Run a study, a fixed list of arms: ``python -m experiments.sweep STUDY [options]``.
+"""Run a study, a fixed list of variants: ``python -m experiments.sweep STUDY [options]``.
 
     python -m experiments.sweep mosaic --runs runs/mosaic --results results
     python -m experiments.sweep grid --preset minesweeper --routers token_choice expert_choice --experts 4 8 --ks 1 2
 
-``grid`` is a study of your own: a preset over routers, numbers of experts and experts per token. Every arm is a run
-folder; finished arms are skipped and an unfinished one goes on, so that a study may be cut off at any time and started
-again. After every arm, ``results/STUDY.json`` holds all that is finished; an arm that it holds already,
-with the same configuration, is finished also where its run folder is gone. An arm that cannot be run is named at the
+``grid`` is a study of your own: a preset over routers, numbers of experts and experts per token. Every variant is a run
+folder; finished variants are skipped and an unfinished one goes on, so that a study may be cut off at any time and
+started again. After every variant, ``results/STUDY.json`` holds all that is finished; a variant that it holds already,
+with the same configuration, is finished also where its run folder is gone. A variant that cannot be run is named at the
 end, and the exit status is then 1.
 """
 
@@ -54,7 +54,7 @@ class SweepConfig:
     results: Path = Path("results")
     """Folder of the result files."""
     only: str = ""
-    """Run only arms whose name contains this."""
+    """Run only variants whose name contains this."""
     data_root: Path = Path("data")
     """Root folder of the data, in which facebook.npz lies; of a grid over `graph`, your own file."""
     threads: int = 0
@@ -67,7 +67,7 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """Run what is not finished.
 
     Returns:
-        The study's results, and by arm why it could not be run.
+        The study's results, and by variant why it could not be run.
 
     Raises:
         ValueError: an unknown study.
@@ -77,26 +77,32 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
         torch.set_num_threads(config.threads)
     folder = config.runs if config.runs is not None else Path("runs") / name
     path = config.results / f"{name}.json"
-    known = {arm["arm"]: arm for arm in json.loads(path.read_text())["arms"]} if path.exists() else {}
+    known = (
+        {variant["variant"]: variant for variant in json.loads(path.read_text())["variants"]} if path.exists() else {}
+    )
     finished: dict[str, dict[str, Any]] = {}
     todo = []
-    for arm in study.arms:
+    for variant in study.variants:
         root = config.data_root
-        if arm.config.dataset == "graph":
-            root = root / arm.config.data_root
-        run_config = replace(arm.config, out=folder / arm.name, resume=True, progress=config.progress, data_root=root)
-        if arm.name in known and not run_config.differences(known[arm.name]["config"]):
-            finished[arm.name] = {**known[arm.name], "label": arm.label}
-        elif config.only in arm.name or (folder / arm.name / "summary.json").exists():
-            todo.append((arm, run_config))
+        if variant.config.dataset == "graph":
+            root = root / variant.config.data_root
+        run_config = replace(
+            variant.config, out=folder / variant.name, resume=True, progress=config.progress, data_root=root
+        )
+        if variant.name in known and not run_config.differences(known[variant.name]["config"]):
+            finished[variant.name] = {**known[variant.name], "label": variant.label}
+        elif config.only in variant.name or (folder / variant.name / "summary.json").exists():
+            todo.append((variant, run_config))
     if config.study == "grid":  # what an earlier grid over the same preset left stays
-        finished = {arm: found for arm, found in known.items() if arm not in {a.name for a in study.arms}} | finished
+        finished = {
+            variant: found for variant, found in known.items() if variant not in {a.name for a in study.variants}
+        } | finished
     failed: dict[str, str] = {}
-    for arm, run_config in todo:
+    for variant, run_config in todo:
         try:
-            finished[arm.name] = {"arm": arm.name, "label": arm.label, **run(run_config)}
-        except (ValueError, OSError) as error:  # of this arm; the others go on
-            failed[arm.name] = str(error)
+            finished[variant.name] = {"variant": variant.name, "label": variant.label, **run(run_config)}
+        except (ValueError, OSError) as error:  # of this variant; the others go on
+            failed[variant.name] = str(error)
             continue
         write_json(path, collect(name, study, finished))
     return collect(name, study, finished), failed
@@ -117,16 +123,16 @@ def _study(config: SweepConfig) -> tuple[str, Study]:
 
 
 def collect(name: str, study: Study, finished: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The results of the arms that are finished, in the order of the study, and then others."""
-    names = [arm.name for arm in study.arms if arm.name in finished]
-    arms = [finished[arm] for arm in [*names, *(arm for arm in finished if arm not in names)]]
+    """The results of the variants that are finished, in the order of the study, and then others."""
+    names = [variant.name for variant in study.variants if variant.name in finished]
+    variants = [finished[variant] for variant in [*names, *(variant for variant in finished if variant not in names)]]
     return {
         "study": name,
         "about": study.about,
         "reference": study.reference,
         "wide": study.wide,
         "chosen_on": list(study.chosen_on),
-        "arms": arms,
+        "variants": variants,
     }
 
 
@@ -140,8 +146,8 @@ def main(args: Sequence[str] | None = None) -> None:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     print(study_table(results))
-    for arm, reason in failed.items():
-        console.print(f"[bold red]{arm}:[/] {escape(reason)}", highlight=False)
+    for variant, reason in failed.items():
+        console.print(f"[bold red]{variant}:[/] {escape(reason)}", highlight=False)
     if failed:
         sys.exit(1)
 

@@ -1,8 +1,8 @@
 """Tables from result files: ``python -m experiments.tables`` rewrites the pages, ``--check`` only compares.
 
 A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from ``results/STUDY.json``. With
-``<!-- table: STUDY: ARM ARM -->`` it has those arms only; ``<!-- pairs: STUDY: ARM/ARM ARM/ARM -->`` compares arms seed
-by seed. ``<!-- benchmark: NAME -->`` is what ``experiments.benchmark`` wrote.
+``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->``
+compares variants seed by seed. ``<!-- benchmark: NAME -->`` is what ``experiments.benchmark`` wrote.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs|benchmark): (?P<study>[\w-]+)(?:: (?P<arms>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
+    r"(<!-- (?P<kind>table|pairs|benchmark): (?P<study>[\w-]+)(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
 
@@ -48,7 +48,7 @@ def render(page: str, results: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         study = json.loads((results / f"{match['study']}.json").read_text())
-        only = None if match["arms"] is None else match["arms"].split()
+        only = None if match["variants"] is None else match["variants"].split()
         if match["kind"] == "benchmark":
             made = benchmark_table(study)
         else:
@@ -59,44 +59,46 @@ def render(page: str, results: Path) -> str:
 
 
 def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
-    """One line an arm: the metric on the test set, what it costs, and what the routing follows.
+    """One line a variant: the metric on the test set, what it costs, and what the routing follows.
 
     Columns of which nothing is known are left out.
 
     Args:
         study: the content of a result file.
-        only: names of the arms to show; all without it.
+        only: names of the variants to show; all without it.
 
     Raises:
-        ValueError: the study has no such arm.
+        ValueError: the study has no such variant.
     """
-    arms = {arm["arm"]: arm for arm in study["arms"]}
-    missing = [name for name in only or () if name not in arms]
+    variants = {variant["variant"]: variant for variant in study["variants"]}
+    missing = [name for name in only or () if name not in variants]
     if missing:
-        raise ValueError(f"only: got {', '.join(missing)}, expected some of {', '.join(arms)}")
-    narrow, wide = arms.get(study["reference"]), arms.get(study["wide"])
-    planted = any("nmi" in layer for arm in study["arms"] for layer in arm["routing"])
-    metric = study["arms"][0]["metric"] if study["arms"] else "metric"
-    columns = ["arm", f"test {metric} (%)", "n", "active FLOPs", "parameters", "headroom recovered"]
-    followed = sorted({name for arm in study["arms"] for layer in arm["routing"] for name in layer if "ami_" in name})
+        raise ValueError(f"only: got {', '.join(missing)}, expected some of {', '.join(variants)}")
+    narrow, wide = variants.get(study["reference"]), variants.get(study["wide"])
+    planted = any("nmi" in layer for variant in study["variants"] for layer in variant["routing"])
+    metric = study["variants"][0]["metric"] if study["variants"] else "metric"
+    columns = ["variant", f"test {metric} (%)", "n", "active FLOPs", "parameters", "headroom recovered"]
+    followed = sorted(
+        {name for variant in study["variants"] for layer in variant["routing"] for name in layer if "ami_" in name}
+    )
     if planted:
         columns.append("NMI of expert and region, layer by layer")
     elif followed:
         columns.append(f"AMI of expert and {', '.join(name.removeprefix('ami_') for name in followed)}; mean of layers")
     rows = []
-    for arm in study["arms"] if only is None else [arms[name] for name in only]:
+    for variant in study["variants"] if only is None else [variants[name] for name in only]:
         cells = [
-            arm["label"],
-            percent(arm["test"]),
-            str(arm["test"]["n"]),
-            "–" if narrow is None else f"{arm['flops'] / narrow['flops']:.2f}×",
-            f"{arm['parameters']:,}",
-            headroom(arm, narrow, wide),
+            variant["label"],
+            percent(variant["test"]),
+            str(variant["test"]["n"]),
+            "–" if narrow is None else f"{variant['flops'] / narrow['flops']:.2f}×",
+            f"{variant['parameters']:,}",
+            headroom(variant, narrow, wide),
         ]
         if planted:
-            cells.append(", ".join(nmi(layer["nmi"]) for layer in arm["routing"] if "nmi" in layer) or "–")
+            cells.append(", ".join(nmi(layer["nmi"]) for layer in variant["routing"] if "nmi" in layer) or "–")
         elif followed:
-            means = [[layer[name]["mean"] for layer in arm["routing"] if name in layer] for name in followed]
+            means = [[layer[name]["mean"] for layer in variant["routing"] if name in layer] for name in followed]
             cells.append(", ".join(f"{sum(values) / len(values):.2f}" for values in means if values) or "–")
         rows.append(cells)
     said = [i for i in range(len(columns)) if not rows or any(cells[i] != "–" for cells in rows)]
@@ -106,30 +108,30 @@ def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
 
 
 def pair_table(study: dict[str, Any], pairs: list[str]) -> str:
-    """One line a pair of arms: the difference on the test set, seed by seed (or split by split).
+    """One line a pair of variants: the difference on the test set, seed by seed (or split by split).
 
-    Where the arms were chosen on some of the seeds, also the difference on the others alone.
+    Where the variants were chosen on some of the seeds, also the difference on the others alone.
 
     Args:
         study: the content of a result file.
-        pairs: ``"ARM/OTHER"`` each.
+        pairs: ``"VARIANT/OTHER"`` each.
 
     Raises:
-        ValueError: the study has no such arm, or the arms of a pair do not have the same seeds.
+        ValueError: the study has no such variant, or the variants of a pair do not have the same seeds.
     """
-    arms = {arm["arm"]: arm for arm in study["arms"]}
-    lines = ["| arm | less | mean difference ± std of differences | better in |", "|---|---|---:|---:|"]
+    variants = {variant["variant"]: variant for variant in study["variants"]}
+    lines = ["| variant | minus | mean difference ± std of differences | better in |", "|---|---|---:|---:|"]
     chosen_on = set(study.get("chosen_on", ()))
     if chosen_on:
         seeds = ", ".join(map(str, sorted(chosen_on)))
-        lines = [f"{lines[0]} without splits {seeds}, which chose the arms |", f"{lines[1]}---:|"]
+        lines = [f"{lines[0]} without splits {seeds}, which chose the variants |", f"{lines[1]}---:|"]
     for pair in pairs:
         names = pair.split("/")
-        if len(names) != 2 or not set(names) <= set(arms):
-            raise ValueError(f"pairs: got {pair!r}, expected ARM/OTHER of {', '.join(arms)}")
-        one, other = (arms[name] for name in names)
+        if len(names) != 2 or not set(names) <= set(variants):
+            raise ValueError(f"pairs: got {pair!r}, expected VARIANT/OTHER of {', '.join(variants)}")
+        one, other = (variants[name] for name in names)
         if one["config"]["seeds"] != other["config"]["seeds"]:
-            raise ValueError(f"pairs: got {pair!r}, whose arms have other seeds each, expected the same")
+            raise ValueError(f"pairs: got {pair!r}, whose variants have other seeds each, expected the same")
         found = [100 * (a - b) for a, b in zip(one["test"]["values"], other["test"]["values"], strict=True)]
         won = f"{sum(value > 0 for value in found)} of {len(found)}"
         line = f"| {one['label']} | {other['label']} | {signed(found)} | {won} |"
@@ -141,28 +143,28 @@ def pair_table(study: dict[str, Any], pairs: list[str]) -> str:
 
 
 def benchmark_table(found: dict[str, Any]) -> str:
-    """One line an arm: seconds, ratios to the reference arm, memory; of ``train``, where an epoch's time goes.
+    """One line a variant: seconds, ratios to the reference variant, memory; of ``train``, where an epoch's time goes.
 
     Args:
         found: the content of a benchmark's file.
     """
-    arms, where = found["arms"], found["environment"]
-    if "parts" in next(iter(arms.values())):
-        parts = list(next(iter(arms.values()))["parts"])
+    variants, where = found["variants"], found["environment"]
+    if "parts" in next(iter(variants.values())):
+        parts = list(next(iter(variants.values()))["parts"])
         lines = [f"| preset | batches | seconds | {' | '.join(f'{part} (%)' for part in parts)} |"]
         lines.append("|---|" + "---:|" * (len(parts) + 2))
-        for name, arm in arms.items():
-            shares = " | ".join(f"{100 * arm['share'][part]:.1f}" for part in parts)
-            lines.append(f"| {name} | {arm['batches']} | {sum(arm['parts'].values()):.3f} | {shares} |")
+        for name, variant in variants.items():
+            shares = " | ".join(f"{100 * variant['share'][part]:.1f}" for part in parts)
+            lines.append(f"| {name} | {variant['batches']} | {sum(variant['parts'].values()):.3f} | {shares} |")
     else:
-        lines = ["| arm | wall (ms) | from | to | × wall | × CPU | × FLOPs | MiB |", "|---|" + "---:|" * 7]
-        for name, arm in arms.items():
-            wall, ratio = arm["wall"], arm["ratio"]
+        lines = ["| variant | wall (ms) | from | to | × wall | × CPU | × FLOPs | MiB |", "|---|" + "---:|" * 7]
+        for name, variant in variants.items():
+            wall, ratio = variant["wall"], variant["ratio"]
             cells = [f"{1000 * wall[key]:,.1f}" for key in ("median", "min", "max")]
             cells += [f"{ratio['wall']:.3f}", f"{ratio['cpu']:.3f}"]
             flops = ratio.get("flops")
             cells.append("–" if flops is None else f"{flops:.2f}")
-            cells.append(f"{arm['memory'] / 2**20:,.0f}" if "memory" in arm else "–")
+            cells.append(f"{variant['memory'] / 2**20:,.0f}" if "memory" in variant else "–")
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", measured_on(where, found["config"].get("device", "cpu"))])
 
@@ -187,7 +189,7 @@ def signed(differences: list[float]) -> str:
 
 
 def percent(figures: dict[str, Any]) -> str:
-    """Mean ± sample standard deviation in per cent."""
+    """Mean ± sample standard deviation in percent."""
     mean = f"{100 * figures['mean']:.2f}"
     return mean if figures["std"] is None else f"{mean} ± {100 * figures['std']:.2f}"
 
@@ -197,16 +199,16 @@ def nmi(figures: dict[str, Any]) -> str:
     return f"{figures['mean']:.3f}" if figures["std"] is None else f"{figures['mean']:.3f} ± {figures['std']:.3f}"
 
 
-def headroom(arm: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None) -> str:
-    """(arm - dense) / (dense four times as wide - dense); none where that room is within twice the spread, or no spread
-    is known."""
-    if narrow is None or wide is None or arm is narrow or arm is wide:
+def headroom(variant: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None) -> str:
+    """(variant - dense) / (dense four times as wide - dense); none where that room is within twice the spread, or no
+    spread is known."""
+    if narrow is None or wide is None or variant is narrow or variant is wide:
         return "–"
     if narrow["test"]["std"] is None or wide["test"]["std"] is None:
         return "–"
     base, room = narrow["test"]["mean"], wide["test"]["mean"] - narrow["test"]["mean"]
     spread = max(narrow["test"]["std"], wide["test"]["std"])
-    return "no headroom" if room <= 2 * spread else f"{100 * (arm['test']['mean'] - base) / room:.0f} %"
+    return "no headroom" if room <= 2 * spread else f"{100 * (variant['test']['mean'] - base) / room:.0f} %"
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -3,7 +3,7 @@
     python -m experiments.throughput --json results/throughput.json
 
 On a random graph of ogbn-arxiv's size: the sampler alone, loaders with and without a worker process, and training a
-GNNMoE on their batches, next to PyG's RandomNodeLoader. The arms take turns; figures are medians over the turns.
+GNNMoE on their batches, next to PyG's RandomNodeLoader. The variants take turns; figures are medians over the turns.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import tyro
+from gmoe.data.loader import neighbor_loader
+from gmoe.data.sampler import NeighborSampler
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -29,8 +31,6 @@ from torch_geometric.utils import to_undirected
 
 import gmoe
 from experiments.runs import environment, write_json
-from gmoe.loader import neighbor_loader
-from gmoe.sampler import NeighborSampler
 
 UNTIMED = 3
 """Batches before the clock of a turn starts: one in hand, and the two that an idle worker has drawn in advance."""
@@ -63,7 +63,7 @@ class ThroughputConfig:
     steps: int = 2
     """Timed steps in a turn of training."""
     turns: int = 3
-    """Turns of each arm."""
+    """Turns of each variant."""
     threads: int = 0
     """CPU threads; 0 leaves torch's default."""
     seed: int = 0
@@ -74,7 +74,7 @@ class ThroughputConfig:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn of an arm took."""
+    """What a turn of a variant took."""
 
     seconds: float
     """In all."""
@@ -136,6 +136,9 @@ def training_step(config: ThroughputConfig) -> Callable[[Data], None]:
         num_layers=len(config.fanout),
         conv="sage",
         num_experts=config.experts,
+        router_input=("node", "neighbors"),
+        shared_expert=False,
+        router_kwargs={"weight": "straight_through", "balance": None},
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
@@ -193,7 +196,7 @@ def throughput(config: ThroughputConfig) -> dict[str, Any]:
         pass
 
     per_epoch, step = math.ceil(len(seeds) / config.batch_size), training_step(config)
-    arms: dict[str, tuple[Iterator[Any], Callable[[Any], None], int, int]] = {
+    variants: dict[str, tuple[Iterator[Any], Callable[[Any], None], int, int]] = {
         "sampler": (samples(), nothing, config.batches, per_epoch),
         "loader": (loader(0), nothing, config.batches, per_epoch),
         "loader, 1 worker": (loader(1), nothing, config.batches, per_epoch),
@@ -202,19 +205,19 @@ def throughput(config: ThroughputConfig) -> dict[str, Any]:
         "training, 1 worker": (loader(1), step, config.steps, per_epoch),
         "training, RandomNodeLoader": (parts(), step, config.steps, num_parts),
     }
-    turns: dict[str, list[Turn]] = {name: [] for name in arms}
+    turns: dict[str, list[Turn]] = {name: [] for name in variants}
     for i in range(config.turns + 1):
-        for name, (batches, use, count, _) in arms.items():
+        for name, (batches, use, count, _) in variants.items():
             taken = turn(batches, count if i else 1, use)
             turns[name] += [taken] if i else []  # the first is for warming up
-    for batches, *_ in arms.values():
+    for batches, *_ in variants.values():
         batches.close()  # type: ignore[attr-defined]  # ends the workers
     return {
         "config": {name: value for name, value in asdict(config).items() if name != "json"},
         "graph": {"edges": data.num_edges, "max_degree": int(data.edge_index[1].bincount().max())},
         "batch": {"nodes": round(batch_nodes), "edges": round(batch_edges), "per_epoch": per_epoch},
         "num_parts": num_parts,
-        "arms": {name: figures(turns[name], arm[3], len(seeds)) for name, arm in arms.items()},
+        "variants": {name: figures(turns[name], variant[3], len(seeds)) for name, variant in variants.items()},
         "environment": environment(),
     }
 
@@ -242,13 +245,13 @@ def show(results: dict[str, Any]) -> Table:
     )
     for column in ("", "ms a batch", "s an epoch", "seeds a second", "waiting (%)"):
         table.add_column(column, justify="right" if column else "left")
-    for name, arm in results["arms"].items():
+    for name, variant in results["variants"].items():
         table.add_row(
             name,
-            f"{1000 * arm['batch_seconds']:,.1f}",
-            f"{1 / arm['epochs_per_second']:,.1f}",
-            f"{arm['seeds_per_second']:,.0f}",
-            f"{100 * arm['waiting']:.1f}" if name.startswith("training") else "",
+            f"{1000 * variant['batch_seconds']:,.1f}",
+            f"{1 / variant['epochs_per_second']:,.1f}",
+            f"{variant['seeds_per_second']:,.0f}",
+            f"{100 * variant['waiting']:.1f}" if name.startswith("training") else "",
         )
     return table
 

@@ -1,4 +1,4 @@
-"""Arms of a benchmark take turns, so that a slow moment of the machine hits all of them; and what memory they take."""
+"""Variants of a benchmark take turns, so that a slow moment of the machine hits all; and what memory they take."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def take_turns(
-    arms: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warmup: int = 1
+    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warmup: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Run every arm ``warmup + repeats`` times, round by round, each round beginning with another arm.
+    """Run every variant ``warmup + repeats`` times, round by round, each round beginning with another variant.
 
     Args:
-        arms: what is timed, by name.
-        repeats: timed runs of each arm.
-        device: where the arms compute; on a GPU its work is waited for.
+        variants: what is timed, by name.
+        repeats: timed runs of each variant.
+        device: where the variants compute; on a GPU its work is waited for.
         warmup: runs before the clock starts (default 1).
 
     Returns:
-        For each arm ``wall`` and ``cpu``, seconds as ``{"median", "min", "max", "values"}``; CPU time is that of all
-        threads of the process.
+        For each variant ``wall`` and ``cpu``, seconds as ``{"median", "min", "max", "values"}``; CPU time is that of
+        all threads of the process.
 
     Raises:
         ValueError: ``repeats`` below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, expected at least 1")
-    names = list(arms)
+    names = list(variants)
     wall: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + repeats):
@@ -43,7 +43,7 @@ def take_turns(
         for name in names[first:] + names[:first]:
             wait_for(device)
             started, used = time.perf_counter(), time.process_time()
-            arms[name]()
+            variants[name]()
             wait_for(device)
             if turn >= warmup:
                 wall[name].append(time.perf_counter() - started)

@@ -8,11 +8,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gmoe.convert import moefy
-from gmoe.dispatch import dispatch, grouped_linear
+from gmoe.dispatch import combine, dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
 from gmoe.losses import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
-from gmoe.moe import MoE, MoELayer
+from gmoe.moe import MoE, MoELayer, SoftMoE
 from gmoe.routers import (
     ROUTERS,
     AttentionVote,
@@ -29,10 +29,9 @@ from gmoe.routers import (
 from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
 
 if TYPE_CHECKING:
-    from gmoe.conv.filter_conv import FilterConv
+    from gmoe.conv.aggregate import FilterConv, MLPConv
     from gmoe.conv.graph import Graph
     from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
-    from gmoe.conv.mlp_conv import MLPConv
     from gmoe.conv.moe_conv import MoEConv
     from gmoe.data.loader import neighbor_loader
     from gmoe.data.sampler import NeighborSampler
@@ -47,6 +46,7 @@ __all__ = [  # noqa: RUF022  # by theme
     "__version__",
     # layers
     "MoE",
+    "SoftMoE",
     "MoELayer",
     "Experts",
     "LinearExperts",
@@ -57,6 +57,7 @@ __all__ = [  # noqa: RUF022  # by theme
     "aux_loss",
     "record_routing",
     "dispatch",
+    "combine",
     "grouped_linear",
     # routers
     "ROUTERS",
@@ -100,10 +101,9 @@ __all__ = [  # noqa: RUF022  # by theme
 ]
 
 _LAZY = {
-    "gmoe.conv.filter_conv": ("FilterConv",),
+    "gmoe.conv.aggregate": ("FilterConv", "MLPConv"),
     "gmoe.conv.graph": ("Graph",),
     "gmoe.conv.hetero": ("HeteroMoEConv", "RelationalConv"),
-    "gmoe.conv.mlp_conv": ("MLPConv",),
     "gmoe.conv.moe_conv": ("MoEConv",),
     "gmoe.data.loader": ("neighbor_loader",),
     "gmoe.data.sampler": ("NeighborSampler",),
@@ -113,7 +113,6 @@ _LAZY = {
     "gmoe.models.vit": ("ViTMoE", "ViTSize"),
 }
 """The names above that are imported on first use, by module."""
-
 
 _EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", "torchvision": "vision"}
 """The extra that brings what they need."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from gmoe._checks import check_count
 from gmoe.dispatch import Backend
-from gmoe.experts import LinearExperts, MLPExperts
+from gmoe.experts import MLPExperts
 from gmoe.moe import MoE
 from gmoe.routers import Router, RouterLike, build_router
 
@@ -155,7 +155,7 @@ def _experts_like(mlp: nn.Module, num_experts: int, upcycle: bool, backend: Back
     ).to(device=up.weight.device, dtype=up.weight.dtype)
     if upcycle:
         for part, linear in ((experts.up, up), (experts.down, down)):
-            _copy_linear(part, linear)
+            part.copy_(slice(None), linear.weight.T, linear.bias)
             for name, parameter in part.named_parameters():
                 parameter.requires_grad_(linear.get_parameter(name).requires_grad)
     _verify_form(mlp, experts, up, down)
@@ -230,19 +230,11 @@ def _calls(mlp: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def _copy_linear(experts: LinearExperts, linear: nn.Linear) -> None:
-    """Make every expert a copy of ``linear``."""
-    experts.weight.copy_(linear.weight.T.expand_as(experts.weight))
-    if experts.bias is not None:
-        experts.bias.copy_(linear.bias.expand_as(experts.bias))
-
-
-@torch.no_grad()
 def _verify_form(mlp: nn.Module, experts: MLPExperts, up: nn.Linear, down: nn.Linear) -> None:
     """Refuse an mlp whose leaves look right but whose forward does something else."""
     probe = copy.deepcopy(experts).cpu().double()  # not every device has doubles
-    _copy_linear(probe.up, up)
-    _copy_linear(probe.down, down)
+    probe.up.copy_(slice(None), up.weight.T, up.bias)
+    probe.down.copy_(slice(None), down.weight.T, down.bias)
     reference = copy.deepcopy(mlp).cpu().double()
     for part in (*probe.modules(), *reference.modules()):
         if isinstance(part, nn.Dropout):
@@ -260,8 +252,7 @@ def _verify_form(mlp: nn.Module, experts: MLPExperts, up: nn.Linear, down: nn.Li
 
 def _moefy_gnn(model: Any, upcycle: bool, **options: Any) -> nn.Module:
     """A GNNMoE with the options and, with ``upcycle``, the parameters of a dense PyG GNN; without residuals, as it."""
-    from gmoe.conv.registry import DenseLayers
-    from gmoe.models.gnn import GNNMoE
+    from gmoe.models.gnn import DenseLayers, GNNMoE
 
     if not isinstance(model.in_channels, int) or any(p.numel() == 0 for p in model.parameters()):
         raise ValueError("model: got a GNN with bipartite or lazy layers, expected one with known in_channels")
@@ -271,7 +262,7 @@ def _moefy_gnn(model: Any, upcycle: bool, **options: Any) -> nn.Module:
         model.out_channels,
         model.num_layers,
         conv=DenseLayers(model, upcycle),
-        route_on="input",
+        router_input="node",
         dropout=model.dropout.p,
         act=copy.deepcopy(model.act),
         act_first=model.act_first,

@@ -1,4 +1,4 @@
-"""Stacked experts. Shapes: E experts, P pairs sorted by expert, I in, H hidden, O out features."""
+"""Stacked experts. Shapes: E experts, T tokens, P pairs sorted by expert, I in, H hidden, O out features."""
 
 from __future__ import annotations
 
@@ -12,37 +12,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._checks import check_choice, check_count, check_probability
-from gmoe.dispatch import Backend, dispatch, grouped_linear, resolve_backend
-from gmoe.routed_linear import routed_linear
-from gmoe.routed_mlp import routed_mlp
+from gmoe.dispatch import FUSED, FUSING, Backend, combine, dispatch, grouped_linear, routed_linear, routed_mlp
 from gmoe.routing import Routing
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 
-
-def _gelu_tanh(u: Tensor) -> Tensor:
-    return F.gelu(u, approximate="tanh")
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{name: function for name, (function, _) in FUSED.items()},
     "elu": F.elu,
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "identity": torch.positive,
     "leaky_relu": F.leaky_relu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
 }
 
-PURE = frozenset(
-    {nn.ELU, nn.GELU, nn.Hardswish, nn.Identity, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.SiLU, nn.Tanh}
-)
-"""Modules that may be applied twice: no parameters, no chance."""
+FUSED_NAMES: dict[Any, str] = {
+    **{function: name for name, (function, _) in FUSED.items()},
+    **{nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"},
+}
+"""Names of the activations that the fused kernel knows, by function or class of module."""
 
 
 class Experts(nn.Module, ABC):
-    """E functions of the same shape, run on pairs sorted by expert: ``experts(x (P, I), offsets (E,)) -> (P, O)``.
+    """E functions of the same shape.
+
+    ``experts(x (T, I), routing) -> (T, O)`` is the mixture :math:`y_t = \\sum_e w_{te} f_e(x_t)`;
+    ``experts(x (P, I), offsets (E,)) -> (P, O)`` runs expert ``e`` on the rows ``offsets[e - 1]:offsets[e]``. A subclass
+    writes :meth:`rows`.
 
     Args:
         in_features: I.
@@ -64,28 +57,21 @@ class Experts(nn.Module, ABC):
         """Draw the parameters anew."""
 
     @abstractmethod
-    def forward(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        """Run expert ``e`` on the rows ``offsets[e - 1]:offsets[e]``."""
+    def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        """(P, O) expert ``e`` on the rows ``offsets[e - 1]:offsets[e]``."""
 
-    def mix(self, x_TI: Tensor, routing: Routing) -> Tensor:
-        r"""(T, O) the mixture :math:`y_t = \sum_e w_{te} f_e(x_t)`; subclasses may know a faster way."""
-        return dispatch(x_TI, routing, self)
-
-    def _is_plain(self, cls: type[Experts]) -> bool:
-        """Whether nothing would notice that :meth:`forward` is passed over: it is that of ``cls``, and has no hooks."""
-        if type(self).forward is not cls.forward:
-            return False
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return not any(
-            "forward" in module.__dict__ or any(getattr(module, name) for name in hooks) for module in self.modules()
-        )
+    def forward(self, x: Tensor, routing: Routing | Tensor) -> Tensor:
+        """The mixture over tokens, or each expert on its rows; see the class."""
+        if isinstance(routing, Tensor):
+            return self.rows(x, routing)
+        return combine(self.rows(dispatch(x, routing), routing.offsets), routing)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, num_experts={self.num_experts}"
 
 
 class LinearExperts(Experts):
-    """One linear layer per expert, initialised as E separate ``nn.Linear`` are.
+    """One linear layer per expert, initialized as E separate ``nn.Linear`` are.
 
     Args:
         in_features: I.
@@ -121,24 +107,32 @@ class LinearExperts(Experts):
                 device=self.weight.device,
                 dtype=self.weight.dtype,
             )
-            self.weight[expert] = linear.weight.T
-            if self.bias is not None:
-                self.bias[expert] = linear.bias
+            self.copy_(expert, linear.weight.T, linear.bias)
 
-    def forward(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+    @torch.no_grad()
+    def copy_(self, expert: int | slice, weight: Tensor, bias: Tensor | None) -> None:
+        """Take over the weight (I, O) and the bias of one expert, or of several."""
+        self.weight[expert] = weight
+        if self.bias is not None and bias is not None:
+            self.bias[expert] = bias
+
+    def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         return grouped_linear(x_PI, self.weight, self.bias, offsets_E, self.backend)
 
-    def mix(self, x_TI: Tensor, routing: Routing) -> Tensor:
-        if not self._is_plain(LinearExperts):
-            return super().mix(x_TI, routing)
-        return routed_linear([x_TI], self.weight, self.bias, routing, self.backend)
+    def forward(self, x: Tensor, routing: Routing | Tensor) -> Tensor:
+        if isinstance(routing, Tensor):
+            return self.rows(x, routing)
+        return routed_linear([x], self.weight, self.bias, routing, self.backend)
 
 
 class MLPExperts(Experts):
-    r"""A two-layer perceptron per expert, :math:`f_e(x) = \phi(x W_e + b_e) V_e + c_e`.
+    r"""A two-layer MLP per expert, :math:`f_e(x) = \phi(x W_e + b_e) V_e + c_e`.
 
     With ``glu`` the first layer is twice as wide and gates itself: :math:`\phi(g) \odot u` with
-    :math:`[g, u] = x W_e + b_e` (Shazeer, 2020).
+    :math:`[g, u] = x W_e + b_e` (`Shazeer, 2020 <https://arxiv.org/abs/2002.05202>`_).
+
+    Its parts may be replaced: ``up`` and ``down`` by anything that is called with ``(rows (P, I), offsets (E,))``, such
+    as LoRA or quantized layers, the dropouts by any module; what is there runs.
 
     Args:
         in_features: I.
@@ -190,25 +184,42 @@ class MLPExperts(Experts):
         self.up.reset_parameters()
         self.down.reset_parameters()
 
-    def forward(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        h_PH = self._activate(self.up(x_PI, offsets_E))
+    def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        u_PU = self.up(x_PI, offsets_E)
+        if self.glu:
+            gate, u = u_PU.chunk(2, dim=-1)
+            h_PH = self.activation(gate) * u
+        else:
+            h_PH = self.activation(u_PU)
         return self.output_dropout(self.down(self.hidden_dropout(h_PH), offsets_E))
 
-    def mix(self, x_TI: Tensor, routing: Routing) -> Tensor:
-        loop = all(resolve_backend(part.backend, x_TI) == "loop" for part in (self.up, self.down))
-        pure = self.activation in ACTIVATIONS.values() or type(self.activation) in PURE
-        drops = self.training and max(self.hidden_dropout.p, self.output_dropout.p) > 0
-        if not loop or not pure or drops or not self._is_plain(MLPExperts):
-            return super().mix(x_TI, routing)
+    def forward(self, x: Tensor, routing: Routing | Tensor) -> Tensor:
+        name = self._fused(x)
+        if isinstance(routing, Tensor) or name is None:
+            return super().forward(x, routing)
         up, down = self.up, self.down
-        activation = self._activate if self.glu else self.activation
-        return routed_mlp(x_TI, up.weight, up.bias, down.weight, down.bias, activation, routing)
+        return routed_mlp(x, up.weight, up.bias, down.weight, down.bias, name, self.glu, routing)
 
-    def _activate(self, u: Tensor) -> Tensor:
-        if not self.glu:
-            return self.activation(u)
-        gate, u = u.chunk(2, dim=-1)
-        return self.activation(gate) * u
+    def _fused(self, x: Tensor) -> str | None:
+        """The activation's name if the fused kernel does what :meth:`rows` does: no part replaced, hooked or random."""
+        for part in (self.up, self.down):
+            if type(part) is not LinearExperts or part.backend not in FUSING or x.is_cuda:
+                return None
+        for drop in (self.hidden_dropout, self.output_dropout):
+            if type(drop) is nn.Dropout:
+                if drop.training and drop.p > 0:
+                    return None
+            elif type(drop) is not nn.Identity:
+                return None
+        for part in self.children():
+            if "forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks:
+                return None
+            if part._backward_hooks or part._backward_pre_hooks:
+                return None
+        activation = self.activation
+        if isinstance(activation, nn.GELU):
+            return "gelu" if activation.approximate == "none" else "gelu_tanh"
+        return FUSED_NAMES.get(type(activation) if isinstance(activation, nn.Module) else activation)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.hidden_features}, {self.out_features}, num_experts={self.num_experts}"

@@ -2,76 +2,36 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal, overload
+from typing import Any
 
 from torch import Tensor, nn
 
 from gmoe.experts import Experts
-from gmoe.routers import Router
+from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing
-
-_OWNERS: weakref.WeakKeyDictionary[Router, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
-
-
-def _holder(router: Router) -> nn.Module | None:
-    """The living module that holds ``router``."""
-    reference = _OWNERS.get(router)
-    return None if reference is None else reference()
-
-
-def claim_router(router: Router, owner: nn.Module) -> None:
-    """Make ``owner`` the one module that holds ``router``.
-
-    Raises:
-        ValueError: another module, still alive, holds it.
-    """
-    holder = _holder(router)
-    if holder is not None and holder is not owner:
-        raise ValueError(
-            "router: got an instance that another layer holds already, expected one of its own for each layer (pass a "
-            "name or a factory where several layers are built)"
-        )
-    _OWNERS[router] = weakref.ref(owner)
 
 
 class MoELayer(nn.Module, ABC):
-    """What all layers with experts have in common, in an image model or a graph model: a router of their own, or none.
+    """What all layers with experts have in common, in an image model or a graph model.
 
     Args:
-        router: the router, which no other layer may hold; ``None`` where calls bring their :class:`Routing`.
         num_experts: E.
-        k: experts per token where there is no router.
+        k: K, experts per token, until a router says more.
 
-    Raises:
-        ValueError: the router belongs to another layer.
+    Attributes:
+        router: the layer's own, or ``None`` where calls bring their :class:`Routing`.
+        experts_per_token: average number of experts of a token, by construction.
     """
 
-    def __init__(self, router: Router | None, num_experts: int, k: int = 1) -> None:
+    router: Router | None
+
+    def __init__(self, num_experts: int, k: int = 1) -> None:
         super().__init__()
-        if router is not None:
-            claim_router(router, self)
-        self.router = router
         self.num_experts = num_experts
         self.k = k
-        self._experts_per_token = float(k)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.router is not None and _holder(self.router) is None:  # a deep copy holds the copied router
-            claim_router(self.router, self)
-
-    @property
-    def experts_per_token(self) -> float:
-        """Average number of experts of a token, by construction."""
-        return self._experts_per_token if self.router is None else self.router.experts_per_token
-
-    def follow(self, router: Router) -> None:
-        """Note that calls will bring the decisions of ``router``, which another module holds: its K counts."""
-        self.k = router.k
-        self._experts_per_token = router.experts_per_token
+        self.experts_per_token = float(k)
 
     @abstractmethod
     def routed_parameters(self) -> Iterator[nn.Parameter]:
@@ -79,21 +39,22 @@ class MoELayer(nn.Module, ABC):
 
 
 class MoE(MoELayer):
-    r"""A layer of experts behind a router: :math:`y_t = \sum_e w_{te} f_e(x_t)`.
+    r"""A layer of experts behind a router: :math:`y_t = \sum_e w_{te} f_e(x_t)`, beside a shared expert if there is one.
 
     A token without an expert gets zero; the model around adds the residual.
 
     Args:
-        router: decides who goes where; belongs to this layer alone.
+        router: decides who goes where.
         experts: the stacked experts, as many as the router knows.
+        shared_expert: a module that runs on every token with weight 1 and is added (default ``None``).
 
     Shapes:
-        - ``x``: (..., T, D); leading dimensions are pools. ``batch`` and ``edge_index`` as in :class:`Router`.
+        - ``x``: (..., T, D); leading dimensions are groups. ``batch`` and ``edge_index`` as in :class:`Router`.
         - returns (..., T, O), and the :class:`Routing` too with ``return_routing=True``. Losses are in the routing:
           ``loss = task + gmoe.aux_loss(routing)``.
 
     Raises:
-        ValueError: E or D of router and experts differ, or the router belongs to another layer.
+        ValueError: E or D of router and experts differ.
 
     Example:
         >>> layer = MoE(ExpertChoice(128, 8, k=1), MLPExperts(128, 512, 128, num_experts=8))
@@ -102,36 +63,25 @@ class MoE(MoELayer):
 
     router: Router
 
-    def __init__(self, router: Router, experts: Experts) -> None:
-        if router.num_experts != experts.num_experts or router.dim != experts.in_features:
-            raise ValueError(
-                f"experts: got num_experts={experts.num_experts}, in_features={experts.in_features}, expected those of "
-                f"the router, num_experts={router.num_experts}, dim={router.dim}"
-            )
-        super().__init__(router, experts.num_experts, router.k)
+    def __init__(self, router: Router, experts: Experts, shared_expert: nn.Module | None = None) -> None:
+        check_fit(router, experts)
+        if isinstance(router, SoftSlots):
+            raise ValueError("router: got SoftSlots, whose slots are mixtures of tokens, expected SoftMoE around it")
+        super().__init__(experts.num_experts, router.k)
+        self.experts_per_token = router.experts_per_token
+        self.router = router
         self.experts = experts
+        self.shared_expert = shared_expert
 
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
-        self.router.reset_parameters()
-        self.experts.reset_parameters()
+        for part in (self.router, self.experts, self.shared_expert):
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()
 
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        batch: Tensor | None = ...,
-        edge_index: Tensor | None = ...,
-        *,
-        return_routing: Literal[False] = ...,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self, x: Tensor, batch: Tensor | None = ..., edge_index: Tensor | None = ..., *, return_routing: Literal[True]
-    ) -> tuple[Tensor, Routing]: ...
     def forward(
         self,
         x: Tensor,
@@ -139,9 +89,67 @@ class MoE(MoELayer):
         edge_index: Tensor | None = None,
         *,
         return_routing: bool = False,
-    ) -> Tensor | tuple[Tensor, Routing]:
+    ) -> Any:
         """Route and run; see the class."""
         routing: Routing = self.router(x, batch, edge_index)
-        y_TO = self.experts.mix(x.reshape(-1, x.size(-1)), routing)
+        y_TO = self.experts(x.reshape(-1, x.size(-1)), routing)
+        y = y_TO.view(*x.shape[:-1], y_TO.size(-1))
+        if self.shared_expert is not None:
+            y = y + self.shared_expert(x)
+        return (y, routing) if return_routing else y
+
+
+class SoftMoE(MoELayer):
+    r"""A layer of experts on slots that are mixtures of tokens (`Soft MoE <https://arxiv.org/abs/2308.00951>`_,
+    Puigcerver et al., 2024): :math:`y = C f(D^\top X)`.
+
+    Args:
+        router: the slots.
+        experts: the stacked experts, as many as the router knows.
+
+    Shapes:
+        - ``x``: (..., T, D); leading dimensions are groups, each of which has E * S slots of its own. ``batch`` as in
+          :class:`Router`.
+        - returns (..., T, O), and the :class:`gmoe.routers.SoftRouting` too with ``return_routing=True``.
+
+    Raises:
+        ValueError: ``router`` is not a :class:`SoftSlots`, or E or D of router and experts differ.
+
+    Example:
+        >>> layer = SoftMoE(SoftSlots(128, 8, slots=4), MLPExperts(128, 512, 128, num_experts=8))
+        >>> y = layer(torch.randn(2, 64, 128))
+    """
+
+    def __init__(self, router: SoftSlots, experts: Experts) -> None:
+        if not isinstance(router, SoftSlots):
+            raise ValueError(f"router: got {type(router).__name__}, expected SoftSlots")
+        check_fit(router, experts)
+        super().__init__(experts.num_experts, router.k)
+        self.experts_per_token = router.experts_per_token
+        self.router = router
+        self.experts = experts
+
+    def reset_parameters(self) -> None:
+        """Draw router and experts anew."""
+        for part in self.children():
+            part.reset_parameters()
+
+    def routed_parameters(self) -> Iterator[nn.Parameter]:
+        return self.experts.parameters()
+
+    def forward(self, x: Tensor, batch: Tensor | None = None, *, return_routing: bool = False) -> Any:
+        """Mix, run, and mix back; see the class."""
+        routing: SoftRouting = self.router(x, batch)
+        slots_RI = routing.dispatch(x.reshape(-1, x.size(-1)))
+        y_TO = routing.combine(self.experts(slots_RI, routing.slot_offsets))
         y = y_TO.view(*x.shape[:-1], y_TO.size(-1))
         return (y, routing) if return_routing else y
+
+
+def check_fit(router: Router, experts: Experts) -> None:
+    """Refuse experts of another number or width than the router's."""
+    if router.num_experts != experts.num_experts or router.dim != experts.in_features:
+        raise ValueError(
+            f"experts: got num_experts={experts.num_experts}, in_features={experts.in_features}, expected those of "
+            f"the router, num_experts={router.num_experts}, dim={router.dim}"
+        )

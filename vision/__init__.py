@@ -1,6 +1,6 @@
 """Image data: files, splits, augmentation, batches, patch maps. Imports the gmoe core and torchvision."""
 
-from vision.augment import make_augment, make_mix, normalise
+from vision.augment import make_augment, make_mix, normalize
 from vision.images import ImageData, image_files, load_images, split_train_val
 from vision.sources import FileImages, ImageSource, MemoryImages
 
@@ -13,6 +13,6 @@ __all__ = [
     "load_images",
     "make_augment",
     "make_mix",
-    "normalise",
+    "normalize",
     "split_train_val",
 ]

@@ -1,4 +1,4 @@
-"""Augmentation by torchvision.transforms.v2, and normalisation. Shapes: B images, C classes, S height and width."""
+"""Augmentation by torchvision.transforms.v2, and normalization. Shapes: B images, C classes, S height and width."""
 
 from __future__ import annotations
 
@@ -79,6 +79,6 @@ def make_mix(mixup: float, cutmix: float, num_classes: int) -> Mix | None:
     return v2.RandomChoice(mixes) if len(mixes) > 1 else mixes[0] if mixes else None
 
 
-def normalise(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
+def normalize(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
     """(B, 3, S, S) uint8 to float32: scaled to 0..1, less ``mean``, by ``std``, per channel."""
     return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), list(mean), list(std))

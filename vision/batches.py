@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vision.augment import Augment, Mix, normalise
+from vision.augment import Augment, Mix, normalize
 from vision.sources import ImageSource
 
 
@@ -34,7 +34,7 @@ def batches(
         source: of images and labels.
         index: int64, the images of the epoch.
         batch_size: B.
-        mean, std: see :func:`vision.augment.normalise`.
+        mean, std: see :func:`vision.augment.normalize`.
         augment: changes each image, see :func:`vision.augment.make_augment` (default: none).
         mix: mixes the images of a batch, see :func:`vision.augment.make_mix` (default: none).
         seed: of the epoch (default ``None``).
@@ -98,7 +98,7 @@ class _Epoch(Dataset[tuple[Tensor, Tensor] | ValueError | OSError]):
                 torch.default_generator.manual_seed(self.seeds[number])  # torch.manual_seed would seed GPUs as well
             if self.augment is not None:
                 images = torch.stack([self.augment(image) for image in images])
-            images = normalise(images, self.mean, self.std)
+            images = normalize(images, self.mean, self.std)
             return (images, labels) if self.mix is None else self.mix(images, labels)
 
 

@@ -36,8 +36,8 @@ CONSTANTS: dict[str, tuple[Triple, Triple]] = {
 """Mean and standard deviation of the channels, of values in 0..1."""
 
 NOTES = {
-    "cifar10": "CIFAR-10 (Krizhevsky, 2009), cs.toronto.edu/~kriz/cifar.html, no licence stated",
-    "cifar100": "CIFAR-100 (Krizhevsky, 2009), cs.toronto.edu/~kriz/cifar.html, no licence stated",
+    "cifar10": "CIFAR-10 (Krizhevsky, 2009), cs.toronto.edu/~kriz/cifar.html, no license stated",
+    "cifar100": "CIFAR-100 (Krizhevsky, 2009), cs.toronto.edu/~kriz/cifar.html, no license stated",
     "imagenette": "Imagenette, 160 px, github.com/fastai/imagenette, Apache 2.0; the images are ImageNet's",
 }
 JPEG_NOTE = "re-encoded as JPEG: accuracies are close to, not the same as, those on the originals"
@@ -54,9 +54,9 @@ class ImageData:
         classes: names of the classes, by label.
         train: the training images; validation is a part of them, see :func:`split_train_val`.
         test: the test images.
-        mean, std: of the channels, for :func:`vision.augment.normalise`.
+        mean, std: of the channels, for :func:`vision.augment.normalize`.
         image_size: height and width of the images, in pixels.
-        note: source and licence, and what sets this copy apart from the published data.
+        note: source and license, and what sets this copy apart from the published data.
     """
 
     name: str
@@ -98,7 +98,7 @@ def load_images(
       Each class of test must be one of train; a class may have no test images, which the note says. Hidden folders and
       files, whose names begin with a dot, are left out.
 
-    What is not square or not of ``image_size`` is resized by the shorter side and centre-cropped.
+    What is not square or not of ``image_size`` is resized by the shorter side and center-cropped.
 
     Args:
         name: one of those.

@@ -12,11 +12,11 @@ from gmoe.routing import Routing
 DISTINCT = (
     "1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf",
 )  # fmt: skip
-"""Colours that are easy to tell apart, as six hexadecimal digits each (Tableau's ten)."""
+"""Colors that are easy to tell apart, as six hexadecimal digits each (Tableau's ten)."""
 
 
 def palette(num_experts: int) -> Tensor:
-    """(E, 3) a colour an expert, in 0..1: ten that are easy to tell apart, or hues at equal distances."""
+    """(E, 3) a color an expert, in 0..1: ten that are easy to tell apart, or hues at equal distances."""
     if num_experts <= len(DISTINCT):
         rows = [[int(code[place : place + 2], 16) / 255 for place in (0, 2, 4)] for code in DISTINCT[:num_experts]]
     else:
@@ -45,16 +45,16 @@ def patch_weights(routing: Routing, num_images: int) -> Tensor:
     return dense_TE.view(num_images, tokens, -1)[:, 1:].reshape(num_images, side, side, routing.num_experts)
 
 
-def tint(images: Tensor, weight_BGGE: Tensor, colours_E3: Tensor, strength: float = 0.6) -> Tensor:
+def tint(images: Tensor, weight_BGGE: Tensor, colors_E3: Tensor, strength: float = 0.6) -> Tensor:
     """(B, 3, H, W) the images with every patch tinted by its experts.
 
-    A patch of several experts has the mean of their colours, by weight; one that no expert took is darkened.
+    A patch of several experts has the mean of their colors, by weight; one that no expert took is darkened.
 
     Args:
         images: (B, 3 or 1, H, W) in 0..1.
         weight_BGGE: see :func:`patch_weights`; G divides H and W.
-        colours_E3: see :func:`palette`.
-        strength: share of the colour, in [0, 1] (default 0.6).
+        colors_E3: see :func:`palette`.
+        strength: share of the color, in [0, 1] (default 0.6).
 
     Raises:
         ValueError: a strength out of range, or a grid that does not divide the images.
@@ -66,9 +66,9 @@ def tint(images: Tensor, weight_BGGE: Tensor, colours_E3: Tensor, strength: floa
         raise ValueError(f"weight_BGGE: got {grid} patches a side, expected a divisor of {tuple(images.shape[2:])}")
     total = weight_BGGE.sum(dim=-1, keepdim=True)
     share = weight_BGGE / total.clamp(min=torch.finfo(total.dtype).tiny)
-    colour = (share @ colours_E3.to(share)).permute(0, 3, 1, 2)
-    colour = colour.repeat_interleave(images.size(2) // grid, dim=2).repeat_interleave(images.size(3) // grid, dim=3)
-    return (1 - strength) * images.expand(-1, 3, -1, -1) + strength * colour
+    color = (share @ colors_E3.to(share)).permute(0, 3, 1, 2)
+    color = color.repeat_interleave(images.size(2) // grid, dim=2).repeat_interleave(images.size(3) // grid, dim=3)
+    return (1 - strength) * images.expand(-1, 3, -1, -1) + strength * color
 
 
 def crop_patches(images: Tensor, image: Tensor, patch: Tensor, grid: int) -> Tensor:

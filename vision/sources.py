@@ -19,7 +19,7 @@ CHUNK = 64
 """Files that a thread decodes in a row."""
 
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-"""PIL's modes of 16-bit grey, whose ``convert("RGB")`` would clip nearly all to white."""
+"""PIL's modes of 16-bit gray, whose ``convert("RGB")`` would clip nearly all to white."""
 
 
 class ImageSource(ABC):
@@ -97,8 +97,8 @@ class FileImages(ImageSource):
 def decode(path: str, image_size: int) -> Tensor:
     """An image file as (3, S, S) uint8.
 
-    Grey, palette, RGBA, CMYK and 16-bit images become RGB; alpha channels and orientation tags are ignored, as in
-    torchvision. What is not S x S is resized by its shorter side (bilinear, antialiased), then centre-cropped.
+    Gray, palette, RGBA, CMYK and 16-bit images become RGB; alpha channels and orientation tags are ignored, as in
+    torchvision. What is not S x S is resized by its shorter side (bilinear, antialiased), then center-cropped.
 
     Args:
         path: of the file.

@@ -1,4 +1,4 @@
-"""``python -m experiments.benchmark NAME [options]``: the arms take turns; ratios are those of medians in one run."""
+"""``python -m experiments.benchmark NAME [options]``: variants take turns; ratios are those of medians in one run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from experiments.tables import measured_on
 
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "conv": ("A layer of message passing, forward and backward.", ConvBenchmark()),
-    "ffn": ("A layer of perceptrons, forward and backward; ours and others'.", FFNBenchmark()),
+    "ffn": ("An MLP layer, forward and backward; ours and others'.", FFNBenchmark()),
     "router": ("The routers' share of a layer.", RouterBenchmark()),
-    "vote": ("Attention votes: naive, in blocks, over neighbours.", VoteBenchmark()),
-    "train": ("Where an epoch's time goes: data, forward, backward, optimiser, rest.", TrainBenchmark()),
+    "vote": ("Attention votes: naive, in blocks, over neighbors.", VoteBenchmark()),
+    "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", TrainBenchmark()),
     "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", VitBenchmark()),
 }
 """By the name of the command line."""
@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     console.print(measured_on(where, config.device), highlight=False)
     if config.json is not None:
         settings = {name: value for name, value in asdict(config).items() if name not in ("json", "data_root")}
-        write_json(config.json, {"config": settings, "arms": found, "environment": where})
+        write_json(config.json, {"config": settings, "variants": found, "environment": where})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch_geometric.utils import to_torch_csr_tensor
 import gmoe
 from experiments.benchmark.options import Benchmark, layer_step, measure
 from experiments.throughput import power_law_edges
-from gmoe.conv.registry import conv_factory
+from gmoe.conv.separate import conv_factory
 
 ADJACENCIES = ("edge_index", "csr")
 
@@ -42,7 +42,7 @@ class ConvBenchmark(Benchmark):
     ks: tuple[int, ...] = (1, 2)
     """Experts per node, K."""
     adjacency: tuple[str, ...] = ADJACENCIES
-    """How edges are given; every arm of a form is compared with the dense conv in that form."""
+    """How edges are given; every variant of a form is compared with the dense conv in that form."""
     masked: bool = True
     """Time E convs on the whole graph too, each masked by the routing, and of GCN experts PyG's HeteroLinear on the
     aggregate; and check that the layer equals them."""
@@ -51,7 +51,7 @@ class ConvBenchmark(Benchmark):
         """Measure.
 
         Returns:
-            By arm, the figures of :func:`measure`; the reference is the dense conv on the same adjacency.
+            By variant, the figures of :func:`measure`; the reference is the dense conv on the same adjacency.
 
         Raises:
             ValueError: an unknown form of adjacency, or heads that do not divide the output.
@@ -62,7 +62,7 @@ class ConvBenchmark(Benchmark):
                 raise ValueError(f"adjacency: got {form!r}, expected one of {', '.join(ADJACENCIES)}")
         if self.out % self.heads:
             raise ValueError(f"out: got {self.out}, expected a multiple of heads={self.heads}")
-        device, arms = self.torch_device(), {}
+        device, variants = self.torch_device(), {}
         generator = torch.Generator().manual_seed(self.seed)
         adjacencies = random_graph(self.nodes, self.edges, generator)
         x = torch.randn(self.nodes, self.width, generator=generator).to(device).requires_grad_()
@@ -74,16 +74,18 @@ class ConvBenchmark(Benchmark):
         except TypeError as error:
             raise ValueError(f"heads: got {self.heads}, but {self.conv} takes none") from error
         layers = {
-            (e, k): gmoe.MoEConv(self.conv, self.width, self.out // self.heads, num_experts=e, k=k, **kwargs).to(device)
+            (e, k): gmoe.MoEConv(
+                self.conv, self.width, self.out // self.heads, num_experts=e, k=k, shared_expert=False, **kwargs
+            ).to(device)
             for e in self.experts
             for k in self.ks
             if k <= e
         }
         for form in self.adjacency:
             adj = adjacencies[form].to(device)
-            arms[f"dense, {form}"] = layer_step(dense, (x, adj), grad)
+            variants[f"dense, {form}"] = layer_step(dense, (x, adj), grad)
             for (e, k), layer in layers.items():
-                arms[f"MoEConv E={e} K={k}, {form}"] = layer_step(layer, (x, adj), grad)
+                variants[f"MoEConv E={e} K={k}, {form}"] = layer_step(layer, (x, adj), grad)
             if self.masked:
                 for (e, k), layer in layers.items():
                     others: dict[str, torch.nn.Module] = {"masked": Masked(layer)}
@@ -91,8 +93,8 @@ class ConvBenchmark(Benchmark):
                         others["HeteroLinear"] = ByHeteroLinear(layer)
                     for name, other in others.items():
                         _check_equal(layer, other, x, adj)
-                        arms[f"{name} E={e} K={k}, {form}"] = layer_step(other, (x, adj), grad)
-        return measure(arms, self.repeats, device, lambda arm: f"dense, {arm.rsplit(', ', 1)[1]}")
+                        variants[f"{name} E={e} K={k}, {form}"] = layer_step(other, (x, adj), grad)
+        return measure(variants, self.repeats, device, lambda variant: f"dense, {variant.rsplit(', ', 1)[1]}")
 
 
 def random_graph(nodes: int, edges: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A layer of perceptrons: one dense FFN, ours, and others' layers, forward and backward.
+"""An MLP layer: one dense FFN, ours, and others' layers, forward and backward.
 
 Shapes: T tokens, D width, H hidden, E experts, K experts a token.
 """
@@ -47,12 +47,12 @@ class FFNBenchmark(Benchmark):
         """Measure.
 
         Returns:
-            By arm, the figures of :func:`measure`; the reference is the dense FFN with hidden width K·H in float32.
+            By variant, the figures of :func:`measure`; the reference is the dense FFN with hidden width K·H in float32.
 
         Raises:
             RuntimeError: layers that compute the same thing differ.
         """
-        device, arms = self.torch_device(), {}
+        device, variants = self.torch_device(), {}
         generator = torch.Generator().manual_seed(self.seed)
         x = torch.randn(self.tokens, self.width, generator=generator).to(device).requires_grad_()
         grad = torch.randn(self.tokens, self.width, generator=generator).to(device)
@@ -67,9 +67,11 @@ class FFNBenchmark(Benchmark):
                     layers |= {f"{name} E={e} K={k}": layer for name, layer in self._layers(e, k, x)}
             for name, layer in layers.items():
                 for precision in self.precisions:
-                    arms[f"{name}, {precision}"] = layer_step(layer.to(device), (x,), grad, precision == "bf16")
-            arms.setdefault(f"dense K={k}, fp32", layer_step(dense, (x,), grad))
-        return measure(arms, self.repeats, device, lambda arm: f"dense K={arm.split(',')[0].rsplit('K=', 1)[1]}, fp32")
+                    variants[f"{name}, {precision}"] = layer_step(layer.to(device), (x,), grad, precision == "bf16")
+            variants.setdefault(f"dense K={k}, fp32", layer_step(dense, (x,), grad))
+        return measure(
+            variants, self.repeats, device, lambda variant: f"dense K={variant.split(',')[0].rsplit('K=', 1)[1]}, fp32"
+        )
 
     def _layers(self, e: int, k: int, x: Tensor) -> Iterator[tuple[str, nn.Module]]:
         """Ours and the others', each group with one set of weights, checked equal."""

@@ -24,19 +24,19 @@ class Benchmark:
     threads: int = 0
     """CPU threads; 0 leaves torch's default."""
     repeats: int = 7
-    """Timed runs of each arm."""
+    """Timed runs of each variant."""
     seed: int = 0
     """Of all that is drawn."""
     json: Path | None = None
     """Where to write the figures."""
 
     def run(self) -> dict[str, Any]:
-        """By arm, the figures of :func:`measure`."""
+        """By variant, the figures of :func:`measure`."""
         raise NotImplementedError
 
     def table(self, found: dict[str, Any]) -> Table:
         """What :meth:`run` returned, to read."""
-        table = Table(title="medians; × is the ratio to the reference arm's", title_justify="left")
+        table = Table(title="medians; × is the ratio to the reference variant's", title_justify="left")
         for column in ("", "wall (ms)", "min to max", "CPU (ms)", "MiB", "× wall", "× CPU", "× FLOPs", "× memory"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for name, figures in found.items():
@@ -66,24 +66,24 @@ class Benchmark:
 
 
 def measure(
-    arms: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, reference: Callable[[str], str]
+    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, reference: Callable[[str], str]
 ) -> dict[str, dict[str, Any]]:
     """What :func:`~experiments.timing.take_turns` finds, and what one run costs.
 
     Args:
-        arms: what is timed, by name.
-        repeats: timed runs of each arm.
-        device: where the arms compute.
-        reference: from the name of an arm to that of its reference.
+        variants: what is timed, by name.
+        repeats: timed runs of each variant.
+        device: where the variants compute.
+        reference: from the name of a variant to that of its reference.
 
     Returns:
-        For each arm ``wall`` and ``cpu``; ``flops`` of one run; ``memory``, the most bytes that it holds at once beyond
-        what was there before; and ``ratio``, each of these (of times the median) over the reference arm's.
+        For each variant ``wall`` and ``cpu``; ``flops`` of one run; ``memory``, the most bytes that it holds at once
+        beyond what was there before; and ``ratio``, each of these (of times the median) over the reference variant's.
     """
-    found = take_turns(arms, repeats, device)
+    found = take_turns(variants, repeats, device)
     for name, figures in found.items():
-        figures["flops"] = gmoe.count_flops(arms[name])
-        figures["memory"] = peak_bytes(arms[name], device)
+        figures["flops"] = gmoe.count_flops(variants[name])
+        figures["memory"] = peak_bytes(variants[name], device)
     for name, figures in found.items():
         base = found[reference(name)]
         ratio = {kind: figures[kind]["median"] / base[kind]["median"] for kind in ("wall", "cpu")}

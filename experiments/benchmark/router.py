@@ -21,10 +21,10 @@ ROUTERS = ("token_choice", "expert_choice", "multi_centroid", "random")
 
 @dataclass(frozen=True, kw_only=True)
 class RouterBenchmark(Benchmark):
-    """Routers in a layer of perceptrons, or in one of GCN experts on CSR."""
+    """Routers in an MLP layer, or in one of GCN experts on CSR."""
 
     layer: Literal["ffn", "conv"] = "ffn"
-    """The layer: of perceptrons, or of GCN experts on a random graph."""
+    """The layer: of MLPs, or of GCN experts on a random graph."""
     routers: tuple[str, ...] = ROUTERS
     """Names of routers."""
     tokens: int | None = None
@@ -34,7 +34,7 @@ class RouterBenchmark(Benchmark):
     width: int | None = None
     """D; by default 192, or of convs 128."""
     hidden: int = 768
-    """Of perceptrons: hidden width."""
+    """MLP layer: hidden width."""
     experts: int = 8
     """E."""
     ks: tuple[int, ...] = (1,)
@@ -44,8 +44,8 @@ class RouterBenchmark(Benchmark):
         """Measure.
 
         Returns:
-            By arm, the figures of :func:`measure`; the reference of a router is the layer that has it, of which it is
-            a share.
+            By variant, the figures of :func:`measure`; the reference of a router is the layer that has it, of which it
+            is a share.
 
         Raises:
             ValueError: an unknown router.
@@ -57,17 +57,19 @@ class RouterBenchmark(Benchmark):
         graph = (random_graph(tokens, self.edges, generator)["csr"].to(device),) if convs else ()
         x = torch.randn(tokens, width, generator=generator).to(device).requires_grad_()
         grad = torch.randn(tokens, width, generator=generator).to(device)
-        arms: dict[str, Callable[[], object]] = {}
+        variants: dict[str, Callable[[], object]] = {}
         for k in self.ks:
             for name in self.routers:
                 torch.manual_seed(self.seed)
                 layer: torch.nn.Module
                 if convs:
-                    layer = gmoe.MoEConv("gcn", width, width, num_experts=self.experts, router=name, k=k)
+                    layer = gmoe.MoEConv(
+                        "gcn", width, width, num_experts=self.experts, router=name, k=k, shared_expert=False
+                    )
                 else:
                     router = gmoe.build_router(name, width, self.experts, k)
                     layer = gmoe.MoE(router, gmoe.MLPExperts(width, self.hidden, width, num_experts=self.experts))
-                arms[f"layer, {name} K={k}"] = layer_step(layer.to(device), (x, *graph), grad)
+                variants[f"layer, {name} K={k}"] = layer_step(layer.to(device), (x, *graph), grad)
                 assert isinstance(layer.router, torch.nn.Module)
-                arms[f"router, {name} K={k}"] = route(layer.router, x)
-        return measure(arms, self.repeats, device, lambda arm: arm.replace("router, ", "layer, "))
+                variants[f"router, {name} K={k}"] = route(layer.router, x)
+        return measure(variants, self.repeats, device, lambda variant: variant.replace("router, ", "layer, "))

@@ -1,4 +1,4 @@
-"""Where an epoch's time goes: data, forward, backward, optimiser, and the rest."""
+"""Where an epoch's time goes: data, forward, backward, optimizer, and the rest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from experiments.loop import Training, make_fabric, set_up
 from experiments.presets import PRESETS
 from experiments.timing import spread, wait_for
 
-PARTS = ("data", "forward", "backward", "optimiser")
+PARTS = ("data", "forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +162,10 @@ class Clock:
             (training, "forward", "forward"),
             (fabric, "to_device", "data"),
             (fabric, "backward", "backward"),
-            (fabric, "clip_gradients", "optimiser"),
-            (optimizer, "step", "optimiser"),
-            (optimizer, "zero_grad", "optimiser"),
-            (training.scheduler, "step", "optimiser"),
+            (fabric, "clip_gradients", "optimizer"),
+            (optimizer, "step", "optimizer"),
+            (optimizer, "zero_grad", "optimizer"),
+            (training.scheduler, "step", "optimizer"),
         )
         for owner, name, part in places:
             setattr(owner, name, self.timed(part, getattr(owner, name)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gmoe.models.vit import ViTMoE, ViTSize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vision_transformer import MLPBlock
@@ -14,7 +15,6 @@ from torchvision.models.vision_transformer import MLPBlock
 from experiments.benchmark.options import Benchmark, measure
 from experiments.benchmark.peers import NonzeroLoop
 from gmoe.dispatch import Backend
-from vision import ViTMoE, ViTSize
 
 REFERENCE = "dense"
 BACKENDS: tuple[Backend, ...] = ("loop", "padded", "grouped")
@@ -51,8 +51,8 @@ class VitBenchmark(Benchmark):
         """Measure a forward and a backward pass of the whole model.
 
         Returns:
-            By arm, the figures of :func:`measure`; the reference is the dense ViT of the same active hidden width, K
-            times that of an expert in every second block.
+            By variant, the figures of :func:`measure`; the reference is the dense ViT of the same active hidden width,
+            K times that of an expert in every second block.
 
         Raises:
             ValueError: sizes that do not divide, or an unknown router.
@@ -64,8 +64,8 @@ class VitBenchmark(Benchmark):
         labels = torch.randint(10, (self.batch,), generator=generator).to(device)
         models = {name: model.to(device) for name, model in self._models().items()}
         _check_equal({name: model for name, model in models.items() if name != REFERENCE}, images)
-        arms = {name: self._step(model, images, labels) for name, model in models.items()}
-        return measure(arms, self.repeats, device, lambda _: REFERENCE)
+        variants = {name: self._step(model, images, labels) for name, model in models.items()}
+        return measure(variants, self.repeats, device, lambda _: REFERENCE)
 
     def _models(self) -> dict[str, nn.Module]:
         size = ViTSize(

@@ -1,4 +1,4 @@
-"""Attention votes: the naive (T, T) matrix, ours in blocks, and over neighbours; beside one dense GATConv.
+"""Attention votes: the naive (T, T) matrix, ours in blocks, and over neighbors; beside one dense GATConv.
 
 Shapes: T tokens, E experts, d head width.
 """
@@ -8,24 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from gmoe.routers.attention_vote import group_votes, neighbor_votes
 from torch import Tensor, nn
 from torch_geometric.nn import GATConv
 
 import gmoe
 from experiments.benchmark.options import Benchmark, measure
 from experiments.throughput import power_law_edges
-from gmoe.routing.neighbour_votes import neighbour_votes
-from gmoe.routing.votes import pool_votes
 
 REFERENCE = "GATConv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class VoteBenchmark(Benchmark):
-    """One pool of tokens, which are also the nodes of a random graph; forward and backward."""
+    """One group of tokens, which are also the nodes of a random graph; forward and backward."""
 
     tokens: int = 4096
     """T; ogbn-arxiv has 169,343."""
@@ -39,14 +38,14 @@ class VoteBenchmark(Benchmark):
     """d."""
     naive: bool = True
     """Time the (T, T) matrix too, whose memory is E T^2, and check that the others equal it."""
-    pool: bool = True
-    """Time the votes over the pool, whose time goes by T^2."""
+    group: bool = True
+    """Time the votes over the group, whose time goes by T^2."""
 
     def run(self) -> dict[str, Any]:
         """Measure.
 
         Returns:
-            By arm, the figures of :func:`measure`; the reference is a dense GATConv of one head on the graph.
+            By variant, the figures of :func:`measure`; the reference is a dense GATConv of one head on the graph.
 
         Raises:
             RuntimeError: ours and the naive votes differ.
@@ -67,20 +66,21 @@ class VoteBenchmark(Benchmark):
             dense.zero_grad()
             x.grad = None
 
-        arms: dict[str, Callable[[], object]] = {REFERENCE: conv}
+        variants: dict[str, Callable[[], object]] = {REFERENCE: conv}
         if self.naive:
-            torch.testing.assert_close(pool(q, k), naive(q, k), rtol=1e-3, atol=1e-4)
-            arms["naive votes"] = _votes(naive, q, k, grad)
-        if self.pool:
-            arms["votes in blocks"] = _votes(pool, q, k, grad)
-        arms["votes of neighbours"] = _votes(
-            lambda q, k: neighbour_votes(q / math.sqrt(q.size(-1)), k, edge_index), q, k, grad
+            torch.testing.assert_close(in_blocks(q, k), naive(q, k), rtol=1e-3, atol=1e-4)
+            variants["naive votes"] = _votes(naive, q, k, grad)
+        if self.group:
+            variants["votes in blocks"] = _votes(in_blocks, q, k, grad)
+        variants["votes of neighbors"] = _votes(
+            lambda q, k: neighbor_votes(q / math.sqrt(q.size(-1)), k, edge_index), q, k, grad
         )
-        for scope in ("pool", "neighbours"):
-            if scope == "neighbours" or self.pool:
+        scopes: tuple[Literal["group", "neighbors"], ...] = ("group", "neighbors")
+        for scope in scopes:
+            if scope == "neighbors" or self.group:
                 router = gmoe.AttentionVote(self.width, self.experts, scope=scope, head_dim=self.head_dim).to(device)
-                arms[f"AttentionVote, {scope}"] = route(router, x, edge_index)
-        return measure(arms, self.repeats, device, lambda _: REFERENCE)
+                variants[f"AttentionVote, {scope}"] = route(router, x, edge_index)
+        return measure(variants, self.repeats, device, lambda _: REFERENCE)
 
 
 def naive(q_TEd: Tensor, k_TEd: Tensor) -> Tensor:
@@ -89,10 +89,10 @@ def naive(q_TEd: Tensor, k_TEd: Tensor) -> Tensor:
     return scores_ETT.softmax(dim=-1).sum(dim=1).T
 
 
-def pool(q_TEd: Tensor, k_TEd: Tensor) -> Tensor:
+def in_blocks(q_TEd: Tensor, k_TEd: Tensor) -> Tensor:
     """(T, E) the same, in blocks."""
     q_BEd, k_BEd = (value.transpose(0, 1)[None] for value in (q_TEd / math.sqrt(q_TEd.size(-1)), k_TEd))
-    return pool_votes(q_BEd, k_BEd)[0].T
+    return group_votes(q_BEd, k_BEd)[0].T
 
 
 def _votes(votes: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, grad: Tensor) -> Callable[[], None]:

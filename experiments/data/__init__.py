@@ -52,4 +52,6 @@ def _load_graph(config: TrainConfig) -> GraphData:
         return mosaic()
     if config.dataset == "graph":
         return user_graph(config.data_root, config.metric)
-    return load_graph(config.dataset, config.data_root, offline=config.offline, yes=config.yes)
+    return load_graph(
+        config.dataset, config.data_root, offline=config.offline, allow_large_downloads=config.allow_large_downloads
+    )

@@ -24,7 +24,7 @@ def _split(labels: np.ndarray) -> Splits:
 
 
 def digits(label_smoothing: float = 0.0) -> Task:
-    """The digits as images of one channel, standardised over the training set."""
+    """The digits as images of one channel, standardized over the training set."""
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16.0
     labels = torch.from_numpy(data.target).long()
@@ -45,7 +45,7 @@ def digits(label_smoothing: float = 0.0) -> Task:
 
 
 def digits_graph() -> GraphData:
-    """The digits as nodes: an edge, in both directions, where either is among the other's 10 nearest neighbours."""
+    """The digits as nodes: an edge, in both directions, where either is among the other's 10 nearest neighbors."""
     data = load_digits()
     near = kneighbors_graph(data.data, n_neighbors=10, include_self=False)
     source, destination = near.maximum(near.T).nonzero()

@@ -32,7 +32,7 @@ class GraphData:
         metric: makes the metric, updated with (logits, target); higher is better, in 0..1.
         metric_name: how it is called.
         num_outputs: width of the logits.
-        note: licence, source, split.
+        note: license, source, split.
         target: of a heterogeneous graph, the node type that has labels.
         planted: (N,) the expert that each node should go to, where that is known.
     """

@@ -1,4 +1,4 @@
-"""From a graph data set to batches: the whole graph, sampled neighbourhoods, or random parts."""
+"""From a graph data set to batches: the whole graph, sampled neighborhoods, or random parts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from gmoe.data.loader import neighbor_loader
 from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric.data import Data, HeteroData
@@ -20,12 +21,11 @@ from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
 from experiments.config import TrainConfig
 from experiments.data.graph_data import GraphData, Split, task_loss
 from experiments.data.task import Batch, Loader, Task
-from gmoe.conv.registry import conv_factory
-from gmoe.loader import neighbor_loader
+from gmoe.conv.separate import conv_factory
 
 CSR_CONVS = frozenset({"gcn", "sage", "graph", "gin", "mlp", "filter", "identity", "low_pass", "high_pass", "two_hop"})
 """Convs that PyG runs on a sparse matrix without a message for every edge."""
-NORMALISED = CSR_CONVS - {"sage", "graph", "gin", "mlp", "identity"}
+NORMALIZED = CSR_CONVS - {"sage", "graph", "gin", "mlp", "identity"}
 """Those of them that add self-loops: in a matrix also where there are some, in ``edge_index`` only where not."""
 
 
@@ -68,7 +68,7 @@ def uses_csr(config: TrainConfig, data: Data) -> bool:
         "edge_features": config.edge_features,
         "precision": config.precision == "bf16-mixed",  # there are no sparse kernels in bfloat16
         "edge_weight": hidden,
-        "self-loops": not NORMALISED.isdisjoint(config.conv) and contains_self_loops(data.edge_index),
+        "self-loops": not NORMALIZED.isdisjoint(config.conv) and contains_self_loops(data.edge_index),
     }
     names = ", ".join(name for name, is_refused in refused.items() if is_refused)
     if config.adjacency == "csr" and names:
@@ -99,8 +99,10 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, s
     assert isinstance(data, Data)
     if config.edge_features and data.edge_attr is None:
         raise ValueError(f"edge_features: got True, but {graph.name} has none")
-    if config.label_use and config.evaluation == "layerwise":
-        raise ValueError(f"label_use: got {config.label_use} with evaluation='layerwise', expected evaluation='full'")
+    if config.label_reuse and config.evaluation == "layerwise":
+        raise ValueError(
+            f"label_reuse: got {config.label_reuse} with evaluation='layerwise', expected evaluation='full'"
+        )
     split = graph.splits(seed)
     data = _seen(graph, data, config)
     adj: Any = data.edge_index
@@ -127,19 +129,19 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, s
 
     def full(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
         rows, known = split[part], split["train"]
-        if not config.label_use:
+        if not config.label_reuse:
             return [Batch(whole, data.y[rows], rows)]
         if part == "train":  # learn from labels that are not given away
             generator = torch.Generator().manual_seed(0 if seed is None else seed)
             draws = torch.rand(len(rows), generator=generator)
-            given = draws < config.label_use
+            given = draws < config.label_reuse
             given[draws.argmax()] = False  # of a few labels all may be drawn
             rows, known = rows[~given], rows[given]
         labels = data.x.new_zeros(data.num_nodes, graph.num_outputs)
         labels[known] = label_rows(data.y[known], graph.num_outputs).to(labels.dtype)
         return [Batch((torch.cat([data.x, labels], dim=1), *whole[1:]), data.y[rows], rows)]
 
-    def neighbours(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+    def neighbors(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
         loader = neighbor_loader(
             data,
             list(config.fanout),
@@ -169,7 +171,7 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, s
             if len(rows):
                 yield Batch(inputs_of(batch, batch.edge_index), batch.y[rows], rows)
 
-    loaders: dict[str, Loader] = {"full": full, "neighbor": neighbours, "random_node": parts}
+    loaders: dict[str, Loader] = {"full": full, "neighbor": neighbors, "random_node": parts}
     sampled = loaders[config.sampling]
 
     def loader(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
@@ -180,7 +182,7 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, s
     return Task(
         name=graph.name,
         kind="graph",
-        in_channels=data.x.size(1) + (graph.num_outputs if config.label_use else 0),
+        in_channels=data.x.size(1) + (graph.num_outputs if config.label_reuse else 0),
         num_classes=graph.num_outputs,
         metric_name=graph.metric_name,
         metric=graph.metric,

@@ -1,4 +1,4 @@
-"""From a heterogeneous graph to batches: the whole graph, or sampled neighbourhoods."""
+"""From a heterogeneous graph to batches: the whole graph, or sampled neighborhoods."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from gmoe.data.loader import neighbor_loader
 from torch_geometric.data import Data, HeteroData
 
 from experiments.config import TrainConfig
 from experiments.data.graph_data import GraphData, Split, task_loss
 from experiments.data.task import Batch, Task
-from gmoe.loader import neighbor_loader
 
 
 def hetero_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, seed: int) -> Task:
@@ -25,7 +25,7 @@ def hetero_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, 
     for name, value, legal in (
         ("sampling", config.sampling, ("full", "neighbor")),
         ("evaluation", config.evaluation, ("full", "sampled")),
-        ("label_use", config.label_use, (0.0,)),
+        ("label_reuse", config.label_reuse, (0.0,)),
         ("edge_features", config.edge_features, (False,)),
         ("adjacency", config.adjacency, ("auto", "edge_index")),
     ):
@@ -39,7 +39,7 @@ def hetero_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, 
     def full(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
         return [Batch(whole, data[target].y[split[part]], split[part])]
 
-    def neighbours(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+    def neighbors(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
         loader = neighbor_loader(
             data,
             list(config.fanout),
@@ -58,7 +58,7 @@ def hetero_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, 
 
     def loader(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
         whole_graph = config.sampling == "full" or (part != "train" and config.evaluation == "full")
-        return (full if whole_graph else neighbours)(part, batch_size, seed)
+        return (full if whole_graph else neighbors)(part, batch_size, seed)
 
     return Task(
         name=graph.name,

@@ -12,18 +12,18 @@ NODES, REGIONS, CLASSES, FEATURES, EDGES = 8_000, 8, 16, 32, 80_000
 
 
 def mosaic() -> GraphData:
-    """8,000 nodes in 8 regions; a neighbour's class tells a node's own, by a permutation that each region has.
+    """8,000 nodes in 8 regions; a neighbor's class tells a node's own, by a permutation that each region has.
 
-    Features are class centre N(0, 1) + 3 x region centre N(0, 1) + 3 x N(0, 1) noise. The 80,000 directed edges lie
+    Features are class center N(0, 1) + 3 x region center N(0, 1) + 3 x N(0, 1) noise. The 80,000 directed edges lie
     inside a region; the source's class is the region's permutation (the identity in region 0) of the destination's,
     or in 15 % of the edges a random one. Split 50 / 25 / 25. ``planted`` is the region.
     """
     rng = np.random.RandomState(0)  # its streams are frozen, unlike those of numpy's newer generators
     region = rng.permutation(np.arange(NODES) % REGIONS)
     label = rng.randint(CLASSES, size=NODES)
-    class_centre = rng.standard_normal((CLASSES, FEATURES))
-    region_centre = rng.standard_normal((REGIONS, FEATURES))
-    x = class_centre[label] + 3 * region_centre[region] + 3 * rng.standard_normal((NODES, FEATURES))
+    class_center = rng.standard_normal((CLASSES, FEATURES))
+    region_center = rng.standard_normal((REGIONS, FEATURES))
+    x = class_center[label] + 3 * region_center[region] + 3 * rng.standard_normal((NODES, FEATURES))
 
     permutation = np.stack([np.arange(CLASSES), *(rng.permutation(CLASSES) for _ in range(REGIONS - 1))])
     destination = rng.randint(NODES, size=EDGES)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from experiments.data.ogb_files import BrokenFileError
-from experiments.data.ogb_layout import LABELLED, RELATIONS, Layout
+from experiments.data.ogb_layout import LABELED, RELATIONS, Layout
 
 OGB_PARTS: Mapping[str, str] = {"train": "train", "val": "valid", "test": "test"}
 """ogb's names of the parts of a split."""
@@ -86,11 +86,11 @@ def _hetero_parts(data: Data, layout: Layout) -> Iterator[_Part]:
         (edges,) = _numbers(layout.raw("num-edge-list", relation), layout)
         ends = (counts[relation[0]], counts[relation[2]])
         yield _Part(layout.raw("edge", relation), data.edge_index_dict[relation].t(), edges, ends)
-    nodes = counts[LABELLED]
-    yield _Part(layout.raw("node-label", LABELLED), data.y_dict[LABELLED], nodes, (layout.num_classes,))
+    nodes = counts[LABELED]
+    yield _Part(layout.raw("node-label", LABELED), data.y_dict[LABELED], nodes, (layout.num_classes,))
     for file in layout.node_files:
         value = data.x_dict if file == "node-feat" else data[file]
-        yield _Part(layout.raw(file, LABELLED), value[LABELLED], nodes)
+        yield _Part(layout.raw(file, LABELED), value[LABELED], nodes)
 
 
 def _lines(path: Path, layout: Layout) -> list[str]:
@@ -116,7 +116,7 @@ def check_split(found: Mapping[str, Any], nodes: int, layout: Layout) -> dict[st
 
     Args:
         found: ogb's ``get_idx_split()``.
-        nodes: how many (labelled) nodes there are.
+        nodes: how many (labeled) nodes there are.
         layout: of the data set.
 
     Raises:
@@ -126,7 +126,7 @@ def check_split(found: Mapping[str, Any], nodes: int, layout: Layout) -> dict[st
     seen = torch.zeros(nodes, dtype=torch.long)
     for part, ogb_name in OGB_PARTS.items():
         file = layout.split_dict if layout.split_dict.exists() else layout.split(ogb_name)
-        index = torch.as_tensor(found[ogb_name][LABELLED] if layout.hetero else found[ogb_name])
+        index = torch.as_tensor(found[ogb_name][LABELED] if layout.hetero else found[ogb_name])
         if index.dim() != 1 or index.numel() == 0 or index.is_floating_point():
             raise BrokenFileError(
                 file, f"got shape {tuple(index.shape)} of {index.dtype}, expected node indices", layout.folder

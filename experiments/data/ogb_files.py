@@ -22,7 +22,7 @@ from experiments.data.ogb_layout import GIGABYTES, Layout
 TIMEOUT = 30
 """Seconds without an answer after which the network counts as down."""
 LARGE = 1.0
-"""Gigabytes above which a download needs a yes; ogb's own limit."""
+"""Gigabytes above which a download needs ``allow_large_downloads``; ogb's own limit."""
 
 
 class BrokenFileError(ValueError):
@@ -32,7 +32,7 @@ class BrokenFileError(ValueError):
         super().__init__(f"{path}: {problem}; delete {'it' if delete == path else delete} and load again")
 
 
-def provide(layout: Layout, *, offline: bool = False, yes: bool = False) -> None:
+def provide(layout: Layout, *, offline: bool = False, allow_large_downloads: bool = False) -> None:
     """See to it that the data set's folder is there, in ogb's version and with all its files.
 
     What is downloaded is moved to its place when all of it has arrived. A zip file that the user has put into
@@ -41,11 +41,12 @@ def provide(layout: Layout, *, offline: bool = False, yes: bool = False) -> None
     Args:
         layout: of the data set.
         offline: leave the network alone.
-        yes: download more than 1 GB; replace a folder of another version.
+        allow_large_downloads: download more than 1 GB; replace a folder of another version.
 
     Raises:
         FileNotFoundError: files are missing, and may not or cannot be downloaded.
-        ValueError: the download needs a yes, the folder is of another version, or the zip file is broken.
+        ValueError: the download needs ``allow_large_downloads``, the folder is of another version, or the zip file is
+            broken.
     """
     name, folder, archive = layout.name, layout.folder, layout.archive
     if layout.raw("species").exists():  # so the file was called in an early ogbn-proteins; ogb renames it as well
@@ -63,16 +64,16 @@ def provide(layout: Layout, *, offline: bool = False, yes: bool = False) -> None
             f"{name}: offline, and {', '.join(layout.missing)} missing in {folder}; put them there, or OGB's "
             f"{archive.name} into {layout.root}"
         )
-    if occupied and not yes:
+    if occupied and not allow_large_downloads:
         raise ValueError(
-            f"{name}: {folder} is of another version, since {layout.release.name} is not there; pass --yes to replace "
-            "it, or move it away"
+            f"{name}: {folder} is of another version, since {layout.release.name} is not there; pass "
+            "--allow-large-downloads to replace it, or move it away"
         )
     layout.root.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=layout.root, prefix=f"{name}-") as scratch:
         if not archive.exists():
             archive = Path(scratch) / archive.name
-            _download(layout, archive, yes=yes)
+            _download(layout, archive, allow_large_downloads=allow_large_downloads)
         fresh = replace(layout, folder=Path(scratch) / archive.stem)
         try:
             extract_zip(str(archive), scratch, log=False)
@@ -85,13 +86,13 @@ def provide(layout: Layout, *, offline: bool = False, yes: bool = False) -> None
         fresh.folder.rename(folder)
 
 
-def _download(layout: Layout, target: Path, *, yes: bool) -> None:
+def _download(layout: Layout, target: Path, *, allow_large_downloads: bool) -> None:
     """Print the size of the download, then fetch it."""
     size = download_size(layout.meta["url"]) or GIGABYTES[layout.name]
     about = f"{layout.name}: a download of {size:.2f} GB to {layout.folder}"
     print(about, flush=True)
-    if size > LARGE and not yes:
-        raise ValueError(f"{about}, more than {LARGE:.0f} GB; pass --yes to start it")
+    if size > LARGE and not allow_large_downloads:
+        raise ValueError(f"{about}, more than {LARGE:.0f} GB; pass --allow-large-downloads to start it")
     try:
         fetch(layout.meta["url"], target)
     except (OSError, HTTPException) as error:

@@ -27,7 +27,7 @@ RELATIONS = (
 )
 """Of ogbn-mag: source, relation, destination."""
 
-LABELLED = "paper"
+LABELED = "paper"
 """The one node type of ogbn-mag with features, labels and a split."""
 
 
@@ -108,11 +108,11 @@ class Layout:
 
     def split(self, part: str) -> Path:
         """The node indices of ``"train"``, ``"valid"`` or ``"test"``."""
-        return self.split_folder / (LABELLED if self.hetero else "") / f"{part}.csv.gz"
+        return self.split_folder / (LABELED if self.hetero else "") / f"{part}.csv.gz"
 
     @property
     def node_files(self) -> tuple[str, ...]:
-        """Raw files with a row for each (labelled) node, but the labels."""
+        """Raw files with a row for each (labeled) node, but the labels."""
         additional = self.meta["additional node files"]
         features = ("node-feat",) if self.meta["has_node_attr"] == "True" else ()
         return (*features, *(() if additional == "None" else additional.split(",")))
@@ -127,7 +127,7 @@ class Layout:
         """The files of numbers, all of which must be there."""
         split = tuple(self.split(part) for part in ("train", "valid", "test"))
         if self.hetero:
-            nodes = tuple(self.raw(file, LABELLED) for file in (*self.node_files, "node-label"))
+            nodes = tuple(self.raw(file, LABELED) for file in (*self.node_files, "node-label"))
             return (*nodes, *(self.raw(file, r) for r in RELATIONS for file in ("edge", "num-edge-list")), *split)
         names = ("edge", *self.edge_files, *self.node_files, "node-label", "num-node-list", "num-edge-list")
         return (*map(self.raw, names), *split)

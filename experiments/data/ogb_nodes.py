@@ -25,7 +25,7 @@ from torch_geometric.utils import scatter
 from experiments.data.ogb_checks import check_graph, check_split
 from experiments.data.ogb_files import BrokenFileError, find_broken, provide
 from experiments.data.ogb_import import PygNodePropPredDataset
-from experiments.data.ogb_layout import LABELLED, Layout, layout_of
+from experiments.data.ogb_layout import LABELED, Layout, layout_of
 
 SAFE = [
     Data,
@@ -41,7 +41,7 @@ SAFE = [
 
 
 def load_ogb(
-    name: str, root: Path, *, offline: bool = False, yes: bool = False
+    name: str, root: Path, *, offline: bool = False, allow_large_downloads: bool = False
 ) -> tuple[Data | HeteroData, dict[str, Tensor]]:
     """One of OGB's node data sets, and its official split.
 
@@ -58,24 +58,24 @@ def load_ogb(
         name: of the data set.
         root: what ogb calls root: the folder ``ogbn_arxiv`` lies inside.
         offline: leave the network alone (default ``False``).
-        yes: download more than 1 GB, and replace a folder of another version (default ``False``).
+        allow_large_downloads: download more than 1 GB, and replace a folder of another version (default ``False``).
 
     Returns:
         The graph, and the node indices of ``"train"``, ``"val"`` and ``"test"`` (of ogbn-mag: of papers).
 
     Raises:
         FileNotFoundError: files are missing, and may not or cannot be downloaded.
-        ValueError: an unknown name, a download that needs ``yes``, a folder of another version, or a broken file, which
-            the message names.
+        ValueError: an unknown name, a download that needs ``allow_large_downloads``, a folder of another version, or
+            a broken file, which the message names.
     """
     layout = layout_of(name, root)
-    provide(layout, offline=offline, yes=yes)
+    provide(layout, offline=offline, allow_large_downloads=allow_large_downloads)
     if layout.planted.exists():
         print(f"{name}: a planted graph, not OGB's ({layout.planted})")
     dataset = _open(layout)
     graph = _hetero(dataset[0]) if layout.hetero else _plain(dataset[0], layout)
-    labelled = graph[LABELLED] if layout.hetero else graph
-    return graph, _split(dataset, labelled.num_nodes, layout)
+    labeled = graph[LABELED] if layout.hetero else graph
+    return graph, _split(dataset, labeled.num_nodes, layout)
 
 
 class _Dataset(PygNodePropPredDataset):
@@ -173,8 +173,8 @@ def _hetero(data: Any) -> HeteroData:
         graph[kind].num_nodes = count
     for kind, x in data.x_dict.items():
         graph[kind].x = x
-    graph[LABELLED].y = data.y_dict[LABELLED].view(-1)
-    graph[LABELLED].node_year = data.node_year[LABELLED].view(-1)
+    graph[LABELED].y = data.y_dict[LABELED].view(-1)
+    graph[LABELED].node_year = data.node_year[LABELED].view(-1)
     for relation, edge_index in data.edge_index_dict.items():
         graph[relation].edge_index = edge_index.contiguous()
     return graph

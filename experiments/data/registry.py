@@ -1,4 +1,4 @@
-"""The graph data sets, one line each: loader, official split, metric, size of the download, licence and source."""
+"""The graph data sets, one line each: loader, official split, metric, size of the download, license and source."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PyGSet:
         split: ``"masks"`` of the data, or ``"per_class"`` draws.
         metric: by which the field compares.
         megabytes: size of the download.
-        note: licence, source, split.
+        note: license, source, split.
     """
 
     cls: type[InMemoryDataset]
@@ -43,7 +43,7 @@ class PyGSet:
     note: str
 
     def load(self, name: str, root: Path, offline: bool) -> GraphData:
-        """The data set, its features those of the files (Planetoid's normalised to sum 1 a node, as is usual)."""
+        """The data set, its features those of the files (Planetoid's normalized to sum 1 a node, as is usual)."""
         dataset = load_guarded(self.cls, name, root, self.megabytes, offline, self.kwargs)
         data = dataset.get(0)
         assert isinstance(data, Data)
@@ -100,21 +100,21 @@ PYG: dict[str, PyGSet] = {
 
 OGB: dict[str, tuple[int, str]] = {
     "ogbn-arxiv": (40, "Hu et al., 2020; ODC-BY; official split by year"),
-    "ogbn-products": (47, "Hu et al., 2020; Amazon licence; official split by sales rank"),
+    "ogbn-products": (47, "Hu et al., 2020; Amazon license; official split by sales rank"),
     "ogbn-proteins": (112, "Hu et al., 2020; CC0; official split by species"),
     "ogbn-mag": (349, "Hu et al., 2020; ODC-BY; official split by year"),
 }
-"""OGB's node tasks: number of outputs, and licence; the metric is that of OGB's own Evaluator."""
+"""OGB's node tasks: number of outputs, and license; the metric is that of OGB's own Evaluator."""
 
 
-def load_graph(name: str, root: Path, *, offline: bool = False, yes: bool = False) -> GraphData:
+def load_graph(name: str, root: Path, *, offline: bool = False, allow_large_downloads: bool = False) -> GraphData:
     """A graph data set of :data:`PYG` or :data:`OGB`.
 
     Args:
         name: of the data set.
         root: folder of the data, given to the loader as it is.
         offline: never download.
-        yes: download also what is larger than 1 GB.
+        allow_large_downloads: download also what is larger than 1 GB.
 
     Raises:
         ValueError: an unknown name, or a broken file.
@@ -127,16 +127,16 @@ def load_graph(name: str, root: Path, *, offline: bool = False, yes: bool = Fals
     from experiments.data.ogb_metric import OGBMetric  # ogb takes seconds to import
     from experiments.data.ogb_nodes import load_ogb
 
-    data, split = load_ogb(name, root, offline=offline, yes=yes)
-    labelled = data if isinstance(data, Data) else data["paper"]
-    binary = labelled.y.dim() == 2
+    data, split = load_ogb(name, root, offline=offline, allow_large_downloads=allow_large_downloads)
+    labeled = data if isinstance(data, Data) else data["paper"]
+    binary = labeled.y.dim() == 2
     return GraphData(
         name=name,
         data=data,
         splits=_always(split),
         metric=partial(OGBMetric, name),
         metric_name="roc_auc" if binary else "accuracy",
-        num_outputs=labelled.y.size(1) if binary else max(OGB[name][0], int(labelled.y.max()) + 1),
+        num_outputs=labeled.y.size(1) if binary else max(OGB[name][0], int(labeled.y.max()) + 1),
         note=OGB[name][1],
         target=None if isinstance(data, Data) else "paper",
     )

@@ -152,7 +152,7 @@ def _similar(page: Page, dataset: str, runs: Sequence[RunFolder]) -> None:
     page.text(
         "Adjusted mutual information of the expert with the largest weight of each token, mean over the MoE layers: 1 "
         "where two routings agree up to the experts' numbers, 0 by chance, and 0 where one of them uses one expert "
-        f"only. Shuffled control: {found.shuffled:+.3f}."
+        f"only. Shuffled baseline: {found.shuffled:+.3f}."
     )
     if found.others:
         page.text(f"Of other numbers of MoE layers or tokens, and not compared: {', '.join(found.others)}.")
@@ -217,8 +217,8 @@ def _images(page: Page, run: RunFolder, task: Task, config: ReportConfig) -> Non
     page.figure(
         image_view.maps(seen, chosen, [task.classes[int(seen.labels[i])] for i in chosen]),
         f"{name}-maps",
-        f"Validation images of seed {seed} through all MoE layers: each patch has the colour of its expert, or of its "
-        "experts mixed by weight; dark patches have none. Colours of different layers are different experts.",
+        f"Validation images of seed {seed} through all MoE layers: each patch has the color of its expert, or of its "
+        "experts mixed by weight; dark patches have none. Colors of different layers are different experts.",
     )
     for layer in range(len(seen.weights)):
         page.figure(
@@ -281,7 +281,7 @@ def _graph(page: Page, run: RunFolder, task: Task, config: ReportConfig) -> None
             graph_view.heat_maps(graph, routing, task.classes, task.planted),
             f"{run.name}-nodes-{layer + 1}",
             f"MoE layer {layer + 1}, seed {seed}: of each expert's nodes, the share of every class, in-degree and "
-            "local homophily (of the same class among its neighbours), both in bins from few to many. A row like the "
+            "local homophily (of the same class among its neighbors), both in bins from few to many. A row like the "
             "last one says that the expert does not go by it.",
         )
     page.figure(

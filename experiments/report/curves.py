@@ -31,9 +31,9 @@ def learning_curves(runs: Sequence[RunFolder]) -> Figure:
     return figure
 
 
-def band(axis: Axes, x: Sequence[float], values: np.ndarray, label: str, colour: str | None = None) -> None:
+def band(axis: Axes, x: Sequence[float], values: np.ndarray, label: str, color: str | None = None) -> None:
     """The mean of (seeds, points), and the band from the lowest to the highest."""
-    (line,) = axis.plot(x, values.mean(axis=0), label=label, color=colour, marker="." if len(x) < 2 else "")
+    (line,) = axis.plot(x, values.mean(axis=0), label=label, color=color, marker="." if len(x) < 2 else "")
     axis.fill_between(x, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0)
 
 
@@ -64,12 +64,12 @@ def routing_over_training(run: RunFolder) -> Figure:
     grid = figure.subplots(len(layers), 4, squeeze=False)
     for layer, (load, weight, entropy, shares) in zip(layers, grid, strict=True):
         x, loads = experts_over_epochs(first, layer, "load")
-        colours = [tuple(colour) for colour in palette(loads.shape[1]).tolist()]
-        load.stackplot(x, loads.T, colors=colours)
+        colors = [tuple(color) for color in palette(loads.shape[1]).tolist()]
+        load.stackplot(x, loads.T, colors=colors)
         load.set(ylim=(0, 1), ylabel=f"MoE layer {layer + 1}")
         _, weights = experts_over_epochs(first, layer, "weight")
         for expert in range(weights.shape[1]):
-            weight.plot(x, weights[:, expert], color=colours[expert], label=str(expert))
+            weight.plot(x, weights[:, expert], color=colors[expert], label=str(expert))
         for axis, names in ((entropy, ("entropy",)), (shares, SHARES)):
             for name in names:
                 seeds = [_over_epochs(seed.routing, layer, name) for seed in run.seeds.values()]

@@ -24,7 +24,7 @@ MOST_DRAWN = 250
 """Nodes of a drawing."""
 
 NOBODY = (0.85, 0.85, 0.85)
-"""The colour of nodes without an expert."""
+"""The color of nodes without an expert."""
 
 
 def heat_maps(graph: Data, routing: Routing, classes: tuple[str, ...] = (), planted: Tensor | None = None) -> Figure:
@@ -113,16 +113,16 @@ def drawn_nodes(graph: Data, expert: Tensor, most: int = MOST_DRAWN) -> Tensor:
     kinds = expert.unique()[:most]
     for kind in kinds:
         members = (expert == kind).nonzero().view(-1)
-        centre = members[degree[members].argsort(stable=True)[len(members) // 2]]
-        parts.append(_surroundings(graph, int(centre), most // len(kinds)))
+        center = members[degree[members].argsort(stable=True)[len(members) // 2]]
+        parts.append(_surroundings(graph, int(center), most // len(kinds)))
     return torch.cat(parts).unique()
 
 
-def _surroundings(graph: Data, centre: int, most: int) -> Tensor:
+def _surroundings(graph: Data, center: int, most: int) -> Tensor:
     """The nodes around one, hop by hop; of the last hop some."""
-    nodes = torch.tensor([centre])
+    nodes = torch.tensor([center])
     for hops in range(1, most):
-        grown, *_ = k_hop_subgraph(centre, hops, graph.edge_index, num_nodes=graph.num_nodes)
+        grown, *_ = k_hop_subgraph(center, hops, graph.edge_index, num_nodes=graph.num_nodes)
         if len(grown) == len(nodes):
             break  # the whole component
         if len(grown) > most:
@@ -133,7 +133,7 @@ def _surroundings(graph: Data, centre: int, most: int) -> Tensor:
 
 
 def drawing(graph: Data, routing: Routing, seed: int = 0) -> Figure:
-    """A part of the graph twice: its nodes coloured by expert, and by class."""
+    """A part of the graph twice: its nodes colored by expert, and by class."""
     expert = primary_expert(routing)
     nodes = drawn_nodes(graph, expert)
     assert graph.num_nodes is not None
@@ -141,12 +141,12 @@ def drawing(graph: Data, routing: Routing, seed: int = 0) -> Figure:
     small = to_networkx(Data(edge_index=edges, num_nodes=len(nodes)), to_undirected=True, remove_self_loops=True)
     places = nx.spring_layout(small, seed=seed, iterations=100)
     expert = expert[nodes]
-    colours = [*(tuple(colour) for colour in palette(routing.num_experts).tolist()), NOBODY]
-    sides = [("expert", expert, colours, routing.num_experts)]
+    colors = [*(tuple(color) for color in palette(routing.num_experts).tolist()), NOBODY]
+    sides = [("expert", expert, colors, routing.num_experts)]
     if graph.y is not None and graph.y.dim() == 1:
         label = graph.y[nodes]
         count = int(graph.y.max()) + 1
-        shades = [*(tuple(colour) for colour in palette(count).tolist()), NOBODY]
+        shades = [*(tuple(color) for color in palette(count).tolist()), NOBODY]
         sides.append(("class", label.where(label >= 0, count), shades, count))
     figure = Figure(figsize=(6 * len(sides), 5.6), layout="constrained")
     for axis, (name, value, shades, count) in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides, strict=True):

@@ -59,8 +59,8 @@ def route(model: nn.Module, pictures: Tensor) -> tuple[Tensor, list[Routing]]:
 
 def shown(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """From what the model sees to (B, C, H, W) in 0..1."""
-    centre, scale = (torch.tensor(value)[:, None, None] for value in (mean, std))
-    return (pictures * scale + centre).clamp(0, 1)
+    center, scale = (torch.tensor(value)[:, None, None] for value in (mean, std))
+    return (pictures * scale + center).clamp(0, 1)
 
 
 def of_each_class(labels: Tensor, count: int) -> list[int]:
@@ -90,7 +90,7 @@ def maps(seen: Seen, chosen: Sequence[int], titles: Sequence[str]) -> Figure:
         row[0].set_ylabel(title, fontsize="small")
     for number, axis in enumerate(grid[0, 1:], start=1):
         axis.set_title(f"MoE layer {number}", fontsize="small")
-    handles = [Patch(color=tuple(colour), label=str(e)) for e, colour in enumerate(palette(experts).tolist())]
+    handles = [Patch(color=tuple(color), label=str(e)) for e, color in enumerate(palette(experts).tolist())]
     if experts <= 20:
         figure.legend(handles=handles, title="expert", loc="outside right upper", fontsize="small")
     return figure

@@ -26,7 +26,7 @@ class Similarity:
         names: run and seed of each.
         runs: the run of each.
         ami: (R, R), mean over the layers.
-        shuffled: mean over pairs where one routing is shuffled, the control.
+        shuffled: mean over pairs where one routing is shuffled, the baseline.
         others: runs that are not compared, since they route other numbers of tokens or layers.
     """
 
@@ -61,7 +61,7 @@ def similarity(runs: Sequence[RunFolder], seed: int = 0) -> Similarity | None:
 
     Args:
         runs: of one data set.
-        seed: of the tokens compared, and of the shuffled control.
+        seed: of the tokens compared, and of the shuffled baseline.
     """
     groups: dict[tuple[int, ...], list[tuple[str, str, list[Tensor]]]] = {}
     for run in runs:

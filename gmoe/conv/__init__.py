@@ -1,8 +1,8 @@
 """Experts inside message passing. Imports the core and torch_geometric."""
 
-from gmoe.conv.filter_conv import FilterConv
+from gmoe.conv.aggregate import FilterConv, MLPConv
+from gmoe.conv.graph import Graph
 from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
-from gmoe.conv.mlp_conv import MLPConv
 from gmoe.conv.moe_conv import MoEConv
 
-__all__ = ["FilterConv", "HeteroMoEConv", "MLPConv", "MoEConv", "RelationalConv"]
+__all__ = ["FilterConv", "Graph", "HeteroMoEConv", "MLPConv", "MoEConv", "RelationalConv"]

@@ -1,51 +1,84 @@
-"""Experts that share what they aggregate. Shapes: T tokens, D, I, O widths, E experts, P pairs."""
+"""Experts that share one aggregation: GCN, SAGE, GraphConv, GIN, filters, and MLPs that look at no neighbor.
+
+Shapes: T tokens (destinations), D, I, O widths, E experts, P pairs.
+"""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.nn.dense.linear import Linear
+from torch_geometric.nn.inits import zeros
+from torch_geometric.typing import Adj
 
-from gmoe.conv.experts import StackedExperts, tokens_of, without_dropout
-from gmoe.conv.graph import Graph, aggregated, sized
-from gmoe.conv.pieces import Pieces
-from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
-from gmoe.experts import LinearExperts
-from gmoe.routed_linear import routed_linear
+from gmoe._checks import check_choice, check_count
+from gmoe.conv.base import NodeChunks, StackedExperts, probe_copy, tokens_of
+from gmoe.conv.graph import Graph, weighted_sum
+from gmoe.dispatch import Backend, combine, dispatch, grouped_linear, routed_linear
+from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.routing import Routing
+
+FilterName: TypeAlias = Literal["identity", "low_pass", "high_pass"]
+
+SUMS = ("add", "sum", "mean")
+"""Aggregations that are sparse products."""
 
 
 class AggregateOnce(StackedExperts):
     """Convs that aggregate without parameters, or linearly, and transform rows: A x W_e = (A x) W_e.
 
-    The aggregation is PyG's own: the class itself with its transform taken out, so that every option of it (edge
-    weights, normalisation, caching, fused kernels) holds.
+    Sums and means are sparse products of the :class:`Graph`. Any other aggregation, and one that an explainer looks
+    into, is PyG's own: the conv itself with its transform taken out.
     """
 
     def _build(self, template: Any, backend: Backend) -> None:
-        self.prototype = self._without_transform(template)
+        self.prototype = self._without_transform(copy.deepcopy(template))
+        for name in ("cached", "_cached_edge_index", "_cached_adj_t"):
+            if hasattr(self.prototype, name):  # one graph for all time: here a Graph holds what is constant
+                setattr(self.prototype, name, False if name == "cached" else None)
 
     @abstractmethod
     def _without_transform(self, conv: Any) -> MessagePassing: ...
 
-    def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
-        size = (graph.num_src, graph.num_dst)
-        adj = sized(graph.adj, size)
-        return aggregated(adj, x_src, lambda x: self.prototype((x, None), adj, **graph.edge_args, size=size))
+    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
+        conv = self.prototype
+        if conv.explain or not isinstance(conv.aggr, str) or conv.aggr not in SUMS:
+            return self._by_pyg(graph, x_src)
+        weight = self._weight(graph)
+        total = graph.sum(x_src, weight).to(x_src.dtype)
+        if conv.aggr == "mean":
+            total = total / graph.in_degree.clamp(min=1).to(total.dtype)[:, None]
+        return total
 
-    def aggregate_by_pieces(self, x: Tensor, pieces: Pieces) -> Tensor:
-        with pieces.of(self.prototype) as own:
-            return own.map(lambda x, piece: self.aggregate(x, piece.graph.with_args_of([self.prototype])), x)
+    def _weight(self, graph: Graph) -> Tensor | None:
+        """(M,) what this conv weighs messages by: of a conv without edge weights, the values of a sparse matrix."""
+        return graph.values
 
-    def by_pieces(self, x: Tensor, aggregate: Tensor | None, pieces: Pieces, routing: Routing) -> Tensor:
-        if aggregate is None:
-            aggregate = self.aggregate_by_pieces(x, pieces)
-        return self._rows_by_pieces(x, aggregate, pieces, routing)
+    def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
+        conv, size = self.prototype, (graph.num_src, graph.num_dst)
+        adj: Any = graph.adj
+        if conv.flow == "target_to_source":  # whose features would have to be a tuple that PyG does not take
+            if conv.explain:
+                raise ValueError("flow: got 'target_to_source' with an explainer's mask, expected 'source_to_target'")
+            conv, adj = turned(conv), graph.edge_index
+        if isinstance(adj, EdgeIndex) and None in adj.sparse_size():  # of which alone PyG takes the number of nodes
+            adj = EdgeIndex(adj.as_tensor(), sparse_size=size, sort_order=adj.sort_order)
+        half = x_src.dtype in (torch.bfloat16, torch.float16) and graph.is_sparse  # which has no kernels for that
+        with torch.autocast(x_src.device.type, enabled=not graph.is_sparse and torch.is_autocast_enabled()):
+            x = x_src.float() if half else x_src
+            out: Tensor = conv((x, None), adj, **graph.args_for(conv), size=size)
+        return out.to(x_src.dtype)
+
+    def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Tensor:
+        return chunks.map(lambda x, part, rows: self.aggregate(part, x, x), x)
 
 
 class LinearAggregation(AggregateOnce):
@@ -56,77 +89,57 @@ class LinearAggregation(AggregateOnce):
     """
 
     linears: tuple[str, ...]
-    linear: LinearExperts
     root: bool = True
     normalize: bool = False
 
-    def _parts(self, conv: Any) -> list[Any]:
+    def _linears(self, conv: Any) -> list[Any]:
         """The linear layers of a conv: of the aggregate, and of the root."""
         return [getattr(conv, name) for name in self.linears[: 1 + self.root]]
 
     def _bias(self, conv: Any) -> Tensor | None:
-        bias: Tensor | None = self._parts(conv)[0].bias
+        bias: Tensor | None = self._linears(conv)[0].bias
         return bias
 
     def _build(self, template: Any, backend: Backend) -> None:
         super()._build(template, backend)
-        parts = self._parts(template)
-        width = sum(int(part.weight.size(1)) for part in parts)
-        out_channels = int(parts[0].weight.size(0))
-        self.linear = LinearExperts(
-            width, out_channels, self.num_experts, bias=self._bias(template) is not None, backend=backend
-        )
-        self.aggregate_width = int(parts[0].weight.size(1))
+        linears = self._linears(template)
+        out_channels, self.aggregate_width = (int(n) for n in linears[0].weight.shape)
+        width = sum(int(linear.weight.size(1)) for linear in linears)
+        bias = self._bias(template) is not None
+        self.linear = LinearExperts(width, out_channels, self.num_experts, bias=bias, backend=backend)
         narrower = self.num_experts * out_channels < self.aggregate_width
-        self.transforms_first = narrower and template.aggr in ("add", "sum", "mean")
+        self.transforms_first = narrower and template.aggr in SUMS
 
-    @torch.no_grad()
-    def _fill(self, convs: list[Any]) -> None:
-        for expert, conv in enumerate(convs):
-            self.linear.weight[expert] = torch.cat([part.weight for part in self._parts(conv)], dim=1).T
-            bias = self._bias(conv)
-            if self.linear.bias is not None and bias is not None:
-                self.linear.bias[expert] = bias
+    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
+        widths = [int(linear.weight.size(1)) for linear in self._linears(conv)]
+        stacked = self.linear.weight.transpose(1, 2).split(widths, dim=2)
+        found = [(part, linear.weight) for part, linear in zip(stacked, self._linears(conv), strict=True)]
+        return found if self.linear.bias is None else [*found, (self.linear.bias, self._bias(conv))]
 
-    @torch.no_grad()
-    def _unfill(self, conv: Any, index: int) -> None:
-        parts = self._parts(conv)
-        widths = [part.weight.size(1) for part in parts]
-        for part, weight in zip(parts, self.linear.weight[index].T.split(widths, dim=1), strict=True):
-            part.weight.copy_(weight)
-        bias = self._bias(conv)
-        if self.linear.bias is not None and bias is not None:
-            bias.copy_(self.linear.bias[index])
-
-    def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
-        if aggregate is None:
-            return self._transform_first(x_src, x_dst, graph, routing)
-        parts = [aggregate, x_dst] if self.root else [aggregate]
-        if self.normalize:
-            return dispatch(torch.cat(parts, dim=-1), routing, self._transform)
+    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
+        if h is None:
+            return self._transform_first(graph, x_src, x_dst, routing)
+        parts = [h, x_dst] if self.root else [h]
         linear = self.linear
+        if self.normalize:
+            y_PO = linear(dispatch(torch.cat(parts, dim=-1), routing), routing.offsets)
+            return combine(F.normalize(y_PO, p=2.0, dim=-1), routing)
         return routed_linear(parts, linear.weight, linear.bias, routing, linear.backend)
 
-    def _transform_first(self, x_src: Tensor, x_dst: Tensor, graph: Graph, routing: Routing) -> Tensor:
+    def _transform_first(self, graph: Graph, x_src: Tensor, x_dst: Tensor, routing: Routing) -> Tensor:
         weight_EIO = self.linear.weight
         weight_IEO = weight_EIO[:, : self.aggregate_width].transpose(0, 1).flatten(1)
-        h_TEO = self.aggregate(x_src @ weight_IEO, graph)
+        h_TEO = self.aggregate(graph, x_src @ weight_IEO, x_dst)
         pair_P = routing.token * self.num_experts + routing.expert
         y_PO = h_TEO.view(-1, weight_EIO.size(2)).index_select(0, pair_P)
         if self.root:
             root_EIO = weight_EIO[:, self.aggregate_width :]
-            x_PI = x_dst.index_select(0, routing.token)
-            y_PO = y_PO + grouped_linear(x_PI, root_EIO, None, routing.offsets, self.linear.backend)
+            y_PO = y_PO + grouped_linear(
+                dispatch(x_dst, routing), root_EIO, None, routing.offsets, self.linear.backend
+            )
         if self.linear.bias is not None:
             y_PO = y_PO + self.linear.bias.to(y_PO.dtype).index_select(0, routing.expert)
-        return combine(self._finish(y_PO), routing)
-
-    def _finish(self, y_PO: Tensor) -> Tensor:
-        """What the conv does to its output."""
-        return F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO
-
-    def _transform(self, rows_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        return self._finish(self.linear(rows_PI, offsets_E))
+        return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
 
 
 class GCNExperts(LinearAggregation):
@@ -137,10 +150,9 @@ class GCNExperts(LinearAggregation):
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return conv.aggr in ("add", "sum", "mean")  # transforms before it aggregates, so that has to be linear
+        return conv.aggr in SUMS  # transforms before it aggregates, so that has to be linear
 
     def _without_transform(self, conv: Any) -> MessagePassing:
-        conv = copy.deepcopy(conv)
         conv.lin = nn.Identity()
         conv.bias = None
         return conv
@@ -149,30 +161,44 @@ class GCNExperts(LinearAggregation):
         bias: Tensor | None = conv.bias
         return bias
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self.prototype._cached_edge_index = self.prototype._cached_adj_t = None  # as PyG's does
+    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
+        conv = self.prototype
+        if x_src is not x_dst and graph.num_src != graph.num_dst:
+            raise no_bipartite("GCNConv")
+        if conv.explain or conv.aggr == "mean":
+            return self._by_pyg(graph, x_src)
+        if not conv.normalize:
+            return graph.sum(x_src, weights_of(graph)).to(x_src.dtype)
+        exact = torch.promote_types(x_src.dtype, torch.float32)
+        edges, weight = graph.normalized(conv.improved, conv.add_self_loops, exact)
+        return weighted_sum(weight[:, None], x_src[:, None], edges)[:, 0].to(x_src.dtype)
 
-    def aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
-        if graph.bipartite:
-            raise ValueError(
-                "x: got a tuple of source and destination nodes, expected one tensor, since GCNConv takes no bipartite "
-                "input (SAGEConv and GraphConv do)"
-            )
-        return aggregated(graph.adj, x_src, lambda x: self.prototype(x, graph.adj, **graph.edge_args))
+    def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
+        """By PyG's own conv; of a part of a graph, with the whole's weights."""
+        conv, adj, args = self.prototype, graph.adj, graph.args_for(self.prototype)
+        if graph.is_sparse and args:
+            weights_of(graph)
+        if conv.normalize and not conv.explain:
+            edges, weight = graph.normalized(conv.improved, conv.add_self_loops, x_src.dtype)
+            conv = turned(conv)
+            conv.normalize = False
+            adj, args = torch.stack([edges.sender, edges.receiver]), {"edge_weight": weight}
+        half = x_src.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(x_src.device.type, enabled=False):
+            out: Tensor = conv(x_src.float() if half else x_src, adj, **args)
+        return out.to(x_src.dtype)
 
 
 class SAGEExperts(LinearAggregation):
-    """SAGE: x' = aggr_j(x_j) W_e + x_i V_e + b_e, optionally normalised."""
+    """SAGE: x' = aggr_j(x_j) W_e + x_i V_e + b_e, optionally normalized."""
 
     linears = ("lin_l", "lin_r")
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return not conv.project and _has_no_parameters(conv.aggr_module)
+        return not conv.project and has_no_parameters(conv.aggr_module)
 
     def _without_transform(self, conv: Any) -> MessagePassing:
-        conv = copy.deepcopy(conv)
         self.root, self.normalize = conv.root_weight, conv.normalize
         conv.lin_l = nn.Identity()
         conv.root_weight, conv.normalize = False, False
@@ -188,13 +214,15 @@ class GraphConvExperts(LinearAggregation):
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return _has_no_parameters(conv.aggr_module)
+        return has_no_parameters(conv.aggr_module)
 
     def _without_transform(self, conv: Any) -> MessagePassing:
-        conv = copy.deepcopy(conv)
         conv.lin_rel = nn.Identity()
         del conv.lin_root
         return conv
+
+    def _weight(self, graph: Graph) -> Tensor | None:
+        return weights_of(graph)
 
 
 class GINExperts(AggregateOnce):
@@ -204,10 +232,9 @@ class GINExperts(AggregateOnce):
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return _has_no_parameters(conv.aggr_module) and isinstance(conv.nn, nn.Module) and _row_wise(conv.nn)
+        return has_no_parameters(conv.aggr_module) and isinstance(conv.nn, nn.Module) and _row_wise(conv.nn)
 
     def _without_transform(self, conv: Any) -> MessagePassing:
-        conv = copy.deepcopy(conv)
         conv.nn = nn.Identity()
         del conv.eps
         conv.register_buffer("eps", torch.zeros(1), persistent=False)
@@ -222,27 +249,137 @@ class GINExperts(AggregateOnce):
         else:
             self.register_buffer("eps_E", eps)
 
+    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
+        return [(self.eps_E, conv.eps)]
+
     @torch.no_grad()
     def _fill(self, convs: list[Any]) -> None:
-        for expert, conv in enumerate(convs):
-            self.nns[expert].load_state_dict(conv.nn.state_dict())
-            self.eps_E[expert] = conv.eps
+        super()._fill(convs)
+        self.prototype.eps.zero_()
+        for network, conv in zip(self.nns, convs, strict=True):
+            network.load_state_dict(conv.nn.state_dict())
 
-    @torch.no_grad()
-    def _unfill(self, conv: Any, index: int) -> None:
+    def expert(self, index: int) -> MessagePassing:
+        conv: Any = super().expert(index)
         conv.nn.load_state_dict(self.nns[index].state_dict())
-        conv.eps.copy_(self.eps_E[index])
+        return conv
 
-    def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
-        assert aggregate is not None
+    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         outs = []
         for index, token in enumerate(tokens_of(routing)):
-            rows = aggregate.index_select(0, token) + (1 + self.eps_E[index]) * x_dst.index_select(0, token)
+            rows = h.index_select(0, token) + (1 + self.eps_E[index]) * x_dst.index_select(0, token)
             outs.append(self.nns[index](rows))
         return combine(torch.cat(outs), routing)
 
 
-def _has_no_parameters(module: nn.Module) -> bool:
+class FilterExperts(StackedExperts):
+    """E FilterConvs, whose filters may differ: every power of the adjacency is applied once, whoever looks at it."""
+
+    prototype: FilterConv
+
+    @staticmethod
+    def accepts(conv: Any) -> bool:
+        return True
+
+    def _build(self, template: Any, backend: Backend) -> None:
+        self.prototype = copy.deepcopy(template)
+        self.prototype.lin = nn.Identity()
+        self.prototype.bias = None
+        widths = (template.in_channels, template.out_channels)
+        bias = template.bias is not None
+        self.linear = LinearExperts(*widths, self.num_experts, bias=bias, backend=backend)
+
+    def _fill(self, convs: list[Any]) -> None:
+        self.filters = [(conv.filter, conv.hops) for conv in convs]
+        super()._fill(convs)
+
+    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
+        found = [(self.linear.weight.transpose(1, 2), conv.lin.weight)]
+        return found if self.linear.bias is None else [*found, (self.linear.bias, conv.bias)]
+
+    @property
+    def hops(self) -> int:
+        """How far the experts see."""
+        return max((hops for name, hops in self.filters if name != "identity"), default=0)
+
+    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor | None:
+        if x_src is not x_dst and graph.num_src != graph.num_dst:
+            raise no_bipartite("FilterConv")
+        powers = [x_src]
+        for _ in range(self.hops):
+            powers.append(self.prototype.hop(powers[-1], graph))
+        return torch.cat(powers[1:], dim=-1) if self.hops else None
+
+    def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Tensor | None:
+        powers = [x]
+        for _ in range(self.hops):
+            powers.append(chunks.map(lambda x, part, rows: self.prototype.hop(x, part), powers[-1]))
+        return torch.cat(powers[1:], dim=-1) if self.hops else None
+
+    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
+        powers = [x_dst] if h is None else [x_dst, *h.split(x_dst.size(1), dim=1)]
+        rows = []
+        for (name, hops), token in zip(self.filters, tokens_of(routing), strict=True):
+            if name == "high_pass":
+                rows.append(x_dst.index_select(0, token) - powers[hops].index_select(0, token))
+            else:
+                rows.append(powers[0 if name == "identity" else hops].index_select(0, token))
+        return combine(self.linear(torch.cat(rows), routing.offsets), routing)
+
+
+class MLPConvExperts(StackedExperts):
+    """E MLPConvs as stacked MLPs."""
+
+    @staticmethod
+    def accepts(conv: Any) -> bool:
+        return True
+
+    def _build(self, template: Any, backend: Backend) -> None:
+        self.prototype = MLPConv(1, 1)
+        self.prototype.up = self.prototype.down = nn.Identity()
+        self.mlp = MLPExperts(
+            template.up.in_features,
+            template.hidden_channels,
+            template.out_channels,
+            self.num_experts,
+            activation="relu",
+            bias=template.up.bias is not None,
+            backend=backend,
+        )
+
+    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
+        return [(self.mlp.up, conv.up), (self.mlp.down, conv.down)]
+
+    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
+        out: Tensor = self.mlp(x_dst, routing)
+        return out
+
+
+def weights_of(graph: Graph) -> Tensor | None:
+    """The edge weights, of which a sparse matrix has its own: PyG would pass over any beside it."""
+    if graph.is_sparse and graph.edge_weight is not None:
+        raise ValueError("edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights")
+    return graph.weight
+
+
+def turned(conv: MessagePassing) -> Any:
+    """The conv, its parameters shared, in the default flow. A copy: another thread may be running the conv."""
+    other = copy.copy(conv)
+    other.__dict__.pop("propagate", None)  # bound to the conv itself, once an explainer has been there
+    other.flow = "source_to_target"
+    return other
+
+
+def no_bipartite(name: str) -> ValueError:
+    """What a conv of one set of nodes says of two."""
+    return ValueError(
+        f"x: got a tuple of source and destination nodes, expected one tensor, since {name} takes no bipartite input "
+        "(SAGEConv and GraphConv do)"
+    )
+
+
+def has_no_parameters(module: nn.Module) -> bool:
+    """Whether there is nothing to learn in it."""
     return next(module.parameters(), None) is None
 
 
@@ -252,6 +389,131 @@ def _row_wise(network: nn.Module) -> bool:
     first = next(network.parameters(), None)
     if first is None:
         return False
-    x = torch.randn(7, first.size(-1), dtype=torch.float64, device=first.device)
-    probe = without_dropout(network)
+    x = torch.randn(7, first.size(-1), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probe = probe_copy(network)
     return torch.allclose(probe(x)[:3], probe(x[:3]), atol=1e-10)
+
+
+class FilterConv(MessagePassing):
+    r"""A filter and a linear layer: :math:`X' = F(\hat A) X W + b`, with
+    :math:`\hat A = D^{-1/2} (A + I) D^{-1/2}`.
+
+    ``"identity"``: :math:`F = I`, no look at the neighbors (the weak expert of Mowst, Zeng et al., 2024);
+    ``"low_pass"``: :math:`F = \hat A^k` with k = ``hops`` (at k = 1 GCN; the hop experts of GMoE, Wang et al., 2023);
+    ``"high_pass"``: :math:`F = I - \hat A^k` (Node-MoE, Han et al., 2024). Experts of a :class:`gmoe.MoEConv` that
+    differ in their filter share the products with :math:`\hat A`.
+
+    Args:
+        in_channels: width of the nodes.
+        out_channels: width of the output.
+        filter: ``"identity"``, ``"low_pass"`` (default) or ``"high_pass"``.
+        hops: k (default 1); 1 for the identity.
+        add_self_loops: the ``+ I`` in the formula (default ``True``).
+        bias: learn a bias (default ``True``).
+
+    Shapes:
+        - ``x``: (N, in_channels); ``edge_index`` as for ``GCNConv``, or a :class:`gmoe.Graph`; ``edge_weight``: (M,).
+        - returns (N, out_channels).
+
+    Raises:
+        ValueError: an unknown filter; ``hops`` below 1, or above 1 for the identity.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        filter: FilterName = "low_pass",  # noqa: A002
+        hops: int = 1,
+        add_self_loops: bool = True,
+        bias: bool = True,
+    ) -> None:
+        check_choice("filter", filter, get_args(FilterName))
+        check_count("hops", hops)
+        if filter == "identity" and hops > 1:
+            raise ValueError(f"hops: got {hops} with filter='identity', expected 1")
+        super().__init__(aggr="add")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.filter = filter
+        self.hops = hops
+        self.add_self_loops = add_self_loops
+        self.lin = Linear(in_channels, out_channels, bias=False, weight_initializer="glorot")
+        self.bias = nn.Parameter(self.lin.weight.new_empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.lin.reset_parameters()
+        zeros(self.bias)
+
+    def forward(self, x: Tensor, edge_index: Adj | Graph, edge_weight: Tensor | None = None) -> Tensor:
+        if self.filter != "identity":
+            graph = edge_index if isinstance(edge_index, Graph) else Graph(edge_index, x.size(0))
+            graph = graph.with_args(edge_weight, None)
+            low = x
+            for _ in range(self.hops):
+                low = self.hop(low, graph)
+            x = low if self.filter == "low_pass" else x - low
+        out: Tensor = self.lin(x)
+        return out if self.bias is None else out + self.bias
+
+    def hop(self, x: Tensor, graph: Graph) -> Tensor:
+        """(N, D) one product with the normalized adjacency."""
+        if self.explain:  # a mask of edges, which PyG applies to messages
+            given, value = graph.coo
+            weight = graph.edge_weight if value is None else value
+            ends, weight = gcn_norm(given, weight, x.size(0), False, self.add_self_loops, dtype=x.dtype)
+            out: Tensor = self.propagate(ends, x=x, edge_weight=weight)
+            return out
+        exact = torch.promote_types(x.dtype, torch.float32)
+        edges, weight = graph.normalized(False, self.add_self_loops, exact)
+        return weighted_sum(weight[:, None], x[:, None], edges)[:, 0].to(x.dtype)
+
+    def message(self, x_j: Tensor, edge_weight: Tensor) -> Tensor:
+        return edge_weight[:, None] * x_j
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_channels}, {self.out_channels}, {self.filter!r}, hops={self.hops})"
+
+
+class MLPConv(MessagePassing):
+    r"""A two-layer MLP in the place of a conv: :math:`x_i' = V \,\mathrm{relu}(W x_i + b) + c`.
+
+    The expert for nodes that need no neighbors (the weak expert of Mowst, Zeng et al., 2024).
+
+    Args:
+        in_channels: width of the nodes; for a tuple, that of the destinations.
+        out_channels: width of the output.
+        hidden_channels: width of the hidden layer (default ``out_channels``).
+        bias: learn biases (default ``True``).
+
+    Shapes:
+        - ``x``: (N, in_channels), or a tuple of source and destination nodes, of which the second counts.
+        - returns (N, out_channels); ``edge_index`` is not looked at.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | tuple[int, int],
+        out_channels: int,
+        hidden_channels: int | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.hidden_channels = out_channels if hidden_channels is None else hidden_channels
+        width = in_channels if isinstance(in_channels, int) else in_channels[1]
+        self.up = nn.Linear(width, self.hidden_channels, bias=bias)
+        self.down = nn.Linear(self.hidden_channels, out_channels, bias=bias)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.up.reset_parameters()
+        self.down.reset_parameters()
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], edge_index: Adj | None = None) -> Tensor:
+        x_dst = x if isinstance(x, Tensor) else x[1]
+        out: Tensor = self.down(self.up(x_dst).relu())
+        return out

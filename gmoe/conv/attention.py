@@ -1,24 +1,99 @@
-"""Attention experts. Shapes: N sources, I in, O out features, E experts, P pairs, M messages, H heads, C width."""
+"""Attention experts: GAT, GATv2, TransformerConv.
+
+Shapes: N sources, I in, O out, F edge features, E experts, P pairs, M messages, U heard rows, H heads, C width of a head.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parameter import is_lazy
 from torch_geometric.utils import softmax
 
-from gmoe.conv.experts import StackedExperts
-from gmoe.conv.graph import Graph
-from gmoe.conv.pair_graph import PairGraph, with_self_loops
-from gmoe.conv.segment import at_least_float32
-from gmoe.dispatch import Backend, combine, grouped_linear
+from gmoe._autograd import first_order
+from gmoe.conv.base import StackedExperts
+from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
+from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
+
+
+class Messages:
+    """The in-edges of each pair of a routing, pair by pair: one message an edge and expert of its destination.
+
+    Args:
+        graph: the edges, self-loops included.
+        routing: the pairs.
+    """
+
+    def __init__(self, graph: Graph, routing: Routing) -> None:
+        self.graph = graph
+        self.routing = routing
+        self.edge, self.pair = graph.edges.of(routing.token)
+        """(M,) the edge that each message runs along, and the pair that hears it, ascending."""
+        self.source = graph.edges.sender.index_select(0, self.edge)
+        """(M,) the node that sends it."""
+
+    @cached_property
+    def ptr(self) -> Tensor:
+        """(P + 1,) where the messages of each pair start."""
+        return torch._convert_indices_from_coo_to_csr(self.pair, len(self.routing.token))
+
+    @cached_property
+    def expert(self) -> Tensor:
+        """(M,) the expert of that pair, ascending."""
+        return self.routing.expert.index_select(0, self.pair)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(E,) int32, cumulative ends of each expert's messages."""
+        return self.ptr[self.routing.offsets.long()].to(torch.int32)
+
+    @cached_property
+    def edge_attr(self) -> Tensor | None:
+        """(M, F) the features of the edge of each message, where the graph has some."""
+        attr = self.graph.attr
+        return None if attr is None else attr.index_select(0, self.edge)
+
+    @cached_property
+    def _is_heard(self) -> Tensor:
+        """(E N,) whether some token of the expert has an edge from the source."""
+        heard = self.pair.new_zeros(self.routing.num_experts * self.graph.num_src, dtype=torch.bool)
+        heard[self.expert * self.graph.num_src + self.source] = True
+        return heard
+
+    @cached_property
+    def heard(self) -> Tensor:
+        """(U,) the sources that each expert hears, in order, expert by expert."""
+        return self._is_heard.nonzero().view(-1) % max(self.graph.num_src, 1)
+
+    @cached_property
+    def heard_offsets(self) -> Tensor:
+        """(E,) int32, cumulative ends of what each expert hears."""
+        return self._is_heard.view(self.routing.num_experts, -1).sum(dim=1).cumsum(0).to(torch.int32)
+
+    @cached_property
+    def from_heard(self) -> Edges:
+        """From the heard rows to the pairs."""
+        place = self._is_heard.cumsum(0) - 1
+        return Edges(self.ptr, place[self.expert * self.graph.num_src + self.source], len(self.heard))
+
+    @cached_property
+    def from_nodes(self) -> Edges:
+        """From the nodes to the pairs."""
+        return Edges(self.ptr, self.source, self.graph.num_src)
+
+    @cached_property
+    def from_edges(self) -> Edges:
+        """To each pair, from its edges, in the order of :attr:`edge_attr`."""
+        return Edges(self.ptr, torch.arange(len(self.pair), device=self.pair.device), len(self.pair))
 
 
 class AttentionExperts(StackedExperts):
@@ -33,25 +108,22 @@ class AttentionExperts(StackedExperts):
 
     layers: tuple[str, ...]
     vectors: tuple[str, ...]
-    prototype: Any
     bias: nn.Parameter | None
     lin_edge: LinearExperts | None
     res: LinearExperts | None
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        is_known = not any(is_lazy(parameter) for parameter in conv.parameters())
-        return is_known and conv.aggr in ("add", "sum") and conv.decomposed_layers == 1
+        return conv.aggr in ("add", "sum") and conv.decomposed_layers == 1
 
     def _layers(self, conv: Any) -> dict[str, Any]:
         """The linear layers that the options of a conv leave in use."""
-        found = {name: getattr(conv, name, None) for name in self.layers}
-        return {name: layer for name, layer in found.items() if layer is not None}
+        return {name: layer for name in self.layers if (layer := getattr(conv, name, None)) is not None}
 
-    def _vectors(self, conv: Any) -> dict[str, Any]:
-        """Its other parameters."""
-        found = {name: getattr(conv, name) for name in self.vectors}
-        return {name: vector for name, vector in found.items() if vector is not None}
+    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
+        linears = [(getattr(self, name), layer) for name, layer in self._layers(conv).items()]
+        return linears + [(getattr(self, name), getattr(conv, name)) for name in self.vectors if hasattr(self, name)
+                          and getattr(self, name) is not None]
 
     def _build(self, template: Any, backend: Backend) -> None:
         self.backend: Backend = backend
@@ -64,40 +136,21 @@ class AttentionExperts(StackedExperts):
             widths = (layer.in_channels, layer.out_channels)
             stacked = LinearExperts(*widths, self.num_experts, bias=layer.bias is not None, backend=backend)
             setattr(self, name, stacked)
-        for name, vector in self._vectors(template).items():
-            setattr(self, name, nn.Parameter(vector.detach().new_empty(self.num_experts, *vector.shape)))
+        for name in self.vectors:
+            vector = getattr(template, name)
+            if vector is not None:
+                setattr(self, name, nn.Parameter(vector.detach().new_empty(self.num_experts, *vector.shape)))
 
-    @torch.no_grad()
-    def _fill(self, convs: list[Any]) -> None:
-        for expert, conv in enumerate(convs):
-            for name, layer in self._layers(conv).items():
-                stacked = getattr(self, name)
-                stacked.weight[expert] = layer.weight.T
-                if layer.bias is not None:
-                    stacked.bias[expert] = layer.bias
-            for name, vector in self._vectors(conv).items():
-                getattr(self, name)[expert] = vector
-
-    @torch.no_grad()
-    def _unfill(self, conv: Any, index: int) -> None:
-        for name, layer in self._layers(conv).items():
-            stacked = getattr(self, name)
-            layer.weight.copy_(stacked.weight[index].T)
-            if layer.bias is not None:
-                layer.bias.copy_(stacked.bias[index])
-        for name, vector in self._vectors(conv).items():
-            vector.copy_(getattr(self, name)[index])
-
-    def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
+    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         if getattr(self.prototype, "add_self_loops", False):
-            graph = with_self_loops(graph, self.prototype.fill_value)
-        x_PI = x_dst.index_select(0, routing.token)
-        y_PHC = self._attend(x_src, x_PI, PairGraph(graph, routing))
+            graph = graph.with_loops(self.prototype.fill_value)
+        x_PI = dispatch(x_dst, routing)
+        y_PHC = self._attend(x_src, x_PI, Messages(graph, routing))
         y_PO = y_PHC.flatten(1) if self.prototype.concat else y_PHC.mean(dim=1)
         return combine(self._finish(y_PO, x_PI, routing), routing)
 
     @abstractmethod
-    def _attend(self, x_src: Tensor, x_PI: Tensor, pairs: PairGraph) -> Tensor:
+    def _attend(self, x_src: Tensor, x_PI: Tensor, messages: Messages) -> Tensor:
         """(P, H, C) what each pair hears, weighted by attention."""
 
     def _finish(self, y_PO: Tensor, x_PI: Tensor, routing: Routing) -> Tensor:
@@ -115,20 +168,256 @@ class AttentionExperts(StackedExperts):
         heads = zip(row_PHI.unbind(1), weight_EIHO.unbind(2), strict=True)
         return torch.stack([grouped_linear(row, w, None, offsets_E, self.backend) for row, w in heads], dim=1)
 
-    def _attention(self, score_MH: Tensor, pairs: PairGraph) -> Tensor:
-        """(M, H) the softmax over what each pair hears, with dropout in training."""
-        alpha_MH = softmax(at_least_float32(score_MH), ptr=pairs.start).to(score_MH.dtype)
-        return F.dropout(alpha_MH, self.prototype.dropout, self.training)
+    def _attention(self, score_MH: Tensor, messages: Messages) -> Tensor:
+        """(M, H) the softmax over what each pair hears, with dropout in training and under an explainer's mask."""
+        exact = torch.promote_types(score_MH.dtype, torch.float32)
+        alpha_MH = softmax(score_MH.to(exact), ptr=messages.ptr).to(score_MH.dtype)
+        alpha_MH = F.dropout(alpha_MH, self.prototype.dropout, self.training)
+        if not self.prototype.explain:
+            return alpha_MH
+        mask = self.prototype._edge_mask  # as MessagePassing.explain_message applies it: loops that are added have none
+        if self.prototype._apply_sigmoid:
+            mask = mask.sigmoid()
+        origin_M = messages.graph.order.index_select(0, messages.edge)
+        mask_M = torch.where(origin_M >= 0, mask.index_select(0, origin_M.clamp(min=0)), 1.0)
+        return alpha_MH * mask_M[:, None]
 
-    def _edge_attr(self, pairs: PairGraph) -> Tensor | None:
+    def _edge_attr(self, messages: Messages) -> Tensor | None:
         """(M, F) the edge features, where there are some.
 
         Raises:
             ValueError: edge features for convs that were built without ``edge_dim``.
         """
-        if pairs.edge_attr is not None and self.lin_edge is None:
+        if messages.edge_attr is not None and self.lin_edge is None:
             raise ValueError(
                 f"edge_attr: got a tensor, expected None, since {type(self.prototype).__name__} was built with "
                 "edge_dim=None"
             )
-        return pairs.edge_attr
+        return messages.edge_attr
+
+
+class GATExperts(AttentionExperts):
+    r"""GAT: :math:`s_{ij} = \mathrm{leaky}(a \cdot W x_j + b \cdot V x_i + c \cdot U e_{ij})`, the values are
+    :math:`W x_j`.
+
+    The scores follow from the inputs, :math:`a \cdot W x = W^\top a \cdot x`, so that only values are transformed: of
+    each source that an expert hears, or, where a head is no narrower than the input, of the sum that a head hears.
+    """
+
+    layers = ("lin", "lin_src", "lin_dst", "lin_edge", "res")
+    vectors = ("att_src", "att_dst", "att_edge", "bias")
+    lin: LinearExperts | None
+    lin_src: LinearExperts
+    lin_dst: LinearExperts
+    att_src: nn.Parameter
+    att_dst: nn.Parameter
+    att_edge: nn.Parameter
+
+    def _attend(self, x_src: Tensor, x_PI: Tensor, messages: Messages) -> Tensor:
+        lin_src, lin_dst = (self.lin_src, self.lin_dst) if self.lin is None else (self.lin, self.lin)
+        offsets = messages.routing.offsets
+        source_IEH = self._folded(lin_src, self.att_src).transpose(0, 1)
+        at_source = (x_src @ source_IEH.flatten(1)).view(-1, self.heads)
+        at_target = grouped_linear(x_PI, self._folded(lin_dst, self.att_dst), None, offsets, self.backend)
+        score_MH = at_source.index_select(0, messages.source * self.num_experts + messages.expert)
+        score_MH = score_MH + at_target.index_select(0, messages.pair)
+        if self.lin_edge is not None and messages.edge_attr is not None:
+            edge_EFH = self._folded(self.lin_edge, self.att_edge)
+            score_MH = score_MH + grouped_linear(messages.edge_attr, edge_EFH, None, messages.offsets, self.backend)
+        score_MH = F.leaky_relu(score_MH.to(self.att_src.dtype), self.prototype.negative_slope)
+        alpha_MH = self._attention(score_MH, messages)
+        if lin_src.in_features <= self.width:
+            heard_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_nodes)
+            weight_EIHC = lin_src.weight.unflatten(2, (self.heads, self.width))
+            return self._head_by_head(heard_PHI, weight_EIHC, offsets).to(alpha_MH.dtype)
+        value_UO = lin_src(x_src.index_select(0, messages.heard), messages.heard_offsets)
+        return weighted_sum(alpha_MH, self._by_head(value_UO), messages.from_heard)
+
+    def _folded(self, layer: LinearExperts, att_E1HC: Tensor) -> Tensor:
+        """(E, I, H) the layer and the attention vector in one."""
+        return (layer.weight.unflatten(2, (self.heads, self.width)) * att_E1HC).sum(dim=-1)
+
+
+class TransformerExperts(AttentionExperts):
+    r"""TransformerConv: :math:`s_{ij} = Q x_i \cdot (K x_j + U e_{ij}) / \sqrt{C}`, the values are
+    :math:`V x_j + U e_{ij}`.
+
+    U is taken to the pairs, :math:`q \cdot U e = U^\top q \cdot e` and :math:`\sum \alpha U e = U \sum \alpha e`.
+    """
+
+    layers = ("lin_query", "lin_key", "lin_value", "lin_edge", "lin_skip", "lin_beta")
+    vectors = ()
+    lin_query: LinearExperts
+    lin_key: LinearExperts
+    lin_value: LinearExperts
+    lin_skip: LinearExperts | None
+    lin_beta: LinearExperts | None
+
+    def _layers(self, conv: Any) -> dict[str, Any]:
+        found = super()._layers(conv)
+        if not conv.root_weight:
+            del found["lin_skip"]
+        return found
+
+    def _attend(self, x_src: Tensor, x_PI: Tensor, messages: Messages) -> Tensor:
+        offsets = messages.routing.offsets
+        heard_UI = x_src.index_select(0, messages.heard)
+        query_PHC = self._by_head(self.lin_query(x_PI, offsets)) / math.sqrt(self.width)
+        key_UHC = self._by_head(self.lin_key(heard_UI, messages.heard_offsets))
+        value_UHC = self._by_head(self.lin_value(heard_UI, messages.heard_offsets))
+        score_MH = dot(query_PHC, key_UHC, messages.from_heard)
+        edge_MF = self._edge_attr(messages)
+        if self.lin_edge is None or edge_MF is None:
+            return weighted_sum(self._attention(score_MH, messages), value_UHC, messages.from_heard)
+        edge_EFHC = self.lin_edge.weight.unflatten(2, (self.heads, self.width))
+        edge_M1F = edge_MF[:, None].to(query_PHC.dtype)
+        asked_PHF = self._head_by_head(query_PHC, edge_EFHC.transpose(1, 3), offsets)
+        alpha_MH = self._attention(score_MH + dot(asked_PHF, edge_M1F, messages.from_edges), messages)
+        edges_PHF = weighted_sum(alpha_MH, edge_M1F, messages.from_edges)
+        heard_PHC = weighted_sum(alpha_MH, value_UHC, messages.from_heard)
+        return heard_PHC + self._head_by_head(edges_PHF, edge_EFHC, offsets)
+
+    def _edge_attr(self, messages: Messages) -> Tensor | None:
+        if messages.edge_attr is None and self.lin_edge is not None:
+            raise ValueError(
+                f"edge_attr: got None, expected a tensor of shape (edges, {self.lin_edge.in_features}), since "
+                "TransformerConv was built with an edge_dim"
+            )
+        return super()._edge_attr(messages)
+
+    def _finish(self, y_PO: Tensor, x_PI: Tensor, routing: Routing) -> Tensor:
+        if self.lin_skip is None:
+            return y_PO
+        skip_PO = self.lin_skip(x_PI, routing.offsets)
+        if self.lin_beta is None:
+            return y_PO + skip_PO
+        beta_P1 = self.lin_beta(torch.cat([y_PO, skip_PO, y_PO - skip_PO], dim=-1), routing.offsets).sigmoid()
+        return beta_P1 * skip_PO + (1 - beta_P1) * y_PO
+
+
+class GATv2Experts(AttentionExperts):
+    r"""GATv2: :math:`s_{ij} = a \cdot \mathrm{leaky}(W x_j + V x_i + U e_{ij})`, the values are :math:`W x_j`."""
+
+    layers = ("lin_l", "lin_r", "lin_edge", "res")
+    vectors = ("att", "bias")
+    lin_l: LinearExperts
+    lin_r: LinearExperts | None
+    att: nn.Parameter
+
+    def _layers(self, conv: Any) -> dict[str, Any]:
+        found = super()._layers(conv)
+        if conv.share_weights:
+            del found["lin_r"]  # lin_l again
+        return found
+
+    def _attend(self, x_src: Tensor, x_PI: Tensor, messages: Messages) -> Tensor:
+        source_UO = self.lin_l(x_src.index_select(0, messages.heard), messages.heard_offsets)
+        target_PO = (self.lin_l if self.lin_r is None else self.lin_r)(x_PI, messages.routing.offsets)
+        edge_MF = self._edge_attr(messages)
+        edge_EFO = None if edge_MF is None or self.lin_edge is None else self.lin_edge.weight
+        # a head's vector in that head's column, so that one product gives the scores of all
+        heads = torch.eye(self.heads, dtype=self.att.dtype, device=self.att.device)
+        att_EOH = (self.att.squeeze(1)[..., None] * heads[:, None]).flatten(1, 2)
+        slope = self.prototype.negative_slope
+        score_MH = additive_scores(source_UO, target_PO, edge_MF, edge_EFO, att_EOH, slope, messages)
+        alpha_MH = self._attention(score_MH, messages)
+        return weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_heard)
+
+
+@torch.compiler.disable  # the sizes depend on the data
+def additive_scores(
+    source_UO: Tensor,
+    target_PO: Tensor,
+    edge_MF: Tensor | None,
+    edge_EFO: Tensor | None,
+    att_EOH: Tensor,
+    negative_slope: float,
+    messages: Messages,
+) -> Tensor:
+    r"""(M, H) the scores :math:`a^\top \mathrm{leaky}(s_{u(m)} + t_{p(m)} + e_m U)`, block by block: no row for each
+    message is kept. Can be differentiated once.
+
+    Args:
+        source_UO, target_PO: transformed rows of the two ends.
+        edge_MF, edge_EFO: edge features and their linear layer, or ``None``.
+        att_EOH: attention vectors of the experts, a column a head.
+        negative_slope: of the leaky ReLU.
+        messages: who hears whom.
+    """
+    dtype = torch.promote_types(source_UO.dtype, att_EOH.dtype)
+    exact = [
+        None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        for tensor in (source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
+    ]
+    out: Tensor = _AdditiveScores.apply(*exact, negative_slope, messages.from_heard, messages.offsets.tolist())
+    return out.to(dtype)
+
+
+class _AdditiveScores(torch.autograd.Function):
+    """Products are written in place: autocast leaves those alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source_UO: Tensor,
+        target_PO: Tensor,
+        edge_MF: Tensor | None,
+        edge_EFO: Tensor | None,
+        att_EOH: Tensor,
+        negative_slope: float,
+        edges: Edges,
+        ends: list[int],
+    ) -> Tensor:
+        ctx.save_for_backward(source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
+        ctx.negative_slope, ctx.edges, ctx.ends = negative_slope, edges, ends
+        out_MH = source_UO.new_empty(edges.sender.numel(), att_EOH.size(2))
+        for expert, block in _blocks(ends, att_EOH):
+            sum_BO = _sums(source_UO, target_PO, edge_MF, edge_EFO, edges, expert, block)
+            torch.mm(F.leaky_relu_(sum_BO, negative_slope), att_EOH[expert], out=out_MH[block])
+        return out_MH
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
+        source_UO, target_PO, edge_MF, edge_EFO, att_EOH = ctx.saved_tensors
+        edges, slope = ctx.edges, ctx.negative_slope
+        grad_source, grad_target = torch.zeros_like(source_UO), torch.zeros_like(target_PO)
+        grad_edge = None if edge_MF is None else torch.empty_like(edge_MF)
+        grad_weight = None if edge_EFO is None else torch.zeros_like(edge_EFO)
+        grad_att = torch.zeros_like(att_EOH)
+        for expert, block in _blocks(ctx.ends, att_EOH):
+            sum_BO = _sums(source_UO, target_PO, edge_MF, edge_EFO, edges, expert, block)
+            grad_BO = torch.empty_like(sum_BO)
+            torch.mm(grad_MH[block], att_EOH[expert].T, out=grad_BO)
+            grad_BO = torch.ops.aten.leaky_relu_backward(grad_BO, sum_BO, slope, False)
+            grad_att[expert].addmm_(F.leaky_relu_(sum_BO, slope).T, grad_MH[block])
+            grad_source.index_add_(0, edges.sender[block], grad_BO)
+            grad_target.index_add_(0, edges.receiver[block], grad_BO)
+            if grad_edge is not None and grad_weight is not None:
+                torch.mm(grad_BO, edge_EFO[expert].T, out=grad_edge[block])
+                grad_weight[expert].addmm_(edge_MF[block].T, grad_BO)
+        return grad_source, grad_target, grad_edge, grad_weight, grad_att, None, None, None
+
+
+def _blocks(ends: list[int], att_EOH: Tensor) -> Iterator[tuple[int, slice]]:
+    """The messages in blocks, each of one expert."""
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        for block in blocks(start, end, att_EOH.size(1), att_EOH.device):
+            yield expert, block
+
+
+def _sums(
+    source_UO: Tensor,
+    target_PO: Tensor,
+    edge_MF: Tensor | None,
+    edge_EFO: Tensor | None,
+    edges: Edges,
+    expert: int,
+    block: slice,
+) -> Tensor:
+    """(B, O) what the leaky ReLU meets, of a block of messages."""
+    sum_BO = source_UO.index_select(0, edges.sender[block])
+    sum_BO += target_PO.index_select(0, edges.receiver[block])
+    if edge_MF is not None and edge_EFO is not None:
+        sum_BO.addmm_(edge_MF[block], edge_EFO[expert])
+    return sum_BO

@@ -1,11 +1,13 @@
-"""The graph of one call, whatever its form. N_src sources, N_dst destinations (the tokens), M edges."""
+"""The graph of message passing, and the sums along its edges: the one place where an adjacency is sorted or multiplied.
+
+Shapes: N_src sources, N_dst destinations (the tokens), M edges or messages, U senders, R receivers, H heads, C width.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -13,63 +15,206 @@ import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.typing import Adj, SparseTensor
-from torch_geometric.utils import degree, index_sort, is_sparse, to_edge_index
-from torch_geometric.utils.sparse import index2ptr
+from torch_geometric.utils import add_self_loops, index_sort, is_sparse, remove_self_loops, to_edge_index
 
-from gmoe.routers.base import check_edge_index
+from gmoe._autograd import first_order
+
+NUMBERS = 2**21
+"""How many numbers a block of messages holds: few enough for a CPU's caches, and for memory without fresh pages."""
+
+NUMBERS_ON_GPU = 2**26
+"""The same there: enough to fill it."""
 
 
-@dataclass(frozen=True)
-class Graph:
-    """Edges as the user gave them, and as plain ``edge_index`` for who needs that.
+class Edges:
+    """Who sends a message to whom, sorted by receiver: the structure of a CSR matrix.
 
     Args:
-        adj: plain ``edge_index`` (2, M), PyG's ``EdgeIndex``, a ``torch.sparse`` matrix or ``SparseTensor`` of shape
+        ptr: (R + 1,) where the messages of each receiver start.
+        sender: (M,) in 0..U-1.
+        num_senders: U.
+    """
+
+    def __init__(self, ptr: Tensor, sender: Tensor, num_senders: int) -> None:
+        self.ptr = ptr
+        self.sender = sender
+        self.num_senders = num_senders
+
+    @staticmethod
+    def sorted(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> tuple[Edges, Tensor]:
+        """The edges in the order of their receivers, and (M,) which of the given ones each of them is."""
+        receiver, order = index_sort(receiver, max_value=num_receivers, stable=True)
+        ptr = torch._convert_indices_from_coo_to_csr(receiver, num_receivers)
+        return Edges(ptr, sender.index_select(0, order), num_senders), order
+
+    @property
+    def num_receivers(self) -> int:
+        """R."""
+        return self.ptr.numel() - 1
+
+    @cached_property
+    def degree(self) -> Tensor:
+        """(R,) messages of each receiver."""
+        return self.ptr.diff()
+
+    @cached_property
+    def receiver(self) -> Tensor:
+        """(M,) ascending."""
+        index = torch.arange(self.num_receivers, device=self.ptr.device)
+        return index.repeat_interleave(self.degree, output_size=self.sender.numel())
+
+    @cached_property
+    def transpose(self) -> tuple[Edges, Tensor]:
+        """The same messages sent the other way, and (M,) which of these each of them is."""
+        return Edges.sorted(self.receiver, self.sender, self.num_receivers, self.num_senders)
+
+    def of(self, receivers: Tensor) -> tuple[Tensor, Tensor]:
+        """(m,) the messages of some receivers, one after the other, and (m,) the position of each one's receiver."""
+        start = self.ptr.index_select(0, receivers)
+        degree = self.degree.index_select(0, receivers)
+        position = torch.arange(len(receivers), device=receivers.device).repeat_interleave(degree)
+        first = degree.cumsum(0) - degree
+        step = torch.arange(len(position), device=receivers.device) - first.index_select(0, position)
+        return start.index_select(0, position) + step, position
+
+
+class Graph:
+    """A graph that is validated and sorted once, for all layers and calls that see it.
+
+    Pass it in place of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order, degrees,
+    normalization and transpose are then computed once. Plain edges are turned into one at each call of a layer, or of a
+    model, which hands it on from layer to layer.
+
+    Args:
+        edge_index: (2, M) integers, PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or ``SparseTensor`` of shape
             (N_dst, N_src).
-        num_src, num_dst: N_src and N_dst.
-        edge_args: what the conv takes per edge (``edge_weight``, ``edge_attr``, ...), each with M rows.
-        flow: PyG's ``flow``: which row of ``edge_index`` holds the destinations.
-        bipartite: sources and destinations are two sets of nodes.
+        num_nodes: N, or (N_src, N_dst).
+        edge_weight: (M,), where convs take it; also a keyword of each call.
+        edge_attr: (M, F), likewise.
+        flow: PyG's ``flow``: which row of ``edge_index`` holds the destinations (default ``"source_to_target"``).
+
+    Attributes:
+        adj: the edges as they were given, but for integers, which are int64.
 
     Raises:
         ValueError: edges outside the nodes (CPU tensors), or an edge argument with another number of rows.
+
+    Example:
+        >>> graph = gmoe.Graph(data.edge_index, data.num_nodes)
+        >>> for epoch in range(200):
+        ...     logits = model(data.x, graph)
     """
 
-    adj: Adj
-    num_src: int
-    num_dst: int
-    edge_args: dict[str, Tensor]
-    flow: str = "source_to_target"
-    bipartite: bool = False
-
-    def __post_init__(self) -> None:
-        if is_sparse(self.adj):
-            shape = (self.adj.size(0), self.adj.size(1))
-            if shape != (self.num_dst, self.num_src):
+    def __init__(
+        self,
+        edge_index: Adj,
+        num_nodes: int | tuple[int, int],
+        *,
+        edge_weight: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+        flow: str = "source_to_target",
+    ) -> None:
+        self.num_src, self.num_dst = (num_nodes, num_nodes) if isinstance(num_nodes, int) else num_nodes
+        self.edge_weight = edge_weight
+        self.edge_attr = edge_attr
+        self.flow = flow
+        self._parent: tuple[Graph, Tensor, Tensor, Tensor] | None = None
+        self._shared: dict[str, Any] = {}  # what follows from the edges alone
+        self._kept: dict[Any, Any] = {}  # what follows from their weights and features too
+        if not isinstance(edge_index, Tensor | SparseTensor):
+            raise ValueError(f"edge_index: got {type(edge_index).__name__}, expected (2, number of edges) or a Graph")
+        if is_sparse(edge_index):
+            if tuple(edge_index.size(i) for i in (0, 1)) != (self.num_dst, self.num_src):
                 raise ValueError(
-                    f"edge_index: got a sparse matrix of shape {shape}, expected (destinations, sources) = "
-                    f"{(self.num_dst, self.num_src)}"
+                    f"edge_index: got a sparse matrix of shape {tuple(edge_index.size(i) for i in (0, 1))}, expected "
+                    f"(destinations, sources) = {(self.num_dst, self.num_src)}"
                 )
+            self.adj = edge_index
             return
-        if self.adj.dtype != torch.long and not self.adj.is_floating_point():
-            # torch's gather on CPU misreads expanded int32 indices, so that gradients would be silently wrong
-            plain = self.adj.as_tensor() if isinstance(self.adj, EdgeIndex) else self.adj
-            object.__setattr__(self, "adj", plain.long())
-        if isinstance(self.adj, EdgeIndex):
-            sizes = self.adj.sparse_size() if self.flow == "source_to_target" else self.adj.sparse_size()[::-1]
-            for name, size, nodes in zip(("source", "destination"), sizes, (self.num_src, self.num_dst), strict=True):
+        if edge_index.dim() != 2 or edge_index.size(0) != 2:
+            raise ValueError(f"edge_index: got shape {tuple(edge_index.shape)}, expected (2, number of edges)")
+        if edge_index.is_floating_point() or edge_index.is_complex() or edge_index.dtype == torch.bool:
+            raise ValueError(f"edge_index: got {edge_index.dtype}, expected integers")
+        # torch's gather on the CPU misreads expanded int32 indices, so that gradients would be silently wrong
+        plain = edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index
+        self.adj = edge_index if edge_index.dtype == torch.long else plain.long()
+        sizes = (self.num_src, self.num_dst) if flow == "source_to_target" else (self.num_dst, self.num_src)
+        if isinstance(edge_index, EdgeIndex):
+            for name, size, nodes in zip(("first", "second"), edge_index.sparse_size(), sizes, strict=True):
                 if size is not None and size != nodes:
                     raise ValueError(f"edge_index: got an EdgeIndex of {size} {name} nodes, expected {nodes}")
-        bounds = (self.num_src, self.num_dst)
-        check_edge_index(self.adj, *(bounds if self.flow == "source_to_target" else bounds[::-1]))
-        for name, value in self.edge_args.items():
-            if value.size(0) != self.adj.size(1):
-                raise ValueError(f"{name}: got {value.size(0)} rows, expected one for each of {self.adj.size(1)} edges")
+        if plain.device.type == "cpu" and plain.numel():  # elsewhere it would cost a host sync
+            for row, size in zip(plain, sizes, strict=True):
+                low, high = row.aminmax()
+                if low < 0 or high >= size:
+                    bad = int(low) if low < 0 else int(high)
+                    raise ValueError(f"edge_index: got node {bad}, expected values in 0..{size - 1}")
+        for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
+            if value is not None and value.size(0) != plain.size(1):
+                raise ValueError(f"{name}: got {value.size(0)} rows, expected one for each of {plain.size(1)} edges")
 
-    @cached_property
-    def _coo(self) -> tuple[Tensor, Tensor | None]:
-        """Plain (source, destination) edges, and the values of a sparse matrix."""
+    def with_args(self, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
+        """The same graph with these edge arguments, in the order of the edges as given; ``None`` keeps what it has."""
+        if edge_weight is None and edge_attr is None:
+            return self
+        other = copy.copy(self)
+        other._kept = {}
+        other.edge_weight = self.edge_weight if edge_weight is None else edge_weight
+        other.edge_attr = self.edge_attr if edge_attr is None else edge_attr
+        for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
+            if value is not None and value.size(0) != self.num_edges:
+                raise ValueError(f"{name}: got {value.size(0)} rows, expected one for each of {self.num_edges} edges")
+        return other
+
+    def in_flow(self, flow: str) -> Graph:
+        """The same graph as convs of that ``flow`` read it.
+
+        Raises:
+            ValueError: another flow than its own on a sparse matrix, of which a row is always a destination.
+        """
+        if flow == self.flow:
+            return self
+        if is_sparse(self.adj) or self._parent is not None:
+            raise ValueError(
+                f"edge_index: got {type(self.adj).__name__} for a conv of flow={flow!r}, expected plain edges "
+                "(2, number of edges), or the transposed matrix and the default flow"
+            )
+        if flow not in self._kept:
+            turned = Graph.__new__(Graph)
+            turned.__dict__.update(self.__dict__, flow=flow, _shared={}, _kept={})
+            self._kept[flow] = turned
+        found: Graph = self._kept[flow]
+        return found
+
+    def to(self, device: torch.device | str) -> Graph:
+        """The graph on another device."""
+        adj = self.adj.to(device)
+        weight, attr = (None if v is None else v.to(device) for v in (self.edge_weight, self.edge_attr))
+        return Graph(adj, (self.num_src, self.num_dst), edge_weight=weight, edge_attr=attr, flow=self.flow)
+
+    @property
+    def num_edges(self) -> int:
+        """M."""
+        if isinstance(self.adj, SparseTensor):
+            return int(self.adj.nnz())
+        return int(self.adj._nnz()) if is_sparse(self.adj) else self.adj.size(1)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the edges came as a sparse matrix."""
+        return is_sparse(self.adj)
+
+    @property
+    def coo(self) -> tuple[Tensor, Tensor | None]:
+        """(2, M) sources and destinations in the order given, and the values of a sparse matrix."""
+        if "coo" not in self._shared:
+            self._shared["coo"] = self._read()
+        found: tuple[Tensor, Tensor | None] = self._shared["coo"]
+        return found
+
+    def _read(self) -> tuple[Tensor, Tensor | None]:
         if isinstance(self.adj, SparseTensor):
             dst, src, value = self.adj.coo()
             return torch.stack([src, dst]), value
@@ -81,105 +226,180 @@ class Graph:
 
     @property
     def edge_index(self) -> Tensor:
-        """(2, M) sources and destinations."""
-        return self._coo[0]
+        """(2, M) sources and destinations in the order given."""
+        return self.coo[0]
+
+    @property
+    def _sorted(self) -> tuple[Edges, Tensor]:
+        if "edges" not in self._shared:
+            (src, dst) = self.edge_index
+            self._shared["edges"] = Edges.sorted(src, dst, self.num_src, self.num_dst)
+        found: tuple[Edges, Tensor] = self._shared["edges"]
+        return found
+
+    @property
+    def edges(self) -> Edges:
+        """The edges by destination; the order in which :attr:`weight` and :attr:`attr` come."""
+        return self._sorted[0]
+
+    @property
+    def order(self) -> Tensor:
+        """(M,) which of the edges as given each of :attr:`edges` is; -1 for a loop that was added."""
+        origin: Tensor | None = self._shared.get("origin")
+        return self._sorted[1] if origin is None else origin.index_select(0, self._sorted[1])
+
+    @property
+    def weight(self) -> Tensor | None:
+        """(M,) the weight of each of :attr:`edges`: ``edge_weight``, or the values of a sparse matrix."""
+        value = self.coo[1]
+        given = self.edge_weight if self.edge_weight is not None or value is None or value.dim() > 1 else value
+        return None if given is None else given.index_select(0, self._sorted[1])
+
+    @property
+    def attr(self) -> Tensor | None:
+        """(M, F) the features of each of :attr:`edges`: ``edge_attr``, or the values of a sparse matrix if they are rows."""
+        value = self.coo[1]
+        given = self.edge_attr if self.edge_attr is not None or value is None or value.dim() == 1 else value
+        if given is None:
+            return None
+        return (given if given.dim() > 1 else given[:, None]).index_select(0, self._sorted[1])
 
     @property
     def values(self) -> Tensor | None:
-        """(M, ...) those of a sparse matrix that holds some; its edges are ``edge_index``."""
-        return self._coo[1]
-
-    @cached_property
-    def _by_destination(self) -> tuple[Tensor, Tensor]:
-        """(N_dst + 1,) where each destination's edges start, and (M,) the edges in that order."""
-        index, edge = index_sort(self.edge_index[1], max_value=self.num_dst, stable=True)
-        return index2ptr(index, self.num_dst), edge
-
-    def in_edges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """The edges that end in ``nodes``, destination by destination, and the position in ``nodes`` of each end."""
-        start, edge = self._by_destination
-        degree = start[nodes + 1] - start[nodes]
-        position = torch.arange(len(nodes), device=nodes.device).repeat_interleave(degree)
-        first = degree.cumsum(0) - degree
-        step = torch.arange(len(position), device=nodes.device) - first[position]
-        return edge[start[nodes][position] + step], position
+        """(M,) those of a ``torch.sparse`` matrix, by which PyG's convs without edge weights multiply messages too."""
+        return self.weight if self.is_sparse and not isinstance(self.adj, SparseTensor) else None
 
     @property
-    def log_degree(self) -> Tensor:
-        """(N_dst, 1) log(1 + in-degree)."""
-        return degree(self.edge_index[1], self.num_dst).log1p()[:, None]
+    def in_degree(self) -> Tensor:
+        """(N_dst,) edges into each destination."""
+        return self.edges.degree
 
-    def with_args_of(self, convs: Sequence[MessagePassing]) -> Graph:
-        """The same graph with only the edge arguments that all of these convs take."""
-        takes = frozenset.intersection(*map(parameters_of, convs))
-        if takes.issuperset(self.edge_args):
-            return self
-        graph = copy.copy(self)
-        object.__setattr__(graph, "edge_args", {name: v for name, v in self.edge_args.items() if name in takes})
-        return graph
+    def sum(self, x_src: Tensor, weight: Tensor | None = None) -> Tensor:
+        """(N_dst, D) the sum over in-edges of what the sources hold, times ``weight`` (M,) in the order of :attr:`edges`."""
+        if weight is None:
+            weight = x_src.new_ones(self.edges.sender.numel())
+        return weighted_sum(weight[:, None], x_src[:, None], self.edges)[:, 0]
 
-    def neighbourhood(self, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The in-edges of some destinations and their ends, the destinations first.
+    def mean(self, x_src: Tensor) -> Tensor:
+        """(N_dst, D) the mean over in-edges; zero without any."""
+        total = self.sum(x_src)
+        return total / self.in_degree.clamp(min=1).to(total.dtype)[:, None]
+
+    def normalized(self, improved: bool, loops: bool, dtype: torch.dtype) -> tuple[Edges, Tensor]:
+        r"""The edges and weights of :math:`D^{-1/2} (A + I) D^{-1/2}`, as PyG's ``GCNConv`` has them.
+
+        Args:
+            improved: see ``GCNConv``.
+            loops: the ``+ I``.
+            dtype: of the weights.
+        """
+        key = ("normalized", improved, loops, dtype)
+        if key in self._kept:
+            kept: tuple[Edges, Tensor] = self._kept[key]
+            return kept
+        if self._parent is not None:
+            return self._kept.setdefault(key, self._part_of_normalized(improved, loops, dtype))
+        adj: Any = self.adj if self.is_sparse else self.edge_index
+        if self.is_sparse and self.edge_weight is not None:
+            raise ValueError("edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights")
+        normed: Any = gcn_norm(adj, self.edge_weight, self.num_dst, improved, loops, dtype=dtype)
+        if isinstance(normed, tuple) and not is_sparse(normed[0]):
+            (src, dst), weight = normed
+        else:
+            adj = normed[0] if isinstance(normed, tuple) else normed
+            if isinstance(adj, SparseTensor):
+                dst, src, weight = adj.coo()
+            else:
+                (dst, src), weight = to_edge_index(adj)
+        edges, order = Edges.sorted(src, dst, self.num_src, self.num_dst)
+        found = edges, weight.index_select(0, order)
+        if not weight.requires_grad:
+            self._kept[key] = found
+        return found
+
+    def _part_of_normalized(self, improved: bool, loops: bool, dtype: torch.dtype) -> tuple[Edges, Tensor]:
+        """Of the normalized whole, the in-edges of the destinations that this part is of."""
+        assert self._parent is not None
+        whole, token, known, place = self._parent
+        edges, weight = whole.normalized(improved, loops, dtype)
+        edge, position = edges.of(token)
+        sender = place[torch.searchsorted(known, edges.sender.index_select(0, edge))]
+        ptr = torch._convert_indices_from_coo_to_csr(position, self.num_dst)
+        return Edges(ptr, sender, self.num_src), weight.index_select(0, edge)
+
+    def with_loops(self, fill_value: float | Tensor | str) -> Graph:
+        """The graph with one loop at each node that is source and destination, in place of those it had.
+
+        Args:
+            fill_value: the loops' edge features, see ``torch_geometric.utils.add_self_loops``.
+        """
+        key = ("loops", fill_value) if isinstance(fill_value, float | str) else None
+        if key in self._kept:
+            kept: Graph = self._kept[key]
+            return kept
+        ends = torch.stack([self.edges.sender, self.edges.receiver])
+        ends, kept_M = remove_self_loops(ends, torch.arange(ends.size(1), device=ends.device))
+        attr = None if self.attr is None else self.attr.index_select(0, kept_M)
+        nodes = min(self.num_src, self.num_dst)
+        ends, attr = add_self_loops(ends, attr, fill_value, nodes)
+        looped = Graph(ends, (self.num_src, self.num_dst), edge_attr=attr)
+        origin = self.order.index_select(0, kept_M)
+        looped._shared["origin"] = torch.cat([origin, origin.new_full((nodes,), -1)])
+        if key is not None and (attr is None or not attr.requires_grad):
+            self._kept[key] = looped
+        return looped
+
+    def args_for(self, conv: MessagePassing) -> dict[str, Tensor]:
+        """What this conv takes of the edge arguments, in the order of the edges as given."""
+        given = {"edge_weight": self.edge_weight, "edge_attr": self.edge_attr}
+        return {name: v for name, v in given.items() if v is not None and name in parameters_of(conv)}
+
+    def part(self, token: Tensor) -> tuple[Tensor, Graph]:
+        """The in-edges of some destinations, as a graph of its own.
 
         Args:
             token: (n,) distinct destinations.
 
         Returns:
-            (S,) the nodes, (2, m) renumbered sources and destinations, and (m,) which edges they are. A destination
-            that is no source (N_dst > N_src) is left out of the nodes.
+            (S,) the nodes, the destinations first, and their graph, in the form and flow of this one: of S nodes where
+            this one's sources are its destinations, else of S sources and n destinations. A destination that is no
+            source (N_dst > N_src) is left out of the nodes.
         """
-        edge, position = self.in_edges(token)
-        source = self.edge_index[0, edge]
-        place = self._place
+        edge, position = self.edges.of(token)
         among = token[token < self.num_src]
-        place[among] = torch.arange(among.numel(), device=token.device)
-        others = source[place[source] < 0].unique()
-        place[others] = torch.arange(others.numel(), device=token.device) + among.numel()
-        nodes, ends = torch.cat([among, others]), torch.stack([place[source], position])
-        place[nodes] = -1  # what was touched alone: a piece costs what it holds, not what the graph does
-        return nodes, ends, edge
+        known, inverse = torch.unique(
+            torch.cat([among, self.edges.sender.index_select(0, edge)]), return_inverse=True
+        )
+        place = torch.full_like(known, -1)
+        place[inverse[: len(among)]] = torch.arange(len(among), device=token.device)
+        others = place < 0
+        place[others] = torch.arange(len(among), len(known), device=token.device)
+        nodes = torch.empty_like(known)
+        nodes[place] = known
+        source = place[inverse[len(among) :]]
+        size = (len(nodes), len(nodes) if self.num_src == self.num_dst else len(token))
+        given = self.order.index_select(0, edge)
+        weight, attr = (None if v is None else v.index_select(0, given) for v in (self.edge_weight, self.edge_attr))
+        adj: Any = torch.stack([source, position] if self.flow == "source_to_target" else [position, source])
+        if self.is_sparse:
+            value = self.coo[1]
+            value = None if value is None else value.index_select(0, given)
+            if isinstance(self.adj, SparseTensor):
+                adj = SparseTensor(row=position, col=source, value=value, sparse_sizes=size[::-1])
+            else:
+                ptr = torch._convert_indices_from_coo_to_csr(position, size[1])
+                adj = torch.sparse_csr_tensor(ptr, source, value, size=size[::-1], check_invariants=False)
+        part = Graph(adj, size, edge_weight=weight, edge_attr=attr, flow=self.flow)
+        part._parent = (self, token, known, place)
+        return nodes, part
 
-    @cached_property
-    def _place(self) -> Tensor:
-        """(N_src,) all -1, between two calls of :meth:`neighbourhood`."""
-        return torch.full((self.num_src,), -1, dtype=torch.long, device=self.device)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the edges are."""
-        return self.edge_index.device
-
-    def args_of(self, edges: Tensor, takes: frozenset[str]) -> dict[str, Any]:
-        """The edge arguments of some edges, those of a sparse matrix's values included."""
-        args = {name: value[edges] for name, value in self.edge_args.items()}
-        value = self.values
-        if value is not None:
-            names = ("edge_weight", "edge_type") if value.dim() == 1 else ("edge_weight", "edge_attr", "edge_type")
-            for name in names:  # as MessagePassing reads them
-                if name in takes and name not in args:
-                    args[name] = value[edges]
-        return args
-
-
-def sized(adj: Adj, size: tuple[int, int]) -> Adj:
-    """An EdgeIndex with its number of nodes, of which alone PyG takes it; any other form as it is."""
-    if isinstance(adj, EdgeIndex) and None in adj.sparse_size():
-        return EdgeIndex(adj.as_tensor(), sparse_size=size, sort_order=adj.sort_order)
-    return adj
+    def __repr__(self) -> str:
+        return f"Graph({self.num_src} sources, {self.num_dst} destinations, {self.num_edges} edges)"
 
 
-def aggregated(adj: Adj, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """``run(x)`` in the dtype of ``x``; in float32 and without autocast where the matrix is sparse, since that has no
-    kernels in half precision."""
-    if not is_sparse(adj):
-        return run(x).to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        return run(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).to(x.dtype)
-
-
-def parameters_of(conv: MessagePassing) -> frozenset[str]:
-    """What the conv's forward takes."""
-    return frozenset(inspect.signature(conv.forward).parameters)
+def parameters_of(conv: MessagePassing) -> tuple[str, ...]:
+    """What the conv's forward takes, in order."""
+    return tuple(inspect.signature(conv.forward).parameters)
 
 
 def check_batch(batch: Tensor | None, num_nodes: int) -> None:
@@ -189,3 +409,106 @@ def check_batch(batch: Tensor | None, num_nodes: int) -> None:
             f"batch: got shape {tuple(batch.shape)} of {batch.dtype}, expected one integer for each of {num_nodes} "
             "nodes"
         )
+
+
+def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of the messages ``start:end``, to be worked on one after the other with a row of that width for each."""
+    step = max((NUMBERS if device.type == "cpu" else NUMBERS_ON_GPU) // max(width, 1), 1)
+    for first in range(start, end, step):
+        yield slice(first, min(first + step, end))
+
+
+class _WeightedSum(torch.autograd.Function):
+    """In float32 at least, as sparse products, one a head: no row for each message."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
+        ctx.save_for_backward(weight_MH, value_UGC)
+        ctx.edges = edges
+        dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
+        exact = torch.promote_types(dtype, torch.float32)
+        heads, groups = weight_MH.size(1), value_UGC.size(1)
+        rows = value_UGC.flatten(0, 1).to(exact)
+        outs = []
+        for head, weight_M in enumerate(weight_MH.to(exact).T.contiguous()):
+            column = edges.sender if groups == 1 else edges.sender * groups + head
+            if rows.is_cpu and weight_M.numel():
+                size = (edges.num_receivers, rows.size(0))
+                matrix = torch.sparse_csr_tensor(edges.ptr, column, weight_M, size, check_invariants=False)
+                outs.append(torch.sparse.mm(matrix, rows, "sum"))
+                continue
+            out = rows.new_zeros(edges.num_receivers, rows.size(1))
+            for block in blocks(0, weight_M.numel(), rows.size(1), rows.device):
+                row_BC = rows.index_select(0, column[block]) * weight_M[block, None]
+                out.index_add_(0, edges.receiver[block], row_BC)
+            outs.append(out)
+        return (outs[0][:, None] if heads == 1 else torch.stack(outs, dim=1)).to(dtype)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_RHC: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight_MH, value_UGC = ctx.saved_tensors
+        grad_weight = grad_value = None
+        if ctx.needs_input_grad[0]:
+            grad_weight = _products(grad_RHC, value_UGC, ctx.edges)
+        if ctx.needs_input_grad[1]:
+            reverse, order = ctx.edges.transpose
+            weight_MH = weight_MH.index_select(0, order)
+            if value_UGC.size(1) == weight_MH.size(1):
+                grad_value = weighted_sum(weight_MH, grad_RHC.contiguous(), reverse)
+            else:  # all heads hear the same
+                for weight_M1, grad_R1C in zip(weight_MH.split(1, dim=1), grad_RHC.split(1, dim=1), strict=True):
+                    part = weighted_sum(weight_M1, grad_R1C.contiguous(), reverse)
+                    grad_value = part if grad_value is None else grad_value.add_(part)
+        return grad_weight, grad_value, None
+
+
+class _Dot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
+        ctx.save_for_backward(query_RHC, key_UGC)
+        ctx.edges = edges
+        return _products(query_RHC, key_UGC, edges)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor, Tensor, None]:
+        query_RHC, key_UGC = ctx.saved_tensors
+        reverse, order = ctx.edges.transpose
+        grad_query = weighted_sum(grad_MH, key_UGC, ctx.edges)
+        grad_key = weighted_sum(grad_MH.index_select(0, order), query_RHC, reverse)
+        return grad_query, grad_key.sum_to_size(key_UGC.shape), None
+
+
+def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
+    """(M, H) the product of the two ends of each message."""
+    dtype = torch.promote_types(query_RHC.dtype, key_UGC.dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    heads, groups = query_RHC.size(1), key_UGC.size(1)
+    messages = edges.sender.numel()
+    out_MH = query_RHC.new_zeros(messages, heads, dtype=exact)
+    query_RHC, key_UGC = query_RHC.to(exact), key_UGC.to(exact)
+    # torch cuts a matrix down to as many entries as it has cells
+    if query_RHC.is_cpu and 0 < messages <= edges.num_receivers * edges.num_senders * groups:
+        rows = key_UGC.flatten(0, 1)
+        size = (edges.num_receivers, rows.size(0))
+        for head in range(heads):
+            column = edges.sender if groups == 1 else edges.sender * groups + head
+            matrix = torch.sparse_csr_tensor(edges.ptr, column, out_MH[:, head].contiguous(), size, check_invariants=False)
+            torch.sparse.sampled_addmm(matrix, query_RHC[:, head].contiguous(), rows.T, out=matrix)
+            out_MH[:, head] = matrix.values()
+        return out_MH.to(dtype)
+    query_RHC = query_RHC.contiguous()
+    for block in blocks(0, messages, heads * query_RHC.size(2), query_RHC.device):
+        query_BHC = query_RHC.index_select(0, edges.receiver[block])
+        torch.sum(query_BHC * key_UGC.index_select(0, edges.sender[block]), dim=-1, out=out_MH[block])
+    return out_MH.to(dtype)
+
+
+weighted_sum: Callable[[Tensor, Tensor, Edges], Tensor] = torch.compiler.disable(_WeightedSum.apply)
+r"""(R, H, C) what each receiver hears, :math:`y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}`, of weights (M, H) and values
+(U, H, C), or (U, 1, C) where all heads hear the same. Can be differentiated once."""
+
+dot: Callable[[Tensor, Tensor, Edges], Tensor] = torch.compiler.disable(_Dot.apply)
+r"""(M, H) the products of the two ends, :math:`s_{mh} = q_{r(m) h} \cdot k_{u(m) h}`, of queries (R, H, C) and keys
+(U, H, C), or (U, 1, C) where all heads share them. Can be differentiated once."""

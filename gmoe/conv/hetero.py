@@ -13,17 +13,14 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_geometric.nn import SimpleConv
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
-from torch_geometric.utils import is_torch_sparse_tensor
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.graph import Graph, check_batch, sized
-from gmoe.dispatch import Backend
+from gmoe.conv.graph import Graph, check_batch
+from gmoe.dispatch import Backend, routed_linear
 from gmoe.experts import LinearExperts
 from gmoe.moe import MoELayer
-from gmoe.routed_linear import routed_linear
 from gmoe.routers import Router, RouterLike, build_router
 from gmoe.routing import AuxLoss, Routing
 
@@ -85,7 +82,6 @@ class Relational(nn.Module):
             else ModuleDict({name: make(self.in_channels[name], True) for name in self.relations_into})
         )
         self.relation = ModuleDict({relation: make(self.in_channels[relation[0]], False) for relation in relations})
-        self.aggregate = SimpleConv(aggr=aggr)
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
@@ -104,7 +100,7 @@ class Relational(nn.Module):
         return torch.cat([part.weight for part in parts], dim=1), root.bias
 
     def rows(
-        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj]
+        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj | Graph]
     ) -> dict[NodeType, Tensor]:
         """(T, sum of the widths) of each type that the layer computes."""
         for relation in edge_index_dict:
@@ -121,25 +117,19 @@ class Relational(nn.Module):
             for relation in relations:
                 x_src = x_dict[relation[0]]
                 if relation in edge_index_dict:
-                    parts.append(self._aggregate(x_src, x_dst, relation, edge_index_dict[relation]))
+                    graph = graph_of(relation, edge_index_dict[relation], (len(x_src), len(x_dst)))
+                    parts.append(self._aggregate(x_src, graph))
                 else:  # zeros, so that its weight has a gradient
                     parts.append(x_src.new_zeros(x_dst.size(0), x_src.size(1)))
             rows[name] = torch.cat(parts, dim=-1)
         return rows
 
-    def _aggregate(self, x_src: Tensor, x_dst: Tensor, relation: EdgeType, adj: Adj) -> Tensor:
-        size = (x_src.size(0), x_dst.size(0))
-        with _naming(f"edge_index_dict[{relation}]"):
-            Graph(adj, *size, {}, bipartite=True)  # checks the edges
-            adj = sized(adj, size)
-        # in half precision the sum over many neighbors, and their number, would round away
+    def _aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
+        """(T, D) the mean or sum over in-edges, in float32 at least: many neighbors would overflow half precision."""
         x = x_src.to(torch.promote_types(x_src.dtype, torch.float32))
-        # torch refuses a product of two dtypes, and with int32 edges gives wrong gradients (gather, 2.13, on the CPU)
-        dtype = x.dtype if is_torch_sparse_tensor(adj) else torch.int64
-        if isinstance(adj, Tensor) and adj.dtype != dtype:
-            adj = adj.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            out: Tensor = self.aggregate((x, None), adj, size=size)
+        out = graph.sum(x, graph.values)
+        if self.aggr == "mean":
+            out = out / graph.in_degree.clamp(min=1).to(out.dtype)[:, None]
         return out.to(x_src.dtype)
 
     def extra_repr(self) -> str:
@@ -189,7 +179,7 @@ class RelationalConv(Relational):
         )
 
     def forward(
-        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj]
+        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj | Graph]
     ) -> dict[NodeType, Tensor]:
         """(T, out) of each node type."""
         rows = self.rows(x_dict, edge_index_dict)
@@ -237,8 +227,9 @@ class HeteroMoEConv(MoELayer):
 
     Shapes:
         - ``x_dict``: (T, D) of each node type that is computed, or that a relation into those starts in; T may be 0.
-        - ``edge_index_dict``: of each edge type (2, M), PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or
-          ``SparseTensor`` (T_dst, T_src), with which no (M, D) messages are stored.
+        - ``edge_index_dict``: of each edge type (2, M), PyG's ``EdgeIndex``, a ``torch.sparse`` matrix or
+          ``SparseTensor`` (T_dst, T_src), or a :class:`gmoe.Graph`, which is sorted once for all calls. No (M, D)
+          messages are stored.
         - ``batch_dict``: (T,) the graph of each node; the graphs of a PyG ``Batch`` are separate groups.
         - returns (T, out) of each node type, and with ``return_routing=True`` the :class:`Routing` of each. The losses
           of a tied router are those of all types together, in equal shares, so that
@@ -298,7 +289,10 @@ class HeteroMoEConv(MoELayer):
                     "router: got scope='neighbors', expected scope='group', since neighbors differ in type"
                 )
         tied = next(iter(routers.values())) if tie_routers and routers else None
-        super().__init__(tied, num_experts, k if tied is None else tied.k)
+        super().__init__(num_experts, k if tied is None else tied.k)
+        self.router = tied
+        if routers:
+            self.experts_per_token = sum(router.experts_per_token for router in routers.values()) / len(routers)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.router_input = parts
@@ -313,12 +307,6 @@ class HeteroMoEConv(MoELayer):
             if router is not None:
                 router.reset_parameters()
         self.experts.reset_parameters()
-
-    @property
-    def experts_per_token(self) -> float:
-        """Average number of experts of a token, by construction: the mean over the node types."""
-        each = [router.experts_per_token for router in self.routers.children()]
-        return sum(each) / len(each) if each else super().experts_per_token
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()
@@ -352,7 +340,7 @@ class HeteroMoEConv(MoELayer):
     def forward(
         self,
         x_dict: Mapping[NodeType, Tensor],
-        edge_index_dict: Mapping[EdgeType, Adj],
+        edge_index_dict: Mapping[EdgeType, Adj | Graph],
         *,
         batch_dict: Mapping[NodeType, Tensor] | None = None,
         routings: Mapping[NodeType, Routing] | None = None,
@@ -459,6 +447,21 @@ def _naming(argument: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
+
+
+def graph_of(relation: EdgeType, adj: Adj | Graph, size: tuple[int, int]) -> Graph:
+    """The graph of a relation between so many sources and destinations.
+
+    Raises:
+        ValueError: it is one of other numbers, or its edges do not fit.
+    """
+    with _naming(f"edge_index_dict[{relation}]"):
+        if not isinstance(adj, Graph):
+            return Graph(adj, size)
+        if (adj.num_src, adj.num_dst) != size:
+            got = f"{adj.num_src} sources and {adj.num_dst} destinations"
+            raise ValueError(f"edge_index: got a Graph of {got}, expected {size[0]} and {size[1]}")
+        return adj
 
 
 def checked_metadata(metadata: Metadata) -> Metadata:

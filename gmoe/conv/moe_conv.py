@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args, overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import MessagePassing, SimpleConv
+from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.build import build_experts, count_experts
-from gmoe.conv.experts import ConvExperts
+from gmoe.conv.aggregate import FilterExperts
+from gmoe.conv.base import MixedExperts, NodeChunks
 from gmoe.conv.graph import Graph, check_batch, parameters_of
-from gmoe.conv.pieces import Pieces
-from gmoe.conv.registry import ConvFactory, ConvLike
-from gmoe.conv.seen import RouteOn, aggregate_width, columns_of, joined, route_parts, seen
+from gmoe.conv.kinds import ConvFactory, ConvLike, Make, build_experts, kinds_of
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer
-from gmoe.routers import RouterLike, build_router
+from gmoe.routers import Router, RouterLike, build_router
 from gmoe.routing import Routing
 
+RouterPart: TypeAlias = Literal["node", "neighbors", "degree"]
+RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
+"""``"node"``, ``"neighbors"``, ``"degree"`` (log(1 + in-degree)), or several of them."""
 
-class MoEConv(MoELayer):
+
+class MoEConv(MoELayer, MessagePassing):
     r"""A mixture of E graph convolutions of which each node runs K; a drop-in for a PyG conv.
 
     .. math::
         x_i' = \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
 
-    Equal, in outputs and gradients, to running E convs on the whole graph and masking, at a cost that follows K:
+    Equal, in outputs and gradients, to running E convs on the whole graph and masking. Compute scales with the K experts
+    a node uses, not with the total E:
 
     - GCN, SAGE, GraphConv and GIN aggregate once, and each row meets only its experts in one grouped product (where E
       times the output is narrower than the input, they transform first, unless the router needs the aggregate);
@@ -40,20 +43,22 @@ class MoEConv(MoELayer):
     - anything else runs on the whole graph for each expert, with a warning that its cost follows E.
 
     A node without an expert gets zero; the model around adds the residual. Can be differentiated once:
-    ``create_graph=True`` is refused.
+    ``create_graph=True`` is refused. A PyG citizen: ``to_hetero`` takes it as the conv, explainers' edge masks act on
+    the experts' messages (not on the router), ``in_channels=-1`` is filled in by the first call.
 
     Args:
         conv: a PyG conv class, its name (``"gcn"``, ``"sage"``, ``"graph"``, ``"gin"``, ``"gat"``, ...), a factory
-            ``(in_channels, out_channels, **conv_kwargs) -> conv``, or a list of those, one an expert. ``GINConv`` and
-            ``GINEConv`` by class or name get PyG's two-layer perceptron.
-        in_channels: width of the nodes; a tuple ``(source, destination)`` for bipartite input where the conv takes it.
+            ``(in_channels, out_channels, *conv_args, **conv_kwargs) -> conv``, or a list of those, one an expert.
+            ``GINConv`` and ``GINEConv`` by class or name get PyG's two-layer MLP.
+        in_channels: width of the nodes; a tuple ``(source, destination)`` for bipartite input where the conv takes it;
+            -1 for what the first call brings.
         out_channels: passed to the conv (GAT with ``heads`` returns ``heads * out_channels``).
+        *conv_args: the conv's own further arguments, as it takes them. All others are keyword-only.
         num_experts: E (default 8, or the length of a list of convs).
         router: name, factory or instance (default ``"token_choice"``); ``None`` where every call brings ``routing=``.
         k: K, experts per node (default 1).
-        route_on: what the router sees: the node's ``"input"`` (default), the ``"aggregate"`` of its neighbours (the
-            conv's own where all experts share it, else the mean over in-edges), ``"both"`` of them, its ``"degree"``
-            (log(1 + in-degree)), or a sequence of these.
+        router_input: what the router sees: the ``"node"`` (default), its ``"neighbors"`` (the conv's own aggregate where
+            all experts share it, else the mean over in-edges), its ``"degree"`` (log(1 + in-degree)), or several.
         shared_expert: one more expert that runs on every node, with weight 1, beside the routed ones: ``True`` for
             one of their kind (of a list, the first), or a conv as in ``conv`` (default ``False``).
         router_kwargs: further arguments of the router.
@@ -65,14 +70,15 @@ class MoEConv(MoELayer):
 
     Shapes:
         - ``x``: (N, D), or ``((N_src, D_src), (N_dst, D_dst))``; tokens are the destinations.
-        - ``edge_index``: (2, M), PyG's ``EdgeIndex``, a ``torch.sparse`` matrix or ``SparseTensor`` (N_dst, N_src).
-        - ``edge_weight`` (M,), ``edge_attr`` (M, .): where the conv takes them.
-        - ``batch``: (N_dst,) the graph of each node; the graphs of a PyG ``Batch`` are separate pools.
+        - ``edge_index``: (2, M), a :class:`gmoe.Graph`, PyG's ``EdgeIndex``, a ``torch.sparse`` matrix or
+          ``SparseTensor`` (N_dst, N_src).
+        - ``edge_weight`` (M,), ``edge_attr`` (M, .): where convs take them; also by position, as the conv takes them.
+        - ``batch``: (N_dst,) the graph of each node; the graphs of a PyG ``Batch`` are separate groups.
         - returns (N_dst, out), and the :class:`Routing` too with ``return_routing=True``.
 
     Raises:
         ValueError: an unknown conv or router; K > E; widths or edges that do not fit; ``local=True`` for a conv that
-            is not; a factory whose convs share parameters.
+            is not; a factory whose convs share parameters; a conv with another ``forward``.
 
     Example:
         >>> conv = MoEConv(GCNConv, 128, 256, num_experts=8, router="expert_choice", k=1)
@@ -84,11 +90,11 @@ class MoEConv(MoELayer):
         conv: ConvLike,
         in_channels: int | tuple[int, int],
         out_channels: int,
+        *conv_args: Any,
         num_experts: int | None = None,
         router: RouterLike | None = "token_choice",
         k: int = 1,
-        *,
-        route_on: RouteOn = "input",
+        router_input: RouterInput = "node",
         shared_expert: bool | str | ConvFactory = False,
         router_kwargs: Mapping[str, Any] | None = None,
         local: bool | None = None,
@@ -96,47 +102,63 @@ class MoEConv(MoELayer):
         check_finite: bool = False,
         **conv_kwargs: Any,
     ) -> None:
-        num_experts = count_experts(conv, num_experts)
+        kinds = kinds_of(conv, num_experts)
         check_count("k", k)
-        if k > num_experts:
-            raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
-        parts = route_parts(route_on)
+        if k > len(kinds):
+            raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")
         check_choice("backend", backend, get_args(Backend))
-        widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
-        for name, width in (("in_channels", min(widths)), ("out_channels", out_channels)):
-            check_count(name, width)
-        experts = build_experts(conv, conv_kwargs, in_channels, out_channels, num_experts, local, backend)
-        built = None
-        if router is not None:
-            sizes = {"input": widths[1], "aggregate": widths[0], "degree": 1}
-            if "aggregate" in parts:
-                sizes["aggregate"] = aggregate_width(experts, widths[0])
-            built = build_router(router, sum(sizes[part] for part in parts), num_experts, k, router_kwargs)
-            built.check_finite |= check_finite
-        super().__init__(built, num_experts, k if built is None else built.k)
+        check_count("out_channels", out_channels)
+        widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
+        if not isinstance(widths, tuple | list) or len(widths) != 2:
+            raise ValueError(f"in_channels: got {in_channels!r}, expected a whole number, or two of them")
+        for width in widths:
+            if width != -1 or isinstance(width, float):
+                check_count("in_channels", width)
+        super().__init__(len(kinds), k)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.route_on = parts
-        self.experts = experts
-        self.shared: ConvExperts | None = None
+        self.router_input = router_parts(router_input)
+        self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
+        self._options = (router, router_kwargs, shared_expert, local, backend, check_finite)
+        self.router: Router | None = None
+        self.experts: Any = None
+        self.shared_expert: Any = None
+        if -1 not in widths:
+            self._build(in_channels)
+
+    def _build(self, in_channels: Any) -> None:
+        """Router and experts, once the widths are known."""
+        router, router_kwargs, shared_expert, local, backend, check_finite = self._options
+        make = Make(self._make.kinds, in_channels, self.out_channels, self._make.args, self._make.kwargs)
+        self._widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
+        self.experts = build_experts(make, local, backend)
+        self.flow = self.experts.convs()[0].flow
+        if router is not None:
+            dim = sum(self._router_widths()[part] for part in self.router_input)
+            self.router = build_router(router, dim, self.num_experts, self.k, router_kwargs)
+            self.router.check_finite |= check_finite
+            self.k, self.experts_per_token = self.router.k, self.router.experts_per_token
         if shared_expert is not False:
-            first = conv if isinstance(conv, str) or callable(conv) else conv[0]
-            kind = first if shared_expert is True else shared_expert
-            self.shared = build_experts(kind, conv_kwargs, in_channels, out_channels, 1, local, backend)
-        self._aggregates_alike = shared_expert is True and (isinstance(conv, str) or callable(conv))
-        self._widths = widths
-        self._mean = SimpleConv(aggr="mean")
+            kind = make.kinds[0] if shared_expert is True else shared_expert
+            self.shared_expert = build_experts(
+                Make([kind], in_channels, self.out_channels, make.args, make.kwargs), local, backend
+            )
+        self._router_sees_edges = getattr(self.router, "scope", None) == "neighbors"
+        self._aggregates_alike = shared_expert is True and not isinstance(self.experts, MixedExperts)
+
+    def _router_widths(self) -> dict[str, int]:
+        """Of what the router may see; filters give several aggregates side by side."""
+        hops = self.experts.hops if isinstance(self.experts, FilterExperts) else 1
+        return {"node": self._widths[1], "neighbors": max(hops, 1) * self._widths[0], "degree": 1}
 
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
-        if self.router is not None:
-            self.router.reset_parameters()
-        self.experts.reset_parameters()
-        if self.shared is not None:
-            self.shared.reset_parameters()
+        for part in (self.router, self.experts, self.shared_expert):
+            if part is not None:
+                part.reset_parameters()
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
-        return self.experts.parameters()
+        return iter(()) if self.experts is None else self.experts.parameters()
 
     def expert(self, index: int) -> MessagePassing:
         """A detached copy of expert ``index`` as a plain PyG conv.
@@ -146,134 +168,180 @@ class MoEConv(MoELayer):
         """
         if not 0 <= index < self.num_experts:
             raise ValueError(f"index: got {index}, expected 0..num_experts-1={self.num_experts - 1}")
-        return self.experts.expert(index)
+        found: MessagePassing = self.experts.expert(index)
+        return found
 
-    @overload
     def forward(
         self,
         x: Tensor | tuple[Tensor, Tensor],
-        edge_index: Adj,
-        edge_weight: Tensor | None = ...,
-        edge_attr: Tensor | None = ...,
-        *,
-        batch: Tensor | None = ...,
-        routing: Routing | None = ...,
-        return_routing: Literal[False] = ...,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        x: Tensor | tuple[Tensor, Tensor],
-        edge_index: Adj,
-        edge_weight: Tensor | None = ...,
-        edge_attr: Tensor | None = ...,
-        *,
-        batch: Tensor | None = ...,
-        routing: Routing | None = ...,
-        return_routing: Literal[True],
-    ) -> tuple[Tensor, Routing]: ...
-    def forward(
-        self,
-        x: Tensor | tuple[Tensor, Tensor],
-        edge_index: Adj,
+        edge_index: Adj | Graph,
+        *edge_args: Tensor | None,
         edge_weight: Tensor | None = None,
         edge_attr: Tensor | None = None,
-        *,
         batch: Tensor | None = None,
         routing: Routing | None = None,
         return_routing: bool = False,
-    ) -> Tensor | tuple[Tensor, Routing]:
+    ) -> Any:
         """Route and run; see the class. ``routing``: a decision made elsewhere, used in place of the router's."""
-        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
-        for name, value, width in (("source", x_src, self._widths[0]), ("destination", x_dst, self._widths[1])):
-            if value is None or value.dim() != 2 or value.size(1) != width:
-                got = None if value is None else tuple(value.shape)
-                raise ValueError(f"x: got {name} nodes of shape {got}, expected (number of nodes, {width})")
-        edge_args = self._edge_arguments(edge_weight=edge_weight, edge_attr=edge_attr)
-        check_batch(batch, x_dst.size(0))
-        graph = Graph(edge_index, x_src.size(0), x_dst.size(0), edge_args, self._flow, x_src is not x_dst)
-        router_needs_it = routing is None and "aggregate" in self.route_on
-        skip = self.experts.transforms_first and not router_needs_it
-        aggregate = None if skip else self.experts.aggregate(x_src, graph)
+        x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._pair(x)
+        if self.experts is None:
+            self._complete(x_src, x_dst, x_src is x_dst)
+        if x_src.dim() != 2 or x_src.size(1) != self._widths[0] or x_dst.dim() != 2 or x_dst.size(1) != self._widths[1]:
+            raise ValueError(
+                f"x: got source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}, expected "
+                f"(number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
+            )
+        if edge_args:
+            edge_weight, edge_attr = self._positional(edge_args, edge_weight, edge_attr)
+        sizes = (x_src.size(0), x_dst.size(0))
+        if not isinstance(edge_index, Graph):
+            graph = Graph(edge_index, sizes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
+        else:
+            graph = self._checked(edge_index, sizes, edge_weight, edge_attr)
+        if edge_weight is not None or edge_attr is not None:
+            self._check_edge_args(edge_weight, edge_attr)
+        if batch is not None:
+            check_batch(batch, sizes[1])
+        h = None
+        if not self.experts.transforms_first or (routing is None and "neighbors" in self.router_input):
+            h = self.experts.aggregate(graph, x_src, x_dst)
         if routing is None:
-            routing = self._route(x_src, x_dst, aggregate, graph, batch)
-        elif (routing.num_tokens, routing.num_experts) != (x_dst.size(0), self.num_experts):
+            if self.router is None:
+                raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
+            view = x_dst if self.router_input == ("node",) else self._view(graph, x_src, x_dst, h)
+            routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
+        elif (routing.num_tokens, routing.num_experts) != (sizes[1], self.num_experts):
             raise ValueError(
                 f"routing: got {routing.num_tokens} tokens and {routing.num_experts} experts, expected "
-                f"{x_dst.size(0)} and {self.num_experts}"
+                f"{sizes[1]} and {self.num_experts}"
             )
-        y = self.experts(x_src, x_dst, aggregate, graph, routing)
-        if self.shared is not None:
-            own = graph.with_args_of(self.shared.prototypes())
-            if aggregate is None or not self._aggregates_alike:
-                aggregate = self.shared.aggregate(x_src, own)
-            y = y + self.shared(x_src, x_dst, aggregate, own, Routing.everyone(x_dst.size(0), y))
+        y = self.experts(graph, x_src, x_dst, h, routing)
+        if self.shared_expert is not None:
+            y = y + self._shared(graph, x_src, x_dst, h)
         return (y, routing) if return_routing else y
 
+    def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+        """(T, dim) what the router sees of each node."""
+        if "neighbors" in self.router_input and not isinstance(h, Tensor):
+            h = graph.mean(x_src)
+        return router_view(self.router_input, x_dst, h, graph)
+
+    def _shared(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+        """(T, O) what the shared expert adds."""
+        graph = graph.in_flow(self.shared_expert.convs()[0].flow)
+        if h is None or not self._aggregates_alike:
+            h = self.shared_expert.aggregate(graph, x_src, x_dst)
+        out: Tensor = self.shared_expert(graph, x_src, x_dst, h, Routing.everyone(x_dst.size(0), x_dst))
+        return out
+
     @torch.no_grad()
-    def by_pieces(
-        self, x: Tensor, pieces: Pieces, batch: Tensor | None = None, routing: Routing | None = None
+    def forward_chunked(
+        self, x: Tensor, chunks: NodeChunks, batch: Tensor | None = None, routing: Routing | None = None
     ) -> tuple[Tensor, Routing]:
-        """(N, O) the output of all nodes of a large graph, routed at once and computed in pieces; and the routing.
+        """(N, O) the output of all nodes of a large graph, routed at once and computed in chunks; and the routing.
 
         Raises:
             RuntimeError: a conv looks further than one hop.
         """
-        aggregate = None
+        chunks = chunks.in_flow(self.flow)
+        h = self.experts.aggregate_chunked(x, chunks)
         if routing is None:
-            aggregate = self.experts.aggregate_by_pieces(x, pieces)
-            view = aggregate
-            if view is None and "aggregate" in self.route_on:
-                view = pieces.map(lambda x, piece: self._mean(x, piece.graph.edge_index), x)
-            routing = self._decide(seen(self.route_on, x, view, pieces.graph).to(pieces.device), batch, pieces.graph)
-        y = self.experts.by_pieces(x, aggregate, pieces, routing)
-        if self.shared is not None:
-            near = aggregate if self._aggregates_alike else None
-            y = y + self.shared.by_pieces(x, near, pieces, Routing.everyone(x.size(0), y))
+            assert self.router is not None
+            mean = h if isinstance(h, Tensor) else None
+            if "neighbors" in self.router_input and mean is None:
+                mean = chunks.map(lambda x, part, rows: part.mean(x), x)
+            view = router_view(self.router_input, x, mean, chunks.graph).to(chunks.device)
+            edges = chunks.graph.edge_index.to(chunks.device) if self._router_sees_edges else None
+            routing = self.router(view, batch, edges)
+        assert routing is not None
+        y = self.experts.forward_chunked(x, chunks, h, routing)
+        if self.shared_expert is not None:
+            own = chunks.in_flow(self.shared_expert.convs()[0].flow)
+            near = h if self._aggregates_alike else self.shared_expert.aggregate_chunked(x, own)
+            y = y + self.shared_expert.forward_chunked(x, own, near, Routing.everyone(x.size(0), y))
         return y, routing
 
-    def _route(
-        self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, batch: Tensor | None
-    ) -> Routing:
-        if self.router is None:
-            raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
-        if "aggregate" in self.route_on and aggregate is None:
-            aggregate = self._mean((x_src, x_dst), graph.edge_index, size=(graph.num_src, graph.num_dst))
-        if x_src is not x_dst and self._votes_by_neighbours:
-            raise ValueError("x: got bipartite input, expected one set of nodes for a vote among neighbours")
-        with joined(columns_of(self.route_on, x_dst, aggregate, graph)) as view:
-            return self._decide(view, batch, graph)
+    def _pair(self, x: Any) -> tuple[Tensor, Tensor]:
+        """Source and destination nodes."""
+        if not isinstance(x, tuple | list) or len(x) != 2 or not all(isinstance(part, Tensor) for part in x):
+            got = [type(part).__name__ for part in x] if isinstance(x, tuple | list) else type(x).__name__
+            raise ValueError(f"x: got {got}, expected a tensor, or a tuple of source and destination nodes")
+        return x[0], x[1]
 
-    @property
-    def _votes_by_neighbours(self) -> bool:
-        return getattr(self.router, "scope", None) == "neighbours"
+    def _complete(self, x_src: Tensor, x_dst: Tensor, one_set: bool) -> None:
+        """Fill in the widths that were left open, and build."""
+        given = (self.in_channels,) * 2 if isinstance(self.in_channels, int) else self.in_channels
+        widths = tuple(x.size(-1) if w == -1 else w for w, x in zip(given, (x_src, x_dst), strict=True))
+        self.in_channels = widths[0] if one_set and isinstance(self.in_channels, int) else widths
+        self._build(self.in_channels)
+        self.to(device=x_dst.device, dtype=x_dst.dtype if x_dst.is_floating_point() else None).train(self.training)
 
-    def _decide(self, view: Tensor, batch: Tensor | None, graph: Graph) -> Routing:
-        assert self.router is not None
-        edges = graph.edge_index.to(view.device) if self._votes_by_neighbours else None
-        routing: Routing = self.router(view, batch, edges)
-        return routing
+    def _checked(
+        self, graph: Graph, sizes: tuple[int, int], edge_weight: Tensor | None, edge_attr: Tensor | None
+    ) -> Graph:
+        if (graph.num_src, graph.num_dst) != sizes:
+            raise ValueError(f"edge_index: got {graph}, expected {sizes[0]} sources and {sizes[1]} destinations")
+        return graph.with_args(edge_weight, edge_attr).in_flow(self.flow)
 
-    @property
-    def _flow(self) -> str:
-        return str(self._prototypes()[0].flow)
-
-    def _prototypes(self) -> list[MessagePassing]:
-        return self.experts.prototypes() + ([] if self.shared is None else self.shared.prototypes())
+    def _all_convs(self) -> list[MessagePassing]:
+        shared = [] if self.shared_expert is None else self.shared_expert.convs()
+        return [*self.experts.convs(), *shared]
 
     @property
     def edge_names(self) -> frozenset[str]:
         """What some of the experts take per edge, of ``edge_weight`` and ``edge_attr``."""
-        return frozenset.union(*map(parameters_of, self._prototypes())) & {"edge_weight", "edge_attr"}
+        return frozenset().union(*map(parameters_of, self._all_convs())) & {"edge_weight", "edge_attr"}
 
-    def _edge_arguments(self, **given: Tensor | None) -> dict[str, Tensor]:
-        args = {name: value for name, value in given.items() if value is not None}
-        if args:
-            for name in args:
-                if name not in self.edge_names:
-                    legal = sorted(self.edge_names) or "none"
-                    raise ValueError(f"{name}: got a tensor, but the conv takes {legal} of edge_weight and edge_attr")
-        return args
+    def _check_edge_args(self, edge_weight: Tensor | None, edge_attr: Tensor | None) -> None:
+        for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
+            if value is not None and name not in self.edge_names:
+                legal = sorted(self.edge_names) or "none"
+                raise ValueError(f"{name}: got a tensor, but the conv takes {legal} of edge_weight and edge_attr")
+
+    def _positional(
+        self, edge_args: Sequence[Any], edge_weight: Tensor | None, edge_attr: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What stands behind ``edge_index``, by the names that the conv itself has for it."""
+        names = {parameters_of(conv)[2 : 2 + len(edge_args)] for conv in self.experts.convs()}
+        if len(names) > 1:
+            raise ValueError(
+                f"forward: got {len(edge_args)} arguments behind edge_index, expected edge_weight= or edge_attr= by "
+                "name, since the experts' convs disagree about their order"
+            )
+        given: dict[str, Any] = {"edge_weight": edge_weight, "edge_attr": edge_attr}
+        (order,) = names
+        if len(order) < len(edge_args):
+            raise ValueError(f"forward: got {len(edge_args)} arguments behind edge_index, expected at most {len(order)}")
+        for name, value in zip(order, edge_args, strict=True):
+            if value is not None and (name not in given or given[name] is not None):
+                raise ValueError(f"{name}: got {type(value).__name__} by position, expected edge_weight or edge_attr, once")
+            given[name] = value if value is not None else given.get(name)
+        return given["edge_weight"], given["edge_attr"]
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, route_on={self.route_on}"
+        return f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, router_input={self.router_input}"
+
+
+def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:
+    """The parts of what the router sees, in a fixed order.
+
+    Raises:
+        ValueError: an unknown part, or none.
+    """
+    named = (router_input,) if isinstance(router_input, str) else tuple(router_input)
+    for name in named:
+        check_choice("router_input", name, get_args(RouterPart))
+    if not named:
+        raise ValueError("router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree'")
+    return tuple(part for part in get_args(RouterPart) if part in named)
+
+
+def router_view(parts: Sequence[RouterPart], x_dst: Tensor, neighbors: Tensor | None, graph: Graph) -> Tensor:
+    """(T, dim) the parts side by side."""
+    columns: dict[str, Any] = {"node": x_dst, "neighbors": neighbors}
+    if "degree" in parts:
+        columns["degree"] = graph.in_degree.to(x_dst.device, x_dst.dtype).log1p()[:, None]
+    return columns[parts[0]] if len(parts) == 1 else torch.cat([columns[part] for part in parts], dim=-1)

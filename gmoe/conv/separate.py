@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
-from gmoe.conv.experts import ConvExperts, MakeConv, tokens_of
-from gmoe.conv.graph import Graph, parameters_of
-from gmoe.conv.pieces import Pieces
+from gmoe.conv.base import ConvExperts, MakeConv, NodeChunks, tokens_of
+from gmoe.conv.graph import Graph
 from gmoe.dispatch import combine
 from gmoe.routing import Routing
 
@@ -27,66 +26,63 @@ class SeparateExperts(ConvExperts):
 
     def __init__(self, make: MakeConv, num_experts: int, local: list[bool]) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(make(expert) for expert in range(num_experts))
-        self.local = local
+        self.members: Any = nn.ModuleList(make(expert) for expert in range(num_experts))
+        self.is_local = local
 
     def reset_parameters(self) -> None:
-        for conv in self.convs:
-            assert isinstance(conv, MessagePassing)
+        for conv in self.members:
             conv.reset_parameters()
 
     def expert(self, index: int) -> MessagePassing:
-        conv = copy.deepcopy(self.convs[index])
-        assert isinstance(conv, MessagePassing)
+        conv: MessagePassing = copy.deepcopy(self.members[index])
         conv.zero_grad()  # the copy takes gradients along
         return conv
 
-    def prototypes(self) -> list[MessagePassing]:
-        return [conv for conv in self.convs if isinstance(conv, MessagePassing)]
+    def convs(self) -> list[MessagePassing]:
+        return list(self.members)
 
-    def by_pieces(self, x: Tensor, aggregate: Tensor | None, pieces: Pieces, routing: Routing) -> Tensor:
-        far = {type(conv).__name__ for conv, local in zip(self.convs, self.local, strict=True) if not local}
+    def forward_chunked(self, x: Tensor, chunks: NodeChunks, h: Any, routing: Routing) -> Tensor:
+        far = {type(conv).__name__ for conv, local in zip(self.members, self.is_local, strict=True) if not local}
         if far:
             raise RuntimeError(
                 f"inference: {', '.join(sorted(far))} looks further than one hop, so that it has no layer-wise "
                 "inference; call the model on the whole graph"
             )
-        return super().by_pieces(x, aggregate, pieces, routing)
+        return super().forward_chunked(x, chunks, h, routing)
 
-    def forward(self, x_src: Tensor, x_dst: Tensor, aggregate: Tensor | None, graph: Graph, routing: Routing) -> Tensor:
+    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         tokens = list(tokens_of(routing))
-        outs: list[Tensor | None] = []
-        for index, token in enumerate(tokens):
-            if token.numel() == 0:
-                outs.append(None)
-                continue
-            conv = self.convs[index]
-            run = run_on_destinations if self.local[index] and not _loops_misalign(conv, graph) else run_on_all
-            outs.append(run(conv, x_src, x_dst, graph.with_args_of([conv]), token))
+        outs: list[Tensor | None] = [None] * len(tokens)
+        for index, (conv, token) in enumerate(zip(self.members, tokens, strict=True)):
+            if token.numel():
+                # a mask is of the whole graph's edges
+                near = self.is_local[index] and not conv.explain and not _loops_misalign(conv, graph)
+                outs[index] = (run_on_destinations if near else run_on_all)(conv, x_src, x_dst, graph, token)
         done = [out for out in outs if out is not None]
         if not done:
-            done = [run_on_all(self.convs[0], x_src, x_dst, graph.with_args_of(self.prototypes()[:1]), tokens[0])]
+            done = [run_on_all(self.members[0], x_src, x_dst, graph, tokens[0])]
+        widths = {out.size(1) for out in done}
+        if len(widths) > 1:
+            raise ValueError(f"conv: got experts of output widths {sorted(widths)}, expected one width for all")
         y = combine(torch.cat(done), routing)
         # experts without a token get zero gradients, not None, or DDP would wait for them
-        idle = [p for out, conv in zip(outs, self.convs, strict=True) if out is None for p in conv.parameters()]
+        idle = [p for out, conv in zip(outs, self.members, strict=True) if out is None for p in conv.parameters()]
         return y + sum(((p * 0).sum() for p in idle), y.new_zeros(())).to(y.dtype) if idle else y
 
 
 def run_on_all(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Tensor) -> Tensor:
     """The conv on the whole graph, and of its output the rows of ``token``."""
     x = x_src if x_src is x_dst else (x_src, x_dst)
-    out: Tensor = conv(x, graph.adj, **graph.edge_args)
+    out: Tensor = conv(x, graph.adj, **graph.args_for(conv))
     return out.index_select(0, token)
 
 
 def run_on_destinations(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Tensor) -> Tensor:
     """The conv on the in-edges of ``token`` only, its destinations first among the sources."""
-    nodes, near, edge = graph.neighbourhood(token)
-    local = near if graph.flow == "source_to_target" else near.flip(0)
-    args = graph.args_of(edge, parameters_of(conv))
+    nodes, part = graph.in_flow(conv.flow).part(token)
     x_near = x_src.index_select(0, nodes)
     x = x_near if x_src is x_dst else (x_near, x_dst.index_select(0, token))
-    out: Tensor = conv(x, local, **args)
+    out: Tensor = conv(x, part.adj, **part.args_for(conv))
     return out[: token.numel()]
 
 

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias, get_args, overload
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import MessagePassing, SimpleConv
+from torch_geometric.data import Data
+from torch_geometric.loader import NodeLoader
+from torch_geometric.nn import GCNConv
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.typing import Adj
+from tqdm import tqdm
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.build import count_experts
+from gmoe.conv.base import NodeChunks
 from gmoe.conv.graph import Graph, check_batch, parameters_of
-from gmoe.conv.moe_conv import MoEConv
-from gmoe.conv.registry import ConvFactory, ConvLike, DenseLayers, conv_factory, make_conv
-from gmoe.conv.seen import RouteOn, route_parts, seen
+from gmoe.conv.kinds import ConvFactory, ConvLike, CopyOf, Make, kinds_of, looks_one_hop
+from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view
 from gmoe.dispatch import Backend
-from gmoe.inference import LayerwiseInference
-from gmoe.moe import claim_router
 from gmoe.routers import Router, RouterLike, build_router
 from gmoe.routing import Routing
 
-RoutingMode: TypeAlias = Literal["layer", "shared"]
 Residual: TypeAlias = Literal["none", "identity", "linear"]
 
 
-class GNNMoE(LayerwiseInference, BasicGNN):
+class GNNMoE(BasicGNN):
     r"""A GNN in the manner of PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and residuals.
 
     .. math::
@@ -42,17 +42,16 @@ class GNNMoE(LayerwiseInference, BasicGNN):
         out_channels: width of the output, such as the number of classes.
         num_layers: number of convs (default 2).
         conv: see :class:`MoEConv` (default ``"gcn"``).
-        router: a name or factory, or an instance where one is all it takes: with ``routing="shared"``, or for a
-            single MoE layer (default ``"token_choice"``).
-            ``None`` builds the dense control: the same model with plain convs in all layers.
+        router: a name or factory, or an instance where one is all it takes: with ``shared_router``, or for a
+            single MoE layer (default ``"token_choice"``). ``None`` builds the dense baseline: the same model with plain
+            convs in all layers.
         num_experts: E (default 8, or the length of a list of convs).
         k: K, experts per node (default 1).
-        routing: ``"layer"`` (default): each layer has a router of its own, on its own input. ``"shared"``: one router
-            decides once for each node, from the raw features and their mean over in-edges, and all layers follow.
-        route_on: what routers see: ``"both"`` (default) the node and the aggregate of its neighbours, ``"input"``,
-            ``"aggregate"``, ``"degree"``, or several of them.
-        route_hops: with ``routing="shared"``, how many times the raw features are averaged over in-edges: the
-            aggregates are (Ax, ..., A^hops x) (default 1).
+        shared_router: one router decides once for each node, from the raw features, and all layers follow; by default
+            (``False``) each layer has a router of its own, on its own input.
+        router_input: what routers see: the ``"node"`` (default), its ``"neighbors"``, its ``"degree"``, or several.
+        router_hops: with ``shared_router``, how many times the raw features are averaged over in-edges: the neighbors
+            are (Ax, ..., A^hops x) (default 1).
         every: layer ``i`` is a MoEConv where ``i % every == every - 1`` (default 1), the output layer excepted.
         dropout: default 0.
         act, act_first, act_kwargs, norm, norm_kwargs, jk: as in PyG's ``BasicGNN`` (defaults: relu, no norm, no
@@ -68,7 +67,8 @@ class GNNMoE(LayerwiseInference, BasicGNN):
             output layer, as in PyG's ``GAT``.
 
     Shapes:
-        - as PyG's ``BasicGNN``, and ``batch`` (N,) also makes the graphs separate pools.
+        - as PyG's ``BasicGNN``; ``edge_index`` may be a :class:`gmoe.Graph`; ``batch`` (N,) also makes the graphs
+          separate groups.
         - returns (N, out_channels), and the list of :class:`Routing` with ``return_routing=True`` (one a MoE layer; a
           shared decision once).
 
@@ -90,14 +90,14 @@ class GNNMoE(LayerwiseInference, BasicGNN):
         hidden_channels: int,
         out_channels: int,
         num_layers: int = 2,
-        conv: ConvLike | DenseLayers = "gcn",
+        conv: ConvLike = "gcn",
         router: RouterLike | None = "token_choice",
         *,
         num_experts: int | None = None,
         k: int = 1,
-        routing: RoutingMode = "layer",
-        route_on: RouteOn = "both",
-        route_hops: int = 1,
+        shared_router: bool = False,
+        router_input: RouterInput = "node",
+        router_hops: int = 1,
         every: int = 1,
         dropout: float = 0.0,
         act: Any = "relu",
@@ -117,13 +117,10 @@ class GNNMoE(LayerwiseInference, BasicGNN):
         **conv_kwargs: Any,
     ) -> None:
         sizes = {"in_channels": in_channels, "hidden_channels": hidden_channels, "out_channels": out_channels}
-        for name, value in {**sizes, "num_layers": num_layers, "every": every, "route_hops": route_hops}.items():
+        for name, value in {**sizes, "num_layers": num_layers, "every": every, "router_hops": router_hops}.items():
             check_count(name, value)
-        check_choice("routing", routing, get_args(RoutingMode))
-        parts = route_parts(route_on)
-        if not isinstance(conv, DenseLayers):
-            num_experts = count_experts(conv, num_experts)
-        num_experts = 8 if num_experts is None else num_experts
+        parts = router_parts(router_input)
+        kinds = kinds_of(conv, num_experts)
         check_choice("residual", residual, get_args(Residual))
         hidden = num_layers if jk is not None else num_layers - 1
         moe_layers = [i for i in range(hidden) if i % every == every - 1] if router is not None else []
@@ -132,16 +129,17 @@ class GNNMoE(LayerwiseInference, BasicGNN):
                 f"every: got {every} with num_layers={num_layers} and jk={jk!r}, which leaves no hidden layer for a "
                 "MoE; expected more layers, a smaller every, or jk='last'"
             )
-        if routing == "layer" and isinstance(router, Router) and len(moe_layers) > 1:
+        if not shared_router and isinstance(router, Router) and len(moe_layers) > 1:
             raise ValueError("router: got an instance for several layers, expected a name or a factory")
         nn.Module.__init__(self)
-        router_args = dict(router_kwargs or {})
         shared: Router | None = None
-        if routing == "shared" and router is not None:
-            widths = {"input": in_channels, "aggregate": route_hops * in_channels, "degree": 1}
-            dim = sum(widths[part] for part in parts)
-            shared = build_router(router, dim, num_experts, k, router_args)
+        if shared_router and router is not None:
+            widths = {"node": in_channels, "neighbors": router_hops * in_channels, "degree": 1}
+            shared = build_router(router, sum(widths[part] for part in parts), len(kinds), k, router_kwargs)
             shared.check_finite |= check_finite
+        own: dict[str, Any] = {"router": None, "k": k}
+        if shared is None:
+            own = {"router": router, "k": k, "router_input": parts, "router_kwargs": router_kwargs}
         super().__init__(
             hidden_channels if in_proj else in_channels,
             hidden_channels,
@@ -157,22 +155,18 @@ class GNNMoE(LayerwiseInference, BasicGNN):
             conv=conv,
             moe_layers=moe_layers,
             moe_kwargs={
-                "num_experts": num_experts,
-                "router": router if shared is None else None,
-                "k": k if shared is None else shared.k,
-                "route_on": parts if shared is None else "input",
+                "num_experts": len(kinds),
                 "shared_expert": shared_expert,
-                "router_kwargs": router_args if shared is None else None,
                 "backend": backend,
                 "local": local,
                 "check_finite": check_finite,
+                **own,
             },
             conv_kwargs=conv_kwargs,
         )
         self.in_channels = in_channels
-        self.routing = routing
-        self.route_on = parts
-        self.route_hops = route_hops
+        self.router_input = parts
+        self.router_hops = router_hops
         self.moe_layers = moe_layers
         self.input_dropout = nn.Dropout(input_dropout)
         self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None
@@ -185,17 +179,15 @@ class GNNMoE(LayerwiseInference, BasicGNN):
                 width = hidden_channels
         self.shared_router = shared
         if shared is not None:
-            claim_router(shared, self)
-            self._mean = SimpleConv(aggr="mean")
             for layer in moe_layers:  # what the convs cost follows from a router that they do not hold
-                self.convs[layer].follow(shared)
+                self.convs[layer].k, self.convs[layer].experts_per_token = shared.k, shared.experts_per_token
 
     def init_conv(self, in_channels: int | tuple[int, int], out_channels: int, **kwargs: Any) -> Any:
         """The conv of the next layer; called by ``BasicGNN``."""
         layer = len(self.convs)
         conv, conv_kwargs = kwargs["conv"], dict(kwargs["conv_kwargs"])
         if isinstance(conv, DenseLayers):
-            conv = conv[layer]
+            conv = conv.of(layer)
         heads = int(conv_kwargs.get("heads", 1))
         if heads > 1:
             if self.jk_mode is None and layer == self.num_layers - 1:
@@ -206,9 +198,8 @@ class GNNMoE(LayerwiseInference, BasicGNN):
                 out_channels //= heads
         if layer in kwargs["moe_layers"]:
             return MoEConv(conv, in_channels, out_channels, **kwargs["moe_kwargs"], **conv_kwargs)
-        if not (isinstance(conv, str) or callable(conv)):
-            conv = conv[0]  # of several kinds, the first is the dense one
-        return make_conv(conv_factory(conv, conv_kwargs), in_channels, out_channels)
+        first = kinds_of(conv, None)[:1]  # of several kinds, the first is the dense one
+        return Make(first, in_channels, out_channels, (), conv_kwargs)(0)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -217,61 +208,53 @@ class GNNMoE(LayerwiseInference, BasicGNN):
             if isinstance(module, nn.Linear | Router):
                 module.reset_parameters()
 
-    def decide(self, x: Tensor, edge_index: Adj, batch: Tensor | None = None) -> Routing:
+    @property
+    def flow(self) -> str:
+        """PyG's ``flow`` of the first layer, which a shared router's means over neighbors follow."""
+        return str(self.convs[0].flow)
+
+    def decide(self, x: Tensor, edge_index: Adj | Graph, batch: Tensor | None = None) -> Routing:
         """The shared routing of all nodes from their raw features.
 
         Raises:
             ValueError: each layer routes for itself.
         """
         if self.shared_router is None:
-            raise ValueError("routing: got 'layer', expected 'shared' to decide once")
+            raise ValueError("shared_router: got False, expected True to decide once")
+        graph = self._graph(x, edge_index, None, None)
         check_batch(batch, x.size(0))
-        edges = Graph(edge_index, x.size(0), x.size(0), {}).edge_index
-        routing: Routing = self.shared_router(self.router_input(x, edge_index), batch, edges)
+        routing: Routing = self.shared_router(self.router_view(x, graph), batch, graph.in_flow(self.flow).edge_index)
         return routing
 
-    def router_input(self, x: Tensor, edge_index: Adj) -> Tensor:
-        """(N, dim) what a shared router sees: the raw features and their means over in-edges."""
-        graph = Graph(edge_index, x.size(0), x.size(0), {})
-        powers = [x]
-        if "aggregate" in self.route_on:
-            for _ in range(self.route_hops):
-                powers.append(self._mean(powers[-1], graph.edge_index))
-        aggregate = torch.cat(powers[1:], dim=-1) if len(powers) > 1 else None
-        return seen(self.route_on, x, aggregate, graph)
+    def router_view(self, x: Tensor, edge_index: Adj | Graph) -> Tensor:
+        """(N, dim) what a shared router sees: the raw features, their means over in-edges, the in-degrees."""
+        graph = self._graph(x, edge_index, None, None)
+        graph = graph if graph.is_sparse else graph.in_flow(self.flow)
+        return router_view(self.router_input, x, self._means(x, graph.mean), graph)
 
-    @overload
+    def _means(self, x: Tensor, mean: Any) -> Tensor | None:
+        """(N, hops D) the features averaged over in-edges, once, twice, ..."""
+        if "neighbors" not in self.router_input:
+            return None
+        powers = [x]
+        for _ in range(self.router_hops):
+            powers.append(mean(powers[-1]))
+        return torch.cat(powers[1:], dim=-1)
+
+    def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.in_channels:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: got shape {got}, expected (number of nodes, {self.in_channels})")
+        if not isinstance(edge_index, Graph):
+            return Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr)
+        if (edge_index.num_src, edge_index.num_dst) != (x.size(0), x.size(0)):
+            raise ValueError(f"edge_index: got {edge_index}, expected {x.size(0)} nodes, as x has")
+        return edge_index.with_args(edge_weight, edge_attr)
+
     def forward(
         self,
         x: Tensor,
-        edge_index: Adj,
-        edge_weight: Tensor | None = ...,
-        edge_attr: Tensor | None = ...,
-        batch: Tensor | None = ...,
-        batch_size: int | None = ...,
-        num_sampled_nodes_per_hop: list[int] | None = ...,
-        num_sampled_edges_per_hop: list[int] | None = ...,
-        *,
-        return_routing: Literal[False] = ...,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        edge_index: Adj,
-        edge_weight: Tensor | None = ...,
-        edge_attr: Tensor | None = ...,
-        batch: Tensor | None = ...,
-        batch_size: int | None = ...,
-        num_sampled_nodes_per_hop: list[int] | None = ...,
-        num_sampled_edges_per_hop: list[int] | None = ...,
-        *,
-        return_routing: Literal[True],
-    ) -> tuple[Tensor, list[Routing]]: ...
-    def forward(
-        self,
-        x: Tensor,
-        edge_index: Adj,
+        edge_index: Adj | Graph,
         edge_weight: Tensor | None = None,
         edge_attr: Tensor | None = None,
         batch: Tensor | None = None,
@@ -280,74 +263,57 @@ class GNNMoE(LayerwiseInference, BasicGNN):
         num_sampled_edges_per_hop: list[int] | None = None,
         *,
         return_routing: bool = False,
-    ) -> Tensor | tuple[Tensor, list[Routing]]:
+    ) -> Any:
         """Logits of all nodes; see the class and PyG's ``BasicGNN``."""
-        if num_sampled_nodes_per_hop is not None and edge_weight is not None and edge_attr is not None:
+        trimmed = num_sampled_nodes_per_hop is not None
+        if trimmed and edge_weight is not None and edge_attr is not None:
             raise ValueError("edge_attr: got edge_weight too, expected at most one of them where layers are trimmed")
-        if x.dim() != 2 or x.size(1) != self.in_channels:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, expected (number of nodes, {self.in_channels})")
-        Graph(edge_index, x.size(0), x.size(0), {})  # checks the edges, also for the dense control
-        decision = None if self.shared_router is None else self.decide(x, edge_index, batch)
+        if trimmed and isinstance(edge_index, Graph):
+            raise ValueError("edge_index: got a Graph, expected (2, number of edges) where layers are trimmed")
+        self._check_edge_args(edge_weight, edge_attr)
+        graph = self._graph(x, edge_index, edge_weight, edge_attr)
+        decision = None if self.shared_router is None else self.decide(x, graph, batch)
         routings = [] if decision is None else [decision]
         x = self.input_dropout(x)
         if self.lin_in is not None:
             x = self.lin_in(x)
         xs: list[Tensor] = []
+        value = edge_weight if edge_weight is not None else edge_attr
         for layer in range(self.num_layers):
-            if num_sampled_nodes_per_hop is not None:
-                edge_value = edge_weight if edge_weight is not None else edge_attr
-                x, edge_index, edge_value = self._trim(
-                    layer, num_sampled_nodes_per_hop, num_sampled_edges_per_hop, x, edge_index, edge_value
+            if trimmed:
+                x, edge_index, value = self._trim(
+                    layer, num_sampled_nodes_per_hop, num_sampled_edges_per_hop, x, edge_index, value
                 )
-                edge_weight = edge_value if edge_weight is not None else None
-                edge_attr = edge_value if edge_attr is not None else None
-                if batch is not None:
-                    batch = batch[: x.size(0)]
+                own = {} if value is None else {"edge_weight" if edge_weight is not None else "edge_attr": value}
+                graph = Graph(edge_index, x.size(0), **own)
+                batch = None if batch is None else batch[: x.size(0)]
             followed = None if decision is None else decision.first(x.size(0))
-            x, routing = self._conv(layer, x, edge_index, edge_weight, edge_attr, batch, followed)
-            if routing is not None and decision is None:
-                routings.append(routing)
-            x = self._after(layer, x, batch, batch_size)
+            conv = self.convs[layer]
+            if isinstance(conv, MoEConv):
+                out, routing = conv(x, graph, batch=batch, routing=followed, return_routing=True)
+                if decision is None:
+                    routings.append(routing)
+            else:
+                out = conv(x, graph.adj, **graph.args_for(conv))
+            if layer < len(self.residuals):
+                out = out + self.residuals[layer](x)
+            x = self._after(layer, out, batch, batch_size)
             xs.append(x)
         if hasattr(self, "jk"):
             x = self.jk([h[: x.size(0)] for h in xs])  # trimming leaves the later layers fewer nodes
         x = self.lin(x) if hasattr(self, "lin") else x
         return (x, routings) if return_routing else x
 
-    def _conv(
-        self,
-        layer: int,
-        x: Tensor,
-        edge_index: Adj,
-        edge_weight: Tensor | None,
-        edge_attr: Tensor | None,
-        batch: Tensor | None,
-        decision: Routing | None,
-    ) -> tuple[Tensor, Routing | None]:
-        """One conv and its residual."""
-        conv = self.convs[layer]
-        given = {"edge_weight": edge_weight, "edge_attr": edge_attr}
-        edge_args = {name: value for name, value in given.items() if value is not None}
-        routing = None
-        if isinstance(conv, MoEConv):
-            out, routing = conv(x, edge_index, **edge_args, batch=batch, routing=decision, return_routing=True)
-        else:
-            out = conv(x, edge_index, **self._taken(conv, edge_args))
-        if layer < len(self.residuals):
-            out = out + self.residuals[layer](x)
-        return out, routing
-
-    def _taken(self, conv: MessagePassing, edge_args: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a plain conv takes; of several kinds of experts, the first may take less than the others."""
-        names = parameters_of(conv)
-        known = names.union(*(c.edge_names if isinstance(c, MoEConv) else parameters_of(c) for c in self.convs))
-        for name in edge_args:
-            if name not in known:
+    def _check_edge_args(self, edge_weight: Tensor | None, edge_attr: Tensor | None) -> None:
+        """Of several kinds of experts, some take less than the others, but some conv of the model takes each."""
+        for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
+            if value is not None and not any(
+                name in (conv.edge_names if isinstance(conv, MoEConv) else parameters_of(conv)) for conv in self.convs
+            ):
                 raise ValueError(f"{name}: got a tensor, but no conv of the model takes it")
-        return {name: value for name, value in edge_args.items() if name in names}
 
     def _after(self, layer: int, x: Tensor, batch: Tensor | None, batch_size: int | None) -> Tensor:
-        """Normalisation, activation and dropout, on all but an output conv."""
+        """Normalization, activation and dropout, on all but an output conv."""
         if layer == self.num_layers - 1 and self.jk_mode is None:
             return x
         if self.act is not None and self.act_first:
@@ -358,8 +324,140 @@ class GNNMoE(LayerwiseInference, BasicGNN):
             x = self.act(x)
         return self.dropout(x)
 
+    @torch.no_grad()
+    def inference(
+        self,
+        loader: NodeLoader | Data,
+        device: torch.device | str | None = None,
+        embedding_device: torch.device | str = "cpu",
+        progress_bar: bool = False,
+        cache: bool = False,
+        *,
+        batch_size: int | None = None,
+        return_routing: bool = False,
+    ) -> Any:
+        """Logits of all nodes, layer by layer in chunks, without gradients: equal to the forward on the whole graph.
+
+        Each layer routes once over all nodes, so that no node's experts depend on its chunk, and GCN's degrees are
+        those of the whole graph. Call :meth:`eval` first, as for any evaluation.
+
+        Args:
+            loader: a node loader, of which the graph and the batch size are taken (not what it samples), or the graph:
+                ``x``, ``edge_index``, and, where they are there and the convs take them, ``edge_weight``, ``edge_attr``
+                and ``batch``.
+            device: where chunks are computed (default: where the model is).
+            embedding_device: where the features of all nodes are kept (default ``"cpu"``).
+            progress_bar: show one (default ``False``).
+            cache: keep the chunks between layers (default ``False``).
+            batch_size: nodes a chunk (default: the loader's, or 1,024).
+            return_routing: return the routings too, as :meth:`forward` does.
+
+        Raises:
+            RuntimeError: a conv that looks further than one hop, such as ``ChebConv``.
+        """
+        data: Any = loader if isinstance(loader, Data) else loader.data
+        if not isinstance(data, Data) or data.x is None or data.edge_index is None:
+            raise ValueError(f"loader: got one over {type(data).__name__}, expected a Data with x and edge_index")
+        if batch_size is None:
+            batch_size = 1024 if isinstance(loader, Data) else int(loader.batch_size or 1)
+        check_count("batch_size", batch_size)
+        home = torch.device(embedding_device)
+        own = next(self.parameters()).device if device is None else torch.device(device)
+        graph = self._graph(data.x, data.edge_index, data.get("edge_weight"), data.get("edge_attr"))
+        chunks = NodeChunks(graph, batch_size, own, cache)
+        x, batch = data.x.to(home), data.get("batch")
+        check_batch(batch, x.size(0))
+        batch = None if batch is None else batch.to(own)
+
+        def rows(module: nn.Module | None, x: Tensor) -> Tensor:
+            if module is None or isinstance(module, nn.Identity):
+                return x
+            return torch.cat([module(part.to(own)).to(home) for part in x.split(batch_size)])
+
+        routings: list[Routing] = []
+        decision = None
+        if self.shared_router is not None:
+            near = chunks if graph.is_sparse else chunks.in_flow(self.flow)
+            means = self._means(x, lambda h: near.map(lambda x, part, _: part.mean(x), h))
+            view = router_view(self.router_input, x, means, near.graph).to(own)
+            decision = self.shared_router(view, batch, near.graph.edge_index.to(own))
+            routings.append(decision)
+        x, xs = rows(self.lin_in, x), []
+        for layer in tqdm(range(self.num_layers), desc="Layers", disable=not progress_bar):
+            conv = self.convs[layer]
+            if isinstance(conv, MoEConv):
+                out, routing = conv.forward_chunked(x, chunks, batch, decision)
+                if decision is None:
+                    routings.append(routing)
+            else:
+                out = _dense_chunked(conv, x, chunks)
+            if layer < len(self.residuals):
+                out = out + rows(self.residuals[layer], x)
+            # all nodes at once, since some norms look at all of them
+            x = self._after(layer, out.to(own), batch, None).to(home)
+            xs.append(x)
+        if hasattr(self, "jk"):
+            x = self.jk([h.to(own) for h in xs]).to(home)
+        x = rows(getattr(self, "lin", None), x)
+        return (x, routings) if return_routing else x
+
+    def inference_per_layer(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refused: the experts of a chunk's nodes are decided among all nodes.
+
+        Raises:
+            RuntimeError: always; call :meth:`inference`.
+        """
+        raise RuntimeError("inference_per_layer: a chunk cannot be routed by itself; call inference")
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.in_channels}, {self.hidden_channels}, {self.out_channels}, "
-            f"num_layers={self.num_layers}, routing={self.routing!r})"
+            f"num_layers={self.num_layers}, shared_router={self.shared_router is not None})"
         )
+
+
+def _dense_chunked(conv: Any, x: Tensor, chunks: NodeChunks) -> Tensor:
+    """A plain conv, some nodes at a time; GCN with the degrees of the whole graph.
+
+    Raises:
+        RuntimeError: it looks further than one hop.
+    """
+    if not looks_one_hop(conv, x.size(1)):
+        raise RuntimeError(
+            f"inference: {type(conv).__name__} looks further than one hop, so that it has no layer-wise inference; "
+            "call the model on the whole graph"
+        )
+    chunks = chunks.in_flow(conv.flow)
+    if not isinstance(conv, GCNConv) or not conv.normalize:
+        return chunks.map(lambda x, part, _: conv(x, part.adj, **part.args_for(conv)), x)
+    plain = copy.copy(conv)  # another thread may be running the conv itself
+    plain.__dict__.pop("propagate", None)
+    plain.normalize, plain.flow = False, "source_to_target"
+
+    def compute(x: Tensor, part: Graph, _: slice) -> Tensor:
+        edges, weight = part.normalized(conv.improved, conv.add_self_loops, x.dtype)
+        out: Tensor = plain(x, torch.stack([edges.sender, edges.receiver]), weight)
+        return out
+
+    return chunks.map(compute, x)
+
+
+class DenseLayers:
+    """The convs of a dense GNN, layer by layer, as factories of copies.
+
+    Args:
+        model: the dense GNN.
+        upcycle: copy the parameters too.
+    """
+
+    def __init__(self, model: BasicGNN, upcycle: bool) -> None:
+        self.model = model
+        self.upcycle = upcycle
+
+    def of(self, layer: int) -> CopyOf:
+        """A factory of copies of one layer."""
+        return CopyOf(self.model.convs[layer], self.upcycle)
+
+    def __call__(self, in_channels: Any, out_channels: int) -> Any:
+        """The first layer, for what asks for any."""
+        return self.of(0)(in_channels, out_channels)

@@ -29,17 +29,17 @@ SMALL_FFN = ["ffn", "--tokens", "64", "--width", "16", "--hidden", "24"]
 SMALL_VIT = ["vit", "--batch", "2", "--image", "8", "--layers", "2", "--heads", "2", "--dim", "8", "--hidden", "6"]
 
 
-def test_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     now, order = [0.0], list[str]()
     monkeypatch.setattr("experiments.timing.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("experiments.timing.time.process_time", lambda: 2 * now[0])
 
-    def arm(name: str, seconds: float) -> None:
+    def variant(name: str, seconds: float) -> None:
         order.append(name)
         now[0] += seconds
 
-    arms = {"a": lambda: arm("a", 1.0), "b": lambda: arm("b", 3.0), "c": lambda: arm("c", 5.0)}
-    found = timing.take_turns(arms, repeats=2, device=torch.device("cpu"))
+    variants = {"a": lambda: variant("a", 1.0), "b": lambda: variant("b", 3.0), "c": lambda: variant("c", 5.0)}
+    found = timing.take_turns(variants, repeats=2, device=torch.device("cpu"))
     assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
     assert found["b"]["wall"] == {"median": 3.0, "min": 3.0, "max": 3.0, "values": [3.0, 3.0]}
     assert found["c"]["cpu"]["median"] == 10.0
@@ -73,11 +73,11 @@ def test_conv_benchmark(conv: str, tmp_path: Path, capsys: pytest.CaptureFixture
     kinds = ["masked"] if heads else ["masked", "HeteroLinear"]
     others = [f"{kind} {pair}" for pair in pairs for kind in kinds]
     names = [["dense", *(f"MoEConv {pair}" for pair in pairs), *others] for _ in forms]
-    assert list(found["arms"]) == [
+    assert list(found["variants"]) == [
         f"{name}, {form}" for form, group in zip(forms, names, strict=True) for name in group
     ]
-    for name, figures in found["arms"].items():
-        dense = found["arms"]["dense, " + name.rsplit(", ", 1)[1]]
+    for name, figures in found["variants"].items():
+        dense = found["variants"]["dense, " + name.rsplit(", ", 1)[1]]
         assert figures["ratio"]["wall"] == figures["wall"]["median"] / dense["wall"]["median"]
         assert len(figures["cpu"]["values"]) == 2
         assert figures["flops"] > 0
@@ -105,7 +105,7 @@ def test_ffn_benchmark(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     options = ["--experts", "2", "4", "--ks", "1", "3", "--precisions", "bf16", "--backends", "auto", "padded"]
     main([*SMALL_FFN, *options, "--no-peers", "--repeats", "1", "--json", str(path)])
-    found = json.loads(path.read_text())["arms"]
+    found = json.loads(path.read_text())["variants"]
     pairs = {1: ["E=2 K=1", "E=4 K=1"], 3: ["E=4 K=3"]}
     ours = {k: [f"gmoe {way} {pair}, bf16" for pair in pairs[k] for way in ("auto", "padded")] for k in pairs}
     assert list(found) == [name for k in pairs for name in (f"dense K={k}, bf16", *ours[k], f"dense K={k}, fp32")]
@@ -117,16 +117,16 @@ def test_ffn_benchmark(tmp_path: Path) -> None:
 def test_ffn_benchmark_with_peers(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     main([*SMALL_FFN, "--repeats", "1", "--json", str(path)])
-    names = json.loads(path.read_text())["arms"]
+    names = json.loads(path.read_text())["variants"]
     assert {"gmoe auto E=8 K=2, fp32", "loop with nonzero E=8 K=2, fp32"} <= set(names)
-    for module, arm in (
+    for module, variant in (
         ("transformers", "Mixtral eager"),
         ("transformers", "Mixtral grouped_mm"),
         ("pytorch_mixtures", "pytorch-mixtures"),
         ("st_moe_pytorch", "st-moe-pytorch"),
         ("tutel", "Tutel"),
     ):
-        assert (f"{arm} E=8 K=2, fp32" in names) == (importlib.util.find_spec(module) is not None)
+        assert (f"{variant} E=8 K=2, fp32" in names) == (importlib.util.find_spec(module) is not None)
 
 
 def test_a_peer_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +139,12 @@ def test_a_peer_that_computes_something_else_is_found(monkeypatch: pytest.Monkey
 def test_vit_benchmark(options: list[str], tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     main([*SMALL_VIT, *options, "--repeats", "1", "--json", str(path)])
-    found = json.loads(path.read_text())["arms"]
+    found = json.loads(path.read_text())["variants"]
     assert list(found) == ["dense", "loop with nonzero", "loop", "padded", "grouped"]
-    assert all(arm["ratio"]["cpu"] == arm["cpu"]["median"] / found["dense"]["cpu"]["median"] for arm in found.values())
+    assert all(
+        variant["ratio"]["cpu"] == variant["cpu"]["median"] / found["dense"]["cpu"]["median"]
+        for variant in found.values()
+    )
 
 
 def test_loop_with_nonzero_equals_the_layer() -> None:
@@ -161,23 +164,23 @@ def test_ways_to_run_a_vit_that_differ_are_found(monkeypatch: pytest.MonkeyPatch
         main([*SMALL_VIT, "--repeats", "1"])
 
 
-@pytest.mark.parametrize("options", [[], ["--no-naive"], ["--no-naive", "--no-pool"]])
+@pytest.mark.parametrize("options", [[], ["--no-naive"], ["--no-naive", "--no-group"]])
 def test_vote_benchmark(options: list[str], tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     main(["vote", "--tokens", "50", "--edges", "90", "--width", "6", *options, "--repeats", "1", "--json", str(path)])
-    arms = json.loads(path.read_text())["arms"]
-    assert list(arms) == [
+    variants = json.loads(path.read_text())["variants"]
+    assert list(variants) == [
         "GATConv",
         *(["naive votes"] if not options else []),
-        *(["votes in blocks"] if "--no-pool" not in options else []),
-        "votes of neighbours",
-        *(["AttentionVote, pool"] if "--no-pool" not in options else []),
-        "AttentionVote, neighbours",
+        *(["votes in blocks"] if "--no-group" not in options else []),
+        "votes of neighbors",
+        *(["AttentionVote, group"] if "--no-group" not in options else []),
+        "AttentionVote, neighbors",
     ]
 
 
 def test_votes_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.benchmark.vote.pool", lambda *_: torch.ones(50, 8))
+    monkeypatch.setattr("experiments.benchmark.vote.in_blocks", lambda *_: torch.ones(50, 8))
     with pytest.raises(AssertionError, match="not close"):
         main(["vote", "--tokens", "50", "--edges", "90", "--width", "6"])
 
@@ -188,10 +191,12 @@ def test_router_benchmark(layer: str, tmp_path: Path) -> None:
     sizes = ["--layer", layer, "--tokens", "40", "--edges", "60", "--width", "8", "--hidden", "12", "--experts", "3"]
     routers = ["token_choice", "random", "uniform"]
     main(["router", *sizes, "--routers", *routers, "--ks", "1", "2", "--repeats", "1", "--json", str(path)])
-    arms = json.loads(path.read_text())["arms"]
-    assert list(arms) == [f"{what}, {name} K={k}" for k in (1, 2) for name in routers for what in ("layer", "router")]
-    for name, figures in arms.items():
-        whole = arms[name.replace("router, ", "layer, ")]
+    variants = json.loads(path.read_text())["variants"]
+    assert list(variants) == [
+        f"{what}, {name} K={k}" for k in (1, 2) for name in routers for what in ("layer", "router")
+    ]
+    for name, figures in variants.items():
+        whole = variants[name.replace("router, ", "layer, ")]
         assert figures["ratio"]["wall"] == figures["wall"]["median"] / whole["wall"]["median"]
 
 
@@ -199,10 +204,10 @@ def test_train_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     path = tmp_path / "found.json"
     presets = ["--presets", "digits", "digits-graph", "cora", "--data-root", str(tmp_path)]
     main(["train", *presets, "--batches", "2", "--repeats", "2", "--json", str(path)])
-    found = json.loads(path.read_text())["arms"]
+    found = json.loads(path.read_text())["variants"]
     assert {name: figures["batches"] for name, figures in found.items()} == {"digits": 2, "digits-graph": 1}
     for figures in found.values():
-        assert list(figures["parts"]) == ["data", "forward", "backward", "optimiser", "rest"]
+        assert list(figures["parts"]) == ["data", "forward", "backward", "optimizer", "rest"]
         assert sum(figures["share"].values()) == pytest.approx(1.0)
         assert min(figures["parts"].values()) >= 0
         assert len(figures["wall"]["values"]) == 2

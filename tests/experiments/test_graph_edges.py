@@ -23,7 +23,7 @@ CSR_CASES: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("gin",), {}),
     (("mlp", "sage"), {}),
     (("low_pass", "identity", "high_pass", "two_hop"), {"experts": 4}),
-    (("gcn", "graph"), {"shared_expert": True, "routing": "shared"}),
+    (("gcn", "graph"), {"shared_expert": True, "shared_router": True}),
 ]
 
 
@@ -35,7 +35,7 @@ def test_a_matrix_gives_the_logits_of_edge_index(
     conv: tuple[str, ...], changes: dict[str, Any], edges: dict[str, Any], router: Any, weights: bool
 ) -> None:
     graph = make_graph(weights=weights, simple=True)
-    config = make_config(conv=conv, router=router, route_on=("both", "degree"), **changes, **edges)
+    config = make_config(conv=conv, router=router, router_input=("node", "neighbors", "degree"), **changes, **edges)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "edge_weight: made has some")
         csr, plain = (make_task(replace(config, adjacency=form), graph) for form in ("csr", "edge_index"))
@@ -57,15 +57,15 @@ def test_a_matrix_with_self_loops(conv: str) -> None:
 
 @pytest.mark.parametrize("conv", [("gcn",), ("sage", "low_pass")])
 def test_self_loops_are_not_doubled(conv: tuple[str, ...]) -> None:
-    """PyG's normalisation adds a self-loop to each node of a matrix, of edge_index only where there is none."""
+    """PyG's normalization adds a self-loop to each node of a matrix, of edge_index only where there is none."""
     config = make_config(conv=conv, self_loops=True)
     (batch,) = make_task(config, make_graph(simple=True)).loader("val", 1, None)
     assert not batch.inputs[1].is_sparse_csr
     with pytest.raises(ValueError, match=r"adjacency: got 'csr', expected .* because of self-loops"):
         make_task(replace(config, adjacency="csr"), make_graph(simple=True))
     if conv == ("gcn",):  # which has them anyway
-        bare = make_task(replace(config, self_loops=False, route_on=("input",)), make_graph(simple=True))
-        config = replace(config, route_on=("input",))
+        bare = make_task(replace(config, self_loops=False, router_input=("node",)), make_graph(simple=True))
+        config = replace(config, router_input=("node",))
         looped = make_task(config, make_graph(simple=True))
         torch.testing.assert_close(logits_of(config, looped), logits_of(config, bare))
 

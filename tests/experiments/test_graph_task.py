@@ -79,7 +79,7 @@ def test_shuffling_follows_the_seed(sampling: Any) -> None:
         ("gatv2", {"edge_features": True, "undirected": True, "self_loops": True}),
     ],
 )
-def test_all_neighbours_give_the_logits_of_the_whole_graph(conv: str, changes: dict[str, Any]) -> None:
+def test_all_neighbors_give_the_logits_of_the_whole_graph(conv: str, changes: dict[str, Any]) -> None:
     """Of convs that look at no degrees; edge weights (of graph) and edge features come along."""
     graph = make_graph(weights=conv == "graph", attr=conv.startswith("gat"))
     config = make_config(router="dense", conv=(conv,), sampling="neighbor", fanout=(-1, -1), **changes)
@@ -132,7 +132,7 @@ def test_random_parts_are_induced() -> None:
         (("gatv2",), {"edge_features": True}),
         (("gat",), {}),  # with edge features that it is not to see
         (("gatv2",), {}),
-        (("graph", "sage"), {"routing": "shared", "route_on": ("both", "degree")}),
+        (("graph", "sage"), {"shared_router": True, "router_input": ("node", "neighbors", "degree")}),
         (("low_pass", "high_pass", "identity", "mlp"), {"experts": 4, "jk": "last"}),
     ],
 )
@@ -162,10 +162,10 @@ def _double(data: Any) -> Data:
 
 
 @pytest.mark.parametrize("binary", [False, True])
-@pytest.mark.parametrize("label_use", [0.5, 0.999])
-def test_label_use_gives_no_label_away_that_the_loss_is_on(binary: bool, label_use: float) -> None:
+@pytest.mark.parametrize("label_reuse", [0.5, 0.999])
+def test_label_reuse_gives_no_label_away_that_the_loss_is_on(binary: bool, label_reuse: float) -> None:
     graph = make_graph(binary=binary)
-    config = make_config(label_use=label_use)
+    config = make_config(label_reuse=label_reuse)
     task = make_task(config, graph)
     split, width = make_split(), graph.data.x.size(1)
     assert task.in_channels == width + CLASSES
@@ -188,7 +188,7 @@ def test_label_use_gives_no_label_away_that_the_loss_is_on(binary: bool, label_u
         (again,) = task.loader("train", 1, seed)
         assert torch.equal(again.inputs[0], batch.inputs[0])
     assert len(set(drawn)) > 10
-    if label_use == 0.5:
+    if label_reuse == 0.5:
         assert 0.3 < np.mean([len(rows) for rows in drawn]) / len(train) < 0.7
     for part in PARTS[1:]:
         (batch,) = task.loader(part, 1, None)
@@ -200,6 +200,8 @@ def test_label_use_gives_no_label_away_that_the_loss_is_on(binary: bool, label_u
         assert torch.equal(batch.rows, split[part])
 
 
-def test_label_use_does_not_go_with_layerwise_evaluation() -> None:
-    with pytest.raises(ValueError, match=r"label_use: got 0.5 with evaluation='layerwise', expected evaluation='full'"):
-        make_task(make_config(label_use=0.5, evaluation="layerwise"))
+def test_label_reuse_does_not_go_with_layerwise_evaluation() -> None:
+    with pytest.raises(
+        ValueError, match=r"label_reuse: got 0.5 with evaluation='layerwise', expected evaluation='full'"
+    ):
+        make_task(make_config(label_reuse=0.5, evaluation="layerwise"))

@@ -64,7 +64,7 @@ def test_each_paper_counts_once(mag: GraphData, sampling: Any, evaluation: Any, 
 
 
 @pytest.mark.parametrize("router", ["dense", "token_choice"])
-def test_all_neighbours_give_the_logits_of_the_whole_graph(mag: GraphData, router: Any) -> None:
+def test_all_neighbors_give_the_logits_of_the_whole_graph(mag: GraphData, router: Any) -> None:
     config = make_config(router=router, sampling="neighbor", evaluation="sampled", fanout=(-1, -1))
     task = make_task(mag, config)
     model = build_model(config, task).eval()
@@ -147,7 +147,7 @@ def test_relations_have_reverses(mag: GraphData, undirected: bool) -> None:
     [
         ({"sampling": "random_node"}, "sampling: got 'random_node' for ogbn-mag, expected one of 'full', 'neighbor'"),
         ({"evaluation": "layerwise"}, "evaluation: got 'layerwise' for ogbn-mag, expected one of 'full', 'sampled'"),
-        ({"label_use": 0.5}, "label_use: got 0.5 for ogbn-mag, expected one of 0.0"),
+        ({"label_reuse": 0.5}, "label_reuse: got 0.5 for ogbn-mag, expected one of 0.0"),
         ({"edge_features": True}, "edge_features: got True for ogbn-mag, expected one of False"),
         ({"adjacency": "csr"}, "adjacency: got 'csr' for ogbn-mag, expected one of 'auto', 'edge_index'"),
     ],
@@ -161,11 +161,11 @@ def test_refused(mag: GraphData, changes: dict[str, Any], message: str) -> None:
     ("changes", "name"),
     [
         ({"conv": ("gcn",)}, "conv"),
-        ({"routing": "shared"}, "routing"),
+        ({"shared_router": True}, "shared_router"),
         ({"shared_expert": True}, "shared_expert"),
         ({"jk": "last"}, "jk"),
-        ({"route_on": ("degree",)}, "route_on"),
-        ({"route_on": ("input", "degree")}, "route_on"),
+        ({"router_input": ("degree",)}, "router_input"),
+        ({"router_input": ("node", "degree")}, "router_input"),
     ],
 )
 def test_models_that_are_refused(mag: GraphData, changes: dict[str, Any], name: str) -> None:

@@ -161,7 +161,7 @@ def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(seen[0].flatten(1).mean(1).round(decimals=2).unique()) > 1
 
 
-def test_a_control_with_scaled_mlps(tmp_path: Path) -> None:
+def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
     root = write_images(tmp_path / "data")
     sizes: dict[str, Any] = {"layers": 3, "patch": 4, "dim": 8, "vit_heads": 2, "hidden": 8, "experts": 2}
     config = TrainConfig(dataset="images", data_root=root, router="dense", every=2, **sizes)
@@ -230,7 +230,7 @@ def test_a_broken_file_is_named_and_skipped_on_request(tmp_path: Path, capsys: p
     assert "images: 23 + 9 images" in capsys.readouterr().out
 
 
-def test_grey_images_and_an_empty_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gray_images_and_an_empty_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_images(tmp_path / "data")
     for path in root.glob("*/a/*.png"):
         Image.open(path).convert("L").save(path)

@@ -192,7 +192,7 @@ def test_blocks_by_number(tmp_path: Path) -> None:
     assert kinds == ["MoE", "MLPBlock", "MLPBlock", "MoE"]
 
 
-def test_a_control_of_chosen_blocks() -> None:
+def test_a_baseline_of_chosen_blocks() -> None:
     config = replace(DIGITS, moe_blocks=(0, 3), router="dense", equal="parameters", equal_to="expert_choice")
     task = load_tasks(config)(0)
     ratio = matched_ratio(config, task, build_model(config, task))
@@ -201,7 +201,7 @@ def test_a_control_of_chosen_blocks() -> None:
 
 def test_older_runs_had_the_defaults() -> None:
     there = DIGITS_GRAPH.science()
-    del there["ema"], there["routing"]
+    del there["ema"], there["shared_router"]
     assert replace(DIGITS_GRAPH).differences(there) == {}
     assert replace(DIGITS_GRAPH, ema=0.5).differences(there) == {"ema": (0.0, 0.5)}
     assert replace(DIGITS_GRAPH).differences(there | {"k": 2, "gone": 1}) == {"k": (2, 1), "gone": (1, None)}

@@ -125,13 +125,13 @@ def test_another_version_needs_a_yes(root: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=r"ogbn_arxiv is of another version, since RELEASE_v1.txt is not there; pass"):
         load_ogb("ogbn-arxiv", root)
     with pytest.raises(FileNotFoundError, match=r"offline, and RELEASE_v1.txt missing"):
-        load_ogb("ogbn-arxiv", root, offline=True, yes=True)
+        load_ogb("ogbn-arxiv", root, offline=True, allow_large_downloads=True)
     with monkeypatch.context() as patch:
         patch.setattr(ogb_files, "urlopen", failing)
         with pytest.raises(FileNotFoundError, match="failed"):
-            load_ogb("ogbn-arxiv", root, yes=True)
+            load_ogb("ogbn-arxiv", root, allow_large_downloads=True)
     assert (layout.folder / "RELEASE_v0.txt").exists()  # a failed download costs nothing
-    load_ogb("ogbn-arxiv", root, yes=True)
+    load_ogb("ogbn-arxiv", root, allow_large_downloads=True)
     assert layout.release.exists()
     assert not (layout.folder / "RELEASE_v0.txt").exists()
 
@@ -173,16 +173,18 @@ def test_size_is_asked_for_first(served: Path, tmp_path: Path, monkeypatch: pyte
         return 1.2
 
     monkeypatch.setattr(ogb_files, "download_size", large)
-    with pytest.raises(ValueError, match=r"a download of 1.20 GB to .*, more than 1 GB; pass --yes to start it"):
+    with pytest.raises(
+        ValueError, match=r"a download of 1.20 GB to .*, more than 1 GB; pass --allow-large-downloads to start it"
+    ):
         load_ogb("ogbn-arxiv", tmp_path / "new")
     assert asked == [url]
-    graph, _ = load_ogb("ogbn-arxiv", tmp_path / "new", yes=True)
+    graph, _ = load_ogb("ogbn-arxiv", tmp_path / "new", allow_large_downloads=True)
     assert graph.num_nodes == NODES
 
 
 def test_products_are_large_even_where_the_server_does_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ogb_files, "urlopen", failing)
-    with pytest.raises(ValueError, match=r"ogbn-products: a download of 1.38 GB .* pass --yes"):
+    with pytest.raises(ValueError, match=r"ogbn-products: a download of 1.38 GB .* pass --allow-large-downloads"):
         load_ogb("ogbn-products", tmp_path)
 
 
@@ -192,7 +194,7 @@ def test_offline(root: Path, tmp_path: Path, name: OGBName) -> None:
     load_ogb(name, root, offline=True)
     empty = tmp_path / "empty"
     with pytest.raises(FileNotFoundError) as caught:
-        load_ogb(name, empty, offline=True, yes=True)
+        load_ogb(name, empty, offline=True, allow_large_downloads=True)
     layout = layout_of(name, empty)
     for path in (layout.release, *layout.tables, *layout.headed):
         assert str(path.relative_to(layout.folder)) in str(caught.value)

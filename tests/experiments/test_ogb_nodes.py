@@ -266,9 +266,9 @@ def test_overlapping_split_is_refused(root: Path) -> None:
 def test_missing_file_is_named(root: Path, name: OGBName, file: str) -> None:
     folder = layout_of(name, root).folder
     (folder / f"{file}.csv.gz").unlink()
-    for yes in (False, True):
+    for allowed in (False, True):
         with pytest.raises(FileNotFoundError, match=rf"{name}: {file}.csv.gz missing in {folder}; put .* or delete"):
-            load_ogb(name, root, yes=yes)
+            load_ogb(name, root, allow_large_downloads=allowed)
 
 
 class Foreign:

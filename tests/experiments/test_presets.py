@@ -23,13 +23,13 @@ from experiments.studies import STUDIES
 from gmoe import Router
 
 RUNS: dict[str, TrainConfig] = {name: config for name, (_, config) in PRESETS.items()} | {
-    f"{name}/{arm.name}": arm.config for name, study in STUDIES.items() for arm in study.arms
+    f"{name}/{variant.name}": variant.config for name, study in STUDIES.items() for variant in study.variants
 }
 RUNS |= {
     f"{name} --router {router} --k {k}": replace(PRESETS[name][1], router=router, k=k)
     for name, router, k in product(("digits", "cora"), get_args(RouterName), (1, 2))
 }
-PINNED = {"k", "every", "route_on", "shared_expert", "local", "weight", "balance"}
+PINNED = {"k", "every", "router_input", "shared_expert", "local", "weight", "balance"}
 EXPECTED = json.loads((Path(__file__).parent / "resolved.json").read_text())
 """Arguments of the models and their routers: ``common`` by class and by router, and what a run has in its place."""
 

@@ -69,7 +69,7 @@ def test_a_constant_says_nothing() -> None:
     assert alignment(other, {"constant": constant}) == {"constant": 0.0, "shuffled": 0.0}
 
 
-def test_unlabelled_nodes_are_left_out() -> None:
+def test_unlabeled_nodes_are_left_out() -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(3, (4000,), generator=generator).where(torch.rand(4000, generator=generator) < 0.3, -1)
     edges = torch.randint(4000, (2, 20_000), generator=generator)

@@ -1,4 +1,4 @@
-"""Sweeps skip what is finished, and their arms are what they say."""
+"""Sweeps skip what is finished, and their variants are what they say."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import experiments.sweep
 from experiments.build import build_model, flops, matched_width, num_parameters
 from experiments.data import load_tasks
 from experiments.presets import DIGITS, DIGITS_GRAPH, MOSAIC
-from experiments.studies import STUDIES, Arm, Study
+from experiments.studies import STUDIES, Study, Variant
 from experiments.sweep import SweepConfig, main, sweep
 from tests.experiments.user_data import write_npz
 
@@ -24,22 +24,22 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     base = replace(DIGITS_GRAPH, epochs=1, seeds=(0,), hidden=4)
     study = Study(
         about="a test",
-        arms=(
-            Arm(name="dense", label="dense", config=replace(base, router="dense")),
-            Arm(name="dense-4x", label="wide", config=replace(base, router="dense", hidden=16)),
-            Arm(name="moe", label="MoE", config=base),
+        variants=(
+            Variant(name="dense", label="dense", config=replace(base, router="dense")),
+            Variant(name="dense-4x", label="wide", config=replace(base, router="dense", hidden=16)),
+            Variant(name="moe", label="MoE", config=base),
         ),
     )
     monkeypatch.setitem(STUDIES, "tiny", study)
 
 
 @pytest.mark.usefixtures("tiny")
-def test_finished_arms_are_skipped(
+def test_finished_variants_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["tiny", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--no-progress"]
     main([*args, "--only", "dense"])
-    assert [a["arm"] for a in json.loads((tmp_path / "results" / "tiny.json").read_text())["arms"]] == [
+    assert [a["variant"] for a in json.loads((tmp_path / "results" / "tiny.json").read_text())["variants"]] == [
         "dense",
         "dense-4x",
     ]
@@ -58,7 +58,7 @@ def test_finished_arms_are_skipped(
 
 
 @pytest.mark.usefixtures("tiny")
-def test_an_arm_of_the_result_file_is_finished_only_with_its_configuration(
+def test_a_variant_of_the_result_file_is_finished_only_with_its_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ["tiny", "--results", str(tmp_path / "results"), "--no-progress"]
@@ -68,14 +68,16 @@ def test_an_arm_of_the_result_file_is_finished_only_with_its_configuration(
     main([*args, "--runs", str(tmp_path / "elsewhere")])
     assert json.loads(path.read_text()) == before
     assert not (tmp_path / "elsewhere").exists()
-    moe = STUDIES["tiny"].arms[2]
-    changed = replace(STUDIES["tiny"], arms=(*STUDIES["tiny"].arms[:2], replace(moe, config=replace(moe.config, k=2))))
+    moe = STUDIES["tiny"].variants[2]
+    changed = replace(
+        STUDIES["tiny"], variants=(*STUDIES["tiny"].variants[:2], replace(moe, config=replace(moe.config, k=2)))
+    )
     monkeypatch.setitem(STUDIES, "tiny", changed)
     main([*args, "--runs", str(tmp_path / "elsewhere")])
     assert [folder.name for folder in (tmp_path / "elsewhere").iterdir()] == ["moe"]
     after = json.loads(path.read_text())
-    assert after["arms"][:2] == before["arms"][:2]
-    assert after["arms"][2]["config"]["k"] == 2
+    assert after["variants"][:2] == before["variants"][:2]
+    assert after["variants"][2]["config"]["k"] == 2
 
 
 def test_a_grid_of_routers_experts_and_k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,14 +100,14 @@ def test_a_grid_of_routers_experts_and_k(tmp_path: Path, capsys: pytest.CaptureF
     path = tmp_path / "grid-digits-graph-seeds-0-1-epochs-1.json"
     study = json.loads(path.read_text())
     names = ["dense", "dense-4x", "random-e1-k1", "random-e4-k1", "random-e4-k2", "uniform-e1", "uniform-e4"]
-    assert [arm["arm"] for arm in study["arms"]] == names
-    assert all(arm["test"]["n"] == 2 for arm in study["arms"])
+    assert [variant["variant"] for variant in study["variants"]] == names
+    assert all(variant["test"]["n"] == 2 for variant in study["variants"])
     assert "| `random`, E=4, K=2 |" in capsys.readouterr().out
     main(
         ["grid", "--preset", "digits-graph", "--routers", "token_choice", "--experts", "4", "4", *more, "--no-progress"]
     )
     added = ["dense", "dense-4x", "token-choice-e4-k1", "token-choice-e4-k2"]
-    assert [arm["arm"] for arm in json.loads(path.read_text())["arms"]] == [*added, *names[2:]]
+    assert [variant["variant"] for variant in json.loads(path.read_text())["variants"]] == [*added, *names[2:]]
 
 
 def test_a_grid_over_your_own_graph(tmp_path: Path) -> None:
@@ -114,20 +116,23 @@ def test_a_grid_over_your_own_graph(tmp_path: Path) -> None:
     more = ["--epochs", "1", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress"]
     main([*args, *more, "--data-root", str(file)])
     study = json.loads((tmp_path / "grid-graph-seeds-0-epochs-1.json").read_text())
-    assert {arm["config"]["file"] for arm in study["arms"]} == {"mine.npz"}
+    assert {variant["config"]["file"] for variant in study["variants"]} == {"mine.npz"}
 
 
 @pytest.mark.usefixtures("tiny")
-def test_an_arm_that_cannot_be_run_does_not_end_the_sweep(
+def test_a_variant_that_cannot_be_run_does_not_end_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dense, wide, moe = STUDIES["tiny"].arms
+    dense, wide, moe = STUDIES["tiny"].variants
     wrong = replace(wide, config=replace(wide.config, norm="nothing"))
-    monkeypatch.setitem(STUDIES, "tiny", replace(STUDIES["tiny"], arms=(dense, wrong, moe)))
+    monkeypatch.setitem(STUDIES, "tiny", replace(STUDIES["tiny"], variants=(dense, wrong, moe)))
     with pytest.raises(SystemExit) as stopped:
         main(["tiny", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress"])
     assert stopped.value.code == 1
-    assert [arm["arm"] for arm in json.loads((tmp_path / "tiny.json").read_text())["arms"]] == ["dense", "moe"]
+    assert [variant["variant"] for variant in json.loads((tmp_path / "tiny.json").read_text())["variants"]] == [
+        "dense",
+        "moe",
+    ]
     shown = capsys.readouterr()
     assert "| MoE |" in shown.out
     assert "dense-4x:" in shown.err
@@ -155,21 +160,21 @@ def test_unknown_study() -> None:
 
 
 @pytest.mark.parametrize("name", ["mosaic", "digits", "digits-graph"])
-def test_arms_have_controls_and_build(name: str) -> None:
+def test_variants_have_baselines_and_build(name: str) -> None:
     study = STUDIES[name]
-    arms = {arm.name: arm.config for arm in study.arms}
-    assert len(arms) == len(study.arms)
-    assert {"dense", "dense-4x", "dense-flops-k1", "dense-parameters", "uniform"} <= set(arms)
-    assert any(config.router == "random" for config in arms.values())
-    assert len({(config.epochs, config.lr, config.seeds) for config in arms.values()}) == 1  # equal effort
-    task = load_tasks(arms["dense"])(0)
-    for config in arms.values():
+    variants = {variant.name: variant.config for variant in study.variants}
+    assert len(variants) == len(study.variants)
+    assert {"dense", "dense-4x", "dense-flops-k1", "dense-parameters", "uniform"} <= set(variants)
+    assert any(config.router == "random" for config in variants.values())
+    assert len({(config.epochs, config.lr, config.seeds) for config in variants.values()}) == 1  # equal effort
+    task = load_tasks(variants["dense"])(0)
+    for config in variants.values():
         if config.equal is None:
             build_model(config, task)
 
 
 @pytest.mark.parametrize("config", [MOSAIC, DIGITS, DIGITS_GRAPH], ids=lambda config: config.dataset)
-def test_dense_controls_cost_what_the_moe_costs(config: Any) -> None:
+def test_dense_baselines_cost_what_the_moe_costs(config: Any) -> None:
     task = load_tasks(config)(0)
     inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
     moe = build_model(config, task)

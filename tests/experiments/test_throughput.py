@@ -13,7 +13,7 @@ from torch_geometric.utils import is_undirected
 
 from experiments.throughput import UNTIMED, ThroughputConfig, Turn, figures, main, power_law_graph, turn
 
-ARMS = ["sampler", "loader", "loader, 1 worker", "RandomNodeLoader"]
+VARIANTS = ["sampler", "loader", "loader, 1 worker", "RandomNodeLoader"]
 TRAINING = ["training", "training, 1 worker", "training, RandomNodeLoader"]
 
 
@@ -24,16 +24,16 @@ def test_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = [text for name, value in {**sizes, **lengths}.items() for text in (f"--{name}", str(value))]
     main([*args, "--fanout", "3", "2", "--json", str(path)])
     results = json.loads(path.read_text())
-    assert list(results["arms"]) == ARMS + TRAINING
+    assert list(results["variants"]) == VARIANTS + TRAINING
     assert results["config"]["fanout"] == [3, 2]
     assert results["batch"]["per_epoch"] == 4
     assert results["num_parts"] == round(400 / results["batch"]["nodes"])
-    for name, arm in results["arms"].items():
+    for name, variant in results["variants"].items():
         per_epoch = results["num_parts"] if "Random" in name else 4
-        assert 0 < arm["batch_seconds_min"] <= arm["batch_seconds"] <= arm["batch_seconds_max"]
-        assert arm["epochs_per_second"] == pytest.approx(1 / (per_epoch * arm["batch_seconds"]))
-        assert arm["seeds_per_second"] == pytest.approx(100 * arm["epochs_per_second"])
-        assert 0 < arm["waiting"] < 1
+        assert 0 < variant["batch_seconds_min"] <= variant["batch_seconds"] <= variant["batch_seconds_max"]
+        assert variant["epochs_per_second"] == pytest.approx(1 / (per_epoch * variant["batch_seconds"]))
+        assert variant["seeds_per_second"] == pytest.approx(100 * variant["epochs_per_second"])
+        assert 0 < variant["waiting"] < 1
     assert {"torch", "torch-geometric"} <= set(results["environment"]["versions"])
     assert results["environment"]["threads"] == torch.get_num_threads()
     assert f"RandomNodeLoader makes {results['num_parts']} parts" in " ".join(capsys.readouterr().out.split())

@@ -129,7 +129,7 @@ def test_bad_combinations(tmp_path: Path, capsys: pytest.CaptureFixture[str], ar
 @pytest.mark.parametrize("preset", ["digits", "digits-graph", "mosaic"])
 @pytest.mark.parametrize("router", ["expert_choice", "attention_vote", "multi_centroid"])
 def test_every_preset_that_ships_trains_with_every_router(tmp_path: Path, preset: str, router: str) -> None:
-    args = ("--epochs", "1", "--scope", "neighbours") if router == "attention_vote" and preset != "digits" else ()
+    args = ("--epochs", "1", "--scope", "neighbors") if router == "attention_vote" and preset != "digits" else ()
     summary = quick(tmp_path / "run", "--router", router, "--epochs", "1", *args, preset=preset)
     assert 0 <= summary["test"]["mean"] <= 1
 
@@ -138,7 +138,7 @@ def test_bf16_and_kmeans(tmp_path: Path) -> None:
     summary = quick(tmp_path / "a", "--precision", "bf16-mixed")
     assert summary["test"]["mean"] > BETTER_THAN_CHANCE
     summary = quick(
-        tmp_path / "b", "--router", "multi_centroid", "--routing", "shared", "--kmeans-init", "--num-centroids", "1",
+        tmp_path / "b", "--router", "multi_centroid", "--shared-router", "--kmeans-init", "--num-centroids", "1",
         preset="mosaic",
     )  # fmt: skip
     assert summary["routing"][0]["nmi"]["mean"] > 0.9  # the centroids are the regions before any training
@@ -178,7 +178,7 @@ def test_bad_numbers(args: list[str], message: str, tmp_path: Path, capsys: pyte
     assert message in " ".join((captured.err + captured.out).split())
 
 
-def test_a_control_of_a_moe_with_options(tmp_path: Path) -> None:
+def test_a_baseline_of_a_moe_with_options(tmp_path: Path) -> None:
     args = ("--router", "dense", "--equal", "flops", "--equal-to", "expert_choice", "--capacity-factor", "2")
     summary = quick(tmp_path / "run", *args)
     assert summary["matched"] == pytest.approx(1, abs=0.05)
@@ -216,11 +216,11 @@ def test_every_preset_of_a_graph_runs_on_tiny_files(preset: str, tmp_path: Path,
     "args",
     [
         "--conv low_pass identity high_pass two_hop --experts 4",
-        "--conv gcn mlp --route-on both degree --shared-expert",
+        "--conv gcn mlp --router-input node neighbors degree --shared-expert",
         "--conv gat --heads 2 --evaluation layerwise --batch-size 500",
-        "--routing shared --route-on input degree --route-hops 2 --jk last",
+        "--shared-router --router-input node degree --router-hops 2 --jk last",
         "--sampling neighbor --batch-size 400 --fanout -1 2 --evaluation layerwise",
-        "--label-use 0.5 --self-loops --undirected",
+        "--label-reuse 0.5 --self-loops --undirected",
         "--precision 64-true --conv sage --adjacency csr",
         "--precision 64-true --conv sage --evaluation layerwise --ema 0.5",
         "--precision bf16-mixed --conv gcn --evaluation layerwise",
@@ -269,7 +269,7 @@ def test_what_cannot_be_run_is_an_error_of_one_line(
 
 
 @pytest.mark.parametrize("equal", ["flops", "parameters"])
-def test_controls_of_models_with_heads(equal: str, tmp_path: Path) -> None:
+def test_baselines_of_models_with_heads(equal: str, tmp_path: Path) -> None:
     args = ("--conv", "gat", "--heads", "4", "--hidden", "16", "--router", "dense", "--equal", equal)
     summary = quick(tmp_path / "run", *args, "--epochs", "1")
     assert summary["hidden"] % 4 == 0

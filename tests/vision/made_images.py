@@ -18,16 +18,16 @@ from torchvision.datasets import CIFAR10, Imagenette
 from vision import ImageSource
 
 SHADE = 20
-"""Images of the n-th class are of the colour (n * SHADE, n * SHADE + 1, n * SHADE + 2)."""
+"""Images of the n-th class are of the color (n * SHADE, n * SHADE + 1, n * SHADE + 2)."""
 
 COUNTS = {"cat": 3, "dog": 2, "owl": 4}
 """Training images by class of the fixture ``folder``."""
 
 
-def write_image(path: Path, colour: tuple[int, int, int] = (0, 0, 0), size: tuple[int, int] = (8, 8)) -> Path:
-    """One colour; ``size`` is (width, height)."""
+def write_image(path: Path, color: tuple[int, int, int] = (0, 0, 0), size: tuple[int, int] = (8, 8)) -> Path:
+    """One color; ``size`` is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
     return path
 
 
@@ -42,7 +42,7 @@ def write_photo(path: Path, size: tuple[int, int], seed: int = 0, **kwargs: Any)
 def write_folder(
     root: Path, counts: Mapping[str, int], size: tuple[int, int] = (8, 8), suffix: str = ".png", first: int = 0
 ) -> Path:
-    """``root/<class>/<number>``, classes in the order given, of the colours from ``first`` on."""
+    """``root/<class>/<number>``, classes in the order given, of the colors from ``first`` on."""
     for label, (name, count) in enumerate(counts.items(), start=first):
         (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
@@ -52,7 +52,7 @@ def write_folder(
 
 
 def write_images(root: Path, train: int = 8, test: int = 3, size: int = 8, classes: str = "abc") -> Path:
-    """Classes that differ in colour."""
+    """Classes that differ in color."""
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("test", test)):
         for label, name in enumerate(classes):

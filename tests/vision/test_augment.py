@@ -1,4 +1,4 @@
-"""Augmentation of single images, mixing of batches, normalisation."""
+"""Augmentation of single images, mixing of batches, normalization."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from vision.augment import AugmentKind, make_augment, make_mix, normalise
+from vision.augment import AugmentKind, make_augment, make_mix, normalize
 
 
 def ramp(side: int) -> Tensor:
@@ -72,12 +72,12 @@ def test_standard_resizes_crops_of_large_images() -> None:
 
 def test_randaugment_does_more_than_crop_and_flip() -> None:
     torch.manual_seed(0)
-    grey = torch.full((3, 32, 32), 90, dtype=torch.uint8)
+    gray = torch.full((3, 32, 32), 90, dtype=torch.uint8)
     standard, randaugment = make_augment("standard", 32), make_augment("randaugment", 32)
     assert standard is not None
     assert randaugment is not None
-    assert torch.stack([standard(grey) for _ in range(40)]).unique().tolist() == [0, 90]  # 0 is the padding
-    assert len(torch.stack([randaugment(grey) for _ in range(40)]).unique()) > 4
+    assert torch.stack([standard(gray) for _ in range(40)]).unique().tolist() == [0, 90]  # 0 is the padding
+    assert len(torch.stack([randaugment(gray) for _ in range(40)]).unique()) > 4
 
 
 def test_kinds() -> None:
@@ -120,10 +120,10 @@ def test_illegal_alphas(mixup: float, cutmix: float, name: str) -> None:
         make_mix(mixup, cutmix, 5)
 
 
-def test_normalise() -> None:
+def test_normalize() -> None:
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
-    found = normalise(images, mean, std)
+    found = normalize(images, mean, std)
     assert found.dtype == torch.float32
     expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(found, expected.float())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.vision.made_images import cut, write_photo
-from vision.augment import Augment, make_augment, make_mix, normalise
+from vision.augment import Augment, make_augment, make_mix, normalize
 from vision.batches import batches
 from vision.sources import FileImages, ImageSource, MemoryImages
 
@@ -50,7 +50,7 @@ def test_without_a_seed_in_order_and_unchanged(source: ImageSource, workers: int
     assert [len(images) for images, _ in found] == [4, 1]
     assert torch.cat([labels for _, labels in found]).equal(index)
     images = torch.cat([images for images, _ in found])
-    assert images.equal(normalise(source.get(index), **CONSTANTS))
+    assert images.equal(normalize(source.get(index), **CONSTANTS))
 
 
 def test_with_a_seed_everything_once_shuffled(source: ImageSource) -> None:
@@ -59,7 +59,7 @@ def test_with_a_seed_everything_once_shuffled(source: ImageSource) -> None:
     labels = torch.cat([labels for _, labels in found])
     assert labels.sort()[0].equal(index)
     assert not labels.equal(index)
-    assert torch.cat([images for images, _ in found]).equal(normalise(source.get(labels), **CONSTANTS))
+    assert torch.cat([images for images, _ in found]).equal(normalize(source.get(labels), **CONSTANTS))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -10,11 +10,11 @@ from vision.patch_maps import crop_patches, palette, patch_weights, tint
 
 
 @pytest.mark.parametrize("experts", [1, 2, 10, 11, 64])
-def test_colours_differ(experts: int) -> None:
-    colours = palette(experts)
-    assert colours.shape == (experts, 3)
-    assert ((colours >= 0) & (colours <= 1)).all()
-    assert len({tuple(row) for row in colours.tolist()}) == experts
+def test_colors_differ(experts: int) -> None:
+    colors = palette(experts)
+    assert colors.shape == (experts, 3)
+    assert ((colors >= 0) & (colors <= 1)).all()
+    assert len({tuple(row) for row in colors.tolist()}) == experts
 
 
 def test_weights_leave_the_class_token_out() -> None:
@@ -55,8 +55,8 @@ def test_tints_by_hand() -> None:
     weight = torch.zeros(1, 2, 2, 2)
     weight[0, 0, 0, 0] = 0.2  # the first expert alone
     weight[0, 0, 1] = torch.tensor([0.1, 0.3])  # both, by weight
-    colours = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    found = tint(images, weight, colours, strength=0.5)
+    colors = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    found = tint(images, weight, colors, strength=0.5)
     assert found.shape == (1, 3, 4, 4)
     for row in (slice(0, 2), slice(2, 4)):
         for column in (slice(0, 2), slice(2, 4)):
@@ -65,7 +65,7 @@ def test_tints_by_hand() -> None:
     torch.testing.assert_close(found[0, :, 0, 0], torch.tensor([0.75, 0.25, 0.25]))
     torch.testing.assert_close(found[0, :, 1, 3], torch.tensor([0.25 + 0.5 * 0.25, 0.25, 0.25 + 0.5 * 0.75]))
     torch.testing.assert_close(found[0, :, 3, 3], torch.tensor([0.25, 0.25, 0.25]))  # nobody's is darkened
-    assert torch.equal(tint(images, weight, colours, strength=0.0), images.expand(-1, 3, -1, -1))
+    assert torch.equal(tint(images, weight, colors, strength=0.0), images.expand(-1, 3, -1, -1))
 
 
 @pytest.mark.parametrize(

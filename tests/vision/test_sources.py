@@ -64,9 +64,9 @@ def test_transparent_palette(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
 def test_sixteen_bits_are_scaled_not_clipped(suffix: str, tmp_path: Path) -> None:
-    grey = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
-    Image.fromarray(grey).save(tmp_path / f"a{suffix}")
-    expected = torch.from_numpy((grey // 256).astype(np.uint8)).expand(3, 8, 8)
+    gray = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
+    Image.fromarray(gray).save(tmp_path / f"a{suffix}")
+    expected = torch.from_numpy((gray // 256).astype(np.uint8)).expand(3, 8, 8)
     assert decode(str(tmp_path / f"a{suffix}"), 8).equal(expected)
 
 
@@ -83,7 +83,7 @@ def test_the_centre_is_kept(wide: bool, side: int, tmp_path: Path) -> None:
     image[:, :8], image[:, 8:16], image[:, 16:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     Image.fromarray(image if wide else image.transpose(1, 0, 2)).save(tmp_path / "a.png")
     found = decode(str(tmp_path / "a.png"), side)
-    inner = found if side == 4 else found[:, 1:-1, 1:-1]  # enlarging mixes colours at the seam
+    inner = found if side == 4 else found[:, 1:-1, 1:-1]  # enlarging mixes colors at the seam
     assert found.shape == (3, side, side)
     assert inner[1].min() >= 200
     assert inner[[0, 2]].max() <= 60

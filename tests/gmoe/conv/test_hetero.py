@@ -613,10 +613,10 @@ BAD_CALLS: list[tuple[Any, Any, str]] = [
     ({"author": None}, {}, "x_dict['author']: got None, expected (number of nodes, 3)"),
     ({"author": torch.zeros(5, 4)}, {}, "x_dict['author']: got shape (5, 4), expected (number of nodes, 3)"),
     ({}, {("author", "reads", "paper"): 0}, "edge_index_dict: got ('author', 'reads', 'paper'), expected one of"),
-    ({}, {WRITES: torch.tensor([[5], [0]])}, "edge_index_dict[('author', 'writes', 'paper')]: edge_index: got source"),
-    ({}, {WRITES: torch.tensor([[0], [7]])}, "got destination node 7, expected values in 0..6"),
+    ({}, {WRITES: torch.tensor([[5], [0]])}, "edge_index_dict[('author', 'writes', 'paper')]: edge_index: got node 5"),
+    ({}, {WRITES: torch.tensor([[0], [7]])}, "got node 7, expected values in 0..6"),
     ({}, {WRITES: csr(torch.zeros(2, 0, dtype=torch.long), 7, 5)}, "got a sparse matrix of shape (5, 7), expected"),
-    ({}, {WRITES: EdgeIndex([[0], [0]], sparse_size=(5, 9))}, "got an EdgeIndex of 9 destination nodes, expected 7"),
+    ({}, {WRITES: EdgeIndex([[0], [0]], sparse_size=(5, 9))}, "got an EdgeIndex of 9 second nodes, expected 7"),
 ]
 
 

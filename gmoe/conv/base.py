@@ -1,0 +1,259 @@
+"""How the experts of a MoEConv are run. Shapes: T tokens (destinations), D, I, O widths, E experts, P pairs."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import MessagePassing
+
+from gmoe.conv.graph import Graph
+from gmoe.dispatch import Backend
+from gmoe.routing import Routing
+
+MakeConv = Callable[[int], MessagePassing]
+"""Makes a fresh conv for the expert of that index."""
+
+
+class NodeChunks:
+    """The destinations of a graph in order, some at a time, each with its in-edges: for graphs too large for one pass.
+
+    Args:
+        graph: whose sources are its destinations.
+        size: destinations a chunk.
+        device: where chunks are computed.
+        keep: hold the chunks, in place of making them anew for every layer.
+    """
+
+    def __init__(self, graph: Graph, size: int, device: torch.device, keep: bool = False) -> None:
+        self.graph = graph
+        self.size = size
+        self.device = device
+        self.keep = keep
+        self._made: list[tuple[slice, Tensor, Graph]] = []
+        self._turned: NodeChunks | None = None
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Graph]]:
+        """The destinations as a range, the nodes that the chunk holds (they come first), and its graph."""
+        if self._made:
+            yield from self._made
+            return
+        made = []
+        nodes = self.graph.num_dst
+        for start in range(0, max(nodes, 1), self.size):  # of no nodes, one empty chunk
+            rows = slice(start, min(start + self.size, nodes))
+            own, part = self.graph.part(torch.arange(rows.start, rows.stop, device=self.graph.edge_index.device))
+            chunk = rows, own, part if part.adj.device == self.device else part.to(self.device)
+            if self.keep:
+                made.append(chunk)
+            yield chunk
+        self._made = made
+
+    def in_flow(self, flow: str) -> NodeChunks:
+        """The chunks for convs of that ``flow``."""
+        if flow == self.graph.flow:
+            return self
+        if self._turned is None:
+            self._turned = NodeChunks(self.graph.in_flow(flow), self.size, self.device, self.keep)
+        return self._turned
+
+    def map(self, compute: Callable[[Tensor, Graph, slice], Tensor], x: Tensor) -> Tensor:
+        """(N, O) the outputs of all nodes, where ``compute(x of the chunk's nodes, graph, rows)`` begins with its own."""
+        outs = []
+        for rows, nodes, part in self:
+            out = compute(x[nodes.to(x.device)].to(self.device), part, rows)
+            outs.append(out[: rows.stop - rows.start].to(x.device))
+        return torch.cat(outs)
+
+
+class ConvExperts(nn.Module, ABC):
+    """E convs under one routing: the weighted sum of their outputs, as if each ran on the whole graph."""
+
+    transforms_first: bool = False
+    """Whether :meth:`forward` does better without the aggregate, where the router does not need it."""
+
+    @abstractmethod
+    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
+        """(T, O) the mixture; ``h`` is what :meth:`aggregate` gave."""
+
+    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Any:
+        """(T, D) what the convs aggregate, where that is the same for all experts; else ``None``."""
+        return None
+
+    def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Any:
+        """:meth:`aggregate` of all nodes of a large graph."""
+        return None
+
+    def forward_chunked(self, x: Tensor, chunks: NodeChunks, h: Any, routing: Routing) -> Tensor:
+        """:meth:`forward` of all nodes of a large graph.
+
+        Raises:
+            RuntimeError: a conv looks further than one hop.
+        """
+
+        def compute(x: Tensor, part: Graph, rows: slice) -> Tensor:
+            near = None if h is None else h[rows].to(chunks.device)
+            out: Tensor = self(part, x, x, near, routing.between(rows.start, rows.stop))
+            return out
+
+        return chunks.map(compute, x)
+
+    @abstractmethod
+    def convs(self) -> list[MessagePassing]:
+        """PyG convs whose arguments and ``flow`` are those of the experts."""
+
+    @abstractmethod
+    def expert(self, index: int) -> MessagePassing:
+        """A detached copy of one expert as a plain PyG conv."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+
+
+class StackedExperts(ConvExperts):
+    """E convs of one class and the same options, their parameters stacked.
+
+    Args:
+        make: makes the conv of an expert.
+        num_experts: E.
+        backend: of the grouped product.
+    """
+
+    prototype: Any
+
+    def __init__(self, make: MakeConv, num_experts: int, backend: Backend) -> None:
+        super().__init__()
+        self.make = make
+        self.num_experts = num_experts
+        self._build(make(0), backend)
+        self._fill([make(expert) for expert in range(num_experts)])
+
+    @staticmethod
+    @abstractmethod
+    def accepts(conv: Any) -> bool:
+        """Whether this conv, with its options, can be run this way."""
+
+    @abstractmethod
+    def _build(self, template: Any, backend: Backend) -> None:
+        """Set ``prototype`` and the stacked parameters up, for convs like ``template``."""
+
+    @abstractmethod
+    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
+        """(stacked, own) of a conv: LinearExperts and a linear layer, or a stacked tensor and a tensor."""
+
+    def convs(self) -> list[MessagePassing]:
+        return [self.prototype]
+
+    @torch.no_grad()
+    def _fill(self, convs: list[Any]) -> None:
+        """Take the parameters of E separate convs over, initialized as PyG does."""
+        for expert, conv in enumerate(convs):
+            for stacked, own in self._parts(conv):
+                if isinstance(stacked, Tensor):
+                    stacked[expert] = own
+                else:
+                    stacked.copy_(expert, own.weight.T, own.bias)
+
+    def reset_parameters(self) -> None:
+        with torch.random.fork_rng(devices=[]):  # what is drawn while building is thrown away
+            made = [self.make(expert) for expert in range(self.num_experts)]
+        for conv in made:
+            conv.reset_parameters()
+        self._fill(made)
+
+    @torch.no_grad()
+    def expert(self, index: int) -> MessagePassing:
+        first = next(self.parameters())
+        with torch.random.fork_rng(devices=[]):  # to look at an expert must not change what is drawn next
+            conv = self.make(index).to(device=first.device, dtype=first.dtype)
+        for stacked, own in self._parts(conv):
+            if isinstance(stacked, Tensor):
+                own.copy_(stacked[index])
+                continue
+            own.weight.copy_(stacked.weight[index].T)
+            if own.bias is not None:
+                own.bias.copy_(stacked.bias[index])
+        return conv.train(self.training)
+
+
+class MixedExperts(ConvExperts):
+    """Groups of experts, each run in its own way on the pairs of its experts.
+
+    Args:
+        groups: the groups.
+        members: for each group, the indices of its experts.
+    """
+
+    def __init__(self, groups: Sequence[ConvExperts], members: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.groups: Any = nn.ModuleList(groups)
+        self.members = [tuple(indices) for indices in members]
+
+    def convs(self) -> list[MessagePassing]:
+        return [conv for group in self.groups for conv in group.convs()]
+
+    def reset_parameters(self) -> None:
+        for group in self.groups:
+            group.reset_parameters()
+
+    def expert(self, index: int) -> MessagePassing:
+        for group, indices in zip(self.groups, self.members, strict=True):
+            if index in indices:
+                found: MessagePassing = group.expert(indices.index(index))
+                return found
+        raise IndexError(index)
+
+    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> list[Any]:
+        return [group.aggregate(graph.in_flow(group.convs()[0].flow), x_src, x_dst) for group in self.groups]
+
+    def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> list[Any]:
+        return [group.aggregate_chunked(x, chunks.in_flow(group.convs()[0].flow)) for group in self.groups]
+
+    def forward_chunked(self, x: Tensor, chunks: NodeChunks, h: Any, routing: Routing) -> Tensor:
+        outs = []
+        for group, indices, own in zip(self.groups, self.members, h, strict=True):
+            near = chunks.in_flow(group.convs()[0].flow)
+            outs.append(group.forward_chunked(x, near, own, routing.of_experts(indices)))
+        return sum(outs[1:], outs[0])
+
+    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
+        outs = []
+        for group, indices, own in zip(self.groups, self.members, h, strict=True):
+            outs.append(group(graph.in_flow(group.convs()[0].flow), x_src, x_dst, own, routing.of_experts(indices)))
+        widths = {out.size(1) for out in outs}
+        if len(widths) > 1:  # which would be broadcast
+            raise ValueError(f"conv: got experts of output widths {sorted(widths)}, expected one width for all")
+        return sum(outs[1:], outs[0])
+
+
+def tokens_of(routing: Routing) -> Iterator[Tensor]:
+    """The tokens of each expert, in order."""
+    return iter(routing.token.split(routing.load.tolist()))
+
+
+def probe_copy(module: nn.Module) -> Any:
+    """A float64 copy on the CPU, in training mode and without dropout, to be tried out; random if it has no values."""
+    probe = copy.deepcopy(module)
+    if any(value.is_meta for value in (*probe.parameters(), *probe.buffers())):
+        probe = probe.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in probe.parameters():
+                parameter.normal_(generator=generator)
+            for buffer in probe.buffers():
+                buffer.fill_(1)
+    probe = probe.cpu().double().train()
+    for part in probe.modules():
+        rate: Any = getattr(part, "dropout", None)  # as PyG's layers call it: a number, or one for each layer
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        elif isinstance(rate, float):
+            setattr(part, "dropout", 0.0)  # noqa: B010
+        elif isinstance(rate, list):
+            setattr(part, "dropout", [0.0] * len(rate))  # noqa: B010
+    return probe

@@ -1,0 +1,372 @@
+"""Kinds of convs: their names, how they are built and checked, and how the experts of each kind are run."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch_geometric import nn as pyg
+from torch_geometric.nn import MessagePassing
+
+from gmoe._checks import check_choice, check_count
+from gmoe.conv.aggregate import (
+    FilterConv,
+    FilterExperts,
+    GCNExperts,
+    GINExperts,
+    GraphConvExperts,
+    MLPConv,
+    MLPConvExperts,
+    SAGEExperts,
+)
+from gmoe.conv.attention import GATExperts, GATv2Experts, TransformerExperts
+from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, probe_copy
+from gmoe.conv.graph import Graph, parameters_of
+from gmoe.conv.separate import SeparateExperts, run_on_all, run_on_destinations
+from gmoe.dispatch import Backend
+
+ConvFactory: TypeAlias = Callable[..., MessagePassing]
+"""Called as ``conv(in_channels, out_channels, *conv_args, **conv_kwargs)``."""
+
+ConvLike: TypeAlias = str | ConvFactory | Sequence[str | ConvFactory]
+"""A name such as ``"gcn"``, a conv class, a factory, or a list of those, one an expert."""
+
+Widths: TypeAlias = int | tuple[int, int]
+
+CONVS: dict[str, type[MessagePassing]] = {
+    name.removesuffix("Conv").lower(): getattr(pyg.conv, name) for name in pyg.conv.classes if name.endswith("Conv")
+}
+"""PyG's convs by the name without ``Conv``, in lower case: ``"gcn"``, ``"sage"``, ``"gatv2"``, ..."""
+
+OWN: dict[str, ConvFactory] = {
+    "mlp": MLPConv,
+    "filter": FilterConv,
+    "identity": partial(FilterConv, filter="identity"),
+    "low_pass": FilterConv,
+    "high_pass": partial(FilterConv, filter="high_pass"),
+    "two_hop": partial(FilterConv, hops=2),
+}
+"""Kinds of experts that are not PyG's."""
+
+STACKS: dict[type[MessagePassing], type[StackedExperts]] = {
+    FilterConv: FilterExperts,
+    MLPConv: MLPConvExperts,
+    pyg.GATConv: GATExperts,
+    pyg.GATv2Conv: GATv2Experts,
+    pyg.GCNConv: GCNExperts,
+    pyg.GINConv: GINExperts,
+    pyg.GraphConv: GraphConvExperts,
+    pyg.SAGEConv: SAGEExperts,
+    pyg.TransformerConv: TransformerExperts,
+}
+"""Classes whose experts are stacked; a subclass of one may compute something else."""
+
+LOCAL = frozenset(
+    {
+        pyg.CGConv,
+        pyg.ClusterGCNConv,
+        pyg.FeaStConv,
+        pyg.FiLMConv,
+        pyg.GATConv,
+        pyg.GATv2Conv,
+        pyg.GeneralConv,
+        pyg.GINConv,
+        pyg.GINEConv,
+        pyg.GraphConv,
+        pyg.LEConv,
+        pyg.MFConv,
+        pyg.ResGatedGraphConv,
+        pyg.SAGEConv,
+        pyg.SimpleConv,
+        pyg.TransformerConv,
+    }
+)
+"""Classes whose output at a node follows from its in-edges and their ends alone, under most options; all the same
+verified for each layer that is built."""
+
+
+def _gin(cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: Any, **kwargs: Any) -> MessagePassing:
+    """GIN(E) around the two-layer MLP that PyG's ``GIN`` model builds, where no other is asked for."""
+    width = in_channels if isinstance(in_channels, int) else in_channels[0]
+    return cls(pyg.MLP([width, out_channels, out_channels], norm=None), *args, **kwargs)
+
+
+def _one_width(cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: Any, **kwargs: Any) -> MessagePassing:
+    """A conv that keeps the width."""
+    if {out_channels} != ({in_channels} if isinstance(in_channels, int) else set(in_channels)):
+        raise ValueError(f"out_channels: got {out_channels} for {cls.__name__}, expected in_channels={in_channels}")
+    return cls(*args, **kwargs) if cls is pyg.SimpleConv else cls(in_channels, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Make:
+    """Makes the conv of an expert. A class, not a closure, so that layers can be pickled.
+
+    Raises:
+        ValueError: at a call: widths or other arguments that the conv does not take, or no MessagePassing layer.
+    """
+
+    kinds: Sequence[str | ConvFactory]
+    in_channels: Any
+    out_channels: int
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+
+    def of(self, experts: Sequence[int]) -> Make:
+        """Makes only some of the experts."""
+        return Make([self.kinds[e] for e in experts], self.in_channels, self.out_channels, self.args, self.kwargs)
+
+    def __call__(self, expert: int) -> MessagePassing:
+        factory = factory_of(self.kinds[expert])
+        try:
+            conv = factory(self.in_channels, self.out_channels, *self.args, **(self.kwargs or {}))
+        except (TypeError, AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"conv: got {name_of(factory)}, which cannot be built as conv({self.in_channels}, "
+                f"{self.out_channels}, ...) ({error}); expected the rest of its arguments, or a factory "
+                "(in_channels, out_channels) -> conv"
+            ) from error
+        if not isinstance(conv, MessagePassing):
+            raise ValueError(f"conv: got a factory of {type(conv).__name__}, expected one of PyG's MessagePassing layers")
+        takes = inspect.signature(conv.forward).parameters
+        first = [name for name in takes if name not in ("edge_weight", "edge_attr")][:2]
+        needed = [
+            name
+            for name, parameter in list(takes.items())[2:]
+            if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
+        others = [name for name in needed if name not in ("edge_weight", "edge_attr")]
+        if first != ["x", "edge_index"] or list(takes)[:2] != first or others:
+            raise ValueError(
+                f"conv: got {type(conv).__name__}, whose forward takes ({', '.join(takes)}), expected one of "
+                "(x, edge_index, edge_weight or edge_attr)"
+            )
+        return conv
+
+
+def name_of(factory: Any) -> str:
+    """Of a class or function, wrapped in partials or not."""
+    while isinstance(factory, partial):
+        factory = factory.args[0] if factory.func in (_gin, _one_width) else factory.func
+    return str(getattr(factory, "__name__", type(factory).__name__))
+
+
+def factory_of(conv: Any) -> ConvFactory:
+    """A factory ``(in_channels, out_channels, *args, **kwargs) -> conv`` from a name, class or factory.
+
+    Raises:
+        ValueError: an unknown name; a class of PyG whose first two arguments are other than widths.
+    """
+    if isinstance(conv, str):
+        name = conv.lower().replace("_", "").removesuffix("conv")
+        known = CONVS | {own.replace("_", ""): factory for own, factory in OWN.items()}
+        if name not in known:
+            check_choice("conv", conv, sorted([*CONVS, *OWN]))
+        conv = known[name]
+    if conv is pyg.GINConv or conv is pyg.GINEConv:
+        return partial(_gin, conv)
+    if conv is pyg.CGConv or conv is pyg.SimpleConv:
+        return partial(_one_width, conv)
+    if isinstance(conv, type) and issubclass(conv, MessagePassing):
+        first = list(inspect.signature(conv).parameters.values())[:2]
+        if conv.__module__.startswith("torch_geometric.") and [p.name for p in first] != ["in_channels", "out_channels"]:
+            raise ValueError(
+                f"conv: got {conv.__name__}, which is built with ({', '.join(p.name for p in first)}), expected a class "
+                "built with (in_channels, out_channels), or a factory of those"
+            )
+    if not callable(conv):
+        raise ValueError(f"conv: got {conv!r}, expected a name, a class of PyG's convs, a factory, or a list of those")
+    found: ConvFactory = conv
+    return found
+
+
+def kinds_of(conv: Any, num_experts: int | None) -> list[str | ConvFactory]:
+    """The kind of each expert; a single kind for all of them (by default 8), or a list.
+
+    Raises:
+        ValueError: no kind, or a list of another length than ``num_experts``.
+    """
+    if num_experts is not None:
+        check_count("num_experts", num_experts)
+    if isinstance(conv, str) or callable(conv):
+        return [conv] * (8 if num_experts is None else num_experts)
+    if not isinstance(conv, Sequence) or not conv:
+        raise ValueError(f"conv: got {conv!r}, expected a name, a class of PyG's convs, a factory, or a list of those")
+    if num_experts is not None and len(conv) != num_experts:
+        raise ValueError(f"conv: got a list of {len(conv)} convs, expected num_experts={num_experts}")
+    return list(conv)
+
+
+def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExperts:
+    """The experts of a layer, each kind of conv run in the cheapest way that is right for it.
+
+    Raises:
+        ValueError: ``local=True`` for a conv that is not; convs that share parameters.
+    """
+    num_experts = len(make.kinds)
+    alike = all(kind is make.kinds[0] for kind in make.kinds)
+    samples = [make(expert) for expert in (range(min(2, num_experts)) if alike else range(num_experts))]
+    own: set[int] = set()
+    for conv in samples:
+        ids = {id(parameter) for parameter in conv.parameters()}
+        if own & ids:
+            raise ValueError("conv: got a factory whose convs share parameters, expected fresh ones at each call")
+        own |= ids
+    samples += samples[-1:] * (num_experts - len(samples))
+    groups: dict[Hashable, list[int]] = {}
+    for expert, (kind, sample) in enumerate(zip(make.kinds, samples, strict=True)):
+        groups.setdefault(_group_of(kind, sample, local), []).append(expert)
+    built: list[ConvExperts] = []
+    whole: set[str] = set()
+    for key, members in groups.items():
+        made = make if len(groups) == 1 else make.of(members)
+        if isinstance(key, tuple):
+            built.append(key[0](made, len(members), backend))
+            continue
+        known = {id(samples[e]): takes_local_path(samples[e], make.in_channels, local) for e in members}
+        flags = [known[id(samples[expert])] for expert in members]
+        whole |= {type(samples[e]).__name__ for e, flag in zip(members, flags, strict=True) if not flag}
+        built.append(SeparateExperts(made, len(members), flags))
+    if whole:
+        warnings.warn(
+            f"{', '.join(sorted(whole))} runs on the whole graph for every expert, so that its cost follows "
+            "num_experts, not k; if its output at a node follows from the node's in-edges alone, pass local=True",
+            stacklevel=4,
+        )
+    return built[0] if len(built) == 1 else MixedExperts(built, list(groups.values()))
+
+
+def looks_one_hop(conv: MessagePassing, in_channels: int) -> bool:
+    """Whether the conv's output follows from in-edges, their ends, and the degrees of the whole graph."""
+    if isinstance(conv, FilterConv):
+        return conv.hops == 1
+    return isinstance(conv, pyg.GCNConv | MLPConv) or takes_local_path(conv, in_channels, None)
+
+
+def _group_of(kind: str | ConvFactory, sample: MessagePassing, local: bool | None) -> Hashable:
+    """What experts that can be stacked have in common; ``None`` for those that are run one by one."""
+    stack = STACKS.get(type(sample))
+    if stack is None or local is not None or not _is_plain(sample) or not stack.accepts(sample):
+        return None
+    if isinstance(sample, FilterConv):  # whose filters may differ
+        return stack, sample.add_self_loops, sample.bias is None, sample.flow
+    if isinstance(kind, partial):
+        arguments = (*kind.args, *kind.keywords.items())
+        return stack, kind.func, tuple(_same(value) for value in arguments)
+    return stack, type(sample) if isinstance(kind, str | type) else kind
+
+
+def _same(value: Any) -> Hashable:
+    """Equal for values that are sure to mean the same: plain ones that are equal, others only if they are one object."""
+    if isinstance(value, tuple):
+        return tuple(_same(part) for part in value)
+    return (type(value), value) if isinstance(value, bool | int | float | str | None) else id(value)
+
+
+def _is_plain(conv: MessagePassing) -> bool:
+    """Whether stacking loses nothing that somebody put there: hooks, parametrizations, frozen or lazy parameters."""
+    if any(isinstance(p, nn.parameter.UninitializedParameter) or not p.requires_grad for p in conv.parameters()):
+        return False
+    for part in conv.modules():
+        hooks = [value for name, value in part.__dict__.items() if name.endswith("_hooks") and isinstance(value, dict)]
+        if is_parametrized(part) or any(h for h in hooks if not all(_of_pyg(hook) for hook in h.values())):
+            return False
+    return True
+
+
+def _of_pyg(hook: Any) -> bool:
+    """State dict hooks that PyG's own layers register."""
+    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch_geometric.")
+
+
+def takes_local_path(conv: MessagePassing, in_channels: Widths, local: bool | None) -> bool:
+    """Whether the conv is run on the in-edges of its destinations.
+
+    Raises:
+        ValueError: ``local=True`` for a conv that is not local.
+    """
+    if local is False or (local is None and type(conv) not in LOCAL):
+        return False
+    try:
+        verified = is_local(conv, in_channels)
+    except Exception as error:
+        if local is None:
+            return False
+        raise ValueError(
+            f"local: got True, but {type(conv).__name__} fails on a small random graph: {error}"
+        ) from error
+    if local and not verified:
+        raise ValueError(
+            f"local: got True, but {type(conv).__name__} gives another output on a node's in-edges than on the whole "
+            "graph; expected None or False"
+        )
+    return verified
+
+
+NODES, EDGES = 14, 60
+"""Of the graph that convs are tried on."""
+
+
+@torch.no_grad()
+def is_local(conv: MessagePassing, in_channels: Widths) -> bool:
+    """Whether the conv's output at a node follows from the node's in-edges and their ends alone.
+
+    A float64 copy without dropout, in training mode (so that batch norm shows), on a random graph with self-loops,
+    parallel edges and isolated nodes, for several sets of destinations.
+
+    Raises:
+        Exception: whatever the conv raises on such a graph.
+    """
+    with torch.device("cpu"):
+        probe = probe_copy(conv)
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+        edge_index = torch.randint(NODES - 2, (2, EDGES), generator=generator)  # the last two nodes are isolated
+        edge_index[:, :3] = torch.tensor([[0, 1, 1], [0, 2, 2]])
+        takes = parameters_of(probe)
+        weight = random(EDGES).abs() + 0.1 if "edge_weight" in takes else None
+        edge_dim = getattr(probe, "edge_dim", None) or getattr(probe, "dim", None)
+        if isinstance(probe, pyg.GINEConv):
+            edge_dim = in_channels if probe.lin is None else probe.lin.in_channels
+        wanted = "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0
+        attr = random(EDGES, edge_dim) if wanted else None
+        widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
+        x_src = random(NODES, widths[0])
+        x_dst = x_src if isinstance(in_channels, int) else random(NODES, widths[1])
+        graph = Graph(edge_index, NODES, edge_weight=weight, edge_attr=attr, flow=probe.flow)
+        for size in (1, 4, 9):
+            token = torch.randperm(NODES, generator=generator)[:size].sort().values
+            near = run_on_destinations(probe, x_src, x_dst, graph, token)
+            if not torch.allclose(near, run_on_all(probe, x_src, x_dst, graph, token), atol=1e-9):
+                return False
+    return True
+
+
+@dataclass(frozen=True)
+class CopyOf:
+    """A factory of copies of one conv, whatever sizes it is asked for.
+
+    Args:
+        conv: the conv.
+        upcycle: copy the parameters too.
+    """
+
+    conv: MessagePassing
+    upcycle: bool
+
+    def __call__(self, in_channels: Any, out_channels: int) -> MessagePassing:
+        conv = copy.deepcopy(self.conv)
+        if not self.upcycle:
+            conv.reset_parameters()
+        return conv
