@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,10 @@ from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import add_self_loops, index_sort, is_sparse, remove_self_loops, to_edge_index
 
 from gmoe._autograd import first_order
+
+with warnings.catch_warnings():  # torch says once a process that such matrices are in beta; here it has said so
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
 
 NUMBERS = 2**21
 """How many numbers a block of messages holds: few enough for a CPU's caches, and for memory without fresh pages."""

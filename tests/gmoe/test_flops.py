@@ -92,7 +92,7 @@ def test_active_parameters_of_gnn_moe(
 
 def test_a_model_that_is_already_counted_follows_its_instance() -> None:
     router = build_router("expert_choice", 2 * D, E, 1, {"capacity_factor": 2.0})
-    model = GNNMoE(D, D, O, 2, num_experts=E, router=router, routing="shared")
+    model = GNNMoE(D, D, O, 2, num_experts=E, router=router, shared_router=True)
     assert active_parameters(model) == 2 * D * E + 2 * (D * D + D) + LINEAR
 
 

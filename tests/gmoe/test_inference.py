@@ -67,10 +67,10 @@ def test_every_kind_of_expert(conv: str, batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("routing", ["layer", "shared"])
-@pytest.mark.parametrize("route_on", ["input", "both", ("aggregate", "degree")])
+@pytest.mark.parametrize("router_input", ["input", "both", ("aggregate", "degree")])
 @pytest.mark.parametrize("router", ["token_choice", "expert_choice", "attention_vote", "multi_centroid", "uniform"])
-def test_routers_decide_among_all_nodes(router: str, route_on: Any, routing: Any) -> None:
-    assert_equal(model_of(router=router, routing=routing, route_on=route_on, route_hops=2), graph(), 6)
+def test_routers_decide_among_all_nodes(router: str, router_input: Any, routing: Any) -> None:
+    assert_equal(model_of(router=router, routing=routing, router_input=router_input, router_hops=2), graph(), 6)
 
 
 def test_votes_among_neighbours() -> None:

@@ -144,10 +144,10 @@ class Watched:
 
 
 @pytest.mark.parametrize("hops", [1, 2])
-@pytest.mark.parametrize("route_on", ["input", "aggregate", "both"])
-def test_shared_routing_decides_once_and_all_layers_follow(route_on: Any, hops: int) -> None:
+@pytest.mark.parametrize("router_input", ["input", "aggregate", "both"])
+def test_shared_routing_decides_once_and_all_layers_follow(router_input: Any, hops: int) -> None:
     x, edge_index = graph()
-    gnn = model(routing="shared", route_on=route_on, route_hops=hops, num_layers=4)
+    gnn = model(shared_router=True, router_input=router_input, router_hops=hops, num_layers=4)
     watched = Watched(gnn)
     logits, routings = gnn(x, edge_index, return_routing=True)
     assert len(routings) == 1
@@ -156,18 +156,18 @@ def test_shared_routing_decides_once_and_all_layers_follow(route_on: Any, hops: 
     seen = [x]
     for _ in range(hops):
         seen.append(mean_of_in_edges(seen[-1], edge_index))
-    expected = {"input": seen[:1], "aggregate": seen[1:], "both": seen}[route_on]
+    expected = {"input": seen[:1], "aggregate": seen[1:], "both": seen}[router_input]
     torch.testing.assert_close(watched.seen, [torch.cat(expected, dim=1)])
     assert torch.equal(gnn.decide(x, edge_index).to_dense(), routings[0].to_dense())
     # the decision is followed: another decision, another result
     assert not torch.equal(
-        logits, model(routing="shared", route_on=route_on, route_hops=hops, num_layers=4, k=2)(x, edge_index)
+        logits, model(shared_router=True, router_input=router_input, router_hops=hops, num_layers=4, k=2)(x, edge_index)
     )
 
 
 def test_layer_routing_sees_each_layers_own_input() -> None:
     x, edge_index = graph()
-    gnn = model(conv="sage", route_on="both")
+    gnn = model(conv="sage", router_input=("node", "neighbors"))
     watched = Watched(gnn)
     _, routings = gnn(x, edge_index, return_routing=True)
     assert len(routings) == 2
@@ -267,7 +267,7 @@ def test_trimming_takes_edge_weights_and_batch_along() -> None:
     x, edge_index, nodes, edges = sampled()
     weight = features(10, seed=4).abs()
     hops = {"num_sampled_nodes_per_hop": nodes, "num_sampled_edges_per_hop": edges}
-    gnn = model(conv="graph", routing="shared")
+    gnn = model(conv="graph", shared_router=True)
     assert_same(gnn(x, edge_index, weight, **hops)[:3], gnn(x, edge_index, weight)[:3])
     attr = features(10, 2, seed=4)
     gnn = model(conv="gat", edge_dim=2, add_self_loops=False)
@@ -382,9 +382,9 @@ def test_repr() -> None:
         ({"every": 3}, "every: got 3 with num_layers=3 and jk=None, which leaves no hidden layer"),
         ({"every": 0}, "every: got 0, expected at least 1"),
         ({"num_layers": 0}, "num_layers: got 0, expected at least 1"),
-        ({"route_hops": 0}, "route_hops: got 0, expected at least 1"),
+        ({"router_hops": 0}, "router_hops: got 0, expected at least 1"),
         ({"routing": "global"}, "routing: got 'global', expected one of 'layer', 'shared'"),
-        ({"route_on": "output"}, "route_on: got 'output', expected one of 'input', 'aggregate', 'both'"),
+        ({"router_input": "output"}, "router_input: got 'output', expected one of 'input', 'aggregate', 'both'"),
         ({"residual": True}, "residual: got True, expected one of 'none', 'identity', 'linear'"),
         ({"router": "nobody"}, "router: got 'nobody', expected one of 'token_choice'"),
         ({"router": "nobody", "routing": "shared"}, "router: got 'nobody', expected one of 'token_choice'"),
@@ -427,10 +427,10 @@ def test_bad_input() -> None:
 
 def test_a_shared_router_belongs_to_one_model() -> None:
     router = MultiCentroid(2 * IN, EXPERTS)
-    first = model(router=router, routing="shared")
+    first = model(router=router, shared_router=True)
     assert first.shared_router is router
     with pytest.raises(ValueError, match="router: got an instance that another layer holds already"):
-        model(router=router, routing="shared")
+        model(router=router, shared_router=True)
 
 
 DENSE: list[tuple[Any, dict[str, Any]]] = [

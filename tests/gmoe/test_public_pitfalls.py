@@ -394,7 +394,7 @@ def test_seeds_of_a_mini_batch_have_the_outputs_and_gradients_of_the_full_graph(
 
 def test_a_neighbour_out_of_reach_does_not_reach_the_loss_of_the_seeds() -> None:
     edge_index = torch.tensor([[1, 2, 3, 4], [0, 1, 2, 3]])  # 4 -> 3 -> 2 -> 1 -> 0
-    model = GNNMoE(D, D, 3, 2, conv="sage", num_experts=E, route_on="input")
+    model = GNNMoE(D, D, 3, 2, conv="sage", num_experts=E, router_input="node")
     x = features(5, D).float().requires_grad_()
     model(x, edge_index)[:1].sum().backward()
     assert x.grad is not None
@@ -444,7 +444,7 @@ def test_a_router_shared_by_two_layers() -> None:
     for build in (
         lambda: MoE(router, LinearExperts(D, D, E)),
         lambda: MoEConv("gcn", D, D, num_experts=E, router=router),
-        lambda: GNNMoE(D, D, 3, num_experts=E, router=router, route_on="input"),
+        lambda: GNNMoE(D, D, 3, num_experts=E, router=router, router_input="node"),
     ):
         with pytest.raises(ValueError, match="router: got an instance that another layer holds already"):
             build()

@@ -102,9 +102,9 @@ def test_a_change_in_place_is_noticed() -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("route_on", ["input", "both"])
-def test_a_router_that_changes_before_the_backward_pass_is_noticed(route_on: Any) -> None:
-    conv = MoEConv("gcn", 4, 4, num_experts=3, k=2, route_on=route_on).double()
+@pytest.mark.parametrize("router_input", ["input", "both"])
+def test_a_router_that_changes_before_the_backward_pass_is_noticed(router_input: Any) -> None:
+    conv = MoEConv("gcn", 4, 4, num_experts=3, k=2, router_input=router_input).double()
     x = features(9, 4).requires_grad_()
     loss = conv(x, random_graph(9, 9, 30)).square().sum()
     assert conv.router is not None
@@ -126,7 +126,7 @@ def test_second_order_gradients_are_refused(conv: str) -> None:
 @pytest.mark.parametrize("router", ["token_choice", "expert_choice", "multi_centroid", "attention_vote"])
 def test_nothing_is_left_of_a_step(router: Any, backward: bool) -> None:
     """Hooks on saved tensors can make the graph keep itself alive, where no garbage collector sees it."""
-    conv = MoEConv("gcn", 4, 4, num_experts=3, router=router, route_on=("both", "degree")).double()
+    conv = MoEConv("gcn", 4, 4, num_experts=3, router=router, router_input=("both", "degree")).double()
     x = features(9, 4).requires_grad_()
     y = conv(x, random_graph(9, 9, 30))
     if backward:

@@ -12,10 +12,10 @@ from torch_geometric.nn import MessagePassing
 from gmoe import MoEConv, Routing
 from gmoe.conv.aggregate import GCNExperts, GINExperts, GraphConvExperts, SAGEExperts
 from gmoe.conv.attention import AttentionExperts
-from gmoe.conv.filters import FilterExperts
+from gmoe.conv.aggregate import FilterExperts
 from gmoe.conv.graph import parameters_of
-from gmoe.conv.mixed import MixedExperts
-from gmoe.conv.mlp_conv import MLPConvExperts
+from gmoe.conv.base import MixedExperts
+from gmoe.conv.aggregate import MLPConvExperts
 from gmoe.conv.separate import SeparateExperts
 
 Features = Tensor | tuple[Tensor, Tensor]

@@ -17,7 +17,7 @@ from gmoe import MoEConv
 from gmoe.conv import segment
 from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.pair_graph import PairGraph
-from gmoe.conv.pieces import Pieces
+from gmoe.conv.base import Pieces
 from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph, routing_of
 

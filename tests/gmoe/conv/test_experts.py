@@ -126,10 +126,10 @@ def test_aggregate_once_equals_masked(cls: Any, kwargs: dict[str, Any], graph: s
     assert_equals_masked(conv, features(num_nodes, WIDTH), edge_index, weight_TE=weights(num_nodes))  # no edge weights
 
 
-@pytest.mark.parametrize("route_on", ["input", "both"])
-def test_cached_equals_masked(route_on: str) -> None:
+@pytest.mark.parametrize("router_input", ["input", "both"])
+def test_cached_equals_masked(router_input: str) -> None:
     num_nodes, edge_index = GRAPHS["mixed"]
-    conv = build(GCNConv, {"cached": True}, router="token_choice", route_on=route_on)
+    conv = build(GCNConv, {"cached": True}, router="token_choice", router_input=router_input)
     assert_equals_masked(conv, features(num_nodes, WIDTH), edge_index)
 
 
@@ -187,8 +187,8 @@ def test_mixed_kinds_equal_masked(kinds: list[Any]) -> None:
 @pytest.mark.parametrize("cls", [GCNConv, GINConv, GATConv])
 def test_routers_equal_masked(cls: Any, router: str, k: int) -> None:
     num_nodes, edge_index = GRAPHS["mixed"]
-    for route_on in ("input", "both"):
-        conv = build(cls, {}, router=router, k=k, route_on=route_on)
+    for router_input in ("input", "both"):
+        conv = build(cls, {}, router=router, k=k, router_input=router_input)
         assert_equals_masked(conv, features(num_nodes, WIDTH), edge_index)
 
 
@@ -230,8 +230,8 @@ def test_bipartite_equals_masked(cls: Any, kwargs: dict[str, Any], sizes: tuple[
 @pytest.mark.parametrize("cls", [SAGEConv, GraphConv, GATConv, TransformerConv])
 def test_bipartite_of_two_widths(cls: Any) -> None:
     x = (features(9, 3), features(5, 6, seed=1))
-    for route_on in ("input", "aggregate", "both"):
-        conv = MoEConv(cls, (3, 6), WIDTH, num_experts=3, router="expert_choice", k=2, route_on=route_on).double()
+    for router_input in ("input", "aggregate", "both"):
+        conv = MoEConv(cls, (3, 6), WIDTH, num_experts=3, router="expert_choice", k=2, router_input=router_input).double()
         assert_equals_masked(conv, x, random_graph(9, 5, 20))
 
 
@@ -305,8 +305,8 @@ def test_narrow_outputs_are_transformed_first(cls: Any, kwargs: dict[str, Any], 
     """3 experts x 2 columns are narrower than 9: A (x W) in place of (A x) W, except where the aggregate is needed."""
     num_nodes, edge_index = GRAPHS[graph]
     linear = isinstance(kwargs.get("aggr", "mean"), str) and kwargs.get("aggr") != "max"
-    for route_on in ("input", "both"):
-        conv = MoEConv(cls, 9, 2, num_experts=3, router=router, k=2, route_on=route_on, **kwargs).double()
+    for router_input in ("input", "both"):
+        conv = MoEConv(cls, 9, 2, num_experts=3, router=router, k=2, router_input=router_input, **kwargs).double()
         assert conv.experts.transforms_first is linear
         assert_equals_masked(conv, features(num_nodes, 9), edge_index)
 

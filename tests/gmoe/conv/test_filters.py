@@ -14,7 +14,7 @@ from torch_geometric.nn import GCNConv
 from torch_geometric.utils import to_dense_adj, to_torch_csr_tensor
 
 from gmoe import FilterConv, MoEConv
-from gmoe.conv.filters import FilterExperts
+from gmoe.conv.aggregate import FilterExperts
 from gmoe.conv.graph import Graph
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph, routing_of
 
@@ -68,17 +68,17 @@ def test_experts_of_several_filters_equal_masked(graph: str, bias: bool) -> None
     assert_equals_masked(conv, features(num_nodes, WIDTH), edge_index, weight_TE=weight_TE, **args)
 
 
-@pytest.mark.parametrize("route_on", ["input", "both", ("input", "degree")])
+@pytest.mark.parametrize("router_input", ["input", "both", ("input", "degree")])
 @pytest.mark.parametrize("form", ["edge_index", "csr"])
-def test_with_a_router(route_on: Any, form: str) -> None:
+def test_with_a_router(router_input: Any, form: str) -> None:
     edge_index = random_graph(9, 9, 30).unique(dim=1)
     adj = edge_index if form == "edge_index" else to_torch_csr_tensor(edge_index.flip(0), size=(9, 9)).double()
-    conv = MoEConv(KINDS, WIDTH, 3, k=2, route_on=route_on).double()
+    conv = MoEConv(KINDS, WIDTH, 3, k=2, router_input=router_input).double()
     assert_equals_masked(conv, features(9, WIDTH), adj)
 
 
 def test_no_edges_are_touched_by_the_identity() -> None:
-    conv = MoEConv("identity", WIDTH, 3, num_experts=2, route_on="both").double()
+    conv = MoEConv("identity", WIDTH, 3, num_experts=2, router_input=("node", "neighbors")).double()
     x = features(5, WIDTH)
     edge_index = torch.tensor([[0, 1], [1, 2]])
     assert conv.experts.aggregate(x, Graph(edge_index, 5, 5, {})) is None
@@ -106,7 +106,7 @@ def test_cached_keeps_the_first_graph_until_reset() -> None:
 @given(seed=st.integers(0, 1_000), num_nodes=st.integers(1, 8), num_edges=st.integers(0, 20))
 def test_permutation_of_nodes(seed: int, num_nodes: int, num_edges: int) -> None:
     torch.manual_seed(seed)
-    conv = MoEConv(KINDS, WIDTH, 3, route_on=("both", "degree")).double()
+    conv = MoEConv(KINDS, WIDTH, 3, router_input=("both", "degree")).double()
     x, edge_index = features(num_nodes, WIDTH, seed=seed), random_graph(num_nodes, num_nodes, num_edges, seed)
     order = torch.randperm(num_nodes)
     place = order.argsort()

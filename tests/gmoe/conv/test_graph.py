@@ -138,7 +138,7 @@ def test_edge_weights_beside_an_edge_index(conv: Any, order: int) -> None:
 @pytest.mark.parametrize("conv", ["gcn", "sage", "graph", "gin", "gat", "gatv2", "le"])
 def test_target_to_source(conv: str) -> None:
     edges = simple_graph(NODES, NODES)
-    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=3, k=2, route_on="both", flow="target_to_source")
+    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=3, k=2, router_input=("node", "neighbors"), flow="target_to_source")
     assert_equals_masked(layer, features(NODES, WIDTH), edges)
     if conv != "gcn":  # the local path, not the full one
         assert isinstance(layer.experts, SeparateExperts)
@@ -171,10 +171,10 @@ def test_forms_give_the_same_through_a_model(routing: Any, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["plain", *FORMS])
-def test_route_on_aggregate_sees_the_same(form: str) -> None:
+def test_router_input_aggregate_sees_the_same(form: str) -> None:
     edges = simple_graph(NODES, NODES)
     adj = edges if form == "plain" else FORMS[form](edges, (NODES, NODES))
-    layer = MoEConv("gat", WIDTH, WIDTH, num_experts=3, route_on="aggregate")
+    layer = MoEConv("gat", WIDTH, WIDTH, num_experts=3, router_input="neighbors")
     x = features(NODES, WIDTH)
     scores = layer(x, adj, return_routing=True)[1].scores
     mean = torch.stack([x[edges[0, edges[1] == i]].sum(0) / max(int((edges[1] == i).sum()), 1) for i in range(NODES)])

@@ -11,8 +11,8 @@ from torch_geometric.nn import GATConv, GCNConv, SAGEConv, TAGConv
 
 from gmoe import GNNMoE, MLPConv, MoEConv, active_parameters, count_flops
 from gmoe.conv.aggregate import GCNExperts
-from gmoe.conv.mixed import MixedExperts
-from gmoe.conv.mlp_conv import MLPConvExperts
+from gmoe.conv.base import MixedExperts
+from gmoe.conv.aggregate import MLPConvExperts
 from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph
 
@@ -82,9 +82,9 @@ def test_kinds_that_see_far_run_on_the_whole_graph() -> None:
 
 
 @pytest.mark.parametrize("kind", ["gcn", "sage", "graph", "gin", "mlp", "filter", "gat", "transformer"])
-@pytest.mark.parametrize("route_on", ["input", ("both", "degree")])
-def test_a_shared_expert_is_added_on_every_node(kind: str, route_on: Any) -> None:
-    conv = MoEConv(kind, WIDTH, WIDTH, num_experts=3, shared_expert=True, route_on=route_on).double()
+@pytest.mark.parametrize("router_input", ["input", ("both", "degree")])
+def test_a_shared_expert_is_added_on_every_node(kind: str, router_input: Any) -> None:
+    conv = MoEConv(kind, WIDTH, WIDTH, num_experts=3, shared_expert=True, router_input=router_input).double()
     assert_equals_masked(conv, features(9, WIDTH), random_graph(9, 9, 30))
 
 
@@ -121,7 +121,7 @@ def test_reset_draws_the_shared_expert_anew() -> None:
 
 
 def test_degree_is_log_of_one_plus_in_degree() -> None:
-    conv = MoEConv("gcn", WIDTH, WIDTH, num_experts=2, route_on="degree").double()
+    conv = MoEConv("gcn", WIDTH, WIDTH, num_experts=2, router_input="degree").double()
     assert conv.router is not None
     assert conv.router.dim == 1
     seen: list[torch.Tensor] = []
@@ -131,31 +131,31 @@ def test_degree_is_log_of_one_plus_in_degree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("route_on", "dim"), [("input", 4), ("both", 8), (("degree", "aggregate"), 5), (["both", "degree"], 9)]
+    ("router_input", "dim"), [("input", 4), ("both", 8), (("degree", "aggregate"), 5), (["both", "degree"], 9)]
 )
-def test_route_on_parts(route_on: Any, dim: int) -> None:
-    conv = MoEConv("sage", WIDTH, WIDTH, num_experts=2, route_on=route_on)
+def test_router_input_parts(router_input: Any, dim: int) -> None:
+    conv = MoEConv("sage", WIDTH, WIDTH, num_experts=2, router_input=router_input)
     assert conv.router is not None
     assert conv.router.dim == dim
-    shared = GNNMoE(WIDTH, 8, 3, num_experts=2, routing="shared", route_on=route_on)
+    shared = GNNMoE(WIDTH, 8, 3, num_experts=2, shared_router=True, router_input=router_input)
     assert shared.shared_router is not None
     assert shared.shared_router.dim == dim
     shared(features(9, WIDTH).float(), random_graph(9, 9, 30))
 
 
 @pytest.mark.parametrize(
-    ("route_on", "message"),
+    ("router_input", "message"),
     [
-        ("edges", "route_on: got 'edges', expected one of 'input', 'aggregate', 'both', 'degree'"),
-        ((), "route_on: got nothing"),
-        (("input", "x"), "route_on: got 'x'"),
+        ("edges", "router_input: got 'edges', expected one of 'input', 'aggregate', 'both', 'degree'"),
+        ((), "router_input: got nothing"),
+        (("input", "x"), "router_input: got 'x'"),
     ],
 )
-def test_bad_route_on(route_on: Any, message: str) -> None:
+def test_bad_router_input(router_input: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MoEConv("gcn", WIDTH, WIDTH, route_on=route_on)
+        MoEConv("gcn", WIDTH, WIDTH, router_input=router_input)
     with pytest.raises(ValueError, match=message):
-        GNNMoE(WIDTH, WIDTH, WIDTH, route_on=route_on)
+        GNNMoE(WIDTH, WIDTH, WIDTH, router_input=router_input)
 
 
 def test_number_of_experts_follows_a_list() -> None:

@@ -36,7 +36,7 @@ def graph() -> tuple[Tensor, Tensor]:
 def test_follows_permutations_of_the_nodes(conv: str) -> None:
     x, edge_index = graph()
     for router in ROUTERS:
-        moe = layer(conv, router=router, k=2, route_on="both").double()
+        moe = layer(conv, router=router, k=2, router_input=("node", "neighbors")).double()
         order = torch.randperm(NODES)
         place = order.argsort()
         expected, routing = moe(x.double(), edge_index, return_routing=True)
@@ -49,7 +49,7 @@ def test_follows_permutations_of_the_nodes(conv: str) -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("mixed", [False, True], ids=["sorted", "unsorted"])
 def test_batch_mates_do_not_matter(router: str, conv: str, mixed: bool) -> None:
-    moe = layer(conv, router=router, k=2, route_on="both").double()
+    moe = layer(conv, router=router, k=2, router_input=("node", "neighbors")).double()
     graphs = [Data(features(n, WIDTH, seed=n), random_graph(n, n, 3 * n, seed=n)) for n in (5, 7, 5, 2)]
     alone = [moe(g.x, g.edge_index, batch=torch.zeros(g.num_nodes, dtype=torch.long)) for g in graphs]
     torch.testing.assert_close(alone[0], moe(graphs[0].x, graphs[0].edge_index))  # no batch is one graph
@@ -88,7 +88,7 @@ def mean_of_in_edges(x: Tensor, edge_index: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("route_on", ["input", "aggregate", "both"])
+@pytest.mark.parametrize("router_input", ["input", "aggregate", "both"])
 @pytest.mark.parametrize(
     ("conv", "kwargs", "aggregate"),
     [
@@ -104,15 +104,15 @@ def mean_of_in_edges(x: Tensor, edge_index: Tensor) -> Tensor:
     ],
     ids=["gcn", "sage", "sage twice as wide", "gat", "cheb"],
 )
-def test_route_on(conv: Any, kwargs: dict[str, Any], aggregate: Any, route_on: str) -> None:
+def test_router_input(conv: Any, kwargs: dict[str, Any], aggregate: Any, router_input: str) -> None:
     """The router sees the input, the conv's own aggregate (else the mean over in-edges), or both in that order."""
     x, edge_index = graph()
     if aggregate is None:
         aggregate = SAGEConv(WIDTH, WIDTH, aggr=["mean", "max"], root_weight=False, bias=False)
         aggregate.lin_l = nn.Identity()
     seen = [x, aggregate(x, edge_index)]
-    expected = {"input": seen[:1], "aggregate": seen[1:], "both": seen}[route_on]
-    moe = layer(conv, route_on=route_on, **kwargs)
+    expected = {"input": seen[:1], "aggregate": seen[1:], "both": seen}[router_input]
+    moe = layer(conv, router_input=router_input, **kwargs)
     assert moe.router is not None
     inputs: list[Tensor] = []
     moe.router.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -207,7 +207,7 @@ def test_copies_give_the_same_and_stand_alone(conv: str, copier: str) -> None:
 def test_autocast_scores_in_float32(conv: str) -> None:
     x, edge_index = graph()
     for router in ROUTERS:
-        moe = layer(conv, router=router, k=2, route_on="both")
+        moe = layer(conv, router=router, k=2, router_input=("node", "neighbors"))
         expected = moe(x, edge_index)
         with torch.autocast("cpu", torch.bfloat16):
             y, routing = moe(x, edge_index, return_routing=True)
@@ -226,7 +226,7 @@ def test_a_model_in_bfloat16_scores_in_float32(conv: Any, csr: bool) -> None:
     x, edge_index = graph()
     adj = to_torch_csr_tensor(edge_index.flip(0), size=(NODES, NODES)) if csr else edge_index
     leaf = x.bfloat16().requires_grad_()
-    moe = layer(conv, route_on="both")
+    moe = layer(conv, router_input=("node", "neighbors"))
     y, routing = copy.deepcopy(moe).bfloat16()(leaf, adj, return_routing=True)
     assert y.dtype == torch.bfloat16
     assert routing.scores.dtype == torch.float32
@@ -315,7 +315,7 @@ def test_given_routing_does_not_touch_the_layers_own_router() -> None:
 @pytest.mark.parametrize(
     ("conv", "text"),
     [
-        ("gcn", "MoEConv(\n  4, 4, num_experts=3, route_on=('input',)"),
+        ("gcn", "MoEConv(\n  4, 4, num_experts=3, router_input=('input',)"),
         ("gat", "TokenChoice("),
         ("gat", "GATConv(4, 4, heads=1)"),
     ],
@@ -365,7 +365,7 @@ def test_on_a_graph_of_realistic_width() -> None:
         ({"k": 4, "router": None}, "k: got 4, expected at most num_experts=3"),
         ({"k": 0}, "k: got 0, expected at least 1"),
         ({"num_experts": 0}, "num_experts: got 0, expected at least 1"),
-        ({"route_on": "output"}, "route_on: got 'output', expected one of 'input', 'aggregate', 'both'"),
+        ({"router_input": "output"}, "router_input: got 'output', expected one of 'input', 'aggregate', 'both'"),
         ({"backend": "cuda"}, "backend: got 'cuda', expected one of 'auto', 'grouped', 'padded', 'loop'"),
         ({"router_kwargs": {"capacity_factor": 0}}, "capacity_factor: got 0, expected a positive number"),
         (

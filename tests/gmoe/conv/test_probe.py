@@ -11,7 +11,7 @@ from torch_geometric.nn import GATConv, GCNConv, GINConv, MessagePassing, SAGECo
 from torch_geometric.utils import degree
 
 from gmoe import MoEConv
-from gmoe.conv.probe import is_local
+from gmoe.conv.kinds import is_local
 from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch_geometric import nn as pyg
 
 from gmoe import MoEConv
-from gmoe.conv.experts import StackedExperts
+from gmoe.conv.base import StackedExperts
 from gmoe.conv.graph import parameters_of
-from gmoe.conv.registry import CONVS, LOCAL, conv_factory
+from gmoe.conv.kinds import CONVS, LOCAL, conv_factory
 from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import assert_equals_masked, features, random_graph
 

@@ -65,7 +65,7 @@ def test_trimming_leaves_the_logits_of_the_seeds(model: str, replace: bool) -> N
     torch.manual_seed(0)
     build = {
         "sage": lambda: GraphSAGE(4, 8, num_layers=3, out_channels=5),
-        "moe": lambda: GNNMoE(4, 8, 5, num_layers=3, conv="sage", num_experts=3, route_on="input"),
+        "moe": lambda: GNNMoE(4, 8, 5, num_layers=3, conv="sage", num_experts=3, router_input="node"),
     }
     net = build[model]().double().eval()
     out = sample(data, [4, 3, 2], [7, 1, 30], replace)
