@@ -75,25 +75,25 @@ def test_active_parameters_of_a_dense_model() -> None:
 @pytest.mark.parametrize(
     ("router", "kwargs", "own", "per_token"),
     [
-        ("token_choice", {}, 2 * D * E, 1),
-        ("expert_choice", {"capacity_factor": 1.5}, 2 * D * E, 1.5),
+        ("token_choice", {}, D * E, 1),
+        ("expert_choice", {"capacity_factor": 1.5}, D * E, 1.5),
         ("uniform", {}, 0, E),
     ],
 )
-@pytest.mark.parametrize("routing", ["layer", "shared"])
+@pytest.mark.parametrize("shared_router", [False, True])
 def test_active_parameters_of_gnn_moe(
-    routing: Any, router: str, kwargs: dict[str, Any], own: int, per_token: float
+    shared_router: bool, router: str, kwargs: dict[str, Any], own: int, per_token: float
 ) -> None:
-    """Two MoE layers of (D, D), a dense (D, O), identity residuals; a router sees [x, Ax], 2 D wide."""
-    model = GNNMoE(D, D, O, 3, num_experts=E, router=router, routing=routing, router_kwargs=kwargs)
-    routers = own * (2 if routing == "layer" else 1)
-    assert active_parameters(model) == routers + 2 * per_token * (D * D + D) + LINEAR
+    """Two MoE layers of (D, D), a dense (D, O), identity residuals."""
+    options: Any = {"num_experts": E, "router": router, "shared_router": shared_router, "router_kwargs": kwargs}
+    routers = own * (1 if shared_router else 2)
+    assert active_parameters(GNNMoE(D, D, O, 3, **options)) == routers + 2 * per_token * (D * D + D) + LINEAR
 
 
 def test_a_model_that_is_already_counted_follows_its_instance() -> None:
-    router = build_router("expert_choice", 2 * D, E, 1, {"capacity_factor": 2.0})
+    router = build_router("expert_choice", D, E, 1, {"capacity_factor": 2.0})
     model = GNNMoE(D, D, O, 2, num_experts=E, router=router, shared_router=True)
-    assert active_parameters(model) == 2 * D * E + 2 * (D * D + D) + LINEAR
+    assert active_parameters(model) == D * E + 2 * (D * D + D) + LINEAR
 
 
 ASSIGNMENT = torch.tensor([0, 0, 0, 0, 0, 1, 1, 3, 3, 3])  # loads 5, 2, 0, 3
@@ -124,6 +124,14 @@ def test_flops_of_the_backward_pass(backend: Any) -> None:
     gathered = T * D  # the gradient of the gather is an index_add
     assert count_flops(layer, x, backward=True) == 3 * product + T * O + gathered
     assert layer.experts.weight.grad is not None
+    hidden = planted(MLPExperts(D, 16, O, E, backend=backend))
+    assert count_flops(hidden, x, backward=True) == 3 * 2 * T * (D * 16 + 16 * O) + T * O + gathered
+
+
+def test_flops_of_the_backward_pass_of_frozen_experts() -> None:
+    x = torch.randn(T, D, requires_grad=True)
+    frozen = planted(MLPExperts(D, 16, O, E).requires_grad_(False))
+    assert count_flops(frozen, x, backward=True) == 2 * 2 * T * (D * 16 + 16 * O) + T * O + T * D
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -164,7 +172,7 @@ def test_flops_of_aggregation(form: str) -> None:
     layer = MoEConv("gcn", D, O, num_experts=E, router=None, normalize=False)
     routing = routing_of(torch.ones(T, E) * torch.tensor([1.0, 1.0, 0.0, 0.0]))
     experts = 2 * 2 * T * D * O + 2 * T * O
-    assert count_flops(layer, x, graph, routing=routing) == an_edge * edges * D + experts
+    assert count_flops(layer, x, graph, routing=routing) == 2 * edges * D + experts  # always a sparse product
 
 
 def test_flops_of_attention_on_the_cpu() -> None:
