@@ -217,9 +217,9 @@ def test_half_precision_sums_in_float32(aggr: Any, expected: float, sparse: bool
     to_one = torch.stack([torch.arange(4096), torch.zeros(4096, dtype=torch.long)])
     found = {("a", "to", "b"): csr(to_one, 4096, 1, dtype=torch.float32) if sparse else to_one}
     conv = RelationalConv(2, OUT, (["a", "b"], [("a", "to", "b")]), aggr=aggr).bfloat16()
-    row = conv.rows(x_dict, found)["b"]
-    assert row.dtype == torch.bfloat16
-    assert row.tolist() == [[0.0, 0.0, expected, expected]]
+    _, aggregate = conv.parts(x_dict, found)["b"]
+    assert aggregate.dtype == torch.bfloat16
+    assert aggregate.tolist() == [[expected, expected]]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert conv(x_dict, found)["b"].dtype == torch.bfloat16
 
@@ -527,6 +527,33 @@ def test_autocast(aggr: Any, sparse: bool) -> None:
         assert_all_close(floats(y_dict), exact, atol)
         backward(floats(y_dict))
         assert all(x.grad is not None and x.grad.dtype == dtype for x in xs.values())
+
+
+class Scaled(nn.Module):
+    """A part that a user put around another one."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args: Any) -> Tensor:
+        out: Tensor = 2 * self.part(*args)
+        return out
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "mixture"])
+@pytest.mark.parametrize("how", ["replaced", "hooked"])
+def test_parts_that_a_user_put_in_run(how: str, moe: bool) -> None:
+    conv: Any = layer(WIDTHS, router="uniform").double() if moe else dense()
+    other = copy.deepcopy(conv)
+    own, changed = (conv.experts, other.experts) if moe else (conv, other)
+    with torch.no_grad():
+        own.relation[WRITES].weight.mul_(2)
+    if how == "replaced":
+        changed.relation[WRITES] = Scaled(changed.relation[WRITES])
+    else:
+        changed.relation[WRITES].register_forward_hook(lambda _, __, out: 2 * out)
+    assert_all_close(other(nodes(), edges()), conv(nodes(), edges()))
 
 
 # Cost
