@@ -67,10 +67,10 @@ __all__ = [  # noqa: RUF022  # by theme
     "ExpertChoice",
     "AttentionVote",
     "MultiCentroid",
+    "SoftSlots",
     "RandomRouter",
     "UniformRouter",
     "OracleRouter",
-    "SoftSlots",
     # losses
     "cv_squared",
     "importance_loss",
@@ -113,7 +113,6 @@ _LAZY = {
     "gmoe.models.vit": ("ViTMoE", "ViTSize"),
 }
 """The names above that are imported on first use, by module."""
-
 
 _EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", "torchvision": "vision"}
 """The extra that brings what they need."""
