@@ -3,7 +3,8 @@
 Shapes: T tokens, E experts, P pairs sorted by expert, I in, H hidden, O out features; U = H, or 2 H before a gate.
 
 A layer calls :func:`routed_linear`, :func:`routed_mlp`, or the halves :func:`dispatch` and :func:`combine` around
-:func:`grouped_linear`. The kernels are operators of torch (``torch.ops.gmoe``), which ``torch.compile`` does not look into.
+:func:`grouped_linear`. The kernels are operators of torch (``torch.ops.gmoe``), into which ``torch.compile`` does not
+look.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ FUSED: dict[str, tuple[Elementwise, Derivative]] = {
         lambda u: F.gelu(u, approximate="tanh"),
         lambda grad, u: aten.gelu_backward(grad, u, approximate="tanh"),
     ),
-    "identity": (torch.positive, lambda grad, u: grad),
+    "identity": (torch.positive, lambda grad, _: grad),
     "relu": (F.relu, lambda grad, u: aten.threshold_backward(grad, u, 0)),
     "silu": (F.silu, lambda grad, u: aten.silu_backward(grad, u)),
     "tanh": (torch.tanh, lambda grad, u: aten.tanh_backward(grad, u.tanh())),
 }
-"""Activations that :func:`routed_mlp` can run expert by expert: the function, and ``(grad of output, input) -> grad``."""
+"""Activations that :func:`routed_mlp` runs expert by expert: the function, and ``(grad of output, input) -> grad``."""
 
 FUSING = frozenset({"auto", "loop"})
 """Backends with which, on a CPU, gather, products and scatter are one step an expert."""
@@ -205,6 +206,10 @@ def _cast(x: Tensor, *others: Tensor | None) -> Any:
     return x.to(dtype), *(None if other is None else other.to(dtype) for other in others)
 
 
+KERNELS: dict[str, Callable[..., Any]] = {}
+"""What runs inside the operators, by name."""
+
+
 def _operator(
     name: str, arguments: str, results: str, fake: Callable[..., Any], num_grads: int, num_tensors: int
 ) -> Callable[[Callable[..., Any], Callable[..., list[Tensor]]], None]:
@@ -241,6 +246,7 @@ def _operator(
         forward.register_autograd(differentiate, setup_context=keep)
         schema = f"{gradients}, bool[] needs) -> Tensor[]"
         reverse = torch.library.custom_op(f"gmoe::{name}_backward", backward, mutates_args=(), schema=schema)
+        KERNELS.update({name: kernel, f"{name}_backward": backward})
         reverse.register_fake(lambda *inputs: _gradients_of(inputs[1 : num_grads + 1], inputs[-1]))
 
     return register
@@ -415,7 +421,7 @@ _operator(
     "routed_linear",
     "Tensor x, Tensor? z, Tensor gate, Tensor weight, Tensor? bias, Tensor token, Tensor offsets, SymInt num_tokens",
     "Tensor",
-    lambda x, z, gate, weight, bias, token, offsets, num_tokens: gate.new_empty(num_tokens, weight.size(2)),
+    lambda *inputs: inputs[2].new_empty(inputs[-1], inputs[3].size(2)),
     num_grads=5,
     num_tensors=7,
 )(_routed_linear, _routed_linear_backward)
@@ -484,9 +490,9 @@ _operator(
     "Tensor x, Tensor gate, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor token, Tensor offsets, "
     "str activation, bool glu",
     "(Tensor, Tensor)",
-    lambda x, gate, up, up_bias, down, down_bias, token, *_: (
-        gate.new_empty(x.size(0), down.size(2)),
-        x.new_empty(token.size(0), up.size(2)),
+    lambda x, gate, up, *rest: (
+        gate.new_empty(x.size(0), rest[1].size(2)),
+        x.new_empty(rest[3].size(0), up.size(2)),
     ),
     num_grads=6,
     num_tensors=8,

@@ -78,7 +78,7 @@ class AggregateOnce(StackedExperts):
         return out.to(x_src.dtype)
 
     def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Tensor:
-        return chunks.map(lambda x, part, rows: self.aggregate(part, x, x), x)
+        return chunks.map(lambda x, part, _: self.aggregate(part, x, x), x)
 
 
 class LinearAggregation(AggregateOnce):
@@ -311,7 +311,7 @@ class FilterExperts(StackedExperts):
     def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Tensor | None:
         powers = [x]
         for _ in range(self.hops):
-            powers.append(chunks.map(lambda x, part, rows: self.prototype.hop(x, part), powers[-1]))
+            powers.append(chunks.map(lambda x, part, _: self.prototype.hop(x, part), powers[-1]))
         return torch.cat(powers[1:], dim=-1) if self.hops else None
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
