@@ -409,6 +409,7 @@ def test_bad_calls(case: Case) -> None:
         ((x[0], None, edge_index), r"x: got shape \(5,\).*expected \(..., T, dim=5\)"),
         ((x.long(), batch, edge_index), "x: got .*int64, expected .* floats"),
         ((x, torch.zeros(10, dtype=torch.long), edge_index), r"batch: got shape \(10,\).*shape \(11,\)"),
+        ((x, [0] * 11, edge_index), "batch: got list, expected a tensor"),
         ((x, torch.zeros(11), edge_index), "batch: got .*float32, expected one integer a token"),
         ((x, batch, torch.tensor([[0, 1], [2, 11]])), "edge_index: got destination node 11, expected values in 0..10"),
         ((x, batch, torch.tensor([[-1, 1], [2, 3]])), "edge_index: got source node -1, expected values in 0..10"),
