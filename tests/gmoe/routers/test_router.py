@@ -297,19 +297,6 @@ def test_gradients_pass_anomaly_detection(case: Case) -> None:
 
 @each_mode
 @each_case
-def test_pairs_are_sorted_and_typed(case: Case, training: bool) -> None:
-    x, batch, edge_index = make_call(case, "ragged")
-    routing = make_layer(case, len(x), training=training).router(x, batch, edge_index)
-    assert routing.token.dtype == torch.int64
-    assert routing.offsets.dtype == torch.int32
-    assert routing.scores.shape == (len(x), E)
-    assert routing.offsets[-1] == len(routing.token) == len(routing.weight)
-    pairs = (routing.expert * len(x) + routing.token).tolist()
-    assert pairs == sorted(set(pairs))
-
-
-@each_mode
-@each_case
 def test_scores_are_float32_under_autocast_and_in_a_bfloat16_model(case: Case, training: bool) -> None:
     x, batch, edge_index = make_call(case, "ragged")
     router = make_layer(case, len(x), training=training).router.float()
