@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -74,12 +75,7 @@ def match_width(
     # case (a residual without a projection where input and hidden width agree)
     while high < stop and cost(high) < target:
         low, high = high, min(2 * high + 1, stop)
-    while low < high:  # the first width that costs at least the target
-        middle = (low + high) // 2
-        if cost(middle) < target:
-            low = middle + 1
-        else:
-            high = middle
+    low = bisect.bisect_left(range(high), target, lo=low, key=cost)  # the first that costs at least the target
     width = min((w for w in (low - 1, low) if w >= start), key=lambda w: abs(cost(w) - target))
     off = cost(width) / target - 1.0
     if abs(off) > tolerance:
@@ -115,7 +111,7 @@ def _index_add(self: Any, dim: int, index: Any, source: Any, *_: Any, **__: Any)
     return math.prod(source)
 
 
-def _scatter_add(self: Any, dim: int, index: Any, source: Any, *_: Any, **__: Any) -> int:
+def _scatter_add(self: Any, dim: int, index: Any, *_: Any, **__: Any) -> int:
     return math.prod(index)
 
 
