@@ -84,8 +84,7 @@ class RelationalConv(nn.Module):
         relations = [relation for into in self.relations_into.values() for relation in into]
         met = {*wanted, *(source for source, *_ in relations)}
         self.in_channels = widths_of(in_channels, [name for name in node_types if name in met])
-        self.aggr = aggr
-        self.share_root = share_root
+        self.aggr, self.share_root = aggr, share_root
         width = self.in_channels
         self.root = (
             linear(one_width(width, wanted, "a shared root weight"), out_channels, bias=True)
@@ -238,10 +237,8 @@ class HeteroMoEConv(MoELayer):
         self.router = tied
         if routers:
             self.experts_per_token = sum(router.experts_per_token for router in routers.values()) / len(routers)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.router_input = parts
-        self.tie_routers = tie_routers
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.router_input, self.tie_routers = parts, tie_routers
         self.backend: Backend = backend
         self.experts = experts
         self.routers = ModuleDict({} if tie_routers else routers)
@@ -331,10 +328,8 @@ class HeteroMoEConv(MoELayer):
         return torch.cat([column for part in self.router_input for column in columns[part]], dim=-1)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, "
-            f"router_input={self.router_input}, tie_routers={self.tie_routers}"
-        )
+        sizes = f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}"
+        return f"{sizes}, router_input={self.router_input}, tie_routers={self.tie_routers}"
 
 
 def _apply(maps: Sequence[Any], parts: Sequence[Tensor], *args: Any) -> Tensor:

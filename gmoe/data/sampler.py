@@ -126,11 +126,6 @@ class NeighborSampler(BaseSampler):
         """Nodes of the graph, by type in a heterogeneous one."""
         return self._sizes if self.is_hetero else self._sizes[NODES]
 
-    @property
-    def edge_permutation(self) -> None:
-        """None: ``edge`` holds ids of the graph's own edges."""
-        return
-
     def sample_from_nodes(self, index: NodeSamplerInput, **kwargs: Any) -> SamplerOutput | HeteroSamplerOutput:
         """The subgraph that the seeds ``index.node`` need; called by ``NodeLoader``."""
         check(index.time is None, *NO_TIMES)
@@ -153,7 +148,9 @@ class NeighborSampler(BaseSampler):
         try:
             local = self._maps.pop()  # taken, not shared: threads have their own, and an error leaves no dirty one
         except IndexError:
-            local = self._new_map()
+            with torch.inference_mode(False):  # or it could not be written to outside of that mode
+                unseen = torch.iinfo(self._dtype).max
+                local = {t: torch.full((size,), unseen, dtype=self._dtype) for t, size in self._sizes.items()}
         fields = self._expand({kind: nodes.long() for kind, nodes in seeds.items()}, local)
         for kind, nodes in fields["node"].items():
             local[kind].index_fill_(0, nodes, torch.iinfo(self._dtype).max)
@@ -161,11 +158,6 @@ class NeighborSampler(BaseSampler):
         if self.is_hetero:
             return HeteroSamplerOutput(**fields)
         return SamplerOutput(**{name: next(iter(value.values())) for name, value in fields.items()})
-
-    @torch.inference_mode(False)  # or a map made in inference mode could not be written to outside of it
-    def _new_map(self) -> dict[NodeType, Tensor]:
-        unseen = torch.iinfo(self._dtype).max
-        return {kind: torch.full((size,), unseen, dtype=self._dtype) for kind, size in self._sizes.items()}
 
     def _expand(self, seeds: dict[NodeType, Tensor], local: dict[NodeType, Tensor]) -> dict[str, dict[Any, Any]]:
         """The output's fields by type. ``local``: each node's position in the output, huge where it has none yet."""
