@@ -47,7 +47,9 @@ class SoftRouting(Routing):
             if part.mask is not None:
                 shares_BsN = shares_BsN * part.mask[..., None]
             mixed_BNI = shares_BsN.transpose(1, 2) @ part.take(x_TI)
-            slots_BNI = mixed_BNI if part.group is None else slots_BNI.index_add(0, part.group, mixed_BNI)
+            slots_BNI = (
+                mixed_BNI if part.group is None else slots_BNI.index_add(0, part.group, mixed_BNI.to(slots_BNI.dtype))
+            )
         return slots_BNI.unflatten(1, (self.num_experts, -1)).transpose(0, 1).flatten(0, 2)
 
     def combine(self, y_RO: Tensor) -> Tensor:
@@ -60,7 +62,8 @@ class SoftRouting(Routing):
             shares_BsN = part.take(shares_TN)
             if part.mask is not None:
                 shares_BsN = shares_BsN * part.mask[..., None]
-            y_TO = part.add(y_TO, shares_BsN @ (y_BNO if part.group is None else y_BNO[part.group]))
+            mixed_BsO = shares_BsN @ (y_BNO if part.group is None else y_BNO[part.group])
+            y_TO = part.add(y_TO, mixed_BsO.to(y_TO.dtype))  # a product under autocast
         return y_TO
 
 
