@@ -172,8 +172,15 @@ def mlps(router: str, **kwargs: Any) -> MoE:
     return MoE(build_router(router, D, E, K, kwargs), MLPExperts(D, 12, 6, E))
 
 
-def vit() -> nn.Module:
-    return moefy(VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=5), every=1, num_experts=E, k=1)
+def with_head(vit: VisionTransformer) -> VisionTransformer:
+    """torchvision's head starts at zero, and hides what goes on before it."""
+    for parameter in vit.heads.parameters():
+        nn.init.normal_(parameter)
+    return vit
+
+
+def moefied() -> nn.Module:
+    return moefy(with_head(VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=5)), every=1, num_experts=E, k=1)
 
 
 def soft() -> SoftMoE:
@@ -237,8 +244,8 @@ CASES = [
     Case("GNNMoE shared router", partial(gnn, shared_router=True, router_input=("node", "neighbors")), graphs),
     Case("HeteroGNNMoE", lambda: HeteroGNNMoE(D, 6, 5, METADATA, 3, num_experts=E, k=K), hetero_graphs),
     Case("HeteroGNNMoE target", lambda: HeteroGNNMoE(D, 6, 5, METADATA, 2, target="paper"), hetero_papers),
-    Case("ViTMoE", lambda: ViTMoE(SMALL_VIT, num_experts=E), images, NO_RESET),
-    Case("moefied ViT", vit, images, {**NO_RESET, "returns_what_is_recorded": "torchvision's forward returns logits"}),
+    Case("ViTMoE", lambda: with_head(ViTMoE(SMALL_VIT, num_experts=E)), images, NO_RESET),
+    Case("moefied ViT", moefied, images, {**NO_RESET, "returns_what_is_recorded": "torchvision's forward returns logits"}),
 ]
 
 
@@ -346,7 +353,7 @@ def is_restored_from_its_state_dict(case: Case, device: str) -> None:
 
 def takes_no_tokens(case: Case, device: str) -> None:
     """No nodes and no edges, or no images: an empty output, and gradients of zero."""
-    layer, call = case.make(device).eval(), case.call((), device)
+    layer, call = case.make(device), case.call((), device)
     for name, value in train(layer, call).items():
         assert value is not None, f"{name} has no gradient"
         assert not value.any(), name
@@ -365,7 +372,7 @@ def does_not_see_batch_mates(case: Case, device: str) -> None:
 
 def gives_starved_experts_zero_gradients(case: Case, device: str) -> None:
     """Not ``None``, which distributed training would wait for."""
-    layer = case.make(device).eval()
+    layer = case.make(device)
     with record_routing(layer) as routings:
         found = train(layer, case.call([1], device))
     assert all(value is not None for value in found.values())
@@ -394,15 +401,17 @@ def is_checkpointed(case: Case, device: str) -> None:
     for _ in range(2):
         found, expected = train(twin, call, partial(checkpoint, twin, use_reentrant=False)), train(layer, call)
         assert_alike(found, expected)
-    assert_alike(dict(twin.named_buffers()), dict(layer.named_buffers()))
+    for one, other in zip(twin.modules(), layer.modules(), strict=True):
+        if isinstance(one, Router):  # batch norm's statistics move with every forward
+            assert_alike(dict(one.named_buffers()), dict(other.named_buffers()))
 
 
 def runs_without_gradients(case: Case, device: str) -> None:
     layer, call = case.make(device).eval(), case.call(device=device)
     expected = run(layer, call)
     for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            torch.testing.assert_close(run(layer, call), expected, rtol=0, atol=0)
+        with mode():  # in which torch's attention has a kernel of its own
+            torch.testing.assert_close(run(layer, call), expected)
     torch.testing.assert_close(run(layer, call), expected, rtol=0, atol=0)  # nothing of that mode was kept
 
 
