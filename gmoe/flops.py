@@ -1,4 +1,4 @@
-"""What a model costs: active parameters and FLOPs, and dense controls of equal cost."""
+"""What a model costs: active parameters and FLOPs, and dense baselines of equal cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gmoe._checks import check_count, check_positive
-from gmoe.moe import MoELayer
+from gmoe.dispatch import KERNELS
+from gmoe.moe import MoELayer  # and so the operators of gmoe.dispatch
 
 aten = torch.ops.aten
 
@@ -54,7 +55,7 @@ def count_flops(model: Callable[..., Any], *args: Any, backward: bool = False, *
 def match_width(
     cost: Callable[[int], float], target: float, *, start: int = 1, stop: int = 2**16, tolerance: float = 0.02
 ) -> int:
-    """The width whose cost is nearest to ``target``: how a dense control is widened to a MoE's cost.
+    """The width whose cost is nearest to ``target``: how a dense baseline is widened to a MoE's cost.
 
     Args:
         cost: FLOPs or parameters of the model of that width; grows with it.
@@ -142,6 +143,17 @@ def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return int(2 * a[0] * a[1] * b[-1])
 
 
+def _inside(kernel: Callable[..., Any]) -> Callable[..., int]:
+    """What happens inside an operator of :mod:`gmoe.dispatch`, counted by running its kernel once more."""
+
+    def count(*args: Any, out_val: Any, **kwargs: Any) -> int:
+        with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
+            kernel(*args, **kwargs)
+        return int(counter.get_total_flops())
+
+    return _raw(count)
+
+
 _EXTRA_FLOPS: dict[Any, Any] = {
     aten.mm: _raw(_mm),
     aten.addmm: _raw(_addmm),
@@ -156,4 +168,5 @@ _EXTRA_FLOPS: dict[Any, Any] = {
     aten.scatter_add_: _scatter_add,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_cpu,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_cpu_backward,
+    **{getattr(torch.ops.gmoe, name): _inside(kernel) for name, kernel in KERNELS.items()},
 }

@@ -78,7 +78,7 @@ class AggregateOnce(StackedExperts):
         return out.to(x_src.dtype)
 
     def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Tensor:
-        return chunks.map(lambda x, part, rows: self.aggregate(part, x, x), x)
+        return chunks.map(lambda x, part, _: self.aggregate(part, x, x), x)
 
 
 class LinearAggregation(AggregateOnce):
@@ -134,9 +134,7 @@ class LinearAggregation(AggregateOnce):
         y_PO = h_TEO.view(-1, weight_EIO.size(2)).index_select(0, pair_P)
         if self.root:
             root_EIO = weight_EIO[:, self.aggregate_width :]
-            y_PO = y_PO + grouped_linear(
-                dispatch(x_dst, routing), root_EIO, None, routing.offsets, self.linear.backend
-            )
+            y_PO = y_PO + grouped_linear(dispatch(x_dst, routing), root_EIO, None, routing.offsets, self.linear.backend)
         if self.linear.bias is not None:
             y_PO = y_PO + self.linear.bias.to(y_PO.dtype).index_select(0, routing.expert)
         return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
@@ -313,7 +311,7 @@ class FilterExperts(StackedExperts):
     def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Tensor | None:
         powers = [x]
         for _ in range(self.hops):
-            powers.append(chunks.map(lambda x, part, rows: self.prototype.hop(x, part), powers[-1]))
+            powers.append(chunks.map(lambda x, part, _: self.prototype.hop(x, part), powers[-1]))
         return torch.cat(powers[1:], dim=-1) if self.hops else None
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:

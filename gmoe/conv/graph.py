@@ -9,7 +9,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import add_self_loops, index_sort, is_sparse, remove_self_loops, to_edge_index
 
-from gmoe._autograd import first_order
+from gmoe._autograd import first_order, untraced
 
 with warnings.catch_warnings():  # torch says once a process that such matrices are in beta; here it has said so
     warnings.simplefilter("ignore")
@@ -274,7 +274,7 @@ class Graph:
 
     @property
     def attr(self) -> Tensor | None:
-        """(M, F) the features of each of :attr:`edges`: ``edge_attr``, or the values of a sparse matrix if they are rows."""
+        """(M, F) the features of each of :attr:`edges`: ``edge_attr``, or a sparse matrix's values if they are rows."""
         value = self.coo[1]
         given = self.edge_attr if self.edge_attr is not None or value is None or value.dim() == 1 else value
         if given is None:
@@ -292,7 +292,7 @@ class Graph:
         return self.edges.degree
 
     def sum(self, x_src: Tensor, weight: Tensor | None = None) -> Tensor:
-        """(N_dst, D) the sum over in-edges of what the sources hold, times ``weight`` (M,) in the order of :attr:`edges`."""
+        """(N_dst, D) the sum over in-edges of ``x_src``, times ``weight`` (M,) in the order of :attr:`edges`."""
         if weight is None:
             weight = x_src.new_ones(self.edges.sender.numel())
         return weighted_sum(weight[:, None], x_src[:, None], self.edges)[:, 0]
@@ -317,12 +317,16 @@ class Graph:
         if self._parent is not None:
             return self._kept.setdefault(key, self._part_of_normalized(improved, loops, dtype))
         if self.is_sparse and self.edge_weight is not None:
-            raise ValueError("edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights")
+            raise ValueError(
+                "edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights"
+            )
         edges, given = self.edges, self.weight
         receiver = edges.receiver
         weight = torch.ones_like(receiver, dtype=dtype) if given is None else given
         added = weight.new_full((self.num_dst,), 2.0 if improved and (given is not None or self.is_sparse) else 1.0)
-        if loops and (isinstance(self.adj, SparseTensor) or not self.is_sparse):  # one loop, in place of those there are
+        if loops and (
+            isinstance(self.adj, SparseTensor) or not self.is_sparse
+        ):  # one loop, in place of those there are
             is_loop = edges.sender == receiver
             if given is not None and not self.is_sparse:  # which keeps their weight
                 added = added.index_put((receiver[is_loop],), weight[is_loop])
@@ -389,9 +393,7 @@ class Graph:
         """
         edge, position = self.edges.of(token)
         among = token[token < self.num_src]
-        known, inverse = torch.unique(
-            torch.cat([among, self.edges.sender.index_select(0, edge)]), return_inverse=True
-        )
+        known, inverse = torch.unique(torch.cat([among, self.edges.sender.index_select(0, edge)]), return_inverse=True)
         place = torch.full_like(known, -1)
         place[inverse[: len(among)]] = torch.arange(len(among), device=token.device)
         others = place < 0
@@ -404,13 +406,13 @@ class Graph:
         weight, attr = (None if v is None else v.index_select(0, given) for v in (self.edge_weight, self.edge_attr))
         adj: Any = torch.stack([source, position] if self.flow == "source_to_target" else [position, source])
         if self.is_sparse:
-            value = self.coo[1]
-            value = None if value is None else value.index_select(0, given)
+            whole: Any = self.coo[1]
+            value = None if whole is None else whole.index_select(0, given)
             if isinstance(self.adj, SparseTensor):
                 adj = SparseTensor(row=position, col=source, value=value, sparse_sizes=size[::-1])
             else:
                 ptr = torch._convert_indices_from_coo_to_csr(position, size[1])
-                adj = torch.sparse_csr_tensor(ptr, source, value, size=size[::-1], check_invariants=False)
+                adj = torch.sparse_csr_tensor(ptr, source, whole[given], size=size[::-1], check_invariants=False)
         part = Graph(adj, size, edge_weight=weight, edge_attr=attr, flow=self.flow)
         part._parent = (self, token, known, place)
         return nodes, part
@@ -475,7 +477,8 @@ class _WeightedSum(torch.autograd.Function):
             grad_weight = _products(grad_RHC, value_UGC, ctx.edges)
         if ctx.needs_input_grad[1]:
             reverse, order = ctx.edges.transpose
-            weight_MH = weight_MH.index_select(0, order)
+            by_head = [weight_M.index_select(0, order) for weight_M in weight_MH.unbind(1)]  # rows of one are slow
+            weight_MH = by_head[0][:, None] if len(by_head) == 1 else torch.stack(by_head, dim=1)
             if value_UGC.size(1) == weight_MH.size(1):
                 grad_value = weighted_sum(weight_MH, grad_RHC.contiguous(), reverse)
             else:  # all heads hear the same
@@ -516,7 +519,9 @@ def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
         size = (edges.num_receivers, rows.size(0))
         for head in range(heads):
             column = edges.sender if groups == 1 else edges.sender * groups + head
-            matrix = torch.sparse_csr_tensor(edges.ptr, column, out_MH[:, head].contiguous(), size, check_invariants=False)
+            matrix = torch.sparse_csr_tensor(
+                edges.ptr, column, out_MH[:, head].contiguous(), size, check_invariants=False
+            )
             torch.sparse.sampled_addmm(matrix, query_RHC[:, head].contiguous(), rows.T, out=matrix)
             out_MH[:, head] = matrix.values()
         return out_MH.to(dtype)
@@ -527,10 +532,10 @@ def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
     return out_MH.to(dtype)
 
 
-weighted_sum: Callable[[Tensor, Tensor, Edges], Tensor] = torch.compiler.disable(_WeightedSum.apply)
+weighted_sum: Callable[[Tensor, Tensor, Edges], Tensor] = untraced(partial(_WeightedSum.apply))
 r"""(R, H, C) what each receiver hears, :math:`y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}`, of weights (M, H) and values
 (U, H, C), or (U, 1, C) where all heads hear the same. Can be differentiated once."""
 
-dot: Callable[[Tensor, Tensor, Edges], Tensor] = torch.compiler.disable(_Dot.apply)
+dot: Callable[[Tensor, Tensor, Edges], Tensor] = untraced(partial(_Dot.apply))
 r"""(M, H) the products of the two ends, :math:`s_{mh} = q_{r(m) h} \cdot k_{u(m) h}`, of queries (R, H, C) and keys
 (U, H, C), or (U, 1, C) where all heads share them. Can be differentiated once."""

@@ -99,7 +99,9 @@ def _gin(cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: 
     return cls(pyg.MLP([width, out_channels, out_channels], norm=None), *args, **kwargs)
 
 
-def _one_width(cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: Any, **kwargs: Any) -> MessagePassing:
+def _one_width(
+    cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: Any, **kwargs: Any
+) -> MessagePassing:
     """A conv that keeps the width."""
     if {out_channels} != ({in_channels} if isinstance(in_channels, int) else set(in_channels)):
         raise ValueError(f"out_channels: got {out_channels} for {cls.__name__}, expected in_channels={in_channels}")
@@ -135,7 +137,9 @@ class Make:
                 "(in_channels, out_channels) -> conv"
             ) from error
         if not isinstance(conv, MessagePassing):
-            raise ValueError(f"conv: got a factory of {type(conv).__name__}, expected one of PyG's MessagePassing layers")
+            raise ValueError(
+                f"conv: got a factory of {type(conv).__name__}, expected one of PyG's MessagePassing layers"
+            )
         takes = inspect.signature(conv.forward).parameters
         first = [name for name in takes if name not in ("edge_weight", "edge_attr")][:2]
         needed = [
@@ -177,10 +181,13 @@ def factory_of(conv: Any) -> ConvFactory:
         return partial(_one_width, conv)
     if isinstance(conv, type) and issubclass(conv, MessagePassing):
         first = list(inspect.signature(conv).parameters.values())[:2]
-        if conv.__module__.startswith("torch_geometric.") and [p.name for p in first] != ["in_channels", "out_channels"]:
+        if conv.__module__.startswith("torch_geometric.") and [p.name for p in first] != [
+            "in_channels",
+            "out_channels",
+        ]:
             raise ValueError(
-                f"conv: got {conv.__name__}, which is built with ({', '.join(p.name for p in first)}), expected a class "
-                "built with (in_channels, out_channels), or a factory of those"
+                f"conv: got {conv.__name__}, which is built with ({', '.join(p.name for p in first)}), expected a "
+                "class built with (in_channels, out_channels), or a factory of those"
             )
     if not callable(conv):
         raise ValueError(f"conv: got {conv!r}, expected a name, a class of PyG's convs, a factory, or a list of those")
@@ -265,7 +272,7 @@ def _group_of(kind: str | ConvFactory, sample: MessagePassing, local: bool | Non
 
 
 def _same(value: Any) -> Hashable:
-    """Equal for values that are sure to mean the same: plain ones that are equal, others only if they are one object."""
+    """Equal for values that are sure to mean the same: plain and equal, or one and the same object."""
     if isinstance(value, tuple):
         return tuple(_same(part) for part in value)
     return (type(value), value) if isinstance(value, bool | int | float | str | None) else id(value)
@@ -336,7 +343,7 @@ def is_local(conv: MessagePassing, in_channels: Widths) -> bool:
         edge_index[:, :3] = torch.tensor([[0, 1, 1], [0, 2, 2]])
         takes = parameters_of(probe)
         weight = random(EDGES).abs() + 0.1 if "edge_weight" in takes else None
-        edge_dim = getattr(probe, "edge_dim", None) or getattr(probe, "dim", None)
+        edge_dim: Any = getattr(probe, "edge_dim", None) or getattr(probe, "dim", None)
         if isinstance(probe, pyg.GINEConv):
             edge_dim = in_channels if probe.lin is None else probe.lin.in_channels
         wanted = "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gmoe._autograd import first_order
+from gmoe._autograd import first_order, untraced
 from gmoe._checks import check_choice, check_count, check_positive
 from gmoe.routers.base import Router, Weighting, float_linear
 from gmoe.routers.groups import Groups, gather_pairs, pairs_of_experts
@@ -162,7 +162,7 @@ def _votes_of(q_BHbd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, mask_Bb: T
     return (mask_Bb[:, None, None].to(shares_BHbS.dtype) @ shares_BHbS).squeeze(2)
 
 
-@torch.compiler.disable  # which knows no sparse tensors
+@untraced  # which knows no sparse tensors
 def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     """(T, H) votes where each node spreads one vote over its out-neighbors and itself; O(edges).
 
