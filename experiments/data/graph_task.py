@@ -6,10 +6,10 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from gmoe.data.loader import neighbor_loader
 from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric.data import Data, HeteroData
@@ -21,7 +21,9 @@ from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
 from experiments.config import TrainConfig
 from experiments.data.graph_data import GraphData, Split, task_loss
 from experiments.data.task import Batch, Loader, Task
-from gmoe.conv.separate import conv_factory
+from gmoe import Graph
+from gmoe.conv.kinds import factory_of
+from gmoe.data.loader import neighbor_loader
 
 CSR_CONVS = frozenset({"gcn", "sage", "graph", "gin", "mlp", "filter", "identity", "low_pass", "high_pass", "two_hop"})
 """Convs that PyG runs on a sparse matrix without a message for every edge."""
@@ -121,6 +123,7 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, s
         return (part.x, adj) if weight is None else (part.x, adj, weight)
 
     whole = inputs_of(data, adj)
+    whole = whole[0], Graph(adj, data.num_nodes), *whole[2:]  # sorted and normalized once for all epochs
     if config.sampling == "neighbor":  # once, not in every epoch
         data = data.sort(sort_by_row=False)
 
@@ -202,8 +205,11 @@ def conv_class(kind: str) -> type[MessagePassing]:
     Raises:
         ValueError: an unknown one.
     """
-    made: Any = conv_factory(kind, {})
-    return made.args[0] if made.args else made.func  # of GIN and GINE, what its factory is given
+    made: Any = factory_of(kind)
+    while isinstance(made, partial):  # of GIN and others, what the factory is given
+        made = made.args[0] if made.args else made.func
+    found: type[MessagePassing] = made
+    return found
 
 
 def _seen(graph: GraphData, data: Data, config: TrainConfig) -> Data:

@@ -202,7 +202,9 @@ class Graph:
         return found
 
     def to(self, device: torch.device | str) -> Graph:
-        """The graph on another device."""
+        """The graph on that device; itself where it is there already."""
+        if self.adj.device == torch.device(device):
+            return self
         adj = self.adj.to(device)
         weight, attr = (None if v is None else v.to(device) for v in (self.edge_weight, self.edge_attr))
         return Graph(adj, (self.num_src, self.num_dst), edge_weight=weight, edge_attr=attr, flow=self.flow)
