@@ -114,7 +114,7 @@ def routed_linear(
     x_t + \bar y_t \cdot b_e`. Follows autocast. Can be differentiated once.
 
     Args:
-        parts: x in one or two parts, whose widths add up to I: with the loop backend they are not joined.
+        parts: x in parts, whose widths add up to I: with the loop backend the first is not joined to the others.
         weight_EIO: stacked weights.
         bias_EO: stacked biases, or ``None``.
         routing: who goes where.
@@ -132,9 +132,11 @@ def routed_linear(
     token_P, offsets_E, gate_P = routing.token, routing.offsets, routing.weight.to(dtype)
     if dtype == torch.bfloat16 and device == "cpu":
         token_P, offsets_E, gate_P = rounded(token_P, offsets_E, gate_P)
-    z_TJ, tokens = (other[0] if other else None), routing.num_tokens
+    z_TJ = torch.cat(other, dim=-1) if len(other) > 1 else next(iter(other), None)
     with torch.autocast(device, enabled=False):
-        return torch.ops.gmoe.routed_linear(x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, tokens)
+        return torch.ops.gmoe.routed_linear(
+            x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, routing.num_tokens
+        )
 
 
 def routed_mlp(

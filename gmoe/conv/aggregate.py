@@ -387,7 +387,8 @@ def _row_wise(network: nn.Module) -> bool:
     first = next(network.parameters(), None)
     if first is None:
         return False
-    x = torch.randn(7, first.size(-1), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(7, first.size(-1), dtype=torch.float64, device="cpu", generator=generator)
     probe = probe_copy(network)
     return torch.allclose(probe(x)[:3], probe(x[:3]), atol=1e-10)
 
