@@ -26,6 +26,9 @@ with warnings.catch_warnings():  # torch says once a process that such matrices 
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
 
+SPARSE_DEVICES = ("cpu",)
+"""Where torch's sparse products beat gathered blocks of messages."""
+
 NUMBERS = 2**21
 """How many numbers a block of messages holds: few enough for a CPU's caches, and for memory without fresh pages."""
 
@@ -437,7 +440,7 @@ class _WeightedSum(torch.autograd.Function):
         outs = []
         for head, weight_M in enumerate(weight_MH.to(exact).T.contiguous()):
             column = edges.sender if groups == 1 else edges.sender * groups + head
-            if rows.is_cpu and weight_M.numel():
+            if rows.device.type in SPARSE_DEVICES and weight_M.numel():
                 size = (edges.num_receivers, rows.size(0))
                 matrix = torch.sparse_csr_tensor(edges.ptr, column, weight_M, size, check_invariants=False)
                 outs.append(torch.sparse.mm(matrix, rows, "sum"))
@@ -494,7 +497,8 @@ def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
     out_MH = query_RHC.new_zeros(messages, heads, dtype=exact)
     query_RHC, key_UGC = query_RHC.to(exact), key_UGC.to(exact)
     # torch cuts a matrix down to as many entries as it has cells
-    if query_RHC.is_cpu and 0 < messages <= edges.num_receivers * edges.num_senders * groups:
+    entries = edges.num_receivers * edges.num_senders * groups
+    if query_RHC.device.type in SPARSE_DEVICES and 0 < messages <= entries:
         rows = key_UGC.flatten(0, 1)
         size = (edges.num_receivers, rows.size(0))
         for head in range(heads):
