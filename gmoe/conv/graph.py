@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
-from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import add_self_loops, index_sort, is_sparse, remove_self_loops, to_edge_index
 
@@ -77,6 +76,15 @@ class Edges:
     def transpose(self) -> tuple[Edges, Tensor]:
         """The same messages sent the other way, and (M,) which of these each of them is."""
         return Edges.sorted(self.receiver, self.sender, self.num_receivers, self.num_senders)
+
+    def with_loops(self) -> tuple[Edges, Tensor, Tensor]:
+        """The edges and a loop at each node, and where the (M,) edges and the (R,) loops lie among them."""
+        node = torch.arange(self.num_receivers, device=self.ptr.device)
+        ptr = self.ptr + torch.arange(self.num_receivers + 1, device=self.ptr.device)
+        place, last = torch.arange(self.sender.numel(), device=self.ptr.device) + self.receiver, ptr[1:] - 1
+        sender = torch.empty(self.sender.numel() + node.numel(), dtype=torch.long, device=self.ptr.device)
+        sender.index_copy_(0, place, self.sender).index_copy_(0, last, node)
+        return Edges(ptr, sender, self.num_senders), place, last
 
     def of(self, receivers: Tensor) -> tuple[Tensor, Tensor]:
         """(m,) the messages of some receivers, one after the other, and (m,) the position of each one's receiver."""
@@ -240,8 +248,12 @@ class Graph:
     @property
     def _sorted(self) -> tuple[Edges, Tensor]:
         if "edges" not in self._shared:
-            (src, dst) = self.edge_index
-            self._shared["edges"] = Edges.sorted(src, dst, self.num_src, self.num_dst)
+            if self.is_sparse and not isinstance(self.adj, SparseTensor) and self.adj.layout == torch.sparse_csr:
+                edges = Edges(self.adj.crow_indices().long(), self.adj.col_indices().long(), self.num_src)
+                self._shared["edges"] = edges, torch.arange(edges.sender.numel(), device=edges.sender.device)
+            else:
+                src, dst = self.edge_index
+                self._shared["edges"] = Edges.sorted(src, dst, self.num_src, self.num_dst)
         found: tuple[Edges, Tensor] = self._shared["edges"]
         return found
 
@@ -307,23 +319,28 @@ class Graph:
             return kept
         if self._parent is not None:
             return self._kept.setdefault(key, self._part_of_normalized(improved, loops, dtype))
-        adj: Any = self.adj if self.is_sparse else self.edge_index
         if self.is_sparse and self.edge_weight is not None:
             raise ValueError("edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights")
-        normed: Any = gcn_norm(adj, self.edge_weight, self.num_dst, improved, loops, dtype=dtype)
-        if isinstance(normed, tuple) and not is_sparse(normed[0]):
-            (src, dst), weight = normed
-        else:
-            adj = normed[0] if isinstance(normed, tuple) else normed
-            if isinstance(adj, SparseTensor):
-                dst, src, weight = adj.coo()
-            else:
-                (dst, src), weight = to_edge_index(adj)
-        edges, order = Edges.sorted(src, dst, self.num_src, self.num_dst)
-        found = edges, weight.index_select(0, order)
+        edges, given = self.edges, self.weight
+        receiver = edges.receiver
+        weight = torch.ones_like(receiver, dtype=dtype) if given is None else given
+        added = weight.new_full((self.num_dst,), 2.0 if improved and (given is not None or self.is_sparse) else 1.0)
+        if loops and (isinstance(self.adj, SparseTensor) or not self.is_sparse):  # one loop, in place of those there are
+            is_loop = edges.sender == receiver
+            if given is not None and not self.is_sparse:  # which keeps their weight
+                added = added.index_put((receiver[is_loop],), weight[is_loop])
+            weight = torch.where(is_loop, 0.0, weight)
+        degree = weight.new_zeros(self.num_dst).index_add(0, receiver, weight)
+        scale = (degree + added if loops else degree).pow(-0.5)
+        scale = scale.masked_fill(scale == torch.inf, 0.0)
+        weight = scale.index_select(0, receiver) * weight * scale.index_select(0, edges.sender)
+        if loops:
+            edges, place, last = edges.with_loops()
+            weight = weight.new_zeros(edges.sender.numel()).index_copy(0, place, weight)
+            weight = weight.index_copy(0, last, scale * added * scale)
         if not weight.requires_grad:
-            self._kept[key] = found
-        return found
+            self._kept[key] = edges, weight
+        return edges, weight
 
     def _part_of_normalized(self, improved: bool, loops: bool, dtype: torch.dtype) -> tuple[Edges, Tensor]:
         """Of the normalized whole, the in-edges of the destinations that this part is of."""
