@@ -66,8 +66,6 @@ class AggregateOnce(StackedExperts):
         conv, size = self.prototype, (graph.num_src, graph.num_dst)
         adj: Any = graph.adj
         if conv.flow == "target_to_source":  # whose features would have to be a tuple that PyG does not take
-            if conv.explain:
-                raise ValueError("flow: got 'target_to_source' with an explainer's mask, expected 'source_to_target'")
             conv, adj = turned(conv), graph.edge_index
         if isinstance(adj, EdgeIndex) and None in adj.sparse_size():  # of which alone PyG takes the number of nodes
             adj = EdgeIndex(adj.as_tensor(), sparse_size=size, sort_order=adj.sort_order)

@@ -197,6 +197,8 @@ class Graph:
                 f"edge_index: got {type(self.adj).__name__} for a conv of flow={flow!r}, expected plain edges "
                 "(2, number of edges), or the transposed matrix and the default flow"
             )
+        if self.num_src != self.num_dst:  # the ends would be out of range
+            raise ValueError(f"flow: got {flow!r} for {self}, expected as many sources as destinations, or flow= of Graph")
         if flow not in self._kept:
             turned = Graph.__new__(Graph)
             turned.__dict__.update(self.__dict__, flow=flow, _shared={}, _kept={})
@@ -363,11 +365,13 @@ class Graph:
             kept: Graph = self._kept[key]
             return kept
         ends = torch.stack([self.edges.sender, self.edges.receiver])
+        turned = self.flow == "target_to_source"  # PyG reduces over the second row of edge_index, whatever the flow
+        ends = ends.flip(0) if turned else ends
         ends, kept_M = remove_self_loops(ends, torch.arange(ends.size(1), device=ends.device))
         attr = None if self.attr is None else self.attr.index_select(0, kept_M)
         nodes = min(self.num_src, self.num_dst)
         ends, attr = add_self_loops(ends, attr, fill_value, nodes)
-        looped = Graph(ends, (self.num_src, self.num_dst), edge_attr=attr)
+        looped = Graph(ends.flip(0) if turned else ends, (self.num_src, self.num_dst), edge_attr=attr)
         origin = self.order.index_select(0, kept_M)
         looped._shared["origin"] = torch.cat([origin, origin.new_full((nodes,), -1)])
         if key is not None and (attr is None or not attr.requires_grad):
