@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch_geometric.nn import CGConv, GATConv, GATv2Conv, GINConv, SAGEConv, SoftmaxAggregation, TAGConv
+from torch_geometric.nn import CGConv, GATConv, GATv2Conv, GINConv, GINEConv, SAGEConv, SoftmaxAggregation, TAGConv
 
 from gmoe import ROUTERS, FilterConv, MoEConv
 from gmoe.conv import graph as graph_module
@@ -113,7 +113,7 @@ FULL: list[Case] = [
 LISTS: list[Case] = [
     (["gcn", "gat", "mlp"], {}),
     (["gcn", "le", "film"], {}),  # of which the last takes no weights
-    (["graph", partial(GATConv, edge_dim=EDGE_DIM), "sage"], {}),
+    (["graph", partial(GATConv, edge_dim=EDGE_DIM, fill_value=2.0), "sage"], {}),
     ([partial(GATv2Conv, edge_dim=EDGE_DIM), "le", partial(GATConv, edge_dim=EDGE_DIM)], {}),
     (["sage", partial(SAGEConv, flow="target_to_source"), partial(GATConv, flow="target_to_source")], {}),
     (["tag", "gcn", partial(TAGConv, K=2)], {}),
@@ -126,7 +126,7 @@ ALL = [*AGGREGATE_ONCE, *ATTENTION, *LOCAL, *FULL, *LISTS]
 
 BIPARTITE = [
     case
-    for case in [*AGGREGATE_ONCE, *ATTENTION, *LOCAL, LISTS[2], LISTS[3], LISTS[4]]
+    for case in [*AGGREGATE_ONCE, *ATTENTION, *LOCAL, LISTS[2]]
     if case[0] not in ("gcn", "film", CGConv) and not case[1].get("skip_linear")
 ]
 
@@ -158,21 +158,20 @@ def edge_args(conv: MoEConv, num_edges: int) -> dict[str, Tensor]:
     found = {}
     if "edge_weight" in conv.edge_names:
         found["edge_weight"] = features(num_edges, seed=7).abs() + 0.1
-    if any(value in (EDGE_DIM, -EDGE_DIM) for plain in conv.experts.convs() for value in _edge_widths(plain)):
+    named = ("edge_dim", "in_edge_channels", "dim")
+    if any(getattr(plain, key, None) == EDGE_DIM for plain in conv.experts.convs() for key in named) or any(
+        isinstance(plain, GINEConv) for plain in conv.experts.convs()
+    ):
         found["edge_attr"] = features(num_edges, EDGE_DIM, seed=8)
     return found
-
-
-def _edge_widths(conv: Any) -> list[Any]:
-    return [getattr(conv, key, None) for key in ("edge_dim", "in_edge_channels", "dim")] + [
-        getattr(getattr(conv, key, None), "in_channels", None) for key in ("lin_edge", "lin") if key == "lin_edge"
-    ]
 
 
 @pytest.mark.parametrize(("conv", "kwargs"), ALL, ids=ids)
 def test_equals_masked(conv: Any, kwargs: dict[str, Any]) -> None:
     layer = build(conv, kwargs)
     for graph, (num_nodes, edge_index) in GRAPHS.items():
+        if num_nodes == 1 and (conv, kwargs) in FULL[-1:]:
+            continue  # batch norm of one row
         x, args = features(num_nodes, WIDTH), edge_args(layer, edge_index.size(1))
         for kind in ("all", "some", "none") if graph == "mixed" else ("some",):
             assert_equals_masked(layer, x, edge_index, weight_TE=weights(num_nodes, kind), **args)
@@ -222,28 +221,44 @@ def test_self_loops_count_as_pyg_counts_them_in_that_form(conv: Any, form: str) 
         assert_equals_masked(build(conv, {}), features(9, WIDTH), adj, reference_adj=same, weight_TE=weights(9))
 
 
-@pytest.mark.parametrize("form", [None, *FORMS])
 @pytest.mark.parametrize("sizes", [(9, 5), (5, 9), (6, 6)], ids=str)
 @pytest.mark.parametrize(("conv", "kwargs"), BIPARTITE, ids=ids)
-def test_bipartite(conv: Any, kwargs: dict[str, Any], sizes: tuple[int, int], form: str | None) -> None:
+def test_bipartite(conv: Any, kwargs: dict[str, Any], sizes: tuple[int, int]) -> None:
     """Loops join the nodes of equal index."""
     num_src, num_dst = sizes
-    if form not in (None, "csr", "EdgeIndex by row") and (conv, kwargs) not in SOME:
-        pytest.skip("these forms with the common options alone")
     if "edge_dim" in kwargs and conv in ("gat", "gatv2") and num_src < num_dst:
         kwargs = {**kwargs, "fill_value": 2.0}  # PyG fails to reduce over the in-edges of more destinations than sources
-    same_width = "share_weights" in kwargs or conv in ("gin", "gine", "simple", "general", "le")
-    widths = (WIDTH, WIDTH) if same_width else (WIDTH, 6)
-    layer = build(conv, kwargs, widths if conv not in ("le", "gin", "gine") else WIDTH)
-    edges = simple_graph(*sizes)
-    x, args = (features(num_src, widths[0]), features(num_dst, widths[1], seed=1)), edge_args(layer, edges.size(1))
-    adj = edges if form is None else FORMS[form](edges, sizes)
-    if form is not None:
-        args = {}
-    if form is not None and conv == "transformer" and "edge_dim" in kwargs:
-        pytest.skip("PyG's own needs the edge features")
-    with default_float64():
-        assert_equals_masked(layer, x, adj, reference_adj=edges, weight_TE=weights(num_dst), **args)
+    one_width = "share_weights" in kwargs or conv in ("gin", "gine", "simple", "general", "le")
+    x = (features(num_src, WIDTH), features(num_dst, WIDTH if one_width else 6, seed=1))
+    layer = build(conv, kwargs, WIDTH if one_width else (WIDTH, 6))
+    args = edge_args(layer, 20)
+    assert_equals_masked(layer, x, random_graph(*sizes, 20), weight_TE=weights(num_dst), **args)
+
+
+@pytest.mark.parametrize("conv", ["sage", "gat", "gen", ["sage", partial(SAGEConv, flow="target_to_source")]], ids=name)
+def test_bipartite_nodes_in_the_other_flow_are_refused(conv: Any) -> None:
+    """PyG's convs would take their messages from the second set, and give outputs for the first."""
+    layer = build(conv, {} if isinstance(conv, list) else {"flow": "target_to_source"}, router="token_choice")
+    for sizes in ((9, 5), (6, 6)):
+        x = (features(sizes[0], WIDTH), features(sizes[1], WIDTH))
+        with pytest.raises(ValueError, match="x: got a tuple .*flow='target_to_source'"):
+            layer(x, random_graph(5, 5, 9))
+    with pytest.raises(ValueError, match="flow: got 'target_to_source' for Graph"):
+        Graph(random_graph(9, 5, 20), (9, 5)).in_flow("target_to_source")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("conv", ["sage", "graph", "gat", "transformer", "res_gated_graph", ["sage", "gatv2", "mlp"]], ids=ids)
+def test_forms_of_bipartite_edges(conv: Any, form: str) -> None:
+    layer = build(conv, {}, (WIDTH, 6))
+    for sizes in ((9, 5), (5, 9), (6, 6)):
+        edges, x = simple_graph(*sizes), (features(sizes[0], WIDTH), features(sizes[1], 6, seed=1))
+        if conv == "gat" or isinstance(conv, list):  # of whose loops PyG adds some to a matrix's own
+            edges = edges[:, edges[0] != edges[1]]
+        with default_float64():
+            adj = FORMS[form](edges, sizes)
+            assert_equals_masked(layer, x, adj, reference_adj=edges, weight_TE=weights(sizes[1]))
+            assert_equals_masked(layer, x, Graph(adj, sizes), reference_adj=edges, weight_TE=weights(sizes[1]))
 
 
 @pytest.mark.parametrize("make", [coo, csr])
@@ -279,10 +294,10 @@ def test_edge_arguments_come_in_the_order_of_the_edges_as_given(conv: Any, kwarg
         assert_equals_masked(layer, features(9, WIDTH), adj, reference_adj=plain, weight_TE=weights(9), **args)
 
 
-@pytest.mark.parametrize(("conv", "kwargs"), [case for case in ALL if name(case[0]) not in map(name, [x[0] for x in LISTS])], ids=ids)
+@pytest.mark.parametrize(("conv", "kwargs"), [c for c in ALL if c not in FULL[-1:] + LISTS], ids=ids)
 def test_target_to_source(conv: Any, kwargs: dict[str, Any]) -> None:
-    if not isinstance(conv, str):
-        pytest.skip("a factory that takes no flow")
+    if kwargs.get("local") and kwargs.get("fill_value") == "max":
+        kwargs = {**kwargs, "local": None}  # PyG reduces over the out-edges then, which is not local
     layer = build(conv, {**kwargs, "flow": "target_to_source"}, router="token_choice", k=2, router_input=("node", "neighbors"))
     assert layer.flow == "target_to_source"
     num_nodes, edge_index = GRAPHS["mixed"]
@@ -407,7 +422,7 @@ def test_random_graphs(data: st.DataObject) -> None:
     assert_equals_masked(layer, features(num_nodes, WIDTH), edge_index, weight_TE=weight, mask=mask, **args)
 
 
-@pytest.mark.parametrize(("conv", "kwargs"), [*SOME, ("film", {}), ("cheb", {"K": 2})], ids=ids)
+@pytest.mark.parametrize(("conv", "kwargs"), [*SOME, ("film", {})], ids=ids)
 def test_no_nodes(conv: Any, kwargs: dict[str, Any]) -> None:
     layer = build(conv, kwargs, router="token_choice")
     x = torch.zeros(0, WIDTH, dtype=torch.float64, requires_grad=True)
