@@ -11,8 +11,8 @@ from gmoe.convert import moefy
 from gmoe.dispatch import combine, dispatch, grouped_linear
 from gmoe.experts import Experts, LinearExperts, MLPExperts
 from gmoe.flops import active_parameters, count_flops, match_width
-from gmoe.moe import MoE, MoELayer, SoftMoE
 from gmoe.losses import cv_squared, importance_loss, load_loss, separation_loss, switch_loss, z_loss
+from gmoe.moe import MoE, MoELayer, SoftMoE
 from gmoe.routers import (
     ROUTERS,
     AttentionVote,
@@ -67,10 +67,10 @@ __all__ = [  # noqa: RUF022  # by theme
     "ExpertChoice",
     "AttentionVote",
     "MultiCentroid",
+    "SoftSlots",
     "RandomRouter",
     "UniformRouter",
     "OracleRouter",
-    "SoftSlots",
     # losses
     "cv_squared",
     "importance_loss",
@@ -113,7 +113,6 @@ _LAZY = {
     "gmoe.models.vit": ("ViTMoE", "ViTSize"),
 }
 """The names above that are imported on first use, by module."""
-
 
 _EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", "torchvision": "vision"}
 """The extra that brings what they need."""

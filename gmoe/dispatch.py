@@ -113,7 +113,7 @@ def routed_linear(
     x_t + \bar y_t \cdot b_e`. Follows autocast. Can be differentiated once.
 
     Args:
-        parts: x in parts, each (T, I_i), whose widths add up to I: with the loop backend they are not joined.
+        parts: x in one or two parts, whose widths add up to I: with the loop backend they are not joined.
         weight_EIO: stacked weights.
         bias_EO: stacked biases, or ``None``.
         routing: who goes where.
@@ -125,15 +125,15 @@ def routed_linear(
     device = parts[0].device.type
     if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
         weight_EIO = weight_EIO.to(torch.get_autocast_dtype(device))
-    parts = [part.to(weight_EIO.dtype) for part in parts]
-    token_P, offsets_E, gate_P = routing.token, routing.offsets, routing.weight.to(weight_EIO.dtype)
-    if weight_EIO.dtype == torch.bfloat16 and device == "cpu":
+    dtype = weight_EIO.dtype
+    x_TI, *other = (part.to(dtype) for part in parts)
+    bias_EO = None if bias_EO is None else bias_EO.to(dtype)
+    token_P, offsets_E, gate_P = routing.token, routing.offsets, routing.weight.to(dtype)
+    if dtype == torch.bfloat16 and device == "cpu":
         token_P, offsets_E, gate_P = rounded(token_P, offsets_E, gate_P)
-    bias_EO = None if bias_EO is None else bias_EO.to(weight_EIO.dtype)
+    z_TJ, tokens = (other[0] if other else None), routing.num_tokens
     with torch.autocast(device, enabled=False):
-        return torch.ops.gmoe.routed_linear(
-            gate_P, weight_EIO, bias_EO, parts, token_P, offsets_E, routing.num_tokens
-        )
+        return torch.ops.gmoe.routed_linear(x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, tokens)
 
 
 def routed_mlp(
@@ -205,15 +205,62 @@ def _cast(x: Tensor, *others: Tensor | None) -> Any:
     return x.to(dtype), *(None if other is None else other.to(dtype) for other in others)
 
 
+def _operator(
+    name: str, arguments: str, results: str, fake: Callable[..., Any], num_grads: int, num_tensors: int
+) -> Callable[[Callable[..., Any], Callable[..., list[Tensor]]], None]:
+    """Register a kernel, and the kernel of its gradients, as operators of torch.
+
+    Args:
+        name: ``torch.ops.gmoe.NAME``, and ``NAME_backward``.
+        arguments: by torch's schema: what is differentiable, then other tensors, then the rest.
+        results: by torch's schema; what comes second is kept for the backward pass.
+        fake: gives empty results of the right shapes.
+        num_grads: how many of the arguments are differentiable.
+        num_tensors: how many are tensors.
+    """
+    kept = ", Tensor kept" if "," in results else ""
+    names = arguments.split(", ")
+    gradients = (
+        f"({', '.join(['Tensor grad', *names[:num_tensors]])}{kept}{''.join(', ' + n for n in names[num_tensors:])}"
+    )
+
+    def keep(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:num_tensors], *(output[1:] if kept else ()))
+        ctx.rest = inputs[num_tensors:]
+
+    def differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:num_grads])
+        found = getattr(torch.ops.gmoe, f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.rest, needs)
+        wanted = [value if needed else None for value, needed in zip(found, needs, strict=True)]
+        return *wanted, *(None,) * (len(names) - num_grads)
+
+    def register(kernel: Callable[..., Any], backward: Callable[..., list[Tensor]]) -> None:
+        schema = f"({arguments}) -> {results}"
+        forward = torch.library.custom_op(f"gmoe::{name}", kernel, mutates_args=(), schema=schema)
+        forward.register_fake(fake)
+        forward.register_autograd(differentiate, setup_context=keep)
+        schema = f"{gradients}, bool[] needs) -> Tensor[]"
+        reverse = torch.library.custom_op(f"gmoe::{name}_backward", backward, mutates_args=(), schema=schema)
+        reverse.register_fake(lambda *inputs: _gradients_of(inputs[1 : num_grads + 1], inputs[-1]))
+
+    return register
+
+
+def _gradients_of(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """An empty gradient for each input, without elements where it is not needed."""
+    return [
+        torch.empty_like(value) if needed and value is not None else torch.empty(0)
+        for value, needed in zip(inputs, needs, strict=True)
+    ]
+
+
 # rows sorted by expert ------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gmoe::grouped_linear", mutates_args=())
-def _grouped_linear(
-    x_PI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, offsets_E: Tensor, kernel: str
-) -> Tensor:
+def _grouped_linear(*inputs: Any) -> Tensor:
+    x_PI, weight_EIO, bias_EO, offsets_E, kernel = inputs
     if kernel == "loop":
-        y_PO = x_PI.new_empty(x_PI.size(0), weight_EIO.size(2))
+        y_PO: Tensor = x_PI.new_empty(x_PI.size(0), weight_EIO.size(2))
         ends = offsets_E.tolist()  # one host sync
         for expert, rows in enumerate(map(slice, [0, *ends], ends)):
             if bias_EO is None:
@@ -221,94 +268,62 @@ def _grouped_linear(
             else:
                 torch.addmm(bias_EO[expert], x_PI[rows], weight_EIO[expert], out=y_PO[rows])
         return y_PO
-    multiply = _padded_mm if kernel == "padded" else _grouped_mm
-    y_PO = multiply(x_PI, weight_EIO, offsets_E)
-    if bias_EO is None:
-        return y_PO
-    return y_PO.add_(bias_EO.repeat_interleave(_load(offsets_E), dim=0, output_size=x_PI.size(0)))
+    y_PO = (_padded_mm if kernel == "padded" else _grouped_mm)(x_PI, weight_EIO, offsets_E)
+    return y_PO if bias_EO is None else y_PO.add_(bias_EO.index_select(0, _owner(offsets_E, x_PI.size(0))))
 
 
-@_grouped_linear.register_fake
-def _(x_PI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, offsets_E: Tensor, kernel: str) -> Tensor:
-    return x_PI.new_empty(x_PI.size(0), weight_EIO.size(2))
-
-
-@torch.library.custom_op("gmoe::grouped_linear_backward", mutates_args=())
-def _grouped_linear_backward(
-    grad_PO: Tensor, x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor, kernel: str, needs: Sequence[bool]
-) -> list[Tensor]:
-    """Gradients of the rows, the weights and the biases; what is not needed is empty."""
+def _grouped_linear_backward(*inputs: Any) -> list[Tensor]:
+    grad_PO, x_PI, weight_EIO, bias_EO, offsets_E, kernel, needs = inputs
     needs_x, needs_weight, needs_bias = needs
-    none = x_PI.new_empty(0)
+    grad_x, grad_weight, grad_bias = _gradients_of((x_PI, weight_EIO, bias_EO), needs)
     grad_PO = grad_PO.contiguous()
-    grad_x = torch.empty_like(x_PI) if needs_x and kernel == "loop" else none
-    grad_weight = torch.empty_like(weight_EIO) if needs_weight and kernel == "loop" else none
-    grad_bias = weight_EIO.new_zeros(weight_EIO.size(0), weight_EIO.size(2)) if needs_bias else none
-    if kernel == "loop":
-        ends = offsets_E.tolist()  # one host sync
-        for expert, rows in enumerate(map(slice, [0, *ends], ends)):
-            if needs_x:
-                torch.mm(grad_PO[rows], weight_EIO[expert].T, out=grad_x[rows])
-            if needs_weight:  # zero where the expert has no rows
-                torch.mm(x_PI[rows].T, grad_PO[rows], out=grad_weight[expert])
-            if needs_bias:
-                torch.sum(grad_PO[rows], dim=0, out=grad_bias[expert])
+    if kernel != "loop":
+        multiply, outer = (_padded_mm, _padded_outer) if kernel == "padded" else (_grouped_mm, _grouped_outer)
+        if needs_x:
+            grad_x = multiply(grad_PO, weight_EIO.transpose(1, 2), offsets_E)
+        if needs_weight:
+            grad_weight = outer(x_PI, grad_PO, offsets_E)
+        if needs_bias:
+            grad_bias.zero_().index_add_(0, _owner(offsets_E, x_PI.size(0)), grad_PO)
         return [grad_x, grad_weight, grad_bias]
-    padded = kernel == "padded"
-    if needs_x:
-        grad_x = (_padded_mm if padded else _grouped_mm)(grad_PO, weight_EIO.transpose(1, 2), offsets_E)
-    if needs_weight:
-        grad_weight = (_padded_outer if padded else _grouped_outer)(x_PI, grad_PO, offsets_E)
-    if needs_bias:
-        owner_P = torch.arange(offsets_E.numel(), device=x_PI.device).repeat_interleave(
-            _load(offsets_E), output_size=x_PI.size(0)
-        )
-        grad_bias.index_add_(0, owner_P, grad_PO)
+    ends = offsets_E.tolist()
+    for expert, rows in enumerate(map(slice, [0, *ends], ends)):
+        if needs_x:
+            torch.mm(grad_PO[rows], weight_EIO[expert].T, out=grad_x[rows])
+        if needs_weight:  # zero where the expert has no rows
+            torch.mm(x_PI[rows].T, grad_PO[rows], out=grad_weight[expert])
+        if needs_bias:
+            torch.sum(grad_PO[rows], dim=0, out=grad_bias[expert])
     return [grad_x, grad_weight, grad_bias]
 
 
-@_grouped_linear_backward.register_fake
-def _(
-    grad_PO: Tensor, x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor, kernel: str, needs: Sequence[bool]
-) -> list[Tensor]:
-    bias_EO = weight_EIO.new_empty(weight_EIO.size(0), weight_EIO.size(2))
-    return [_like(value, needed) for value, needed in zip((x_PI, weight_EIO, bias_EO), needs, strict=True)]
-
-
-def _like(value: Tensor | None, needed: bool) -> Tensor:
-    """An empty gradient of that shape, or the stand-in for one that is not needed."""
-    return torch.empty_like(value) if needed and value is not None else torch.empty(0)
-
-
-def _keep_grouped(ctx: Any, inputs: Any, output: Any) -> None:
-    x_PI, weight_EIO, _, offsets_E, ctx.kernel = inputs
-    ctx.save_for_backward(x_PI, weight_EIO, offsets_E)
-
-
-def _grouped_gradients(ctx: Any, grad_PO: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    found = torch.ops.gmoe.grouped_linear_backward(grad_PO, *ctx.saved_tensors, ctx.kernel, needs)
-    return *_wanted(found, needs), None, None
-
-
-def _wanted(found: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    return [value if needed else None for value, needed in zip(found, needs, strict=True)]
-
-
-_grouped_linear.register_autograd(_grouped_gradients, setup_context=_keep_grouped)
+_operator(
+    "grouped_linear",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor offsets, str kernel",
+    "Tensor",
+    lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)),
+    num_grads=3,
+    num_tensors=4,
+)(_grouped_linear, _grouped_linear_backward)
 
 
 def _load(offsets_E: Tensor) -> Tensor:
     return offsets_E.diff(prepend=offsets_E.new_zeros(1)).long()
 
 
+def _owner(offsets_E: Tensor, rows: int) -> Tensor:
+    """(P,) the expert of each row."""
+    experts = torch.arange(offsets_E.numel(), device=offsets_E.device)
+    return experts.repeat_interleave(_load(offsets_E), output_size=rows)
+
+
 def _padded(x_PI: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
     """(E, C, I) the rows of each expert, padded to the largest load, and (P,) where each row lies in that."""
     load_E = _load(offsets_E)
     num_experts, capacity = load_E.numel(), int(load_E.max()) if x_PI.size(0) else 0
-    start_P = (offsets_E.long() - load_E).repeat_interleave(load_E)
-    expert_P = torch.arange(num_experts, device=x_PI.device).repeat_interleave(load_E)
-    slot_P = expert_P * capacity + torch.arange(x_PI.size(0), device=x_PI.device) - start_P
+    expert_P = _owner(offsets_E, x_PI.size(0))
+    slot_P = torch.arange(x_PI.size(0), device=x_PI.device) - (offsets_E.long() - load_E)[expert_P]
+    slot_P = expert_P * capacity + slot_P
     x_ECI = x_PI.new_zeros(num_experts * capacity, x_PI.size(1)).index_copy(0, slot_P, x_PI)
     return x_ECI.view(num_experts, capacity, x_PI.size(1)), slot_P
 
@@ -325,21 +340,19 @@ def _padded_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
 def _grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     if x_PI.size(0) == 0:
         return x_PI.new_zeros(0, weight_EIO.size(2))
-    x_PI = _aligned(x_PI)
     step = 16 // x_PI.element_size()
     missing_in, missing_out = -weight_EIO.size(1) % step, -weight_EIO.size(2) % step
     aligned_EIO = F.pad(weight_EIO, (0, missing_out, 0, missing_in)) if missing_in or missing_out else weight_EIO
-    return F.grouped_mm(x_PI, aligned_EIO, offs=offsets_E)[:, : weight_EIO.size(2)].clone()
+    return F.grouped_mm(_aligned(x_PI), aligned_EIO, offs=offsets_E)[:, : weight_EIO.size(2)].clone()
 
 
 def _grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
     if x_PI.size(0) == 0:
         return x_PI.new_zeros(offsets_E.numel(), x_PI.size(1), grad_PO.size(1))
-    full_EIO = F.grouped_mm(_aligned(x_PI).T, _aligned(grad_PO), offs=offsets_E)
-    # an empty group's product is zero, whether or not the kernel writes it
+    full_EIO = F.grouped_mm(_aligned(x_PI).T, _aligned(grad_PO), offs=offsets_E)[:, : x_PI.size(1), : grad_PO.size(1)]
     return torch.where(
-        (_load(offsets_E) > 0)[:, None, None], full_EIO[:, : x_PI.size(1), : grad_PO.size(1)], 0.0
-    )
+        (_load(offsets_E) > 0)[:, None, None], full_EIO, 0.0
+    )  # whatever the kernel leaves in an empty one
 
 
 def _aligned(x_PI: Tensor) -> Tensor:
@@ -351,195 +364,95 @@ def _aligned(x_PI: Tensor) -> Tensor:
 # from tokens to tokens, one expert after the other --------------------------------------------------------------------
 
 
-@torch.library.custom_op("gmoe::routed_linear", mutates_args=())
-def _routed_linear(
-    gate_P: Tensor,
-    weight_EIO: Tensor,
-    bias_EO: Tensor | None,
-    parts: Sequence[Tensor],
-    token_P: Tensor,
-    offsets_E: Tensor,
-    num_tokens: int,
-) -> Tensor:
-    widths = [part.size(1) for part in parts]
-    out_TO = gate_P.new_zeros(num_tokens, weight_EIO.size(2))
+def _routed_linear(*inputs: Any) -> Tensor:
+    x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, num_tokens = inputs
+    width = x_TI.size(1)
+    out_TO: Tensor = gate_P.new_zeros(num_tokens, weight_EIO.size(2))
     ends = offsets_E.tolist()  # one host sync
     for expert, pairs in enumerate(map(slice, [0, *ends], ends)):
-        token = token_P[pairs]
-        y = gate_P.new_zeros(len(token), weight_EIO.size(2)) if bias_EO is None else bias_EO[expert]
-        for part, weight in zip(parts, weight_EIO[expert].split(widths), strict=True):
-            y = torch.addmm(y, part.index_select(0, token), weight)
+        token, weight_IO = token_P[pairs], weight_EIO[expert]
+        x = x_TI.index_select(0, token)
+        y = x @ weight_IO[:width] if bias_EO is None else torch.addmm(bias_EO[expert], x, weight_IO[:width])
+        if z_TJ is not None:
+            y.addmm_(z_TJ.index_select(0, token), weight_IO[width:])
         out_TO.index_add_(0, token, y.mul_(gate_P[pairs, None]))
     return out_TO
 
 
-@_routed_linear.register_fake
-def _(
-    gate_P: Tensor,
-    weight_EIO: Tensor,
-    bias_EO: Tensor | None,
-    parts: Sequence[Tensor],
-    token_P: Tensor,
-    offsets_E: Tensor,
-    num_tokens: int,
-) -> Tensor:
-    return gate_P.new_empty(num_tokens, weight_EIO.size(2))
-
-
-@torch.library.custom_op("gmoe::routed_linear_backward", mutates_args=())
-def _routed_linear_backward(
-    grad_TO: Tensor,
-    gate_P: Tensor,
-    weight_EIO: Tensor,
-    bias_EO: Tensor | None,
-    parts: Sequence[Tensor],
-    token_P: Tensor,
-    offsets_E: Tensor,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of the gates, the weights, the biases and each part; what is not needed is empty."""
-    needs_gate, needs_weight, needs_bias, *needs_parts = needs
-    values = (gate_P, weight_EIO, bias_EO)
-    grad_gate, grad_weight, grad_bias = (_like(v, need) for v, need in zip(values, needs[:3], strict=True))
-    grad_parts = [torch.zeros_like(part) if needed else None for part, needed in zip(parts, needs_parts, strict=True)]
-    ends = offsets_E.tolist()  # one host sync
+def _routed_linear_backward(*inputs: Any) -> list[Tensor]:
+    grad_TO, x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, _, needs = inputs
+    needs_x, needs_z, needs_gate, needs_weight, needs_bias = needs
+    grads = _gradients_of((x_TI, z_TJ, gate_P, weight_EIO, bias_EO), needs)
+    grad_gate, grad_weight, grad_bias = grads[2:]
+    parts = [(x_TI, grads[0].zero_(), needs_x, slice(0, x_TI.size(1)))]
+    if z_TJ is not None:
+        parts.append((z_TJ, grads[1].zero_(), needs_z, slice(x_TI.size(1), None)))
+    ends = offsets_E.tolist()
     for expert, pairs in enumerate(map(slice, [0, *ends], ends)):
         token, gate = token_P[pairs], gate_P[pairs, None]
         grad = grad_TO.index_select(0, token)
-        at_gate = gate_P.new_zeros(len(token)) if bias_EO is None else torch.mv(grad, bias_EO[expert])
         scaled = grad * gate
+        if needs_gate:
+            at_gate = 0.0 if bias_EO is None else torch.mv(grad, bias_EO[expert])
         if needs_bias:
             torch.sum(scaled, dim=0, out=grad_bias[expert])
-        first = 0
-        for part, grad_part in zip(parts, grad_parts, strict=True):
-            columns = slice(first, first + part.size(1))
-            first = columns.stop
+        for part, grad_part, needs_part, columns in parts:
             x = part.index_select(0, token)
             if needs_weight:
                 torch.mm(x.T, scaled, out=grad_weight[expert, columns])
-            if not needs_gate and grad_part is None:
-                continue
-            back = grad @ weight_EIO[expert, columns].T
+            if needs_gate or needs_part:
+                back = grad @ weight_EIO[expert, columns].T
             if needs_gate:
                 at_gate = at_gate + x.mul_(back).sum(dim=1)
-            if grad_part is not None:
+            if needs_part:
                 grad_part.index_add_(0, token, back.mul_(gate))
         if needs_gate:
             grad_gate[pairs] = at_gate
-    none = gate_P.new_empty(0)
-    return [grad_gate, grad_weight, grad_bias, *(none if grad is None else grad for grad in grad_parts)]
+    return grads
 
 
-@_routed_linear_backward.register_fake
-def _(
-    grad_TO: Tensor,
-    gate_P: Tensor,
-    weight_EIO: Tensor,
-    bias_EO: Tensor | None,
-    parts: Sequence[Tensor],
-    token_P: Tensor,
-    offsets_E: Tensor,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    return [_like(v, needed) for v, needed in zip((gate_P, weight_EIO, bias_EO, *parts), needs, strict=True)]
+_operator(
+    "routed_linear",
+    "Tensor x, Tensor? z, Tensor gate, Tensor weight, Tensor? bias, Tensor token, Tensor offsets, SymInt num_tokens",
+    "Tensor",
+    lambda x, z, gate, weight, bias, token, offsets, num_tokens: gate.new_empty(num_tokens, weight.size(2)),
+    num_grads=5,
+    num_tensors=7,
+)(_routed_linear, _routed_linear_backward)
 
 
-def _keep_routed_linear(ctx: Any, inputs: Any, output: Any) -> None:
-    gate_P, weight_EIO, bias_EO, parts, token_P, offsets_E, _ = inputs
-    ctx.save_for_backward(gate_P, weight_EIO, bias_EO, token_P, offsets_E, *parts)
-
-
-def _routed_linear_gradients(ctx: Any, grad_TO: Tensor) -> tuple[Any, ...]:
-    gate_P, weight_EIO, bias_EO, token_P, offsets_E, *parts = ctx.saved_tensors
-    needs = [*ctx.needs_input_grad[:3], *_needed(ctx.needs_input_grad[3], parts)]
-    found = torch.ops.gmoe.routed_linear_backward(
-        grad_TO, gate_P, weight_EIO, bias_EO, parts, token_P, offsets_E, needs
-    )
-    wanted = _wanted(found, needs)
-    return *wanted[:3], wanted[3:], None, None, None
-
-
-def _needed(needs: bool | Sequence[bool], parts: Sequence[Tensor]) -> list[bool]:
-    """For a list of tensors, torch says of each, or in one word."""
-    return [bool(needs)] * len(parts) if isinstance(needs, bool) else list(needs)
-
-
-_routed_linear.register_autograd(_routed_linear_gradients, setup_context=_keep_routed_linear)
-
-
-@torch.library.custom_op("gmoe::routed_mlp", mutates_args=())
-def _routed_mlp(
-    x_TI: Tensor,
-    gate_P: Tensor,
-    up_EIU: Tensor,
-    up_bias_EU: Tensor | None,
-    down_EHO: Tensor,
-    down_bias_EO: Tensor | None,
-    token_P: Tensor,
-    offsets_E: Tensor,
-    activation: str,
-    glu: bool,
-) -> tuple[Tensor, Tensor]:
+def _routed_mlp(*inputs: Any) -> tuple[Tensor, Tensor]:
     """(T, O) the output, and (P, U) the hidden layer before its activation."""
-    activate = FUSED[activation][0]
+    x_TI, gate_P, up_EIU, up_bias_EU, down_EHO, down_bias_EO, token_P, offsets_E, activation, glu = inputs
+    activate, half = FUSED[activation][0], up_EIU.size(2) // 2
     out_TO = gate_P.new_zeros(x_TI.size(0), down_EHO.size(2))
     hidden_PU = x_TI.new_empty(token_P.size(0), up_EIU.size(2))
     ends = offsets_E.tolist()  # one host sync
     for expert, pairs in enumerate(map(slice, [0, *ends], ends)):
         token, u = token_P[pairs], hidden_PU[pairs]
+        x = x_TI.index_select(0, token)
         if up_bias_EU is None:
-            torch.mm(x_TI.index_select(0, token), up_EIU[expert], out=u)
+            torch.mm(x, up_EIU[expert], out=u)
         else:
-            torch.addmm(up_bias_EU[expert], x_TI.index_select(0, token), up_EIU[expert], out=u)
-        h = activate(u[:, : u.size(1) // 2]) * u[:, u.size(1) // 2 :] if glu else activate(u)
+            torch.addmm(up_bias_EU[expert], x, up_EIU[expert], out=u)
+        h = activate(u[:, :half]) * u[:, half:] if glu else activate(u)
         y = h @ down_EHO[expert] if down_bias_EO is None else torch.addmm(down_bias_EO[expert], h, down_EHO[expert])
         out_TO.index_add_(0, token, y.mul_(gate_P[pairs, None]))
     return out_TO, hidden_PU
 
 
-@_routed_mlp.register_fake
-def _(
-    x_TI: Tensor,
-    gate_P: Tensor,
-    up_EIU: Tensor,
-    up_bias_EU: Tensor | None,
-    down_EHO: Tensor,
-    down_bias_EO: Tensor | None,
-    token_P: Tensor,
-    offsets_E: Tensor,
-    activation: str,
-    glu: bool,
-) -> tuple[Tensor, Tensor]:
-    return gate_P.new_empty(x_TI.size(0), down_EHO.size(2)), x_TI.new_empty(token_P.size(0), up_EIU.size(2))
-
-
-@torch.library.custom_op("gmoe::routed_mlp_backward", mutates_args=())
-def _routed_mlp_backward(
-    grad_TO: Tensor,
-    x_TI: Tensor,
-    gate_P: Tensor,
-    up_EIU: Tensor,
-    up_bias_EU: Tensor | None,
-    down_EHO: Tensor,
-    down_bias_EO: Tensor | None,
-    hidden_PU: Tensor,
-    token_P: Tensor,
-    offsets_E: Tensor,
-    activation: str,
-    glu: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of the first six tensors; what is not needed is empty."""
+def _routed_mlp_backward(*inputs: Any) -> list[Tensor]:
+    grad_TO, x_TI, gate_P, up_EIU, up_bias_EU, down_EHO, down_bias_EO, token_P, offsets_E, hidden_PU, *rest = inputs
+    activation, glu, needs = rest
     needs_x, needs_gate, needs_up, needs_up_bias, needs_down, needs_down_bias = needs
     activate, derivative = FUSED[activation]
-    inputs = (x_TI, gate_P, up_EIU, up_bias_EU, down_EHO, down_bias_EO)
-    grads = [_like(value, needed) for value, needed in zip(inputs, needs, strict=True)]
+    grads = _gradients_of((x_TI, gate_P, up_EIU, up_bias_EU, down_EHO, down_bias_EO), needs)
     grad_x, grad_gate, grad_up, grad_up_bias, grad_down, grad_down_bias = grads
     grad_x.zero_()
-    ends = offsets_E.tolist()  # one host sync
+    half = up_EIU.size(2) // 2
+    ends = offsets_E.tolist()
     for expert, pairs in enumerate(map(slice, [0, *ends], ends)):
         token, gate, u = token_P[pairs], gate_P[pairs, None], hidden_PU[pairs]
-        half = u.size(1) // 2
         grad = grad_TO.index_select(0, token)
         opened = activate(u[:, :half] if glu else u)
         h = opened * u[:, half:] if glu else opened
@@ -552,8 +465,6 @@ def _routed_mlp_backward(
             torch.mm(h.T, grad, out=grad_down[expert])
         if needs_down_bias:
             torch.sum(grad, dim=0, out=grad_down_bias[expert])
-        if not (needs_x or needs_up or needs_up_bias):
-            continue
         grad_h.mul_(gate)
         if glu:
             grad_u = torch.cat([derivative(grad_h * u[:, half:], u[:, :half]), grad_h * opened], dim=1)
@@ -568,23 +479,15 @@ def _routed_mlp_backward(
     return grads
 
 
-@_routed_mlp_backward.register_fake
-def _(grad_TO: Tensor, *inputs: Any) -> list[Tensor]:
-    return [_like(value, needed) for value, needed in zip(inputs[:6], inputs[-1], strict=True)]
-
-
-def _keep_routed_mlp(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.activation, ctx.glu = inputs
-    ctx.save_for_backward(*tensors[:6], output[1], *tensors[6:])
-    ctx.set_materialize_grads(False)
-
-
-def _routed_mlp_gradients(ctx: Any, grad_TO: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if grad_TO is None:
-        return (None,) * 10
-    needs = list(ctx.needs_input_grad[:6])
-    found = torch.ops.gmoe.routed_mlp_backward(grad_TO, *ctx.saved_tensors, ctx.activation, ctx.glu, needs)
-    return *_wanted(found, needs), None, None, None, None
-
-
-_routed_mlp.register_autograd(_routed_mlp_gradients, setup_context=_keep_routed_mlp)
+_operator(
+    "routed_mlp",
+    "Tensor x, Tensor gate, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor token, Tensor offsets, "
+    "str activation, bool glu",
+    "(Tensor, Tensor)",
+    lambda x, gate, up, up_bias, down, down_bias, token, *_: (
+        gate.new_empty(x.size(0), down.size(2)),
+        x.new_empty(token.size(0), up.size(2)),
+    ),
+    num_grads=6,
+    num_tensors=8,
+)(_routed_mlp, _routed_mlp_backward)

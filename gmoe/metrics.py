@@ -29,7 +29,7 @@ class RoutingStats(Metric):
 
     Shapes:
         - ``update(routings)``: one :class:`gmoe.Routing` of T tokens, or a list of them, one a layer, as
-          ``return_routing=True`` and :func:`gmoe.record` give them.
+          ``return_routing=True`` and :func:`gmoe.record_routing` give them.
         - ``compute()``: a list, one dictionary a layer:
 
           - ``load`` (E,): share of the pairs that are the expert's; 0 without pairs.
@@ -46,7 +46,7 @@ class RoutingStats(Metric):
     Example:
         >>> stats = RoutingStats.of(model)
         >>> for images, labels in loader:
-        ...     with gmoe.record(model) as routings:
+        ...     with gmoe.record_routing(model) as routings:
         ...         loss = F.cross_entropy(model(images), labels)
         ...     stats.update(routings)
         >>> [layer["load"] for layer in stats.compute()]
@@ -96,7 +96,7 @@ class RoutingStats(Metric):
 
     @classmethod
     def of(cls, model: nn.Module, **kwargs: Any) -> RoutingStats:
-        """For what :func:`gmoe.record` gives of a model each of whose routers is called once in a forward pass.
+        """For what :func:`gmoe.record_routing` gives of a model each of whose routers is called once in a forward pass.
 
         Raises:
             ValueError: the model has no router.

@@ -20,7 +20,6 @@ PYG = frozenset({"torch_geometric", "tqdm"})
 ROOMS: dict[str, frozenset[str]] = {
     "gmoe.conv": PYG,
     "gmoe.data": PYG,
-    "gmoe.inference": PYG,
     "gmoe.metrics": frozenset({"torchmetrics"}),
     "gmoe.models.gnn": PYG,
     "gmoe.models.hetero_gnn": PYG,
@@ -28,7 +27,7 @@ ROOMS: dict[str, frozenset[str]] = {
 }
 """What the parts of gmoe may import beside torch. All others, the core, import torch alone."""
 
-LAZY = {"gmoe": tuple(ROOMS), "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn")}
+LAZY = {"gmoe": tuple(ROOMS), "gmoe.convert": ("gmoe.models.gnn",)}
 """Who may import what of it inside of functions, or for the type checker."""
 
 SOURCES = sorted(path for folder in ("gmoe", "vision", "experiments") for path in (ROOT / folder).rglob("*.py"))

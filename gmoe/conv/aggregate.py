@@ -132,9 +132,7 @@ class LinearAggregation(AggregateOnce):
         y_PO = h_TEO.view(-1, weight_EIO.size(2)).index_select(0, pair_P)
         if self.root:
             root_EIO = weight_EIO[:, self.aggregate_width :]
-            y_PO = y_PO + grouped_linear(
-                dispatch(x_dst, routing), root_EIO, None, routing.offsets, self.linear.backend
-            )
+            y_PO = y_PO + grouped_linear(dispatch(x_dst, routing), root_EIO, None, routing.offsets, self.linear.backend)
         if self.linear.bias is not None:
             y_PO = y_PO + self.linear.bias.to(y_PO.dtype).index_select(0, routing.expert)
         return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)

@@ -122,8 +122,11 @@ class AttentionExperts(StackedExperts):
 
     def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
         linears = [(getattr(self, name), layer) for name, layer in self._layers(conv).items()]
-        return linears + [(getattr(self, name), getattr(conv, name)) for name in self.vectors if hasattr(self, name)
-                          and getattr(self, name) is not None]
+        return linears + [
+            (getattr(self, name), getattr(conv, name))
+            for name in self.vectors
+            if hasattr(self, name) and getattr(self, name) is not None
+        ]
 
     def _build(self, template: Any, backend: Backend) -> None:
         self.backend: Backend = backend

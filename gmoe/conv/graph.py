@@ -322,12 +322,16 @@ class Graph:
         if self._parent is not None:
             return self._kept.setdefault(key, self._part_of_normalized(improved, loops, dtype))
         if self.is_sparse and self.edge_weight is not None:
-            raise ValueError("edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights")
+            raise ValueError(
+                "edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights"
+            )
         edges, given = self.edges, self.weight
         receiver = edges.receiver
         weight = torch.ones_like(receiver, dtype=dtype) if given is None else given
         added = weight.new_full((self.num_dst,), 2.0 if improved and (given is not None or self.is_sparse) else 1.0)
-        if loops and (isinstance(self.adj, SparseTensor) or not self.is_sparse):  # one loop, in place of those there are
+        if loops and (
+            isinstance(self.adj, SparseTensor) or not self.is_sparse
+        ):  # one loop, in place of those there are
             is_loop = edges.sender == receiver
             if given is not None and not self.is_sparse:  # which keeps their weight
                 added = added.index_put((receiver[is_loop],), weight[is_loop])
@@ -396,9 +400,7 @@ class Graph:
         """
         edge, position = self.edges.of(token)
         among = token[token < self.num_src]
-        known, inverse = torch.unique(
-            torch.cat([among, self.edges.sender.index_select(0, edge)]), return_inverse=True
-        )
+        known, inverse = torch.unique(torch.cat([among, self.edges.sender.index_select(0, edge)]), return_inverse=True)
         place = torch.full_like(known, -1)
         place[inverse[: len(among)]] = torch.arange(len(among), device=token.device)
         others = place < 0
@@ -482,7 +484,8 @@ class _WeightedSum(torch.autograd.Function):
             grad_weight = _products(grad_RHC, value_UGC, ctx.edges)
         if ctx.needs_input_grad[1]:
             reverse, order = ctx.edges.transpose
-            weight_MH = weight_MH.index_select(0, order)
+            by_head = [weight_M.index_select(0, order) for weight_M in weight_MH.unbind(1)]  # rows of one are slow
+            weight_MH = by_head[0][:, None] if len(by_head) == 1 else torch.stack(by_head, dim=1)
             if value_UGC.size(1) == weight_MH.size(1):
                 grad_value = weighted_sum(weight_MH, grad_RHC.contiguous(), reverse)
             else:  # all heads hear the same
@@ -524,7 +527,9 @@ def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
         size = (edges.num_receivers, rows.size(0))
         for head in range(heads):
             column = edges.sender if groups == 1 else edges.sender * groups + head
-            matrix = torch.sparse_csr_tensor(edges.ptr, column, out_MH[:, head].contiguous(), size, check_invariants=False)
+            matrix = torch.sparse_csr_tensor(
+                edges.ptr, column, out_MH[:, head].contiguous(), size, check_invariants=False
+            )
             torch.sparse.sampled_addmm(matrix, query_RHC[:, head].contiguous(), rows.T, out=matrix)
             out_MH[:, head] = matrix.values()
         return out_MH.to(dtype)

@@ -12,13 +12,12 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._checks import check_choice, check_count
 from gmoe.conv.graph import Graph, check_batch
-from gmoe.dispatch import Backend, routed_linear
+from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts
 from gmoe.moe import MoELayer
 from gmoe.routers import Router, RouterLike, build_router
@@ -34,14 +33,14 @@ HeteroRouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
 
 
 class Relational(nn.Module):
-    """What dense and mixed relational layers share: a row for each node, and the linear maps that rows meet.
+    """What dense and mixed relational layers share: what a node type sees, and the linear maps that this meets.
 
-    A row is the node beside the aggregate of each relation that ends in its type.
+    Part by part: the nodes themselves, and the aggregate of each relation that ends in their type.
 
     Args:
         in_channels: width of the nodes, of all types or of each.
         metadata: node types and edge types, ``data.metadata()``.
-        make: ``make(in_channels, bias)`` is the linear map of one part of a row; inputs are dim 1 of its ``weight``.
+        make: ``make(in_channels, bias)`` is the linear map of one part.
         aggr: ``"mean"`` or ``"sum"`` over the in-edges of a relation.
         out_types: node types to compute; ``None`` is all.
         share_root: one root map for all node types.
@@ -90,19 +89,18 @@ class Relational(nn.Module):
             part.reset_parameters()
 
     def widths(self, node_type: NodeType) -> list[int]:
-        """The widths of a row's parts: the node, and the aggregate of each relation."""
+        """The width of each part."""
         return [self.in_channels[name] for name in (node_type, *(r[0] for r in self.relations_into[node_type]))]
 
-    def weights(self, node_type: NodeType) -> tuple[Tensor, Tensor]:
-        """The weight that the rows of a type meet, part by part along dim 1, and the bias."""
+    def maps(self, node_type: NodeType) -> list[Any]:
+        """The linear map of each part."""
         root: Any = self.root if self.share_root else self.root[node_type]  # type: ignore[index]
-        parts = [root, *(self.relation[relation] for relation in self.relations_into[node_type])]
-        return torch.cat([part.weight for part in parts], dim=1), root.bias
+        return [root, *(self.relation[relation] for relation in self.relations_into[node_type])]
 
-    def rows(
-        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj]
-    ) -> dict[NodeType, Tensor]:
-        """(T, sum of the widths) of each type that the layer computes."""
+    def parts(
+        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj | Graph]
+    ) -> dict[NodeType, list[Tensor]]:
+        """(T, its width) each part of each type that the layer computes."""
         for relation in edge_index_dict:
             check_choice("edge_index_dict", relation, self.metadata[1])
         for name, width in self.in_channels.items():
@@ -110,27 +108,24 @@ class Relational(nn.Module):
             if x is None or x.dim() != 2 or x.size(1) != width:
                 got = None if x is None else f"shape {tuple(x.shape)}"
                 raise ValueError(f"x_dict[{name!r}]: got {got}, expected (number of nodes, {width})")
-        rows = {}
+        parts = {name: [x_dict[name]] for name in self.relations_into}
         for name, relations in self.relations_into.items():
-            x_dst = x_dict[name]
-            parts = [x_dst]
             for relation in relations:
-                x_src = x_dict[relation[0]]
+                x_src, num_dst = x_dict[relation[0]], len(x_dict[name])
                 if relation in edge_index_dict:
-                    parts.append(self._aggregate(x_src, x_dst, relation, edge_index_dict[relation]))
+                    graph = graph_of(relation, edge_index_dict[relation], (len(x_src), num_dst))
+                    parts[name].append(self._aggregate(x_src, graph))
                 else:  # zeros, so that its weight has a gradient
-                    parts.append(x_src.new_zeros(x_dst.size(0), x_src.size(1)))
-            rows[name] = torch.cat(parts, dim=-1)
-        return rows
+                    parts[name].append(x_src.new_zeros(num_dst, x_src.size(1)))
+        return parts
 
-    def _aggregate(self, x_src: Tensor, x_dst: Tensor, relation: EdgeType, adj: Adj) -> Tensor:
-        size = (x_src.size(0), x_dst.size(0))
-        with _naming(f"edge_index_dict[{relation}]"):
-            graph = Graph(adj, size)
-        total = graph.sum(x_src, graph.values)
+    def _aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
+        """(T, D) the mean or sum over in-edges, in float32 at least: many neighbors would overflow half precision."""
+        x = x_src.to(torch.promote_types(x_src.dtype, torch.float32))
+        out = graph.sum(x, graph.values)
         if self.aggr == "mean":
-            total = total / graph.in_degree.clamp(min=1).to(total.dtype)[:, None]
-        return total.to(x_src.dtype)
+            out = out / graph.in_degree.clamp(min=1).to(out.dtype)[:, None]
+        return out.to(x_src.dtype)
 
     def extra_repr(self) -> str:
         return f"aggr={self.aggr!r}, share_root={self.share_root}"
@@ -144,7 +139,7 @@ class RelationalConv(Relational):
 
     where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it. It is PyG's
     ``HeteroConv`` of ``SAGEConv``\ s, but for one root weight a node type in place of one a relation. The dense
-    control of :class:`HeteroMoEConv`, which see for shapes and for what absent types and relations do.
+    baseline of :class:`HeteroMoEConv`, which see for shapes and for what absent types and relations do.
 
     Args:
         in_channels: width of the nodes, of all types or of each.
@@ -179,11 +174,10 @@ class RelationalConv(Relational):
         )
 
     def forward(
-        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj]
+        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj | Graph]
     ) -> dict[NodeType, Tensor]:
         """(T, out) of each node type."""
-        rows = self.rows(x_dict, edge_index_dict)
-        return {name: F.linear(value, *self.weights(name)) for name, value in rows.items()}
+        return {name: _apply(self.maps(name), parts) for name, parts in self.parts(x_dict, edge_index_dict).items()}
 
 
 class HeteroMoEConv(MoELayer):
@@ -195,8 +189,8 @@ class HeteroMoEConv(MoELayer):
 
     where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it: an expert is an R-GCN
     layer (:class:`RelationalConv`). Equal, in outputs and gradients, to running E of them on the whole graph and
-    masking. Each relation is aggregated once, and the rows of a node type meet their experts in one grouped product,
-    so that compute scales with K, not E.
+    masking. Each relation is aggregated once, and the nodes of a type meet their experts in one grouped product, so
+    that compute scales with K, not E. Parts of ``experts`` may be replaced, as those of :class:`MLPExperts` may.
 
     Each node type has a router and experts of its own, or they are tied:
 
@@ -227,8 +221,9 @@ class HeteroMoEConv(MoELayer):
 
     Shapes:
         - ``x_dict``: (T, D) of each node type that is computed, or that a relation into those starts in; T may be 0.
-        - ``edge_index_dict``: of each edge type (2, M), PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or
-          ``SparseTensor`` (T_dst, T_src), with which no (M, D) messages are stored.
+        - ``edge_index_dict``: of each edge type (2, M), PyG's ``EdgeIndex``, a ``torch.sparse`` matrix or
+          ``SparseTensor`` (T_dst, T_src), or a :class:`gmoe.Graph`, which is sorted once for all calls. No (M, D)
+          messages are stored.
         - ``batch_dict``: (T,) the graph of each node; the graphs of a PyG ``Batch`` are separate groups.
         - returns (T, out) of each node type, and with ``return_routing=True`` the :class:`Routing` of each. The losses
           of a tied router are those of all types together, in equal shares, so that
@@ -339,36 +334,42 @@ class HeteroMoEConv(MoELayer):
     def forward(
         self,
         x_dict: Mapping[NodeType, Tensor],
-        edge_index_dict: Mapping[EdgeType, Adj],
+        edge_index_dict: Mapping[EdgeType, Adj | Graph],
         *,
         batch_dict: Mapping[NodeType, Tensor] | None = None,
         routings: Mapping[NodeType, Routing] | None = None,
         return_routing: bool = False,
     ) -> dict[NodeType, Tensor] | tuple[dict[NodeType, Tensor], dict[NodeType, Routing]]:
         """Route and run; see the class. ``routings``: decisions made elsewhere, used in place of the routers'."""
-        rows = self.experts.rows(x_dict, edge_index_dict)
-        decided = self._route(rows, batch_dict or {}) if routings is None else self._checked(routings, rows)
-        out = {
-            name: routed_linear([rows_TI], *self.experts.weights(name), decided[name], self.backend)
-            for name, rows_TI in rows.items()
-        }
+        parts = self.experts.parts(x_dict, edge_index_dict)
+        decided = self._route(parts, batch_dict or {}) if routings is None else self._checked(routings, parts)
+        out = {name: self._mix(self.experts.maps(name), own, decided[name]) for name, own in parts.items()}
         return (out, decided) if return_routing else out
 
+    def _mix(self, maps: Sequence[Any], parts: Sequence[Tensor], routing: Routing) -> Tensor:
+        """(T, O) the experts' outputs: in one product, or map by map where the user put others in their place."""
+        if all(map(_is_plain, maps)):
+            weight_EIO = torch.cat([part.weight for part in maps], dim=1)
+            return routed_linear(parts, weight_EIO, maps[0].bias, routing, self.backend)
+        return combine(_apply(maps, [dispatch(x_TI, routing) for x_TI in parts], routing.offsets), routing)
+
     def _checked(
-        self, routings: Mapping[NodeType, Routing], rows: Mapping[NodeType, Tensor]
+        self, routings: Mapping[NodeType, Routing], parts: Mapping[NodeType, Sequence[Tensor]]
     ) -> dict[NodeType, Routing]:
-        for name, rows_TI in rows.items():
+        for name, (x_TI, *_) in parts.items():
             got = (routings[name].num_tokens, routings[name].num_experts) if name in routings else None
-            expected = (rows_TI.size(0), self.num_experts)
+            expected = (x_TI.size(0), self.num_experts)
             if got != expected:
                 raise ValueError(f"routings[{name!r}]: got {got} tokens and experts, expected {expected}")
-        return {name: routings[name] for name in rows}
+        return {name: routings[name] for name in parts}
 
-    def _route(self, rows: Mapping[NodeType, Tensor], batch_dict: Mapping[NodeType, Tensor]) -> dict[NodeType, Routing]:
-        for name, rows_TI in rows.items():
+    def _route(
+        self, parts: Mapping[NodeType, Sequence[Tensor]], batch_dict: Mapping[NodeType, Tensor]
+    ) -> dict[NodeType, Routing]:
+        for name, (x_TI, *_) in parts.items():
             with _naming(f"batch_dict[{name!r}]"):
-                check_batch(batch_dict.get(name), rows_TI.size(0))
-        seen = {name: self._seen(name, rows_TI) for name, rows_TI in rows.items()}
+                check_batch(batch_dict.get(name), x_TI.size(0))
+        seen = {name: self._seen(*own) for name, own in parts.items()}
         if self.router is not None:
             return self._route_together(self.router, seen, batch_dict)
         if not self.routers:
@@ -388,12 +389,11 @@ class HeteroMoEConv(MoELayer):
         tokens = torch.arange(together.num_tokens, device=together.token.device).split([len(x) for x in seen.values()])
         return {name: replace(together.select(own), losses=losses) for name, own in zip(seen, tokens, strict=True)}
 
-    def _seen(self, node_type: NodeType, rows_TI: Tensor) -> Tensor:
+    def _seen(self, node: Tensor, *neighbors: Tensor) -> Tensor:
         """(T, dim) what the router sees of the nodes of a type."""
-        node, *neighbors = rows_TI.split(self.experts.widths(node_type), dim=1)
         if self.tie_routers and "neighbors" in self.router_input:
-            neighbors = [torch.stack(neighbors).mean(dim=0) if neighbors else torch.zeros_like(node)]
-        columns = {"node": [node], "neighbors": neighbors}
+            neighbors = (torch.stack(neighbors).mean(dim=0) if neighbors else torch.zeros_like(node),)
+        columns = {"node": (node,), "neighbors": neighbors}
         return torch.cat([column for part in self.router_input for column in columns[part]], dim=-1)
 
     def extra_repr(self) -> str:
@@ -401,6 +401,20 @@ class HeteroMoEConv(MoELayer):
             f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, "
             f"router_input={self.router_input}, tie_routers={self.tie_routers}"
         )
+
+
+def _apply(maps: Sequence[Any], parts: Sequence[Tensor], *args: Any) -> Tensor:
+    """(.., O) the sum over parts of what its map makes of each."""
+    out: Tensor = maps[0](parts[0], *args)
+    for linear, x in zip(maps[1:], parts[1:], strict=True):
+        out = out + linear(x, *args)
+    return out
+
+
+def _is_plain(part: nn.Module) -> bool:
+    """Whether a product with its weight is all that a call does: not replaced, and without hooks."""
+    hooks = (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks)
+    return type(part) is LinearExperts and "forward" not in part.__dict__ and not any(hooks)
 
 
 def _router_dim(experts: Relational, node_type: NodeType, parts: Sequence[RouterPart], tie_routers: bool) -> int:
@@ -446,6 +460,21 @@ def _naming(argument: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
+
+
+def graph_of(relation: EdgeType, adj: Adj | Graph, size: tuple[int, int]) -> Graph:
+    """The graph of a relation between so many sources and destinations.
+
+    Raises:
+        ValueError: it is one of other numbers, or its edges do not fit.
+    """
+    with _naming(f"edge_index_dict[{relation}]"):
+        if not isinstance(adj, Graph):
+            return Graph(adj, size)
+        if (adj.num_src, adj.num_dst) != size:
+            got = f"{adj.num_src} sources and {adj.num_dst} destinations"
+            raise ValueError(f"edge_index: got a Graph of {got}, expected {size[0]} and {size[1]}")
+        return adj
 
 
 def checked_metadata(metadata: Metadata) -> Metadata:

@@ -99,7 +99,9 @@ def _gin(cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: 
     return cls(pyg.MLP([width, out_channels, out_channels], norm=None), *args, **kwargs)
 
 
-def _one_width(cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: Any, **kwargs: Any) -> MessagePassing:
+def _one_width(
+    cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: Any, **kwargs: Any
+) -> MessagePassing:
     """A conv that keeps the width."""
     if {out_channels} != ({in_channels} if isinstance(in_channels, int) else set(in_channels)):
         raise ValueError(f"out_channels: got {out_channels} for {cls.__name__}, expected in_channels={in_channels}")
@@ -135,7 +137,9 @@ class Make:
                 "(in_channels, out_channels) -> conv"
             ) from error
         if not isinstance(conv, MessagePassing):
-            raise ValueError(f"conv: got a factory of {type(conv).__name__}, expected one of PyG's MessagePassing layers")
+            raise ValueError(
+                f"conv: got a factory of {type(conv).__name__}, expected one of PyG's MessagePassing layers"
+            )
         takes = inspect.signature(conv.forward).parameters
         first = [name for name in takes if name not in ("edge_weight", "edge_attr")][:2]
         needed = [
@@ -177,7 +181,10 @@ def factory_of(conv: Any) -> ConvFactory:
         return partial(_one_width, conv)
     if isinstance(conv, type) and issubclass(conv, MessagePassing):
         first = list(inspect.signature(conv).parameters.values())[:2]
-        if conv.__module__.startswith("torch_geometric.") and [p.name for p in first] != ["in_channels", "out_channels"]:
+        if conv.__module__.startswith("torch_geometric.") and [p.name for p in first] != [
+            "in_channels",
+            "out_channels",
+        ]:
             raise ValueError(
                 f"conv: got {conv.__name__}, which is built with ({', '.join(p.name for p in first)}), expected a class "
                 "built with (in_channels, out_channels), or a factory of those"

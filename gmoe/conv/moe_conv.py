@@ -317,10 +317,14 @@ class MoEConv(MoELayer, MessagePassing):
         given: dict[str, Any] = {"edge_weight": edge_weight, "edge_attr": edge_attr}
         (order,) = names
         if len(order) < len(edge_args):
-            raise ValueError(f"forward: got {len(edge_args)} arguments behind edge_index, expected at most {len(order)}")
+            raise ValueError(
+                f"forward: got {len(edge_args)} arguments behind edge_index, expected at most {len(order)}"
+            )
         for name, value in zip(order, edge_args, strict=True):
             if value is not None and (name not in given or given[name] is not None):
-                raise ValueError(f"{name}: got {type(value).__name__} by position, expected edge_weight or edge_attr, once")
+                raise ValueError(
+                    f"{name}: got {type(value).__name__} by position, expected edge_weight or edge_attr, once"
+                )
             given[name] = value if value is not None else given.get(name)
         return given["edge_weight"], given["edge_attr"]
 
@@ -328,7 +332,9 @@ class MoEConv(MoELayer, MessagePassing):
         return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, router_input={self.router_input}"
+        return (
+            f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, router_input={self.router_input}"
+        )
 
 
 def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:

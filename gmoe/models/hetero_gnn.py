@@ -15,7 +15,8 @@ from torch_geometric.nn.resolver import activation_resolver, normalization_resol
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.hetero import Aggr, HeteroMoEConv, HeteroRouterInput, RelationalConv, checked_metadata
+from gmoe.conv.graph import Graph
+from gmoe.conv.hetero import Aggr, HeteroMoEConv, HeteroRouterInput, RelationalConv, checked_metadata, graph_of
 from gmoe.dispatch import Backend
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
@@ -40,7 +41,7 @@ class HeteroGNNMoE(nn.Module):
         out_channels: width of the output, such as the number of classes.
         metadata: node types and edge types, ``data.metadata()``.
         num_layers: number of relational layers (default 2).
-        router: a name or factory (default ``"token_choice"``). ``None`` builds the dense control: the same model with
+        router: a name or factory (default ``"token_choice"``). ``None`` builds the dense baseline: the same model with
             :class:`RelationalConv` in all layers.
         target: the node type whose logits are wanted; ``None`` (default) is all of them.
         num_nodes_dict: number of nodes of every type, ``data.num_nodes_dict``; needed where a type has an embedding.
@@ -155,7 +156,7 @@ class HeteroGNNMoE(nn.Module):
     def forward(
         self,
         x_dict: Mapping[NodeType, Tensor],
-        edge_index_dict: Mapping[EdgeType, Adj],
+        edge_index_dict: Mapping[EdgeType, Adj | Graph],
         n_id_dict: Mapping[NodeType, Tensor] | None = None,
         *,
         batch_dict: Mapping[NodeType, Tensor] | None = None,
@@ -163,13 +164,17 @@ class HeteroGNNMoE(nn.Module):
     ) -> Any:
         """Logits of the target, (N, out_channels), or of all types, a dict; see the class."""
         h_dict: dict[NodeType, Tensor] = self.input(x_dict, n_id_dict)
+        graphs = {  # sorted once for all layers
+            r: graph_of(r, adj, (len(h_dict[r[0]]), len(h_dict[r[-1]]))) if {r[0], r[-1]} <= h_dict.keys() else adj
+            for r, adj in edge_index_dict.items()
+        }
         routings: list[Routing] = []
         for layer, conv in enumerate(self.convs):
             if isinstance(conv, HeteroMoEConv):
-                out_dict, decided = conv(h_dict, edge_index_dict, batch_dict=batch_dict, return_routing=True)
+                out_dict, decided = conv(h_dict, graphs, batch_dict=batch_dict, return_routing=True)
                 routings.extend(decided.values())
             else:
-                out_dict = conv(h_dict, edge_index_dict)
+                out_dict = conv(h_dict, graphs)
             if layer < self.num_layers - 1:
                 out_dict = {name: self._after(layer, name, h_dict, h, batch_dict) for name, h in out_dict.items()}
             h_dict = out_dict

@@ -14,7 +14,7 @@ from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.routers import Router, RouterLike
-from gmoe.routing import record_routing
+from gmoe.routing import Routing, record_routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class ViTMoE(VisionTransformer):
                 backend=backend,
             )
             for module in self.modules():
-                if isinstance(module, LinearExperts):  # as torchvision initializes its MLPs, and so the dense control
+                if isinstance(module, LinearExperts):  # as torchvision initializes its MLPs, and so the dense baseline
                     for expert in range(module.num_experts):
                         nn.init.xavier_uniform_(module.weight[expert])
                     if module.bias is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.models import VisionTransformer
 
-from gmoe import ROUTERS, MoE, TokenChoice, aux_loss, moefy, record
+from gmoe import ROUTERS, MoE, TokenChoice, aux_loss, moefy, record_routing
 
 
 def torchvision_vit(layers: int = 3, dropout: float = 0.0) -> VisionTransformer:
@@ -170,7 +170,7 @@ def test_blocks_by_number(name: str, kind: Callable[[list[int]], Any]) -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_trains(name: str, router: str) -> None:
     vit = moefy(VITS[name](), router=router, k=2, num_experts=4).train()
-    with record(vit) as routings:
+    with record_routing(vit) as routings:
         logits = vit(images())
     assert len(routings) == 1
     (nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2])) + aux_loss(routings)).backward()
@@ -195,7 +195,7 @@ def test_state_dict_round_trip(name: str) -> None:
 @each_vit
 def test_autocast_scores_in_float32(name: str) -> None:
     vit = moefy(VITS[name](), num_experts=4).float()
-    with torch.autocast("cpu", torch.bfloat16), record(vit) as routings:
+    with torch.autocast("cpu", torch.bfloat16), record_routing(vit) as routings:
         logits = vit(images().float())
     assert logits.isfinite().all()
     assert routings[0].scores.dtype == torch.float32
@@ -373,7 +373,7 @@ def test_a_full_size_vit_upcycles(name: str) -> None:
     vit = vit.float().train()
     state = copy.deepcopy(vit.state_dict())
     optimizer = torch.optim.SGD(vit.parameters(), lr=1e-3)
-    with record(vit) as routings, torch.autocast("cpu", torch.bfloat16):
+    with record_routing(vit) as routings, torch.autocast("cpu", torch.bfloat16):
         loss = nn.functional.cross_entropy(vit(x.float()), torch.tensor([3]))
     (loss + aux_loss(routings)).backward()
     optimizer.step()

@@ -35,7 +35,7 @@ def counted_slowly(routings: list[Routing]) -> dict[str, Any]:
             has.add(token)
         tokens += routing.num_tokens
         covered += len(has)
-        dropped += routing.dropped
+        dropped += int(routing.dropped)
         for row in routing.scores.tolist():
             total = sum(row)
             entropy -= sum(s / total * math.log(s / total) for s in row if s > 0)
@@ -97,7 +97,7 @@ def test_layers_of_other_sizes_and_a_models_own() -> None:
     assert stats.num_experts == (2, 5)
     kept: list[list[Routing]] = []
     for _ in range(3):
-        with gmoe.record(model) as routings:
+        with gmoe.record_routing(model) as routings:
             model(torch.randn(2, 7, 4))
         stats.update(routings)
         kept.append(routings)

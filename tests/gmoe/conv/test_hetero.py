@@ -23,12 +23,13 @@ from gmoe import (
     OracleRouter,
     RandomRouter,
     RelationalConv,
+    RoutingStats,
     TokenChoice,
     UniformRouter,
     active_parameters,
     aux_loss,
     count_flops,
-    record,
+    record_routing,
 )
 from tests.gmoe.conv.hetero_reference import (
     COUNTS,
@@ -216,9 +217,9 @@ def test_half_precision_sums_in_float32(aggr: Any, expected: float, sparse: bool
     to_one = torch.stack([torch.arange(4096), torch.zeros(4096, dtype=torch.long)])
     found = {("a", "to", "b"): csr(to_one, 4096, 1, dtype=torch.float32) if sparse else to_one}
     conv = RelationalConv(2, OUT, (["a", "b"], [("a", "to", "b")]), aggr=aggr).bfloat16()
-    row = conv.rows(x_dict, found)["b"]
-    assert row.dtype == torch.bfloat16
-    assert row.tolist() == [[0.0, 0.0, expected, expected]]
+    _, aggregate = conv.parts(x_dict, found)["b"]
+    assert aggregate.dtype == torch.bfloat16
+    assert aggregate.tolist() == [[expected, expected]]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert conv(x_dict, found)["b"].dtype == torch.bfloat16
 
@@ -361,7 +362,7 @@ def test_a_tied_router_decides_once() -> None:
     """Counters advance once a step, node types are groups, and losses are counted once."""
     kwargs: dict[str, Any] = {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1}
     conv = layer(tie_routers=True, router_kwargs=kwargs).double()
-    with record(conv) as recorded:
+    with record_routing(conv) as recorded:
         _, routings = conv(nodes(WIDTH), edges(), return_routing=True)
     (together,) = recorded
     torch.testing.assert_close(aux_loss(routings.values()), together.aux_loss)
@@ -379,9 +380,25 @@ def test_a_tied_router_decides_once() -> None:
     assert bias.last_load_E.sum() == sum(COUNTS.values())
 
 
+def test_what_a_tied_router_drops_is_counted_once() -> None:
+    """By the type whose tokens lost a pair, and so as often as in the one decision."""
+    conv = layer(tie_routers=True, router_kwargs={"capacity_factor": 0.5, "weight": "score"}).double().train()
+    with record_routing(conv) as recorded:
+        _, routings = conv(nodes(WIDTH), edges(), return_routing=True)
+    (together,) = recorded
+    by_type = {t: int(COUNTS[t] - r.token.numel()) for t, r in routings.items()}  # K = 1
+    assert {t: int(r.dropped) for t, r in routings.items()} == by_type
+    assert int(together.dropped) == sum(by_type.values()) > 0
+    stats, whole = RoutingStats([EXPERTS] * len(TYPES)), RoutingStats(EXPERTS)
+    stats.update(list(routings.values()))
+    whole.update(together)
+    assert stats.dropped.tolist() == list(by_type.values())
+    assert stats.dropped.sum() == whole.dropped.sum()
+
+
 def test_separate_routers_are_recorded_in_order() -> None:
     conv = layer(router_kwargs={"balance": "switch"})
-    with record(conv) as recorded:
+    with record_routing(conv) as recorded:
         _, routings = conv(floats(nodes(WIDTH)), edges(), return_routing=True)
     assert [r.num_tokens for r in recorded] == list(COUNTS.values())
     assert all(own is other for own, other in zip(routings.values(), recorded, strict=True))
@@ -512,6 +529,33 @@ def test_autocast(aggr: Any, sparse: bool) -> None:
         assert all(x.grad is not None and x.grad.dtype == dtype for x in xs.values())
 
 
+class Scaled(nn.Module):
+    """A part that a user put around another one."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args: Any) -> Tensor:
+        out: Tensor = 2 * self.part(*args)
+        return out
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "mixture"])
+@pytest.mark.parametrize("how", ["replaced", "hooked"])
+def test_parts_that_a_user_put_in_run(how: str, moe: bool) -> None:
+    conv: Any = layer(WIDTHS, router="uniform").double() if moe else dense()
+    other = copy.deepcopy(conv)
+    own, changed = (conv.experts, other.experts) if moe else (conv, other)
+    with torch.no_grad():
+        own.relation[WRITES].weight.mul_(2)
+    if how == "replaced":
+        changed.relation[WRITES] = Scaled(changed.relation[WRITES])
+    else:
+        changed.relation[WRITES].register_forward_hook(lambda _, __, out: 2 * out)
+    assert_all_close(other(nodes(), edges()), conv(nodes(), edges()))
+
+
 # Cost
 
 
@@ -575,7 +619,7 @@ BAD_MIXTURE: list[tuple[dict[str, Any], str]] = [
     ({"router": dict.fromkeys(TYPES, "random"), "tie_routers": True}, "expected one router, since tie_routers=True"),
     ({"router": TokenChoice(4, 3)}, "router: got one instance for several node types"),
     ({"router": dict.fromkeys(TYPES, TokenChoice(4, 3))}, "router: got one instance for several node types"),
-    ({"router": "attention_vote", "router_kwargs": {"scope": "neighbours"}}, "scope='neighbours', expected scope="),
+    ({"router": "attention_vote", "router_kwargs": {"scope": "neighbors"}}, "scope='neighbors', expected scope="),
     ({"widths": WIDTHS, "tie_routers": True}, "with tie_routers=True, expected one width for all node types"),
     ({"widths": WIDTHS, "tie_experts": True}, "expected one width for all node types"),
 ]
@@ -596,10 +640,10 @@ BAD_CALLS: list[tuple[Any, Any, str]] = [
     ({"author": None}, {}, "x_dict['author']: got None, expected (number of nodes, 3)"),
     ({"author": torch.zeros(5, 4)}, {}, "x_dict['author']: got shape (5, 4), expected (number of nodes, 3)"),
     ({}, {("author", "reads", "paper"): 0}, "edge_index_dict: got ('author', 'reads', 'paper'), expected one of"),
-    ({}, {WRITES: torch.tensor([[5], [0]])}, "edge_index_dict[('author', 'writes', 'paper')]: edge_index: got source"),
-    ({}, {WRITES: torch.tensor([[0], [7]])}, "got destination node 7, expected values in 0..6"),
+    ({}, {WRITES: torch.tensor([[5], [0]])}, "edge_index_dict[('author', 'writes', 'paper')]: edge_index: got node 5"),
+    ({}, {WRITES: torch.tensor([[0], [7]])}, "got node 7, expected values in 0..6"),
     ({}, {WRITES: csr(torch.zeros(2, 0, dtype=torch.long), 7, 5)}, "got a sparse matrix of shape (5, 7), expected"),
-    ({}, {WRITES: EdgeIndex([[0], [0]], sparse_size=(5, 9))}, "got an EdgeIndex of 9 destination nodes, expected 7"),
+    ({}, {WRITES: EdgeIndex([[0], [0]], sparse_size=(5, 9))}, "got an EdgeIndex of 9 second nodes, expected 7"),
 ]
 
 

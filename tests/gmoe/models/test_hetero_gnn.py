@@ -14,7 +14,7 @@ from torch_geometric import transforms as T
 from torch_geometric.data import Batch, HeteroData
 from torch_geometric.loader import RandomNodeLoader
 
-from gmoe import ROUTERS, TokenChoice, active_parameters, aux_loss, neighbor_loader, record
+from gmoe import ROUTERS, TokenChoice, active_parameters, aux_loss, neighbor_loader, record_routing
 from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
 from gmoe.models.hetero_gnn import HeteroGNNMoE
 from tests.gmoe.conv.hetero_reference import csr
@@ -143,7 +143,7 @@ class OGBConv(nn.Module):
         return torch.stack(rows)
 
 
-def test_dense_control_is_the_rgcn_of_ogb() -> None:
+def test_dense_baseline_is_the_rgcn_of_ogb() -> None:
     """Written as in OGB's example: all nodes in one matrix, types as vectors; two layers, relu, embeddings."""
     gnn = model(router=None, residual="none", embedding_channels=IN, target=None)
     convs = [OGBConv(IN, HIDDEN).double(), OGBConv(HIDDEN, OUT).double()]
@@ -209,7 +209,7 @@ def test_sparse_matrices() -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router(router: str, share: bool) -> None:
     gnn = model(router=router, k=2, num_layers=3, tie_routers=share, tie_experts=share)
-    with record(gnn) as recorded:
+    with record_routing(gnn) as recorded:
         logits, routings = call(gnn, return_routing=True)
     assert len(recorded) == (2 if share else len(routings))
     torch.testing.assert_close(aux_loss(routings), aux_loss(recorded))
@@ -221,7 +221,7 @@ def test_every_router(router: str, share: bool) -> None:
 
 @pytest.mark.parametrize("tie_experts", [False, True])
 def test_active_parameters(tie_experts: bool) -> None:
-    """An expert of the MoE layer is a layer of the dense control; what is left are the routers."""
+    """An expert of the MoE layer is a layer of the dense baseline; what is left are the routers."""
     dense = sum(p.numel() for p in model(router=None, tie_experts=tie_experts).parameters())
     for k in (1, 2):
         gnn = model(k=k, num_experts=8, tie_experts=tie_experts)
@@ -363,7 +363,7 @@ def accuracy(data: HeteroData, **kwargs: Any) -> float:
     return float((logits.argmax(dim=1) == y)[-500:].float().mean())
 
 
-def test_learns_what_the_dense_control_of_equal_cost_cannot() -> None:
+def test_learns_what_the_dense_baseline_of_equal_cost_cannot() -> None:
     """Seen with three seeds: 0.91 to 0.95, dense 0.67 to 0.73."""
     data = planted()
     moe = accuracy(data, num_experts=8, router_kwargs={"balance": "switch"})
@@ -391,7 +391,7 @@ def test_learns_what_the_dense_control_of_equal_cost_cannot() -> None:
         ),
         ({"embedding_channels": 0}, "embedding_channels: got 0, expected at least 1"),
         ({"tie_experts": True, "in_proj": False}, "in_channels: got {'paper': 4, 'author': 6"),
-        ({"router_kwargs": {"scope": "neighbours"}, "router": "attention_vote"}, "router: got scope='neighbours'"),
+        ({"router_kwargs": {"scope": "neighbors"}, "router": "attention_vote"}, "router: got scope='neighbors'"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )

@@ -1,4 +1,4 @@
-"""ViTMoE: shapes, pools per image, the dense control, and what it refuses."""
+"""ViTMoE: shapes, pools per image, the dense baseline, and what it refuses."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_an_image_does_not_depend_on_its_batch_mates(router: str, training: bool
     torch.testing.assert_close(model(images)[:2], model(images[:2]), atol=1e-6, rtol=0)
 
 
-def test_the_dense_control_is_torchvisions() -> None:
+def test_the_dense_baseline_is_torchvisions() -> None:
     model = vit(None).double()
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     assert torch.equal(model(images), super(ViTMoE, model).forward(images))
     assert model(images, return_routing=True)[1] == []
 
 
-def test_the_routings_of_an_upcycled_control() -> None:
+def test_the_routings_of_an_upcycled_baseline() -> None:
     model = vit(None)
     assert model.dense
     gmoe.moefy(model, num_experts=4)
@@ -62,10 +62,10 @@ def test_the_routings_of_an_upcycled_control() -> None:
     assert len(model(torch.randn(2, 3, 8, 8), return_routing=True)[1]) == 1
 
 
-def test_grey_images_are_repeated() -> None:
+def test_gray_images_are_repeated() -> None:
     model = vit("expert_choice")
-    grey = torch.randn(2, 1, 8, 8)
-    torch.testing.assert_close(model(grey), model(grey.repeat(1, 3, 1, 1)))
+    gray = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(model(gray), model(gray.repeat(1, 3, 1, 1)))
 
 
 @pytest.mark.parametrize("router", ["token_choice", "expert_choice", "attention_vote"])
