@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch_geometric.nn import CGConv, GATConv, GATv2Conv, GINConv, GINEConv, SAGEConv, SoftmaxAggregation, TAGConv
+from torch_geometric.nn import CGConv, GATConv, GATv2Conv, GCNConv, GINConv, GINEConv, SAGEConv, SoftmaxAggregation, TAGConv
 
 from gmoe import ROUTERS, FilterConv, MoEConv
 from gmoe.conv import graph as graph_module
@@ -211,7 +211,7 @@ def test_forms_of_the_edges(conv: Any, kwargs: dict[str, Any], form: str) -> Non
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("conv", ["gcn", "sage", "gat", "le", "filter"])
+@pytest.mark.parametrize("conv", ["gcn", partial(GCNConv, aggr="mean"), "sage", "gat", "le", "filter"], ids=name)
 def test_self_loops_count_as_pyg_counts_them_in_that_form(conv: Any, form: str) -> None:
     """To the loops of a sparse matrix GCN adds its own, of an edge_index it replaces them."""
     edges = simple_graph(9, 9)
@@ -406,10 +406,11 @@ def test_kinds_are_grouped_wherever_they_stand_in_the_list() -> None:
     ]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_random_graphs(data: st.DataObject) -> None:
-    conv, kwargs = ALL[data.draw(st.integers(0, len(ALL) - 1), label="case")]
+    cases = [case for case in ALL if case not in FULL[-1:]]  # batch norm of one row
+    conv, kwargs = cases[data.draw(st.integers(0, len(cases) - 1), label="case")]
     num_nodes = data.draw(st.integers(1, 6), label="nodes")
     node = st.integers(0, num_nodes - 1)
     edges = data.draw(st.lists(st.tuples(node, node), max_size=12), label="edges")
@@ -418,7 +419,11 @@ def test_random_graphs(data: st.DataObject) -> None:
     weight = torch.tensor(data.draw(st.lists(rows, min_size=num_nodes, max_size=num_nodes), label="weights")).double()
     layer = build(conv, kwargs, shared_expert=data.draw(st.booleans(), label="shared"))
     args = edge_args(layer, len(edges))
-    mask = features(len(edges), seed=9) if data.draw(st.booleans(), label="mask") and (conv, kwargs) not in FULL else None
+    loops = sum(source == destination for source, destination in edges)
+    mask = features(len(edges), seed=9)
+    # PyG itself takes a mask for one that has loops already where as many are added as taken away
+    if (conv, kwargs) in FULL or loops == num_nodes or not data.draw(st.booleans(), label="mask"):
+        mask = None
     assert_equals_masked(layer, features(num_nodes, WIDTH), edge_index, weight_TE=weight, mask=mask, **args)
 
 
