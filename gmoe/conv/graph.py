@@ -198,7 +198,9 @@ class Graph:
                 "(2, number of edges), or the transposed matrix and the default flow"
             )
         if self.num_src != self.num_dst:  # the ends would be out of range
-            raise ValueError(f"flow: got {flow!r} for {self}, expected as many sources as destinations, or flow= of Graph")
+            raise ValueError(
+                f"flow: got {flow!r} for {self}, expected as many sources as destinations, or flow= of Graph"
+            )
         if flow not in self._kept:
             turned = Graph.__new__(Graph)
             turned.__dict__.update(self.__dict__, flow=flow, _shared={}, _kept={})
