@@ -66,8 +66,6 @@ class AggregateOnce(StackedExperts):
         conv, size = self.prototype, (graph.num_src, graph.num_dst)
         adj: Any = graph.adj
         if conv.flow == "target_to_source":  # whose features would have to be a tuple that PyG does not take
-            if conv.explain:
-                raise ValueError("flow: got 'target_to_source' with an explainer's mask, expected 'source_to_target'")
             conv, adj = turned(conv), graph.edge_index
         if isinstance(adj, EdgeIndex) and None in adj.sparse_size():  # of which alone PyG takes the number of nodes
             adj = EdgeIndex(adj.as_tensor(), sparse_size=size, sort_order=adj.sort_order)
@@ -181,6 +179,13 @@ class GCNExperts(LinearAggregation):
             conv = turned(conv)
             conv.normalize = False
             adj, args = torch.stack([edges.sender, edges.receiver]), {"edge_weight": weight}
+            if conv.add_self_loops:  # of which a mean counts one a node
+                is_loop = edges.sender == edges.receiver
+                is_last = torch.zeros_like(is_loop).index_fill(0, edges.ptr[1:] - 1, True)
+                loop = weight.new_zeros(graph.num_dst).index_add(0, edges.receiver[is_loop], weight[is_loop])
+                weight = torch.where(is_last, loop.index_select(0, edges.receiver), weight)
+                kept = is_last | ~is_loop
+                adj, args = adj[:, kept], {"edge_weight": weight[kept]}
         half = x_src.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(x_src.device.type, enabled=False):
             out: Tensor = conv(x_src.float() if half else x_src, adj, **args)

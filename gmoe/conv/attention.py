@@ -182,7 +182,7 @@ class AttentionExperts(StackedExperts):
         if self.prototype._apply_sigmoid:
             mask = mask.sigmoid()
         origin_M = messages.graph.order.index_select(0, messages.edge)
-        mask_M = torch.where(origin_M >= 0, mask.index_select(0, origin_M.clamp(min=0)), 1.0)
+        mask_M = torch.cat([mask, mask.new_ones(1)])[origin_M]
         return alpha_MH * mask_M[:, None]
 
     def _edge_attr(self, messages: Messages) -> Tensor | None:

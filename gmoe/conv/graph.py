@@ -25,6 +25,9 @@ with warnings.catch_warnings():  # torch says once a process that such matrices 
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
 
+SPARSE_DEVICES = ("cpu",)
+"""Where torch's sparse products beat gathered blocks of messages."""
+
 NUMBERS = 2**21
 """How many numbers a block of messages holds: few enough for a CPU's caches, and for memory without fresh pages."""
 
@@ -193,6 +196,10 @@ class Graph:
             raise ValueError(
                 f"edge_index: got {type(self.adj).__name__} for a conv of flow={flow!r}, expected plain edges "
                 "(2, number of edges), or the transposed matrix and the default flow"
+            )
+        if self.num_src != self.num_dst:  # the ends would be out of range
+            raise ValueError(
+                f"flow: got {flow!r} for {self}, expected as many sources as destinations, or flow= of Graph"
             )
         if flow not in self._kept:
             turned = Graph.__new__(Graph)
@@ -366,11 +373,13 @@ class Graph:
             kept: Graph = self._kept[key]
             return kept
         ends = torch.stack([self.edges.sender, self.edges.receiver])
+        turned = self.flow == "target_to_source"  # PyG reduces over the second row of edge_index, whatever the flow
+        ends = ends.flip(0) if turned else ends
         ends, kept_M = remove_self_loops(ends, torch.arange(ends.size(1), device=ends.device))
         attr = None if self.attr is None else self.attr.index_select(0, kept_M)
         nodes = min(self.num_src, self.num_dst)
         ends, attr = add_self_loops(ends, attr, fill_value, nodes)
-        looped = Graph(ends, (self.num_src, self.num_dst), edge_attr=attr)
+        looped = Graph(ends.flip(0) if turned else ends, (self.num_src, self.num_dst), edge_attr=attr)
         origin = self.order.index_select(0, kept_M)
         looped._shared["origin"] = torch.cat([origin, origin.new_full((nodes,), -1)])
         if key is not None and (attr is None or not attr.requires_grad):
@@ -458,7 +467,7 @@ class _WeightedSum(torch.autograd.Function):
         outs = []
         for head, weight_M in enumerate(weight_MH.to(exact).T.contiguous()):
             column = edges.sender if groups == 1 else edges.sender * groups + head
-            if rows.is_cpu and weight_M.numel():
+            if rows.device.type in SPARSE_DEVICES and weight_M.numel():
                 size = (edges.num_receivers, rows.size(0))
                 matrix = torch.sparse_csr_tensor(edges.ptr, column, weight_M, size, check_invariants=False)
                 outs.append(torch.sparse.mm(matrix, rows, "sum"))
@@ -516,7 +525,8 @@ def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
     out_MH = query_RHC.new_zeros(messages, heads, dtype=exact)
     query_RHC, key_UGC = query_RHC.to(exact), key_UGC.to(exact)
     # torch cuts a matrix down to as many entries as it has cells
-    if query_RHC.is_cpu and 0 < messages <= edges.num_receivers * edges.num_senders * groups:
+    entries = edges.num_receivers * edges.num_senders * groups
+    if query_RHC.device.type in SPARSE_DEVICES and 0 < messages <= entries:
         rows = key_UGC.flatten(0, 1)
         size = (edges.num_receivers, rows.size(0))
         for head in range(heads):

@@ -147,9 +147,10 @@ class MoEConv(MoELayer, MessagePassing):
         self._aggregates_alike = shared_expert is True and not isinstance(self.experts, MixedExperts)
 
     def _router_widths(self) -> dict[str, int]:
-        """Of what the router may see; filters give several aggregates side by side."""
+        """Of what the router may see; filters, and several aggregations, give several aggregates side by side."""
         hops = self.experts.hops if isinstance(self.experts, FilterExperts) else 1
-        return {"node": self._widths[1], "neighbors": max(hops, 1) * self._widths[0], "degree": 1}
+        neighbors = getattr(self.experts, "aggregate_width", max(hops, 1) * self._widths[0])
+        return {"node": self._widths[1], "neighbors": neighbors, "degree": 1}
 
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
@@ -190,6 +191,11 @@ class MoEConv(MoELayer, MessagePassing):
             raise ValueError(
                 f"x: got source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}, "
                 f"expected (number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
+            )
+        if x_src is not x_dst and any(conv.flow == "target_to_source" for conv in self._all_convs()):
+            raise ValueError(
+                "x: got a tuple of source and destination nodes with flow='target_to_source', expected one tensor, or "
+                "flipped edges and the default flow"
             )
         if edge_args:
             edge_weight, edge_attr = self._positional(edge_args, edge_weight, edge_attr)
