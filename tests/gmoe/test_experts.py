@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -137,6 +138,11 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
+class DoubledReLU(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 class DoubledLinear(LinearExperts):
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         return 2 * super().rows(x_PI, offsets_E)
@@ -150,6 +156,15 @@ class DoubledMLP(MLPExperts):
 def put(name: str, part: Callable[[Any], Any]) -> Callable[[MLPExperts], Any]:
     """Put ``part`` of the old one in its place."""
     return lambda experts: setattr(experts, name, part(getattr(experts, name)))
+
+
+def hook(experts: MLPExperts, part: str, pre: bool = False) -> None:
+    """On a part: what goes in, or comes out, is doubled and raised."""
+    module = experts.get_submodule(part)
+    if pre:
+        module.register_forward_pre_hook(lambda _, args: (2 * args[0] + 1, *args[1:]))
+    else:
+        module.register_forward_hook(lambda _, __, y: 2 * y + 1)
 
 
 def own_forward(experts: MLPExperts) -> None:
@@ -167,18 +182,10 @@ REPLACED: dict[str, Callable[[MLPExperts], Any]] = {
     "a parametrized weight": lambda m: parametrize.register_parametrization(m.up, "weight", Doubled()),
     "a forward of its own": own_forward,
     "a module as activation": put("activation", lambda _: nn.Hardswish()),
-    "an activation of its own class": put("activation", lambda _: type("Twice", (nn.ReLU,), {"forward": lambda s, x: 2 * x})()),
+    "an activation of a subclass": put("activation", lambda _: DoubledReLU()),
     "another module for dropout": put("hidden_dropout", lambda _: nn.Tanh()),
-    **{
-        f"a hook on {part}": lambda m, part=part: m.get_submodule(part).register_forward_hook(lambda _, __, y: 2 * y + 1)
-        for part in PARTS
-    },
-    **{
-        f"a pre-hook on {part}": lambda m, part=part: m.get_submodule(part).register_forward_pre_hook(
-            lambda _, args: (2 * args[0] + 1, *args[1:])
-        )
-        for part in PARTS
-    },
+    **{f"a hook on {part}": partial(hook, part=part) for part in PARTS},
+    **{f"a pre-hook on {part}": partial(hook, part=part, pre=True) for part in PARTS},
 }
 
 
@@ -186,7 +193,11 @@ REPLACED: dict[str, Callable[[MLPExperts], Any]] = {
 def test_what_users_put_in_runs(replace: Callable[[MLPExperts], Any]) -> None:
     """Whatever kernel there is for the parts as they were."""
     torch.manual_seed(0)
-    experts, x, routing = MLPExperts(4, 6, 3, 3, activation=nn.ReLU()).eval(), torch.randn(4, 4), routing_of(GATE.float())
+    experts, x, routing = (
+        MLPExperts(4, 6, 3, 3, activation=nn.ReLU()).eval(),
+        torch.randn(4, 4),
+        routing_of(GATE.float()),
+    )
     before = experts(x, routing)
     replace(experts)
     experts.double()
@@ -217,7 +228,7 @@ def test_an_identity_takes_the_place_of_dropout() -> None:
 
 def test_a_backward_hook_is_called() -> None:
     experts, seen = MLPExperts(4, 6, 3, 3), list[torch.Size]()
-    experts.up.register_full_backward_hook(lambda _, __, grads: seen.append(grads[0].shape))
+    experts.up.register_full_backward_hook(lambda *args: seen.append(args[2][0].shape))
     experts(torch.randn(4, 4, requires_grad=True), routing_of(GATE.float())).sum().backward()
     assert seen == [(6, 6)]
 

@@ -46,9 +46,7 @@ def moe(router: str = "token_choice", k: int = 1, **kwargs: Any) -> MoE:
     return MoE(build_router(router, D, E, k, kwargs), MLPExperts(D, 16, D, E))
 
 
-def layers(
-    router: str = "token_choice", k: int = 1, **kwargs: Any
-) -> dict[str, tuple[nn.Module, Callable[..., Any]]]:
+def layers(router: str = "token_choice", k: int = 1, **kwargs: Any) -> dict[str, tuple[nn.Module, Callable[..., Any]]]:
     """A layer of each kind with that router, and how to call it on (T, D) tokens."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"num_experts": E, "router": router, "k": k, "router_kwargs": kwargs}
@@ -306,7 +304,10 @@ def test_a_neighbor_out_of_reach_does_not_reach_the_loss_of_the_seeds() -> None:
         (lambda: moe("attention_vote", capacity_factor=-1.0), "capacity_factor: got -1.0, expected a positive number"),
         (lambda: moe(weight="sum"), "weight: got 'sum', expected one of 'score', 'normalized', 'straight_through'"),
         (lambda: moe()(None), "x: got NoneType, expected a tensor"),
-        (lambda: moe()(torch.ones(T, D, dtype=torch.long)), r"x: got shape \(12, 8\) of torch.int64, expected .*floats"),
+        (
+            lambda: moe()(torch.ones(T, D, dtype=torch.long)),
+            r"x: got shape \(12, 8\) of torch.int64, expected .*floats",
+        ),
         (lambda: moe()(torch.randn(T, 7)), r"x: got shape \(12, 7\) of torch.float32, expected \(..., T, dim=8\)"),
         (lambda: moe()(torch.randn(D)), r"x: got shape \(8,\)"),
         (
