@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from gmoe.models.vit import SIZES, ViTMoE, ViTSize
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
 
@@ -19,11 +18,9 @@ import gmoe
 from experiments.config import RouterOptions, TrainConfig
 from experiments.data import Task
 from gmoe import GNNMoE, HeteroGNNMoE, OracleRouter, Router
-from gmoe.conv.separate import CONVS
+from gmoe.conv.kinds import CONVS
 from gmoe.convert import choose_blocks
-
-FILTERS = frozenset({"filter", "identity", "low_pass", "high_pass", "two_hop"})
-"""Names of filter experts."""
+from gmoe.models.vit import SIZES, ViTMoE, ViTSize
 
 
 def build_model(config: TrainConfig, task: Task) -> nn.Module:
@@ -284,8 +281,8 @@ def _conv_kwargs(config: TrainConfig, task: Task) -> dict[str, Any]:
         if not all("edge_dim" in names for names in takes) or len(takes) < len(config.conv):
             raise ValueError(f"edge_features: got True, but {' or '.join(config.conv)} takes none")
         found["edge_dim"] = task.edge_dim
-    if config.sampling == config.evaluation == "full" and (config.conv == ("gcn",) or set(config.conv) <= FILTERS):
-        found["cached"] = True  # there is one graph only
+    if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
+        found["cached"] = True  # there is one graph only: for the dense model, whose convs are PyG's
     return found
 
 

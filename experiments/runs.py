@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gmoe.metrics import PER_EXPERT
 
 from experiments.build import try_model
 from experiments.config import TrainConfig
 from experiments.data import Task, load_tasks
 from experiments.loop import make_fabric, train_seed
+from gmoe.metrics import PER_EXPERT
 
 
 def run(config: TrainConfig) -> dict[str, Any]:

@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 import tyro
-from gmoe.data.loader import neighbor_loader
-from gmoe.data.sampler import NeighborSampler
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -31,6 +29,8 @@ from torch_geometric.utils import to_undirected
 
 import gmoe
 from experiments.runs import environment, write_json
+from gmoe.data.loader import neighbor_loader
+from gmoe.data.sampler import NeighborSampler
 
 UNTIMED = 3
 """Batches before the clock of a turn starts: one in hand, and the two that an idle worker has drawn in advance."""

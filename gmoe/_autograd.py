@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, which imports the compiler
 from torch.autograd.function import once_differentiable
+
+__all__ = ["first_order", "untraced"]
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,12 @@ def check_count(name: str, value: int) -> None:
     check_at_least(name, value, 1)
 
 
+def check_counts(**values: int) -> None:
+    """:func:`check_count` of several arguments, by name."""
+    for name, value in values.items():
+        check_count(name, value)
+
+
 def check_positive(name: str, value: float) -> None:
     """Refuse ``value <= 0`` and infinity."""
     if not 0 < value < math.inf:

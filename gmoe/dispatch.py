@@ -3,7 +3,8 @@
 Shapes: T tokens, E experts, P pairs sorted by expert, I in, H hidden, O out features; U = H, or 2 H before a gate.
 
 A layer calls :func:`routed_linear`, :func:`routed_mlp`, or the halves :func:`dispatch` and :func:`combine` around
-:func:`grouped_linear`. The kernels are operators of torch (``torch.ops.gmoe``), which ``torch.compile`` does not look into.
+:func:`grouped_linear`. The kernels are operators of torch (``torch.ops.gmoe``), into which ``torch.compile`` does not
+look.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ FUSED: dict[str, tuple[Elementwise, Derivative]] = {
         lambda u: F.gelu(u, approximate="tanh"),
         lambda grad, u: aten.gelu_backward(grad, u, approximate="tanh"),
     ),
-    "identity": (torch.positive, lambda grad, u: grad),
+    "identity": (torch.positive, lambda grad, _: grad),
     "relu": (F.relu, lambda grad, u: aten.threshold_backward(grad, u, 0)),
     "silu": (F.silu, lambda grad, u: aten.silu_backward(grad, u)),
     "tanh": (torch.tanh, lambda grad, u: aten.tanh_backward(grad, u.tanh())),
 }
-"""Activations that :func:`routed_mlp` can run expert by expert: the function, and ``(grad of output, input) -> grad``."""
+"""Activations that :func:`routed_mlp` runs expert by expert: the function, and ``(grad of output, input) -> grad``."""
 
 FUSING = frozenset({"auto", "loop"})
 """Backends with which, on a CPU, gather, products and scatter are one step an expert."""
@@ -113,7 +114,7 @@ def routed_linear(
     x_t + \bar y_t \cdot b_e`. Follows autocast. Can be differentiated once.
 
     Args:
-        parts: x in one or two parts, whose widths add up to I: with the loop backend they are not joined.
+        parts: x in parts, whose widths add up to I: with the loop backend the first is not joined to the others.
         weight_EIO: stacked weights.
         bias_EO: stacked biases, or ``None``.
         routing: who goes where.
@@ -131,9 +132,11 @@ def routed_linear(
     token_P, offsets_E, gate_P = routing.token, routing.offsets, routing.weight.to(dtype)
     if dtype == torch.bfloat16 and device == "cpu":
         token_P, offsets_E, gate_P = rounded(token_P, offsets_E, gate_P)
-    z_TJ, tokens = (other[0] if other else None), routing.num_tokens
+    z_TJ = torch.cat(other, dim=-1) if len(other) > 1 else next(iter(other), None)
     with torch.autocast(device, enabled=False):
-        return torch.ops.gmoe.routed_linear(x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, tokens)
+        return torch.ops.gmoe.routed_linear(
+            x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, routing.num_tokens
+        )
 
 
 def routed_mlp(
@@ -205,6 +208,10 @@ def _cast(x: Tensor, *others: Tensor | None) -> Any:
     return x.to(dtype), *(None if other is None else other.to(dtype) for other in others)
 
 
+KERNELS: dict[str, Callable[..., Any]] = {}
+"""What runs inside the operators, by name."""
+
+
 def _operator(
     name: str, arguments: str, results: str, fake: Callable[..., Any], num_grads: int, num_tensors: int
 ) -> Callable[[Callable[..., Any], Callable[..., list[Tensor]]], None]:
@@ -241,6 +248,7 @@ def _operator(
         forward.register_autograd(differentiate, setup_context=keep)
         schema = f"{gradients}, bool[] needs) -> Tensor[]"
         reverse = torch.library.custom_op(f"gmoe::{name}_backward", backward, mutates_args=(), schema=schema)
+        KERNELS.update({name: kernel, f"{name}_backward": backward})
         reverse.register_fake(lambda *inputs: _gradients_of(inputs[1 : num_grads + 1], inputs[-1]))
 
     return register
@@ -415,7 +423,7 @@ _operator(
     "routed_linear",
     "Tensor x, Tensor? z, Tensor gate, Tensor weight, Tensor? bias, Tensor token, Tensor offsets, SymInt num_tokens",
     "Tensor",
-    lambda x, z, gate, weight, bias, token, offsets, num_tokens: gate.new_empty(num_tokens, weight.size(2)),
+    lambda *inputs: inputs[2].new_empty(inputs[-1], inputs[3].size(2)),
     num_grads=5,
     num_tensors=7,
 )(_routed_linear, _routed_linear_backward)
@@ -484,9 +492,9 @@ _operator(
     "Tensor x, Tensor gate, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor token, Tensor offsets, "
     "str activation, bool glu",
     "(Tensor, Tensor)",
-    lambda x, gate, up, up_bias, down, down_bias, token, *_: (
-        gate.new_empty(x.size(0), down.size(2)),
-        x.new_empty(token.size(0), up.size(2)),
+    lambda x, gate, up, *rest: (
+        gate.new_empty(x.size(0), rest[1].size(2)),
+        x.new_empty(rest[3].size(0), up.size(2)),
     ),
     num_grads=6,
     num_tensors=8,

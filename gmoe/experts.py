@@ -34,8 +34,8 @@ class Experts(nn.Module, ABC):
     """E functions of the same shape.
 
     ``experts(x (T, I), routing) -> (T, O)`` is the mixture :math:`y_t = \\sum_e w_{te} f_e(x_t)`;
-    ``experts(x (P, I), offsets (E,)) -> (P, O)`` runs expert ``e`` on the rows ``offsets[e - 1]:offsets[e]``. A subclass
-    writes :meth:`rows`.
+    ``experts(x (P, I), offsets (E,)) -> (P, O)`` runs expert ``e`` on the rows ``offsets[e - 1]:offsets[e]``. A
+    subclass writes :meth:`rows`.
 
     Args:
         in_features: I.
@@ -202,22 +202,21 @@ class MLPExperts(Experts):
 
     def _fused(self, x: Tensor) -> str | None:
         """The activation's name if the fused kernel does what :meth:`rows` does: no part replaced, hooked or random."""
-        for part in (self.up, self.down):
-            if type(part) is not LinearExperts or part.backend not in FUSING or x.is_cuda:
-                return None
-        for drop in (self.hidden_dropout, self.output_dropout):
-            if type(drop) is nn.Dropout:
-                if drop.training and drop.p > 0:
-                    return None
-            elif type(drop) is not nn.Identity:
-                return None
+        if type(self).rows is not MLPExperts.rows or x.is_cuda:
+            return None
         for part in self.children():
+            if part is not self.activation and type(part) not in (LinearExperts, nn.Dropout, nn.Identity):
+                return None
+            if type(part) is LinearExperts and part.backend not in FUSING:
+                return None
+            if type(part) is nn.Dropout and part.training and part.p > 0:
+                return None
             if "forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks:
                 return None
             if part._backward_hooks or part._backward_pre_hooks:
                 return None
         activation = self.activation
-        if isinstance(activation, nn.GELU):
+        if type(activation) is nn.GELU:
             return "gelu" if activation.approximate == "none" else "gelu_tanh"
         return FUSED_NAMES.get(type(activation) if isinstance(activation, nn.Module) else activation)
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gmoe._checks import check_count, check_positive
+from gmoe.dispatch import KERNELS
 from gmoe.moe import MoELayer  # and so the operators of gmoe.dispatch
 
 aten = torch.ops.aten
-gmoe_ops = torch.ops.gmoe
 
 
 def active_parameters(model: nn.Module) -> int:
@@ -143,55 +143,15 @@ def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return int(2 * a[0] * a[1] * b[-1])
 
 
-def _rows(x: torch.Tensor, offsets: torch.Tensor, kernel: str) -> int:
-    """The rows that a grouped product meets, those of zeros included."""
-    return offsets.numel() * int(offsets.diff(prepend=offsets.new_zeros(1)).max()) if kernel == "padded" else x.size(0)
+def _inside(kernel: Callable[..., Any]) -> Callable[..., int]:
+    """What happens inside an operator of :mod:`gmoe.dispatch`, counted by running its kernel once more."""
 
+    def count(*args: Any, out_val: Any, **kwargs: Any) -> int:
+        with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
+            kernel(*args, **kwargs)
+        return int(counter.get_total_flops())
 
-def _grouped_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: Any, offsets: torch.Tensor, kernel: str, **_: Any
-) -> int:
-    return 2 * _rows(x, offsets, kernel) * _numel(weight.shape[1:])
-
-
-def _grouped_linear_backward(
-    grad: Any, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, kernel: str, needs: Any, **_: Any
-) -> int:
-    return (needs[0] + needs[1]) * _grouped_linear(x, weight, None, offsets, kernel)
-
-
-def _routed_linear(gate: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return gate[0] * (2 * _numel(weight[1:]) + weight[2])  # products, and the adds of the scatter
-
-
-def _routed_linear_backward(
-    grad: Any,
-    gate: Any,
-    weight: torch.Tensor,
-    bias: Any,
-    parts: Any,
-    token: torch.Tensor,
-    _: Any,
-    needs: Any,
-    **__: Any,
-) -> int:
-    needs_gate, needs_weight, _, *needs_parts = needs
-    per_pair = needs_weight * 2 * _numel(weight.shape[1:])
-    for part, needed in zip(parts, needs_parts, strict=True):
-        per_pair += part.size(1) * (2 * weight.size(2) * (needs_gate or needed) + needed)
-    return int(gate.numel() * per_pair)
-
-
-def _routed_mlp(x: Any, gate: Any, up: Any, up_bias: Any, down: Any, *_: Any, **__: Any) -> int:
-    return gate[0] * (2 * _numel(up[1:]) + 2 * _numel(down[1:]) + down[2])
-
-
-def _routed_mlp_backward(
-    grad: Any, x: Any, gate: torch.Tensor, up: torch.Tensor, _: Any, down: torch.Tensor, *rest: Any, **__: Any
-) -> int:
-    needs_x, _, needs_up, _, needs_down, _ = rest[-1]
-    of_up, of_down = 2 * _numel(up.shape[1:]), 2 * _numel(down.shape[1:])
-    return int(gate.numel() * ((1 + needs_down) * of_down + (needs_up + needs_x) * of_up + needs_x * up.size(1)))
+    return _raw(count)
 
 
 _EXTRA_FLOPS: dict[Any, Any] = {
@@ -202,16 +162,11 @@ _EXTRA_FLOPS: dict[Any, Any] = {
     aten._sparse_mm_reduce_impl: _raw(_sparse_reduce),
     aten._sparse_mm_reduce_impl_backward: _raw(_sparse_reduce),
     aten._grouped_mm: _grouped_mm,
-    gmoe_ops.grouped_linear: _raw(_grouped_linear),
-    gmoe_ops.grouped_linear_backward: _raw(_grouped_linear_backward),
-    gmoe_ops.routed_linear: _routed_linear,
-    gmoe_ops.routed_linear_backward: _raw(_routed_linear_backward),
-    gmoe_ops.routed_mlp: _routed_mlp,
-    gmoe_ops.routed_mlp_backward: _raw(_routed_mlp_backward),
     aten.index_add: _index_add,
     aten.index_add_: _index_add,
     aten.scatter_add: _scatter_add,
     aten.scatter_add_: _scatter_add,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_cpu,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_cpu_backward,
+    **{getattr(torch.ops.gmoe, name): _inside(kernel) for name, kernel in KERNELS.items()},
 }

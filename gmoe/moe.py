@@ -39,7 +39,7 @@ class MoELayer(nn.Module, ABC):
 
 
 class MoE(MoELayer):
-    r"""A layer of experts behind a router: :math:`y_t = \sum_e w_{te} f_e(x_t)`, beside a shared expert if there is one.
+    r"""A layer of experts behind a router, and a shared expert if there is one: :math:`y_t = \sum_e w_{te} f_e(x_t)`.
 
     A token without an expert gets zero; the model around adds the residual.
 
@@ -75,9 +75,10 @@ class MoE(MoELayer):
 
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
-        for part in (self.router, self.experts, self.shared_expert):
-            if hasattr(part, "reset_parameters"):
-                part.reset_parameters()
+        for part in self.children():
+            reset: Any = getattr(part, "reset_parameters", None)
+            if reset is not None:
+                reset()
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()
@@ -120,6 +121,8 @@ class SoftMoE(MoELayer):
         >>> y = layer(torch.randn(2, 64, 128))
     """
 
+    router: SoftSlots
+
     def __init__(self, router: SoftSlots, experts: Experts) -> None:
         if not isinstance(router, SoftSlots):
             raise ValueError(f"router: got {type(router).__name__}, expected SoftSlots")
@@ -131,8 +134,8 @@ class SoftMoE(MoELayer):
 
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
-        for part in self.children():
-            part.reset_parameters()
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gmoe._autograd import untraced
+
 
 class AuxLoss(NamedTuple):
     """An auxiliary loss: the bare scalar and the coefficient that it enters the training loss with."""
@@ -345,7 +347,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     routings: list[Routing] = []
     thread = threading.get_ident()
 
-    @torch.compiler.disable
+    @untraced
     def keep(_: nn.Module, __: Any, routing: Routing) -> None:
         if threading.get_ident() == thread and not in_backward():
             routings.append(routing)
@@ -362,7 +364,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
             )
 
 
-@torch.compiler.disable
+@untraced
 def in_backward() -> bool:
     """Whether autograd is running a backward pass, as when activation checkpointing recomputes a forward."""
     return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself asks

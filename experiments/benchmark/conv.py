@@ -16,7 +16,7 @@ from torch_geometric.utils import to_torch_csr_tensor
 import gmoe
 from experiments.benchmark.options import Benchmark, layer_step, measure
 from experiments.throughput import power_law_edges
-from gmoe.conv.separate import conv_factory
+from gmoe.conv.kinds import Make
 
 ADJACENCIES = ("edge_index", "csr")
 
@@ -70,8 +70,8 @@ class ConvBenchmark(Benchmark):
         kwargs: dict[str, Any] = {"heads": self.heads} if self.heads > 1 else {}
         torch.manual_seed(self.seed)
         try:
-            dense = conv_factory(self.conv, kwargs)(self.width, self.out // self.heads).to(device)
-        except TypeError as error:
+            dense = Make([self.conv], self.width, self.out // self.heads, (), kwargs)(0).to(device)
+        except ValueError as error:
             raise ValueError(f"heads: got {self.heads}, but {self.conv} takes none") from error
         layers = {
             (e, k): gmoe.MoEConv(

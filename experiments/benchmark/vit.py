@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gmoe.models.vit import ViTMoE, ViTSize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vision_transformer import MLPBlock
@@ -15,6 +14,7 @@ from torchvision.models.vision_transformer import MLPBlock
 from experiments.benchmark.options import Benchmark, measure
 from experiments.benchmark.peers import NonzeroLoop
 from gmoe.dispatch import Backend
+from gmoe.models.vit import ViTMoE, ViTSize
 
 REFERENCE = "dense"
 BACKENDS: tuple[Backend, ...] = ("loop", "padded", "grouped")

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from gmoe.routers.attention_vote import group_votes, neighbor_votes
 from torch import Tensor, nn
 from torch_geometric.nn import GATConv
 
 import gmoe
 from experiments.benchmark.options import Benchmark, measure
 from experiments.throughput import power_law_edges
+from gmoe.routers.attention_vote import group_votes, neighbor_votes
 
 REFERENCE = "GATConv"
 

@@ -6,10 +6,10 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from gmoe.data.loader import neighbor_loader
 from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric.data import Data, HeteroData
@@ -21,7 +21,8 @@ from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
 from experiments.config import TrainConfig
 from experiments.data.graph_data import GraphData, Split, task_loss
 from experiments.data.task import Batch, Loader, Task
-from gmoe.conv.separate import conv_factory
+from gmoe.conv.kinds import factory_of
+from gmoe.data.loader import neighbor_loader
 
 CSR_CONVS = frozenset({"gcn", "sage", "graph", "gin", "mlp", "filter", "identity", "low_pass", "high_pass", "two_hop"})
 """Convs that PyG runs on a sparse matrix without a message for every edge."""
@@ -202,8 +203,11 @@ def conv_class(kind: str) -> type[MessagePassing]:
     Raises:
         ValueError: an unknown one.
     """
-    made: Any = conv_factory(kind, {})
-    return made.args[0] if made.args else made.func  # of GIN and GINE, what its factory is given
+    made: Any = factory_of(kind)
+    while isinstance(made, partial):  # of GIN and others, what the factory is given
+        made = made.args[0] if made.args else made.func
+    found: type[MessagePassing] = made
+    return found
 
 
 def _seen(graph: GraphData, data: Data, config: TrainConfig) -> Data:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from gmoe.data.loader import neighbor_loader
 from torch_geometric.data import Data, HeteroData
 
 from experiments.config import TrainConfig
 from experiments.data.graph_data import GraphData, Split, task_loss
 from experiments.data.task import Batch, Task
+from gmoe.data.loader import neighbor_loader
 
 
 def hetero_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, seed: int) -> Task:

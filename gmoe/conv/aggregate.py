@@ -76,7 +76,7 @@ class AggregateOnce(StackedExperts):
         return out.to(x_src.dtype)
 
     def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Tensor:
-        return chunks.map(lambda x, part, rows: self.aggregate(part, x, x), x)
+        return chunks.map(lambda x, part, _: self.aggregate(part, x, x), x)
 
 
 class LinearAggregation(AggregateOnce):
@@ -316,7 +316,7 @@ class FilterExperts(StackedExperts):
     def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Tensor | None:
         powers = [x]
         for _ in range(self.hops):
-            powers.append(chunks.map(lambda x, part, rows: self.prototype.hop(x, part), powers[-1]))
+            powers.append(chunks.map(lambda x, part, _: self.prototype.hop(x, part), powers[-1]))
         return torch.cat(powers[1:], dim=-1) if self.hops else None
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
@@ -392,7 +392,8 @@ def _row_wise(network: nn.Module) -> bool:
     first = next(network.parameters(), None)
     if first is None:
         return False
-    x = torch.randn(7, first.size(-1), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(7, first.size(-1), dtype=torch.float64, device="cpu", generator=generator)
     probe = probe_copy(network)
     return torch.allclose(probe(x)[:3], probe(x[:3]), atol=1e-10)
 

@@ -1,6 +1,6 @@
 """Attention experts: GAT, GATv2, TransformerConv.
 
-Shapes: N sources, I in, O out, F edge features, E experts, P pairs, M messages, U heard rows, H heads, C width of a head.
+Shapes: N sources, I in, O out, F edge features, E experts, P pairs, M messages, U heard rows, H heads of width C.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
-from gmoe._autograd import first_order
+from gmoe._autograd import first_order, untraced
 from gmoe.conv.base import StackedExperts
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
@@ -327,7 +327,7 @@ class GATv2Experts(AttentionExperts):
         return weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_heard)
 
 
-@torch.compiler.disable  # the sizes depend on the data
+@untraced  # the sizes depend on the data
 def additive_scores(
     source_UO: Tensor,
     target_PO: Tensor,

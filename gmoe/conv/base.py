@@ -62,7 +62,7 @@ class NodeChunks:
         return self._turned
 
     def map(self, compute: Callable[[Tensor, Graph, slice], Tensor], x: Tensor) -> Tensor:
-        """(N, O) the outputs of all nodes, where ``compute(x of the chunk's nodes, graph, rows)`` begins with its own."""
+        """(N, O) the outputs of all nodes: ``compute(x of the chunk's nodes, graph, rows)`` gives these first."""
         outs = []
         for rows, nodes, part in self:
             out = compute(x[nodes.to(x.device)].to(self.device), part, rows)

@@ -9,7 +9,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import add_self_loops, index_sort, is_sparse, remove_self_loops, to_edge_index
 
-from gmoe._autograd import first_order
+from gmoe._autograd import first_order, untraced
 
 with warnings.catch_warnings():  # torch says once a process that such matrices are in beta; here it has said so
     warnings.simplefilter("ignore")
@@ -198,7 +198,9 @@ class Graph:
                 "(2, number of edges), or the transposed matrix and the default flow"
             )
         if self.num_src != self.num_dst:  # the ends would be out of range
-            raise ValueError(f"flow: got {flow!r} for {self}, expected as many sources as destinations, or flow= of Graph")
+            raise ValueError(
+                f"flow: got {flow!r} for {self}, expected as many sources as destinations, or flow= of Graph"
+            )
         if flow not in self._kept:
             turned = Graph.__new__(Graph)
             turned.__dict__.update(self.__dict__, flow=flow, _shared={}, _kept={})
@@ -207,7 +209,9 @@ class Graph:
         return found
 
     def to(self, device: torch.device | str) -> Graph:
-        """The graph on another device."""
+        """The graph on that device; itself where it is there already."""
+        if self.adj.device == torch.device(device):
+            return self
         adj = self.adj.to(device)
         weight, attr = (None if v is None else v.to(device) for v in (self.edge_weight, self.edge_attr))
         return Graph(adj, (self.num_src, self.num_dst), edge_weight=weight, edge_attr=attr, flow=self.flow)
@@ -279,7 +283,7 @@ class Graph:
 
     @property
     def attr(self) -> Tensor | None:
-        """(M, F) the features of each of :attr:`edges`: ``edge_attr``, or the values of a sparse matrix if they are rows."""
+        """(M, F) the features of each of :attr:`edges`: ``edge_attr``, or a sparse matrix's values if they are rows."""
         value = self.coo[1]
         given = self.edge_attr if self.edge_attr is not None or value is None or value.dim() == 1 else value
         if given is None:
@@ -297,7 +301,7 @@ class Graph:
         return self.edges.degree
 
     def sum(self, x_src: Tensor, weight: Tensor | None = None) -> Tensor:
-        """(N_dst, D) the sum over in-edges of what the sources hold, times ``weight`` (M,) in the order of :attr:`edges`."""
+        """(N_dst, D) the sum over in-edges of ``x_src``, times ``weight`` (M,) in the order of :attr:`edges`."""
         if weight is None:
             weight = x_src.new_ones(self.edges.sender.numel())
         return weighted_sum(weight[:, None], x_src[:, None], self.edges)[:, 0]
@@ -413,13 +417,13 @@ class Graph:
         weight, attr = (None if v is None else v.index_select(0, given) for v in (self.edge_weight, self.edge_attr))
         adj: Any = torch.stack([source, position] if self.flow == "source_to_target" else [position, source])
         if self.is_sparse:
-            value = self.coo[1]
-            value = None if value is None else value.index_select(0, given)
+            whole: Any = self.coo[1]
+            value = None if whole is None else whole.index_select(0, given)
             if isinstance(self.adj, SparseTensor):
                 adj = SparseTensor(row=position, col=source, value=value, sparse_sizes=size[::-1])
             else:
                 ptr = torch._convert_indices_from_coo_to_csr(position, size[1])
-                adj = torch.sparse_csr_tensor(ptr, source, value, size=size[::-1], check_invariants=False)
+                adj = torch.sparse_csr_tensor(ptr, source, whole[given], size=size[::-1], check_invariants=False)
         part = Graph(adj, size, edge_weight=weight, edge_attr=attr, flow=self.flow)
         part._parent = (self, token, known, place)
         return nodes, part
@@ -540,10 +544,10 @@ def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
     return out_MH.to(dtype)
 
 
-weighted_sum: Callable[[Tensor, Tensor, Edges], Tensor] = torch.compiler.disable(_WeightedSum.apply)
+weighted_sum: Callable[[Tensor, Tensor, Edges], Tensor] = untraced(partial(_WeightedSum.apply))
 r"""(R, H, C) what each receiver hears, :math:`y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}`, of weights (M, H) and values
 (U, H, C), or (U, 1, C) where all heads hear the same. Can be differentiated once."""
 
-dot: Callable[[Tensor, Tensor, Edges], Tensor] = torch.compiler.disable(_Dot.apply)
+dot: Callable[[Tensor, Tensor, Edges], Tensor] = untraced(partial(_Dot.apply))
 r"""(M, H) the products of the two ends, :math:`s_{mh} = q_{r(m) h} \cdot k_{u(m) h}`, of queries (R, H, C) and keys
 (U, H, C), or (U, 1, C) where all heads share them. Can be differentiated once."""

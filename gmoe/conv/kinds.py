@@ -186,8 +186,8 @@ def factory_of(conv: Any) -> ConvFactory:
             "out_channels",
         ]:
             raise ValueError(
-                f"conv: got {conv.__name__}, which is built with ({', '.join(p.name for p in first)}), expected a class "
-                "built with (in_channels, out_channels), or a factory of those"
+                f"conv: got {conv.__name__}, which is built with ({', '.join(p.name for p in first)}), expected a "
+                "class built with (in_channels, out_channels), or a factory of those"
             )
     if not callable(conv):
         raise ValueError(f"conv: got {conv!r}, expected a name, a class of PyG's convs, a factory, or a list of those")
@@ -272,7 +272,7 @@ def _group_of(kind: str | ConvFactory, sample: MessagePassing, local: bool | Non
 
 
 def _same(value: Any) -> Hashable:
-    """Equal for values that are sure to mean the same: plain ones that are equal, others only if they are one object."""
+    """Equal for values that are sure to mean the same: plain and equal, or one and the same object."""
     if isinstance(value, tuple):
         return tuple(_same(part) for part in value)
     return (type(value), value) if isinstance(value, bool | int | float | str | None) else id(value)
@@ -343,7 +343,7 @@ def is_local(conv: MessagePassing, in_channels: Widths) -> bool:
         edge_index[:, :3] = torch.tensor([[0, 1, 1], [0, 2, 2]])
         takes = parameters_of(probe)
         weight = random(EDGES).abs() + 0.1 if "edge_weight" in takes else None
-        edge_dim = getattr(probe, "edge_dim", None) or getattr(probe, "dim", None)
+        edge_dim: Any = getattr(probe, "edge_dim", None) or getattr(probe, "dim", None)
         if isinstance(probe, pyg.GINEConv):
             edge_dim = in_channels if probe.lin is None else probe.lin.in_channels
         wanted = "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0

@@ -31,8 +31,8 @@ class MoEConv(MoELayer, MessagePassing):
     .. math::
         x_i' = \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
 
-    Equal, in outputs and gradients, to running E convs on the whole graph and masking. Compute scales with the K experts
-    a node uses, not with the total E:
+    Equal, in outputs and gradients, to running E convs on the whole graph and masking. Compute scales with the K
+    experts a node uses, not with the total E:
 
     - GCN, SAGE, GraphConv and GIN aggregate once, and each row meets only its experts in one grouped product (where E
       times the output is narrower than the input, they transform first, unless the router needs the aggregate);
@@ -57,8 +57,8 @@ class MoEConv(MoELayer, MessagePassing):
         num_experts: E (default 8, or the length of a list of convs).
         router: name, factory or instance (default ``"token_choice"``); ``None`` where every call brings ``routing=``.
         k: K, experts per node (default 1).
-        router_input: what the router sees: the ``"node"`` (default), its ``"neighbors"`` (the conv's own aggregate where
-            all experts share it, else the mean over in-edges), its ``"degree"`` (log(1 + in-degree)), or several.
+        router_input: what the router sees: the ``"node"`` (default), its ``"neighbors"`` (the conv's own aggregate
+            where all experts share it, else the mean over in-edges), its ``"degree"`` (log(1 + in-degree)), or several.
         shared_expert: one more expert that runs on every node, with weight 1, beside the routed ones: ``True`` for
             one of their kind (of a list, the first), or a conv as in ``conv`` (default ``False``).
         router_kwargs: further arguments of the router.
@@ -189,8 +189,8 @@ class MoEConv(MoELayer, MessagePassing):
             self._complete(x_src, x_dst, x_src is x_dst)
         if x_src.dim() != 2 or x_src.size(1) != self._widths[0] or x_dst.dim() != 2 or x_dst.size(1) != self._widths[1]:
             raise ValueError(
-                f"x: got source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}, expected "
-                f"(number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
+                f"x: got source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}, "
+                f"expected (number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
             )
         if x_src is not x_dst and any(conv.flow == "target_to_source" for conv in self._all_convs()):
             raise ValueError(
@@ -255,7 +255,7 @@ class MoEConv(MoELayer, MessagePassing):
             assert self.router is not None
             mean = h if isinstance(h, Tensor) else None
             if "neighbors" in self.router_input and mean is None:
-                mean = chunks.map(lambda x, part, rows: part.mean(x), x)
+                mean = chunks.map(lambda x, part, _: part.mean(x), x)
             view = router_view(self.router_input, x, mean, chunks.graph).to(chunks.device)
             edges = chunks.graph.edge_index.to(chunks.device) if self._router_sees_edges else None
             routing = self.router(view, batch, edges)
@@ -277,8 +277,8 @@ class MoEConv(MoELayer, MessagePassing):
     def _complete(self, x_src: Tensor, x_dst: Tensor, one_set: bool) -> None:
         """Fill in the widths that were left open, and build."""
         given = (self.in_channels,) * 2 if isinstance(self.in_channels, int) else self.in_channels
-        widths = tuple(x.size(-1) if w == -1 else w for w, x in zip(given, (x_src, x_dst), strict=True))
-        self.in_channels = widths[0] if one_set and isinstance(self.in_channels, int) else widths
+        source, destination = (x.size(-1) if w == -1 else w for w, x in zip(given, (x_src, x_dst), strict=True))
+        self.in_channels = source if one_set and isinstance(self.in_channels, int) else (source, destination)
         self._build(self.in_channels)
         self.to(device=x_dst.device, dtype=x_dst.dtype if x_dst.is_floating_point() else None).train(self.training)
 

@@ -15,7 +15,8 @@ from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.typing import Adj
 from tqdm import tqdm
 
-from gmoe._checks import check_choice, check_count
+from gmoe._checks import check_choice, check_count, check_counts
+from gmoe.conv.aggregate import FilterConv
 from gmoe.conv.base import NodeChunks
 from gmoe.conv.graph import Graph, check_batch, parameters_of
 from gmoe.conv.kinds import ConvFactory, ConvLike, CopyOf, Make, kinds_of, looks_one_hop
@@ -116,71 +117,56 @@ class GNNMoE(BasicGNN):
         check_finite: bool = False,
         **conv_kwargs: Any,
     ) -> None:
-        sizes = {"in_channels": in_channels, "hidden_channels": hidden_channels, "out_channels": out_channels}
-        for name, value in {**sizes, "num_layers": num_layers, "every": every, "router_hops": router_hops}.items():
-            check_count(name, value)
-        parts = router_parts(router_input)
-        kinds = kinds_of(conv, num_experts)
+        check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
+        check_counts(num_layers=num_layers, every=every, router_hops=router_hops)
         check_choice("residual", residual, get_args(Residual))
-        hidden = num_layers if jk is not None else num_layers - 1
-        moe_layers = [i for i in range(hidden) if i % every == every - 1] if router is not None else []
-        if router is not None and not moe_layers:
-            raise ValueError(
-                f"every: got {every} with num_layers={num_layers} and jk={jk!r}, which leaves no hidden layer for a "
-                "MoE; expected more layers, a smaller every, or jk='last'"
-            )
-        if not shared_router and isinstance(router, Router) and len(moe_layers) > 1:
-            raise ValueError("router: got an instance for several layers, expected a name or a factory")
         nn.Module.__init__(self)
-        shared: Router | None = None
+        self.router_input, self.router_hops = router_parts(router_input), router_hops
+        self.moe_layers = _moe_layers(num_layers, every, jk) if router is not None else []
+        num_experts = len(kinds_of(conv, num_experts))
+        decider = None
         if shared_router and router is not None:
-            widths = {"node": in_channels, "neighbors": router_hops * in_channels, "degree": 1}
-            shared = build_router(router, sum(widths[part] for part in parts), len(kinds), k, router_kwargs)
-            shared.check_finite |= check_finite
-        own: dict[str, Any] = {"router": None, "k": k}
-        if shared is None:
-            own = {"router": router, "k": k, "router_input": parts, "router_kwargs": router_kwargs}
+            decider = self._router_of_all(in_channels, router, num_experts, k, router_kwargs)
+            decider.check_finite |= check_finite
+        elif isinstance(router, Router) and len(self.moe_layers) > 1:
+            raise ValueError("router: got an instance for several layers, expected a name or a factory")
+        of_moe: dict[str, Any] = {"num_experts": num_experts, "k": k, "shared_expert": shared_expert, "router": None}
+        of_moe |= {"backend": backend, "local": local, "check_finite": check_finite}
+        if decider is None:
+            of_moe |= {"router": router, "router_input": self.router_input, "router_kwargs": router_kwargs}
         super().__init__(
             hidden_channels if in_proj else in_channels,
             hidden_channels,
             num_layers,
             out_channels,
-            dropout=dropout,
-            act=act,
-            act_first=act_first,
-            act_kwargs=act_kwargs,
-            norm=norm,
-            norm_kwargs=norm_kwargs,
-            jk=jk,
+            *(dropout, act, act_first, act_kwargs, norm, norm_kwargs, jk),
             conv=conv,
-            moe_layers=moe_layers,
-            moe_kwargs={
-                "num_experts": len(kinds),
-                "shared_expert": shared_expert,
-                "backend": backend,
-                "local": local,
-                "check_finite": check_finite,
-                **own,
-            },
+            of_moe=of_moe,
             conv_kwargs=conv_kwargs,
         )
         self.in_channels = in_channels
-        self.router_input = parts
-        self.router_hops = router_hops
-        self.moe_layers = moe_layers
         self.input_dropout = nn.Dropout(input_dropout)
         self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None
-        self.residuals = nn.ModuleList()
-        if residual != "none":
-            width = hidden_channels if in_proj else in_channels
-            for _ in range(hidden):
-                plain = residual == "identity" and width == hidden_channels
-                self.residuals.append(nn.Identity() if plain else nn.Linear(width, hidden_channels))
-                width = hidden_channels
-        self.shared_router = shared
-        if shared is not None:
-            for layer in moe_layers:  # what the convs cost follows from a router that they do not hold
-                self.convs[layer].k, self.convs[layer].experts_per_token = shared.k, shared.experts_per_token
+        self.residuals = self._build_residuals(residual)
+        self.shared_router = decider
+        if decider is not None:
+            for layer in self.moe_layers:  # what the convs cost follows from a router that they do not hold
+                self.convs[layer].k, self.convs[layer].experts_per_token = decider.k, decider.experts_per_token
+
+    def _router_of_all(self, in_channels: int, router: RouterLike, num_experts: int, k: int, kwargs: Any) -> Router:
+        """The router that decides for all layers."""
+        widths = {"node": in_channels, "neighbors": self.router_hops * in_channels, "degree": 1}
+        return build_router(router, sum(widths[part] for part in self.router_input), num_experts, k, kwargs)
+
+    def _build_residuals(self, residual: Residual) -> nn.ModuleList:
+        """What is added to each hidden conv."""
+        widths = [self.hidden_channels] * (self.num_layers - (self.jk_mode is None))
+        if widths and self.lin_in is None:
+            widths[0] = self.in_channels
+        plain = residual == "identity"
+        same = self.hidden_channels
+        found = [nn.Identity() if plain and width == same else nn.Linear(width, same) for width in widths]
+        return nn.ModuleList([] if residual == "none" else found)
 
     def init_conv(self, in_channels: int | tuple[int, int], out_channels: int, **kwargs: Any) -> Any:
         """The conv of the next layer; called by ``BasicGNN``."""
@@ -196,8 +182,8 @@ class GNNMoE(BasicGNN):
                 if out_channels % heads:
                     raise ValueError(f"hidden_channels: got {out_channels}, expected a multiple of heads={heads}")
                 out_channels //= heads
-        if layer in kwargs["moe_layers"]:
-            return MoEConv(conv, in_channels, out_channels, **kwargs["moe_kwargs"], **conv_kwargs)
+        if layer in self.moe_layers:
+            return MoEConv(conv, in_channels, out_channels, **kwargs["of_moe"], **conv_kwargs)
         first = kinds_of(conv, None)[:1]  # of several kinds, the first is the dense one
         return Make(first, in_channels, out_channels, (), conv_kwargs)(0)
 
@@ -416,6 +402,17 @@ class GNNMoE(BasicGNN):
         )
 
 
+def _moe_layers(num_layers: int, every: int, jk: str | None) -> list[int]:
+    """The layers with experts; without jumping knowledge the last one is the dense output."""
+    found = [i for i in range(num_layers - (jk is None)) if i % every == every - 1]
+    if not found:
+        raise ValueError(
+            f"every: got {every} with num_layers={num_layers} and jk={jk!r}, which leaves no hidden layer for a MoE; "
+            "expected more layers, a smaller every, or jk='last'"
+        )
+    return found
+
+
 def _dense_chunked(conv: Any, x: Tensor, chunks: NodeChunks) -> Tensor:
     """A plain conv, some nodes at a time; GCN with the degrees of the whole graph.
 
@@ -428,6 +425,8 @@ def _dense_chunked(conv: Any, x: Tensor, chunks: NodeChunks) -> Tensor:
             "call the model on the whole graph"
         )
     chunks = chunks.in_flow(conv.flow)
+    if isinstance(conv, FilterConv):
+        return chunks.map(lambda x, part, _: conv(x, part), x)
     if not isinstance(conv, GCNConv) or not conv.normalize:
         return chunks.map(lambda x, part, _: conv(x, part.adj, **part.args_for(conv)), x)
     plain = copy.copy(conv)  # another thread may be running the conv itself

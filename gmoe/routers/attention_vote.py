@@ -12,9 +12,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from gmoe._autograd import first_order
+from gmoe._autograd import first_order, untraced
 from gmoe._checks import check_choice, check_count, check_positive
 from gmoe.routers.base import Router, Weighting, float_linear
 from gmoe.routers.groups import Groups, gather_pairs, pairs_of_experts
@@ -144,25 +143,52 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None, b
     if block is None:
         block = size if small else BLOCK_ELEMENTS // max(k_BHSd.shape[:-1].numel(), 1)
     if small and block >= size:
-        return _votes_of(q_BHSd, k_BHSd, mask_BS, mask_BS)
+        return _shares(q_BHSd, k_BHSd, mask_BS, slice(None)).sum(dim=2)
     block = math.ceil(size / math.ceil(size / max(block, 1)))  # as many as fit, of nearly equal length
-    masks = [None] * math.ceil(size / block) if mask_BS is None else mask_BS.split(block, dim=1)
-    parts = zip(q_BHSd.split(block, dim=2), masks, strict=True)
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    votes = [checkpoint(_votes_of, q_BHbd, k_BHSd, mask_BS, mask_Bb, **options) for q_BHbd, mask_Bb in parts]
-    return sum(votes[1:], votes[0])
+    votes_BHS: Tensor = _BlockedVotes.apply(q_BHSd, k_BHSd, mask_BS, block)
+    return votes_BHS
 
 
-def _votes_of(q_BHbd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, mask_Bb: Tensor | None) -> Tensor:
-    """(B, H, S) the votes of b voters; padding neither votes nor is voted for."""
-    scores_BHbS = q_BHbd @ k_BHSd.transpose(-1, -2)
-    if mask_BS is None or mask_Bb is None:
-        return scores_BHbS.softmax(dim=-1).sum(dim=2)
-    shares_BHbS = scores_BHbS.masked_fill(~mask_BS[:, None, None, :], -torch.inf).softmax(dim=-1)
-    return (mask_Bb[:, None, None].to(shares_BHbS.dtype) @ shares_BHbS).squeeze(2)
+class _BlockedVotes(torch.autograd.Function):
+    """votes_j = sum_i p_ij with p_ij the softmax of s_ij = q_i . k_j, of which a block of voters is held at a time.
+
+    With g_j the gradient of votes_j, that of s_ij is p_ij (g_j - sum_l p_il g_l).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, block: int) -> Tensor:
+        ctx.save_for_backward(q_BHSd, k_BHSd, mask_BS)
+        ctx.blocks = [slice(start, start + block) for start in range(0, k_BHSd.size(2), block)]
+        votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
+        for rows in ctx.blocks:
+            votes_BHS += _shares(q_BHSd, k_BHSd, mask_BS, rows).sum(dim=2)
+        return votes_BHS
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        q_BHSd, k_BHSd, mask_BS = ctx.saved_tensors
+        grad_q, grad_k = torch.empty_like(q_BHSd), torch.zeros_like(k_BHSd)
+        for rows in ctx.blocks:
+            p_BHbS = _shares(q_BHSd, k_BHSd, mask_BS, rows)
+            mean_BHb1 = p_BHbS @ grad_BHS[..., None]
+            grad_s = (grad_BHS[:, :, None, :] - mean_BHb1).mul_(p_BHbS)
+            grad_q[:, :, rows] = (grad_s @ k_BHSd).sum_to_size(q_BHSd[:, :, rows].shape)
+            grad_k += grad_s.transpose(-1, -2) @ q_BHSd[:, :, rows]
+        return grad_q, grad_k, None, None
 
 
-@torch.compiler.disable  # which knows no sparse tensors
+def _shares(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, rows: slice) -> Tensor:
+    """(B, H, b, S) how the voters in ``rows`` spread their votes; padding neither votes nor is voted for."""
+    scores_BHbS = q_BHSd[:, :, rows] @ k_BHSd.transpose(-1, -2)
+    if mask_BS is None:
+        return scores_BHbS.softmax(dim=-1)
+    return (
+        scores_BHbS.masked_fill_(~mask_BS[:, None, None, :], -torch.inf).softmax(dim=-1) * mask_BS[:, None, rows, None]
+    )
+
+
+@untraced  # which knows no sparse tensors
 def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     """(T, H) votes where each node spreads one vote over its out-neighbors and itself; O(edges).
 

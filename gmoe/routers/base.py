@@ -115,6 +115,8 @@ class Router(nn.Module, ABC):
             raise ValueError(f"x: got shape {tuple(x.shape)} of {x.dtype}, expected (..., T, dim={self.dim}) of floats")
         group: Tensor | int = x.size(-2)
         if batch is not None:
+            if not isinstance(batch, Tensor):
+                raise ValueError(f"batch: got {type(batch).__name__}, expected a tensor of one integer a token")
             if batch.shape != x.shape[:-1] or batch.is_floating_point() or batch.is_complex():
                 got, expected = f"{tuple(batch.shape)} of {batch.dtype}", tuple(x.shape[:-1])
                 raise ValueError(f"batch: got shape {got}, expected one integer a token, shape {expected}")

@@ -34,6 +34,11 @@ class GroupBatch(NamedTuple):
         taken = value_T if self.token is None else value_T.index_select(0, self.token)
         return taken.unflatten(0, self.shape)
 
+    def take_shares(self, share_TN: Tensor) -> Tensor:
+        """(b, s, N) the same, but zero for padding."""
+        shares_BSN = self.take(share_TN)
+        return shares_BSN if self.mask is None else shares_BSN * self.mask[..., None]
+
     def add(self, total_T: Tensor, value_BS: Tensor) -> Tensor:
         """(T, ...) ``total`` plus what the slots have, which is zero for padding."""
         value = value_BS.flatten(0, 1)

@@ -43,10 +43,8 @@ class SoftRouting(Routing):
         shares_TN = self.dispatch_TES.flatten(1).to(x_TI.dtype)
         slots_BNI = x_TI.new_zeros(self.groups.num_groups, shares_TN.size(1), x_TI.size(1))
         for part in self.groups.batches():
-            shares_BsN = part.take(shares_TN)
-            if part.mask is not None:
-                shares_BsN = shares_BsN * part.mask[..., None]
-            mixed_BNI = shares_BsN.transpose(1, 2) @ part.take(x_TI)
+            mixed_BNI = part.take_shares(shares_TN).transpose(1, 2) @ part.take(x_TI)
+            mixed_BNI = mixed_BNI.to(slots_BNI.dtype)  # autocast has made it bfloat16
             slots_BNI = mixed_BNI if part.group is None else slots_BNI.index_add(0, part.group, mixed_BNI)
         return slots_BNI.unflatten(1, (self.num_experts, -1)).transpose(0, 1).flatten(0, 2)
 
@@ -57,10 +55,8 @@ class SoftRouting(Routing):
         y_BNO = y_RO.view(shape).transpose(0, 1).flatten(1, 2)
         y_TO = y_RO.new_zeros(self.num_tokens, y_RO.size(1))
         for part in self.groups.batches():
-            shares_BsN = part.take(shares_TN)
-            if part.mask is not None:
-                shares_BsN = shares_BsN * part.mask[..., None]
-            y_TO = part.add(y_TO, shares_BsN @ (y_BNO if part.group is None else y_BNO[part.group]))
+            out_BNO = y_BNO if part.group is None else y_BNO[part.group]
+            y_TO = part.add(y_TO, (part.take_shares(shares_TN) @ out_BNO).to(y_TO.dtype))
         return y_TO
 
 

@@ -303,7 +303,7 @@ class Model(nn.Module):
             if self.use_reentrant is None:
                 x = self.step(router, x)
             else:
-                x = checkpoint(self.step, router, x, use_reentrant=self.use_reentrant)  # type: ignore[assignment]
+                x = checkpoint(self.step, router, x, use_reentrant=self.use_reentrant)
         return x
 
 

@@ -202,9 +202,3 @@ def test_init_from_bad_data(shape: tuple[int, ...]) -> None:
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiCentroid(4, 3, **kwargs)
-
-
-def test_threshold_needs_a_training_step() -> None:
-    router = MultiCentroid(4, 3, choice="experts", inference="threshold").eval()
-    with pytest.raises(RuntimeError, match="no thresholds yet"):
-        router(torch.randn(4, 4))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe import Routing, SoftSlots
+from gmoe import SoftSlots
 from gmoe.routers import SoftRouting
 from tests.gmoe.reference import group_lists
 
@@ -94,7 +94,7 @@ def test_equals_the_dense_formula_with_gradients(name: str, slots: int, normaliz
 
 def test_the_record_holds_all_pairs() -> None:
     routing = SoftSlots(D, E, 2)(torch.randn(2, 6, D))
-    assert isinstance(routing, Routing)
+    assert isinstance(routing, SoftRouting)
     assert routing.load.tolist() == [12] * E
     assert routing.slot_offsets.tolist() == [4, 8, 12]
     assert routing.coverage == 1
@@ -142,7 +142,7 @@ def test_bfloat16_and_autocast_keep_the_layers_precision() -> None:
 def test_meta_device_and_scalars() -> None:
     with torch.device("meta"):
         router = SoftSlots(D, E, 2)
-    router.to_empty(device="cpu").reset_parameters()  # type: ignore[operator]
+    router.to_empty(device="cpu").reset_parameters()
     assert router(torch.randn(4, D)).weight.isfinite().all()
     assert all(parameter.dim() > 0 for parameter in router.parameters())
 

@@ -144,6 +144,16 @@ def test_capacity_holds_in_each_group() -> None:
     assert router(x, batch=torch.tensor([0, 0, 0, 0, 8])).token.tolist() == [0, 4]
 
 
+def test_what_was_dropped_is_counted_by_token() -> None:
+    router = with_gate(TokenChoice(2, 2, k=2, capacity_factor=0.5), [[1.0, 0.0], [0.0, 0.0]])
+    routing = router(torch.tensor([[1.0, 0], [3, 0], [2, 0], [4, 0]]))  # either expert takes the surest two, 1 and 3
+    assert routing.dropped_T is not None
+    assert routing.dropped_T.tolist() == [2, 0, 2, 0]
+    assert routing.dropped == 4
+    assert routing.select(torch.tensor([0, 1])).dropped == 2
+    assert router.eval()(torch.randn(4, 2)).dropped == 0
+
+
 def test_dropped_tokens_get_zero() -> None:
     layer = MoE(with_gate(TokenChoice(2, 2, capacity_factor=0.5), [[1.0, 0], [0, 0]]), LinearExperts(2, 3, 2))
     y = layer(torch.tensor([[1.0, 0], [3, 0], [2, 0], [4, 0]]))
