@@ -29,3 +29,18 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return once(ctx, *grads)
 
     return checked
+
+
+def refuse_transforms() -> None:
+    """Say in one sentence what a layer on a graph cannot be put into.
+
+    Raises:
+        RuntimeError: inside ``torch.jit.trace``, ``torch.export`` or a transform of ``torch.func``.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise RuntimeError(
+            "torch.jit.trace and torch.export are not supported by gmoe's graph layers, whose shapes follow the data; "
+            "use torch.compile, or keep the module in Python"
+        )
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError("torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers")

@@ -73,6 +73,9 @@ class NodeChunks:
 class ConvExperts(nn.Module, ABC):
     """E convs under one routing: the weighted sum of their outputs, as if each ran on the whole graph."""
 
+    out_width: int | None = None
+    """O, where it is known before the first call."""
+
     transforms_first: bool = False
     """Whether :meth:`forward` does better without the aggregate, where the router does not need it."""
 

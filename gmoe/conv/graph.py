@@ -153,9 +153,16 @@ class Graph:
                 if low < 0 or high >= size:
                     bad = int(low) if low < 0 else int(high)
                     raise ValueError(f"edge_index: got node {bad}, expected values in 0..{size - 1}")
+        self._check_rows(edge_weight, edge_attr)
+
+    def _check_rows(self, edge_weight: Any, edge_attr: Any) -> None:
         for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
-            if value is not None and value.size(0) != plain.size(1):
-                raise ValueError(f"{name}: got {value.size(0)} rows, expected one for each of {plain.size(1)} edges")
+            if value is not None and not isinstance(value, Tensor):
+                raise ValueError(f"{name}: got {type(value).__name__}, expected a tensor of a row for each edge")
+            if value is not None and (value.dim() == 0 or value.size(0) != self.num_edges):
+                raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a row for each of {self.num_edges} edges")
+        if edge_weight is not None and edge_weight.dim() != 1:
+            raise ValueError(f"edge_weight: got shape {tuple(edge_weight.shape)}, expected ({self.num_edges},)")
 
     def _read_sparse(self, matrix: Any) -> None:
         """Edges and values of a matrix; CSR is sorted already."""
@@ -182,9 +189,7 @@ class Graph:
         other._kept = {}
         other.edge_weight = self.edge_weight if edge_weight is None else edge_weight
         other.edge_attr = self.edge_attr if edge_attr is None else edge_attr
-        for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
-            if value is not None and value.size(0) != self.num_edges:
-                raise ValueError(f"{name}: got {value.size(0)} rows, expected one for each of {self.num_edges} edges")
+        self._check_rows(edge_weight, edge_attr)
         return other
 
     def in_flow(self, flow: str) -> Graph:
@@ -425,6 +430,8 @@ def parameters_of(conv: MessagePassing) -> tuple[str, ...]:
 
 def check_batch(batch: Tensor | None, num_nodes: int) -> None:
     """Refuse a ``batch`` vector that does not say for each node which graph it belongs to."""
+    if batch is not None and not isinstance(batch, Tensor):
+        raise ValueError(f"batch: got {type(batch).__name__}, expected one integer for each of {num_nodes} nodes")
     if batch is not None and (batch.dim() != 1 or batch.numel() != num_nodes or batch.is_floating_point()):
         raise ValueError(
             f"batch: got shape {tuple(batch.shape)} of {batch.dtype}, expected one integer for each of {num_nodes} "

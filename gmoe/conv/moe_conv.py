@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 
+from gmoe._autograd import refuse_transforms
 from gmoe._checks import check_choice, check_count
 from gmoe.conv.aggregate import FilterExperts
 from gmoe.conv.base import MixedExperts, NodeChunks
@@ -143,6 +144,9 @@ class MoEConv(MoELayer, MessagePassing):
             self.shared_expert = build_experts(
                 Make([kind], in_channels, self.out_channels, make.args, make.kwargs), local, backend
             )
+            widths = self.experts.out_width, self.shared_expert.out_width
+            if None not in widths and widths[0] != widths[1]:
+                raise ValueError(f"shared_expert: got {widths[1]} columns, expected {widths[0]}, as the experts give")
         self._router_sees_edges = getattr(self.router, "scope", None) == "neighbors"
         self._aggregates_alike = shared_expert is True and not isinstance(self.experts, MixedExperts)
 
@@ -184,7 +188,10 @@ class MoEConv(MoELayer, MessagePassing):
         return_routing: bool = False,
     ) -> Any:
         """Route and run; see the class. ``routing``: a decision made elsewhere, used in place of the router's."""
+        refuse_transforms()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._pair(x)
+        if not x_src.is_floating_point() or not x_dst.is_floating_point():
+            raise ValueError(f"x: got {x_src.dtype} and {x_dst.dtype}, expected floats")
         if self.experts is None:
             self._complete(x_src, x_dst, x_src is x_dst)
         if x_src.dim() != 2 or x_src.size(1) != self._widths[0] or x_dst.dim() != 2 or x_dst.size(1) != self._widths[1]:
@@ -211,6 +218,8 @@ class MoEConv(MoELayer, MessagePassing):
         h = None
         if not self.experts.transforms_first or (routing is None and "neighbors" in self.router_input):
             h = self.experts.aggregate(graph, x_src, x_dst)
+        if routing is not None and not isinstance(routing, Routing):
+            raise ValueError(f"routing: got {type(routing).__name__}, expected a Routing, or None to ask the router")
         if routing is None:
             if self.router is None:
                 raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
