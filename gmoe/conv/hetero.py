@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
+from gmoe._autograd import refuse_transforms
 from gmoe._checks import check_choice, check_count
 from gmoe.conv.graph import Graph, check_batch
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
@@ -341,6 +342,7 @@ class HeteroMoEConv(MoELayer):
         return_routing: bool = False,
     ) -> dict[NodeType, Tensor] | tuple[dict[NodeType, Tensor], dict[NodeType, Routing]]:
         """Route and run; see the class. ``routings``: decisions made elsewhere, used in place of the routers'."""
+        refuse_transforms()
         parts = self.experts.parts(x_dict, edge_index_dict)
         decided = self._route(parts, batch_dict or {}) if routings is None else self._checked(routings, parts)
         out = {name: self._mix(self.experts.maps(name), own, decided[name]) for name, own in parts.items()}

@@ -14,6 +14,7 @@ from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
+from gmoe._autograd import refuse_transforms
 from gmoe._checks import check_choice, check_count
 from gmoe.conv.graph import Graph
 from gmoe.conv.hetero import Aggr, HeteroMoEConv, HeteroRouterInput, RelationalConv, checked_metadata, graph_of
@@ -163,6 +164,7 @@ class HeteroGNNMoE(nn.Module):
         return_routing: bool = False,
     ) -> Any:
         """Logits of the target, (N, out_channels), or of all types, a dict; see the class."""
+        refuse_transforms()
         h_dict: dict[NodeType, Tensor] = self.input(x_dict, n_id_dict)
         graphs = {  # sorted once for all layers
             r: graph_of(r, adj, (len(h_dict[r[0]]), len(h_dict[r[-1]]))) if {r[0], r[-1]} <= h_dict.keys() else adj
