@@ -9,7 +9,10 @@ import torch
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, which imports the compiler
 from torch.autograd.function import once_differentiable
 
-__all__ = ["first_order", "untraced"]
+__all__ = ["first_order", "in_transform", "refuse_transforms", "untraced"]
+
+in_transform = torch._C._are_functorch_transforms_active
+"""Whether a transform of ``torch.func`` is at work."""
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,5 +45,5 @@ def refuse_transforms() -> None:
             "torch.jit.trace and torch.export are not supported by gmoe's graph layers, whose shapes follow the data; "
             "use torch.compile, or keep the module in Python"
         )
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and in_transform():
         raise RuntimeError("torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers")

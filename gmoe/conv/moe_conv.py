@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 
-from gmoe._autograd import refuse_transforms
+from gmoe._autograd import in_transform, refuse_transforms
 from gmoe._checks import check_choice, check_count
 from gmoe.conv.aggregate import FilterExperts
 from gmoe.conv.base import MixedExperts, NodeChunks
@@ -188,7 +188,9 @@ class MoEConv(MoELayer, MessagePassing):
         return_routing: bool = False,
     ) -> Any:
         """Route and run; see the class. ``routing``: a decision made elsewhere, used in place of the router's."""
-        refuse_transforms()
+        tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if tracing or (not torch.compiler.is_compiling() and in_transform()):
+            refuse_transforms()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._pair(x)
         if not x_src.is_floating_point() or not x_dst.is_floating_point():
             raise ValueError(f"x: got {x_src.dtype} and {x_dst.dtype}, expected floats")
@@ -199,11 +201,8 @@ class MoEConv(MoELayer, MessagePassing):
                 f"x: got source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}, "
                 f"expected (number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
             )
-        if x_src is not x_dst and any(conv.flow == "target_to_source" for conv in self._all_convs()):
-            raise ValueError(
-                "x: got a tuple of source and destination nodes with flow='target_to_source', expected one tensor, or "
-                "flipped edges and the default flow"
-            )
+        if x_src is not x_dst:
+            self._check_two_sets()
         if edge_args:
             edge_weight, edge_attr = self._positional(edge_args, edge_weight, edge_attr)
         sizes = (x_src.size(0), x_dst.size(0))
@@ -282,6 +281,20 @@ class MoEConv(MoELayer, MessagePassing):
             got = [type(part).__name__ for part in x] if isinstance(x, tuple | list) else type(x).__name__
             raise ValueError(f"x: got {got}, expected a tensor, or a tuple of source and destination nodes")
         return x[0], x[1]
+
+    def _check_two_sets(self) -> None:
+        """Refuse source and destination nodes where a conv takes one set of nodes, or reads edges the other way."""
+        for experts in (self.experts, self.shared_expert):
+            if experts is not None and not experts.takes_two_sets:
+                raise ValueError(
+                    "x: got a tuple of source and destination nodes, expected one tensor, since "
+                    f"{type(experts.convs()[0]).__name__} takes no bipartite input (SAGEConv and GraphConv do)"
+                )
+        if any(conv.flow == "target_to_source" for conv in self._all_convs()):
+            raise ValueError(
+                "x: got a tuple of source and destination nodes with flow='target_to_source', expected one tensor, or "
+                "flipped edges and the default flow"
+            )
 
     def _complete(self, x_src: Tensor, x_dst: Tensor, one_set: bool) -> None:
         """Fill in the widths that were left open, and build."""
