@@ -40,7 +40,7 @@ def refuse_transforms() -> None:
     Raises:
         RuntimeError: inside ``torch.jit.trace``, ``torch.export`` or a transform of ``torch.func``.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch._C._is_tracing() or torch.compiler.is_exporting():
         raise RuntimeError(
             "torch.jit.trace and torch.export are not supported by gmoe's graph layers, whose shapes follow the data; "
             "use torch.compile, or keep the module in Python"

@@ -188,7 +188,7 @@ class MoEConv(MoELayer, MessagePassing):
         return_routing: bool = False,
     ) -> Any:
         """Route and run; see the class. ``routing``: a decision made elsewhere, used in place of the router's."""
-        tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        tracing = torch._C._is_tracing() or torch.compiler.is_exporting()
         if tracing or (not torch.compiler.is_compiling() and in_transform()):
             refuse_transforms()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._pair(x)
