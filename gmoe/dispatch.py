@@ -10,6 +10,7 @@ look.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -127,7 +128,7 @@ def routed_linear(
     if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
         weight_EIO = weight_EIO.to(torch.get_autocast_dtype(device))
     dtype = weight_EIO.dtype
-    x_TI, *other = (part.to(dtype) for part in parts)
+    x_TI, *other = map(methodcaller("to", dtype), parts)
     bias_EO = None if bias_EO is None else bias_EO.to(dtype)
     token_P, offsets_E, gate_P = routing.token, routing.offsets, routing.weight.to(dtype)
     if dtype == torch.bfloat16 and device == "cpu":

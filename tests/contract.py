@@ -162,9 +162,7 @@ class Case:
             run(layer, self.call(device=device, dtype=dtype))
         return layer
 
-    def call(
-        self, groups: Sequence[int] = GROUPS, device: str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Call:
+    def call(self, groups: Sequence[int] = GROUPS, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Call:
         return self.inputs(groups).to(device, dtype)
 
 
@@ -245,7 +243,9 @@ CASES = [
     Case("HeteroGNNMoE", lambda: HeteroGNNMoE(D, 6, 5, METADATA, 3, num_experts=E, k=K), hetero_graphs),
     Case("HeteroGNNMoE target", lambda: HeteroGNNMoE(D, 6, 5, METADATA, 2, target="paper"), hetero_papers),
     Case("ViTMoE", lambda: with_head(ViTMoE(SMALL_VIT, num_experts=E)), images, NO_RESET),
-    Case("moefied ViT", moefied, images, {**NO_RESET, "returns_what_is_recorded": "torchvision's forward returns logits"}),
+    Case(
+        "moefied ViT", moefied, images, {**NO_RESET, "returns_what_is_recorded": "torchvision's forward returns logits"}
+    ),
 ]
 
 
@@ -279,7 +279,7 @@ def train(layer: nn.Module, call: Call, forward: Callable[..., Any] | None = Non
 def assert_alike(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(found[name], value, msg=partial("{}: {}".format, name))
 
 
 def of_expert(experts: nn.Module, expert: int, num_experts: int) -> Iterator[Tensor | None]:
@@ -302,7 +302,9 @@ def attributes(layer: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, module in layer.named_modules():
         for key, value in vars(module).items():
-            items = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else [value])
+            items = (
+                value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else [value])
+            )
             found |= {f"{name}.{key}.{index}": item for index, item in items}
     return found
 

@@ -72,6 +72,8 @@ class ConvBenchmark(Benchmark):
         try:
             dense = Make([self.conv], self.width, self.out // self.heads, (), kwargs)(0).to(device)
         except ValueError as error:
+            if not kwargs:
+                raise
             raise ValueError(f"heads: got {self.heads}, but {self.conv} takes none") from error
         layers = {
             (e, k): gmoe.MoEConv(

@@ -83,17 +83,17 @@ class Messages:
     def from_heard(self) -> Edges:
         """From the heard rows to the pairs."""
         place = self._is_heard.cumsum(0) - 1
-        return Edges(self.ptr, place[self.expert * self.graph.num_src + self.source], len(self.heard))
+        return Edges(self.ptr, place[self.expert * self.graph.num_src + self.source], self.pair, len(self.heard))
 
     @cached_property
     def from_nodes(self) -> Edges:
         """From the nodes to the pairs."""
-        return Edges(self.ptr, self.source, self.graph.num_src)
+        return Edges(self.ptr, self.source, self.pair, self.graph.num_src)
 
     @cached_property
     def from_edges(self) -> Edges:
         """To each pair, from its edges, in the order of :attr:`edge_attr`."""
-        return Edges(self.ptr, torch.arange(len(self.pair), device=self.pair.device), len(self.pair))
+        return Edges(self.ptr, torch.arange(len(self.pair), device=self.pair.device), self.pair, len(self.pair))
 
 
 class AttentionExperts(StackedExperts):

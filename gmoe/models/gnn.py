@@ -282,7 +282,8 @@ class GNNMoE(BasicGNN):
                 if decision is None:
                     routings.append(routing)
             else:
-                out = conv(x, graph.adj, **graph.args_for(conv))
+                adj = graph if isinstance(conv, FilterConv) else graph.adj
+                out = conv(x, adj, **graph.args_for(conv))
             if layer < len(self.residuals):
                 out = out + self.residuals[layer](x)
             x = self._after(layer, out, batch, batch_size)
