@@ -147,7 +147,8 @@ class Make:
             for name, parameter in list(takes.items())[2:]
             if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
-        others = [name for name in needed if name not in ("edge_weight", "edge_attr")] or "edge_type" in takes
+        others = [name for name in needed if name not in ("edge_weight", "edge_attr")]
+        others = others or ("edge_type" in takes and getattr(conv, "num_relations", 1) > 1)
         if first != ["x", "edge_index"] or list(takes)[:2] != first or others:
             raise ValueError(
                 f"conv: got {type(conv).__name__}, whose forward takes ({', '.join(takes)}), expected one of "
