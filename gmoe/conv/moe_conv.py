@@ -204,6 +204,8 @@ class MoEConv(MoELayer, MessagePassing):
                 "x: got a tuple of source and destination nodes with flow='target_to_source', expected one tensor, or "
                 "flipped edges and the default flow"
             )
+        if x_src is not x_dst and self._router_sees_edges:
+            raise ValueError("x: got bipartite input, expected one tensor, since the router votes along the edges")
         if edge_args:
             edge_weight, edge_attr = self._positional(edge_args, edge_weight, edge_attr)
         sizes = (x_src.size(0), x_dst.size(0))
