@@ -143,10 +143,11 @@ class GCNExperts(LinearAggregation):
 
     linears = ("lin",)
     root = False
+    takes_two_sets = False
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return conv.aggr in SUMS  # transforms before it aggregates, so that has to be linear
+        return conv.aggr in ("add", "sum")  # transforms before it aggregates, so that has to be linear
 
     def _without_transform(self, conv: Any) -> MessagePassing:
         conv.lin = nn.Identity()
@@ -159,37 +160,15 @@ class GCNExperts(LinearAggregation):
 
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
         conv = self.prototype
-        if x_src is not x_dst and graph.num_src != graph.num_dst:
-            raise no_bipartite("GCNConv")
-        if conv.explain or conv.aggr == "mean":
-            return self._by_pyg(graph, x_src)
+        if conv.explain:
+            weights_of(graph)
+            out: Tensor = conv(x_src, graph.adj, **graph.args_for(conv))
+            return out
         if not conv.normalize:
             return graph.sum(x_src, weights_of(graph)).to(x_src.dtype)
         exact = torch.promote_types(x_src.dtype, torch.float32)
         edges, weight = graph.normalized(conv.improved, conv.add_self_loops, exact)
         return weighted_sum(weight[:, None], x_src[:, None], edges)[:, 0].to(x_src.dtype)
-
-    def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
-        """By PyG's own conv; of a part of a graph, with the whole's weights."""
-        conv, adj, args = self.prototype, graph.adj, graph.args_for(self.prototype)
-        if graph.is_sparse and args:
-            weights_of(graph)
-        if conv.normalize and not conv.explain:
-            edges, weight = graph.normalized(conv.improved, conv.add_self_loops, x_src.dtype)
-            conv = turned(conv)
-            conv.normalize = False
-            adj, args = torch.stack([edges.sender, edges.receiver]), {"edge_weight": weight}
-            if conv.add_self_loops:  # of which a mean counts one a node
-                is_loop = edges.sender == edges.receiver
-                is_last = torch.zeros_like(is_loop).index_fill(0, edges.ptr[1:] - 1, True)
-                loop = weight.new_zeros(graph.num_dst).index_add(0, edges.receiver[is_loop], weight[is_loop])
-                weight = torch.where(is_last, loop.index_select(0, edges.receiver), weight)
-                kept = is_last | ~is_loop
-                adj, args = adj[:, kept], {"edge_weight": weight[kept]}
-        half = x_src.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(x_src.device.type, enabled=False):
-            out: Tensor = conv(x_src.float() if half else x_src, adj, **args)
-        return out.to(x_src.dtype)
 
 
 class SAGEExperts(LinearAggregation):
@@ -279,6 +258,7 @@ class FilterExperts(StackedExperts):
     """E FilterConvs, whose filters may differ: every power of the adjacency is applied once, whoever looks at it."""
 
     prototype: FilterConv
+    takes_two_sets = False
 
     @staticmethod
     def accepts(conv: Any) -> bool:
@@ -306,8 +286,6 @@ class FilterExperts(StackedExperts):
         return max((hops for name, hops in self.filters if name != "identity"), default=0)
 
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor | None:
-        if x_src is not x_dst and graph.num_src != graph.num_dst:
-            raise no_bipartite("FilterConv")
         powers = [x_src]
         for _ in range(self.hops):
             powers.append(self.prototype.hop(powers[-1], graph))
@@ -371,14 +349,6 @@ def turned(conv: MessagePassing) -> Any:
     other.__dict__.pop("propagate", None)  # bound to the conv itself, once an explainer has been there
     other.flow = "source_to_target"
     return other
-
-
-def no_bipartite(name: str) -> ValueError:
-    """What a conv of one set of nodes says of two."""
-    return ValueError(
-        f"x: got a tuple of source and destination nodes, expected one tensor, since {name} takes no bipartite input "
-        "(SAGEConv and GraphConv do)"
-    )
 
 
 def has_no_parameters(module: nn.Module) -> bool:

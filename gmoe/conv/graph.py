@@ -153,14 +153,17 @@ class Graph:
                 if low < 0 or high >= size:
                     bad = int(low) if low < 0 else int(high)
                     raise ValueError(f"edge_index: got node {bad}, expected values in 0..{size - 1}")
-        self._check_rows(edge_weight, edge_attr)
+        if edge_weight is not None or edge_attr is not None:
+            self._check_rows(edge_weight, edge_attr)
 
     def _check_rows(self, edge_weight: Any, edge_attr: Any) -> None:
         for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
             if value is not None and not isinstance(value, Tensor):
                 raise ValueError(f"{name}: got {type(value).__name__}, expected a tensor of a row for each edge")
             if value is not None and (value.dim() == 0 or value.size(0) != self.num_edges):
-                raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a row for each of {self.num_edges} edges")
+                raise ValueError(
+                    f"{name}: got shape {tuple(value.shape)}, expected a row for each of {self.num_edges} edges"
+                )
         if edge_weight is not None and edge_weight.dim() != 1:
             raise ValueError(f"edge_weight: got shape {tuple(edge_weight.shape)}, expected ({self.num_edges},)")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 
-from gmoe._autograd import refuse_transforms
+from gmoe._autograd import in_transform, refuse_transforms
 from gmoe._checks import check_choice, check_count
 from gmoe.conv.aggregate import FilterExperts
 from gmoe.conv.base import MixedExperts, NodeChunks
@@ -124,7 +124,9 @@ class MoEConv(MoELayer, MessagePassing):
         self.router: Router | None = None
         self.experts: Any = None
         self.shared_expert: Any = None
-        if -1 not in widths:
+        if -1 in widths:
+            self.register_load_state_dict_pre_hook(_needs_widths)
+        else:
             self._build(in_channels)
 
     def _build(self, in_channels: Any) -> None:
@@ -188,7 +190,9 @@ class MoEConv(MoELayer, MessagePassing):
         return_routing: bool = False,
     ) -> Any:
         """Route and run; see the class. ``routing``: a decision made elsewhere, used in place of the router's."""
-        refuse_transforms()
+        tracing = torch._C._is_tracing() or torch.compiler.is_exporting()
+        if tracing or (not torch.compiler.is_compiling() and in_transform()):
+            refuse_transforms()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._pair(x)
         if not x_src.is_floating_point() or not x_dst.is_floating_point():
             raise ValueError(f"x: got {x_src.dtype} and {x_dst.dtype}, expected floats")
@@ -199,13 +203,8 @@ class MoEConv(MoELayer, MessagePassing):
                 f"x: got source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}, "
                 f"expected (number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
             )
-        if x_src is not x_dst and any(conv.flow == "target_to_source" for conv in self._all_convs()):
-            raise ValueError(
-                "x: got a tuple of source and destination nodes with flow='target_to_source', expected one tensor, or "
-                "flipped edges and the default flow"
-            )
-        if x_src is not x_dst and self._router_sees_edges:
-            raise ValueError("x: got bipartite input, expected one tensor, since the router votes along the edges")
+        if x_src is not x_dst:
+            self._check_two_sets()
         if edge_args:
             edge_weight, edge_attr = self._positional(edge_args, edge_weight, edge_attr)
         sizes = (x_src.size(0), x_dst.size(0))
@@ -285,6 +284,22 @@ class MoEConv(MoELayer, MessagePassing):
             raise ValueError(f"x: got {got}, expected a tensor, or a tuple of source and destination nodes")
         return x[0], x[1]
 
+    def _check_two_sets(self) -> None:
+        """Refuse source and destination nodes where a conv takes one set of nodes, or reads edges the other way."""
+        for experts in (self.experts, self.shared_expert):
+            if experts is not None and not experts.takes_two_sets:
+                raise ValueError(
+                    "x: got a tuple of source and destination nodes, expected one tensor, since "
+                    f"{type(experts.convs()[0]).__name__} takes no bipartite input (SAGEConv and GraphConv do)"
+                )
+        if self._router_sees_edges:
+            raise ValueError("x: got bipartite input, expected one tensor, since the router votes along the edges")
+        if any(conv.flow == "target_to_source" for conv in self._all_convs()):
+            raise ValueError(
+                "x: got a tuple of source and destination nodes with flow='target_to_source', expected one tensor, or "
+                "flipped edges and the default flow"
+            )
+
     def _complete(self, x_src: Tensor, x_dst: Tensor, one_set: bool) -> None:
         """Fill in the widths that were left open, and build."""
         given = (self.in_channels,) * 2 if isinstance(self.in_channels, int) else self.in_channels
@@ -346,6 +361,12 @@ class MoEConv(MoELayer, MessagePassing):
         return (
             f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, router_input={self.router_input}"
         )
+
+
+def _needs_widths(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:
+    """Refuse the state of a built layer while there is nothing to load it into."""
+    if layer.experts is None and any(name.startswith(prefix) for name in state_dict):
+        raise RuntimeError(f"in_channels: got {layer.in_channels}, expected a call that fills it in before a state is loaded")
 
 
 def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:
