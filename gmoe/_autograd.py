@@ -9,7 +9,10 @@ import torch
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, which imports the compiler
 from torch.autograd.function import once_differentiable
 
-__all__ = ["first_order", "untraced"]
+__all__ = ["first_order", "in_transform", "refuse_transforms", "untraced"]
+
+in_transform = torch._C._are_functorch_transforms_active
+"""Whether a transform of ``torch.func`` is at work."""
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,3 +32,18 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return once(ctx, *grads)
 
     return checked
+
+
+def refuse_transforms() -> None:
+    """Say in one sentence what a layer on a graph cannot be put into.
+
+    Raises:
+        RuntimeError: inside ``torch.jit.trace``, ``torch.export`` or a transform of ``torch.func``.
+    """
+    if torch._C._is_tracing() or torch.compiler.is_exporting():
+        raise RuntimeError(
+            "torch.jit.trace and torch.export are not supported by gmoe's graph layers, whose shapes follow the data; "
+            "use torch.compile, or keep the module in Python"
+        )
+    if not torch.compiler.is_compiling() and in_transform():
+        raise RuntimeError("torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers")

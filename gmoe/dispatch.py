@@ -10,6 +10,7 @@ look.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -114,7 +115,7 @@ def routed_linear(
     x_t + \bar y_t \cdot b_e`. Follows autocast. Can be differentiated once.
 
     Args:
-        parts: x in one or two parts, whose widths add up to I: with the loop backend they are not joined.
+        parts: x in parts, whose widths add up to I: with the loop backend the first is not joined to the others.
         weight_EIO: stacked weights.
         bias_EO: stacked biases, or ``None``.
         routing: who goes where.
@@ -127,14 +128,16 @@ def routed_linear(
     if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
         weight_EIO = weight_EIO.to(torch.get_autocast_dtype(device))
     dtype = weight_EIO.dtype
-    x_TI, *other = (part.to(dtype) for part in parts)
+    x_TI, *other = map(methodcaller("to", dtype), parts)
     bias_EO = None if bias_EO is None else bias_EO.to(dtype)
     token_P, offsets_E, gate_P = routing.token, routing.offsets, routing.weight.to(dtype)
     if dtype == torch.bfloat16 and device == "cpu":
         token_P, offsets_E, gate_P = rounded(token_P, offsets_E, gate_P)
-    z_TJ, tokens = (other[0] if other else None), routing.num_tokens
+    z_TJ = torch.cat(other, dim=-1) if len(other) > 1 else next(iter(other), None)
     with torch.autocast(device, enabled=False):
-        return torch.ops.gmoe.routed_linear(x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, tokens)
+        return torch.ops.gmoe.routed_linear(
+            x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, routing.num_tokens
+        )
 
 
 def routed_mlp(

@@ -71,7 +71,9 @@ class ConvBenchmark(Benchmark):
         torch.manual_seed(self.seed)
         try:
             dense = Make([self.conv], self.width, self.out // self.heads, (), kwargs)(0).to(device)
-        except TypeError as error:
+        except ValueError as error:
+            if not kwargs:
+                raise
             raise ValueError(f"heads: got {self.heads}, but {self.conv} takes none") from error
         layers = {
             (e, k): gmoe.MoEConv(

@@ -21,7 +21,6 @@ from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
 from experiments.config import TrainConfig
 from experiments.data.graph_data import GraphData, Split, task_loss
 from experiments.data.task import Batch, Loader, Task
-from gmoe import Graph
 from gmoe.conv.kinds import factory_of
 from gmoe.data.loader import neighbor_loader
 
@@ -123,7 +122,6 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, s
         return (part.x, adj) if weight is None else (part.x, adj, weight)
 
     whole = inputs_of(data, adj)
-    whole = whole[0], Graph(adj, data.num_nodes), *whole[2:]  # sorted and normalized once for all epochs
     if config.sampling == "neighbor":  # once, not in every epoch
         data = data.sort(sort_by_row=False)
 

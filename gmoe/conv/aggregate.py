@@ -66,8 +66,6 @@ class AggregateOnce(StackedExperts):
         conv, size = self.prototype, (graph.num_src, graph.num_dst)
         adj: Any = graph.adj
         if conv.flow == "target_to_source":  # whose features would have to be a tuple that PyG does not take
-            if conv.explain:
-                raise ValueError("flow: got 'target_to_source' with an explainer's mask, expected 'source_to_target'")
             conv, adj = turned(conv), graph.edge_index
         if isinstance(adj, EdgeIndex) and None in adj.sparse_size():  # of which alone PyG takes the number of nodes
             adj = EdgeIndex(adj.as_tensor(), sparse_size=size, sort_order=adj.sort_order)
@@ -145,10 +143,11 @@ class GCNExperts(LinearAggregation):
 
     linears = ("lin",)
     root = False
+    takes_two_sets = False
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return conv.aggr in SUMS  # transforms before it aggregates, so that has to be linear
+        return conv.aggr in ("add", "sum")  # transforms before it aggregates, so that has to be linear
 
     def _without_transform(self, conv: Any) -> MessagePassing:
         conv.lin = nn.Identity()
@@ -161,30 +160,15 @@ class GCNExperts(LinearAggregation):
 
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
         conv = self.prototype
-        if x_src is not x_dst and graph.num_src != graph.num_dst:
-            raise no_bipartite("GCNConv")
-        if conv.explain or conv.aggr == "mean":
-            return self._by_pyg(graph, x_src)
+        if conv.explain:
+            weights_of(graph)
+            out: Tensor = conv(x_src, graph.adj, **graph.args_for(conv))
+            return out
         if not conv.normalize:
             return graph.sum(x_src, weights_of(graph)).to(x_src.dtype)
         exact = torch.promote_types(x_src.dtype, torch.float32)
         edges, weight = graph.normalized(conv.improved, conv.add_self_loops, exact)
         return weighted_sum(weight[:, None], x_src[:, None], edges)[:, 0].to(x_src.dtype)
-
-    def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
-        """By PyG's own conv; of a part of a graph, with the whole's weights."""
-        conv, adj, args = self.prototype, graph.adj, graph.args_for(self.prototype)
-        if graph.is_sparse and args:
-            weights_of(graph)
-        if conv.normalize and not conv.explain:
-            edges, weight = graph.normalized(conv.improved, conv.add_self_loops, x_src.dtype)
-            conv = turned(conv)
-            conv.normalize = False
-            adj, args = torch.stack([edges.sender, edges.receiver]), {"edge_weight": weight}
-        half = x_src.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(x_src.device.type, enabled=False):
-            out: Tensor = conv(x_src.float() if half else x_src, adj, **args)
-        return out.to(x_src.dtype)
 
 
 class SAGEExperts(LinearAggregation):
@@ -274,6 +258,7 @@ class FilterExperts(StackedExperts):
     """E FilterConvs, whose filters may differ: every power of the adjacency is applied once, whoever looks at it."""
 
     prototype: FilterConv
+    takes_two_sets = False
 
     @staticmethod
     def accepts(conv: Any) -> bool:
@@ -301,8 +286,6 @@ class FilterExperts(StackedExperts):
         return max((hops for name, hops in self.filters if name != "identity"), default=0)
 
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor | None:
-        if x_src is not x_dst and graph.num_src != graph.num_dst:
-            raise no_bipartite("FilterConv")
         powers = [x_src]
         for _ in range(self.hops):
             powers.append(self.prototype.hop(powers[-1], graph))
@@ -368,14 +351,6 @@ def turned(conv: MessagePassing) -> Any:
     return other
 
 
-def no_bipartite(name: str) -> ValueError:
-    """What a conv of one set of nodes says of two."""
-    return ValueError(
-        f"x: got a tuple of source and destination nodes, expected one tensor, since {name} takes no bipartite input "
-        "(SAGEConv and GraphConv do)"
-    )
-
-
 def has_no_parameters(module: nn.Module) -> bool:
     """Whether there is nothing to learn in it."""
     return next(module.parameters(), None) is None
@@ -387,7 +362,8 @@ def _row_wise(network: nn.Module) -> bool:
     first = next(network.parameters(), None)
     if first is None:
         return False
-    x = torch.randn(7, first.size(-1), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(7, first.size(-1), dtype=torch.float64, device="cpu", generator=generator)
     probe = probe_copy(network)
     return torch.allclose(probe(x)[:3], probe(x[:3]), atol=1e-10)
 

@@ -73,8 +73,14 @@ class NodeChunks:
 class ConvExperts(nn.Module, ABC):
     """E convs under one routing: the weighted sum of their outputs, as if each ran on the whole graph."""
 
+    out_width: int | None = None
+    """O, where it is known before the first call."""
+
     transforms_first: bool = False
     """Whether :meth:`forward` does better without the aggregate, where the router does not need it."""
+
+    takes_two_sets: bool = True
+    """Whether sources and destinations may be two sets of nodes."""
 
     @abstractmethod
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
@@ -193,6 +199,7 @@ class MixedExperts(ConvExperts):
         super().__init__()
         self.groups: Any = nn.ModuleList(groups)
         self.members = [tuple(indices) for indices in members]
+        self.takes_two_sets = all(group.takes_two_sets for group in groups)
 
     def convs(self) -> list[MessagePassing]:
         return [conv for group in self.groups for conv in group.convs()]

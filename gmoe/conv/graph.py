@@ -9,6 +9,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,6 +26,9 @@ with warnings.catch_warnings():  # torch says once a process that such matrices 
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
 
+SPARSE_DEVICES = ("cpu",)
+"""Where torch's sparse products beat gathered blocks of messages."""
+
 NUMBERS = 2**21
 """How many numbers a block of messages holds: few enough for a CPU's caches, and for memory without fresh pages."""
 
@@ -32,26 +36,28 @@ NUMBERS_ON_GPU = 2**26
 """The same there: enough to fill it."""
 
 
+@dataclass(eq=False)
 class Edges:
     """Who sends a message to whom, sorted by receiver: the structure of a CSR matrix.
 
     Args:
         ptr: (R + 1,) where the messages of each receiver start.
         sender: (M,) in 0..U-1.
+        receiver: (M,) in 0..R-1, ascending.
         num_senders: U.
     """
 
-    def __init__(self, ptr: Tensor, sender: Tensor, num_senders: int) -> None:
-        self.ptr = ptr
-        self.sender = sender
-        self.num_senders = num_senders
+    ptr: Tensor
+    sender: Tensor
+    receiver: Tensor
+    num_senders: int
 
     @staticmethod
     def sorted(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> tuple[Edges, Tensor]:
         """The edges in the order of their receivers, and (M,) which of the given ones each of them is."""
         receiver, order = index_sort(receiver, max_value=num_receivers, stable=True)
         ptr = torch._convert_indices_from_coo_to_csr(receiver, num_receivers)
-        return Edges(ptr, sender.index_select(0, order), num_senders), order
+        return Edges(ptr, sender.index_select(0, order), receiver, num_senders), order
 
     @property
     def num_receivers(self) -> int:
@@ -64,24 +70,9 @@ class Edges:
         return self.ptr.diff()
 
     @cached_property
-    def receiver(self) -> Tensor:
-        """(M,) ascending."""
-        index = torch.arange(self.num_receivers, device=self.ptr.device)
-        return index.repeat_interleave(self.degree, output_size=self.sender.numel())
-
-    @cached_property
     def transpose(self) -> tuple[Edges, Tensor]:
         """The same messages sent the other way, and (M,) which of these each of them is."""
         return Edges.sorted(self.receiver, self.sender, self.num_receivers, self.num_senders)
-
-    def with_loops(self) -> tuple[Edges, Tensor, Tensor]:
-        """The edges and a loop at each node, and where the (M,) edges and the (R,) loops lie among them."""
-        node = torch.arange(self.num_receivers, device=self.ptr.device)
-        ptr = self.ptr + torch.arange(self.num_receivers + 1, device=self.ptr.device)
-        place, last = torch.arange(self.sender.numel(), device=self.ptr.device) + self.receiver, ptr[1:] - 1
-        sender = torch.empty(self.sender.numel() + node.numel(), dtype=torch.long, device=self.ptr.device)
-        sender.index_copy_(0, place, self.sender).index_copy_(0, last, node)
-        return Edges(ptr, sender, self.num_senders), place, last
 
     def of(self, receivers: Tensor) -> tuple[Tensor, Tensor]:
         """(m,) the messages of some receivers, one after the other, and (m,) the position of each one's receiver."""
@@ -138,13 +129,9 @@ class Graph:
         self._kept: dict[Any, Any] = {}  # what follows from their weights and features too
         if not isinstance(edge_index, Tensor | SparseTensor):
             raise ValueError(f"edge_index: got {type(edge_index).__name__}, expected (2, number of edges) or a Graph")
-        if is_sparse(edge_index):
-            if tuple(edge_index.size(i) for i in (0, 1)) != (self.num_dst, self.num_src):
-                raise ValueError(
-                    f"edge_index: got a sparse matrix of shape {tuple(edge_index.size(i) for i in (0, 1))}, expected "
-                    f"(destinations, sources) = {(self.num_dst, self.num_src)}"
-                )
-            self.adj = edge_index
+        self.is_sparse = is_sparse(edge_index)
+        if self.is_sparse:
+            self._read_sparse(edge_index)
             return
         if edge_index.dim() != 2 or edge_index.size(0) != 2:
             raise ValueError(f"edge_index: got shape {tuple(edge_index.shape)}, expected (2, number of edges)")
@@ -153,6 +140,8 @@ class Graph:
         # torch's gather on the CPU misreads expanded int32 indices, so that gradients would be silently wrong
         plain = edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index
         self.adj = edge_index if edge_index.dtype == torch.long else plain.long()
+        plain = plain.long()
+        self._shared["coo"] = (plain if flow == "source_to_target" else plain.flip(0)), None
         sizes = (self.num_src, self.num_dst) if flow == "source_to_target" else (self.num_dst, self.num_src)
         if isinstance(edge_index, EdgeIndex):
             for name, size, nodes in zip(("first", "second"), edge_index.sparse_size(), sizes, strict=True):
@@ -164,9 +153,36 @@ class Graph:
                 if low < 0 or high >= size:
                     bad = int(low) if low < 0 else int(high)
                     raise ValueError(f"edge_index: got node {bad}, expected values in 0..{size - 1}")
+        if edge_weight is not None or edge_attr is not None:
+            self._check_rows(edge_weight, edge_attr)
+
+    def _check_rows(self, edge_weight: Any, edge_attr: Any) -> None:
         for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
-            if value is not None and value.size(0) != plain.size(1):
-                raise ValueError(f"{name}: got {value.size(0)} rows, expected one for each of {plain.size(1)} edges")
+            if value is not None and not isinstance(value, Tensor):
+                raise ValueError(f"{name}: got {type(value).__name__}, expected a tensor of a row for each edge")
+            if value is not None and (value.dim() == 0 or value.size(0) != self.num_edges):
+                raise ValueError(
+                    f"{name}: got shape {tuple(value.shape)}, expected a row for each of {self.num_edges} edges"
+                )
+        if edge_weight is not None and edge_weight.dim() != 1:
+            raise ValueError(f"edge_weight: got shape {tuple(edge_weight.shape)}, expected ({self.num_edges},)")
+
+    def _read_sparse(self, matrix: Any) -> None:
+        """Edges and values of a matrix; CSR is sorted already."""
+        shape, expected = (matrix.size(0), matrix.size(1)), (self.num_dst, self.num_src)
+        if shape != expected:
+            raise ValueError(
+                f"edge_index: got a sparse matrix of shape {shape}, expected (destinations, sources) = {expected}"
+            )
+        self.adj = matrix
+        if isinstance(matrix, SparseTensor):
+            dst, src, value = matrix.coo()
+        else:
+            (dst, src), value = to_edge_index(matrix)
+        self._shared["coo"] = torch.stack([src, dst]), value
+        if not isinstance(matrix, SparseTensor) and matrix.layout == torch.sparse_csr:
+            every = torch.arange(src.numel(), device=src.device)
+            self._shared["edges"] = Edges(matrix.crow_indices().long(), src.long(), dst.long(), self.num_src), every
 
     def with_args(self, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
         """The same graph with these edge arguments, in the order of the edges as given; ``None`` keeps what it has."""
@@ -176,9 +192,7 @@ class Graph:
         other._kept = {}
         other.edge_weight = self.edge_weight if edge_weight is None else edge_weight
         other.edge_attr = self.edge_attr if edge_attr is None else edge_attr
-        for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
-            if value is not None and value.size(0) != self.num_edges:
-                raise ValueError(f"{name}: got {value.size(0)} rows, expected one for each of {self.num_edges} edges")
+        self._check_rows(edge_weight, edge_attr)
         return other
 
     def in_flow(self, flow: str) -> Graph:
@@ -189,15 +203,19 @@ class Graph:
         """
         if flow == self.flow:
             return self
-        if is_sparse(self.adj) or self._parent is not None:
+        if self.is_sparse or self._parent is not None:
             raise ValueError(
                 f"edge_index: got {type(self.adj).__name__} for a conv of flow={flow!r}, expected plain edges "
                 "(2, number of edges), or the transposed matrix and the default flow"
             )
+        if self.num_src != self.num_dst:  # the ends would be out of range
+            raise ValueError(
+                f"flow: got {flow!r} for {self}, expected as many sources as destinations, or flow= of Graph"
+            )
         if flow not in self._kept:
-            turned = Graph.__new__(Graph)
-            turned.__dict__.update(self.__dict__, flow=flow, _shared={}, _kept={})
-            self._kept[flow] = turned
+            weight, attr = self.edge_weight, self.edge_attr
+            nodes = (self.num_src, self.num_dst)
+            self._kept[flow] = Graph(self.adj, nodes, edge_weight=weight, edge_attr=attr, flow=flow)
         found: Graph = self._kept[flow]
         return found
 
@@ -212,32 +230,13 @@ class Graph:
     @property
     def num_edges(self) -> int:
         """M."""
-        if isinstance(self.adj, SparseTensor):
-            return int(self.adj.nnz())
-        return int(self.adj._nnz()) if is_sparse(self.adj) else self.adj.size(1)
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether the edges came as a sparse matrix."""
-        return is_sparse(self.adj)
+        return int(self.edge_index.size(1))
 
     @property
     def coo(self) -> tuple[Tensor, Tensor | None]:
         """(2, M) sources and destinations in the order given, and the values of a sparse matrix."""
-        if "coo" not in self._shared:
-            self._shared["coo"] = self._read()
         found: tuple[Tensor, Tensor | None] = self._shared["coo"]
         return found
-
-    def _read(self) -> tuple[Tensor, Tensor | None]:
-        if isinstance(self.adj, SparseTensor):
-            dst, src, value = self.adj.coo()
-            return torch.stack([src, dst]), value
-        if is_sparse(self.adj):
-            (dst, src), value = to_edge_index(self.adj)
-            return torch.stack([src, dst]), value
-        plain = self.adj.as_tensor() if isinstance(self.adj, EdgeIndex) else self.adj
-        return (plain if self.flow == "source_to_target" else plain.flip(0)), None
 
     @property
     def edge_index(self) -> Tensor:
@@ -247,12 +246,8 @@ class Graph:
     @property
     def _sorted(self) -> tuple[Edges, Tensor]:
         if "edges" not in self._shared:
-            if self.is_sparse and not isinstance(self.adj, SparseTensor) and self.adj.layout == torch.sparse_csr:
-                edges = Edges(self.adj.crow_indices().long(), self.adj.col_indices().long(), self.num_src)
-                self._shared["edges"] = edges, torch.arange(edges.sender.numel(), device=edges.sender.device)
-            else:
-                src, dst = self.edge_index
-                self._shared["edges"] = Edges.sorted(src, dst, self.num_src, self.num_dst)
+            src, dst = self._shared["coo"][0]
+            self._shared["edges"] = Edges.sorted(src, dst, self.num_src, self.num_dst)
         found: tuple[Edges, Tensor] = self._shared["edges"]
         return found
 
@@ -322,25 +317,31 @@ class Graph:
             raise ValueError(
                 "edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights"
             )
-        edges, given = self.edges, self.weight
-        receiver = edges.receiver
-        weight = torch.ones_like(receiver, dtype=dtype) if given is None else given
-        added = weight.new_full((self.num_dst,), 2.0 if improved and (given is not None or self.is_sparse) else 1.0)
-        if loops and (
-            isinstance(self.adj, SparseTensor) or not self.is_sparse
-        ):  # one loop, in place of those there are
-            is_loop = edges.sender == receiver
-            if given is not None and not self.is_sparse:  # which keeps their weight
-                added = added.index_put((receiver[is_loop],), weight[is_loop])
+        if "edges" not in self._shared:
+            src, dst = self._shared["coo"][0]
+            self._shared["edges"] = Edges.sorted(src, dst, self.num_src, self.num_dst)
+        edges, order = self._shared["edges"]
+        value = self._shared["coo"][1] if self.is_sparse else self.edge_weight
+        weight = torch.ones_like(edges.sender, dtype=dtype) if value is None else value.index_select(0, order)
+        fill = 2.0 if improved and (value is not None or self.is_sparse) else 1.0
+        added = weight.new_full((self.num_dst,), fill if loops else 0.0)
+        if loops and not (self.is_sparse and isinstance(self.adj, Tensor)):  # one, in place of those there are
+            is_loop = edges.sender == edges.receiver
+            if value is not None and not self.is_sparse:  # which keeps their weight
+                added = added.index_put((edges.receiver[is_loop],), weight[is_loop])
             weight = torch.where(is_loop, 0.0, weight)
-        degree = weight.new_zeros(self.num_dst).index_add(0, receiver, weight)
-        scale = (degree + added if loops else degree).pow(-0.5)
+        scale = (weight.new_zeros(self.num_dst).index_add(0, edges.receiver, weight) + added).pow(-0.5)
         scale = scale.masked_fill(scale == torch.inf, 0.0)
-        weight = scale.index_select(0, receiver) * weight * scale.index_select(0, edges.sender)
-        if loops:
-            edges, place, last = edges.with_loops()
-            weight = weight.new_zeros(edges.sender.numel()).index_copy(0, place, weight)
-            weight = weight.index_copy(0, last, scale * added * scale)
+        weight = scale.index_select(0, edges.receiver) * weight * scale.index_select(0, edges.sender)
+        if loops:  # a row's loop behind its edges
+            node = torch.arange(self.num_dst, device=edges.ptr.device)
+            place = torch.arange(edges.sender.numel(), device=edges.ptr.device) + edges.receiver
+            last, total = edges.ptr[1:] + node, edges.sender.numel() + self.num_dst
+            ptr = torch.cat([edges.ptr[:1], last + 1])
+            sender = node.new_empty(total).index_copy_(0, place, edges.sender).index_copy_(0, last, node)
+            receiver = node.new_empty(total).index_copy_(0, place, edges.receiver).index_copy_(0, last, node)
+            edges = Edges(ptr, sender, receiver, self.num_src)
+            weight = weight.new_zeros(total).index_copy(0, place, weight).index_copy(0, last, scale * added * scale)
         if not weight.requires_grad:
             self._kept[key] = edges, weight
         return edges, weight
@@ -353,7 +354,7 @@ class Graph:
         edge, position = edges.of(token)
         sender = place[torch.searchsorted(known, edges.sender.index_select(0, edge))]
         ptr = torch._convert_indices_from_coo_to_csr(position, self.num_dst)
-        return Edges(ptr, sender, self.num_src), weight.index_select(0, edge)
+        return Edges(ptr, sender, position, self.num_src), weight.index_select(0, edge)
 
     def with_loops(self, fill_value: float | Tensor | str) -> Graph:
         """The graph with one loop at each node that is source and destination, in place of those it had.
@@ -366,11 +367,13 @@ class Graph:
             kept: Graph = self._kept[key]
             return kept
         ends = torch.stack([self.edges.sender, self.edges.receiver])
+        turned = self.flow == "target_to_source"  # PyG reduces over the second row of edge_index, whatever the flow
+        ends = ends.flip(0) if turned else ends
         ends, kept_M = remove_self_loops(ends, torch.arange(ends.size(1), device=ends.device))
         attr = None if self.attr is None else self.attr.index_select(0, kept_M)
         nodes = min(self.num_src, self.num_dst)
         ends, attr = add_self_loops(ends, attr, fill_value, nodes)
-        looped = Graph(ends, (self.num_src, self.num_dst), edge_attr=attr)
+        looped = Graph(ends.flip(0) if turned else ends, (self.num_src, self.num_dst), edge_attr=attr)
         origin = self.order.index_select(0, kept_M)
         looped._shared["origin"] = torch.cat([origin, origin.new_full((nodes,), -1)])
         if key is not None and (attr is None or not attr.requires_grad):
@@ -430,6 +433,8 @@ def parameters_of(conv: MessagePassing) -> tuple[str, ...]:
 
 def check_batch(batch: Tensor | None, num_nodes: int) -> None:
     """Refuse a ``batch`` vector that does not say for each node which graph it belongs to."""
+    if batch is not None and not isinstance(batch, Tensor):
+        raise ValueError(f"batch: got {type(batch).__name__}, expected one integer for each of {num_nodes} nodes")
     if batch is not None and (batch.dim() != 1 or batch.numel() != num_nodes or batch.is_floating_point()):
         raise ValueError(
             f"batch: got shape {tuple(batch.shape)} of {batch.dtype}, expected one integer for each of {num_nodes} "
@@ -458,8 +463,8 @@ class _WeightedSum(torch.autograd.Function):
         outs = []
         for head, weight_M in enumerate(weight_MH.to(exact).T.contiguous()):
             column = edges.sender if groups == 1 else edges.sender * groups + head
-            if rows.is_cpu and weight_M.numel():
-                size = (edges.num_receivers, rows.size(0))
+            if rows.device.type in SPARSE_DEVICES and weight_M.numel():
+                size = (edges.ptr.numel() - 1, rows.size(0))
                 matrix = torch.sparse_csr_tensor(edges.ptr, column, weight_M, size, check_invariants=False)
                 outs.append(torch.sparse.mm(matrix, rows, "sum"))
                 continue
@@ -516,7 +521,8 @@ def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
     out_MH = query_RHC.new_zeros(messages, heads, dtype=exact)
     query_RHC, key_UGC = query_RHC.to(exact), key_UGC.to(exact)
     # torch cuts a matrix down to as many entries as it has cells
-    if query_RHC.is_cpu and 0 < messages <= edges.num_receivers * edges.num_senders * groups:
+    entries = edges.num_receivers * edges.num_senders * groups
+    if query_RHC.device.type in SPARSE_DEVICES and 0 < messages <= entries:
         rows = key_UGC.flatten(0, 1)
         size = (edges.num_receivers, rows.size(0))
         for head in range(heads):

@@ -17,6 +17,7 @@ from torch_geometric.nn.inits import reset
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
+from gmoe._autograd import refuse_transforms
 from gmoe._checks import check, check_choice, check_count, check_counts
 from gmoe.conv.graph import Graph, check_batch
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
@@ -280,6 +281,7 @@ class HeteroMoEConv(MoELayer):
         return_routing: bool = False,
     ) -> dict[NodeType, Tensor] | tuple[dict[NodeType, Tensor], dict[NodeType, Routing]]:
         """Route and run; see the class. ``routings``: decisions made elsewhere, used in place of the routers'."""
+        refuse_transforms()
         parts = self.experts.parts(x_dict, edge_index_dict)
         sizes = {name: own[0].size(0) for name, own in parts.items()}
         if routings is None:

@@ -148,6 +148,7 @@ class Make:
             if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
         others = [name for name in needed if name not in ("edge_weight", "edge_attr")]
+        others = others or ("edge_type" in takes and getattr(conv, "num_relations", 1) > 1)
         if first != ["x", "edge_index"] or list(takes)[:2] != first or others:
             raise ValueError(
                 f"conv: got {type(conv).__name__}, whose forward takes ({', '.join(takes)}), expected one of "
@@ -216,7 +217,7 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
     """The experts of a layer, each kind of conv run in the cheapest way that is right for it.
 
     Raises:
-        ValueError: ``local=True`` for a conv that is not; convs that share parameters.
+        ValueError: ``local=True`` for a conv that is not; convs that share parameters; output widths that differ.
     """
     num_experts = len(make.kinds)
     alike = all(kind is make.kinds[0] for kind in make.kinds)
@@ -227,6 +228,12 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
         if own & ids:
             raise ValueError("conv: got a factory whose convs share parameters, expected fresh ones at each call")
         own |= ids
+    widths = {output_width(conv, make.in_channels) for conv in samples} - {None}
+    if len(widths) > 1:  # which would be broadcast
+        raise ValueError(f"conv: got experts of output widths {sorted(widths)}, expected one width for all")
+    if any(width % make.out_channels for width in widths if width is not None):  # heads and powers give multiples
+        got = f"got {make.out_channels}, but {name_of(make.kinds[0])} gives {widths.pop()} columns"
+        raise ValueError(f"out_channels: {got}, expected that width, or a multiple of it")
     samples += samples[-1:] * (num_experts - len(samples))
     groups: dict[Hashable, list[int]] = {}
     for expert, (kind, sample) in enumerate(zip(make.kinds, samples, strict=True)):
@@ -248,7 +255,9 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
             "num_experts, not k; if its output at a node follows from the node's in-edges alone, pass local=True",
             stacklevel=4,
         )
-    return built[0] if len(built) == 1 else MixedExperts(built, list(groups.values()))
+    experts = built[0] if len(built) == 1 else MixedExperts(built, list(groups.values()))
+    experts.out_width = widths.pop() if widths else None
+    return experts
 
 
 def looks_one_hop(conv: MessagePassing, in_channels: int) -> bool:
@@ -322,42 +331,60 @@ NODES, EDGES = 14, 60
 """Of the graph that convs are tried on."""
 
 
+def _tried_out(conv: MessagePassing, in_channels: Widths) -> tuple[Any, Any, Any, Graph, torch.Generator]:
+    """A float64 copy without dropout, in training mode (so that batch norm shows); nodes, and a graph with self-loops,
+    parallel edges and isolated nodes to run it on."""
+    probe = probe_copy(conv)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    edge_index = torch.randint(NODES - 2, (2, EDGES), generator=generator)  # the last two nodes are isolated
+    edge_index[:, :3] = torch.tensor([[0, 1, 1], [0, 2, 2]])
+    takes = parameters_of(probe)
+    weight = random(EDGES).abs() + 0.1 if "edge_weight" in takes else None
+    edge_dim = getattr(probe, "edge_dim", None) or getattr(probe, "dim", None)
+    if isinstance(probe, pyg.GINEConv):
+        edge_dim = in_channels if probe.lin is None else probe.lin.in_channels
+    wanted = "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0
+    attr = random(EDGES, edge_dim) if wanted else None
+    widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
+    x_src = random(NODES, widths[0])
+    x_dst = x_src if isinstance(in_channels, int) else random(NODES, widths[1])
+    graph = Graph(edge_index, NODES, edge_weight=weight, edge_attr=attr, flow=probe.flow)
+    return probe, x_src, x_dst, graph, generator
+
+
 @torch.no_grad()
 def is_local(conv: MessagePassing, in_channels: Widths) -> bool:
-    """Whether the conv's output at a node follows from the node's in-edges and their ends alone.
-
-    A float64 copy without dropout, in training mode (so that batch norm shows), on a random graph with self-loops,
-    parallel edges and isolated nodes, for several sets of destinations.
+    """Whether the conv's output at a node follows from the node's in-edges and their ends alone: tried out for several
+    sets of destinations.
 
     Raises:
-        Exception: whatever the conv raises on such a graph.
+        Exception: whatever the conv raises on a small random graph.
     """
     with torch.device("cpu"):
-        probe = probe_copy(conv)
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-        edge_index = torch.randint(NODES - 2, (2, EDGES), generator=generator)  # the last two nodes are isolated
-        edge_index[:, :3] = torch.tensor([[0, 1, 1], [0, 2, 2]])
-        takes = parameters_of(probe)
-        weight = random(EDGES).abs() + 0.1 if "edge_weight" in takes else None
-        edge_dim: Any = getattr(probe, "edge_dim", None) or getattr(probe, "dim", None)
-        if isinstance(probe, pyg.GINEConv):
-            edge_dim = in_channels if probe.lin is None else probe.lin.in_channels
-        wanted = "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0
-        attr = random(EDGES, edge_dim) if wanted else None
-        widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
-        x_src = random(NODES, widths[0])
-        x_dst = x_src if isinstance(in_channels, int) else random(NODES, widths[1])
-        graph = Graph(edge_index, NODES, edge_weight=weight, edge_attr=attr, flow=probe.flow)
+        probe, x_src, x_dst, graph, generator = _tried_out(conv, in_channels)
         for size in (1, 4, 9):
             token = torch.randperm(NODES, generator=generator)[:size].sort().values
             near = run_on_destinations(probe, x_src, x_dst, graph, token)
             if not torch.allclose(near, run_on_all(probe, x_src, x_dst, graph, token), atol=1e-9):
                 return False
     return True
+
+
+@torch.no_grad()
+def output_width(conv: Any, in_channels: Widths) -> int | None:
+    """The columns that a conv gives; ``None`` for one that does not run on a small random graph."""
+    if type(conv) in STACKS and type(conv) is not pyg.GINConv:
+        return int(conv.out_channels * (conv.heads if getattr(conv, "concat", False) else 1))
+    try:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            *run, graph, _ = _tried_out(conv, in_channels)
+            return int(run_on_all(*run, graph, torch.arange(NODES)).size(1))
+    except Exception:  # a conv may ask for anything: edge features, regular graphs, other packages
+        return None
 
 
 @dataclass(frozen=True)

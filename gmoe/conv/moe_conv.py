@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 
+from gmoe._autograd import in_transform, refuse_transforms
 from gmoe._checks import check_choice, check_count
 from gmoe.conv.aggregate import FilterExperts
 from gmoe.conv.base import MixedExperts, NodeChunks
@@ -123,7 +124,9 @@ class MoEConv(MoELayer, MessagePassing):
         self.router: Router | None = None
         self.experts: Any = None
         self.shared_expert: Any = None
-        if -1 not in widths:
+        if -1 in widths:
+            self.register_load_state_dict_pre_hook(_needs_widths)
+        else:
             self._build(in_channels)
 
     def _build(self, in_channels: Any) -> None:
@@ -143,13 +146,17 @@ class MoEConv(MoELayer, MessagePassing):
             self.shared_expert = build_experts(
                 Make([kind], in_channels, self.out_channels, make.args, make.kwargs), local, backend
             )
+            widths = self.experts.out_width, self.shared_expert.out_width
+            if None not in widths and widths[0] != widths[1]:
+                raise ValueError(f"shared_expert: got {widths[1]} columns, expected {widths[0]}, as the experts give")
         self._router_sees_edges = getattr(self.router, "scope", None) == "neighbors"
         self._aggregates_alike = shared_expert is True and not isinstance(self.experts, MixedExperts)
 
     def _router_widths(self) -> dict[str, int]:
-        """Of what the router may see; filters give several aggregates side by side."""
+        """Of what the router may see; filters, and several aggregations, give several aggregates side by side."""
         hops = self.experts.hops if isinstance(self.experts, FilterExperts) else 1
-        return {"node": self._widths[1], "neighbors": max(hops, 1) * self._widths[0], "degree": 1}
+        neighbors = getattr(self.experts, "aggregate_width", max(hops, 1) * self._widths[0])
+        return {"node": self._widths[1], "neighbors": neighbors, "degree": 1}
 
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
@@ -183,7 +190,12 @@ class MoEConv(MoELayer, MessagePassing):
         return_routing: bool = False,
     ) -> Any:
         """Route and run; see the class. ``routing``: a decision made elsewhere, used in place of the router's."""
+        tracing = torch._C._is_tracing() or torch.compiler.is_exporting()
+        if tracing or (not torch.compiler.is_compiling() and in_transform()):
+            refuse_transforms()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._pair(x)
+        if not x_src.is_floating_point() or not x_dst.is_floating_point():
+            raise ValueError(f"x: got {x_src.dtype} and {x_dst.dtype}, expected floats")
         if self.experts is None:
             self._complete(x_src, x_dst, x_src is x_dst)
         if x_src.dim() != 2 or x_src.size(1) != self._widths[0] or x_dst.dim() != 2 or x_dst.size(1) != self._widths[1]:
@@ -191,6 +203,8 @@ class MoEConv(MoELayer, MessagePassing):
                 f"x: got source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}, "
                 f"expected (number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
             )
+        if x_src is not x_dst:
+            self._check_two_sets()
         if edge_args:
             edge_weight, edge_attr = self._positional(edge_args, edge_weight, edge_attr)
         sizes = (x_src.size(0), x_dst.size(0))
@@ -205,6 +219,8 @@ class MoEConv(MoELayer, MessagePassing):
         h = None
         if not self.experts.transforms_first or (routing is None and "neighbors" in self.router_input):
             h = self.experts.aggregate(graph, x_src, x_dst)
+        if routing is not None and not isinstance(routing, Routing):
+            raise ValueError(f"routing: got {type(routing).__name__}, expected a Routing, or None to ask the router")
         if routing is None:
             if self.router is None:
                 raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
@@ -268,6 +284,22 @@ class MoEConv(MoELayer, MessagePassing):
             raise ValueError(f"x: got {got}, expected a tensor, or a tuple of source and destination nodes")
         return x[0], x[1]
 
+    def _check_two_sets(self) -> None:
+        """Refuse source and destination nodes where a conv takes one set of nodes, or reads edges the other way."""
+        for experts in (self.experts, self.shared_expert):
+            if experts is not None and not experts.takes_two_sets:
+                raise ValueError(
+                    "x: got a tuple of source and destination nodes, expected one tensor, since "
+                    f"{type(experts.convs()[0]).__name__} takes no bipartite input (SAGEConv and GraphConv do)"
+                )
+        if self._router_sees_edges:
+            raise ValueError("x: got bipartite input, expected one tensor, since the router votes along the edges")
+        if any(conv.flow == "target_to_source" for conv in self._all_convs()):
+            raise ValueError(
+                "x: got a tuple of source and destination nodes with flow='target_to_source', expected one tensor, or "
+                "flipped edges and the default flow"
+            )
+
     def _complete(self, x_src: Tensor, x_dst: Tensor, one_set: bool) -> None:
         """Fill in the widths that were left open, and build."""
         given = (self.in_channels,) * 2 if isinstance(self.in_channels, int) else self.in_channels
@@ -328,6 +360,14 @@ class MoEConv(MoELayer, MessagePassing):
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, router_input={self.router_input}"
+        )
+
+
+def _needs_widths(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:
+    """Refuse the state of a built layer while there is nothing to load it into."""
+    if layer.experts is None and any(name.startswith(prefix) for name in state_dict):
+        raise RuntimeError(
+            f"in_channels: got {layer.in_channels}, expected a call that fills it in before a state is loaded"
         )
 
 

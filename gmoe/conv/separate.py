@@ -81,7 +81,11 @@ def run_on_destinations(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, t
     """The conv on the in-edges of ``token`` only, its destinations first among the sources."""
     nodes, part = graph.in_flow(conv.flow).part(token)
     x_near = x_src.index_select(0, nodes)
-    x = x_near if x_src is x_dst else (x_near, x_dst.index_select(0, token))
+    x = (
+        x_near
+        if x_src is x_dst
+        else (x_near, x_dst.index_select(0, nodes if graph.num_src == graph.num_dst else token))
+    )
     out: Tensor = conv(x, part.adj, **part.args_for(conv))
     return out[: token.numel()]
 

@@ -15,6 +15,7 @@ from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.typing import Adj
 from tqdm import tqdm
 
+from gmoe._autograd import refuse_transforms
 from gmoe._checks import check_choice, check_count, check_counts
 from gmoe.conv.aggregate import FilterConv
 from gmoe.conv.base import NodeChunks
@@ -251,6 +252,7 @@ class GNNMoE(BasicGNN):
         return_routing: bool = False,
     ) -> Any:
         """Logits of all nodes; see the class and PyG's ``BasicGNN``."""
+        refuse_transforms()
         trimmed = num_sampled_nodes_per_hop is not None
         if trimmed and edge_weight is not None and edge_attr is not None:
             raise ValueError("edge_attr: got edge_weight too, expected at most one of them where layers are trimmed")
@@ -280,7 +282,8 @@ class GNNMoE(BasicGNN):
                 if decision is None:
                     routings.append(routing)
             else:
-                out = conv(x, graph.adj, **graph.args_for(conv))
+                adj = graph if isinstance(conv, FilterConv) else graph.adj
+                out = conv(x, adj, **graph.args_for(conv))
             if layer < len(self.residuals):
                 out = out + self.residuals[layer](x)
             x = self._after(layer, out, batch, batch_size)

@@ -15,6 +15,7 @@ from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
 from torch_geometric.typing import Metadata, NodeType
 
+from gmoe._autograd import refuse_transforms
 from gmoe._checks import check, check_choice, check_counts
 from gmoe.conv import hetero
 from gmoe.conv.hetero import Aggr, HeteroMoEConv, HeteroRouterInput, NodeTensors, RelationalConv, RelationEdges
@@ -160,6 +161,7 @@ class HeteroGNNMoE(nn.Module):
         return_routing: bool = False,
     ) -> Any:
         """Logits of the target, (N, out_channels), or of all types, a dict; see the class."""
+        refuse_transforms()
         h_dict: dict[NodeType, Tensor] = self.input(x_dict, n_id_dict)
         graphs = {  # sorted once for all layers
             r: hetero.graph_of(r, adj, (len(h_dict[r[0]]), len(h_dict[r[-1]])))

@@ -177,6 +177,8 @@ class Router(nn.Module, ABC):
 
 def float_linear(x_TD: Tensor, linear: nn.Linear) -> Tensor:
     """``linear(x)`` in the precision of ``x``, at least float32: a model in bfloat16 still scores in float32."""
+    if not isinstance(linear.weight, Tensor):  # a quantized layer has a method of that name
+        return linear(x_TD)
     return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
 
 

@@ -44,6 +44,7 @@ class SoftRouting(Routing):
         slots_BNI = x_TI.new_zeros(self.groups.num_groups, shares_TN.size(1), x_TI.size(1))
         for part in self.groups.batches():
             mixed_BNI = part.take_shares(shares_TN).transpose(1, 2) @ part.take(x_TI)
+            mixed_BNI = mixed_BNI.to(slots_BNI.dtype)  # autocast has made it bfloat16
             slots_BNI = mixed_BNI if part.group is None else slots_BNI.index_add(0, part.group, mixed_BNI)
         return slots_BNI.unflatten(1, (self.num_experts, -1)).transpose(0, 1).flatten(0, 2)
 
@@ -55,7 +56,7 @@ class SoftRouting(Routing):
         y_TO = y_RO.new_zeros(self.num_tokens, y_RO.size(1))
         for part in self.groups.batches():
             out_BNO = y_BNO if part.group is None else y_BNO[part.group]
-            y_TO = part.add(y_TO, part.take_shares(shares_TN) @ out_BNO)
+            y_TO = part.add(y_TO, (part.take_shares(shares_TN) @ out_BNO).to(y_TO.dtype))
         return y_TO
 
 

@@ -127,7 +127,9 @@ class TokenChoice(Router):
             self.last_load_E.zero_()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        clean_TE = logits_TE = F.linear(x_TD, self.gate.weight.to(x_TD.dtype))
+        weight_ED = self.gate.weight  # of a quantized layer, a method
+        clean_TE = F.linear(x_TD, weight_ED.to(x_TD.dtype)) if isinstance(weight_ED, Tensor) else self.gate(x_TD)
+        logits_TE = clean_TE
         std_TE = None
         if self.noise is not None:
             std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR

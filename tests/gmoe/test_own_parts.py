@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,21 @@ import pytest
 import torch
 
 import gmoe
+from gmoe.conv.kinds import STACKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "your-own-router.md"
 
 
 @pytest.fixture(scope="module")
-def page() -> dict[str, Any]:
+def page() -> Iterator[dict[str, Any]]:
     """What the page's blocks define, run one after the other."""
     names: dict[str, Any] = {"__name__": "page"}
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert blocks
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
-    return names
+    yield names
+    STACKS.pop(names["ResGatedGraphConv"])  # other tests are of the conv as gmoe knows it
 
 
 def test_the_router_is_trained_by_the_task(page: dict[str, Any]) -> None:
@@ -58,3 +62,18 @@ def test_the_bias_evens_out_the_load(page: dict[str, Any]) -> None:
 def test_the_router_is_built_by_its_class(page: dict[str, Any]) -> None:
     router = gmoe.build_router(page["SigmoidRouter"], 6, 4, 2, {"bias_rate": 0.5})
     assert (router.k, router(torch.randn(3, 6)).num_experts) == (2, 4)
+
+
+def test_the_conv_equals_the_masked_convs(page: dict[str, Any]) -> None:
+    """Outputs on the page itself; gradients here, and that nothing is run one by one."""
+    torch.testing.assert_close(page["out"], page["masked"], atol=1e-12, rtol=0)
+    conv, x, edge_index = page["conv"], page["nodes"].clone().requires_grad_(), page["edge_index"]
+    assert isinstance(conv.experts, page["ResGatedExperts"])
+    routing = conv(x.detach(), edge_index, return_routing=True)[1]
+    routing = replace(routing, weight=routing.weight.detach())
+    weight_TE = routing.to_dense()
+    (grad,) = torch.autograd.grad(conv(x, edge_index, routing=routing).sin().sum(), x)
+    masked = sum(weight_TE[:, e : e + 1] * conv.expert(e)(x, edge_index) for e in range(4))
+    assert isinstance(masked, torch.Tensor)
+    (expected,) = torch.autograd.grad(masked.sin().sum(), x)
+    torch.testing.assert_close(grad, expected, atol=1e-12, rtol=0)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch_geometric.nn import MessagePassing
+from torch_geometric import EdgeIndex
+from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 
 from gmoe import MoEConv, Routing
-from gmoe.conv.aggregate import GCNExperts, GINExperts, GraphConvExperts, SAGEExperts
-from gmoe.conv.attention import AttentionExperts
-from gmoe.conv.aggregate import FilterExperts
 from gmoe.conv.graph import parameters_of
-from gmoe.conv.base import MixedExperts
-from gmoe.conv.aggregate import MLPConvExperts
-from gmoe.conv.separate import SeparateExperts
 
 Features = Tensor | tuple[Tensor, Tensor]
-
-LINEARS: dict[type, tuple[str, ...]] = {
-    GCNExperts: ("lin",),
-    FilterExperts: ("lin",),
-    SAGEExperts: ("lin_l", "lin_r"),
-    GraphConvExperts: ("lin_rel", "lin_root"),
-}
+Size = tuple[int, int]
 
 
 def _edges(*pairs: tuple[int, int]) -> Tensor:
@@ -40,6 +30,7 @@ GRAPHS: dict[str, tuple[int, Tensor]] = {
     "no edges": (4, _edges()),
     "one node": (1, _edges()),
     "one node and its loop": (1, _edges((0, 0))),
+    "one node and three loops": (1, _edges((0, 0), (0, 0), (0, 0))),
     "star": (6, _edges(*((i, 0) for i in range(1, 6)))),
 }
 """Number of nodes and edges."""
@@ -52,8 +43,59 @@ def random_graph(num_src: int, num_dst: int, num_edges: int, seed: int = 0) -> T
     return torch.stack(ends)
 
 
+def simple_graph(num_src: int, num_dst: int, loops: bool = True) -> Tensor:
+    """No parallel edges, which a coalesced matrix cannot hold; in no order."""
+    edges = random_graph(num_src, num_dst, 30).unique(dim=1)
+    edges = edges if loops else edges[:, edges[0] != edges[1]]
+    return edges[:, torch.randperm(edges.size(1), generator=torch.Generator().manual_seed(1))]
+
+
+def coo(edge_index: Tensor, size: Size, value: Tensor | None = None) -> Tensor:
+    value = torch.ones(edge_index.size(1), dtype=torch.float64) if value is None else value
+    shape = (*size[::-1], *value.shape[1:])
+    return torch.sparse_coo_tensor(edge_index.flip(0), value, shape, check_invariants=True).coalesce()
+
+
+def csr(edge_index: Tensor, size: Size, value: Tensor | None = None) -> Tensor:
+    given = coo(edge_index, size, value)
+    row, column = given.indices()
+    ptr = torch._convert_indices_from_coo_to_csr(row, size[1])
+    return torch.sparse_csr_tensor(ptr, column, given.values(), given.shape)
+
+
+def sorted_by(row: int) -> Callable[[Tensor, Size], EdgeIndex]:
+    def build(edge_index: Tensor, size: Size) -> EdgeIndex:
+        order = edge_index[row].argsort(stable=True)
+        return EdgeIndex(edge_index[:, order], sparse_size=size, sort_order="col" if row else "row")
+
+    return build
+
+
+FORMS: dict[str, Callable[[Tensor, Size], Any]] = {
+    "EdgeIndex": lambda edges, size: EdgeIndex(edges, sparse_size=size),
+    "EdgeIndex by col": sorted_by(1),
+    "EdgeIndex by row": sorted_by(0),
+    "EdgeIndex without size": lambda edges, _: EdgeIndex(edges),
+    "coo": coo,
+    "csr": csr,
+    "not contiguous": lambda edges, _: edges.T.contiguous().T,
+    "int32": lambda edges, _: edges.int(),
+}
+"""What edges may come as beside a plain tensor."""
+
+
 def features(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(num_tokens: int, kind: str = "some", num_experts: int = 3) -> Tensor:
+    """``"some"``: expert 1 is starved, some tokens have no expert, some have two."""
+    weight_TE = features(num_tokens, num_experts, seed=3)
+    if kind == "some":
+        weight_TE[:, 1] = 0
+        weight_TE[::3] = 0
+        weight_TE[1::4, 0] = 0
+    return torch.zeros_like(weight_TE) if kind == "none" else weight_TE
 
 
 def routing_of(weight_TE: Tensor) -> Routing:
@@ -61,6 +103,13 @@ def routing_of(weight_TE: Tensor) -> Routing:
     expert, token = (weight_TE.T != 0).nonzero().T
     ends = (weight_TE != 0).sum(dim=0).cumsum(0).to(torch.int32)
     return Routing(token, ends, weight_TE[token, expert], weight_TE.detach(), weight_TE.size(0))
+
+
+def mean_of_in_edges(x: Tensor, edge_index: Tensor) -> Tensor:
+    adjacency = torch.zeros(len(x), len(x), dtype=x.dtype).index_put(
+        (edge_index[1], edge_index[0]), torch.ones(edge_index.size(1), dtype=x.dtype), accumulate=True
+    )
+    return adjacency @ x / adjacency.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def masked(convs: list[Any], x: Features, adj: Any, routing: Routing, **edge_args: Tensor) -> Tensor:
@@ -73,52 +122,17 @@ def masked(convs: list[Any], x: Features, adj: Any, routing: Routing, **edge_arg
     return torch.stack(outs).sum(dim=0)
 
 
-def separate(conv: MoEConv) -> list[MessagePassing]:
-    return [conv.expert(index) for index in range(conv.num_experts)]
-
-
-def stacked(experts: Any, convs: list[Any], of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """What ``of`` gives for the parameters of separate convs, under the names and shapes of the layer's own."""
-    if isinstance(experts, MixedExperts):
-        return {
-            f"groups.{g}.{name}": value
-            for g, (group, members) in enumerate(zip(experts.groups, experts.members, strict=True))
-            for name, value in stacked(group, [convs[e] for e in members], of).items()
-        }
-    if isinstance(experts, SeparateExperts):
-        return {f"convs.{e}.{name}": of(p) for e, c in enumerate(convs) for name, p in c.named_parameters()}
-    if isinstance(experts, MLPConvExperts):
-        return {
-            f"mlp.{part}.{kind}": torch.stack([of(value).T if kind == "weight" else of(value) for value in values])
-            for part in ("up", "down")
-            for kind in ("weight", "bias")
-            if None not in (values := [getattr(getattr(c, part), kind) for c in convs])
-        }
-    if isinstance(experts, AttentionExperts):
-        found = {name: torch.stack([of(getattr(c, name)) for c in convs]) for name in experts._vectors(convs[0])}
-        for name, layer in experts._layers(convs[0]).items():
-            layers = [getattr(c, name) for c in convs]
-            found[f"{name}.weight"] = torch.stack([of(layer.weight).T for layer in layers])
-            if layer.bias is not None:
-                found[f"{name}.bias"] = torch.stack([of(layer.bias) for layer in layers])
-        return found
-    if isinstance(experts, GINExperts):
-        found = {f"nns.{e}.{name}": of(p) for e, c in enumerate(convs) for name, p in c.nn.named_parameters()}
-        if isinstance(convs[0].eps, torch.nn.Parameter):
-            found["eps_E"] = torch.cat([of(c.eps) for c in convs])
-        return found
-    names = [name for name in LINEARS[type(experts)] if hasattr(convs[0], name)]
-    weights = [torch.cat([of(getattr(c, name).weight) for name in names], dim=1).T for c in convs]
-    found = {"linear.weight": torch.stack(weights)}
-    own_bias = isinstance(experts, GCNExperts | FilterExperts)
-    biased = [c if own_bias else getattr(c, names[0]) for c in convs]
-    if biased[0].bias is not None:
-        found["linear.bias"] = torch.stack([of(part.bias) for part in biased])
-    return found
-
-
 def gradient(value: Tensor) -> Tensor:
     return torch.zeros_like(value) if value.grad is None else value.grad
+
+
+def as_convs(experts: Any, num_experts: int) -> list[dict[str, Tensor]]:
+    """The gradients of the experts, each under the names that the plain conv has for its parameters; NaN for none."""
+    twin = copy.deepcopy(experts)
+    with torch.no_grad():
+        for mine, own in zip(twin.parameters(), experts.parameters(), strict=True):
+            mine.copy_(torch.full_like(own, torch.nan) if own.grad is None else own.grad)
+    return [dict(twin.expert(index).named_parameters()) for index in range(num_experts)]
 
 
 def assert_equals_masked(
@@ -129,45 +143,60 @@ def assert_equals_masked(
     batch: Tensor | None = None,
     weight_TE: Tensor | None = None,
     reference_adj: Any = None,
+    mask: Tensor | None = None,
     **edge_args: Tensor,
 ) -> None:
     """Outputs and gradients of inputs, edge arguments, router and experts equal those of the masked reference.
 
     ``weight_TE``: weights to follow in place of the router's. ``reference_adj``: edges for the reference if others.
+    ``mask``: an explainer's mask of the (plain) edges.
     """
-    convs = separate(conv)
-    always = None if conv.shared is None else conv.shared.expert(0)
+    convs = [conv.expert(index) for index in range(conv.num_experts)]
+    always = [] if conv.shared_expert is None else [conv.shared_expert.expert(0)]
     xs = [x] if isinstance(x, Tensor) else list(x)
     adj_reference = adj if reference_adj is None else reference_adj
 
-    def run(reference: bool) -> dict[str, Tensor]:
+    def run(reference: bool) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
         conv.zero_grad(set_to_none=True)
         leaves = [value.detach().clone().requires_grad_() for value in xs]
         args = {name: value.detach().clone().requires_grad_() for name, value in edge_args.items()}
         given = None if weight_TE is None else weight_TE.detach().clone().requires_grad_()
         inputs: Features = leaves[0] if isinstance(x, Tensor) else (leaves[0], leaves[1])
         follow = None if given is None else routing_of(given)
+        shown = None if mask is None else mask.detach().clone().requires_grad_()
+        if shown is not None:
+            for part in (conv, *convs, *always):
+                set_masks(part, shown, adj_reference)
         y, routing = conv(inputs, adj, **args, batch=batch, routing=follow, return_routing=True)
         if reference:
             y = masked(convs, inputs, adj_reference, routing, **args)
-            if conv.shared is not None:
-                y = y + masked([always], inputs, adj_reference, Routing.everyone(y.size(0), y), **args)
+            if always:
+                y = y + masked(always, inputs, adj_reference, Routing.everyone(y.size(0), y), **args)
         y.backward(features(*y.shape, seed=5))
+        for part in (conv, *convs, *always):
+            clear_masks(part)
         found = {"y": y.detach(), **{f"x{i}": gradient(leaf) for i, leaf in enumerate(leaves)}}
         found |= {name: gradient(value) for name, value in args.items()}
         if given is not None:
             found["weight_TE"] = gradient(given) * (given != 0)
+        if shown is not None:
+            found["mask"] = gradient(shown)
         if conv.router is not None:
             found |= {f"router.{name}": gradient(p) for name, p in conv.router.named_parameters()}
-        own = {name: gradient(p) for name, p in conv.experts.named_parameters()}
-        if conv.shared is not None:
-            mine = {name: gradient(p) for name, p in conv.shared.named_parameters()}
-            theirs = stacked(conv.shared, [always], gradient) if reference else mine
-            found |= {f"shared.{name}": value for name, value in theirs.items()}
-        return found | (stacked(conv.experts, convs, gradient) if reference else own)
+        if reference:
+            theirs = [dict(plain.named_parameters()) for plain in (*convs, *always)]
+            # what an option leaves unused has no gradient at all
+            return found, {f"{e}.{n}": p.grad for e, own in enumerate(theirs) for n, p in own.items() if p.grad is not None}
+        ours = as_convs(conv.experts, conv.num_experts)
+        if always:
+            ours += as_convs(conv.shared_expert, 1)
+        return found, {f"{e}.{n}": p for e, own in enumerate(ours) for n, p in own.items()}
 
-    ours, theirs = run(reference=False), run(reference=True)
+    (ours, own), (theirs, plain) = run(reference=False), run(reference=True)
     assert ours.keys() == theirs.keys()
-    far = {name: float((value - theirs[name]).abs().max()) for name, value in ours.items() if value.numel()}
+    assert plain.keys() <= own.keys()
+    ours |= {name: own[name] for name in plain}
+    theirs |= plain
     assert all(value.shape == theirs[name].shape for name, value in ours.items())
+    far = {name: float((value - theirs[name]).abs().max()) for name, value in ours.items() if value.numel()}
     assert all(difference <= 1e-10 for difference in far.values()), f"largest differences: {far}"

@@ -1,242 +1,366 @@
-"""Whatever form the edges come in, the result is the same."""
+"""The graph object: order, parts, flows, loops, normalization, what it keeps; and the sums along its edges."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import GATConv, GCNConv, GINConv, GraphConv, LEConv, SAGEConv, SimpleConv
+from torch_geometric.nn import GCNConv
+from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.utils import add_self_loops, remove_self_loops
 
-from gmoe import GNNMoE, MoEConv
-from gmoe.conv.graph import Graph
-from gmoe.conv.separate import SeparateExperts
-from tests.gmoe.conv.masked import assert_equals_masked, features, random_graph, routing_of
+from gmoe import Graph, MoEConv
+from gmoe.conv import graph as graph_module
+from gmoe.conv.attention import Messages
+from gmoe.conv.graph import Edges, blocks, dot, weighted_sum
+from tests.gmoe.conv.masked import GRAPHS, csr, features, mean_of_in_edges, random_graph, routing_of, simple_graph
 
-NODES, WIDTH = 9, 4
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    """PyG's EdgeIndex makes weights of the default type."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+HEADS, WIDTH = 2, 3
 
 
-def simple_graph(num_src: int, num_dst: int, loops: bool = True) -> Tensor:
-    """No parallel edges, which a coalesced matrix cannot hold; in no order."""
-    edges = random_graph(num_src, num_dst, 30).unique(dim=1)
-    edges = edges if loops else edges[:, edges[0] != edges[1]]
-    return edges[:, torch.randperm(edges.size(1), generator=torch.Generator().manual_seed(1))]
+def edges_of(pairs: list[tuple[int, int]], num_senders: int, num_receivers: int) -> Edges:
+    """Of (receiver, sender) pairs."""
+    receiver, sender = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    return Edges.sorted(sender, receiver, num_senders, num_receivers)[0]
 
 
-def _sorted_by(row: int) -> Callable[[Tensor, tuple[int, int]], EdgeIndex]:
-    def build(edge_index: Tensor, size: tuple[int, int]) -> EdgeIndex:
-        order = edge_index[row].argsort(stable=True)
-        return EdgeIndex(edge_index[:, order], sparse_size=size, sort_order="col" if row else "row")
-
-    return build
+def slow_sum(weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
+    row_MHC = weight_MH[:, :, None] * value_UGC[edges.sender]
+    return row_MHC.new_zeros(edges.num_receivers, *row_MHC.shape[1:]).index_add(0, edges.receiver, row_MHC)
 
 
-def coo(edge_index: Tensor, size: tuple[int, int], value: Tensor | None = None) -> Tensor:
-    value = torch.ones(edge_index.size(1), dtype=torch.float64) if value is None else value
-    return torch.sparse_coo_tensor(edge_index.flip(0), value, size[::-1], check_invariants=True).coalesce()
+def slow_dot(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
+    return (query_RHC[edges.receiver] * key_UGC[edges.sender]).sum(dim=-1)
 
 
-def csr(edge_index: Tensor, size: tuple[int, int], value: Tensor | None = None) -> Tensor:
-    return coo(edge_index, size, value).to_sparse_csr()
+def operands(fast: Any, edges: Edges, shared: bool) -> tuple[Tensor, Tensor]:
+    """Weights or queries, and values or keys that all heads share or that each has of its own."""
+    shape = (len(edges.sender), HEADS) if fast is weighted_sum else (edges.num_receivers, HEADS, WIDTH)
+    return features(*shape, seed=1), features(edges.num_senders, 1 if shared else HEADS, WIDTH, seed=2)
 
 
-FORMS: dict[str, Callable[[Tensor, tuple[int, int]], Any]] = {
-    "EdgeIndex": lambda edges, size: EdgeIndex(edges, sparse_size=size),
-    "EdgeIndex by col": _sorted_by(1),
-    "EdgeIndex by row": _sorted_by(0),
-    "EdgeIndex without size": lambda edges, _: EdgeIndex(edges),
-    "coo": coo,
-    "csr": csr,
-    "not contiguous": lambda edges, _: edges.T.contiguous().T,
-}
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["sparse", "blocks"])
+@pytest.mark.parametrize(("fast", "slow"), [(weighted_sum, slow_sum), (dot, slow_dot)])
+def test_sums_equal_a_row_for_each_message(
+    fast: Callable[..., Tensor], slow: Callable[..., Tensor], devices: tuple[str, ...], data: st.DataObject
+) -> None:
+    """Parallel and missing edges, and more edges than the matrix has cells."""
+    senders, receivers = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    pair = st.tuples(st.integers(0, receivers - 1), st.integers(0, senders - 1))
+    edges = edges_of(data.draw(st.lists(pair, max_size=12)), senders, receivers)
+    first, second = (v.requires_grad_() for v in operands(fast, edges, data.draw(st.booleans())))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_module, "SPARSE_DEVICES", devices)
+        patch.setattr(graph_module, "NUMBERS", 20)
+        expected, actual = slow(first, second, edges), fast(first, second, edges)
+        grad = features(*expected.shape, seed=3)
+        ours, theirs = (torch.autograd.grad(y, [first, second], grad) for y in (actual, expected))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(ours, theirs)
 
 
-def weights(num_tokens: int) -> Tensor:
-    weight_TE = features(num_tokens, 3, seed=3)
-    weight_TE[::3, 0] = 0
-    weight_TE[:, 1] = 0
-    return weight_TE
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("fast", [weighted_sum, dot])
+def test_gradcheck(fast: Any, shared: bool) -> None:
+    for pairs in ([(0, 0), (0, 1), (1, 1), (1, 1), (3, 0)], [(0, 0)] * 9, []):
+        edges = edges_of(pairs, 2, 4)
+        inputs = tuple(value.requires_grad_() for value in operands(fast, edges, shared))
+        assert torch.autograd.gradcheck(lambda a, b, edges=edges: fast(a, b, edges), inputs)
+        fast(*inputs, edges).sum().backward()  # an expanded gradient
 
 
-@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "conv",
-    [GCNConv, SAGEConv, GraphConv, GINConv, GATConv, LEConv, "transformer", "cheb"],
-    ids=lambda c: getattr(c, "__name__", c),
-)
-def test_forms_give_the_same(conv: Any, form: str) -> None:
-    edges = simple_graph(NODES, NODES, loops=False)
-    adj = FORMS[form](edges, (NODES, NODES))
-    if conv == "cheb" and form in ("coo", "csr"):
-        pytest.skip("ChebConv takes no sparse matrix")
-    kwargs: Any = {"K": 3} if conv == "cheb" else {}
-    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=3, router=None, **kwargs)
-    assert_equals_masked(layer, features(NODES, WIDTH), adj, reference_adj=edges, weight_TE=weights(NODES))
+def test_low_precision_is_summed_in_float32() -> None:
+    edges = edges_of([(0, 0)] * 1000, 1, 1)
+    weight, value = torch.ones(1000, 1, dtype=torch.bfloat16), torch.ones(1, 1, 1, dtype=torch.bfloat16)
+    y = weighted_sum(weight, value, edges)
+    assert y.dtype == torch.bfloat16
+    assert float(y) == 1000.0  # a sum in bfloat16 stops at 256
+    assert weighted_sum(weight.float(), value, edges).dtype == torch.float32
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("conv", [GCNConv, SAGEConv, GATConv])
-def test_self_loops_count_as_pyg_counts_them_in_that_form(conv: Any, form: str) -> None:
-    """To the loops of a sparse matrix GCN adds its own, of an edge_index it replaces them."""
-    adj = FORMS[form](simple_graph(NODES, NODES), (NODES, NODES))
-    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=3, router=None)
-    assert_equals_masked(layer, features(NODES, WIDTH), adj, weight_TE=weights(NODES))
+@pytest.mark.parametrize("fast", [weighted_sum, dot])
+def test_second_derivatives_are_refused(fast: Any) -> None:
+    edges = edges_of([(0, 0), (1, 1)], 2, 2)
+    inputs = tuple(value.requires_grad_() for value in operands(fast, edges, False))
+    with pytest.raises(RuntimeError, match="create_graph: got True"):
+        torch.autograd.grad(fast(*inputs, edges).square().sum(), inputs, create_graph=True)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("sizes", [(9, 5), (5, 9)], ids=str)
-@pytest.mark.parametrize("conv", [SAGEConv, GraphConv, "transformer"])
-def test_forms_give_the_same_on_bipartite_graphs(conv: Any, form: str, sizes: tuple[int, int]) -> None:
-    if conv is GraphConv and form == "EdgeIndex by col":
-        pytest.skip("PyG's own product with a sorted bipartite EdgeIndex has no backward pass")
-    edges = simple_graph(*sizes)
-    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=3, router=None)
-    x = (features(sizes[0], WIDTH), features(sizes[1], WIDTH, seed=1))
-    assert_equals_masked(layer, x, FORMS[form](edges, sizes), reference_adj=edges, weight_TE=weights(sizes[1]))
+@given(start=st.integers(0, 20), length=st.integers(0, 40), width=st.integers(1, 300))
+def test_blocks_cover_all_once(start: int, length: int, width: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_module, "NUMBERS", 100)
+        found = list(blocks(start, start + length, width, torch.device("cpu")))
+    assert [i for block in found for i in range(block.start, block.stop)] == list(range(start, start + length))
+    assert all((block.stop - block.start) * width <= max(100, width) for block in found)
 
 
-@pytest.mark.parametrize("make", [coo, csr])
-@pytest.mark.parametrize("conv", [GCNConv, GraphConv, LEConv])
-def test_values_of_a_sparse_matrix_are_edge_weights(conv: Any, make: Callable[..., Tensor]) -> None:
-    edges = simple_graph(NODES, NODES, loops=False)
-    value = features(edges.size(1), seed=2).abs() + 0.1
-    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=3, router=None)
-    x, routing = features(NODES, WIDTH), routing_of(weights(NODES))
-    expected = layer(x, edges, edge_weight=value, routing=routing)
-    actual = layer(x, make(edges, (NODES, NODES), value), routing=routing)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
-    assert not torch.allclose(layer(x, edges, routing=routing), expected)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_messages_are_the_in_edges_of_the_pairs(data: st.DataObject) -> None:
+    num_src, num_dst, num_experts = (data.draw(st.integers(1, 5), label=n) for n in ("sources", "tokens", "experts"))
+    end = st.tuples(st.integers(0, num_src - 1), st.integers(0, num_dst - 1))
+    edges = data.draw(st.lists(end, max_size=10), label="edges")
+    row = st.lists(st.sampled_from([0.0, 1.0]), min_size=num_experts, max_size=num_experts)
+    routing = routing_of(torch.tensor(data.draw(st.lists(row, min_size=num_dst, max_size=num_dst), label="weights")))
+    attr = features(len(edges), 2)
+    graph = Graph(torch.tensor(edges, dtype=torch.long).reshape(-1, 2).T, (num_src, num_dst), edge_attr=attr)
+    found = Messages(graph, routing)
+
+    ends = list(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))
+    expected = [
+        (pair, expert, edge, source)
+        for pair, (token, expert) in enumerate(ends)
+        for edge, (source, destination) in enumerate(edges)
+        if destination == token
+    ]
+    given_edge = graph.order[found.edge]
+    parts = (found.pair, found.expert, given_edge, found.source)
+    assert list(zip(*(part.tolist() for part in parts), strict=True)) == expected
+    heard = sorted({(expert, source) for _, expert, _, source in expected})
+    assert found.heard.tolist() == [source for _, source in heard]
+    assert found.heard_offsets.tolist() == [sum(e <= expert for e, _ in heard) for expert in range(num_experts)]
+    assert found.offsets.tolist() == [sum(e <= expert for _, e, *_ in expected) for expert in range(num_experts)]
+    assert found.ptr.tolist() == [sum(p < pair for p, *_ in expected) for pair in range(len(ends) + 1)]
+    senders = (found.from_heard, found.from_nodes, found.from_edges)
+    assert senders[0].sender.tolist() == [heard.index((expert, source)) for _, expert, _, source in expected]
+    assert senders[1].sender.tolist() == found.source.tolist()
+    assert senders[2].sender.tolist() == list(range(len(expected)))
+    assert all(part.receiver.tolist() == [pair for pair, *_ in expected] for part in senders)
+    assert found.edge_attr is not None
+    assert torch.equal(found.edge_attr, attr[[edge for _, _, edge, _ in expected]])
 
 
-@pytest.mark.parametrize("order", [0, 1])
-@pytest.mark.parametrize("conv", [GCNConv, GraphConv, LEConv])
-def test_edge_weights_beside_an_edge_index(conv: Any, order: int) -> None:
-    """EdgeIndex holds edges in another order than the plain graph; weights come in its order."""
-    edges = simple_graph(NODES, NODES)
-    value = features(edges.size(1), seed=2).abs() + 0.1
-    by = edges[order].argsort(stable=True)
-    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=3, router=None)
-    x, routing = features(NODES, WIDTH), routing_of(weights(NODES))
-    adj = _sorted_by(order)(edges, (NODES, NODES))
-    actual = layer(x, adj, edge_weight=value[by], routing=routing)
-    torch.testing.assert_close(actual, layer(x, edges, edge_weight=value, routing=routing), rtol=0, atol=1e-10)
-
-
-@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("conv", ["gcn", "sage", "graph", "gin", "gat", "gatv2", "le"])
-def test_target_to_source(conv: str) -> None:
-    edges = simple_graph(NODES, NODES)
-    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=3, k=2, router_input=("node", "neighbors"), flow="target_to_source")
-    assert_equals_masked(layer, features(NODES, WIDTH), edges)
-    if conv != "gcn":  # the local path, not the full one
-        assert isinstance(layer.experts, SeparateExperts)
-        assert layer.experts.local == [True] * 3
-    # the router sees the mean over what the messages come from
-    x, seen = features(NODES, WIDTH), []
-    assert layer.router is not None
-    layer.router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    layer(x, edges)
-    torch.testing.assert_close(seen[0], torch.cat([x, SimpleConv(aggr="mean")(x, edges.flip(0))], dim=1))
-    # and it is the other flow on the flipped graph
-    forth = MoEConv(conv, WIDTH, WIDTH, num_experts=3, router=None)
-    back = MoEConv(conv, WIDTH, WIDTH, num_experts=3, router=None, flow="target_to_source")
-    experts: Any = back.experts
-    for mine, plain in zip(experts.convs, (forth.expert(i) for i in range(3)), strict=True):
-        mine.load_state_dict(plain.state_dict())
-    routing = routing_of(weights(NODES))
-    expected = forth(x, edges, routing=routing)
-    torch.testing.assert_close(back(x, edges.flip(0), routing=routing), expected, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("form", ["EdgeIndex", "EdgeIndex by col", "EdgeIndex by row", "coo", "csr"])
-@pytest.mark.parametrize("routing", ["layer", "shared"])
-def test_forms_give_the_same_through_a_model(routing: Any, form: str) -> None:
-    edges = simple_graph(NODES, NODES, loops=False)
-    model = GNNMoE(WIDTH, 8, 3, num_layers=3, num_experts=3, routing=routing)
-    x = features(NODES, WIDTH)
-    adj = FORMS[form](edges, (NODES, NODES))
-    torch.testing.assert_close(model(x, adj), model(x, edges), rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("form", ["plain", *FORMS])
-def test_router_input_aggregate_sees_the_same(form: str) -> None:
-    edges = simple_graph(NODES, NODES)
-    adj = edges if form == "plain" else FORMS[form](edges, (NODES, NODES))
-    layer = MoEConv("gat", WIDTH, WIDTH, num_experts=3, router_input="neighbors")
-    x = features(NODES, WIDTH)
-    scores = layer(x, adj, return_routing=True)[1].scores
-    mean = torch.stack([x[edges[0, edges[1] == i]].sum(0) / max(int((edges[1] == i).sum()), 1) for i in range(NODES)])
-    assert layer.router is not None
-    torch.testing.assert_close(scores, layer.router(mean).scores)
-
-
-def test_in_edges() -> None:
-    edges = torch.tensor([[3, 0, 1, 2, 0], [1, 2, 1, 0, 1]])
-    edge, position = Graph(edges, 4, 4, {}).in_edges(torch.tensor([3, 1, 0]))
-    assert edge.tolist() == [0, 2, 4, 3]
+def test_edges_are_sorted_by_destination_and_remember_their_order() -> None:
+    edge_index, weight = torch.tensor([[3, 0, 1, 2, 0], [1, 2, 1, 0, 1]]), features(5)
+    graph = Graph(edge_index, 4, edge_weight=weight, edge_attr=features(5, 2))
+    assert graph.order.tolist() == [3, 0, 2, 4, 1]  # stable
+    assert graph.edges.sender.tolist() == [2, 3, 1, 0, 0]
+    assert graph.edges.ptr.tolist() == [0, 1, 4, 5, 5]
+    assert graph.in_degree.tolist() == [1, 3, 1, 0]
+    assert graph.weight is not None
+    assert graph.attr is not None
+    assert torch.equal(graph.weight, weight[graph.order])
+    assert torch.equal(graph.attr, features(5, 2)[graph.order])
+    edge, position = graph.edges.of(torch.tensor([3, 1, 0]))
+    assert graph.order[edge].tolist() == [0, 2, 4, 3]
     assert position.tolist() == [1, 1, 1, 2]
+    back, order = graph.edges.transpose
+    assert back.receiver.tolist() == [0, 0, 1, 2, 3]
+    assert torch.equal(back.sender, graph.edges.receiver[order])
 
 
-def test_edge_args_follow_their_edges() -> None:
-    edges = torch.tensor([[0, 1], [1, 0]])
-    graph = Graph(edges, 2, 2, {"edge_attr": torch.tensor([[1.0], [2.0]])})
-    assert graph.args_of(torch.tensor([1]), frozenset({"edge_attr"}))["edge_attr"].tolist() == [[2.0]]
+@pytest.mark.parametrize("sizes", [(9, 9), (9, 5), (5, 9)], ids=str)
+def test_sum_and_mean(sizes: tuple[int, int]) -> None:
+    edges, x = random_graph(*sizes, 30), features(sizes[0], WIDTH)
+    graph, weight = Graph(edges, sizes), features(30, seed=1)
+    expected = x.new_zeros(sizes[1], WIDTH).index_add(0, edges[1], weight[:, None] * x[edges[0]])
+    torch.testing.assert_close(graph.sum(x, weight[graph.order]), expected)
+    if sizes[0] == sizes[1]:
+        torch.testing.assert_close(graph.mean(x), mean_of_in_edges(x, edges))
+    assert not graph.mean(x)[-1].any()  # isolated
 
 
-@pytest.mark.parametrize("conv", ["gcn", "sage", "gin", "gat"])
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_parts_hold_the_in_edges_of_their_destinations(data: st.DataObject) -> None:
+    num_src, num_dst = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    end = st.tuples(st.integers(0, num_src - 1), st.integers(0, num_dst - 1))
+    ends = data.draw(st.lists(end, max_size=12))
+    flow = data.draw(st.sampled_from(["source_to_target", "target_to_source"]))
+    given_edges = torch.tensor(ends, dtype=torch.long).reshape(-1, 2).T
+    given_edges = given_edges if flow == "source_to_target" else given_edges.flip(0)
+    attr = torch.arange(len(ends))[:, None].float()
+    graph = Graph(given_edges, (num_src, num_dst), edge_attr=attr, edge_weight=attr[:, 0], flow=flow)
+    token = torch.tensor(data.draw(st.permutations(range(num_dst)))[: data.draw(st.integers(0, num_dst))]).long()
+    nodes, part = graph.part(token)
+    among = [t for t in token.tolist() if t < num_src]
+    assert nodes[: len(among)].tolist() == among
+    assert len(set(nodes.tolist())) == len(nodes)
+    assert part.flow == flow
+    assert (part.num_src, part.num_dst) == (len(nodes), len(nodes) if num_src == num_dst else len(token))
+    assert part.edge_attr is not None
+    assert torch.equal(part.edge_attr[:, 0], part.edge_weight)
+    rows = zip(*part.edge_index.tolist(), part.edge_attr[:, 0].tolist(), strict=True)
+    found = sorted((int(nodes[source]), int(token[receiver]), int(edge)) for source, receiver, edge in rows)
+    assert found == sorted((s, d, edge) for edge, (s, d) in enumerate(ends) if d in token.tolist())
+
+
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize("improved", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("form", ["plain", "csr"])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_normalized_is_pygs(graph: str, form: str, weighted: bool, improved: bool, loops: bool) -> None:
+    """As dense matrices; and each part has the weights of the whole."""
+    nodes, ends = GRAPHS[graph]
+    ends = ends if form == "plain" else ends.unique(dim=1)
+    weight = features(ends.size(1), seed=1).abs() + 0.1 if weighted else None
+    adj: Any = ends if form == "plain" else csr(ends, (nodes, nodes), weight)
+    own = Graph(adj, nodes, edge_weight=weight if form == "plain" else None)
+    if form == "plain":
+        (src, dst), values = gcn_norm(ends, weight, nodes, improved, loops, dtype=torch.float64)  # type: ignore[misc]
+        expected = torch.zeros(nodes, nodes).double().index_put((dst, src), values, accumulate=True)
+    else:
+        expected = gcn_norm(adj, None, nodes, improved, loops, dtype=torch.float64)[0].to_dense()
+
+    def dense(edges: Edges, weight: Tensor, rows: int) -> Tensor:
+        place = (edges.receiver, edges.sender)
+        return torch.zeros(rows, edges.num_senders).double().index_put(place, weight, accumulate=True)
+
+    torch.testing.assert_close(dense(*own.normalized(improved, loops, torch.float64), nodes), expected)
+    for token in torch.arange(nodes).split(2):
+        near, part = own.part(token)
+        found = dense(*part.normalized(improved, loops, torch.float64), part.num_dst)
+        torch.testing.assert_close(found[: len(token)], expected[token][:, near])
+
+
+@pytest.mark.parametrize("flow", ["source_to_target", "target_to_source"])
+@pytest.mark.parametrize("fill_value", ["mean", "max", 0.5, torch.tensor([1.0, 2.0])])
+@pytest.mark.parametrize("sizes", [(7, 7), (7, 4)], ids=str)
+def test_loops_are_those_of_pyg(sizes: tuple[int, int], fill_value: Any, flow: str) -> None:
+    if flow == "target_to_source" and sizes[0] != sizes[1]:
+        sizes = (7, 7)
+    edge_index, attr = random_graph(*sizes, 20), features(20, 2)
+    graph = Graph(edge_index, sizes, edge_attr=attr, flow=flow).with_loops(fill_value)
+    ends, filled = add_self_loops(*remove_self_loops(edge_index, attr), fill_value, min(sizes))
+    assert filled is not None
+    ends = ends if flow == "source_to_target" else ends.flip(0)
+    found = torch.stack([graph.edges.sender, graph.edges.receiver])
+    assert graph.attr is not None
+    mine = sorted((*ends, *row) for ends, row in zip(found.T.tolist(), graph.attr.tolist(), strict=True))
+    theirs = sorted((*ends, *row) for ends, row in zip(ends.T.tolist(), filled.tolist(), strict=True))
+    torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs))
+    origin = graph.order
+    assert int((origin < 0).sum()) == min(sizes)
+    given_ends = edge_index if flow == "source_to_target" else edge_index.flip(0)
+    assert torch.equal(found[:, origin >= 0], given_ends[:, origin[origin >= 0]])
+    assert Graph(edge_index, sizes, flow=flow).with_loops(fill_value).attr is None
+
+
+def test_the_other_flow() -> None:
+    edges = random_graph(6, 6, 15)
+    graph = Graph(edges, 6, edge_weight=features(15))
+    turned = graph.in_flow("target_to_source")
+    assert torch.equal(turned.edge_index, edges.flip(0))
+    assert turned is graph.in_flow("target_to_source")
+    assert graph.in_flow("source_to_target") is graph
+    assert torch.equal(turned.mean(features(6, 2)), Graph(edges.flip(0), 6).mean(features(6, 2)))
+    with pytest.raises(ValueError, match=r"edge_index: got Tensor for a conv of flow='target_to_source'"):
+        Graph(csr(edges.unique(dim=1), (6, 6)), 6).in_flow("target_to_source")
+
+
+def counted(patch: pytest.MonkeyPatch, *names: str) -> list[str]:
+    """What of the module is called, from now on."""
+    calls: list[str] = []
+    for name in names:
+        owner: Any = Edges if name == "sorted" else Graph if hasattr(Graph, name) else graph_module
+        plain = getattr(owner, name)
+
+        def watched(*args: Any, _plain: Any = plain, _name: str = name, **kwargs: Any) -> Any:
+            calls.append(_name)
+            return _plain(*args, **kwargs)
+
+        patch.setattr(owner, name, staticmethod(watched) if name == "sorted" else watched)
+    return calls
+
+
+@pytest.mark.parametrize("conv", ["gcn", "sage", "gat", "transformer", "filter"])
+def test_a_graph_sorts_and_normalizes_once_for_all_calls(conv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = MoEConv(conv, 4, 4, num_experts=2).double()
+    x, edges = features(9, 4).requires_grad_(), random_graph(9, 9, 30)
+    calls = counted(monkeypatch, "sorted", "index_sort")
+    graph = Graph(edges, 9)
+    layer(x, graph).sum().backward()
+    first = len(calls)
+    layer(x, graph).sum().backward()
+    again = len(calls) - first
+    per_call = {"gat": 2, "transformer": 2}.get(conv, 0)  # attention's messages follow the routing of the call
+    assert again <= per_call
+    layer(x, edges).sum().backward()
+    assert len(calls) - first - again == first
+
+
+def test_what_is_kept_does_not_outlive_its_weights() -> None:
+    edges, weight = random_graph(6, 6, 15), features(15).abs()
+    graph = Graph(edges, 6)
+    kept = graph.normalized(False, True, torch.float64)
+    assert graph.normalized(False, True, torch.float64)[1] is kept[1]
+    other = graph.with_args(weight, None)
+    assert other.edges is graph.edges  # the order is shared
+    assert not torch.equal(other.normalized(False, True, torch.float64)[1], kept[1])
+    assert graph.normalized(False, True, torch.float64)[1] is kept[1]
+    assert graph.with_args(None, None) is graph
+    assert graph.normalized(True, False, torch.float64)[1] is not kept[1]
+    learned = graph.with_args(weight.clone().requires_grad_(), None)
+    for _ in range(2):  # a second backward pass needs a graph of its own
+        learned.normalized(False, True, torch.float64)[1].sum().backward()
+
+
+def test_nothing_is_kept_by_where_a_tensor_lies() -> None:
+    """Edges changed in place are another graph, as they are for PyG."""
+    layer, plain = MoEConv("gcn", 4, 4, num_experts=1, router=None).double(), GCNConv(4, 4).double()
+    plain.load_state_dict(layer.expert(0).state_dict())
+    x, edges, routing = features(9, 4), random_graph(9, 9, 30), routing_of(torch.ones(9, 1).double())
+    for _ in range(2):
+        torch.testing.assert_close(layer(x, edges, routing=routing), plain(x, edges))
+        edges.copy_(edges.flip(0).roll(1, dims=1))
+
+
+def test_to_another_device_and_repr() -> None:
+    graph = Graph(random_graph(6, 4, 15), (6, 4), edge_weight=features(15), edge_attr=features(15, 2))
+    moved = graph.to("meta")
+    assert (moved.num_src, moved.num_dst, moved.num_edges) == (6, 4, 15)
+    assert moved.edge_weight is not None
+    assert moved.edge_weight.device.type == moved.adj.device.type == "meta"
+    assert repr(graph) == "Graph(6 sources, 4 destinations, 15 edges)"
+
+
+PLAIN = [[0, 1], [1, 0]]
+
+
 @pytest.mark.parametrize(
-    ("edges", "message"),
+    ("edges", "sizes", "kwargs", "message"),
     [
-        ([[0, 9], [1, 0]], r"edge_index: got source node 9, expected values in 0\.\.8"),
-        ([[0, 1], [1, 12]], r"edge_index: got destination node 12, expected values in 0\.\.8"),
-        ([[0, -1], [1, 0]], r"edge_index: got source node -1, expected values in 0\.\.8"),
-        ([[0, 1, 2]], r"edge_index: got shape \(1, 3\), expected \(2, number of edges\)"),
+        ([[0, 9], [1, 0]], 9, {}, r"edge_index: got node 9, expected values in 0\.\.8"),
+        ([[0, 1], [1, 12]], 9, {}, r"edge_index: got node 12, expected values in 0\.\.8"),
+        ([[0, -1], [1, 0]], 9, {}, r"edge_index: got node -1, expected values in 0\.\.8"),
+        ([[8], [3]], (9, 3), {}, r"edge_index: got node 3, expected values in 0\.\.2"),
+        ([[8], [2]], (9, 3), {"flow": "target_to_source"}, r"edge_index: got node 8, expected values in 0\.\.2"),
+        ([[0, 1, 2]], 9, {}, r"edge_index: got shape \(1, 3\), expected \(2, number of edges\)"),
+        ([[0.0, 1.0], [1.0, 0.0]], 9, {}, "edge_index: got torch.float32, expected integers"),
+        ([[True], [False]], 9, {}, "edge_index: got torch.bool, expected integers"),
+        (PLAIN, 9, {"edge_weight": torch.ones(3)}, r"edge_weight: got shape \(3,\), expected a row for each of 2 edges"),
+        (PLAIN, 9, {"edge_attr": torch.ones(1, 2)}, r"edge_attr: got shape \(1, 2\), expected a row for each of 2 edges"),
     ],
 )
-def test_edges_outside_the_nodes(conv: str, edges: list[list[int]], message: str) -> None:
-    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=2)
+def test_refusals(edges: Any, sizes: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        layer(torch.randn(NODES, WIDTH), torch.tensor(edges))
+        Graph(torch.tensor(edges), sizes, **kwargs)
 
 
-def test_bipartite_bounds_are_those_of_each_side() -> None:
-    layer = MoEConv("sage", WIDTH, WIDTH, num_experts=2)
-    x = (torch.randn(9, WIDTH), torch.randn(3, WIDTH))
-    layer(x, torch.tensor([[8], [2]]))
-    with pytest.raises(ValueError, match=r"edge_index: got destination node 3, expected values in 0\.\.2"):
-        layer(x, torch.tensor([[8], [3]]))
-
-
-def test_sparse_matrix_of_another_shape() -> None:
-    layer = MoEConv("sage", WIDTH, WIDTH, num_experts=2)
-    adj = csr(torch.tensor([[0], [1]]), (NODES, NODES - 1)).float()
-    with pytest.raises(ValueError, match=r"edge_index: got a sparse matrix of shape \(8, 9\), expected .* \(9, 9\)"):
-        layer(torch.randn(NODES, WIDTH), adj)
-
-
-@pytest.mark.parametrize(("conv", "name"), [("gcn", "edge_weight"), ("gat", "edge_attr")])
-def test_edge_arguments_of_the_wrong_length(conv: str, name: str) -> None:
-    kwargs: Any = {"edge_dim": 1} if conv == "gat" else {}
-    layer = MoEConv(conv, WIDTH, WIDTH, num_experts=2, **kwargs)
-    with pytest.raises(ValueError, match=f"{name}: got 3 rows, expected one for each of 2 edges"):
-        layer(torch.randn(NODES, WIDTH), torch.tensor([[0, 1], [1, 0]]), **{name: torch.ones(3, 1)})
-
-
-def test_edge_arguments_that_the_conv_does_not_take() -> None:
-    x, edges = torch.randn(NODES, WIDTH), torch.tensor([[0, 1], [1, 0]])
-    with pytest.raises(ValueError, match="edge_weight: got a tensor, but the conv takes none"):
-        MoEConv("sage", WIDTH, WIDTH, num_experts=2)(x, edges, edge_weight=torch.ones(2))
-    with pytest.raises(ValueError, match=r"edge_attr: got a tensor, but the conv takes \['edge_weight'\]"):
-        MoEConv("gcn", WIDTH, WIDTH, num_experts=2)(x, edges, edge_attr=torch.ones(2, 1))
+def test_refusals_of_other_forms() -> None:
+    for given in (None, [[0], [1]], "edges"):
+        with pytest.raises(ValueError, match=f"edge_index: got {type(given).__name__}, expected"):
+            Graph(given, 3)  # type: ignore[arg-type]
+    edges = simple_graph(9, 9)
+    with pytest.raises(ValueError, match=r"edge_index: got a sparse matrix of shape \(9, 9\), expected .* \(8, 9\)"):
+        Graph(csr(edges, (9, 9)), (9, 8))
+    with pytest.raises(ValueError, match="edge_index: got an EdgeIndex of 9 first nodes, expected 10"):
+        Graph(EdgeIndex(edges, sparse_size=(9, 9)), 10)
+    graph = Graph(edges, 9)
+    with pytest.raises(ValueError, match="edge_attr: got shape"):
+        graph.with_args(None, torch.ones(2, 1))
+    x = features(8, 4)
+    with pytest.raises(ValueError, match="edge_index: got Graph.* expected 8 sources and 8 destinations"):
+        MoEConv("gcn", 4, 4, num_experts=2).double()(x, graph)
+    with pytest.raises(ValueError, match="edge_weight: got a tensor beside a sparse matrix"):
+        MoEConv("gcn", 4, 4, num_experts=2).double()(features(9, 4), csr(edges, (9, 9)), edge_weight=torch.ones(edges.size(1)))

@@ -1,0 +1,145 @@
+"""Every public layer keeps the contract, clause by clause; see ``contract.py``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from gmoe import MLPExperts, MoE, RoutingStats, build_router
+from tests.contract import (
+    CASES,
+    CLAUSES,
+    GROUPS,
+    TRANSFORMS,
+    Case,
+    assert_alike,
+    graph_breaks,
+    host_syncs,
+    outcome,
+    run,
+    train,
+)
+
+UNBROKEN = ("token_choice", "multi_centroid", "random", "uniform", "linear", "shared")
+"""``MoE`` with these is one graph for ``torch.compile``."""
+
+cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+
+
+def named(*names: str) -> list[Case]:
+    return [case for case in CASES if case.name.removeprefix("MoE ") in names]
+
+
+def label(value: Any) -> str:
+    return value.name if isinstance(value, Case) else getattr(value, "__name__", str(value))
+
+
+@each_device
+@pytest.mark.parametrize(
+    ("clause", "case"),
+    [(clause, case) for clause in CLAUSES for case in CASES if clause.__name__ not in case.exempt],
+    ids=label,
+)
+def test_contract(clause: Callable[[Case, str], None], case: Case, device: str) -> None:
+    clause(case, device)
+
+
+def test_exemptions_name_clauses() -> None:
+    assert {name for case in CASES for name in case.exempt} <= {clause.__name__ for clause in CLAUSES}
+
+
+# torch.compile
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def assert_compiles(case: Case, **options: Any) -> None:
+    """Outputs and gradients of two calls of other sizes equal those without."""
+    layer = case.make()
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, **options)
+    for groups in (GROUPS, [0, 2]):
+        assert_alike(train(twin, case.call(groups), compiled), train(layer, case.call(groups)))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", named(*UNBROKEN), ids=label)
+def test_compiles_in_one_graph(case: Case, backend: str) -> None:
+    assert_compiles(case, backend=backend, fullgraph=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_compiles_in_pieces(case: Case) -> None:
+    assert_compiles(case, backend="eager")
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_graph_breaks_are_counted() -> None:
+    breaks = graph_breaks(named("token_choice", "expert_choice"))
+    assert breaks["MoE token_choice"] == 0
+    assert breaks["MoE expert_choice"] > 0
+
+
+# torch.jit.trace, torch.export, torch.func, quantization
+
+ERRORS = (
+    "not supported by gmoe's",  # what a layer on a graph, and all under torch.func, say
+    "Cannot create dict for key type",  # torch.jit.trace, of a dict by edge type
+    "data-dependent expression",  # torch.export, where the number of pairs follows the data: running thresholds
+)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_works_in_transforms_or_says_why_not(case: Case, name: str) -> None:
+    text = outcome(case, name)
+    assert text == "works" or any(error in text for error in ERRORS), text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_dynamic_quantization_runs(case: Case) -> None:
+    """It may choose other experts: of tokens whose scores are near."""
+    layer, call = case.make().eval(), case.call()
+    quantized = torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, dtype=torch.qint8)
+    y = run(quantized, call)
+    assert y.shape == run(layer, call).shape
+    assert bool(y.isfinite().all())
+
+
+# host syncs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice", "attention_vote", "multi_centroid", "random"])
+def test_a_forward_on_groups_of_one_size_waits_for_nothing(router: str) -> None:
+    layer = MoE(build_router(router, 64, 4, 1), MLPExperts(64, 128, 64, num_experts=4)).cuda()
+    x, stats = torch.randn(3, 17, 64, device="cuda"), RoutingStats(4).cuda()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with torch.autocast("cuda", torch.bfloat16):
+            _, routing = layer(x, return_routing=True)
+        stats.update(routing)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_token_choice_waits_for_nothing_on_ragged_groups() -> None:
+    assert set(host_syncs(named("token_choice", "multi_centroid", "random", "linear")).values()) == {0}
