@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from gmoe._checks import check_count, check_positive
 from gmoe.dispatch import KERNELS
@@ -115,16 +115,6 @@ def _scatter_add(self: Any, dim: int, index: Any, *_: Any, **__: Any) -> int:
     return math.prod(index)
 
 
-def _attention_cpu(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    batch, heads, queries, width = q
-    return int(2 * batch * heads * queries * k[2] * (width + v[3]))
-
-
-def _attention_cpu_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    batch, heads, queries, width = q  # scores again, then the gradients of v, of the scores, of q and of k
-    return int(2 * batch * heads * queries * k[2] * (3 * width + 2 * v[3]))
-
-
 def _inside(kernel: Callable[..., Any]) -> Callable[..., int]:
     """What happens inside an operator of :mod:`gmoe.dispatch`, counted by running its kernel once more."""
 
@@ -148,7 +138,7 @@ _EXTRA_FLOPS: dict[Any, Any] = {
     aten.index_add_: _index_add,
     aten.scatter_add: _scatter_add,
     aten.scatter_add_: _scatter_add,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_cpu,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_cpu_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
     **{getattr(torch.ops.gmoe, name): _inside(kernel) for name, kernel in KERNELS.items()},
 }

@@ -369,9 +369,8 @@ def _router_likes(
     if isinstance(router, Mapping) and (tie_routers or set(router) != set(node_types)):
         expected = "one router, since tie_routers=True" if tie_routers else f"one router for each of {node_types}"
         raise ValueError(f"router: got a dict for {list(router)}, expected {expected}")
-    if tie_routers:
-        node_types = node_types[:1]
-    likes = {name: router[name] if isinstance(router, Mapping) else router for name in node_types}
+    named = node_types[:1] if tie_routers else node_types
+    likes = {name: router[name] if isinstance(router, Mapping) else router for name in named}
     instances = [id(like) for like in likes.values() if isinstance(like, Router)]
     expected = "a name, a factory, a dict with an instance for each, or tie_routers=True"
     check(len(set(instances)) == len(instances), "router", "one instance for several node types", expected)
