@@ -231,16 +231,9 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
     widths = {output_width(conv, make.in_channels) for conv in samples} - {None}
     if len(widths) > 1:  # which would be broadcast
         raise ValueError(f"conv: got experts of output widths {sorted(widths)}, expected one width for all")
-<<<<<<< HEAD
     if any(width % make.out_channels for width in widths if width is not None):  # heads and powers give multiples
         got = f"got {make.out_channels}, but {name_of(make.kinds[0])} gives {widths.pop()} columns"
         raise ValueError(f"out_channels: {got}, expected that width, or a multiple of it")
-=======
-    if not widths <= {make.out_channels, make.out_channels * getattr(samples[0], "heads", 1)}:
-        raise ValueError(
-            f"out_channels: got {make.out_channels}, but {name_of(make.kinds[0])} gives {widths.pop()} columns"
-        )
->>>>>>> main
     samples += samples[-1:] * (num_experts - len(samples))
     groups: dict[Hashable, list[int]] = {}
     for expert, (kind, sample) in enumerate(zip(make.kinds, samples, strict=True)):
