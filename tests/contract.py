@@ -254,7 +254,10 @@ CASES = [
 
 def run(layer: Callable[..., Any], call: Call) -> Tensor:
     """(rows, O) the output; of several node types, one behind the other."""
-    y = layer(*call.args, **call.kwargs)
+    return rows(layer(*call.args, **call.kwargs))
+
+
+def rows(y: Any) -> Tensor:
     return torch.cat(list(y.values())) if isinstance(y, dict) else y
 
 
@@ -513,6 +516,32 @@ CLAUSES: list[Callable[[Case, str], None]] = [
 # Tables
 
 
+TRANSFORMS: dict[str, Callable[[nn.Module, Call], Any]] = {
+    "torch.jit.trace": lambda layer, call: torch.jit.trace(layer, call.args, check_trace=False)(*call.args),
+    "torch.export": lambda layer, call: torch.export.export(layer, call.args).module()(*call.args),
+    "torch.func.grad": lambda layer, call: torch.func.grad(lambda x: rows(layer(x, *call.args[1:])).sum())(
+        call.args[0]
+    ),
+}
+"""What a layer may be put into, and called."""
+
+
+def support(cases: Sequence[Case] = CASES) -> dict[str, dict[str, str]]:
+    """For each layer, as one group of tokens or one graph, what it may be put into; else the error."""
+    return {case.name: {name: outcome(case, name) for name in TRANSFORMS} for case in cases}
+
+
+def outcome(case: Case, name: str) -> str:
+    """``"works"``, or the error."""
+    layer, call = case.make().eval(), case.call()
+    call = Call(call.args, {}, call.group)
+    try:
+        found = TRANSFORMS[name](layer, call)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "works" if name == "torch.func.grad" or torch.allclose(found, run(layer, call), atol=1e-5) else "differs"
+
+
 def graph_breaks(cases: Sequence[Case] = CASES) -> dict[str, int]:
     """How often ``torch.compile`` leaves the graph in a forward in training, by layer."""
     found = {}
@@ -540,4 +569,6 @@ def host_syncs(cases: Sequence[Case] = CASES) -> dict[str, int]:
 if __name__ == "__main__":
     for title, table in (("graph breaks", graph_breaks), ("host syncs", host_syncs)):
         if title == "graph breaks" or torch.cuda.is_available():
-            print(title, *(f"{name:32} {count}" for name, count in table().items()), sep="\n")
+            print(title, *(f"    {name:32} {count}" for name, count in table().items()), sep="\n")
+    for case, found in support().items():
+        print(case, *(f"    {name:32} {text.splitlines()[0][:100]}" for name, text in found.items()), sep="\n")

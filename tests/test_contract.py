@@ -10,7 +10,19 @@ import pytest
 import torch
 
 from gmoe import MLPExperts, MoE, RoutingStats, build_router
-from tests.contract import CASES, CLAUSES, GROUPS, Case, assert_alike, graph_breaks, host_syncs, train
+from tests.contract import (
+    CASES,
+    CLAUSES,
+    GROUPS,
+    TRANSFORMS,
+    Case,
+    assert_alike,
+    graph_breaks,
+    host_syncs,
+    outcome,
+    run,
+    train,
+)
 
 UNBROKEN = ("token_choice", "multi_centroid", "random", "uniform", "linear", "shared")
 """``MoE`` with these is one graph for ``torch.compile``."""
@@ -79,6 +91,34 @@ def test_graph_breaks_are_counted() -> None:
     breaks = graph_breaks(named("token_choice", "expert_choice"))
     assert breaks["MoE token_choice"] == 0
     assert breaks["MoE expert_choice"] > 0
+
+
+# torch.jit.trace, torch.export, torch.func, quantization
+
+ERRORS = (
+    "not supported by gmoe's",  # what a layer on a graph, and all under torch.func, say
+    "Cannot create dict for key type",  # torch.jit.trace, of a dict by edge type
+    "data-dependent expression",  # torch.export, where the number of pairs follows the data: running thresholds
+)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_works_in_transforms_or_says_why_not(case: Case, name: str) -> None:
+    text = outcome(case, name)
+    assert text == "works" or any(error in text for error in ERRORS), text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_dynamic_quantization_runs(case: Case) -> None:
+    """It may choose other experts: of tokens whose scores are near."""
+    layer, call = case.make().eval(), case.call()
+    quantized = torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, dtype=torch.qint8)
+    y = run(quantized, call)
+    assert y.shape == run(layer, call).shape
+    assert bool(y.isfinite().all())
 
 
 # host syncs

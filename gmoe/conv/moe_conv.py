@@ -366,7 +366,9 @@ class MoEConv(MoELayer, MessagePassing):
 def _needs_widths(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:
     """Refuse the state of a built layer while there is nothing to load it into."""
     if layer.experts is None and any(name.startswith(prefix) for name in state_dict):
-        raise RuntimeError(f"in_channels: got {layer.in_channels}, expected a call that fills it in before a state is loaded")
+        raise RuntimeError(
+            f"in_channels: got {layer.in_channels}, expected a call that fills it in before a state is loaded"
+        )
 
 
 def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:

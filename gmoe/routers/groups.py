@@ -71,9 +71,10 @@ class Groups:
     @classmethod
     def of(cls, group: Tensor | int, num_tokens: int) -> Groups:
         """What a router's ``route`` is given: (T,) group ids, or the number of tokens in each of equal groups."""
-        if isinstance(group, Tensor):
+        if isinstance(group, Tensor) and group.dim() > 0:
             return cls.from_segments(group)
-        return cls.equal(num_tokens // max(group, 1), group)
+        size = int(group)  # torch.jit.trace makes tensors of sizes
+        return cls.equal(num_tokens // max(size, 1), size)
 
     @classmethod
     def equal(cls, num_groups: int, size: int) -> Groups:
