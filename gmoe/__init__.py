@@ -42,63 +42,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [  # noqa: RUF022  # by theme
-    "__version__",
-    # layers
-    "MoE",
-    "SoftMoE",
-    "MoELayer",
-    "Experts",
-    "LinearExperts",
-    "MLPExperts",
-    # routing
-    "Routing",
-    "AuxLoss",
-    "aux_loss",
-    "record_routing",
-    "dispatch",
-    "combine",
-    "grouped_linear",
-    # routers
-    "ROUTERS",
-    "Router",
-    "build_router",
-    "TokenChoice",
-    "ExpertChoice",
-    "AttentionVote",
-    "MultiCentroid",
-    "SoftSlots",
-    "RandomRouter",
-    "UniformRouter",
-    "OracleRouter",
-    # losses
-    "cv_squared",
-    "importance_loss",
-    "load_loss",
-    "separation_loss",
-    "switch_loss",
-    "z_loss",
-    # dense models into MoE, and what they cost
-    "moefy",
-    "active_parameters",
-    "count_flops",
-    "match_width",
-    "RoutingStats",
-    # graphs
-    "Graph",
-    "MoEConv",
-    "FilterConv",
-    "MLPConv",
-    "HeteroMoEConv",
-    "RelationalConv",
-    "GNNMoE",
-    "HeteroGNNMoE",
-    "NeighborSampler",
-    "neighbor_loader",
-    # images
-    "ViTMoE",
-    "ViTSize",
-]
+__all__ = ["__version__"]
+__all__ += ["Experts", "LinearExperts", "MLPExperts", "MoE", "MoELayer", "SoftMoE"]
+__all__ += ["AuxLoss", "Routing", "aux_loss", "combine", "dispatch", "grouped_linear", "record_routing"]
+__all__ += ["ROUTERS", "AttentionVote", "ExpertChoice", "MultiCentroid", "Router", "TokenChoice", "build_router"]
+__all__ += ["OracleRouter", "RandomRouter", "SoftSlots", "UniformRouter"]
+__all__ += ["cv_squared", "importance_loss", "load_loss", "separation_loss", "switch_loss", "z_loss"]
+__all__ += ["RoutingStats", "active_parameters", "count_flops", "match_width", "moefy"]
+__all__ += ["FilterConv", "GNNMoE", "Graph", "HeteroGNNMoE", "HeteroMoEConv", "MLPConv", "MoEConv", "RelationalConv"]
+__all__ += ["NeighborSampler", "ViTMoE", "ViTSize", "neighbor_loader"]
 
 _LAZY = {
     "gmoe.conv.aggregate": ("FilterConv", "MLPConv"),

@@ -78,8 +78,6 @@ def moefy(
     check_count("every", every)
     if isinstance(router, Router):
         raise ValueError("router: got an instance, expected a name or a factory, since several layers are built")
-    if blocks is not None and not isinstance(blocks, Iterable):
-        raise ValueError(f"blocks: got {blocks!r}, expected a list of numbers of blocks")
     pyg = sys.modules.get("torch_geometric.nn.models.basic_gnn")  # who has a PyG model has imported it
     if pyg is not None and isinstance(model, pyg.BasicGNN):
         if blocks is not None:
@@ -87,7 +85,7 @@ def moefy(
         options = {"k": k, "router": router, "num_experts": num_experts, "router_kwargs": router_kwargs}
         return _moefy_gnn(model, upcycle, every=every, backend=backend, **options)
     found = _blocks(model)
-    chosen = [found[i] for i in choose_blocks(len(found), every, None if blocks is None else tuple(blocks))]
+    chosen = [found[i] for i in choose_blocks(len(found), every, blocks)]
     layers = []
     for block in chosen:  # build all before changing any: an error leaves the model as it was
         experts = _experts_like(block.mlp, num_experts, upcycle, backend)
@@ -99,7 +97,7 @@ def moefy(
     return model
 
 
-def choose_blocks(count: int, every: int, blocks: tuple[int, ...] | None) -> list[int]:
+def choose_blocks(count: int, every: int, blocks: Sequence[int] | None) -> list[int]:
     """Which of ``count`` blocks become MoE: every n-th, or those that are named.
 
     Raises:
@@ -108,7 +106,10 @@ def choose_blocks(count: int, every: int, blocks: tuple[int, ...] | None) -> lis
     if blocks is None:
         if count < every:
             raise ValueError(f"every: got {every}, expected at most the number of blocks, {count}")
-        return [i for i in range(count) if i % every == every - 1]
+        return list(range(every - 1, count, every))
+    if not isinstance(blocks, Iterable):
+        raise ValueError(f"blocks: got {blocks!r}, expected a list of numbers of blocks")
+    blocks = tuple(blocks)
     whole = all(isinstance(block, Integral) for block in blocks)  # NumPy's too
     if not blocks or not whole or len(set(blocks)) < len(blocks) or not set(blocks) <= set(range(count)):
         raise ValueError(f"blocks: got {blocks}, expected some of 0 to {count - 1}, each once")
@@ -117,22 +118,23 @@ def choose_blocks(count: int, every: int, blocks: tuple[int, ...] | None) -> lis
 
 def _blocks(model: nn.Module) -> list[Any]:
     """The transformer blocks in order."""
-    stages = []
-    for container in model.modules():
-        blocks = list(container) if isinstance(container, nn.ModuleList | nn.Sequential) else []
-        if blocks and all(isinstance(getattr(block, "mlp", None), nn.Module) for block in blocks):
-            stages.append(blocks)
-    if not stages:
-        raise ValueError(
-            f"model: got {type(model).__name__}, expected a transformer with blocks that hold an `mlp`, such as "
-            "torchvision's or timm's VisionTransformer, or a PyG BasicGNN"
+    stages = [
+        list(container)
+        for container in model.modules()
+        if isinstance(container, nn.ModuleList | nn.Sequential)
+        and len(container)
+        and all(isinstance(getattr(block, "mlp", None), nn.Module) for block in container)
+    ]
+    if len(stages) == 1:
+        return stages[0]
+    expected = "torchvision's or timm's VisionTransformer"
+    if stages:
+        problem = (
+            f"whose blocks lie in several stages; expected one sequence of blocks on tokens (B, T, D), as in {expected}"
         )
-    if len(stages) > 1:
-        raise ValueError(
-            f"model: got {type(model).__name__}, whose blocks lie in several stages; expected one sequence of "
-            "blocks on tokens (B, T, D), as in a VisionTransformer"
-        )
-    return stages[0]
+    else:
+        problem = f"expected a transformer with blocks that hold an `mlp`, such as {expected}, or a PyG BasicGNN"
+    raise ValueError(f"model: got {type(model).__name__}, {problem}")
 
 
 def _experts_like(mlp: nn.Module, num_experts: int, upcycle: bool, backend: Backend) -> MLPExperts:
@@ -143,41 +145,34 @@ def _experts_like(mlp: nn.Module, num_experts: int, upcycle: bool, backend: Back
     up, activation, down, dropout = _form(mlp)
     if up.weight.is_meta:
         raise ValueError("model: got parameters on the meta device, expected ones with values")
-    experts = MLPExperts(
-        up.in_features,
-        up.out_features,
-        down.out_features,
-        num_experts,
-        activation=copy.deepcopy(activation),
-        dropout=dropout,
-        bias=up.bias is not None,
-        backend=backend,
-    ).to(device=up.weight.device, dtype=up.weight.dtype)
-    if upcycle:
-        for part, linear in ((experts.up, up), (experts.down, down)):
-            part.copy_(slice(None), linear.weight.T, linear.bias)
-            for name, parameter in part.named_parameters():
-                parameter.requires_grad_(linear.get_parameter(name).requires_grad)
-    _verify_form(mlp, experts, up, down)
-    return experts
+    sizes = up.in_features, up.out_features, down.out_features, num_experts
+    options: Any = {"activation": copy.deepcopy(activation), "dropout": dropout, "bias": up.bias is not None}
+    experts = MLPExperts(*sizes, **options, backend=backend).to(device=up.weight.device, dtype=up.weight.dtype)
+    copies = copy.deepcopy(experts)
+    for part, linear in ((copies.up, up), (copies.down, down)):
+        part.copy_(slice(None), linear.weight.T, linear.bias)
+        for name, parameter in part.named_parameters():
+            parameter.requires_grad_(linear.get_parameter(name).requires_grad)
+    _verify_form(mlp, copies)
+    return copies if upcycle else experts
 
 
 def _refuse_what_would_be_lost(mlp: nn.Module) -> None:
     """Weights that are computed from other parameters, and hooks: experts would take over neither."""
     for name, part in mlp.named_modules():
-        where = f"mlp.{name}" if name else "mlp"
-        if isinstance(part, nn.Linear) and not {"weight", "bias"} <= part._parameters.keys():
-            raise ValueError(
-                f"model: got {where} with a parametrized weight (weight norm, spectral norm, pruning), expected a "
-                "plain one, since experts would not compute it; remove it first, or leave the block out of `blocks`"
-            )
         hooks = [hook for kind in HOOKS for hook in getattr(part, kind).values()]
-        if hooks:
+        if isinstance(part, nn.Linear) and not {"weight", "bias"} <= part._parameters.keys():
+            got, expected = "a parametrized weight (weight norm, spectral norm, pruning)", "a plain one"
+        elif hooks:
             called = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)
-            raise ValueError(
-                f"model: got {where} with hooks ({called}), expected none, since experts would not run them; remove "
-                "them first, or leave the block out of `blocks`"
-            )
+            got, expected = f"hooks ({called})", "none"
+        else:
+            continue
+        where = f"mlp.{name}" if name else "mlp"
+        raise ValueError(
+            f"model: got {where} with {got}, expected {expected}, since experts would not run it; remove it first, or "
+            "leave the block out of `blocks`"
+        )
 
 
 def _form(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear, tuple[float, float]]:
@@ -185,26 +180,24 @@ def _form(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear, tuple[float,
     called = [part for part in _calls(mlp) if not isinstance(part, nn.Dropout) or part.p > 0]
     form = [part for part in called if not isinstance(part, nn.Dropout)]
     drops = "".join("D" if isinstance(part, nn.Dropout) else "x" for part in called)
-    if (
-        len(form) != 3
-        or not isinstance(form[0], nn.Linear)
-        or not isinstance(form[2], nn.Linear)
-        or any(True for _ in form[1].parameters())
-        or form[0].out_features != form[2].in_features
-        or (form[0].bias is None) != (form[2].bias is None)
-        or drops not in ("xxx", "xxDx", "xxxD", "xxDxD")
-    ):
-        names = [
-            f"Linear {part.in_features} to {part.out_features}" if isinstance(part, nn.Linear) else type(part).__name__
-            for part in called
-        ]
-        raise ValueError(
-            f"model: got an mlp of ({', '.join(names)}), expected (Linear, an activation without parameters, Linear), "
-            "as wide as one another between, both with or both without bias, with dropout only before and after the "
-            "second; gated MLPs are none"
-        )
-    hidden, output = (part.p if isinstance(part, nn.Dropout) else 0.0 for part in (called[2], called[-1]))
-    return form[0], form[1], form[2], (hidden, output)
+    match form:
+        case [nn.Linear() as up, activation, nn.Linear() as down] if (
+            not list(activation.parameters())
+            and up.out_features == down.in_features
+            and (up.bias is None) == (down.bias is None)
+            and drops in ("xxx", "xxDx", "xxxD", "xxDxD")
+        ):
+            hidden, output = (part.p if isinstance(part, nn.Dropout) else 0.0 for part in (called[2], called[-1]))
+            return up, activation, down, (hidden, output)
+    names = [
+        f"Linear {part.in_features} to {part.out_features}" if isinstance(part, nn.Linear) else type(part).__name__
+        for part in called
+    ]
+    raise ValueError(
+        f"model: got an mlp of ({', '.join(names)}), expected (Linear, an activation without parameters, Linear), "
+        "as wide as one another between, both with or both without bias, with dropout only before and after the "
+        "second; gated MLPs are none"
+    )
 
 
 @torch.no_grad()
@@ -230,24 +223,21 @@ def _calls(mlp: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def _verify_form(mlp: nn.Module, experts: MLPExperts, up: nn.Linear, down: nn.Linear) -> None:
-    """Refuse an mlp whose leaves look right but whose forward does something else."""
-    probe = copy.deepcopy(experts).cpu().double()  # not every device has doubles
-    probe.up.copy_(slice(None), up.weight.T, up.bias)
-    probe.down.copy_(slice(None), down.weight.T, down.bias)
-    reference = copy.deepcopy(mlp).cpu().double()
-    for part in (*probe.modules(), *reference.modules()):
+def _verify_form(mlp: nn.Module, experts: MLPExperts) -> None:
+    """Refuse an mlp whose leaves look right but whose forward does something else than its copies."""
+    copies, reference = (
+        copy.deepcopy(module).cpu().double() for module in (experts, mlp)
+    )  # not every device has doubles
+    for part in (*copies.modules(), *reference.modules()):
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-    x = torch.randn(1, 5, up.in_features, dtype=torch.float64)
+    x = torch.randn(5, experts.in_features, dtype=torch.float64)
     offsets = torch.full((experts.num_experts,), 5, dtype=torch.int32)
     for training in (False, True):  # in training too: a dropout that is no module, and is not carried over, shows
-        found, expected = probe.train(training)(x[0], offsets), reference.train(training)(x)[0]
+        found, expected = copies.train(training)(x, offsets), reference.train(training)(x[None])[0]
         if not torch.allclose(found, expected, atol=1e-8):
-            raise ValueError(
-                f"model: got an mlp ({type(mlp).__name__}) that does not compute linear, activation, linear; "
-                "expected one that does"
-            )
+            got = f"an mlp ({type(mlp).__name__}) that does not compute linear, activation, linear"
+            raise ValueError(f"model: got {got}; expected one that does")
 
 
 def _moefy_gnn(model: Any, upcycle: bool, **options: Any) -> nn.Module:

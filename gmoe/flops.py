@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -88,39 +89,34 @@ def match_width(
     return width
 
 
-def _numel(shape: Any) -> int:
-    return int(torch.Size(shape).numel())
+def _raw(formula: Callable[..., int]) -> Callable[..., int]:
+    formula._get_raw = True  # type: ignore[attr-defined]  # how FlopCounterMode hands over tensors in place of shapes
+    return formula
 
 
-def _index_add(self: Any, dim: int, index: Any, source: Any, *_: Any, **__: Any) -> int:
-    return _numel(source)
-
-
-def _scatter_add(self: Any, dim: int, index: Any, source: Any, *_: Any, **__: Any) -> int:
-    return _numel(index)
-
-
-def _sparse_product(matrix: torch.Tensor, dense: torch.Tensor) -> int:
-    return int(2 * matrix._nnz() * dense.size(-1))
-
-
+@_raw
 def _mm(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
-    """``mm`` and ``addmm`` also stand for the product of a sparse matrix."""
-    if a.layout != torch.strided:
-        return _sparse_product(a, b)
-    return int(2 * a.size(0) * a.size(1) * b.size(1))
+    """(N, M) x (M, D), dense or sparse: a multiply-add for each number that is stored of the first, and column."""
+    stored = a.numel() if a.layout == torch.strided else a._nnz()
+    return int(2 * stored * b.size(-1))
 
 
+@_raw
 def _addmm(_: Any, a: torch.Tensor, b: torch.Tensor, *__: Any, **___: Any) -> int:
     return _mm(a, b)
 
 
-def _sparse_reduce(matrix: torch.Tensor, dense: torch.Tensor, *_: Any, **__: Any) -> int:
-    return _sparse_product(matrix, dense)
+def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """(P, I) x (E, I, O), or the weight's gradient (I, P) x (P, O): each row meets one expert."""
+    return int(2 * a[0] * a[1] * b[-1])
 
 
-def _sampled_product(pattern: torch.Tensor, a: torch.Tensor, *_: Any, **__: Any) -> int:
-    return _sparse_product(pattern, a)
+def _index_add(self: Any, dim: int, index: Any, source: Any, *_: Any, **__: Any) -> int:
+    return math.prod(source)
+
+
+def _scatter_add(self: Any, dim: int, index: Any, source: Any, *_: Any, **__: Any) -> int:
+    return math.prod(index)
 
 
 def _attention_cpu(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -133,34 +129,24 @@ def _attention_cpu_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: An
     return int(2 * batch * heads * queries * k[2] * (3 * width + 2 * v[3]))
 
 
-def _raw(formula: Callable[..., int]) -> Callable[..., int]:
-    formula._get_raw = True  # type: ignore[attr-defined]  # how FlopCounterMode hands over tensors in place of shapes
-    return formula
-
-
-def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    """(P, I) x (E, I, O), or the weight's gradient (I, P) x (P, O): each row meets one expert."""
-    return int(2 * a[0] * a[1] * b[-1])
-
-
 def _inside(kernel: Callable[..., Any]) -> Callable[..., int]:
     """What happens inside an operator of :mod:`gmoe.dispatch`, counted by running its kernel once more."""
 
+    @_raw
     def count(*args: Any, out_val: Any, **kwargs: Any) -> int:
-        with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
-            kernel(*args, **kwargs)
-        return int(counter.get_total_flops())
+        return count_flops(kernel, *args, **kwargs)
 
-    return _raw(count)
+    return count
 
 
 _EXTRA_FLOPS: dict[Any, Any] = {
-    aten.mm: _raw(_mm),
-    aten.addmm: _raw(_addmm),
-    aten._sparse_addmm: _raw(_addmm),
-    aten.sparse_sampled_addmm: _raw(_sampled_product),
-    aten._sparse_mm_reduce_impl: _raw(_sparse_reduce),
-    aten._sparse_mm_reduce_impl_backward: _raw(_sparse_reduce),
+    aten.mm: _mm,
+    aten.addmm: _addmm,
+    aten.addmm_: _addmm,
+    aten._sparse_addmm: _addmm,
+    aten.sparse_sampled_addmm: _mm,
+    aten._sparse_mm_reduce_impl: _mm,
+    aten._sparse_mm_reduce_impl_backward: _mm,
     aten._grouped_mm: _grouped_mm,
     aten.index_add: _index_add,
     aten.index_add_: _index_add,

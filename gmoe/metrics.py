@@ -70,14 +70,9 @@ class RoutingStats(Metric):
         for number in self.num_experts:
             check_count("num_experts", number)
         layers, most = len(self.num_experts), max(self.num_experts)
-        for name, shape, dtype in (
-            ("load", (layers, most), torch.long),
-            ("weight", (layers, most), torch.double),
-            ("tokens", (layers,), torch.long),
-            ("covered", (layers,), torch.long),
-            ("entropy", (layers,), torch.double),
-            ("dropped", (layers,), torch.long),
-        ):
+        for name in ("load", "weight", "tokens", "covered", "entropy", "dropped"):
+            shape = (layers, most) if name in PER_EXPERT else (layers,)
+            dtype = torch.double if name in ("weight", "entropy") else torch.long
             self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,12 +80,8 @@ class RoutingStats(Metric):
         wrapped = super()._wrap_compute(compute)
 
         @functools.wraps(wrapped)
-        def shaped(*args: Any, **kwargs: Any) -> list[dict[str, Tensor]]:
-            found: list[dict[str, Tensor]] = wrapped(*args, **kwargs)
-            return [
-                {name: value.view(-1) if name in PER_EXPERT else value for name, value in layer.items()}
-                for layer in found
-            ]
+        def shaped() -> list[dict[str, Tensor]]:
+            return [layer | {name: layer[name].view(-1) for name in PER_EXPERT} for layer in wrapped()]
 
         return shaped
 
@@ -129,18 +120,15 @@ class RoutingStats(Metric):
         """What was counted, layer by layer."""
         found = []
         for layer, experts in enumerate(self.num_experts):
-            load, tokens = self.load[layer, :experts], self.tokens[layer]
-            pairs = load.sum()
-            coverage = self.covered[layer] / tokens.clamp(min=1)
-            found.append(
-                {
-                    "load": (load / pairs.clamp(min=1)).float(),
-                    "weight": (self.weight[layer, :experts] / load.clamp(min=1)).float(),
-                    "coverage": torch.where(tokens > 0, coverage, 1.0).float(),
-                    "experts_per_token": (pairs / tokens.clamp(min=1)).float(),
-                    "entropy": (self.entropy[layer] / tokens.clamp(min=1)).float(),
-                    "dropped": (self.dropped[layer] / (self.dropped[layer] + pairs).clamp(min=1)).float(),
-                    "dead": (load == 0).sum(),
-                }
-            )
+            load, dropped = self.load[layer, :experts], self.dropped[layer]
+            pairs, tokens = load.sum(), self.tokens[layer].clamp(min=1)
+            figures = {
+                "load": load / pairs.clamp(min=1),
+                "weight": self.weight[layer, :experts] / load.clamp(min=1),
+                "coverage": torch.where(self.tokens[layer] > 0, self.covered[layer] / tokens, 1.0),
+                "experts_per_token": pairs / tokens,
+                "entropy": self.entropy[layer] / tokens,
+                "dropped": dropped / (dropped + pairs).clamp(min=1),
+            }
+            found.append({**{name: figure.float() for name, figure in figures.items()}, "dead": (load == 0).sum()})
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -322,84 +322,64 @@ class GATv2Experts(AttentionExperts):
         heads = torch.eye(self.heads, dtype=self.att.dtype, device=self.att.device)
         att_EOH = (self.att.squeeze(1)[..., None] * heads[:, None]).flatten(1, 2)
         slope = self.prototype.negative_slope
-        score_MH = additive_scores(source_UO, target_PO, edge_MF, edge_EFO, att_EOH, slope, messages)
+        score_MH = additive_scores((source_UO, target_PO, edge_MF, edge_EFO), att_EOH, slope, messages)
         alpha_MH = self._attention(score_MH, messages)
         return weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_heard)
 
 
 @untraced  # the sizes depend on the data
 def additive_scores(
-    source_UO: Tensor,
-    target_PO: Tensor,
-    edge_MF: Tensor | None,
-    edge_EFO: Tensor | None,
-    att_EOH: Tensor,
-    negative_slope: float,
-    messages: Messages,
+    rows: Sequence[Tensor | None], att_EOH: Tensor, negative_slope: float, messages: Messages
 ) -> Tensor:
     r"""(M, H) the scores :math:`a^\top \mathrm{leaky}(s_{u(m)} + t_{p(m)} + e_m U)`, block by block: no row for each
     message is kept. Can be differentiated once.
 
     Args:
-        source_UO, target_PO: transformed rows of the two ends.
-        edge_MF, edge_EFO: edge features and their linear layer, or ``None``.
+        rows: (U, O) and (P, O) transformed rows of the two ends, (M, F) edge features and (E, F, O) their linear
+            layer, or ``None`` twice.
         att_EOH: attention vectors of the experts, a column a head.
         negative_slope: of the leaky ReLU.
         messages: who hears whom.
     """
-    dtype = torch.promote_types(source_UO.dtype, att_EOH.dtype)
-    exact = [
-        None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        for tensor in (source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
-    ]
+    tensors = (*rows, att_EOH)
+    exact = [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     out: Tensor = _AdditiveScores.apply(*exact, negative_slope, messages.from_heard, messages.offsets.tolist())
-    return out.to(dtype)
+    return out.to(att_EOH.dtype)
 
 
 class _AdditiveScores(torch.autograd.Function):
     """Products are written in place: autocast leaves those alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        source_UO: Tensor,
-        target_PO: Tensor,
-        edge_MF: Tensor | None,
-        edge_EFO: Tensor | None,
-        att_EOH: Tensor,
-        negative_slope: float,
-        edges: Edges,
-        ends: list[int],
-    ) -> Tensor:
-        ctx.save_for_backward(source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
-        ctx.negative_slope, ctx.edges, ctx.ends = negative_slope, edges, ends
-        out_MH = source_UO.new_empty(edges.sender.numel(), att_EOH.size(2))
-        for expert, block in _blocks(ends, att_EOH):
-            sum_BO = _sums(source_UO, target_PO, edge_MF, edge_EFO, edges, expert, block)
-            torch.mm(F.leaky_relu_(sum_BO, negative_slope), att_EOH[expert], out=out_MH[block])
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, ctx.negative_slope, ctx.edges, ctx.ends = inputs
+        ctx.save_for_backward(*tensors)
+        *rows, att_EOH = tensors
+        out_MH = att_EOH.new_empty(ctx.edges.sender.numel(), att_EOH.size(2))
+        for expert, block in _blocks(ctx.ends, att_EOH):
+            sum_BO = F.leaky_relu_(_sums(rows, ctx.edges, expert, block), ctx.negative_slope)
+            torch.mm(sum_BO, att_EOH[expert], out=out_MH[block])
         return out_MH
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
-        source_UO, target_PO, edge_MF, edge_EFO, att_EOH = ctx.saved_tensors
+        *rows, att_EOH = ctx.saved_tensors
         edges, slope = ctx.edges, ctx.negative_slope
-        grad_source, grad_target = torch.zeros_like(source_UO), torch.zeros_like(target_PO)
-        grad_edge = None if edge_MF is None else torch.empty_like(edge_MF)
-        grad_weight = None if edge_EFO is None else torch.zeros_like(edge_EFO)
-        grad_att = torch.zeros_like(att_EOH)
+        grads: list[Any] = [None if t is None else torch.zeros_like(t) for t in (*rows, att_EOH)]
+        grad_source, grad_target, grad_edge, grad_weight, grad_att = grads
         for expert, block in _blocks(ctx.ends, att_EOH):
-            sum_BO = _sums(source_UO, target_PO, edge_MF, edge_EFO, edges, expert, block)
+            sum_BO = _sums(rows, edges, expert, block)
             grad_BO = torch.empty_like(sum_BO)
             torch.mm(grad_MH[block], att_EOH[expert].T, out=grad_BO)
             grad_BO = torch.ops.aten.leaky_relu_backward(grad_BO, sum_BO, slope, False)
             grad_att[expert].addmm_(F.leaky_relu_(sum_BO, slope).T, grad_MH[block])
             grad_source.index_add_(0, edges.sender[block], grad_BO)
             grad_target.index_add_(0, edges.receiver[block], grad_BO)
-            if grad_edge is not None and grad_weight is not None:
-                torch.mm(grad_BO, edge_EFO[expert].T, out=grad_edge[block])
-                grad_weight[expert].addmm_(edge_MF[block].T, grad_BO)
-        return grad_source, grad_target, grad_edge, grad_weight, grad_att, None, None, None
+            if grad_edge is not None:
+                torch.mm(grad_BO, rows[3][expert].T, out=grad_edge[block])
+                grad_weight[expert].addmm_(rows[2][block].T, grad_BO)
+        return *grads, None, None, None
 
 
 def _blocks(ends: list[int], att_EOH: Tensor) -> Iterator[tuple[int, slice]]:
@@ -409,18 +389,9 @@ def _blocks(ends: list[int], att_EOH: Tensor) -> Iterator[tuple[int, slice]]:
             yield expert, block
 
 
-def _sums(
-    source_UO: Tensor,
-    target_PO: Tensor,
-    edge_MF: Tensor | None,
-    edge_EFO: Tensor | None,
-    edges: Edges,
-    expert: int,
-    block: slice,
-) -> Tensor:
+def _sums(rows: Sequence[Any], edges: Edges, expert: int, block: slice) -> Tensor:
     """(B, O) what the leaky ReLU meets, of a block of messages."""
-    sum_BO = source_UO.index_select(0, edges.sender[block])
+    source_UO, target_PO, edge_MF, edge_EFO = rows
+    sum_BO: Tensor = source_UO.index_select(0, edges.sender[block])
     sum_BO += target_PO.index_select(0, edges.receiver[block])
-    if edge_MF is not None and edge_EFO is not None:
-        sum_BO.addmm_(edge_MF[block], edge_EFO[expert])
-    return sum_BO
+    return sum_BO if edge_MF is None else sum_BO.addmm_(edge_MF[block], edge_EFO[expert])

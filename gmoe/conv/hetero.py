@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.nn.inits import reset
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_count
+from gmoe._checks import check_choice, check_count, check_counts
 from gmoe.conv.graph import Graph, check_batch
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts
@@ -32,107 +34,11 @@ RouterPart: TypeAlias = Literal["node", "neighbors"]
 HeteroRouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
 """What a router sees of a node: itself, the aggregates of its neighbors, or both."""
 
-
-class Relational(nn.Module):
-    """What dense and mixed relational layers share: what a node type sees, and the linear maps that this meets.
-
-    Part by part: the nodes themselves, and the aggregate of each relation that ends in their type.
-
-    Args:
-        in_channels: width of the nodes, of all types or of each.
-        metadata: node types and edge types, ``data.metadata()``.
-        make: ``make(in_channels, bias)`` is the linear map of one part.
-        aggr: ``"mean"`` or ``"sum"`` over the in-edges of a relation.
-        out_types: node types to compute; ``None`` is all.
-        share_root: one root map for all node types.
-
-    Raises:
-        ValueError: metadata or widths that do not fit.
-    """
-
-    def __init__(
-        self,
-        in_channels: int | Mapping[NodeType, int],
-        metadata: Metadata,
-        make: Callable[[int, bool], nn.Module],
-        *,
-        aggr: Aggr,
-        out_types: Collection[NodeType] | None,
-        share_root: bool,
-    ) -> None:
-        super().__init__()
-        node_types, edge_types = self.metadata = checked_metadata(metadata)
-        check_choice("aggr", aggr, get_args(Aggr))
-        wanted = node_types if out_types is None else out_types
-        for name in wanted:
-            check_choice("out_types", name, node_types)
-        if not wanted:
-            raise ValueError("out_types: got none, expected at least one node type")
-        self.relations_into: dict[NodeType, list[EdgeType]] = {
-            name: [relation for relation in edge_types if relation[-1] == name] for name in node_types if name in wanted
-        }
-        relations = [relation for into in self.relations_into.values() for relation in into]
-        met = {*wanted, *(source for source, *_ in relations)}
-        self.in_channels = widths_of(in_channels, [name for name in node_types if name in met])
-        self.aggr = aggr
-        self.share_root = share_root
-        self.root = (
-            make(one_width(self.in_channels, wanted, "a shared root weight"), True)
-            if share_root
-            else ModuleDict({name: make(self.in_channels[name], True) for name in self.relations_into})
-        )
-        self.relation = ModuleDict({relation: make(self.in_channels[relation[0]], False) for relation in relations})
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
-        roots = [self.root] if self.share_root else self.root.children()
-        for part in (*roots, *self.relation.children()):
-            part.reset_parameters()
-
-    def widths(self, node_type: NodeType) -> list[int]:
-        """The width of each part."""
-        return [self.in_channels[name] for name in (node_type, *(r[0] for r in self.relations_into[node_type]))]
-
-    def maps(self, node_type: NodeType) -> list[Any]:
-        """The linear map of each part."""
-        root: Any = self.root if self.share_root else self.root[node_type]  # type: ignore[index]
-        return [root, *(self.relation[relation] for relation in self.relations_into[node_type])]
-
-    def parts(
-        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj | Graph]
-    ) -> dict[NodeType, list[Tensor]]:
-        """(T, its width) each part of each type that the layer computes."""
-        for relation in edge_index_dict:
-            check_choice("edge_index_dict", relation, self.metadata[1])
-        for name, width in self.in_channels.items():
-            x = x_dict.get(name)
-            if x is None or x.dim() != 2 or x.size(1) != width:
-                got = None if x is None else f"shape {tuple(x.shape)}"
-                raise ValueError(f"x_dict[{name!r}]: got {got}, expected (number of nodes, {width})")
-        parts = {name: [x_dict[name]] for name in self.relations_into}
-        for name, relations in self.relations_into.items():
-            for relation in relations:
-                x_src, num_dst = x_dict[relation[0]], len(x_dict[name])
-                if relation in edge_index_dict:
-                    graph = graph_of(relation, edge_index_dict[relation], (len(x_src), num_dst))
-                    parts[name].append(self._aggregate(x_src, graph))
-                else:  # zeros, so that its weight has a gradient
-                    parts[name].append(x_src.new_zeros(num_dst, x_src.size(1)))
-        return parts
-
-    def _aggregate(self, x_src: Tensor, graph: Graph) -> Tensor:
-        """(T, D) the mean or sum over in-edges, in float32 at least: many neighbors would overflow half precision."""
-        x = x_src.to(torch.promote_types(x_src.dtype, torch.float32))
-        out = graph.sum(x, graph.values)
-        if self.aggr == "mean":
-            out = out / graph.in_degree.clamp(min=1).to(out.dtype)[:, None]
-        return out.to(x_src.dtype)
-
-    def extra_repr(self) -> str:
-        return f"aggr={self.aggr!r}, share_root={self.share_root}"
+NodeTensors: TypeAlias = Mapping[NodeType, Tensor]
+RelationEdges: TypeAlias = Mapping[EdgeType, Adj | Graph]
 
 
-class RelationalConv(Relational):
+class RelationalConv(nn.Module):
     r"""A dense relational layer: R-GCN (Schlichtkrull et al., 2018), as in OGB's example for ogbn-mag.
 
     .. math::
@@ -149,6 +55,8 @@ class RelationalConv(Relational):
         aggr: ``"mean"`` (default) or ``"sum"`` over the in-edges of a relation.
         share_root: one root weight and bias for all node types, as in the paper (default ``False``).
         out_types: node types to compute (default all); there are no parameters for others.
+        linear: ``linear(in_channels, out_channels, bias=...)`` makes the map of one part of what a node type sees: the
+            nodes themselves, and the aggregate of each relation that ends in them (default ``nn.Linear``).
 
     Raises:
         ValueError: metadata, widths or edges that do not fit.
@@ -163,22 +71,69 @@ class RelationalConv(Relational):
         aggr: Aggr = "mean",
         share_root: bool = False,
         out_types: Collection[NodeType] | None = None,
+        linear: Callable[..., nn.Module] = nn.Linear,
     ) -> None:
+        super().__init__()
         check_count("out_channels", out_channels)
-        super().__init__(
-            in_channels,
-            metadata,
-            lambda width, bias: nn.Linear(width, out_channels, bias=bias),
-            aggr=aggr,
-            out_types=out_types,
-            share_root=share_root,
+        check_choice("aggr", aggr, get_args(Aggr))
+        node_types, edge_types = self.metadata = checked_metadata(metadata)
+        wanted = node_types if out_types is None else out_types
+        for name in wanted:
+            check_choice("out_types", name, node_types)
+        if not wanted:
+            raise ValueError("out_types: got none, expected at least one node type")
+        self.relations_into = {t: [r for r in edge_types if r[-1] == t] for t in node_types if t in wanted}
+        relations = [relation for into in self.relations_into.values() for relation in into]
+        met = {*wanted, *(source for source, *_ in relations)}
+        self.in_channels = widths_of(in_channels, [name for name in node_types if name in met])
+        self.aggr = aggr
+        self.share_root = share_root
+        width = self.in_channels
+        self.root = (
+            linear(one_width(width, wanted, "a shared root weight"), out_channels, bias=True)
+            if share_root
+            else ModuleDict({name: linear(width[name], out_channels, bias=True) for name in self.relations_into})
         )
+        self.relation = ModuleDict({r: linear(width[r[0]], out_channels, bias=False) for r in relations})
 
-    def forward(
-        self, x_dict: Mapping[NodeType, Tensor], edge_index_dict: Mapping[EdgeType, Adj | Graph]
-    ) -> dict[NodeType, Tensor]:
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        reset(self.root)
+        reset(self.relation)
+
+    def maps(self, node_type: NodeType) -> list[Any]:
+        """The linear map of each part."""
+        root: Any = self.root if self.share_root else self.root[node_type]  # type: ignore[index]
+        return [root, *(self.relation[relation] for relation in self.relations_into[node_type])]
+
+    def parts(self, x_dict: NodeTensors, edge_index_dict: RelationEdges) -> dict[NodeType, list[Tensor]]:
+        """(T, its width) each part of each type that the layer computes."""
+        for relation in edge_index_dict:
+            check_choice("edge_index_dict", relation, self.metadata[1])
+        for name, width in self.in_channels.items():
+            check_features(name, x_dict.get(name), width)
+        return {
+            name: [x_dict[name], *(self._aggregate(relation, x_dict, edge_index_dict) for relation in relations)]
+            for name, relations in self.relations_into.items()
+        }
+
+    def _aggregate(self, relation: EdgeType, x_dict: NodeTensors, edge_index_dict: RelationEdges) -> Tensor:
+        """(T, D) the mean or sum over in-edges, in float32 at least: many neighbors would overflow half precision."""
+        x_src, num_dst = x_dict[relation[0]], len(x_dict[relation[-1]])
+        if relation not in edge_index_dict:  # zeros, so that its weight has a gradient
+            return x_src.new_zeros(num_dst, x_src.size(1))
+        graph = graph_of(relation, edge_index_dict[relation], (len(x_src), num_dst))
+        out = graph.sum(x_src.to(torch.promote_types(x_src.dtype, torch.float32)), graph.values)
+        if self.aggr == "mean":
+            out = out / graph.in_degree.clamp(min=1).to(out.dtype)[:, None]
+        return out.to(x_src.dtype)
+
+    def forward(self, x_dict: NodeTensors, edge_index_dict: RelationEdges) -> dict[NodeType, Tensor]:
         """(T, out) of each node type."""
         return {name: _apply(self.maps(name), parts) for name, parts in self.parts(x_dict, edge_index_dict).items()}
+
+    def extra_repr(self) -> str:
+        return f"aggr={self.aggr!r}, share_root={self.share_root}"
 
 
 class HeteroMoEConv(MoELayer):
@@ -258,17 +213,17 @@ class HeteroMoEConv(MoELayer):
         backend: Backend = "auto",
         check_finite: bool = False,
     ) -> None:
-        for name, count in (("out_channels", out_channels), ("num_experts", num_experts), ("k", k)):
-            check_count(name, count)
+        check_counts(num_experts=num_experts, k=k)
         if k > num_experts:
             raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
-        experts = Relational(
+        experts = RelationalConv(
             in_channels,
+            out_channels,
             metadata,
-            lambda width, bias: LinearExperts(width, out_channels, num_experts, bias=bias, backend=backend),
             aggr=aggr,
-            out_types=out_types,
             share_root=tie_experts,
+            out_types=out_types,
+            linear=partial(LinearExperts, num_experts=num_experts, backend=backend),
         )
         given = {router_input} if isinstance(router_input, str) else set(router_input)
         parts: tuple[RouterPart, ...] = tuple(part for part in get_args(RouterPart) if part in given)
@@ -277,9 +232,9 @@ class HeteroMoEConv(MoELayer):
         routers: dict[NodeType, Router] = {}
         for name, like in _router_likes(router, list(experts.relations_into), tie_routers).items():
             dim = _router_dim(experts, name, parts, tie_routers)
-            routers[name] = build_router(like, dim, num_experts, k, router_kwargs)
-            routers[name].check_finite |= check_finite
-            if getattr(routers[name], "scope", None) == "neighbors":
+            routers[name] = built = build_router(like, dim, num_experts, k, router_kwargs)
+            built.check_finite |= check_finite
+            if getattr(built, "scope", None) == "neighbors":
                 raise ValueError(
                     "router: got scope='neighbors', expected scope='group', since neighbors differ in type"
                 )
@@ -298,10 +253,8 @@ class HeteroMoEConv(MoELayer):
 
     def reset_parameters(self) -> None:
         """Draw routers and experts anew."""
-        for router in (self.router, *self.routers.children()):
-            if router is not None:
-                router.reset_parameters()
-        self.experts.reset_parameters()
+        for part in self.children():
+            reset(part)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()
@@ -316,15 +269,9 @@ class HeteroMoEConv(MoELayer):
         if not 0 <= index < self.num_experts:
             raise ValueError(f"index: got {index}, expected 0..num_experts-1={self.num_experts - 1}")
         own = self.experts
+        options: Any = {"aggr": own.aggr, "share_root": own.share_root, "out_types": own.relations_into}
         with torch.random.fork_rng(devices=[]):  # to look at an expert must not change what is drawn next
-            dense = RelationalConv(
-                own.in_channels,
-                self.out_channels,
-                own.metadata,
-                aggr=own.aggr,
-                share_root=own.share_root,
-                out_types=own.relations_into,
-            )
+            dense = RelationalConv(own.in_channels, self.out_channels, own.metadata, **options)
         first = next(own.parameters())
         dense.to(device=first.device, dtype=first.dtype)
         for name, parameter in dense.named_parameters():
@@ -334,17 +281,25 @@ class HeteroMoEConv(MoELayer):
 
     def forward(
         self,
-        x_dict: Mapping[NodeType, Tensor],
-        edge_index_dict: Mapping[EdgeType, Adj | Graph],
+        x_dict: NodeTensors,
+        edge_index_dict: RelationEdges,
         *,
-        batch_dict: Mapping[NodeType, Tensor] | None = None,
+        batch_dict: NodeTensors | None = None,
         routings: Mapping[NodeType, Routing] | None = None,
         return_routing: bool = False,
     ) -> dict[NodeType, Tensor] | tuple[dict[NodeType, Tensor], dict[NodeType, Routing]]:
         """Route and run; see the class. ``routings``: decisions made elsewhere, used in place of the routers'."""
         refuse_transforms()
         parts = self.experts.parts(x_dict, edge_index_dict)
-        decided = self._route(parts, batch_dict or {}) if routings is None else self._checked(routings, parts)
+        sizes = {name: own[0].size(0) for name, own in parts.items()}
+        if routings is None:
+            decided = self._route(parts, sizes, batch_dict or {})
+        else:
+            for name, size in sizes.items():
+                got = (routings[name].num_tokens, routings[name].num_experts) if name in routings else None
+                if got != (expected := (size, self.num_experts)):
+                    raise ValueError(f"routings[{name!r}]: got {got} tokens and experts, expected {expected}")
+            decided = {name: routings[name] for name in parts}
         out = {name: self._mix(self.experts.maps(name), own, decided[name]) for name, own in parts.items()}
         return (out, decided) if return_routing else out
 
@@ -355,40 +310,25 @@ class HeteroMoEConv(MoELayer):
             return routed_linear(parts, weight_EIO, maps[0].bias, routing, self.backend)
         return combine(_apply(maps, [dispatch(x_TI, routing) for x_TI in parts], routing.offsets), routing)
 
-    def _checked(
-        self, routings: Mapping[NodeType, Routing], parts: Mapping[NodeType, Sequence[Tensor]]
-    ) -> dict[NodeType, Routing]:
-        for name, (x_TI, *_) in parts.items():
-            got = (routings[name].num_tokens, routings[name].num_experts) if name in routings else None
-            expected = (x_TI.size(0), self.num_experts)
-            if got != expected:
-                raise ValueError(f"routings[{name!r}]: got {got} tokens and experts, expected {expected}")
-        return {name: routings[name] for name in parts}
-
     def _route(
-        self, parts: Mapping[NodeType, Sequence[Tensor]], batch_dict: Mapping[NodeType, Tensor]
+        self, parts: Mapping[NodeType, Sequence[Tensor]], sizes: Mapping[NodeType, int], batch_dict: NodeTensors
     ) -> dict[NodeType, Routing]:
-        for name, (x_TI, *_) in parts.items():
+        """A decision for each type; by a tied router one for all, so that its counters advance once, taken apart."""
+        for name, size in sizes.items():
             with _naming(f"batch_dict[{name!r}]"):
-                check_batch(batch_dict.get(name), x_TI.size(0))
+                check_batch(batch_dict.get(name), size)
         seen = {name: self._seen(*own) for name, own in parts.items()}
-        if self.router is not None:
-            return self._route_together(self.router, seen, batch_dict)
-        if not self.routers:
-            raise ValueError("routings: got None, expected one of each node type, since router=None")
-        return {name: self.routers[name](x, batch_dict.get(name)) for name, x in seen.items()}
-
-    def _route_together(
-        self, router: Router, seen: Mapping[NodeType, Tensor], batch_dict: Mapping[NodeType, Tensor]
-    ) -> dict[NodeType, Routing]:
-        """One decision for all types, so that its counters advance once; then taken apart."""
-        groups = []
-        for index, (name, x_TD) in enumerate(seen.items()):
-            batch_T = batch_dict.get(name, x_TD.new_zeros(x_TD.size(0), dtype=torch.long))
-            groups.append(len(seen) * batch_T + index)
-        together: Routing = router(torch.cat(list(seen.values())), torch.cat(groups))
+        if self.router is None:
+            if not self.routers:
+                raise ValueError("routings: got None, expected one of each node type, since router=None")
+            return {name: self.routers[name](x, batch_dict.get(name)) for name, x in seen.items()}
+        groups = [
+            len(seen) * batch_dict.get(name, x_TD.new_zeros(x_TD.size(0), dtype=torch.long)) + index
+            for index, (name, x_TD) in enumerate(seen.items())
+        ]
+        together: Routing = self.router(torch.cat(list(seen.values())), torch.cat(groups))
         losses = {key: AuxLoss(loss.value, loss.coefficient / len(seen)) for key, loss in together.losses.items()}
-        tokens = torch.arange(together.num_tokens, device=together.token.device).split([len(x) for x in seen.values()])
+        tokens = torch.arange(together.num_tokens, device=together.token.device).split(list(sizes.values()))
         return {name: replace(together.select(own), losses=losses) for name, own in zip(seen, tokens, strict=True)}
 
     def _seen(self, node: Tensor, *neighbors: Tensor) -> Tensor:
@@ -419,18 +359,17 @@ def _is_plain(part: nn.Module) -> bool:
     return type(part) is LinearExperts and "forward" not in part.__dict__ and not any(hooks)
 
 
-def _router_dim(experts: Relational, node_type: NodeType, parts: Sequence[RouterPart], tie_routers: bool) -> int:
+def _router_dim(experts: RelationalConv, node_type: NodeType, parts: Sequence[RouterPart], tie_routers: bool) -> int:
     """The width of what the router of a node type, or of all types, sees."""
     for name, into in experts.relations_into.items():
         if not into and "node" not in parts:
             raise ValueError(
                 f"router_input: got 'neighbors', expected 'node' or both, since no relation ends in {name!r}"
             )
-    node, *neighbors = experts.widths(node_type)
     if tie_routers:
-        node = one_width(experts.in_channels, experts.in_channels, "tie_routers=True")
-        neighbors = [node]
-    widths = {"node": node, "neighbors": sum(neighbors)}
+        return len(parts) * one_width(experts.in_channels, experts.in_channels, "tie_routers=True")
+    neighbors = sum(experts.in_channels[source] for source, *_ in experts.relations_into[node_type])
+    widths = {"node": experts.in_channels[node_type], "neighbors": neighbors}
     return sum(widths[part] for part in parts)
 
 
@@ -448,10 +387,8 @@ def _router_likes(
     likes = {name: router[name] if isinstance(router, Mapping) else router for name in node_types}
     instances = [id(like) for like in likes.values() if isinstance(like, Router)]
     if len(set(instances)) < len(instances):
-        raise ValueError(
-            "router: got one instance for several node types, expected a name, a factory, a dict with an instance for "
-            "each, or tie_routers=True"
-        )
+        expected = "a name, a factory, a dict with an instance for each, or tie_routers=True"
+        raise ValueError(f"router: got one instance for several node types, expected {expected}")
     return likes
 
 
@@ -493,11 +430,16 @@ def checked_metadata(metadata: Metadata) -> Metadata:
             raise ValueError(f"metadata: got {kind} types {names}, expected each of them once")
     for edge_type in edge_types:
         if len(edge_type) != 3 or not {edge_type[0], edge_type[-1]} <= set(node_types):
-            raise ValueError(
-                f"metadata: got edge type {edge_type}, expected (source, relation, destination) between the node types "
-                f"{node_types}"
-            )
+            expected = f"(source, relation, destination) between the node types {node_types}"
+            raise ValueError(f"metadata: got edge type {edge_type}, expected {expected}")
     return node_types, edge_types
+
+
+def check_features(node_type: NodeType, x: Tensor | None, width: int) -> None:
+    """Refuse features of a node type that are missing, or of another width."""
+    if x is None or x.dim() != 2 or x.size(1) != width:
+        got = None if x is None else f"shape {tuple(x.shape)}"
+        raise ValueError(f"x_dict[{node_type!r}]: got {got}, expected (number of nodes, {width})")
 
 
 def widths_of(in_channels: int | Mapping[NodeType, int], node_types: Sequence[NodeType]) -> dict[NodeType, int]:
@@ -510,12 +452,11 @@ def widths_of(in_channels: int | Mapping[NodeType, int], node_types: Sequence[No
         missing = [name for name in node_types if name not in in_channels]
         if missing:
             raise ValueError(f"in_channels: got {dict(in_channels)}, expected widths of {missing} too")
-        widths = {name: in_channels[name] for name in node_types}
     else:
-        widths = dict.fromkeys(node_types, in_channels)
-    for width in widths.values():
-        check_count("in_channels", width)
-    return widths
+        in_channels = dict.fromkeys(node_types, in_channels)
+    for name in node_types:
+        check_count("in_channels", in_channels[name])
+    return {name: in_channels[name] for name in node_types}
 
 
 def one_width(widths: Mapping[NodeType, int], node_types: Collection[NodeType], reason: str) -> int:

@@ -148,6 +148,7 @@ class Make:
             if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
         others = [name for name in needed if name not in ("edge_weight", "edge_attr")]
+        others = others or ("edge_type" in takes and getattr(conv, "num_relations", 1) > 1)
         if first != ["x", "edge_index"] or list(takes)[:2] != first or others:
             raise ValueError(
                 f"conv: got {type(conv).__name__}, whose forward takes ({', '.join(takes)}), expected one of "
@@ -230,10 +231,9 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
     widths = {output_width(conv, make.in_channels) for conv in samples} - {None}
     if len(widths) > 1:  # which would be broadcast
         raise ValueError(f"conv: got experts of output widths {sorted(widths)}, expected one width for all")
-    if not widths <= {make.out_channels, make.out_channels * getattr(samples[0], "heads", 1)}:
-        raise ValueError(
-            f"out_channels: got {make.out_channels}, but {name_of(make.kinds[0])} gives {widths.pop()} columns"
-        )
+    if any(width % make.out_channels for width in widths if width is not None):  # heads and powers give multiples
+        got = f"got {make.out_channels}, but {name_of(make.kinds[0])} gives {widths.pop()} columns"
+        raise ValueError(f"out_channels: {got}, expected that width, or a multiple of it")
     samples += samples[-1:] * (num_experts - len(samples))
     groups: dict[Hashable, list[int]] = {}
     for expert, (kind, sample) in enumerate(zip(make.kinds, samples, strict=True)):

@@ -124,7 +124,9 @@ class MoEConv(MoELayer, MessagePassing):
         self.router: Router | None = None
         self.experts: Any = None
         self.shared_expert: Any = None
-        if -1 not in widths:
+        if -1 in widths:
+            self.register_load_state_dict_pre_hook(_needs_widths)
+        else:
             self._build(in_channels)
 
     def _build(self, in_channels: Any) -> None:
@@ -290,6 +292,8 @@ class MoEConv(MoELayer, MessagePassing):
                     "x: got a tuple of source and destination nodes, expected one tensor, since "
                     f"{type(experts.convs()[0]).__name__} takes no bipartite input (SAGEConv and GraphConv do)"
                 )
+        if self._router_sees_edges:
+            raise ValueError("x: got bipartite input, expected one tensor, since the router votes along the edges")
         if any(conv.flow == "target_to_source" for conv in self._all_convs()):
             raise ValueError(
                 "x: got a tuple of source and destination nodes with flow='target_to_source', expected one tensor, or "
@@ -356,6 +360,14 @@ class MoEConv(MoELayer, MessagePassing):
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, router_input={self.router_input}"
+        )
+
+
+def _needs_widths(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:
+    """Refuse the state of a built layer while there is nothing to load it into."""
+    if layer.experts is None and any(name.startswith(prefix) for name in state_dict):
+        raise RuntimeError(
+            f"in_channels: got {layer.in_channels}, expected a call that fills it in before a state is loaded"
         )
 
 

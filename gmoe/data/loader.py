@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-import torch_geometric.typing
 from torch import Tensor
+from torch_geometric import typing
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import NeighborLoader, NodeLoader
-from torch_geometric.sampler.base import SubgraphType
 from torch_geometric.typing import NodeType
 
 from gmoe._checks import check_choice
@@ -19,17 +19,8 @@ from gmoe.data.sampler import Fanouts, NeighborSampler, check_nodes
 SamplerBackend: TypeAlias = Literal["auto", "pyg", "gmoe"]
 InputNodes: TypeAlias = Tensor | Sequence[int] | NodeType | tuple[NodeType, Tensor | Sequence[int] | None] | None
 
-PYG_ONLY: dict[str, Any] = {
-    "subgraph_type": SubgraphType.directional,
-    "directed": True,
-    "disjoint": False,
-    "temporal_strategy": "uniform",
-    "time_attr": None,
-    "input_time": None,
-    "weight_attr": None,
-    "neighbor_sampler": None,
-}
-"""Arguments of PyG's NeighborLoader of which our sampler knows just the default."""
+PYG_ONLY = ("subgraph_type", "directed", "disjoint", "temporal_strategy", "time_attr", "input_time", "weight_attr")
+"""Arguments of PyG's NeighborLoader of which our sampler knows just the default; and ``neighbor_sampler``."""
 
 
 def neighbor_loader(
@@ -74,16 +65,15 @@ def neighbor_loader(
     """
     check_choice("backend", backend, get_args(SamplerBackend))
     kwargs |= {"input_nodes": _checked(data, input_nodes), "batch_size": batch_size}
-    with_pyg_lib, with_torch_sparse = torch_geometric.typing.WITH_PYG_LIB, torch_geometric.typing.WITH_TORCH_SPARSE
-    if backend == "pyg" and not (with_pyg_lib or with_torch_sparse):
+    if backend == "pyg" and not (typing.WITH_PYG_LIB or typing.WITH_TORCH_SPARSE):
         raise ImportError("backend: got 'pyg' without pyg-lib or torch-sparse installed, expected 'auto' or 'gmoe'")
-    if backend == "pyg" or (backend == "auto" and with_pyg_lib):
+    if backend == "pyg" or (backend == "auto" and typing.WITH_PYG_LIB):
         return NeighborLoader(data, num_neighbors, replace=replace, **kwargs)
-    if "subgraph_type" in kwargs:
-        kwargs["subgraph_type"] = SubgraphType(kwargs["subgraph_type"])
-    for name, default in PYG_ONLY.items():
+    parameters = inspect.signature(NeighborLoader).parameters
+    for name in (*PYG_ONLY, "neighbor_sampler"):
+        default = parameters[name].default
         value = kwargs.pop(name, default)
-        if isinstance(value, Tensor) or value != default:
+        if isinstance(value, Tensor) or getattr(value, "value", value) != default:
             raise ValueError(f"{name}: got {value!r}, expected {default!r}, or backend='pyg' with pyg-lib installed")
     sampler = NeighborSampler(data, num_neighbors, replace, is_sorted=kwargs.pop("is_sorted", False))
     return NodeLoader(data, sampler, **kwargs)
@@ -92,18 +82,20 @@ def neighbor_loader(
 def _checked(data: Data | HeteroData, input_nodes: Any) -> Any:
     """The seeds as PyG takes them, refusing what it would meet with an assertion, a crash or wrong seeds."""
     if isinstance(data, Data):
-        return None if input_nodes is None else _ids(input_nodes, data.num_nodes)
+        return _ids(input_nodes, data.num_nodes)
     is_pair = isinstance(input_nodes, tuple | list) and len(input_nodes) == 2
     kind, nodes = input_nodes if is_pair else (input_nodes, None)
     if not isinstance(kind, str) or kind not in data.node_types:
         got = repr(kind) if isinstance(kind, str) else type(input_nodes).__name__
         legal = ", ".join(map(repr, data.node_types))
         raise ValueError(f"input_nodes: got {got}, expected a type of nodes of {legal}, or (type, nodes)")
-    return kind, None if nodes is None else _ids(nodes, data[kind].num_nodes)
+    return kind, _ids(nodes, data[kind].num_nodes)
 
 
-def _ids(nodes: Any, num_nodes: int) -> Tensor:
+def _ids(nodes: Any, num_nodes: Any) -> Tensor | None:
     """Ids or a mask, as a tensor: of a list or an array of booleans PyG would take 0 and 1 as ids."""
+    if nodes is None:
+        return None
     nodes = torch.as_tensor(nodes)
     if nodes.dtype == torch.bool:
         if nodes.shape != (num_nodes,):

@@ -38,6 +38,10 @@ class InEdges(NamedTuple):
     source: Tensor
     edge: Tensor | None
 
+    def to(self, dtype: torch.dtype) -> InEdges:
+        edge = None if self.edge is None else self.edge.to(dtype)
+        return InEdges(self.start.to(dtype), self.source.to(dtype), edge)
+
 
 class NeighborSampler(BaseSampler):
     r"""Uniform neighbor sampling (GraphSAGE, Hamilton et al., 2017) with torch alone.
@@ -88,9 +92,9 @@ class NeighborSampler(BaseSampler):
         stores: dict[EdgeType, Any] = dict(data.edge_items()) if self.is_hetero else {EDGES: data}
         self._sizes = _sizes(data, list(stores))
         graph = {kind: _in_edges(store, kind, self._sizes, is_sorted) for kind, store in stores.items()}
-        largest = max([*self._sizes.values(), *(edges.source.numel() for edges in graph.values())], default=0)
+        largest = max([*self._sizes.values(), *(len(edges.source) for edges in graph.values())], default=0)
         self._dtype = torch.int32 if largest < torch.iinfo(torch.int32).max else torch.int64  # half the memory traffic
-        self._graph = {kind: _cast(edges, self._dtype) for kind, edges in graph.items()}
+        self._graph = {kind: edges.to(self._dtype) for kind, edges in graph.items()}
         self._maps: list[dict[NodeType, Tensor]] = []
         self.num_neighbors = num_neighbors
 
@@ -137,9 +141,7 @@ class NeighborSampler(BaseSampler):
         _refuse_times(index.time)
         return edge_sample(index, self._sample, self.num_nodes, disjoint=False, neg_sampling=neg_sampling)
 
-    def _sample(
-        self, seed: Tensor | dict[NodeType, Tensor], seed_time: None = None
-    ) -> SamplerOutput | HeteroSamplerOutput:
+    def _sample(self, seed: Tensor | dict[NodeType, Tensor], seed_time: None) -> SamplerOutput | HeteroSamplerOutput:
         """What PyG's ``node_sample`` and ``edge_sample`` call."""
         seeds = seed if isinstance(seed, dict) else {NODES: seed}
         for kind, nodes in seeds.items():
@@ -207,12 +209,7 @@ def _draw(start: Tensor, nodes_F: Tensor, k: int, replace: bool) -> tuple[Tensor
     """(S,) positions of the in-edges drawn, node by node, and (S,) which of ``nodes_F`` drew each."""
     first_F = start.index_select(0, nodes_F)
     degree_F = start.index_select(0, nodes_F + 1) - first_F
-    if k < 0:
-        count_F = degree_F
-    elif replace:
-        count_F = (degree_F > 0) * k
-    else:
-        count_F = degree_F.clamp(max=k)
+    count_F = degree_F if k < 0 else (degree_F > 0) * k if replace else degree_F.clamp(max=k)
     index_S = torch.arange(len(nodes_F)).repeat_interleave(count_F)
     if replace and k >= 0:
         offset_S = torch.rand(len(index_S), dtype=torch.float64).mul_(degree_F.index_select(0, index_S))
@@ -257,10 +254,8 @@ def _sizes(data: Data | HeteroData, edge_types: list[EdgeType]) -> dict[NodeType
         sizes = {kind: store.num_nodes for kind, store in data.node_items()}
         for source, relation, destination in edge_types:
             if not {source, destination} <= set(sizes):
-                raise ValueError(
-                    f"data: got edges {(source, relation, destination)} and nodes {', '.join(map(repr, sizes))}, "
-                    "expected the nodes of both ends"
-                )
+                got = f"edges {(source, relation, destination)} and nodes {', '.join(map(repr, sizes))}"
+                raise ValueError(f"data: got {got}, expected the nodes of both ends")
     for kind, size in sizes.items():
         if size is None:
             raise ValueError(f"data: got no number of nodes{f' {kind!r}' if kind else ''}, expected num_nodes")
@@ -282,11 +277,6 @@ def _in_edges(store: Any, kind: EdgeType, sizes: Mapping[NodeType, int], is_sort
         raise ValueError(f"data: got {names[0]} of type {got}, expected a SparseTensor, or edge_index alone")
     start, source, edge = to_csc(store, device=torch.device("cpu"), is_sorted=is_sorted)
     return InEdges(start, source.as_tensor() if isinstance(source, Index) else source, edge)
-
-
-def _cast(edges: InEdges, dtype: torch.dtype) -> InEdges:
-    edge = None if edges.edge is None else edges.edge.to(dtype)
-    return InEdges(edges.start.to(dtype), edges.source.to(dtype), edge)
 
 
 def check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:

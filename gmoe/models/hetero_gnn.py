@@ -10,14 +10,15 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 from torch_geometric.nn import BatchNorm
+from torch_geometric.nn.inits import reset
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
-from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
+from torch_geometric.typing import Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_count
-from gmoe.conv.graph import Graph
-from gmoe.conv.hetero import Aggr, HeteroMoEConv, HeteroRouterInput, RelationalConv, checked_metadata, graph_of
+from gmoe._checks import check_choice, check_count, check_counts
+from gmoe.conv import hetero
+from gmoe.conv.hetero import Aggr, HeteroMoEConv, HeteroRouterInput, NodeTensors, RelationalConv, RelationEdges
 from gmoe.dispatch import Backend
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
@@ -115,11 +116,9 @@ class HeteroGNNMoE(nn.Module):
         backend: Backend = "auto",
         check_finite: bool = False,
     ) -> None:
-        sizes = {"hidden_channels": hidden_channels, "out_channels": out_channels}
-        for name, value in {**sizes, "num_layers": num_layers, "every": every}.items():
-            check_count(name, value)
+        check_counts(hidden_channels=hidden_channels, out_channels=out_channels, num_layers=num_layers, every=every)
         check_choice("residual", residual, get_args(HeteroResidual))
-        metadata = checked_metadata(metadata)
+        metadata = hetero.checked_metadata(metadata)
         moe_layers = _moe_layers(router, num_layers, every)
         super().__init__()
         self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
@@ -149,55 +148,49 @@ class HeteroGNNMoE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        by_type = [part for parts in (*self.residuals, *self.norms) for part in parts.children()]
-        for module in (self.input, *self.convs, *by_type):
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        for part in self.children():
+            reset(part)
 
     def forward(
         self,
-        x_dict: Mapping[NodeType, Tensor],
-        edge_index_dict: Mapping[EdgeType, Adj | Graph],
-        n_id_dict: Mapping[NodeType, Tensor] | None = None,
+        x_dict: NodeTensors,
+        edge_index_dict: RelationEdges,
+        n_id_dict: NodeTensors | None = None,
         *,
-        batch_dict: Mapping[NodeType, Tensor] | None = None,
+        batch_dict: NodeTensors | None = None,
         return_routing: bool = False,
     ) -> Any:
         """Logits of the target, (N, out_channels), or of all types, a dict; see the class."""
         refuse_transforms()
         h_dict: dict[NodeType, Tensor] = self.input(x_dict, n_id_dict)
         graphs = {  # sorted once for all layers
-            r: graph_of(r, adj, (len(h_dict[r[0]]), len(h_dict[r[-1]]))) if {r[0], r[-1]} <= h_dict.keys() else adj
+            r: hetero.graph_of(r, adj, (len(h_dict[r[0]]), len(h_dict[r[-1]])))
+            if {r[0], r[-1]} <= h_dict.keys()
+            else adj
             for r, adj in edge_index_dict.items()
         }
         routings: list[Routing] = []
         for layer, conv in enumerate(self.convs):
+            before = h_dict
             if isinstance(conv, HeteroMoEConv):
-                out_dict, decided = conv(h_dict, graphs, batch_dict=batch_dict, return_routing=True)
+                h_dict, decided = conv(before, graphs, batch_dict=batch_dict, return_routing=True)
                 routings.extend(decided.values())
             else:
-                out_dict = conv(h_dict, graphs)
+                h_dict = conv(before, graphs)
             if layer < self.num_layers - 1:
-                out_dict = {name: self._after(layer, name, h_dict, h, batch_dict) for name, h in out_dict.items()}
-            h_dict = out_dict
+                h_dict = {name: self._after(layer, name, before, h, batch_dict or {}) for name, h in h_dict.items()}
         out = h_dict if self.target is None else h_dict[self.target]
         return (out, routings) if return_routing else out
 
     def _after(
-        self,
-        layer: int,
-        node_type: NodeType,
-        before: Mapping[NodeType, Tensor],
-        h: Tensor,
-        batch_dict: Mapping[NodeType, Tensor] | None,
+        self, layer: int, node_type: NodeType, before: NodeTensors, h: Tensor, batch_dict: NodeTensors
     ) -> Tensor:
         """Residual, normalization, activation and dropout of a hidden layer."""
         residuals: Any = self.residuals[layer]
         norms: Any = self.norms[layer]
         if node_type in residuals:
             h = h + residuals[node_type](before[node_type])
-        args = [(batch_dict or {}).get(node_type)] if self.norm_takes_batch else []
-        h = norms[node_type](h, *args)
+        h = norms[node_type](h, batch_dict.get(node_type)) if self.norm_takes_batch else norms[node_type](h)
         out: Tensor = self.dropout(self.act(h))
         return out
 
@@ -233,25 +226,26 @@ class HeteroInput(nn.Module):
         super().__init__()
         given = in_channels if isinstance(in_channels, Mapping) else dict.fromkeys(all_types, in_channels)
         width = hidden_channels if embedding_channels is None else embedding_channels
+        for name, value in {
+            "embedding_channels": width,
+            **{f"in_channels[{t!r}]": w for t, w in given.items()},
+        }.items():
+            check_count(name, value)
         widths = {name: given.get(name, width) for name in node_types}
-        for name, value in {"embedding_channels": width, **given}.items():
-            check_count(name if name == "embedding_channels" else f"in_channels[{name!r}]", value)
-        self.embedded = [name for name in node_types if name not in given]
+        self.in_channels = {name: given[name] for name in node_types if name in given}
         self.num_nodes_dict = dict(num_nodes_dict or {})
+        self.embedded = [name for name in node_types if name not in given]
         missing = [name for name in all_types if name not in self.num_nodes_dict]
         if self.embedded and missing:
             raise ValueError(
                 f"num_nodes_dict: got {num_nodes_dict}, expected the number of nodes of {missing} too, since "
                 f"{self.embedded} have no in_channels and so get embeddings"
             )
-        self.in_channels = {name: widths[name] for name in node_types if name in given}
-        self.embeddings = ModuleDict(
-            {name: nn.Embedding(self.num_nodes_dict[name], widths[name]) for name in self.embedded}
-        )
+        self.embeddings = ModuleDict({name: nn.Embedding(self.num_nodes_dict[name], width) for name in self.embedded})
         self.lin = ModuleDict()
         if len(set(widths.values())) > 1 if in_proj is None else in_proj:
             for name in node_types:
-                if name in given or widths[name] != hidden_channels:
+                if name in given or width != hidden_channels:
                     self.lin[name] = nn.Linear(widths[name], hidden_channels)
             widths = dict.fromkeys(node_types, hidden_channels)
         self.out_channels = widths
@@ -261,47 +255,29 @@ class HeteroInput(nn.Module):
         """Draw the parameters anew; embeddings as in OGB's example."""
         for embedding in self.embeddings.children():
             nn.init.xavier_uniform_(embedding.weight)
-        for linear in self.lin.children():
-            linear.reset_parameters()
+        reset(self.lin)
 
-    def forward(
-        self, x_dict: Mapping[NodeType, Tensor], n_id_dict: Mapping[NodeType, Tensor] | None
-    ) -> dict[NodeType, Tensor]:
+    def forward(self, x_dict: NodeTensors, n_id_dict: NodeTensors | None) -> dict[NodeType, Tensor]:
         """(N, out_channels) of each node type."""
-        h_dict = {name: self._features(name, x_dict, n_id_dict) for name in self.in_channels}
+        h_dict: dict[NodeType, Tensor] = {}
+        for name, width in self.in_channels.items():
+            hetero.check_features(name, x_dict.get(name), width)
+            h_dict[name], size = x_dict[name], len(x_dict[name])
+            if self.embedded and n_id_dict is None and size != self.num_nodes_dict[name]:
+                raise ValueError(
+                    f"n_id_dict: got None with {size} of the {self.num_nodes_dict[name]} {name!r} nodes, expected the "
+                    "numbers of the mini-batch's nodes, which say whose embeddings to take"
+                )
         for name in self.embedded:
             if name in x_dict:
                 raise ValueError(
                     f"x_dict[{name!r}]: got features, expected none, since in_channels has no width for it"
                 )
-            h_dict[name] = self._embedding(name, n_id_dict)
+            if n_id_dict is not None and name not in n_id_dict:
+                raise ValueError(f"n_id_dict[{name!r}]: got None, expected the numbers of the nodes in the whole graph")
+            embedding: Any = self.embeddings[name]
+            h_dict[name] = embedding.weight if n_id_dict is None else embedding(n_id_dict[name])
         return {name: self.lin[name](h) if name in self.lin else h for name, h in h_dict.items()}
-
-    def _features(
-        self, node_type: NodeType, x_dict: Mapping[NodeType, Tensor], n_id_dict: Mapping[NodeType, Tensor] | None
-    ) -> Tensor:
-        x, width = x_dict.get(node_type), self.in_channels[node_type]
-        if x is None or x.dim() != 2 or x.size(1) != width:
-            got = None if x is None else f"shape {tuple(x.shape)}"
-            raise ValueError(f"x_dict[{node_type!r}]: got {got}, expected (number of nodes, {width})")
-        if self.embedded and n_id_dict is None and x.size(0) != self.num_nodes_dict[node_type]:
-            raise ValueError(
-                f"n_id_dict: got None with {x.size(0)} of the {self.num_nodes_dict[node_type]} {node_type!r} nodes, "
-                "expected the numbers of the mini-batch's nodes, which say whose embeddings to take"
-            )
-        return x
-
-    def _embedding(self, node_type: NodeType, n_id_dict: Mapping[NodeType, Tensor] | None) -> Tensor:
-        embedding: Any = self.embeddings[node_type]
-        if n_id_dict is None:
-            whole: Tensor = embedding.weight
-            return whole
-        if node_type not in n_id_dict:
-            raise ValueError(
-                f"n_id_dict[{node_type!r}]: got None, expected the numbers of the nodes in the whole graph"
-            )
-        own: Tensor = embedding(n_id_dict[node_type])
-        return own
 
 
 def _moe_layers(router: RouterLike | None, num_layers: int, every: int) -> list[int]:
@@ -310,7 +286,7 @@ def _moe_layers(router: RouterLike | None, num_layers: int, every: int) -> list[
         return []
     if isinstance(router, Router):
         raise ValueError("router: got an instance for several node types, expected a name or a factory")
-    layers = [layer for layer in range(num_layers - 1) if layer % every == every - 1]
+    layers = list(range(every - 1, num_layers - 1, every))
     if not layers:
         raise ValueError(
             f"every: got {every} with num_layers={num_layers}, which leaves no hidden layer for a MoE; expected "
@@ -326,23 +302,17 @@ def _types_by_depth(metadata: Metadata, target: NodeType | None, num_layers: int
         check_choice("target", target, node_types)
     needed = [list(node_types) if target is None else [target]]
     for _ in range(num_layers):
-        last = needed[0]
-        met = {*last, *(source for source, _, end in edge_types if end in last)}
+        met = {*needed[0], *(source for source, _, end in edge_types if end in needed[0])}
         needed.insert(0, [name for name in node_types if name in met])
     return needed
 
 
 def _residuals(residual: HeteroResidual, widths: Mapping[NodeType, int], hidden_channels: int) -> ModuleDict:
-    if residual == "none":
-        return ModuleDict()
-    return ModuleDict(
-        {
-            name: nn.Identity()
-            if residual == "identity" and width == hidden_channels
-            else nn.Linear(width, hidden_channels)
-            for name, width in widths.items()
-        }
-    )
+    def build(width: int) -> nn.Module:
+        same = residual == "identity" and width == hidden_channels
+        return nn.Identity() if same else nn.Linear(width, hidden_channels)
+
+    return ModuleDict({} if residual == "none" else {name: build(width) for name, width in widths.items()})
 
 
 def _norm(norm: Any, width: int, norm_kwargs: Mapping[str, Any] | None) -> nn.Module:

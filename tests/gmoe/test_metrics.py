@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, multiprocessing, nn
 
 import gmoe
-from gmoe import MLPExperts, MoE, Router, Routing, RoutingStats, TokenChoice, build_router
+from gmoe import MLPExperts, MoE, Router, Routing, RoutingStats, build_router
 
 ROUTERS = ("token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform")
 
@@ -69,22 +69,6 @@ def test_counts_as_a_slow_loop_does(name: str, sizes: list[int], seed: int) -> N
         stats.update(routing)
     (found,) = stats.compute()
     check(found, counted_slowly(routings))
-
-
-def test_dropped_pairs_are_counted() -> None:
-    torch.manual_seed(0)
-    router = TokenChoice(4, 4, k=1, weight="score", capacity_factor=0.5).train()
-    with torch.no_grad():
-        router.gate.weight.zero_()  # ties go to the first expert
-    routing = router(torch.randn(16, 4))
-    assert routing.dropped == 14  # capacity is 0.5 * 16 / 4
-    stats = RoutingStats(4)
-    stats.update(routing)
-    (found,) = stats.compute()
-    assert found["dropped"].item() == pytest.approx(14 / 16)
-    assert found["coverage"].item() == pytest.approx(2 / 16)
-    assert found["dead"].item() == 3
-    assert router.eval()(torch.randn(16, 4)).dropped == 0
 
 
 def test_layers_of_other_sizes_and_a_models_own() -> None:

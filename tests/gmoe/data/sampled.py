@@ -48,41 +48,45 @@ def expected_count(degree: int, k: int, replace: bool) -> int:
     return (k if degree else 0) if replace else min(k, degree)
 
 
-def check(data: Data, out: SamplerOutput, fanouts: list[int], seeds: list[int], replace: bool) -> None:
+def check(data: Any, out: Any, fanouts: Any, seeds: Any, replace: bool) -> None:
     """All that a sampled subgraph must be, one node and one edge at a time."""
-    assert out.edge is not None
-    assert out.num_sampled_nodes is not None
-    assert out.num_sampled_edges is not None
-    assert all(value.dtype == torch.int64 for value in (out.node, out.row, out.col, out.edge))
-    in_edges: dict[int, list[int]] = {node: [] for node in range(int(data.num_nodes or 0))}
-    for edge, destination in enumerate(data.edge_index[1].tolist()):
-        in_edges[destination].append(edge)
-
-    layers = hops(out.node, out.num_sampled_nodes)
-    assert layers[0] == seeds
-    found = [node for layer in layers[1:] for node in layer]
-    assert len(set(found)) == len(found)
-    assert not set(found) & set(seeds)
-    assert len(layers) == len(fanouts) + 1
-    assert len(out.num_sampled_edges) == len(fanouts)
-
-    local_edges = list(zip(out.row.tolist(), out.col.tolist(), out.edge.tolist(), strict=True))
-    assert out.col.tolist() == sorted(out.col.tolist())
-    begin = taken = 0
-    for k, layer, new, num_edges in zip(fanouts, layers, layers[1:], out.num_sampled_edges, strict=False):
-        of_hop = local_edges[taken : taken + num_edges]
-        for position, node in enumerate(layer, start=begin):
-            drawn = [edge for _, col, edge in of_hop if col == position]
-            assert len(drawn) == expected_count(len(in_edges[node]), k, replace)
-            assert set(drawn) <= set(in_edges[node])
-            assert replace or len(set(drawn)) == len(drawn)
-        for row, col, edge in of_hop:
-            source, destination = data.edge_index[:, edge].tolist()
-            assert (row, int(out.node[col])) == (out.node.tolist().index(source), destination)
-        appeared = [int(out.node[row]) for row, _, _ in of_hop if row >= begin + len(layer)]
-        assert list(dict.fromkeys(appeared)) == new  # in order of appearance
-        begin, taken = begin + len(layer), taken + num_edges
-    assert taken == len(local_edges)
+    if isinstance(data, Data):  # as a graph of one type of nodes and of edges
+        whole, kind = HeteroData(), ("node", "to", "node")
+        whole["node"].num_nodes, whole[kind].edge_index = data.num_nodes, data.edge_index
+        of_nodes, of_edges = ("node", "num_sampled_nodes"), ("row", "col", "edge", "num_sampled_edges")
+        fields = {name: {"node": getattr(out, name)} for name in of_nodes}
+        fields |= {name: {kind: getattr(out, name)} for name in of_edges}
+        data, out, seeds = whole, HeteroSamplerOutput(**fields), {"node": seeds}
+    per_kind = fanouts if isinstance(fanouts, dict) else dict.fromkeys(data.edge_types, fanouts)
+    num_hops = len(next(iter(per_kind.values())))
+    layers = {t: hops(out.node[t], out.num_sampled_nodes[t]) for t in data.node_types}
+    for t, (first, *found) in layers.items():
+        new = [node for layer in found for node in layer]
+        assert first == seeds.get(t, [])
+        assert len(set(new) - set(first)) == len(new)
+        assert len(found) == num_hops
+    begin = dict.fromkeys(data.node_types, 0)
+    for hop in range(num_hops):
+        appeared: dict[str, list[int]] = {t: [] for t in data.node_types}
+        for kind in data.edge_types:
+            edge_index, (source, _, destination) = data[kind].edge_index, kind
+            sizes = out.num_sampled_edges[kind]
+            assert (len(sizes), sum(sizes)) == (num_hops, len(out.edge[kind]))
+            assert bool((out.col[kind].diff() >= 0).all())
+            row, col, edge = (part[kind].split(sizes)[hop] for part in (out.row, out.col, out.edge))
+            assert row.dtype == col.dtype == edge.dtype == out.node[source].dtype == torch.int64
+            assert torch.equal(out.node[destination][col], edge_index[1, edge])
+            sources = edge_index[0, edge].tolist()
+            assert row.tolist() == [out.node[source].tolist().index(node) for node in sources]
+            for position, node in enumerate(layers[destination][hop], start=begin[destination]):
+                drawn = edge[col == position].tolist()
+                assert len(drawn) == expected_count(int((edge_index[1] == node).sum()), per_kind[kind][hop], replace)
+                assert replace or len(set(drawn)) == len(drawn)
+            known = begin[source] + len(layers[source][hop])
+            appeared[source] += [node for place, node in zip(row.tolist(), sources, strict=True) if place >= known]
+        for t, nodes in appeared.items():
+            assert list(dict.fromkeys(nodes)) == layers[t][hop + 1]  # in order of appearance
+            begin[t] += len(layers[t][hop])
 
 
 def hetero_graph() -> HeteroData:

@@ -9,13 +9,10 @@ import pytest
 import torch
 import torch_geometric.typing
 from torch import Tensor
-from torch.nn import functional as F
-from torch_geometric import EdgeIndex
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import NeighborLoader, NodeLoader
 from torch_geometric.sampler.base import SubgraphType
 
-import gmoe
 from gmoe import GNNMoE
 from gmoe.data.loader import SamplerBackend, neighbor_loader
 from gmoe.data.sampler import NeighborSampler
@@ -151,37 +148,6 @@ def test_all_neighbors_give_the_logits_of_the_whole_graph() -> None:
             torch.testing.assert_close(logits, full[batch.input_id])
 
 
-def test_training_on_batches_learns() -> None:
-    """Labels that only a node's neighbors tell."""
-    torch.manual_seed(0)
-    data = graph(400, 4_000)
-    data.y = (data.x[:, 0][data.edge_index[0]].new_zeros(400).index_add(0, *reversed_ends(data)) > 0).long()
-    model = GNNMoE(4, 16, 2, num_layers=2, conv="sage", num_experts=2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(4):
-        for batch in neighbor_loader(data, [8, 4], batch_size=40, backend="gmoe", shuffle=True):
-            optimizer.zero_grad()
-            logits, routings = model(batch.x, batch.edge_index, return_routing=True)
-            seeds = slice(batch.batch_size)
-            (F.cross_entropy(logits[seeds], batch.y[seeds]) + gmoe.aux_loss(routings)).backward()
-            optimizer.step()
-    accuracy = (model.eval()(data.x, data.edge_index).argmax(dim=1) == data.y).double().mean()
-    assert accuracy > 0.9
-
-
-def reversed_ends(data: Data) -> tuple[Tensor, Tensor]:
-    source, destination = data.edge_index
-    return destination, data.x[source, 0]
-
-
-def test_edge_index_of_pyg() -> None:
-    data = full_graph()
-    plain = data.edge_index
-    data.edge_index = EdgeIndex(plain, sparse_size=(NODES, NODES))
-    for batch in neighbor_loader(data, [3], batch_size=20, backend="gmoe"):
-        assert torch.equal(batch.n_id[batch.edge_index], plain[:, batch.e_id])
-
-
 # which backend
 
 
@@ -235,12 +201,7 @@ def test_what_only_pyg_does_is_refused(name: str, value: Any, default: str) -> N
 
 
 def test_defaults_of_pyg_are_taken() -> None:
-    defaults: dict[str, Any] = {
-        "subgraph_type": "directional",
-        "disjoint": False,
-        "time_attr": None,
-        "is_sorted": False,
-    }
+    defaults: Any = {"subgraph_type": "directional", "disjoint": False, "time_attr": None, "is_sorted": False}
     assert len(neighbor_loader(full_graph(), [3], batch_size=NODES, backend="gmoe", **defaults)) == 1
     with pytest.raises(ValueError, match="is_sorted: got True"):
         neighbor_loader(full_graph(), [3], backend="gmoe", is_sorted=True)
@@ -265,8 +226,3 @@ def test_defaults_of_pyg_are_taken() -> None:
 def test_bad_input_nodes(make: Callable[[], Data | HeteroData], input_nodes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         neighbor_loader(make(), [3], input_nodes)
-
-
-def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend: got 'dgl', expected one of 'auto', 'pyg', 'gmoe'"):
-        neighbor_loader(full_graph(), [3], backend="dgl")  # type: ignore[arg-type]

@@ -1,0 +1,302 @@
+"""MoEConv as a citizen of PyG and torch: widths filled in, positional arguments, to_hetero, explainers, threads."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.explain import Explainer, GNNExplainer
+from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
+from torch_geometric.nn import GATConv, GCNConv, MessagePassing, SAGEConv, to_hetero
+
+from gmoe import GNNMoE, Graph, MoEConv
+from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph, routing_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+
+NODES, WIDTH = 8, 4
+KINDS: list[Any] = ["gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer", "le", "filter", "mlp", ["gcn", "gat", "le"]]
+
+
+def layer(conv: Any = "gcn", in_channels: Any = WIDTH, **kwargs: Any) -> MoEConv:
+    torch.manual_seed(0)
+    return MoEConv(conv, in_channels, WIDTH, **{"num_experts": 3, **kwargs})
+
+
+def graph() -> tuple[Tensor, Tensor]:
+    return features(NODES, WIDTH).float(), GRAPHS["mixed"][1]
+
+
+# widths -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router_input", ["node", ("node", "neighbors")], ids=str)
+@pytest.mark.parametrize("conv", KINDS, ids=str)
+def test_open_widths_are_filled_in_by_the_first_call(conv: Any, router_input: Any) -> None:
+    x, edge_index = graph()
+    lazy, built = (layer(conv, width, router_input=router_input, shared_expert=True) for width in (-1, WIDTH))
+    assert isinstance(lazy, MessagePassing)
+    assert list(lazy.parameters()) == []
+    torch.manual_seed(1)
+    y = lazy.double()(x.double(), edge_index)
+    assert y.dtype == torch.float64
+    assert lazy.in_channels == WIDTH
+    lazy.float()
+    assert {n: p.shape for n, p in lazy.named_parameters()} == {n: p.shape for n, p in built.named_parameters()}
+    built.load_state_dict(lazy.state_dict())
+    assert torch.equal(built(x, edge_index), lazy(x, edge_index))
+    torch.testing.assert_close(y.float(), built(x, edge_index))
+
+
+def test_open_widths_of_two_sets_of_nodes() -> None:
+    x = (features(9, 3).float(), features(5, 6).float())
+    for given in ((-1, -1), (3, -1), (-1, 6), -1):
+        lazy = layer("sage", given).eval()
+        assert lazy(x, random_graph(9, 5, 20)).shape == (5, WIDTH)
+        assert lazy.in_channels == (3, 6)
+        assert not lazy.training
+        assert not lazy.router.training  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="x: got .*expected"):
+        layer("sage", (4, -1))(x, random_graph(9, 5, 20))
+    with pytest.raises(ValueError, match="in_channels: got -2"):
+        layer("sage", (-2, -1))
+
+
+def test_an_open_layer_is_copied_and_takes_a_state_once_it_is_built() -> None:
+    x, edge_index = graph()
+    built, lazy = layer("gat", heads=2), nn.ModuleList([layer("gat", -1, heads=2)])
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(lazy)))
+    twin[0](features(NODES, 7).float(), edge_index)
+    assert (twin[0].in_channels, lazy[0].in_channels) == (7, -1)
+    lazy.load_state_dict(copy.deepcopy(lazy).state_dict())  # an open one's has nothing
+    state = nn.ModuleList([built]).state_dict()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="in_channels: got -1, expected a call that fills it in"):
+            lazy.load_state_dict(state, strict=strict)
+    lazy[0](x, edge_index)
+    lazy.load_state_dict(state)
+    assert torch.equal(lazy[0](x, edge_index), built(x, edge_index))
+
+
+# positional arguments -----------------------------------------------------------------------------------------------
+
+
+def test_the_convs_own_arguments_come_by_position() -> None:
+    x, edge_index = graph()
+    gat = MoEConv(GATConv, WIDTH, 8, 8, num_experts=2)
+    assert (gat.num_experts, gat.expert(0).heads) == (2, 8)
+    assert gat(x, edge_index).shape == (NODES, 64)
+    assert MoEConv(GATConv, WIDTH, 8, 2, False)(x, edge_index).shape == (NODES, 8)
+    assert MoEConv("sage", WIDTH, 8, "max").expert(0).aggr == "max"
+    open_width = MoEConv(GATConv, -1, 8, 2)
+    assert open_width(x, edge_index).shape == (NODES, 16)
+    with pytest.raises(ValueError, match="conv: got GCNConv, which cannot be built as"):
+        MoEConv(GCNConv, WIDTH, 8, *[True] * 9)
+
+
+def test_forward_takes_what_the_conv_takes_by_position() -> None:
+    x, edge_index = graph()
+    weight = features(edge_index.size(1), seed=7).float().abs()
+    attr = features(edge_index.size(1), 2, seed=8).float()
+    for conv, value, name in (("gcn", weight, "edge_weight"), ("gat", attr, "edge_attr"), (["gcn", "graph", "le"], weight, "edge_weight")):
+        moe = layer(conv, **({"edge_dim": 2} if conv == "gat" else {}))
+        expected = moe(x, edge_index, **{name: value})
+        assert torch.equal(moe(x, edge_index, value), expected)
+        assert torch.equal(moe(x, edge_index, None), moe(x, edge_index))
+        assert not torch.equal(expected, moe(x, edge_index))
+        with pytest.raises(ValueError, match=f"{name}: got Tensor by position, expected .* once"):
+            moe(x, edge_index, value, **{name: value})
+    for conv in (["gcn", "gat", "mlp"], ["gcn", "sage", "gcn"]):
+        with pytest.raises(ValueError, match=r"forward: got 1 arguments behind edge_index, expected edge_weight= or edge_attr= by"):
+            layer(conv)(x, edge_index, weight)
+    with pytest.raises(ValueError, match="forward: got 1 arguments behind edge_index, expected at most 0"):
+        layer("mlp")(x, edge_index, weight)
+    with pytest.raises(ValueError, match="size: got Tensor by position"):
+        layer("sage")(x, edge_index, weight)
+
+
+# to_hetero ----------------------------------------------------------------------------------------------------------
+
+METADATA = (["paper", "author"], [("paper", "cites", "paper"), ("author", "writes", "paper"), ("paper", "has", "author")])
+
+
+class Two(nn.Module):
+    """Two layers, as in PyG's tutorials."""
+
+    def __init__(self, make: Callable[[int], MessagePassing]) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = make(6), make(3)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        out: Tensor = self.conv2(self.conv1(x, edge_index).relu(), edge_index)
+        return out
+
+
+def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:
+    """All experts are copies of it, and the weights of a node sum to 1."""
+    torch.manual_seed(0)
+    x = {"paper": features(7, 5).float(), "author": features(4, 3).float()}
+    edges = {
+        ("paper", "cites", "paper"): random_graph(7, 7, 20),
+        ("author", "writes", "paper"): random_graph(4, 7, 15),
+        ("paper", "has", "author"): random_graph(7, 4, 15),
+    }
+    plain = to_hetero(Two(lambda out: SAGEConv((-1, -1), out)), METADATA)
+    expected = plain(x, edges)
+    for k, router in ((4, "uniform"), (1, "token_choice")):
+        moe = to_hetero(Two(lambda out: MoEConv(SAGEConv, (-1, -1), out, num_experts=4, router=router, k=k)), METADATA)
+        moe(x, edges)
+        with torch.no_grad():
+            for name, conv in plain.named_modules():
+                if not isinstance(conv, SAGEConv):
+                    continue
+                mine = moe.get_submodule(name)
+                assert isinstance(mine, MoEConv)
+                weights = [conv.lin_l.weight.T, conv.lin_r.weight.T]
+                mine.experts.linear.weight.copy_(torch.cat(weights).expand(4, -1, -1))
+                mine.experts.linear.bias.copy_(conv.lin_l.bias.expand(4, -1))
+        found = moe(x, edges)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+
+
+# explainers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conv", KINDS, ids=str)
+def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any) -> None:
+    """Also where layers have a router, a shared expert, and edges sorted otherwise; see ``test_experts.py``."""
+    x, edge_index = graph()
+    mask = features(edge_index.size(1), seed=9)
+    for options in ({"shared_expert": True}, {"shared_expert": "sage", "k": 2}):
+        assert_equals_masked(layer(conv, **options).double(), x.double(), edge_index, mask=mask)
+    moe = layer(conv).double().eval()
+    before, routing = moe(x.double(), edge_index, return_routing=True)
+    set_masks(moe, mask, edge_index)
+    shown, again = moe(x.double(), edge_index, return_routing=True)
+    clear_masks(moe)
+    assert torch.equal(again.to_dense(), routing.to_dense())
+    assert torch.equal(moe(x.double(), edge_index), before)
+    assert torch.equal(shown, before) is (conv == "mlp")
+
+
+@pytest.mark.parametrize("conv", ["gcn", "gat", "sage", ["gcn", "gat", "le"]], ids=str)
+@pytest.mark.parametrize("shared_router", [False, True])
+def test_gnn_explainer_runs_on_a_model(conv: Any, shared_router: bool) -> None:
+    torch.manual_seed(0)
+    x, edge_index = graph()
+    model = GNNMoE(WIDTH, 8, 3, conv=conv, num_experts=3, shared_router=shared_router, num_layers=3).eval()
+    before = model(x, edge_index)
+    config = {"mode": "multiclass_classification", "task_level": "node", "return_type": "raw"}
+    explainer = Explainer(
+        model, GNNExplainer(epochs=5), explanation_type="model", edge_mask_type="object", node_mask_type="attributes", model_config=config
+    )
+    explanation = explainer(x, edge_index, index=3)
+    mask = explanation.edge_mask
+    assert mask.shape == (edge_index.size(1),)
+    reached = {3}
+    for _ in range(3):
+        reached |= {int(s) for s, d in edge_index.T.tolist() if d in reached}
+    heard = torch.tensor([d in reached for _, d in edge_index.T.tolist()])
+    assert mask[heard].any()
+    assert not mask[~heard].any()
+    assert torch.equal(model(x, edge_index), before)  # and the model is as it was
+
+
+# threads and transforms ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conv", ["gcn", ["low_pass", "high_pass", "two_hop"], "gat", "sage"], ids=str)
+def test_two_threads_get_what_one_gets(conv: Any) -> None:
+    """Each on a graph of its own and on one that they share, in forward and in inference."""
+    model = GNNMoE(WIDTH, 8, 3, conv=conv, num_experts=3, router="expert_choice").double().eval()
+    datas = [Data(x=features(40, WIDTH, seed=s), edge_index=random_graph(40, 40, 150, seed=s)) for s in (0, 1)]
+    def work(data: Data, shared: Graph) -> list[Tensor]:
+        with torch.no_grad():
+            return [
+                model(data.x, data.edge_index),
+                model.inference(data, batch_size=7),
+                model(data.x, shared),
+                model.convs[0](data.x, shared),
+            ]
+
+    expected = [work(data, Graph(datas[0].edge_index, 40)) for data in datas]
+    fresh = Graph(datas[0].edge_index, 40)
+    failed: list[Any] = []
+
+    def run(index: int) -> None:
+        try:
+            for _ in range(8):
+                torch.testing.assert_close(work(datas[index], fresh), expected[index], rtol=0, atol=1e-12)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1, 0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+@pytest.mark.parametrize("conv", ["gcn", "gat", "le"])
+@pytest.mark.parametrize("router", ["token_choice", None])
+def test_transforms_of_torch_func_are_one_clear_error(conv: str, router: Any) -> None:
+    x, edge_index = graph()
+    moe = layer(conv, router=router)
+    options = {} if router else {"routing": routing_of(torch.ones(NODES, 3))}
+    calls: list[Callable[[], Any]] = [
+        lambda: torch.func.grad(lambda x: moe(x, edge_index, **options).sum())(x),
+        lambda: torch.func.vmap(lambda x: moe(x, edge_index, **options))(x.expand(2, -1, -1)),
+        lambda: torch.func.jvp(lambda x: moe(x, edge_index, **options), (x,), (x,)),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="torch.func transforms .* are not supported by gmoe"):
+            call()
+    values = {name: p.detach() for name, p in moe.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(moe, values, (x, edge_index), options), moe(x, edge_index, **options))
+
+
+@pytest.mark.parametrize("make", [layer, lambda: layer("gat"), lambda: GNNMoE(WIDTH, 8, 3)], ids=["gcn", "gat", "GNNMoE"])
+def test_tracing_and_export_are_one_clear_error(make: Callable[[], nn.Module]) -> None:
+    for run in (torch.jit.trace, torch.export.export):
+        with pytest.raises(RuntimeError, match="jit.trace and torch.export are not supported .* use torch.compile"):
+            run(make(), graph())
+
+
+@pytest.mark.parametrize("conv", KINDS, ids=str)
+def test_quantize_dynamic_quantizes_what_is_nn_linear(conv: Any) -> None:
+    """The routers' layers and the model's own; stacked experts stay as they are."""
+    x, edge_index = graph()
+    model = GNNMoE(WIDTH, 8, 3, conv=conv, num_experts=3).eval()
+    found = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert isinstance(found.convs[0].router.gate, torch.ao.nn.quantized.dynamic.Linear)
+    torch.testing.assert_close(found(x, edge_index), model(x, edge_index), rtol=0.2, atol=0.2)
+
+
+@pytest.mark.parametrize("conv", KINDS, ids=str)
+@pytest.mark.parametrize("model", [False, True])
+def test_meta_device_and_inference_mode(conv: Any, model: bool) -> None:
+    x, edge_index = graph()
+    with torch.device("meta"):
+        moe = GNNMoE(WIDTH, 8, 3, conv=conv) if model else layer(conv)
+    assert all(value.is_meta for value in (*moe.parameters(), *moe.buffers()))
+    moe.to_empty(device="cpu")
+    with torch.no_grad():
+        for value in moe.parameters():
+            value.fill_(torch.nan)
+    moe.reset_parameters()
+    moe(x, edge_index).sum().backward()
+    assert all(p.isfinite().all() for p in moe.parameters())
+    with torch.inference_mode():
+        for data in (edge_index, Graph(edge_index, NODES)):
+            y = moe(x, data)
+    assert torch.equal(y, moe(x, edge_index))
