@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ def active_parameters(model: nn.Module) -> int:
 def count_flops(model: Callable[..., Any], *args: Any, backward: bool = False, **kwargs: Any) -> int:
     """FLOPs of one call, as torch's ``FlopCounterMode`` counts them (a multiply-add is two).
 
-    Extended by what message passing and the MoE layers add to matrix products: grouped and sparse products, the adds
-    of ``index_add`` and ``scatter_add`` (one an element), and attention on the CPU.
+    Extended by what message passing and the MoE layers add to matrix products: grouped products, attention on the CPU,
+    and sums over messages, which count one an element in every form: ``index_add``, ``scatter_add``, sparse products.
 
     Args:
         model: what is called as ``model(*args, **kwargs)``.
@@ -92,14 +93,20 @@ def _raw(formula: Callable[..., int]) -> Callable[..., int]:
 
 @_raw
 def _mm(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
-    """(N, M) x (M, D), dense or sparse: a multiply-add for each number that is stored of the first, and column."""
-    stored = a.numel() if a.layout == torch.strided else a._nnz()
-    return int(2 * stored * b.size(-1))
+    """(N, M) x (M, D): a multiply-add for each number of the first, and column; of a sparse matrix, which sums messages,
+    an add, as for messages that are gathered and scattered."""
+    return int((2 * a.numel() if a.layout == torch.strided else a._nnz()) * b.size(-1))
 
 
 @_raw
 def _addmm(_: Any, a: torch.Tensor, b: torch.Tensor, *__: Any, **___: Any) -> int:
     return _mm(a, b)
+
+
+@_raw
+def _sampled(pattern: torch.Tensor, a: torch.Tensor, *_: Any, **__: Any) -> int:
+    """A product of two rows for each entry of the pattern."""
+    return int(2 * pattern._nnz() * a.size(-1))
 
 
 def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
@@ -130,7 +137,7 @@ _EXTRA_FLOPS: dict[Any, Any] = {
     aten.addmm: _addmm,
     aten.addmm_: _addmm,
     aten._sparse_addmm: _addmm,
-    aten.sparse_sampled_addmm: _mm,
+    aten.sparse_sampled_addmm: _sampled,
     aten._sparse_mm_reduce_impl: _mm,
     aten._sparse_mm_reduce_impl_backward: _mm,
     aten._grouped_mm: _grouped_mm,
@@ -138,7 +145,7 @@ _EXTRA_FLOPS: dict[Any, Any] = {
     aten.index_add_: _index_add,
     aten.scatter_add: _scatter_add,
     aten.scatter_add_: _scatter_add,
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu: _raw(partial(sdpa_flop)),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _raw(partial(sdpa_backward_flop)),
     **{getattr(torch.ops.gmoe, name): _inside(kernel) for name, kernel in KERNELS.items()},
 }
