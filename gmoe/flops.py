@@ -93,8 +93,8 @@ def _raw(formula: Callable[..., int]) -> Callable[..., int]:
 
 @_raw
 def _mm(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
-    """(N, M) x (M, D): a multiply-add for each number of the first, and column; of a sparse matrix, which sums messages,
-    an add, as for messages that are gathered and scattered."""
+    """(N, M) x (M, D): a multiply-add for each number of the first, and column; of a sparse matrix, which sums
+    messages, an add, as for messages that are gathered and scattered."""
     return int((2 * a.numel() if a.layout == torch.strided else a._nnz()) * b.size(-1))
 
 
