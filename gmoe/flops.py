@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from gmoe._checks import check_count, check_positive
 from gmoe.dispatch import KERNELS
@@ -138,7 +138,9 @@ _EXTRA_FLOPS: dict[Any, Any] = {
     aten.index_add_: _index_add,
     aten.scatter_add: _scatter_add,
     aten.scatter_add_: _scatter_add,
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
     **{getattr(torch.ops.gmoe, name): _inside(kernel) for name, kernel in KERNELS.items()},
 }
