@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -145,7 +144,9 @@ _EXTRA_FLOPS: dict[Any, Any] = {
     aten.index_add_: _index_add,
     aten.scatter_add: _scatter_add,
     aten.scatter_add_: _scatter_add,
-    aten._scaled_dot_product_flash_attention_for_cpu: _raw(partial(sdpa_flop)),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _raw(partial(sdpa_backward_flop)),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
     **{getattr(torch.ops.gmoe, name): _inside(kernel) for name, kernel in KERNELS.items()},
 }
