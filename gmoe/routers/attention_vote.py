@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gmoe._autograd import first_order, untraced
-from gmoe._checks import check_choice, check_count, check_positive
-from gmoe.routers.base import Router, Weighting, float_linear
-from gmoe.routers.groups import Groups, gather_pairs, pairs_of_experts
+from gmoe.routers.base import Router, Weighting, float_linear, legal, pair_weights
+from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
 
 Scope: TypeAlias = Literal["group", "neighbors"]
@@ -77,22 +77,13 @@ class AttentionVote(Router):
         check_finite: bool = False,
     ) -> None:
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        check_positive("capacity_factor", capacity_factor)
-        check_choice("scope", scope, get_args(Scope))
-        check_count("head_dim", head_dim)
-        check_positive("init_scale", init_scale)
-        self.capacity_factor = capacity_factor
-        self.shared_queries = shared_queries
-        self.scope = scope
-        self.head_dim = head_dim
-        self.init_scale = init_scale
+        self.capacity_factor = legal("capacity_factor", capacity_factor)
+        self.scope, self.shared_queries = legal("scope", scope, Scope), shared_queries
+        self.head_dim, self.init_scale = legal("head_dim", head_dim), legal("init_scale", init_scale)
+        self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.query = nn.Linear(dim, (1 if shared_queries else num_experts) * head_dim, bias=False)
         self.key = nn.Linear(dim, num_experts * head_dim, bias=False)
         self.reset_parameters()
-
-    @property
-    def experts_per_token(self) -> float:
-        return min(self.k * self.capacity_factor, float(self.num_experts))
 
     def reset_parameters(self) -> None:
         self.query.reset_parameters()
@@ -116,11 +107,9 @@ class AttentionVote(Router):
         capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
         # a vote is a sum over voters: equal tokens come out equal up to rounding only
         tolerance = 8 * torch.finfo(votes_TE.dtype).eps
-        token_P, offsets_E = pairs_of_experts(groups.top_tokens(votes_TE.detach(), capacity, tolerance))
-        gate_P = gather_pairs(votes_TE, token_P, offsets_E)
-        log_gate_P = gate_P.clamp(min=torch.finfo(gate_P.dtype).tiny).log()
-        log_gate_P = log_gate_P - groups.log_mean_of_pairs(log_gate_P, token_P)
-        weight_P = self._pair_weights(log_gate_P, token_P, len(x_TD))
+        log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
+        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, capacity, True, tolerance)
+        weight_P = pair_weights(self.weight, log_gate_P, token_P, len(x_TD))
         return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD))
 
     def extra_repr(self) -> str:
@@ -143,49 +132,24 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None, b
     if block is None:
         block = size if small else BLOCK_ELEMENTS // max(k_BHSd.shape[:-1].numel(), 1)
     if small and block >= size:
-        return _shares(q_BHSd, k_BHSd, mask_BS, slice(None)).sum(dim=2)
+        return _votes_of(q_BHSd, k_BHSd, mask_BS, slice(None))
     block = math.ceil(size / math.ceil(size / max(block, 1)))  # as many as fit, of nearly equal length
-    votes_BHS: Tensor = _BlockedVotes.apply(q_BHSd, k_BHSd, mask_BS, block)
+    votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
+    for start in range(0, size, block):
+        rows = slice(start, start + block)
+        votes_BHS = votes_BHS + checkpoint(
+            _votes_of, q_BHSd, k_BHSd, mask_BS, rows, use_reentrant=False, preserve_rng_state=False
+        )
     return votes_BHS
 
 
-class _BlockedVotes(torch.autograd.Function):
-    """votes_j = sum_i p_ij with p_ij the softmax of s_ij = q_i . k_j, of which a block of voters is held at a time.
-
-    With g_j the gradient of votes_j, that of s_ij is p_ij (g_j - sum_l p_il g_l).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, block: int) -> Tensor:
-        ctx.save_for_backward(q_BHSd, k_BHSd, mask_BS)
-        ctx.blocks = [slice(start, start + block) for start in range(0, k_BHSd.size(2), block)]
-        votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
-        for rows in ctx.blocks:
-            votes_BHS += _shares(q_BHSd, k_BHSd, mask_BS, rows).sum(dim=2)
-        return votes_BHS
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        q_BHSd, k_BHSd, mask_BS = ctx.saved_tensors
-        grad_q, grad_k = torch.empty_like(q_BHSd), torch.zeros_like(k_BHSd)
-        for rows in ctx.blocks:
-            p_BHbS = _shares(q_BHSd, k_BHSd, mask_BS, rows)
-            mean_BHb1 = p_BHbS @ grad_BHS[..., None]
-            grad_s = (grad_BHS[:, :, None, :] - mean_BHb1).mul_(p_BHbS)
-            grad_q[:, :, rows] = (grad_s @ k_BHSd).sum_to_size(q_BHSd[:, :, rows].shape)
-            grad_k += grad_s.transpose(-1, -2) @ q_BHSd[:, :, rows]
-        return grad_q, grad_k, None, None
-
-
-def _shares(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, rows: slice) -> Tensor:
-    """(B, H, b, S) how the voters in ``rows`` spread their votes; padding neither votes nor is voted for."""
+def _votes_of(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, rows: slice) -> Tensor:
+    """(B, H, S) the votes of the voters in ``rows``; padding neither votes nor is voted for."""
     scores_BHbS = q_BHSd[:, :, rows] @ k_BHSd.transpose(-1, -2)
     if mask_BS is None:
-        return scores_BHbS.softmax(dim=-1)
-    return (
-        scores_BHbS.masked_fill_(~mask_BS[:, None, None, :], -torch.inf).softmax(dim=-1) * mask_BS[:, None, rows, None]
-    )
+        return scores_BHbS.softmax(dim=-1).sum(dim=2)
+    shares_BHbS = scores_BHbS.masked_fill_(~mask_BS[:, None, None, :], -torch.inf).softmax(dim=-1)
+    return (shares_BHbS * mask_BS[:, None, rows, None]).sum(dim=2)
 
 
 @untraced  # which knows no sparse tensors

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_at_least, check_choice, check_positive
 from gmoe.losses import importance_loss, load_loss, switch_loss, z_loss
-from gmoe.routers.base import Router, Weighting, float_linear
+from gmoe.routers.base import Router, Weighting, float_linear, legal, pair_weights
 from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
 from gmoe.routing import AuxLoss, Routing
 
@@ -86,35 +85,22 @@ class TokenChoice(Router):
         capacity_factor: float | None = None,
         check_finite: bool = False,
     ) -> None:
+        weight = weight or ("normalized" if k >= 2 else "straight_through")
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        if balance is not None:
-            check_choice("balance", balance, get_args(Balance))
         if noise is None:
             noise = balance == "importance_load"
         if balance == "importance_load" and not noise:
             raise ValueError("noise: got False with balance='importance_load', whose load term needs noise=True")
-        if capacity_factor is not None:
-            check_positive("capacity_factor", capacity_factor)
-        check_at_least("balance_coef", balance_coef, 0)
-        check_at_least("bias_rate", bias_rate, 0)
-        check_at_least("z_coef", z_coef, 0)
-        check_positive("init_scale", init_scale)
-        self.balance = balance
-        self.balance_coef = balance_coef
-        self.bias_rate = bias_rate
-        self.z_coef = z_coef
-        self.init_scale = init_scale
-        self.capacity_factor = capacity_factor
+        self.balance = None if balance is None else legal("balance", balance, Balance)
+        self.balance_coef, self.bias_rate = legal("balance_coef", balance_coef), legal("bias_rate", bias_rate)
+        self.z_coef, self.init_scale = legal("z_coef", z_coef), legal("init_scale", init_scale)
+        self.capacity_factor = None if capacity_factor is None else legal("capacity_factor", capacity_factor)
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.noise = nn.Linear(dim, num_experts, bias=False) if noise else None
         if balance == "bias":
             self.register_buffer("bias_E", torch.zeros(num_experts))
             self.register_buffer("last_load_E", torch.zeros(num_experts))
         self.reset_parameters()
-
-    @staticmethod
-    def default_weight(k: int) -> Weighting:
-        return "normalized" if k >= 2 else "straight_through"
 
     def reset_parameters(self) -> None:
         self.gate.reset_parameters()
@@ -127,7 +113,10 @@ class TokenChoice(Router):
             self.last_load_E.zero_()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        clean_TE = logits_TE = F.linear(x_TD, self.gate.weight.to(x_TD.dtype))
+        if type(self.gate) is nn.Linear:  # float_linear, written out: a call fewer on the default path
+            clean_TE = logits_TE = F.linear(x_TD, self.gate.weight.to(x_TD.dtype))
+        else:
+            clean_TE = logits_TE = float_linear(x_TD, self.gate)
         std_TE = None
         if self.noise is not None:
             std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
@@ -173,9 +162,9 @@ class TokenChoice(Router):
         capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
         token_P, offsets_E = drop_over_capacity(expert_TK, routing.scores.detach(), groups, capacity)
         log_gate_P = gather_pairs(log_probs_TE, token_P, offsets_E)
-        weight_P = self._pair_weights(log_gate_P, token_P, routing.num_tokens)
-        kept_T = token_P.new_zeros(routing.num_tokens).index_add(0, token_P, torch.ones_like(token_P))
-        return replace(routing, token=token_P, offsets=offsets_E, weight=weight_P, dropped_T=self.k - kept_T)
+        weight_P = pair_weights(self.weight, log_gate_P, token_P, routing.num_tokens)
+        dropped_T = self.k - token_P.bincount(minlength=routing.num_tokens)
+        return replace(routing, token=token_P, offsets=offsets_E, weight=weight_P, dropped_T=dropped_T)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
