@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gmoe._autograd import first_order, untraced
 from gmoe.routers.base import Router, Weighting, float_linear, legal, pair_weights
@@ -132,24 +131,47 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None, b
     if block is None:
         block = size if small else BLOCK_ELEMENTS // max(k_BHSd.shape[:-1].numel(), 1)
     if small and block >= size:
-        return _votes_of(q_BHSd, k_BHSd, mask_BS, slice(None))
+        return _shares(q_BHSd, k_BHSd, mask_BS, slice(None)).sum(dim=2)
     block = math.ceil(size / math.ceil(size / max(block, 1)))  # as many as fit, of nearly equal length
-    votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
-    for start in range(0, size, block):
-        rows = slice(start, start + block)
-        votes_BHS = votes_BHS + checkpoint(
-            _votes_of, q_BHSd, k_BHSd, mask_BS, rows, use_reentrant=False, preserve_rng_state=False
-        )
+    votes_BHS: Tensor = _BlockedVotes.apply(q_BHSd, k_BHSd, mask_BS, block)
     return votes_BHS
 
 
-def _votes_of(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, rows: slice) -> Tensor:
-    """(B, H, S) the votes of the voters in ``rows``; padding neither votes nor is voted for."""
+class _BlockedVotes(torch.autograd.Function):
+    """votes_j = sum_i p_ij with p_ij the softmax of s_ij = q_i . k_j, of which a block of voters is held at a time.
+
+    With g_j the gradient of votes_j, that of s_ij is p_ij (g_j - sum_l p_il g_l).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, block: int) -> Tensor:
+        ctx.save_for_backward(q_BHSd, k_BHSd, mask_BS)
+        ctx.blocks = [slice(start, start + block) for start in range(0, k_BHSd.size(2), block)]
+        votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
+        for rows in ctx.blocks:
+            votes_BHS += _shares(q_BHSd, k_BHSd, mask_BS, rows).sum(dim=2)
+        return votes_BHS
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        q_BHSd, k_BHSd, mask_BS = ctx.saved_tensors
+        grad_q, grad_k = torch.empty_like(q_BHSd), torch.zeros_like(k_BHSd)
+        for rows in ctx.blocks:
+            p_BHbS = _shares(q_BHSd, k_BHSd, mask_BS, rows)
+            grad_s = (grad_BHS[:, :, None] - p_BHbS @ grad_BHS[..., None]).mul_(p_BHbS)
+            grad_q[:, :, rows] = (grad_s @ k_BHSd).sum_to_size(q_BHSd[:, :, rows].shape)
+            grad_k += grad_s.transpose(-1, -2) @ q_BHSd[:, :, rows]
+        return grad_q, grad_k, None, None
+
+
+def _shares(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, rows: slice) -> Tensor:
+    """(B, H, b, S) how the voters in ``rows`` spread their votes; padding neither votes nor is voted for."""
     scores_BHbS = q_BHSd[:, :, rows] @ k_BHSd.transpose(-1, -2)
     if mask_BS is None:
-        return scores_BHbS.softmax(dim=-1).sum(dim=2)
-    shares_BHbS = scores_BHbS.masked_fill_(~mask_BS[:, None, None, :], -torch.inf).softmax(dim=-1)
-    return (shares_BHbS * mask_BS[:, None, rows, None]).sum(dim=2)
+        return scores_BHbS.softmax(dim=-1)
+    shares_BHbS = scores_BHbS.masked_fill_(~mask_BS[:, None, None], -torch.inf).softmax(dim=-1)
+    return shares_BHbS * mask_BS[:, None, rows, None]
 
 
 @untraced  # which knows no sparse tensors
@@ -171,14 +193,16 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
 
 
 class _Edges(NamedTuple):
-    """Edges sorted by source (a row a voter), and how they are sorted by destination."""
+    """Edges sorted by source (a row a voter), and how they are sorted by destination.
+
+    ``ends`` (T + 1,) are the ends of the voters' rows, ``by_dst_M`` the edges in the order of their destinations, and
+    ``dst_ends`` and ``dst_src_M`` the ends of those rows and their sources.
+    """
 
     ends: Tensor
-    """(T + 1,) where a voter's edges end."""
-    dst_M: Tensor
     src_M: Tensor
+    dst_M: Tensor
     by_dst_M: Tensor
-    """Edges in the order of their destinations, and of those ``dst_ends`` and ``dst_src_M``."""
     dst_ends: Tensor
     dst_src_M: Tensor
 
@@ -222,18 +246,15 @@ class _NeighborVotes(torch.autograd.Function):
 
 
 def _sorted(edge_index: Tensor, num_tokens: int) -> _Edges:
-    src_M, dst_M = edge_index
-    proper = src_M != dst_M
-    itself_T = torch.arange(num_tokens, device=src_M.device)
-    src_M, by_src_M = torch.cat([src_M[proper], itself_T]).sort(stable=True)
-    dst_M = torch.cat([dst_M[proper], itself_T]).index_select(0, by_src_M)
+    itself_T = torch.arange(num_tokens, device=edge_index.device)
+    proper = edge_index[:, edge_index[0] != edge_index[1]]
+    src_M, dst_M = torch.cat([proper, itself_T.expand(2, -1)], dim=1)
+    src_M, by_src_M = src_M.sort(stable=True)
+    dst_M = dst_M.index_select(0, by_src_M)
     sorted_dst_M, by_dst_M = dst_M.sort(stable=True)
-    ends, dst_ends = (_ends(index_M, num_tokens) for index_M in (src_M, sorted_dst_M))
-    return _Edges(ends, dst_M, src_M, by_dst_M, dst_ends, src_M.index_select(0, by_dst_M))
-
-
-def _ends(sorted_M: Tensor, num_tokens: int) -> Tensor:
-    return torch.searchsorted(sorted_M, torch.arange(num_tokens + 1, device=sorted_M.device))
+    starts = torch.arange(num_tokens + 1, device=src_M.device)
+    ends, dst_ends = torch.searchsorted(src_M, starts), torch.searchsorted(sorted_dst_M, starts)
+    return _Edges(ends, src_M, dst_M, by_dst_M, dst_ends, src_M.index_select(0, by_dst_M))
 
 
 def _head(value_THd: Tensor, head: int) -> Tensor:

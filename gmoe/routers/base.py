@@ -55,13 +55,7 @@ class Router(nn.Module, ABC):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        k: int = 1,
-        *,
-        weight: Weighting | None = None,
-        check_finite: bool = False,
+        self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None, check_finite: bool = False
     ) -> None:
         super().__init__()
         self.dim, self.num_experts, self.k = legal("dim", dim), legal("num_experts", num_experts), legal("k", k)

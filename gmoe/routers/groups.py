@@ -83,10 +83,11 @@ class Groups:
         """``clamp(ceil(capacity_factor * k * T_group / E), 1, T_group)``: an int for equal groups, (B,) for ragged."""
         share = capacity_factor * k / num_experts
         slack = 1e-9  # 1.1 * 10 is 11.000000000000002 in floating point, and its ceil is not meant to be 12
-        if self.counts is None:
+        if self.index is None or self.counts is None:
             size = self.size or 0
             return min(max(math.ceil(share * size - slack), 1), size)
-        return (self.counts.double() * share - slack).ceil().long().clamp(min=1).minimum(self.counts)
+        capacity_B = (self.counts.double() * share - slack).ceil().long().clamp(min=1).minimum(self.counts)
+        return capacity_B.to(self.index.device)
 
     def batches(self) -> list[GroupBatch]:
         """Batches of padded groups that hold each token once.
@@ -143,13 +144,13 @@ class Groups:
             slot_BSE = scores_BSE.argsort(dim=1, descending=True, stable=True)
             if tolerance > 0:
                 slot_BSE = _order_ties(slot_BSE, scores_BSE.gather(1, slot_BSE), tolerance)
-            best_EBS = part.take(token_T)[..., None].expand_as(slot_BSE).gather(1, slot_BSE).permute(2, 0, 1)
             if isinstance(capacity, int):
-                chosen.append(best_EBS[..., :capacity].flatten(1))
-            else:
-                assert part.group is not None
-                kept_BS = torch.arange(part.shape[1]) < capacity[part.group.cpu(), None]
-                chosen.append(best_EBS[:, kept_BS])
+                slot_BSE = slot_BSE[:, :capacity]
+            token_EBS = part.take(token_T)[..., None].expand_as(scores_BSE).gather(1, slot_BSE).permute(2, 0, 1)
+            if isinstance(capacity, Tensor):
+                place_S = torch.arange(part.shape[1], device=capacity.device)
+                token_EBS = token_EBS[:, place_S < capacity[part.group, None]]
+            chosen.append(token_EBS.flatten(1))
         return torch.cat(chosen, dim=1).sort(dim=1).values
 
     def best_pairs(
@@ -217,7 +218,7 @@ def drop_over_capacity(
     line_P, queue_P = (group_P * num_experts + expert_P).sort(stable=True)  # one line a group and expert
     place_P = torch.arange(num_tokens * k, device=token_P.device) - torch.searchsorted(line_P, line_P)
     if isinstance(capacity, Tensor):
-        capacity = capacity.to(group_P.device)[group_P[queue_P]]
+        capacity = capacity[group_P[queue_P]]
     kept_P = queue_P[place_P < capacity]
     mask_ET = torch.zeros(num_experts, num_tokens, dtype=torch.bool, device=token_P.device)
     mask_ET[expert_P[kept_P], token_P[kept_P]] = True

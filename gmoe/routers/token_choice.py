@@ -124,8 +124,11 @@ class TokenChoice(Router):
                 logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         probs_TE = log_probs_TE.exp()
-        # probabilities may underflow to ties that the logits do not have
-        ranked_TE = self._biased(probs_TE) if self.balance == "bias" else logits_TE
+        ranked_TE = logits_TE  # whose probabilities may underflow to ties
+        if self.balance == "bias":
+            if self.is_training_step():  # by the last step's load
+                self.bias_E.add_(self.bias_rate * (self.last_load_E.mean() - self.last_load_E).sign())
+            ranked_TE = probs_TE + self.bias_E
         expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)
         routing = Routing.from_choices(expert_TK, weight_TK, self.num_experts, probs_TE)
         if self.balance is not None or self.z_coef > 0:
@@ -136,21 +139,14 @@ class TokenChoice(Router):
             routing = self._within_capacity(routing, expert_TK, log_probs_TE, Groups.of(group, len(x_TD)))
         return routing
 
-    def _biased(self, probs_TE: Tensor) -> Tensor:
-        """Probability and bias, the latter brought up to date with the last step's load."""
-        if self.is_training_step():
-            self.bias_E.add_(self.bias_rate * (self.last_load_E.mean() - self.last_load_E).sign())
-        return probs_TE + self.bias_E
-
     def _losses(
         self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, routing: Routing
     ) -> dict[str, AuxLoss]:
         losses = {}
-        if self.balance == "importance_load":
-            assert std_TE is not None
+        if self.balance == "importance_load" and std_TE is not None:
             losses["importance"] = AuxLoss(importance_loss(routing.scores), self.balance_coef)
             losses["load"] = AuxLoss(load_loss(clean_TE, logits_TE, std_TE, self.k), self.balance_coef)
-        elif self.balance == "switch":
+        if self.balance == "switch":
             losses["switch"] = AuxLoss(switch_loss(routing.scores, routing.load), self.balance_coef)
         if self.z_coef > 0:
             losses["z"] = AuxLoss(z_loss(logits_TE), self.z_coef)
@@ -167,9 +163,6 @@ class TokenChoice(Router):
         return replace(routing, token=token_P, offsets=offsets_E, weight=weight_P, dropped_T=dropped_T)
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
-        if self.balance is not None:
-            text += f", balance={self.balance!r}"
-        if self.capacity_factor is not None:
-            text += f", capacity_factor={self.capacity_factor}"
-        return text
+        options = {"balance": self.balance, "capacity_factor": self.capacity_factor}
+        shown = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+        return ", ".join([super().extra_repr(), *shown])
