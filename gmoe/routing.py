@@ -78,9 +78,9 @@ class Routing:
                 f"offsets: got {ends}, expected the experts' cumulative ends (load.cumsum(0), not the load itself), "
                 f"never falling, the last one the number of pairs {pairs}"
             )
-        low, high = (int(value) for value in token.aminmax()) if pairs else (0, -1)
-        if low < 0 or high >= self.num_tokens:
-            raise ValueError(f"token: got values in {low}..{high}, expected 0..num_tokens-1={self.num_tokens - 1}")
+        if pairs and not 0 <= int(token.min()) <= int(token.max()) < self.num_tokens:
+            got = f"values in {int(token.min())}..{int(token.max())}"
+            raise ValueError(f"token: got {got}, expected 0..num_tokens-1={self.num_tokens - 1}")
         falls = torch.zeros(pairs + 1, dtype=torch.bool)
         falls[1:pairs] = token[1:] <= token[:-1]
         falls[offsets.long()] = False  # where the next expert begins

@@ -104,10 +104,9 @@ class AttentionVote(Router):
                 votes_BES = group_votes(part.take(q_THd).transpose(1, 2), part.take(k_TEd).transpose(1, 2), part.mask)
                 votes_TE = part.add(votes_TE, votes_BES.transpose(1, 2))
         capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
-        # a vote is a sum over voters: equal tokens come out equal up to rounding only
-        tolerance = 8 * torch.finfo(votes_TE.dtype).eps
         log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
-        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, capacity, True, tolerance)
+        # a vote is a sum over voters: equal tokens come out equal up to rounding only
+        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, capacity, True, rounded=True)
         weight_P = pair_weights(self.weight, log_gate_P, token_P, len(x_TD))
         return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD))
 

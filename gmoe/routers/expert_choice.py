@@ -15,6 +15,7 @@ from gmoe.routing import AuxLoss, Routing, in_backward
 
 Normalize: TypeAlias = Literal["experts", "tokens"]
 Inference: TypeAlias = Literal["group", "threshold"]
+Losses: TypeAlias = Mapping[str, AuxLoss]
 
 
 class ExpertChoice(Router):
@@ -136,24 +137,17 @@ class ExpertSelection(nn.Module):
             buffer.zero_()
 
     def forward(
-        self,
-        logits_TE: Tensor,
-        group: Tensor | int,
-        weighting: Weighting,
-        losses: Mapping[str, AuxLoss],
-        tolerance: float = 0.0,
-        scale: Tensor | float = 1.0,
+        self, logits_TE: Tensor, group: Tensor | int, weight: Weighting, losses: Losses, scale: Tensor | None = None
     ) -> Routing:
         """Select the pairs.
 
         Args:
             logits_TE: the logits.
             group: which tokens compete, see :meth:`gmoe.routers.Router.route`.
-            weighting: the weights of the pairs, see :class:`gmoe.routers.Router`.
+            weight: how a pair's weight follows from its gate, see :class:`gmoe.routers.Router`.
             losses: those of the routing.
-            tolerance: log-scores times ``scale`` that differ by at most ``tolerance`` times their size, or times 1
-                where they are smaller, are ties.
-            scale: see ``tolerance``.
+            scale: log-scores times ``scale`` that differ by rounding only, relative to their size or to 1 where they
+                are smaller, are ties; ``None`` (default): only equal ones are.
         """
         along_tokens = self.normalize == "tokens"
         # inside a group the softmax along tokens ranks as the logits do
@@ -171,14 +165,14 @@ class ExpertSelection(nn.Module):
             groups = Groups.of(group, len(logits_TE))
             if along_tokens:
                 log_scores_TE = logits_TE - groups.logsumexp(logits_TE)
-            # which is relative, and a logarithm may be 0
-            order_TE = log_scores_TE.detach() * scale - 1 if tolerance > 0 else ranked_TE
+            # rounding is relative, and a logarithm may be 0
+            order_TE = ranked_TE if scale is None else log_scores_TE.detach() * scale - 1
             capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
-            pairs = groups.best_pairs(order_TE, log_scores_TE, capacity, along_tokens, tolerance)
+            pairs = groups.best_pairs(order_TE, log_scores_TE, capacity, along_tokens, rounded=scale is not None)
             token_P, offsets_E, log_gate_P = pairs
             if self.inference == "threshold" and token_P.numel() > 0 and not in_backward():
                 self._update_stats(ranked_TE, log_gate_P, token_P.view(self.num_experts, -1), groups)
-        weight_P = pair_weights(weighting, log_gate_P, token_P, len(logits_TE))
+        weight_P = pair_weights(weight, log_gate_P, token_P, len(logits_TE))
         return Routing(token_P, offsets_E, weight_P, log_scores_TE.exp(), len(logits_TE), losses)
 
     @torch.no_grad()

@@ -154,12 +154,14 @@ class Groups:
         return torch.cat(chosen, dim=1).sort(dim=1).values
 
     def best_pairs(
-        self, scores_TE: Tensor, log_gate_TE: Tensor, capacity: int | Tensor, along_tokens: bool, tolerance: float = 0.0
+        self, scores_TE: Tensor, log_gate_TE: Tensor, capacity: int | Tensor, along_tokens: bool, rounded: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs of each expert's :meth:`top_tokens`, and (P,) the logarithms of their gates.
 
         Gates that run along tokens are divided by their mean over the pairs of the group, which has no gradient.
+        ``rounded`` scores are ties where they differ by rounding only.
         """
+        tolerance = 8 * torch.finfo(scores_TE.dtype).eps if rounded else 0.0
         token_P, offsets_E = pairs_of_experts(self.top_tokens(scores_TE.detach(), capacity, tolerance))
         log_gate_P = gather_pairs(log_gate_TE, token_P, offsets_E)
         if not along_tokens:

@@ -139,9 +139,8 @@ class MultiCentroid(Router):
             expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
             return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses)
         # a cosine is rounded by where its row lies in the product: equal tokens come out equal up to that
-        tolerance = 8 * torch.finfo(logits_TE.dtype).eps
         scale = self.log_temperature.detach().exp().clamp(max=1).to(logits_TE.dtype)
-        routing: Routing = self.selection(logits_TE, group, self.weight, losses, tolerance, scale)
+        routing: Routing = self.selection(logits_TE, group, self.weight, losses, scale)
         return routing
 
     def _logits(self, x_TD: Tensor) -> Tensor:
