@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import sys
 from pathlib import Path
 from types import FrameType
@@ -117,21 +116,18 @@ def test_ties_equal_naive(case: Case, name: str) -> None:
     assert_same_as_naive(layer, x, batch)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("ragged", [False, True], ids=["one_group", "ragged"])
 @pytest.mark.parametrize("case", IMAGES, ids=case_names(IMAGES))
-def test_of_many_equal_rows_the_lowest_tokens_are_taken(case: Case, ragged: bool, dtype: torch.dtype) -> None:
+def test_of_many_equal_rows_the_lowest_tokens_are_taken(case: Case, ragged: bool) -> None:
     """Seven distinct rows, as on minesweeper: no equal token is passed over for a later one of its group."""
     torch.manual_seed(0)
-    num_tokens = 1003
-    which_T = torch.randint(7, (num_tokens,))
-    batch_T = torch.randint(3, (num_tokens,)) if ragged else torch.zeros(num_tokens, dtype=torch.long)
-    router = case.build(D, E, 1, num_tokens=num_tokens).to(dtype).eval()
-    x = torch.randn(7, D, dtype=dtype)[which_T]
-    taken_TE = router(x, batch=batch_T).to_dense() != 0
-    for group in range(21):
-        mine_TE = taken_TE[which_T + 7 * batch_T == group].int()
-        assert bool((mine_TE.diff(dim=0) <= 0).all()), f"group {group}: a later token was taken first"
+    which_T, group_T = torch.randint(7, (1003,)), torch.randint(3 if ragged else 1, (1003,))
+    for dtype in (torch.float32, torch.float64):
+        router = case.build(D, E, 1).to(dtype).eval()
+        taken_TE = router(torch.randn(7, D, dtype=dtype)[which_T], batch=group_T).to_dense() != 0
+        for kind in range(21):
+            mine_TE = taken_TE[which_T + 7 * group_T == kind].int()
+            assert bool((mine_TE.diff(dim=0) <= 0).all()), f"kind {kind}: a later token was taken first"
 
 
 # Independence
@@ -292,20 +288,6 @@ def test_a_view_that_is_not_contiguous_is_the_same(case: Case) -> None:
 
 
 @each_case
-def test_copies_decide_alike(case: Case) -> None:
-    x, batch, edge_index = make_call(case, "ragged")
-    router = make_layer(case, len(x)).router
-    router(x, batch, edge_index)  # so that counters have moved
-    router.eval()
-    loaded = case.build(D, E, 2, num_tokens=len(x)).eval()
-    loaded.load_state_dict(router.state_dict())
-    expected = router(x, batch, edge_index).to_dense()
-    for twin in (loaded, pickle.loads(pickle.dumps(router))):
-        with torch.inference_mode():
-            assert torch.equal(twin(x, batch, edge_index).to_dense(), expected)
-
-
-@each_case
 def test_reset_parameters_draws_anew_and_forgets_counters(case: Case) -> None:
     x, batch, edge_index = make_call(case, "ragged")
     router = make_layer(case, len(x)).router
@@ -393,22 +375,22 @@ def test_bad_calls(case: Case) -> None:
             router(*args)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @each_case
 def test_check_finite(case: Case, value: float) -> None:
     x, batch, edge_index = make_call(case, "ragged")
+    checked = Case(case.name, case.router, {**case.options, "check_finite": True})
+    checked.build(D, E, 2, num_tokens=len(x))(x, batch, edge_index)
     x[3, 2] = value
-    router = make_layer(case, len(x)).router
-    router(x, batch, edge_index)  # off by default
-    router.check_finite = True
+    case.build(D, E, 2, num_tokens=len(x))(x, batch, edge_index)  # off by default
     with pytest.raises(ValueError, match="x: got 1 values that are NaN or infinite, expected none"):
-        router(x, batch, edge_index)
+        checked.build(D, E, 2, num_tokens=len(x))(x, batch, edge_index)
 
 
-def test_check_finite_is_an_argument() -> None:
-    for case in CASES:
-        options = {**case.options, "check_finite": True}
-        assert Case(case.name, case.router, options).build(D, E, 2, num_tokens=3).check_finite
+def test_check_finite_lets_finite_values_pass_whose_sum_is_not() -> None:
+    router = TokenChoice(D, E, 1, check_finite=True)
+    nn.init.zeros_(router.gate.weight)
+    assert router(torch.full((4, D), torch.finfo(torch.float32).max)).coverage == 1
 
 
 def test_a_router_is_abstract() -> None:
@@ -420,30 +402,16 @@ def test_a_router_is_abstract() -> None:
 # Where routers run
 
 
-@each_case
-def test_a_router_on_the_meta_device_is_materialized(case: Case) -> None:
-    options = {**case.options, **({} if case.router is not OracleRouter else {"assignment": torch.arange(11) % E})}
-    usual = case.router(D, E, **options)
-    with torch.device("meta"):
-        router = case.router(D, E, **options)
-    router.to_empty(device="cpu")
-    for module in (router, usual):
-        torch.manual_seed(0)
-        module.reset_parameters()
-    for name, value in usual.state_dict().items():
-        assert torch.equal(router.state_dict()[name], value), name
-
-
 @each_mode
 @pytest.mark.parametrize("k", [1, 2])
 def test_token_choice_compiles_without_a_break(k: int, training: bool) -> None:
     torch.compiler.reset()
     router = TokenChoice(D, E, k).train(training)
     compiled: Any = torch.compile(router, fullgraph=True, backend="eager")
-    for num_tokens in (7, 7, 9):
+    for num_tokens in (7, 9):
         x = torch.randn(num_tokens, D)
-        found, expected = compiled(x), router(x)
-        assert torch.equal(found.to_dense(), expected.to_dense())
+        found = compiled(x)
+        assert torch.equal(found.to_dense(), router(x).to_dense())
         found.weight.sum().backward()
 
 
@@ -494,31 +462,16 @@ def test_a_default_call_passes_few_functions() -> None:
 
 # Scale
 
-LONG = ("group", 100_000)  # all pairs of 100,000
 
-
-@pytest.mark.parametrize(
-    ("gates", "num_tokens"),
-    [(gates, n) for gates in ("softmax", "neighbors", "group") for n in (10, 1000, 100_000) if (gates, n) != LONG],
-)
-def test_the_scale_of_weights_along_tokens_does_not_depend_on_their_number(gates: str, num_tokens: int) -> None:
+@pytest.mark.parametrize("num_tokens", [10, 1000, 100_000])
+@pytest.mark.parametrize("gates", ["softmax", "neighbors", "group"])
+def test_the_scale_of_weights_along_tokens_does_not_depend_on_their_number(gates: Any, num_tokens: int) -> None:
+    if gates == "group":
+        num_tokens = min(num_tokens, 3000)  # all pairs of tokens
     torch.manual_seed(0)
-    x = torch.randn(num_tokens, D)
-    edge_index = torch.randint(num_tokens, (2, 3 * num_tokens))
-    router: Router
-    if gates == "softmax":
-        router = ExpertChoice(D, E, normalize="tokens")
-    else:
-        router = AttentionVote(D, E, scope="neighbors" if gates == "neighbors" else "group", head_dim=4)
+    x, edge_index = torch.randn(num_tokens, D), torch.randint(num_tokens, (2, 3 * num_tokens))
+    along: Router = ExpertChoice(D, E, normalize="tokens")
+    router = along if gates == "softmax" else AttentionVote(D, E, scope=gates, head_dim=4)
     weight = router(x, edge_index=edge_index).weight
     assert weight.max() < 10  # no cap, so that the mean is exact
     assert weight.mean().item() == pytest.approx(1.0, abs=1e-4)
-
-
-def test_check_finite_lets_finite_values_pass_whose_sum_is_not() -> None:
-    router = TokenChoice(D, E, 1, check_finite=True)
-    with torch.no_grad():
-        router.gate.weight.fill_(0.0)
-    x = torch.full((4, D), torch.finfo(torch.float32).max)
-    assert not x.sum().isfinite()
-    assert router(x).coverage == 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gmoe import LinearExperts, MoE, TokenChoice
@@ -200,40 +201,29 @@ def test_bias_balances_the_load() -> None:
     assert last.std() < 0.1 * first.std()
 
 
-class Block(nn.Module):
-    """A layer that may run under activation checkpointing, between two that need gradients."""
-
-    def __init__(self, layer: MoE, use_reentrant: bool | None) -> None:
-        super().__init__()
-        self.before = nn.Linear(4, 4).double()
-        self.layer = layer
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.before(x)
-        y = self.layer(h) if self.use_reentrant is None else checkpoint(self.layer, h, use_reentrant=self.use_reentrant)
-        assert isinstance(y, Tensor)
-        return y
+def step(layer: MoE, x: Tensor, use_reentrant: bool | None) -> Tensor:
+    """The gradient of the tokens, and the layer's gradients and counters moved."""
+    x = x.clone().requires_grad_()
+    y = layer(x) if use_reentrant is None else checkpoint(layer, x, use_reentrant=use_reentrant)
+    assert isinstance(y, Tensor)
+    y.square().sum().backward()
+    assert x.grad is not None
+    return x.grad
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_counts_once_and_selects_the_same(use_reentrant: bool) -> None:
     torch.manual_seed(0)
     router = TokenChoice(4, 3, k=2, balance="bias", bias_rate=0.2, noise=True, capacity_factor=1.0)
-    plain = Block(MoE(router.double(), LinearExperts(4, 4, 3).double()), None)
-    blocks = [plain, copy.deepcopy(plain)]
-    blocks[1].use_reentrant = use_reentrant
-    for step in range(4):
-        gradients = []
-        for block in blocks:
-            block.zero_grad()
-            torch.manual_seed(step)
-            block(torch.randn(12, 4, dtype=torch.float64)).square().sum().backward()
-            gradients.append({name: parameter.grad for name, parameter in block.named_parameters()})
-        for name, gradient in gradients[0].items():
-            torch.testing.assert_close(gradients[1][name], gradient, atol=1e-12, rtol=0, msg=f"{name}, step {step}")
-        for (name, a), (_, b) in zip(blocks[0].named_buffers(), blocks[1].named_buffers(), strict=True):
-            assert torch.equal(a, b), f"{name}, step {step}"
+    plain = MoE(router, LinearExperts(4, 4, 3)).double()
+    saved = copy.deepcopy(plain)
+    for seed in range(4):
+        x, gradients = torch.randn(12, 4, dtype=torch.float64), []
+        for layer, how in ((plain, None), (saved, use_reentrant)):
+            torch.manual_seed(seed)
+            gradients.append([step(layer, x, how), *(parameter.grad for parameter in layer.parameters())])
+        torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
+        assert all(map(torch.equal, plain.buffers(), saved.buffers()))
 
 
 @pytest.mark.xfail(strict=True, reason="the second forward moves the bias before the first is recomputed")
@@ -241,15 +231,15 @@ def test_two_forwards_before_a_backward_are_recomputed_alike() -> None:
     """Micro-batches or shared weights: the recomputation selects what its own forward selected."""
     torch.manual_seed(0)
     router = TokenChoice(4, 3, balance="bias", bias_rate=0.3)
-    plain = Block(MoE(router.double(), LinearExperts(4, 4, 3).double()), None)
+    plain = MoE(router, LinearExperts(4, 4, 3)).double()
     saved = copy.deepcopy(plain)
-    saved.use_reentrant = False
-    x = torch.randn(2, 12, 4, dtype=torch.float64)
-    for block in (plain, saved):
-        block(x[0])  # a step whose load the first of the next two will act on
-        (block(x[0]).square().sum() + block(x[1]).square().sum()).backward()
-    for (name, a), (_, b) in zip(plain.named_parameters(), saved.named_parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, msg=name)
+    x = torch.randn(2, 12, 4, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for layer, run in ((plain, plain), (saved, partial(checkpoint, saved, use_reentrant=False))):
+        run(x[0])  # a step whose load the first of the next two will act on
+        loss = run(x[0]).square().sum() + run(x[1]).square().sum()
+        gradients.append(torch.autograd.grad(loss, [x, *layer.parameters()]))
+    torch.testing.assert_close(*gradients)
 
 
 def test_all_options_at_once_equal_naive() -> None:
