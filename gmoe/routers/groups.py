@@ -48,7 +48,7 @@ class Groups:
     Args:
         num_tokens: T.
         num_groups: B; 0 only where there are no tokens.
-        size: S, the tokens of each group, where all groups are equal; else ``None``.
+        size: S, the tokens of each group, where all groups are equal.
         index: (T,) group of each token, in 0..B-1; ``None`` where equal groups lie one behind the other.
         order: (T,) tokens listed group by group, in token order inside a group; ``None`` where they lie so already.
         counts: (B,) tokens of each group, on the CPU; ``None`` where groups are equal.
@@ -56,7 +56,7 @@ class Groups:
 
     num_tokens: int
     num_groups: int
-    size: int | None = None
+    size: int = 0
     index: Tensor | None = None
     order: Tensor | None = None
     counts: Tensor | None = None
@@ -73,19 +73,18 @@ class Groups:
         order = None if in_order else index.argsort(stable=True)
         if bool((counts == counts[0]).all()):
             return cls(num_tokens, len(counts), int(counts[0]), None if in_order else index, order)
-        return cls(num_tokens, len(counts), None, index, order, counts)
+        return cls(num_tokens, len(counts), 0, index, order, counts)
 
     def of_tokens(self, token_P: Tensor) -> Tensor:
         """(P,) the group of each of the given tokens."""
-        return token_P // max(self.size or 0, 1) if self.index is None else self.index.index_select(0, token_P)
+        return token_P // max(self.size, 1) if self.index is None else self.index.index_select(0, token_P)
 
     def capacity(self, k: int, num_experts: int, capacity_factor: float) -> int | Tensor:
         """``clamp(ceil(capacity_factor * k * T_group / E), 1, T_group)``: an int for equal groups, (B,) for ragged."""
         share = capacity_factor * k / num_experts
         slack = 1e-9  # 1.1 * 10 is 11.000000000000002 in floating point, and its ceil is not meant to be 12
         if self.index is None or self.counts is None:
-            size = self.size or 0
-            return min(max(math.ceil(share * size - slack), 1), size)
+            return min(max(math.ceil(share * self.size - slack), 1), self.size)
         capacity_B = (self.counts.double() * share - slack).ceil().long().clamp(min=1).minimum(self.counts)
         return capacity_B.to(self.index.device)
 
@@ -96,7 +95,7 @@ class Groups:
         most twice as long as the group itself; padding slots repeat the group's first token.
         """
         if self.counts is None:
-            return [GroupBatch(None, (self.num_groups, self.size or 0), self.order, None)]
+            return [GroupBatch(None, (self.num_groups, self.size), self.order, None)]
         assert self.index is not None
         device, first_B = self.index.device, self.counts.cumsum(0) - self.counts
         bucket_B = self.counts.double().log2().ceil()
@@ -112,14 +111,12 @@ class Groups:
 
     def logsumexp(self, logits_TE: Tensor) -> Tensor:
         """(T, E) for each token, the log-sum-exp over all tokens of its group."""
-        if self.size is not None and self.order is None:
-            lse_BE = logits_TE.unflatten(0, (self.num_groups, self.size)).logsumexp(dim=1)
-            return lse_BE.repeat_interleave(self.size, dim=0, output_size=self.num_tokens)
         lse_BE = logits_TE.new_zeros(self.num_groups, logits_TE.size(1))
         for part in self.batches():
             part_BE = part.take(logits_TE, padding=-torch.inf).logsumexp(dim=1)
             lse_BE = part_BE if part.group is None else lse_BE.index_copy(0, part.group, part_BE)
-        assert self.index is not None
+        if self.index is None:
+            return lse_BE.repeat_interleave(self.size, dim=0, output_size=self.num_tokens)
         return lse_BE.index_select(0, self.index)
 
     def top_tokens(self, scores_TE: Tensor, capacity: int | Tensor, tolerance: float = 0.0) -> Tensor:

@@ -26,7 +26,7 @@ def of(ids: list[int]) -> Groups:
 
 def test_equal_groups_are_recognized() -> None:
     assert of([4, 4, 7, 7]) == Groups.of(2, 4)
-    assert [of(ids).size for ids in ([7, 4, 4, 7], [7, 4, 4])] == [2, None]
+    assert [of(ids).size for ids in ([7, 4, 4, 7], [7, 4, 4])] == [2, 0]
     assert [Groups.of(3, 12).num_groups, Groups.of(0, 0).num_groups, of([]).num_groups] == [4, 0, 0]
 
 
