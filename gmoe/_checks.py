@@ -8,16 +8,21 @@ from collections.abc import Iterable
 from numbers import Integral
 
 
+def check(valid: object, name: str, got: object, expected: object) -> None:
+    """Refuse what is not valid; not by sizes of tensors in a forward, which compilers would take as fixed."""
+    if not valid:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
 def check_at_least(name: str, value: float, least: float) -> None:
     """Refuse ``value < least``."""
-    if not value >= least:
-        raise ValueError(f"{name}: got {value}, expected at least {least}")
+    check(value >= least, name, value, f"at least {least}")
 
 
 def check_count(name: str, value: int) -> None:
     """Refuse what is not a whole number of at least 1."""
-    if not isinstance(value, Integral) or isinstance(value, bool):  # NumPy's too
-        raise ValueError(f"{name}: got {value!r}, expected a whole number")
+    whole = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's too
+    check(whole, name, repr(value), "a whole number")
     check_at_least(name, value, 1)
 
 
@@ -29,14 +34,12 @@ def check_counts(**values: int) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Refuse ``value <= 0`` and infinity."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: got {value}, expected a positive number")
+    check(0 < value < math.inf, name, value, "a positive number")
 
 
 def check_probability(name: str, value: float) -> None:
     """Refuse what is outside [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: got {value}, expected a probability in [0, 1]")
+    check(0 <= value <= 1, name, value, "a probability in [0, 1]")
 
 
 def check_choice(name: str, value: object, legal: Iterable[object]) -> None:

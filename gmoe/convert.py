@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gmoe._checks import check_count
+from gmoe._checks import check, check_count
 from gmoe.dispatch import Backend
 from gmoe.experts import MLPExperts
 from gmoe.moe import MoE
@@ -80,8 +80,7 @@ def moefy(
         raise ValueError("router: got an instance, expected a name or a factory, since several layers are built")
     pyg = sys.modules.get("torch_geometric.nn.models.basic_gnn")  # who has a PyG model has imported it
     if pyg is not None and isinstance(model, pyg.BasicGNN):
-        if blocks is not None:
-            raise ValueError(f"blocks: got {blocks} for a GNN, expected None and `every`")
+        check(blocks is None, "blocks", f"{blocks} for a GNN", "None and `every`")
         options = {"k": k, "router": router, "num_experts": num_experts, "router_kwargs": router_kwargs}
         return _moefy_gnn(model, upcycle, every=every, backend=backend, **options)
     found = _blocks(model)
@@ -104,15 +103,14 @@ def choose_blocks(count: int, every: int, blocks: Sequence[int] | None) -> list[
         ValueError: no block, or one that is not there or is named twice.
     """
     if blocks is None:
-        if count < every:
-            raise ValueError(f"every: got {every}, expected at most the number of blocks, {count}")
+        check(every <= count, "every", every, f"at most the number of blocks, {count}")
         return list(range(every - 1, count, every))
     if not isinstance(blocks, Iterable):
         raise ValueError(f"blocks: got {blocks!r}, expected a list of numbers of blocks")
     blocks = tuple(blocks)
     whole = all(isinstance(block, Integral) for block in blocks)  # NumPy's too
-    if not blocks or not whole or len(set(blocks)) < len(blocks) or not set(blocks) <= set(range(count)):
-        raise ValueError(f"blocks: got {blocks}, expected some of 0 to {count - 1}, each once")
+    legal = blocks and whole and len(set(blocks)) == len(blocks) and set(blocks) <= set(range(count))
+    check(legal, "blocks", blocks, f"some of 0 to {count - 1}, each once")
     return sorted(map(int, blocks))
 
 
@@ -139,12 +137,10 @@ def _blocks(model: nn.Module) -> list[Any]:
 
 def _experts_like(mlp: nn.Module, num_experts: int, upcycle: bool, backend: Backend) -> MLPExperts:
     """Experts of the form of a dense MLP, and with ``upcycle`` copies of it, which is verified on random tokens."""
-    if isinstance(mlp, MoE):
-        raise ValueError("model: got a block whose mlp is a MoE already, expected a dense one; see `blocks`")
+    check(not isinstance(mlp, MoE), "model", "a block whose mlp is a MoE already", "a dense one; see `blocks`")
     _refuse_what_would_be_lost(mlp)
     up, activation, down, dropout = _form(mlp)
-    if up.weight.is_meta:
-        raise ValueError("model: got parameters on the meta device, expected ones with values")
+    check(not up.weight.is_meta, "model", "parameters on the meta device", "ones with values")
     sizes = up.in_features, up.out_features, down.out_features, num_experts
     options: Any = {"activation": copy.deepcopy(activation), "dropout": dropout, "bias": up.bias is not None}
     experts = MLPExperts(*sizes, **options, backend=backend).to(device=up.weight.device, dtype=up.weight.dtype)
@@ -235,9 +231,8 @@ def _verify_form(mlp: nn.Module, experts: MLPExperts) -> None:
     offsets = torch.full((experts.num_experts,), 5, dtype=torch.int32)
     for training in (False, True):  # in training too: a dropout that is no module, and is not carried over, shows
         found, expected = copies.train(training)(x, offsets), reference.train(training)(x[None])[0]
-        if not torch.allclose(found, expected, atol=1e-8):
-            got = f"an mlp ({type(mlp).__name__}) that does not compute linear, activation, linear"
-            raise ValueError(f"model: got {got}; expected one that does")
+        got = f"an mlp ({type(mlp).__name__}) that does not compute linear, activation, linear"
+        check(torch.allclose(found, expected, atol=1e-8), "model", got, "one that does")
 
 
 def _moefy_gnn(model: Any, upcycle: bool, **options: Any) -> nn.Module:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from gmoe._checks import check_count, check_positive
 from gmoe.dispatch import KERNELS
@@ -37,8 +38,8 @@ def active_parameters(model: nn.Module) -> int:
 def count_flops(model: Callable[..., Any], *args: Any, backward: bool = False, **kwargs: Any) -> int:
     """FLOPs of one call, as torch's ``FlopCounterMode`` counts them (a multiply-add is two).
 
-    Extended by what message passing and the MoE layers add to matrix products: grouped and sparse products, the adds
-    of ``index_add`` and ``scatter_add`` (one an element), and attention on the CPU.
+    Extended by what message passing and the MoE layers add to matrix products: grouped products, attention on the CPU,
+    and sums over messages, which count one an element in every form: ``index_add``, ``scatter_add``, sparse products.
 
     Args:
         model: what is called as ``model(*args, **kwargs)``.
@@ -74,12 +75,7 @@ def match_width(
     # case (a residual without a projection where input and hidden width agree)
     while high < stop and cost(high) < target:
         low, high = high, min(2 * high + 1, stop)
-    while low < high:  # the first width that costs at least the target
-        middle = (low + high) // 2
-        if cost(middle) < target:
-            low = middle + 1
-        else:
-            high = middle
+    low = bisect.bisect_left(range(high), target, lo=low, key=cost)  # the first that costs at least the target
     width = min((w for w in (low - 1, low) if w >= start), key=lambda w: abs(cost(w) - target))
     off = cost(width) / target - 1.0
     if abs(off) > tolerance:
@@ -96,14 +92,20 @@ def _raw(formula: Callable[..., int]) -> Callable[..., int]:
 
 @_raw
 def _mm(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
-    """(N, M) x (M, D), dense or sparse: a multiply-add for each number that is stored of the first, and column."""
-    stored = a.numel() if a.layout == torch.strided else a._nnz()
-    return int(2 * stored * b.size(-1))
+    """(N, M) x (M, D): a multiply-add for each number of the first, and column; of a sparse matrix, which sums
+    messages, an add, as for messages that are gathered and scattered."""
+    return int((2 * a.numel() if a.layout == torch.strided else a._nnz()) * b.size(-1))
 
 
 @_raw
 def _addmm(_: Any, a: torch.Tensor, b: torch.Tensor, *__: Any, **___: Any) -> int:
     return _mm(a, b)
+
+
+@_raw
+def _sampled(pattern: torch.Tensor, a: torch.Tensor, *_: Any, **__: Any) -> int:
+    """A product of two rows for each entry of the pattern."""
+    return int(2 * pattern._nnz() * a.size(-1))
 
 
 def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
@@ -115,18 +117,8 @@ def _index_add(self: Any, dim: int, index: Any, source: Any, *_: Any, **__: Any)
     return math.prod(source)
 
 
-def _scatter_add(self: Any, dim: int, index: Any, source: Any, *_: Any, **__: Any) -> int:
+def _scatter_add(self: Any, dim: int, index: Any, *_: Any, **__: Any) -> int:
     return math.prod(index)
-
-
-def _attention_cpu(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    batch, heads, queries, width = q
-    return int(2 * batch * heads * queries * k[2] * (width + v[3]))
-
-
-def _attention_cpu_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    batch, heads, queries, width = q  # scores again, then the gradients of v, of the scores, of q and of k
-    return int(2 * batch * heads * queries * k[2] * (3 * width + 2 * v[3]))
 
 
 def _inside(kernel: Callable[..., Any]) -> Callable[..., int]:
@@ -144,7 +136,7 @@ _EXTRA_FLOPS: dict[Any, Any] = {
     aten.addmm: _addmm,
     aten.addmm_: _addmm,
     aten._sparse_addmm: _addmm,
-    aten.sparse_sampled_addmm: _mm,
+    aten.sparse_sampled_addmm: _sampled,
     aten._sparse_mm_reduce_impl: _mm,
     aten._sparse_mm_reduce_impl_backward: _mm,
     aten._grouped_mm: _grouped_mm,
@@ -152,7 +144,9 @@ _EXTRA_FLOPS: dict[Any, Any] = {
     aten.index_add_: _index_add,
     aten.scatter_add: _scatter_add,
     aten.scatter_add_: _scatter_add,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_cpu,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_cpu_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
     **{getattr(torch.ops.gmoe, name): _inside(kernel) for name, kernel in KERNELS.items()},
 }

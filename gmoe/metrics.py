@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from gmoe._checks import check_count
+from gmoe._checks import check, check_count
 from gmoe.routers import Router
 from gmoe.routing import Routing
 
@@ -65,8 +65,7 @@ class RoutingStats(Metric):
     def __init__(self, num_experts: int | Sequence[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_experts = (num_experts,) if isinstance(num_experts, int) else tuple(num_experts)
-        if not self.num_experts:
-            raise ValueError("num_experts: got no layers, expected at least one")
+        check(self.num_experts, "num_experts", "no layers", "at least one")
         for number in self.num_experts:
             check_count("num_experts", number)
         layers, most = len(self.num_experts), max(self.num_experts)
@@ -93,8 +92,7 @@ class RoutingStats(Metric):
             ValueError: the model has no router.
         """
         routers = [module.num_experts for module in model.modules() if isinstance(module, Router)]
-        if not routers:
-            raise ValueError(f"model: got {type(model).__name__} without a router, expected at least one")
+        check(routers, "model", f"{type(model).__name__} without a router", "at least one")
         return cls(routers, **kwargs)
 
     @torch.no_grad()
@@ -102,8 +100,7 @@ class RoutingStats(Metric):
         """Count the routings of one forward pass."""
         layers = [routings] if isinstance(routings, Routing) else list(routings)
         experts = tuple(routing.num_experts for routing in layers)
-        if experts != self.num_experts:
-            raise ValueError(f"routings: got layers of {experts} experts, expected {self.num_experts}")
+        check(experts == self.num_experts, "routings", f"layers of {experts} experts", self.num_experts)
         for layer, routing in enumerate(layers):
             load = routing.load
             self.load[layer, : len(load)] += load

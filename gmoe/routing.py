@@ -364,7 +364,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
             )
 
 
-@untraced
 def in_backward() -> bool:
     """Whether autograd is running a backward pass, as when activation checkpointing recomputes a forward."""
-    return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself asks
+    # what torch.utils.checkpoint itself asks; a compiled checkpoint recomputes without Python
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

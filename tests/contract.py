@@ -235,6 +235,7 @@ CASES = [
         partial(conv, "gcn", router_input=("node", "neighbors", "degree"), shared_expert=True),
         weighted_graphs,
     ),
+    Case("MoEConv sage narrow", lambda: MoEConv("sage", D, 2, num_experts=3, k=K), graphs),
     Case("MoEConv sage expert_choice", partial(conv, "sage", router="expert_choice"), graphs),
     Case("HeteroMoEConv", hetero, hetero_graphs),
     Case("HeteroMoEConv tied", partial(hetero, tie_routers=True, tie_experts=True), hetero_graphs, TOLD_APART),
@@ -384,7 +385,7 @@ def gives_starved_experts_zero_gradients(case: Case, device: str) -> None:
     if not isinstance(layer, MoE | MoEConv) or routings[0].load.min() > 0:
         return
     for expert, load in enumerate(routings[0].load.tolist()):
-        gradients = list(of_expert(layer.experts, expert, E))
+        gradients = list(of_expert(layer.experts, expert, layer.num_experts))
         assert gradients
         assert any(bool(value.any()) for value in gradients if value is not None) == (load > 0), f"expert {expert}"
 
@@ -478,6 +479,38 @@ def is_counted_by_routing_stats(case: Case, device: str) -> None:
         assert torch.equal(counted, 2 * routing.load)
 
 
+def runs_what_users_put_in(case: Case, device: str) -> None:
+    """The hooks of every stacked linear layer, and what stands in its place."""
+    layer, call, called = case.make(device).eval(), case.call(device=device), set[str]()
+    for name, module in layer.named_modules():
+        if isinstance(module, LinearExperts):
+            module.register_forward_hook(lambda *_, name=name: called.add(name))
+    plain = run(layer, call)
+    assert called == {name for name, module in layer.named_modules() if isinstance(module, LinearExperts)}
+    for name in called:
+        parent, _, leaf = name.rpartition(".")
+        twin = copy.deepcopy(layer)
+        twin.get_submodule(parent).register_module(leaf, Halved(twin.get_submodule(name)))
+        assert not torch.equal(run(twin, call), plain), name
+
+
+class Halved(nn.Module):
+    """As a library for fine-tuning would wrap a layer, which still shows what it wraps."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, *args: Any) -> Any:
+        return self.base(*args) / 2
+
+
 def leaves_itself_alone(case: Case, device: str) -> None:
     """No attribute, parameter or buffer of any module changes in evaluation; in training, the values of counters."""
     layer, call = case.make(device).eval(), case.call(device=device)
@@ -509,6 +542,7 @@ CLAUSES: list[Callable[[Case, str], None]] = [
     serves_two_threads,
     returns_what_is_recorded,
     is_counted_by_routing_stats,
+    runs_what_users_put_in,
     leaves_itself_alone,
 ]
 

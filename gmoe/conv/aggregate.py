@@ -115,13 +115,16 @@ class LinearAggregation(AggregateOnce):
         return found if self.linear.bias is None else [*found, (self.linear.bias, self._bias(conv))]
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        if h is None:
-            return self._transform_first(graph, x_src, x_dst, routing)
-        parts = [h, x_dst] if self.root else [h]
         linear = self.linear
-        if self.normalize:
+        hooks = (linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks)
+        plain = type(linear) is LinearExperts and not any(hooks)  # else what a user put there runs
+        if h is None and plain:
+            return self._transform_first(graph, x_src, x_dst, routing)
+        h = self.aggregate(graph, x_src, x_dst) if h is None else h
+        parts = [h, x_dst] if self.root else [h]
+        if self.normalize or not plain:
             y_PO = linear(dispatch(torch.cat(parts, dim=-1), routing), routing.offsets)
-            return combine(F.normalize(y_PO, p=2.0, dim=-1), routing)
+            return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
         return routed_linear(parts, linear.weight, linear.bias, routing, linear.backend)
 
     def _transform_first(self, graph: Graph, x_src: Tensor, x_dst: Tensor, routing: Routing) -> Tensor:

@@ -18,7 +18,7 @@ from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_count, check_counts
+from gmoe._checks import check, check_choice, check_count, check_counts
 from gmoe.conv.graph import Graph, check_batch
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts
@@ -80,14 +80,12 @@ class RelationalConv(nn.Module):
         wanted = node_types if out_types is None else out_types
         for name in wanted:
             check_choice("out_types", name, node_types)
-        if not wanted:
-            raise ValueError("out_types: got none, expected at least one node type")
+        check(wanted, "out_types", "none", "at least one node type")
         self.relations_into = {t: [r for r in edge_types if r[-1] == t] for t in node_types if t in wanted}
         relations = [relation for into in self.relations_into.values() for relation in into]
         met = {*wanted, *(source for source, *_ in relations)}
         self.in_channels = widths_of(in_channels, [name for name in node_types if name in met])
-        self.aggr = aggr
-        self.share_root = share_root
+        self.aggr, self.share_root = aggr, share_root
         width = self.in_channels
         self.root = (
             linear(one_width(width, wanted, "a shared root weight"), out_channels, bias=True)
@@ -214,8 +212,7 @@ class HeteroMoEConv(MoELayer):
         check_finite: bool = False,
     ) -> None:
         check_counts(num_experts=num_experts, k=k)
-        if k > num_experts:
-            raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
+        check(k <= num_experts, "k", k, f"at most num_experts={num_experts}")
         experts = RelationalConv(
             in_channels,
             out_channels,
@@ -227,26 +224,22 @@ class HeteroMoEConv(MoELayer):
         )
         given = {router_input} if isinstance(router_input, str) else set(router_input)
         parts: tuple[RouterPart, ...] = tuple(part for part in get_args(RouterPart) if part in given)
-        if not given or len(parts) < len(given):
-            raise ValueError(f"router_input: got {router_input!r}, expected 'node', 'neighbors', or both of them")
+        known = given and len(parts) == len(given)
+        check(known, "router_input", repr(router_input), "'node', 'neighbors', or both of them")
         routers: dict[NodeType, Router] = {}
         for name, like in _router_likes(router, list(experts.relations_into), tie_routers).items():
             dim = _router_dim(experts, name, parts, tie_routers)
             routers[name] = built = build_router(like, dim, num_experts, k, router_kwargs)
             built.check_finite |= check_finite
-            if getattr(built, "scope", None) == "neighbors":
-                raise ValueError(
-                    "router: got scope='neighbors', expected scope='group', since neighbors differ in type"
-                )
+            expected = "scope='group', since neighbors differ in type"
+            check(getattr(built, "scope", None) != "neighbors", "router", "scope='neighbors'", expected)
         tied = next(iter(routers.values())) if tie_routers and routers else None
         super().__init__(num_experts, k if tied is None else tied.k)
         self.router = tied
         if routers:
             self.experts_per_token = sum(router.experts_per_token for router in routers.values()) / len(routers)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.router_input = parts
-        self.tie_routers = tie_routers
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.router_input, self.tie_routers = parts, tie_routers
         self.backend: Backend = backend
         self.experts = experts
         self.routers = ModuleDict({} if tie_routers else routers)
@@ -266,8 +259,7 @@ class HeteroMoEConv(MoELayer):
         Raises:
             ValueError: an index outside 0..E-1.
         """
-        if not 0 <= index < self.num_experts:
-            raise ValueError(f"index: got {index}, expected 0..num_experts-1={self.num_experts - 1}")
+        check(0 <= index < self.num_experts, "index", index, f"0..num_experts-1={self.num_experts - 1}")
         own = self.experts
         options: Any = {"aggr": own.aggr, "share_root": own.share_root, "out_types": own.relations_into}
         with torch.random.fork_rng(devices=[]):  # to look at an expert must not change what is drawn next
@@ -319,8 +311,7 @@ class HeteroMoEConv(MoELayer):
                 check_batch(batch_dict.get(name), size)
         seen = {name: self._seen(*own) for name, own in parts.items()}
         if self.router is None:
-            if not self.routers:
-                raise ValueError("routings: got None, expected one of each node type, since router=None")
+            check(len(self.routers), "routings", None, "one of each node type, since router=None")
             return {name: self.routers[name](x, batch_dict.get(name)) for name, x in seen.items()}
         groups = [
             len(seen) * batch_dict.get(name, x_TD.new_zeros(x_TD.size(0), dtype=torch.long)) + index
@@ -339,10 +330,8 @@ class HeteroMoEConv(MoELayer):
         return torch.cat([column for part in self.router_input for column in columns[part]], dim=-1)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, "
-            f"router_input={self.router_input}, tie_routers={self.tie_routers}"
-        )
+        sizes = f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}"
+        return f"{sizes}, router_input={self.router_input}, tie_routers={self.tie_routers}"
 
 
 def _apply(maps: Sequence[Any], parts: Sequence[Tensor], *args: Any) -> Tensor:
@@ -362,10 +351,8 @@ def _is_plain(part: nn.Module) -> bool:
 def _router_dim(experts: RelationalConv, node_type: NodeType, parts: Sequence[RouterPart], tie_routers: bool) -> int:
     """The width of what the router of a node type, or of all types, sees."""
     for name, into in experts.relations_into.items():
-        if not into and "node" not in parts:
-            raise ValueError(
-                f"router_input: got 'neighbors', expected 'node' or both, since no relation ends in {name!r}"
-            )
+        expected = f"'node' or both, since no relation ends in {name!r}"
+        check(into or "node" in parts, "router_input", "'neighbors'", expected)
     if tie_routers:
         return len(parts) * one_width(experts.in_channels, experts.in_channels, "tie_routers=True")
     neighbors = sum(experts.in_channels[source] for source, *_ in experts.relations_into[node_type])
@@ -382,13 +369,11 @@ def _router_likes(
     if isinstance(router, Mapping) and (tie_routers or set(router) != set(node_types)):
         expected = "one router, since tie_routers=True" if tie_routers else f"one router for each of {node_types}"
         raise ValueError(f"router: got a dict for {list(router)}, expected {expected}")
-    if tie_routers:
-        node_types = node_types[:1]
-    likes = {name: router[name] if isinstance(router, Mapping) else router for name in node_types}
+    named = node_types[:1] if tie_routers else node_types
+    likes = {name: router[name] if isinstance(router, Mapping) else router for name in named}
     instances = [id(like) for like in likes.values() if isinstance(like, Router)]
-    if len(set(instances)) < len(instances):
-        expected = "a name, a factory, a dict with an instance for each, or tie_routers=True"
-        raise ValueError(f"router: got one instance for several node types, expected {expected}")
+    expected = "a name, a factory, a dict with an instance for each, or tie_routers=True"
+    check(len(set(instances)) == len(instances), "router", "one instance for several node types", expected)
     return likes
 
 
@@ -423,15 +408,13 @@ def checked_metadata(metadata: Metadata) -> Metadata:
         ValueError: there are none; one occurs twice; an edge type starts or ends elsewhere.
     """
     node_types, edge_types = list(metadata[0]), [tuple(edge_type) for edge_type in metadata[1]]
-    if not node_types:
-        raise ValueError("metadata: got no node types, expected at least one")
+    check(node_types, "metadata", "no node types", "at least one")
     for kind, names in (("node", node_types), ("edge", edge_types)):
-        if len(set(names)) < len(names):
-            raise ValueError(f"metadata: got {kind} types {names}, expected each of them once")
-    for edge_type in edge_types:
-        if len(edge_type) != 3 or not {edge_type[0], edge_type[-1]} <= set(node_types):
-            expected = f"(source, relation, destination) between the node types {node_types}"
-            raise ValueError(f"metadata: got edge type {edge_type}, expected {expected}")
+        check(len(set(names)) == len(names), "metadata", f"{kind} types {names}", "each of them once")
+    for edge in edge_types:
+        between = len(edge) == 3 and {edge[0], edge[-1]} <= set(node_types)
+        expected = f"(source, relation, destination) between the node types {node_types}"
+        check(between, "metadata", f"edge type {edge}", expected)
     return node_types, edge_types
 
 
@@ -450,8 +433,7 @@ def widths_of(in_channels: int | Mapping[NodeType, int], node_types: Sequence[No
     """
     if isinstance(in_channels, Mapping):
         missing = [name for name in node_types if name not in in_channels]
-        if missing:
-            raise ValueError(f"in_channels: got {dict(in_channels)}, expected widths of {missing} too")
+        check(not missing, "in_channels", dict(in_channels), f"widths of {missing} too")
     else:
         in_channels = dict.fromkeys(node_types, in_channels)
     for name in node_types:
@@ -466,6 +448,5 @@ def one_width(widths: Mapping[NodeType, int], node_types: Collection[NodeType], 
         ValueError: they differ.
     """
     found = {name: widths[name] for name in widths if name in node_types}
-    if len(set(found.values())) > 1:
-        raise ValueError(f"in_channels: got {found} with {reason}, expected one width for all node types")
+    check(len(set(found.values())) == 1, "in_channels", f"{found} with {reason}", "one width for all node types")
     return next(iter(found.values()))

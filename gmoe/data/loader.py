@@ -13,7 +13,7 @@ from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import NeighborLoader, NodeLoader
 from torch_geometric.typing import NodeType
 
-from gmoe._checks import check_choice
+from gmoe._checks import check, check_choice
 from gmoe.data.sampler import Fanouts, NeighborSampler, check_nodes
 
 SamplerBackend: TypeAlias = Literal["auto", "pyg", "gmoe"]
@@ -73,8 +73,8 @@ def neighbor_loader(
     for name in (*PYG_ONLY, "neighbor_sampler"):
         default = parameters[name].default
         value = kwargs.pop(name, default)
-        if isinstance(value, Tensor) or getattr(value, "value", value) != default:
-            raise ValueError(f"{name}: got {value!r}, expected {default!r}, or backend='pyg' with pyg-lib installed")
+        taken = not isinstance(value, Tensor) and getattr(value, "value", value) == default  # of an enum, its value
+        check(taken, name, repr(value), f"{default!r}, or backend='pyg' with pyg-lib installed")
     sampler = NeighborSampler(data, num_neighbors, replace, is_sorted=kwargs.pop("is_sorted", False))
     return NodeLoader(data, sampler, **kwargs)
 
@@ -98,8 +98,7 @@ def _ids(nodes: Any, num_nodes: Any) -> Tensor | None:
         return None
     nodes = torch.as_tensor(nodes)
     if nodes.dtype == torch.bool:
-        if nodes.shape != (num_nodes,):
-            raise ValueError(f"input_nodes: got a mask of shape {tuple(nodes.shape)}, expected ({num_nodes},)")
+        check(nodes.shape == (num_nodes,), "input_nodes", f"a mask of shape {tuple(nodes.shape)}", f"({num_nodes},)")
         return nodes
     if nodes.numel() == 0:
         nodes = nodes.long()  # an empty list makes floats

@@ -22,6 +22,7 @@ from torch_geometric.sampler.neighbor_sampler import edge_sample, node_sample
 from torch_geometric.sampler.utils import to_csc
 from torch_geometric.typing import EdgeType, NodeType, SparseTensor
 
+from gmoe._checks import check
 from gmoe.routers.base import check_edge_index
 
 Fanouts: TypeAlias = Sequence[int] | Mapping[EdgeType, Sequence[int]] | NumNeighbors
@@ -29,6 +30,8 @@ Fanouts: TypeAlias = Sequence[int] | Mapping[EdgeType, Sequence[int]] | NumNeigh
 NODES: NodeType = ""
 EDGES: EdgeType = (NODES, "", NODES)
 """A homogeneous graph is sampled as one with a single type of nodes and of edges."""
+
+NO_TIMES = ("time", "times of the seeds", "None: sampling by time needs pyg-lib")
 
 
 class InEdges(NamedTuple):
@@ -85,8 +88,7 @@ class NeighborSampler(BaseSampler):
         *,
         is_sorted: bool = False,
     ) -> None:
-        if not isinstance(data, Data | HeteroData):
-            raise ValueError(f"data: got {type(data).__name__}, expected Data or HeteroData")
+        check(isinstance(data, Data | HeteroData), "data", type(data).__name__, "Data or HeteroData")
         self.is_hetero = isinstance(data, HeteroData)
         self.replace = replace
         stores: dict[EdgeType, Any] = dict(data.edge_items()) if self.is_hetero else {EDGES: data}
@@ -115,8 +117,8 @@ class NeighborSampler(BaseSampler):
         else:
             fanouts = {EDGES: given.values}
         for fanout in fanouts.values():
-            if any(not isinstance(k, int) or k < -1 for k in fanout):
-                raise ValueError(f"num_neighbors: got {list(fanout)}, expected whole numbers of at least -1 (all)")
+            whole = all(isinstance(k, int) and k >= -1 for k in fanout)
+            check(whole, "num_neighbors", list(fanout), "whole numbers of at least -1 (all)")
         self._num_neighbors, self._fanouts = given, fanouts
 
     @property
@@ -124,35 +126,31 @@ class NeighborSampler(BaseSampler):
         """Nodes of the graph, by type in a heterogeneous one."""
         return self._sizes if self.is_hetero else self._sizes[NODES]
 
-    @property
-    def edge_permutation(self) -> None:
-        """None: ``edge`` holds ids of the graph's own edges."""
-        return
-
     def sample_from_nodes(self, index: NodeSamplerInput, **kwargs: Any) -> SamplerOutput | HeteroSamplerOutput:
         """The subgraph that the seeds ``index.node`` need; called by ``NodeLoader``."""
-        _refuse_times(index.time)
+        check(index.time is None, *NO_TIMES)
         return node_sample(index, self._sample)
 
     def sample_from_edges(
         self, index: EdgeSamplerInput, neg_sampling: NegativeSampling | None = None
     ) -> SamplerOutput | HeteroSamplerOutput:
         """The subgraph that both ends of the seed edges need; called by ``LinkLoader``."""
-        _refuse_times(index.time)
+        check(index.time is None, *NO_TIMES)
         return edge_sample(index, self._sample, self.num_nodes, disjoint=False, neg_sampling=neg_sampling)
 
     def _sample(self, seed: Tensor | dict[NodeType, Tensor], seed_time: None) -> SamplerOutput | HeteroSamplerOutput:
         """What PyG's ``node_sample`` and ``edge_sample`` call."""
         seeds = seed if isinstance(seed, dict) else {NODES: seed}
         for kind, nodes in seeds.items():
-            if kind not in self._sizes:
-                legal = ", ".join(repr(name or None) for name in self._sizes)
-                raise ValueError(f"input_type: got {kind or None!r}, expected one of {legal}")
+            legal = ", ".join(repr(name or None) for name in self._sizes)
+            check(kind in self._sizes, "input_type", repr(kind or None), f"one of {legal}")
             check_nodes("node", nodes, self._sizes[kind])
         try:
             local = self._maps.pop()  # taken, not shared: threads have their own, and an error leaves no dirty one
         except IndexError:
-            local = self._new_map()
+            with torch.inference_mode(False):  # or it could not be written to outside of that mode
+                unseen = torch.iinfo(self._dtype).max
+                local = {t: torch.full((size,), unseen, dtype=self._dtype) for t, size in self._sizes.items()}
         fields = self._expand({kind: nodes.long() for kind, nodes in seeds.items()}, local)
         for kind, nodes in fields["node"].items():
             local[kind].index_fill_(0, nodes, torch.iinfo(self._dtype).max)
@@ -160,11 +158,6 @@ class NeighborSampler(BaseSampler):
         if self.is_hetero:
             return HeteroSamplerOutput(**fields)
         return SamplerOutput(**{name: next(iter(value.values())) for name, value in fields.items()})
-
-    @torch.inference_mode(False)  # or a map made in inference mode could not be written to outside of it
-    def _new_map(self) -> dict[NodeType, Tensor]:
-        unseen = torch.iinfo(self._dtype).max
-        return {kind: torch.full((size,), unseen, dtype=self._dtype) for kind, size in self._sizes.items()}
 
     def _expand(self, seeds: dict[NodeType, Tensor], local: dict[NodeType, Tensor]) -> dict[str, dict[Any, Any]]:
         """The output's fields by type. ``local``: each node's position in the output, huge where it has none yet."""
@@ -253,28 +246,25 @@ def _sizes(data: Data | HeteroData, edge_types: list[EdgeType]) -> dict[NodeType
     else:
         sizes = {kind: store.num_nodes for kind, store in data.node_items()}
         for source, relation, destination in edge_types:
-            if not {source, destination} <= set(sizes):
-                got = f"edges {(source, relation, destination)} and nodes {', '.join(map(repr, sizes))}"
-                raise ValueError(f"data: got {got}, expected the nodes of both ends")
+            got = f"edges {(source, relation, destination)} and nodes {', '.join(map(repr, sizes))}"
+            check({source, destination} <= set(sizes), "data", got, "the nodes of both ends")
     for kind, size in sizes.items():
-        if size is None:
-            raise ValueError(f"data: got no number of nodes{f' {kind!r}' if kind else ''}, expected num_nodes")
+        check(size is not None, "data", f"no number of nodes{f' {kind!r}' if kind else ''}", "num_nodes")
     return sizes
 
 
 def _in_edges(store: Any, kind: EdgeType, sizes: Mapping[NodeType, int], is_sorted: bool) -> InEdges:
     """The edges of one type, by destination, on the CPU."""
     names = [name for name in ("adj", "adj_t", "edge_index") if name in store]  # in the order of to_csc
-    if not names and kind != EDGES:
-        raise ValueError(f"data: got no edge_index of {kind}, expected one")
+    check(names or kind == EDGES, "data", f"no edge_index of {kind}", "one")
     if names[:1] == ["edge_index"]:
         edge_index = store["edge_index"].cpu()
         check_edge_index(edge_index, sizes[kind[0]], sizes[kind[2]])
-        if is_sorted and bool((edge_index[1].diff() < 0).any()):
-            raise ValueError("is_sorted: got True with edges in another order, expected them by destination, or False")
-    elif names and not isinstance(store[names[0]], SparseTensor):
-        got = type(store[names[0]]).__name__
-        raise ValueError(f"data: got {names[0]} of type {got}, expected a SparseTensor, or edge_index alone")
+        in_order = not is_sorted or bool((edge_index[1].diff() >= 0).all())
+        check(in_order, "is_sorted", "True with edges in another order", "them by destination, or False")
+    elif names:
+        got = f"{names[0]} of type {type(store[names[0]]).__name__}"
+        check(isinstance(store[names[0]], SparseTensor), "data", got, "a SparseTensor, or edge_index alone")
     start, source, edge = to_csc(store, device=torch.device("cpu"), is_sorted=is_sorted)
     return InEdges(start, source.as_tensor() if isinstance(source, Index) else source, edge)
 
@@ -287,8 +277,3 @@ def check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:
         low, high = (int(value) for value in nodes.aminmax())
         if low < 0 or high >= num_nodes:
             raise ValueError(f"{name}: got {low if low < 0 else high}, expected values in 0..{num_nodes - 1}")
-
-
-def _refuse_times(time: Tensor | None) -> None:
-    if time is not None:
-        raise ValueError("time: got times of the seeds, expected None: sampling by time needs pyg-lib")

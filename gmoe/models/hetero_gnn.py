@@ -16,7 +16,7 @@ from torch_geometric.nn.resolver import activation_resolver, normalization_resol
 from torch_geometric.typing import Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_count, check_counts
+from gmoe._checks import check, check_choice, check_counts
 from gmoe.conv import hetero
 from gmoe.conv.hetero import Aggr, HeteroMoEConv, HeteroRouterInput, NodeTensors, RelationalConv, RelationEdges
 from gmoe.dispatch import Backend
@@ -195,10 +195,8 @@ class HeteroGNNMoE(nn.Module):
         return out
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.in_channels}, {self.hidden_channels}, {self.out_channels}, "
-            f"num_layers={self.num_layers}, target={self.target!r})"
-        )
+        sizes = f"{self.in_channels}, {self.hidden_channels}, {self.out_channels}, num_layers={self.num_layers}"
+        return f"{type(self).__name__}({sizes}, target={self.target!r})"
 
 
 class HeteroInput(nn.Module):
@@ -226,21 +224,15 @@ class HeteroInput(nn.Module):
         super().__init__()
         given = in_channels if isinstance(in_channels, Mapping) else dict.fromkeys(all_types, in_channels)
         width = hidden_channels if embedding_channels is None else embedding_channels
-        for name, value in {
-            "embedding_channels": width,
-            **{f"in_channels[{t!r}]": w for t, w in given.items()},
-        }.items():
-            check_count(name, value)
+        check_counts(embedding_channels=width, **{f"in_channels[{name!r}]": value for name, value in given.items()})
         widths = {name: given.get(name, width) for name in node_types}
         self.in_channels = {name: given[name] for name in node_types if name in given}
         self.num_nodes_dict = dict(num_nodes_dict or {})
         self.embedded = [name for name in node_types if name not in given]
         missing = [name for name in all_types if name not in self.num_nodes_dict]
-        if self.embedded and missing:
-            raise ValueError(
-                f"num_nodes_dict: got {num_nodes_dict}, expected the number of nodes of {missing} too, since "
-                f"{self.embedded} have no in_channels and so get embeddings"
-            )
+        because = f"since {self.embedded} have no in_channels and so get embeddings"
+        known = not (self.embedded and missing)
+        check(known, "num_nodes_dict", num_nodes_dict, f"the number of nodes of {missing} too, {because}")
         self.embeddings = ModuleDict({name: nn.Embedding(self.num_nodes_dict[name], width) for name in self.embedded})
         self.lin = ModuleDict()
         if len(set(widths.values())) > 1 if in_proj is None else in_proj:
@@ -269,12 +261,10 @@ class HeteroInput(nn.Module):
                     "numbers of the mini-batch's nodes, which say whose embeddings to take"
                 )
         for name in self.embedded:
-            if name in x_dict:
-                raise ValueError(
-                    f"x_dict[{name!r}]: got features, expected none, since in_channels has no width for it"
-                )
-            if n_id_dict is not None and name not in n_id_dict:
-                raise ValueError(f"n_id_dict[{name!r}]: got None, expected the numbers of the nodes in the whole graph")
+            expected = "none, since in_channels has no width for it"
+            check(name not in x_dict, f"x_dict[{name!r}]", "features", expected)
+            expected = "the numbers of the nodes in the whole graph"
+            check(n_id_dict is None or name in n_id_dict, f"n_id_dict[{name!r}]", None, expected)
             embedding: Any = self.embeddings[name]
             h_dict[name] = embedding.weight if n_id_dict is None else embedding(n_id_dict[name])
         return {name: self.lin[name](h) if name in self.lin else h for name, h in h_dict.items()}
@@ -284,14 +274,11 @@ def _moe_layers(router: RouterLike | None, num_layers: int, every: int) -> list[
     """The layers that are a MoE: every n-th, the output layer excepted."""
     if router is None:
         return []
-    if isinstance(router, Router):
-        raise ValueError("router: got an instance for several node types, expected a name or a factory")
+    instance = isinstance(router, Router)
+    check(not instance, "router", "an instance for several node types", "a name or a factory")
     layers = list(range(every - 1, num_layers - 1, every))
-    if not layers:
-        raise ValueError(
-            f"every: got {every} with num_layers={num_layers}, which leaves no hidden layer for a MoE; expected "
-            "more layers or a smaller every"
-        )
+    got = f"{every} with num_layers={num_layers}, which leaves no hidden layer for a MoE"
+    check(layers, "every", got, "more layers or a smaller every")
     return layers
 
 

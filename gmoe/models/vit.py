@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from gmoe._checks import check_counts, check_probability
+from gmoe._checks import check, check_counts, check_probability
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
@@ -92,18 +92,16 @@ class ViTMoE(VisionTransformer):
         backend: Backend = "auto",
     ) -> None:
         if not isinstance(size, ViTSize):
-            if size not in SIZES:
-                raise ValueError(f"size: got {size!r}, expected a ViTSize or one of {sorted(SIZES)}")
+            check(size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
             size = SIZES[size]
-        if router is None and blocks is not None:
-            raise ValueError(f"blocks: got {blocks!r} without a router, expected None; a dense ViT has no experts")
+        has_blocks = router is not None or blocks is None
+        check(has_blocks, "blocks", f"{blocks!r} without a router", "None; a dense ViT has no experts")
         check_probability("dropout", dropout)
         check_probability("attention_dropout", attention_dropout)
         sizes = asdict(size)
         check_counts(num_classes=num_classes, **sizes)
         for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
-            if sizes[whole] % sizes[part]:
-                raise ValueError(f"{whole}: got {sizes[whole]}, expected a multiple of {part}={sizes[part]}")
+            check(sizes[whole] % sizes[part] == 0, whole, sizes[whole], f"a multiple of {part}={sizes[part]}")
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout, attention_dropout=attention_dropout)
         self.size = size
         if router is None:

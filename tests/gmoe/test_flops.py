@@ -146,28 +146,27 @@ def sparse_graph() -> tuple[Tensor, Tensor, int]:
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 @pytest.mark.parametrize("product", ["sum", "mean", "@", "torch.sparse.mm"])
 def test_flops_of_a_sparse_product(product: str, layout: torch.layout) -> None:
-    """Two an edge and channel, forward; and as much again for the gradient of the dense side."""
+    """One an edge and channel, as for gathered messages; and as much again for the gradient of the dense side."""
     _, adj, edges = sparse_graph()
     adj = adj if layout == torch.sparse_coo else adj.to_sparse_csr()
     x = torch.randn(T, D, requires_grad=True)
     calls: dict[str, Any] = {"@": lambda x: adj @ x, "torch.sparse.mm": lambda x: torch.sparse.mm(adj, x)}
     call = calls.get(product, lambda x: spmm(adj, x, reduce=product))
-    assert count_flops(call, x) == 2 * edges * D
-    assert count_flops(call, x, backward=True) == 4 * edges * D
+    assert count_flops(call, x) == edges * D
+    assert count_flops(call, x, backward=True) == 2 * edges * D
 
 
 @pytest.mark.parametrize("form", ["edges", "coo", "csr"])
 def test_flops_of_aggregation(form: str) -> None:
     edge_index, adj, edges = sparse_graph()
     graph = {"edges": edge_index, "coo": adj, "csr": adj.to_sparse_csr()}[form]
-    an_edge = 1 if form == "edges" else 2  # an add a message; a multiply-add in a sparse product
     x = torch.randn(T, D)
-    assert count_flops(GCNConv(D, O, normalize=False), x, graph) == 2 * T * D * O + an_edge * edges * O
+    assert count_flops(GCNConv(D, O, normalize=False), x, graph) == 2 * T * D * O + edges * O
     # aggregated once, D wide, for two experts a node
     layer = MoEConv("gcn", D, O, num_experts=E, router=None, normalize=False)
     routing = routing_of(torch.ones(T, E) * torch.tensor([1.0, 1.0, 0.0, 0.0]))
     experts = 2 * 2 * T * D * O + 2 * T * O
-    assert count_flops(layer, x, graph, routing=routing) == 2 * edges * D + experts  # always a sparse product
+    assert count_flops(layer, x, graph, routing=routing) == edges * D + experts
 
 
 def test_flops_of_attention_on_the_cpu() -> None:
@@ -184,7 +183,8 @@ def test_flops_of_votes_of_neighbors() -> None:
     edges = torch.stack([torch.arange(T - 1), torch.arange(1, T)])
     scores = 2 * (2 * T - 1) * 3 * 4  # with a self-loop a node
     assert count_flops(neighbor_votes, q, k, edges) == scores
-    assert count_flops(neighbor_votes, q, k, edges, backward=True) == 3 * scores
+    sums = 2 * (scores // 2)  # for queries and keys
+    assert count_flops(neighbor_votes, q, k, edges, backward=True) == scores + sums
 
 
 def test_flops_take_keywords_and_tuples() -> None:

@@ -178,21 +178,21 @@ def test_half_precision_sums_in_float32(aggr: Any, expected: float, sparse: bool
 @each_tie_of_both
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_equals_masked_pyg(router: str, k: int, ties: dict[str, bool]) -> None:
+def test_equals_masked_layers(router: str, k: int, ties: dict[str, bool]) -> None:
     conv = layer(router=router, k=k, router_input=BOTH, **ties).double()
     assert_equals_masked(conv, nodes(WIDTH), edges())
 
 
 @pytest.mark.parametrize("router_input", ["node", "neighbors", BOTH], ids=str)
 @pytest.mark.parametrize("out_types", [["paper"], ["author", "field"]], ids=str)
-def test_equals_masked_pyg_with_every_option(out_types: list[str], router_input: Any) -> None:
+def test_equals_masked_layers_with_every_option(out_types: list[str], router_input: Any) -> None:
     options: dict[str, Any] = {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1}
     conv = layer(WIDTHS, aggr="sum", router_input=router_input, out_types=out_types, router_kwargs=options).double()
     assert_equals_masked(conv, nodes(), edges())
     assert list(conv(nodes(), edges())) == out_types
 
 
-def test_equals_masked_pyg_on_sparse_matrices() -> None:
+def test_equals_masked_layers_on_sparse_matrices() -> None:
     assert_equals_masked(layer(WIDTHS, k=2).double(), nodes(), sparse_edges(), reference_edges=edges())
 
 
@@ -223,7 +223,7 @@ def graphs(draw: st.DrawFn) -> tuple[dict[str, int], Edges]:
 
 @settings(max_examples=40, deadline=None)
 @given(graphs(), st.sampled_from(["token_choice", "expert_choice"]), st.booleans(), st.booleans())
-def test_equals_masked_pyg_on_any_graph(graph: Any, router: str, tie_routers: bool, tie_experts: bool) -> None:
+def test_equals_masked_layers_on_any_graph(graph: Any, router: str, tie_routers: bool, tie_experts: bool) -> None:
     counts, found = graph
     conv = layer(router=router, k=2, router_input=BOTH, tie_routers=tie_routers, tie_experts=tie_experts).double()
     assert_equals_masked(conv, nodes(WIDTH, counts), found)

@@ -54,7 +54,7 @@ def check(data: Any, out: Any, fanouts: Any, seeds: Any, replace: bool) -> None:
         whole, kind = HeteroData(), ("node", "to", "node")
         whole["node"].num_nodes, whole[kind].edge_index = data.num_nodes, data.edge_index
         of_nodes, of_edges = ("node", "num_sampled_nodes"), ("row", "col", "edge", "num_sampled_edges")
-        fields = {name: {"node": getattr(out, name)} for name in of_nodes}
+        fields: Any = {name: {"node": getattr(out, name)} for name in of_nodes}
         fields |= {name: {kind: getattr(out, name)} for name in of_edges}
         data, out, seeds = whole, HeteroSamplerOutput(**fields), {"node": seeds}
     per_kind = fanouts if isinstance(fanouts, dict) else dict.fromkeys(data.edge_types, fanouts)

@@ -33,10 +33,6 @@ def full_graph() -> Data:
     return data
 
 
-def epoch(loader: NodeLoader) -> list[Any]:
-    return list(loader)
-
-
 @each_backend
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("replace", [False, True])
@@ -55,7 +51,7 @@ def test_batches_are_parts_of_the_graph(backend: SamplerBackend, num_workers: in
     )
     assert len(loader) == 3
     for _ in range(2):
-        batches = epoch(loader)
+        batches = list(loader)
         seeds = torch.cat([batch.n_id[: batch.batch_size] for batch in batches])
         assert torch.equal(seeds.sort().values, data.train_mask.nonzero().view(-1))
         assert torch.equal(torch.cat([batch.input_id for batch in batches]), seeds)
@@ -78,7 +74,7 @@ def test_batches_are_parts_of_the_graph(backend: SamplerBackend, num_workers: in
 def test_hetero_batches(backend: SamplerBackend) -> None:
     data = hetero_graph()
     loader = neighbor_loader(data, [3, 2], ("paper", torch.arange(10, 20)), batch_size=4, backend=backend)
-    batches = epoch(loader)
+    batches = list(loader)
     assert [batch["paper"].batch_size for batch in batches] == [4, 4, 2]
     for batch, seeds in zip(batches, torch.arange(10, 20).split(4), strict=True):
         assert torch.equal(batch["paper"].n_id[: len(seeds)], seeds)
@@ -106,7 +102,7 @@ def test_hetero_batches(backend: SamplerBackend) -> None:
     ids=["all", "list", "int32", "mask", "list of booleans", "none"],
 )
 def test_input_nodes(input_nodes: Any, seeds: list[int]) -> None:
-    (batch,) = epoch(neighbor_loader(full_graph(), [2], input_nodes, batch_size=NODES, backend="gmoe")) or (None,)
+    (batch,) = list(neighbor_loader(full_graph(), [2], input_nodes, batch_size=NODES, backend="gmoe")) or (None,)
     assert seeds == ([] if batch is None else batch.n_id[: batch.batch_size].tolist())
 
 
@@ -115,7 +111,7 @@ def test_input_nodes(input_nodes: Any, seeds: list[int]) -> None:
     [("author", 20), (("author", None), 20), (["author", [4]], 1), (("paper", torch.arange(30) < 7), 7)],
 )
 def test_hetero_input_nodes(input_nodes: Any, num_seeds: int) -> None:
-    (batch,) = epoch(neighbor_loader(hetero_graph(), [2], input_nodes, batch_size=50, backend="gmoe"))
+    (batch,) = list(neighbor_loader(hetero_graph(), [2], input_nodes, batch_size=50, backend="gmoe"))
     kind = input_nodes if isinstance(input_nodes, str) else input_nodes[0]
     assert batch[kind].batch_size == num_seeds
 
