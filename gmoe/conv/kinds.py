@@ -148,8 +148,8 @@ class Make:
             if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
         others = [name for name in needed if name not in ("edge_weight", "edge_attr")]
-        others = others or ("edge_type" in takes and getattr(conv, "num_relations", 1) > 1)
-        if first != ["x", "edge_index"] or list(takes)[:2] != first or others:
+        typed = "edge_type" in takes and getattr(conv, "num_relations", 1) > 1
+        if first != ["x", "edge_index"] or list(takes)[:2] != first or others or typed:
             raise ValueError(
                 f"conv: got {type(conv).__name__}, whose forward takes ({', '.join(takes)}), expected one of "
                 "(x, edge_index, edge_weight or edge_attr)"
@@ -228,10 +228,10 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
         if own & ids:
             raise ValueError("conv: got a factory whose convs share parameters, expected fresh ones at each call")
         own |= ids
-    widths = {output_width(conv, make.in_channels) for conv in samples} - {None}
+    widths = {width for conv in samples if (width := output_width(conv, make.in_channels)) is not None}
     if len(widths) > 1:  # which would be broadcast
         raise ValueError(f"conv: got experts of output widths {sorted(widths)}, expected one width for all")
-    if any(width % make.out_channels for width in widths if width is not None):  # heads and powers give multiples
+    if any(width % make.out_channels for width in widths):  # heads and powers give multiples
         got = f"got {make.out_channels}, but {name_of(make.kinds[0])} gives {widths.pop()} columns"
         raise ValueError(f"out_channels: {got}, expected that width, or a multiple of it")
     samples += samples[-1:] * (num_experts - len(samples))
@@ -344,7 +344,7 @@ def _tried_out(conv: MessagePassing, in_channels: Widths) -> tuple[Any, Any, Any
     edge_index[:, :3] = torch.tensor([[0, 1, 1], [0, 2, 2]])
     takes = parameters_of(probe)
     weight = random(EDGES).abs() + 0.1 if "edge_weight" in takes else None
-    edge_dim = getattr(probe, "edge_dim", None) or getattr(probe, "dim", None)
+    edge_dim: Any = getattr(probe, "edge_dim", None) or getattr(probe, "dim", None)
     if isinstance(probe, pyg.GINEConv):
         edge_dim = in_channels if probe.lin is None else probe.lin.in_channels
     wanted = "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0
@@ -381,8 +381,8 @@ def output_width(conv: Any, in_channels: Widths) -> int | None:
         return int(conv.out_channels * (conv.heads if getattr(conv, "concat", False) else 1))
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            *run, graph, _ = _tried_out(conv, in_channels)
-            return int(run_on_all(*run, graph, torch.arange(NODES)).size(1))
+            probe, x_src, x_dst, graph, _ = _tried_out(conv, in_channels)
+            return int(run_on_all(probe, x_src, x_dst, graph, torch.arange(NODES)).size(1))
     except Exception:  # a conv may ask for anything: edge features, regular graphs, other packages
         return None
 

@@ -1,4 +1,4 @@
-"""Filters and MLPs in the place of convs: what each is. That experts of them equal masked convs: ``test_experts.py``."""
+"""Filters and MLPs in the place of convs. That experts of them equal masked convs: ``test_experts.py``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch_geometric.utils import to_dense_adj
 
 from gmoe import FilterConv, Graph, MLPConv, MoEConv
 from gmoe.conv.aggregate import FilterExperts, MLPConvExperts
-from tests.gmoe.conv.masked import GRAPHS, FORMS, assert_equals_masked, features, random_graph, simple_graph, weights
+from tests.gmoe.conv.masked import FORMS, GRAPHS, assert_equals_masked, features, random_graph, simple_graph, weights
 
 WIDTH = 4
 KINDS: list[Any] = ["low_pass", "identity", "high_pass", "two_hop", partial(FilterConv, filter="high_pass", hops=3)]

@@ -82,14 +82,14 @@ def test_dropout_is_right_in_the_mean(conv: str) -> None:
     expected = layer.eval()(x, edge_index, routing=routing)
     torch.testing.assert_close(build(conv, {"heads": 2}, IN)(x, edge_index, routing=routing), expected)
     layer.train()
-    draws = torch.stack([layer(x, edge_index, routing=routing).detach() for _ in range(300)])
+    draws = torch.stack([layer(x, edge_index, routing=routing).detach() for _ in range(200)])
     error = draws.std(dim=0) / len(draws) ** 0.5
     assert float(draws.std(dim=0).max()) > 0.1
     assert ((draws.mean(dim=0) - expected).abs() <= 5 * error + 1e-12).all()
     plain: Any = [layer.expert(e) for e in range(3)]  # as the separate convs', draw by draw
     weight_TE = routing.to_dense()
     theirs = torch.stack(
-        [sum(weight_TE[:, e, None] * plain[e](x, edge_index).detach() for e in range(3)) for _ in range(300)]
+        [sum(weight_TE[:, e, None] * plain[e](x, edge_index).detach() for e in range(3)) for _ in range(200)]
     )
     torch.testing.assert_close(draws.std(dim=0), theirs.std(dim=0), rtol=0.3, atol=1e-12)
 

@@ -10,7 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch_geometric.nn import CGConv, GATConv, GATv2Conv, GCNConv, GINConv, GINEConv, SAGEConv, SoftmaxAggregation, TAGConv
+from torch_geometric.nn import (
+    CGConv,
+    GATConv,
+    GATv2Conv,
+    GCNConv,
+    GINConv,
+    GINEConv,
+    SAGEConv,
+    SoftmaxAggregation,
+    TAGConv,
+)
 
 from gmoe import ROUTERS, FilterConv, MoEConv
 from gmoe.conv import graph as graph_module
@@ -25,8 +35,10 @@ from tests.gmoe.conv.masked import (
     assert_equals_masked,
     coo,
     csr,
+    default_float64,
     features,
     random_graph,
+    routing_of,
     simple_graph,
     weights,
 )
@@ -42,7 +54,6 @@ AGGREGATE_ONCE: list[Case] = [
     ("gcn", {"improved": True}),
     ("gcn", {"normalize": False}),
     ("gcn", {"add_self_loops": False, "bias": False}),
-    ("gcn", {"aggr": "mean"}),
     ("gcn", {"cached": True}),
     ("sage", {}),
     ("sage", {"aggr": "sum", "root_weight": False}),
@@ -103,6 +114,7 @@ LOCAL: list[Case] = [
 ]
 
 FULL: list[Case] = [
+    ("gcn", {"aggr": "mean"}),
     ("cheb", {"K": 3}),
     ("tag", {"K": 2}),
     ("sg", {"K": 2}),
@@ -147,7 +159,9 @@ def ids(value: Any) -> str:
     return ",".join(f"{k}={v}" for k, v in value.items()) or "-" if isinstance(value, dict) else name(value)
 
 
-def build(conv: Any, kwargs: dict[str, Any], in_channels: Any = WIDTH, out_channels: int = WIDTH, **moe: Any) -> MoEConv:
+def build(
+    conv: Any, kwargs: dict[str, Any], in_channels: Any = WIDTH, out_channels: int = WIDTH, **moe: Any
+) -> MoEConv:
     torch.manual_seed(0)
     options = {"num_experts": None if isinstance(conv, list) else 3, "router": None, **moe}
     return MoEConv(conv, in_channels, out_channels, **options, **kwargs).double()
@@ -207,7 +221,8 @@ def test_forms_of_the_edges(conv: Any, kwargs: dict[str, Any], form: str) -> Non
     adj = FORMS[form](edges, (9, 9))
     with default_float64():  # of which PyG's EdgeIndex makes its weights
         assert_equals_masked(layer, x, adj, reference_adj=edges, weight_TE=weights(9))
-        assert_equals_masked(layer, x, Graph(adj, 9), reference_adj=edges, weight_TE=weights(9))
+        routing = routing_of(weights(9))
+        assert torch.equal(layer(x, Graph(adj, 9), routing=routing), layer(x, adj, routing=routing))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -227,7 +242,10 @@ def test_bipartite(conv: Any, kwargs: dict[str, Any], sizes: tuple[int, int]) ->
     """Loops join the nodes of equal index."""
     num_src, num_dst = sizes
     if "edge_dim" in kwargs and conv in ("gat", "gatv2") and num_src < num_dst:
-        kwargs = {**kwargs, "fill_value": 2.0}  # PyG fails to reduce over the in-edges of more destinations than sources
+        kwargs = {
+            **kwargs,
+            "fill_value": 2.0,
+        }  # PyG fails to reduce over the in-edges of more destinations than sources
     one_width = "share_weights" in kwargs or conv in ("gin", "gine", "simple", "general", "le")
     x = (features(num_src, WIDTH), features(num_dst, WIDTH if one_width else 6, seed=1))
     layer = build(conv, kwargs, WIDTH if one_width else (WIDTH, 6))
@@ -241,30 +259,35 @@ def test_bipartite_nodes_in_the_other_flow_are_refused(conv: Any) -> None:
     layer = build(conv, {} if isinstance(conv, list) else {"flow": "target_to_source"}, router="token_choice")
     for sizes in ((9, 5), (6, 6)):
         x = (features(sizes[0], WIDTH), features(sizes[1], WIDTH))
-        with pytest.raises(ValueError, match="x: got a tuple .*flow='target_to_source'"):
+        with pytest.raises(ValueError, match=r"x: got a tuple .*flow='target_to_source'"):
             layer(x, random_graph(5, 5, 9))
     with pytest.raises(ValueError, match="flow: got 'target_to_source' for Graph"):
         Graph(random_graph(9, 5, 20), (9, 5)).in_flow("target_to_source")
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("conv", ["sage", "graph", "gat", "transformer", "res_gated_graph", ["sage", "gatv2", "mlp"]], ids=ids)
+@pytest.mark.parametrize(
+    "conv", ["sage", "graph", "gat", "transformer", "res_gated_graph", ["sage", "gatv2", "mlp"]], ids=ids
+)
 def test_forms_of_bipartite_edges(conv: Any, form: str) -> None:
     layer = build(conv, {}, (WIDTH, 6))
-    for sizes in ((9, 5), (5, 9), (6, 6)):
+    for sizes in ((9, 5), (5, 9)):
         edges, x = simple_graph(*sizes), (features(sizes[0], WIDTH), features(sizes[1], 6, seed=1))
         if conv == "gat" or isinstance(conv, list):  # of whose loops PyG adds some to a matrix's own
             edges = edges[:, edges[0] != edges[1]]
         with default_float64():
             adj = FORMS[form](edges, sizes)
             assert_equals_masked(layer, x, adj, reference_adj=edges, weight_TE=weights(sizes[1]))
-            assert_equals_masked(layer, x, Graph(adj, sizes), reference_adj=edges, weight_TE=weights(sizes[1]))
+            routing = routing_of(weights(sizes[1]))
+            assert torch.equal(layer(x, Graph(adj, sizes), routing=routing), layer(x, adj, routing=routing))
 
 
 @pytest.mark.parametrize("make", [coo, csr])
 @pytest.mark.parametrize("wrap", [False, True], ids=["matrix", "Graph"])
 @pytest.mark.parametrize(
-    ("conv", "kwargs"), [*SOME, ("sage", {"local": True}), ("gat", {"local": True}), (["sage", "le", "graph"], {})], ids=ids
+    ("conv", "kwargs"),
+    [*SOME, ("sage", {"local": True}), ("gat", {"local": True}), (["sage", "le", "graph"], {})],
+    ids=ids,
 )
 def test_values_of_a_sparse_matrix(conv: Any, kwargs: dict[str, Any], wrap: bool, make: Any) -> None:
     """Whatever PyG's conv makes of them: edge weights, or factors of messages."""
@@ -284,7 +307,9 @@ def test_rows_of_values_are_edge_features(conv: str, make: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["EdgeIndex by col", "EdgeIndex by row", "int32"])
-@pytest.mark.parametrize(("conv", "kwargs"), [("gcn", {}), ("graph", {}), ("gat", {"edge_dim": EDGE_DIM}), LISTS[1]], ids=ids)
+@pytest.mark.parametrize(
+    ("conv", "kwargs"), [("gcn", {}), ("graph", {}), ("gat", {"edge_dim": EDGE_DIM}), LISTS[1]], ids=ids
+)
 def test_edge_arguments_come_in_the_order_of_the_edges_as_given(conv: Any, kwargs: dict[str, Any], form: str) -> None:
     layer, edges = build(conv, kwargs), simple_graph(9, 9)
     adj = FORMS[form](edges, (9, 9))
@@ -298,7 +323,9 @@ def test_edge_arguments_come_in_the_order_of_the_edges_as_given(conv: Any, kwarg
 def test_target_to_source(conv: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("local") and kwargs.get("fill_value") == "max":
         kwargs = {**kwargs, "local": None}  # PyG reduces over the out-edges then, which is not local
-    layer = build(conv, {**kwargs, "flow": "target_to_source"}, router="token_choice", k=2, router_input=("node", "neighbors"))
+    layer = build(
+        conv, {**kwargs, "flow": "target_to_source"}, router="token_choice", k=2, router_input=("node", "neighbors")
+    )
     assert layer.flow == "target_to_source"
     num_nodes, edge_index = GRAPHS["mixed"]
     assert_equals_masked(layer, features(num_nodes, WIDTH), edge_index, **edge_args(layer, edge_index.size(1)))
@@ -315,34 +342,33 @@ def test_an_explainers_mask_acts_on_every_kind(conv: Any, kwargs: dict[str, Any]
     assert_equals_masked(layer, x, edge_index, weight_TE=weights(num_nodes), **args)  # and is gone again
 
 
-@pytest.mark.parametrize("shared_expert", [False, True, "mlp", "graph"], ids=str)
+@pytest.mark.parametrize("shared_expert", [False, True])
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("conv", ["gcn", "gin", "gat", ["low_pass", "identity", "sage"]], ids=name)
+@pytest.mark.parametrize("conv", ["gcn", "gat", ["low_pass", "gin", "sage"]], ids=name)
 def test_routers_and_shared_experts(conv: Any, router: str, shared_expert: Any) -> None:
     num_nodes, edge_index = GRAPHS["mixed"]
     for k, router_input in ((1, "node"), (2, ("node", "neighbors")), (3, ("neighbors", "degree"))):
         layer = build(conv, {}, router=router, k=k, router_input=router_input, shared_expert=shared_expert)
         args = {name: value for name, value in edge_args(layer, edge_index.size(1)).items() if k > 1}
-        if shared_expert == "graph":
-            args = {"edge_weight": features(edge_index.size(1), seed=7).abs()}
         assert_equals_masked(layer, features(num_nodes, WIDTH), edge_index, **args)
 
 
-@pytest.mark.parametrize("shared", ["le", partial(GATConv, edge_dim=EDGE_DIM), partial(SAGEConv, flow="target_to_source")], ids=name)
+@pytest.mark.parametrize(
+    "shared", ["le", "mlp", partial(GATConv, edge_dim=EDGE_DIM), partial(SAGEConv, flow="target_to_source")], ids=name
+)
 @pytest.mark.parametrize("conv", ["gcn", "sage", "film"])
 def test_a_shared_expert_of_another_kind_takes_edge_arguments_and_flow_of_its_own(conv: str, shared: Any) -> None:
     edge_index = random_graph(9, 9, 30)
     layer = build(conv, {}, shared_expert=shared)
-    args = {name: value for name, value in {
-        "edge_weight": features(30, seed=7).abs() + 0.1, "edge_attr": features(30, EDGE_DIM, seed=8)
-    }.items() if name in layer.edge_names}
-    if conv == "sage" and "edge_attr" in args:
-        del args["edge_attr"]
+    args = {"edge_weight": features(30, seed=7).abs() + 0.1, "edge_attr": features(30, EDGE_DIM, seed=8)}
+    args = {name: value for name, value in args.items() if name in layer.edge_names}
     assert_equals_masked(layer, features(9, WIDTH), edge_index, weight_TE=weights(9), **args)
 
 
 @pytest.mark.parametrize("backend", ["loop", "padded", "grouped"])
-@pytest.mark.parametrize(("conv", "kwargs"), [("gcn", {}), ("sage", {}), *ATTENTION[3:4], *ATTENTION[13:14], *ATTENTION[-1:]], ids=ids)
+@pytest.mark.parametrize(
+    ("conv", "kwargs"), [("gcn", {}), ("sage", {}), *ATTENTION[3:4], *ATTENTION[13:14], *ATTENTION[-1:]], ids=ids
+)
 def test_backends(conv: Any, kwargs: dict[str, Any], backend: str) -> None:
     num_nodes, edge_index = GRAPHS["mixed"]
     layer = build(conv, kwargs, backend=backend)
@@ -351,13 +377,13 @@ def test_backends(conv: Any, kwargs: dict[str, Any], backend: str) -> None:
 
 
 @pytest.mark.parametrize("router_input", ["node", ("node", "neighbors")], ids=str)
-@pytest.mark.parametrize(("conv", "kwargs"), AGGREGATE_ONCE[:15], ids=ids)
+@pytest.mark.parametrize(("conv", "kwargs"), AGGREGATE_ONCE[:14], ids=ids)
 def test_narrow_outputs_are_transformed_first(conv: Any, kwargs: dict[str, Any], router_input: Any) -> None:
     """3 experts x 2 columns are narrower than 9: A (x W) in place of (A x) W, except where the aggregate is needed."""
     linear = isinstance(kwargs.get("aggr", "mean"), str) and kwargs.get("aggr") != "max"
     layer = build(conv, kwargs, 9, 2, router="expert_choice", k=2, router_input=router_input, shared_expert=True)
     assert layer.experts.transforms_first is linear
-    for num_nodes, edge_index in GRAPHS.values():
+    for num_nodes, edge_index in (GRAPHS["mixed"], GRAPHS["no edges"]):
         assert_equals_masked(layer, features(num_nodes, 9), edge_index, **edge_args(layer, edge_index.size(1)))
 
 
@@ -395,18 +421,31 @@ def test_partials_of_equal_repr_are_not_taken_for_one() -> None:
 
 
 def test_kinds_are_grouped_wherever_they_stand_in_the_list() -> None:
-    kinds: list[Any] = ["gcn", "mlp", "GCNConv", partial(SAGEConv, aggr="sum"), "low_pass", partial(SAGEConv, aggr="max"),
-                        partial(SAGEConv, aggr="sum")]
+    kinds: list[Any] = [
+        "gcn",
+        "mlp",
+        "GCNConv",
+        partial(SAGEConv, aggr="sum"),
+        "low_pass",
+        partial(SAGEConv, aggr="max"),
+        partial(SAGEConv, aggr="sum"),
+    ]
     layer = build(kinds, {}, router="token_choice", k=3)
     assert isinstance(layer.experts, MixedExperts)
     assert layer.experts.members == [(0, 2), (1,), (3, 6), (4,), (5,)]
     assert_equals_masked(layer, features(9, WIDTH), random_graph(9, 9, 30))
     assert [name.removesuffix("Conv") for name in (type(layer.expert(e)).__name__ for e in range(7))] == [
-        "GCN", "MLP", "GCN", "SAGE", "Filter", "SAGE", "SAGE",
+        "GCN",
+        "MLP",
+        "GCN",
+        "SAGE",
+        "Filter",
+        "SAGE",
+        "SAGE",
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_random_graphs(data: st.DataObject) -> None:
     cases = [case for case in ALL if case not in FULL[-1:]]  # batch norm of one row
@@ -420,7 +459,7 @@ def test_random_graphs(data: st.DataObject) -> None:
     layer = build(conv, kwargs, shared_expert=data.draw(st.booleans(), label="shared"))
     args = edge_args(layer, len(edges))
     loops = sum(source == destination for source, destination in edges)
-    mask = features(len(edges), seed=9)
+    mask: Tensor | None = features(len(edges), seed=9)
     # PyG itself takes a mask for one that has loops already where as many are added as taken away
     if (conv, kwargs) in FULL or loops == num_nodes or not data.draw(st.booleans(), label="mask"):
         mask = None
@@ -446,11 +485,3 @@ def test_cuda_gives_the_same(conv: Any, kwargs: dict[str, Any]) -> None:
     args = {name: value.cuda() for name, value in edge_args(layer, edge_index.size(1)).items()}
     layer, x, weight_TE = layer.cuda(), features(num_nodes, WIDTH).cuda(), weights(num_nodes).cuda()
     assert_equals_masked(layer, x, edge_index.cuda(), weight_TE=weight_TE, **args)
-
-
-class default_float64:  # noqa: N801
-    def __enter__(self) -> None:
-        torch.set_default_dtype(torch.float64)
-
-    def __exit__(self, *_: Any) -> None:
-        torch.set_default_dtype(torch.float32)

@@ -188,6 +188,7 @@ def test_parts_hold_the_in_edges_of_their_destinations(data: st.DataObject) -> N
     assert part.flow == flow
     assert (part.num_src, part.num_dst) == (len(nodes), len(nodes) if num_src == num_dst else len(token))
     assert part.edge_attr is not None
+    assert part.edge_weight is not None
     assert torch.equal(part.edge_attr[:, 0], part.edge_weight)
     rows = zip(*part.edge_index.tolist(), part.edge_attr[:, 0].tolist(), strict=True)
     found = sorted((int(nodes[source]), int(token[receiver]), int(edge)) for source, receiver, edge in rows)
@@ -207,7 +208,7 @@ def test_normalized_is_pygs(graph: str, form: str, weighted: bool, improved: boo
     adj: Any = ends if form == "plain" else csr(ends, (nodes, nodes), weight)
     own = Graph(adj, nodes, edge_weight=weight if form == "plain" else None)
     if form == "plain":
-        (src, dst), values = gcn_norm(ends, weight, nodes, improved, loops, dtype=torch.float64)  # type: ignore[misc]
+        (src, dst), values = gcn_norm(ends, weight, nodes, improved, loops, dtype=torch.float64)
         expected = torch.zeros(nodes, nodes).double().index_put((dst, src), values, accumulate=True)
     else:
         expected = gcn_norm(adj, None, nodes, improved, loops, dtype=torch.float64)[0].to_dense()
@@ -338,8 +339,18 @@ PLAIN = [[0, 1], [1, 0]]
         ([[0, 1, 2]], 9, {}, r"edge_index: got shape \(1, 3\), expected \(2, number of edges\)"),
         ([[0.0, 1.0], [1.0, 0.0]], 9, {}, "edge_index: got torch.float32, expected integers"),
         ([[True], [False]], 9, {}, "edge_index: got torch.bool, expected integers"),
-        (PLAIN, 9, {"edge_weight": torch.ones(3)}, r"edge_weight: got shape \(3,\), expected a row for each of 2 edges"),
-        (PLAIN, 9, {"edge_attr": torch.ones(1, 2)}, r"edge_attr: got shape \(1, 2\), expected a row for each of 2 edges"),
+        (
+            PLAIN,
+            9,
+            {"edge_weight": torch.ones(3)},
+            r"edge_weight: got shape \(3,\), expected a row for each of 2 edges",
+        ),
+        (
+            PLAIN,
+            9,
+            {"edge_attr": torch.ones(1, 2)},
+            r"edge_attr: got shape \(1, 2\), expected a row for each of 2 edges",
+        ),
     ],
 )
 def test_refusals(edges: Any, sizes: Any, kwargs: dict[str, Any], message: str) -> None:
@@ -348,9 +359,9 @@ def test_refusals(edges: Any, sizes: Any, kwargs: dict[str, Any], message: str) 
 
 
 def test_refusals_of_other_forms() -> None:
-    for given in (None, [[0], [1]], "edges"):
-        with pytest.raises(ValueError, match=f"edge_index: got {type(given).__name__}, expected"):
-            Graph(given, 3)  # type: ignore[arg-type]
+    for wrong in (None, [[0], [1]], "edges"):
+        with pytest.raises(ValueError, match=f"edge_index: got {type(wrong).__name__}, expected"):
+            Graph(wrong, 3)
     edges = simple_graph(9, 9)
     with pytest.raises(ValueError, match=r"edge_index: got a sparse matrix of shape \(9, 9\), expected .* \(8, 9\)"):
         Graph(csr(edges, (9, 9)), (9, 8))
@@ -360,7 +371,9 @@ def test_refusals_of_other_forms() -> None:
     with pytest.raises(ValueError, match="edge_attr: got shape"):
         graph.with_args(None, torch.ones(2, 1))
     x = features(8, 4)
-    with pytest.raises(ValueError, match="edge_index: got Graph.* expected 8 sources and 8 destinations"):
+    with pytest.raises(ValueError, match=r"edge_index: got Graph.* expected 8 sources and 8 destinations"):
         MoEConv("gcn", 4, 4, num_experts=2).double()(x, graph)
     with pytest.raises(ValueError, match="edge_weight: got a tensor beside a sparse matrix"):
-        MoEConv("gcn", 4, 4, num_experts=2).double()(features(9, 4), csr(edges, (9, 9)), edge_weight=torch.ones(edges.size(1)))
+        MoEConv("gcn", 4, 4, num_experts=2).double()(
+            features(9, 4), csr(edges, (9, 9)), edge_weight=torch.ones(edges.size(1))
+        )

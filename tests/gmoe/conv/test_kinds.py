@@ -38,9 +38,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cheb": {"K": 3},
     "ssg": {"alpha": 0.1},
     "gcn": {"improved": True},
-    "pna": {"aggregators": ["mean", "max"], "scalers": ["identity", "amplification"], "deg": torch.tensor([1, 3, 4, 2])},
+    "pna": {
+        "aggregators": ["mean", "max"],
+        "scalers": ["identity", "amplification"],
+        "deg": torch.tensor([1, 3, 4, 2]),
+    },
     "arma": {"num_stacks": 2, "num_layers": 2},
-    **dict.fromkeys(("gat", "gatv2", "transformer"), {"heads": 2}),
+    **{name: {"heads": 2} for name in ("gat", "gatv2", "transformer")},
     "general": {"attention": True},
     "gen": {"norm": None},
 }
@@ -108,12 +112,18 @@ def test_names(text: str, cls: type) -> None:
     assert layer(torch.randn(5, 4), random_graph(5, 5, 9)).shape == (5, 4)
 
 
-@pytest.mark.parametrize(("text", "nearest"), [("gcnn", "gcn"), ("gatt", "gat"), ("sagee", "sage"), ("lowpass_", "low_pass")])
+@pytest.mark.parametrize(
+    ("text", "nearest"), [("gcnn", "gcn"), ("gatt", "gat"), ("sagee", "sage"), ("lowpass_", "low_pass")]
+)
 def test_an_unknown_name_suggests_the_nearest(text: str, nearest: str) -> None:
     if text == "lowpass_":  # spelled otherwise, but known
         assert MoEConv(text, 4, 4).expert(0).filter == "low_pass"
         return
-    for build in (lambda: MoEConv(text, 4, 4), lambda: MoEConv(["gcn", text], 4, 4), lambda: GNNMoE(4, 4, 4, conv=text)):
+    for build in (
+        lambda: MoEConv(text, 4, 4),
+        lambda: MoEConv(["gcn", text], 4, 4),
+        lambda: GNNMoE(4, 4, 4, conv=text),
+    ):
         with pytest.raises(ValueError, match=f"conv: got {text!r}, expected one of 'agnn', .*did you mean {nearest!r}"):
             build()
 
@@ -125,7 +135,17 @@ def test_gin_gets_the_mlp_of_pygs_model(cls: Any) -> None:
     assert conv.eps.requires_grad
 
 
-NOT_WIDTHS = ["AGNNConv", "APPNP", "GatedGraphConv", "GCN2Conv", "FAConv", "EdgeConv", "LGConv", "PointNetConv", "DNAConv"]
+NOT_WIDTHS = [
+    "AGNNConv",
+    "APPNP",
+    "GatedGraphConv",
+    "GCN2Conv",
+    "FAConv",
+    "EdgeConv",
+    "LGConv",
+    "PointNetConv",
+    "DNAConv",
+]
 OTHER_FORWARD: dict[str, Any] = {
     "GCN2Conv": lambda i, _: pyg.GCN2Conv(i, 0.1),
     "FAConv": lambda i, _: pyg.FAConv(i),
@@ -158,13 +178,25 @@ def test_convs_with_another_forward_are_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("conv", "kwargs", "message"),
     [
-        ([lambda i, _: pyg.SAGEConv(i, 8), lambda i, _: pyg.SAGEConv(i, 1)], {}, r"output widths \[1, 8\], expected one width"),
-        ([lambda i, _: pyg.FiLMConv(i, 8), lambda i, _: pyg.FiLMConv(i, 1)], {}, r"output widths \[1, 8\], expected one width"),
+        (
+            [lambda i, _: pyg.SAGEConv(i, 8), lambda i, _: pyg.SAGEConv(i, 1)],
+            {},
+            r"output widths \[1, 8\], expected one width",
+        ),
+        (
+            [lambda i, _: pyg.FiLMConv(i, 8), lambda i, _: pyg.FiLMConv(i, 1)],
+            {},
+            r"output widths \[1, 8\], expected one width",
+        ),
         (["gcn", partial(pyg.GATConv, heads=2)], {}, r"output widths \[8, 16\], expected one width"),
         (lambda i, _: pyg.SAGEConv(i, 3), {}, "out_channels: got 8, but <lambda> gives 3 columns"),
         (lambda i, _: pyg.GINConv(nn.Linear(i, 3)), {}, "out_channels: got 8, but <lambda> gives 3 columns"),
         (lambda *_: pyg.APPNP(2, 0.1), {}, "out_channels: got 8, but <lambda> gives 4 columns"),
-        ("gat", {"heads": 2, "shared_expert": lambda i, o, heads: pyg.GCNConv(i, o)}, "shared_expert: got 8 columns, expected 16"),
+        (
+            "gat",
+            {"heads": 2, "shared_expert": lambda i, o, **_: pyg.GCNConv(i, o)},
+            "shared_expert: got 8 columns, expected 16",
+        ),
         ("simple", {}, r"out_channels: got 8 for SimpleConv, expected in_channels=4"),
         ("cg", {}, r"out_channels: got 8 for CGConv, expected in_channels=4"),
         (None, {}, "conv: got None, expected a name"),
@@ -375,7 +407,7 @@ def test_trying_a_conv_out_leaves_it_alone_and_draws_nothing() -> None:
     assert (is_local(gin, 4), is_local(gat, 4)) == (False, True)
     assert (output_width(gin, 4), output_width(gat, 4)) == (4, 4)
     assert torch.equal(torch.get_rng_state(), drawn)
-    assert (gin.training, network[2].p, gat.dropout) == (False, 0.5, 0.6)
+    assert [gin.training, network[2].p, gat.dropout] == [False, 0.5, 0.6]
     assert all(torch.equal(value, before[name]) for name, value in gin.state_dict().items())
     assert is_local(pyg.GATConv(4, 4, edge_dim=3), 4)
     assert is_local(pyg.SAGEConv((3, 5), 4), (3, 5))

@@ -99,7 +99,11 @@ def test_neighbors_vote_along_the_edges() -> None:
 @pytest.mark.parametrize(
     ("conv", "kwargs", "aggregate"),
     [
-        ("gcn", {"bias": False, "normalize": False}, lambda x, e: GraphConv(1, 1).propagate(e, x=(x, x), edge_weight=None)),
+        (
+            "gcn",
+            {"bias": False, "normalize": False},
+            lambda x, e: GraphConv(1, 1).propagate(e, x=(x, x), edge_weight=None),
+        ),
         ("sage", {}, mean_of_in_edges),
         ("sage", {"aggr": ["mean", "max"]}, None),
         ("gat", {}, mean_of_in_edges),
@@ -155,7 +159,9 @@ def test_expert_follows_dtype_and_is_bounded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("conv", "kwargs"), [case for case in [*AGGREGATE_ONCE, *ATTENTION, ("filter", {}), ("mlp", {})] if case[0] != "gin"], ids=ids
+    ("conv", "kwargs"),
+    [case for case in [*AGGREGATE_ONCE, *ATTENTION, ("filter", {}), ("mlp", {})] if case[0] != "gin"],
+    ids=ids,
 )
 def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> None:
     moe = MoEConv(conv, 6, 5, num_experts=EXPERTS, router=None, **kwargs)
@@ -175,7 +181,8 @@ def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> Non
 
 def test_gin_is_initialized_as_separate_convs() -> None:
     """By statistics: uniform in +-1/sqrt(fan in), E different draws."""
-    first, second = (expert.nn.lins[0].weight for expert in experts_of(MoEConv("gin", 400, 100, num_experts=2)))  # type: ignore[union-attr]
+    experts: Any = experts_of(MoEConv("gin", 400, 100, num_experts=2))
+    first, second = (expert.nn.lins[0].weight for expert in experts)
     assert float(first.detach().abs().max()) == pytest.approx(400**-0.5, rel=0.01)
     assert not torch.equal(first, second)
 
@@ -217,7 +224,9 @@ def test_autocast_gives_bfloat16_in_either_order(conv: str, out_channels: int) -
     assert routing.scores.dtype == routing.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("conv", "backend"), [("gcn", "eager"), pytest.param("gatv2", "aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("conv", "backend"), [("gcn", "eager"), pytest.param("gatv2", "aot_eager", marks=pytest.mark.slow)]
+)
 def test_compiled_equals_eager(conv: str, backend: str) -> None:
     torch.compiler.reset()
     x, edge_index = graph()
@@ -345,8 +354,14 @@ def test_on_a_graph_of_realistic_width() -> None:
         ({"router_input": ()}, "router_input: got nothing, expected"),
         ({"backend": "cuda"}, "backend: got 'cuda', expected one of 'auto', 'grouped', 'padded', 'loop'"),
         ({"router_kwargs": {"capacity_factor": 0}}, "capacity_factor: got 0, expected a positive number"),
-        ({"router_kwargs": {"weight": "normalized"}}, "weight: got 'normalized' with k=1.*'score' or 'straight_through'"),
-        ({"router": TokenChoice(5, 3)}, "router: got an instance for dim=5, num_experts=3, expected dim=4, num_experts=3"),
+        (
+            {"router_kwargs": {"weight": "normalized"}},
+            "weight: got 'normalized' with k=1.*'score' or 'straight_through'",
+        ),
+        (
+            {"router": TokenChoice(5, 3)},
+            "router: got an instance for dim=5, num_experts=3, expected dim=4, num_experts=3",
+        ),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
@@ -367,7 +382,11 @@ X = torch.randn(NODES, WIDTH)
         ((X, None), {}, r"x: got \['Tensor', 'NoneType'\], expected a tensor"),
         ([X], {}, r"x: got \['Tensor'\], expected a tensor"),
         (X.long(), {}, "x: got torch.int64 .*expected floats"),
-        (X.fill_(0.5), {"batch": torch.zeros(3, dtype=torch.long)}, r"batch: got shape \(3,\) of torch.int64, expected one integer"),
+        (
+            X.fill_(0.5),
+            {"batch": torch.zeros(3, dtype=torch.long)},
+            r"batch: got shape \(3,\) of torch.int64, expected one integer",
+        ),
         (X, {"batch": [0] * NODES}, "batch: got list, expected one integer for each of 8 nodes"),
         (torch.full((NODES, WIDTH), torch.nan), {}, "x: got 32 values that are NaN or infinite, expected none"),
     ],

@@ -25,9 +25,18 @@ from gmoe import (
     moefy,
     record_routing,
 )
-from gmoe.conv import graph as graph_module
 from gmoe.conv.graph import Edges, parameters_of
-from tests.gmoe.conv.masked import FORMS, GRAPHS, csr, features, masked, mean_of_in_edges, random_graph, simple_graph
+from tests.gmoe.conv.masked import (
+    FORMS,
+    GRAPHS,
+    csr,
+    default_float64,
+    features,
+    masked,
+    mean_of_in_edges,
+    random_graph,
+    simple_graph,
+)
 
 NODES, IN, HIDDEN, OUT, EXPERTS = 8, 4, 6, 3, 3
 shared_routers = pytest.mark.parametrize("shared_router", [False, True], ids=["own routers", "shared router"])
@@ -70,7 +79,9 @@ def by_hand(gnn: GNNMoE, x: Tensor, adj: Any, routings: list[Routing], **edge_ar
 
 def edge_args(gnn: GNNMoE, num_edges: int, width: int = 2) -> dict[str, Tensor]:
     """What some conv of the model takes."""
-    names = {name for conv in gnn.convs for name in (conv.edge_names if isinstance(conv, MoEConv) else parameters_of(conv))}
+    names = {
+        name for conv in gnn.convs for name in (conv.edge_names if isinstance(conv, MoEConv) else parameters_of(conv))
+    }
     found = {"edge_weight": features(num_edges, seed=4).abs() + 0.1, "edge_attr": features(num_edges, width, seed=5)}
     return {name: value for name, value in found.items() if name in names}
 
@@ -99,9 +110,11 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"norm": "layer_norm", "shared_router": True, "router_input": ("node", "neighbors"), "router_hops": 2},
     {"jk": "cat", "shared_expert": True, "router": "expert_choice", "k": 2},
-    {"in_proj": True, "every": 2, "residual": "linear", "norm": "batch_norm"},
-    {"jk": "max", "shared_router": True, "router": "attention_vote", "residual": "none", "shared_expert": "mlp"},
-    {"jk": "lstm", "router": "multi_centroid", "router_input": ("degree", "neighbors")},
+    {
+        **{"in_proj": True, "every": 2, "residual": "linear", "norm": "batch_norm", "jk": "lstm"},
+        **{"router": "multi_centroid", "router_input": ("degree", "neighbors"), "shared_expert": "mlp"},
+    },
+    {"jk": "max", "shared_router": True, "router": "attention_vote", "residual": "none"},
 ]
 
 
@@ -124,7 +137,7 @@ def test_forward_and_inference_equal_a_composition_of_masked_layers(kind: str, o
     gnn = trained(**KINDS[kind], **options)
     x, edges = features(23, IN), random_graph(23, 23, 70)
     args = edge_args(gnn, 70)
-    built = Graph(edges, 23, **args)
+    built = Graph(edges, 23, edge_weight=args.get("edge_weight"), edge_attr=args.get("edge_attr"))
     for given in (args, {}) if kind in ("gcn", "graph", "filters") else (args,):
         logits, routings = gnn(x, edges, **given, return_routing=True)
         assert_same(logits, by_hand(gnn, x, edges, routings, **given))
@@ -144,7 +157,11 @@ def test_forward_and_inference_equal_a_composition_of_masked_layers(kind: str, o
 @pytest.mark.parametrize("conv", ["gcn", "sage", "gat", ["gcn", "gat", "le"]], ids=str)
 def test_the_other_flow(conv: Any, shared_router: bool) -> None:
     """Layers, inference and a shared router's neighbors follow ``flow``: as the default flow on flipped edges."""
-    options: dict[str, Any] = {"router_input": ("node", "neighbors", "degree"), "router_hops": 2, "shared_router": shared_router}
+    options: dict[str, Any] = {
+        "router_input": ("node", "neighbors", "degree"),
+        "router_hops": 2,
+        "shared_router": shared_router,
+    }
     x, edges = features(23, IN), random_graph(23, 23, 70)
     turned = model(conv=conv, flow="target_to_source", **options).eval()
     plain = model(conv=conv, **options).eval()
@@ -182,21 +199,25 @@ def test_forms_of_the_edges(form: str, shared_router: bool) -> None:
     edges, x = simple_graph(9, 9, loops=False), features(9, IN)
     gnn = model(shared_router=shared_router, router_input=("node", "neighbors"))
     adj = FORMS[form](edges, (9, 9))
-    torch.set_default_dtype(torch.float64)  # of which PyG's EdgeIndex makes its weights
-    try:
+    with default_float64():
         assert_same(gnn(x, adj), gnn(x, edges))
         assert_same(gnn(x, Graph(adj, 9)), gnn(x, edges))
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @shared_routers
-def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(shared_router: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(
+    shared_router: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, edges = graph()
     gnn = model(num_layers=4, shared_router=shared_router, router_input=("node", "neighbors"))
-    calls: list[int] = []
+    calls: list[Any] = []
     plain = Edges.sorted
-    monkeypatch.setattr(Edges, "sorted", staticmethod(lambda *args: (calls.append(1), plain(*args))[1]))
+
+    def watched(*args: Any) -> Any:
+        calls.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(Edges, "sorted", staticmethod(watched))
     gnn(x, edges)
     assert len(calls) == 1
     built = Graph(edges, NODES)
@@ -207,7 +228,6 @@ def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(shared_router:
     after = len(calls)
     gnn(x, built).sum().backward()
     assert len(calls) == after <= 4
-    assert graph_module.Graph is Graph
 
 
 @pytest.mark.parametrize(
@@ -328,8 +348,10 @@ def test_graphs_of_a_batch_are_groups(router: str, norm: Any, shared_router: boo
     data = Batch.from_data_list(graphs)
     together = gnn(data.x, data.edge_index, batch=data.batch)
     assert_same(together, torch.cat(alone), atol=1e-6)
-    assert_same(gnn.eval().inference(Data(x=data.x, edge_index=data.edge_index, batch=data.batch), batch_size=6),
-                gnn(data.x, data.edge_index, batch=data.batch))
+    assert_same(
+        gnn.eval().inference(Data(x=data.x, edge_index=data.edge_index, batch=data.batch), batch_size=6),
+        gnn(data.x, data.edge_index, batch=data.batch),
+    )
 
 
 def test_normalization_sees_the_batch_size() -> None:
@@ -482,7 +504,12 @@ def test_bad_input(shared_router: bool) -> None:
         (x, None, {}, "edge_index: got NoneType"),
         (x, Graph(edge_index, 9), {}, "edge_index: got Graph.*expected 8 nodes"),
         (x * torch.nan, edge_index, {}, r"x: got .* values that are NaN or infinite, expected none"),
-        (x, edge_index, {"batch": torch.zeros(3).long()}, r"batch: got shape \(3,\) of torch.int64, expected one integer"),
+        (
+            x,
+            edge_index,
+            {"batch": torch.zeros(3).long()},
+            r"batch: got shape \(3,\) of torch.int64, expected one integer",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             gnn(given, edges, **options)
