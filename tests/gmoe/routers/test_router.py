@@ -426,13 +426,13 @@ def test_what_cannot_route_is_refused(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("router", [TokenChoice(D, E, 2), ExpertChoice(D, E)], ids=["token", "expert"])
 def test_a_traced_router_routes_other_tokens(router: Router) -> None:
-    router.eval()
-    traced = torch.jit.trace(lambda value: router(value).to_dense(), torch.randn(9, D), check_trace=False)
+    layer = MoE(router, LinearExperts(D, 2, E)).eval()
+    traced = torch.jit.trace(layer, torch.randn(9, D), check_trace=False)
     for x in torch.randn(3, 9, D):
-        torch.testing.assert_close(traced(x), router(x).to_dense())
+        torch.testing.assert_close(traced(x), layer(x))
     if isinstance(router, ExpertChoice):  # the sizes of ragged groups would be those of the first call
         with pytest.raises(RuntimeError, match="batch: torch.jit.trace would freeze"):
-            torch.jit.trace(lambda value: router(value, torch.tensor([0] * 4 + [1] * 5)).weight, torch.randn(9, D))
+            torch.jit.trace(layer, (torch.randn(9, D), torch.tensor([0] * 4 + [1] * 5)))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
