@@ -431,7 +431,7 @@ def test_a_traced_router_routes_other_tokens(router: Router) -> None:
     for x in torch.randn(3, 9, D):
         torch.testing.assert_close(traced(x), layer(x))
     if isinstance(router, ExpertChoice):  # the sizes of ragged groups would be those of the first call
-        with pytest.raises(RuntimeError, match="batch: torch.jit.trace would freeze"):
+        with pytest.raises(RuntimeError, match=r"batch: torch.jit.trace would freeze"):
             torch.jit.trace(layer, (torch.randn(9, D), torch.tensor([0] * 4 + [1] * 5)))
 
 
