@@ -68,6 +68,8 @@ def build_router(
             ``num_experts``, or with ``kwargs``; K > E.
     """
     kwargs = dict(kwargs or {})
+    if router is SoftSlots or isinstance(router, SoftSlots):
+        raise ValueError("router: got SoftSlots, expected another router: its slots are for gmoe.SoftMoE")
     if isinstance(router, Router):
         if kwargs:
             raise ValueError(f"router_kwargs: got {kwargs!r} beside a router instance, expected none")

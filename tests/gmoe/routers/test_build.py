@@ -68,6 +68,8 @@ ALL = "'token_choice', 'expert_choice', 'attention_vote', 'multi_centroid', 'ran
     ("args", "message"),
     [
         (("hash", 6, 4, 1), f"router: got 'hash', expected one of {ALL}"),
+        ((SoftSlots, 6, 4, 1), r"router: got SoftSlots, .*gmoe\.SoftMoE"),
+        ((SoftSlots(6, 4), 6, 4, 1), r"router: got SoftSlots, .*gmoe\.SoftMoE"),
         ((3, 6, 4, 1), "router: got 3, expected a name, a factory or an instance"),
         (("token_choice", 6, 4, 5), "k: got 5, expected at most num_experts=4"),
         ((TokenChoice(6, 4), 6, 8, 1), r"router: got an instance for dim=6, num_experts=4, expected .*num_experts=8"),
