@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 
-from gmoe._checks import check_choice, check_count
+from gmoe._checks import check, check_choice, check_count
 from gmoe.conv.aggregate import (
     FilterConv,
     FilterExperts,
@@ -103,8 +103,8 @@ def _one_width(
     cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: Any, **kwargs: Any
 ) -> MessagePassing:
     """A conv that keeps the width."""
-    if {out_channels} != ({in_channels} if isinstance(in_channels, int) else set(in_channels)):
-        raise ValueError(f"out_channels: got {out_channels} for {cls.__name__}, expected in_channels={in_channels}")
+    widths = {in_channels} if isinstance(in_channels, int) else set(in_channels)
+    check(widths == {out_channels}, "out_channels", f"{out_channels} for {cls.__name__}", f"in_channels={in_channels}")
     return cls(*args, **kwargs) if cls is pyg.SimpleConv else cls(in_channels, *args, **kwargs)
 
 
@@ -136,25 +136,28 @@ class Make:
                 f"{self.out_channels}, ...) ({error}); expected the rest of its arguments, or a factory "
                 "(in_channels, out_channels) -> conv"
             ) from error
-        if not isinstance(conv, MessagePassing):
-            raise ValueError(
-                f"conv: got a factory of {type(conv).__name__}, expected one of PyG's MessagePassing layers"
-            )
+        kind = type(conv)
+        legal = "one of PyG's MessagePassing layers"
+        check(isinstance(conv, MessagePassing), "conv", f"a factory of {kind.__name__}", legal)
         takes = inspect.signature(conv.forward).parameters
-        first = [name for name in takes if name not in ("edge_weight", "edge_attr")][:2]
-        needed = [
-            name
-            for name, parameter in list(takes.items())[2:]
-            if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        ]
-        others = [name for name in needed if name not in ("edge_weight", "edge_attr")]
+        needed = [name for name, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        usual = needed[:2] == ["x", "edge_index"] or (
+            len(needed) >= 2 and not of_pyg(kind)
+        )  # others name them otherwise
+        usual &= set(needed[2:]) <= {"edge_weight", "edge_attr"}
         typed = "edge_type" in takes and getattr(conv, "num_relations", 1) > 1
-        if first != ["x", "edge_index"] or list(takes)[:2] != first or others or typed:
-            raise ValueError(
-                f"conv: got {type(conv).__name__}, whose forward takes ({', '.join(takes)}), expected one of "
-                "(x, edge_index, edge_weight or edge_attr)"
-            )
+        got = f"{kind.__name__}, whose forward takes ({', '.join(takes)})"
+        check(usual and not typed, "conv", got, "one of (x, edge_index, edge_weight or edge_attr)")
         return conv
+
+
+KINDS = "a name, a class of PyG's convs, a factory, or a list of those"
+"""What may be given as ``conv``."""
+
+
+def of_pyg(cls: type) -> bool:
+    """Whether a class is PyG's own."""
+    return cls.__module__.startswith("torch_geometric.")
 
 
 def name_of(factory: Any) -> str:
@@ -181,17 +184,11 @@ def factory_of(conv: Any) -> ConvFactory:
     if conv is pyg.CGConv or conv is pyg.SimpleConv:
         return partial(_one_width, conv)
     if isinstance(conv, type) and issubclass(conv, MessagePassing):
-        first = list(inspect.signature(conv).parameters.values())[:2]
-        if conv.__module__.startswith("torch_geometric.") and [p.name for p in first] != [
-            "in_channels",
-            "out_channels",
-        ]:
-            raise ValueError(
-                f"conv: got {conv.__name__}, which is built with ({', '.join(p.name for p in first)}), expected a "
-                "class built with (in_channels, out_channels), or a factory of those"
-            )
-    if not callable(conv):
-        raise ValueError(f"conv: got {conv!r}, expected a name, a class of PyG's convs, a factory, or a list of those")
+        first = list(inspect.signature(conv).parameters)[:2]
+        got = f"{conv.__name__}, which is built with ({', '.join(first)})"
+        usual = first == ["in_channels", "out_channels"] or not of_pyg(conv)
+        check(usual, "conv", got, "a class built with (in_channels, out_channels), or a factory of those")
+    check(callable(conv), "conv", repr(conv), KINDS)
     found: ConvFactory = conv
     return found
 
@@ -206,10 +203,8 @@ def kinds_of(conv: Any, num_experts: int | None) -> list[str | ConvFactory]:
         check_count("num_experts", num_experts)
     if isinstance(conv, str) or callable(conv):
         return [conv] * (8 if num_experts is None else num_experts)
-    if not isinstance(conv, Sequence) or not conv:
-        raise ValueError(f"conv: got {conv!r}, expected a name, a class of PyG's convs, a factory, or a list of those")
-    if num_experts is not None and len(conv) != num_experts:
-        raise ValueError(f"conv: got a list of {len(conv)} convs, expected num_experts={num_experts}")
+    check(isinstance(conv, Sequence) and len(conv) > 0, "conv", repr(conv), KINDS)
+    check(num_experts in (None, len(conv)), "conv", f"a list of {len(conv)} convs", f"num_experts={num_experts}")
     return list(conv)
 
 
@@ -225,15 +220,13 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
     own: set[int] = set()
     for conv in samples:
         ids = {id(parameter) for parameter in conv.parameters()}
-        if own & ids:
-            raise ValueError("conv: got a factory whose convs share parameters, expected fresh ones at each call")
+        check(not own & ids, "conv", "a factory whose convs share parameters", "fresh ones at each call")
         own |= ids
     widths = {width for conv in samples if (width := output_width(conv, make.in_channels)) is not None}
-    if len(widths) > 1:  # which would be broadcast
-        raise ValueError(f"conv: got experts of output widths {sorted(widths)}, expected one width for all")
-    if any(width % make.out_channels for width in widths):  # heads and powers give multiples
-        got = f"got {make.out_channels}, but {name_of(make.kinds[0])} gives {widths.pop()} columns"
-        raise ValueError(f"out_channels: {got}, expected that width, or a multiple of it")
+    check(len(widths) < 2, "conv", f"experts of output widths {sorted(widths)}", "one width for all")
+    got = f"{make.out_channels}, but {name_of(make.kinds[0])} gives {max(widths, default=0)} columns"
+    fits = not any(width % make.out_channels for width in widths)  # heads and powers give multiples
+    check(fits, "out_channels", got, "that width, or a multiple of it")
     samples += samples[-1:] * (num_experts - len(samples))
     groups: dict[Hashable, list[int]] = {}
     for expert, (kind, sample) in enumerate(zip(make.kinds, samples, strict=True)):
