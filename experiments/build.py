@@ -225,10 +225,9 @@ def _build_hetero(config: TrainConfig, task: Task, router: Any, router_kwargs: d
         if value != only:
             raise ValueError(f"{name}: got {value!r} for {task.name}, expected {only!r} on a heterogeneous graph")
     assert isinstance(task.graph, HeteroData)
-    if "degree" in config.router_input:
-        raise ValueError(
-            f"router_input: got {config.router_input} for {task.name}, expected node, neighbors, or both of them"
-        )
+    seen: Any = config.router_input
+    if "degree" in seen:
+        raise ValueError(f"router_input: got {seen} for {task.name}, expected node, neighbors, or both of them")
     return HeteroGNNMoE(
         {kind: width for kind, width in task.in_channels.items() if width is not None},
         config.hidden,
@@ -245,7 +244,7 @@ def _build_hetero(config: TrainConfig, task: Task, router: Any, router_kwargs: d
         dropout=config.dropout,
         norm=config.norm,
         residual=config.residual,
-        router_input=config.router_input,
+        router_input=seen,
         tie_routers=config.tie_routers,
         tie_experts=config.tie_experts,
         router_kwargs=router_kwargs,

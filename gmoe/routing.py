@@ -58,21 +58,19 @@ class Routing:
     detached: bool = False
 
     def __post_init__(self) -> None:
-        token, offsets, pairs = self.token, self.offsets, self.token.numel()
-        if token.dim() != 1 or token.dtype != torch.int64:
-            raise ValueError(f"token: got shape {tuple(token.shape)} of {token.dtype}, expected (P,) int64")
-        if offsets.dim() != 1 or offsets.dtype != torch.int32 or offsets.numel() == 0:
-            raise ValueError(f"offsets: got shape {tuple(offsets.shape)} of {offsets.dtype}, expected (E,) int32")
-        if self.weight.shape != token.shape or not self.weight.is_floating_point():
-            got = f"{tuple(self.weight.shape)} of {self.weight.dtype}"
-            raise ValueError(f"weight: got shape {got}, expected one float a pair, shape {tuple(token.shape)}")
-        if self.scores.shape != (self.num_tokens, offsets.numel()):
-            expected = f"(num_tokens={self.num_tokens}, E={offsets.numel()})"
-            raise ValueError(f"scores: got shape {tuple(self.scores.shape)}, expected {expected}")
-        # reading values would cost a host sync on a GPU, and what is traced or fake has none
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or type(token) is not Tensor:
-            return
-        if token.device.type != "cpu" or offsets.device.type != "cpu":
+        token, offsets, weight, pairs = self.token, self.offsets, self.weight, self.token.numel()
+        of_scores = (self.num_tokens, offsets.numel())
+        for name, value, fits, expected in (
+            ("token", token, token.dim() == 1 and token.dtype == torch.int64, "(P,) int64"),
+            ("offsets", offsets, offsets.dim() == 1 and offsets.dtype == torch.int32 and offsets.numel(), "(E,) int32"),
+            ("weight", weight, weight.shape == token.shape and weight.is_floating_point(), "(P,) floats"),
+            ("scores", self.scores, self.scores.shape == of_scores, f"(num_tokens={of_scores[0]}, E={of_scores[1]})"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}: got shape {tuple(value.shape)} of {value.dtype}, expected {expected}")
+        # reading values would cost a host sync on a GPU, and what is compiled or fake has none
+        on_cpu = token.device.type == offsets.device.type == "cpu"
+        if torch.compiler.is_compiling() or type(token) is not Tensor or not on_cpu:
             return
         ends = offsets.tolist()
         if ends != sorted(ends) or ends[0] < 0 or ends[-1] != pairs:
@@ -80,12 +78,9 @@ class Routing:
                 f"offsets: got {ends}, expected the experts' cumulative ends (load.cumsum(0), not the load itself), "
                 f"never falling, the last one the number of pairs {pairs}"
             )
-        if pairs == 0:
-            return
-        low, high = token.aminmax()
-        if int(low) < 0 or int(high) >= self.num_tokens:
-            got = f"{int(low)}..{int(high)}"
-            raise ValueError(f"token: got values in {got}, expected 0..num_tokens-1={self.num_tokens - 1}")
+        if pairs and not 0 <= int(token.min()) <= int(token.max()) < self.num_tokens:
+            got = f"values in {int(token.min())}..{int(token.max())}"
+            raise ValueError(f"token: got {got}, expected 0..num_tokens-1={self.num_tokens - 1}")
         falls = torch.zeros(pairs + 1, dtype=torch.bool)
         falls[1:pairs] = token[1:] <= token[:-1]
         falls[offsets.long()] = False  # where the next expert begins
@@ -118,29 +113,24 @@ class Routing:
             >>> routing = Routing.from_choices(expert, weight, num_experts=8, scores=probs)
         """
         if expert_TK.dim() != 2 or expert_TK.is_floating_point() or expert_TK.dtype == torch.bool:
-            got = f"{tuple(expert_TK.shape)} of {expert_TK.dtype}"
-            raise ValueError(f"expert_TK: got shape {got}, expected (T, K) integers")
-        if weight_TK.shape != expert_TK.shape:
-            shapes = f"{tuple(weight_TK.shape)}, expected that of expert_TK, {tuple(expert_TK.shape)}"
-            raise ValueError(f"weight_TK: got shape {shapes}")
+            got = f"shape {tuple(expert_TK.shape)} of {expert_TK.dtype}"
+            raise ValueError(f"expert_TK: got {got}, expected (T, K) integers")
         num_tokens, k = expert_TK.shape
+        if weight_TK.shape != (num_tokens, k):
+            got = f"shape {tuple(weight_TK.shape)}"
+            raise ValueError(f"weight_TK: got {got}, expected that of expert_TK, {(num_tokens, k)}")
         expert_P, slot_P = expert_TK.long().reshape(-1).sort(stable=True)
         on_cpu = type(expert_P) is Tensor and expert_P.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and expert_P.numel() and not 0 <= int(expert_P[0]) <= int(expert_P[-1]) < num_experts:
-            got = f"{int(expert_P[0])}..{int(expert_P[-1])}"
-            raise ValueError(f"expert_TK: got values in {got}, expected 0..num_experts-1={num_experts - 1}")
-        experts_E = torch.arange(num_experts, device=expert_P.device)
+            got = f"values in {int(expert_P[0])}..{int(expert_P[-1])}"
+            raise ValueError(f"expert_TK: got {got}, expected 0..num_experts-1={num_experts - 1}")
         if scores is None:
-            scores = weight_TK.detach().new_zeros(num_tokens, num_experts)
-            scores = scores.scatter(1, expert_TK.long(), weight_TK.detach())
-        return Routing(
-            token=slot_P // max(k, 1),
-            offsets=torch.searchsorted(expert_P, experts_E, right=True).to(torch.int32),
-            weight=weight_TK.reshape(-1).index_select(0, slot_P),
-            scores=scores,
-            num_tokens=num_tokens,
-            losses={} if losses is None else losses,
-        )
+            none_TE = weight_TK.detach().new_zeros(num_tokens, num_experts)
+            scores = none_TE.scatter(1, expert_TK.long(), weight_TK.detach())
+        experts_E = torch.arange(num_experts, device=expert_P.device)
+        offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
+        weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
+        return Routing(slot_P // max(k, 1), offsets_E, weight_P, scores, num_tokens, losses or {})
 
     @staticmethod
     def everyone(num_tokens: int, like: Tensor) -> Routing:
@@ -214,10 +204,7 @@ class Routing:
     @property
     def aux_loss(self) -> Tensor:
         """The sum of the auxiliary losses, each times its coefficient; 0 where there are none."""
-        total = self.scores.new_zeros(())
-        for loss in self.losses.values():
-            total = total + loss.coefficient * loss.value
-        return total
+        return sum((loss.coefficient * loss.value for loss in self.losses.values()), self.scores.new_zeros(()))
 
     def to_dense(self) -> Tensor:
         """(T, E) weights; 0 where the token does not go to the expert."""
@@ -233,11 +220,14 @@ class Routing:
         """
         place = torch.full((self.num_tokens,), -1, device=self.token.device)
         place[tokens] = torch.arange(len(tokens), device=self.token.device)
-        token = place[self.token]
-        kept = (token >= 0).nonzero().view(-1)
+        token_P = place[self.token]
+        kept = (token_P >= 0).nonzero().view(-1)
         # by expert, as they are, and then by their new number
-        kept = kept[(self.expert[kept] * len(tokens) + token[kept]).argsort()]
-        return self._of_pairs(kept, token[kept], tokens)
+        kept = kept[(self.expert[kept] * len(tokens) + token_P[kept]).argsort()]
+        offsets = torch.searchsorted(kept, self.offsets.long(), out_int32=True)
+        scores, dropped_T = self.scores[tokens], None if self.dropped_T is None else self.dropped_T[tokens]
+        weight = self.weight[kept]
+        return Routing(token_P[kept], offsets, weight, scores, len(tokens), self.losses, dropped_T, self.detached)
 
     def first(self, num_tokens: int) -> Routing:
         """:meth:`between` of the first ``num_tokens`` tokens."""
@@ -246,12 +236,12 @@ class Routing:
     def between(self, start: int, end: int) -> Routing:
         """:meth:`select` of the tokens ``start:end``, at the cost of what they hold. Host syncs."""
         bounds = torch.tensor([start, end], device=self.token.device)
-        kept = []
-        for pairs in self._slices():  # each in the order of its tokens
-            low, high = torch.searchsorted(self.token[pairs], bounds).tolist()
-            kept.append(torch.arange(pairs.start + low, pairs.start + high, device=self.token.device))
-        kept_P = torch.cat(kept)
-        return self._of_pairs(kept_P, self.token[kept_P] - start, slice(start, end))
+        spans = []
+        for low, high in self._spans():  # each in the order of its tokens
+            before, until = torch.searchsorted(self.token[low:high], bounds).tolist()
+            spans.append((low + before, low + until))
+        dropped_T = None if self.dropped_T is None else self.dropped_T[start:end]
+        return self._of_spans(spans, self.scores[start:end], dropped_T, start)
 
     def of_experts(self, experts: Sequence[int]) -> Routing:
         """The pairs of some experts, renumbered in that order; the losses stay. One host sync.
@@ -259,44 +249,21 @@ class Routing:
         Args:
             experts: distinct experts; ``experts[i]`` becomes expert ``i``.
         """
-        slices = self._slices()
-        chosen = [slices[expert] for expert in experts]
-        load = torch.tensor([part.stop - part.start for part in chosen], device=self.offsets.device)
-        return Routing(
-            token=torch.cat([self.token[part] for part in chosen]),
-            offsets=load.cumsum(0).to(torch.int32),
-            weight=torch.cat([self.weight[part] for part in chosen]),
-            scores=self.scores[:, list(experts)],
-            num_tokens=self.num_tokens,
-            losses=self.losses,
-            detached=self.detached,
-        )
+        spans = self._spans()
+        return self._of_spans([spans[expert] for expert in experts], self.scores[:, list(experts)])
 
-    def padded(self, num_tokens: int) -> Routing:
-        """The same pairs among more tokens, the last of which have no expert and scores of 0."""
-        more = num_tokens - self.num_tokens
-        dropped_T = None if self.dropped_T is None else nn.functional.pad(self.dropped_T, (0, more))
-        scores = nn.functional.pad(self.scores, (0, 0, 0, more))
-        return Routing(self.token, self.offsets, self.weight, scores, num_tokens, self.losses, dropped_T, self.detached)
-
-    def _slices(self) -> list[slice]:
-        """Each expert's pairs."""
+    def _spans(self) -> list[tuple[int, int]]:
+        """Where each expert's pairs begin and end."""
         ends = self.offsets.tolist()
-        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        return list(zip([0, *ends], ends, strict=False))
 
-    def _of_pairs(self, kept: Tensor, token: Tensor, tokens: Tensor | slice) -> Routing:
-        """Some pairs, in order, with new token numbers, among ``tokens``."""
-        scores = self.scores[tokens]
-        return Routing(
-            token=token,
-            offsets=torch.searchsorted(kept, self.offsets.long()).to(torch.int32),
-            weight=self.weight[kept],
-            scores=scores,
-            num_tokens=len(scores),
-            losses=self.losses,
-            dropped_T=None if self.dropped_T is None else self.dropped_T[tokens],
-            detached=self.detached,
-        )
+    def _of_spans(
+        self, spans: list[tuple[int, int]], scores: Tensor, dropped_T: Tensor | None = None, start: int = 0
+    ) -> Routing:
+        """The pairs in some spans, one an expert, of tokens that are numbered from ``start``."""
+        token, weight = (torch.cat([value[low:high] for low, high in spans]) for value in (self.token, self.weight))
+        offsets = torch.tensor([high - low for low, high in spans], device=token.device).cumsum(0).to(torch.int32)
+        return Routing(token - start, offsets, weight, scores, len(scores), self.losses, dropped_T, self.detached)
 
 
 def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:

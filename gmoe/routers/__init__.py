@@ -67,14 +67,15 @@ def build_router(
         ValueError: an unknown name, or an argument that the router does not take; an instance of other ``dim`` or
             ``num_experts``, or with ``kwargs``; K > E.
     """
+    kwargs = dict(kwargs or {})
+    if router is SoftSlots or isinstance(router, SoftSlots):
+        raise ValueError("router: got SoftSlots, expected another router: its slots are for gmoe.SoftMoE")
     if isinstance(router, Router):
         if kwargs:
-            raise ValueError(f"router_kwargs: got {dict(kwargs)!r} beside a router instance, expected none")
+            raise ValueError(f"router_kwargs: got {kwargs!r} beside a router instance, expected none")
         if (router.dim, router.num_experts) != (dim, num_experts):
-            raise ValueError(
-                f"router: got an instance for dim={router.dim}, num_experts={router.num_experts}, "
-                f"expected dim={dim}, num_experts={num_experts}"
-            )
+            got = f"an instance for dim={router.dim}, num_experts={router.num_experts}"
+            raise ValueError(f"router: got {got}, expected dim={dim}, num_experts={num_experts}")
         return router
     if isinstance(router, str):
         check_choice("router", router, ROUTERS)
@@ -87,17 +88,15 @@ def build_router(
     signature = inspect.signature(router)
     own_k = isinstance(router, partial) and "k" in router.keywords
     # uniform and oracle fix their own
-    takes_k = not own_k and any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    own = {"k": k} if takes_k else {}
-    kwargs = dict(kwargs or {})
+    takes_k = any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    own = {"k": k} if takes_k and not own_k else {}
     try:
         signature.bind(dim, num_experts, **own, **kwargs)
     except TypeError as error:
         known = [name for name in signature.parameters if name not in ("dim", "num_experts", "k")]
-        unknown = next((name for name in kwargs if name not in known), "")
-        raise ValueError(
-            f"router_kwargs: got {kwargs!r}, expected some of {', '.join(known)} ({error}){nearest(unknown, known)}"
-        ) from error
+        hint = nearest(next((name for name in kwargs if name not in known), ""), known)
+        expected = f"some of {', '.join(known)} ({error}){hint}"
+        raise ValueError(f"router_kwargs: got {kwargs!r}, expected {expected}") from error
     built = router(dim, num_experts, **own, **kwargs)
     if not isinstance(built, Router):
         raise ValueError(f"router: got a factory that returned {type(built).__name__}, expected a Router")

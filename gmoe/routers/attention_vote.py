@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gmoe._autograd import first_order, untraced
-from gmoe._checks import check_choice, check_count, check_positive
-from gmoe.routers.base import Router, Weighting, float_linear
-from gmoe.routers.groups import Groups, gather_pairs, pairs_of_experts
+from gmoe.routers.base import Router, Weighting, float_linear, legal, pair_weights
+from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
 
 Scope: TypeAlias = Literal["group", "neighbors"]
@@ -77,22 +76,13 @@ class AttentionVote(Router):
         check_finite: bool = False,
     ) -> None:
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        check_positive("capacity_factor", capacity_factor)
-        check_choice("scope", scope, get_args(Scope))
-        check_count("head_dim", head_dim)
-        check_positive("init_scale", init_scale)
-        self.capacity_factor = capacity_factor
-        self.shared_queries = shared_queries
-        self.scope = scope
-        self.head_dim = head_dim
-        self.init_scale = init_scale
+        self.capacity_factor = legal("capacity_factor", capacity_factor)
+        self.scope, self.shared_queries = legal("scope", scope, Scope), shared_queries
+        self.head_dim, self.init_scale = legal("head_dim", head_dim), legal("init_scale", init_scale)
+        self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.query = nn.Linear(dim, (1 if shared_queries else num_experts) * head_dim, bias=False)
         self.key = nn.Linear(dim, num_experts * head_dim, bias=False)
         self.reset_parameters()
-
-    @property
-    def experts_per_token(self) -> float:
-        return min(self.k * self.capacity_factor, float(self.num_experts))
 
     def reset_parameters(self) -> None:
         self.query.reset_parameters()
@@ -114,13 +104,10 @@ class AttentionVote(Router):
                 votes_BES = group_votes(part.take(q_THd).transpose(1, 2), part.take(k_TEd).transpose(1, 2), part.mask)
                 votes_TE = part.add(votes_TE, votes_BES.transpose(1, 2))
         capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
+        log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
         # a vote is a sum over voters: equal tokens come out equal up to rounding only
-        tolerance = 8 * torch.finfo(votes_TE.dtype).eps
-        token_P, offsets_E = pairs_of_experts(groups.top_tokens(votes_TE.detach(), capacity, tolerance))
-        gate_P = gather_pairs(votes_TE, token_P, offsets_E)
-        log_gate_P = gate_P.clamp(min=torch.finfo(gate_P.dtype).tiny).log()
-        log_gate_P = log_gate_P - groups.log_mean_of_pairs(log_gate_P, token_P)
-        weight_P = self._pair_weights(log_gate_P, token_P, len(x_TD))
+        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, capacity, True, rounded=True)
+        weight_P = pair_weights(self.weight, log_gate_P, token_P, len(x_TD))
         return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD))
 
     def extra_repr(self) -> str:
@@ -171,8 +158,7 @@ class _BlockedVotes(torch.autograd.Function):
         grad_q, grad_k = torch.empty_like(q_BHSd), torch.zeros_like(k_BHSd)
         for rows in ctx.blocks:
             p_BHbS = _shares(q_BHSd, k_BHSd, mask_BS, rows)
-            mean_BHb1 = p_BHbS @ grad_BHS[..., None]
-            grad_s = (grad_BHS[:, :, None, :] - mean_BHb1).mul_(p_BHbS)
+            grad_s = (grad_BHS[:, :, None] - p_BHbS @ grad_BHS[..., None]).mul_(p_BHbS)
             grad_q[:, :, rows] = (grad_s @ k_BHSd).sum_to_size(q_BHSd[:, :, rows].shape)
             grad_k += grad_s.transpose(-1, -2) @ q_BHSd[:, :, rows]
         return grad_q, grad_k, None, None
@@ -183,9 +169,8 @@ def _shares(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, rows: slice)
     scores_BHbS = q_BHSd[:, :, rows] @ k_BHSd.transpose(-1, -2)
     if mask_BS is None:
         return scores_BHbS.softmax(dim=-1)
-    return (
-        scores_BHbS.masked_fill_(~mask_BS[:, None, None, :], -torch.inf).softmax(dim=-1) * mask_BS[:, None, rows, None]
-    )
+    shares_BHbS = scores_BHbS.masked_fill_(~mask_BS[:, None, None], -torch.inf).softmax(dim=-1)
+    return shares_BHbS * mask_BS[:, None, rows, None]
 
 
 @untraced  # which knows no sparse tensors
@@ -207,14 +192,16 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
 
 
 class _Edges(NamedTuple):
-    """Edges sorted by source (a row a voter), and how they are sorted by destination."""
+    """Edges sorted by source (a row a voter), and how they are sorted by destination.
+
+    ``ends`` (T + 1,) are the ends of the voters' rows, ``by_dst_M`` the edges in the order of their destinations, and
+    ``dst_ends`` and ``dst_src_M`` the ends of those rows and their sources.
+    """
 
     ends: Tensor
-    """(T + 1,) where a voter's edges end."""
-    dst_M: Tensor
     src_M: Tensor
+    dst_M: Tensor
     by_dst_M: Tensor
-    """Edges in the order of their destinations, and of those ``dst_ends`` and ``dst_src_M``."""
     dst_ends: Tensor
     dst_src_M: Tensor
 
@@ -258,18 +245,15 @@ class _NeighborVotes(torch.autograd.Function):
 
 
 def _sorted(edge_index: Tensor, num_tokens: int) -> _Edges:
-    src_M, dst_M = edge_index
-    proper = src_M != dst_M
-    itself_T = torch.arange(num_tokens, device=src_M.device)
-    src_M, by_src_M = torch.cat([src_M[proper], itself_T]).sort(stable=True)
-    dst_M = torch.cat([dst_M[proper], itself_T]).index_select(0, by_src_M)
+    itself_T = torch.arange(num_tokens, device=edge_index.device)
+    proper = edge_index[:, edge_index[0] != edge_index[1]]
+    src_M, dst_M = torch.cat([proper, itself_T.expand(2, -1)], dim=1)
+    src_M, by_src_M = src_M.sort(stable=True)
+    dst_M = dst_M.index_select(0, by_src_M)
     sorted_dst_M, by_dst_M = dst_M.sort(stable=True)
-    ends, dst_ends = (_ends(index_M, num_tokens) for index_M in (src_M, sorted_dst_M))
-    return _Edges(ends, dst_M, src_M, by_dst_M, dst_ends, src_M.index_select(0, by_dst_M))
-
-
-def _ends(sorted_M: Tensor, num_tokens: int) -> Tensor:
-    return torch.searchsorted(sorted_M, torch.arange(num_tokens + 1, device=sorted_M.device))
+    starts = torch.arange(num_tokens + 1, device=src_M.device)
+    ends, dst_ends = torch.searchsorted(src_M, starts), torch.searchsorted(sorted_dst_M, starts)
+    return _Edges(ends, src_M, dst_M, by_dst_M, dst_ends, src_M.index_select(0, by_dst_M))
 
 
 def _head(value_THd: Tensor, head: int) -> Tensor:

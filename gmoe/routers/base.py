@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check_choice, check_count
-from gmoe.routers.groups import segment_logsumexp
+from gmoe._checks import check_at_least, check_choice, check_count, check_positive
 from gmoe.routing import Routing, in_backward
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
+Option = TypeVar("Option")
 
 MAX_WEIGHT = 10.0
 """Cap of a ``"score"`` weight; only gates that run along tokens reach it."""
@@ -36,8 +36,11 @@ class Router(nn.Module, ABC):
             - ``"normalized"``: ``g`` divided by the sum over the token's experts, so that a token's weights sum to 1.
               Refused at K = 1, where it is constant and the router would get no gradient from the task.
             - ``"straight_through"``: ``g / g.detach()``: the value 1 with the gradient of ``log g``.
-            - ``None`` (default): the router's own default.
+            - ``None`` (default): the router's own default; ``"score"`` where it has none.
         check_finite: raise on NaN or infinity in the tokens. Costs a host sync; default ``False``.
+
+    Attributes:
+        experts_per_token: average number of experts of a token, by construction: what the cost of a layer follows.
 
     Shapes:
         - ``x``: (..., T, D); leading dimensions are groups, without them all tokens are one group.
@@ -52,43 +55,20 @@ class Router(nn.Module, ABC):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        k: int = 1,
-        *,
-        weight: Weighting | None = None,
-        check_finite: bool = False,
+        self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None, check_finite: bool = False
     ) -> None:
         super().__init__()
-        check_count("dim", dim)
-        check_count("num_experts", num_experts)
-        check_count("k", k)
+        self.dim, self.num_experts, self.k = legal("dim", dim), legal("num_experts", num_experts), legal("k", k)
         if k > num_experts:
             raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
-        if weight is None:
-            weight = self.default_weight(k)
-        check_choice("weight", weight, get_args(Weighting))
+        self.weight: Weighting = legal("weight", weight or "score", Weighting)
         if weight == "normalized" and k == 1:
             raise ValueError(
                 "weight: got 'normalized' with k=1, where a token's only weight is the constant 1 and the router gets "
                 "no gradient from the task; expected 'score' or 'straight_through', or k >= 2"
             )
-        self.dim = dim
-        self.num_experts = num_experts
-        self.k = k
-        self.weight = weight
         self.check_finite = check_finite
-
-    @staticmethod
-    def default_weight(k: int) -> Weighting:
-        """The weighting where none is asked for."""
-        return "score"
-
-    @property
-    def experts_per_token(self) -> float:
-        """Average number of experts of a token, by construction: what the cost of a layer follows."""
-        return float(self.k)
+        self.experts_per_token = float(k)
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -109,17 +89,14 @@ class Router(nn.Module, ABC):
         """Route ``x``; see the class."""
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             raise RuntimeError("torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers")
-        if not isinstance(x, Tensor):
-            raise ValueError(f"x: got {type(x).__name__}, expected a tensor (..., T, dim={self.dim}) of floats")
-        if x.dim() < 2 or x.size(-1) != self.dim or not x.is_floating_point():
-            raise ValueError(f"x: got shape {tuple(x.shape)} of {x.dtype}, expected (..., T, dim={self.dim}) of floats")
+        if not isinstance(x, Tensor) or x.dim() < 2 or x.size(-1) != self.dim or not x.is_floating_point():
+            raise ValueError(f"x: got {described(x)}, expected (..., T, dim={self.dim}), a tensor of floats")
         group: Tensor | int = x.size(-2)
         if batch is not None:
-            if not isinstance(batch, Tensor):
-                raise ValueError(f"batch: got {type(batch).__name__}, expected a tensor of one integer a token")
-            if batch.shape != x.shape[:-1] or batch.is_floating_point() or batch.is_complex():
-                got, expected = f"{tuple(batch.shape)} of {batch.dtype}", tuple(x.shape[:-1])
-                raise ValueError(f"batch: got shape {got}, expected one integer a token, shape {expected}")
+            shape = x.shape[:-1]
+            if not isinstance(batch, Tensor) or batch.shape != shape or batch.is_floating_point() or batch.is_complex():
+                got = described(batch)
+                raise ValueError(f"batch: got {got}, expected one integer a token, a tensor of {tuple(shape)}")
             group = batch.reshape(-1)
         x_TD = x.reshape(-1, self.dim)
         # a finite sum has finite terms, and is cheaper to have; one that is not may have overflowed
@@ -146,15 +123,6 @@ class Router(nn.Module, ABC):
             log_gate_TK = log_gate_TK - log_gate_TK.detach()
         return expert_TK, log_gate_TK.exp()
 
-    def _pair_weights(self, log_gate_P: Tensor, token_P: Tensor, num_tokens: int) -> Tensor:
-        """(P,) the weights of any pairs from the logarithms of their gates."""
-        if self.weight == "score":
-            return log_gate_P.exp().clamp(max=MAX_WEIGHT)
-        if self.weight == "straight_through":
-            return (log_gate_P - log_gate_P.detach()).exp()
-        total_T = segment_logsumexp(log_gate_P[:, None], token_P, num_tokens)[:, 0]
-        return (log_gate_P - total_T.index_select(0, token_P)).exp()
-
     def is_training_step(self) -> bool:
         """Whether this forward moves the counters: not in evaluation, not when a checkpoint recomputes it."""
         return self.training and not in_backward()
@@ -175,23 +143,55 @@ class Router(nn.Module, ABC):
         return f"{self.dim}, {self.num_experts}, k={self.k}, weight={self.weight!r}"
 
 
-def float_linear(x_TD: Tensor, linear: nn.Linear) -> Tensor:
+def legal(name: str, value: Option, choices: Any = None) -> Option:
+    """``value``, if the option of that name may have it: one of a ``Literal``, or a number in range."""
+    number: Any = value
+    if choices is not None:
+        check_choice(name, value, get_args(choices))
+    elif name in ("dim", "num_experts", "k", "num_centroids", "head_dim", "slots"):
+        check_count(name, number)
+    elif name in ("capacity_factor", "init_scale", "temperature"):
+        check_positive(name, number)
+    else:
+        check_at_least(name, number, 0)
+    return value
+
+
+def described(value: object) -> str:
+    """What a caller gave, for an error."""
+    return f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def pair_weights(weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_tokens: int) -> Tensor:
+    """(P,) the weights of any pairs from the logarithms of their gates."""
+    if weighting == "score":
+        return log_gate_P.exp().clamp(max=MAX_WEIGHT)
+    if weighting == "straight_through":
+        return (log_gate_P - log_gate_P.detach()).exp()
+    best_T = log_gate_P.detach().new_zeros(num_tokens)
+    best_T = best_T.scatter_reduce(0, token_P, log_gate_P.detach(), "amax", include_self=False)
+    gate_P = (log_gate_P - best_T.index_select(0, token_P)).exp()
+    return gate_P / gate_P.new_zeros(num_tokens).index_add(0, token_P, gate_P).index_select(0, token_P)
+
+
+def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
     """``linear(x)`` in the precision of ``x``, at least float32: a model in bfloat16 still scores in float32."""
-    if not isinstance(linear.weight, Tensor):  # a quantized layer has a method of that name
-        return linear(x_TD)
+    if type(linear) is not nn.Linear:  # somebody's own, or a quantized one, whose weight is no tensor
+        weight: Any = getattr(linear, "weight", None)
+        own = linear(x_TD.to(weight.dtype) if isinstance(weight, Tensor) else x_TD)
+        return torch.as_tensor(own).to(x_TD.dtype)
     return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
 
 
 def check_edge_index(edge_index: Tensor, num_src: int, num_dst: int) -> None:
     """Refuse edges that point outside the nodes. CPU tensors only: elsewhere it would cost a host sync."""
-    if edge_index.dim() != 2 or edge_index.size(0) != 2:
-        raise ValueError(f"edge_index: got shape {tuple(edge_index.shape)}, expected (2, number of edges)")
-    if edge_index.is_floating_point() or edge_index.is_complex() or edge_index.dtype == torch.bool:
-        raise ValueError(f"edge_index: got {edge_index.dtype}, expected integers")
+    no_index = edge_index.is_floating_point() or edge_index.is_complex() or edge_index.dtype == torch.bool
+    if edge_index.dim() != 2 or edge_index.size(0) != 2 or no_index:
+        raise ValueError(f"edge_index: got {described(edge_index)}, expected (2, number of edges), integers")
     if edge_index.device.type != "cpu" or edge_index.size(1) == 0:
         return
-    for row, name, bound in ((0, "source", num_src), (1, "destination", num_dst)):
-        low, high = (int(v) for v in torch.as_tensor(edge_index[row]).aminmax())
+    for row_M, name, bound in zip(edge_index, ("source", "destination"), (num_src, num_dst), strict=True):
+        low, high = (int(value) for value in torch.as_tensor(row_M).aminmax())
         if low < 0 or high >= bound:
             bad = low if low < 0 else high
             raise ValueError(f"edge_index: got {name} node {bad}, expected values in 0..{bound - 1}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gmoe.routers.base import Router, Weighting
+from gmoe.routers.base import Router, Weighting, described
 from gmoe.routing import Routing
 
 
@@ -35,13 +35,10 @@ class RandomRouter(Router):
     def __init__(
         self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None, check_finite: bool = False
     ) -> None:
+        weight = weight or ("normalized" if k >= 2 else "straight_through")
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
         self.register_buffer("projection_DE", torch.empty(dim, num_experts))
         self.reset_parameters()
-
-    @staticmethod
-    def default_weight(k: int) -> Weighting:
-        return "normalized" if k >= 2 else "straight_through"
 
     def reset_parameters(self) -> None:
         self.projection_DE.normal_(std=self.dim**-0.5)
@@ -97,14 +94,10 @@ class OracleRouter(Router):
     def __init__(self, dim: int, num_experts: int, assignment: Tensor, *, check_finite: bool = False) -> None:
         super().__init__(dim, num_experts, k=1, check_finite=check_finite)
         if assignment.dim() != 1 or assignment.is_floating_point():
-            raise ValueError(
-                f"assignment: got shape {tuple(assignment.shape)} of {assignment.dtype}, expected (T,) integers"
-            )
-        if assignment.numel() and not 0 <= int(assignment.min()) <= int(assignment.max()) < num_experts:
-            raise ValueError(
-                f"assignment: got values in {int(assignment.min())}..{int(assignment.max())}, "
-                f"expected 0..num_experts-1={num_experts - 1}"
-            )
+            raise ValueError(f"assignment: got {described(assignment)}, expected (T,) integers")
+        low, high = (int(value) for value in assignment.aminmax()) if assignment.numel() else (0, 0)
+        if low < 0 or high >= num_experts:
+            raise ValueError(f"assignment: got values in {low}..{high}, expected 0..num_experts-1={num_experts - 1}")
         self.assignment = assignment  # what a buffer that went through the meta device is restored from
         self.register_buffer("assignment_T", assignment.long())
 

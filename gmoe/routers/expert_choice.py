@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check_at_least, check_choice, check_positive
 from gmoe.losses import z_loss
-from gmoe.routers.base import Router, Weighting, float_linear
-from gmoe.routers.groups import Groups, gather_pairs, pairs_of_experts, pairs_of_mask
+from gmoe.routers.base import Router, Weighting, float_linear, legal, pair_weights
+from gmoe.routers.groups import Groups, gather_pairs, pairs_of_mask
 from gmoe.routing import AuxLoss, Routing, in_backward
 
 Normalize: TypeAlias = Literal["experts", "tokens"]
 Inference: TypeAlias = Literal["group", "threshold"]
+Losses: TypeAlias = Mapping[str, AuxLoss]
 
 
 class ExpertChoice(Router):
@@ -68,17 +69,11 @@ class ExpertChoice(Router):
         check_finite: bool = False,
     ) -> None:
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        check_at_least("z_coef", z_coef, 0)
-        check_positive("init_scale", init_scale)
-        self.z_coef = z_coef
-        self.init_scale = init_scale
+        self.z_coef, self.init_scale = legal("z_coef", z_coef), legal("init_scale", init_scale)
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.selection = ExpertSelection(num_experts, k, capacity_factor, normalize, inference, momentum)
+        self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.reset_parameters()
-
-    @property
-    def experts_per_token(self) -> float:
-        return self.selection.experts_per_token
 
     def reset_parameters(self) -> None:
         self.gate.reset_parameters()
@@ -88,19 +83,9 @@ class ExpertChoice(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TE = float_linear(x_TD, self.gate)
-        token_P, offsets_E, log_gate_P, scores_TE = self.selection(logits_TE, group)
-        weight_P = self._pair_weights(log_gate_P, token_P, len(x_TD))
         losses = {"z": AuxLoss(z_loss(logits_TE), self.z_coef)} if self.z_coef > 0 else {}
-        return Routing(token_P, offsets_E, weight_P, scores_TE, len(x_TD), losses)
-
-
-class Selected(NamedTuple):
-    """Pairs, the logarithms of their gates (scaled as weights are, where gates run along tokens), and all scores."""
-
-    token_P: Tensor
-    offsets_E: Tensor
-    log_gate_P: Tensor
-    scores_TE: Tensor
+        routing: Routing = self.selection(logits_TE, group, self.weight, losses)
+        return routing
 
 
 class ExpertSelection(nn.Module):
@@ -134,27 +119,17 @@ class ExpertSelection(nn.Module):
         momentum: float,
     ) -> None:
         super().__init__()
-        check_positive("capacity_factor", capacity_factor)
-        check_choice("normalize", normalize, get_args(Normalize))
-        check_choice("inference", inference, get_args(Inference))
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum: got {momentum}, expected a number in (0, 1]")
-        self.num_experts = num_experts
-        self.k = k
-        self.capacity_factor = capacity_factor
-        self.normalize = normalize
-        self.inference = inference
-        self.momentum = momentum
+        self.num_experts, self.k, self.momentum = num_experts, k, momentum
+        self.capacity_factor = legal("capacity_factor", capacity_factor)
+        self.normalize = legal("normalize", normalize, Normalize)
+        self.inference = legal("inference", inference, Inference)
         if inference == "threshold":
             self.register_buffer("threshold_E", torch.zeros(num_experts))
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
             if normalize == "tokens":
                 self.register_buffer("log_scale_E", torch.zeros(num_experts))
-
-    @property
-    def experts_per_token(self) -> float:
-        """Average number of experts of a token."""
-        return min(self.k * self.capacity_factor, float(self.num_experts))
 
     def reset_parameters(self) -> None:
         """Forget the running means."""
@@ -162,58 +137,57 @@ class ExpertSelection(nn.Module):
             buffer.zero_()
 
     def forward(
-        self, logits_TE: Tensor, group: Tensor | int, tolerance: float = 0.0, scale: Tensor | float = 1.0
-    ) -> Selected:
+        self, logits_TE: Tensor, group: Tensor | int, weight: Weighting, losses: Losses, scale: Tensor | None = None
+    ) -> Routing:
         """Select the pairs.
 
         Args:
             logits_TE: the logits.
             group: which tokens compete, see :meth:`gmoe.routers.Router.route`.
-            tolerance: log-scores times ``scale`` that differ by at most ``tolerance`` times their size, or times 1
-                where they are smaller, are ties.
-            scale: see ``tolerance``.
+            weight: how a pair's weight follows from its gate, see :class:`gmoe.routers.Router`.
+            losses: those of the routing.
+            scale: log-scores times ``scale`` that differ by rounding only, relative to their size or to 1 where they
+                are smaller, are ties; ``None`` (default): only equal ones are.
         """
         along_tokens = self.normalize == "tokens"
         # inside a group the softmax along tokens ranks as the logits do
-        ranked_TE = logits_TE if along_tokens else logits_TE.log_softmax(dim=-1)
+        ranked_TE = log_scores_TE = logits_TE if along_tokens else logits_TE.log_softmax(dim=-1)
         if self.inference == "threshold" and not self.training:
             if int(self.steps) == 0:
                 raise RuntimeError(
                     "inference='threshold' has no thresholds yet: run a training step or load a state dict"
                 )
-            log_scores_TE = logits_TE - self.log_scale_E if along_tokens else ranked_TE
+            if along_tokens:
+                log_scores_TE = logits_TE - self.log_scale_E
             token_P, offsets_E = pairs_of_mask(ranked_TE >= self.threshold_E)
             log_gate_P = gather_pairs(log_scores_TE, token_P, offsets_E)
-            return Selected(token_P, offsets_E, log_gate_P, log_scores_TE.exp())
-        groups = Groups.of(group, len(logits_TE))
-        log_scores_TE = logits_TE - groups.logsumexp(logits_TE) if along_tokens else ranked_TE
-        order_TE = ranked_TE.detach()
-        if tolerance > 0:  # which is relative, and a logarithm may be 0
-            order_TE = log_scores_TE.detach() * scale - 1
-        capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
-        token_EC = groups.top_tokens(order_TE, capacity, tolerance)
-        token_P, offsets_E = pairs_of_experts(token_EC)
-        log_gate_P = gather_pairs(log_scores_TE, token_P, offsets_E)
-        if along_tokens:
-            log_gate_P = log_gate_P - groups.log_mean_of_pairs(log_gate_P, token_P)
-        if self.inference == "threshold" and token_P.numel() > 0 and not in_backward():
-            self._update_stats(ranked_TE.detach(), log_gate_P.detach(), token_EC, groups)
-        return Selected(token_P, offsets_E, log_gate_P, log_scores_TE.exp())
+        else:
+            groups = Groups.of(group, len(logits_TE))
+            if along_tokens:
+                log_scores_TE = logits_TE - groups.logsumexp(logits_TE)
+            # rounding is relative, and a logarithm may be 0
+            order_TE = ranked_TE if scale is None else log_scores_TE.detach() * scale - 1
+            capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
+            pairs = groups.best_pairs(order_TE, log_scores_TE, capacity, along_tokens, rounded=scale is not None)
+            token_P, offsets_E, log_gate_P = pairs
+            if self.inference == "threshold" and token_P.numel() > 0 and not in_backward():
+                self._update_stats(ranked_TE, log_gate_P, token_P.view(self.num_experts, -1), groups)
+        weight_P = pair_weights(weight, log_gate_P, token_P, len(logits_TE))
+        return Routing(token_P, offsets_E, weight_P, log_scores_TE.exp(), len(logits_TE), losses)
 
     @torch.no_grad()
     def _update_stats(self, ranked_TE: Tensor, log_gate_P: Tensor, token_EC: Tensor, groups: Groups) -> None:
         """Move the running means by this step: the mean over its groups."""
-        group_EC = groups.of_tokens(token_EC.reshape(-1)).view_as(token_EC)
-        ranked_EC = ranked_TE.T.gather(1, token_EC)
-        last_EB = ranked_TE.new_full((self.num_experts, groups.num_groups), torch.inf)
-        last_EB = last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin")
-        self.steps += 1
-        share = (1.0 / self.steps.float()).clamp(min=self.momentum).to(self.threshold_E.dtype)
-        self.threshold_E.lerp_(last_EB.mean(dim=1).to(self.threshold_E.dtype), share)
+        group_EC, ranked_EC = groups.of_tokens(token_EC.flatten()).view_as(token_EC), ranked_TE.T.gather(1, token_EC)
+        last_EB = ranked_EC.new_full((self.num_experts, groups.num_groups), torch.inf)
+        means = [(self.threshold_E, last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin"))]
         if self.normalize == "tokens":  # gate = exp(logit) / scale, the same scale in all of a group
             log_scale_EC = ranked_EC - log_gate_P.view_as(token_EC)
-            log_scale_EB = torch.zeros_like(last_EB).scatter(1, group_EC, log_scale_EC)
-            self.log_scale_E.lerp_(log_scale_EB.mean(dim=1).to(self.log_scale_E.dtype), share)
+            means.append((self.log_scale_E, last_EB.scatter(1, group_EC, log_scale_EC)))
+        self.steps += 1
+        share = (1.0 / self.steps.float()).clamp(min=self.momentum)
+        for mean_E, step_EB in means:
+            mean_E.lerp_(step_EB.mean(dim=1).to(mean_E.dtype), share.to(mean_E.dtype))
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize!r}, inference={self.inference!r}, capacity_factor={self.capacity_factor}"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_at_least, check_choice, check_count, check_positive
 from gmoe.losses import separation_loss
-from gmoe.routers.base import Router, Weighting
+from gmoe.routers.base import Router, Weighting, legal
 from gmoe.routers.expert_choice import ExpertSelection, Inference, Normalize
 from gmoe.routing import AuxLoss, Routing
 
@@ -75,29 +74,20 @@ class MultiCentroid(Router):
         momentum: float = 0.1,
         check_finite: bool = False,
     ) -> None:
-        check_choice("choice", choice, get_args(Choice))
-        if weight is None:
-            weight = "normalized" if choice == "tokens" and k >= 2 else "score"
+        weight = weight or ("normalized" if choice == "tokens" and k >= 2 else "score")
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        check_count("num_centroids", num_centroids)
-        check_choice("reduce", reduce, get_args(Reduce))
-        check_positive("temperature", temperature)
-        check_at_least("separation_coef", separation_coef, 0)
-        self.num_centroids = num_centroids
-        self.choice = choice
-        self.reduce = reduce
-        self.temperature = temperature
-        self.separation_coef = separation_coef
+        self.choice, self.reduce = legal("choice", choice, Choice), legal("reduce", reduce, Reduce)
+        self.num_centroids = legal("num_centroids", num_centroids)
+        self.temperature = legal("temperature", temperature)
+        self.separation_coef = legal("separation_coef", separation_coef)
         self.centroid = nn.Parameter(torch.empty(num_experts, num_centroids, dim))
         self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP2 refuses scalars
         self.register_buffer("center_D", torch.zeros(dim))
         selection = ExpertSelection(num_experts, k, capacity_factor, normalize, inference, momentum)
         self.selection = selection if choice == "experts" else None
+        if choice == "experts":
+            self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.reset_parameters()
-
-    @property
-    def experts_per_token(self) -> float:
-        return super().experts_per_token if self.selection is None else self.selection.experts_per_token
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.centroid)
@@ -149,11 +139,9 @@ class MultiCentroid(Router):
             expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
             return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses)
         # a cosine is rounded by where its row lies in the product: equal tokens come out equal up to that
-        tolerance = 8 * torch.finfo(logits_TE.dtype).eps
         scale = self.log_temperature.detach().exp().clamp(max=1).to(logits_TE.dtype)
-        token_P, offsets_E, log_gate_P, scores_TE = self.selection(logits_TE, group, tolerance, scale)
-        weight_P = self._pair_weights(log_gate_P, token_P, len(x_TD))
-        return Routing(token_P, offsets_E, weight_P, scores_TE, len(x_TD), losses)
+        routing: Routing = self.selection(logits_TE, group, self.weight, losses, scale)
+        return routing
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
@@ -180,29 +168,20 @@ def kmeans(
         Centers (N, D) and the cluster of each token (T,). A cluster may be empty where there are fewer than N
         distinct tokens.
     """
-    best: tuple[float, Tensor, Tensor] | None = None
+    runs = []
     for _ in range(restarts):
         center_ND = _plus_plus(x_TD, num_clusters, generator)
-        owner_T = _nearest(x_TD, center_ND)[1]
         for _ in range(steps):
-            count_N = torch.bincount(owner_T, minlength=num_clusters)
+            owner_T, before_ND = torch.cdist(x_TD, center_ND).argmin(dim=1), center_ND
+            count_N1 = owner_T.bincount(minlength=num_clusters)[:, None]
             total_ND = torch.zeros_like(center_ND).index_add_(0, owner_T, x_TD)
             # an emptied cluster keeps its center
-            center_ND = torch.where(count_N[:, None] > 0, total_ND / count_N.clamp(min=1)[:, None], center_ND)
-            moved_T = _nearest(x_TD, center_ND)[1]
-            if torch.equal(moved_T, owner_T):
+            center_ND = torch.where(count_N1 > 0, total_ND / count_N1.clamp(min=1), center_ND)
+            if torch.equal(center_ND, before_ND):
                 break
-            owner_T = moved_T
-        inertia = float(_nearest(x_TD, center_ND)[0].sum())
-        if best is None or inertia < best[0]:
-            best = (inertia, center_ND, owner_T)
-    assert best is not None
-    return best[1], best[2]
-
-
-def _nearest(x_TD: Tensor, center_ND: Tensor) -> tuple[Tensor, Tensor]:
-    distance_T, owner_T = torch.cdist(x_TD, center_ND).min(dim=1)
-    return distance_T.square(), owner_T
+        distance_T, owner_T = torch.cdist(x_TD, center_ND).min(dim=1)
+        runs.append((float(distance_T.square().sum()), center_ND, owner_T))
+    return min(runs, key=lambda run: run[0])[1:]
 
 
 def _plus_plus(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
@@ -213,8 +192,7 @@ def _plus_plus(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> T
     for _ in range(num_clusters - 1):
         far_T = far_T.minimum((x_TD - x_TD[chosen[-1]]).square().sum(dim=1))
         # all tokens already chosen or repeated: any of them is as good
-        odds_T = far_T if bool(far_T.sum() > 0) else torch.ones_like(far_T)
-        cumulative_T = odds_T.double().cumsum(0)
+        cumulative_T = torch.where(far_T.sum() > 0, far_T, 1.0).double().cumsum(0)
         draw = torch.rand(1, generator=generator, device=device, dtype=torch.float64) * cumulative_T[-1]
         chosen.append(torch.searchsorted(cumulative_T, draw, right=True).clamp(max=len(x_TD) - 1))
     return x_TD[torch.cat(chosen)]

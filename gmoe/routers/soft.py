@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check_count
-from gmoe.routers.base import Router
+from gmoe.routers.base import Router, legal
 from gmoe.routers.groups import Groups, pairs_of_experts
 from gmoe.routing import Routing
 
@@ -43,7 +42,7 @@ class SoftRouting(Routing):
         shares_TN = self.dispatch_TES.flatten(1).to(x_TI.dtype)
         slots_BNI = x_TI.new_zeros(self.groups.num_groups, shares_TN.size(1), x_TI.size(1))
         for part in self.groups.batches():
-            mixed_BNI = part.take_shares(shares_TN).transpose(1, 2) @ part.take(x_TI)
+            mixed_BNI = part.take(shares_TN, padding=0.0).transpose(1, 2) @ part.take(x_TI)
             mixed_BNI = mixed_BNI.to(slots_BNI.dtype)  # autocast has made it bfloat16
             slots_BNI = mixed_BNI if part.group is None else slots_BNI.index_add(0, part.group, mixed_BNI)
         return slots_BNI.unflatten(1, (self.num_experts, -1)).transpose(0, 1).flatten(0, 2)
@@ -56,7 +55,7 @@ class SoftRouting(Routing):
         y_TO = y_RO.new_zeros(self.num_tokens, y_RO.size(1))
         for part in self.groups.batches():
             out_BNO = y_BNO if part.group is None else y_BNO[part.group]
-            y_TO = part.add(y_TO, (part.take_shares(shares_TN) @ out_BNO).to(y_TO.dtype))
+            y_TO = part.add(y_TO, (part.take(shares_TN, padding=0.0) @ out_BNO).to(y_TO.dtype))
         return y_TO
 
 
@@ -90,8 +89,7 @@ class SoftSlots(Router):
         self, dim: int, num_experts: int, slots: int = 1, *, normalize: bool = True, check_finite: bool = False
     ) -> None:
         super().__init__(dim, num_experts, k=num_experts, weight="score", check_finite=check_finite)
-        check_count("slots", slots)
-        self.slots = slots
+        self.slots = legal("slots", slots)
         self.phi = nn.Parameter(torch.empty(num_experts, slots, dim))
         self.scale = nn.Parameter(torch.empty(1)) if normalize else None
         self.reset_parameters()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_at_least, check_choice, check_positive
 from gmoe.losses import importance_loss, load_loss, switch_loss, z_loss
-from gmoe.routers.base import Router, Weighting, float_linear
+from gmoe.routers.base import Router, Weighting, float_linear, legal, pair_weights
 from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
 from gmoe.routing import AuxLoss, Routing
 
@@ -86,35 +85,22 @@ class TokenChoice(Router):
         capacity_factor: float | None = None,
         check_finite: bool = False,
     ) -> None:
+        weight = weight or ("normalized" if k >= 2 else "straight_through")
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        if balance is not None:
-            check_choice("balance", balance, get_args(Balance))
         if noise is None:
             noise = balance == "importance_load"
         if balance == "importance_load" and not noise:
             raise ValueError("noise: got False with balance='importance_load', whose load term needs noise=True")
-        if capacity_factor is not None:
-            check_positive("capacity_factor", capacity_factor)
-        check_at_least("balance_coef", balance_coef, 0)
-        check_at_least("bias_rate", bias_rate, 0)
-        check_at_least("z_coef", z_coef, 0)
-        check_positive("init_scale", init_scale)
-        self.balance = balance
-        self.balance_coef = balance_coef
-        self.bias_rate = bias_rate
-        self.z_coef = z_coef
-        self.init_scale = init_scale
-        self.capacity_factor = capacity_factor
+        self.balance = None if balance is None else legal("balance", balance, Balance)
+        self.balance_coef, self.bias_rate = legal("balance_coef", balance_coef), legal("bias_rate", bias_rate)
+        self.z_coef, self.init_scale = legal("z_coef", z_coef), legal("init_scale", init_scale)
+        self.capacity_factor = None if capacity_factor is None else legal("capacity_factor", capacity_factor)
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.noise = nn.Linear(dim, num_experts, bias=False) if noise else None
         if balance == "bias":
             self.register_buffer("bias_E", torch.zeros(num_experts))
             self.register_buffer("last_load_E", torch.zeros(num_experts))
         self.reset_parameters()
-
-    @staticmethod
-    def default_weight(k: int) -> Weighting:
-        return "normalized" if k >= 2 else "straight_through"
 
     def reset_parameters(self) -> None:
         self.gate.reset_parameters()
@@ -127,9 +113,10 @@ class TokenChoice(Router):
             self.last_load_E.zero_()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        weight_ED = self.gate.weight  # of a quantized layer, a method
-        clean_TE = F.linear(x_TD, weight_ED.to(x_TD.dtype)) if isinstance(weight_ED, Tensor) else self.gate(x_TD)
-        logits_TE = clean_TE
+        if type(self.gate) is nn.Linear:  # float_linear, written out: a call fewer on the default path
+            clean_TE = logits_TE = F.linear(x_TD, self.gate.weight.to(x_TD.dtype))
+        else:
+            clean_TE = logits_TE = float_linear(x_TD, self.gate)
         std_TE = None
         if self.noise is not None:
             std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
@@ -137,8 +124,11 @@ class TokenChoice(Router):
                 logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         probs_TE = log_probs_TE.exp()
-        # probabilities may underflow to ties that the logits do not have
-        ranked_TE = self._biased(probs_TE) if self.balance == "bias" else logits_TE
+        ranked_TE = logits_TE  # whose probabilities may underflow to ties
+        if self.balance == "bias":
+            if self.is_training_step():  # by the last step's load
+                self.bias_E.add_(self.bias_rate * (self.last_load_E.mean() - self.last_load_E).sign())
+            ranked_TE = probs_TE + self.bias_E
         expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)
         routing = Routing.from_choices(expert_TK, weight_TK, self.num_experts, probs_TE)
         if self.balance is not None or self.z_coef > 0:
@@ -149,21 +139,14 @@ class TokenChoice(Router):
             routing = self._within_capacity(routing, expert_TK, log_probs_TE, Groups.of(group, len(x_TD)))
         return routing
 
-    def _biased(self, probs_TE: Tensor) -> Tensor:
-        """Probability and bias, the latter brought up to date with the last step's load."""
-        if self.is_training_step():
-            self.bias_E.add_(self.bias_rate * (self.last_load_E.mean() - self.last_load_E).sign())
-        return probs_TE + self.bias_E
-
     def _losses(
         self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, routing: Routing
     ) -> dict[str, AuxLoss]:
         losses = {}
-        if self.balance == "importance_load":
-            assert std_TE is not None
+        if self.balance == "importance_load" and std_TE is not None:
             losses["importance"] = AuxLoss(importance_loss(routing.scores), self.balance_coef)
             losses["load"] = AuxLoss(load_loss(clean_TE, logits_TE, std_TE, self.k), self.balance_coef)
-        elif self.balance == "switch":
+        if self.balance == "switch":
             losses["switch"] = AuxLoss(switch_loss(routing.scores, routing.load), self.balance_coef)
         if self.z_coef > 0:
             losses["z"] = AuxLoss(z_loss(logits_TE), self.z_coef)
@@ -175,14 +158,11 @@ class TokenChoice(Router):
         capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
         token_P, offsets_E = drop_over_capacity(expert_TK, routing.scores.detach(), groups, capacity)
         log_gate_P = gather_pairs(log_probs_TE, token_P, offsets_E)
-        weight_P = self._pair_weights(log_gate_P, token_P, routing.num_tokens)
-        kept_T = token_P.new_zeros(routing.num_tokens).index_add(0, token_P, torch.ones_like(token_P))
-        return replace(routing, token=token_P, offsets=offsets_E, weight=weight_P, dropped_T=self.k - kept_T)
+        weight_P = pair_weights(self.weight, log_gate_P, token_P, routing.num_tokens)
+        dropped_T = self.k - token_P.bincount(minlength=routing.num_tokens)
+        return replace(routing, token=token_P, offsets=offsets_E, weight=weight_P, dropped_T=dropped_T)
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
-        if self.balance is not None:
-            text += f", balance={self.balance!r}"
-        if self.capacity_factor is not None:
-            text += f", capacity_factor={self.capacity_factor}"
-        return text
+        options = {"balance": self.balance, "capacity_factor": self.capacity_factor}
+        shown = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+        return ", ".join([super().extra_repr(), *shown])

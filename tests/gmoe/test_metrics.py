@@ -121,7 +121,7 @@ def test_no_gradient_is_held() -> None:
 def test_before_any_update() -> None:
     with pytest.warns(UserWarning, match="compute"):
         (found,) = RoutingStats(2).compute()
-    check(found, counted_slowly([Routing.everyone(0, torch.zeros(0, 2)).padded(0)]) | {
+    check(found, counted_slowly([Routing.everyone(0, torch.zeros(0, 2))]) | {
         "load": [0.0, 0.0], "weight": [0.0, 0.0], "dead": 2
     })  # fmt: skip
 

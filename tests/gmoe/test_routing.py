@@ -8,6 +8,8 @@ import pickle
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -22,11 +24,15 @@ from gmoe import AuxLoss, MultiCentroid, Routing, TokenChoice, aux_loss, record_
 from gmoe.routers.groups import pairs_of_mask
 
 
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
 def example() -> Routing:
     """Four tokens, three experts: 0 has token 1; 1 has none; 2 has 0, 1 and 3."""
     return Routing(
         token=torch.tensor([1, 0, 1, 3]),
-        offsets=torch.tensor([1, 1, 4], dtype=torch.int32),
+        offsets=int32(1, 1, 4),
         weight=torch.tensor([0.5, 1.0, 0.25, 2.0], requires_grad=True),
         scores=torch.tensor([[0.5, 0.5, 0.0], [2.0, 2.0, 4.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
         num_tokens=4,
@@ -53,21 +59,6 @@ def test_to_dense_is_differentiable() -> None:
     assert routing.weight.grad.tolist() == [3, 2, 5, 11]  # 3 t + e
 
 
-def test_first_keeps_the_first_tokens() -> None:
-    first = example().first(2)
-    assert first.to_dense().tolist() == [[0, 0, 1.0], [0.5, 0, 0.25]]
-    assert first.offsets.tolist() == [1, 1, 3]
-    assert first.offsets.dtype == torch.int32
-    assert first.scores.shape == (2, 3)
-    assert first.num_tokens == 2
-    assert first.aux_loss == example().aux_loss
-    routing = example()
-    assert routing.first(4) is routing
-    assert torch.equal(routing.first(2).padded(4).to_dense()[:2], first.to_dense())
-    assert routing.first(2).padded(4).coverage == 0.5
-    assert routing.first(0).to_dense().shape == (0, 3)
-
-
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(mask=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=9), data=st.data())
 def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None:
@@ -79,29 +70,25 @@ def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None
     order = data.draw(st.permutations(range(len(mask))))
     tokens = torch.tensor(order[: data.draw(st.integers(0, len(mask)))], dtype=torch.int64)
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(mask))] * 2)))
-    for part, rows in ((whole.select(tokens), tokens), (whole.between(start, end), torch.arange(start, end))):
+    parts = [(whole.select(tokens), tokens), (whole.between(start, end), torch.arange(start, end))]
+    for part, rows in [*parts, (whole.first(end), torch.arange(end))]:
         assert torch.equal(part.to_dense(), whole.to_dense()[rows])
         assert torch.equal(part.scores, scores[rows])
-        assert part.dropped == rows.sum()
-        assert part.num_tokens == len(rows)
+        assert (part.dropped, part.num_tokens) == (rows.sum(), len(rows))
         assert (part.offsets.dtype, part.losses) == (torch.int32, whole.losses)
         pairs = list(zip(part.expert.tolist(), part.token.tolist(), strict=True))
         assert pairs == sorted(pairs)
+    assert whole.first(len(mask)) is whole
+    experts = data.draw(st.permutations(range(3)))[: data.draw(st.integers(1, 3))]
+    assert torch.equal(whole.of_experts(experts).to_dense(), whole.to_dense()[:, experts])
+    assert torch.equal(whole.of_experts(experts).scores, scores[:, experts])
 
 
 def test_aux_loss_is_the_weighted_sum() -> None:
-    # 0.5 * 3 + 0.25 * 2 = 2 a layer
-    assert example().aux_loss.item() == 2.0
-    assert aux_loss(example()).item() == 2.0
-    assert aux_loss([example(), example()]).item() == 4.0
-    assert aux_loss(iter([example()])).item() == 2.0
-    assert aux_loss([]).item() == 0.0
-    assert dataclasses.replace(example(), losses={}).aux_loss.item() == 0.0
-
-
-def test_aux_loss_carries_gradients() -> None:
     value = torch.tensor(3.0, requires_grad=True)
     routing = dataclasses.replace(example(), losses={"a": AuxLoss(value, 0.5), "b": AuxLoss(2 * value, 0.25)})
+    found = [aux_loss(routings).item() for routings in (routing, [routing, routing], iter([routing]), [])]
+    assert found == [3.0, 6.0, 3.0, 0.0]  # 0.5 * 3 + 0.25 * 6 a layer
     aux_loss([routing, routing]).backward()
     assert value.grad is not None
     assert value.grad.item() == 2.0  # twice (0.5 + 2 * 0.25)
@@ -109,13 +96,11 @@ def test_aux_loss_carries_gradients() -> None:
 
 def test_no_tokens() -> None:
     empty = torch.zeros(0)
-    routing = Routing(empty.long(), torch.zeros(2, dtype=torch.int32), empty, torch.zeros(0, 2), 0)
-    assert routing.load.tolist() == [0, 0]
-    assert routing.expert.tolist() == []
-    assert routing.coverage == 1
-    assert routing.entropy == 0
-    assert routing.aux_loss == 0
+    routing = Routing(empty.long(), int32(0, 0), empty, torch.zeros(0, 2), 0)
+    assert (routing.load.tolist(), routing.expert.tolist()) == ([0, 0], [])
+    assert [value.item() for value in (routing.coverage, routing.entropy, routing.aux_loss)] == [1, 0, 0]
     assert routing.to_dense().shape == (0, 2)
+    assert "0 tokens" in routing.summary()
 
 
 def test_frozen_and_picklable() -> None:
@@ -129,12 +114,6 @@ def test_everyone_is_one_expert() -> None:
     routing = Routing.everyone(3, torch.zeros(1, dtype=torch.float64))
     assert routing.to_dense().tolist() == [[1.0]] * 3
     assert routing.weight.dtype == torch.float64
-
-
-def test_of_experts_renumbers() -> None:
-    routing = example()
-    assert torch.equal(routing.of_experts([2, 0]).to_dense(), routing.to_dense()[:, [2, 0]])
-    assert torch.equal(routing.of_experts([1]).scores, routing.scores[:, [1]])
 
 
 # From choices
@@ -151,15 +130,11 @@ def test_from_choices_puts_each_weight_at_its_pair(data: st.DataObject, num_toke
     assert torch.equal(routing.to_dense(), expected)
     assert torch.equal(routing.scores, expected)
     assert not routing.scores.requires_grad
+    assert Routing.from_choices(expert, weight, 4, expected).scores is expected
     assert routing.losses == example().losses
     cotangent = torch.rand(num_tokens, 4)
     (grad,) = torch.autograd.grad((routing.to_dense() * cotangent).sum(), weight)
     assert torch.equal(grad, cotangent.gather(1, expert.long()))
-
-
-def test_from_choices_keeps_given_scores() -> None:
-    scores = torch.rand(2, 3)
-    assert Routing.from_choices(torch.tensor([[0], [2]]), torch.ones(2, 1), 3, scores).scores is scores
 
 
 @pytest.mark.parametrize(
@@ -183,10 +158,6 @@ def test_from_choices_refuses(expert: list[Any], weight: list[Any], message: str
 # What is no routing
 
 
-def int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -201,8 +172,8 @@ def int32(*values: int) -> Tensor:
         ({"token": torch.tensor([1, -1, 1, 3])}, r"token: got values in -1..3"),
         ({"token": int32(1, 0, 1, 3)}, "token: got .* of torch.int32"),
         ({"weight": torch.ones(3)}, r"weight: got shape \(3,\)"),
-        ({"scores": torch.ones(4, 2)}, r"scores: got shape \(4, 2\), expected \(num_tokens=4, E=3\)"),
-        ({"num_tokens": 5}, r"scores: got shape \(4, 3\), expected \(num_tokens=5, E=3\)"),
+        ({"scores": torch.ones(4, 2)}, r"scores: got shape \(4, 2\).*, expected \(num_tokens=4, E=3\)"),
+        ({"num_tokens": 5}, r"scores: got shape \(4, 3\).*, expected \(num_tokens=5, E=3\)"),
     ],
     ids=str,
 )
@@ -257,8 +228,6 @@ def test_summary_says_it_in_lines() -> None:
         "loss a: 3 (coefficient 0.5)",
         "loss b: 2 (coefficient 0.25)",
     ]
-    empty = torch.zeros(0)
-    assert "0 tokens" in Routing(empty.long(), int32(0, 0), empty, torch.zeros(0, 2), 0).summary()
 
 
 # Losses that train nothing
@@ -267,21 +236,15 @@ def test_summary_says_it_in_lines() -> None:
 def test_losses_computed_without_gradients_in_training_warn() -> None:
     router, x = TokenChoice(4, 3, balance="switch"), torch.randn(6, 4)
     with torch.no_grad():
-        routing = router(x)
-        aux_loss(routing)  # nothing is to be trained
-    with pytest.warns(UserWarning, match="use_reentrant=False"):
-        aux_loss([router(x), routing])
-
-
-def test_other_losses_do_not_warn() -> None:
-    router, x = TokenChoice(4, 3, balance="switch"), torch.randn(6, 4)
-    with torch.no_grad():
-        bare = TokenChoice(4, 3)(x)
+        routing, bare = router(x), TokenChoice(4, 3)(x)
         evaluated = router.eval()(x)
+        aux_loss(routing)  # nothing is to be trained
     frozen = router.train().requires_grad_(False)(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         aux_loss([bare, evaluated, frozen])
+    with pytest.warns(UserWarning, match="use_reentrant=False"):
+        aux_loss([frozen, routing])
 
 
 # Recording
@@ -309,29 +272,20 @@ class Model(nn.Module):
 
 def test_routings_are_recorded_in_order_while_the_block_lasts() -> None:
     model, x = Model(), torch.randn(6, 4)
-    with record_routing(model) as routings:
+    with record_routing(model) as routings, record_routing(model.routers[1]) as inner:
         model(x)
         assert [routing.num_experts for routing in routings] == [3, 4]
         model(x[:2])
-    assert [routing.num_tokens for routing in routings] == [6, 6, 2, 2]
     model(x)
-    assert len(routings) == 4
+    assert [routing.num_tokens for routing in routings] == [6, 6, 2, 2]
+    assert [routing.num_tokens for routing in inner] == [6, 2]
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_recording_nests() -> None:
-    model = Model()
-    with record_routing(model) as outer, record_routing(model.routers[1]) as inner:
-        model(torch.randn(6, 4))
-    assert (len(outer), len(inner)) == (2, 1)
-
-
-def test_a_block_that_recorded_nothing_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="record_routing: nothing was recorded"), record_routing(Model()):
-        pass
-    model = nn.Linear(4, 4)
+@pytest.mark.parametrize("model", [Model(), nn.Linear(4, 4)], ids=["not run", "no routers"])
+def test_a_block_that_recorded_nothing_is_refused(model: nn.Module) -> None:
     with pytest.raises(RuntimeError, match="record_routing: nothing was recorded"), record_routing(model):
-        model(torch.randn(3, 4))
+        pass
 
 
 def test_an_error_in_the_block_is_the_one_that_is_raised() -> None:
@@ -341,42 +295,19 @@ def test_an_error_in_the_block_is_the_one_that_is_raised() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_another_thread_neither_adds_nor_fails() -> None:
-    model, x = Model(), torch.randn(6, 4)
-    errors: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            model(x[:1])
-        except BaseException as error:
-            errors.append(error)
-
-    with record_routing(model) as routings:
-        other = threading.Thread(target=call)
-        other.start()
-        other.join()
-        model(x)
-    assert not errors
-    assert [routing.num_tokens for routing in routings] == [6, 6]
-
-
 def test_each_thread_records_its_own() -> None:
-    model, together = Model(), threading.Barrier(2)
-    found: dict[int, list[int]] = {}
+    model, together = Model(), threading.Barrier(3)
 
-    def call(num_tokens: int) -> None:
-        with record_routing(model) as routings:
+    def call(num_tokens: int, record: bool) -> list[int]:
+        recording: AbstractContextManager[list[Routing]] = record_routing(model) if record else nullcontext([])
+        with recording as routings:
             together.wait(10)
             model(torch.randn(num_tokens, 4))
             together.wait(10)
-        found[num_tokens] = [routing.num_tokens for routing in routings]
+        return [routing.num_tokens for routing in routings]
 
-    threads = [threading.Thread(target=call, args=(n,)) for n in (3, 5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {3: [3, 3], 5: [5, 5]}
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(call, (3, 5, 7), (True, True, False))) == [[3, 3], [5, 5], []]
 
 
 def test_a_recomputation_is_not_recorded() -> None:
@@ -396,19 +327,14 @@ def test_reentrant_checkpointing_warns_with_the_losses() -> None:
         aux_loss(routings)
 
 
-def test_a_compiled_model_is_recorded() -> None:
+def test_a_compiled_model_is_recorded_unless_it_was_traced_before() -> None:
     torch.compiler.reset()
-    router = MultiCentroid(4, 3)
-    compiled: Any = torch.compile(router, backend="eager")
+    compiled: Any = torch.compile(MultiCentroid(4, 3), backend="eager")
     with record_routing(compiled) as routings:
         compiled(torch.randn(6, 4))
     assert len(routings) == 1
-
-
-def test_a_model_traced_before_the_block_is_not_passed_over_in_silence() -> None:
     torch.compiler.reset()
-    model = nn.Sequential(TokenChoice(4, 3))
-    compiled: Any = torch.compile(model, backend="eager")
+    compiled = torch.compile(nn.Sequential(TokenChoice(4, 3)), backend="eager")
     compiled(torch.randn(6, 4))
     with pytest.raises(RuntimeError, match="compiled and called before the block"), record_routing(compiled):
         compiled(torch.randn(6, 4))

@@ -27,10 +27,20 @@ def test_every_public_router_has_a_name() -> None:
     assert routers == {*ROUTERS.values(), OracleRouter, SoftSlots}
 
 
-def test_arguments_are_passed_on() -> None:
-    router = build_router("token_choice", 6, 4, 2, {"weight": "score", "z_coef": 0.5})
-    assert isinstance(router, TokenChoice)
-    assert (router.weight, router.z_coef) == ("score", 0.5)
+@pytest.mark.parametrize(
+    ("name", "kwargs", "at_one", "at_two"),
+    [
+        ("token_choice", {}, "straight_through", "normalized"),
+        ("random", {}, "straight_through", "normalized"),
+        ("multi_centroid", {}, "score", "normalized"),
+        ("multi_centroid", {"choice": "experts"}, "score", "score"),
+        ("expert_choice", {}, "score", "score"),
+        ("attention_vote", {}, "score", "score"),
+        ("token_choice", {"weight": "score"}, "score", "score"),
+    ],
+)
+def test_default_weights(name: str, kwargs: dict[str, Any], at_one: str, at_two: str) -> None:
+    assert [build_router(name, 6, 4, k, kwargs).weight for k in (1, 2)] == [at_one, at_two]
 
 
 def test_factories() -> None:
@@ -43,10 +53,7 @@ def test_factories() -> None:
 
 
 def test_a_factory_that_takes_any_keyword_gets_k() -> None:
-    def factory(dim: int, num_experts: int, **kwargs: Any) -> Router:
-        return TokenChoice(dim, num_experts, **kwargs)
-
-    assert build_router(factory, 6, 4, 2).k == 2
+    assert build_router(lambda dim, num_experts, **kwargs: TokenChoice(dim, num_experts, **kwargs), 6, 4, 2).k == 2
 
 
 def test_an_instance_is_returned_as_it_is() -> None:
@@ -54,28 +61,27 @@ def test_an_instance_is_returned_as_it_is() -> None:
     assert build_router(router, 6, 4, 1) is router
 
 
-def test_refusals() -> None:
-    names = "'token_choice', 'expert_choice', 'attention_vote', 'multi_centroid', 'random', 'uniform'"
-    with pytest.raises(ValueError, match=f"router: got 'hash', expected one of {names}"):
-        build_router("hash", 6, 4, 1)
-    with pytest.raises(ValueError, match="k: got 5, expected at most num_experts=4"):
-        build_router("token_choice", 6, 4, 5)
-    with pytest.raises(
-        ValueError, match=r"router: got an instance for dim=6, num_experts=4, expected dim=6, num_exp.*=8"
-    ):
-        build_router(TokenChoice(6, 4), 6, 8, 1)
-    with pytest.raises(ValueError, match=r"router: got an instance for dim=6, .* expected dim=7"):
-        build_router(TokenChoice(6, 4), 7, 4, 1)
-    with pytest.raises(ValueError, match=r"router_kwargs: got \{'weight': 'score'\} beside a router instance"):
-        build_router(TokenChoice(6, 4), 6, 4, 1, {"weight": "score"})
-    with pytest.raises(ValueError, match="router: got a factory that returned Linear, expected a Router"):
-        build_router(torch.nn.Linear, 6, 4, 1)  # type: ignore[arg-type]
+ALL = "'token_choice', 'expert_choice', 'attention_vote', 'multi_centroid', 'random', 'uniform'"
 
 
-def test_the_nearest_name_is_suggested() -> None:
-    with pytest.raises(ValueError, match=r"router: got 'token_choise', .*; did you mean 'token_choice'"):
-        build_router("token_choise", 6, 4, 1)
-    with pytest.raises(ValueError, match=r"router_kwargs: got .*; did you mean 'capacity_factor'"):
-        build_router("expert_choice", 6, 4, 1, {"capacity": 1.0})
-    with pytest.raises(ValueError, match=r"balance: got 'swich', .*; did you mean 'switch'"):
-        build_router("token_choice", 6, 4, 1, {"balance": "swich"})
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("hash", 6, 4, 1), f"router: got 'hash', expected one of {ALL}"),
+        ((SoftSlots, 6, 4, 1), r"router: got SoftSlots, .*gmoe\.SoftMoE"),
+        ((SoftSlots(6, 4), 6, 4, 1), r"router: got SoftSlots, .*gmoe\.SoftMoE"),
+        ((3, 6, 4, 1), "router: got 3, expected a name, a factory or an instance"),
+        (("token_choice", 6, 4, 5), "k: got 5, expected at most num_experts=4"),
+        ((TokenChoice(6, 4), 6, 8, 1), r"router: got an instance for dim=6, num_experts=4, expected .*num_experts=8"),
+        ((TokenChoice(6, 4), 7, 4, 1), r"router: got an instance for dim=6, .* expected dim=7"),
+        ((TokenChoice(6, 4), 6, 4, 1, {"weight": "score"}), r"router_kwargs: got \{'weight': 'score'\} beside"),
+        ((torch.nn.Linear, 6, 4, 1), "router: got a factory that returned Linear, expected a Router"),
+        (("token_choice", 6, 4, 1, {"k": 2}), "router_kwargs: got .*'k'"),
+        (("token_choise", 6, 4, 1), r"router: got 'token_choise', .*; did you mean 'token_choice'"),
+        (("expert_choice", 6, 4, 1, {"capacity": 1.0}), r"router_kwargs: got .*; did you mean 'capacity_factor'"),
+        (("token_choice", 6, 4, 1, {"balance": "swich"}), r"balance: got 'swich', .*; did you mean 'switch'"),
+    ],
+)
+def test_refusals(args: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_router(*args)

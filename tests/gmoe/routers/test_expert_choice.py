@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gmoe import ExpertChoice, LinearExperts, MoE
+from gmoe import ExpertChoice
 
 
 def identity_gate(num_experts: int, **options: Any) -> ExpertChoice:
@@ -61,15 +61,6 @@ def test_experts_per_token(k: int, factor: float, expected: float) -> None:
     assert router(torch.randn(80, 4)).token.numel() == 80 * expected
 
 
-def test_tokens_without_an_expert_get_zero() -> None:
-    layer = MoE(ExpertChoice(4, 4, capacity_factor=0.25), LinearExperts(4, 3, 4))
-    y, routing = layer(torch.randn(32, 4), return_routing=True)
-    covered = torch.zeros(32, dtype=torch.bool).index_fill(0, routing.token, value=True)
-    assert routing.coverage < 0.5
-    assert not y[~covered].any()
-    assert bool(y[covered].any(dim=1).all())
-
-
 @pytest.mark.parametrize("normalize", ["experts", "tokens"])
 def test_threshold_at_evaluation_decides_by_the_last_score_taken(normalize: Any) -> None:
     """One training step on the same tokens: the last token that was taken is the threshold, so the same are taken."""
@@ -82,22 +73,6 @@ def test_threshold_at_evaluation_decides_by_the_last_score_taken(normalize: Any)
     torch.testing.assert_close(found.weight, trained.weight, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("weight", ["score", "straight_through"])
-@pytest.mark.parametrize("normalize", ["experts", "tokens"])
-def test_threshold_ignores_appended_tokens(normalize: Any, weight: Any) -> None:
-    torch.manual_seed(0)
-    router = ExpertChoice(5, 3, weight=weight, normalize=normalize, inference="threshold")
-    layer = MoE(router, LinearExperts(5, 4, 3))
-    for _ in range(3):
-        layer(torch.randn(2, 20, 5))
-    layer.eval()
-    x = torch.randn(20, 5)
-    more = torch.cat([x, 5 * torch.randn(30, 5)])
-    torch.testing.assert_close(layer(more)[:20], layer(x), atol=1e-6, rtol=0)
-    torch.testing.assert_close(layer(x[:1]), layer(x)[:1], atol=1e-6, rtol=0)
-    torch.testing.assert_close(layer(x[None]), layer(x)[None], atol=1e-6, rtol=0)
-
-
 def test_threshold_weights_are_capped() -> None:
     router = identity_gate(1, normalize="tokens", inference="threshold")
     router(torch.zeros(8, 1))
@@ -106,17 +81,15 @@ def test_threshold_weights_are_capped() -> None:
 
 
 def test_threshold_needs_a_training_step() -> None:
-    router = ExpertChoice(5, 3, inference="threshold").eval()
-    with pytest.raises(RuntimeError, match="no thresholds yet: run a training step"):
-        router(torch.randn(4, 5))
-    router.train()(torch.randn(0, 5))  # no tokens, no step
-    with pytest.raises(RuntimeError, match="no thresholds yet"):
+    router = ExpertChoice(5, 3, inference="threshold")
+    for prepare in (lambda: None, lambda: router(torch.randn(0, 5)), router.reset_parameters):
+        router.train()
+        prepare()
+        with pytest.raises(RuntimeError, match="no thresholds yet: run a training step"):
+            router.eval()(torch.randn(4, 5))
+        router.train()(torch.randn(4, 5))
         router.eval()(torch.randn(4, 5))
-    router.train()(torch.randn(4, 5))
-    router.eval()(torch.randn(4, 5))
-    router.reset_parameters()
-    with pytest.raises(RuntimeError, match="no thresholds yet"):
-        router(torch.randn(4, 5))
+        router.reset_parameters()
 
 
 def test_the_z_loss_reaches_the_gate() -> None:
@@ -130,21 +103,3 @@ def test_the_z_loss_reaches_the_gate() -> None:
 
 def test_identical_rows_go_by_index() -> None:
     assert ExpertChoice(4, 2)(torch.ones(10, 4)).token.view(2, -1).tolist() == [[0, 1, 2, 3, 4]] * 2
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"capacity_factor": 0.0}, "capacity_factor: got 0.0, expected a positive number"),
-        ({"capacity_factor": -2}, "capacity_factor: got -2, expected a positive number"),
-        ({"normalize": "nodes"}, "normalize: got 'nodes', expected one of 'experts', 'tokens'"),
-        ({"inference": "batch"}, "inference: got 'batch', expected one of 'group', 'threshold'"),
-        ({"momentum": 0.0}, r"momentum: got 0.0, expected a number in \(0, 1\]"),
-        ({"momentum": 1.5}, r"momentum: got 1.5, expected a number in \(0, 1\]"),
-        ({"z_coef": -1}, "z_coef: got -1, expected at least 0"),
-    ],
-    ids=str,
-)
-def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ExpertChoice(4, 3, **kwargs)

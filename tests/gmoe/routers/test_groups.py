@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmoe.routers.groups import Groups, drop_over_capacity, pairs_of_experts, pairs_of_mask, segment_logsumexp
+from gmoe.routers.groups import Groups, drop_over_capacity, pairs_of_experts, pairs_of_mask
 from tests.gmoe.reference import Pair, best_first, capacity, drop, group_lists
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
@@ -20,28 +20,21 @@ def members(ids: list[int]) -> list[list[int]]:
     return [[t for t, i in enumerate(ids) if i == group] for group in sorted(set(ids))]
 
 
-def test_equal_groups_are_recognised() -> None:
-    assert Groups.from_segments(torch.tensor([4, 4, 7, 7])) == Groups.equal(2, 2)
-    unsorted = Groups.from_segments(torch.tensor([7, 4, 4, 7]))
-    assert (unsorted.size, unsorted.num_groups) == (2, 2)
-    ragged = Groups.from_segments(torch.tensor([7, 4, 4]))
-    assert ragged.size is None
-    assert Groups.from_segments(torch.zeros(0, dtype=torch.long)).num_groups == 0
-    assert Groups.equal(3, 0).num_groups == 0
+def of(ids: list[int]) -> Groups:
+    return Groups.of(torch.tensor(ids), len(ids))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
-def test_any_integer_is_a_segment_id(dtype: torch.dtype) -> None:
-    groups = Groups.from_segments(torch.tensor([1, 0, 1]).to(dtype))
-    assert groups.of_tokens(torch.tensor([0, 1, 2])).tolist() == [1, 0, 1]
+def test_equal_groups_are_recognized() -> None:
+    assert of([4, 4, 7, 7]) == Groups.of(2, 4)
+    assert [of(ids).size for ids in ([7, 4, 4, 7], [7, 4, 4])] == [2, 0]
+    assert [Groups.of(3, 12).num_groups, Groups.of(0, 0).num_groups, of([]).num_groups] == [4, 0, 0]
 
 
 @SETTINGS
-@given(ids=segments)
-def test_of(ids: list[int]) -> None:
-    groups = Groups.from_segments(torch.tensor(ids))
-    expected = [sorted(set(ids)).index(i) for i in ids]
-    assert groups.of_tokens(torch.arange(len(ids))).tolist() == expected
+@given(ids=segments, dtype=st.sampled_from([torch.int64, torch.int32, torch.uint8]))
+def test_of(ids: list[int], dtype: torch.dtype) -> None:
+    groups = Groups.of(torch.tensor(ids, dtype=dtype), len(ids))
+    assert groups.of_tokens(torch.arange(len(ids))).tolist() == [sorted(set(ids)).index(i) for i in ids]
     assert groups.num_groups == len(set(ids))
 
 
@@ -53,7 +46,7 @@ def test_of(ids: list[int]) -> None:
     factor=st.sampled_from([0.001, 0.1, 0.3, 0.5, 0.7, 1.0, 1.05, 1.1, 1.25, 2.0, 100.0]),
 )
 def test_capacity(ids: list[int], k: int, num_experts: int, factor: float) -> None:
-    found = Groups.from_segments(torch.tensor(ids)).capacity(k, num_experts, factor)
+    found = of(ids).capacity(k, num_experts, factor)
     expected = [capacity(k, len(tokens), num_experts, factor) for tokens in members(ids)]
     if isinstance(found, Tensor):
         assert found.tolist() == expected
@@ -61,18 +54,12 @@ def test_capacity(ids: list[int], k: int, num_experts: int, factor: float) -> No
         assert [found] * len(expected) == expected
 
 
-def test_groups_from_what_a_router_is_given() -> None:
-    assert Groups.of(3, 12) == Groups.equal(4, 3)
-    assert Groups.of(0, 0).num_groups == 0
-    assert Groups.of(torch.tensor([4, 4, 7, 7]), 4) == Groups.equal(2, 2)
-
-
 def test_capacity_by_hand() -> None:
-    assert Groups.equal(1, 10).capacity(1, 4, 1.0) == 3  # ceil(2.5)
-    assert Groups.equal(1, 100).capacity(1, 10, 1.1) == 11  # 11.000000000000002 in floating point
-    assert Groups.equal(1, 10).capacity(2, 4, 1.0) == 5
-    assert Groups.equal(1, 3).capacity(1, 8, 0.1) == 1  # at least 1
-    assert Groups.equal(1, 3).capacity(4, 4, 5.0) == 3  # at most T
+    assert Groups.of(10, 10).capacity(1, 4, 1.0) == 3  # ceil(2.5)
+    assert Groups.of(100, 100).capacity(1, 10, 1.1) == 11  # 11.000000000000002 in floating point
+    assert Groups.of(10, 10).capacity(2, 4, 1.0) == 5
+    assert Groups.of(3, 3).capacity(1, 8, 0.1) == 1  # at least 1
+    assert Groups.of(3, 3).capacity(4, 4, 5.0) == 3  # at most T
 
 
 @SETTINGS
@@ -85,7 +72,7 @@ def test_logsumexp(ids: list[int], data: st.DataObject) -> None:
     expected = torch.empty_like(logits)
     for tokens in members(ids):
         expected[tokens] = logits[tokens].logsumexp(dim=0)
-    found = Groups.from_segments(torch.tensor(ids)).logsumexp(logits)
+    found = of(ids).logsumexp(logits)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     cotangent = torch.randn(logits.shape, dtype=torch.float64)
     wanted = torch.autograd.grad((expected * cotangent).sum(), logits)
@@ -98,7 +85,7 @@ def test_top_tokens_with_ties(ids: list[int], factor: float, data: st.DataObject
     """Scores from three values: most of them tie, and the lowest token index wins."""
     drawn = data.draw(st.lists(st.sampled_from([-1.0, 0.0, 2.0]), min_size=2 * len(ids), max_size=2 * len(ids)))
     scores = torch.tensor(drawn).view(-1, 2)
-    groups = Groups.from_segments(torch.tensor(ids))
+    groups = of(ids)
     found = groups.top_tokens(scores, groups.capacity(1, 2, factor))
     for e in range(2):
         expected: list[int] = []
@@ -109,20 +96,25 @@ def test_top_tokens_with_ties(ids: list[int], factor: float, data: st.DataObject
 
 
 @SETTINGS
-@given(ids=segments)
-def test_log_mean_of_pairs(ids: list[int]) -> None:
-    groups = Groups.from_segments(torch.tensor(ids))
-    token = torch.arange(len(ids)).repeat(2)[: len(ids) + len(ids) // 2]  # some tokens twice
-    gate = torch.rand(len(token), dtype=torch.float64) + 0.1
-    for position, mean in enumerate(groups.log_mean_of_pairs(gate.log(), token).exp().tolist()):
-        same = [v for v, t in zip(gate.tolist(), token.tolist(), strict=True) if ids[t] == ids[int(token[position])]]
-        assert mean == pytest.approx(sum(same) / len(same), abs=1e-12)
+@given(ids=segments, seed=st.integers(0, 99))
+def test_gates_along_tokens_are_divided_by_their_mean(ids: list[int], seed: int) -> None:
+    gate = torch.rand(len(ids), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.1
+    groups = of(ids)
+    found = {
+        along: groups.best_pairs(gate, gate.log(), groups.capacity(1, 2, 1.0), along, rounded=False)
+        for along in (True, False)
+    }
+    token, _, log_gate = found[False]
+    chosen = log_gate.exp().tolist()
+    for position, scaled in enumerate(found[True][2].exp().tolist()):
+        same = [g for g, t in zip(chosen, token.tolist(), strict=True) if ids[t] == ids[int(token[position])]]
+        assert scaled == pytest.approx(chosen[position] / (sum(same) / len(same)), abs=1e-12)
 
 
 @SETTINGS
 @given(ids=segments)
 def test_batches_hold_each_token_once_and_give_it_back(ids: list[int]) -> None:
-    groups = Groups.from_segments(torch.tensor(ids))
+    groups = of(ids)
     rows: list[list[int]] = []
     total = torch.zeros(len(ids), dtype=torch.long)
     for part in groups.batches():
@@ -138,19 +130,12 @@ def test_batches_hold_each_token_once_and_give_it_back(ids: list[int]) -> None:
     assert total.tolist() == list(range(1, len(ids) + 1))
 
 
-def test_segment_logsumexp() -> None:
-    value = torch.tensor([[0.0], [1000.0], [1000.0], [-torch.inf]], dtype=torch.float64)
-    found = segment_logsumexp(value, torch.tensor([0, 2, 2, 3]), 4)[:, 0]
-    expected = [0.0, -torch.inf, 1000.0 + torch.tensor(2.0, dtype=torch.float64).log().item(), -torch.inf]
-    assert found.tolist() == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("capacity", [1, 2, 4])
 def test_top_tokens_of_odd_values(capacity: int) -> None:
     """NaN first, then infinity, and every expert gets its number whatever it sees; with and without sorting."""
     nan, inf = torch.nan, torch.inf
     scores = torch.tensor([[0.0, -inf, inf], [nan, -inf, 2.0], [-0.0, -inf, inf], [1.0, -inf, nan]])
-    groups = Groups.equal(1, 4)
+    groups = Groups.of(4, 4)
     expected = [[1, 3, 0, 2], [0, 1, 2, 3], [0, 2, 3, 1]]  # NaN and infinity are ties
     found = groups.top_tokens(scores, capacity)
     assert found.tolist() == [sorted(row[:capacity]) for row in expected]
@@ -186,7 +171,7 @@ def test_drop_over_capacity_with_ties(ids: list[int], k: int, factor: float, dat
     """Probabilities from few values: equally sure tokens keep their place by index."""
     row = st.permutations([0.1, 0.3, 0.6]) | st.permutations([0.2, 0.3, 0.5]) | st.just([0.4, 0.2, 0.4])
     probs = torch.tensor(data.draw(st.lists(row, min_size=len(ids), max_size=len(ids))), dtype=torch.float64)
-    groups = Groups.from_segments(torch.tensor(ids))
+    groups = of(ids)
     expert_TK = best_experts(probs, k)
     found = drop_over_capacity(expert_TK, probs, groups, groups.capacity(k, 3, factor))
     expected = drop(expert_TK.tolist(), [list(p) for p in probs], group_lists(probs, torch.tensor(ids)), factor)
@@ -196,22 +181,15 @@ def test_drop_over_capacity_with_ties(ids: list[int], k: int, factor: float, dat
 def test_drop_by_priority_not_by_position() -> None:
     """Three tokens prefer expert 0, which takes two: the surest, 1 and 2, and not the first ones."""
     probs = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.7, 0.3]])
-    found = drop_over_capacity(best_experts(probs, 1), probs, Groups.equal(1, 3), 2)
+    found = drop_over_capacity(best_experts(probs, 1), probs, Groups.of(3, 3), 2)
     assert as_pairs(*found) == [(1, 0), (2, 0)]
 
 
 def test_first_choices_go_before_second_ones() -> None:
     """Expert 1 takes one token: the unsure token 1, whose first choice it is, before the sure token 0."""
     probs = torch.tensor([[0.7, 0.3, 0.0], [0.1, 0.5, 0.4]])
-    found = drop_over_capacity(best_experts(probs, 2), probs, Groups.equal(1, 2), 1)
+    found = drop_over_capacity(best_experts(probs, 2), probs, Groups.of(2, 2), 1)
     assert as_pairs(*found) == [(0, 0), (1, 1), (1, 2)]
-
-
-def test_the_surest_of_the_first_choice_where_the_choice_is_biased() -> None:
-    """A bias sent token 0 (0.9, 0.1) to expert 1 with 0.1; token 1 chose it with 0.6, and has priority."""
-    probs = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
-    found = drop_over_capacity(torch.tensor([[1], [1]]), probs, Groups.equal(1, 2), 1)
-    assert as_pairs(*found) == [(1, 1)]
 
 
 def test_pairs_of_experts_and_of_masks() -> None:

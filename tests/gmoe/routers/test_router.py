@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import pickle
+import math
 import sys
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from gmoe import (
     OracleRouter,
     RandomRouter,
     Router,
+    SoftSlots,
     TokenChoice,
 )
 from gmoe.routers import Groups
@@ -115,21 +116,18 @@ def test_ties_equal_naive(case: Case, name: str) -> None:
     assert_same_as_naive(layer, x, batch)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("ragged", [False, True], ids=["one_group", "ragged"])
 @pytest.mark.parametrize("case", IMAGES, ids=case_names(IMAGES))
-def test_of_many_equal_rows_the_lowest_tokens_are_taken(case: Case, ragged: bool, dtype: torch.dtype) -> None:
+def test_of_many_equal_rows_the_lowest_tokens_are_taken(case: Case, ragged: bool) -> None:
     """Seven distinct rows, as on minesweeper: no equal token is passed over for a later one of its group."""
     torch.manual_seed(0)
-    num_tokens = 1003
-    which_T = torch.randint(7, (num_tokens,))
-    batch_T = torch.randint(3, (num_tokens,)) if ragged else torch.zeros(num_tokens, dtype=torch.long)
-    router = case.build(D, E, 1, num_tokens=num_tokens).to(dtype).eval()
-    x = torch.randn(7, D, dtype=dtype)[which_T]
-    taken_TE = router(x, batch=batch_T).to_dense() != 0
-    for group in range(21):
-        mine_TE = taken_TE[which_T + 7 * batch_T == group].int()
-        assert bool((mine_TE.diff(dim=0) <= 0).all()), f"group {group}: a later token was taken first"
+    which_T, group_T = torch.randint(7, (1003,)), torch.randint(3 if ragged else 1, (1003,))
+    for dtype in (torch.float32, torch.float64):
+        router = case.build(D, E, 1).to(dtype).eval()
+        taken_TE = router(torch.randn(7, D, dtype=dtype)[which_T], batch=group_T).to_dense() != 0
+        for kind in range(21):
+            mine_TE = taken_TE[which_T + 7 * group_T == kind].int()
+            assert bool((mine_TE.diff(dim=0) <= 0).all()), f"kind {kind}: a later token was taken first"
 
 
 # Independence
@@ -168,16 +166,6 @@ def test_a_group_does_not_see_its_batch_mates(case: Case, sizes: list[int], trai
         torch.testing.assert_close(together[index], alone(mine, None, edges), atol=1e-6, rtol=0)
 
 
-@each_mode
-@pytest.mark.parametrize("case", IMAGES, ids=case_names(IMAGES))
-def test_an_image_does_not_see_its_batch_mates(case: Case, training: bool) -> None:
-    layer = make_layer(case, 12, training=training and not case.noisy)  # noise is drawn anew for each call
-    images = tokens((3, 4, D))
-    together = copy.deepcopy(layer)(images)
-    for image, y in zip(images, together, strict=True):
-        torch.testing.assert_close(y, copy.deepcopy(layer)(image), atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("case", ALONE, ids=case_names(ALONE))
 def test_token_side_evaluation_does_not_see_other_tokens(case: Case) -> None:
     layer = make_layer(case, 9, training=False)
@@ -185,17 +173,6 @@ def test_token_side_evaluation_does_not_see_other_tokens(case: Case) -> None:
     more = torch.cat([x, 3 * tokens((6, D), seed=5)])
     torch.testing.assert_close(layer(more)[:9], layer(x), atol=1e-6, rtol=0)
     torch.testing.assert_close(layer(x[4:5]), layer(x)[4:5], atol=1e-6, rtol=0)
-
-
-@each_case
-def test_evaluation_is_deterministic(case: Case) -> None:
-    x, batch, edge_index = make_call(case, "ragged")
-    layer = make_layer(case, len(x), training=False)
-    before = copy.deepcopy(layer.state_dict())
-    first = layer(x, batch, edge_index)
-    assert torch.equal(first, layer(x, batch, edge_index))
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name]), name
 
 
 # Symmetries
@@ -259,25 +236,19 @@ def test_the_task_reaches_the_router_at_one_expert_a_token(case: Case, weight: s
         assert parameter.grad.abs().max() > 1e-8, name
 
 
-@pytest.mark.parametrize("shape", [(0, D), (0, 4, D), (2, 3, 0, D)], ids=str)
-@each_mode
+@pytest.mark.parametrize("shape", [(0, D), (2, 3, 0, D)], ids=str)
 @each_case
-def test_zero_tokens(case: Case, training: bool, shape: tuple[int, ...]) -> None:
-    layer = make_layer(case, 0, training=training)
-    edge_index = torch.zeros(2, 0, dtype=torch.long)
+def test_zero_tokens(case: Case, shape: tuple[int, ...]) -> None:
+    """No counter moves, and every parameter has a gradient, which distributed training waits for."""
+    layer = make_layer(case, 0)
     before = copy.deepcopy(layer.router.state_dict())
+    edge_index = torch.zeros(2, 0, dtype=torch.long)
     for batch in (None, torch.zeros(shape[:-1], dtype=torch.long)):
         y, routing = layer(torch.zeros(shape, dtype=DTYPE), batch, edge_index, return_routing=True)
-        assert y.shape == (*shape[:-1], 4)
-        assert routing.to_dense().shape == (0, E)
-        assert routing.aux_loss.isfinite()
+        assert (y.shape, routing.to_dense().shape) == ((*shape[:-1], 4), (0, E))
     (y.sum() + routing.aux_loss).backward()
-    for name, parameter in layer.named_parameters():
-        if training:
-            assert parameter.grad is not None, name  # DDP would hang
-        assert parameter.grad is None or parameter.grad.isfinite().all(), name
-    for name, value in layer.router.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in layer.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in layer.router.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:Error detected")
@@ -295,19 +266,14 @@ def test_gradients_pass_anomaly_detection(case: Case) -> None:
 # What a router returns
 
 
-@each_mode
 @each_case
-def test_scores_are_float32_under_autocast_and_in_a_bfloat16_model(case: Case, training: bool) -> None:
+def test_scores_are_float32_under_autocast_and_in_a_bfloat16_model(case: Case) -> None:
     x, batch, edge_index = make_call(case, "ragged")
-    router = make_layer(case, len(x), training=training).router.float()
+    router = make_layer(case, len(x), training=False).router.float()
     with torch.autocast("cpu", torch.bfloat16):
-        torch.manual_seed(3)
         routing = router(x.float(), batch, edge_index)
-    torch.manual_seed(3)
-    plain = router(x.float(), batch, edge_index)
     assert routing.scores.dtype == routing.weight.dtype == torch.float32
-    if not training:
-        assert torch.equal(routing.scores, plain.scores)
+    assert torch.equal(routing.scores, router(x.float(), batch, edge_index).scores)
     assert router.bfloat16()(x.bfloat16(), batch, edge_index).scores.dtype == torch.float32
 
 
@@ -322,46 +288,29 @@ def test_a_view_that_is_not_contiguous_is_the_same(case: Case) -> None:
 
 
 @each_case
-def test_state_dict_copy_and_pickle(case: Case) -> None:
-    x, batch, edge_index = make_call(case, "ragged")
-    router = make_layer(case, len(x)).router
-    router(x, batch, edge_index)  # so that counters have moved
-    router.eval()
-    torch.manual_seed(9)
-    loaded = case.build(D, E, 2, num_tokens=len(x)).eval()
-    loaded.load_state_dict(router.state_dict())
-    expected = router(x, batch, edge_index).to_dense()
-    for twin in (loaded, copy.deepcopy(router), pickle.loads(pickle.dumps(router))):
-        assert torch.equal(twin(x, batch, edge_index).to_dense(), expected)
-
-
-@each_case
 def test_reset_parameters_draws_anew_and_forgets_counters(case: Case) -> None:
     x, batch, edge_index = make_call(case, "ragged")
     router = make_layer(case, len(x)).router
-    for _ in range(2):
+    states = []
+    for seed in (4, 4, 5):
         router(x, batch, edge_index)
-    torch.manual_seed(4)
-    router.reset_parameters()
-    first = copy.deepcopy(router.state_dict())
-    for name, value in router.named_buffers():
-        if name not in ("projection_DE", "assignment_T"):
-            assert not value.any(), name
-    torch.manual_seed(4)
-    router.reset_parameters()
-    assert all(torch.equal(value, first[name]) for name, value in router.state_dict().items())
-    torch.manual_seed(5)
-    router.reset_parameters()
-    for name, parameter in router.named_parameters():
-        if name not in ("noise.weight", "log_temperature"):
-            assert not torch.equal(parameter, first[name]), name
+        torch.manual_seed(seed)
+        router.reset_parameters()
+        states.append(copy.deepcopy(router.state_dict()))
+    fixed = {"noise.weight", "log_temperature", "assignment_T", *dict(router.named_buffers())} - {"projection_DE"}
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+        assert torch.equal(states[2][name], value) == (name in fixed), name
+        assert name in dict(router.named_parameters()) or name in ("projection_DE", "assignment_T") or not value.any()
 
 
 @each_case
-def test_repr_names_the_size(case: Case) -> None:
+def test_repr_names_the_size_and_the_options(case: Case) -> None:
     text = repr(case.build(D, E, 2, num_tokens=4))
     assert text.startswith(f"{case.router.__name__}(")
     assert f"{D}, {E}, k=" in text
+    for name in {"balance", "shared_queries", "scope", "choice", "normalize", "inference"} & case.options.keys():
+        assert f"{name}={case.options[name]!r}" in text
 
 
 # Bad input
@@ -369,20 +318,38 @@ def test_repr_names_the_size(case: Case) -> None:
 
 @pytest.mark.parametrize("router", [TokenChoice, ExpertChoice, AttentionVote, MultiCentroid, RandomRouter])
 @pytest.mark.parametrize(
-    ("args", "kwargs", "message"),
-    [
-        ((D, E, 4), {}, "k: got 4, expected at most num_experts=3"),
-        ((D, E, 0), {}, "k: got 0, expected at least 1"),
-        ((D, E, -1), {}, "k: got -1, expected at least 1"),
-        ((D, 0), {}, "num_experts: got 0, expected at least 1"),
-        ((0, E), {}, "dim: got 0, expected at least 1"),
-        ((D, E), {"weight": "mean"}, "weight: got 'mean', expected one of 'score', 'normalized', 'straight_through'"),
-        ((D, E, 1), {"weight": "normalized"}, "weight: got 'normalized' with k=1.* 'score' or 'straight_through'"),
-    ],
+    "bad",
+    [{"k": 4}, {"k": 0}, {"k": -1}, {"num_experts": 0}, {"dim": 0}, {"weight": "mean"}, {"weight": "normalized"}],
+    ids=str,
 )
-def test_bad_arguments(router: type[Router], args: tuple[int, ...], kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        router(*args, **kwargs)
+def test_bad_sizes_and_weights(router: type[Router], bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(bad))}: got {next(iter(bad.values()))!r}.* expected"):
+        router(**{"dim": D, "num_experts": E, **bad})
+
+
+@pytest.mark.parametrize(
+    ("router", "bad"),
+    [
+        (TokenChoice, {"balance": "even"}),
+        *((TokenChoice, {"capacity_factor": value}) for value in (0, -1.0, math.nan)),
+        *((TokenChoice, {name: -1}) for name in ("balance_coef", "bias_rate", "z_coef", "init_scale")),
+        *((ExpertChoice, {"momentum": value}) for value in (0.0, 1.5)),
+        *((ExpertChoice, {name: -1}) for name in ("z_coef", "init_scale")),
+        *((router, {"capacity_factor": 0}) for router in (ExpertChoice, AttentionVote, MultiCentroid)),
+        *((router, {"normalize": "nodes"}) for router in (ExpertChoice, MultiCentroid)),
+        *((router, {"inference": "batch"}) for router in (ExpertChoice, MultiCentroid)),
+        *((AttentionVote, {name: value}) for name, value in (("scope", "graph"), ("head_dim", 0), ("init_scale", 0))),
+        *((MultiCentroid, {name: value}) for name, value in (("choice", "both"), ("reduce", "mean"))),
+        *((MultiCentroid, {name: value}) for name, value in (("num_centroids", 0), ("temperature", 0.0))),
+        (MultiCentroid, {"separation_coef": -1}),
+        (SoftSlots, {"slots": 0}),
+    ],
+    ids=str,
+)
+def test_bad_options(router: type[Router], bad: dict[str, Any]) -> None:
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f"^{name}: got {value!r}, expected"):
+        router(D, E, **bad)
 
 
 @each_case
@@ -390,39 +357,40 @@ def test_bad_calls(case: Case) -> None:
     x, batch, edge_index = make_call(case, "ragged")
     router = make_layer(case, len(x)).router
     bad: list[tuple[tuple[Any, ...], str]] = [
-        ((None,), r"x: got NoneType, expected a tensor \(..., T, dim=5\) of floats"),
-        (([[0.0] * D],), "x: got list, expected a tensor"),
+        ((None,), r"x: got NoneType, expected \(..., T, dim=5\), a tensor"),
+        (([[0.0] * D],), "x: got list, expected .*a tensor"),
         ((x[:, :4], batch, edge_index), r"x: got shape \(11, 4\).*expected \(..., T, dim=5\)"),
         ((x[0], None, edge_index), r"x: got shape \(5,\).*expected \(..., T, dim=5\)"),
         ((x.long(), batch, edge_index), "x: got .*int64, expected .* floats"),
-        ((x, torch.zeros(10, dtype=torch.long), edge_index), r"batch: got shape \(10,\).*shape \(11,\)"),
-        ((x, [0] * 11, edge_index), "batch: got list, expected a tensor"),
+        ((x, torch.zeros(10, dtype=torch.long), edge_index), r"batch: got shape \(10,\).*\(11,\)"),
+        ((x, [0] * 11, edge_index), "batch: got list, expected .*a tensor"),
         ((x, torch.zeros(11), edge_index), "batch: got .*float32, expected one integer a token"),
         ((x, batch, torch.tensor([[0, 1], [2, 11]])), "edge_index: got destination node 11, expected values in 0..10"),
         ((x, batch, torch.tensor([[-1, 1], [2, 3]])), "edge_index: got source node -1, expected values in 0..10"),
-        ((x, batch, torch.zeros(3, 2, dtype=torch.long)), r"edge_index: got shape \(3, 2\), expected \(2, "),
+        ((x, batch, torch.zeros(3, 2, dtype=torch.long)), r"edge_index: got shape \(3, 2\).*, expected \(2, "),
+        ((x, batch, torch.zeros(2, 2)), "edge_index: got .*float32, expected .*integers"),
     ]
     for args, message in bad:
         with pytest.raises(ValueError, match=message):
             router(*args)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @each_case
 def test_check_finite(case: Case, value: float) -> None:
     x, batch, edge_index = make_call(case, "ragged")
+    checked = Case(case.name, case.router, {**case.options, "check_finite": True})
+    checked.build(D, E, 2, num_tokens=len(x))(x, batch, edge_index)
     x[3, 2] = value
-    router = make_layer(case, len(x)).router
-    router(x, batch, edge_index)  # off by default
-    router.check_finite = True
+    case.build(D, E, 2, num_tokens=len(x))(x, batch, edge_index)  # off by default
     with pytest.raises(ValueError, match="x: got 1 values that are NaN or infinite, expected none"):
-        router(x, batch, edge_index)
+        checked.build(D, E, 2, num_tokens=len(x))(x, batch, edge_index)
 
 
-def test_check_finite_is_an_argument() -> None:
-    for case in CASES:
-        options = {**case.options, "check_finite": True}
-        assert Case(case.name, case.router, options).build(D, E, 2, num_tokens=3).check_finite
+def test_check_finite_lets_finite_values_pass_whose_sum_is_not() -> None:
+    router = TokenChoice(D, E, 1, check_finite=True)
+    nn.init.zeros_(router.gate.weight)
+    assert router(torch.full((4, D), torch.finfo(torch.float32).max)).coverage == 1
 
 
 def test_a_router_is_abstract() -> None:
@@ -435,61 +403,52 @@ def test_a_router_is_abstract() -> None:
 
 
 @each_mode
-@each_case
-def test_inference_mode_gives_the_same(case: Case, training: bool) -> None:
-    x, batch, edge_index = make_call(case, "ragged")
-    router = make_layer(case, len(x), training=training).router
-    twin = copy.deepcopy(router)
-    torch.manual_seed(0)
-    expected = router(x, batch, edge_index).to_dense()
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        assert torch.equal(twin(x, batch, edge_index).to_dense(), expected)
-    for (name, a), (_, b) in zip(router.named_buffers(), twin.named_buffers(), strict=True):
-        assert torch.equal(a, b), name
-
-
-@each_case
-def test_a_router_on_the_meta_device_is_materialized(case: Case) -> None:
-    x, batch, edge_index = make_call(case, "ragged")
-    options = {**case.options, **({} if case.router is not OracleRouter else {"assignment": torch.arange(11) % E})}
-    with torch.device("meta"):
-        router = case.router(D, E, **options)
-    assert all(parameter.is_meta for parameter in router.parameters())
-    router.to_empty(device="cpu")
-    usual = case.router(D, E, **options)
-    for module in (router, usual):
-        torch.manual_seed(0)
-        module.reset_parameters()
-    for name, value in usual.state_dict().items():
-        assert torch.equal(router.state_dict()[name], value), name
-    assert router(x.float(), batch, edge_index).to_dense().isfinite().all()
-
-
-@each_mode
 @pytest.mark.parametrize("k", [1, 2])
 def test_token_choice_compiles_without_a_break(k: int, training: bool) -> None:
     torch.compiler.reset()
     router = TokenChoice(D, E, k).train(training)
     compiled: Any = torch.compile(router, fullgraph=True, backend="eager")
-    for num_tokens in (7, 7, 9):
+    for num_tokens in (7, 9):
         x = torch.randn(num_tokens, D)
-        found, expected = compiled(x), router(x)
-        assert torch.equal(found.to_dense(), expected.to_dense())
+        found = compiled(x)
+        assert torch.equal(found.to_dense(), router(x).to_dense())
         found.weight.sum().backward()
 
 
 @each_case
-def test_transforms_of_torch_func_are_refused(case: Case) -> None:
+def test_what_cannot_route_is_refused(case: Case) -> None:
     x, _, edge_index = make_call(case, "one_group")
     router = make_layer(case, len(x)).router
     with pytest.raises(RuntimeError, match=r"torch.func transforms .* are not supported"):
         torch.func.grad(lambda value: router(value, None, edge_index).weight.sum())(x)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("router", [TokenChoice(D, E, 2), ExpertChoice(D, E)], ids=["token", "expert"])
+def test_a_traced_router_routes_other_tokens(router: Router) -> None:
+    layer = MoE(router, LinearExperts(D, 2, E)).eval()
+    traced = torch.jit.trace(layer, torch.randn(9, D), check_trace=False)
+    for x in torch.randn(3, 9, D):
+        torch.testing.assert_close(traced(x), layer(x))
+    if isinstance(router, ExpertChoice):  # the sizes of ragged groups would be those of the first call
+        with pytest.raises(RuntimeError, match=r"batch: torch.jit.trace would freeze"):
+            torch.jit.trace(layer, (torch.randn(9, D), torch.tensor([0] * 4 + [1] * 5)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("router", [TokenChoice(D, E, 2, noise=True), ExpertChoice(D, E)], ids=["token", "expert"])
+def test_a_quantized_gate_scores_in_float32(router: Router) -> None:
+    x = torch.randn(40, D)
+    quantized = torch.ao.quantization.quantize_dynamic(router.eval(), {nn.Linear})
+    routing = quantized(x)
+    assert type(quantized.gate) is not nn.Linear
+    assert routing.scores.dtype == torch.float32
+    torch.testing.assert_close(routing.scores, router(x).scores, atol=0.02, rtol=0)
+
+
 def test_token_choice_builds_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would cost host syncs on a GPU."""
-    monkeypatch.setattr(Groups, "from_segments", None)
+    monkeypatch.setattr(Groups, "of", None)
     x, batch, _ = make_call(CASES[0], "ragged")
     for router in (TokenChoice(D, E), MultiCentroid(D, E), RandomRouter(D, E)):
         router(x, batch)
@@ -513,31 +472,16 @@ def test_a_default_call_passes_few_functions() -> None:
 
 # Scale
 
-LONG = ("group", 100_000)  # all pairs of 100,000
 
-
-@pytest.mark.parametrize(
-    ("gates", "num_tokens"),
-    [(gates, n) for gates in ("softmax", "neighbors", "group") for n in (10, 1000, 100_000) if (gates, n) != LONG],
-)
-def test_the_scale_of_weights_along_tokens_does_not_depend_on_their_number(gates: str, num_tokens: int) -> None:
+@pytest.mark.parametrize("num_tokens", [10, 1000, 100_000])
+@pytest.mark.parametrize("gates", ["softmax", "neighbors", "group"])
+def test_the_scale_of_weights_along_tokens_does_not_depend_on_their_number(gates: Any, num_tokens: int) -> None:
+    if gates == "group":
+        num_tokens = min(num_tokens, 3000)  # all pairs of tokens
     torch.manual_seed(0)
-    x = torch.randn(num_tokens, D)
-    edge_index = torch.randint(num_tokens, (2, 3 * num_tokens))
-    router: Router
-    if gates == "softmax":
-        router = ExpertChoice(D, E, normalize="tokens")
-    else:
-        router = AttentionVote(D, E, scope="neighbors" if gates == "neighbors" else "group", head_dim=4)
+    x, edge_index = torch.randn(num_tokens, D), torch.randint(num_tokens, (2, 3 * num_tokens))
+    along: Router = ExpertChoice(D, E, normalize="tokens")
+    router = along if gates == "softmax" else AttentionVote(D, E, scope=gates, head_dim=4)
     weight = router(x, edge_index=edge_index).weight
     assert weight.max() < 10  # no cap, so that the mean is exact
     assert weight.mean().item() == pytest.approx(1.0, abs=1e-4)
-
-
-def test_check_finite_lets_finite_values_pass_whose_sum_is_not() -> None:
-    router = TokenChoice(D, E, 1, check_finite=True)
-    with torch.no_grad():
-        router.gate.weight.fill_(0.0)
-    x = torch.full((4, D), torch.finfo(torch.float32).max)
-    assert not x.sum().isfinite()
-    assert router(x).coverage == 1

@@ -114,13 +114,6 @@ def test_shares_sum_to_one(ids: list[int]) -> None:
         torch.testing.assert_close(routing.dispatch_TES[batch == group].sum(0), torch.ones(E, 2))
 
 
-def test_a_group_does_not_see_its_batch_mates() -> None:
-    layer, x = Layer(2), torch.randn(3, 4, D, dtype=torch.float64)
-    together = layer(x)[0]
-    for image, y in zip(x, together, strict=True):
-        torch.testing.assert_close(layer(image)[0], y, atol=1e-12, rtol=0)
-
-
 def test_length_of_tokens_does_not_matter_to_normalized_logits() -> None:
     router, x = SoftSlots(D, E), torch.randn(6, D)
     torch.testing.assert_close(router(100 * x).combine_TES, router(x).combine_TES, atol=1e-4, rtol=0)
@@ -132,24 +125,12 @@ def test_length_of_tokens_does_not_matter_to_normalized_logits() -> None:
 def test_bfloat16_and_autocast_keep_the_layers_precision() -> None:
     router, x = SoftSlots(D, E), torch.randn(6, D)
     with torch.autocast("cpu", torch.bfloat16):
-        routing = router(x)
-    assert routing.combine_TES.dtype == torch.float32
+        assert router(x).combine_TES.dtype == torch.float32
     half = copy.deepcopy(router).bfloat16()(x.bfloat16())
     assert half.dispatch_TES.dtype == torch.float32
     assert half.combine(half.dispatch(x.bfloat16())).dtype == torch.bfloat16
 
 
-def test_meta_device_and_scalars() -> None:
-    with torch.device("meta"):
-        router = SoftSlots(D, E, 2)
-    router.to_empty(device="cpu").reset_parameters()
-    assert router(torch.randn(4, D)).weight.isfinite().all()
-    assert all(parameter.dim() > 0 for parameter in router.parameters())
-
-
-def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="slots: got 0, expected at least 1"):
-        SoftSlots(D, E, 0)
-    with pytest.raises(ValueError, match=r"x: got shape \(4, 2\)"):
-        SoftSlots(D, E)(torch.randn(4, 2))
+def test_repr_and_scalars() -> None:
     assert repr(SoftSlots(D, E, 2)) == "SoftSlots(5, 3, slots=2, normalize=True)"
+    assert all(parameter.dim() > 0 for parameter in SoftSlots(D, E).parameters())  # FSDP2 refuses scalars

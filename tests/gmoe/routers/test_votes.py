@@ -124,44 +124,19 @@ def random_tokens(query_heads: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(T, h, D, dtype=torch.float64, requires_grad=True) for h in (query_heads, H))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("copies", [1, 3, 6, 7, 40])  # up to more edges than pairs of nodes
 @heads
-def test_neighbor_votes_equal_naive(query_heads: int) -> None:
+def test_neighbor_votes_and_gradients_equal_naive(query_heads: int, copies: int) -> None:
     q, k = random_tokens(query_heads)
-    found = neighbor_votes(q, k, torch.tensor(EDGES).T)
-    for h in range(H):
-        query = list(q[:, h if query_heads > 1 else 0] * math.sqrt(D))  # the reference divides by sqrt(d)
-        expected = torch.stack(naive_neighbor_votes(query, list(k[:, h]), EDGES))
-        torch.testing.assert_close(found[:, h], expected, atol=1e-12, rtol=0)
-    torch.testing.assert_close(found.mean(0), torch.ones(H, dtype=torch.float64))
-
-
-@heads
-def test_gradients_of_neighbor_votes_equal_naive(query_heads: int) -> None:
-    q, k = random_tokens(query_heads)
-    grad = torch.randn(T, H, dtype=torch.float64)
-    found = torch.autograd.grad(neighbor_votes(q, k, torch.tensor(EDGES).T), (q, k), grad)
-    columns = []
-    for h in range(H):
-        query = list(q[:, h if query_heads > 1 else 0] * math.sqrt(D))
-        columns.append(torch.stack(naive_neighbor_votes(query, list(k[:, h]), EDGES)))
-    expected = torch.autograd.grad(torch.stack(columns, dim=1), (q, k), grad)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("copies", [1, 3, 6, 7, 40])
-def test_more_edges_than_pairs_of_nodes(copies: int) -> None:
-    q, k = random_tokens(H)
-    edges = EDGES * copies
+    edges, grad = EDGES * copies, torch.randn(T, H, dtype=torch.float64)
     found = neighbor_votes(q, k, torch.tensor(edges).T)
-    expected = torch.stack(
-        [torch.stack(naive_neighbor_votes(list(q[:, h] * math.sqrt(D)), list(k[:, h]), edges)) for h in range(H)],
-        dim=1,
-    )
+    queries = [list(q[:, h if query_heads > 1 else 0] * math.sqrt(D)) for h in range(H)]  # the reference divides
+    votes = [torch.stack(naive_neighbor_votes(queries[h], list(k[:, h]), edges)) for h in range(H)]
+    expected = torch.stack(votes, dim=1)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    grad = torch.randn(T, H, dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.autograd.grad(found, (q, k), grad), torch.autograd.grad(expected, (q, k), grad), atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(found.mean(0), torch.ones(H, dtype=torch.float64))
+    wanted = torch.autograd.grad(expected, (q, k), grad)
+    torch.testing.assert_close(torch.autograd.grad(found, (q, k), grad), wanted, atol=1e-12, rtol=0)
 
 
 @heads
@@ -186,24 +161,16 @@ def test_no_nodes() -> None:
 
 def test_large_scores_do_not_overflow() -> None:
     q, k = (300 * value.detach() for value in random_tokens(H))
-    found = neighbor_votes(q, k, torch.tensor(EDGES).T)
-    assert found.isfinite().all()
-    torch.testing.assert_close(found.mean(0), torch.ones(H, dtype=torch.float64))
+    torch.testing.assert_close(neighbor_votes(q, k, torch.tensor(EDGES).T).mean(0), torch.ones(H).double())
 
 
-def test_autocast_leaves_votes_alone() -> None:
-    q, k = (value.detach().float() for value in random_tokens(H))
-    expected = neighbor_votes(q, k, torch.tensor(EDGES).T)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = neighbor_votes(q, k, torch.tensor(EDGES).T)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-def test_no_warning_reaches_the_user() -> None:
-    with warnings.catch_warnings():
+def test_autocast_leaves_votes_alone_and_no_warning_reaches_the_user() -> None:
+    q, k = (value.detach().float().requires_grad_() for value in random_tokens(H))
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
         warnings.simplefilter("error")
-        q, k = random_tokens(H)
-        neighbor_votes(q, k, torch.tensor(EDGES).T).sum().backward()
+        found = neighbor_votes(q, k, torch.tensor(EDGES).T)
+        found.sum().backward()
+    torch.testing.assert_close(found, neighbor_votes(q, k, torch.tensor(EDGES).T), rtol=0, atol=0)
 
 
 def test_neighbor_votes_hold_nothing_of_all_pairs() -> None:
