@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch_geometric.nn import GCNConv
 from torch_geometric.utils import to_dense_adj
 
 from gmoe import FilterConv, Graph, MLPConv, MoEConv
 from gmoe.conv.aggregate import FilterExperts, MLPConvExperts
-from tests.gmoe.conv.masked import FORMS, GRAPHS, assert_equals_masked, features, random_graph, simple_graph, weights
+from tests.gmoe.conv.masked import FORMS, GRAPHS, assert_equals_masked, features, simple_graph, weights
 
 WIDTH = 4
 KINDS: list[Any] = ["low_pass", "identity", "high_pass", "two_hop", partial(FilterConv, filter="high_pass", hops=3)]
@@ -70,16 +68,6 @@ def test_no_edges_are_touched_by_the_identity() -> None:
     x, edge_index = features(5, WIDTH), torch.tensor([[0, 1], [1, 2]])
     assert layer.experts.aggregate(Graph(edge_index, 5), x, x) is None
     assert_equals_masked(layer, x, edge_index)
-
-
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 1_000), num_nodes=st.integers(1, 8), num_edges=st.integers(0, 20))
-def test_permutation_of_nodes(seed: int, num_nodes: int, num_edges: int) -> None:
-    torch.manual_seed(seed)
-    layer = MoEConv(KINDS, WIDTH, 3, router_input=("node", "neighbors", "degree")).double()
-    x, edge_index = features(num_nodes, WIDTH, seed=seed), random_graph(num_nodes, num_nodes, num_edges, seed)
-    order = torch.randperm(num_nodes)
-    torch.testing.assert_close(layer(x[order], order.argsort()[edge_index]), layer(x, edge_index)[order])
 
 
 def test_mlp_conv_ignores_the_graph_and_takes_bipartite_input() -> None:

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch_geometric.nn import GATConv, GATv2Conv, TransformerConv
 
 from gmoe import MoEConv
 from gmoe.conv.attention import Messages
 from gmoe.conv.separate import SeparateExperts
-from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph, routing_of, weights
+from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, routing_of, weights
 from tests.gmoe.conv.test_experts import ATTENTION, build, edge_args, ids
 
 IN, EDGE_DIM = 6, 3
@@ -59,19 +57,6 @@ def test_one_feature_an_edge_as_a_vector(conv: str) -> None:
     attr = features(edge_index.size(1), seed=8)
     layer = build(conv, {"edge_dim": 1})
     assert_equals_masked(layer, features(num_nodes, 4), edge_index, weight_TE=weights(num_nodes), edge_attr=attr)
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**16), conv=st.sampled_from(CONVS))
-def test_follows_renumbered_nodes_and_edges(seed: int, conv: str) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    edge_index, weight_TE = random_graph(7, 7, 15, seed=seed), weights(7)
-    layer, x, attr = build(conv, {"edge_dim": EDGE_DIM, "heads": 2}), features(7, 4), features(15, EDGE_DIM, seed=8)
-    node, edge = torch.randperm(7, generator=generator), torch.randperm(15, generator=generator)
-    expected = layer(x, edge_index, edge_attr=attr, routing=routing_of(weight_TE))
-    place = node.argsort()[edge_index][:, edge]
-    actual = layer(x[node], place, edge_attr=attr[edge], routing=routing_of(weight_TE[node]))
-    torch.testing.assert_close(actual, expected[node], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("conv", CONVS)

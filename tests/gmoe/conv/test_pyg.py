@@ -316,23 +316,3 @@ def test_quantize_dynamic_quantizes_what_is_nn_linear(conv: Any) -> None:
     found = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert isinstance(found.convs[0].router.gate, torch.ao.nn.quantized.dynamic.Linear)
     torch.testing.assert_close(found(x, edge_index), model(x, edge_index), rtol=0.2, atol=0.2)
-
-
-@pytest.mark.parametrize("conv", KINDS, ids=str)
-@pytest.mark.parametrize("model", [False, True])
-def test_meta_device_and_inference_mode(conv: Any, model: bool) -> None:
-    x, edge_index = graph()
-    with torch.device("meta"):
-        moe = GNNMoE(WIDTH, 8, 3, conv=conv) if model else layer(conv)
-    assert all(value.is_meta for value in (*moe.parameters(), *moe.buffers()))
-    moe.to_empty(device="cpu")
-    with torch.no_grad():
-        for value in moe.parameters():
-            value.fill_(torch.nan)
-    moe.reset_parameters()
-    moe(x, edge_index).sum().backward()
-    assert all(p.isfinite().all() for p in moe.parameters())
-    with torch.inference_mode():
-        for data in (edge_index, Graph(edge_index, NODES)):
-            y = moe(x, data)
-    assert torch.equal(y, moe(x, edge_index))

@@ -21,7 +21,6 @@ from gmoe import (
     OracleRouter,
     Routing,
     TokenChoice,
-    aux_loss,
     moefy,
     record_routing,
 )
@@ -265,33 +264,6 @@ def test_dense_baseline_is_pygs_gcn(jk: str | None, kwargs: dict[str, Any]) -> N
             torch.manual_seed(1)
             outs.append(gnn(x, edge_index, edge_weight=torch.rand(edge_index.size(1), dtype=x.dtype)))
         assert_same(*outs)
-
-
-@pytest.mark.parametrize(
-    ("residual", "in_proj", "kinds"),
-    [
-        ("identity", False, [nn.Linear, nn.Identity]),
-        ("identity", True, [nn.Identity, nn.Identity]),
-        ("linear", False, [nn.Linear, nn.Linear]),
-        ("none", False, []),
-    ],
-)
-def test_residuals(residual: Any, in_proj: bool, kinds: list[type]) -> None:
-    gnn = model(residual=residual, in_proj=in_proj)
-    assert [type(module) for module in gnn.residuals] == kinds
-    assert (gnn.lin_in is not None) == in_proj
-
-
-@shared_routers
-@pytest.mark.parametrize("jk", [None, "cat", "max", "last", "lstm"])
-def test_all_parameters_learn(shared_router: bool, jk: str | None) -> None:
-    gnn = model(jk=jk, shared_router=shared_router, norm="layer_norm", in_proj=True, k=2)
-    logits, routings = gnn(*graph(), return_routing=True)
-    (logits.square().sum() + aux_loss(routings)).backward()
-    assert all(p.grad is not None for p in gnn.parameters())
-    routers = [p.grad for name, p in gnn.named_parameters() if "router" in name]
-    assert routers
-    assert all(grad is not None and grad.any() for grad in routers)
 
 
 class Watched:
