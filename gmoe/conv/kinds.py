@@ -140,11 +140,12 @@ class Make:
         legal = "one of PyG's MessagePassing layers"
         check(isinstance(conv, MessagePassing), "conv", f"a factory of {kind.__name__}", legal)
         takes = inspect.signature(conv.forward).parameters
-        needed = [name for name, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        usual = needed[:2] == ["x", "edge_index"] or (
-            len(needed) >= 2 and not of_pyg(kind)
-        )  # others name them otherwise
-        usual &= set(needed[2:]) <= {"edge_weight", "edge_attr"}
+        names, free = list(takes), inspect.Parameter.POSITIONAL_OR_KEYWORD
+        needed = {
+            name for name in names[2:] if takes[name].kind is free and takes[name].default is inspect.Parameter.empty
+        }
+        usual = names[:2] == ["x", "edge_index"] or (len(names) >= 2 and not of_pyg(kind))  # others name them otherwise
+        usual &= needed <= {"edge_weight", "edge_attr"}
         typed = "edge_type" in takes and getattr(conv, "num_relations", 1) > 1
         got = f"{kind.__name__}, whose forward takes ({', '.join(takes)})"
         check(usual and not typed, "conv", got, "one of (x, edge_index, edge_weight or edge_attr)")

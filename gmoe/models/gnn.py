@@ -118,8 +118,8 @@ class GNNMoE(BasicGNN):
         check_finite: bool = False,
         **conv_kwargs: Any,
     ) -> None:
-        check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
-        check_counts(num_layers=num_layers, every=every, router_hops=router_hops)
+        check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels, every=every)
+        check_counts(num_layers=num_layers, router_hops=router_hops)
         check_choice("residual", residual, get_args(Residual))
         nn.Module.__init__(self)
         self.router_input, self.router_hops = router_parts(router_input), router_hops
@@ -135,16 +135,9 @@ class GNNMoE(BasicGNN):
         of_moe |= {"backend": backend, "local": local, "check_finite": check_finite}
         if decider is None:
             of_moe |= {"router": router, "router_input": self.router_input, "router_kwargs": router_kwargs}
-        super().__init__(
-            hidden_channels if in_proj else in_channels,
-            hidden_channels,
-            num_layers,
-            out_channels,
-            *(dropout, act, act_first, act_kwargs, norm, norm_kwargs, jk),
-            conv=conv,
-            of_moe=of_moe,
-            conv_kwargs=conv_kwargs,
-        )
+        sizes = (hidden_channels if in_proj else in_channels, hidden_channels, num_layers, out_channels)
+        of_gnn = (dropout, act, act_first, act_kwargs, norm, norm_kwargs, jk)
+        super().__init__(*sizes, *of_gnn, conv=conv, of_moe=of_moe, conv_kwargs=conv_kwargs)
         self.in_channels = in_channels
         self.input_dropout = nn.Dropout(input_dropout)
         self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None
