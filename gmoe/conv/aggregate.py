@@ -20,7 +20,7 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.base import NodeChunks, StackedExperts, probe_copy, tokens_of
+from gmoe.conv.base import NodeChunks, StackedExperts, linear_parts, powers, probe_copy, tokens_of
 from gmoe.conv.graph import Graph, weighted_sum
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear, routed_linear
 from gmoe.experts import LinearExperts, MLPExperts
@@ -52,11 +52,8 @@ class AggregateOnce(StackedExperts):
         conv = self.prototype
         if conv.explain or not isinstance(conv.aggr, str) or conv.aggr not in SUMS:
             return self._by_pyg(graph, x_src)
-        weight = self._weight(graph)
-        total = graph.sum(x_src, weight).to(x_src.dtype)
-        if conv.aggr == "mean":
-            total = total / graph.in_degree.clamp(min=1).to(total.dtype)[:, None]
-        return total
+        total = (graph.mean if conv.aggr == "mean" else graph.sum)(x_src, self._weight(graph))
+        return total.to(x_src.dtype)
 
     def _weight(self, graph: Graph) -> Tensor | None:
         """(M,) what this conv weighs messages by: of a conv without edge weights, the values of a sparse matrix."""
@@ -94,9 +91,8 @@ class LinearAggregation(AggregateOnce):
         """The linear layers of a conv: of the aggregate, and of the root."""
         return [getattr(conv, name) for name in self.linears[: 1 + self.root]]
 
-    def _bias(self, conv: Any) -> Tensor | None:
-        bias: Tensor | None = self._linears(conv)[0].bias
-        return bias
+    def _bias(self, conv: Any) -> Any:
+        return self._linears(conv)[0].bias
 
     def _build(self, template: Any, backend: Backend) -> None:
         super()._build(template, backend)
@@ -108,11 +104,11 @@ class LinearAggregation(AggregateOnce):
         narrower = self.num_experts * out_channels < self.aggregate_width
         self.transforms_first = narrower and template.aggr in SUMS
 
-    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        widths = [int(linear.weight.size(1)) for linear in self._linears(conv)]
-        stacked = self.linear.weight.transpose(1, 2).split(widths, dim=2)
-        found = [(part, linear.weight) for part, linear in zip(stacked, self._linears(conv), strict=True)]
-        return found if self.linear.bias is None else [*found, (self.linear.bias, self._bias(conv))]
+    def _parts(self, conv: Any) -> list[tuple[Tensor, Tensor]]:
+        own = [linear.weight for linear in self._linears(conv)]
+        stacked = self.linear.weight.transpose(1, 2).split([weight.size(1) for weight in own], dim=2)
+        weights = zip(stacked, own, strict=True)
+        return [*weights] if self.linear.bias is None else [*weights, (self.linear.bias, self._bias(conv))]
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         linear = self.linear
@@ -157,9 +153,8 @@ class GCNExperts(LinearAggregation):
         conv.bias = None
         return conv
 
-    def _bias(self, conv: Any) -> Tensor | None:
-        bias: Tensor | None = conv.bias
-        return bias
+    def _bias(self, conv: Any) -> Any:
+        return conv.bias
 
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
         conv = self.prototype
@@ -234,7 +229,7 @@ class GINExperts(AggregateOnce):
         else:
             self.register_buffer("eps_E", eps)
 
-    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
+    def _parts(self, conv: Any) -> list[tuple[Tensor, Tensor]]:
         return [(self.eps_E, conv.eps)]
 
     @torch.no_grad()
@@ -257,82 +252,46 @@ class GINExperts(AggregateOnce):
         return combine(torch.cat(outs), routing)
 
 
-class FilterExperts(StackedExperts):
+class FilterExperts(GCNExperts):
     """E FilterConvs, whose filters may differ: every power of the adjacency is applied once, whoever looks at it."""
-
-    prototype: FilterConv
-    takes_two_sets = False
-
-    @staticmethod
-    def accepts(conv: Any) -> bool:
-        return True
-
-    def _build(self, template: Any, backend: Backend) -> None:
-        self.prototype = copy.deepcopy(template)
-        self.prototype.lin = nn.Identity()
-        self.prototype.bias = None
-        widths = (template.in_channels, template.out_channels)
-        bias = template.bias is not None
-        self.linear = LinearExperts(*widths, self.num_experts, bias=bias, backend=backend)
 
     def _fill(self, convs: list[Any]) -> None:
         self.filters = [(conv.filter, conv.hops) for conv in convs]
+        self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
+        self.transforms_first = False
+        self.aggregate_width = max(self.hops, 1) * self.linear.in_features
         super()._fill(convs)
 
-    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        found = [(self.linear.weight.transpose(1, 2), conv.lin.weight)]
-        return found if self.linear.bias is None else [*found, (self.linear.bias, conv.bias)]
+    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Any:
+        return powers(lambda x: self.prototype.hop(x, graph), x_src, self.hops) if self.hops else None
 
-    @property
-    def hops(self) -> int:
-        """How far the experts see."""
-        return max((hops for name, hops in self.filters if name != "identity"), default=0)
+    def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Any:
+        def hop(x: Tensor) -> Tensor:
+            return chunks.map(lambda x, part, _: self.prototype.hop(x, part), x)
 
-    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor | None:
-        powers = [x_src]
-        for _ in range(self.hops):
-            powers.append(self.prototype.hop(powers[-1], graph))
-        return torch.cat(powers[1:], dim=-1) if self.hops else None
-
-    def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Tensor | None:
-        powers = [x]
-        for _ in range(self.hops):
-            powers.append(chunks.map(lambda x, part, _: self.prototype.hop(x, part), powers[-1]))
-        return torch.cat(powers[1:], dim=-1) if self.hops else None
+        return powers(hop, x, self.hops) if self.hops else None
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        powers = [x_dst] if h is None else [x_dst, *h.split(x_dst.size(1), dim=1)]
+        after = [x_dst] if h is None else [x_dst, *h.split(x_dst.size(1), dim=1)]
         rows = []
         for (name, hops), token in zip(self.filters, tokens_of(routing), strict=True):
-            if name == "high_pass":
-                rows.append(x_dst.index_select(0, token) - powers[hops].index_select(0, token))
-            else:
-                rows.append(powers[0 if name == "identity" else hops].index_select(0, token))
+            row = after[0 if name == "identity" else hops].index_select(0, token)
+            rows.append(x_dst.index_select(0, token) - row if name == "high_pass" else row)
         return combine(self.linear(torch.cat(rows), routing.offsets), routing)
 
 
 class MLPConvExperts(StackedExperts):
     """E MLPConvs as stacked MLPs."""
 
-    @staticmethod
-    def accepts(conv: Any) -> bool:
-        return True
-
     def _build(self, template: Any, backend: Backend) -> None:
         self.prototype = MLPConv(1, 1)
         self.prototype.up = self.prototype.down = nn.Identity()
-        self.mlp = MLPExperts(
-            template.up.in_features,
-            template.hidden_channels,
-            template.out_channels,
-            self.num_experts,
-            activation="relu",
-            bias=template.up.bias is not None,
-            backend=backend,
-        )
+        sizes = (template.up.in_features, template.hidden_channels, template.out_channels, self.num_experts)
+        bias = template.up.bias is not None
+        self.mlp = MLPExperts(*sizes, activation="relu", bias=bias, backend=backend)
 
-    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        return [(self.mlp.up, conv.up), (self.mlp.down, conv.down)]
+    def _parts(self, conv: Any) -> list[tuple[Tensor, Tensor]]:
+        return linear_parts(self.mlp.up, conv.up) + linear_parts(self.mlp.down, conv.down)
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         out: Tensor = self.mlp(x_dst, routing)

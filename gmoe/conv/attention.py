@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
 from gmoe._autograd import first_order, untraced
-from gmoe.conv.base import StackedExperts
+from gmoe.conv.base import StackedExperts, linear_parts
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
@@ -120,13 +120,10 @@ class AttentionExperts(StackedExperts):
         """The linear layers that the options of a conv leave in use."""
         return {name: layer for name in self.layers if (layer := getattr(conv, name, None)) is not None}
 
-    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        linears = [(getattr(self, name), layer) for name, layer in self._layers(conv).items()]
-        return linears + [
-            (getattr(self, name), getattr(conv, name))
-            for name in self.vectors
-            if hasattr(self, name) and getattr(self, name) is not None
-        ]
+    def _parts(self, conv: Any) -> list[tuple[Tensor, Tensor]]:
+        vectors = [(getattr(self, name), getattr(conv, name)) for name in self.vectors]
+        linears = [linear_parts(getattr(self, name), layer) for name, layer in self._layers(conv).items()]
+        return sum(linears, [(stacked, own) for stacked, own in vectors if stacked is not None])
 
     def _build(self, template: Any, backend: Backend) -> None:
         self.backend: Backend = backend
@@ -136,12 +133,10 @@ class AttentionExperts(StackedExperts):
             setattr(self.prototype, name, None)
             setattr(self, name, None)
         for name, layer in self._layers(template).items():
-            widths = (layer.in_channels, layer.out_channels)
-            stacked = LinearExperts(*widths, self.num_experts, bias=layer.bias is not None, backend=backend)
-            setattr(self, name, stacked)
+            sizes = (layer.in_channels, layer.out_channels, self.num_experts)
+            setattr(self, name, LinearExperts(*sizes, bias=layer.bias is not None, backend=backend))
         for name in self.vectors:
-            vector = getattr(template, name)
-            if vector is not None:
+            if (vector := getattr(template, name)) is not None:
                 setattr(self, name, nn.Parameter(vector.detach().new_empty(self.num_experts, *vector.shape)))
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:

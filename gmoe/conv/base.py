@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
+from gmoe._checks import check
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend
+from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
 
 MakeConv = Callable[[int], MessagePassing]
@@ -112,6 +114,11 @@ class ConvExperts(nn.Module, ABC):
     def convs(self) -> list[MessagePassing]:
         """PyG convs whose arguments and ``flow`` are those of the experts."""
 
+    @property
+    def flow(self) -> str:
+        """PyG's ``flow`` of the edges that the experts are given."""
+        return str(self.convs()[0].flow)
+
     @abstractmethod
     def expert(self, index: int) -> MessagePassing:
         """A detached copy of one expert as a plain PyG conv."""
@@ -140,17 +147,17 @@ class StackedExperts(ConvExperts):
         self._fill([make(expert) for expert in range(num_experts)])
 
     @staticmethod
-    @abstractmethod
     def accepts(conv: Any) -> bool:
         """Whether this conv, with its options, can be run this way."""
+        return True
 
     @abstractmethod
     def _build(self, template: Any, backend: Backend) -> None:
         """Set ``prototype`` and the stacked parameters up, for convs like ``template``."""
 
     @abstractmethod
-    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        """(stacked, own) of a conv: LinearExperts and a linear layer, or a stacked tensor and a tensor."""
+    def _parts(self, conv: Any) -> list[tuple[Tensor, Tensor]]:
+        """(stacked, own) tensors of a conv."""
 
     def convs(self) -> list[MessagePassing]:
         return [self.prototype]
@@ -160,10 +167,7 @@ class StackedExperts(ConvExperts):
         """Take the parameters of E separate convs over, initialized as PyG does."""
         for expert, conv in enumerate(convs):
             for stacked, own in self._parts(conv):
-                if isinstance(stacked, Tensor):
-                    stacked[expert] = own
-                else:
-                    stacked.copy_(expert, own.weight.T, own.bias)
+                stacked[expert] = own
 
     def reset_parameters(self) -> None:
         with torch.random.fork_rng(devices=[]):  # what is drawn while building is thrown away
@@ -178,13 +182,14 @@ class StackedExperts(ConvExperts):
         with torch.random.fork_rng(devices=[]):  # to look at an expert must not change what is drawn next
             conv = self.make(index).to(device=first.device, dtype=first.dtype)
         for stacked, own in self._parts(conv):
-            if isinstance(stacked, Tensor):
-                own.copy_(stacked[index])
-                continue
-            own.weight.copy_(stacked.weight[index].T)
-            if own.bias is not None:
-                own.bias.copy_(stacked.bias[index])
+            own.copy_(stacked[index])
         return conv.train(self.training)
+
+
+def linear_parts(stacked: LinearExperts, own: Any) -> list[tuple[Tensor, Tensor]]:
+    """(stacked, own) tensors of a linear layer, with the weight of the stack as torch has it."""
+    weights = stacked.weight.transpose(1, 2), own.weight
+    return [weights] if stacked.bias is None else [weights, (stacked.bias, own.bias)]
 
 
 class MixedExperts(ConvExperts):
@@ -216,26 +221,51 @@ class MixedExperts(ConvExperts):
         raise IndexError(index)
 
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> list[Any]:
-        return [group.aggregate(graph.in_flow(group.convs()[0].flow), x_src, x_dst) for group in self.groups]
+        return [group.aggregate(graph.in_flow(group.flow), x_src, x_dst) for group in self.groups]
 
     def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> list[Any]:
-        return [group.aggregate_chunked(x, chunks.in_flow(group.convs()[0].flow)) for group in self.groups]
+        return [group.aggregate_chunked(x, chunks.in_flow(group.flow)) for group in self.groups]
 
     def forward_chunked(self, x: Tensor, chunks: NodeChunks, h: Any, routing: Routing) -> Tensor:
-        outs = []
-        for group, indices, own in zip(self.groups, self.members, h, strict=True):
-            near = chunks.in_flow(group.convs()[0].flow)
-            outs.append(group.forward_chunked(x, near, own, routing.of_experts(indices)))
-        return sum(outs[1:], outs[0])
+        return self._sum(
+            group.forward_chunked(x, chunks.in_flow(group.flow), own, routing.of_experts(indices))
+            for group, indices, own in zip(self.groups, self.members, h, strict=True)
+        )
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        outs = []
-        for group, indices, own in zip(self.groups, self.members, h, strict=True):
-            outs.append(group(graph.in_flow(group.convs()[0].flow), x_src, x_dst, own, routing.of_experts(indices)))
-        widths = {out.size(1) for out in outs}
-        if len(widths) > 1:  # which would be broadcast
-            raise ValueError(f"conv: got experts of output widths {sorted(widths)}, expected one width for all")
-        return sum(outs[1:], outs[0])
+        return self._sum(
+            group(graph.in_flow(group.flow), x_src, x_dst, own, routing.of_experts(indices))
+            for group, indices, own in zip(self.groups, self.members, h, strict=True)
+        )
+
+    @staticmethod
+    def _sum(outs: Iterable[Tensor]) -> Tensor:
+        first, *others = of_one_width(list(outs))  # others would be broadcast
+        return sum(others, first)
+
+
+def of_one_width(outs: list[Tensor]) -> list[Tensor]:
+    """What experts gave, unless their widths differ."""
+    widths = {out.size(1) for out in outs}
+    check(len(widths) < 2, "conv", f"experts of output widths {sorted(widths)}", "one width for all")
+    return outs
+
+
+def too_far(convs: Iterable[Any]) -> RuntimeError:
+    """To be raised for convs that have no layer-wise inference."""
+    names = ", ".join(sorted({type(conv).__name__ for conv in convs}))
+    return RuntimeError(
+        f"inference: {names} looks further than one hop, so that it has no layer-wise inference; call the model on the "
+        "whole graph"
+    )
+
+
+def powers(step: Callable[[Tensor], Tensor], x: Tensor, hops: int) -> Tensor:
+    """(N, hops D) x after one step, two, ..., side by side."""
+    found = [x]
+    for _ in range(hops):
+        found.append(step(found[-1]))
+    return torch.cat(found[1:], dim=-1)
 
 
 def tokens_of(routing: Routing) -> Iterator[Tensor]:

@@ -294,9 +294,9 @@ class Graph:
             weight = x_src.new_ones(self.edges.sender.numel())
         return weighted_sum(weight[:, None], x_src[:, None], self.edges)[:, 0]
 
-    def mean(self, x_src: Tensor) -> Tensor:
-        """(N_dst, D) the mean over in-edges; zero without any."""
-        total = self.sum(x_src)
+    def mean(self, x_src: Tensor, weight: Tensor | None = None) -> Tensor:
+        """(N_dst, D) :meth:`sum` over the number of in-edges; zero without any."""
+        total = self.sum(x_src, weight).to(x_src.dtype)
         return total / self.in_degree.clamp(min=1).to(total.dtype)[:, None]
 
     def normalized(self, improved: bool, loops: bool, dtype: torch.dtype) -> tuple[Edges, Tensor]:

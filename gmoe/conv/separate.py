@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
-from gmoe.conv.base import ConvExperts, MakeConv, NodeChunks, tokens_of
+from gmoe.conv.base import ConvExperts, MakeConv, NodeChunks, of_one_width, tokens_of, too_far
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import combine
 from gmoe.routing import Routing
@@ -42,12 +42,8 @@ class SeparateExperts(ConvExperts):
         return list(self.members)
 
     def forward_chunked(self, x: Tensor, chunks: NodeChunks, h: Any, routing: Routing) -> Tensor:
-        far = {type(conv).__name__ for conv, local in zip(self.members, self.is_local, strict=True) if not local}
-        if far:
-            raise RuntimeError(
-                f"inference: {', '.join(sorted(far))} looks further than one hop, so that it has no layer-wise "
-                "inference; call the model on the whole graph"
-            )
+        if not all(self.is_local):
+            raise too_far(conv for conv, local in zip(self.members, self.is_local, strict=True) if not local)
         return super().forward_chunked(x, chunks, h, routing)
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
@@ -61,10 +57,7 @@ class SeparateExperts(ConvExperts):
         done = [out for out in outs if out is not None]
         if not done:
             done = [run_on_all(self.members[0], x_src, x_dst, graph, tokens[0])]
-        widths = {out.size(1) for out in done}
-        if len(widths) > 1:
-            raise ValueError(f"conv: got experts of output widths {sorted(widths)}, expected one width for all")
-        y = combine(torch.cat(done), routing)
+        y = combine(torch.cat(of_one_width(done)), routing)
         # experts without a token get zero gradients, not None, or DDP would wait for them
         idle = [p for out, conv in zip(outs, self.members, strict=True) if out is None for p in conv.parameters()]
         return y + sum(((p * 0).sum() for p in idle), y.new_zeros(())).to(y.dtype) if idle else y
@@ -80,12 +73,9 @@ def run_on_all(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Ten
 def run_on_destinations(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Tensor) -> Tensor:
     """The conv on the in-edges of ``token`` only, its destinations first among the sources."""
     nodes, part = graph.in_flow(conv.flow).part(token)
-    x_near = x_src.index_select(0, nodes)
-    x = (
-        x_near
-        if x_src is x_dst
-        else (x_near, x_dst.index_select(0, nodes if graph.num_src == graph.num_dst else token))
-    )
+    x: Any = x_src.index_select(0, nodes)
+    if x_src is not x_dst:
+        x = x, x_dst.index_select(0, nodes if graph.num_src == graph.num_dst else token)
     out: Tensor = conv(x, part.adj, **part.args_for(conv))
     return out[: token.numel()]
 
