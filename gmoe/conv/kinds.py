@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -122,10 +122,6 @@ class Make:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
 
-    def of(self, experts: Sequence[int]) -> Make:
-        """Makes only some of the experts."""
-        return Make([self.kinds[e] for e in experts], self.in_channels, self.out_channels, self.args, self.kwargs)
-
     def __call__(self, expert: int) -> MessagePassing:
         factory = factory_of(self.kinds[expert])
         try:
@@ -141,9 +137,7 @@ class Make:
         check(isinstance(conv, MessagePassing), "conv", f"a factory of {kind.__name__}", legal)
         takes = inspect.signature(conv.forward).parameters
         names, free = list(takes), inspect.Parameter.POSITIONAL_OR_KEYWORD
-        needed = {
-            name for name in names[2:] if takes[name].kind is free and takes[name].default is inspect.Parameter.empty
-        }
+        needed = {n for n in names[2:] if takes[n].kind is free and takes[n].default is inspect.Parameter.empty}
         usual = names[:2] == ["x", "edge_index"] or (len(names) >= 2 and not of_pyg(kind))  # others name them otherwise
         usual &= needed <= {"edge_weight", "edge_attr"}
         typed = "edge_type" in takes and getattr(conv, "num_relations", 1) > 1
@@ -156,9 +150,9 @@ KINDS = "a name, a class of PyG's convs, a factory, or a list of those"
 """What may be given as ``conv``."""
 
 
-def of_pyg(cls: type) -> bool:
-    """Whether a class is PyG's own."""
-    return cls.__module__.startswith("torch_geometric.")
+def of_pyg(code: Any) -> bool:
+    """Whether a class or function is PyG's own."""
+    return str(getattr(code, "__module__", "")).startswith("torch_geometric.")
 
 
 def name_of(factory: Any) -> str:
@@ -217,7 +211,7 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
     """
     num_experts = len(make.kinds)
     alike = all(kind is make.kinds[0] for kind in make.kinds)
-    samples = [make(expert) for expert in (range(min(2, num_experts)) if alike else range(num_experts))]
+    samples = [make(expert) for expert in range(min(2, num_experts) if alike else num_experts)]
     own: set[int] = set()
     for conv in samples:
         ids = {id(parameter) for parameter in conv.parameters()}
@@ -235,13 +229,14 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
     built: list[ConvExperts] = []
     whole: set[str] = set()
     for key, members in groups.items():
-        made = make if len(groups) == 1 else make.of(members)
+        made = replace(make, kinds=[make.kinds[expert] for expert in members])
         if isinstance(key, tuple):
             built.append(key[0](made, len(members), backend))
             continue
-        known = {id(samples[e]): takes_local_path(samples[e], make.in_channels, local) for e in members}
-        flags = [known[id(samples[expert])] for expert in members]
-        whole |= {type(samples[e]).__name__ for e, flag in zip(members, flags, strict=True) if not flag}
+        own_convs = [samples[expert] for expert in members]
+        known = {conv: takes_local_path(conv, make.in_channels, local) for conv in dict.fromkeys(own_convs)}
+        flags = [known[conv] for conv in own_convs]
+        whole |= {type(conv).__name__ for conv, flag in known.items() if not flag}
         built.append(SeparateExperts(made, len(members), flags))
     if whole:
         warnings.warn(
@@ -285,16 +280,11 @@ def _is_plain(conv: MessagePassing) -> bool:
     """Whether stacking loses nothing that somebody put there: hooks, parametrizations, frozen or lazy parameters."""
     if any(isinstance(p, nn.parameter.UninitializedParameter) or not p.requires_grad for p in conv.parameters()):
         return False
-    for part in conv.modules():
-        hooks = [value for name, value in part.__dict__.items() if name.endswith("_hooks") and isinstance(value, dict)]
-        if is_parametrized(part) or any(h for h in hooks if not all(_of_pyg(hook) for hook in h.values())):
-            return False
-    return True
-
-
-def _of_pyg(hook: Any) -> bool:
-    """State dict hooks that PyG's own layers register."""
-    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch_geometric.")
+    parts = list(conv.modules())
+    tables = [t for part in parts for name, t in part.__dict__.items() if name.endswith("_hooks")]
+    hooks = [getattr(hook, "hook", hook) for table in tables if isinstance(table, dict) for hook in table.values()]
+    # PyG's own layers register hooks of state dicts
+    return not any(map(is_parametrized, parts)) and all(map(of_pyg, hooks))
 
 
 def takes_local_path(conv: MessagePassing, in_channels: Widths, local: bool | None) -> bool:
@@ -305,19 +295,15 @@ def takes_local_path(conv: MessagePassing, in_channels: Widths, local: bool | No
     """
     if local is False or (local is None and type(conv) not in LOCAL):
         return False
+    name = type(conv).__name__
     try:
         verified = is_local(conv, in_channels)
     except Exception as error:
         if local is None:
             return False
-        raise ValueError(
-            f"local: got True, but {type(conv).__name__} fails on a small random graph: {error}"
-        ) from error
-    if local and not verified:
-        raise ValueError(
-            f"local: got True, but {type(conv).__name__} gives another output on a node's in-edges than on the whole "
-            "graph; expected None or False"
-        )
+        raise ValueError(f"local: got True, but {name} fails on a small random graph: {error}") from error
+    got = f"True, but {name} gives another output on a node's in-edges than on the whole graph"
+    check(verified or not local, "local", got, "None or False")
     return verified
 
 

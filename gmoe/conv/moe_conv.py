@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -11,8 +12,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import in_transform, refuse_transforms
-from gmoe._checks import check_choice, check_count
-from gmoe.conv.aggregate import FilterExperts
+from gmoe._checks import check, check_choice, check_count
 from gmoe.conv.base import MixedExperts, NodeChunks
 from gmoe.conv.graph import Graph, check_batch, parameters_of
 from gmoe.conv.kinds import ConvFactory, ConvLike, Make, build_experts, kinds_of
@@ -105,13 +105,12 @@ class MoEConv(MoELayer, MessagePassing):
     ) -> None:
         kinds = kinds_of(conv, num_experts)
         check_count("k", k)
-        if k > len(kinds):
-            raise ValueError(f"k: got {k}, expected at most num_experts={len(kinds)}")
+        check(k <= len(kinds), "k", k, f"at most num_experts={len(kinds)}")
         check_choice("backend", backend, get_args(Backend))
         check_count("out_channels", out_channels)
         widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
-        if not isinstance(widths, tuple | list) or len(widths) != 2:
-            raise ValueError(f"in_channels: got {in_channels!r}, expected a whole number, or two of them")
+        two = isinstance(widths, tuple | list) and len(widths) == 2
+        check(two, "in_channels", repr(in_channels), "a whole number, or two of them")
         for width in widths:
             if width != -1 or isinstance(width, float):
                 check_count("in_channels", width)
@@ -132,31 +131,25 @@ class MoEConv(MoELayer, MessagePassing):
     def _build(self, in_channels: Any) -> None:
         """Router and experts, once the widths are known."""
         router, router_kwargs, shared_expert, local, backend, check_finite = self._options
-        make = Make(self._make.kinds, in_channels, self.out_channels, self._make.args, self._make.kwargs)
+        make = replace(self._make, in_channels=in_channels)
         self._widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
         self.experts = build_experts(make, local, backend)
-        self.flow = self.experts.convs()[0].flow
+        self.flow = self.experts.flow
         if router is not None:
-            dim = sum(self._router_widths()[part] for part in self.router_input)
+            # filters, and several aggregations, give several aggregates side by side
+            neighbors = getattr(self.experts, "aggregate_width", self._widths[0])
+            dim = router_width(self.router_input, self._widths[1], neighbors)
             self.router = build_router(router, dim, self.num_experts, self.k, router_kwargs)
             self.router.check_finite |= check_finite
             self.k, self.experts_per_token = self.router.k, self.router.experts_per_token
         if shared_expert is not False:
             kind = make.kinds[0] if shared_expert is True else shared_expert
-            self.shared_expert = build_experts(
-                Make([kind], in_channels, self.out_channels, make.args, make.kwargs), local, backend
-            )
-            widths = self.experts.out_width, self.shared_expert.out_width
-            if None not in widths and widths[0] != widths[1]:
-                raise ValueError(f"shared_expert: got {widths[1]} columns, expected {widths[0]}, as the experts give")
+            self.shared_expert = build_experts(replace(make, kinds=[kind]), local, backend)
+            width, own = self.experts.out_width, self.shared_expert.out_width
+            fits = None in (width, own) or width == own
+            check(fits, "shared_expert", f"{own} columns", f"{width}, as the experts give")
         self._router_sees_edges = getattr(self.router, "scope", None) == "neighbors"
         self._aggregates_alike = shared_expert is True and not isinstance(self.experts, MixedExperts)
-
-    def _router_widths(self) -> dict[str, int]:
-        """Of what the router may see; filters, and several aggregations, give several aggregates side by side."""
-        hops = self.experts.hops if isinstance(self.experts, FilterExperts) else 1
-        neighbors = getattr(self.experts, "aggregate_width", max(hops, 1) * self._widths[0])
-        return {"node": self._widths[1], "neighbors": neighbors, "degree": 1}
 
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
@@ -173,8 +166,7 @@ class MoEConv(MoELayer, MessagePassing):
         Raises:
             ValueError: an index outside 0..E-1.
         """
-        if not 0 <= index < self.num_experts:
-            raise ValueError(f"index: got {index}, expected 0..num_experts-1={self.num_experts - 1}")
+        check(0 <= index < self.num_experts, "index", index, f"0..num_experts-1={self.num_experts - 1}")
         found: MessagePassing = self.experts.expert(index)
         return found
 
@@ -207,15 +199,17 @@ class MoEConv(MoELayer, MessagePassing):
             self._check_two_sets()
         if edge_args:
             edge_weight, edge_attr = self._positional(edge_args, edge_weight, edge_attr)
-        sizes = (x_src.size(0), x_dst.size(0))
+        size = (x_src.size(0), x_dst.size(0))
         if not isinstance(edge_index, Graph):
-            graph = Graph(edge_index, sizes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
+            graph = Graph(edge_index, size, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
         else:
-            graph = self._checked(edge_index, sizes, edge_weight, edge_attr)
+            if (edge_index.num_src, edge_index.num_dst) != size:
+                raise ValueError(f"edge_index: got {edge_index}, expected {size[0]} sources and {size[1]} destinations")
+            graph = edge_index.with_args(edge_weight, edge_attr).in_flow(self.flow)
         if edge_weight is not None or edge_attr is not None:
-            self._check_edge_args(edge_weight, edge_attr)
+            self._check_edge_args({"edge_weight": edge_weight, "edge_attr": edge_attr})
         if batch is not None:
-            check_batch(batch, sizes[1])
+            check_batch(batch, size[1])
         h = None
         if not self.experts.transforms_first or (routing is None and "neighbors" in self.router_input):
             h = self.experts.aggregate(graph, x_src, x_dst)
@@ -226,10 +220,10 @@ class MoEConv(MoELayer, MessagePassing):
                 raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
             view = x_dst if self.router_input == ("node",) else self._view(graph, x_src, x_dst, h)
             routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
-        elif (routing.num_tokens, routing.num_experts) != (sizes[1], self.num_experts):
+        elif (routing.num_tokens, routing.num_experts) != (size[1], self.num_experts):
             raise ValueError(
                 f"routing: got {routing.num_tokens} tokens and {routing.num_experts} experts, expected "
-                f"{sizes[1]} and {self.num_experts}"
+                f"{size[1]} and {self.num_experts}"
             )
         y = self.experts(graph, x_src, x_dst, h, routing)
         if self.shared_expert is not None:
@@ -244,7 +238,7 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _shared(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
         """(T, O) what the shared expert adds."""
-        graph = graph.in_flow(self.shared_expert.convs()[0].flow)
+        graph = graph.in_flow(self.shared_expert.flow)
         if h is None or not self._aggregates_alike:
             h = self.shared_expert.aggregate(graph, x_src, x_dst)
         out: Tensor = self.shared_expert(graph, x_src, x_dst, h, Routing.everyone(x_dst.size(0), x_dst))
@@ -272,7 +266,7 @@ class MoEConv(MoELayer, MessagePassing):
         assert routing is not None
         y = self.experts.forward_chunked(x, chunks, h, routing)
         if self.shared_expert is not None:
-            own = chunks.in_flow(self.shared_expert.convs()[0].flow)
+            own = chunks.in_flow(self.shared_expert.flow)
             near = h if self._aggregates_alike else self.shared_expert.aggregate_chunked(x, own)
             y = y + self.shared_expert.forward_chunked(x, own, near, Routing.everyone(x.size(0), y))
         return y, routing
@@ -308,13 +302,6 @@ class MoEConv(MoELayer, MessagePassing):
         self._build(self.in_channels)
         self.to(device=x_dst.device, dtype=x_dst.dtype if x_dst.is_floating_point() else None).train(self.training)
 
-    def _checked(
-        self, graph: Graph, sizes: tuple[int, int], edge_weight: Tensor | None, edge_attr: Tensor | None
-    ) -> Graph:
-        if (graph.num_src, graph.num_dst) != sizes:
-            raise ValueError(f"edge_index: got {graph}, expected {sizes[0]} sources and {sizes[1]} destinations")
-        return graph.with_args(edge_weight, edge_attr).in_flow(self.flow)
-
     def _all_convs(self) -> list[MessagePassing]:
         shared = [] if self.shared_expert is None else self.shared_expert.convs()
         return [*self.experts.convs(), *shared]
@@ -324,8 +311,8 @@ class MoEConv(MoELayer, MessagePassing):
         """What some of the experts take per edge, of ``edge_weight`` and ``edge_attr``."""
         return frozenset().union(*map(parameters_of, self._all_convs())) & {"edge_weight", "edge_attr"}
 
-    def _check_edge_args(self, edge_weight: Tensor | None, edge_attr: Tensor | None) -> None:
-        for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
+    def _check_edge_args(self, given: Mapping[str, Tensor | None]) -> None:
+        for name, value in given.items():
             if value is not None and name not in self.edge_names:
                 legal = sorted(self.edge_names) or "none"
                 raise ValueError(f"{name}: got a tensor, but the conv takes {legal} of edge_weight and edge_attr")
@@ -335,23 +322,17 @@ class MoEConv(MoELayer, MessagePassing):
     ) -> tuple[Tensor | None, Tensor | None]:
         """What stands behind ``edge_index``, by the names that the conv itself has for it."""
         names = {parameters_of(conv)[2 : 2 + len(edge_args)] for conv in self.experts.convs()}
-        if len(names) > 1:
-            raise ValueError(
-                f"forward: got {len(edge_args)} arguments behind edge_index, expected edge_weight= or edge_attr= by "
-                "name, since the experts' convs disagree about their order"
-            )
-        given: dict[str, Any] = {"edge_weight": edge_weight, "edge_attr": edge_attr}
+        got = f"{len(edge_args)} arguments behind edge_index"
+        legal = "edge_weight= or edge_attr= by name, since the experts' convs disagree about their order"
+        check(len(names) == 1, "forward", got, legal)
         (order,) = names
-        if len(order) < len(edge_args):
-            raise ValueError(
-                f"forward: got {len(edge_args)} arguments behind edge_index, expected at most {len(order)}"
-            )
+        check(len(order) == len(edge_args), "forward", got, f"at most {len(order)}")
+        given: dict[str, Any] = {"edge_weight": edge_weight, "edge_attr": edge_attr}
         for name, value in zip(order, edge_args, strict=True):
-            if value is not None and (name not in given or given[name] is not None):
-                raise ValueError(
-                    f"{name}: got {type(value).__name__} by position, expected edge_weight or edge_attr, once"
-                )
-            given[name] = value if value is not None else given.get(name)
+            if value is not None:
+                free = name in given and given[name] is None
+                check(free, name, f"{type(value).__name__} by position", "edge_weight or edge_attr, once")
+                given[name] = value
         return given["edge_weight"], given["edge_attr"]
 
     def __repr__(self) -> str:
@@ -380,9 +361,13 @@ def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:
     named = (router_input,) if isinstance(router_input, str) else tuple(router_input)
     for name in named:
         check_choice("router_input", name, get_args(RouterPart))
-    if not named:
-        raise ValueError("router_input: got nothing, expected one or several of 'node', 'neighbors', 'degree'")
+    check(named, "router_input", "nothing", "one or several of 'node', 'neighbors', 'degree'")
     return tuple(part for part in get_args(RouterPart) if part in named)
+
+
+def router_width(parts: Sequence[RouterPart], node: int, neighbors: int) -> int:
+    """The columns of :func:`router_view`."""
+    return sum({"node": node, "neighbors": neighbors, "degree": 1}[part] for part in parts)
 
 
 def router_view(parts: Sequence[RouterPart], x_dst: Tensor, neighbors: Tensor | None, graph: Graph) -> Tensor:

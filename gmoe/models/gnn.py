@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -16,12 +15,12 @@ from torch_geometric.typing import Adj
 from tqdm import tqdm
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_count, check_counts
-from gmoe.conv.aggregate import FilterConv
-from gmoe.conv.base import NodeChunks
+from gmoe._checks import check, check_choice, check_count, check_counts
+from gmoe.conv.aggregate import FilterConv, turned
+from gmoe.conv.base import NodeChunks, powers, too_far
 from gmoe.conv.graph import Graph, check_batch, parameters_of
 from gmoe.conv.kinds import ConvFactory, ConvLike, CopyOf, Make, kinds_of, looks_one_hop
-from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view
+from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view, router_width
 from gmoe.dispatch import Backend
 from gmoe.routers import Router, RouterLike, build_router
 from gmoe.routing import Routing
@@ -120,21 +119,21 @@ class GNNMoE(BasicGNN):
     ) -> None:
         check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels, every=every)
         check_counts(num_layers=num_layers, router_hops=router_hops)
-        check_choice("residual", residual, get_args(Residual))
         nn.Module.__init__(self)
         self.router_input, self.router_hops = router_parts(router_input), router_hops
         self.moe_layers = _moe_layers(num_layers, every, jk) if router is not None else []
         num_experts = len(kinds_of(conv, num_experts))
         decider = None
         if shared_router and router is not None:
-            decider = self._router_of_all(in_channels, router, num_experts, k, router_kwargs)
+            dim = router_width(self.router_input, in_channels, router_hops * in_channels)
+            decider = build_router(router, dim, num_experts, k, router_kwargs)
             decider.check_finite |= check_finite
-        elif isinstance(router, Router) and len(self.moe_layers) > 1:
-            raise ValueError("router: got an instance for several layers, expected a name or a factory")
-        of_moe: dict[str, Any] = {"num_experts": num_experts, "k": k, "shared_expert": shared_expert, "router": None}
+        elif isinstance(router, Router):
+            check(len(self.moe_layers) < 2, "router", "an instance for several layers", "a name or a factory")
+        own = {"router": router, "router_input": self.router_input, "router_kwargs": router_kwargs}
+        of_moe: dict[str, Any] = own if decider is None else {"router": None}
+        of_moe |= {"num_experts": num_experts, "k": k, "shared_expert": shared_expert}
         of_moe |= {"backend": backend, "local": local, "check_finite": check_finite}
-        if decider is None:
-            of_moe |= {"router": router, "router_input": self.router_input, "router_kwargs": router_kwargs}
         sizes = (hidden_channels if in_proj else in_channels, hidden_channels, num_layers, out_channels)
         of_gnn = (dropout, act, act_first, act_kwargs, norm, norm_kwargs, jk)
         super().__init__(*sizes, *of_gnn, conv=conv, of_moe=of_moe, conv_kwargs=conv_kwargs)
@@ -147,13 +146,9 @@ class GNNMoE(BasicGNN):
             for layer in self.moe_layers:  # what the convs cost follows from a router that they do not hold
                 self.convs[layer].k, self.convs[layer].experts_per_token = decider.k, decider.experts_per_token
 
-    def _router_of_all(self, in_channels: int, router: RouterLike, num_experts: int, k: int, kwargs: Any) -> Router:
-        """The router that decides for all layers."""
-        widths = {"node": in_channels, "neighbors": self.router_hops * in_channels, "degree": 1}
-        return build_router(router, sum(widths[part] for part in self.router_input), num_experts, k, kwargs)
-
     def _build_residuals(self, residual: Residual) -> nn.ModuleList:
         """What is added to each hidden conv."""
+        check_choice("residual", residual, get_args(Residual))
         widths = [self.hidden_channels] * (self.num_layers - (self.jk_mode is None))
         if widths and self.lin_in is None:
             widths[0] = self.in_channels
@@ -173,8 +168,7 @@ class GNNMoE(BasicGNN):
             if self.jk_mode is None and layer == self.num_layers - 1:
                 conv_kwargs["concat"] = False
             elif conv_kwargs.get("concat", True):
-                if out_channels % heads:
-                    raise ValueError(f"hidden_channels: got {out_channels}, expected a multiple of heads={heads}")
+                check(out_channels % heads == 0, "hidden_channels", out_channels, f"a multiple of heads={heads}")
                 out_channels //= heads
         if layer in self.moe_layers:
             return MoEConv(conv, in_channels, out_channels, **kwargs["of_moe"], **conv_kwargs)
@@ -216,10 +210,7 @@ class GNNMoE(BasicGNN):
         """(N, hops D) the features averaged over in-edges, once, twice, ..."""
         if "neighbors" not in self.router_input:
             return None
-        powers = [x]
-        for _ in range(self.router_hops):
-            powers.append(mean(powers[-1]))
-        return torch.cat(powers[1:], dim=-1)
+        return powers(mean, x, self.router_hops)
 
     def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
         if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.in_channels:
@@ -401,11 +392,8 @@ class GNNMoE(BasicGNN):
 def _moe_layers(num_layers: int, every: int, jk: str | None) -> list[int]:
     """The layers with experts; without jumping knowledge the last one is the dense output."""
     found = [i for i in range(num_layers - (jk is None)) if i % every == every - 1]
-    if not found:
-        raise ValueError(
-            f"every: got {every} with num_layers={num_layers} and jk={jk!r}, which leaves no hidden layer for a MoE; "
-            "expected more layers, a smaller every, or jk='last'"
-        )
+    got = f"{every} with num_layers={num_layers} and jk={jk!r}, which leaves no hidden layer for a MoE"
+    check(found, "every", got, "more layers, a smaller every, or jk='last'")
     return found
 
 
@@ -416,18 +404,14 @@ def _dense_chunked(conv: Any, x: Tensor, chunks: NodeChunks) -> Tensor:
         RuntimeError: it looks further than one hop.
     """
     if not looks_one_hop(conv, x.size(1)):
-        raise RuntimeError(
-            f"inference: {type(conv).__name__} looks further than one hop, so that it has no layer-wise inference; "
-            "call the model on the whole graph"
-        )
+        raise too_far([conv])
     chunks = chunks.in_flow(conv.flow)
     if isinstance(conv, FilterConv):
         return chunks.map(lambda x, part, _: conv(x, part), x)
     if not isinstance(conv, GCNConv) or not conv.normalize:
         return chunks.map(lambda x, part, _: conv(x, part.adj, **part.args_for(conv)), x)
-    plain = copy.copy(conv)  # another thread may be running the conv itself
-    plain.__dict__.pop("propagate", None)
-    plain.normalize, plain.flow = False, "source_to_target"
+    plain = turned(conv)
+    plain.normalize = False
 
     def compute(x: Tensor, part: Graph, _: slice) -> Tensor:
         edges, weight = part.normalized(conv.improved, conv.add_self_loops, x.dtype)
