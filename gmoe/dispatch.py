@@ -10,6 +10,7 @@ look.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import methodcaller
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -27,14 +28,11 @@ Derivative: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 aten = torch.ops.aten
 
 FUSED: dict[str, tuple[Elementwise, Derivative]] = {
-    "gelu": (F.gelu, lambda grad, u: aten.gelu_backward(grad, u)),
-    "gelu_tanh": (
-        lambda u: F.gelu(u, approximate="tanh"),
-        lambda grad, u: aten.gelu_backward(grad, u, approximate="tanh"),
-    ),
+    "gelu": (F.gelu, aten.gelu_backward),
+    "gelu_tanh": (lambda u: F.gelu(u, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh")),
     "identity": (torch.positive, lambda grad, _: grad),
     "relu": (F.relu, lambda grad, u: aten.threshold_backward(grad, u, 0)),
-    "silu": (F.silu, lambda grad, u: aten.silu_backward(grad, u)),
+    "silu": (F.silu, aten.silu_backward),
     "tanh": (torch.tanh, lambda grad, u: aten.tanh_backward(grad, u.tanh())),
 }
 """Activations that :func:`routed_mlp` runs expert by expert: the function, and ``(grad of output, input) -> grad``."""
@@ -102,11 +100,7 @@ def grouped_linear(
 
 
 def routed_linear(
-    parts: Sequence[Tensor],
-    weight_EIO: Tensor,
-    bias_EO: Tensor | None,
-    routing: Routing,
-    backend: Backend = "auto",
+    parts: Sequence[Tensor], weight_EIO: Tensor, bias_EO: Tensor | None, routing: Routing, backend: Backend = "auto"
 ) -> Tensor:
     r"""(T, O) :math:`y_t = \sum_e w_{te} (x_t W_e + b_e)`: gather, grouped product and weighted scatter.
 
@@ -189,7 +183,7 @@ def rounded(token_P: Tensor, offsets_E: Tensor, gate_P: Tensor) -> tuple[Tensor,
     multiple = 1 << max(pairs // (16 * num_experts), 1).bit_length() - 1
     if torch.compiler.is_compiling() or multiple == 1:
         return token_P, offsets_E, gate_P
-    load_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)).long()
+    load_E = _load(offsets_E)
     if bool((load_E == load_E[0]).all()):
         return token_P, offsets_E, gate_P
     rounded_E = (load_E + multiple - 1) // multiple * multiple
@@ -226,11 +220,9 @@ def _operator(
         num_grads: how many of the arguments are differentiable.
         num_tensors: how many are tensors.
     """
-    kept = ", Tensor kept" if "," in results else ""
     names = arguments.split(", ")
-    gradients = (
-        f"({', '.join(['Tensor grad', *names[:num_tensors]])}{kept}{''.join(', ' + n for n in names[num_tensors:])}"
-    )
+    kept = ["Tensor kept"] if "," in results else []
+    of_backward = ["Tensor grad", *names[:num_tensors], *kept, *names[num_tensors:], "bool[] needs"]
 
     def keep(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:num_tensors], *(output[1:] if kept else ()))
@@ -247,7 +239,7 @@ def _operator(
         forward = torch.library.custom_op(f"gmoe::{name}", kernel, mutates_args=(), schema=schema)
         forward.register_fake(fake)
         forward.register_autograd(differentiate, setup_context=keep)
-        schema = f"{gradients}, bool[] needs) -> Tensor[]"
+        schema = f"({', '.join(of_backward)}) -> Tensor[]"
         reverse = torch.library.custom_op(f"gmoe::{name}_backward", backward, mutates_args=(), schema=schema)
         KERNELS.update({name: kernel, f"{name}_backward": backward})
         reverse.register_fake(lambda *inputs: _gradients_of(inputs[1 : num_grads + 1], inputs[-1]))
@@ -359,9 +351,8 @@ def _grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
     if x_PI.size(0) == 0:
         return x_PI.new_zeros(offsets_E.numel(), x_PI.size(1), grad_PO.size(1))
     full_EIO = F.grouped_mm(_aligned(x_PI).T, _aligned(grad_PO), offs=offsets_E)[:, : x_PI.size(1), : grad_PO.size(1)]
-    return torch.where(
-        (_load(offsets_E) > 0)[:, None, None], full_EIO, 0.0
-    )  # whatever the kernel leaves in an empty one
+    # whatever the kernel leaves in an empty one
+    return torch.where((_load(offsets_E) > 0)[:, None, None], full_EIO, 0.0)
 
 
 def _aligned(x_PI: Tensor) -> Tensor:

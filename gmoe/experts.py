@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_choice, check_count, check_probability
+from gmoe._checks import check_choice, check_count, check_counts, check_probability
 from gmoe.dispatch import FUSED, FUSING, Backend, combine, dispatch, grouped_linear, routed_linear, routed_mlp
 from gmoe.routing import Routing
 
@@ -45,9 +45,7 @@ class Experts(nn.Module, ABC):
 
     def __init__(self, in_features: int, out_features: int, num_experts: int) -> None:
         super().__init__()
-        check_count("in_features", in_features)
-        check_count("out_features", out_features)
-        check_count("num_experts", num_experts)
+        check_counts(in_features=in_features, out_features=out_features, num_experts=num_experts)
         self.in_features = in_features
         self.out_features = out_features
         self.num_experts = num_experts
@@ -100,13 +98,8 @@ class LinearExperts(Experts):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for expert in range(self.num_experts):  # a stacked tensor would have another fan-in
-            linear = nn.Linear(
-                self.in_features,
-                self.out_features,
-                bias=self.bias is not None,
-                device=self.weight.device,
-                dtype=self.weight.dtype,
-            )
+            like: Any = {"device": self.weight.device, "dtype": self.weight.dtype}
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, **like)
             self.copy_(expert, linear.weight.T, linear.bias)
 
     @torch.no_grad()
@@ -204,18 +197,14 @@ class MLPExperts(Experts):
         """The activation's name if the fused kernel does what :meth:`rows` does: no part replaced, hooked or random."""
         if type(self).rows is not MLPExperts.rows or x.is_cuda:
             return None
-        for part in self.children():
-            if part is not self.activation and type(part) not in (LinearExperts, nn.Dropout, nn.Identity):
-                return None
-            if type(part) is LinearExperts and part.backend not in FUSING:
-                return None
-            if type(part) is nn.Dropout and part.training and part.p > 0:
-                return None
-            if "forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks:
-                return None
-            if part._backward_hooks or part._backward_pre_hooks:
-                return None
         activation = self.activation
+        for part in self.children():
+            known = part is activation or type(part) in (LinearExperts, nn.Dropout, nn.Identity)
+            other_backend = type(part) is LinearExperts and part.backend not in FUSING
+            random = type(part) is nn.Dropout and part.training and part.p > 0
+            hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+            if not known or other_backend or random or hooks or "forward" in part.__dict__:
+                return None
         if type(activation) is nn.GELU:
             return "gelu" if activation.approximate == "none" else "gelu_tanh"
         return FUSED_NAMES.get(type(activation) if isinstance(activation, nn.Module) else activation)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gmoe._checks import check
 from gmoe.experts import Experts
 from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing
@@ -38,7 +39,32 @@ class MoELayer(nn.Module, ABC):
         """The parameters of all E experts, of which a token meets ``experts_per_token / E``."""
 
 
-class MoE(MoELayer):
+class _Mixture(MoELayer):
+    """A layer that holds a router and experts that fit it."""
+
+    def __init__(self, router: Router, experts: Experts) -> None:
+        if router.num_experts != experts.num_experts or router.dim != experts.in_features:
+            raise ValueError(
+                f"experts: got num_experts={experts.num_experts}, in_features={experts.in_features}, expected those of "
+                f"the router, num_experts={router.num_experts}, dim={router.dim}"
+            )
+        super().__init__(experts.num_experts, router.k)
+        self.experts_per_token = router.experts_per_token
+        self.router = router
+        self.experts = experts
+
+    def reset_parameters(self) -> None:
+        """Draw router and experts anew."""
+        for part in self.children():
+            reset: Any = getattr(part, "reset_parameters", None)
+            if reset is not None:
+                reset()
+
+    def routed_parameters(self) -> Iterator[nn.Parameter]:
+        return self.experts.parameters()
+
+
+class MoE(_Mixture):
     r"""A layer of experts behind a router, and a shared expert if there is one: :math:`y_t = \sum_e w_{te} f_e(x_t)`.
 
     A token without an expert gets zero; the model around adds the residual.
@@ -64,24 +90,10 @@ class MoE(MoELayer):
     router: Router
 
     def __init__(self, router: Router, experts: Experts, shared_expert: nn.Module | None = None) -> None:
-        check_fit(router, experts)
-        if isinstance(router, SoftSlots):
-            raise ValueError("router: got SoftSlots, whose slots are mixtures of tokens, expected SoftMoE around it")
-        super().__init__(experts.num_experts, router.k)
-        self.experts_per_token = router.experts_per_token
-        self.router = router
-        self.experts = experts
+        legal = "SoftMoE around it"
+        check(not isinstance(router, SoftSlots), "router", "SoftSlots, whose slots are mixtures of tokens", legal)
+        super().__init__(router, experts)
         self.shared_expert = shared_expert
-
-    def reset_parameters(self) -> None:
-        """Draw router and experts anew."""
-        for part in self.children():
-            reset: Any = getattr(part, "reset_parameters", None)
-            if reset is not None:
-                reset()
-
-    def routed_parameters(self) -> Iterator[nn.Parameter]:
-        return self.experts.parameters()
 
     def forward(
         self,
@@ -100,7 +112,7 @@ class MoE(MoELayer):
         return (y, routing) if return_routing else y
 
 
-class SoftMoE(MoELayer):
+class SoftMoE(_Mixture):
     r"""A layer of experts on slots that are mixtures of tokens (`Soft MoE <https://arxiv.org/abs/2308.00951>`_,
     Puigcerver et al., 2024): :math:`y = C f(D^\top X)`.
 
@@ -124,21 +136,8 @@ class SoftMoE(MoELayer):
     router: SoftSlots
 
     def __init__(self, router: SoftSlots, experts: Experts) -> None:
-        if not isinstance(router, SoftSlots):
-            raise ValueError(f"router: got {type(router).__name__}, expected SoftSlots")
-        check_fit(router, experts)
-        super().__init__(experts.num_experts, router.k)
-        self.experts_per_token = router.experts_per_token
-        self.router = router
-        self.experts = experts
-
-    def reset_parameters(self) -> None:
-        """Draw router and experts anew."""
-        self.router.reset_parameters()
-        self.experts.reset_parameters()
-
-    def routed_parameters(self) -> Iterator[nn.Parameter]:
-        return self.experts.parameters()
+        check(isinstance(router, SoftSlots), "router", type(router).__name__, "SoftSlots")
+        super().__init__(router, experts)
 
     def forward(self, x: Tensor, batch: Tensor | None = None, *, return_routing: bool = False) -> Any:
         """Mix, run, and mix back; see the class."""
@@ -147,12 +146,3 @@ class SoftMoE(MoELayer):
         y_TO = routing.combine(self.experts(slots_RI, routing.slot_offsets))
         y = y_TO.view(*x.shape[:-1], y_TO.size(-1))
         return (y, routing) if return_routing else y
-
-
-def check_fit(router: Router, experts: Experts) -> None:
-    """Refuse experts of another number or width than the router's."""
-    if router.num_experts != experts.num_experts or router.dim != experts.in_features:
-        raise ValueError(
-            f"experts: got num_experts={experts.num_experts}, in_features={experts.in_features}, expected those of "
-            f"the router, num_experts={router.num_experts}, dim={router.dim}"
-        )

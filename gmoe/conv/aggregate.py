@@ -21,7 +21,7 @@ from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_count
 from gmoe.conv.base import NodeChunks, StackedExperts, linear_parts, powers, probe_copy, tokens_of
-from gmoe.conv.graph import Graph, weighted_sum
+from gmoe.conv.graph import WEIGHTS_TWICE, Graph, weighted_sum
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear, routed_linear
 from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.routing import Routing
@@ -301,7 +301,7 @@ class MLPConvExperts(StackedExperts):
 def weights_of(graph: Graph) -> Tensor | None:
     """The edge weights, of which a sparse matrix has its own: PyG would pass over any beside it."""
     if graph.is_sparse and graph.edge_weight is not None:
-        raise ValueError("edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights")
+        raise ValueError(WEIGHTS_TWICE)
     return graph.weight
 
 
@@ -397,9 +397,8 @@ class FilterConv(MessagePassing):
     def hop(self, x: Tensor, graph: Graph) -> Tensor:
         """(N, D) one product with the normalized adjacency."""
         if self.explain:  # a mask of edges, which PyG applies to messages
-            given, value = graph.coo
-            weight = graph.edge_weight if value is None else value
-            ends, weight = gcn_norm(given, weight, x.size(0), False, self.add_self_loops, dtype=x.dtype)
+            weight = graph.edge_weight if graph.matrix_values is None else graph.matrix_values
+            ends, weight = gcn_norm(graph.edge_index, weight, x.size(0), False, self.add_self_loops, dtype=x.dtype)
             out: Tensor = self.propagate(ends, x=x, edge_weight=weight)
             return out
         exact = torch.promote_types(x.dtype, torch.float32)

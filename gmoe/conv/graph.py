@@ -35,6 +35,9 @@ NUMBERS = 2**21
 NUMBERS_ON_GPU = 2**26
 """The same there: enough to fill it."""
 
+WEIGHTS_TWICE = "edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights"
+"""Said where PyG would pass over the tensor."""
+
 
 @dataclass(eq=False)
 class Edges:
@@ -101,6 +104,8 @@ class Graph:
 
     Attributes:
         adj: the edges as they were given, but for integers, which are int64.
+        edge_index: (2, M) sources and destinations in the order given.
+        matrix_values: (M,) or (M, F) the values of a sparse matrix in that order.
 
     Raises:
         ValueError: edges outside the nodes (CPU tensors), or an edge argument with another number of rows.
@@ -124,8 +129,10 @@ class Graph:
         self.edge_weight = edge_weight
         self.edge_attr = edge_attr
         self.flow = flow
-        self._parent: tuple[Graph, Tensor, Tensor, Tensor] | None = None
-        self._shared: dict[str, Any] = {}  # what follows from the edges alone
+        self._parent: Any = None  # the graph that this is a part of, and what :meth:`part` found out
+        self.matrix_values: Tensor | None = None
+        self._origin: Tensor | None = None  # of looped edges, in a graph without loops
+        self._shared: dict[str, tuple[Edges, Tensor]] = {}  # what follows from the edges alone
         self._kept: dict[Any, Any] = {}  # what follows from their weights and features too
         if not isinstance(edge_index, Tensor | SparseTensor):
             raise ValueError(f"edge_index: got {type(edge_index).__name__}, expected (2, number of edges) or a Graph")
@@ -141,7 +148,7 @@ class Graph:
         plain = edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index
         self.adj = edge_index if edge_index.dtype == torch.long else plain.long()
         plain = plain.long()
-        self._shared["coo"] = (plain if flow == "source_to_target" else plain.flip(0)), None
+        self.edge_index = plain if flow == "source_to_target" else plain.flip(0)
         sizes = (self.num_src, self.num_dst) if flow == "source_to_target" else (self.num_dst, self.num_src)
         if isinstance(edge_index, EdgeIndex):
             for name, size, nodes in zip(("first", "second"), edge_index.sparse_size(), sizes, strict=True):
@@ -169,17 +176,17 @@ class Graph:
 
     def _read_sparse(self, matrix: Any) -> None:
         """Edges and values of a matrix; CSR is sorted already."""
-        shape, expected = (matrix.size(0), matrix.size(1)), (self.num_dst, self.num_src)
-        if shape != expected:
+        shape, nodes = (matrix.size(0), matrix.size(1)), (self.num_dst, self.num_src)
+        if shape != nodes:
             raise ValueError(
-                f"edge_index: got a sparse matrix of shape {shape}, expected (destinations, sources) = {expected}"
+                f"edge_index: got a sparse matrix of shape {shape}, expected (destinations, sources) = {nodes}"
             )
         self.adj = matrix
         if isinstance(matrix, SparseTensor):
             dst, src, value = matrix.coo()
         else:
             (dst, src), value = to_edge_index(matrix)
-        self._shared["coo"] = torch.stack([src, dst]), value
+        self.edge_index, self.matrix_values = torch.stack([src, dst]), value
         if not isinstance(matrix, SparseTensor) and matrix.layout == torch.sparse_csr:
             every = torch.arange(src.numel(), device=src.device)
             self._shared["edges"] = Edges(matrix.crow_indices().long(), src.long(), dst.long(), self.num_src), every
@@ -214,8 +221,7 @@ class Graph:
             )
         if flow not in self._kept:
             weight, attr = self.edge_weight, self.edge_attr
-            nodes = (self.num_src, self.num_dst)
-            self._kept[flow] = Graph(self.adj, nodes, edge_weight=weight, edge_attr=attr, flow=flow)
+            self._kept[flow] = Graph(self.adj, self.num_src, edge_weight=weight, edge_attr=attr, flow=flow)
         found: Graph = self._kept[flow]
         return found
 
@@ -233,23 +239,10 @@ class Graph:
         return int(self.edge_index.size(1))
 
     @property
-    def coo(self) -> tuple[Tensor, Tensor | None]:
-        """(2, M) sources and destinations in the order given, and the values of a sparse matrix."""
-        found: tuple[Tensor, Tensor | None] = self._shared["coo"]
-        return found
-
-    @property
-    def edge_index(self) -> Tensor:
-        """(2, M) sources and destinations in the order given."""
-        return self.coo[0]
-
-    @property
     def _sorted(self) -> tuple[Edges, Tensor]:
         if "edges" not in self._shared:
-            src, dst = self._shared["coo"][0]
-            self._shared["edges"] = Edges.sorted(src, dst, self.num_src, self.num_dst)
-        found: tuple[Edges, Tensor] = self._shared["edges"]
-        return found
+            self._shared["edges"] = Edges.sorted(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
+        return self._shared["edges"]
 
     @property
     def edges(self) -> Edges:
@@ -259,21 +252,21 @@ class Graph:
     @property
     def order(self) -> Tensor:
         """(M,) which of the edges as given each of :attr:`edges` is; -1 for a loop that was added."""
-        origin: Tensor | None = self._shared.get("origin")
-        return self._sorted[1] if origin is None else origin.index_select(0, self._sorted[1])
+        order = self._sorted[1]
+        return order if self._origin is None else self._origin.index_select(0, order)
 
     @property
     def weight(self) -> Tensor | None:
         """(M,) the weight of each of :attr:`edges`: ``edge_weight``, or the values of a sparse matrix."""
-        value = self.coo[1]
-        given = self.edge_weight if self.edge_weight is not None or value is None or value.dim() > 1 else value
+        own = self.matrix_values if self.matrix_values is not None and self.matrix_values.dim() == 1 else None
+        given = own if self.edge_weight is None else self.edge_weight
         return None if given is None else given.index_select(0, self._sorted[1])
 
     @property
     def attr(self) -> Tensor | None:
         """(M, F) the features of each of :attr:`edges`: ``edge_attr``, or a sparse matrix's values if they are rows."""
-        value = self.coo[1]
-        given = self.edge_attr if self.edge_attr is not None or value is None or value.dim() == 1 else value
+        own = self.matrix_values if self.matrix_values is not None and self.matrix_values.dim() > 1 else None
+        given = own if self.edge_attr is None else self.edge_attr
         if given is None:
             return None
         return (given if given.dim() > 1 else given[:, None]).index_select(0, self._sorted[1])
@@ -314,14 +307,11 @@ class Graph:
         if self._parent is not None:
             return self._kept.setdefault(key, self._part_of_normalized(improved, loops, dtype))
         if self.is_sparse and self.edge_weight is not None:
-            raise ValueError(
-                "edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights"
-            )
+            raise ValueError(WEIGHTS_TWICE)
         if "edges" not in self._shared:
-            src, dst = self._shared["coo"][0]
-            self._shared["edges"] = Edges.sorted(src, dst, self.num_src, self.num_dst)
+            self._shared["edges"] = Edges.sorted(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
         edges, order = self._shared["edges"]
-        value = self._shared["coo"][1] if self.is_sparse else self.edge_weight
+        value = self.matrix_values if self.is_sparse else self.edge_weight
         weight = torch.ones_like(edges.sender, dtype=dtype) if value is None else value.index_select(0, order)
         fill = 2.0 if improved and (value is not None or self.is_sparse) else 1.0
         added = weight.new_full((self.num_dst,), fill if loops else 0.0)
@@ -348,7 +338,6 @@ class Graph:
 
     def _part_of_normalized(self, improved: bool, loops: bool, dtype: torch.dtype) -> tuple[Edges, Tensor]:
         """Of the normalized whole, the in-edges of the destinations that this part is of."""
-        assert self._parent is not None
         whole, token, known, place = self._parent
         edges, weight = whole.normalized(improved, loops, dtype)
         edge, position = edges.of(token)
@@ -375,7 +364,7 @@ class Graph:
         ends, attr = add_self_loops(ends, attr, fill_value, nodes)
         looped = Graph(ends.flip(0) if turned else ends, (self.num_src, self.num_dst), edge_attr=attr)
         origin = self.order.index_select(0, kept_M)
-        looped._shared["origin"] = torch.cat([origin, origin.new_full((nodes,), -1)])
+        looped._origin = torch.cat([origin, origin.new_full((nodes,), -1)])
         if key is not None and (attr is None or not attr.requires_grad):
             self._kept[key] = looped
         return looped
@@ -411,13 +400,12 @@ class Graph:
         weight, attr = (None if v is None else v.index_select(0, given) for v in (self.edge_weight, self.edge_attr))
         adj: Any = torch.stack([source, position] if self.flow == "source_to_target" else [position, source])
         if self.is_sparse:
-            whole: Any = self.coo[1]
-            value = None if whole is None else whole.index_select(0, given)
+            value: Any = None if self.matrix_values is None else self.matrix_values.index_select(0, given)
             if isinstance(self.adj, SparseTensor):
                 adj = SparseTensor(row=position, col=source, value=value, sparse_sizes=size[::-1])
             else:
                 ptr = torch._convert_indices_from_coo_to_csr(position, size[1])
-                adj = torch.sparse_csr_tensor(ptr, source, whole[given], size=size[::-1], check_invariants=False)
+                adj = torch.sparse_csr_tensor(ptr, source, value, size=size[::-1], check_invariants=False)
         part = Graph(adj, size, edge_weight=weight, edge_attr=attr, flow=self.flow)
         part._parent = (self, token, known, place)
         return nodes, part
@@ -433,13 +421,10 @@ def parameters_of(conv: MessagePassing) -> tuple[str, ...]:
 
 def check_batch(batch: Tensor | None, num_nodes: int) -> None:
     """Refuse a ``batch`` vector that does not say for each node which graph it belongs to."""
-    if batch is not None and not isinstance(batch, Tensor):
-        raise ValueError(f"batch: got {type(batch).__name__}, expected one integer for each of {num_nodes} nodes")
-    if batch is not None and (batch.dim() != 1 or batch.numel() != num_nodes or batch.is_floating_point()):
-        raise ValueError(
-            f"batch: got shape {tuple(batch.shape)} of {batch.dtype}, expected one integer for each of {num_nodes} "
-            "nodes"
-        )
+    fits = isinstance(batch, Tensor) and batch.shape == (num_nodes,) and not batch.is_floating_point()
+    if batch is not None and not fits:
+        got = f"shape {tuple(batch.shape)} of {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
+        raise ValueError(f"batch: got {got}, expected one integer for each of {num_nodes} nodes")
 
 
 def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:
