@@ -208,7 +208,7 @@ KERNELS: dict[str, Callable[..., Any]] = {}
 
 
 def _operator(
-    name: str, arguments: str, results: str, fake: Callable[..., Any], num_grads: int, num_tensors: int
+    name: str, arguments: str, results: str, fake: Callable[..., Any], num_grads: int
 ) -> Callable[[Callable[..., Any], Callable[..., list[Tensor]]], None]:
     """Register a kernel, and the kernel of its gradients, as operators of torch.
 
@@ -218,9 +218,9 @@ def _operator(
         results: by torch's schema; what comes second is kept for the backward pass.
         fake: gives empty results of the right shapes.
         num_grads: how many of the arguments are differentiable.
-        num_tensors: how many are tensors.
     """
     names = arguments.split(", ")
+    num_tensors = sum(argument.startswith("Tensor") for argument in names)
     kept = ["Tensor kept"] if "," in results else []
     of_backward = ["Tensor grad", *names[:num_tensors], *kept, *names[num_tensors:], "bool[] needs"]
 
@@ -304,7 +304,6 @@ _operator(
     "Tensor",
     lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)),
     num_grads=3,
-    num_tensors=4,
 )(_grouped_linear, _grouped_linear_backward)
 
 
@@ -417,7 +416,6 @@ _operator(
     "Tensor",
     lambda *inputs: inputs[2].new_empty(inputs[-1], inputs[3].size(2)),
     num_grads=5,
-    num_tensors=7,
 )(_routed_linear, _routed_linear_backward)
 
 
@@ -484,10 +482,6 @@ _operator(
     "Tensor x, Tensor gate, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor token, Tensor offsets, "
     "str activation, bool glu",
     "(Tensor, Tensor)",
-    lambda x, gate, up, *rest: (
-        gate.new_empty(x.size(0), rest[1].size(2)),
-        x.new_empty(rest[3].size(0), up.size(2)),
-    ),
+    lambda x, gate, up, *rest: (gate.new_empty(x.size(0), rest[1].size(2)), x.new_empty(rest[3].size(0), up.size(2))),
     num_grads=6,
-    num_tensors=8,
 )(_routed_mlp, _routed_mlp_backward)

@@ -187,10 +187,8 @@ class AttentionExperts(StackedExperts):
             ValueError: edge features for convs that were built without ``edge_dim``.
         """
         if messages.edge_attr is not None and self.lin_edge is None:
-            raise ValueError(
-                f"edge_attr: got a tensor, expected None, since {type(self.prototype).__name__} was built with "
-                "edge_dim=None"
-            )
+            name = type(self.prototype).__name__
+            raise ValueError(f"edge_attr: got a tensor, expected None, since {name} was built with edge_dim=None")
         return messages.edge_attr
 
 
@@ -277,10 +275,9 @@ class TransformerExperts(AttentionExperts):
 
     def _edge_attr(self, messages: Messages) -> Tensor | None:
         if messages.edge_attr is None and self.lin_edge is not None:
-            raise ValueError(
-                f"edge_attr: got None, expected a tensor of shape (edges, {self.lin_edge.in_features}), since "
-                "TransformerConv was built with an edge_dim"
-            )
+            shape = f"(edges, {self.lin_edge.in_features})"
+            legal = f"a tensor of shape {shape}, since TransformerConv was built with an edge_dim"
+            raise ValueError(f"edge_attr: got None, expected {legal}")
         return super()._edge_attr(messages)
 
     def _finish(self, y_PO: Tensor, x_PI: Tensor, routing: Routing) -> Tensor:

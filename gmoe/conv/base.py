@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
-from gmoe._checks import check
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
@@ -70,6 +69,10 @@ class NodeChunks:
             out = compute(x[nodes.to(x.device)].to(self.device), part, rows)
             outs.append(out[: rows.stop - rows.start].to(x.device))
         return torch.cat(outs)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """(N, D) :meth:`Graph.mean` of all nodes."""
+        return self.map(lambda x, part, _: part.mean(x), x)
 
 
 class ConvExperts(nn.Module, ABC):
@@ -247,7 +250,8 @@ class MixedExperts(ConvExperts):
 def of_one_width(outs: list[Tensor]) -> list[Tensor]:
     """What experts gave, unless their widths differ."""
     widths = {out.size(1) for out in outs}
-    check(len(widths) < 2, "conv", f"experts of output widths {sorted(widths)}", "one width for all")
+    if len(widths) > 1:
+        raise ValueError(f"conv: got experts of output widths {sorted(widths)}, expected one width for all")
     return outs
 
 

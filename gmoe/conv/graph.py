@@ -168,9 +168,8 @@ class Graph:
             if value is not None and not isinstance(value, Tensor):
                 raise ValueError(f"{name}: got {type(value).__name__}, expected a tensor of a row for each edge")
             if value is not None and (value.dim() == 0 or value.size(0) != self.num_edges):
-                raise ValueError(
-                    f"{name}: got shape {tuple(value.shape)}, expected a row for each of {self.num_edges} edges"
-                )
+                rows = f"a row for each of {self.num_edges} edges"
+                raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {rows}")
         if edge_weight is not None and edge_weight.dim() != 1:
             raise ValueError(f"edge_weight: got shape {tuple(edge_weight.shape)}, expected ({self.num_edges},)")
 
@@ -178,9 +177,8 @@ class Graph:
         """Edges and values of a matrix; CSR is sorted already."""
         shape, nodes = (matrix.size(0), matrix.size(1)), (self.num_dst, self.num_src)
         if shape != nodes:
-            raise ValueError(
-                f"edge_index: got a sparse matrix of shape {shape}, expected (destinations, sources) = {nodes}"
-            )
+            legal = f"(destinations, sources) = {nodes}"
+            raise ValueError(f"edge_index: got a sparse matrix of shape {shape}, expected {legal}")
         self.adj = matrix
         if isinstance(matrix, SparseTensor):
             dst, src, value = matrix.coo()
@@ -211,10 +209,9 @@ class Graph:
         if flow == self.flow:
             return self
         if self.is_sparse or self._parent is not None:
-            raise ValueError(
-                f"edge_index: got {type(self.adj).__name__} for a conv of flow={flow!r}, expected plain edges "
-                "(2, number of edges), or the transposed matrix and the default flow"
-            )
+            got = f"{type(self.adj).__name__} for a conv of flow={flow!r}"
+            legal = "plain edges (2, number of edges), or the transposed matrix and the default flow"
+            raise ValueError(f"edge_index: got {got}, expected {legal}")
         if self.num_src != self.num_dst:  # the ends would be out of range
             raise ValueError(
                 f"flow: got {flow!r} for {self}, expected as many sources as destinations, or flow= of Graph"
@@ -512,9 +509,8 @@ def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
         size = (edges.num_receivers, rows.size(0))
         for head in range(heads):
             column = edges.sender if groups == 1 else edges.sender * groups + head
-            matrix = torch.sparse_csr_tensor(
-                edges.ptr, column, out_MH[:, head].contiguous(), size, check_invariants=False
-            )
+            zero_M = out_MH[:, head].contiguous()
+            matrix = torch.sparse_csr_tensor(edges.ptr, column, zero_M, size, check_invariants=False)
             torch.sparse.sampled_addmm(matrix, query_RHC[:, head].contiguous(), rows.T, out=matrix)
             out_MH[:, head] = matrix.values()
         return out_MH.to(dtype)

@@ -69,26 +69,8 @@ STACKS: dict[type[MessagePassing], type[StackedExperts]] = {
 }
 """Classes whose experts are stacked; a subclass of one may compute something else."""
 
-LOCAL = frozenset(
-    {
-        pyg.CGConv,
-        pyg.ClusterGCNConv,
-        pyg.FeaStConv,
-        pyg.FiLMConv,
-        pyg.GATConv,
-        pyg.GATv2Conv,
-        pyg.GeneralConv,
-        pyg.GINConv,
-        pyg.GINEConv,
-        pyg.GraphConv,
-        pyg.LEConv,
-        pyg.MFConv,
-        pyg.ResGatedGraphConv,
-        pyg.SAGEConv,
-        pyg.SimpleConv,
-        pyg.TransformerConv,
-    }
-)
+_LOCAL = "cg clustergcn feast film gat gatv2 general gin gine graph le mf resgatedgraph sage simple transformer"
+LOCAL = frozenset(CONVS[name] for name in _LOCAL.split())
 """Classes whose output at a node follows from its in-edges and their ends alone, under most options; all the same
 verified for each layer that is built."""
 

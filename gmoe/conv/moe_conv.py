@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -191,10 +191,9 @@ class MoEConv(MoELayer, MessagePassing):
         if self.experts is None:
             self._complete(x_src, x_dst, x_src is x_dst)
         if x_src.dim() != 2 or x_src.size(1) != self._widths[0] or x_dst.dim() != 2 or x_dst.size(1) != self._widths[1]:
-            raise ValueError(
-                f"x: got source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}, "
-                f"expected (number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
-            )
+            got = f"source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}"
+            legal = f"(number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
+            raise ValueError(f"x: got {got}, expected {legal}")
         if x_src is not x_dst:
             self._check_two_sets()
         if edge_args:
@@ -218,22 +217,20 @@ class MoEConv(MoELayer, MessagePassing):
         if routing is None:
             if self.router is None:
                 raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
-            view = x_dst if self.router_input == ("node",) else self._view(graph, x_src, x_dst, h)
+            view = x_dst if self.router_input == ("node",) else self._view(graph, x_src, x_dst, h, graph.mean)
             routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
         elif (routing.num_tokens, routing.num_experts) != (size[1], self.num_experts):
-            raise ValueError(
-                f"routing: got {routing.num_tokens} tokens and {routing.num_experts} experts, expected "
-                f"{size[1]} and {self.num_experts}"
-            )
+            got = f"{routing.num_tokens} tokens and {routing.num_experts} experts"
+            raise ValueError(f"routing: got {got}, expected {size[1]} and {self.num_experts}")
         y = self.experts(graph, x_src, x_dst, h, routing)
         if self.shared_expert is not None:
             y = y + self._shared(graph, x_src, x_dst, h)
         return (y, routing) if return_routing else y
 
-    def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+    def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, mean: Callable[[Tensor], Tensor]) -> Tensor:
         """(T, dim) what the router sees of each node."""
         if "neighbors" in self.router_input and not isinstance(h, Tensor):
-            h = graph.mean(x_src)
+            h = mean(x_src)
         return router_view(self.router_input, x_dst, h, graph)
 
     def _shared(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
@@ -257,10 +254,7 @@ class MoEConv(MoELayer, MessagePassing):
         h = self.experts.aggregate_chunked(x, chunks)
         if routing is None:
             assert self.router is not None
-            mean = h if isinstance(h, Tensor) else None
-            if "neighbors" in self.router_input and mean is None:
-                mean = chunks.map(lambda x, part, _: part.mean(x), x)
-            view = router_view(self.router_input, x, mean, chunks.graph).to(chunks.device)
+            view = self._view(chunks.graph, x, x, h, chunks.mean).to(chunks.device)
             edges = chunks.graph.edge_index.to(chunks.device) if self._router_sees_edges else None
             routing = self.router(view, batch, edges)
         assert routing is not None
@@ -280,19 +274,15 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _check_two_sets(self) -> None:
         """Refuse source and destination nodes where a conv takes one set of nodes, or reads edges the other way."""
+        got, one = "x: got a tuple of source and destination nodes", "expected one tensor"
         for experts in (self.experts, self.shared_expert):
             if experts is not None and not experts.takes_two_sets:
-                raise ValueError(
-                    "x: got a tuple of source and destination nodes, expected one tensor, since "
-                    f"{type(experts.convs()[0]).__name__} takes no bipartite input (SAGEConv and GraphConv do)"
-                )
+                name = type(experts.convs()[0]).__name__
+                raise ValueError(f"{got}, {one}, since {name} takes no bipartite input (SAGEConv and GraphConv do)")
         if self._router_sees_edges:
-            raise ValueError("x: got bipartite input, expected one tensor, since the router votes along the edges")
+            raise ValueError(f"x: got bipartite input, {one}, since the router votes along the edges")
         if any(conv.flow == "target_to_source" for conv in self._all_convs()):
-            raise ValueError(
-                "x: got a tuple of source and destination nodes with flow='target_to_source', expected one tensor, or "
-                "flipped edges and the default flow"
-            )
+            raise ValueError(f"{got} with flow='target_to_source', {one}, or flipped edges and the default flow")
 
     def _complete(self, x_src: Tensor, x_dst: Tensor, one_set: bool) -> None:
         """Fill in the widths that were left open, and build."""
@@ -300,7 +290,7 @@ class MoEConv(MoELayer, MessagePassing):
         source, destination = (x.size(-1) if w == -1 else w for w, x in zip(given, (x_src, x_dst), strict=True))
         self.in_channels = source if one_set and isinstance(self.in_channels, int) else (source, destination)
         self._build(self.in_channels)
-        self.to(device=x_dst.device, dtype=x_dst.dtype if x_dst.is_floating_point() else None).train(self.training)
+        self.to(device=x_dst.device, dtype=x_dst.dtype).train(self.training)
 
     def _all_convs(self) -> list[MessagePassing]:
         shared = [] if self.shared_expert is None else self.shared_expert.convs()
@@ -321,35 +311,32 @@ class MoEConv(MoELayer, MessagePassing):
         self, edge_args: Sequence[Any], edge_weight: Tensor | None, edge_attr: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """What stands behind ``edge_index``, by the names that the conv itself has for it."""
-        names = {parameters_of(conv)[2 : 2 + len(edge_args)] for conv in self.experts.convs()}
-        got = f"{len(edge_args)} arguments behind edge_index"
-        legal = "edge_weight= or edge_attr= by name, since the experts' convs disagree about their order"
-        check(len(names) == 1, "forward", got, legal)
-        (order,) = names
-        check(len(order) == len(edge_args), "forward", got, f"at most {len(order)}")
+        order, *others = {parameters_of(conv)[2 : 2 + len(edge_args)] for conv in self.experts.convs()}
+        if others or len(order) < len(edge_args):
+            by_name = "edge_weight= or edge_attr= by name, since the experts' convs disagree about their order"
+            legal = by_name if others else f"at most {len(order)}"
+            raise ValueError(f"forward: got {len(edge_args)} arguments behind edge_index, expected {legal}")
         given: dict[str, Any] = {"edge_weight": edge_weight, "edge_attr": edge_attr}
         for name, value in zip(order, edge_args, strict=True):
-            if value is not None:
-                free = name in given and given[name] is None
-                check(free, name, f"{type(value).__name__} by position", "edge_weight or edge_attr, once")
-                given[name] = value
+            if value is not None and (name not in given or given[name] is not None):
+                got = type(value).__name__
+                raise ValueError(f"{name}: got {got} by position, expected edge_weight or edge_attr, once")
+            given[name] = given.get(name) if value is None else value
         return given["edge_weight"], given["edge_attr"]
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}, router_input={self.router_input}"
-        )
+        widths = f"{self.in_channels}, {self.out_channels}"
+        return f"{widths}, num_experts={self.num_experts}, router_input={self.router_input}"
 
 
 def _needs_widths(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:
     """Refuse the state of a built layer while there is nothing to load it into."""
     if layer.experts is None and any(name.startswith(prefix) for name in state_dict):
-        raise RuntimeError(
-            f"in_channels: got {layer.in_channels}, expected a call that fills it in before a state is loaded"
-        )
+        legal = "a call that fills it in before a state is loaded"
+        raise RuntimeError(f"in_channels: got {layer.in_channels}, expected {legal}")
 
 
 def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:

@@ -351,7 +351,7 @@ class GNNMoE(BasicGNN):
         decision = None
         if self.shared_router is not None:
             near = chunks if graph.is_sparse else chunks.in_flow(self.flow)
-            means = self._means(x, lambda h: near.map(lambda x, part, _: part.mean(x), h))
+            means = self._means(x, near.mean)
             view = router_view(self.router_input, x, means, near.graph).to(own)
             decision = self.shared_router(view, batch, near.graph.edge_index.to(own))
             routings.append(decision)
