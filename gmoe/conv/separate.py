@@ -84,7 +84,7 @@ def run_on_destinations(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, t
     x = (
         x_near
         if x_src is x_dst
-        else (x_near, x_dst.index_select(0, nodes if graph.num_src == graph.num_dst else token))
+        else (x_near, x_dst.index_select(0, nodes if graph.num_src == graph.num_dst else part.destinations))
     )
     out: Tensor = conv(x, part.adj, **part.args_for(conv))
     return out[: token.numel()]
