@@ -26,7 +26,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 def moefy(
     model: nn.Module,
-    every: int = 2,
+    every: int | None = None,
     k: int = 2,
     router: RouterLike = "token_choice",
     num_experts: int = 8,
@@ -58,7 +58,8 @@ def moefy(
 
     Args:
         model: the dense model.
-        every: n; block ``i`` becomes MoE where ``i % n == n - 1`` (default 2).
+        every: n; block or layer ``i`` becomes MoE where ``i % n == n - 1`` (default 2 of a transformer, 1 of a GNN, whose
+            output layer stays dense).
         k: K, experts per token (default 2).
         router: a name or factory (default ``"token_choice"``); one router is built a layer.
         num_experts: E (default 8).
@@ -75,16 +76,18 @@ def moefy(
             values (on the meta device), with a parametrized weight (weight norm, spectral norm, pruning), or with
             hooks: experts would lose them.
     """
-    check_count("every", every)
+    check(isinstance(model, nn.Module), "model", type(model).__name__, "a transformer or a PyG GNN")
+    if every is not None:
+        check_count("every", every)
     if isinstance(router, Router):
         raise ValueError("router: got an instance, expected a name or a factory, since several layers are built")
     pyg = sys.modules.get("torch_geometric.nn.models.basic_gnn")  # who has a PyG model has imported it
     if pyg is not None and isinstance(model, pyg.BasicGNN):
         check(blocks is None, "blocks", f"{blocks} for a GNN", "None and `every`")
         options = {"k": k, "router": router, "num_experts": num_experts, "router_kwargs": router_kwargs}
-        return _moefy_gnn(model, upcycle, every=every, backend=backend, **options)
+        return _moefy_gnn(model, upcycle, every=every or 1, backend=backend, **options)
     found = _blocks(model)
-    chosen = [found[i] for i in choose_blocks(len(found), every, blocks)]
+    chosen = [found[i] for i in choose_blocks(len(found), every or 2, blocks)]
     layers = []
     for block in chosen:  # build all before changing any: an error leaves the model as it was
         experts = _experts_like(block.mlp, num_experts, upcycle, backend)

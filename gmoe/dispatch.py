@@ -227,6 +227,7 @@ def _operator(
     def keep(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:num_tensors], *(output[1:] if kept else ()))
         ctx.rest = inputs[num_tensors:]
+        ctx.set_materialize_grads(False)  # of what is kept, which would be zeros of its size
 
     def differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:num_grads])

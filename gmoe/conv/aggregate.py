@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from types import MethodType
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -309,6 +310,8 @@ def turned(conv: MessagePassing) -> Any:
     """The conv, its parameters shared, in the default flow. A copy: another thread may be running the conv."""
     other = copy.copy(conv)
     other.__dict__.pop("propagate", None)  # bound to the conv itself, once an explainer has been there
+    if other.explain and hasattr(other, "_orig_propagate"):  # the class's own is without the explainer's step
+        other.propagate = MethodType(type(other)._orig_propagate, other)
     other.flow = "source_to_target"
     return other
 

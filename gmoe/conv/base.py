@@ -108,7 +108,8 @@ class ConvExperts(nn.Module, ABC):
 
         def compute(x: Tensor, part: Graph, rows: slice) -> Tensor:
             near = None if h is None else h[rows].to(chunks.device)
-            out: Tensor = self(part, x, x, near, routing.between(rows.start, rows.stop))
+            x_dst = x if near is None else x[: len(near)]
+            out: Tensor = self(part, x, x_dst, near, routing.between(rows.start, rows.stop))
             return out
 
         return chunks.map(compute, x)

@@ -179,6 +179,8 @@ class Graph:
         if shape != nodes:
             legal = f"(destinations, sources) = {nodes}"
             raise ValueError(f"edge_index: got a sparse matrix of shape {shape}, expected {legal}")
+        if isinstance(matrix, Tensor) and matrix.layout == torch.sparse_coo:  # which PyG would mark in place
+            matrix = matrix.coalesce().to_sparse_csr()
         self.adj = matrix
         if isinstance(matrix, SparseTensor):
             dst, src, value = matrix.coo()
@@ -226,9 +228,11 @@ class Graph:
         """The graph on that device; itself where it is there already."""
         if self.adj.device == torch.device(device):
             return self
-        adj = self.adj.to(device)
         weight, attr = (None if v is None else v.to(device) for v in (self.edge_weight, self.edge_attr))
-        return Graph(adj, (self.num_src, self.num_dst), edge_weight=weight, edge_attr=attr, flow=self.flow)
+        nodes = (self.num_src, self.num_dst)
+        moved = Graph(self.adj.to(device), nodes, edge_weight=weight, edge_attr=attr, flow=self.flow)
+        moved._parent = self._parent
+        return moved
 
     @property
     def num_edges(self) -> int:
@@ -271,7 +275,8 @@ class Graph:
     @property
     def values(self) -> Tensor | None:
         """(M,) those of a ``torch.sparse`` matrix, by which PyG's convs without edge weights multiply messages too."""
-        return self.weight if self.is_sparse and not isinstance(self.adj, SparseTensor) else None
+        value = None if isinstance(self.adj, SparseTensor) else self.matrix_values
+        return None if value is None or value.dim() > 1 else value.index_select(0, self._sorted[1])
 
     @property
     def in_degree(self) -> Tensor:
@@ -335,12 +340,23 @@ class Graph:
 
     def _part_of_normalized(self, improved: bool, loops: bool, dtype: torch.dtype) -> tuple[Edges, Tensor]:
         """Of the normalized whole, the in-edges of the destinations that this part is of."""
-        whole, token, known, place = self._parent
-        edges, weight = whole.normalized(improved, loops, dtype)
-        edge, position = edges.of(token)
+        edges, weight = self._parent[0].normalized(improved, loops, dtype)
+        edge, sender, receiver = self._rows_of(edges)
+        ptr = torch._convert_indices_from_coo_to_csr(receiver, self.num_dst)
+        return Edges(ptr, sender, receiver, self.num_src), weight.index_select(0, edge).to(sender.device)
+
+    def _rows_of(self, edges: Edges) -> tuple[Tensor, Tensor, Tensor]:
+        """Of edges of the whole that this is a part of: which end in it, and their ends by the numbers of the part."""
+        _, token, known, place = self._parent
+        edge, receiver = edges.of(token)
         sender = place[torch.searchsorted(known, edges.sender.index_select(0, edge))]
-        ptr = torch._convert_indices_from_coo_to_csr(position, self.num_dst)
-        return Edges(ptr, sender, position, self.num_src), weight.index_select(0, edge)
+        return edge, sender.to(self.adj.device), receiver.to(self.adj.device)
+
+    @property
+    def destinations(self) -> Tensor:
+        """Of a part, the destinations of the whole that it is of."""
+        found: Tensor = self._parent[1]
+        return found
 
     def with_loops(self, fill_value: float | Tensor | str) -> Graph:
         """The graph with one loop at each node that is source and destination, in place of those it had.
@@ -352,16 +368,21 @@ class Graph:
         if key in self._kept:
             kept: Graph = self._kept[key]
             return kept
+        nodes = (self.num_src, self.num_dst)
+        if self._parent is not None:  # loops' features may follow from edges that a part does not hold
+            whole = self._parent[0].with_loops(fill_value)
+            edge, sender, receiver = self._rows_of(whole.edges)
+            attr = None if whole.attr is None else whole.attr.index_select(0, edge).to(sender.device)
+            return Graph(torch.stack([sender, receiver]), nodes, edge_attr=attr)
         ends = torch.stack([self.edges.sender, self.edges.receiver])
         turned = self.flow == "target_to_source"  # PyG reduces over the second row of edge_index, whatever the flow
         ends = ends.flip(0) if turned else ends
         ends, kept_M = remove_self_loops(ends, torch.arange(ends.size(1), device=ends.device))
         attr = None if self.attr is None else self.attr.index_select(0, kept_M)
-        nodes = min(self.num_src, self.num_dst)
-        ends, attr = add_self_loops(ends, attr, fill_value, nodes)
-        looped = Graph(ends.flip(0) if turned else ends, (self.num_src, self.num_dst), edge_attr=attr)
+        ends, attr = add_self_loops(ends, attr, fill_value, min(nodes))
+        looped = Graph(ends.flip(0) if turned else ends, nodes, edge_attr=attr)
         origin = self.order.index_select(0, kept_M)
-        looped._origin = torch.cat([origin, origin.new_full((nodes,), -1)])
+        looped._origin = torch.cat([origin, origin.new_full((min(nodes),), -1)])
         if key is not None and (attr is None or not attr.requires_grad):
             self._kept[key] = looped
         return looped
@@ -380,9 +401,13 @@ class Graph:
         Returns:
             (S,) the nodes, the destinations first, and their graph, in the form and flow of this one: of S nodes where
             this one's sources are its destinations, else of S sources and n destinations. A destination that is no
-            source (N_dst > N_src) is left out of the nodes.
+            source (N_dst > N_src) is left out of the nodes. Where no edge ends in ``token``, one more destination is
+            there behind them, since some convs fail on graphs without edges; ``destinations`` are all of them.
         """
         edge, position = self.edges.of(token)
+        if edge.numel() == 0 and self.num_edges:  # some convs fail without any: one more destination, that has some
+            token = torch.cat([token, self.edges.receiver[:1]])
+            edge, position = self.edges.of(token)
         among = token[token < self.num_src]
         known, inverse = torch.unique(torch.cat([among, self.edges.sender.index_select(0, edge)]), return_inverse=True)
         place = torch.full_like(known, -1)

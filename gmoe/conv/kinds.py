@@ -106,6 +106,10 @@ class Make:
 
     def __call__(self, expert: int) -> MessagePassing:
         factory = factory_of(self.kinds[expert])
+        if not isinstance(self.in_channels, int):
+            one = name_of(factory) in ("GCNConv", "FilterConv")
+            got = f"{self.in_channels} for {name_of(factory)}"
+            check(not one, "in_channels", got, "one width: it takes no bipartite input (SAGEConv and GraphConv do)")
         try:
             conv = factory(self.in_channels, self.out_channels, *self.args, **(self.kwargs or {}))
         except (TypeError, AttributeError, AssertionError) as error:
@@ -156,14 +160,15 @@ def factory_of(conv: Any) -> ConvFactory:
         if name not in known:
             check_choice("conv", conv, sorted([*CONVS, *OWN]))
         conv = known[name]
-    if conv is pyg.GINConv or conv is pyg.GINEConv:
-        return partial(_gin, conv)
-    if conv is pyg.CGConv or conv is pyg.SimpleConv:
-        return partial(_one_width, conv)
-    if isinstance(conv, type) and issubclass(conv, MessagePassing):
-        first = list(inspect.signature(conv).parameters)[:2]
-        got = f"{conv.__name__}, which is built with ({', '.join(first)})"
-        usual = first == ["in_channels", "out_channels"] or not of_pyg(conv)
+    cls, options = (conv.func, conv.keywords) if isinstance(conv, partial) and not conv.args else (conv, {})
+    if cls is pyg.GINConv or cls is pyg.GINEConv:
+        return partial(_gin, cls, **options)
+    if cls is pyg.CGConv or cls is pyg.SimpleConv:
+        return partial(_one_width, cls, **options)
+    if isinstance(cls, type) and issubclass(cls, MessagePassing):
+        first = list(inspect.signature(cls).parameters)[:2]
+        got = f"{cls.__name__}, which is built with ({', '.join(first)})"
+        usual = first == ["in_channels", "out_channels"] or not of_pyg(cls)
         check(usual, "conv", got, "a class built with (in_channels, out_channels), or a factory of those")
     check(callable(conv), "conv", repr(conv), KINDS)
     found: ConvFactory = conv
@@ -239,10 +244,10 @@ def looks_one_hop(conv: MessagePassing, in_channels: int) -> bool:
 
 
 def _group_of(kind: str | ConvFactory, sample: MessagePassing, local: bool | None) -> Hashable:
-    """What experts that can be stacked have in common; ``None`` for those that are run one by one."""
+    """What experts that can be stacked have in common; the ``flow`` of those that are run one by one."""
     stack = STACKS.get(type(sample))
     if stack is None or local is not None or not _is_plain(sample) or not stack.accepts(sample):
-        return None
+        return str(sample.flow)
     if isinstance(sample, FilterConv):  # whose filters may differ
         return stack, sample.add_self_loops, sample.bias is None, sample.flow
     if isinstance(kind, partial):

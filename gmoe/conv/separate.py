@@ -75,7 +75,7 @@ def run_on_destinations(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, t
     nodes, part = graph.in_flow(conv.flow).part(token)
     x: Any = x_src.index_select(0, nodes)
     if x_src is not x_dst:
-        x = x, x_dst.index_select(0, nodes if graph.num_src == graph.num_dst else token)
+        x = x, x_dst.index_select(0, nodes if graph.num_src == graph.num_dst else part.destinations)
     out: Tensor = conv(x, part.adj, **part.args_for(conv))
     return out[: token.numel()]
 

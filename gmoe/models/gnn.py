@@ -237,6 +237,8 @@ class GNNMoE(BasicGNN):
     ) -> Any:
         """Logits of all nodes; see the class and PyG's ``BasicGNN``."""
         refuse_transforms()
+        if isinstance(x, torch.fx.Proxy):
+            raise ValueError("x: got a torch.fx proxy, expected a tensor: in place of to_hetero, take HeteroGNNMoE")
         trimmed = num_sampled_nodes_per_hop is not None
         if trimmed and edge_weight is not None and edge_attr is not None:
             raise ValueError("edge_attr: got edge_weight too, expected at most one of them where layers are trimmed")

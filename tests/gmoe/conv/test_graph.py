@@ -182,6 +182,11 @@ def test_parts_hold_the_in_edges_of_their_destinations(data: st.DataObject) -> N
     graph = Graph(given_edges, (num_src, num_dst), edge_attr=attr, edge_weight=attr[:, 0], flow=flow)
     token = torch.tensor(data.draw(st.permutations(range(num_dst)))[: data.draw(st.integers(0, num_dst))]).long()
     nodes, part = graph.part(token)
+    if ends and not any(d in token.tolist() for _, d in ends):  # never without an edge, where the graph has some
+        assert torch.equal(part.destinations[:-1], token)
+        assert part.num_edges > 0
+        token = part.destinations
+    assert torch.equal(part.destinations, token)
     among = [t for t in token.tolist() if t < num_src]
     assert nodes[: len(among)].tolist() == among
     assert len(set(nodes.tolist())) == len(nodes)
