@@ -229,7 +229,9 @@ def _operator(
         ctx.rest = inputs[num_tensors:]
         ctx.set_materialize_grads(False)  # of what is kept, which would be zeros of its size
 
-    def differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:  # no gradient reaches the output
+            return (None,) * len(names)
         needs = list(ctx.needs_input_grad[:num_grads])
         found = getattr(torch.ops.gmoe, f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.rest, needs)
         wanted = [value if needed else None for value, needed in zip(found, needs, strict=True)]
