@@ -167,7 +167,7 @@ class GCNExperts(LinearAggregation):
             return graph.sum(x_src, weights_of(graph)).to(x_src.dtype)
         exact = torch.promote_types(x_src.dtype, torch.float32)
         edges, weight = graph.normalized(conv.improved, conv.add_self_loops, exact)
-        return weighted_sum(weight[:, None], x_src[:, None], edges)[:, 0].to(x_src.dtype)
+        return weighted_sum(weight[:, None], x_src[:, None], edges).squeeze(1).to(x_src.dtype)
 
 
 class SAGEExperts(LinearAggregation):
@@ -406,7 +406,7 @@ class FilterConv(MessagePassing):
             return out
         exact = torch.promote_types(x.dtype, torch.float32)
         edges, weight = graph.normalized(False, self.add_self_loops, exact)
-        return weighted_sum(weight[:, None], x[:, None], edges)[:, 0].to(x.dtype)
+        return weighted_sum(weight[:, None], x[:, None], edges).squeeze(1).to(x.dtype)
 
     def message(self, x_j: Tensor, edge_weight: Tensor) -> Tensor:
         return edge_weight[:, None] * x_j

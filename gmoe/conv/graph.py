@@ -287,7 +287,7 @@ class Graph:
         """(N_dst, D) the sum over in-edges of ``x_src``, times ``weight`` (M,) in the order of :attr:`edges`."""
         if weight is None:
             weight = x_src.new_ones(self.edges.sender.numel())
-        return weighted_sum(weight[:, None], x_src[:, None], self.edges)[:, 0]
+        return weighted_sum(weight[:, None], x_src[:, None], self.edges).squeeze(1)
 
     def mean(self, x_src: Tensor, weight: Tensor | None = None) -> Tensor:
         """(N_dst, D) :meth:`sum` over the number of in-edges; zero without any."""
