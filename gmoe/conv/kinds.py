@@ -113,11 +113,10 @@ class Make:
         try:
             conv = factory(self.in_channels, self.out_channels, *self.args, **(self.kwargs or {}))
         except (TypeError, AttributeError, AssertionError) as error:
-            raise ValueError(
-                f"conv: got {name_of(factory)}, which cannot be built as conv({self.in_channels}, "
-                f"{self.out_channels}, ...) ({error}); expected the rest of its arguments, or a factory "
-                "(in_channels, out_channels) -> conv"
-            ) from error
+            call = f"conv({self.in_channels}, {self.out_channels}, ...)"
+            got = f"{name_of(factory)}, which cannot be built as {call} ({error})"
+            legal = "the rest of its arguments, or a factory (in_channels, out_channels) -> conv"
+            raise ValueError(f"conv: got {got}; expected {legal}") from error
         kind = type(conv)
         legal = "one of PyG's MessagePassing layers"
         check(isinstance(conv, MessagePassing), "conv", f"a factory of {kind.__name__}", legal)
@@ -199,11 +198,8 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
     num_experts = len(make.kinds)
     alike = all(kind is make.kinds[0] for kind in make.kinds)
     samples = [make(expert) for expert in range(min(2, num_experts) if alike else num_experts)]
-    own: set[int] = set()
-    for conv in samples:
-        ids = {id(parameter) for parameter in conv.parameters()}
-        check(not own & ids, "conv", "a factory whose convs share parameters", "fresh ones at each call")
-        own |= ids
+    ids = [id(parameter) for conv in samples for parameter in conv.parameters()]
+    check(len(ids) == len(set(ids)), "conv", "a factory whose convs share parameters", "fresh ones at each call")
     widths = {width for conv in samples if (width := output_width(conv, make.in_channels)) is not None}
     check(len(widths) < 2, "conv", f"experts of output widths {sorted(widths)}", "one width for all")
     got = f"{make.out_channels}, but {name_of(make.kinds[0])} gives {max(widths, default=0)} columns"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -204,13 +204,12 @@ class GNNMoE(BasicGNN):
         """(N, dim) what a shared router sees: the raw features, their means over in-edges, the in-degrees."""
         graph = self._graph(x, edge_index, None, None)
         graph = graph if graph.is_sparse else graph.in_flow(self.flow)
-        return router_view(self.router_input, x, self._means(x, graph.mean), graph)
+        return self._view(x, graph, graph.mean)
 
-    def _means(self, x: Tensor, mean: Any) -> Tensor | None:
-        """(N, hops D) the features averaged over in-edges, once, twice, ..."""
-        if "neighbors" not in self.router_input:
-            return None
-        return powers(mean, x, self.router_hops)
+    def _view(self, x: Tensor, graph: Graph, mean: Callable[[Tensor], Tensor]) -> Tensor:
+        """(N, dim) the same, of features averaged over in-edges once, twice, ..."""
+        means = powers(mean, x, self.router_hops) if "neighbors" in self.router_input else None
+        return router_view(self.router_input, x, means, graph)
 
     def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
         if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.in_channels:
@@ -353,8 +352,7 @@ class GNNMoE(BasicGNN):
         decision = None
         if self.shared_router is not None:
             near = chunks if graph.is_sparse else chunks.in_flow(self.flow)
-            means = self._means(x, near.mean)
-            view = router_view(self.router_input, x, means, near.graph).to(own)
+            view = self._view(x, near.graph, near.mean).to(own)
             decision = self.shared_router(view, batch, near.graph.edge_index.to(own))
             routings.append(decision)
         x, xs = rows(self.lin_in, x), []
