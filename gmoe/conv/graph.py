@@ -133,7 +133,8 @@ class Graph:
         self.matrix_values: Tensor | None = None
         self._origin: Tensor | None = None  # of looped edges, in a graph without loops
         self._shared: dict[str, tuple[Edges, Tensor]] = {}  # what follows from the edges alone
-        self._kept: dict[Any, Any] = {}  # what follows from their weights and features too
+        self._normalized: dict[Any, tuple[Edges, Tensor]] = {}  # what follows from their weights too
+        self._graphs: dict[Any, Graph] = {}  # and from their features: in another flow, with loops
         if not isinstance(edge_index, Tensor | SparseTensor):
             raise ValueError(f"edge_index: got {type(edge_index).__name__}, expected (2, number of edges) or a Graph")
         self.is_sparse = is_sparse(edge_index)
@@ -196,7 +197,7 @@ class Graph:
         if edge_weight is None and edge_attr is None:
             return self
         other = copy.copy(self)
-        other._kept = {}
+        other._normalized, other._graphs = {}, {}
         other.edge_weight = self.edge_weight if edge_weight is None else edge_weight
         other.edge_attr = self.edge_attr if edge_attr is None else edge_attr
         self._check_rows(edge_weight, edge_attr)
@@ -218,11 +219,10 @@ class Graph:
             raise ValueError(
                 f"flow: got {flow!r} for {self}, expected as many sources as destinations, or flow= of Graph"
             )
-        if flow not in self._kept:
+        if flow not in self._graphs:
             weight, attr = self.edge_weight, self.edge_attr
-            self._kept[flow] = Graph(self.adj, self.num_src, edge_weight=weight, edge_attr=attr, flow=flow)
-        found: Graph = self._kept[flow]
-        return found
+            self._graphs[flow] = Graph(self.adj, self.num_src, edge_weight=weight, edge_attr=attr, flow=flow)
+        return self._graphs[flow]
 
     def to(self, device: torch.device | str) -> Graph:
         """The graph on that device; itself where it is there already."""
@@ -302,12 +302,11 @@ class Graph:
             loops: the ``+ I``.
             dtype: of the weights.
         """
-        key = ("normalized", improved, loops, dtype)
-        if key in self._kept:
-            kept: tuple[Edges, Tensor] = self._kept[key]
-            return kept
+        key = improved, loops, dtype
+        if key in self._normalized:
+            return self._normalized[key]
         if self._parent is not None:
-            return self._kept.setdefault(key, self._part_of_normalized(improved, loops, dtype))
+            return self._normalized.setdefault(key, self._part_of_normalized(improved, loops, dtype))
         if self.is_sparse and self.edge_weight is not None:
             raise ValueError(WEIGHTS_TWICE)
         if "edges" not in self._shared:
@@ -335,7 +334,7 @@ class Graph:
             edges = Edges(ptr, sender, receiver, self.num_src)
             weight = weight.new_zeros(total).index_copy(0, place, weight).index_copy(0, last, scale * added * scale)
         if not weight.requires_grad:
-            self._kept[key] = edges, weight
+            self._normalized[key] = edges, weight
         return edges, weight
 
     def _part_of_normalized(self, improved: bool, loops: bool, dtype: torch.dtype) -> tuple[Edges, Tensor]:
@@ -365,9 +364,8 @@ class Graph:
             fill_value: the loops' edge features, see ``torch_geometric.utils.add_self_loops``.
         """
         key = ("loops", fill_value) if isinstance(fill_value, float | str) else None
-        if key in self._kept:
-            kept: Graph = self._kept[key]
-            return kept
+        if key in self._graphs:
+            return self._graphs[key]
         nodes = (self.num_src, self.num_dst)
         if self._parent is not None:  # loops' features may follow from edges that a part does not hold
             whole = self._parent[0].with_loops(fill_value)
@@ -384,7 +382,7 @@ class Graph:
         origin = self.order.index_select(0, kept_M)
         looped._origin = torch.cat([origin, origin.new_full((min(nodes),), -1)])
         if key is not None and (attr is None or not attr.requires_grad):
-            self._kept[key] = looped
+            self._graphs[key] = looped
         return looped
 
     def args_for(self, conv: MessagePassing) -> dict[str, Tensor]:
