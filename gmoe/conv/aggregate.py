@@ -21,7 +21,7 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.base import NodeChunks, StackedExperts, linear_parts, powers, probe_copy, tokens_of
+from gmoe.conv.base import NodeChunks, StackedExperts, powers, probe_copy, tokens_of
 from gmoe.conv.graph import WEIGHTS_TWICE, Graph, weighted_sum
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear, routed_linear
 from gmoe.experts import LinearExperts, MLPExperts
@@ -105,7 +105,7 @@ class LinearAggregation(AggregateOnce):
         narrower = self.num_experts * out_channels < self.aggregate_width
         self.transforms_first = narrower and template.aggr in SUMS
 
-    def _parts(self, conv: Any) -> list[tuple[Tensor, Tensor]]:
+    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
         own = [linear.weight for linear in self._linears(conv)]
         stacked = self.linear.weight.transpose(1, 2).split([weight.size(1) for weight in own], dim=2)
         weights = zip(stacked, own, strict=True)
@@ -230,7 +230,7 @@ class GINExperts(AggregateOnce):
         else:
             self.register_buffer("eps_E", eps)
 
-    def _parts(self, conv: Any) -> list[tuple[Tensor, Tensor]]:
+    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
         return [(self.eps_E, conv.eps)]
 
     @torch.no_grad()
@@ -291,8 +291,8 @@ class MLPConvExperts(StackedExperts):
         bias = template.up.bias is not None
         self.mlp = MLPExperts(*sizes, activation="relu", bias=bias, backend=backend)
 
-    def _parts(self, conv: Any) -> list[tuple[Tensor, Tensor]]:
-        return linear_parts(self.mlp.up, conv.up) + linear_parts(self.mlp.down, conv.down)
+    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
+        return [(self.mlp.up, conv.up), (self.mlp.down, conv.down)]
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         out: Tensor = self.mlp(x_dst, routing)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
 from gmoe._autograd import first_order, untraced
-from gmoe.conv.base import StackedExperts, linear_parts
+from gmoe.conv.base import StackedExperts
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
@@ -120,10 +120,10 @@ class AttentionExperts(StackedExperts):
         """The linear layers that the options of a conv leave in use."""
         return {name: layer for name in self.layers if (layer := getattr(conv, name, None)) is not None}
 
-    def _parts(self, conv: Any) -> list[tuple[Tensor, Tensor]]:
+    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
         vectors = [(getattr(self, name), getattr(conv, name)) for name in self.vectors]
-        linears = [linear_parts(getattr(self, name), layer) for name, layer in self._layers(conv).items()]
-        return sum(linears, [(stacked, own) for stacked, own in vectors if stacked is not None])
+        linears = [(getattr(self, name), layer) for name, layer in self._layers(conv).items()]
+        return [*linears, *((stacked, own) for stacked, own in vectors if stacked is not None)]
 
     def _build(self, template: Any, backend: Backend) -> None:
         self.backend: Backend = backend

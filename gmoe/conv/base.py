@@ -13,7 +13,6 @@ from torch_geometric.nn import MessagePassing
 
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend
-from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
 
 MakeConv = Callable[[int], MessagePassing]
@@ -160,8 +159,18 @@ class StackedExperts(ConvExperts):
         """Set ``prototype`` and the stacked parameters up, for convs like ``template``."""
 
     @abstractmethod
-    def _parts(self, conv: Any) -> list[tuple[Tensor, Tensor]]:
-        """(stacked, own) tensors of a conv."""
+    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
+        """(stacked, own) of a conv: LinearExperts and a linear layer, or a stacked tensor and a tensor."""
+
+    def _tensors(self, conv: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same, tensor by tensor, the stacked weights as torch has a linear layer's."""
+        for stacked, own in self._parts(conv):
+            if isinstance(stacked, Tensor):
+                yield stacked, own
+                continue
+            yield stacked.weight.transpose(1, 2), own.weight
+            if stacked.bias is not None:
+                yield stacked.bias, own.bias
 
     def convs(self) -> list[MessagePassing]:
         return [self.prototype]
@@ -170,7 +179,7 @@ class StackedExperts(ConvExperts):
     def _fill(self, convs: list[Any]) -> None:
         """Take the parameters of E separate convs over, initialized as PyG does."""
         for expert, conv in enumerate(convs):
-            for stacked, own in self._parts(conv):
+            for stacked, own in self._tensors(conv):
                 stacked[expert] = own
 
     def reset_parameters(self) -> None:
@@ -185,15 +194,9 @@ class StackedExperts(ConvExperts):
         first = next(self.parameters())
         with torch.random.fork_rng(devices=[]):  # to look at an expert must not change what is drawn next
             conv = self.make(index).to(device=first.device, dtype=first.dtype)
-        for stacked, own in self._parts(conv):
+        for stacked, own in self._tensors(conv):
             own.copy_(stacked[index])
         return conv.train(self.training)
-
-
-def linear_parts(stacked: LinearExperts, own: Any) -> list[tuple[Tensor, Tensor]]:
-    """(stacked, own) tensors of a linear layer, with the weight of the stack as torch has it."""
-    weights = stacked.weight.transpose(1, 2), own.weight
-    return [weights] if stacked.bias is None else [weights, (stacked.bias, own.bias)]
 
 
 class MixedExperts(ConvExperts):
