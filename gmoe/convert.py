@@ -58,8 +58,8 @@ def moefy(
 
     Args:
         model: the dense model.
-        every: n; block or layer ``i`` becomes MoE where ``i % n == n - 1`` (default 2 of a transformer, 1 of a GNN, whose
-            output layer stays dense).
+        every: n; block or layer ``i`` becomes MoE where ``i % n == n - 1`` (default 2 of a transformer, 1 of a GNN,
+            whose output layer stays dense).
         k: K, experts per token (default 2).
         router: a name or factory (default ``"token_choice"``); one router is built a layer.
         num_experts: E (default 8).

@@ -18,6 +18,7 @@ from torch_geometric.nn import (
     GINConv,
     GINEConv,
     SAGEConv,
+    SimpleConv,
     SoftmaxAggregation,
     TAGConv,
 )
@@ -299,6 +300,38 @@ def test_values_of_a_sparse_matrix(conv: Any, kwargs: dict[str, Any], wrap: bool
 
 
 @pytest.mark.parametrize("make", [coo, csr])
+@pytest.mark.parametrize("conv", [["sage", "gat", "film"], ["gin", "sage", "graph"], "graph", "sage"], ids=name)
+def test_values_of_a_sparse_matrix_in_lists(conv: Any, make: Any) -> None:
+    """Factors or weights for the convs that take them so, and nothing for the others."""
+    edges = simple_graph(9, 9, loops=False)
+    adj = make(edges, (9, 9), features(edges.size(1), seed=2).abs() + 0.1)
+    layer = build(conv, {})
+    assert_equals_masked(layer, features(9, WIDTH), adj, weight_TE=weights(9))
+
+
+@pytest.mark.parametrize("conv", ["gcn", ["sage", "gin"]], ids=name)
+def test_a_coo_matrix_is_left_as_it_was(conv: Any) -> None:
+    """Summed where an edge comes twice, in a matrix of its own."""
+    index = torch.tensor([[0, 1, 1, 2], [1, 2, 2, 0]])
+    adj = torch.sparse_coo_tensor(index, torch.ones(4, dtype=torch.float64), (3, 3))
+    layer, x = build(conv, {}, router="token_choice"), features(3, WIDTH)
+    y = layer(x, adj)
+    assert not adj.is_coalesced()
+    assert adj._nnz() == 4
+    torch.testing.assert_close(y, layer(x, adj.coalesce()))
+    y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [partial(GINConv, train_eps=True), partial(GINConv, eps=0.5, aggr="max"), partial(SimpleConv, aggr="sum"), CGConv],
+    ids=str,
+)
+def test_partials_of_convs_that_take_no_widths(kind: Any) -> None:
+    assert_equals_masked(build(kind, {}), features(9, WIDTH), random_graph(9, 9, 30), weight_TE=weights(9))
+
+
+@pytest.mark.parametrize("make", [coo, csr])
 @pytest.mark.parametrize("conv", ["gat", "gatv2", "transformer"])
 def test_rows_of_values_are_edge_features(conv: str, make: Any) -> None:
     edges = random_graph(9, 9, 30).unique(dim=1)
@@ -340,6 +373,20 @@ def test_an_explainers_mask_acts_on_every_kind(conv: Any, kwargs: dict[str, Any]
     mask = features(edge_index.size(1), seed=9)
     assert_equals_masked(layer, x, edge_index, weight_TE=weights(num_nodes), mask=mask, **args)
     assert_equals_masked(layer, x, edge_index, weight_TE=weights(num_nodes), **args)  # and is gone again
+
+
+@pytest.mark.parametrize(("conv", "kwargs"), [c for c in ALL if c not in FULL[-1:] + LISTS], ids=ids)
+def test_an_explainers_mask_in_the_other_flow(conv: Any, kwargs: dict[str, Any]) -> None:
+    """PyG's GATv2Conv then swaps lin_l and lin_r under any mask, unless they are one: ours does not."""
+    num_nodes, edge_index = GRAPHS["mixed"]
+    if conv == "gatv2":
+        kwargs = {**kwargs, "share_weights": True}
+    if kwargs.get("local") and kwargs.get("fill_value") == "max":
+        kwargs = {**kwargs, "local": None}
+    layer = build(conv, {**kwargs, "flow": "target_to_source"})
+    x, args = features(num_nodes, WIDTH), edge_args(layer, edge_index.size(1))
+    mask = features(edge_index.size(1), seed=9)
+    assert_equals_masked(layer, x, edge_index, weight_TE=weights(num_nodes), mask=mask, **args)
 
 
 @pytest.mark.parametrize("shared_expert", [False, True])

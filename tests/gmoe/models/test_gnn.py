@@ -10,7 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 from torch_geometric.loader import NodeLoader
-from torch_geometric.nn import GAT, GCN, GIN, GATConv, GCNConv, GraphSAGE, LayerNorm, PNAConv, SAGEConv
+from torch_geometric.nn import (
+    GAT,
+    GCN,
+    GIN,
+    FeaStConv,
+    FiLMConv,
+    GATConv,
+    GCNConv,
+    GraphSAGE,
+    LayerNorm,
+    PNAConv,
+    SAGEConv,
+    to_hetero,
+)
 
 from gmoe import (
     GNNMoE,
@@ -504,6 +517,41 @@ def test_inference_of_a_loader_with_a_cache_of_no_edges_and_of_no_nodes() -> Non
     assert_same(votes.inference(data, batch_size=7), votes(data.x, data.edge_index))
 
 
+def feast(in_channels: int, out_channels: int) -> FeaStConv:
+    return FeaStConv(in_channels, out_channels, heads=2)
+
+
+CHUNKED: list[dict[str, Any]] = [
+    {"conv": "sage", "backend": "padded"},
+    {"conv": "sage", "backend": "grouped", "k": 2},
+    {"conv": "sage", "normalize": True},
+    {"conv": "gcn", "add_self_loops": False},
+    {"conv": "gat", "flow": "target_to_source", "edge_dim": 2, "jk": "last"},
+    {"conv": "gat", "heads": 2, "fill_value": "max", "edge_dim": 2},
+    {"conv": "graph", "aggr": "max"},
+    {"conv": feast},
+    {"conv": [partial(FiLMConv, flow="target_to_source"), "le", partial(FiLMConv, flow="target_to_source")]},
+    {"conv": [partial(SAGEConv, flow="target_to_source"), "sage", "gin"], "shared_router": False, "jk": "cat"},
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("options", CHUNKED, ids=lambda o: ",".join(map(str, o.values()))[:60])
+def test_chunks_of_a_sparse_graph_equal_the_whole(options: dict[str, Any], batch_size: int) -> None:
+    """Loops in the data, chunks without an edge, nodes without one: as on the whole graph, layer for layer."""
+    gnn = trained(**options)
+    data = Data(x=features(23, IN), edge_index=torch.cat([random_graph(23, 12, 14), torch.tensor([[3, 4], [3, 4]])], 1))
+    args = edge_args(gnn, data.num_edges)
+    for name, value in args.items():
+        data[name] = value
+    assert_same(gnn.inference(data, batch_size=batch_size), gnn(data.x, data.edge_index, **args))
+
+
+def test_a_part_on_another_device_is_of_the_same_graph() -> None:
+    _, part = Graph(random_graph(23, 23, 70), 23).part(torch.arange(5))
+    assert part.to("meta")._parent is part._parent
+
+
 def test_inference_leaves_the_model_as_it_was() -> None:
     gnn, data = trained(), Data(x=features(23, IN), edge_index=random_graph(23, 23, 70))
     before = {name: value.clone() for name, value in gnn.state_dict().items()}
@@ -588,6 +636,19 @@ def test_moefy_of_gnns_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             moefy(given, **kwargs)
+
+
+def test_moefy_of_two_layers_and_of_what_is_no_model() -> None:
+    moe: Any = moefy(GCN(IN, HIDDEN, 2, OUT))
+    assert [isinstance(conv, MoEConv) for conv in moe.convs] == [True, False]
+    with pytest.raises(ValueError, match="model: got str, expected a transformer or a PyG GNN"):
+        moefy("GCN")  # type: ignore[arg-type]
+
+
+def test_to_hetero_is_refused_by_name() -> None:
+    metadata = (["a", "b"], [("a", "to", "b"), ("b", "to", "a")])
+    with pytest.raises(ValueError, match="HeteroGNNMoE"):
+        to_hetero(model(), metadata)
 
 
 def test_moefy_without_out_channels_and_with_a_warning() -> None:
