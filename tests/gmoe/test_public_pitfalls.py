@@ -227,16 +227,18 @@ def test_flops_of_shared_aggregation_grow_with_k_and_are_flat_in_e(conv: str) ->
 
 @pytest.mark.parametrize("conv", ["le", "resgatedgraph"])
 def test_messages_of_local_convs_follow_k_not_e(conv: str) -> None:
+    edges = torch.cat([EDGES, torch.stack([torch.arange(T).roll(1), torch.arange(T)])], dim=1)  # each node hears one
+
     def messages(num_experts: int, k: int) -> int:
         seen: list[int] = []
         layer: Any = MoEConv(conv, D, D, num_experts=num_experts, k=k)
         for module in layer.experts.convs():
             module.register_message_forward_hook(lambda _, __, out: seen.append(out.size(0)))
-        layer(features(T, D).float(), EDGES)
+        layer(features(T, D).float(), edges)
         return sum(seen)
 
-    assert [messages(8, k) for k in (1, 2, 4)] == [k * EDGES.size(1) for k in (1, 2, 4)]
-    assert messages(2, 1) == messages(16, 1) == EDGES.size(1)
+    assert [messages(8, k) for k in (1, 2, 4)] == [k * edges.size(1) for k in (1, 2, 4)]
+    assert messages(2, 1) == messages(16, 1) == edges.size(1)
 
 
 def test_flops_of_moe_grow_with_k_and_are_flat_in_e() -> None:
