@@ -14,7 +14,9 @@ from experiments.studies import STUDIES
 
 RESULTS = Path(__file__).parents[2] / "results"
 NUMBERS = {
-    "benchmark-conv-edge-index.json": "f964e05bb4036868d431a5fcbd2e0066f04395a9233158689e3a7d1b794c461f",
+    "benchmark-conv-100k-1-thread.json": "c1281410bd124e0cd248508b5bea6a218c0c2e4e53a23d3aa9f4ea38aeecb799",
+    "benchmark-conv-100k-2-threads.json": "5420130c285f9a5a7ce71b90510c7a27db680ed3fded4ce7fdecc6432d0c11d7",
+    "benchmark-conv-edge-index.json": "a19942564666d21ab524e266dc8ab2a50c40e65523da2587366fb75d56228321",
     "benchmark-conv-experts.json": "25afafd6acc6ba6d93cabdea927b18a78db191dc3c1a4dd543ee9cf99fafc7db",
     "benchmark-conv.json": "4062a1a152ceb6aa4cf35d71080332a63b1ebf4a1cafe27a6fcbf9ce6c36f42c",
     "benchmark-ffn-2-threads.json": "edca3abfd46175d2b60af96bd79e25176071e18b4df7ae4103ae5b9586701c6b",
