@@ -419,15 +419,17 @@ class Graph:
         given = self.order.index_select(0, edge)
         weight, attr = (None if v is None else v.index_select(0, given) for v in (self.edge_weight, self.edge_attr))
         adj: Any = torch.stack([source, position] if self.flow == "source_to_target" else [position, source])
+        ptr = torch._convert_indices_from_coo_to_csr(position, size[1])
         if self.is_sparse:
             value: Any = None if self.matrix_values is None else self.matrix_values.index_select(0, given)
             if isinstance(self.adj, SparseTensor):
                 adj = SparseTensor(row=position, col=source, value=value, sparse_sizes=size[::-1])
             else:
-                ptr = torch._convert_indices_from_coo_to_csr(position, size[1])
                 adj = torch.sparse_csr_tensor(ptr, source, value, size=size[::-1], check_invariants=False)
         part = Graph(adj, size, edge_weight=weight, edge_attr=attr, flow=self.flow)
         part._parent = (self, token, known, place)
+        every = torch.arange(len(position), device=position.device)
+        part._shared["edges"] = Edges(ptr, source, position, size[0]), every  # they come in that order
         return nodes, part
 
     def __repr__(self) -> str:
