@@ -112,6 +112,9 @@ class Routing:
             >>> weight, expert = probs.topk(2)
             >>> routing = Routing.from_choices(expert, weight, num_experts=8, scores=probs)
         """
+        if not isinstance(expert_TK, Tensor) or not isinstance(weight_TK, Tensor):
+            got = f"{type(expert_TK).__name__} and {type(weight_TK).__name__}"
+            raise ValueError(f"expert_TK, weight_TK: got {got}, expected (T, K) tensors")
         if expert_TK.dim() != 2 or expert_TK.is_floating_point() or expert_TK.dtype == torch.bool:
             got = f"shape {tuple(expert_TK.shape)} of {expert_TK.dtype}"
             raise ValueError(f"expert_TK: got {got}, expected (T, K) integers")

@@ -263,8 +263,8 @@ def too_far(convs: Iterable[Any]) -> RuntimeError:
     """To be raised for convs that have no layer-wise inference."""
     names = ", ".join(sorted({type(conv).__name__ for conv in convs}))
     return RuntimeError(
-        f"inference: {names} looks further than one hop, so that it has no layer-wise inference; call the model on the "
-        "whole graph"
+        f"inference: {names} looks further than one hop, or is not known not to, so that it has no "
+        "layer-wise inference; call the model on the whole graph, or say local=True of a conv of your own"
     )
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -58,9 +59,10 @@ class Edges:
     @staticmethod
     def sorted(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> tuple[Edges, Tensor]:
         """The edges in the order of their receivers, and (M,) which of the given ones each of them is."""
-        receiver, order = index_sort(receiver, max_value=num_receivers, stable=True)
-        ptr = torch._convert_indices_from_coo_to_csr(receiver, num_receivers)
-        return Edges(ptr, sender.index_select(0, order), receiver, num_senders), order
+        with torch.inference_mode(False):  # what a graph keeps is for training too
+            receiver, order = index_sort(receiver, max_value=num_receivers, stable=True)
+            ptr = torch._convert_indices_from_coo_to_csr(receiver, num_receivers)
+            return Edges(ptr, sender.index_select(0, order), receiver, num_senders), order
 
     @property
     def num_receivers(self) -> int:
@@ -91,8 +93,8 @@ class Graph:
     """A graph that is validated and sorted once, for all layers and calls that see it.
 
     Pass it in place of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order, degrees,
-    normalization and transpose are then computed once. Plain edges are turned into one at each call of a layer, or of a
-    model, which hands it on from layer to layer.
+    normalization and transpose are then computed once, so its tensors must not be changed in place. Plain edges are
+    turned into one at each call of a layer, or of a model, which hands it on from layer to layer.
 
     Args:
         edge_index: (2, M) integers, PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or ``SparseTensor`` of shape
@@ -108,7 +110,8 @@ class Graph:
         matrix_values: (M,) or (M, F) the values of a sparse matrix in that order.
 
     Raises:
-        ValueError: edges outside the nodes (CPU tensors), or an edge argument with another number of rows.
+        ValueError: edges outside the nodes (CPU tensors), or an edge argument with another number of rows;
+            numbers of nodes that are none, an unknown flow.
 
     Example:
         >>> graph = gmoe.Graph(data.edge_index, data.num_nodes)
@@ -125,7 +128,13 @@ class Graph:
         edge_attr: Tensor | None = None,
         flow: str = "source_to_target",
     ) -> None:
-        self.num_src, self.num_dst = (num_nodes, num_nodes) if isinstance(num_nodes, int) else num_nodes
+        if flow not in ("source_to_target", "target_to_source"):
+            raise ValueError(f"flow: got {flow!r}, expected 'source_to_target' or 'target_to_source'")
+        nodes = num_nodes if isinstance(num_nodes, tuple | list) else (num_nodes, num_nodes)
+        whole = int | Integral | torch.SymInt  # NumPy's too
+        if len(nodes) != 2 or not isinstance(nodes[0], whole) or not isinstance(nodes[1], whole):
+            raise ValueError(f"num_nodes: got {num_nodes!r}, expected a whole number, or two of them")
+        self.num_src, self.num_dst = nodes
         self.edge_weight = edge_weight
         self.edge_attr = edge_attr
         self.flow = flow
@@ -152,9 +161,9 @@ class Graph:
         self.edge_index = plain if flow == "source_to_target" else plain.flip(0)
         sizes = (self.num_src, self.num_dst) if flow == "source_to_target" else (self.num_dst, self.num_src)
         if isinstance(edge_index, EdgeIndex):
-            for name, size, nodes in zip(("first", "second"), edge_index.sparse_size(), sizes, strict=True):
-                if size is not None and size != nodes:
-                    raise ValueError(f"edge_index: got an EdgeIndex of {size} {name} nodes, expected {nodes}")
+            for name, size, legal in zip(("first", "second"), edge_index.sparse_size(), sizes, strict=True):
+                if size is not None and size != legal:
+                    raise ValueError(f"edge_index: got an EdgeIndex of {size} {name} nodes, expected {legal}")
         if plain.device.type == "cpu" and plain.numel():  # elsewhere it would cost a host sync
             for row, size in zip(plain, sizes, strict=True):
                 low, high = row.aminmax()
@@ -333,7 +342,7 @@ class Graph:
             receiver = node.new_empty(total).index_copy_(0, place, edges.receiver).index_copy_(0, last, node)
             edges = Edges(ptr, sender, receiver, self.num_src)
             weight = weight.new_zeros(total).index_copy(0, place, weight).index_copy(0, last, scale * added * scale)
-        if not weight.requires_grad:
+        if not weight.requires_grad and not weight.is_inference():
             self._normalized[key] = edges, weight
         return edges, weight
 
@@ -381,7 +390,7 @@ class Graph:
         looped = Graph(ends.flip(0) if turned else ends, nodes, edge_attr=attr)
         origin = self.order.index_select(0, kept_M)
         looped._origin = torch.cat([origin, origin.new_full((min(nodes),), -1)])
-        if key is not None and (attr is None or not attr.requires_grad):
+        if key is not None and not ends.is_inference() and (attr is None or not attr.requires_grad):
             self._graphs[key] = looped
         return looped
 

@@ -232,11 +232,11 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
     return experts
 
 
-def looks_one_hop(conv: MessagePassing, in_channels: int) -> bool:
+def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) -> bool:
     """Whether the conv's output follows from in-edges, their ends, and the degrees of the whole graph."""
     if isinstance(conv, FilterConv):
         return conv.hops == 1
-    return isinstance(conv, pyg.GCNConv | MLPConv) or takes_local_path(conv, in_channels, None)
+    return isinstance(conv, pyg.GCNConv | MLPConv) or takes_local_path(conv, in_channels, local)
 
 
 def _group_of(kind: str | ConvFactory, sample: MessagePassing, local: bool | None) -> Hashable:

@@ -72,7 +72,7 @@ def run_on_all(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Ten
 
 def run_on_destinations(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Tensor) -> Tensor:
     """The conv on the in-edges of ``token`` only, its destinations first among the sources."""
-    nodes, part = graph.in_flow(conv.flow).part(token)
+    nodes, part = graph.part(token)
     x: Any = x_src.index_select(0, nodes)
     if x_src is not x_dst:
         x = x, x_dst.index_select(0, nodes if graph.num_src == graph.num_dst else part.destinations)

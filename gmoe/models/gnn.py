@@ -137,7 +137,7 @@ class GNNMoE(BasicGNN):
         sizes = (hidden_channels if in_proj else in_channels, hidden_channels, num_layers, out_channels)
         of_gnn = (dropout, act, act_first, act_kwargs, norm, norm_kwargs, jk)
         super().__init__(*sizes, *of_gnn, conv=conv, of_moe=of_moe, conv_kwargs=conv_kwargs)
-        self.in_channels = in_channels
+        self.in_channels, self.local = in_channels, local
         self.input_dropout = nn.Dropout(input_dropout)
         self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None
         self.residuals = self._build_residuals(residual)
@@ -363,7 +363,7 @@ class GNNMoE(BasicGNN):
                 if decision is None:
                     routings.append(routing)
             else:
-                out = _dense_chunked(conv, x, chunks)
+                out = _dense_chunked(conv, x, chunks, self.local)
             if layer < len(self.residuals):
                 out = out + rows(self.residuals[layer], x)
             # all nodes at once, since some norms look at all of them
@@ -397,13 +397,13 @@ def _moe_layers(num_layers: int, every: int, jk: str | None) -> list[int]:
     return found
 
 
-def _dense_chunked(conv: Any, x: Tensor, chunks: NodeChunks) -> Tensor:
+def _dense_chunked(conv: Any, x: Tensor, chunks: NodeChunks, local: bool | None) -> Tensor:
     """A plain conv, some nodes at a time; GCN with the degrees of the whole graph.
 
     Raises:
         RuntimeError: it looks further than one hop.
     """
-    if not looks_one_hop(conv, x.size(1)):
+    if not looks_one_hop(conv, x.size(1), local or None):
         raise too_far([conv])
     chunks = chunks.in_flow(conv.flow)
     if isinstance(conv, FilterConv):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -306,9 +307,43 @@ def test_what_is_kept_does_not_outlive_its_weights() -> None:
     assert graph.normalized(False, True, torch.float64)[1] is kept[1]
     assert graph.with_args(None, None) is graph
     assert graph.normalized(True, False, torch.float64)[1] is not kept[1]
+    weighted = graph.with_args(weight, None)
+    plain = weighted.normalized(False, True, torch.float64)[1]
+    assert not torch.equal(weighted.normalized(True, True, torch.float64)[1], plain)
+    assert graph.normalized(False, True, torch.float32)[1].dtype == torch.float32
     learned = graph.with_args(weight.clone().requires_grad_(), None)
     for _ in range(2):  # a second backward pass needs a graph of its own
         learned.normalized(False, True, torch.float64)[1].sum().backward()
+
+
+def test_other_edge_arguments_take_no_graph_along() -> None:
+    edges, weight, attr = random_graph(6, 6, 15), features(15).abs(), features(15, 2)
+    graph = Graph(edges, 6, edge_attr=attr)
+    graph.in_flow("target_to_source"), graph.with_loops("mean")
+    other, fresh = graph.with_args(weight, 7 * attr), Graph(edges, 6, edge_weight=weight, edge_attr=7 * attr)
+    assert other.in_flow("target_to_source").edge_weight is weight
+    torch.testing.assert_close(other.with_loops("mean").attr, fresh.with_loops("mean").attr)
+
+
+@pytest.mark.parametrize("conv", ["gcn", "graph", "gat", "two_hop"])
+def test_a_graph_seen_in_inference_mode_trains(conv: str) -> None:
+    layer, graph = MoEConv([conv, conv], 4, 4).double(), Graph(random_graph(9, 9, 30), 9)
+    x = features(9, 4)
+    with torch.inference_mode():
+        before = layer(x, graph)
+    y = layer(x, graph)
+    torch.testing.assert_close(y, before)
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("nodes", [None, 9.0, "9", (9,), torch.tensor(9)], ids=str)
+def test_numbers_of_nodes_and_flows_that_are_none(nodes: Any) -> None:
+    edges = random_graph(9, 9, 30)
+    with pytest.raises(ValueError, match="num_nodes: got"):
+        Graph(edges, nodes)
+    with pytest.raises(ValueError, match="flow: got 'x', expected 'source_to_target' or"):
+        Graph(edges, 9, flow="x")
+    assert Graph(edges, numpy.int64(9)).num_dst == 9
 
 
 def test_nothing_is_kept_by_where_a_tensor_lies() -> None:

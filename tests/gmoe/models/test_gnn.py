@@ -20,6 +20,7 @@ from torch_geometric.nn import (
     GCNConv,
     GraphSAGE,
     LayerNorm,
+    MessagePassing,
     PNAConv,
     SAGEConv,
     to_hetero,
@@ -643,6 +644,43 @@ def test_moefy_of_two_layers_and_of_what_is_no_model() -> None:
     assert [isinstance(conv, MoEConv) for conv in moe.convs] == [True, False]
     with pytest.raises(ValueError, match="model: got str, expected a transformer or a PyG GNN"):
         moefy("GCN")  # type: ignore[arg-type]
+
+
+class Shifted(GCN):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = super().forward(*args, **kwargs)
+        return out + 5
+
+
+def test_moefy_refuses_gnns_of_another_forward() -> None:
+    hooked = GCN(IN, HIDDEN, 2, OUT)
+    hooked.register_forward_hook(lambda _, __, out: out + 5)
+    for given in (Shifted(IN, HIDDEN, 2, OUT), hooked, model(), moefy(GCN(IN, HIDDEN, 2, OUT))):
+        with pytest.raises(ValueError, match=f"model: got {type(given).__name__}, which computes something else"):
+            moefy(given)
+
+
+class OneHop(MessagePassing):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(in_channels, out_channels)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        out: Tensor = self.propagate(edge_index, x=self.lin(x))
+        return out
+
+    def reset_parameters(self) -> None:
+        self.lin.reset_parameters()
+
+
+def test_inference_of_a_users_own_local_conv() -> None:
+    data = Data(x=features(23, IN), edge_index=random_graph(23, 23, 70))
+    gnn = model(conv=OneHop, local=True).eval()
+    assert_same(gnn.inference(data, batch_size=5), gnn(data.x, data.edge_index))
+    with pytest.warns(UserWarning, match="whole graph"):
+        unsure = model(conv=OneHop).eval()
+    with pytest.raises(RuntimeError, match="OneHop looks further than one hop, or is not known not to"):
+        unsure.inference(data)
 
 
 def test_to_hetero_is_refused_by_name() -> None:
