@@ -338,3 +338,10 @@ def test_a_compiled_model_is_recorded_unless_it_was_traced_before() -> None:
     compiled(torch.randn(6, 4))
     with pytest.raises(RuntimeError, match="compiled and called before the block"), record_routing(compiled):
         compiled(torch.randn(6, 4))
+
+
+def test_parts_of_a_routing_remember_that_its_losses_train_nothing() -> None:
+    whole = Routing.from_choices(torch.tensor([[0, 1], [2, 0], [1, 2]]), torch.rand(3, 2), num_experts=3)
+    whole = dataclasses.replace(whole, detached=True)
+    for part in (whole.select(torch.tensor([2, 0])), whole.between(1, 3), whole.of_experts([2, 0])):
+        assert part.detached
