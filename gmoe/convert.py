@@ -240,13 +240,8 @@ def _verify_form(mlp: nn.Module, experts: MLPExperts) -> None:
 
 def _moefy_gnn(model: Any, upcycle: bool, **options: Any) -> nn.Module:
     """A GNNMoE with the options and, with ``upcycle``, the parameters of a dense PyG GNN; without residuals, as it."""
-    from torch_geometric.nn.models.basic_gnn import BasicGNN
-
     from gmoe.models.gnn import DenseLayers, GNNMoE
 
-    if type(model).forward is not BasicGNN.forward or model._forward_hooks or model._forward_pre_hooks:
-        legal = "one whose forward is BasicGNN's, such as PyG's GCN, without hooks, since both would be lost"
-        raise ValueError(f"model: got {type(model).__name__}, which computes something else, expected {legal}")
     if not isinstance(model.in_channels, int) or any(p.numel() == 0 for p in model.parameters()):
         raise ValueError("model: got a GNN with bipartite or lazy layers, expected one with known in_channels")
     moe = GNNMoE(

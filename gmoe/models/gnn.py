@@ -427,9 +427,15 @@ class DenseLayers:
     Args:
         model: the dense GNN.
         upcycle: copy the parameters too.
+
+    Raises:
+        ValueError: a model that computes something else than its layers one after the other.
     """
 
     def __init__(self, model: BasicGNN, upcycle: bool) -> None:
+        if type(model).forward is not BasicGNN.forward or model._forward_hooks or model._forward_pre_hooks:
+            legal = "one whose forward is BasicGNN's, such as PyG's GCN, without hooks, since both would be lost"
+            raise ValueError(f"model: got {type(model).__name__}, which computes something else, expected {legal}")
         self.model = model
         self.upcycle = upcycle
 
