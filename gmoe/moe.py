@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gmoe._checks import check
@@ -65,14 +66,17 @@ class _Mixture(MoELayer):
 
 
 class MoE(_Mixture):
-    r"""A layer of experts behind a router, and a shared expert if there is one: :math:`y_t = \sum_e w_{te} f_e(x_t)`.
+    r"""A layer of experts behind a router: :math:`y_t = s(x_t) + g \odot \sum_e w_{te} f_e(x_t)`, with a shared expert s.
 
-    A token without an expert gets zero; the model around adds the residual.
+    A token without an expert gets zero from them; the model around adds the residual. With ``dense_start`` the gain g,
+    one number a channel, starts at zero, so that the first forward is the shared expert's; without, g is 1.
 
     Args:
         router: decides who goes where.
         experts: the stacked experts, as many as the router knows.
         shared_expert: a module that runs on every token with weight 1 and is added (default ``None``).
+        dense_start: scale what the routed experts give by a learned gain that starts at zero; needs a shared expert
+            (default ``False``).
 
     Shapes:
         - ``x``: (..., T, D); leading dimensions are groups. ``batch`` and ``edge_index`` as in :class:`Router`.
@@ -80,7 +84,7 @@ class MoE(_Mixture):
           ``loss = task + gmoe.aux_loss(routing)``.
 
     Raises:
-        ValueError: E or D of router and experts differ.
+        ValueError: E or D of router and experts differ; ``dense_start`` without a shared expert.
 
     Example:
         >>> layer = MoE(ExpertChoice(128, 8, k=1), MLPExperts(128, 512, 128, num_experts=8))
@@ -89,11 +93,21 @@ class MoE(_Mixture):
 
     router: Router
 
-    def __init__(self, router: Router, experts: Experts, shared_expert: nn.Module | None = None) -> None:
+    def __init__(
+        self, router: Router, experts: Experts, shared_expert: nn.Module | None = None, *, dense_start: bool = False
+    ) -> None:
         legal = "SoftMoE around it"
         check(not isinstance(router, SoftSlots), "router", "SoftSlots, whose slots are mixtures of tokens", legal)
         super().__init__(router, experts)
         self.shared_expert = shared_expert
+        legal = "False without a shared expert, which the layer could start as"
+        check(not dense_start or shared_expert is not None, "dense_start", dense_start, legal)
+        self.gain = nn.Parameter(torch.zeros(experts.out_features)) if dense_start else None
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.gain is not None:
+            nn.init.zeros_(self.gain)
 
     def forward(
         self,
@@ -107,6 +121,8 @@ class MoE(_Mixture):
         routing: Routing = self.router(x, batch, edge_index)
         y_TO = self.experts(x.reshape(-1, x.size(-1)), routing)
         y = y_TO.view(*x.shape[:-1], y_TO.size(-1))
+        if self.gain is not None:
+            y = y * self.gain.to(y.dtype)
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
         return (y, routing) if return_routing else y

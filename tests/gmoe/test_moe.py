@@ -17,6 +17,8 @@ from gmoe import (
     LinearExperts,
     MLPExperts,
     MoE,
+    MultiCentroid,
+    RandomRouter,
     Router,
     SoftMoE,
     SoftSlots,
@@ -142,3 +144,24 @@ def test_repr() -> None:
 def test_router_and_experts_must_fit(build: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("router", [TokenChoice, ExpertChoice, AttentionVote, MultiCentroid, RandomRouter])
+def test_a_dense_start_is_the_shared_expert_and_learns_from_the_second_step(router: type[Router]) -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(8, 6).double()
+    layer = MoE(router(8, 4), LinearExperts(8, 6, 4), shared, dense_start=True).double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    x = torch.randn(3, 20, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), shared(x), rtol=0, atol=1e-10)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+    learned = {name: p.grad for name, p in layer.named_parameters()}
+    assert all(grad is not None and grad.any() for grad in learned.values()), learned
+
+
+def test_a_dense_start_needs_something_to_start_as() -> None:
+    with pytest.raises(ValueError, match="dense_start"):
+        MoE(TokenChoice(8, 4), LinearExperts(8, 6, 4), dense_start=True)
