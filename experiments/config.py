@@ -127,6 +127,8 @@ class TrainConfig:
     """Graphs: give the edge features to convs that take them (GAT, GATv2, Transformer, GINE, ...)."""
     shared_expert: bool = False
     """Graphs: one more expert that runs on every node."""
+    dense_start: bool = False
+    """Graphs: beside the shared expert, the others start at zero."""
     in_proj: bool = False
     """Graphs: begin with a linear layer."""
     tie_routers: bool = False
@@ -409,6 +411,7 @@ GRAPHS_ONLY = (
     "heads",
     "edge_features",
     "shared_expert",
+    "dense_start",
     "in_proj",
     "tie_routers",
     "tie_experts",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,39 @@ from gmoe._checks import check
 from gmoe.experts import Experts
 from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing
+
+
+@contextmanager
+def drawn_apart() -> Iterator[None]:
+    """What is drawn inside leaves torch's generators as they were, so that a model with experts beside its dense layers
+    draws these as the dense model does."""
+    device = torch.get_default_device()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+class Scaled(nn.Module):
+    """A module whose output is multiplied by a factor.
+
+    Args:
+        module: the module.
+        factor: what its output is multiplied by.
+    """
+
+    factor: Tensor
+
+    def __init__(self, module: nn.Module, factor: Tensor) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("factor", factor)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.module(*args, **kwargs)
+        return out * self.factor.to(out.dtype)
 
 
 class MoELayer(nn.Module, ABC):
@@ -66,10 +100,10 @@ class _Mixture(MoELayer):
 
 
 class MoE(_Mixture):
-    r"""A layer of experts behind a router: :math:`y_t = s(x_t) + g \odot \sum_e w_{te} f_e(x_t)`, with a shared expert s.
+    r"""A layer of experts behind a router: :math:`y_t = s(x_t) + g \sum_e w_{te} f_e(x_t)`, with a shared expert s.
 
-    A token without an expert gets zero from them; the model around adds the residual. With ``dense_start`` the gain g,
-    one number a channel, starts at zero, so that the first forward is the shared expert's; without, g is 1.
+    A token without an expert gets zero from the routed ones; the model around adds the residual. With ``dense_start``
+    the gain g is learned and starts at zero, so that the first forward is the shared expert's; without, g is 1.
 
     Args:
         router: decides who goes where.
@@ -102,7 +136,7 @@ class MoE(_Mixture):
         self.shared_expert = shared_expert
         legal = "False without a shared expert, which the layer could start as"
         check(not dense_start or shared_expert is not None, "dense_start", dense_start, legal)
-        self.gain = nn.Parameter(torch.zeros(experts.out_features)) if dense_start else None
+        self.gain = nn.Parameter(torch.zeros(1)) if dense_start else None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -119,10 +153,9 @@ class MoE(_Mixture):
     ) -> Any:
         """Route and run; see the class."""
         routing: Routing = self.router(x, batch, edge_index)
-        y_TO = self.experts(x.reshape(-1, x.size(-1)), routing)
+        gained = routing if self.gain is None else routing.scaled(self.gain)
+        y_TO = self.experts(x.reshape(-1, x.size(-1)), gained)
         y = y_TO.view(*x.shape[:-1], y_TO.size(-1))
-        if self.gain is not None:
-            y = y * self.gain.to(y.dtype)
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
         return (y, routing) if return_routing else y

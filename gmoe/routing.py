@@ -9,13 +9,17 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gmoe._autograd import untraced
+
+GAIN_SCALE = 0.1
+"""Factor of the gains of layers with a dense start. Adam moves a number by the learning rate a step, however small its
+gradient: the factor keeps the routed experts small where steps and labels are few."""
 
 
 class AuxLoss(NamedTuple):
@@ -214,6 +218,10 @@ class Routing:
         flat = self.token * self.num_experts + self.expert
         dense = self.weight.new_zeros(self.num_tokens * self.num_experts).index_add(0, flat, self.weight)
         return dense.view(self.num_tokens, self.num_experts)
+
+    def scaled(self, gain: Tensor) -> Routing:
+        """The routing with its weights times :data:`GAIN_SCALE` and a learned gain (1,)."""
+        return replace(self, weight=self.weight * (GAIN_SCALE * gain).to(self.weight.dtype))
 
     def select(self, tokens: Tensor) -> Routing:
         """The routing of some tokens, renumbered, as decided among all of them; the losses stay.

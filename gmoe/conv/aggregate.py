@@ -234,8 +234,8 @@ class GINExperts(AggregateOnce):
         return [(self.eps_E, conv.eps)]
 
     @torch.no_grad()
-    def _fill(self, convs: list[Any]) -> None:
-        super()._fill(convs)
+    def fill(self, convs: list[Any]) -> None:
+        super().fill(convs)
         self.prototype.eps.zero_()
         for network, conv in zip(self.nns, convs, strict=True):
             network.load_state_dict(conv.nn.state_dict())
@@ -256,12 +256,12 @@ class GINExperts(AggregateOnce):
 class FilterExperts(GCNExperts):
     """E FilterConvs, whose filters may differ: every power of the adjacency is applied once, whoever looks at it."""
 
-    def _fill(self, convs: list[Any]) -> None:
+    def fill(self, convs: list[Any]) -> None:
         self.filters = [(conv.filter, conv.hops) for conv in convs]
         self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
         self.transforms_first = False
         self.aggregate_width = max(self.hops, 1) * self.linear.in_features
-        super()._fill(convs)
+        super().fill(convs)
 
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Any:
         return powers(lambda x: self.prototype.hop(x, graph), x_src, self.hops) if self.hops else None

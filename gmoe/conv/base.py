@@ -127,6 +127,10 @@ class ConvExperts(nn.Module, ABC):
         """A detached copy of one expert as a plain PyG conv."""
 
     @abstractmethod
+    def fill(self, convs: list[Any]) -> None:
+        """Take over the parameters of E separate convs."""
+
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
 
@@ -147,7 +151,7 @@ class StackedExperts(ConvExperts):
         self.make = make
         self.num_experts = num_experts
         self._build(make(0), backend)
-        self._fill([make(expert) for expert in range(num_experts)])
+        self.fill([make(expert) for expert in range(num_experts)])
 
     @staticmethod
     def accepts(conv: Any) -> bool:
@@ -176,8 +180,7 @@ class StackedExperts(ConvExperts):
         return [self.prototype]
 
     @torch.no_grad()
-    def _fill(self, convs: list[Any]) -> None:
-        """Take the parameters of E separate convs over, initialized as PyG does."""
+    def fill(self, convs: list[Any]) -> None:
         for expert, conv in enumerate(convs):
             for stacked, own in self._tensors(conv):
                 stacked[expert] = own
@@ -187,7 +190,7 @@ class StackedExperts(ConvExperts):
             made = [self.make(expert) for expert in range(self.num_experts)]
         for conv in made:
             conv.reset_parameters()
-        self._fill(made)
+        self.fill(made)
 
     @torch.no_grad()
     def expert(self, index: int) -> MessagePassing:
@@ -215,6 +218,10 @@ class MixedExperts(ConvExperts):
 
     def convs(self) -> list[MessagePassing]:
         return [conv for group in self.groups for conv in group.convs()]
+
+    def fill(self, convs: list[Any]) -> None:
+        for group, indices in zip(self.groups, self.members, strict=True):
+            group.fill([convs[index] for index in indices])
 
     def reset_parameters(self) -> None:
         for group in self.groups:

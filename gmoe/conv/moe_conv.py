@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -17,9 +18,9 @@ from gmoe.conv.base import MixedExperts, NodeChunks
 from gmoe.conv.graph import Graph, check_batch, parameters_of
 from gmoe.conv.kinds import ConvFactory, ConvLike, Make, build_experts, kinds_of
 from gmoe.dispatch import Backend
-from gmoe.moe import MoELayer
+from gmoe.moe import MoELayer, Scaled, drawn_apart
 from gmoe.routers import Router, RouterLike, build_router
-from gmoe.routing import Routing
+from gmoe.routing import GAIN_SCALE, Routing
 
 RouterPart: TypeAlias = Literal["node", "neighbors", "degree"]
 RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
@@ -30,7 +31,11 @@ class MoEConv(MoELayer, MessagePassing):
     r"""A mixture of E graph convolutions of which each node runs K; a drop-in for a PyG conv.
 
     .. math::
-        x_i' = \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
+        x_i' = \mathrm{conv}_{\mathrm{shared}}(x, A)_i
+            + g \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
+
+    The shared expert runs on every node and the gain g of the routed ones starts at zero: a new layer gives what the
+    conv it replaces gives, drawn with the same seed. ``shared_expert=False`` is the plain mixture, without g.
 
     Equal, in outputs and gradients, to running E convs on the whole graph and masking. Compute scales with the K
     experts a node uses, not with the total E:
@@ -43,7 +48,7 @@ class MoEConv(MoELayer, MessagePassing):
       nodes; verified by a float64 probe at construction;
     - anything else runs on the whole graph for each expert, with a warning that its cost follows E.
 
-    A node without an expert gets zero; the model around adds the residual. Can be differentiated once:
+    A node without an expert gets zero from the routed ones. Can be differentiated once:
     ``create_graph=True`` is refused. A PyG citizen: ``to_hetero`` takes it as the conv, explainers' edge masks act on
     the experts' messages (not on the router), ``in_channels=-1`` is filled in by the first call.
 
@@ -60,8 +65,10 @@ class MoEConv(MoELayer, MessagePassing):
         k: K, experts per node (default 1).
         router_input: what the router sees: the ``"node"`` (default), its ``"neighbors"`` (the conv's own aggregate
             where all experts share it, else the mean over in-edges), its ``"degree"`` (log(1 + in-degree)), or several.
-        shared_expert: one more expert that runs on every node, with weight 1, beside the routed ones: ``True`` for
-            one of their kind (of a list, the first), or a conv as in ``conv`` (default ``False``).
+        shared_expert: one more expert that runs on every node, with weight 1, beside the routed ones: ``True``
+            (default) for one of their kind (of a list, the first), a conv as in ``conv``, or ``False`` for none.
+        dense_start: multiply what the routed experts give by a learned gain that starts at zero, beside a shared
+            expert (default ``True``).
         router_kwargs: further arguments of the router.
         local: ``True`` says that a class of your own is local, ``False`` forbids the local path; ``None`` (default)
             takes it for the classes known to be.
@@ -96,7 +103,8 @@ class MoEConv(MoELayer, MessagePassing):
         router: RouterLike | None = "token_choice",
         k: int = 1,
         router_input: RouterInput = "node",
-        shared_expert: bool | str | ConvFactory = False,
+        shared_expert: bool | str | ConvFactory = True,
+        dense_start: bool = True,
         router_kwargs: Mapping[str, Any] | None = None,
         local: bool | None = None,
         backend: Backend = "auto",
@@ -119,56 +127,67 @@ class MoEConv(MoELayer, MessagePassing):
         self.out_channels = out_channels
         self.router_input = router_parts(router_input)
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
-        self._options = (router, router_kwargs, shared_expert, local, backend, check_finite)
+        self._options = (router, router_kwargs, shared_expert, dense_start, local, backend, check_finite)
         self.router: Router | None = None
         self.experts: Any = None
         self.shared_expert: Any = None
+        self.gain: nn.Parameter | None = None
         if -1 in widths:
             self.register_load_state_dict_pre_hook(_needs_widths)
         else:
             self._build(in_channels)
 
     def _build(self, in_channels: Any) -> None:
-        """Router and experts, once the widths are known."""
-        router, router_kwargs, shared_expert, local, backend, check_finite = self._options
+        """Shared expert, experts and router, once the widths are known."""
+        router, router_kwargs, shared_expert, dense_start, local, backend, check_finite = self._options
         make = replace(self._make, in_channels=in_channels)
         self._widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
-        self.experts = build_experts(make, local, backend)
-        self.flow = self.experts.flow
-        if router is not None:
-            # filters, and several aggregations, give several aggregates side by side
-            neighbors = getattr(self.experts, "aggregate_width", self._widths[0])
-            dim = router_width(self.router_input, self._widths[1], neighbors)
-            self.router = build_router(router, dim, self.num_experts, self.k, router_kwargs)
-            self.router.check_finite |= check_finite
-            self.k, self.experts_per_token = self.router.k, self.router.experts_per_token
-        if shared_expert is not False:
-            kind = make.kinds[0] if shared_expert is True else shared_expert
-            self.shared_expert = build_experts(replace(make, kinds=[kind]), local, backend)
-            width, own = self.experts.out_width, self.shared_expert.out_width
-            fits = None in (width, own) or width == own
-            check(fits, "shared_expert", f"{own} columns", f"{width}, as the experts give")
+        own = replace(make, kinds=[make.kinds[0] if isinstance(shared_expert, bool) else shared_expert])
+        dense = own(0) if shared_expert is not False else None
+        with nullcontext() if dense is None else drawn_apart():
+            self.experts = build_experts(make, local, backend)
+            self.flow = self.experts.flow
+            if router is not None:
+                # filters, and several aggregations, give several aggregates side by side
+                neighbors = getattr(self.experts, "aggregate_width", self._widths[0])
+                dim = router_width(self.router_input, self._widths[1], neighbors)
+                self.router = build_router(router, dim, self.num_experts, self.k, router_kwargs)
+                self.router.check_finite |= check_finite
+                self.k, self.experts_per_token = self.router.k, self.router.experts_per_token
+            if dense is not None:
+                self.shared_expert = build_experts(own, local, backend)
+                self.shared_expert.fill([dense])
+        if dense is not None:
+            widths = self.experts.out_width, self.shared_expert.out_width
+            fits = None in widths or widths[0] == widths[1]
+            check(fits, "shared_expert", f"{widths[1]} columns", f"{widths[0]}, as the experts give")
+            self.gain = nn.Parameter(torch.zeros(1)) if dense_start else None
         self._router_sees_edges = getattr(self.router, "scope", None) == "neighbors"
         self._aggregates_alike = shared_expert is True and not isinstance(self.experts, MixedExperts)
 
     def reset_parameters(self) -> None:
-        """Draw router and experts anew."""
-        for part in (self.router, self.experts, self.shared_expert):
-            if part is not None:
+        """Draw all parameters anew."""
+        shared, others = self.shared_expert, [part for part in (self.experts, self.router) if part is not None]
+        if shared is not None:
+            shared.reset_parameters()
+        if self.gain is not None:
+            nn.init.zeros_(self.gain)
+        with nullcontext() if shared is None else drawn_apart():
+            for part in others:
                 part.reset_parameters()
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return iter(()) if self.experts is None else self.experts.parameters()
 
-    def expert(self, index: int) -> MessagePassing:
-        """A detached copy of expert ``index`` as a plain PyG conv.
+    def expert(self, index: int) -> nn.Module:
+        """A detached copy of expert ``index``: a plain PyG conv, times the gain where there is one.
 
         Raises:
             ValueError: an index outside 0..E-1.
         """
         check(0 <= index < self.num_experts, "index", index, f"0..num_experts-1={self.num_experts - 1}")
-        found: MessagePassing = self.experts.expert(index)
-        return found
+        conv: nn.Module = self.experts.expert(index)
+        return conv if self.gain is None else Scaled(conv, GAIN_SCALE * self.gain.detach())
 
     def forward(
         self,
@@ -222,7 +241,7 @@ class MoEConv(MoELayer, MessagePassing):
         elif (routing.num_tokens, routing.num_experts) != (size[1], self.num_experts):
             got = f"{routing.num_tokens} tokens and {routing.num_experts} experts"
             raise ValueError(f"routing: got {got}, expected {size[1]} and {self.num_experts}")
-        y = self.experts(graph, x_src, x_dst, h, routing)
+        y = self.experts(graph, x_src, x_dst, h, routing if self.gain is None else routing.scaled(self.gain))
         if self.shared_expert is not None:
             y = y + self._shared(graph, x_src, x_dst, h)
         return (y, routing) if return_routing else y
@@ -258,7 +277,7 @@ class MoEConv(MoELayer, MessagePassing):
             edges = chunks.graph.edge_index.to(chunks.device) if self._router_sees_edges else None
             routing = self.router(view, batch, edges)
         assert routing is not None
-        y = self.experts.forward_chunked(x, chunks, h, routing)
+        y = self.experts.forward_chunked(x, chunks, h, routing if self.gain is None else routing.scaled(self.gain))
         if self.shared_expert is not None:
             own = chunks.in_flow(self.shared_expert.flow)
             near = h if self._aggregates_alike else self.shared_expert.aggregate_chunked(x, own)

@@ -29,6 +29,9 @@ class SeparateExperts(ConvExperts):
         self.members: Any = nn.ModuleList(make(expert) for expert in range(num_experts))
         self.is_local = local
 
+    def fill(self, convs: list[Any]) -> None:
+        self.members = nn.ModuleList(convs)
+
     def reset_parameters(self) -> None:
         for conv in self.members:
             conv.reset_parameters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -22,6 +23,7 @@ from gmoe.conv.graph import Graph, check_batch, parameters_of
 from gmoe.conv.kinds import ConvFactory, ConvLike, CopyOf, Make, kinds_of, looks_one_hop
 from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view, router_width
 from gmoe.dispatch import Backend
+from gmoe.moe import drawn_apart
 from gmoe.routers import Router, RouterLike, build_router
 from gmoe.routing import Routing
 
@@ -35,7 +37,7 @@ class GNNMoE(BasicGNN):
         h^{(l+1)} = \mathrm{dropout}(\phi(\mathrm{norm}(\mathrm{MoEConv}_l(h^{(l)}, A) + \mathrm{res}(h^{(l)}))))
 
     The output is dense: with ``jk=None`` the last layer is a plain conv, otherwise a linear layer follows the last
-    conv. So a node that no expert takes keeps its residual and still gets its logits.
+    conv.
 
     Args:
         in_channels: width of the input.
@@ -59,7 +61,9 @@ class GNNMoE(BasicGNN):
             jumping knowledge; ``jk="last"`` is a plain output projection).
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
-        shared_expert: one more expert on every node of the MoE layers; see :class:`MoEConv` (default ``False``).
+        shared_expert, dense_start: one more expert on every node of the MoE layers, beside which the routed ones start
+            at zero, so that a new model gives what the dense one (``router=None``) gives that is drawn with the same
+            seed; see :class:`MoEConv` (default ``True``).
         input_dropout: dropout of the input features (default 0).
         in_proj: begin with a linear layer to ``hidden_channels`` (default ``False``).
         router_kwargs: further arguments of the routers.
@@ -108,7 +112,8 @@ class GNNMoE(BasicGNN):
         norm_kwargs: dict[str, Any] | None = None,
         jk: str | None = None,
         residual: Residual = "identity",
-        shared_expert: bool | str | ConvFactory = False,
+        shared_expert: bool | str | ConvFactory = True,
+        dense_start: bool = True,
         input_dropout: float = 0.0,
         in_proj: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
@@ -126,14 +131,15 @@ class GNNMoE(BasicGNN):
         decider = None
         if shared_router and router is not None:
             dim = router_width(self.router_input, in_channels, router_hops * in_channels)
-            decider = build_router(router, dim, num_experts, k, router_kwargs)
+            with nullcontext() if shared_expert is False else drawn_apart():
+                decider = build_router(router, dim, num_experts, k, router_kwargs)
             decider.check_finite |= check_finite
         elif isinstance(router, Router):
             check(len(self.moe_layers) < 2, "router", "an instance for several layers", "a name or a factory")
         own = {"router": router, "router_input": self.router_input, "router_kwargs": router_kwargs}
         of_moe: dict[str, Any] = own if decider is None else {"router": None}
         of_moe |= {"num_experts": num_experts, "k": k, "shared_expert": shared_expert}
-        of_moe |= {"backend": backend, "local": local, "check_finite": check_finite}
+        of_moe |= {"dense_start": dense_start, "backend": backend, "local": local, "check_finite": check_finite}
         sizes = (hidden_channels if in_proj else in_channels, hidden_channels, num_layers, out_channels)
         of_gnn = (dropout, act, act_first, act_kwargs, norm, norm_kwargs, jk)
         super().__init__(*sizes, *of_gnn, conv=conv, of_moe=of_moe, conv_kwargs=conv_kwargs)

@@ -29,7 +29,7 @@ RUNS |= {
     f"{name} --router {router} --k {k}": replace(PRESETS[name][1], router=router, k=k)
     for name, router, k in product(("digits", "cora"), get_args(RouterName), (1, 2))
 }
-PINNED = {"k", "every", "router_input", "shared_expert", "local", "weight", "balance"}
+PINNED = {"k", "every", "router_input", "shared_expert", "dense_start", "local", "weight", "balance"}
 EXPECTED = json.loads((Path(__file__).parent / "resolved.json").read_text())
 """Arguments of the models and their routers: ``common`` by class and by router, and what a run has in its place."""
 

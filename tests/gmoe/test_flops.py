@@ -52,7 +52,7 @@ def moe(router: str = "token_choice", k: int = 1, experts: nn.Module | None = No
 )
 def test_active_parameters_of_moe(router: str, k: int, kwargs: dict[str, Any], own: int, per_token: float) -> None:
     assert active_parameters(moe(router, k, **kwargs)) == own + per_token * LINEAR
-    conv = MoEConv("gcn", D, O, num_experts=E, router=router, k=k, router_kwargs=kwargs)
+    conv = MoEConv("gcn", D, O, num_experts=E, router=router, k=k, router_kwargs=kwargs, shared_expert=False)
     assert active_parameters(conv) == own + per_token * LINEAR
 
 
@@ -60,11 +60,13 @@ def test_active_parameters_of_other_experts() -> None:
     mlp = D * 6 + 6 + 6 * O + O
     assert active_parameters(moe(k=2, experts=MLPExperts(D, 6, O, E))) == D * E + 2 * mlp
     sage = 2 * D * O + O
-    assert active_parameters(MoEConv("sage", D, O, num_experts=E, k=2)) == D * E + 2 * sage
+    assert active_parameters(MoEConv("sage", D, O, num_experts=E, k=2, shared_expert=False)) == D * E + 2 * sage
     gat = D * O + 2 * O + O
-    assert active_parameters(MoEConv("gat", D, O, num_experts=E, k=2)) == D * E + 2 * gat
+    assert active_parameters(MoEConv("gat", D, O, num_experts=E, k=2, shared_expert=False)) == D * E + 2 * gat
     gin = D * O + O + O * O + O
-    assert active_parameters(MoEConv("gin", D, O, num_experts=E, k=2, train_eps=True)) == D * E + 2 * (gin + 1)
+    assert active_parameters(
+        MoEConv("gin", D, O, num_experts=E, k=2, train_eps=True, shared_expert=False)
+    ) == D * E + 2 * (gin + 1)
 
 
 def test_active_parameters_of_a_dense_model() -> None:
@@ -87,7 +89,10 @@ def test_active_parameters_of_gnn_moe(
     """Two MoE layers of (D, D), a dense (D, O), identity residuals."""
     options: Any = {"num_experts": E, "router": router, "shared_router": shared_router, "router_kwargs": kwargs}
     routers = own * (1 if shared_router else 2)
-    assert active_parameters(GNNMoE(D, D, O, 3, **options)) == routers + 2 * per_token * (D * D + D) + LINEAR
+    assert (
+        active_parameters(GNNMoE(D, D, O, 3, **options, shared_expert=False))
+        == routers + 2 * per_token * (D * D + D) + LINEAR
+    )
 
 
 ASSIGNMENT = torch.tensor([0, 0, 0, 0, 0, 1, 1, 3, 3, 3])  # loads 5, 2, 0, 3
@@ -163,7 +168,7 @@ def test_flops_of_aggregation(form: str) -> None:
     x = torch.randn(T, D)
     assert count_flops(GCNConv(D, O, normalize=False), x, graph) == 2 * T * D * O + edges * O
     # aggregated once, D wide, for two experts a node
-    layer = MoEConv("gcn", D, O, num_experts=E, router=None, normalize=False)
+    layer = MoEConv("gcn", D, O, num_experts=E, router=None, normalize=False, shared_expert=False)
     routing = routing_of(torch.ones(T, E) * torch.tensor([1.0, 1.0, 0.0, 0.0]))
     experts = 2 * 2 * T * D * O + 2 * T * O
     assert count_flops(layer, x, graph, routing=routing) == edges * D + experts
@@ -192,7 +197,7 @@ def test_flops_take_keywords_and_tuples() -> None:
     x = torch.randn(T, D, requires_grad=True)
     plain = count_flops(layer, x, backward=True)
     assert count_flops(layer, x, batch=None, return_routing=True, backward=True) == plain
-    model = GNNMoE(D, D, O, 2, num_experts=E)
+    model = GNNMoE(D, D, O, 2, num_experts=E, shared_expert=False)
     assert count_flops(model, x, random_graph(T, T, 20), return_routing=True, backward=True) > 0
 
 

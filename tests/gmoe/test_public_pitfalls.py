@@ -47,7 +47,13 @@ def moe(router: str = "token_choice", k: int = 1, **kwargs: Any) -> MoE:
 def layers(router: str = "token_choice", k: int = 1, **kwargs: Any) -> dict[str, tuple[nn.Module, Callable[..., Any]]]:
     """A layer of each kind with that router, and how to call it on (T, D) tokens."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {"num_experts": E, "router": router, "k": k, "router_kwargs": kwargs}
+    options: dict[str, Any] = {
+        "num_experts": E,
+        "router": router,
+        "k": k,
+        "router_kwargs": kwargs,
+        "shared_expert": False,
+    }
     made: dict[str, nn.Module] = {
         "MoE": moe(router, k, **kwargs),
         "MoEConv": MoEConv("gcn", D, D, **options),
@@ -78,7 +84,7 @@ def test_top_1_router_gets_a_gradient_from_the_task(router: str, weight: str) ->
 def test_normalized_weights_at_k_1_are_refused(router: str) -> None:
     for build in (
         lambda: moe(router, weight="normalized"),
-        lambda: MoEConv("gcn", D, D, router=router, router_kwargs={"weight": "normalized"}),
+        lambda: MoEConv("gcn", D, D, router=router, router_kwargs={"weight": "normalized"}, shared_expert=False),
         lambda: GNNMoE(D, D, 3, router=router, router_kwargs={"weight": "normalized"}),
     ):
         with pytest.raises(ValueError, match=r"weight: got 'normalized' with k=1.*no gradient"):
@@ -111,7 +117,7 @@ def two_steps(layer: nn.Module, call: Callable[..., Any]) -> None:
     ("build", "args"),
     [
         (moe, ()),
-        (lambda: MoEConv("gat", D, D, num_experts=20), (EDGES,)),
+        (lambda: MoEConv("gat", D, D, num_experts=20, shared_expert=False), (EDGES,)),
         (lambda: GNNMoE(D, D, 3, 3, conv="gin", num_experts=20), (EDGES,)),
     ],
     ids=["MoE", "MoEConv", "GNNMoE"],
@@ -213,7 +219,7 @@ def flops(conv: str, num_experts: int, k: int, tokens: int = 60) -> int:
     edges = random_graph(tokens, tokens, 4 * tokens)
     first = torch.arange(tokens)[:, None] + torch.arange(k)
     weight = torch.zeros(tokens, num_experts).scatter(1, first % num_experts, 1.0)
-    layer = MoEConv(conv, 32, 32, num_experts=num_experts, router=None)
+    layer = MoEConv(conv, 32, 32, num_experts=num_experts, router=None, shared_expert=False)
     return count_flops(layer, torch.randn(tokens, 32), edges, routing=routing_of(weight))
 
 
@@ -231,7 +237,7 @@ def test_messages_of_local_convs_follow_k_not_e(conv: str) -> None:
 
     def messages(num_experts: int, k: int) -> int:
         seen: list[int] = []
-        layer: Any = MoEConv(conv, D, D, num_experts=num_experts, k=k)
+        layer: Any = MoEConv(conv, D, D, num_experts=num_experts, k=k, shared_expert=False)
         for module in layer.experts.convs():
             module.register_message_forward_hook(lambda _, __, out: seen.append(out.size(0)))
         layer(features(T, D).float(), edges)

@@ -14,6 +14,7 @@ from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 
 from gmoe import MoEConv, Routing
 from gmoe.conv.graph import parameters_of
+from gmoe.routing import GAIN_SCALE
 
 Features = Tensor | tuple[Tensor, Tensor]
 Size = tuple[int, int]
@@ -161,7 +162,7 @@ def assert_equals_masked(
     ``weight_TE``: weights to follow in place of the router's. ``reference_adj``: edges for the reference if others.
     ``mask``: an explainer's mask of the (plain) edges.
     """
-    convs = [conv.expert(index) for index in range(conv.num_experts)]
+    convs = [conv.experts.expert(index) for index in range(conv.num_experts)]
     always = [] if conv.shared_expert is None else [conv.shared_expert.expert(0)]
     xs = [x] if isinstance(x, Tensor) else list(x)
     adj_reference = adj if reference_adj is None else reference_adj
@@ -180,6 +181,7 @@ def assert_equals_masked(
         y, routing = conv(inputs, adj, **args, batch=batch, routing=follow, return_routing=True)
         if reference:
             y = masked(convs, inputs, adj_reference, routing, **args)
+            y = y if conv.gain is None else GAIN_SCALE * conv.gain * y
             if always:
                 y = y + masked(always, inputs, adj_reference, Routing.everyone(y.size(0), y), **args)
         y.backward(features(*y.shape, seed=5))
@@ -191,6 +193,8 @@ def assert_equals_masked(
             found["weight_TE"] = gradient(given) * (given != 0)
         if shown is not None:
             found["mask"] = gradient(shown)
+        if conv.gain is not None:
+            found["gain"] = gradient(conv.gain)
         if conv.router is not None:
             found |= {f"router.{name}": gradient(p) for name, p in conv.router.named_parameters()}
         if reference:

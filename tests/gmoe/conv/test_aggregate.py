@@ -55,7 +55,7 @@ def test_one_low_pass_hop_is_gcn() -> None:
 @pytest.mark.parametrize("form", ["plain", "csr"])
 def test_experts_of_several_filters_with_a_router(router_input: Any, form: str) -> None:
     edges = simple_graph(9, 9)
-    layer = MoEConv(KINDS, WIDTH, 3, k=2, router_input=router_input).double()
+    layer = MoEConv(KINDS, WIDTH, 3, k=2, router_input=router_input, shared_expert=False).double()
     assert isinstance(layer.experts, FilterExperts)
     assert_equals_masked(layer, features(9, WIDTH), edges if form == "plain" else FORMS[form](edges, (9, 9)))
     found = [layer.expert(index) for index in range(5)]
@@ -64,14 +64,16 @@ def test_experts_of_several_filters_with_a_router(router_input: Any, form: str) 
 
 
 def test_no_edges_are_touched_by_the_identity() -> None:
-    layer = MoEConv("identity", WIDTH, 3, num_experts=2, router_input=("node", "neighbors")).double()
+    layer = MoEConv(
+        "identity", WIDTH, 3, num_experts=2, router_input=("node", "neighbors"), shared_expert=False
+    ).double()
     x, edge_index = features(5, WIDTH), torch.tensor([[0, 1], [1, 2]])
     assert layer.experts.aggregate(Graph(edge_index, 5), x, x) is None
     assert_equals_masked(layer, x, edge_index)
 
 
 def test_mlp_conv_ignores_the_graph_and_takes_bipartite_input() -> None:
-    layer = MoEConv(MLPConv, (3, WIDTH), 5, num_experts=3, router=None, hidden_channels=7).double()
+    layer = MoEConv(MLPConv, (3, WIDTH), 5, num_experts=3, router=None, hidden_channels=7, shared_expert=False).double()
     assert isinstance(layer.experts, MLPConvExperts)
     x = (features(6, 3), features(4, WIDTH))
     assert_equals_masked(layer, x, torch.tensor([[5, 0], [1, 3]]), weight_TE=weights(4))
@@ -95,6 +97,6 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("conv", "name"), [("filter", "FilterConv"), ("gcn", "GCNConv")])
 def test_bipartite_nodes_are_refused(conv: str, name: str) -> None:
-    layer = MoEConv(conv, WIDTH, 3, num_experts=2).double()
+    layer = MoEConv(conv, WIDTH, 3, num_experts=2, shared_expert=False).double()
     with pytest.raises(ValueError, match=f"{name} takes no bipartite input"):
         layer((features(3, WIDTH), features(2, WIDTH)), torch.tensor([[0], [1]]))

@@ -282,7 +282,7 @@ def counted(patch: pytest.MonkeyPatch, *names: str) -> list[str]:
 
 @pytest.mark.parametrize("conv", ["gcn", "sage", "gat", "transformer", "filter"])
 def test_a_graph_sorts_and_normalizes_once_for_all_calls(conv: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = MoEConv(conv, 4, 4, num_experts=2).double()
+    layer = MoEConv(conv, 4, 4, num_experts=2, shared_expert=False).double()
     x, edges = features(9, 4).requires_grad_(), random_graph(9, 9, 30)
     calls = counted(monkeypatch, "sorted", "index_sort")
     graph = Graph(edges, 9)
@@ -327,7 +327,7 @@ def test_other_edge_arguments_take_no_graph_along() -> None:
 
 @pytest.mark.parametrize("conv", ["gcn", "graph", "gat", "two_hop"])
 def test_a_graph_seen_in_inference_mode_trains(conv: str) -> None:
-    layer, graph = MoEConv([conv, conv], 4, 4).double(), Graph(random_graph(9, 9, 30), 9)
+    layer, graph = MoEConv([conv, conv], 4, 4, shared_expert=False).double(), Graph(random_graph(9, 9, 30), 9)
     x = features(9, 4)
     with torch.inference_mode():
         before = layer(x, graph)
@@ -348,7 +348,10 @@ def test_numbers_of_nodes_and_flows_that_are_none(nodes: Any) -> None:
 
 def test_nothing_is_kept_by_where_a_tensor_lies() -> None:
     """Edges changed in place are another graph, as they are for PyG."""
-    layer, plain = MoEConv("gcn", 4, 4, num_experts=1, router=None).double(), GCNConv(4, 4).double()
+    layer, plain = (
+        MoEConv("gcn", 4, 4, num_experts=1, router=None, shared_expert=False).double(),
+        GCNConv(4, 4).double(),
+    )
     plain.load_state_dict(layer.expert(0).state_dict())
     x, edges, routing = features(9, 4), random_graph(9, 9, 30), routing_of(torch.ones(9, 1).double())
     for _ in range(2):
@@ -412,8 +415,8 @@ def test_refusals_of_other_forms() -> None:
         graph.with_args(None, torch.ones(2, 1))
     x = features(8, 4)
     with pytest.raises(ValueError, match=r"edge_index: got Graph.* expected 8 sources and 8 destinations"):
-        MoEConv("gcn", 4, 4, num_experts=2).double()(x, graph)
+        MoEConv("gcn", 4, 4, num_experts=2, shared_expert=False).double()(x, graph)
     with pytest.raises(ValueError, match="edge_weight: got a tensor beside a sparse matrix"):
-        MoEConv("gcn", 4, 4, num_experts=2).double()(
+        MoEConv("gcn", 4, 4, num_experts=2, shared_expert=False).double()(
             features(9, 4), csr(edges, (9, 9)), edge_weight=torch.ones(edges.size(1))
         )

@@ -64,7 +64,7 @@ SWEEP = ["gcn", *LOCAL_BY_NAME, *NOT_LOCAL]
 def test_all_convs_equal_masked(name: str) -> None:
     torch.manual_seed(0)
     kind = FACTORIES.get(name, name)
-    layer = MoEConv(kind, WIDTH, WIDTH, num_experts=3, k=2, **OPTIONS.get(name, {})).double()
+    layer = MoEConv(kind, WIDTH, WIDTH, num_experts=3, k=2, **OPTIONS.get(name, {}), shared_expert=False).double()
     layer.train(name != "supergat")  # which keeps what it was called with, in training
     edge_index, x = random_graph(NODES, NODES, EDGES), features(NODES, WIDTH)
     args: dict[str, Any] = {}
@@ -107,7 +107,7 @@ def test_the_sweep_covers_what_can_be_built() -> None:
     ],
 )
 def test_names(text: str, cls: type) -> None:
-    layer = MoEConv(text, 4, 4, num_experts=2)
+    layer = MoEConv(text, 4, 4, num_experts=2, shared_expert=False)
     assert type(layer.expert(0)) is cls
     assert layer(torch.randn(5, 4), random_graph(5, 5, 9)).shape == (5, 4)
 
@@ -117,11 +117,11 @@ def test_names(text: str, cls: type) -> None:
 )
 def test_an_unknown_name_suggests_the_nearest(text: str, nearest: str) -> None:
     if text == "lowpass_":  # spelled otherwise, but known
-        assert MoEConv(text, 4, 4).expert(0).filter == "low_pass"
+        assert MoEConv(text, 4, 4, shared_expert=False).expert(0).filter == "low_pass"
         return
     for build in (
-        lambda: MoEConv(text, 4, 4),
-        lambda: MoEConv(["gcn", text], 4, 4),
+        lambda: MoEConv(text, 4, 4, shared_expert=False),
+        lambda: MoEConv(["gcn", text], 4, 4, shared_expert=False),
         lambda: GNNMoE(4, 4, 4, conv=text),
     ):
         with pytest.raises(ValueError, match=f"conv: got {text!r}, expected one of 'agnn', .*did you mean {nearest!r}"):
@@ -164,7 +164,7 @@ def test_classes_whose_first_arguments_are_no_widths_are_refused(name: str) -> N
     for kind in kinds:
         for conv in (kind, ["gcn", kind]):
             with pytest.raises(ValueError, match=f"conv: got {name}, which is built with"):
-                MoEConv(conv, 8, 8)
+                MoEConv(conv, 8, 8, shared_expert=False)
 
 
 @pytest.mark.parametrize("name", OTHER_FORWARD)
@@ -172,7 +172,7 @@ def test_convs_with_another_forward_are_refused_by_name(name: str) -> None:
     name_got = "SignedConv" if name == "SplineConv" else name
     for conv in (OTHER_FORWARD[name], ["gcn", OTHER_FORWARD[name]]):
         with pytest.raises(ValueError, match=f"conv: got {name_got}, whose forward takes"):
-            MoEConv(conv, 8, 8)
+            MoEConv(conv, 8, 8, shared_expert=False)
 
 
 @pytest.mark.parametrize(
@@ -213,16 +213,16 @@ def test_convs_with_another_forward_are_refused_by_name(name: str) -> None:
 )
 def test_refusals(conv: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MoEConv(conv, 4, 8, **kwargs)
+        MoEConv(conv, 4, 8, **{"shared_expert": False, **kwargs})
 
 
 @pytest.mark.parametrize("value", [6.0, "6", None, (6,), (6, 6, 6), True, 0, -2, (3, 0), (6, 2.0)])
 def test_bad_widths(value: Any) -> None:
     with pytest.raises(ValueError, match="in_channels: got "):
-        MoEConv("sage", value, 4)
+        MoEConv("sage", value, 4, shared_expert=False)
     if not isinstance(value, tuple):
         with pytest.raises(ValueError, match="out_channels: got "):
-            MoEConv("sage", 4, value)
+            MoEConv("sage", 4, value, shared_expert=False)
 
 
 def test_output_widths_of_what_cannot_be_tried_out_are_unknown() -> None:
@@ -235,10 +235,10 @@ def test_output_widths_of_what_cannot_be_tried_out_are_unknown() -> None:
 
 
 def test_one_kind_in_a_list_is_one_group() -> None:
-    layer = MoEConv(["gcn", pyg.GCNConv, "GCNConv"], 4, 4)
+    layer = MoEConv(["gcn", pyg.GCNConv, "GCNConv"], 4, 4, shared_expert=False)
     assert isinstance(layer.experts, GCNExperts)
     assert layer.num_experts == 3
-    assert MoEConv("gcn", 4, 4).num_experts == 8
+    assert MoEConv("gcn", 4, 4, shared_expert=False).num_experts == 8
     assert GNNMoE(4, 8, 3, conv=["gcn", "mlp"], num_layers=3).convs[0].num_experts == 2
 
 
@@ -277,7 +277,7 @@ class Hooked:
 def test_what_a_factory_adds_survives() -> None:
     """Spectral norm is still that, frozen parameters stay frozen, hooks run."""
     x, edge_index = features(9, 4), random_graph(9, 9, 30)
-    layer = MoEConv(spectral, 4, 4, num_experts=2).double()
+    layer = MoEConv(spectral, 4, 4, num_experts=2, shared_expert=False).double()
     with torch.no_grad():
         for name, parameter in layer.experts.named_parameters():
             parameter.mul_(50.0 if "original" in name else 1.0)
@@ -285,13 +285,13 @@ def test_what_a_factory_adds_survives() -> None:
         layer(x, edge_index)
     for plain in layer.experts.convs():
         assert float(torch.linalg.matrix_norm(plain.lin_l.weight, 2)) == pytest.approx(1.0, rel=0.05)
-    layer = MoEConv(frozen, 4, 4, num_experts=2).double()
+    layer = MoEConv(frozen, 4, 4, num_experts=2, shared_expert=False).double()
     assert_equals_masked(layer, x, edge_index)
     layer(x, edge_index).sum().backward()
     assert [p.requires_grad for p in layer.experts.parameters()].count(False) == 2
     assert all((p.grad is None) is not p.requires_grad for p in layer.experts.parameters())
     hooked = Hooked()
-    layer = MoEConv(hooked, 4, 4, num_experts=2, router="uniform", k=2).double()
+    layer = MoEConv(hooked, 4, 4, num_experts=2, router="uniform", k=2, shared_expert=False).double()
     before = hooked.calls
     layer(x, edge_index)
     assert hooked.calls == before + 2
@@ -366,13 +366,13 @@ FAR: list[Any] = [SourceDegrees, TwoHops, Normed, Centered, CenteredWhereNegativ
 @pytest.mark.parametrize("cls", [*FAR, pyg.GCNConv], ids=lambda cls: cls.__name__)
 def test_local_is_refused_where_it_is_not_true(cls: Any) -> None:
     with pytest.raises(ValueError, match=f"local: got True, but {cls.__name__} .*expected None or False"):
-        MoEConv(cls, 4, 4, local=True)
+        MoEConv(cls, 4, 4, local=True, shared_expert=False)
     assert not is_local(cls(4, 4), 4)
 
 
 def test_a_conv_of_ones_own_that_is_local_takes_the_local_path() -> None:
     num_nodes, edge_index = GRAPHS["mixed"]
-    layer = MoEConv(GatedSum, 4, 4, num_experts=3, k=2, local=True).double()
+    layer = MoEConv(GatedSum, 4, 4, num_experts=3, k=2, local=True, shared_expert=False).double()
     assert layer.experts.is_local == [True] * 3
     assert_equals_masked(layer, features(num_nodes, 4), edge_index)
     rows: list[tuple[int, int]] = []
@@ -386,7 +386,7 @@ def test_a_conv_of_ones_own_that_is_local_takes_the_local_path() -> None:
 def test_a_conv_that_says_nothing_runs_in_full_with_a_warning(cls: Any) -> None:
     num_nodes, edge_index = GRAPHS["mixed"]
     with pytest.warns(UserWarning, match=f"{cls.__name__} runs on the whole graph.*pass local=True") as caught:
-        layer = MoEConv(cls, 4, 4, num_experts=3, k=2).double()
+        layer = MoEConv(cls, 4, 4, num_experts=3, k=2, shared_expert=False).double()
     assert caught[0].filename == __file__  # points to the line of the user
     assert_equals_masked(layer, features(num_nodes, 4), edge_index)
 
@@ -397,7 +397,7 @@ def test_local_true_for_a_conv_that_cannot_run_on_the_probe() -> None:
             raise RuntimeError("only on Tuesdays")
 
     with pytest.raises(ValueError, match=r"local: got True, but Picky fails on a small random graph: only on Tuesdays"):
-        MoEConv(Picky, 4, 4, local=True)
+        MoEConv(Picky, 4, 4, local=True, shared_expert=False)
 
 
 def test_trying_a_conv_out_leaves_it_alone_and_draws_nothing() -> None:

@@ -32,7 +32,7 @@ NODES, WIDTH, EXPERTS = 8, 4, 3
 
 def layer(conv: Any = "gcn", **kwargs: Any) -> MoEConv:
     torch.manual_seed(0)
-    return MoEConv(conv, WIDTH, WIDTH, **{"num_experts": EXPERTS, **kwargs})
+    return MoEConv(conv, WIDTH, WIDTH, **{"num_experts": EXPERTS, "shared_expert": False, **kwargs})
 
 
 def graph() -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ def test_expert_follows_dtype_and_is_bounded() -> None:
     ids=ids,
 )
 def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> None:
-    moe = MoEConv(conv, 6, 5, num_experts=EXPERTS, router=None, **kwargs)
+    moe = MoEConv(conv, 6, 5, num_experts=EXPERTS, router=None, shared_expert=False, **kwargs)
     torch.manual_seed(7)
     moe.reset_parameters()
     separate: Any = experts_of(moe)
@@ -166,7 +166,7 @@ def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> Non
 
 def test_gin_is_initialized_as_separate_convs() -> None:
     """By statistics: uniform in +-1/sqrt(fan in), E different draws."""
-    experts: Any = experts_of(MoEConv("gin", 400, 100, num_experts=2))
+    experts: Any = experts_of(MoEConv("gin", 400, 100, num_experts=2, shared_expert=False))
     first, second = (expert.nn.lins[0].weight for expert in experts)
     assert float(first.detach().abs().max()) == pytest.approx(400**-0.5, rel=0.01)
     assert not torch.equal(first, second)
@@ -262,7 +262,7 @@ def test_a_given_routing_is_followed_without_the_router() -> None:
 def test_a_shared_expert_covers_nodes_without_another_and_counts_in_full() -> None:
     moe = layer(num_experts=4, shared_expert=True, router="expert_choice")
     plain = layer(num_experts=4, router="expert_choice")
-    assert active_parameters(moe) - active_parameters(plain) == WIDTH * WIDTH + WIDTH
+    assert active_parameters(moe) - active_parameters(plain) == WIDTH * WIDTH + WIDTH + 1
     x, edge_index = graph()
     y, routing = moe(x, edge_index, return_routing=True)
     missed = torch.ones(NODES, dtype=torch.bool).index_fill(0, routing.token, False)

@@ -103,11 +103,11 @@ def test_an_open_layer_is_copied_and_takes_a_state_once_it_is_built() -> None:
 
 def test_the_convs_own_arguments_come_by_position() -> None:
     x, edge_index = graph()
-    gat = MoEConv(GATConv, WIDTH, 8, 8, num_experts=2)
+    gat = MoEConv(GATConv, WIDTH, 8, 8, num_experts=2, shared_expert=False)
     assert (gat.num_experts, gat.expert(0).heads) == (2, 8)
     assert gat(x, edge_index).shape == (NODES, 64)
     assert MoEConv(GATConv, WIDTH, 8, 2, False)(x, edge_index).shape == (NODES, 8)
-    assert MoEConv("sage", WIDTH, 8, "max").expert(0).aggr == "max"
+    assert MoEConv("sage", WIDTH, 8, "max", shared_expert=False).expert(0).aggr == "max"
     open_width = MoEConv(GATConv, -1, 8, 2)
     assert open_width(x, edge_index).shape == (NODES, 16)
     with pytest.raises(ValueError, match="conv: got GCNConv, which cannot be built as"):
@@ -162,7 +162,7 @@ class Two(nn.Module):
 
 
 def experts_of_sage(router: str, k: int, out: int) -> MoEConv:
-    return MoEConv(SAGEConv, (-1, -1), out, num_experts=4, router=router, k=k)
+    return MoEConv(SAGEConv, (-1, -1), out, num_experts=4, router=router, k=k, shared_expert=False)
 
 
 def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:

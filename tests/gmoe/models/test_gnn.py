@@ -39,6 +39,7 @@ from gmoe import (
     record_routing,
 )
 from gmoe.conv.graph import Edges, parameters_of
+from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv.masked import (
     FORMS,
     GRAPHS,
@@ -59,7 +60,11 @@ def model(**kwargs: Any) -> GNNMoE:
     torch.manual_seed(0)
     experts = None if isinstance(kwargs.get("conv"), list) else EXPERTS
     options = {"hidden_channels": HIDDEN, "out_channels": OUT, "num_layers": 3, "num_experts": experts, **kwargs}
-    return GNNMoE(IN, **options).double()
+    gnn = GNNMoE(IN, **{"shared_expert": False, **options}).double()
+    for name, parameter in gnn.named_parameters():
+        if name.endswith("gain"):  # so that the routed experts count
+            torch.nn.init.constant_(parameter, 2.0)
+    return gnn
 
 
 def graph() -> tuple[Tensor, Tensor]:
@@ -76,7 +81,9 @@ def by_hand(gnn: GNNMoE, x: Tensor, adj: Any, routings: list[Routing], **edge_ar
     x = x if gnn.lin_in is None else gnn.lin_in(x)
     for layer, conv in enumerate(gnn.convs):
         if isinstance(conv, MoEConv):
-            out = masked([conv.expert(e) for e in range(conv.num_experts)], x, adj, next(decisions), **edge_args)
+            convs = [conv.experts.expert(e) for e in range(conv.num_experts)]
+            out = masked(convs, x, adj, next(decisions), **edge_args)
+            out = out if conv.gain is None else GAIN_SCALE * conv.gain * out
             if conv.shared_expert is not None:
                 out = out + masked([conv.shared_expert.expert(0)], x, adj, Routing.everyone(len(x), out), **edge_args)
         else:
@@ -622,7 +629,7 @@ def test_moefy_reset_parameters_draws_anew() -> None:
     dense = GCN(IN, HIDDEN, 3, OUT)
     moe: Any = moefy(dense, every=1, num_experts=EXPERTS)
     moe.reset_parameters()
-    first, second = (moe.convs[0].expert(i).lin.weight for i in range(2))
+    first, second = (moe.convs[0].experts.expert(i).lin.weight for i in range(2))
     assert not torch.equal(first, second)
     assert not torch.equal(first, dense.convs[0].lin.weight)
 
