@@ -14,7 +14,7 @@ from gmoe.routers.base import Router, Weighting, float_linear, legal, pair_weigh
 from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
 from gmoe.routing import AuxLoss, Routing
 
-Balance: TypeAlias = Literal["importance_load", "switch", "bias"]
+Balance: TypeAlias = Literal["bias", "importance_load", "switch"]
 
 NOISE_FLOOR = 0.01
 """Least standard deviation of the learned noise: at zero the load would have no gradient."""
@@ -32,24 +32,27 @@ class TokenChoice(Router):
         dim: D, the width of the tokens.
         num_experts: E.
         k: K, experts per token (default 1).
-        weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"straight_through"`` at K = 1
-            (by ``"score"`` the layer starts at 1 / E of its scale, which small features never leave: Cora; in a ViT
-            on CIFAR-10 ``"score"`` was better by four points, see docs/claims.md).
-        noise: noisy top-K gating in training: adds ``N(0, 1) * (softplus(x W_noise) + 0.01)`` to the logits, with
-            learned ``W_noise``, which starts at zero. ``None`` (default) turns it on just where ``balance`` needs it.
-        balance: what keeps the experts equally loaded (default ``None``):
+        weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"score"`` at K = 1.
+        noise: in training, adds noise to the logits, so that the choice explores. ``"spread"``: N(0, 1) times the
+            logits' own standard deviation over the tokens. ``True``: the noisy top-K gating of Shazeer et al. (2017),
+            ``N(0, 1) * (softplus(x W_noise) + 0.01)`` with learned ``W_noise``, which starts at zero. ``None``
+            (default) is what ``balance`` needs: ``"spread"`` with the bias, ``True`` with importance and load, else ``False``.
+        balance: what keeps the experts equally loaded:
 
-            - ``"importance_load"``: adds ``balance_coef * (CV^2(importance) + CV^2(load))``; the load has a gradient
-              through the noise only, so that ``noise=False`` is refused. Importance is summed over the noisy
-              probabilities, as by Shazeer et al. (2017), but before selection, as by V-MoE.
-            - ``"switch"``: adds ``balance_coef * E * sum_e f_e P_e``.
-            - ``"bias"``: no loss. A bias per expert is added to the probabilities for the selection, not for the
-              weights, and moves by ``bias_rate`` towards equal load once per training step (DeepSeek-V3, 2024). A
+            - ``"bias"`` (default): no loss, so that there is nothing to add to the task's. A bias per expert is added
+              to the logits for the selection, not for the weights, as in DeepSeek-V3 (2024). Once per training step it
+              moves towards equal load, by ``bias_rate`` times the spread of the logits times
+              :math:`(\bar n - n_e) / \bar n` in [-1, 1], with :math:`n_e` what the expert would take without noise. A
               step's load takes effect with the next forward in training, so that a checkpoint's recomputation selects
               the same, as long as every forward is followed by its own backward. Processes do not add up
               their loads: under DDP, which broadcasts buffers, the first one's counts.
+            - ``"importance_load"``: adds ``balance_coef * (CV^2(importance) + CV^2(load))``; the load has a gradient
+              through the learned noise only, so that ``noise=False`` and ``"spread"`` are refused. Importance is
+              summed over the noisy probabilities, as by Shazeer et al. (2017), but before selection, as by V-MoE.
+            - ``"switch"``: adds ``balance_coef * E * sum_e f_e P_e``.
+            - ``None``: nothing.
         balance_coef: coefficient of the balance loss (default 0.01).
-        bias_rate: step of the bias, in units of probability (default 0.001).
+        bias_rate: largest step of the bias, in units of the logits' spread (default 0.1).
         z_coef: coefficient of the router z-loss (default 0, no loss).
         init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as Switch Transformer's): a softmax that is
             sharp from the start, as large features make it, hardly learns.
@@ -76,27 +79,30 @@ class TokenChoice(Router):
         k: int = 1,
         *,
         weight: Weighting | None = None,
-        noise: bool | None = None,
-        balance: Balance | None = None,
+        noise: bool | Literal["spread"] | None = None,
+        balance: Balance | None = "bias",
         balance_coef: float = 0.01,
-        bias_rate: float = 0.001,
+        bias_rate: float = 0.1,
         z_coef: float = 0.0,
         init_scale: float = 0.1,
         capacity_factor: float | None = None,
         check_finite: bool = False,
     ) -> None:
-        weight = weight or ("normalized" if k >= 2 else "straight_through")
+        weight = weight or ("normalized" if k >= 2 else "score")
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        if noise is None:
-            noise = balance == "importance_load"
-        if balance == "importance_load" and not noise:
-            raise ValueError("noise: got False with balance='importance_load', whose load term needs noise=True")
         self.balance = None if balance is None else legal("balance", balance, Balance)
+        if noise is None:
+            noise = "spread" if balance == "bias" else balance == "importance_load"
+        if noise not in (True, False, "spread"):
+            raise ValueError(f"noise: got {noise!r}, expected True, False, 'spread' or None")
+        if balance == "importance_load" and noise is not True:
+            raise ValueError(f"noise: got {noise!r} with balance='importance_load', whose load term needs noise=True")
+        self.by_spread = noise == "spread"
         self.balance_coef, self.bias_rate = legal("balance_coef", balance_coef), legal("bias_rate", bias_rate)
         self.z_coef, self.init_scale = legal("z_coef", z_coef), legal("init_scale", init_scale)
         self.capacity_factor = None if capacity_factor is None else legal("capacity_factor", capacity_factor)
         self.gate = nn.Linear(dim, num_experts, bias=False)
-        self.noise = nn.Linear(dim, num_experts, bias=False) if noise else None
+        self.noise = nn.Linear(dim, num_experts, bias=False) if noise is True else None
         if balance == "bias":
             self.register_buffer("bias_E", torch.zeros(num_experts))
             self.register_buffer("last_load_E", torch.zeros(num_experts))
@@ -117,27 +123,36 @@ class TokenChoice(Router):
             clean_TE = logits_TE = F.linear(x_TD, self.gate.weight.to(x_TD.dtype))
         else:
             clean_TE = logits_TE = float_linear(x_TD, self.gate)
-        std_TE = None
+        std_TE = spread = None
+        if self.training and (self.by_spread or self.balance == "bias") and len(x_TD):
+            spread = clean_TE.detach().var(dim=0, unbiased=False).mean().sqrt()
         if self.noise is not None:
             std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
-            if self.training:
-                logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
+        std = spread if self.by_spread else std_TE
+        if self.training and std is not None:
+            logits_TE = clean_TE + torch.randn_like(clean_TE) * std
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         probs_TE = log_probs_TE.exp()
         ranked_TE = logits_TE  # whose probabilities may underflow to ties
         if self.balance == "bias":
-            if self.is_training_step():  # by the last step's load
-                self.bias_E.add_(self.bias_rate * (self.last_load_E.mean() - self.last_load_E).sign())
-            ranked_TE = probs_TE + self.bias_E
+            if spread is not None and self.is_training_step():
+                self._move_bias(clean_TE.detach(), spread)
+            ranked_TE = logits_TE + self.bias_E
         expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)
         routing = Routing.from_choices(expert_TK, weight_TK, self.num_experts, probs_TE)
-        if self.balance is not None or self.z_coef > 0:
+        if self.balance in ("importance_load", "switch") or self.z_coef > 0:
             routing = replace(routing, losses=self._losses(clean_TE, logits_TE, std_TE, routing))
-            if self.balance == "bias" and self.is_training_step():
-                self.last_load_E.copy_(routing.load)
         if self.training and self.capacity_factor is not None:
             routing = self._within_capacity(routing, expert_TK, log_probs_TE, Groups.of(group, len(x_TD)))
         return routing
+
+    def _move_bias(self, clean_TE: Tensor, spread: Tensor) -> None:
+        """Move the bias by the last step's load, and remember this one's."""
+        mean = self.last_load_E.mean()
+        short_E = ((mean - self.last_load_E) / mean.clamp(min=1)).clamp(-1, 1)
+        self.bias_E.add_(self.bias_rate * spread * short_E)
+        chosen_TK = (clean_TE + self.bias_E).topk(self.k, dim=-1).indices
+        self.last_load_E.zero_().index_add_(0, chosen_TK.view(-1), self.last_load_E.new_ones(chosen_TK.numel()))
 
     def _losses(
         self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, routing: Routing
@@ -163,6 +178,5 @@ class TokenChoice(Router):
         return replace(routing, token=token_P, offsets=offsets_E, weight=weight_P, dropped_T=dropped_T)
 
     def extra_repr(self) -> str:
-        options = {"balance": self.balance, "capacity_factor": self.capacity_factor}
-        shown = [f"{name}={value!r}" for name, value in options.items() if value is not None]
-        return ", ".join([super().extra_repr(), *shown])
+        capacity = [] if self.capacity_factor is None else [f"capacity_factor={self.capacity_factor!r}"]
+        return ", ".join([super().extra_repr(), f"balance={self.balance!r}", *capacity])

@@ -59,7 +59,8 @@ class Case:
     @property
     def noisy(self) -> bool:
         """Whether training draws noise."""
-        return self.options.get("noise", False) or self.options.get("balance") == "importance_load"
+        balance = self.options.get("balance", "bias" if self.router is TokenChoice else None)
+        return self.options.get("noise", False) or balance in ("importance_load", "bias")
 
     @property
     def differs_at_evaluation(self) -> bool:
@@ -99,12 +100,12 @@ class Case:
 
 
 CASES = [
-    Case("token_choice", TokenChoice),
-    Case("token_choice-noise", TokenChoice, {"noise": True}),
+    Case("token_choice", TokenChoice, {"balance": None}),
+    Case("token_choice-noise", TokenChoice, {"balance": None, "noise": True}),
     Case("token_choice-importance_load", TokenChoice, {"balance": "importance_load", "balance_coef": 0.5}),
     Case("token_choice-switch-z", TokenChoice, {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1}),
-    Case("token_choice-bias", TokenChoice, {"balance": "bias", "bias_rate": 0.1}),
-    Case("token_choice-capacity", TokenChoice, {"capacity_factor": 0.75}),
+    Case("token_choice-bias", TokenChoice, {"bias_rate": 0.1}),
+    Case("token_choice-capacity", TokenChoice, {"balance": None, "capacity_factor": 0.75}),
     Case("expert_choice", ExpertChoice, {"z_coef": 0.1}),
     Case("expert_choice-tokens", ExpertChoice, {"normalize": "tokens", "capacity_factor": 1.3}),
     Case("expert_choice-threshold", ExpertChoice, {"inference": "threshold"}),
@@ -376,9 +377,13 @@ def naive_route(
     std = [[one for _ in experts] for _ in tokens]
     if isinstance(router, TokenChoice) and router.noise is not None:
         std = [[F.softplus(x @ row) + 0.01 for row in router.noise.weight] for x in x_TD]
-        if router.training:
-            draw = torch.randn(len(x_TD), len(experts), dtype=DTYPE, generator=torch.Generator().manual_seed(seed))
-            logits = [[clean[t][e] + draw[t, e] * std[t][e] for e in experts] for t in tokens]
+    if isinstance(router, TokenChoice) and router.by_spread:
+        centered = [[row[e] - sum(other[e] for other in clean) / len(clean) for e in experts] for row in clean]
+        spread = (sum(value.detach() ** 2 for row in centered for value in row) / (len(clean) * len(experts))).sqrt()
+        std = [[spread for _ in experts] for _ in tokens]
+    if isinstance(router, TokenChoice) and (router.by_spread or router.noise is not None) and router.training:
+        draw = torch.randn(len(x_TD), len(experts), dtype=DTYPE, generator=torch.Generator().manual_seed(seed))
+        logits = [[clean[t][e] + draw[t, e] * std[t][e] for e in experts] for t in tokens]
     probs = [softmax(row) for row in logits]
     if getattr(router, "z_coef", 0):
         aux = aux + router.z_coef * naive_z_loss(logits)  # type: ignore[operator]
@@ -389,7 +394,7 @@ def naive_route(
 
     balance = router.balance if isinstance(router, TokenChoice) else None
     bias = router.bias_E.tolist() if isinstance(router, TokenChoice) and balance == "bias" else [0.0] * len(experts)
-    chosen = choose_by_token([[p + b for p, b in zip(row, bias, strict=True)] for row in values(probs)], router.k)
+    chosen = choose_by_token([[v + b for v, b in zip(row, bias, strict=True)] for row in values(logits)], router.k)
     pairs = [(t, e) for t in tokens for e in chosen[t]]
     if isinstance(router, TokenChoice):
         if balance == "switch":

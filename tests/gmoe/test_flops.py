@@ -31,6 +31,7 @@ LINEAR = D * O + O
 
 
 def moe(router: str = "token_choice", k: int = 1, experts: nn.Module | None = None, **kwargs: Any) -> MoE:
+    kwargs = {"balance": None, **kwargs} if router == "token_choice" else kwargs
     return MoE(build_router(router, D, E, k, kwargs), experts or LinearExperts(D, O, E))  # type: ignore[arg-type]
 
 

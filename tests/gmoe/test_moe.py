@@ -53,7 +53,7 @@ def test_equals_naive(backend: Backend, router: str) -> None:
 
 def test_a_shared_expert_is_added() -> None:
     shared = nn.Linear(D, 4)
-    layer, x = MoE(TokenChoice(D, E), LinearExperts(D, 4, E), shared), torch.randn(2, 6, D)
+    layer, x = MoE(ExpertChoice(D, E), LinearExperts(D, 4, E), shared), torch.randn(2, 6, D)
     torch.testing.assert_close(layer(x), MoE(layer.router, layer.experts)(x) + shared(x))
 
 
@@ -62,7 +62,7 @@ def test_a_shared_expert_is_added() -> None:
 
 @each_backend
 def test_float64_under_autocast_is_untouched(backend: Backend) -> None:
-    layer = MoE(TokenChoice(D, E, k=2), MLPExperts(D, 7, 4, E, backend=backend)).double()
+    layer = MoE(ExpertChoice(D, E, k=2), MLPExperts(D, 7, 4, E, backend=backend)).double()
     x = torch.randn(9, D, dtype=DTYPE)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)

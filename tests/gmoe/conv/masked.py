@@ -164,6 +164,7 @@ def assert_equals_masked(
     """
     convs = [conv.experts.expert(index) for index in range(conv.num_experts)]
     always = [] if conv.shared_expert is None else [conv.shared_expert.expert(0)]
+    state = copy.deepcopy(conv.state_dict())  # with the router's counters
     xs = [x] if isinstance(x, Tensor) else list(x)
     adj_reference = adj if reference_adj is None else reference_adj
 
@@ -178,6 +179,8 @@ def assert_equals_masked(
         if shown is not None:
             for part in (conv, *convs, *always):
                 set_masks(part, shown, adj_reference)
+        conv.load_state_dict(state)
+        torch.manual_seed(0)  # the router's noise
         y, routing = conv(inputs, adj, **args, batch=batch, routing=follow, return_routing=True)
         if reference:
             y = masked(convs, inputs, adj_reference, routing, **args)

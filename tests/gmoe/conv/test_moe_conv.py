@@ -47,6 +47,7 @@ def experts_of(moe: MoEConv) -> list[nn.Module]:
 @pytest.mark.parametrize("conv", ["gcn", "gat", "general"])
 def test_graphs_of_an_unsorted_batch_with_gaps_stand_alone(conv: str, router: str) -> None:
     moe = layer(conv, router=router, k=2, router_input=("node", "neighbors")).double()
+    moe.train(router != "token_choice")  # whose noise and bias are those of all tokens
     graphs = [Data(features(n, WIDTH, seed=n), random_graph(n, n, 3 * n, seed=n)) for n in (5, 7, 5, 2)]
     alone = [moe(g.x, g.edge_index) for g in graphs]
     data = Batch.from_data_list(graphs)

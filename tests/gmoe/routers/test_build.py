@@ -30,7 +30,7 @@ def test_every_public_router_has_a_name() -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "at_one", "at_two"),
     [
-        ("token_choice", {}, "straight_through", "normalized"),
+        ("token_choice", {}, "score", "normalized"),
         ("random", {}, "straight_through", "normalized"),
         ("multi_centroid", {}, "score", "normalized"),
         ("multi_centroid", {"choice": "experts"}, "score", "score"),

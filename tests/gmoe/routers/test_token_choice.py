@@ -28,7 +28,7 @@ def with_gate(router: TokenChoice, weight_ED: list[list[float]]) -> TokenChoice:
 def test_by_hand() -> None:
     # logits = x: probabilities proportional to (1, 2, 1) and (6, 1, 1)
     x = torch.tensor([[1.0, 2, 1], [6, 1, 1]]).log()
-    router = with_gate(TokenChoice(3, 3, k=2), torch.eye(3).tolist())
+    router = with_gate(TokenChoice(3, 3, k=2, balance=None), torch.eye(3).tolist())
     # token 0: experts 1 (.5) and, of the tie at .25, 0: weights 2/3 and 1/3. Token 1: 0 (.75) and 1 (.125): 6/7, 1/7
     expected = torch.tensor([[1 / 3, 2 / 3, 0], [6 / 7, 1 / 7, 0]])
     torch.testing.assert_close(router(x).to_dense(), expected)
@@ -38,7 +38,7 @@ def test_by_hand() -> None:
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_experts", [4, 40])
 def test_equal_experts_go_to_the_lowest_index(num_experts: int, k: int) -> None:
-    router = with_gate(TokenChoice(3, num_experts, k=k), [[0.0] * 3] * num_experts)
+    router = with_gate(TokenChoice(3, num_experts, k=k, balance=None), [[0.0] * 3] * num_experts)
     assert router(torch.randn(5, 3)).expert.tolist() == [e for e in range(k) for _ in range(5)]
 
 
@@ -46,7 +46,7 @@ def test_equal_experts_go_to_the_lowest_index(num_experts: int, k: int) -> None:
 def test_far_apart_logits_do_not_tie(dtype: torch.dtype) -> None:
     """The second of (200, 0, 50) is 50, though both probabilities underflow in float32."""
     scale = 1.0 if dtype == torch.float32 else 10.0
-    router = with_gate(TokenChoice(3, 3, k=2), torch.eye(3).tolist()).to(dtype)
+    router = with_gate(TokenChoice(3, 3, k=2, balance=None), torch.eye(3).tolist()).to(dtype)
     x = scale * torch.tensor([[200.0, 0.0, 50.0]], dtype=dtype)
     assert router(x).expert.tolist() == [0, 2]
 
@@ -63,9 +63,10 @@ def test_normalized_weights_with_identity_experts_return_the_input(k: int) -> No
 # Noise
 
 
-def test_noise_in_training_only() -> None:
+@pytest.mark.parametrize("noise", [True, "spread"])
+def test_noise_in_training_only(noise: Any) -> None:
     torch.manual_seed(0)
-    router, x, plain = TokenChoice(4, 3, noise=True), torch.randn(20, 4), TokenChoice(4, 3)
+    router, x, plain = TokenChoice(4, 3, noise=noise), torch.randn(20, 4), TokenChoice(4, 3, noise=False)
     plain.gate.load_state_dict(router.gate.state_dict())
     assert not torch.equal(router(x).scores, router(x).scores)
     assert torch.equal(router.eval()(x).scores, plain(x).scores)
@@ -82,6 +83,7 @@ def test_noise_starts_at_softplus_of_zero() -> None:
 
 def test_importance_load_turns_noise_on() -> None:
     assert TokenChoice(4, 3, balance="importance_load").noise is not None
+    assert TokenChoice(4, 3, balance="importance_load").by_spread is False
     assert TokenChoice(4, 3, balance="switch").noise is None
     assert TokenChoice(4, 3).noise is None
 
@@ -93,7 +95,7 @@ def test_importance_load_turns_noise_on() -> None:
     ("options", "names"),
     [
         ({}, set()),
-        ({"balance": "bias"}, set()),
+        ({"balance": None}, set()),
         ({"balance": "switch"}, {"switch"}),
         ({"balance": "importance_load"}, {"importance", "load"}),
         ({"balance": "switch", "z_coef": 0.5}, {"switch", "z"}),
@@ -125,7 +127,9 @@ ONE_OF_FOUR = torch.tensor([[1.0, 0], [3, 0], [2, 0], [4, 0]])
 
 
 def test_capacity_in_training_only() -> None:
-    layer = MoE(with_gate(TokenChoice(2, 2, capacity_factor=0.5), [[1.0, 0], [0, 0]]), LinearExperts(2, 3, 2))
+    layer = MoE(
+        with_gate(TokenChoice(2, 2, capacity_factor=0.5, balance=None), [[1.0, 0], [0, 0]]), LinearExperts(2, 3, 2)
+    )
     y, routing = layer(ONE_OF_FOUR, return_routing=True)
     assert routing.token.tolist() == [3]
     assert y.any(dim=1).tolist() == [False, False, False, True]  # dropped tokens get zero
@@ -133,13 +137,13 @@ def test_capacity_in_training_only() -> None:
 
 
 def test_capacity_holds_in_each_group() -> None:
-    router = with_gate(TokenChoice(2, 2, capacity_factor=0.5), [[1.0, 0.0], [0.0, 0.0]])
+    router = with_gate(TokenChoice(2, 2, capacity_factor=0.5, balance=None), [[1.0, 0.0], [0.0, 0.0]])
     x = torch.tensor([[4.0, 0], [3, 0], [2, 0], [1, 0], [5, 0]])
     assert router(x, batch=torch.tensor([0, 0, 0, 0, 8])).token.tolist() == [0, 4]
 
 
 def test_what_was_dropped_is_counted_by_token() -> None:
-    router = with_gate(TokenChoice(2, 2, k=2, capacity_factor=0.5), [[1.0, 0.0], [0.0, 0.0]])
+    router = with_gate(TokenChoice(2, 2, k=2, capacity_factor=0.5, balance=None), [[1.0, 0.0], [0.0, 0.0]])
     routing = router(ONE_OF_FOUR)  # either expert takes the surest two, 1 and 3
     assert routing.dropped_T is not None
     assert routing.dropped_T.tolist() == [2, 0, 2, 0]
@@ -149,15 +153,15 @@ def test_what_was_dropped_is_counted_by_token() -> None:
 
 def test_normalized_weights_of_what_is_left() -> None:
     """Where one of two experts is full, the other has all the weight."""
-    router = with_gate(TokenChoice(3, 3, k=2, capacity_factor=0.1), torch.eye(3).tolist())
+    router = with_gate(TokenChoice(3, 3, k=2, capacity_factor=0.1, balance=None), torch.eye(3).tolist())
     x = torch.tensor([[3.0, 2, 0], [2.0, 0, 1.9]])  # expert 0 takes one token, the surer 0; token 1 keeps expert 2
     torch.testing.assert_close(router(x).to_dense()[1], torch.tensor([0.0, 0, 1]))
 
 
 def test_a_bias_does_not_change_the_priority() -> None:
     """Among first choices the highest probability goes first, and a bias is no probability."""
-    router = with_gate(TokenChoice(2, 2, balance="bias", capacity_factor=0.5), torch.eye(2).tolist())
-    router.bias_E.copy_(torch.tensor([0.0, 1.0]))  # everyone takes expert 1, which takes one token
+    router = with_gate(TokenChoice(2, 2, noise=False, capacity_factor=0.5), torch.eye(2).tolist())
+    router.bias_E.copy_(torch.tensor([0.0, 9.0]))  # everyone takes expert 1, which takes one token
     x = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).log()
     assert router(x).token.tolist() == [1]
 
@@ -166,39 +170,69 @@ def test_a_bias_does_not_change_the_priority() -> None:
 
 
 def test_bias_by_hand() -> None:
-    """Probabilities tie throughout, so that all six tokens follow the bias; ties go to the lowest index."""
-    router = with_gate(TokenChoice(2, 3, weight="score", balance="bias", bias_rate=0.5), [[0.0] * 2] * 3)
-    x, r = torch.randn(6, 2), 0.5
+    """Four tokens, all for expert 0. The logits' spread is 1, a step at most half of it; the load acts a step later."""
+    x = torch.tensor([[1.0, 2.0], [1.0, 2.0], [-1.0, -2.0], [-1.0, -2.0]])
+    router = TokenChoice(2, 2, weight="score", bias_rate=0.5, noise=False)
+    with_gate(router, [[1.0, 1.0], [0.0, 0.5]])  # logits 3, 1 and -3, -1
+    spread = ((9 + 1) / 2) ** 0.5
     expected = [
-        ([0.0, 0.0, 0.0], 0),  # step 1: nothing known; all to expert 0, load (6, 0, 0), mean 2
-        ([-r, r, r], 1),  # step 2: 0 was over, 1 and 2 under; all to expert 1
-        ([0.0, 0.0, 2 * r], 2),
-        ([r, r, r], 0),
+        ([0.0, 0.0], [2, 2]),  # nothing known yet: two tokens each
+        ([0.0, 0.0], [2, 2]),
     ]
-    for bias, expert in expected:
-        routing = router(x)
+    for bias, load in expected:
+        assert router(x).load.tolist() == load
         assert router.bias_E.tolist() == bias
-        assert routing.load[expert] == 6
-        torch.testing.assert_close(routing.weight, torch.full((6,), 1 / 3))  # the weight does not see the bias
+    with_gate(router, [[3.0, 0.0], [0.0, 0.0]])  # logits 3, 0 and -3, 0
+    router(x + 2.0)  # logits 9, 0 and 3, 0: all to expert 0
+    assert router.bias_E.tolist() == [0.0, 0.0]
+    assert router.last_load_E.tolist() == [4, 0]
+    spread = (9.0 / 2) ** 0.5  # 9 and 3 vary by 9, the zeros by 0
+    weight = router(x + 2.0).weight
+    torch.testing.assert_close(router.bias_E, 0.5 * spread * torch.tensor([-1.0, 1.0]))
+    torch.testing.assert_close(weight, torch.tensor([9.0, 9.0, 3.0, 3.0]).sigmoid())  # which do not see the bias
+
+
+def test_noise_is_as_wide_as_the_logits() -> None:
+    torch.manual_seed(0)
+    for scale in (0.01, 10.0):
+        router, x = TokenChoice(4, 3, init_scale=1.0), scale * torch.randn(40_000, 4)
+        clean = x @ router.gate.weight.T
+        noise = router.double()(x.double()).scores.log() - clean
+        noise = noise - noise.mean(dim=1, keepdim=True)  # what the softmax takes away
+        spread = clean.var(dim=0).mean().sqrt()
+        assert noise.std().item() == pytest.approx(float(spread) * (2 / 3) ** 0.5, rel=0.02)
 
 
 def test_bias_rests_in_evaluation() -> None:
-    router, x = with_gate(TokenChoice(2, 3, balance="bias", bias_rate=0.5), [[0.0] * 2] * 3), torch.randn(6, 2)
-    for _ in range(2):
-        router(x)
-    for _ in range(2):
-        assert router.eval()(x).load.tolist() == [0, 6, 0]  # the bias of step 2 is in force
-    assert router.train()(x).load.tolist() == [0, 0, 6]
-
-
-def test_bias_balances_the_load() -> None:
     torch.manual_seed(0)
-    x = torch.randn(400, 4) + 1.0
-    router = TokenChoice(4, 4, balance="bias", bias_rate=0.01, init_scale=1.0)
-    first = router(x).load.double()
-    for _ in range(300):
-        last = router(x).load.double()
-    assert last.std() < 0.1 * first.std()
+    router, x = TokenChoice(2, 3, bias_rate=0.5), torch.randn(6, 2)
+    for _ in range(3):
+        router(x)
+    before = copy.deepcopy(router.state_dict())
+    assert torch.equal(router.eval()(x).to_dense(), router(x).to_dense())
+    assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_bias_balances_the_load_that_evaluation_sees(scale: float) -> None:
+    """Whatever the scale of the features."""
+    torch.manual_seed(0)
+    x = scale * (torch.randn(400, 4) + 1.0)
+    router = TokenChoice(4, 4, init_scale=1.0)
+    first = router.eval()(x).load.double()
+    router.train()
+    for _ in range(100):
+        router(x)
+    last = router.eval()(x).load.double()
+    assert last.std() < 0.15 * first.std()
+
+
+def test_bias_of_one_token_and_of_equal_tokens_rests() -> None:
+    for x in (torch.randn(1, 4), torch.ones(9, 4), torch.zeros(0, 4)):
+        router = TokenChoice(4, 3)
+        for _ in range(3):
+            assert torch.isfinite(router(x).weight).all()
+        assert not router.bias_E.any()
 
 
 def step(layer: MoE, x: Tensor, use_reentrant: bool | None) -> Tensor:
