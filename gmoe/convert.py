@@ -199,7 +199,8 @@ def _moe(name: str, mlp: Any, num_experts: int, k: int, router: RouterLike, rout
     shared = options["shared_expert"]
     if not shared:
         _refuse_what_would_be_lost(name, mlp)
-    experts = _experts_like(name, mlp, num_experts, options["upcycle"], options["backend"])
+    with torch.device("cpu"):  # whatever the default device, MLPs are tried out here
+        experts = _experts_like(name, mlp, num_experts, options["upcycle"], options["backend"])
     built = build_router(router, experts.in_features, num_experts, k, router_kwargs)
     stand_in = nn.Identity() if shared else None
     layer = TokenMoE(built, experts, stand_in, dense_start=options["dense_start"] and shared)
