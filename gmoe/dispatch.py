@@ -27,9 +27,15 @@ Derivative: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 aten = torch.ops.aten
 
+
+def gelu_tanh(u: Tensor) -> Tensor:
+    """A function, not a lambda, so that experts can be pickled."""
+    return F.gelu(u, approximate="tanh")
+
+
 FUSED: dict[str, tuple[Elementwise, Derivative]] = {
     "gelu": (F.gelu, aten.gelu_backward),
-    "gelu_tanh": (lambda u: F.gelu(u, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh")),
+    "gelu_tanh": (gelu_tanh, partial(aten.gelu_backward, approximate="tanh")),
     "identity": (torch.positive, lambda grad, _: grad),
     "relu": (F.relu, lambda grad, u: aten.threshold_backward(grad, u, 0)),
     "silu": (F.silu, aten.silu_backward),

@@ -125,7 +125,7 @@ class MLPExperts(Experts):
     :math:`[g, u] = x W_e + b_e` (`Shazeer, 2020 <https://arxiv.org/abs/2002.05202>`_).
 
     Its parts may be replaced: ``up`` and ``down`` by anything that is called with ``(rows (P, I), offsets (E,))``, such
-    as LoRA or quantized layers, the dropouts by any module; what is there runs.
+    as LoRA or quantized layers, the dropouts and norms by any module; what is there runs.
 
     Args:
         in_features: I.
@@ -138,6 +138,9 @@ class MLPExperts(Experts):
         glu: gate the hidden layer (default ``False``).
         dropout: probability of dropping a hidden unit, and an output; or the two of them (default 0).
         bias: learn biases (default ``True``).
+        input_norm: a module on the rows (P, I) before the first layer (default ``None``). All experts share it, so
+            that it had better have no parameters: an expert's own scale and shift are part of its next layer.
+        hidden_norm: the same on the hidden rows (P, H), before the second layer.
         backend: see :func:`gmoe.dispatch.grouped_linear` (default ``"auto"``).
 
     Raises:
@@ -155,6 +158,8 @@ class MLPExperts(Experts):
         glu: bool = False,
         dropout: float | tuple[float, float] = 0.0,
         bias: bool = True,
+        input_norm: nn.Module | None = None,
+        hidden_norm: nn.Module | None = None,
         backend: Backend = "auto",
     ) -> None:
         super().__init__(in_features, out_features, num_experts)
@@ -172,19 +177,21 @@ class MLPExperts(Experts):
         self.down = LinearExperts(hidden_features, out_features, num_experts, bias=bias, backend=backend)
         self.hidden_dropout = nn.Dropout(of_hidden)
         self.output_dropout = nn.Dropout(of_output)
+        self.input_norm = input_norm or nn.Identity()
+        self.hidden_norm = hidden_norm or nn.Identity()
 
     def reset_parameters(self) -> None:
         self.up.reset_parameters()
         self.down.reset_parameters()
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        u_PU = self.up(x_PI, offsets_E)
+        u_PU = self.up(self.input_norm(x_PI), offsets_E)
         if self.glu:
             gate, u = u_PU.chunk(2, dim=-1)
             h_PH = self.activation(gate) * u
         else:
             h_PH = self.activation(u_PU)
-        return self.output_dropout(self.down(self.hidden_dropout(h_PH), offsets_E))
+        return self.output_dropout(self.down(self.hidden_norm(self.hidden_dropout(h_PH)), offsets_E))
 
     def forward(self, x: Tensor, routing: Routing | Tensor) -> Tensor:
         name = self._fused(x)

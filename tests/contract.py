@@ -178,7 +178,12 @@ def with_head(vit: VisionTransformer) -> VisionTransformer:
 
 
 def moefied() -> nn.Module:
-    return moefy(with_head(VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=5)), every=1, num_experts=E, k=1)
+    """With gains that do not hide the experts, as they do at the start."""
+    model = moefy(with_head(VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=5)), every=1, num_experts=E)
+    for layer in model.modules():
+        if isinstance(layer, MoE) and layer.gain is not None:
+            nn.init.constant_(layer.gain, 0.5)
+    return model
 
 
 def soft() -> SoftMoE:

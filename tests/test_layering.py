@@ -27,7 +27,7 @@ ROOMS: dict[str, frozenset[str]] = {
 }
 """What the parts of gmoe may import beside torch. All others, the core, import torch alone."""
 
-LAZY = {"gmoe": tuple(ROOMS), "gmoe.convert": ("gmoe.models.gnn",)}
+LAZY = {"gmoe": tuple(ROOMS), "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn")}
 """Who may import what of it inside of functions, or for the type checker."""
 
 SOURCES = sorted(path for folder in ("gmoe", "vision", "experiments") for path in (ROOT / folder).rglob("*.py"))

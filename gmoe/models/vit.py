@@ -107,7 +107,7 @@ class ViTMoE(VisionTransformer):
         if router is None:
             return
         options: Any = {"blocks": blocks, "router_kwargs": router_kwargs, "backend": backend}
-        moefy(self, every, k, router, num_experts, upcycle=False, **options)
+        moefy(self, every, k, router, num_experts, upcycle=False, shared_expert=False, **options)
         for module in self.modules():
             if isinstance(module, LinearExperts):  # as torchvision initializes its MLPs, and so the dense baseline
                 for expert in range(module.num_experts):

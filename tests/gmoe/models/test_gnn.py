@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -587,6 +588,10 @@ def test_inference_refuses() -> None:
 
 # moefy --------------------------------------------------------------------------------------------------------------
 
+with_gain = pytest.mark.xfail(
+    "dense_start" not in inspect.signature(GNNMoE).parameters, reason="GNNMoE has no dense start yet", strict=True
+)
+
 DENSE: list[tuple[Any, dict[str, Any]]] = [
     (GCN, {}),
     (GCN, {"jk": "cat", "norm": "layer_norm", "act": "elu"}),
@@ -600,19 +605,43 @@ DENSE: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
+@with_gain
+@pytest.mark.parametrize("upcycle", [True, False])
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice"])
+@pytest.mark.parametrize(("cls", "kwargs"), DENSE, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_moefy_starts_as_the_dense_model(cls: Any, kwargs: dict[str, Any], router: str, upcycle: bool) -> None:
+    x, edge_index = graph()
+    dense = cls(IN, HIDDEN, 3, OUT, **{**kwargs, "dropout": 0.0}).double()
+    moe: Any = moefy(dense, router=router, num_experts=EXPERTS, upcycle=upcycle)
+    for training in (True, False):
+        assert_same(moe.train(training)(x, edge_index), dense.train(training)(x, edge_index))
+    assert all(conv.shared_expert is not None for conv in moe.convs if isinstance(conv, MoEConv))
+
+
+@with_gain
+def test_moefy_of_a_frozen_gnn_leaves_it_frozen() -> None:
+    """But for what is new: routers, experts, gains."""
+    moe: Any = moefy(GCN(IN, HIDDEN, 3, OUT, norm="layer_norm").requires_grad_(False), num_experts=EXPERTS)
+    new = ("router", "experts", "gain")
+    for name, parameter in moe.named_parameters():
+        assert parameter.requires_grad == (name.startswith("convs") and name.split(".")[2] in new), name
+
+
+@with_gain
 @pytest.mark.parametrize("router", ["token_choice", "random", "uniform"])
 @pytest.mark.parametrize(("cls", "kwargs"), DENSE, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_moefy_upcycled_equals_the_dense_model(cls: Any, kwargs: dict[str, Any], router: str) -> None:
     x, edge_index = graph()
     dense = cls(IN, HIDDEN, 3, OUT, **kwargs).double().eval()
     expected = dense(x, edge_index)
-    moe: Any = moefy(dense, every=1, k=2, router=router, num_experts=EXPERTS)
+    options: dict[str, Any] = {"k": 2, "router": router, "num_experts": EXPERTS, "shared_expert": False}
+    moe: Any = moefy(dense, **options)
     assert isinstance(moe, GNNMoE)
     assert sum(isinstance(conv, MoEConv) for conv in moe.convs) == (3 if "jk" in kwargs else 2)
     assert not moe.training
     assert_same(moe(x, edge_index), expected)
     assert torch.equal(dense(x, edge_index), expected)  # left alone
-    fresh = moefy(dense, every=1, k=2, router=router, num_experts=EXPERTS, upcycle=False)
+    fresh = moefy(dense, upcycle=False, **options)
     assert (fresh(x, edge_index) - expected).abs().max() > 1e-3
     moe.train()(x, edge_index).sum().backward()
     assert all(p.grad is not None for p in moe.parameters())
@@ -624,10 +653,11 @@ def test_moefy_upcycled_equals_the_dense_model(cls: Any, kwargs: dict[str, Any],
     assert torch.equal(moe(x, edge_index), before)
 
 
+@with_gain
 def test_moefy_reset_parameters_draws_anew() -> None:
     """Also an upcycled model's: afterwards its experts differ from the dense conv and from each other."""
     dense = GCN(IN, HIDDEN, 3, OUT)
-    moe: Any = moefy(dense, every=1, num_experts=EXPERTS)
+    moe: Any = moefy(dense, num_experts=EXPERTS, shared_expert=False)
     moe.reset_parameters()
     first, second = (moe.convs[0].experts.expert(i).lin.weight for i in range(2))
     assert not torch.equal(first, second)
@@ -646,6 +676,7 @@ def test_moefy_of_gnns_refuses() -> None:
             moefy(given, **kwargs)
 
 
+@with_gain
 def test_moefy_of_two_layers_and_of_what_is_no_model() -> None:
     moe: Any = moefy(GCN(IN, HIDDEN, 2, OUT))
     assert [isinstance(conv, MoEConv) for conv in moe.convs] == [True, False]
@@ -659,6 +690,7 @@ class Shifted(GCN):
         return out + 5
 
 
+@with_gain
 def test_moefy_refuses_gnns_of_another_forward() -> None:
     hooked = GCN(IN, HIDDEN, 2, OUT)
     hooked.register_forward_hook(lambda _, __, out: out + 5)
@@ -696,6 +728,7 @@ def test_to_hetero_is_refused_by_name() -> None:
         to_hetero(model(), metadata)
 
 
+@with_gain
 def test_moefy_without_out_channels_and_with_a_warning() -> None:
     x, edge_index = graph()
     dense = GCN(IN, HIDDEN, 2).double()
