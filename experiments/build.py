@@ -158,6 +158,8 @@ def _build(config: TrainConfig, task: Task) -> nn.Module:
             k=config.k,
             every=config.every,
             blocks=config.moe_blocks or None,
+            shared_expert=config.shared_expert,
+            dense_start=config.dense_start,
             dropout=config.dropout,
             router_kwargs={**router_kwargs, "check_finite": config.check_finite} if router is not None else None,
         )

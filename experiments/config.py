@@ -126,9 +126,9 @@ class TrainConfig:
     edge_features: bool = False
     """Graphs: give the edge features to convs that take them (GAT, GATv2, Transformer, GINE, ...)."""
     shared_expert: bool = False
-    """Graphs: one more expert that runs on every node."""
+    """One more expert that runs on every token."""
     dense_start: bool = False
-    """Graphs: beside the shared expert, the others start at zero."""
+    """Beside the shared expert, the others start at zero."""
     in_proj: bool = False
     """Graphs: begin with a linear layer."""
     tie_routers: bool = False
@@ -410,8 +410,6 @@ GRAPHS_ONLY = (
     "conv",
     "heads",
     "edge_features",
-    "shared_expert",
-    "dense_start",
     "in_proj",
     "tie_routers",
     "tie_experts",

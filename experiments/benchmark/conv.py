@@ -111,7 +111,7 @@ class Masked(torch.nn.Module):
     def __init__(self, layer: gmoe.MoEConv) -> None:
         super().__init__()
         self.router = layer.router
-        self.convs = torch.nn.ModuleList(layer.expert(index) for index in range(layer.num_experts))
+        self.convs = torch.nn.ModuleList(layer.experts.expert(index) for index in range(layer.num_experts))
 
     def forward(self, x: Tensor, adj: Any) -> Tensor:
         """(N, out) the sum of all experts' outputs, most of them times zero."""
@@ -132,12 +132,12 @@ class ByHeteroLinear(torch.nn.Module):
     def __init__(self, layer: gmoe.MoEConv) -> None:
         super().__init__()
         self.router = layer.router
-        experts = [layer.expert(index) for index in range(layer.num_experts)]
+        experts: list[Any] = [layer.experts.expert(index) for index in range(layer.num_experts)]
         self.conv = experts[0]
         self.conv.lin, self.conv.bias = torch.nn.Identity(), None
         self.linear = HeteroLinear(layer.in_channels, layer.out_channels, layer.num_experts, is_sorted=True)
         with torch.no_grad():
-            for index, expert in enumerate(layer.expert(index) for index in range(layer.num_experts)):
+            for index, expert in enumerate(layer.experts.expert(index) for index in range(layer.num_experts)):
                 self.linear.weight[index].copy_(expert.lin.weight.T)
                 self.linear.bias[index].copy_(expert.bias)
 

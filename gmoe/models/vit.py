@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from gmoe._checks import check, check_counts, check_probability
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
+from gmoe.moe import drawn_apart
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing, record_routing
 
@@ -59,6 +61,9 @@ class ViTMoE(VisionTransformer):
         k: K, experts per token (default 1).
         every: block ``i`` is MoE where ``i % every == every - 1`` (default 2).
         blocks: indices of the blocks that are MoE, in place of ``every`` (default ``None``).
+        shared_expert, dense_start: the dense MLP runs beside the routed experts, which start at zero, so that a new
+            model gives what the dense one (``router=None``) gives that is drawn with the same seed; see :func:`moefy`
+            (default ``True``).
         dropout, attention_dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.dispatch.grouped_linear`.
@@ -86,6 +91,8 @@ class ViTMoE(VisionTransformer):
         k: int = 1,
         every: int = 2,
         blocks: Sequence[int] | None = None,
+        shared_expert: bool = True,
+        dense_start: bool = True,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         router_kwargs: Mapping[str, Any] | None = None,
@@ -107,13 +114,15 @@ class ViTMoE(VisionTransformer):
         if router is None:
             return
         options: Any = {"blocks": blocks, "router_kwargs": router_kwargs, "backend": backend}
-        moefy(self, every, k, router, num_experts, upcycle=False, shared_expert=False, **options)
-        for module in self.modules():
-            if isinstance(module, LinearExperts):  # as torchvision initializes its MLPs, and so the dense baseline
-                for expert in range(module.num_experts):
-                    nn.init.xavier_uniform_(module.weight[expert])
-                if module.bias is not None:
-                    nn.init.normal_(module.bias, std=1e-6)
+        options |= {"shared_expert": shared_expert, "dense_start": dense_start}
+        with drawn_apart() if shared_expert else nullcontext():
+            moefy(self, every, k, router, num_experts, upcycle=False, **options)
+            for module in self.modules():
+                if isinstance(module, LinearExperts):  # as torchvision initializes its MLPs, and so the dense baseline
+                    for expert in range(module.num_experts):
+                        nn.init.xavier_uniform_(module.weight[expert])
+                    if module.bias is not None:
+                        nn.init.normal_(module.bias, std=1e-6)
 
     @property
     def dense(self) -> bool:

@@ -438,12 +438,8 @@ GNNS: dict[str, tuple[Any, str | list[str], int]] = {
     "Sequential": (sequential, "module_[02]", 2),
 }
 
-with_gain = pytest.mark.xfail(
-    "dense_start" not in inspect.signature(MoEConv).parameters, reason="MoEConv has no dense start yet", strict=True
-)
 
-
-@pytest.mark.parametrize("shared_expert", [pytest.param(True, marks=with_gain), pytest.param(False, marks=with_gain)])
+@pytest.mark.parametrize("shared_expert", [True, False])
 @pytest.mark.parametrize("name", GNNS)
 def test_convs_by_name(name: str, shared_expert: bool) -> None:
     build, targets, count = GNNS[name]
@@ -462,7 +458,6 @@ def test_convs_by_name(name: str, shared_expert: bool) -> None:
     assert same == shared_expert
 
 
-@with_gain
 def test_convs_and_mlps_of_a_frozen_gnn() -> None:
     net = Net().requires_grad_(False)
     before = {id(parameter) for parameter in net.head.parameters()}
@@ -499,7 +494,6 @@ def test_bad_targets_leave_the_model_alone(build: Any, targets: Any, message: st
     assert dict(model.named_modules()) == before
 
 
-@with_gain
 def test_a_conv_that_is_frozen_in_part_is_refused() -> None:
     net = Net()
     net.conv1.bias.requires_grad_(False)

@@ -162,7 +162,10 @@ class Two(nn.Module):
 
 
 def experts_of_sage(router: str, k: int, out: int) -> MoEConv:
-    return MoEConv(SAGEConv, (-1, -1), out, num_experts=4, router=router, k=k, shared_expert=False)
+    kwargs = {"weight": "straight_through"} if router == "token_choice" else {}
+    return MoEConv(
+        SAGEConv, (-1, -1), out, num_experts=4, router=router, k=k, shared_expert=False, router_kwargs=kwargs
+    )
 
 
 def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:
