@@ -178,10 +178,13 @@ def with_head(vit: VisionTransformer) -> VisionTransformer:
 
 
 def moefied() -> nn.Module:
+    return opened(moefy(with_head(VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=5)), every=1, num_experts=E))
+
+
+def opened(model: nn.Module) -> Any:
     """With gains that do not hide the experts, as they do at the start."""
-    model = moefy(with_head(VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=5)), every=1, num_experts=E)
     for layer in model.modules():
-        if isinstance(layer, MoE) and layer.gain is not None:
+        if isinstance(layer, MoE | MoEConv) and layer.gain is not None:
             nn.init.constant_(layer.gain, 0.5)
     return model
 
@@ -218,11 +221,11 @@ CONVS: dict[str, Any] = {
 
 
 def conv(kind: Any, **kwargs: Any) -> MoEConv:
-    return MoEConv(kind, D, 6, num_experts=E, k=K, **kwargs)
+    return opened(MoEConv(kind, D, 6, num_experts=E, k=K, **kwargs))
 
 
 def gnn(**kwargs: Any) -> GNNMoE:
-    return GNNMoE(D, D, 5, 3, num_experts=E, k=K, **kwargs)
+    return opened(GNNMoE(D, D, 5, 3, num_experts=E, k=K, **kwargs))
 
 
 def hetero(**kwargs: Any) -> HeteroMoEConv:
@@ -240,7 +243,7 @@ CASES = [
         partial(conv, "gcn", router_input=("node", "neighbors", "degree"), shared_expert=True),
         weighted_graphs,
     ),
-    Case("MoEConv sage narrow", lambda: MoEConv("sage", D, 2, num_experts=3, k=K), graphs),
+    Case("MoEConv sage narrow", lambda: opened(MoEConv("sage", D, 2, num_experts=3, k=K)), graphs),
     Case("MoEConv sage expert_choice", partial(conv, "sage", router="expert_choice"), graphs),
     Case("HeteroMoEConv", hetero, hetero_graphs),
     Case("HeteroMoEConv tied", partial(hetero, tie_routers=True, tie_experts=True), hetero_graphs, TOLD_APART),
@@ -248,7 +251,7 @@ CASES = [
     Case("GNNMoE shared router", partial(gnn, shared_router=True, router_input=("node", "neighbors")), graphs),
     Case("HeteroGNNMoE", lambda: HeteroGNNMoE(D, 6, 5, METADATA, 3, num_experts=E, k=K), hetero_graphs),
     Case("HeteroGNNMoE target", lambda: HeteroGNNMoE(D, 6, 5, METADATA, 2, target="paper"), hetero_papers),
-    Case("ViTMoE", lambda: with_head(ViTMoE(SMALL_VIT, num_experts=E)), images, NO_RESET),
+    Case("ViTMoE", lambda: opened(with_head(ViTMoE(SMALL_VIT, num_experts=E))), images, NO_RESET),
     Case(
         "moefied ViT", moefied, images, {**NO_RESET, "returns_what_is_recorded": "torchvision's forward returns logits"}
     ),

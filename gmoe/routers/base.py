@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._checks import check_at_least, check_choice, check_count, check_positive
+from gmoe.routers.watch import Watch
 from gmoe.routing import Routing, in_backward
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
@@ -69,6 +70,7 @@ class Router(nn.Module, ABC):
             )
         self.check_finite = check_finite
         self.experts_per_token = float(k)
+        self.watch = Watch()
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -108,6 +110,8 @@ class Router(nn.Module, ABC):
             routing = self.route(x_TD.to(torch.promote_types(x.dtype, torch.float32)), group, edge_index)
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True)
+        if not torch.compiler.is_compiling() and self.is_training_step():
+            self.watch.step(type(self).__name__, routing)
         return routing
 
     def _top_k(self, ranked_TE: Tensor, log_gate_TE: Tensor) -> tuple[Tensor, Tensor]:

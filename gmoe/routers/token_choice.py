@@ -36,7 +36,8 @@ class TokenChoice(Router):
         noise: in training, adds noise to the logits, so that the choice explores. ``"spread"``: N(0, 1) times the
             logits' own standard deviation over the tokens. ``True``: the noisy top-K gating of Shazeer et al. (2017),
             ``N(0, 1) * (softplus(x W_noise) + 0.01)`` with learned ``W_noise``, which starts at zero. ``None``
-            (default) is what ``balance`` needs: ``"spread"`` with the bias, ``True`` with importance and load, else ``False``.
+            (default) is what ``balance`` needs: ``"spread"`` with the bias, ``True`` with importance and load, else
+            ``False``.
         balance: what keeps the experts equally loaded:
 
             - ``"bias"`` (default): no loss, so that there is nothing to add to the task's. A bias per expert is added

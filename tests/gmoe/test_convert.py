@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,7 +24,18 @@ from torchvision.models import SwinTransformer, VisionTransformer
 
 from gmoe import MoE, MoEConv, TokenChoice, moefy, record_routing
 
-plain: Any = partial(moefy, shared_expert=False)
+STRAIGHT = {"weight": "straight_through", "balance": None}
+"""Of token choice, so that copies of one MLP give what it gives, always the same."""
+
+
+def plain(model: Any, **options: Any) -> Any:
+    """moefied into a plain mixture, whose weights are 1 where one expert is chosen."""
+    if options.get("router", "token_choice") == "token_choice":
+        weight = STRAIGHT if options.get("k", 1) == 1 else {"balance": None}
+        options["router_kwargs"] = weight | options.get("router_kwargs", {})
+    return moefy(model, shared_expert=False, **options)
+
+
 """The plain mixture, in place of the MLP."""
 
 ROUTERS = ["token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform"]
@@ -165,7 +175,8 @@ def test_the_mlp_itself_is_the_shared_expert() -> None:
 def test_without_a_gain_experts_are_added_from_the_start(dense_start: bool) -> None:
     mlp = plain_mlp()
     x = torch.randn(2, 5, 8)
-    layer = moefy(stack(mlp), every=1, num_experts=2, dense_start=dense_start)[0].mlp  # type: ignore[index]
+    straight = {"router_kwargs": STRAIGHT, "dense_start": dense_start}
+    layer = moefy(stack(mlp), every=1, num_experts=2, **straight)[0].mlp  # type: ignore[index]
     torch.testing.assert_close(layer(x), mlp(x) if dense_start else 2 * mlp(x))
     assert (layer.gain is not None) == dense_start
 
@@ -448,7 +459,10 @@ def test_convs_by_name(name: str, shared_expert: bool) -> None:
     x, edge_index = torch.randn(9, 8, dtype=torch.float64), torch.randint(9, (2, 30))
     given = copy.deepcopy(dense)
     router = "expert_choice" if shared_expert else "token_choice"
-    model = moefy(given, targets=targets, num_experts=3, router=router, shared_expert=shared_expert)
+    kwargs = {} if shared_expert else STRAIGHT
+    model = moefy(
+        given, targets=targets, num_experts=3, router=router, shared_expert=shared_expert, router_kwargs=kwargs
+    )
     assert model is given
     assert sum(isinstance(module, MoEConv) for module in model.modules()) == count
     assert_same(model(x, edge_index), dense(x, edge_index))

@@ -149,7 +149,7 @@ def test_other_layers_are_refused() -> None:
 def _one_of_two(rank: int, meeting: str, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     torch.manual_seed(0)
-    router = build_router("token_choice", 4, 3, 1)
+    router = build_router("token_choice", 4, 3, 1).eval()
     parts = torch.randn(10, 4).split([3, 7])  # the ranks see other numbers of tokens
     stats = RoutingStats(3)
     stats.update(router(parts[rank]))
