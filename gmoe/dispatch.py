@@ -115,6 +115,12 @@ def routed_linear(
         routing: who goes where.
         backend: see :func:`grouped_linear`.
     """
+    if len(weight_EIO) == 1 and routing.token.numel() == routing.num_tokens:  # all of them, in order
+        dtype = weight_EIO.dtype
+        pieces = weight_EIO[0].T.split([part.size(1) for part in parts], dim=1)
+        y_TO: Any = sum(F.linear(part.to(dtype), w.contiguous()) for part, w in zip(parts, pieces, strict=True))
+        y_TO = y_TO if bias_EO is None else y_TO + bias_EO
+        return y_TO * routing.weight.to(y_TO.dtype)[:, None]
     if backend not in FUSING or parts[0].is_cuda:
         x_TI = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
         return combine(grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend), routing)
@@ -402,12 +408,13 @@ def _routed_linear_backward(*inputs: Any) -> list[Tensor]:
             x = part.index_select(0, token)
             if needs_weight:
                 torch.mm(x.T, scaled, out=grad_weight[expert, columns])
-            if needs_gate or needs_part:
-                back = grad @ weight_EIO[expert, columns].T
-            if needs_gate:
-                at_gate = at_gate + x.mul_(back).sum(dim=1)
             if needs_part:
+                back = grad @ weight_EIO[expert, columns].T
+                if needs_gate:
+                    at_gate = at_gate + x.mul_(back).sum(dim=1)
                 grad_part.index_add_(0, token, back.mul_(gate))
+            elif needs_gate:  # the output once more, in place of a row as wide as x
+                at_gate = at_gate + torch.linalg.vecdot(grad, x @ weight_EIO[expert, columns])
         if needs_gate:
             grad_gate[pairs] = at_gate
     return grads

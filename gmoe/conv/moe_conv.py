@@ -201,6 +201,7 @@ class MoEConv(MoELayer, MessagePassing):
         size = (x_src.size(0), x_dst.size(0))
         if not isinstance(edge_index, Graph):
             graph = Graph(edge_index, size, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
+            graph.constant = False  # no later call sees it
         else:
             if (edge_index.num_src, edge_index.num_dst) != size:
                 raise ValueError(f"edge_index: got {edge_index}, expected {size[0]} sources and {size[1]} destinations")
@@ -210,7 +211,7 @@ class MoEConv(MoELayer, MessagePassing):
         if batch is not None:
             check_batch(batch, size[1])
         h = None
-        if not self.experts.transforms_first or (routing is None and "neighbors" in self.router_input):
+        if not self.experts.narrows or (routing is None and "neighbors" in self.router_input):
             h = self.experts.aggregate(graph, x_src, x_dst)
         if routing is not None and not isinstance(routing, Routing):
             raise ValueError(f"routing: got {type(routing).__name__}, expected a Routing, or None to ask the router")
@@ -222,9 +223,13 @@ class MoEConv(MoELayer, MessagePassing):
         elif (routing.num_tokens, routing.num_experts) != (size[1], self.num_experts):
             got = f"{routing.num_tokens} tokens and {routing.num_experts} experts"
             raise ValueError(f"routing: got {got}, expected {size[1]} and {self.num_experts}")
+        near = h
+        if h is None:  # nobody needs the aggregate itself
+            alike = self.shared_expert if self._aggregates_alike else None
+            h, near = self.experts.start(graph, x_src, x_dst, routing, alike)
         y = self.experts(graph, x_src, x_dst, h, routing)
         if self.shared_expert is not None:
-            y = y + self._shared(graph, x_src, x_dst, h)
+            y = y + self._shared(graph, x_src, x_dst, near)
         return (y, routing) if return_routing else y
 
     def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, mean: Callable[[Tensor], Tensor]) -> Tensor:
@@ -235,10 +240,10 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _shared(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
         """(T, O) what the shared expert adds."""
-        graph = graph.in_flow(self.shared_expert.flow)
+        graph, everyone = graph.in_flow(self.shared_expert.flow), Routing.everyone(x_dst.size(0), x_dst)
         if h is None or not self._aggregates_alike:
-            h = self.shared_expert.aggregate(graph, x_src, x_dst)
-        out: Tensor = self.shared_expert(graph, x_src, x_dst, h, Routing.everyone(x_dst.size(0), x_dst))
+            h, _ = self.shared_expert.start(graph, x_src, x_dst, everyone)
+        out: Tensor = self.shared_expert(graph, x_src, x_dst, h, everyone)
         return out
 
     @torch.no_grad()
