@@ -10,7 +10,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from operator import attrgetter
 from types import MethodType
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -26,7 +25,19 @@ from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_count
 from gmoe.conv.attention import Messages
-from gmoe.conv.base import ConvExperts, NodeChunks, StackedExperts, powers, probe_copy, tokens_of
+from gmoe.conv.base import (
+    ADD,
+    CALL,
+    MESSAGE,
+    MOVE,
+    ConvExperts,
+    NodeChunks,
+    StackedExperts,
+    hooks_of,
+    powers,
+    probe_copy,
+    tokens_of,
+)
 from gmoe.conv.graph import WEIGHTS_TWICE, Graph, Matrix, weighted_sum
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear, routed_linear
 from gmoe.experts import LinearExperts, MLPExperts
@@ -39,9 +50,6 @@ Order: TypeAlias = Literal["aggregate", "transform", "pairs"]
 
 SUMS = ("add", "sum", "mean")
 """Aggregations that are sparse products."""
-
-hooks_of = attrgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-"""What a user may have hung on a module, which then has to be called."""
 
 
 class AggregateOnce(StackedExperts):
@@ -94,12 +102,6 @@ class AggregateOnce(StackedExperts):
         return chunks.map(lambda x, part, _: self.aggregate(part, x, x), x)
 
 
-MOVE, ADD, MESSAGE, CALL = 60, 8, 2000, 6e6
-"""What takes as long as so many multiply-adds of a product: a number of a row that is gathered or scattered, one that a
-sparse product adds, a message that is looked up, an expert's turn. Fitted to times on one core of a CPU (``python -m
-experiments.benchmark order`` checks them); not measured on GPUs."""
-
-
 def cheapest_order(
     *,
     sources: int,
@@ -117,7 +119,7 @@ def cheapest_order(
     """The order of sum and transform that takes the least time, forward and backward, by a model of the three.
 
     Args:
-        sources, tokens, edges: of the graph.
+        sources, tokens, edges: of the graph, loops included.
         pairs: (token, expert) pairs, P.
         num_experts: E.
         width, out: columns before and after the transform, I and O.
@@ -203,17 +205,19 @@ class LinearAggregation(AggregateOnce):
             return None, None
         weights = [linear.weight[:, : self.aggregate_width] for linear in linears]
         weight_EIO = torch.cat(weights) if shared is not None else weights[0]
-        x_NC = F.linear(x_src, weight_EIO.transpose(1, 2).flatten(0, 1))
+        x_NC = x_src @ weight_EIO.transpose(0, 1).flatten(1)
         matrix = self.matrix(graph, dtype=torch.promote_types(x_NC.dtype, torch.float32))
         h_TEO = matrix.times(x_NC).to(x_NC.dtype).unflatten(1, (len(weight_EIO), -1))
         return h_TEO, h_TEO[:, self.num_experts :] if shared is not None else None
 
     def cheapest(self, graph: Graph, x_src: Tensor, routing: Routing, shared: bool) -> Order:
         """The order that :func:`cheapest_order` picks for these."""
+        assert self.matrix is not None
+        edges = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32)).edges  # with loops, for GCN
         return cheapest_order(
             sources=graph.num_src,
             tokens=graph.num_dst,
-            edges=graph.num_edges,
+            edges=edges.sender.numel(),
             pairs=routing.token.numel(),
             num_experts=self.num_experts,
             width=self.aggregate_width,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from gmoe.routing import Routing
 
 MakeConv = Callable[[int], MessagePassing]
 """Makes a fresh conv for the expert of that index."""
+
+MOVE, ADD, MESSAGE, CALL = 60, 8, 2000, 6e6
+"""What takes as long as so many multiply-adds of a product: a number of a row that is gathered or scattered, one that a
+sparse product adds, a message that is looked up, an expert's turn. Fitted to times on one core of a CPU (``python -m
+experiments.benchmark order`` checks them); not measured on GPUs."""
+
+hooks_of = attrgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""What a user may have hung on a module, which then has to be called."""
 
 
 class NodeChunks:

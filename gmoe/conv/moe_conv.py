@@ -35,8 +35,9 @@ class MoEConv(MoELayer, MessagePassing):
     Equal, in outputs and gradients, to running E convs on the whole graph and masking. Compute scales with the K
     experts a node uses, not with the total E:
 
-    - GCN, SAGE, GraphConv and GIN aggregate once, and each row meets only its experts in one grouped product (where E
-      times the output is narrower than the input, they transform first, unless the router needs the aggregate);
+    - GCN, SAGE, GraphConv and GIN aggregate once, and each row meets only its experts in one grouped product. Where
+      outputs are narrower than inputs, GCN, SAGE and GraphConv may transform first, all sources or what each expert
+      hears, whichever a cost model finds cheapest (:func:`gmoe.conv.aggregate.cheapest_order`);
     - GAT, GATv2 and TransformerConv send K messages an edge. What they transform is each (source, expert) pair that an
       edge asks for, at most min(K · edges, E · N) of them: on dense graphs this part grows with E;
     - other local convs (a node's output follows from its in-edges and their ends) run on the in-edges of each expert's

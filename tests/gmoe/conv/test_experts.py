@@ -24,6 +24,7 @@ from torch_geometric.nn import (
 )
 
 from gmoe import ROUTERS, FilterConv, MoEConv
+from gmoe.conv import attention as attention_module
 from gmoe.conv import graph as graph_module
 from gmoe.conv.aggregate import AggregateOnce, FilterExperts, MLPConvExperts, Order
 from gmoe.conv.attention import AttentionExperts
@@ -500,9 +501,14 @@ def test_a_hook_runs_in_any_order(part: str, order: Any) -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("move", [0, 1000])
 @pytest.mark.parametrize(("conv", "kwargs"), ATTENTION, ids=ids)
-def test_heads_wider_and_narrower_than_the_input(conv: Any, kwargs: dict[str, Any]) -> None:
-    """GAT sums inputs, and transforms the sum, where a head is at least as wide."""
+def test_heads_wider_and_narrower_than_the_input(
+    conv: Any, kwargs: dict[str, Any], move: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GAT sums inputs, and transforms the sum, where a head is at least as wide; else what experts hear is transformed,
+    or, where it costs much to move that, all sources."""
+    monkeypatch.setattr(attention_module, "MOVE", move)
     num_nodes, edge_index = GRAPHS["mixed"]
     for in_channels, out_channels in ((2, 5), (6, 3)):
         layer = build(conv, kwargs, in_channels, out_channels)
