@@ -203,7 +203,9 @@ class LinearAggregation(AggregateOnce):
             return super().start(graph, x_src, x_dst, routing)
         if order == "pairs":
             return None, None
-        weights = [linear.weight[:, : self.aggregate_width] for linear in linears]
+        weights = [linear.weight for linear in linears]
+        if self.root:
+            weights = [weight[:, : self.aggregate_width] for weight in weights]
         weight_EIO = torch.cat(weights) if shared is not None else weights[0]
         x_NC = x_src @ weight_EIO.transpose(0, 1).flatten(1)
         matrix = self.matrix(graph, dtype=torch.promote_types(x_NC.dtype, torch.float32))
