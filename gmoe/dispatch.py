@@ -110,9 +110,10 @@ def routed_linear(
 ) -> Tensor:
     r"""(T, O) :math:`y_t = \sum_e w_{te} (x_t W_e + b_e)`: gather, grouped product and weighted scatter.
 
-    With the loop backend all in one step, one expert after the other, without a (P, I) or (P, O) tensor. Neither is
-    needed for the gradients: that of a weight is :math:`\bar y_t \cdot (x_t W_e + b_e) = (\bar y_t W_e^\top) \cdot
-    x_t + \bar y_t \cdot b_e`. Follows autocast. Can be differentiated once.
+    With the loop backend all in one step, one expert after the other, without a (P, I) tensor; and without a (P, O) one
+    but where that is narrower, and spares the gates' gradient a product. Neither is needed for the gradients: that of a
+    weight is :math:`\bar y_t \cdot (x_t W_e + b_e) = (\bar y_t W_e^\top) \cdot x_t + \bar y_t \cdot b_e`. Follows
+    autocast. Can be differentiated once.
 
     Args:
         parts: x in parts, whose widths add up to I: with the loop backend the first is not joined to the others.
@@ -121,6 +122,12 @@ def routed_linear(
         routing: who goes where.
         backend: see :func:`grouped_linear`.
     """
+    if len(weight_EIO) == 1 and routing.token.numel() == routing.num_tokens:  # all of them, in order
+        dtype = weight_EIO.dtype
+        pieces = weight_EIO[0].T.split([part.size(1) for part in parts], dim=1)
+        y_TO: Any = sum(F.linear(part.to(dtype), w.contiguous()) for part, w in zip(parts, pieces, strict=True))
+        y_TO = y_TO if bias_EO is None else y_TO + bias_EO
+        return y_TO * routing.weight.to(y_TO.dtype)[:, None]
     if backend not in FUSING or parts[0].is_cuda:
         x_TI = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
         return combine(grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend), routing)
@@ -134,10 +141,12 @@ def routed_linear(
     if dtype == torch.bfloat16 and device == "cpu":
         token_P, offsets_E, gate_P = rounded(token_P, offsets_E, gate_P)
     z_TJ = torch.cat(other, dim=-1) if len(other) > 1 else next(iter(other), None)
+    keep = gate_P.requires_grad and torch.is_grad_enabled() and weight_EIO.size(2) < weight_EIO.size(1)
     with torch.autocast(device, enabled=False):
-        return torch.ops.gmoe.routed_linear(
-            x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, routing.num_tokens
+        out_TO, _ = torch.ops.gmoe.routed_linear(
+            x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, routing.num_tokens, keep
         )
+    return out_TO
 
 
 def routed_mlp(
@@ -372,10 +381,12 @@ def _aligned(x_PI: Tensor) -> Tensor:
 # from tokens to tokens, one expert after the other --------------------------------------------------------------------
 
 
-def _routed_linear(*inputs: Any) -> Tensor:
-    x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, num_tokens = inputs
+def _routed_linear(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """(T, O) the output, and (P, O) what each pair adds before it is weighted, or nothing."""
+    x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, num_tokens, keep = inputs
     width = x_TI.size(1)
     out_TO: Tensor = gate_P.new_zeros(num_tokens, weight_EIO.size(2))
+    kept_PO = gate_P.new_empty(len(token_P) if keep else 0, weight_EIO.size(2))
     ends = offsets_E.tolist()  # one host sync
     for expert, pairs in enumerate(map(slice, [0, *ends], ends)):
         token, weight_IO = token_P[pairs], weight_EIO[expert]
@@ -383,12 +394,14 @@ def _routed_linear(*inputs: Any) -> Tensor:
         y = x @ weight_IO[:width] if bias_EO is None else torch.addmm(bias_EO[expert], x, weight_IO[:width])
         if z_TJ is not None:
             y.addmm_(z_TJ.index_select(0, token), weight_IO[width:])
+        if keep:
+            kept_PO[pairs] = y
         out_TO.index_add_(0, token, y.mul_(gate_P[pairs, None]))
-    return out_TO
+    return out_TO, kept_PO
 
 
 def _routed_linear_backward(*inputs: Any) -> list[Tensor]:
-    grad_TO, x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, _, needs = inputs
+    grad_TO, x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, kept_PO, _, kept, needs = inputs
     needs_x, needs_z, needs_gate, needs_weight, needs_bias = needs
     grads = _gradients_of((x_TI, z_TJ, gate_P, weight_EIO, bias_EO), needs)
     grad_gate, grad_weight, grad_bias = grads[2:]
@@ -400,7 +413,9 @@ def _routed_linear_backward(*inputs: Any) -> list[Tensor]:
         token, gate = token_P[pairs], gate_P[pairs, None]
         grad = grad_TO.index_select(0, token)
         scaled = grad * gate
-        if needs_gate:
+        if needs_gate and kept:
+            torch.linalg.vecdot(grad, kept_PO[pairs], out=grad_gate[pairs])
+        elif needs_gate:
             at_gate = 0.0 if bias_EO is None else torch.mv(grad, bias_EO[expert])
         if needs_bias:
             torch.sum(scaled, dim=0, out=grad_bias[expert])
@@ -408,22 +423,27 @@ def _routed_linear_backward(*inputs: Any) -> list[Tensor]:
             x = part.index_select(0, token)
             if needs_weight:
                 torch.mm(x.T, scaled, out=grad_weight[expert, columns])
-            if needs_gate or needs_part:
+            needs_product = needs_gate and not kept
+            if needs_product or needs_part:
                 back = grad @ weight_EIO[expert, columns].T
-            if needs_gate:
+            if needs_product:
                 at_gate = at_gate + x.mul_(back).sum(dim=1)
             if needs_part:
                 grad_part.index_add_(0, token, back.mul_(gate))
-        if needs_gate:
+        if needs_gate and not kept:
             grad_gate[pairs] = at_gate
     return grads
 
 
 _operator(
     "routed_linear",
-    "Tensor x, Tensor? z, Tensor gate, Tensor weight, Tensor? bias, Tensor token, Tensor offsets, SymInt num_tokens",
-    "Tensor",
-    lambda *inputs: inputs[2].new_empty(inputs[-1], inputs[3].size(2)),
+    "Tensor x, Tensor? z, Tensor gate, Tensor weight, Tensor? bias, Tensor token, Tensor offsets, SymInt num_tokens, "
+    "bool keep",
+    "(Tensor, Tensor)",
+    lambda *inputs: (
+        inputs[2].new_empty(inputs[-2], inputs[3].size(2)),
+        inputs[2].new_empty(inputs[5].size(0) if inputs[-1] else 0, inputs[3].size(2)),
+    ),
     num_grads=5,
 )(_routed_linear, _routed_linear_backward)
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 from experiments.benchmark.conv import ConvBenchmark
 from experiments.benchmark.ffn import FFNBenchmark
 from experiments.benchmark.options import Benchmark
+from experiments.benchmark.order import OrderBenchmark
 from experiments.benchmark.router import RouterBenchmark
 from experiments.benchmark.train import TrainBenchmark
 from experiments.benchmark.vit import VitBenchmark
@@ -25,6 +26,7 @@ from experiments.tables import measured_on
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "conv": ("A layer of message passing, forward and backward.", ConvBenchmark()),
     "ffn": ("An MLP layer, forward and backward; ours and others'.", FFNBenchmark()),
+    "order": ("Sum first or transform first: every order, and the one that is chosen.", OrderBenchmark()),
     "router": ("The routers' share of a layer.", RouterBenchmark()),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", VoteBenchmark()),
     "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", TrainBenchmark()),

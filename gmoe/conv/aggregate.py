@@ -6,7 +6,10 @@ Shapes: T tokens (destinations), D, I, O widths, E experts, P pairs.
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -21,13 +24,29 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.base import NodeChunks, StackedExperts, powers, probe_copy, tokens_of
-from gmoe.conv.graph import WEIGHTS_TWICE, Graph, weighted_sum
+from gmoe.conv.attention import Messages
+from gmoe.conv.base import (
+    ADD,
+    CALL,
+    MESSAGE,
+    MOVE,
+    ConvExperts,
+    NodeChunks,
+    StackedExperts,
+    hooks_of,
+    powers,
+    probe_copy,
+    tokens_of,
+)
+from gmoe.conv.graph import WEIGHTS_TWICE, Graph, Matrix, weighted_sum
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear, routed_linear
 from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.routing import Routing
 
 FilterName: TypeAlias = Literal["identity", "low_pass", "high_pass"]
+
+Order: TypeAlias = Literal["aggregate", "transform", "pairs"]
+"""Of a sum and a transform, see :class:`LinearAggregation`."""
 
 SUMS = ("add", "sum", "mean")
 """Aggregations that are sparse products."""
@@ -40,7 +59,16 @@ class AggregateOnce(StackedExperts):
     into, is PyG's own: the conv itself with its transform taken out.
     """
 
+    weighted_by: Literal["weight", "values"] = "values"
+    """What this conv multiplies messages by: of one without edge weights, the values of a sparse matrix."""
+
+    matrix: Callable[..., Matrix] | None
+    """From a graph and a dtype to the A of A x; ``None`` where the aggregation is no such product."""
+
     def _build(self, template: Any, backend: Backend) -> None:
+        mean = template.aggr == "mean"
+        linear = isinstance(template.aggr, str) and template.aggr in SUMS
+        self.matrix = partial(Graph.weighted, by=self.weighted_by, mean=mean) if linear else None
         self.prototype = self._without_transform(copy.deepcopy(template))
         for name in ("cached", "_cached_edge_index", "_cached_adj_t"):
             if hasattr(self.prototype, name):  # one graph for all time: here a Graph holds what is constant
@@ -49,16 +77,13 @@ class AggregateOnce(StackedExperts):
     @abstractmethod
     def _without_transform(self, conv: Any) -> MessagePassing: ...
 
-    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
-        conv = self.prototype
-        if conv.explain or not isinstance(conv.aggr, str) or conv.aggr not in SUMS:
+    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Any:
+        if self.matrix is None or self.prototype.explain:
             return self._by_pyg(graph, x_src)
-        total = (graph.mean if conv.aggr == "mean" else graph.sum)(x_src, self._weight(graph))
-        return total.to(x_src.dtype)
-
-    def _weight(self, graph: Graph) -> Tensor | None:
-        """(M,) what this conv weighs messages by: of a conv without edge weights, the values of a sparse matrix."""
-        return graph.values
+        matrix = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32))
+        if graph.constant is not False:
+            return matrix.kept(x_src).to(x_src.dtype)
+        return weighted_sum(matrix.weight[:, None], x_src[:, None], matrix.edges).squeeze(1).to(x_src.dtype)
 
     def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         conv, size = self.prototype, (graph.num_src, graph.num_dst)
@@ -77,16 +102,69 @@ class AggregateOnce(StackedExperts):
         return chunks.map(lambda x, part, _: self.aggregate(part, x, x), x)
 
 
+def cheapest_order(
+    *,
+    sources: int,
+    tokens: int,
+    edges: int,
+    pairs: int,
+    num_experts: int,
+    width: int,
+    out: int,
+    shared: bool,
+    known: bool,
+    trains: bool,
+    trains_x: bool,
+) -> Order:
+    """The order of sum and transform that takes the least time, forward and backward, by a model of the three.
+
+    Args:
+        sources, tokens, edges: of the graph, loops included.
+        pairs: (token, expert) pairs, P.
+        num_experts: E.
+        width, out: columns before and after the transform, I and O.
+        shared: whether a shared expert of the same kind runs on every token.
+        known: whether A x costs nothing, since the graph keeps it.
+        trains: whether weights get a gradient.
+        trains_x: whether the features do.
+    """
+    to_weight, to_x = int(trains), int(trains_x)
+    products = 1 + to_weight + to_x
+    columns = (num_experts + shared) * out
+    messages = edges * pairs / max(tokens, 1)
+    every = max(num_experts * sources, 1)
+    heard = every * -math.expm1(-messages / every)  # distinct ones, if experts of neighbors are independent
+    cost: dict[Order, float] = {
+        "aggregate": pairs * width * (out * (1 + 2 * to_weight) + MOVE * (1 + to_weight + 2 * to_x))
+        + shared * tokens * width * out * products
+        + (not known) * edges * width * ADD * (1 + to_x)
+        + CALL * num_experts,
+        "transform": sources * width * columns * products
+        + edges * columns * ADD * (1 + to_weight)
+        + tokens * columns * MOVE * 2 * (1 + to_weight),
+        "pairs": heard * width * (out * products + MOVE * (1 + to_weight + to_x))
+        + messages * (out * ADD * (1 + to_weight) + MESSAGE)
+        + shared * out * (sources * width * products + edges * ADD * (1 + to_weight))
+        + CALL * num_experts,
+    }
+    return min(cost, key=lambda order: cost[order])
+
+
 class LinearAggregation(AggregateOnce):
     """One linear map an expert of what was aggregated, beside the root's features where the conv looks at them.
 
-    Where all experts' outputs side by side are narrower than the input, and the aggregation is a sum or a mean, the
-    order is turned round: A (x [W_1 ... W_E]), of which each row keeps the columns of its experts.
+    Three orders give the same, and :func:`cheapest_order` picks one where outputs are narrower than inputs:
+
+    - ``"aggregate"``: A x, of which each row meets its experts;
+    - ``"transform"``: A (x [W_1 ... W_E]), of which each row keeps the columns of its experts;
+    - ``"pairs"``: what each expert hears is transformed by that expert alone, and summed pair by pair.
     """
 
     linears: tuple[str, ...]
     root: bool = True
     normalize: bool = False
+    order: Order | None = None
+    """Forces one, where the router does not need A x; ``None`` takes the cheapest."""
 
     def _linears(self, conv: Any) -> list[Any]:
         """The linear layers of a conv: of the aggregate, and of the root."""
@@ -102,8 +180,7 @@ class LinearAggregation(AggregateOnce):
         width = sum(int(linear.weight.size(1)) for linear in linears)
         bias = self._bias(template) is not None
         self.linear = LinearExperts(width, out_channels, self.num_experts, bias=bias, backend=backend)
-        narrower = self.num_experts * out_channels < self.aggregate_width
-        self.transforms_first = narrower and template.aggr in SUMS
+        self.narrows = out_channels < self.aggregate_width and self.matrix is not None
 
     def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
         own = [linear.weight for linear in self._linears(conv)]
@@ -111,30 +188,78 @@ class LinearAggregation(AggregateOnce):
         weights = zip(stacked, own, strict=True)
         return [*weights] if self.linear.bias is None else [*weights, (self.linear.bias, self._bias(conv))]
 
+    def start(
+        self, graph: Graph, x_src: Tensor, x_dst: Tensor, routing: Routing, shared: ConvExperts | None = None
+    ) -> tuple[Any, Any]:
+        """(T, I) the aggregate; (T, E, O) the sums of what each expert makes of its sources; or nothing yet."""
+        linears: list[Any] = [self.linear]
+        if isinstance(shared, LinearAggregation):
+            linears.append(shared.linear)
+        plain = all(type(linear) is LinearExperts and not any(hooks_of(linear)) for linear in linears)
+        order: Order = "aggregate"
+        if self.narrows and plain and not self.prototype.explain:
+            order = self.order or self.cheapest(graph, x_src, routing, shared is not None)
+        if self.matrix is None or order == "aggregate":
+            return super().start(graph, x_src, x_dst, routing)
+        if order == "pairs":
+            return None, None
+        weights = [linear.weight for linear in linears]
+        if self.root:
+            weights = [weight[:, : self.aggregate_width] for weight in weights]
+        weight_EIO = torch.cat(weights) if shared is not None else weights[0]
+        x_NC = x_src @ weight_EIO.transpose(0, 1).flatten(1)
+        matrix = self.matrix(graph, dtype=torch.promote_types(x_NC.dtype, torch.float32))
+        h_TEO = matrix.times(x_NC).to(x_NC.dtype).unflatten(1, (len(weight_EIO), -1))
+        return h_TEO, h_TEO[:, self.num_experts :] if shared is not None else None
+
+    def cheapest(self, graph: Graph, x_src: Tensor, routing: Routing, shared: bool) -> Order:
+        """The order that :func:`cheapest_order` picks for these."""
+        assert self.matrix is not None
+        edges = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32)).edges  # with loops, for GCN
+        return cheapest_order(
+            sources=graph.num_src,
+            tokens=graph.num_dst,
+            edges=edges.sender.numel(),
+            pairs=routing.token.numel(),
+            num_experts=self.num_experts,
+            width=self.aggregate_width,
+            out=self.linear.out_features,
+            shared=shared,
+            known=graph.constant is True and not x_src.requires_grad,
+            trains=torch.is_grad_enabled() and self.linear.weight.requires_grad,
+            trains_x=torch.is_grad_enabled() and x_src.requires_grad,
+        )
+
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         linear = self.linear
-        hooks = (linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks)
-        plain = type(linear) is LinearExperts and not any(hooks)  # else what a user put there runs
-        if h is None and plain:
-            return self._transform_first(graph, x_src, x_dst, routing)
-        h = self.aggregate(graph, x_src, x_dst) if h is None else h
+        if h is None or h.dim() == 3:
+            return self._transformed(graph, x_src, x_dst, h, routing)
         parts = [h, x_dst] if self.root else [h]
+        plain = type(linear) is LinearExperts and not any(hooks_of(linear))  # else what a user put there runs
         if self.normalize or not plain:
             y_PO = linear(dispatch(torch.cat(parts, dim=-1), routing), routing.offsets)
             return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
         return routed_linear(parts, linear.weight, linear.bias, routing, linear.backend)
 
-    def _transform_first(self, graph: Graph, x_src: Tensor, x_dst: Tensor, routing: Routing) -> Tensor:
-        weight_EIO = self.linear.weight
-        weight_IEO = weight_EIO[:, : self.aggregate_width].transpose(0, 1).flatten(1)
-        h_TEO = self.aggregate(graph, x_src @ weight_IEO, x_dst)
-        pair_P = routing.token * self.num_experts + routing.expert
-        y_PO = h_TEO.view(-1, weight_EIO.size(2)).index_select(0, pair_P)
+    def _transformed(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
+        """The mixture from what was transformed already, or from what each expert hears."""
+        linear, width = self.linear, self.aggregate_width
+        if h is None:
+            assert self.matrix is not None
+            matrix = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32))
+            messages = Messages(graph, routing, matrix.edges)
+            heard_UI = x_src.index_select(0, messages.heard)
+            y_UO = grouped_linear(heard_UI, linear.weight[:, :width], None, messages.heard_offsets, linear.backend)
+            weight_M = matrix.weight.index_select(0, messages.edge)
+            y_PO = Matrix(messages.from_heard, weight_M).times(y_UO).to(y_UO.dtype)
+        else:
+            y_PO = h.flatten(0, 1).index_select(0, routing.token * h.size(1) + routing.expert)
         if self.root:
-            root_EIO = weight_EIO[:, self.aggregate_width :]
-            y_PO = y_PO + grouped_linear(dispatch(x_dst, routing), root_EIO, None, routing.offsets, self.linear.backend)
-        if self.linear.bias is not None:
-            y_PO = y_PO + self.linear.bias.to(y_PO.dtype).index_select(0, routing.expert)
+            y_PO = y_PO + grouped_linear(
+                dispatch(x_dst, routing), linear.weight[:, width:], None, routing.offsets, linear.backend
+            )
+        if linear.bias is not None:
+            y_PO = y_PO + linear.bias.to(y_PO.dtype).index_select(0, routing.expert)
         return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
 
 
@@ -143,6 +268,7 @@ class GCNExperts(LinearAggregation):
 
     linears = ("lin",)
     root = False
+    weighted_by = "weight"
     takes_two_sets = False
 
     @staticmethod
@@ -150,6 +276,8 @@ class GCNExperts(LinearAggregation):
         return conv.aggr in ("add", "sum")  # transforms before it aggregates, so that has to be linear
 
     def _without_transform(self, conv: Any) -> MessagePassing:
+        if getattr(conv, "normalize", False):  # not a FilterConv, which holds its own product
+            self.matrix = partial(Graph.normalized, improved=conv.improved, loops=conv.add_self_loops)
         conv.lin = nn.Identity()
         conv.bias = None
         return conv
@@ -157,17 +285,11 @@ class GCNExperts(LinearAggregation):
     def _bias(self, conv: Any) -> Any:
         return conv.bias
 
-    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
-        conv = self.prototype
-        if conv.explain:
-            weights_of(graph)
-            out: Tensor = conv(x_src, graph.adj, **graph.args_for(conv))
-            return out
-        if not conv.normalize:
-            return graph.sum(x_src, weights_of(graph)).to(x_src.dtype)
-        exact = torch.promote_types(x_src.dtype, torch.float32)
-        edges, weight = graph.normalized(conv.improved, conv.add_self_loops, exact)
-        return weighted_sum(weight[:, None], x_src[:, None], edges).squeeze(1).to(x_src.dtype)
+    def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
+        if graph.is_sparse and graph.edge_weight is not None:
+            raise ValueError(WEIGHTS_TWICE)
+        out: Tensor = self.prototype(x_src, graph.adj, **graph.args_for(self.prototype))
+        return out
 
 
 class SAGEExperts(LinearAggregation):
@@ -192,6 +314,7 @@ class GraphConvExperts(LinearAggregation):
     """GraphConv: x' = aggr_j(w_ji x_j) W_e + x_i V_e + b_e."""
 
     linears = ("lin_rel", "lin_root")
+    weighted_by = "weight"
 
     @staticmethod
     def accepts(conv: Any) -> bool:
@@ -201,9 +324,6 @@ class GraphConvExperts(LinearAggregation):
         conv.lin_rel = nn.Identity()
         del conv.lin_root
         return conv
-
-    def _weight(self, graph: Graph) -> Tensor | None:
-        return weights_of(graph)
 
 
 class GINExperts(AggregateOnce):
@@ -259,7 +379,7 @@ class FilterExperts(GCNExperts):
     def fill(self, convs: list[Any]) -> None:
         self.filters = [(conv.filter, conv.hops) for conv in convs]
         self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
-        self.transforms_first = False
+        self.narrows = False
         self.aggregate_width = max(self.hops, 1) * self.linear.in_features
         super().fill(convs)
 
@@ -297,13 +417,6 @@ class MLPConvExperts(StackedExperts):
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         out: Tensor = self.mlp(x_dst, routing)
         return out
-
-
-def weights_of(graph: Graph) -> Tensor | None:
-    """The edge weights, of which a sparse matrix has its own: PyG would pass over any beside it."""
-    if graph.is_sparse and graph.edge_weight is not None:
-        raise ValueError(WEIGHTS_TWICE)
-    return graph.weight
 
 
 def turned(conv: MessagePassing) -> Any:
@@ -405,8 +518,8 @@ class FilterConv(MessagePassing):
             out: Tensor = self.propagate(ends, x=x, edge_weight=weight)
             return out
         exact = torch.promote_types(x.dtype, torch.float32)
-        edges, weight = graph.normalized(False, self.add_self_loops, exact)
-        return weighted_sum(weight[:, None], x[:, None], edges).squeeze(1).to(x.dtype)
+        matrix = graph.normalized(False, self.add_self_loops, exact)
+        return (matrix.times if graph.constant is False else matrix.kept)(x).to(x.dtype)
 
     def message(self, x_j: Tensor, edge_weight: Tensor) -> Tensor:
         return edge_weight[:, None] * x_j

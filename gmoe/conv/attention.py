@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
 from gmoe._autograd import first_order, untraced
-from gmoe.conv.base import StackedExperts
+from gmoe.conv.base import MOVE, StackedExperts, hooks_of
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
@@ -31,14 +31,16 @@ class Messages:
     Args:
         graph: the edges, self-loops included.
         routing: the pairs.
+        edges: others than the graph's (default ``None``).
     """
 
-    def __init__(self, graph: Graph, routing: Routing) -> None:
+    def __init__(self, graph: Graph, routing: Routing, edges: Edges | None = None) -> None:
         self.graph = graph
         self.routing = routing
-        self.edge, self.pair = graph.edges.of(routing.token)
+        edges = graph.edges if edges is None else edges
+        self.edge, self.pair = edges.of(routing.token)
         """(M,) the edge that each message runs along, and the pair that hears it, ascending."""
-        self.source = graph.edges.sender.index_select(0, self.edge)
+        self.source = edges.sender.index_select(0, self.edge)
         """(M,) the node that sends it."""
 
     @cached_property
@@ -73,6 +75,11 @@ class Messages:
     def heard(self) -> Tensor:
         """(U,) the sources that each expert hears, in order, expert by expert."""
         return self._is_heard.nonzero().view(-1) % max(self.graph.num_src, 1)
+
+    @cached_property
+    def heard_by(self) -> Tensor:
+        """(U,) the expert that hears it."""
+        return self._is_heard.nonzero().view(-1) // max(self.graph.num_src, 1)
 
     @cached_property
     def heard_offsets(self) -> Tensor:
@@ -157,6 +164,18 @@ class AttentionExperts(StackedExperts):
             y_PO = y_PO + self.res(x_PI, routing.offsets)
         return y_PO if self.bias is None else y_PO + self.bias.index_select(0, routing.expert)
 
+    def _of_heard(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
+        """(U, O) what each expert makes of the sources that it hears."""
+        heard, (sources, experts, out) = messages.heard, (len(x_src), self.num_experts, linear.out_features)
+        plain = type(linear) is LinearExperts and not any(hooks_of(linear))  # else what a user put there runs
+        if not plain or len(heard) * (out + MOVE) <= sources * experts * out:
+            return linear(x_src.index_select(0, heard), messages.heard_offsets)
+        # all experts' of all sources: more products, but no row of the input is moved
+        y_NC = x_src @ linear.weight.transpose(0, 1).flatten(1)
+        if linear.bias is not None:
+            y_NC = y_NC + linear.bias.flatten()
+        return y_NC.view(-1, out).index_select(0, heard * experts + messages.heard_by)
+
     def _by_head(self, row_UO: Tensor) -> Tensor:
         """(U, H, C)"""
         return row_UO.unflatten(1, (self.heads, self.width))
@@ -226,7 +245,7 @@ class GATExperts(AttentionExperts):
             heard_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_nodes)
             weight_EIHC = lin_src.weight.unflatten(2, (self.heads, self.width))
             return self._head_by_head(heard_PHI, weight_EIHC, offsets).to(alpha_MH.dtype)
-        value_UO = lin_src(x_src.index_select(0, messages.heard), messages.heard_offsets)
+        value_UO = self._of_heard(lin_src, x_src, messages)
         return weighted_sum(alpha_MH, self._by_head(value_UO), messages.from_heard)
 
     def _folded(self, layer: LinearExperts, att_E1HC: Tensor) -> Tensor:
@@ -257,10 +276,9 @@ class TransformerExperts(AttentionExperts):
 
     def _attend(self, x_src: Tensor, x_PI: Tensor, messages: Messages) -> Tensor:
         offsets = messages.routing.offsets
-        heard_UI = x_src.index_select(0, messages.heard)
         query_PHC = self._by_head(self.lin_query(x_PI, offsets)) / math.sqrt(self.width)
-        key_UHC = self._by_head(self.lin_key(heard_UI, messages.heard_offsets))
-        value_UHC = self._by_head(self.lin_value(heard_UI, messages.heard_offsets))
+        key_UHC = self._by_head(self._of_heard(self.lin_key, x_src, messages))
+        value_UHC = self._by_head(self._of_heard(self.lin_value, x_src, messages))
         score_MH = dot(query_PHC, key_UHC, messages.from_heard)
         edge_MF = self._edge_attr(messages)
         if self.lin_edge is None or edge_MF is None:
@@ -306,7 +324,7 @@ class GATv2Experts(AttentionExperts):
         return found
 
     def _attend(self, x_src: Tensor, x_PI: Tensor, messages: Messages) -> Tensor:
-        source_UO = self.lin_l(x_src.index_select(0, messages.heard), messages.heard_offsets)
+        source_UO = self._of_heard(self.lin_l, x_src, messages)
         target_PO = (self.lin_l if self.lin_r is None else self.lin_r)(x_PI, messages.routing.offsets)
         edge_MF = self._edge_attr(messages)
         edge_EFO = None if edge_MF is None or self.lin_edge is None else self.lin_edge.weight

@@ -9,13 +9,14 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj, SparseTensor
@@ -89,12 +90,54 @@ class Edges:
         return start.index_select(0, position) + step, position
 
 
+@dataclass(eq=False)
+class Matrix:
+    """The A of a sum A x over in-edges, and its products with features that stay as they are.
+
+    Args:
+        edges: which of its entries are not zero.
+        weight: (M,) these entries.
+    """
+
+    edges: Edges
+    weight: Tensor
+    _kept: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+
+    @untraced
+    def kept(self, x_src: Tensor) -> Tensor:
+        """(R, D) A x. Where no gradient is needed, and ``x_src`` is the tensor that it was in an earlier call, what
+        that call gave: it is held as long as the two live. Not noticed: a change of ``x_src`` in place that torch does
+        not count, through ``.data`` or NumPy."""
+        plain = type(x_src) is Tensor and not torch._C._len_torch_dispatch_stack()  # neither fake nor counted
+        constant = not (x_src.requires_grad or self.weight.requires_grad)
+        if not plain or not constant or x_src.is_inference() or self.weight.is_inference():
+            return self.times(x_src)
+        known = self._kept.get(x_src)  # by the object, which is held weakly
+        if known is None or known[1:] != (x_src._version, known[0]._version):
+            version = x_src._version
+            with torch.inference_mode(False), torch.no_grad():  # for training too
+                product = self.times(x_src)
+            self._kept[x_src] = known = product, version, product._version
+        found: Tensor = known[0]
+        return found
+
+    def times(self, x_src: Tensor) -> Tensor:
+        """(R, D) A x"""
+        return weighted_sum(self.weight[:, None], x_src[:, None], self.edges).squeeze(1)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # weak references cannot be pickled
+        return Matrix, (self.edges, self.weight)
+
+
 class Graph:
     """A graph that is validated and sorted once, for all layers and calls that see it.
 
     Pass it in place of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order, degrees,
     normalization and transpose are then computed once, so its tensors must not be changed in place. Plain edges are
     turned into one at each call of a layer, or of a model, which hands it on from layer to layer.
+
+    Sums and means of features that need no gradient, and are the same tensor in each call, are computed once too. A
+    graph holds them as long as it and the features live.
 
     Args:
         edge_index: (2, M) integers, PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or ``SparseTensor`` of shape
@@ -108,6 +151,7 @@ class Graph:
         adj: the edges as they were given, but for integers, which are int64.
         edge_index: (2, M) sources and destinations in the order given.
         matrix_values: (M,) or (M, F) the values of a sparse matrix in that order.
+        constant: whether later calls bring the same features again, see :meth:`seeing`.
 
     Raises:
         ValueError: edges outside the nodes (CPU tensors), or an edge argument with another number of rows;
@@ -138,11 +182,12 @@ class Graph:
         self.edge_weight = edge_weight
         self.edge_attr = edge_attr
         self.flow = flow
+        self.constant: bool | None = None
         self._parent: Any = None  # the graph that this is a part of, and what :meth:`part` found out
         self.matrix_values: Tensor | None = None
         self._origin: Tensor | None = None  # of looped edges, in a graph without loops
-        self._shared: dict[str, tuple[Edges, Tensor]] = {}  # what follows from the edges alone
-        self._normalized: dict[Any, tuple[Edges, Tensor]] = {}  # what follows from their weights too
+        self._shared: dict[Any, Any] = {}  # what follows from the edges alone
+        self._matrices: dict[Any, Matrix] = {}  # what follows from their weights too
         self._graphs: dict[Any, Graph] = {}  # and from their features: in another flow, with loops
         if not isinstance(edge_index, Tensor | SparseTensor):
             raise ValueError(f"edge_index: got {type(edge_index).__name__}, expected (2, number of edges) or a Graph")
@@ -206,10 +251,17 @@ class Graph:
         if edge_weight is None and edge_attr is None:
             return self
         other = copy.copy(self)
-        other._normalized, other._graphs = {}, {}
+        other._matrices, other._graphs = {}, {}
         other.edge_weight = self.edge_weight if edge_weight is None else edge_weight
         other.edge_attr = self.edge_attr if edge_attr is None else edge_attr
         self._check_rows(edge_weight, edge_attr)
+        return other
+
+    def seeing(self, constant: bool) -> Graph:
+        """The same graph for features that later calls bring again (``True``), so that their sums cost nothing, or
+        that are new in each call (``False``), so that these are not worth keeping; by default neither is known."""
+        other = copy.copy(self)
+        other.constant = constant and self.constant is not False
         return other
 
     def in_flow(self, flow: str) -> Graph:
@@ -231,7 +283,7 @@ class Graph:
         if flow not in self._graphs:
             weight, attr = self.edge_weight, self.edge_attr
             self._graphs[flow] = Graph(self.adj, self.num_src, edge_weight=weight, edge_attr=attr, flow=flow)
-        return self._graphs[flow]
+        return self._graphs[flow] if self.constant is None else self._graphs[flow].seeing(self.constant)
 
     def to(self, device: torch.device | str) -> Graph:
         """The graph on that device; itself where it is there already."""
@@ -267,7 +319,13 @@ class Graph:
 
     @property
     def weight(self) -> Tensor | None:
-        """(M,) the weight of each of :attr:`edges`: ``edge_weight``, or the values of a sparse matrix."""
+        """(M,) the weight of each of :attr:`edges`: ``edge_weight``, or the values of a sparse matrix.
+
+        Raises:
+            ValueError: both are there; PyG would pass over the tensor.
+        """
+        if self.is_sparse and self.edge_weight is not None:
+            raise ValueError(WEIGHTS_TWICE)
         own = self.matrix_values if self.matrix_values is not None and self.matrix_values.dim() == 1 else None
         given = own if self.edge_weight is None else self.edge_weight
         return None if given is None else given.index_select(0, self._sorted[1])
@@ -292,30 +350,46 @@ class Graph:
         """(N_dst,) edges into each destination."""
         return self.edges.degree
 
-    def sum(self, x_src: Tensor, weight: Tensor | None = None) -> Tensor:
-        """(N_dst, D) the sum over in-edges of ``x_src``, times ``weight`` (M,) in the order of :attr:`edges`."""
+    def mean(self, x_src: Tensor) -> Tensor:
+        """(N_dst, D) the mean over in-edges of ``x_src``; zero without any."""
+        matrix = self.weighted(None, True, torch.promote_types(x_src.dtype, torch.float32))
+        return (matrix.times if self.constant is False else matrix.kept)(x_src).to(x_src.dtype)
+
+    def weighted(self, by: Literal["weight", "values"] | None, mean: bool, dtype: torch.dtype) -> Matrix:
+        """The matrix of a sum over in-edges, or of a mean.
+
+        Args:
+            by: :attr:`weight` or :attr:`values`, by which messages are multiplied, where the graph has these.
+            mean: divide by the number of in-edges.
+            dtype: of the entries, at least.
+        """
+        known = self._matrices if by == "weight" else self._shared
+        if (by, mean, dtype) in known:
+            return known[by, mean, dtype]
+        weight = None if by is None else getattr(self, by)
         if weight is None:
-            weight = x_src.new_ones(self.edges.sender.numel())
-        return weighted_sum(weight[:, None], x_src[:, None], self.edges).squeeze(1)
+            weight = torch.ones_like(self.edges.sender, dtype=dtype)
+        if mean:
+            degree = self.in_degree.to(torch.promote_types(weight.dtype, dtype))
+            weight = weight / degree.index_select(0, self.edges.receiver)
+        matrix = Matrix(self.edges, weight)
+        if not weight.requires_grad and not weight.is_inference():
+            known[by, mean, dtype] = matrix
+        return matrix
 
-    def mean(self, x_src: Tensor, weight: Tensor | None = None) -> Tensor:
-        """(N_dst, D) :meth:`sum` over the number of in-edges; zero without any."""
-        total = self.sum(x_src, weight).to(x_src.dtype)
-        return total / self.in_degree.clamp(min=1).to(total.dtype)[:, None]
-
-    def normalized(self, improved: bool, loops: bool, dtype: torch.dtype) -> tuple[Edges, Tensor]:
-        r"""The edges and weights of :math:`D^{-1/2} (A + I) D^{-1/2}`, as PyG's ``GCNConv`` has them.
+    def normalized(self, improved: bool, loops: bool, dtype: torch.dtype) -> Matrix:
+        r"""The matrix :math:`D^{-1/2} (A + I) D^{-1/2}`, as PyG's ``GCNConv`` has them.
 
         Args:
             improved: see ``GCNConv``.
             loops: the ``+ I``.
-            dtype: of the weights.
+            dtype: of the entries.
         """
         key = improved, loops, dtype
-        if key in self._normalized:
-            return self._normalized[key]
+        if key in self._matrices:
+            return self._matrices[key]
         if self._parent is not None:
-            return self._normalized.setdefault(key, self._part_of_normalized(improved, loops, dtype))
+            return self._matrices.setdefault(key, self._part_of_normalized(improved, loops, dtype))
         if self.is_sparse and self.edge_weight is not None:
             raise ValueError(WEIGHTS_TWICE)
         if "edges" not in self._shared:
@@ -342,16 +416,18 @@ class Graph:
             receiver = node.new_empty(total).index_copy_(0, place, edges.receiver).index_copy_(0, last, node)
             edges = Edges(ptr, sender, receiver, self.num_src)
             weight = weight.new_zeros(total).index_copy(0, place, weight).index_copy(0, last, scale * added * scale)
+        matrix = Matrix(edges, weight)
         if not weight.requires_grad and not weight.is_inference():
-            self._normalized[key] = edges, weight
-        return edges, weight
+            self._matrices[key] = matrix
+        return matrix
 
-    def _part_of_normalized(self, improved: bool, loops: bool, dtype: torch.dtype) -> tuple[Edges, Tensor]:
+    def _part_of_normalized(self, improved: bool, loops: bool, dtype: torch.dtype) -> Matrix:
         """Of the normalized whole, the in-edges of the destinations that this part is of."""
-        edges, weight = self._parent[0].normalized(improved, loops, dtype)
-        edge, sender, receiver = self._rows_of(edges)
+        whole = self._parent[0].normalized(improved, loops, dtype)
+        edge, sender, receiver = self._rows_of(whole.edges)
         ptr = torch._convert_indices_from_coo_to_csr(receiver, self.num_dst)
-        return Edges(ptr, sender, receiver, self.num_src), weight.index_select(0, edge).to(sender.device)
+        weight = whole.weight.index_select(0, edge).to(sender.device)
+        return Matrix(Edges(ptr, sender, receiver, self.num_src), weight)
 
     def _rows_of(self, edges: Edges) -> tuple[Tensor, Tensor, Tensor]:
         """Of edges of the whole that this is a part of: which end in it, and their ends by the numbers of the part."""
@@ -436,7 +512,7 @@ class Graph:
             else:
                 adj = torch.sparse_csr_tensor(ptr, source, value, size=size[::-1], check_invariants=False)
         part = Graph(adj, size, edge_weight=weight, edge_attr=attr, flow=self.flow)
-        part._parent = (self, token, known, place)
+        part._parent, part.constant = (self, token, known, place), False
         every = torch.arange(len(position), device=position.device)
         part._shared["edges"] = Edges(ptr, source, position, size[0]), every  # they come in that order
         return nodes, part

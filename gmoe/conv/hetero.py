@@ -121,10 +121,8 @@ class RelationalConv(nn.Module):
         if relation not in edge_index_dict:  # zeros, so that its weight has a gradient
             return x_src.new_zeros(num_dst, x_src.size(1))
         graph = graph_of(relation, edge_index_dict[relation], (len(x_src), num_dst))
-        out = graph.sum(x_src.to(torch.promote_types(x_src.dtype, torch.float32)), graph.values)
-        if self.aggr == "mean":
-            out = out / graph.in_degree.clamp(min=1).to(out.dtype)[:, None]
-        return out.to(x_src.dtype)
+        matrix = graph.weighted("values", self.aggr == "mean", torch.promote_types(x_src.dtype, torch.float32))
+        return matrix.times(x_src).to(x_src.dtype)
 
     def forward(self, x_dict: NodeTensors, edge_index_dict: RelationEdges) -> dict[NodeType, Tensor]:
         """(T, out) of each node type."""

@@ -40,8 +40,9 @@ class MoEConv(MoELayer, MessagePassing):
     Equal, in outputs and gradients, to running E convs on the whole graph and masking. Compute scales with the K
     experts a node uses, not with the total E:
 
-    - GCN, SAGE, GraphConv and GIN aggregate once, and each row meets only its experts in one grouped product (where E
-      times the output is narrower than the input, they transform first, unless the router needs the aggregate);
+    - GCN, SAGE, GraphConv and GIN aggregate once, and each row meets only its experts in one grouped product. Where
+      outputs are narrower than inputs, GCN, SAGE and GraphConv may transform first, all sources or what each expert
+      hears, whichever a cost model finds cheapest (:func:`gmoe.conv.aggregate.cheapest_order`);
     - GAT, GATv2 and TransformerConv send K messages an edge. What they transform is each (source, expert) pair that an
       edge asks for, at most min(K · edges, E · N) of them: on dense graphs this part grows with E;
     - other local convs (a node's output follows from its in-edges and their ends) run on the in-edges of each expert's
@@ -220,6 +221,7 @@ class MoEConv(MoELayer, MessagePassing):
         size = (x_src.size(0), x_dst.size(0))
         if not isinstance(edge_index, Graph):
             graph = Graph(edge_index, size, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
+            graph.constant = False  # no later call sees it
         else:
             if (edge_index.num_src, edge_index.num_dst) != size:
                 raise ValueError(f"edge_index: got {edge_index}, expected {size[0]} sources and {size[1]} destinations")
@@ -229,7 +231,7 @@ class MoEConv(MoELayer, MessagePassing):
         if batch is not None:
             check_batch(batch, size[1])
         h = None
-        if not self.experts.transforms_first or (routing is None and "neighbors" in self.router_input):
+        if not self.experts.narrows or (routing is None and "neighbors" in self.router_input):
             h = self.experts.aggregate(graph, x_src, x_dst)
         if routing is not None and not isinstance(routing, Routing):
             raise ValueError(f"routing: got {type(routing).__name__}, expected a Routing, or None to ask the router")
@@ -241,9 +243,14 @@ class MoEConv(MoELayer, MessagePassing):
         elif (routing.num_tokens, routing.num_experts) != (size[1], self.num_experts):
             got = f"{routing.num_tokens} tokens and {routing.num_experts} experts"
             raise ValueError(f"routing: got {got}, expected {size[1]} and {self.num_experts}")
-        y = self.experts(graph, x_src, x_dst, h, routing if self.gain is None else routing.scaled(self.gain))
+        followed = routing if self.gain is None else routing.scaled(self.gain)
+        near = h
+        if h is None:  # nobody needs the aggregate itself
+            alike = self.shared_expert if self._aggregates_alike else None
+            h, near = self.experts.start(graph, x_src, x_dst, followed, alike)
+        y = self.experts(graph, x_src, x_dst, h, followed)
         if self.shared_expert is not None:
-            y = y + self._shared(graph, x_src, x_dst, h)
+            y = y + self._shared(graph, x_src, x_dst, near)
         return (y, routing) if return_routing else y
 
     def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, mean: Callable[[Tensor], Tensor]) -> Tensor:
@@ -254,10 +261,10 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _shared(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
         """(T, O) what the shared expert adds."""
-        graph = graph.in_flow(self.shared_expert.flow)
+        graph, everyone = graph.in_flow(self.shared_expert.flow), Routing.everyone(x_dst.size(0), x_dst)
         if h is None or not self._aggregates_alike:
-            h = self.shared_expert.aggregate(graph, x_src, x_dst)
-        out: Tensor = self.shared_expert(graph, x_src, x_dst, h, Routing.everyone(x_dst.size(0), x_dst))
+            h, _ = self.shared_expert.start(graph, x_src, x_dst, everyone)
+        out: Tensor = self.shared_expert(graph, x_src, x_dst, h, everyone)
         return out
 
     @torch.no_grad()

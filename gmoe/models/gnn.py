@@ -222,7 +222,9 @@ class GNNMoE(BasicGNN):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x: got shape {got}, expected (number of nodes, {self.in_channels})")
         if not isinstance(edge_index, Graph):
-            return Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr)
+            graph = Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr)
+            graph.constant = False  # no later call sees it
+            return graph
         if (edge_index.num_src, edge_index.num_dst) != (x.size(0), x.size(0)):
             raise ValueError(f"edge_index: got {edge_index}, expected {x.size(0)} nodes, as x has")
         return edge_index.with_args(edge_weight, edge_attr)
@@ -253,7 +255,7 @@ class GNNMoE(BasicGNN):
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
         decision = None if self.shared_router is None else self.decide(x, graph, batch)
         routings = [] if decision is None else [decision]
-        x = self.input_dropout(x)
+        given, x = x, self.input_dropout(x)
         if self.lin_in is not None:
             x = self.lin_in(x)
         xs: list[Tensor] = []
@@ -265,11 +267,13 @@ class GNNMoE(BasicGNN):
                 )
                 own = {} if value is None else {"edge_weight" if edge_weight is not None else "edge_attr": value}
                 graph = Graph(edge_index, x.size(0), **own)
+                graph.constant = False
                 batch = None if batch is None else batch[: x.size(0)]
             followed = None if decision is None else decision.first(x.size(0))
             conv = self.convs[layer]
             if isinstance(conv, MoEConv):
-                out, routing = conv(x, graph, batch=batch, routing=followed, return_routing=True)
+                seen = graph.seeing(x is given)
+                out, routing = conv(x, seen, batch=batch, routing=followed, return_routing=True)
                 if decision is None:
                     routings.append(routing)
             else:
@@ -420,8 +424,8 @@ def _dense_chunked(conv: Any, x: Tensor, chunks: NodeChunks, local: bool | None)
     plain.normalize = False
 
     def compute(x: Tensor, part: Graph, _: slice) -> Tensor:
-        edges, weight = part.normalized(conv.improved, conv.add_self_loops, x.dtype)
-        out: Tensor = plain(x, torch.stack([edges.sender, edges.receiver]), weight)
+        matrix = part.normalized(conv.improved, conv.add_self_loops, x.dtype)
+        out: Tensor = plain(x, torch.stack([matrix.edges.sender, matrix.edges.receiver]), matrix.weight)
         return out
 
     return chunks.map(compute, x)

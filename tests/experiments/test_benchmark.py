@@ -13,7 +13,7 @@ import torch
 from lightning_fabric import Fabric
 
 from experiments import timing
-from experiments.benchmark import peers
+from experiments.benchmark import order, peers
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.conv import ByHeteroLinear, Masked
 from experiments.benchmark.peers import NonzeroLoop
@@ -22,7 +22,7 @@ from experiments.build import build_model
 from experiments.data import load_tasks
 from experiments.loop import set_up
 from experiments.presets import DIGITS
-from gmoe import MLPExperts, MoE, MoEConv, TokenChoice
+from gmoe import Graph, MLPExperts, MoE, MoEConv, TokenChoice
 
 SMALL = ["conv", "--nodes", "60", "--edges", "150", "--width", "6", "--out", "8", "--repeats", "2"]
 SMALL_FFN = ["ffn", "--tokens", "64", "--width", "16", "--hidden", "24"]
@@ -183,6 +183,41 @@ def test_votes_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.benchmark.vote.in_blocks", lambda *_: torch.ones(50, 8))
     with pytest.raises(AssertionError, match="not close"):
         main(["vote", "--tokens", "50", "--edges", "90", "--width", "6"])
+
+
+def test_order_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "WIDE", ((20, 40, 9, 4),))
+    path = tmp_path / "found.json"
+    sizes = ["--nodes", "20", "--ins", "6", "9", "--outs", "8", "--degrees", "2", "--experts", "2", "--ks", "1", "3"]
+    main(["order", *sizes, "--repeats", "2", "--json", str(path)])
+    found = json.loads(path.read_text())["variants"]
+    extras = [
+        "",
+        ", shared expert",
+        ", gradient of x",
+        ", gradient of x, shared expert",
+    ]  # 6 to 8 and K = 3 are left out
+    assert list(found["grid"]) == [f"9 to 8, degree 2, E=2 K=1{extra}" for extra in extras]
+    assert list(found["wide"]) == [f"20 nodes, 40 edges, 9 to 4{extra}" for extra in extras[:2]]
+    for figures in found["grid"].values():
+        best = min(figures[name] for name in order.ORDERS)
+        assert figures["ratio"] == figures[figures["chosen"]] / best
+    assert 0 <= found["within"] <= 1
+    assert "4 of 4: 9 to 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", order.ORDERS)
+@pytest.mark.parametrize("shared_expert", [False, True])
+@pytest.mark.parametrize("k", [1, 2])
+def test_bare_torch_equals_the_layer_in_every_order(k: int, shared_expert: bool, name: str) -> None:
+    torch.manual_seed(0)
+    layer = MoEConv("gcn", 5, 4, num_experts=3, k=k, shared_expert=shared_expert).double()
+    graph, x = Graph(torch.randint(9, (2, 30)), 9), torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(order.Bare(layer, graph, name)(x), layer(x, graph))
+    weights = [x, *layer.parameters()]
+    grad = torch.randn(9, 4, dtype=torch.float64)
+    theirs, ours = (torch.autograd.grad(y, weights, grad) for y in (order.Bare(layer, graph, name)(x), layer(x, graph)))
+    torch.testing.assert_close(theirs, ours)
 
 
 @pytest.mark.parametrize("layer", ["ffn", "conv"])

@@ -256,7 +256,7 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
     gate, token, offsets = routing.weight.detach().requires_grad_(), routing.token, routing.offsets
     return {
         "grouped_linear": (rows, up, up_bias, offsets, "loop"),
-        "routed_linear": (x[:, :1], x[:, 1:], gate, up, up_bias, token, offsets, 6),
+        "routed_linear": (x[:, :1], x[:, 1:], gate, up, up_bias, token, offsets, 6, True),
         "routed_mlp": (x, gate, up, up_bias, down, down_bias, token, offsets, "gelu", False),
     }
 

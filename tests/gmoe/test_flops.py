@@ -170,6 +170,7 @@ def test_flops_of_aggregation(form: str) -> None:
     assert count_flops(GCNConv(D, O, normalize=False), x, graph) == 2 * T * D * O + edges * O
     # aggregated once, D wide, for two experts a node
     layer = MoEConv("gcn", D, O, num_experts=E, router=None, normalize=False, shared_expert=False)
+    layer.experts.order = "aggregate"
     routing = routing_of(torch.ones(T, E) * torch.tensor([1.0, 1.0, 0.0, 0.0]))
     experts = 2 * 2 * T * D * O + 2 * T * O
     assert count_flops(layer, x, graph, routing=routing) == edges * D + experts

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import GCNConv
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import add_self_loops, remove_self_loops
 
-from gmoe import Graph, MoEConv
+from gmoe import GNNMoE, Graph, MoEConv, count_flops
 from gmoe.conv import graph as graph_module
 from gmoe.conv.attention import Messages
-from gmoe.conv.graph import Edges, blocks, dot, weighted_sum
+from gmoe.conv.graph import Edges, Matrix, blocks, dot, weighted_sum
 from tests.gmoe.conv.masked import GRAPHS, csr, features, mean_of_in_edges, random_graph, routing_of, simple_graph
 
 HEADS, WIDTH = 2, 3
@@ -162,9 +165,12 @@ def test_edges_are_sorted_by_destination_and_remember_their_order() -> None:
 @pytest.mark.parametrize("sizes", [(9, 9), (9, 5), (5, 9)], ids=str)
 def test_sum_and_mean(sizes: tuple[int, int]) -> None:
     edges, x = random_graph(*sizes, 30), features(sizes[0], WIDTH)
-    graph, weight = Graph(edges, sizes), features(30, seed=1)
+    weight = features(30, seed=1)
+    graph = Graph(edges, sizes, edge_weight=weight)
     expected = x.new_zeros(sizes[1], WIDTH).index_add(0, edges[1], weight[:, None] * x[edges[0]])
-    torch.testing.assert_close(graph.sum(x, weight[graph.order]), expected)
+    torch.testing.assert_close(graph.weighted("weight", False, x.dtype).times(x), expected)
+    degree = edges[1].bincount(minlength=sizes[1]).clamp(min=1)[:, None]
+    torch.testing.assert_close(graph.weighted("weight", True, x.dtype).times(x), expected / degree)
     if sizes[0] == sizes[1]:
         torch.testing.assert_close(graph.mean(x), mean_of_in_edges(x, edges))
     assert not graph.mean(x)[-1].any()  # isolated
@@ -219,14 +225,15 @@ def test_normalized_is_pygs(graph: str, form: str, weighted: bool, improved: boo
     else:
         expected = gcn_norm(adj, None, nodes, improved, loops, dtype=torch.float64)[0].to_dense()
 
-    def dense(edges: Edges, weight: Tensor, rows: int) -> Tensor:
-        place = (edges.receiver, edges.sender)
-        return torch.zeros(rows, edges.num_senders).double().index_put(place, weight, accumulate=True)
+    def dense(matrix: Matrix, rows: int) -> Tensor:
+        place = (matrix.edges.receiver, matrix.edges.sender)
+        empty = torch.zeros(rows, matrix.edges.num_senders).double()
+        return empty.index_put(place, matrix.weight, accumulate=True)
 
-    torch.testing.assert_close(dense(*own.normalized(improved, loops, torch.float64), nodes), expected)
+    torch.testing.assert_close(dense(own.normalized(improved, loops, torch.float64), nodes), expected)
     for token in torch.arange(nodes).split(2):
         near, part = own.part(token)
-        found = dense(*part.normalized(improved, loops, torch.float64), part.num_dst)
+        found = dense(part.normalized(improved, loops, torch.float64), part.num_dst)
         torch.testing.assert_close(found[: len(token)], expected[token][:, near])
 
 
@@ -300,20 +307,116 @@ def test_what_is_kept_does_not_outlive_its_weights() -> None:
     edges, weight = random_graph(6, 6, 15), features(15).abs()
     graph = Graph(edges, 6)
     kept = graph.normalized(False, True, torch.float64)
-    assert graph.normalized(False, True, torch.float64)[1] is kept[1]
+    assert graph.normalized(False, True, torch.float64).weight is kept.weight
     other = graph.with_args(weight, None)
     assert other.edges is graph.edges  # the order is shared
-    assert not torch.equal(other.normalized(False, True, torch.float64)[1], kept[1])
-    assert graph.normalized(False, True, torch.float64)[1] is kept[1]
+    assert not torch.equal(other.normalized(False, True, torch.float64).weight, kept.weight)
+    assert graph.normalized(False, True, torch.float64).weight is kept.weight
     assert graph.with_args(None, None) is graph
-    assert graph.normalized(True, False, torch.float64)[1] is not kept[1]
+    assert graph.normalized(True, False, torch.float64).weight is not kept.weight
     weighted = graph.with_args(weight, None)
-    plain = weighted.normalized(False, True, torch.float64)[1]
-    assert not torch.equal(weighted.normalized(True, True, torch.float64)[1], plain)
-    assert graph.normalized(False, True, torch.float32)[1].dtype == torch.float32
+    plain = weighted.normalized(False, True, torch.float64).weight
+    assert not torch.equal(weighted.normalized(True, True, torch.float64).weight, plain)
+    assert graph.normalized(False, True, torch.float32).weight.dtype == torch.float32
     learned = graph.with_args(weight.clone().requires_grad_(), None)
     for _ in range(2):  # a second backward pass needs a graph of its own
-        learned.normalized(False, True, torch.float64)[1].sum().backward()
+        learned.normalized(False, True, torch.float64).weight.sum().backward()
+
+
+def summed(patch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What sums over messages are made of, from now on."""
+    calls: list[Tensor] = []
+    plain = Matrix.times
+
+    def watched(matrix: Matrix, x: Tensor) -> Tensor:
+        calls.append(x)
+        return plain(matrix, x)
+
+    patch.setattr(Matrix, "times", watched)
+    return calls
+
+
+def test_means_of_the_same_features_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    edges, x = random_graph(6, 6, 15), features(6, 2)
+    graph, calls = Graph(edges, 6), summed(monkeypatch)
+    first = graph.mean(x)
+    with torch.no_grad():
+        assert graph.mean(x) is first
+        assert graph.with_args(features(15), None).mean(x) is first
+    assert len(calls) == 1
+    assert torch.equal(graph.mean(x.clone()), first)
+    assert len(calls) == 2
+    assert graph.mean(x.float()).dtype == torch.float32
+    for changed in (x, first):
+        changed.add_(1)
+        torch.testing.assert_close(graph.mean(x), mean_of_in_edges(x, edges))
+
+
+def test_what_needs_gradients_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, x, calls = Graph(random_graph(6, 6, 15), 6), features(6, 2).requires_grad_(), summed(monkeypatch)
+    for _ in range(2):
+        graph.mean(x).sum().backward()
+    learned = graph.with_args(features(15).requires_grad_(), None)
+    for _ in range(2):
+        learned.weighted("weight", False, x.dtype).kept(x.detach()).sum().backward()
+    assert len(calls) == 4
+    assert x.grad is not None
+    assert learned.edge_weight.grad is not None  # type: ignore[union-attr]
+
+
+def test_a_graph_does_not_keep_features_alive() -> None:
+    graph, x = Graph(random_graph(6, 6, 15), 6), features(6, 2)
+    seen, mean = weakref.ref(x), weakref.ref(graph.mean(x))
+    assert mean() is not None
+    del x
+    assert seen() is None
+    assert mean() is None
+
+
+def test_means_seen_in_inference_mode_train() -> None:
+    graph, x, layer = Graph(random_graph(6, 6, 15), 6), features(6, 2), nn.Linear(2, 1).double()
+    with torch.inference_mode():
+        graph.mean(x)
+        inside = features(6, 2)
+        inside.add_(1)  # counts no versions
+        torch.testing.assert_close(graph.mean(inside), graph.mean(inside.clone()))
+        inside.add_(1)
+        torch.testing.assert_close(graph.mean(inside), graph.mean(inside.clone()))
+    layer(graph.mean(x)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda graph: pickle.loads(pickle.dumps(graph))])
+def test_a_graph_that_keeps_means_can_be_copied(copied: Callable[[Graph], Graph]) -> None:
+    graph, x = Graph(random_graph(6, 6, 15), 6), features(6, 2)
+    assert torch.equal(copied(graph).mean(x), graph.mean(x))
+    graph.normalized(False, True, torch.float64).kept(x)
+    other = copied(graph)
+    assert torch.equal(other.mean(x), graph.mean(x))
+    assert torch.equal(other.mean(2 * x), graph.mean(2 * x))
+
+
+def test_flops_are_those_of_a_first_call() -> None:
+    model, x = GNNMoE(6, 4, 3, conv="sage", router_input=("node", "neighbors"), shared_router=True), torch.randn(9, 6)
+    graph = Graph(random_graph(9, 9, 30), 9)
+    first = count_flops(model, x, graph)
+    model(x, graph)
+    assert count_flops(model, x, graph) == first
+
+
+@pytest.mark.parametrize("conv", ["gcn", "sage", "graph", "gin", "filter"])
+def test_raw_features_are_summed_once_a_graph(conv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the router and for the first layer, whose output is the same with a graph of its own in each call."""
+    options: dict[str, Any] = {"shared_router": True, "router_input": ("node", "neighbors"), "router_hops": 2}
+    x, edges = features(9, 9), random_graph(9, 9, 30)
+    model = GNNMoE(9, 4, 3, num_layers=3, conv=conv, **options).double()
+    graph = Graph(edges, 9)
+    expected = model(x, graph)
+    calls = summed(monkeypatch)
+    for mode in (True, False):
+        torch.testing.assert_close(model.train(mode)(x, graph), expected)
+    assert not any(value.size(1) == 9 for value in calls)
+    torch.testing.assert_close(model(x, edges), expected)
 
 
 def test_other_edge_arguments_take_no_graph_along() -> None:
