@@ -126,7 +126,7 @@ def routed_linear(
         dtype = weight_EIO.dtype
         pieces = weight_EIO[0].T.split([part.size(1) for part in parts], dim=1)
         y_TO: Any = sum(F.linear(part.to(dtype), w.contiguous()) for part, w in zip(parts, pieces, strict=True))
-        y_TO = y_TO if bias_EO is None else y_TO + bias_EO
+        y_TO = y_TO if bias_EO is None else y_TO + bias_EO.to(y_TO.dtype)
         return y_TO * routing.weight.to(y_TO.dtype)[:, None]
     if backend not in FUSING or parts[0].is_cuda:
         x_TI = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)

@@ -173,7 +173,7 @@ class AttentionExperts(StackedExperts):
         # all experts' of all sources: more products, but no row of the input is moved
         y_NC = x_src @ linear.weight.transpose(0, 1).flatten(1)
         if linear.bias is not None:
-            y_NC = y_NC + linear.bias.flatten()
+            y_NC = y_NC + linear.bias.flatten().to(y_NC.dtype)
         return y_NC.view(-1, out).index_select(0, heard * experts + messages.heard_by)
 
     def _by_head(self, row_UO: Tensor) -> Tensor:

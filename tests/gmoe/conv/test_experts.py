@@ -320,7 +320,7 @@ def test_a_coo_matrix_is_left_as_it_was(conv: Any) -> None:
     """Summed where an edge comes twice, in a matrix of its own."""
     index = torch.tensor([[0, 1, 1, 2], [1, 2, 2, 0]])
     adj = torch.sparse_coo_tensor(index, torch.ones(4, dtype=torch.float64), (3, 3))
-    layer, x = build(conv, {}, router="token_choice"), features(3, WIDTH)
+    layer, x = build(conv, {}, router="random"), features(3, WIDTH)
     y = layer(x, adj)
     assert not adj.is_coalesced()
     assert adj._nnz() == 4
@@ -496,7 +496,7 @@ def test_every_order_of_bipartite_graphs(conv: str, order: Any, sizes: tuple[int
 @pytest.mark.parametrize("part", ["experts", "shared_expert"])
 def test_a_hook_runs_in_any_order(part: str, order: Any) -> None:
     num_nodes, edge_index = GRAPHS["mixed"]
-    layer = build_in(order, "sage", {}, router="token_choice", shared_expert=True)
+    layer = build_in(order, "sage", {}, router="random", shared_expert=True)
     x = features(num_nodes, 9)
     expected, seen = layer(x, edge_index), list[Tensor]()
     getattr(layer, part).linear.register_forward_hook(lambda _, __, out: seen.append(out))

@@ -430,7 +430,7 @@ def test_other_edge_arguments_take_no_graph_along() -> None:
 
 @pytest.mark.parametrize("conv", ["gcn", "graph", "gat", "two_hop"])
 def test_a_graph_seen_in_inference_mode_trains(conv: str) -> None:
-    layer, graph = MoEConv([conv, conv], 4, 4, shared_expert=False).double(), Graph(random_graph(9, 9, 30), 9)
+    layer, graph = MoEConv([conv, conv], 4, 4, router="random").double(), Graph(random_graph(9, 9, 30), 9)
     x = features(9, 4)
     with torch.inference_mode():
         before = layer(x, graph)

@@ -66,6 +66,8 @@ def dense(widths: Any = WIDTHS, metadata: Any = METADATA, **kwargs: Any) -> Rela
 
 def layer(widths: Any = WIDTH, **kwargs: Any) -> HeteroMoEConv:
     torch.manual_seed(0)
+    if kwargs.get("router", "token_choice") == "token_choice":  # noise would differ from call to call
+        kwargs.setdefault("router_kwargs", {"balance": None})
     return HeteroMoEConv(widths, **{"out_channels": OUT, "metadata": METADATA, "num_experts": EXPERTS, **kwargs})
 
 
