@@ -23,7 +23,7 @@ from torch_geometric import seed_everything
 
 import gmoe
 from experiments.benchmark.options import Benchmark
-from experiments.benchmark.swap_models import ROWS, Arm, Problem, Progress, Row, Say, Where
+from experiments.benchmark.swap_models import ROWS, Arm, Problem, Progress, Row, Say, Where, evaluated
 from experiments.build import num_parameters
 from experiments.runs import environment, write_json
 from experiments.timing import take_turns
@@ -274,12 +274,6 @@ def step(problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer) -
     loss.backward()
     optimizer.step()
     return loss.detach()
-
-
-@torch.no_grad()
-def evaluated(call: Callable[..., Any], model: nn.Module, *args: Any) -> Any:
-    """``call(model, *args)`` of the model in evaluation."""
-    return call(model.eval(), *args)
 
 
 def gains(model: nn.Module) -> dict[MoELayer, nn.Parameter]:

@@ -128,6 +128,12 @@ class Row:
     arms: tuple[Arm, ...] = ("dense-flops", "random")
 
 
+@torch.no_grad()
+def evaluated(call: Callable[..., Any], model: nn.Module, *args: Any) -> Any:
+    """``call(model, *args)`` of the model in evaluation."""
+    return call(model.eval(), *args)
+
+
 def dense_layer(conv: Any, in_channels: int, out_channels: int, **kwargs: Any) -> Any:
     """PyG's conv, as ``MoEConv`` builds it as its shared expert."""
     if conv is GINConv:
@@ -471,6 +477,7 @@ def images(config: TrainConfig, where: Where) -> Callable[[int], Problem]:
             run = replace(config, router="dense" if arm.startswith("dense") else "token_choice")
             with set_up(fabric, model, run, replace(task, loader=loader)) as training:
                 progress = fit(training, seed, folder)
+                evaluated(forward, model)  # where all epochs were done already, nothing was recorded yet
             return progress["best_val"], progress["best_epoch"] + 1
 
         return Problem(
