@@ -17,6 +17,7 @@ from experiments.benchmark.ffn import FFNBenchmark
 from experiments.benchmark.options import Benchmark
 from experiments.benchmark.order import OrderBenchmark
 from experiments.benchmark.router import RouterBenchmark
+from experiments.benchmark.swap import SwapBenchmark
 from experiments.benchmark.train import TrainBenchmark
 from experiments.benchmark.vit import VitBenchmark
 from experiments.benchmark.vote import VoteBenchmark
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "router": ("The routers' share of a layer.", RouterBenchmark()),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", VoteBenchmark()),
     "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", TrainBenchmark()),
+    "swap": ("Dense layers against gmoe's defaults in their place: accuracy and time of a step.", SwapBenchmark()),
     "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", VitBenchmark()),
 }
 """By the name of the command line."""
@@ -44,15 +46,15 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
     try:
         found = config.run()
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     console = Console()
-    console.width = max(console.width, 140)  # a narrow table would cut figures
+    console.width = max(console.width, 200)  # a narrow table would cut figures
     console.print(config.table(found))
     where = environment()
     console.print(measured_on(where, config.device), highlight=False)
-    if config.json is not None:
+    if config.json is not None and not config.keeps_json:
         settings = {name: value for name, value in asdict(config).items() if name not in ("json", "data_root")}
         write_json(config.json, {"config": settings, "variants": found, "environment": where})
 

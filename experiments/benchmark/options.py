@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
@@ -18,6 +18,9 @@ from experiments.timing import peak_bytes, take_turns
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """Where and how long to measure."""
+
+    keeps_json: ClassVar[bool] = False
+    """Whether :meth:`run` writes the file of `json` itself."""
 
     device: str = "cpu"
     """Device, by torch's name."""
