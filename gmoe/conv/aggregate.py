@@ -135,7 +135,7 @@ def cheapest_order(
     every = max(num_experts * sources, 1)
     heard = every * -math.expm1(-messages / every)  # distinct ones, if experts of neighbors are independent
     cost: dict[Order, float] = {
-        "aggregate": pairs * width * (out * (1 + 2 * to_weight) + MOVE * (1 + to_weight + 2 * to_x))
+        "aggregate": pairs * width * (out * products + MOVE * (1 + to_weight + 2 * to_x))
         + shared * tokens * width * out * products
         + (not known) * edges * width * ADD * (1 + to_x)
         + CALL * num_experts,

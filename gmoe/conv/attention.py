@@ -171,9 +171,8 @@ class AttentionExperts(StackedExperts):
         if not plain or len(heard) * (out + MOVE) <= sources * experts * out:
             return linear(x_src.index_select(0, heard), messages.heard_offsets)
         # all experts' of all sources: more products, but no row of the input is moved
-        y_NC = x_src @ linear.weight.transpose(0, 1).flatten(1)
-        if linear.bias is not None:
-            y_NC = y_NC + linear.bias.flatten().to(y_NC.dtype)
+        weight_IC = linear.weight.transpose(0, 1).flatten(1)
+        y_NC = x_src @ weight_IC if linear.bias is None else torch.addmm(linear.bias.flatten(), x_src, weight_IC)
         return y_NC.view(-1, out).index_select(0, heard * experts + messages.heard_by)
 
     def _by_head(self, row_UO: Tensor) -> Tensor:
