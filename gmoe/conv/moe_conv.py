@@ -16,7 +16,7 @@ from gmoe._autograd import in_transform, refuse_transforms
 from gmoe._checks import check, check_choice, check_count
 from gmoe.conv.base import MixedExperts, NodeChunks
 from gmoe.conv.graph import Graph, check_batch, parameters_of
-from gmoe.conv.kinds import ConvFactory, ConvLike, Make, build_experts, kinds_of
+from gmoe.conv.kinds import ConvFactory, ConvLike, Make, build_experts, kinds_of, output_width
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Scaled, drawn_apart
 from gmoe.routers import Router, RouterLike, build_router
@@ -70,6 +70,9 @@ class MoEConv(MoELayer, MessagePassing):
             (default) for one of their kind (of a list, the first), a conv as in ``conv``, or ``False`` for none.
         dense_start: multiply what the routed experts give by a learned gain that starts at zero, beside a shared
             expert (default ``True``).
+        shared_transform: for inputs much wider than the output: router and routed experts see the input through one
+            linear map to the output's width, so that the layer costs little more than the conv that it replaces; the
+            shared expert sees the input itself (default ``False``).
         router_kwargs: further arguments of the router.
         local: ``True`` says that a class of your own is local, ``False`` forbids the local path; ``None`` (default)
             takes it for the classes known to be.
@@ -106,6 +109,7 @@ class MoEConv(MoELayer, MessagePassing):
         router_input: RouterInput = "node",
         shared_expert: bool | str | ConvFactory = True,
         dense_start: bool = True,
+        shared_transform: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
         local: bool | None = None,
         backend: Backend = "auto",
@@ -128,10 +132,12 @@ class MoEConv(MoELayer, MessagePassing):
         self.out_channels = out_channels
         self.router_input = router_parts(router_input)
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
-        self._options = (router, router_kwargs, shared_expert, dense_start, local, backend, check_finite)
+        self._options = (router, router_kwargs, shared_expert, dense_start, shared_transform)
+        self._how = (local, backend, check_finite)
         self.router: Router | None = None
         self.experts: Any = None
         self.shared_expert: Any = None
+        self.transform: nn.ModuleList | None = None
         self.gain: nn.Parameter | None = None
         if -1 in widths:
             self.register_load_state_dict_pre_hook(_needs_widths)
@@ -140,18 +146,25 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _build(self, in_channels: Any) -> None:
         """Shared expert, experts and router, once the widths are known."""
-        router, router_kwargs, shared_expert, dense_start, local, backend, check_finite = self._options
+        router, router_kwargs, shared_expert, dense_start, shared_transform = self._options
+        local, backend, check_finite = self._how
         make = replace(self._make, in_channels=in_channels)
         self._widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
         own = replace(make, kinds=[make.kinds[0] if isinstance(shared_expert, bool) else shared_expert])
         dense = own(0) if shared_expert is not False else None
         with nullcontext() if dense is None else drawn_apart():
-            self.experts = build_experts(make, local, backend)
+            seen, routed = self._widths, make
+            if shared_transform:
+                width = output_width(make(0), in_channels) or self.out_channels
+                self.transform = nn.ModuleList(nn.Linear(wide, width) for wide in dict.fromkeys(self._widths))
+                seen = (width, width)
+                routed = replace(make, in_channels=width if isinstance(in_channels, int) else seen)
+            self.experts = build_experts(routed, local, backend)
             self.flow = self.experts.flow
             if router is not None:
                 # filters, and several aggregations, give several aggregates side by side
-                neighbors = getattr(self.experts, "aggregate_width", self._widths[0])
-                dim = router_width(self.router_input, self._widths[1], neighbors)
+                neighbors = getattr(self.experts, "aggregate_width", seen[0])
+                dim = router_width(self.router_input, seen[1], neighbors)
                 self.router = build_router(router, dim, self.num_experts, self.k, router_kwargs)
                 self.router.check_finite |= check_finite
                 self.k, self.experts_per_token = self.router.k, self.router.experts_per_token
@@ -164,11 +177,13 @@ class MoEConv(MoELayer, MessagePassing):
             check(fits, "shared_expert", f"{widths[1]} columns", f"{widths[0]}, as the experts give")
             self.gain = nn.Parameter(torch.zeros(1)) if dense_start else None
         self._router_sees_edges = getattr(self.router, "scope", None) == "neighbors"
-        self._aggregates_alike = shared_expert is True and not isinstance(self.experts, MixedExperts)
+        mixed = isinstance(self.experts, MixedExperts)
+        self._aggregates_alike = shared_expert is True and not mixed and not shared_transform
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        shared, others = self.shared_expert, [part for part in (self.experts, self.router) if part is not None]
+        shared, linears = self.shared_expert, list(self.transform or [])
+        others: list[Any] = [part for part in (*linears, self.experts, self.router) if part is not None]
         if shared is not None:
             shared.reset_parameters()
         if self.gain is not None:
@@ -230,15 +245,16 @@ class MoEConv(MoELayer, MessagePassing):
             self._check_edge_args({"edge_weight": edge_weight, "edge_attr": edge_attr})
         if batch is not None:
             check_batch(batch, size[1])
+        u_src, u_dst = (x_src, x_dst) if self.transform is None else self._transformed(x_src, x_dst)
         h = None
         if not self.experts.narrows or (routing is None and "neighbors" in self.router_input):
-            h = self.experts.aggregate(graph, x_src, x_dst)
+            h = self.experts.aggregate(graph, u_src, u_dst)
         if routing is not None and not isinstance(routing, Routing):
             raise ValueError(f"routing: got {type(routing).__name__}, expected a Routing, or None to ask the router")
         if routing is None:
             if self.router is None:
                 raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
-            view = x_dst if self.router_input == ("node",) else self._view(graph, x_src, x_dst, h, graph.mean)
+            view = u_dst if self.router_input == ("node",) else self._view(graph, u_src, u_dst, h, graph.mean)
             routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
         elif (routing.num_tokens, routing.num_experts) != (size[1], self.num_experts):
             got = f"{routing.num_tokens} tokens and {routing.num_experts} experts"
@@ -247,11 +263,18 @@ class MoEConv(MoELayer, MessagePassing):
         near = h
         if h is None:  # nobody needs the aggregate itself
             alike = self.shared_expert if self._aggregates_alike else None
-            h, near = self.experts.start(graph, x_src, x_dst, followed, alike)
-        y = self.experts(graph, x_src, x_dst, h, followed)
+            h, near = self.experts.start(graph, u_src, u_dst, followed, alike)
+        y = self.experts(graph, u_src, u_dst, h, followed)
         if self.shared_expert is not None:
             y = y + self._shared(graph, x_src, x_dst, near)
         return (y, routing) if return_routing else y
+
+    def _transformed(self, x_src: Tensor, x_dst: Tensor) -> tuple[Tensor, Tensor]:
+        """What router and routed experts see of sources and destinations."""
+        assert self.transform is not None
+        of_dst = self.transform[-1]  # the other one's too, where they are as wide
+        u_dst = of_dst(x_dst)
+        return (u_dst if x_src is x_dst else self.transform[0](x_src)), u_dst
 
     def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, mean: Callable[[Tensor], Tensor]) -> Tensor:
         """(T, dim) what the router sees of each node."""
@@ -277,14 +300,18 @@ class MoEConv(MoELayer, MessagePassing):
             RuntimeError: a conv looks further than one hop.
         """
         chunks = chunks.in_flow(self.flow)
-        h = self.experts.aggregate_chunked(x, chunks)
+        u = x
+        if self.transform is not None:
+            parts = [part.to(chunks.device) for part in x.split(chunks.size)]
+            u = torch.cat([self._transformed(part, part)[0].to(x.device) for part in parts])
+        h = self.experts.aggregate_chunked(u, chunks)
         if routing is None:
             assert self.router is not None
-            view = self._view(chunks.graph, x, x, h, chunks.mean).to(chunks.device)
+            view = self._view(chunks.graph, u, u, h, chunks.mean).to(chunks.device)
             edges = chunks.graph.edge_index.to(chunks.device) if self._router_sees_edges else None
             routing = self.router(view, batch, edges)
         assert routing is not None
-        y = self.experts.forward_chunked(x, chunks, h, routing if self.gain is None else routing.scaled(self.gain))
+        y = self.experts.forward_chunked(u, chunks, h, routing if self.gain is None else routing.scaled(self.gain))
         if self.shared_expert is not None:
             own = chunks.in_flow(self.shared_expert.flow)
             near = h if self._aggregates_alike else self.shared_expert.aggregate_chunked(x, own)
