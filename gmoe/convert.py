@@ -51,10 +51,10 @@ def moefy(
     r"""Put experts beside MLPs of a transformer, or convs of a GNN; the first forward is the dense model's.
 
     .. math::
-        y_t = \mathrm{mlp}(x_t) + g \odot \sum_e w_{te} f_e(x_t), \qquad g = 0 \text{ at the start}
+        y_t = \mathrm{mlp}(x_t) + g \sum_e w_{te} f_e(x_t), \qquad g = 0 \text{ at the start}
 
     The MLP itself stays as the shared expert: its hooks, parametrizations, dropout and frozen parameters stay with it.
-    Router, experts and the gain g (one number a channel) train, also in a model that is frozen.
+    Router, experts and the gain g train, also in a model that is frozen.
 
     - A transformer is changed in place: torchvision's or timm's ViTs and Swins, or any model whose blocks lie in
       ``ModuleList`` or ``Sequential`` and each hold an ``mlp``. Blocks are numbered through all stages.
@@ -81,8 +81,8 @@ def moefy(
             ``None``).
         shared_expert: keep the dense MLP (default). ``False`` is the plain mixture, whose experts are all that is left
             of the MLP, and train even if it was frozen. Upcycled, it starts as ``(sum of the token's weights) *
-            mlp(x)``: the dense model with routers whose weights sum to 1 (token choice, random, uniform, multi-centroid
-            at K >= 2), a scaled one else, and zero for tokens that no expert took.
+            mlp(x)``: the dense model with routers whose weights sum to 1 (random, uniform, token choice and
+            multi-centroid at K >= 2), a scaled one else, and zero for tokens that no expert took.
         dense_start: start the gain at zero (default); ``False`` adds the experts without a gain. There is none without
             a shared expert.
         router_kwargs: further arguments of the routers.
