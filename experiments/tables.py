@@ -2,7 +2,8 @@
 
 A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from ``results/STUDY.json``. With
 ``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->``
-compares variants seed by seed. ``<!-- benchmark: NAME -->`` is what ``experiments.benchmark`` wrote.
+compares variants seed by seed. ``<!-- benchmark: NAME -->`` is what ``experiments.benchmark`` wrote,
+``<!-- swap: NAME -->`` what ``experiments.benchmark swap`` wrote.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Any
 
 import tyro
 
+from experiments.benchmark.swap_table import swap_lines
+
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs|benchmark): (?P<study>[\w-]+)(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
+    r"(<!-- (?P<kind>table|pairs|benchmark|swap): (?P<study>[\w-]+)(?:: (?P<variants>[\w/ -]+?))? -->\n)"
+    r".*?(<!-- end -->)",
     re.DOTALL,
 )
 
@@ -51,6 +55,8 @@ def render(page: str, results: Path) -> str:
         only = None if match["variants"] is None else match["variants"].split()
         if match["kind"] == "benchmark":
             made = benchmark_table(study)
+        elif match["kind"] == "swap":
+            made = "\n".join([*swap_lines(study["variants"]), "", measured_on(study["environment"], "cpu")])
         else:
             made = study_table(study, only) if match["kind"] == "table" else pair_table(study, only or [])
         return f"{match[1]}{made}\n{match[5]}"

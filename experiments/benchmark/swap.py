@@ -6,7 +6,7 @@ import fcntl
 import json
 import math
 import os
-import statistics
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +24,7 @@ from torch_geometric import seed_everything
 import gmoe
 from experiments.benchmark.options import Benchmark
 from experiments.benchmark.swap_models import ROWS, Arm, Problem, Progress, Row, Say, Where, evaluated
+from experiments.benchmark.swap_table import swap_table
 from experiments.build import num_parameters
 from experiments.runs import environment, write_json
 from experiments.timing import take_turns
@@ -124,7 +125,7 @@ def run_row(
     content: Callable[[dict[str, Any]], dict[str, Any]],
     repeats: int,
 ) -> None:
-    """Train every arm with every seed that the file lacks, seed by seed, and measure the steps if it has no times.
+    """Train every arm with every seed that the file lacks, seed by seed; measure steps if it has too few times.
 
     Args:
         name, row: the row.
@@ -153,9 +154,10 @@ def run_row(
             part = path.with_suffix("") / f"{name}-{arm}-{seed}-{problem.epochs}"
             result = train_arm(problem, arm, width, seed, part, say, where)
             found = add(path, name, content, arm=arm, run=result)
+            shutil.rmtree(part, ignore_errors=True)
             off = "" if "off" not in result else f", {100 * result['off']:.2f} with the experts off"
             say.now(f"test {100 * result['test']:.2f}{off}, epoch {result['best_epoch']}, {result['seconds']:.0f} s")
-    if repeats and not found["time"]:
+    if repeats and (not found["time"] or len(found["time"]["moe"]["wall"]["values"]) < repeats):
         problem = (problem_of or row.load(where))(seeds[0])
         matched = matched or match(problem, where, Progress(f"{name} widths"))
         times = step_times(problem, matched["hidden"], repeats, where, seeds[0], Progress(f"{name} times"))
@@ -360,71 +362,3 @@ def step_times(
         layers = max(layers, len(gains(model)))
         steps[arm] = partial(run, arm, model, problem.optimizer(model))
     return {**take_turns(steps, repeats, where.device, warmup=3), "layers": layers, "threads": torch.get_num_threads()}
-
-
-# the table ------------------------------------------------------------------------------------------------------------
-
-
-def is_ok(dense: Sequence[float], moe: Sequence[float]) -> bool:
-    """Whether the mean with experts is no less than a standard deviation below the dense one's."""
-    spread = statistics.stdev(dense) if len(dense) > 1 else 0.0
-    return statistics.fmean(moe) >= statistics.fmean(dense) - spread
-
-
-def summary(row: Mapping[str, Any]) -> dict[str, str]:
-    """A line of the table, by column; dense and MoE of the seeds that both have."""
-    runs: dict[str, dict[int, Any]] = {arm: {run["seed"]: run for run in of} for arm, of in row["runs"].items()}
-    both = sorted(set(runs.get("dense", {})) & set(runs.get("moe", {})))
-    dense, moe = ([100 * runs[arm][seed]["test"] for seed in both] for arm in ("dense", "moe"))
-    line = dict.fromkeys(("n", "dense", "moe", "moe − dense", "ok"), "–")
-    if both:
-        line = {"n": str(len(both)), "dense": _mean(dense), "moe": _mean(moe)}
-        line["moe − dense"] = f"{statistics.fmean(moe) - statistics.fmean(dense):+.2f}"
-        line["ok"] = "ok" if is_ok(dense, moe) else "no"
-    line["moe-off"] = _mean([100 * run["off"] for run in runs.get("moe", {}).values()])
-    line |= {
-        arm: _mean([100 * run["test"] for run in runs.get(arm, {}).values()])
-        for arm in ("dense-flops", "random", "oracle", "k-means")
-    }
-    line["share"], line["live"] = (
-        _by_layer(runs.get("moe", {}), *what) for what in (("share", ".2f"), ("live", ".3g"))
-    )
-    times = row.get("time")
-    if times:
-        ms = {arm: 1000 * times[arm]["wall"]["median"] for arm in ("dense", "moe", "dense-flops")}
-        line["ms dense / moe / flops"] = f"{ms['dense']:.1f} / {ms['moe']:.1f} / {ms['dense-flops']:.1f}"
-        line["×"] = f"{ms['moe'] / ms['dense']:.2f}"
-        line["+ms a layer"] = f"{(ms['moe'] - ms['dense']) / times['layers']:.1f}"
-    else:
-        line |= dict.fromkeys(("ms dense / moe / flops", "×", "+ms a layer"), "–")
-    return line
-
-
-def swap_table(found: Mapping[str, Any]) -> Table:
-    """One line a row; columns of which nothing is known are left out."""
-    lines = {name: summary(row) for name, row in found.items()}
-    table = Table(
-        title="test metric (%), mean ± standard deviation over seeds; medians of a step", title_justify="left"
-    )
-    columns = [name for name in next(iter(lines.values()), {}) if any(line[name] != "–" for line in lines.values())]
-    for column in ("", *columns):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for name, line in lines.items():
-        table.add_row(name, *(line[column] for column in columns))
-    return table
-
-
-def _mean(values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation."""
-    if not values:
-        return "–"
-    std = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{std}"
-
-
-def _by_layer(runs: Mapping[int, Mapping[str, Any]], name: str, form: str) -> str:
-    """The mean over seeds, layer by layer; of many layers the least and the largest."""
-    means = [statistics.fmean(values) for values in zip(*(run[name] for run in runs.values()), strict=True)]
-    if len(means) > 3:
-        return f"{min(means):{form}} to {max(means):{form}}"
-    return " ".join(f"{mean:{form}}" for mean in means) or "–"

@@ -15,8 +15,10 @@ import gmoe
 from experiments.benchmark import swap, swap_models
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.swap_models import ROWS, Arm, Problem, Progress, Where
+from experiments.benchmark.swap_table import is_ok, summary
 from experiments.data.digits import digits
 from experiments.studies import SMALL_VIT
+from experiments.tables import render
 from tests.experiments.pyg_data import Writer
 
 NAMES = [name for name in ROWS if name.startswith(("cora", "citeseer")) or name in ("minesweeper", "mosaic")]
@@ -154,6 +156,8 @@ def test_finished_runs_are_kept_and_missing_ones_added(
     assert trained == []
     line = next(line for line in capsys.readouterr().out.splitlines() if "cora-gcn" in line)
     assert "│ 2 │" in line
+    assert not list((tmp_path / "swap").glob("*"))
+    assert "| cora-gcn | 2 | " in render("<!-- swap: swap -->\n<!-- end -->\n", tmp_path)
 
 
 def test_other_epochs_are_another_run(root: Path, tmp_path: Path) -> None:
@@ -181,7 +185,7 @@ def test_the_matched_model_has_the_flops(root: Path) -> None:
     ],
 )
 def test_ok_is_within_a_standard_deviation(dense: list[float], moe: list[float], ok: bool) -> None:
-    assert swap.is_ok(dense, moe) == ok
+    assert is_ok(dense, moe) == ok
 
 
 def test_the_table_compares_the_seeds_that_both_have() -> None:
@@ -194,12 +198,12 @@ def test_the_table_compares_the_seeds_that_both_have() -> None:
         "time": {arm: {"wall": {"median": s}} for arm, s in (("dense", 0.01), ("moe", 0.03), ("dense-flops", 0.02))}
         | {"layers": 2},
     }
-    line = swap.summary(row)
+    line = summary(row)
     assert (line["n"], line["dense"], line["moe"]) == ("2", "81.00 ± 1.41", "83.00 ± 0.00")
     assert (line["moe − dense"], line["ok"], line["moe-off"]) == ("+2.00", "ok", "70.00 ± 0.00")
     assert (line["share"], line["live"], line["random"]) == ("0.10 0.30", "8 4", "–")
     assert (line["ms dense / moe / flops"], line["×"], line["+ms a layer"]) == ("10.0 / 30.0 / 20.0", "3.00", "10.0")
-    assert swap.summary({"runs": {}, "time": None})["ok"] == "–"
+    assert summary({"runs": {}, "time": None})["ok"] == "–"
 
 
 def test_progress_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
