@@ -77,7 +77,14 @@ class ConvBenchmark(Benchmark):
             raise ValueError(f"heads: got {self.heads}, but {self.conv} takes none") from error
         layers = {
             (e, k): gmoe.MoEConv(
-                self.conv, self.width, self.out // self.heads, num_experts=e, k=k, shared_expert=False, **kwargs
+                self.conv,
+                self.width,
+                self.out // self.heads,
+                num_experts=e,
+                k=k,
+                shared_expert=False,
+                router_kwargs={"balance": None},  # others are compared with what it gives, which noise would change
+                **kwargs,
             ).to(device)
             for e in self.experts
             for k in self.ks

@@ -76,13 +76,14 @@ class FFNBenchmark(Benchmark):
     def _layers(self, e: int, k: int, x: Tensor) -> Iterator[tuple[str, nn.Module]]:
         """Ours and the others', each group with one set of weights, checked equal."""
         plain = gmoe.MoE(
-            gmoe.TokenChoice(self.width, e, k), gmoe.MLPExperts(self.width, self.hidden, self.width, num_experts=e)
+            gmoe.TokenChoice(self.width, e, k, balance=None),
+            gmoe.MLPExperts(self.width, self.hidden, self.width, num_experts=e),
         )
         third = 2 * self.hidden // 3
         gated_experts = gmoe.MLPExperts(
             self.width, third, self.width, num_experts=e, activation="silu", glu=True, bias=False
         )
-        gated = gmoe.MoE(gmoe.TokenChoice(self.width, e, k), gated_experts)
+        gated = gmoe.MoE(gmoe.TokenChoice(self.width, e, k, balance=None), gated_experts)
         found: dict[str, nn.Module | None] = {
             f"gmoe {backend}": _with_backend(plain, backend, self.width, self.hidden) for backend in self.backends
         }
@@ -105,7 +106,8 @@ class FFNBenchmark(Benchmark):
 def _with_backend(layer: gmoe.MoE, backend: Backend, width: int, hidden: int) -> nn.Module:
     e, k = layer.experts.num_experts, layer.router.k
     made = gmoe.MoE(
-        gmoe.TokenChoice(width, e, k), gmoe.MLPExperts(width, hidden, width, num_experts=e, backend=backend)
+        gmoe.TokenChoice(width, e, k, balance=None),
+        gmoe.MLPExperts(width, hidden, width, num_experts=e, backend=backend),
     )
     made.load_state_dict(layer.state_dict())
     return made

@@ -106,7 +106,8 @@ class OrderBenchmark(Benchmark):
     ) -> tuple[gmoe.MoEConv, Tensor, gmoe.Graph]:
         """A layer of GCN experts, features, and a graph."""
         torch.manual_seed(self.seed)
-        layer = gmoe.MoEConv("gcn", width, out, num_experts=experts, k=k, shared_expert=shared).to(device)
+        plain: Any = {"router_kwargs": {"balance": None}, "dense_start": False, "shared_expert": shared}
+        layer = gmoe.MoEConv("gcn", width, out, num_experts=experts, k=k, **plain).to(device)
         graph = gmoe.Graph(torch.randint(nodes, (2, edges), device=device), nodes)
         return layer, torch.randn(nodes, width, device=device), graph
 
@@ -188,7 +189,7 @@ class Bare(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, O)"""
         best = self.gate(x).log_softmax(dim=-1).topk(self.k)
-        weight_NK = (best.values - best.values.detach()).exp() if self.k == 1 else best.values.softmax(dim=-1)
+        weight_NK = best.values.exp() if self.k == 1 else best.values.softmax(dim=-1)
         y: Tensor = getattr(self, self.order)(x, best.indices, weight_NK)
         return y
 

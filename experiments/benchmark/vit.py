@@ -79,7 +79,9 @@ class VitBenchmark(Benchmark):
 
         def build(backend: Backend) -> ViTMoE:
             torch.manual_seed(self.seed)
-            return ViTMoE(size, router=self.router, num_experts=self.experts, k=self.k, backend=backend)
+            kwargs = {"balance": None} if self.router == "token_choice" else None  # noise would differ from run to run
+            options: Any = {"num_experts": self.experts, "k": self.k, "shared_expert": False, "router_kwargs": kwargs}
+            return ViTMoE(size, router=self.router, backend=backend, **options)
 
         dense = ViTMoE(size, router=None)
         for block in list(dense.encoder.layers)[1::2]:

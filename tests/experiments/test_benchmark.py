@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,9 +87,12 @@ def test_conv_benchmark(conv: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "MoEConv E=4 K=3, edge_index" in capsys.readouterr().out
 
 
+PLAIN: dict[str, Any] = {"num_experts": 3, "shared_expert": False, "router_kwargs": {"balance": None}}
+
+
 def test_masked_equals_the_layer_and_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    layer, x, edges = MoEConv("gcn", 5, 4, num_experts=3, k=2), torch.randn(9, 5), torch.randint(9, (2, 30))
+    layer, x, edges = MoEConv("gcn", 5, 4, **PLAIN, k=2), torch.randn(9, 5), torch.randint(9, (2, 30))
     torch.testing.assert_close(layer(x, edges), Masked(layer)(x, edges))
     monkeypatch.setattr(Masked, "forward", lambda *_: torch.zeros(60, 8))
     with pytest.raises(RuntimeError, match="differ"):
@@ -97,7 +101,7 @@ def test_masked_equals_the_layer_and_a_difference_is_found(monkeypatch: pytest.M
 
 def test_hetero_linear_equals_the_layer() -> None:
     torch.manual_seed(0)
-    layer, x, edges = MoEConv("gcn", 5, 4, num_experts=3, k=2), torch.randn(9, 5), torch.randint(9, (2, 30))
+    layer, x, edges = MoEConv("gcn", 5, 4, **PLAIN, k=2), torch.randn(9, 5), torch.randint(9, (2, 30))
     torch.testing.assert_close(ByHeteroLinear(layer)(x, edges), layer(x, edges))
 
 
@@ -149,7 +153,7 @@ def test_vit_benchmark(options: list[str], tmp_path: Path) -> None:
 
 def test_loop_with_nonzero_equals_the_layer() -> None:
     torch.manual_seed(0)
-    layer = MoE(TokenChoice(5, 4, k=2), MLPExperts(5, 7, 6, num_experts=4)).double()
+    layer = MoE(TokenChoice(5, 4, k=2, balance=None), MLPExperts(5, 7, 6, num_experts=4)).double()
     x = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
     weights = [x, *layer.parameters()]
     y, other = layer(x), NonzeroLoop(layer)(x)
@@ -211,7 +215,8 @@ def test_order_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
 @pytest.mark.parametrize("k", [1, 2])
 def test_bare_torch_equals_the_layer_in_every_order(k: int, shared_expert: bool, name: str) -> None:
     torch.manual_seed(0)
-    layer = MoEConv("gcn", 5, 4, num_experts=3, k=k, shared_expert=shared_expert).double()
+    options = {**PLAIN, "shared_expert": shared_expert, "dense_start": False}
+    layer = MoEConv("gcn", 5, 4, k=k, **options).double()
     graph, x = Graph(torch.randint(9, (2, 30)), 9), torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(order.Bare(layer, graph, name)(x), layer(x, graph))
     weights = [x, *layer.parameters()]

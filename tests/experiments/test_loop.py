@@ -171,7 +171,7 @@ def test_compiled_training_gives_the_same_curve(tmp_path: Path) -> None:
         ("digits", ["--augment", "standard"], "augment: got 'standard' for digits"),
         ("digits-graph", ["--patch", "4"], "patch: got 4 for digits-graph"),
         ("digits", ["--moe-blocks", "1", "--router", "dense"], "moe_blocks: got (1,) with router='dense'"),
-        ("digits", ["--moe-blocks", "0", "9"], "blocks: got (0, 9), expected some of 0 to 3"),
+        ("digits", ["--moe-blocks", "0", "9"], "blocks: got (0, 9), expected some of -4 to 3"),
         ("digits", ["--ema", "1.0"], "ema: got 1.0, expected a number in [0, 1)"),
         ("digits", ["--patch", "3"], "image_size: got 8, expected a multiple of patch_size=3"),
     ],
@@ -189,7 +189,7 @@ def test_blocks_by_number(tmp_path: Path) -> None:
     config = replace(DIGITS, moe_blocks=(0, 3), out=tmp_path)
     model = build_model(config, load_tasks(config)(0))
     kinds = [type(block.mlp).__name__ for block in model.encoder.layers]  # type: ignore[union-attr]
-    assert kinds == ["MoE", "MLPBlock", "MLPBlock", "MoE"]
+    assert kinds == ["TokenMoE", "MLPBlock", "MLPBlock", "TokenMoE"]
 
 
 def test_a_baseline_of_chosen_blocks() -> None:

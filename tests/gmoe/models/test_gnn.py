@@ -625,6 +625,7 @@ def test_moefy_of_a_frozen_gnn_leaves_it_frozen() -> None:
 @pytest.mark.parametrize("router", ["token_choice", "random", "uniform"])
 @pytest.mark.parametrize(("cls", "kwargs"), DENSE, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_moefy_upcycled_equals_the_dense_model(cls: Any, kwargs: dict[str, Any], router: str) -> None:
+    torch.manual_seed(0)
     x, edge_index = graph()
     dense = cls(IN, HIDDEN, 3, OUT, **kwargs).double().eval()
     expected = dense(x, edge_index)
