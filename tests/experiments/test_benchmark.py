@@ -213,7 +213,7 @@ def test_order_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
 @pytest.mark.parametrize("name", order.ORDERS)
 @pytest.mark.parametrize("shared_expert", [False, True])
 @pytest.mark.parametrize("k", [1, 2])
-def test_bare_torch_equals_the_layer_in_every_order(k: int, shared_expert: bool, name: str) -> None:
+def test_bare_torch_equals_the_layer_in_every_order(k: int, shared_expert: bool, name: Any) -> None:
     torch.manual_seed(0)
     options = {**PLAIN, "shared_expert": shared_expert, "dense_start": False}
     layer = MoEConv("gcn", 5, 4, k=k, **options).double()

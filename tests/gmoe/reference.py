@@ -379,7 +379,8 @@ def naive_route(
         std = [[F.softplus(x @ row) + 0.01 for row in router.noise.weight] for x in x_TD]
     if isinstance(router, TokenChoice) and router.by_spread:
         centered = [[row[e] - sum(other[e] for other in clean) / len(clean) for e in experts] for row in clean]
-        spread = (sum(value.detach() ** 2 for row in centered for value in row) / (len(clean) * len(experts))).sqrt()
+        squares = torch.stack([value.detach() ** 2 for row in centered for value in row])
+        spread = squares.mean().sqrt()
         std = [[spread for _ in experts] for _ in tokens]
     if isinstance(router, TokenChoice) and (router.by_spread or router.noise is not None) and router.training:
         draw = torch.randn(len(x_TD), len(experts), dtype=DTYPE, generator=torch.Generator().manual_seed(seed))

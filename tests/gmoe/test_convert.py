@@ -175,7 +175,7 @@ def test_the_mlp_itself_is_the_shared_expert() -> None:
 def test_without_a_gain_experts_are_added_from_the_start(dense_start: bool) -> None:
     mlp = plain_mlp()
     x = torch.randn(2, 5, 8)
-    straight = {"router_kwargs": STRAIGHT, "dense_start": dense_start}
+    straight: Any = {"router_kwargs": STRAIGHT, "dense_start": dense_start}
     layer = moefy(stack(mlp), every=1, num_experts=2, **straight)[0].mlp  # type: ignore[index]
     torch.testing.assert_close(layer(x), mlp(x) if dense_start else 2 * mlp(x))
     assert (layer.gain is not None) == dense_start

@@ -58,7 +58,7 @@ def test_experts_of_several_filters_with_a_router(router_input: Any, form: str) 
     layer = MoEConv(KINDS, WIDTH, 3, k=2, router_input=router_input, shared_expert=False).double()
     assert isinstance(layer.experts, FilterExperts)
     assert_equals_masked(layer, features(9, WIDTH), edges if form == "plain" else FORMS[form](edges, (9, 9)))
-    found = [layer.expert(index) for index in range(5)]
+    found: list[Any] = [layer.expert(index) for index in range(5)]
     filters = [("low_pass", 1), ("identity", 1), ("high_pass", 1), ("low_pass", 2), ("high_pass", 3)]
     assert [(one.filter, one.hops) for one in found] == filters
 

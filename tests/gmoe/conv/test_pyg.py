@@ -103,7 +103,7 @@ def test_an_open_layer_is_copied_and_takes_a_state_once_it_is_built() -> None:
 
 def test_the_convs_own_arguments_come_by_position() -> None:
     x, edge_index = graph()
-    gat = MoEConv(GATConv, WIDTH, 8, 8, num_experts=2, shared_expert=False)
+    gat: Any = MoEConv(GATConv, WIDTH, 8, 8, num_experts=2, shared_expert=False)
     assert (gat.num_experts, gat.expert(0).heads) == (2, 8)
     assert gat(x, edge_index).shape == (NODES, 64)
     assert MoEConv(GATConv, WIDTH, 8, 2, False)(x, edge_index).shape == (NODES, 8)
