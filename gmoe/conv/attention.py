@@ -89,8 +89,13 @@ class Messages:
     @cached_property
     def from_heard(self) -> Edges:
         """From the heard rows to the pairs."""
-        place = self._is_heard.cumsum(0) - 1
-        return Edges(self.ptr, place[self.expert * self.graph.num_src + self.source], self.pair, len(self.heard))
+        sender = self.place.index_select(0, self.expert * self.graph.num_src + self.source)
+        return Edges(self.ptr, sender, self.pair, len(self.heard))
+
+    @cached_property
+    def place(self) -> Tensor:
+        """(E N,) where what an expert hears of a source lies among :attr:`heard`, if it is heard."""
+        return self._is_heard.cumsum(0) - 1
 
     @cached_property
     def from_nodes(self) -> Edges:
@@ -149,19 +154,18 @@ class AttentionExperts(StackedExperts):
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         if getattr(self.prototype, "add_self_loops", False):
             graph = graph.with_loops(self.prototype.fill_value)
-        x_PI = dispatch(x_dst, routing)
-        y_PHC = self._attend(x_src, x_PI, Messages(graph, routing))
+        y_PHC = self._attend(x_src, x_dst, Messages(graph, routing))
         y_PO = y_PHC.flatten(1) if self.prototype.concat else y_PHC.mean(dim=1)
-        return combine(self._finish(y_PO, x_PI, routing), routing)
+        return combine(self._finish(y_PO, x_dst, routing), routing)
 
     @abstractmethod
-    def _attend(self, x_src: Tensor, x_PI: Tensor, messages: Messages) -> Tensor:
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         """(P, H, C) what each pair hears, weighted by attention."""
 
-    def _finish(self, y_PO: Tensor, x_PI: Tensor, routing: Routing) -> Tensor:
+    def _finish(self, y_PO: Tensor, x_dst: Tensor, routing: Routing) -> Tensor:
         """What the conv does to that: residual and bias."""
         if self.res is not None:
-            y_PO = y_PO + self.res(x_PI, routing.offsets)
+            y_PO = y_PO + self.res(dispatch(x_dst, routing), routing.offsets)
         return y_PO if self.bias is None else y_PO + self.bias.index_select(0, routing.expert)
 
     def _of_heard(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
@@ -227,25 +231,47 @@ class GATExperts(AttentionExperts):
     att_dst: nn.Parameter
     att_edge: nn.Parameter
 
-    def _attend(self, x_src: Tensor, x_PI: Tensor, messages: Messages) -> Tensor:
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         lin_src, lin_dst = (self.lin_src, self.lin_dst) if self.lin is None else (self.lin, self.lin)
         offsets = messages.routing.offsets
-        source_IEH = self._folded(lin_src, self.att_src).transpose(0, 1)
-        at_source = (x_src @ source_IEH.flatten(1)).view(-1, self.heads)
-        at_target = grouped_linear(x_PI, self._folded(lin_dst, self.att_dst), None, offsets, self.backend)
-        score_MH = at_source.index_select(0, messages.source * self.num_experts + messages.expert)
+        raw, pairs = lin_src.in_features <= self.width, messages.routing
+        if raw:
+            at_source = self._of_all(x_src, self._folded(lin_src, self.att_src))
+            score_MH = at_source.index_select(0, messages.source * self.num_experts + messages.expert)
+        else:
+            value_UHC = self._by_head(self._of_heard(lin_src, x_src, messages))
+            at_heard = self._of_rows(value_UHC, self.att_src, messages)
+            score_MH = at_heard.index_select(0, messages.from_heard.sender)
+        target_EIH = self._folded(lin_dst, self.att_dst)
+        if not raw and x_src is x_dst and lin_src is lin_dst and self.prototype.add_self_loops:  # which hear themselves
+            place_P = messages.place.index_select(0, pairs.expert * messages.graph.num_src + pairs.token)
+            at_target = self._of_rows(value_UHC, self.att_dst, messages).index_select(0, place_P)
+        elif (self.num_experts - 1) * self.heads <= MOVE:  # no row of the input is moved
+            place_P = pairs.token * self.num_experts + pairs.expert
+            at_target = self._of_all(x_dst, target_EIH).index_select(0, place_P)
+        else:
+            at_target = grouped_linear(dispatch(x_dst, pairs), target_EIH, None, offsets, self.backend)
         score_MH = score_MH + at_target.index_select(0, messages.pair)
         if self.lin_edge is not None and messages.edge_attr is not None:
             edge_EFH = self._folded(self.lin_edge, self.att_edge)
             score_MH = score_MH + grouped_linear(messages.edge_attr, edge_EFH, None, messages.offsets, self.backend)
         score_MH = F.leaky_relu(score_MH.to(self.att_src.dtype), self.prototype.negative_slope)
         alpha_MH = self._attention(score_MH, messages)
-        if lin_src.in_features <= self.width:
+        if raw:
             heard_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_nodes)
             weight_EIHC = lin_src.weight.unflatten(2, (self.heads, self.width))
             return self._head_by_head(heard_PHI, weight_EIHC, offsets).to(alpha_MH.dtype)
-        value_UO = self._of_heard(lin_src, x_src, messages)
-        return weighted_sum(alpha_MH, self._by_head(value_UO), messages.from_heard)
+        return weighted_sum(alpha_MH, value_UHC, messages.from_heard)
+
+    def _of_rows(self, value_UHC: Tensor, att_E1HC: Tensor, messages: Messages) -> Tensor:
+        """(U, H) what the attention vector of the expert that hears a row makes of it."""
+        att_EHC = att_E1HC.squeeze(1)
+        att_UHC = att_EHC if self.num_experts == 1 else att_EHC.index_select(0, messages.heard_by)
+        return (value_UHC * att_UHC).sum(dim=-1)
+
+    def _of_all(self, x_NI: Tensor, folded_EIH: Tensor) -> Tensor:
+        """(N E, H) what each expert's attention vector makes of every node."""
+        return (x_NI @ folded_EIH.transpose(0, 1).flatten(1)).view(-1, self.heads)
 
     def _folded(self, layer: LinearExperts, att_E1HC: Tensor) -> Tensor:
         """(E, I, H) the layer and the attention vector in one."""
@@ -273,9 +299,9 @@ class TransformerExperts(AttentionExperts):
             del found["lin_skip"]
         return found
 
-    def _attend(self, x_src: Tensor, x_PI: Tensor, messages: Messages) -> Tensor:
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         offsets = messages.routing.offsets
-        query_PHC = self._by_head(self.lin_query(x_PI, offsets)) / math.sqrt(self.width)
+        query_PHC = self._by_head(self.lin_query(dispatch(x_dst, messages.routing), offsets)) / math.sqrt(self.width)
         key_UHC = self._by_head(self._of_heard(self.lin_key, x_src, messages))
         value_UHC = self._by_head(self._of_heard(self.lin_value, x_src, messages))
         score_MH = dot(query_PHC, key_UHC, messages.from_heard)
@@ -297,10 +323,10 @@ class TransformerExperts(AttentionExperts):
             raise ValueError(f"edge_attr: got None, expected {legal}")
         return super()._edge_attr(messages)
 
-    def _finish(self, y_PO: Tensor, x_PI: Tensor, routing: Routing) -> Tensor:
+    def _finish(self, y_PO: Tensor, x_dst: Tensor, routing: Routing) -> Tensor:
         if self.lin_skip is None:
             return y_PO
-        skip_PO = self.lin_skip(x_PI, routing.offsets)
+        skip_PO = self.lin_skip(dispatch(x_dst, routing), routing.offsets)
         if self.lin_beta is None:
             return y_PO + skip_PO
         beta_P1 = self.lin_beta(torch.cat([y_PO, skip_PO, y_PO - skip_PO], dim=-1), routing.offsets).sigmoid()
@@ -322,9 +348,11 @@ class GATv2Experts(AttentionExperts):
             del found["lin_r"]  # lin_l again
         return found
 
-    def _attend(self, x_src: Tensor, x_PI: Tensor, messages: Messages) -> Tensor:
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         source_UO = self._of_heard(self.lin_l, x_src, messages)
-        target_PO = (self.lin_l if self.lin_r is None else self.lin_r)(x_PI, messages.routing.offsets)
+        target_PO = (self.lin_l if self.lin_r is None else self.lin_r)(
+            dispatch(x_dst, messages.routing), messages.routing.offsets
+        )
         edge_MF = self._edge_attr(messages)
         edge_EFO = None if edge_MF is None or self.lin_edge is None else self.lin_edge.weight
         # a head's vector in that head's column, so that one product gives the scores of all
