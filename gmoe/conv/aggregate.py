@@ -49,9 +49,14 @@ class AggregateOnce(StackedExperts):
     @abstractmethod
     def _without_transform(self, conv: Any) -> MessagePassing: ...
 
+    @property
+    def reads_sorted_edges(self) -> bool:
+        conv = self.prototype
+        return not conv.explain and isinstance(conv.aggr, str) and conv.aggr in SUMS
+
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
         conv = self.prototype
-        if conv.explain or not isinstance(conv.aggr, str) or conv.aggr not in SUMS:
+        if not self.reads_sorted_edges:
             return self._by_pyg(graph, x_src)
         total = (graph.mean if conv.aggr == "mean" else graph.sum)(x_src, self._weight(graph))
         return total.to(x_src.dtype)
@@ -283,6 +288,8 @@ class FilterExperts(GCNExperts):
 
 class MLPConvExperts(StackedExperts):
     """E MLPConvs as stacked MLPs."""
+
+    reads_sorted_edges = True
 
     def _build(self, template: Any, backend: Backend) -> None:
         self.prototype = MLPConv(1, 1)

@@ -253,6 +253,11 @@ class GNNMoE(BasicGNN):
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
         decision = None if self.shared_router is None else self.decide(x, graph, batch)
         routings = [] if decision is None else [decision]
+        order, given = None, graph
+        if decision is not None and not trimmed and self._renumbers(decision):
+            order = decision.token
+            x, graph, decision = x.index_select(0, order), graph.renumbered(order), decision.in_order()
+            batch = None if batch is None else batch.index_select(0, order)
         x = self.input_dropout(x)
         if self.lin_in is not None:
             x = self.lin_in(x)
@@ -268,6 +273,8 @@ class GNNMoE(BasicGNN):
                 batch = None if batch is None else batch[: x.size(0)]
             followed = None if decision is None else decision.first(x.size(0))
             conv = self.convs[layer]
+            if order is not None and not isinstance(conv, MoEConv):  # the output conv: PyG's, on the edges as given
+                x, graph, order = torch.empty_like(x).index_copy(0, order, x), given, None
             if isinstance(conv, MoEConv):
                 out, routing = conv(x, graph, batch=batch, routing=followed, return_routing=True)
                 if decision is None:
@@ -282,7 +289,25 @@ class GNNMoE(BasicGNN):
         if hasattr(self, "jk"):
             x = self.jk([h[: x.size(0)] for h in xs])  # trimming leaves the later layers fewer nodes
         x = self.lin(x) if hasattr(self, "lin") else x
+        x = x if order is None else torch.empty_like(x).index_copy(0, order, x)
         return (x, routings) if return_routing else x
+
+    def _renumbers(self, decision: Routing) -> bool:
+        """Whether to sort the nodes by expert once, so that no layer has to gather or scatter them.
+
+        It pays from two layers on, and is right where each node has one expert, all layers but the output conv are MoE
+        layers that read nothing of the graph but its sorted edges, and no hook sees the nodes in between.
+        """
+        convs: list[Any] = list(self.convs)[: self.num_layers - (self.jk_mode is None)]
+        inner = [module for part in self.children() if part is not self.shared_router for module in part.modules()]
+        return (
+            len(convs) > 1
+            and all(isinstance(conv, MoEConv) and conv.reads_sorted_edges for conv in convs)
+            and not any(
+                module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in inner
+            )
+            and decision.is_partition
+        )
 
     def _check_edge_args(self, edge_weight: Tensor | None, edge_attr: Tensor | None) -> None:
         """Of several kinds of experts, some take less than the others, but some conv of the model takes each."""
