@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gmoe._autograd import first_order
 from gmoe._checks import check_choice
 from gmoe.routing import Routing
 
@@ -104,6 +105,8 @@ def grouped_linear(
     if torch.is_autocast_enabled(x_PI.device.type):
         x_PI, weight_EIO, bias_EO = _cast(x_PI, weight_EIO, bias_EO)
     with torch.autocast(x_PI.device.type, enabled=False):
+        if kernel == "loop" and type(x_PI) is Tensor and not (x_PI.is_meta or torch.compiler.is_compiling()):
+            return _GroupedLinear.apply(x_PI, weight_EIO, bias_EO, offsets_E, kernel)
         return torch.ops.gmoe.grouped_linear(x_PI, weight_EIO, bias_EO, offsets_E, kernel)
 
 
@@ -123,23 +126,25 @@ def routed_linear(
         routing: who goes where.
         backend: see :func:`grouped_linear`.
     """
-    if backend not in FUSING or parts[0].is_cuda:
+    device = parts[0].device.type
+    full = not torch.is_autocast_enabled(device) and parts[0].dtype == weight_EIO.dtype != torch.bfloat16
+    if routing.contiguous and routing.num_experts == 1 and full:  # a linear layer
+        weights = weight_EIO[0].split([part.size(1) for part in parts])
+        y_TO = parts[0] @ weights[0] if bias_EO is None else torch.addmm(bias_EO[0], parts[0], weights[0])
+        for part, weight_IO in zip(parts[1:], weights[1:], strict=True):
+            y_TO = torch.addmm(y_TO, part, weight_IO)
+        return y_TO * routing.weight.to(y_TO.dtype)[:, None]
+    if backend not in FUSING or device == "cuda" or (routing.contiguous and full):  # of slices, nothing to fuse
         x_TI = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
         return combine(grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend), routing)
-    device = parts[0].device.type
     if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
         weight_EIO = weight_EIO.to(torch.get_autocast_dtype(device))
     dtype = weight_EIO.dtype
     x_TI, *other = map(methodcaller("to", dtype), parts)
     bias_EO = None if bias_EO is None else bias_EO.to(dtype)
-    if routing.contiguous and routing.num_experts == 1:  # a linear layer: the matrix product itself is quicker
-        with torch.autocast(device, enabled=False):
-            first_IO, *weights = weight_EIO[0].split([part.size(1) for part in (x_TI, *other)])
-            y_TO = x_TI @ first_IO if bias_EO is None else torch.addmm(bias_EO[0], x_TI, first_IO)
-            for part, weight in zip(other, weights, strict=True):
-                y_TO = torch.addmm(y_TO, part, weight)
-            return y_TO * routing.weight.to(dtype)[:, None]
-    token_P, offsets_E, gate_P = _pairs(routing, dtype)
+    token_P, offsets_E, gate_P = routing.token, routing.offsets, routing.weight.to(dtype)
+    if dtype == torch.bfloat16 and device == "cpu":
+        token_P, offsets_E, gate_P = rounded(token_P, offsets_E, gate_P)
     z_TJ = torch.cat(other, dim=-1) if len(other) > 1 else next(iter(other), None)
     with torch.autocast(device, enabled=False):
         return torch.ops.gmoe.routed_linear(
@@ -175,20 +180,14 @@ def routed_mlp(
     device = x_TI.device.type
     if torch.is_autocast_enabled(device):
         x_TI, up_EIU, up_bias_EU, down_EHO, down_bias_EO = _cast(x_TI, up_EIU, up_bias_EU, down_EHO, down_bias_EO)
-    token_P, offsets_E, gate_P = _pairs(routing, x_TI.dtype)
+    token_P, offsets_E, gate_P = routing.token, routing.offsets, routing.weight.to(x_TI.dtype)
+    if x_TI.dtype == torch.bfloat16 and device == "cpu":
+        token_P, offsets_E, gate_P = rounded(token_P, offsets_E, gate_P)
     with torch.autocast(device, enabled=False):
         out_TO, _ = torch.ops.gmoe.routed_mlp(
             x_TI, gate_P, up_EIU, up_bias_EU, down_EHO, down_bias_EO, token_P, offsets_E, activation, glu
         )
     return out_TO
-
-
-def _pairs(routing: Routing, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Tokens, offsets and weights of the pairs; ``None`` for tokens that are 0, 1, ..., T - 1."""
-    gate_P = routing.weight.to(dtype)
-    if dtype == torch.bfloat16 and gate_P.device.type == "cpu":
-        return rounded(routing.token, routing.offsets, gate_P)
-    return None if routing.contiguous else routing.token, routing.offsets, gate_P
 
 
 def rounded(token_P: Tensor, offsets_E: Tensor, gate_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -329,6 +328,22 @@ _operator(
 )(_grouped_linear, _grouped_linear_backward)
 
 
+class _GroupedLinear(torch.autograd.Function):
+    """The loop without torch's dispatcher, which takes longer than the products of a small graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs[:4])
+        return _grouped_linear(*inputs)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_PO: Tensor) -> Any:
+        needs = ctx.needs_input_grad[:3]
+        found = _grouped_linear_backward(grad_PO, *ctx.saved_tensors, "loop", needs)
+        return *(value if needed else None for value, needed in zip(found, needs, strict=True)), None, None
+
+
 def _load(offsets_E: Tensor) -> Tensor:
     return offsets_E.diff(prepend=offsets_E.new_zeros(1)).long()
 
@@ -385,33 +400,18 @@ def _aligned(x_PI: Tensor) -> Tensor:
 # from tokens to tokens, one expert after the other --------------------------------------------------------------------
 
 
-# tokens that are 0, 1, ..., T - 1 are given as ``None``: an expert's are then a slice, read and written where it lies
-
-
-def _rows(x_TI: Tensor, token_P: Tensor | None, pairs: slice) -> Tensor:
-    """The tokens of some pairs."""
-    return x_TI[pairs] if token_P is None else x_TI.index_select(0, token_P[pairs])
-
-
-def _add_rows(out_TO: Tensor, token_P: Tensor | None, pairs: slice, y: Tensor) -> None:
-    """Add to the tokens of some pairs, which are still zero where each token has one pair."""
-    if token_P is None:
-        out_TO[pairs] = y
-    else:
-        out_TO.index_add_(0, token_P[pairs], y)
-
-
 def _routed_linear(*inputs: Any) -> Tensor:
     x_TI, z_TJ, gate_P, weight_EIO, bias_EO, token_P, offsets_E, num_tokens = inputs
     width = x_TI.size(1)
     out_TO: Tensor = gate_P.new_zeros(num_tokens, weight_EIO.size(2))
     ends = offsets_E.tolist()  # one host sync
     for expert, pairs in enumerate(map(slice, [0, *ends], ends)):
-        x, weight_IO = _rows(x_TI, token_P, pairs), weight_EIO[expert]
+        token, weight_IO = token_P[pairs], weight_EIO[expert]
+        x = x_TI.index_select(0, token)
         y = x @ weight_IO[:width] if bias_EO is None else torch.addmm(bias_EO[expert], x, weight_IO[:width])
         if z_TJ is not None:
-            y.addmm_(_rows(z_TJ, token_P, pairs), weight_IO[width:])
-        _add_rows(out_TO, token_P, pairs, y.mul_(gate_P[pairs, None]))
+            y.addmm_(z_TJ.index_select(0, token), weight_IO[width:])
+        out_TO.index_add_(0, token, y.mul_(gate_P[pairs, None]))
     return out_TO
 
 
@@ -425,22 +425,23 @@ def _routed_linear_backward(*inputs: Any) -> list[Tensor]:
         parts.append((z_TJ, grads[1].zero_(), needs_z, slice(x_TI.size(1), None)))
     ends = offsets_E.tolist()
     for expert, pairs in enumerate(map(slice, [0, *ends], ends)):
-        gate, grad = gate_P[pairs, None], _rows(grad_TO, token_P, pairs)
+        token, gate = token_P[pairs], gate_P[pairs, None]
+        grad = grad_TO.index_select(0, token)
         scaled = grad * gate
         if needs_gate:
             at_gate = 0.0 if bias_EO is None else torch.mv(grad, bias_EO[expert])
         if needs_bias:
             torch.sum(scaled, dim=0, out=grad_bias[expert])
         for part, grad_part, needs_part, columns in parts:
-            x = _rows(part, token_P, pairs)
+            x = part.index_select(0, token)
             if needs_weight:
                 torch.mm(x.T, scaled, out=grad_weight[expert, columns])
             if needs_gate or needs_part:
                 back = grad @ weight_EIO[expert, columns].T
             if needs_gate:
-                at_gate = at_gate + torch.linalg.vecdot(x, back)
+                at_gate = at_gate + x.mul_(back).sum(dim=1)
             if needs_part:
-                _add_rows(grad_part, token_P, pairs, back.mul_(gate))
+                grad_part.index_add_(0, token, back.mul_(gate))
         if needs_gate:
             grad_gate[pairs] = at_gate
     return grads
@@ -448,7 +449,7 @@ def _routed_linear_backward(*inputs: Any) -> list[Tensor]:
 
 _operator(
     "routed_linear",
-    "Tensor x, Tensor? z, Tensor gate, Tensor weight, Tensor? bias, Tensor? token, Tensor offsets, SymInt num_tokens",
+    "Tensor x, Tensor? z, Tensor gate, Tensor weight, Tensor? bias, Tensor token, Tensor offsets, SymInt num_tokens",
     "Tensor",
     lambda *inputs: inputs[2].new_empty(inputs[-1], inputs[3].size(2)),
     num_grads=5,
@@ -460,17 +461,18 @@ def _routed_mlp(*inputs: Any) -> tuple[Tensor, Tensor]:
     x_TI, gate_P, up_EIU, up_bias_EU, down_EHO, down_bias_EO, token_P, offsets_E, activation, glu = inputs
     activate, half = FUSED[activation][0], up_EIU.size(2) // 2
     out_TO = gate_P.new_zeros(x_TI.size(0), down_EHO.size(2))
-    hidden_PU = x_TI.new_empty(gate_P.size(0), up_EIU.size(2))
+    hidden_PU = x_TI.new_empty(token_P.size(0), up_EIU.size(2))
     ends = offsets_E.tolist()  # one host sync
     for expert, pairs in enumerate(map(slice, [0, *ends], ends)):
-        x, u = _rows(x_TI, token_P, pairs), hidden_PU[pairs]
+        token, u = token_P[pairs], hidden_PU[pairs]
+        x = x_TI.index_select(0, token)
         if up_bias_EU is None:
             torch.mm(x, up_EIU[expert], out=u)
         else:
             torch.addmm(up_bias_EU[expert], x, up_EIU[expert], out=u)
         h = activate(u[:, :half]) * u[:, half:] if glu else activate(u)
         y = h @ down_EHO[expert] if down_bias_EO is None else torch.addmm(down_bias_EO[expert], h, down_EHO[expert])
-        _add_rows(out_TO, token_P, pairs, y.mul_(gate_P[pairs, None]))
+        out_TO.index_add_(0, token, y.mul_(gate_P[pairs, None]))
     return out_TO, hidden_PU
 
 
@@ -485,14 +487,15 @@ def _routed_mlp_backward(*inputs: Any) -> list[Tensor]:
     half = up_EIU.size(2) // 2
     ends = offsets_E.tolist()
     for expert, pairs in enumerate(map(slice, [0, *ends], ends)):
-        gate, u, grad = gate_P[pairs, None], hidden_PU[pairs], _rows(grad_TO, token_P, pairs)
+        token, gate, u = token_P[pairs], gate_P[pairs, None], hidden_PU[pairs]
+        grad = grad_TO.index_select(0, token)
         opened = activate(u[:, :half] if glu else u)
         h = opened * u[:, half:] if glu else opened
         grad_h = grad @ down_EHO[expert].T
         if needs_gate:
             at_gate = torch.linalg.vecdot(grad_h, h)
             grad_gate[pairs] = at_gate if down_bias_EO is None else at_gate.addmv_(grad, down_bias_EO[expert])
-        grad = grad * gate
+        grad.mul_(gate)
         if needs_down:
             torch.mm(h.T, grad, out=grad_down[expert])
         if needs_down_bias:
@@ -503,19 +506,19 @@ def _routed_mlp_backward(*inputs: Any) -> list[Tensor]:
         else:
             grad_u = derivative(grad_h, u)
         if needs_up:
-            torch.mm(_rows(x_TI, token_P, pairs).T, grad_u, out=grad_up[expert])
+            torch.mm(x_TI.index_select(0, token).T, grad_u, out=grad_up[expert])
         if needs_up_bias:
             torch.sum(grad_u, dim=0, out=grad_up_bias[expert])
         if needs_x:
-            _add_rows(grad_x, token_P, pairs, grad_u @ up_EIU[expert].T)
+            grad_x.index_add_(0, token, grad_u @ up_EIU[expert].T)
     return grads
 
 
 _operator(
     "routed_mlp",
-    "Tensor x, Tensor gate, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor? token, Tensor offsets, "
+    "Tensor x, Tensor gate, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor token, Tensor offsets, "
     "str activation, bool glu",
     "(Tensor, Tensor)",
-    lambda x, gate, up, *rest: (gate.new_empty(x.size(0), rest[1].size(2)), x.new_empty(gate.size(0), up.size(2))),
+    lambda x, gate, up, *rest: (gate.new_empty(x.size(0), rest[1].size(2)), x.new_empty(rest[3].size(0), up.size(2))),
     num_grads=6,
 )(_routed_mlp, _routed_mlp_backward)

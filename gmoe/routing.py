@@ -245,10 +245,9 @@ class Routing:
         Only of a routing that :attr:`is_partition`; without the losses.
         """
         token = torch.arange(self.num_tokens, device=self.token.device)
-        scores, dropped_T = (None if v is None else v.detach()[self.token] for v in (self.scores, self.dropped_T))
-        return replace(
-            self, token=token, scores=scores, losses={}, dropped_T=dropped_T, contiguous=True, checked=True
-        )
+        scores = self.scores.detach().index_select(0, self.token)
+        dropped_T = None if self.dropped_T is None else self.dropped_T.index_select(0, self.token)
+        return Routing(token, self.offsets, self.weight, scores, len(token), {}, dropped_T, contiguous=True, checked=True)
 
     def select(self, tokens: Tensor) -> Routing:
         """The routing of some tokens, renumbered, as decided among all of them; the losses stay.

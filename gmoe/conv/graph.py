@@ -347,7 +347,7 @@ class Graph:
     def sum(self, x_src: Tensor, weight: Tensor | None = None) -> Tensor:
         """(N_dst, D) the sum over in-edges of ``x_src``, times ``weight`` (M,) in the order of :attr:`edges`."""
         if weight is None:
-            weight = x_src.new_ones(self.edges.sender.numel())
+            weight = x_src.new_ones(1).expand(self.edges.sender.numel())
         return weighted_sum(weight[:, None], x_src[:, None], self.edges).squeeze(1)
 
     def mean(self, x_src: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -556,7 +556,9 @@ class _WeightedSum(torch.autograd.Function):
             grad_weight = _products(grad_RHC, value_UGC, ctx.edges)
         if ctx.needs_input_grad[1]:
             reverse, order = ctx.edges.transpose
-            by_head = [weight_M.index_select(0, order) for weight_M in weight_MH.unbind(1)]  # rows of one are slow
+            same = weight_MH.stride(0) == 0  # in any order
+            # rows of one are slow
+            by_head = [w_M if same else w_M.index_select(0, order) for w_M in weight_MH.unbind(1)]
             weight_MH = by_head[0][:, None] if len(by_head) == 1 else torch.stack(by_head, dim=1)
             if value_UGC.size(1) == weight_MH.size(1):
                 grad_value = weighted_sum(weight_MH, grad_RHC.contiguous(), reverse)

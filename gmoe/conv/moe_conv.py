@@ -254,8 +254,9 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _shared(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
         """(T, O) what the shared expert adds."""
-        graph = graph.in_flow(self.shared_expert.flow)
-        if h is None or not self._aggregates_alike:
+        if not self._aggregates_alike:
+            graph, h = graph.in_flow(self.shared_expert.flow), None
+        if h is None:
             h = self.shared_expert.aggregate(graph, x_src, x_dst)
         out: Tensor = self.shared_expert(graph, x_src, x_dst, h, Routing.everyone(x_dst.size(0), x_dst))
         return out
