@@ -247,7 +247,9 @@ class Routing:
         token = torch.arange(self.num_tokens, device=self.token.device)
         scores = self.scores.detach().index_select(0, self.token)
         dropped_T = None if self.dropped_T is None else self.dropped_T.index_select(0, self.token)
-        return Routing(token, self.offsets, self.weight, scores, len(token), {}, dropped_T, contiguous=True, checked=True)
+        return Routing(
+            token, self.offsets, self.weight, scores, len(token), {}, dropped_T, contiguous=True, checked=True
+        )
 
     def select(self, tokens: Tensor) -> Routing:
         """The routing of some tokens, renumbered, as decided among all of them; the losses stay.
