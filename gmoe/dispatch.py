@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gmoe._autograd import first_order
 from gmoe._checks import check_choice
 from gmoe.routing import Routing
 
@@ -49,7 +50,7 @@ FUSING = frozenset({"auto", "loop"})
 
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
     """(P, I) the token of each pair, expert by expert."""
-    return x_TI.index_select(0, routing.token)
+    return x_TI if routing.contiguous else x_TI.index_select(0, routing.token)
 
 
 def combine(y_PO: Tensor, routing: Routing) -> Tensor:
@@ -58,6 +59,8 @@ def combine(y_PO: Tensor, routing: Routing) -> Tensor:
     .. math:: y_t = \sum_{e} w_{te} f_e(x_t)
     """
     weighted_PO = y_PO * routing.weight.to(y_PO.dtype)[:, None]
+    if routing.contiguous:
+        return weighted_PO
     return weighted_PO.new_zeros(routing.num_tokens, y_PO.size(1)).index_add(0, routing.token, weighted_PO)
 
 
@@ -102,6 +105,8 @@ def grouped_linear(
     if torch.is_autocast_enabled(x_PI.device.type):
         x_PI, weight_EIO, bias_EO = _cast(x_PI, weight_EIO, bias_EO)
     with torch.autocast(x_PI.device.type, enabled=False):
+        if kernel == "loop" and type(x_PI) is Tensor and not (x_PI.is_meta or torch.compiler.is_compiling()):
+            return _GroupedLinear.apply(x_PI, weight_EIO, bias_EO, offsets_E, kernel)
         return torch.ops.gmoe.grouped_linear(x_PI, weight_EIO, bias_EO, offsets_E, kernel)
 
 
@@ -122,16 +127,18 @@ def routed_linear(
         routing: who goes where.
         backend: see :func:`grouped_linear`.
     """
-    if len(weight_EIO) == 1 and routing.token.numel() == routing.num_tokens:  # all of them, in order
-        dtype = weight_EIO.dtype
-        pieces = weight_EIO[0].T.split([part.size(1) for part in parts], dim=1)
-        y_TO: Any = sum(F.linear(part.to(dtype), w.contiguous()) for part, w in zip(parts, pieces, strict=True))
-        y_TO = y_TO if bias_EO is None else y_TO + bias_EO.to(y_TO.dtype)
+    device = parts[0].device.type
+    full = not torch.is_autocast_enabled(device) and parts[0].dtype == weight_EIO.dtype != torch.bfloat16
+    if routing.num_experts == 1 and routing.token.numel() == routing.num_tokens:  # of all of them: a linear layer
+        weights = weight_EIO[0].split([part.size(1) for part in parts])
+        rows = [part.to(weight_EIO.dtype) for part in parts]
+        y_TO = rows[0] @ weights[0] if bias_EO is None else torch.addmm(bias_EO[0], rows[0], weights[0])
+        for row, weight_IO in zip(rows[1:], weights[1:], strict=True):
+            y_TO = torch.addmm(y_TO, row, weight_IO)
         return y_TO * routing.weight.to(y_TO.dtype)[:, None]
-    if backend not in FUSING or parts[0].is_cuda:
+    if backend not in FUSING or device == "cuda" or (routing.contiguous and full):  # of slices, nothing to fuse
         x_TI = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
         return combine(grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend), routing)
-    device = parts[0].device.type
     if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
         weight_EIO = weight_EIO.to(torch.get_autocast_dtype(device))
     dtype = weight_EIO.dtype
@@ -323,6 +330,22 @@ _operator(
     lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)),
     num_grads=3,
 )(_grouped_linear, _grouped_linear_backward)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """The loop without torch's dispatcher, which takes longer than the products of a small graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs[:4])
+        return _grouped_linear(*inputs)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_PO: Tensor) -> Any:
+        needs = ctx.needs_input_grad[:3]
+        found = _grouped_linear_backward(grad_PO, *ctx.saved_tensors, "loop", needs)
+        return *(value if needed else None for value, needed in zip(found, needs, strict=True)), None, None
 
 
 def _load(offsets_E: Tensor) -> Tensor:

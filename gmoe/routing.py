@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,9 @@ class Routing:
         dropped_T: (T,) int64, how many pairs of each token experts had no capacity for; ``None`` where nothing can be
             dropped.
         detached: whether the losses were computed in training while gradients were off, so that they train nothing.
+        contiguous: whether ``token`` is 0, 1, ..., T - 1, so that every expert owns a slice of the tokens and nothing
+            has to be gathered or scattered; see :meth:`in_order`.
+        checked: the values of ``token`` and ``offsets`` are right by construction: do not read them.
 
     Raises:
         ValueError: a tensor of another shape or dtype; on the CPU also offsets that are not cumulative, tokens out of
@@ -60,8 +63,10 @@ class Routing:
     losses: Mapping[str, AuxLoss] = field(default_factory=dict)
     dropped_T: Tensor | None = None
     detached: bool = False
+    contiguous: bool = False
+    checked: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, checked: bool) -> None:
         token, offsets, weight, pairs = self.token, self.offsets, self.weight, self.token.numel()
         of_scores = (self.num_tokens, offsets.numel())
         for name, value, fits, expected in (
@@ -74,7 +79,7 @@ class Routing:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)} of {value.dtype}, expected {expected}")
         # reading values would cost a host sync on a GPU, and what is compiled or fake has none
         on_cpu = token.device.type == offsets.device.type == "cpu"
-        if torch.compiler.is_compiling() or type(token) is not Tensor or not on_cpu:
+        if checked or torch.compiler.is_compiling() or type(token) is not Tensor or not on_cpu:
             return
         ends = offsets.tolist()
         if ends != sorted(ends) or ends[0] < 0 or ends[-1] != pairs:
@@ -90,6 +95,8 @@ class Routing:
         falls[offsets.long()] = False  # where the next expert begins
         if bool(falls.any()):
             raise ValueError("token: got pairs out of order or twice, expected each expert's tokens strictly ascending")
+        if self.contiguous and not torch.equal(token, torch.arange(self.num_tokens)):
+            raise ValueError("token: got other values, expected 0, 1, ..., num_tokens - 1 with contiguous=True")
 
     @staticmethod
     def from_choices(
@@ -137,7 +144,8 @@ class Routing:
         experts_E = torch.arange(num_experts, device=expert_P.device)
         offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
         weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
-        return Routing(slot_P // max(k, 1), offsets_E, weight_P, scores, num_tokens, losses or {})
+        token_P = slot_P if k == 1 else slot_P // max(k, 1)
+        return Routing(token_P, offsets_E, weight_P, scores, num_tokens, losses or {}, checked=k == 1)
 
     @staticmethod
     def everyone(num_tokens: int, like: Tensor) -> Routing:
@@ -145,7 +153,7 @@ class Routing:
         token = torch.arange(num_tokens, device=like.device)
         offsets = torch.full((1,), num_tokens, dtype=torch.int32, device=like.device)
         ones = like.new_ones(num_tokens)
-        return Routing(token, offsets, ones, ones[:, None], num_tokens)
+        return Routing(token, offsets, ones, ones[:, None], num_tokens, contiguous=True, checked=True)
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__}({self.num_tokens} tokens, {self.num_experts} experts"
@@ -221,7 +229,27 @@ class Routing:
 
     def scaled(self, gain: Tensor) -> Routing:
         """The routing with its weights times :data:`GAIN_SCALE` and a learned gain (1,)."""
-        return replace(self, weight=self.weight * (GAIN_SCALE * gain).to(self.weight.dtype))
+        return replace(self, weight=self.weight * (GAIN_SCALE * gain).to(self.weight.dtype), checked=True)
+
+    @property
+    def is_partition(self) -> bool:
+        """Whether each token has exactly one expert. Reads values: on the CPU only, elsewhere ``False``."""
+        if torch.compiler.is_compiling() or type(self.token) is not Tensor or self.token.device.type != "cpu":
+            return False
+        one_each = self.token.numel() == self.num_tokens
+        return one_each and bool((self.token.bincount(minlength=self.num_tokens) == 1).all())
+
+    def in_order(self) -> Routing:
+        """The same decision about tokens renumbered expert by expert: token ``i`` is ``self.token[i]`` of before.
+
+        Only of a routing that :attr:`is_partition`; without the losses.
+        """
+        token = torch.arange(self.num_tokens, device=self.token.device)
+        scores = self.scores.detach().index_select(0, self.token)
+        dropped_T = None if self.dropped_T is None else self.dropped_T.index_select(0, self.token)
+        return Routing(
+            token, self.offsets, self.weight, scores, len(token), {}, dropped_T, contiguous=True, checked=True
+        )
 
     def select(self, tokens: Tensor) -> Routing:
         """The routing of some tokens, renumbered, as decided among all of them; the losses stay.

@@ -77,6 +77,10 @@ class AggregateOnce(StackedExperts):
     @abstractmethod
     def _without_transform(self, conv: Any) -> MessagePassing: ...
 
+    @property
+    def reads_sorted_edges(self) -> bool:
+        return self.matrix is not None and not self.prototype.explain
+
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Any:
         if self.matrix is None or self.prototype.explain:
             return self._by_pyg(graph, x_src)
@@ -403,6 +407,8 @@ class FilterExperts(GCNExperts):
 
 class MLPConvExperts(StackedExperts):
     """E MLPConvs as stacked MLPs."""
+
+    reads_sorted_edges = True
 
     def _build(self, template: Any, backend: Backend) -> None:
         self.prototype = MLPConv(1, 1)

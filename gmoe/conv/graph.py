@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
@@ -82,12 +83,38 @@ class Edges:
 
     def of(self, receivers: Tensor) -> tuple[Tensor, Tensor]:
         """(m,) the messages of some receivers, one after the other, and (m,) the position of each one's receiver."""
-        start = self.ptr.index_select(0, receivers)
         degree = self.degree.index_select(0, receivers)
         position = torch.arange(len(receivers), device=receivers.device).repeat_interleave(degree)
-        first = degree.cumsum(0) - degree
-        step = torch.arange(len(position), device=receivers.device) - first.index_select(0, position)
-        return start.index_select(0, position) + step, position
+        shift = self.ptr.index_select(0, receivers) - (degree.cumsum(0) - degree)
+        return torch.arange(len(position), device=receivers.device) + shift.index_select(0, position), position
+
+    def renumbered(self, order: Tensor, place: Tensor) -> tuple[Edges, Tensor]:
+        """The edges where node ``i`` is ``order[i]`` of before, and (M,) which of these each of them is.
+
+        The transpose follows from theirs, which a graph keeps: a permutation is quicker than a sort.
+        """
+        edge, receiver = self.of(order)
+        ptr = F.pad(self.degree.index_select(0, order).cumsum(0), (1, 0))
+        sender = place.index_select(0, self.sender.index_select(0, edge))
+        return _Renumbered(ptr, sender, receiver, self.num_senders, self, edge, order, place), edge
+
+
+@dataclass(eq=False)
+class _Renumbered(Edges):
+    """:meth:`Edges.renumbered`: of which edges, by which numbers."""
+
+    before: Edges
+    edge: Tensor
+    order: Tensor
+    place: Tensor
+
+    @cached_property
+    def transpose(self) -> tuple[Edges, Tensor]:
+        reverse, which = self.before.transpose
+        turned, edge = reverse.renumbered(self.order, self.place)
+        now = torch.empty_like(self.edge)
+        now[self.edge] = torch.arange(len(now), device=now.device)
+        return turned, now.index_select(0, which.index_select(0, edge))
 
 
 @dataclass(eq=False)
@@ -183,6 +210,7 @@ class Graph:
         self.edge_attr = edge_attr
         self.flow = flow
         self.constant: bool | None = None
+        self._before: Any = None  # the graph that this is with other numbers, and these
         self._parent: Any = None  # the graph that this is a part of, and what :meth:`part` found out
         self.matrix_values: Tensor | None = None
         self._origin: Tensor | None = None  # of looped edges, in a graph without loops
@@ -272,6 +300,11 @@ class Graph:
         """
         if flow == self.flow:
             return self
+        if self._before is not None:
+            if flow not in self._graphs:
+                before, order, _ = self._before
+                self._graphs[flow] = before.in_flow(flow).renumbered(order)
+            return self._graphs[flow]
         if self.is_sparse or self._parent is not None:
             got = f"{type(self.adj).__name__} for a conv of flow={flow!r}"
             legal = "plain edges (2, number of edges), or the transposed matrix and the default flow"
@@ -284,6 +317,23 @@ class Graph:
             weight, attr = self.edge_weight, self.edge_attr
             self._graphs[flow] = Graph(self.adj, self.num_src, edge_weight=weight, edge_attr=attr, flow=flow)
         return self._graphs[flow] if self.constant is None else self._graphs[flow].seeing(self.constant)
+
+    def renumbered(self, order: Tensor) -> Graph:
+        """The graph where node ``i`` is node ``order[i]`` of before, for what reads :attr:`edges`.
+
+        ``adj`` and ``edge_index`` stay as they are, and so do the edge arguments in the order given.
+
+        Args:
+            order: (N,) all nodes, each once.
+        """
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        other = copy.copy(self)
+        other._before = self, order, place
+        other._matrices, other._graphs = {}, {}
+        edges, edge = self.edges.renumbered(order, place)
+        other._shared = {"edges": (edges, self._sorted[1].index_select(0, edge))}
+        return other
 
     def to(self, device: torch.device | str) -> Graph:
         """The graph on that device; itself where it is there already."""
@@ -388,6 +438,10 @@ class Graph:
         key = improved, loops, dtype
         if key in self._matrices:
             return self._matrices[key]
+        if self._before is not None:
+            before = self._before[0].normalized(improved, loops, dtype)
+            edges, edge = before.edges.renumbered(*self._before[1:])
+            return self._matrices.setdefault(key, Matrix(edges, before.weight.index_select(0, edge)))
         if self._parent is not None:
             return self._matrices.setdefault(key, self._part_of_normalized(improved, loops, dtype))
         if self.is_sparse and self.edge_weight is not None:
@@ -576,7 +630,9 @@ class _WeightedSum(torch.autograd.Function):
             grad_weight = _products(grad_RHC, value_UGC, ctx.edges)
         if ctx.needs_input_grad[1]:
             reverse, order = ctx.edges.transpose
-            by_head = [weight_M.index_select(0, order) for weight_M in weight_MH.unbind(1)]  # rows of one are slow
+            same = weight_MH.stride(0) == 0  # in any order
+            # rows of one are slow
+            by_head = [w_M if same else w_M.index_select(0, order) for w_M in weight_MH.unbind(1)]
             weight_MH = by_head[0][:, None] if len(by_head) == 1 else torch.stack(by_head, dim=1)
             if value_UGC.size(1) == weight_MH.size(1):
                 grad_value = weighted_sum(weight_MH, grad_RHC.contiguous(), reverse)

@@ -284,8 +284,10 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _shared(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
         """(T, O) what the shared expert adds."""
-        graph, everyone = graph.in_flow(self.shared_expert.flow), Routing.everyone(x_dst.size(0), x_dst)
-        if h is None or not self._aggregates_alike:
+        everyone = Routing.everyone(x_dst.size(0), x_dst)
+        if not self._aggregates_alike:
+            graph, h = graph.in_flow(self.shared_expert.flow), None
+        if h is None:
             h, _ = self.shared_expert.start(graph, x_src, x_dst, everyone)
         out: Tensor = self.shared_expert(graph, x_src, x_dst, h, everyone)
         return out
@@ -344,6 +346,12 @@ class MoEConv(MoELayer, MessagePassing):
         self.in_channels = source if one_set and isinstance(self.in_channels, int) else (source, destination)
         self._build(self.in_channels)
         self.to(device=x_dst.device, dtype=x_dst.dtype).train(self.training)
+
+    @property
+    def reads_sorted_edges(self) -> bool:
+        """Whether nodes may be renumbered for it; see :class:`gmoe.conv.base.ConvExperts`."""
+        parts = [self.experts] if self.shared_expert is None else [self.experts, self.shared_expert]
+        return all(part.reads_sorted_edges for part in parts)
 
     def _all_convs(self) -> list[MessagePassing]:
         shared = [] if self.shared_expert is None else self.shared_expert.convs()

@@ -252,6 +252,120 @@ def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(
     assert len(calls) == after <= 4
 
 
+def both_ways(gnn: GNNMoE, x: Tensor, adj: Any, **kwargs: Any) -> list[list[Tensor]]:
+    """Output, routing and gradients with the nodes renumbered, and without."""
+    found: list[list[Tensor]] = []
+    for renumbers in (True, False):
+        gnn.zero_grad()
+        ours, calls = x.clone().requires_grad_(), []
+        with pytest.MonkeyPatch.context() as patch:
+            renumbered = Graph.renumbered
+            patch.setattr(Graph, "renumbered", lambda self, order: calls.append(order) or renumbered(self, order))
+            if not renumbers:
+                patch.setattr(GNNMoE, "_renumbers", lambda self, decision: False)
+            out, [routing] = gnn(ours, adj, **kwargs, return_routing=True)
+        assert bool(calls) == renumbers
+        (out * features(*out.shape, seed=7)).sum().backward()
+        grads = [p.grad for p in (ours, *gnn.parameters()) if p.grad is not None]
+        found.append([out.detach(), routing.to_dense().detach(), *grads])
+    assert len(found[0]) == len(found[1])
+    return found
+
+
+IN_ORDER = (
+    *("gcn", "gcn improved", "gcn without loops", "sage", "sage narrow", "graph", "gin", "mlp", "filters"),
+    *("sage normalized", "the other flow", "a shared expert of another flow"),
+)
+KINDS_IN_ORDER: dict[str, dict[str, Any]] = {
+    **KINDS,
+    "sage normalized": {"conv": "sage", "normalize": True},
+    "the other flow": {"conv": "sage", "flow": "target_to_source"},
+    "a shared expert of another flow": {
+        "conv": "gcn",
+        "shared_expert": partial(SAGEConv, flow="target_to_source"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{"shared_expert": True}, {"jk": "lstm", "norm": "batch_norm"}, {"jk": "last"}], ids=str
+)
+@pytest.mark.parametrize("kind", IN_ORDER)
+def test_renumbered_nodes_change_nothing(kind: str, options: dict[str, Any]) -> None:
+    """In training, with edge weights, and with experts that no node chooses."""
+    kwargs = {**options, **KINDS_IN_ORDER[kind]}
+    gnn = model(**kwargs, shared_router=True, router_input=("node", "neighbors"))
+    x, edges = features(23, IN), random_graph(23, 23, 70)
+    for given in (edges, Graph(edges, 23)):
+        ours, plain = both_ways(gnn, x, given, **edge_args(gnn, 70))
+        for a, b in zip(ours, plain, strict=True):
+            assert_same(a, b)
+    gnn.shared_router = OracleRouter(gnn.shared_router.dim, gnn.convs[0].num_experts, assignment=torch.ones(23).long())
+    ours, plain = both_ways(gnn, x, edges)
+    for a, b in zip(ours, plain, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_renumbered_nodes_of_all_forms_of_edges(form: str) -> None:
+    ends, x = simple_graph(9, 9, loops=False), features(9, IN)
+    gnn = model(conv="graph", shared_router=True, shared_expert=True)
+    with default_float64():
+        given = Graph(FORMS[form](ends, (9, 9)), 9)
+        for _ in range(2):  # the second finds the graph's transpose
+            ours, plain = both_ways(gnn, x, given)
+            for a, b in zip(ours, plain, strict=True):
+                assert_same(a, b)
+
+
+@pytest.mark.parametrize("norm", ["graph_norm", "instance_norm", "pair_norm", "layer_norm", "batch_norm"])
+def test_renumbered_nodes_keep_their_graph(norm: str) -> None:
+    x, edges, batch = features(23, IN), random_graph(23, 23, 70), torch.arange(23) // 6
+    gnn = model(conv="gcn", shared_router=True, norm=norm, jk="cat")
+    ours, plain = both_ways(gnn, x, edges, batch=batch)
+    for a, b in zip(ours, plain, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shared_router": False},
+        {"k": 2},
+        {"router": "expert_choice"},
+        {"num_layers": 2},
+        {"every": 2, "num_layers": 4},
+        {"conv": "gat"},
+        {"conv": "sage", "aggr": "max"},
+    ],
+    ids=str,
+)
+def test_who_keeps_the_nodes_numbers(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Graph, "renumbered")
+    gnn = model(**{"conv": "gcn", "shared_router": True, **options})
+    gnn(features(23, IN), random_graph(23, 23, 70))
+
+
+def test_hooks_and_explainers_see_the_nodes_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    gnn, seen = model(conv="gcn", shared_router=True), list[Tensor]()
+    x, edges = features(23, IN), random_graph(23, 23, 70)
+    expected = gnn(x, edges)
+    monkeypatch.delattr(Graph, "renumbered")
+    with pytest.raises(AttributeError, match="renumbered"):
+        gnn(x, edges)
+    gnn.convs[0].experts.prototype.explain = True
+    gnn.convs[0].experts.prototype._edge_mask = torch.zeros(70, dtype=torch.float64)
+    gnn.convs[0].experts.prototype._apply_sigmoid, gnn.convs[0].experts.prototype._loop_mask = (
+        True,
+        edges[0] != edges[1],
+    )
+    gnn(x, edges)
+    gnn.convs[0].experts.prototype.explain = False
+    with gnn.convs[1].register_forward_hook(lambda *_: seen.append(_[-1][0])):
+        assert_same(gnn(x, edges), expected)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize(
     ("kwargs", "moe_layers"),
     [
