@@ -37,7 +37,7 @@ class TablesConfig:
         ROOT / "README.md",
         *(
             ROOT / "docs" / f"{page}.md"
-            for page in ("results", "when-moe-helps", "claims", "benchmarks", "see-the-routing")
+            for page in ("results", "when-moe-helps", "claims", "benchmarks", "see-the-routing", "which-settings-first")
         ),
     )
     """The pages to rewrite."""
