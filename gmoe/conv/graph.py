@@ -90,7 +90,7 @@ class Edges:
     def renumbered(self, order: Tensor, place: Tensor) -> tuple[Edges, Tensor]:
         """The edges where node ``i`` is ``order[i]`` of before, and (M,) which of these each of them is.
 
-        The transpose follows from the one there is, if there is one: a permutation is quicker than a sort.
+        Their transpose follows from that of these, which is sorted once: a permutation is quicker than a sort.
         """
         edge, receiver = self.of(order)
         ptr = F.pad(self.degree.index_select(0, order).cumsum(0), (1, 0))
@@ -109,8 +109,6 @@ class _Renumbered(Edges):
 
     @cached_property
     def transpose(self) -> tuple[Edges, Tensor]:
-        if "transpose" not in vars(self.before):
-            return Edges.sorted(self.receiver, self.sender, self.num_receivers, self.num_senders)
         reverse, which = self.before.transpose
         turned, edge = reverse.renumbered(self.order, self.place)
         now = torch.empty_like(self.edge)
