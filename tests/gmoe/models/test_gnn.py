@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 import pytest
@@ -252,17 +252,21 @@ def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(
     assert len(calls) == after <= 4
 
 
+def watched(graph: Graph, calls: list[Tensor], renumbered: Any, order: Tensor) -> Any:
+    calls.append(order)
+    return renumbered(graph, order)
+
+
 def both_ways(gnn: GNNMoE, x: Tensor, adj: Any, **kwargs: Any) -> list[list[Tensor]]:
     """Output, routing and gradients with the nodes renumbered, and without."""
     found: list[list[Tensor]] = []
     for renumbers in (True, False):
         gnn.zero_grad()
-        ours, calls = x.clone().requires_grad_(), []
+        ours, calls = x.clone().requires_grad_(), list[Tensor]()
         with pytest.MonkeyPatch.context() as patch:
-            renumbered = Graph.renumbered
-            patch.setattr(Graph, "renumbered", lambda self, order: calls.append(order) or renumbered(self, order))
+            patch.setattr(Graph, "renumbered", partialmethod(watched, calls, Graph.renumbered))
             if not renumbers:
-                patch.setattr(GNNMoE, "_renumbers", lambda self, decision: False)
+                patch.setattr(GNNMoE, "_renumbers", lambda *_: False)
             out, [routing] = gnn(ours, adj, **kwargs, return_routing=True)
         assert bool(calls) == renumbers
         (out * features(*out.shape, seed=7)).sum().backward()
@@ -300,6 +304,7 @@ def test_renumbered_nodes_change_nothing(kind: str, options: dict[str, Any]) -> 
         ours, plain = both_ways(gnn, x, given, **edge_args(gnn, 70))
         for a, b in zip(ours, plain, strict=True):
             assert_same(a, b)
+    assert gnn.shared_router is not None
     gnn.shared_router = OracleRouter(gnn.shared_router.dim, gnn.convs[0].num_experts, assignment=torch.ones(23).long())
     ours, plain = both_ways(gnn, x, edges)
     for a, b in zip(ours, plain, strict=True):
