@@ -10,6 +10,7 @@ look.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import partial
 from operator import methodcaller
 from typing import Any, Literal, TypeAlias, get_args
@@ -27,6 +28,10 @@ Elementwise: TypeAlias = Callable[[Tensor], Tensor]
 Derivative: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 aten = torch.ops.aten
+
+COUNTING = ContextVar("COUNTING", default=False)
+"""Set where FLOPs are counted: layers then do what experts need, not what is quickest, or a dense model of equal FLOPs
+would be as wide as the machine makes it."""
 
 
 def gelu_tanh(u: Tensor) -> Tensor:

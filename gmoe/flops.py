@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from gmoe._checks import check_count, check_positive
-from gmoe.dispatch import KERNELS
+from gmoe.dispatch import COUNTING, KERNELS
 from gmoe.moe import MoELayer  # and so the operators of gmoe.dispatch
 
 aten = torch.ops.aten
@@ -40,17 +40,24 @@ def count_flops(model: Callable[..., Any], *args: Any, backward: bool = False, *
 
     Extended by what message passing and the MoE layers add to matrix products: grouped products, attention on the CPU,
     and sums over messages, which count one an element in every form: ``index_add``, ``scatter_add``, sparse products.
+    Where experts can be run in several orders, of which the quickest differs by machine and routing, always the same
+    one is counted: convs that sum aggregate first, unless all experts' outputs side by side are narrower than the
+    input; attention transforms what an expert hears.
 
     Args:
         model: what is called as ``model(*args, **kwargs)``.
         backward: count also the backward pass from the sum of the first tensor that comes out (default ``False``).
     """
-    with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
-        out = model(*args, **kwargs)
-        if backward:
-            while isinstance(out, tuple | list):
-                out = out[0]
-            out.sum().backward()
+    token = COUNTING.set(True)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
+            out = model(*args, **kwargs)
+            if backward:
+                while isinstance(out, tuple | list):
+                    out = out[0]
+                out.sum().backward()
+    finally:
+        COUNTING.reset(token)
     return int(counter.get_total_flops())
 
 

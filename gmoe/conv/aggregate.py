@@ -39,7 +39,7 @@ from gmoe.conv.base import (
     tokens_of,
 )
 from gmoe.conv.graph import WEIGHTS_TWICE, Graph, Matrix, weighted_sum
-from gmoe.dispatch import Backend, combine, dispatch, grouped_linear, routed_linear
+from gmoe.dispatch import COUNTING, Backend, combine, dispatch, grouped_linear, routed_linear
 from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.routing import Routing
 
@@ -219,6 +219,9 @@ class LinearAggregation(AggregateOnce):
     def cheapest(self, graph: Graph, x_src: Tensor, routing: Routing, shared: bool) -> Order:
         """The order that :func:`cheapest_order` picks for these."""
         assert self.matrix is not None
+        if COUNTING.get():
+            narrower = self.num_experts * self.linear.out_features < self.aggregate_width
+            return "transform" if narrower else "aggregate"
         edges = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32)).edges  # with loops, for GCN
         return cheapest_order(
             sources=graph.num_src,

@@ -20,7 +20,7 @@ from torch_geometric.utils import softmax
 from gmoe._autograd import first_order, untraced
 from gmoe.conv.base import MOVE, StackedExperts, hooks_of
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
-from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
+from gmoe.dispatch import COUNTING, Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
 
@@ -172,7 +172,7 @@ class AttentionExperts(StackedExperts):
         """(U, O) what each expert makes of the sources that it hears."""
         heard, (sources, experts, out) = messages.heard, (len(x_src), self.num_experts, linear.out_features)
         plain = type(linear) is LinearExperts and not any(hooks_of(linear))  # else what a user put there runs
-        if not plain or len(heard) * (out + MOVE) <= sources * experts * out:
+        if COUNTING.get() or not plain or len(heard) * (out + MOVE) <= sources * experts * out:
             return linear(x_src.index_select(0, heard), messages.heard_offsets)
         # all experts' of all sources: more products, but no row of the input is moved
         weight_IC = linear.weight.transpose(0, 1).flatten(1)

@@ -23,6 +23,7 @@ from gmoe import (
     count_flops,
     match_width,
 )
+from gmoe.dispatch import COUNTING
 from gmoe.routers.attention_vote import neighbor_votes
 from tests.gmoe.conv.masked import random_graph, routing_of
 
@@ -170,7 +171,6 @@ def test_flops_of_aggregation(form: str) -> None:
     assert count_flops(GCNConv(D, O, normalize=False), x, graph) == 2 * T * D * O + edges * O
     # aggregated once, D wide, for two experts a node
     layer = MoEConv("gcn", D, O, num_experts=E, router=None, normalize=False, shared_expert=False)
-    layer.experts.order = "aggregate"
     routing = routing_of(torch.ones(T, E) * torch.tensor([1.0, 1.0, 0.0, 0.0]))
     experts = 2 * 2 * T * D * O + 2 * T * O
     assert count_flops(layer, x, graph, routing=routing) == edges * D + experts
@@ -239,3 +239,15 @@ def test_counting_changes_nothing() -> None:
     active_parameters(layer)
     assert torch.equal(layer(x), expected)
     assert all(p.grad is None for p in layer.parameters())
+
+
+def test_what_is_counted_does_not_follow_what_is_quickest(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, edges = torch.randn(T, 40), random_graph(T, T, 30)
+    layers = [MoEConv(kind, 40, 3, num_experts=4, router="random").eval() for kind in ("gcn", "sage")]
+    before = [count_flops(layer, x, edges) for layer in layers]
+    for move in (0, 10**9):
+        monkeypatch.setattr("gmoe.conv.aggregate.MOVE", move)
+        assert [count_flops(layer, x, edges) for layer in layers] == before
+    with pytest.raises(ValueError, match="x"):
+        count_flops(layers[0], x[:, :3], edges)
+    assert not COUNTING.get()
