@@ -160,7 +160,9 @@ def run_row(
     if repeats and (not found["time"] or len(found["time"]["moe"]["wall"]["values"]) < repeats):
         problem = (problem_of or row.load(where))(seeds[0])
         matched = matched or match(problem, where, Progress(f"{name} widths"))
-        times = step_times(problem, matched["hidden"], repeats, where, seeds[0], Progress(f"{name} times"))
+        timed: dict[Arm, int] = {"dense": problem.width, "moe": problem.width, "dense-flops": matched["hidden"]}
+        timed |= {arm: problem.width for arm in row.arms if arm == "shared-transform"}
+        times = step_times(problem, timed, repeats, where, seeds[0], Progress(f"{name} times"))
         add(path, name, content, matched=matched, time=times)
 
 
@@ -345,19 +347,18 @@ def match(problem: Problem, where: Where, say: Say) -> dict[str, Any]:
 
 
 def step_times(
-    problem: Problem, matched: int, repeats: int, where: Where, seed: int, say: Say = lambda _: None
+    problem: Problem, arms: Mapping[Arm, int], repeats: int, where: Where, seed: int, say: Say = lambda _: None
 ) -> dict[str, Any]:
-    """Seconds of a training step of the dense model, of the one with experts, and of the dense one of its FLOPs, in
-    turns; see :func:`experiments.timing.take_turns`. ``layers`` is how many layers have experts."""
+    """Seconds of a training step of models of these arms and hidden widths, in turns; see
+    :func:`experiments.timing.take_turns`. ``layers`` is how many layers have experts."""
     steps: dict[str, Callable[[], object]] = {}
     layers = 0
-    arms: tuple[tuple[Arm, int], ...] = (("dense", problem.width), ("moe", problem.width), ("dense-flops", matched))
 
     def run(arm: Arm, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         say(arm)
         step(problem, model, optimizer)
 
-    for arm, width in arms:
+    for arm, width in arms.items():
         model = drawn(problem, arm, width, seed, where)
         layers = max(layers, len(gains(model)))
         steps[arm] = partial(run, arm, model, problem.optimizer(model))

@@ -33,8 +33,12 @@ from experiments.loop import attention_kernel, fit, make_fabric, make_optimizer,
 from experiments.presets import MOSAIC
 from experiments.studies import SHARED, SMALL_VIT
 
-Arm = Literal["dense", "moe", "dense-flops", "random", "oracle", "k-means"]
-"""``dense-flops`` is the dense model, widened to the active FLOPs of ``moe``."""
+Arm = Literal["dense", "moe", "dense-flops", "random", "oracle", "k-means", "shared-transform"]
+"""``dense-flops`` is the dense model, widened to the active FLOPs of ``moe``; ``shared-transform`` has that option of
+MoEConv where a layer's input is more than four times as wide as its output."""
+
+WIDE: tuple[Arm, ...] = ("dense-flops", "random", "shared-transform")
+"""Arms of rows whose features are wide."""
 
 Say = Callable[[str], None]
 Make = Callable[..., Any]
@@ -145,7 +149,15 @@ def layers_of(arm: Arm) -> Make:
     """What makes the layers of an arm: gmoe's defaults, all but the router of ``random``."""
     if arm in ("dense", "dense-flops"):
         return dense_layer
+    if arm == "shared-transform":
+        return narrowed_layer
     return gmoe.MoEConv if arm == "moe" else partial(gmoe.MoEConv, router=arm)
+
+
+def narrowed_layer(conv: Any, in_channels: int, out_channels: int, **kwargs: Any) -> gmoe.MoEConv:
+    """MoEConv as docs/which-settings-first.md has it for wide inputs."""
+    width = out_channels * (kwargs.get("heads", 1) if kwargs.get("concat", True) else 1)
+    return gmoe.MoEConv(conv, in_channels, out_channels, shared_transform=in_channels > 4 * width, **kwargs)
 
 
 class TwoLayers(nn.Module):
@@ -509,7 +521,7 @@ MOSAIC_SWAP = replace(MOSAIC, shared_router=True)
 
 ROWS: dict[str, Row] = {
     **{
-        f"{name}-{recipe}": Row(about=about, load=_citation(name, recipe))
+        f"{name}-{recipe}": Row(about=about, load=_citation(name, recipe), arms=WIDE)
         for recipe, about in (
             ("gcn", "examples/gcn.py of PyG, cached"),
             ("gat", "examples/gat.py of PyG"),
@@ -528,8 +540,10 @@ ROWS: dict[str, Row] = {
         load=lambda where: configured(MOSAIC_SWAP, where),
         arms=("dense-flops", "random", "oracle", "k-means"),
     ),
-    "cora-linkpred": Row(about="examples/link_pred.py of PyG, split drawn by seed", load=_cora(link_prediction)),
-    "cora-infomax": Row(about="examples/infomax_transductive.py of PyG", load=_infomax),
+    "cora-linkpred": Row(
+        about="examples/link_pred.py of PyG, split drawn by seed", load=_cora(link_prediction), arms=WIDE
+    ),
+    "cora-infomax": Row(about="examples/infomax_transductive.py of PyG", load=_infomax, arms=WIDE),
     "cifar10-vit": Row(
         about="6 blocks of 96, MLPs of 192, 5 epochs in bf16, through moefy; the recipe of the study cifar10-claims",
         load=lambda where: images(SMALL_VIT, where),

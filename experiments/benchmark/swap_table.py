@@ -28,7 +28,7 @@ def summary(row: Mapping[str, Any]) -> dict[str, str]:
     line["moe-off"] = _mean([100 * run["off"] for run in runs.get("moe", {}).values()])
     line |= {
         arm: _mean([100 * run["test"] for run in runs.get(arm, {}).values()])
-        for arm in ("dense-flops", "random", "oracle", "k-means")
+        for arm in ("dense-flops", "random", "oracle", "k-means", "shared-transform")
     }
     line["share"], line["live"] = (
         _by_layer(runs.get("moe", {}), *what) for what in (("share", ".2f"), ("live", ".3g"))
@@ -38,9 +38,11 @@ def summary(row: Mapping[str, Any]) -> dict[str, str]:
         ms = {arm: 1000 * times[arm]["wall"]["median"] for arm in ("dense", "moe", "dense-flops")}
         line["ms dense / moe / flops"] = f"{ms['dense']:.1f} / {ms['moe']:.1f} / {ms['dense-flops']:.1f}"
         line["×"] = f"{ms['moe'] / ms['dense']:.2f}"
+        narrowed = times.get("shared-transform")
+        line["× shared-transform"] = f"{1000 * narrowed['wall']['median'] / ms['dense']:.2f}" if narrowed else "–"
         line["+ms a layer"] = f"{(ms['moe'] - ms['dense']) / times['layers']:.1f}"
     else:
-        line |= dict.fromkeys(("ms dense / moe / flops", "×", "+ms a layer"), "–")
+        line |= dict.fromkeys(("ms dense / moe / flops", "×", "× shared-transform", "+ms a layer"), "–")
     return line
 
 

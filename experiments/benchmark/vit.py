@@ -17,6 +17,9 @@ from gmoe.dispatch import Backend
 from gmoe.models.vit import ViTMoE, ViTSize
 
 REFERENCE = "dense"
+DEFAULT = "with a shared expert"
+"""As ViTMoE is by default: it starts as the dense model, so that it is not compared with the others."""
+
 BACKENDS: tuple[Backend, ...] = ("loop", "padded", "grouped")
 
 
@@ -63,7 +66,7 @@ class VitBenchmark(Benchmark):
         images = torch.randn(self.batch, 3, self.image, self.image, generator=generator).to(device)
         labels = torch.randint(10, (self.batch,), generator=generator).to(device)
         models = {name: model.to(device) for name, model in self._models().items()}
-        _check_equal({name: model for name, model in models.items() if name != REFERENCE}, images)
+        _check_equal({name: model for name, model in models.items() if name not in (REFERENCE, DEFAULT)}, images)
         variants = {name: self._step(model, images, labels) for name, model in models.items()}
         return measure(variants, self.repeats, device, lambda _: REFERENCE)
 
@@ -89,7 +92,13 @@ class VitBenchmark(Benchmark):
         nonzero = build("loop")
         for block in list(nonzero.encoder.layers)[1::2]:
             block.mlp = NonzeroLoop(block.mlp)
-        return {REFERENCE: dense, "loop with nonzero": nonzero, **{name: build(name) for name in BACKENDS}}
+        models: dict[str, nn.Module] = {
+            REFERENCE: dense,
+            "loop with nonzero": nonzero,
+            **{name: build(name) for name in BACKENDS},
+        }
+        models[DEFAULT] = ViTMoE(size, router=self.router, num_experts=self.experts, k=self.k)
+        return models
 
     def _step(self, model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
         def step() -> None:

@@ -221,7 +221,7 @@ def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExper
         flags = [known[conv] for conv in own_convs]
         whole |= {type(conv).__name__ for conv, flag in known.items() if not flag}
         built.append(SeparateExperts(made, len(members), flags))
-    if whole:
+    if whole and num_experts > 1:
         warnings.warn(
             f"{', '.join(sorted(whole))} runs on the whole graph for every expert, so that its cost follows "
             "num_experts, not k; if its output at a node follows from the node's in-edges alone, pass local=True",

@@ -110,7 +110,9 @@ class Router(nn.Module, ABC):
             routing = self.route(x_TD.to(torch.promote_types(x.dtype, torch.float32)), group, edge_index)
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True)
-        if not torch.compiler.is_compiling() and self.is_training_step():
+        # what is compiled, fake or on the meta device has no values to look at
+        watched = not torch.compiler.is_compiling() and type(routing.token) is Tensor and not routing.token.is_meta
+        if watched and self.is_training_step():
             self.watch.step(type(self).__name__, routing)
         return routing
 

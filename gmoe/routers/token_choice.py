@@ -94,7 +94,7 @@ class TokenChoice(Router):
         self.balance = None if balance is None else legal("balance", balance, Balance)
         if noise is None:
             noise = "spread" if balance == "bias" else balance == "importance_load"
-        if noise not in (True, False, "spread"):
+        if not isinstance(noise, bool) and noise != "spread":
             raise ValueError(f"noise: got {noise!r}, expected True, False, 'spread' or None")
         if balance == "importance_load" and noise is not True:
             raise ValueError(f"noise: got {noise!r} with balance='importance_load', whose load term needs noise=True")

@@ -144,7 +144,7 @@ def test_vit_benchmark(options: list[str], tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     main([*SMALL_VIT, *options, "--repeats", "1", "--json", str(path)])
     found = json.loads(path.read_text())["variants"]
-    assert list(found) == ["dense", "loop with nonzero", "loop", "padded", "grouped"]
+    assert list(found) == ["dense", "loop with nonzero", "loop", "padded", "grouped", "with a shared expert"]
     assert all(
         variant["ratio"]["cpu"] == variant["cpu"]["median"] / found["dense"]["cpu"]["median"]
         for variant in found.values()

@@ -51,7 +51,7 @@ def test_dense_and_moe_start_alike(name: str, root: Path) -> None:
         "dense",
         "moe",
         "random",
-        *(arm for arm in ROWS[name].arms if arm in ("oracle", "k-means")),
+        *(arm for arm in ROWS[name].arms if arm in ("oracle", "k-means", "shared-transform")),
     )
     first, *others = (
         swap_models.evaluated(problem.forward, swap.drawn(problem, arm, problem.width, 3, where)) for arm in arms
@@ -139,13 +139,13 @@ def test_finished_runs_are_kept_and_missing_ones_added(
     kept = json.loads(path.read_text())["variants"]["cora-gcn"]
     assert list(kept["runs"]) == ["dense", "moe", "dense-flops"]
     main(arguments(root, path, "--seeds", "1"))
-    assert trained == [("random", 0)]
+    assert trained == [("random", 0), ("shared-transform", 0)]
     found = json.loads(path.read_text())
     assert found["variants"]["cora-gcn"]["runs"]["moe"] == kept["runs"]["moe"]
     assert found["environment"]["threads"] == 1
     assert found["config"]["epochs"] == 2
     times = found["variants"]["cora-gcn"]["time"]
-    assert {"dense", "moe", "dense-flops"} < set(times)
+    assert {"dense", "moe", "dense-flops", "shared-transform"} < set(times)
     trained.clear()
     main(arguments(root, path, "--seeds", "2", "--arms", "random"))
     assert trained == [("dense", 1), ("moe", 1), ("random", 1)]
@@ -196,13 +196,14 @@ def test_the_table_compares_the_seeds_that_both_have() -> None:
             "moe": [{"seed": seed, "test": 0.83, **moe} for seed in (0, 1)],
         },
         "time": {arm: {"wall": {"median": s}} for arm, s in (("dense", 0.01), ("moe", 0.03), ("dense-flops", 0.02))}
-        | {"layers": 2},
+        | {"layers": 2, "shared-transform": {"wall": {"median": 0.015}}},
     }
     line = summary(row)
     assert (line["n"], line["dense"], line["moe"]) == ("2", "81.00 ± 1.41", "83.00 ± 0.00")
     assert (line["moe − dense"], line["ok"], line["moe-off"]) == ("+2.00", "ok", "70.00 ± 0.00")
     assert (line["share"], line["live"], line["random"]) == ("0.10 0.30", "8 4", "–")
     assert (line["ms dense / moe / flops"], line["×"], line["+ms a layer"]) == ("10.0 / 30.0 / 20.0", "3.00", "10.0")
+    assert line["× shared-transform"] == "1.50"
     assert summary({"runs": {}, "time": None})["ok"] == "–"
 
 

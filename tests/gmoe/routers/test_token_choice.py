@@ -170,24 +170,14 @@ def test_a_bias_does_not_change_the_priority() -> None:
 
 
 def test_bias_by_hand() -> None:
-    """Four tokens, all for expert 0. The logits' spread is 1, a step at most half of it; the load acts a step later."""
-    x = torch.tensor([[1.0, 2.0], [1.0, 2.0], [-1.0, -2.0], [-1.0, -2.0]])
-    router = TokenChoice(2, 2, weight="score", bias_rate=0.5, noise=False)
-    with_gate(router, [[1.0, 1.0], [0.0, 0.5]])  # logits 3, 1 and -3, -1
-    spread = ((9 + 1) / 2) ** 0.5
-    expected = [
-        ([0.0, 0.0], [2, 2]),  # nothing known yet: two tokens each
-        ([0.0, 0.0], [2, 2]),
-    ]
-    for bias, load in expected:
-        assert router(x).load.tolist() == load
-        assert router.bias_E.tolist() == bias
-    with_gate(router, [[3.0, 0.0], [0.0, 0.0]])  # logits 3, 0 and -3, 0
-    router(x + 2.0)  # logits 9, 0 and 3, 0: all to expert 0
-    assert router.bias_E.tolist() == [0.0, 0.0]
+    """Four tokens, all for expert 0; a step is at most half of the logits' spread, and acts on the next forward."""
+    x = torch.tensor([[3.0, 0.0], [3.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    router = with_gate(TokenChoice(2, 2, bias_rate=0.5, noise=False), [[3.0, 0.0], [0.0, 0.0]])  # logits 9, 0 and 3, 0
+    router(x)
+    assert router.bias_E.tolist() == [0.0, 0.0]  # nothing was known yet
     assert router.last_load_E.tolist() == [4, 0]
     spread = (9.0 / 2) ** 0.5  # 9 and 3 vary by 9, the zeros by 0
-    weight = router(x + 2.0).weight
+    weight = router(x).weight
     torch.testing.assert_close(router.bias_E, 0.5 * spread * torch.tensor([-1.0, 1.0]))
     torch.testing.assert_close(weight, torch.tensor([9.0, 9.0, 3.0, 3.0]).sigmoid())  # which do not see the bias
 
@@ -286,5 +276,8 @@ def test_all_options_at_once_equal_naive() -> None:
 
 
 def test_noise_is_needed_by_the_load_loss() -> None:
+    for noise in (1, "spreads"):
+        with pytest.raises(ValueError, match=f"noise: got {noise!r}, expected True, False, 'spread' or None"):
+            TokenChoice(4, 3, noise=noise)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"noise: got False .* needs noise=True"):
         TokenChoice(4, 3, balance="importance_load", noise=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from gmoe import LinearExperts, MoE, RandomRouter, TokenChoice, UniformRouter, aux_loss
@@ -81,6 +82,13 @@ def test_losses_of_several_forwards_before_a_backward_are_read() -> None:
         for _ in range(STEPS):
             pairs = [found(x, return_routing=True) for _ in range(3)]
             sum(task(y, r) + aux_loss(r) for y, r in pairs).backward()
+
+
+def test_fake_tensors_are_not_counted() -> None:
+    found = layer()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found(mode.from_tensor(torch.randn(32, D)))
+    assert said(found, STEPS + 1, task) == []
 
 
 def test_under_checkpointing_a_step_counts_once() -> None:
