@@ -11,6 +11,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 
 from experiments.benchmark.conv import ConvBenchmark
 from experiments.benchmark.ffn import FFNBenchmark
@@ -50,8 +51,10 @@ def main(args: Sequence[str] | None = None) -> None:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     console = Console()
-    console.width = max(console.width, 200)  # a narrow table would cut figures
-    console.print(config.table(found))
+    table = config.table(found)
+    wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.width = max(console.width, wide)  # a narrow table would cut figures
+    console.print(table)
     where = environment()
     console.print(measured_on(where, config.device), highlight=False)
     if config.json is not None and not config.keeps_json:
