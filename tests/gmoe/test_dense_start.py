@@ -153,3 +153,14 @@ def test_an_expert_is_what_is_added_for_it() -> None:
     added = layer(x, EDGES, routing=routing_of(weight_TE)) - layer.shared_expert.expert(0)(x, EDGES)
     found = torch.stack([layer.expert(e)(x, EDGES) for e in range(3)])
     assert_same(added, found[torch.arange(NODES) % 3, torch.arange(NODES)])
+
+
+def test_experts_follow_the_seed_and_differ() -> None:
+    """What leaves torch's generator alone is drawn from it all the same."""
+    layers = [drawn(lambda: nn.ModuleList([MoEConv("gcn", 4, 4), MoEConv("gcn", 4, 4)]), seed)[0] for seed in (3, 3, 4)]
+    first, again, other = ([layer.experts.linear.weight for layer in pair] for pair in layers)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[0][0], first[0][1])
