@@ -8,22 +8,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
 
 import gmoe
-from experiments.config import RouterOptions, TrainConfig
+from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RouterOptions, RunConfig, load_object
 from experiments.data import Task
-from gmoe import GNNMoE, HeteroGNNMoE, OracleRouter, Router
+from gmoe import OracleRouter, Router
 from gmoe.conv.kinds import CONVS
 from gmoe.convert import choose_blocks
-from gmoe.models.vit import SIZES, ViTMoE, ViTSize
+
+if TYPE_CHECKING:
+    from gmoe.models.vit import ViTSize
 
 
-def build_model(config: TrainConfig, task: Task) -> nn.Module:
+def build_model(config: RunConfig, task: Task) -> nn.Module:
     """The model of a run; with ``equal`` the dense baseline, widened to the cost of its MoE.
 
     Raises:
@@ -31,8 +33,21 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
     """
     if config.equal is not None and config.router != "dense":
         raise ValueError(f"equal: got {config.equal!r} with router={config.router!r}, expected router='dense'")
+    if config.model is not None:
+        return _own_model(config.model, task)
     own = config if config.equal is None else _without_experts(config, matched_width(config, task))
     return _scaled(_build(own, task), config)
+
+
+def _own_model(name: str, task: Task) -> nn.Module:
+    """What the user's function returns for the sizes of the data."""
+    sizes = [task.in_channels, task.num_classes]
+    if isinstance(task.graph, HeteroData):
+        sizes.append(task.graph.metadata())
+    model = load_object("model", name)(*sizes)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got {name}, which returns a {type(model).__name__}, expected an nn.Module")
+    return model
 
 
 class ScaledMLP(nn.Module):
@@ -53,47 +68,53 @@ class ScaledMLP(nn.Module):
         return out
 
 
-def _scaled(model: nn.Module, config: TrainConfig) -> nn.Module:
+def _scaled(model: nn.Module, config: RunConfig) -> nn.Module:
     """A dense ViT with its MLPs scaled where a MoE would have experts; other models as they are."""
-    if config.mlp_scale != 1 and isinstance(model, ViTMoE):
-        blocks: Any = list(model.encoder.layers)
+    if isinstance(config, ImageConfig) and config.mlp_scale != 1:
+        blocks: Any = model.encoder.layers
         for i in choose_blocks(len(blocks), config.every, config.moe_blocks or None):
             blocks[i].mlp = ScaledMLP(blocks[i].mlp, config.mlp_scale)
     return model
 
 
-def _without_experts(config: TrainConfig, hidden: int) -> TrainConfig:
+def _without_experts(config: RunConfig, hidden: int) -> RunConfig:
     """The dense model of a baseline, of some width."""
-    return replace(config, hidden=hidden, equal=None, moe_blocks=(), options=RouterOptions())
+    no_blocks: dict[str, Any] = {"moe_blocks": ()} if isinstance(config, ImageConfig) else {}
+    return replace(config, hidden=hidden, equal=None, options=RouterOptions(), **no_blocks)
 
 
-def try_model(config: TrainConfig, task: Task) -> None:
-    """Build the model and run it once.
+def first_flops(model: nn.Module, config: RunConfig, task: Task) -> int:
+    """Active FLOPs of the model's first forward, which shows that it runs on the data as it will be evaluated.
 
     Raises:
-        ValueError: it cannot be built, does not run on the data, or not in the way that it will be evaluated.
+        ValueError: it does not.
     """
-    model = build_model(config, task)
-    inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
     with _refusing(config, task, "runs"):
-        flops(model, inputs)
-    if config.evaluation == "layerwise" and isinstance(model, GNNMoE):
+        found = flops(model, example(config, task))
+    if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
         tiny = Data(x=torch.zeros(2, task.in_channels), edge_index=torch.tensor([[0, 1], [1, 0]]))
         if task.edge_dim is not None:
             tiny.edge_attr = torch.zeros(2, task.edge_dim)
         with _refusing(config, task, "can be evaluated layer by layer"):
-            copy.deepcopy(model).eval().inference(tiny)
+            copied: Any = copy.deepcopy(model).eval()
+            copied.inference(tiny)
+    return found
+
+
+def example(config: RunConfig, task: Task) -> tuple[Any, ...]:
+    """The inputs of one call of the model in training."""
+    return next(iter(task.loader("train", config.batch_size, None))).inputs
 
 
 @contextmanager
-def _refusing(config: TrainConfig, task: Task, what: str) -> Iterator[None]:
+def _refusing(config: RunConfig, task: Task, what: str) -> Iterator[None]:
     """A conv's own complaint, as one about the configuration."""
     try:
         yield
     except ValueError:
         raise
     except Exception as error:
-        if task.kind != "graph":
+        if not isinstance(config, GraphConfig) or config.model is not None:
             raise
         raise ValueError(
             f"conv: got {', '.join(config.conv)}, expected one that {what} with these sizes and data "
@@ -101,13 +122,13 @@ def _refusing(config: TrainConfig, task: Task, what: str) -> Iterator[None]:
         ) from error
 
 
-def matched_width(config: TrainConfig, task: Task) -> int:
+def matched_width(config: RunConfig, task: Task) -> int:
     """The hidden width at which the dense model costs what the MoE ``equal_to`` costs, to 2 % or the nearest width.
 
     With attention heads, which divide it, their nearest multiple.
     """
     twin = build_twin(config, task)
-    step = config.heads if task.kind == "graph" else 1
+    step = config.heads if isinstance(config, GraphConfig) else 1
 
     def dense(steps: int) -> nn.Module:
         return _build(_without_experts(config, steps * step), task)
@@ -115,24 +136,25 @@ def matched_width(config: TrainConfig, task: Task) -> int:
     if config.equal == "parameters":
         target = float(num_parameters(twin))
         return step * gmoe.match_width(lambda steps: num_parameters(dense(steps)), target, tolerance=0.5)
-    inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
+    inputs = example(config, task)
     target = float(flops(twin, inputs))
     return step * gmoe.match_width(lambda steps: flops(dense(steps), inputs), target, tolerance=0.5)
 
 
-def build_twin(config: TrainConfig, task: Task) -> nn.Module:
+def build_twin(config: RunConfig, task: Task) -> nn.Module:
     """The MoE that a dense baseline is matched to."""
-    return _build(replace(config, router=config.equal_to, equal=None, mlp_scale=1.0), task)
+    scale: dict[str, Any] = {"mlp_scale": 1.0} if isinstance(config, ImageConfig) else {}
+    return _build(replace(config, router=config.equal_to, equal=None, **scale), task)
 
 
-def matched_ratio(config: TrainConfig, task: Task, model: nn.Module) -> float | None:
+def matched_ratio(config: RunConfig, task: Task, model: nn.Module) -> float | None:
     """Cost of a matched dense baseline over that of its MoE: 1 but for what whole widths cannot meet."""
     if config.equal is None:
         return None
     twin = build_twin(config, task)
     if config.equal == "parameters":
         return num_parameters(model) / num_parameters(twin)
-    inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
+    inputs = example(config, task)
     return flops(model, inputs) / flops(twin, inputs)
 
 
@@ -147,61 +169,77 @@ def flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     return gmoe.count_flops(copy.deepcopy(model).train(), *inputs)
 
 
-def _build(config: TrainConfig, task: Task) -> nn.Module:
+def _build(config: RunConfig, task: Task) -> nn.Module:
     router, router_kwargs = _router(config, task)
-    if task.kind == "image":
-        return ViTMoE(
+    common: dict[str, Any] = {
+        "num_experts": config.experts,
+        "k": config.k,
+        "every": config.every,
+        "dropout": config.dropout,
+        "router_kwargs": router_kwargs,
+    }
+    if isinstance(config, ImageConfig):
+        if router is not None:
+            router_kwargs["check_finite"] = config.check_finite
+        return gmoe.ViTMoE(
             vit_size(config, task.in_channels),
             task.num_classes,
             router,
-            num_experts=config.experts,
-            k=config.k,
-            every=config.every,
             blocks=config.moe_blocks or None,
             shared_expert=config.shared_expert,
             dense_start=config.dense_start,
-            dropout=config.dropout,
-            router_kwargs={**router_kwargs, "check_finite": config.check_finite} if router is not None else None,
+            **common,
         )
-    if task.kind == "hetero":
-        return _build_hetero(config, task, router, router_kwargs)
-    for name in ("tie_routers", "tie_experts"):
-        if getattr(config, name):
-            raise ValueError(f"{name}: got True for {task.name}, expected False on a graph of one node type")
-    return GNNMoE(
+    assert isinstance(config, GraphConfig | HeteroConfig)
+    common |= {
+        "in_proj": config.in_proj,
+        "norm": config.norm,
+        "residual": config.residual,
+        "router_input": config.router_input,
+        "check_finite": config.check_finite,
+    }
+    if isinstance(config, HeteroConfig):
+        assert isinstance(task.graph, HeteroData)
+        return gmoe.HeteroGNNMoE(
+            {kind: width for kind, width in task.in_channels.items() if width is not None},
+            config.hidden,
+            task.num_classes,
+            task.graph.metadata(),
+            config.layers,
+            router,
+            target=task.target,
+            num_nodes_dict=task.graph.num_nodes_dict,
+            tie_routers=config.tie_routers,
+            tie_experts=config.tie_experts,
+            **common | {"in_proj": config.in_proj or None},  # node types of other widths have one all the same
+        )
+    return gmoe.GNNMoE(
         task.in_channels,
         config.hidden,
         task.num_classes,
         config.layers,
         kinds_of_experts(config),
         router,
-        num_experts=config.experts,
-        k=config.k,
         shared_router=config.shared_router,
-        router_input=config.router_input,
         router_hops=config.router_hops,
-        every=config.every,
-        dropout=config.dropout,
-        norm=config.norm,
         jk=config.jk,
-        residual=config.residual,
         shared_expert=config.shared_expert,
         dense_start=config.dense_start,
         local=None,
         input_dropout=config.input_dropout,
-        in_proj=config.in_proj,
-        router_kwargs=router_kwargs,
-        check_finite=config.check_finite,
+        **common,
         **_conv_kwargs(config, task),
     )
 
 
-def vit_size(config: TrainConfig, image_size: int) -> ViTSize:
+def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
     """The sizes of the ViT: those of the image size's preset, but for what is given.
 
     Raises:
         ValueError: an image size without a preset, and not all of patch, width and heads are given.
     """
+    from gmoe.models.vit import SIZES, ViTSize  # torchvision, which graphs do without
+
     given = {"patch_size": config.patch, "hidden_dim": config.dim, "num_heads": config.vit_heads}
     sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     sizes |= {"mlp_dim": config.hidden, "num_layers": config.layers}
@@ -214,49 +252,7 @@ def vit_size(config: TrainConfig, image_size: int) -> ViTSize:
     return ViTSize(image_size=image_size, **sizes)
 
 
-def _build_hetero(config: TrainConfig, task: Task, router: Any, router_kwargs: dict[str, Any]) -> nn.Module:
-    """A relational GNN; every relation has its own linear layer, whatever ``conv`` says of graphs of one type."""
-    for name, value, only in (
-        ("conv", config.conv, ("sage",)),
-        ("shared_router", config.shared_router, False),
-        ("shared_expert", config.shared_expert, False),
-        ("dense_start", config.dense_start, False),
-        ("jk", config.jk, None),
-        ("heads", config.heads, 1),
-        ("input_dropout", config.input_dropout, 0.0),
-        ("router_hops", config.router_hops, 1),
-    ):
-        if value != only:
-            raise ValueError(f"{name}: got {value!r} for {task.name}, expected {only!r} on a heterogeneous graph")
-    assert isinstance(task.graph, HeteroData)
-    seen: Any = config.router_input
-    if "degree" in seen:
-        raise ValueError(f"router_input: got {seen} for {task.name}, expected node, neighbors, or both of them")
-    return HeteroGNNMoE(
-        {kind: width for kind, width in task.in_channels.items() if width is not None},
-        config.hidden,
-        task.num_classes,
-        task.graph.metadata(),
-        config.layers,
-        router,
-        target=task.target,
-        num_nodes_dict=task.graph.num_nodes_dict,
-        num_experts=config.experts,
-        k=config.k,
-        every=config.every,
-        in_proj=True if config.in_proj else None,
-        dropout=config.dropout,
-        norm=config.norm,
-        residual=config.residual,
-        router_input=seen,
-        tie_routers=config.tie_routers,
-        tie_experts=config.tie_experts,
-        router_kwargs=router_kwargs,
-        check_finite=config.check_finite,
-    )
-
-
-def kinds_of_experts(config: TrainConfig) -> str | list[str]:
+def kinds_of_experts(config: GraphConfig) -> str | list[str]:
     """The conv of all experts, or the kind of each; the first alone for the dense model.
 
     Raises:
@@ -270,7 +266,7 @@ def kinds_of_experts(config: TrainConfig) -> str | list[str]:
     return list(config.conv) * times
 
 
-def _conv_kwargs(config: TrainConfig, task: Task) -> dict[str, Any]:
+def _conv_kwargs(config: GraphConfig, task: Task) -> dict[str, Any]:
     """Arguments that every kind of conv takes."""
     found: dict[str, Any] = {}
     takes = [frozenset(inspect.signature(CONVS[kind].__init__).parameters) for kind in config.conv if kind in CONVS]
@@ -289,7 +285,7 @@ def _conv_kwargs(config: TrainConfig, task: Task) -> dict[str, Any]:
     return found
 
 
-def _router(config: TrainConfig, task: Task) -> tuple[str | Callable[..., Router] | None, dict[str, Any]]:
+def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., Router] | None, dict[str, Any]]:
     """The router by name or factory, and its options."""
     given = config.router_options()
     if config.router == "dense":
@@ -297,21 +293,25 @@ def _router(config: TrainConfig, task: Task) -> tuple[str | Callable[..., Router
             raise ValueError(f"options: got {given} with router='dense', expected none")
         return None, {}
     known: Any
-    if config.router == "oracle":
+    if ":" in config.router:
+        router = known = load_object("router", config.router)
+        if not (isinstance(known, type) and issubclass(known, Router)):
+            raise ValueError(f"router: got {config.router!r}, expected a subclass of gmoe.Router")
+    elif config.router == "oracle":
         if task.planted is None:
             raise ValueError(f"router: got 'oracle' for {task.name}, expected another, since no routing is planted")
         if config.experts != int(task.planted.max()) + 1:
             raise ValueError(f"experts: got {config.experts}, expected the {int(task.planted.max()) + 1} planted ones")
-        known = partial(OracleRouter, assignment=task.planted)
+        router = known = partial(OracleRouter, assignment=task.planted)
     else:
-        known = gmoe.ROUTERS[config.router]
+        router, known = config.router, gmoe.ROUTERS[config.router]
     legal = set(inspect.signature(known).parameters)
     for name, value in given.items():
         if name not in legal:
             raise ValueError(f"{name}: got {value!r}, but the router {config.router!r} has no such option")
     if given.get("balance") == "none":
         given["balance"] = None
-    return (known if config.router == "oracle" else config.router), given
+    return router, given
 
 
 @torch.no_grad()

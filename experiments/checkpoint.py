@@ -1,32 +1,46 @@
-"""What a run keeps on disk while it lasts: its state, and a row an epoch."""
+"""What a run keeps on disk while it lasts: its state, a row an epoch, and the wish of whoever stops it."""
 
 from __future__ import annotations
 
 import csv
-import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+import pandas as pd
+from lightning_fabric import Fabric
 from safetensors.torch import save_file
 from torch import Tensor
 
+SECONDS = 60.0
+"""At most so much training is lost where a process is killed."""
+
+
+class InterruptedRunError(BaseException):
+    """SIGINT or SIGTERM arrived; what was trained is on disk. Not an Exception, as KeyboardInterrupt is none."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
 
 class Checkpoint:
-    """The state of a run on disk, replaced in one step: weights in safetensors, the rest beside them."""
+    """The state of a seed on disk, replaced in one step by Fabric; the best weights also in safetensors.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        fabric: which saves and loads.
+        folder: where.
+        state: gives the state, and the best weights in it as ``"best"``.
+    """
 
-    def save(self, state: dict[str, Any], best: dict[str, Tensor]) -> None:
-        """Write the state, and the best weights so far, each to a new file that then takes the old one's place."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fresh = self.folder / "state.new"
-        torch.save({**state, "best": best}, fresh)
-        fresh.replace(self.folder / "state.ckpt")
-        fresh = self.folder / "best.new"
-        save_file({name: value.contiguous() for name, value in best.items()}, fresh)
-        fresh.replace(self.folder / "best.safetensors")
+    def __init__(self, fabric: Fabric, folder: Path, state: Callable[[], dict[str, Any]]) -> None:
+        self.fabric, self.folder, self.state = fabric, folder, state
+        self.signal: int | None = None
+        self._last = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
         """The state, or ``None`` where there is none.
@@ -38,41 +52,80 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            return self.fabric.load(path, weights_only=True)
+        except Exception as error:  # torch raises what pickle, zip and its own reader raise
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{path}: cannot be read ({reason}); delete it to begin this seed anew") from error
-        return state
+
+    def save(self) -> None:
+        """Write the state to a new file that then takes the old one's place."""
+        state = self.state()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = self.folder / "state.new"
+        self.fabric.save(fresh, state)
+        best: dict[str, Tensor] = state["best"]
+        save_file({name: value.contiguous() for name, value in best.items()}, self.folder / "best.new")
+        fresh.replace(self.folder / "state.ckpt")
+        (self.folder / "best.new").replace(self.folder / "best.safetensors")
+        self._last = time.monotonic()
+
+    def tick(self) -> None:
+        """Call it where the state is whole: saves what is older than a minute, or if a signal arrived.
+
+        Raises:
+            InterruptedRunError: a signal arrived; the state is saved.
+        """
+        if self.signal is not None:
+            self.save()
+            raise InterruptedRunError(self.signal)
+        if time.monotonic() - self._last > SECONDS:
+            self.save()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """SIGINT and SIGTERM wait for the next :meth:`tick`; the second of them does not."""
+        if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, _: Any) -> None:
+            self.signal = number
+            for known, handler in before.items():
+                signal.signal(known, handler)
+
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class Log:
-    """metrics.csv: one row an epoch; rows behind the checkpoint are cut when a run goes on."""
+    """A CSV file of one row or several an epoch, on disk at once; rows behind the checkpoint are cut.
+
+    Args:
+        path: of the file.
+        keep: epochs whose rows stay.
+    """
 
     def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows: list[dict[str, Any]] = []
-        if keep > 0 and path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < keep]
-        self._writer: csv.DictWriter[str] | None = None
-        fresh = path.with_suffix(".new")  # takes the old one's place when it is whole
-        self._file = fresh.open("w", newline="")
-        for row in rows:
-            self.write(row)
-        self.flush()
+        if not keep or not path.exists():
+            path.write_text("")
+            return
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")  # the last may be half a row
+        fresh = path.with_suffix(".new")
+        rows[pd.to_numeric(rows["epoch"], errors="coerce") < keep].to_csv(fresh, index=False)
         fresh.replace(path)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Add a row."""
-        if self._writer is None:
-            self._writer = csv.DictWriter(self._file, fieldnames=list(row))
-            self._writer.writeheader()
-        self._writer.writerow(row)
-
-    def flush(self) -> None:
-        """Bring the rows to the disk."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows; an empty file gets their names first."""
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)

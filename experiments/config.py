@@ -1,17 +1,19 @@
-"""What a run is: frozen dataclasses that the command line is made of."""
+"""What a run is: frozen dataclasses that the command line is made of, one for each kind of data.
+
+Imports nothing heavy: `python -m experiments.train NAME --help` is made of this file alone.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
-
-from experiments.digest import file_digest, images_digest
 
 RouterInput = Literal["node", "neighbors", "degree"]
 
@@ -71,7 +73,7 @@ def pinned(run: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a run's router, with weight and balance written out, whatever the library's defaults.
 
     Args:
-        run: as JSON, see :meth:`TrainConfig.science`.
+        run: as JSON, see :meth:`RunConfig.science`.
     """
     options: dict[str, Any] = run["options"]
     router = run["equal_to"] if run["router"] == "dense" and run.get("equal") else run["router"]
@@ -87,16 +89,23 @@ def pinned(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class RunConfig:
     """One training run: a data set, a model, a recipe, and where it all goes."""
 
     dataset: str
-    """The data: `digits`, `digits-graph`, `mosaic`, a name of `experiments/data/registry.py` or of
-    `vision.load_images`, or `graph` and `images`, your own."""
+    """The data set, by the name that its loader knows."""
+    data: str | None = None
+    """Your own data: `package.module:function`, which is called without arguments."""
+    data_root: Path = Path("data")
+    """Root folder of the data, given to the data set's loader as it is."""
 
     # model
-    router: RouterName = "token_choice"
-    """Who decides; `dense` is the model without experts, the baseline."""
+    router: str = "token_choice"
+    """Who decides: token_choice, expert_choice, attention_vote, multi_centroid, random, uniform, oracle, or your own,
+    `package.module:Class`; `dense` is the model without experts, the baseline."""
+    model: str | None = None
+    """Your own model in place of gmoe's: `package.module:function`, called with the width of the input (of images: the
+    height and width) and the number of outputs. Options of the model and of the router do not apply."""
     experts: int = 8
     """Number of experts, E."""
     k: int = 1
@@ -107,46 +116,6 @@ class TrainConfig:
     """Message-passing layers, or transformer blocks."""
     every: int = 1
     """Layer i holds experts where i % every == every - 1."""
-    moe_blocks: tuple[int, ...] = ()
-    """Images: the blocks that hold experts, from 0, in place of `every`."""
-    mlp_scale: float = 1.0
-    """Images, dense: factor of the output of the MLPs in whose place experts would be, which weights by score scale."""
-    image_size: int | None = None
-    """Images: height and width that images are brought to; by default the data set's."""
-    patch: int | None = None
-    """Images: height and width of a patch; by default that of the size's preset."""
-    dim: int | None = None
-    """Images: width of a token; by default that of the size's preset."""
-    vit_heads: int | None = None
-    """Images: attention heads of the ViT; by default those of the size's preset."""
-    conv: tuple[str, ...] = ("gcn",)
-    """Graphs: the conv; several are kinds of experts that alternate (a dense model takes the first)."""
-    heads: int = 1
-    """Graphs: attention heads, of the convs that have them."""
-    edge_features: bool = False
-    """Graphs: give the edge features to convs that take them (GAT, GATv2, Transformer, GINE, ...)."""
-    shared_expert: bool = False
-    """One more expert that runs on every token."""
-    dense_start: bool = False
-    """Beside the shared expert, the others start at zero."""
-    in_proj: bool = False
-    """Graphs: begin with a linear layer."""
-    tie_routers: bool = False
-    """Heterogeneous graphs: one router for all node types, not one for each."""
-    tie_experts: bool = False
-    """Heterogeneous graphs: the experts of all node types have one root weight and bias."""
-    shared_router: bool = False
-    """Graphs: one decision for all layers, not one in each."""
-    router_input: tuple[RouterInput, ...] = ("node",)
-    """Graphs: what the router sees: the node, the mean of its neighbors, log-degree."""
-    router_hops: int = 1
-    """Graphs, shared router: how far the router sees."""
-    residual: Literal["none", "identity", "linear"] = "identity"
-    """Graphs: the residual."""
-    norm: str | None = None
-    """Graphs: the norm, by PyG's name."""
-    jk: Literal["last", "cat", "max"] | None = None
-    """Graphs: jumping knowledge; with `last`, all convs may hold experts and a linear layer is the output."""
     dropout: float = 0.0
     """Dropout."""
     kmeans_init: bool = False
@@ -159,41 +128,10 @@ class TrainConfig:
     """The router of the MoE that the dense baseline is matched to; experts, K and the rest as given."""
 
     # recipe
-    augment: Literal["none", "standard", "randaugment"] = "none"
-    """Images: random crops and flips (`standard`), and RandAugment with them."""
-    mixup: float = 0.0
-    """Images: alpha of mixup; 0 is off. With cutmix too, each batch draws one of them."""
-    cutmix: float = 0.0
-    """Images: alpha of cutmix; 0 is off."""
-    val_share: float = 0.1
-    """Images: share of the training images that validate, stratified; the data set's test images are read once."""
-    split_seed: int = 0
-    """Images: seed of that split."""
-    skip_broken: bool = False
-    """Images: leave out files that cannot be decoded, and say how many."""
-    label_smoothing: float = 0.0
-    """Images: label smoothing."""
     epochs: int = 100
-    """Epochs."""
+    """Epochs. A run may be resumed with more; the schedule is then recomputed, and the run no longer exact."""
     batch_size: int = 128
     """Batch size; of graphs, seed nodes a batch (`neighbor`), or nodes a part (`random_node`)."""
-    sampling: Literal["full", "neighbor", "random_node"] = "full"
-    """Graphs: train on the whole graph, on sampled neighborhoods, or on random parts."""
-    fanout: tuple[int, ...] = FANOUT
-    """Graphs, `neighbor`: neighbors sampled a node, hop by hop; -1 takes all."""
-    workers: int = 0
-    """Processes that sample (graphs, `neighbor`) or load images while the model computes."""
-    evaluation: Literal["full", "layerwise", "sampled"] = "full"
-    """Graphs: evaluate on the whole graph, layer by layer in pieces (same result, less memory), or as in training."""
-    undirected: bool = True
-    """Graphs: add the reverse of every edge."""
-    self_loops: bool = False
-    """Graphs: add a self-loop to every node (GCN and GAT add their own all the same)."""
-    adjacency: Literal["auto", "edge_index", "csr"] = "auto"
-    """Graphs, full-batch: how edges are given; `auto` takes CSR where convs run on it and use no edge features."""
-    label_reuse: float = 0.0
-    """Graphs, full-batch: share of the training labels that are input, drawn anew each epoch, while the loss is on the
-    others; at evaluation all of them are input. Off by default."""
     eval_every: int = 1
     """Epochs between evaluations; validation selects among those."""
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -204,32 +142,22 @@ class TrainConfig:
     """Learning-rate schedule: constant, or linear warm-up and cosine to 0, step by step."""
     warmup: float = 0.1
     """Share of the steps that warm up, of the cosine schedule."""
+    weight_decay: float = 0.0
+    """Weight decay; never on biases, norms, temperatures and centroids."""
     clip_norm: float = 0.0
     """Clip the norm of the gradient to this; 0 leaves it."""
     ema: float = 0.0
     """Evaluate an exponential moving average of the weights with this decay; 0 evaluates the weights."""
-    input_dropout: float = 0.0
-    """Graphs: dropout of the input features."""
-    weight_decay: float = 0.0
-    """Weight decay; never on biases, norms, temperatures and centroids."""
     seeds: tuple[int, ...] = (0,)
     """Seeds, one after the other."""
 
     # where
-    data_root: Path = Path("data")
-    """Root folder of the data, given to the data set's loader as it is."""
-    offline: bool = False
-    """Never download."""
-    allow_large_downloads: bool = False
-    """Download also what is larger than 1 GB."""
-    metric: Literal["accuracy", "roc_auc"] | None = None
-    """Of a user's own graph: the metric (default accuracy)."""
     out: Path | None = None
-    """Run folder; by default runs/DATASET-ROUTER."""
+    """Run folder; by default runs/DATASET-ROUTER. Where it is taken, a number is added."""
     resume: bool = False
-    """Go on with a run folder that exists; seeds that it lacks are added."""
-    checkpoint_every: int = 50
-    """Epochs between checkpoints."""
+    """Continue the last run of that folder; seeds that it lacks are added."""
+    workers: int = 0
+    """Processes that sample (graphs, `neighbor`) or load images while the model computes."""
     check_finite: bool = True
     """Refuse NaN and infinity in what the routers see."""
     device: str = "auto"
@@ -238,79 +166,49 @@ class TrainConfig:
     """Fabric's precision."""
     compile: bool = False
     """Run the model through torch.compile."""
+    offline: bool = False
+    """Never download."""
+    logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Loggers beside the CSV files: TensorBoard, Weights & Biases."""
     progress: bool = True
-    """Show a progress bar."""
+    """Report progress: a bar, or where the output is a file, a line every few epochs."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "experts",
-            "k",
-            "hidden",
-            "layers",
-            "every",
-            "epochs",
-            "batch_size",
-            "checkpoint_every",
-            "eval_every",
-            "heads",
-            "patch",
-            "dim",
-            "vit_heads",
-            "image_size",
-        ):
+        for name in ("router", "model", "data"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
-        if not self.conv:
-            raise ValueError("conv: got none, expected at least one")
+            if name == "router" and value in get_args(RouterName):
+                continue
+            if value is not None and not all(part for part in value.partition(":")):
+                names = f"one of {', '.join(get_args(RouterName))}, or " if name == "router" else ""
+                raise ValueError(f"{name}: got {value!r}, expected {names}package.module:name")
         if not self.lr > 0:
             raise ValueError(f"lr: got {self.lr}, expected a number above 0")
-        if self.sampling != "neighbor" and self.fanout != FANOUT:
-            raise ValueError(f"fanout: got {self.fanout} with sampling={self.sampling!r}, expected 'neighbor'")
-        if not self.fanout or min(self.fanout) < -1:
-            raise ValueError(f"fanout: got {self.fanout}, expected at least one number, none below -1 (all)")
         if self.ema and self.options.inference == "threshold":
             raise ValueError(
                 "ema: got an average with inference='threshold', whose cut scores are those of the weights themselves; "
                 "expected 0, or inference='group'"
             )
-        if not 0 <= self.label_reuse < 1:
-            raise ValueError(f"label_reuse: got {self.label_reuse}, expected a share in [0, 1)")
-        if self.label_reuse and self.sampling != "full":
-            raise ValueError(f"label_reuse: got {self.label_reuse} with sampling={self.sampling!r}, expected 'full'")
-        for name, value, least, below in (
-            ("val_share", self.val_share, 0, 1),
-            ("label_smoothing", self.label_smoothing, 0, 1),
-            ("warmup", self.warmup, 0, 1),
-            ("ema", self.ema, 0, 1),
-            ("dropout", self.dropout, 0, 1),
-            ("input_dropout", self.input_dropout, 0, 1),
-            ("mlp_scale", self.mlp_scale, 0, math.inf),
-            ("mixup", self.mixup, 0, math.inf),
-            ("cutmix", self.cutmix, 0, math.inf),
-            ("clip_norm", self.clip_norm, 0, math.inf),
-            ("weight_decay", self.weight_decay, 0, math.inf),
-        ):
-            if not least <= value < below:
-                raise ValueError(f"{name}: got {value}, expected a number in [{least}, {below})")
-        if self.metric is not None and self.dataset != "graph":
-            raise ValueError(
-                f"metric: got {self.metric!r} for {self.dataset}, expected none; only `graph` leaves it open"
-            )
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value is None:
+                continue
+            if option.name in COUNTS and value < 1:
+                raise ValueError(f"{option.name}: got {value}, expected at least 1")
+            if option.name in SHARES and not 0 <= value < 1:
+                raise ValueError(f"{option.name}: got {value}, expected a number in [0, 1)")
+            if option.name in AMOUNTS and not 0 <= value < math.inf:
+                raise ValueError(f"{option.name}: got {value}, expected a number of at least 0")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: got {self.seeds}, expected at least one, each once")
         if not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
             raise ValueError(f"seeds: got {self.seeds}, expected numbers from 0 to 2**32 - 1")
-        if self.router != "dense" and self.mlp_scale != 1:
-            raise ValueError(
-                f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected 1; dense MLPs take it"
-            )
-        if self.router == "dense" and self.equal is None and self.moe_blocks:
-            raise ValueError(f"moe_blocks: got {self.moe_blocks} with router='dense', expected none: it has no experts")
 
     def folder(self) -> Path:
-        """The run folder."""
-        return self.out if self.out is not None else Path("runs") / f"{self.dataset}-{self.router}"
+        """The run folder, without a number."""
+        if self.out is not None:
+            return self.out
+        what = [self.dataset if self.data is None else self.data, self.router if self.model is None else self.model]
+        return Path("runs") / "-".join(what).replace(":", ".")
 
     def router_options(self) -> dict[str, Any]:
         """The options of the router, see :func:`pinned`."""
@@ -318,122 +216,233 @@ class TrainConfig:
 
     def science(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON: all but where it runs and where it is written."""
-        where = {
-            "offline",
-            "allow_large_downloads",
-            "out",
-            "resume",
-            "checkpoint_every",
-            "progress",
-            "device",
-            "workers",
-            "compile",
-        }
-        values = {name: value for name, value in asdict(self).items() if name not in where | {"data_root"}}
-        if self.dataset == "graph":
-            values["file"] = self.data_root.name
-            values["digest"] = file_digest(self.data_root)
-        if self.dataset in IMAGE_FOLDERS:
-            values["digest"] = images_digest(self.dataset, self.data_root)
+        values = {name: value for name, value in asdict(self).items() if name not in WHERE}
         values["options"] = self.router_options()
         found: dict[str, Any] = json.loads(json.dumps(values))
         return found
 
-    @staticmethod
-    def restore(science: dict[str, Any], data_root: Path) -> TrainConfig:
-        """The configuration that :meth:`science` was written of.
-
-        Args:
-            science: as JSON.
-            data_root: where the data are here; a user's own graph itself, or the folder that holds it.
-
-        Raises:
-            ValueError: an option that there is not, or a value that is not legal.
-        """
-        values = {name: value for name, value in science.items() if name not in ("file", "digest")}
-        known = {option.name for option in fields(TrainConfig)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"config: got {', '.join(unknown)}, expected options of experiments.train")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        values["options"] = RouterOptions(**values.get("options", {}))
-        if science.get("file") and data_root.name != science["file"]:
-            data_root = data_root / science["file"]
-        return TrainConfig(**values, data_root=data_root)
-
-    def differences(self, there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    def differences(self, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Where the :meth:`science` of another run is another: its value and this one's.
 
-        What the other run did not know, since it is older, had the default.
+        What the other run did not know, since it is older, had the default; what only other kinds of data have is left
+        out, and so are digests of the data.
         """
         here = self.science()
-        defaults = json.loads(json.dumps({option.name: option.default for option in fields(self) if _plain(option)}))
-        before = {name: there.get(name, defaults.get(name)) for name in here} | there
-        return {name: (value, here.get(name)) for name, value in before.items() if value != here.get(name)}
-
-    def refuse(self, names: tuple[str, ...], kind: str) -> None:
-        """Refuse options that a data set would ignore.
-
-        Args:
-            names: the options.
-            kind: what takes them.
-
-        Raises:
-            ValueError: one of them is not at its default.
-        """
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name in names and value != option.default:
-                raise ValueError(
-                    f"{option.name}: got {value!r} for {self.dataset}, expected {option.default!r}; only {kind} take it"
-                )
+        defaults = {option.name: option.default for option in fields(self) if option.default is not MISSING}
+        before = {name: there.get(name, json.loads(json.dumps(defaults.get(name), default=str))) for name in here}
+        return {name: (before[name], value) for name, value in here.items() if value != before[name]}
 
 
-IMAGES_ONLY = (
-    "mlp_scale",
-    "moe_blocks",
-    "image_size",
-    "patch",
-    "dim",
-    "vit_heads",
-    "augment",
-    "mixup",
-    "cutmix",
-    "val_share",
-    "split_seed",
-    "skip_broken",
-    "label_smoothing",
-)
-"""Options that mean nothing on a graph."""
+@dataclass(frozen=True, kw_only=True)
+class GraphConfig(RunConfig):
+    """Nodes of one graph, in a GNN."""
 
-GRAPHS_ONLY = (
-    "conv",
-    "heads",
-    "edge_features",
-    "in_proj",
-    "tie_routers",
-    "tie_experts",
-    "shared_router",
-    "router_input",
-    "router_hops",
-    "residual",
-    "norm",
-    "jk",
-    "input_dropout",
-    "sampling",
-    "fanout",
-    "evaluation",
-    "undirected",
-    "self_loops",
-    "adjacency",
-    "label_reuse",
-)
-"""Options that mean nothing on images."""
+    conv: tuple[str, ...] = ("gcn",)
+    """The conv; several are kinds of experts that alternate (a dense model takes the first)."""
+    heads: int = 1
+    """Attention heads, of the convs that have them."""
+    edge_features: bool = False
+    """Give the edge features to convs that take them (GAT, GATv2, Transformer, GINE, ...)."""
+    shared_expert: bool = False
+    """One more expert that runs on every token."""
+    dense_start: bool = False
+    """Beside the shared expert, the others start at zero."""
+    in_proj: bool = False
+    """Begin with a linear layer."""
+    shared_router: bool = False
+    """One decision for all layers, not one in each."""
+    router_input: tuple[RouterInput, ...] = ("node",)
+    """What the router sees: the node, the mean of its neighbors, log-degree."""
+    router_hops: int = 1
+    """Shared router: how far the router sees."""
+    residual: Literal["none", "identity", "linear"] = "identity"
+    """The residual."""
+    norm: str | None = None
+    """The norm, by PyG's name."""
+    jk: Literal["last", "cat", "max"] | None = None
+    """Jumping knowledge; with `last`, all convs may hold experts and a linear layer is the output."""
+    input_dropout: float = 0.0
+    """Dropout of the input features."""
+    sampling: Literal["full", "neighbor", "random_node"] = "full"
+    """Train on the whole graph, on sampled neighborhoods, or on random parts."""
+    fanout: tuple[int, ...] = FANOUT
+    """With `neighbor`: neighbors sampled a node, hop by hop; -1 takes all."""
+    evaluation: Literal["full", "layerwise", "sampled"] = "full"
+    """Evaluate on the whole graph, layer by layer in pieces (same result, less memory), or as in training."""
+    undirected: bool = True
+    """Add the reverse of every edge."""
+    self_loops: bool = False
+    """Add a self-loop to every node (GCN and GAT add their own all the same)."""
+    adjacency: Literal["auto", "edge_index", "csr"] = "auto"
+    """Full-batch: how edges are given; `auto` takes CSR where convs run on it and use no edge features."""
+    label_reuse: float = 0.0
+    """Full-batch: share of the training labels that are input, drawn anew each epoch, while the loss is on the others;
+    at evaluation all of them are input. Off by default."""
+    metric: Literal["accuracy", "roc_auc"] | None = None
+    """Of your own graph: the metric (default accuracy)."""
+    allow_large_downloads: bool = False
+    """Download also what is larger than 1 GB."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.conv:
+            raise ValueError("conv: got none, expected at least one")
+        _check_fanout(self.sampling, self.fanout)
+        if self.label_reuse and self.sampling != "full":
+            raise ValueError(f"label_reuse: got {self.label_reuse} with sampling={self.sampling!r}, expected 'full'")
+        if self.metric is not None and self.dataset != "graph":
+            raise ValueError(
+                f"metric: got {self.metric!r} for {self.dataset}, expected none; only `graph` leaves it open"
+            )
 
 
-IMAGE_FOLDERS = ("cifar10", "imagenette", "images")
-"""Image data that may be any files in folders; the others are the published ones, or refused."""
+@dataclass(frozen=True, kw_only=True)
+class HeteroConfig(RunConfig):
+    """Nodes of one type in a heterogeneous graph, in a relational GNN."""
+
+    in_proj: bool = False
+    """Begin with a linear layer a node type."""
+    tie_routers: bool = False
+    """One router for all node types, not one for each."""
+    tie_experts: bool = False
+    """The experts of all node types have one root weight and bias."""
+    router_input: tuple[RouterInput, ...] = ("node",)
+    """What the router sees: the node, the mean of its neighbors."""
+    residual: Literal["none", "identity", "linear"] = "identity"
+    """The residual."""
+    norm: str | None = None
+    """The norm, by PyG's name."""
+    sampling: Literal["full", "neighbor"] = "full"
+    """Train on the whole graph, or on sampled neighborhoods."""
+    fanout: tuple[int, ...] = FANOUT
+    """With `neighbor`: neighbors sampled a node, hop by hop; -1 takes all."""
+    evaluation: Literal["full", "sampled"] = "full"
+    """Evaluate on the whole graph, or as in training."""
+    undirected: bool = True
+    """Add the reverse of every edge."""
+    self_loops: bool = False
+    """Add a self-loop to every node of the relations that link a type to itself."""
+    allow_large_downloads: bool = False
+    """Download also what is larger than 1 GB."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fanout(self.sampling, self.fanout)
+        if "degree" in self.router_input:
+            raise ValueError(f"router_input: got {self.router_input}, expected node, neighbors, or both of them")
 
 
-def _plain(option: Field[Any]) -> bool:
-    return isinstance(option.default, int | float | str | tuple | None)
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(RunConfig):
+    """Patches of images, in a ViT."""
+
+    moe_blocks: tuple[int, ...] = ()
+    """The blocks that hold experts, from 0, in place of `every`."""
+    shared_expert: bool = False
+    """One more expert that runs on every token."""
+    dense_start: bool = False
+    """Beside the shared expert, the others start at zero."""
+    mlp_scale: float = 1.0
+    """Dense: factor of the output of the MLPs in whose place experts would be, which weights by score scale."""
+    image_size: int | None = None
+    """Height and width that images are brought to; by default the data set's."""
+    patch: int | None = None
+    """Height and width of a patch; by default that of the size's preset."""
+    dim: int | None = None
+    """Width of a token; by default that of the size's preset."""
+    vit_heads: int | None = None
+    """Attention heads; by default those of the size's preset."""
+    augment: Literal["none", "standard", "randaugment"] = "none"
+    """Random crops and flips (`standard`), and RandAugment with them."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 is off. With cutmix too, each batch draws one of them."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0 is off."""
+    label_smoothing: float = 0.0
+    """Label smoothing."""
+    val_share: float = 0.1
+    """Share of the training images that validate, stratified; the data set's test images are read once."""
+    split_seed: int = 0
+    """Seed of that split."""
+    skip_broken: bool = False
+    """Leave out files that cannot be decoded, and say how many."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.router != "dense" and self.mlp_scale != 1:
+            raise ValueError(
+                f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected 1; dense MLPs take it"
+            )
+        if self.router == "dense" and self.equal is None and self.moe_blocks:
+            raise ValueError(f"moe_blocks: got {self.moe_blocks} with router='dense', expected none: it has no experts")
+
+
+HETERO = ("ogbn-mag", "hetero")
+IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "images")
+"""Data sets of each kind; all others are graphs."""
+
+WHERE = frozenset({
+    "data_root", "out", "resume", "workers", "device", "compile", "offline", "allow_large_downloads", "logger",
+    "progress",
+})  # fmt: skip
+"""Options that no number depends on."""
+COUNTS = frozenset({
+    "experts", "k", "hidden", "layers", "every", "epochs", "batch_size", "eval_every", "heads", "patch", "dim",
+    "vit_heads", "image_size",
+})  # fmt: skip
+SHARES = frozenset({
+    "val_share", "label_smoothing", "warmup", "ema", "dropout", "input_dropout", "label_reuse",
+})  # fmt: skip
+AMOUNTS = frozenset({"mlp_scale", "mixup", "cutmix", "clip_norm", "weight_decay"})
+
+
+def config_class(dataset: str) -> type[RunConfig]:
+    """The configuration of a data set's kind."""
+    return HeteroConfig if dataset in HETERO else ImageConfig if dataset in IMAGES else GraphConfig
+
+
+def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
+    """The configuration that :meth:`RunConfig.science` was written of.
+
+    Options of other kinds of data, which runs of before 2026-12 hold, are left out.
+
+    Args:
+        science: as JSON.
+        data_root: where the data are here; a user's own graph itself, or the folder that holds it.
+
+    Raises:
+        ValueError: an option that there is not, or a value that is not legal.
+    """
+    if "dataset" not in science:
+        raise ValueError("config: has no dataset")
+    cls = config_class(science["dataset"])
+    own = {option.name for option in fields(cls)}
+    everywhere = {option.name for kind in (GraphConfig, HeteroConfig, ImageConfig) for option in fields(kind)}
+    unknown = sorted(set(science) - everywhere - {"file", "digest", "extended"})
+    if unknown:
+        raise ValueError(f"config: got {', '.join(unknown)}, expected options of experiments.train")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in science.items()}
+    values["options"] = RouterOptions(**values.get("options", {}))
+    if science.get("file") and data_root.name != science["file"]:
+        data_root = data_root / science["file"]
+    return cls(**{name: value for name, value in values.items() if name in own} | {"data_root": data_root})
+
+
+def load_object(option: str, name: str) -> Any:
+    """What ``package.module:name`` names; modules of the working directory are found too.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{option}: got {name!r}, which cannot be imported ({error})") from error
+
+
+def _check_fanout(sampling: str, fanout: tuple[int, ...]) -> None:
+    if sampling != "neighbor" and fanout != FANOUT:
+        raise ValueError(f"fanout: got {fanout} with sampling={sampling!r}, expected 'neighbor'")
+    if not fanout or min(fanout) < -1:
+        raise ValueError(f"fanout: got {fanout}, expected at least one number, none below -1 (all)")

@@ -6,8 +6,6 @@ import hashlib
 import os
 from pathlib import Path
 
-from vision import image_files
-
 
 def file_digest(path: Path) -> str | None:
     """Of the content of a file, or of the CSV files of a folder; ``None`` where there is none."""
@@ -20,6 +18,8 @@ def file_digest(path: Path) -> str | None:
 
 def images_digest(name: str, root: Path) -> str | None:
     """Of the names and sizes of the files that a data set of images is read from; ``None`` where there are none."""
+    from vision import image_files  # torchvision, which graphs do without
+
     files = image_files(name, root)
     found = hashlib.sha256()
     base = os.path.commonpath(files) if files else root

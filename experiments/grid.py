@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from experiments.config import RouterName, TrainConfig
+from experiments.config import RouterName, RunConfig
 from experiments.presets import PRESETS
 from experiments.studies import Study, Variant
 
@@ -56,7 +56,7 @@ def grid(
     return Study(about=f"A grid over {preset}; nothing was tuned for a variant.", variants=tuple(variants))
 
 
-def _variant(base: TrainConfig, router: RouterName, experts: int, k: int | None) -> Variant:
+def _variant(base: RunConfig, router: RouterName, experts: int, k: int | None) -> Variant:
     config = replace(base, router=router, experts=experts, k=base.k if k is None else k)
     name = f"{router.replace('_', '-')}-e{experts}" + ("" if k is None else f"-k{k}")
     label = f"`{router}`, E={experts}" + ("" if k is None else f", K={k}")

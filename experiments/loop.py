@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import resource
 import sys
@@ -20,19 +21,60 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Data
-from tqdm import tqdm
 
 import gmoe
-from experiments.build import build_model, flops, init_centroids, matched_ratio, num_parameters
+from experiments.build import build_model, first_flops, init_centroids, matched_ratio, num_parameters
 from experiments.checkpoint import Checkpoint, Log
-from experiments.config import TrainConfig
-from experiments.data import Split, Task
+from experiments.config import GraphConfig, ImageConfig, RunConfig
+from experiments.data import Batch, Split, Task
+from experiments.loggers import Logger, make_loggers
+from experiments.progress import Progress
 from experiments.routing_stats import routing_rows, routing_summary, save_routings
 from experiments.structure import node_properties
 from gmoe import Router, Routing, RoutingStats
 
 
-def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A seed whose model has run once: what follows may write.
+
+    Args:
+        fabric: device and precision.
+        model: as it begins.
+        cost: parameters, FLOPs and steps, as the result of a seed holds them.
+    """
+
+    fabric: Fabric
+    model: nn.Module
+    cost: dict[str, Any]
+
+
+def prepare(config: RunConfig, task: Task, seed: int) -> Prepared:
+    """Build the model of a seed and run it once.
+
+    Raises:
+        ValueError: it cannot be built, does not run on the data, or not in the way that it will be evaluated.
+    """
+    fabric = make_fabric(config)
+    restart_peak_memory(fabric.device)
+    fabric.seed_everything(seed, verbose=False)
+    model = build_model(config, task)
+    if config.kmeans_init:
+        init_centroids(model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed)
+    cost = {
+        "flops": first_flops(model, config, task),
+        "parameters": num_parameters(model),
+        "active_parameters": gmoe.active_parameters(model),
+        "matched": matched_ratio(config, task, model),
+        "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
+        "steps": task.steps(config.batch_size),
+    }
+    return Prepared(fabric=fabric, model=model, cost=cost)
+
+
+def train_seed(
+    config: RunConfig, task: Task, seed: int, folder: Path, prepared: Prepared, progress: Progress | None = None
+) -> dict[str, Any]:
     """Train with one seed and evaluate: validation selects the epoch, the test set is read once, at the end.
 
     Args:
@@ -40,44 +82,32 @@ def train_seed(config: TrainConfig, task: Task, seed: int, folder: Path) -> dict
         task: the data.
         seed: of everything that is drawn.
         folder: ``seed-N`` of the run folder; an unfinished checkpoint in it is resumed.
+        prepared: see :func:`prepare`.
+        progress: of the whole command (default: of this seed).
 
     Returns:
         The figures of this seed, as JSON.
     """
-    fabric = make_fabric(config)
-    restart_peak_memory(fabric.device)
-    fabric.seed_everything(seed, verbose=False)
-    model = build_model(config, task)
-    inputs = next(iter(task.loader("train", config.batch_size, None))).inputs
-    if config.kmeans_init:
-        init_centroids(model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed)
-    cost = {
-        "flops": flops(model, inputs),
-        "parameters": num_parameters(model),
-        "active_parameters": gmoe.active_parameters(model),
-        "matched": matched_ratio(config, task, model),
-        "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
-        "steps": task.steps(config.batch_size),
-    }
-    with set_up(fabric, model, config, task) as training:
-        progress = fit(training, seed, folder)
+    with set_up(prepared.fabric, prepared.model, config, task) as training:
+        state = fit(training, seed, folder, progress)
         test, routings = training.evaluate("test")
     save_routings(routings, folder.parent / "routing" / f"{folder.name}.safetensors")
     return {
         "seed": seed,
+        "epochs": config.epochs,
         "metric": task.metric_name,
-        "val": progress["best_val"],
+        "val": state["best_val"],
         "test": test,
-        "best_epoch": progress["best_epoch"],
-        "seconds": round(progress["seconds"], 2),
-        "peak_memory": round(peak_memory(fabric.device)),
-        **cost,
+        "best_epoch": state["best_epoch"],
+        "seconds": round(state["seconds"], 2),
+        "peak_memory": round(peak_memory(prepared.fabric.device)),
+        **prepared.cost,
         "routing": routing_summary(routings, *_followed(task, routings)),
-        "curve": progress["curve"],
+        "curve": state["curve"],
     }
 
 
-def make_fabric(config: TrainConfig) -> Fabric:
+def make_fabric(config: RunConfig) -> Fabric:
     """Device and precision.
 
     Raises:
@@ -89,7 +119,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
         raise ValueError(f"device: got {config.device!r}, expected one that is there ({error})") from error
 
 
-def _check_finite(name: str, value: float, seed: int, epoch: int, config: TrainConfig) -> None:
+def _check_finite(name: str, value: float, seed: int, epoch: int, config: RunConfig) -> None:
     if not math.isfinite(value):
         raise ValueError(
             f"{name}: got {value} in epoch {epoch} of seed {seed}, expected a number; the training diverged (lr="
@@ -97,15 +127,64 @@ def _check_finite(name: str, value: float, seed: int, epoch: int, config: TrainC
         )
 
 
-def fit(training: Training, seed: int, folder: Path) -> dict[str, Any]:
+class Epoch:
+    """What the training steps of an epoch have summed so far; it is part of a checkpoint."""
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr  # at its start
+        self.batches = 0
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}  # tensors: a number would have to be waited for at every step
+        self.stats: RoutingStats | None = None
+
+    def add(self, values: dict[str, Tensor], routings: list[Routing], rows: int) -> None:
+        """One step's losses, and what it routed."""
+        if routings:
+            if self.stats is None:
+                self.stats = RoutingStats([routing.num_experts for routing in routings]).to(values["loss"].device)
+            self.stats.update(routings)
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach() * rows
+        self.count += rows
+        self.batches += 1
+
+    def means(self) -> dict[str, float]:
+        """Means of the task loss, of all auxiliary losses, and of each of them."""
+        return {name: float(value) / self.count for name, value in self.sums.items()}
+
+    def state(self) -> dict[str, Any]:
+        """As tensors and numbers."""
+        found = {"lr": self.lr, "batches": self.batches, "count": self.count, "sums": dict(self.sums)}
+        if self.stats is not None:
+            found |= {"experts": list(self.stats.num_experts), "stats": dict(self.stats.metric_state)}
+        return found
+
+    @staticmethod
+    def restored(state: dict[str, Any], device: torch.device) -> Epoch:
+        """An epoch from its :meth:`state`."""
+        epoch = Epoch(state["lr"])
+        epoch.batches, epoch.count = state["batches"], state["count"]
+        epoch.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        if "stats" in state:
+            epoch.stats = RoutingStats(state["experts"]).to(device)
+            for name, value in state["stats"].items():
+                setattr(epoch.stats, name, value.to(device))
+            epoch.stats._update_count = epoch.batches  # torchmetrics would warn of a metric without updates
+        return epoch
+
+
+def fit(training: Training, seed: int, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Train for as many epochs as there are to come, and leave the model with the weights that validation selects.
 
     Returns:
         ``best_val``, ``best_epoch``, ``seconds``, and the ``curve``: epochs done, loss and validation metric.
+
+    Raises:
+        InterruptedRunError: SIGINT or SIGTERM; what was trained is in the checkpoint.
+        ValueError: a loss or a metric that is not finite, or a checkpoint that cannot be read.
     """
     config, task = training.config, training.task
-    checkpoint = Checkpoint(folder / "checkpoint")
-    progress: dict[str, Any] = {
+    done: dict[str, Any] = {
         "epoch": 0,
         "best_epoch": -1,
         "best_val": -math.inf,
@@ -113,53 +192,95 @@ def fit(training: Training, seed: int, folder: Path) -> dict[str, Any]:
         "curve": {"epoch": [], "loss": [], "val": []},
     }
     best = training.weights()
+    summed = Epoch(training.lr)
+    mark = time.perf_counter()
+
+    def state() -> dict[str, Any]:
+        nonlocal mark
+        now = time.perf_counter()
+        done["seconds"] += now - mark
+        mark = now
+        return {"progress": done, "training": training.state(), "epoch": summed.state(), "best": best}
+
+    checkpoint = Checkpoint(training.fabric, folder / "checkpoint", state)
     loaded = checkpoint.load()
     if loaded is not None:
-        progress, best = loaded["progress"], loaded["best"]
+        done, best = loaded["progress"], loaded["best"]
+        summed = Epoch.restored(loaded["epoch"], training.fabric.device)
         training.load(loaded["training"])
-    log = Log(folder / "metrics.csv", keep=progress["epoch"])
-    routing_log = None if config.router == "dense" else Log(folder / "routing.csv", keep=progress["epoch"])
-    logs = [log] if routing_log is None else [log, routing_log]
-    bar = tqdm(
-        range(progress["epoch"], config.epochs),
-        initial=progress["epoch"],
-        total=config.epochs,
-        desc=f"{task.name} {config.router} seed {seed}",
-        disable=None if config.progress else True,
-    )
-    for epoch in bar:
-        started = time.perf_counter()
-        row: dict[str, Any] = {"epoch": epoch, "lr": training.scheduler.get_last_lr()[0]}
-        row |= training.train_epoch(seed * 100_003 + epoch)
-        _check_finite("loss", row["loss"], seed, epoch, config)
-        last = epoch + 1 == config.epochs
-        measured = last or (epoch + 1) % config.eval_every == 0
-        row["val"] = training.evaluate("val")[0] if measured else None
-        if measured:
-            _check_finite(task.metric_name, row["val"], seed, epoch, config)
-        progress["seconds"] += time.perf_counter() - started
-        progress["epoch"] = epoch + 1
-        if measured:
-            for name, value in (("epoch", epoch + 1), ("loss", row["loss"]), ("val", row["val"])):
-                progress["curve"][name].append(round(value, 5))
-        if measured and row["val"] > progress["best_val"]:
-            progress |= {"best_val": row["val"], "best_epoch": epoch}
-            best = training.weights()
-        log.write(row | {"seconds": progress["seconds"]})
-        if routing_log is not None:
-            for routed in routing_rows(training.stats):
-                routing_log.write({"epoch": epoch} | routed)
-        bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{progress['best_val']:.4f}")
-        if (epoch + 1) % config.checkpoint_every == 0 or last:
-            for file in logs:
-                file.flush()
-            checkpoint.save({"progress": progress, "training": training.state()}, best)
-    for file in logs:
-        file.close()
-    if len(progress["curve"]["val"]) > 1 and len(set(progress["curve"]["val"])) == 1:
+    steps = task.steps(config.batch_size)
+    progress = progress or Progress(config.epochs, config.progress)
+    progress.skip(done["epoch"] + summed.batches / steps)
+    log, routing_log = Log(folder / "metrics.csv", done["epoch"]), Log(folder / "routing.csv", done["epoch"])
+    loggers = make_loggers(config.logger, folder, config.science(), done["epoch"])
+    name = f"{task.name} {config.model or config.router} seed {seed}"
+    mark = time.perf_counter()
+    with checkpoint.watch():
+        for epoch in range(done["epoch"], config.epochs):
+            training.model.train()
+            batches = iter(task.loader("train", config.batch_size, seed * 100_003 + epoch))
+            if summed.batches:  # cut off inside this epoch: its batches are drawn again, and not trained on again
+                for _ in itertools.islice(batches, summed.batches):
+                    pass
+                assert loaded is not None
+                training.load_rng(loaded["training"])
+            for batch in batches:
+                training.step(batch, summed)
+                checkpoint.tick()
+                if steps > 1:
+                    figures = f"step {summed.batches} of {steps}"
+                    progress.show(name, epoch + summed.batches / steps, config.epochs, figures)
+            row: dict[str, Any] = {"epoch": epoch, "lr": summed.lr, **summed.means()}
+            _check_finite("loss", row["loss"], seed, epoch, config)
+            last = epoch + 1 == config.epochs
+            measured = last or (epoch + 1) % config.eval_every == 0
+            row["val"] = training.evaluate("val")[0] if measured else None
+            now = time.perf_counter()
+            done["seconds"] += now - mark
+            mark = now
+            done["epoch"] = epoch + 1
+            better = False
+            if measured:
+                _check_finite(task.metric_name, row["val"], seed, epoch, config)
+                for figure, value in (("epoch", epoch + 1), ("loss", row["loss"]), ("val", row["val"])):
+                    done["curve"][figure].append(round(value, 5))
+                better = row["val"] > done["best_val"]
+            if better:
+                done |= {"best_val": row["val"], "best_epoch": epoch}
+                best = training.weights()
+            routed = routing_rows(summed.stats)
+            log.write([row | {"seconds": done["seconds"]}])
+            routing_log.write([{"epoch": epoch} | one for one in routed])
+            _report(loggers, training, row, routed, epoch, better)
+            summed = Epoch(training.lr)
+            progress.show(name, epoch + 1, config.epochs, f"loss {row['loss']:.3f}, best {done['best_val']:.4f}")
+            checkpoint.save() if last else checkpoint.tick()
+    for logger in loggers:
+        logger.close()
+    progress.finish(config.epochs)
+    if len(done["curve"]["val"]) > 1 and len(set(done["curve"]["val"])) == 1:
         print(f"{task.name}: validation never changed, so that the first epoch is selected", flush=True)
     training.use(best)
-    return progress
+    return done
+
+
+def _report(
+    loggers: list[Logger], training: Training, row: dict[str, Any], routed: list[dict[str, Any]], epoch: int, draw: bool
+) -> None:
+    """Figures of an epoch for TensorBoard and the like; where validation is the best so far, expert maps too."""
+    if not loggers:
+        return
+    values = {name: value for name, value in row.items() if name != "epoch" and value is not None}
+    for layer in routed:
+        values |= {f"layer_{layer['layer']}/{name}": value for name, value in layer.items() if value is not None}
+    images = isinstance(training.config, ImageConfig) and draw and routed
+    for logger in loggers:
+        logger.log(values, epoch)
+        if images:
+            task = training.task
+            pictures = next(iter(task.loader("val", 4, None))).inputs[0]
+            maps = gmoe.plot.expert_maps(training.model.module, pictures, mean=task.mean, std=task.std)
+            logger.draw("experts", maps, epoch)
 
 
 @dataclass
@@ -175,7 +296,6 @@ class Training:
         routings: what the last forward of the model routed, a list one a layer.
         config: the run.
         task: the data.
-        stats: of the routings of the last epoch's training steps; ``None`` of a dense model.
     """
 
     fabric: Fabric
@@ -184,9 +304,8 @@ class Training:
     scheduler: LambdaLR
     averaged: AveragedModel | None
     routings: list[Routing]
-    config: TrainConfig
+    config: RunConfig
     task: Task
-    stats: RoutingStats | None = None
 
     def forward(self, inputs: tuple[Any, ...]) -> Tensor:
         """Logits; ``routings`` are those of this call."""
@@ -194,41 +313,41 @@ class Training:
         logits: Tensor = self.model(*inputs)
         return logits
 
+    @property
+    def lr(self) -> float:
+        """Of the step to come."""
+        rate: float = self.scheduler.get_last_lr()[0]
+        return rate
+
+    def step(self, batch: Batch, summed: Epoch) -> None:
+        """One step of the optimizer, whose losses and routings are added to the epoch."""
+        batch = self.fabric.to_device(batch)
+        self.optimizer.zero_grad()
+        loss = self.task.loss(batch.counted(self.forward(batch.inputs)), batch.target)
+        aux = gmoe.aux_loss(self.routings).to(loss.device)
+        self.fabric.backward(loss + aux)
+        if self.config.clip_norm:
+            self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model.module)
+        losses = {
+            f"{name}_{layer}": value.value
+            for layer, routing in enumerate(self.routings)
+            for name, value in routing.losses.items()
+        }
+        summed.add({"loss": loss, "aux": aux} | losses, self.routings, len(batch.target))
+
     def train_epoch(self, shuffle_seed: int) -> dict[str, float]:
-        """One pass over the training set: means of the task loss, of all auxiliary losses, and of each of them."""
+        """One pass over the training set; see :meth:`Epoch.means`."""
         self.model.train()
-        sums: dict[str, Tensor] = {}  # tensors: a number would have to be waited for at every step
-        count = 0
-        self.stats = None
+        summed = Epoch(self.lr)
         for batch in self.task.loader("train", self.config.batch_size, shuffle_seed):
-            batch = self.fabric.to_device(batch)
-            self.optimizer.zero_grad()
-            loss = self.task.loss(batch.counted(self.forward(batch.inputs)), batch.target)
-            aux = gmoe.aux_loss(self.routings).to(loss.device)
-            self.fabric.backward(loss + aux)
-            if self.config.clip_norm:
-                self.fabric.clip_gradients(
-                    self.model, self.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
-                )
-            self.optimizer.step()
-            self.scheduler.step()
-            if self.averaged is not None:
-                self.averaged.update_parameters(self.model.module)
-            if self.routings:
-                if self.stats is None:
-                    experts = [routing.num_experts for routing in self.routings]
-                    self.stats = RoutingStats(experts).to(self.fabric.device)
-                self.stats.update(self.routings)
-            rows = len(batch.target)
-            count += rows
-            values = {"loss": loss, "aux": aux} | {
-                f"{name}_{layer}": value.value
-                for layer, routing in enumerate(self.routings)
-                for name, value in routing.losses.items()
-            }
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value.detach() * rows
-        return {name: float(value) / count for name, value in sums.items()}
+            self.step(batch, summed)
+        return summed.means()
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
@@ -240,7 +359,7 @@ class Training:
         task, config, device = self.task, self.config, self.fabric.device
         self.model.eval()
         metric = task.metric().to(device)
-        if config.evaluation == "layerwise":
+        if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
             assert task.graph is not None
             assert task.split is not None
             gnn: Any = self.model.module
@@ -287,7 +406,7 @@ class Training:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "step": self.scheduler.last_epoch,
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
@@ -295,16 +414,23 @@ class Training:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
-        for name in ("model", "optimizer", "scheduler"):
-            getattr(self, name).load_state_dict(state[name])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        # anew, since a run that goes on for more epochs has another schedule
+        self.scheduler = LambdaLR(self.optimizer.optimizer, self.scheduler.lr_lambdas[0], last_epoch=state["step"] - 1)
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
+        self.load_rng(state)
+
+    @staticmethod
+    def load_rng(state: dict[str, Any]) -> None:
+        """Draw on as :meth:`state` would have."""
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 @contextmanager
-def set_up(fabric: Fabric, model: nn.Module, config: TrainConfig, task: Task) -> Iterator[Training]:
+def set_up(fabric: Fabric, model: nn.Module, config: RunConfig, task: Task) -> Iterator[Training]:
     """Model, optimizer, schedule and average, ready to train; the routings are recorded as long as it lasts."""
     average = None
     if config.ema:
@@ -320,7 +446,7 @@ def set_up(fabric: Fabric, model: nn.Module, config: TrainConfig, task: Task) ->
             yield Training(fabric, ready, optimizer, scheduler, average, routings, config, task)
 
 
-def attention_kernel(device: torch.device, config: TrainConfig) -> AbstractContextManager[None]:
+def attention_kernel(device: torch.device, config: RunConfig) -> AbstractContextManager[None]:
     """torch's choice of kernel for attention, but plain products in bf16 on the CPU.
 
     There the backward of the fused kernel takes three times what it takes in fp32: 40 % of a step of a ViT on CIFAR-10.
@@ -349,7 +475,7 @@ def routings_of(model: nn.Module) -> Iterator[list[Routing]]:
         yield []
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Adam or AdamW; no weight decay on biases, norms, temperatures, centroids, class tokens and positions."""
     spared = ("bias", "centroid", "log_temperature", "class_token", "pos_embedding")
     decayed: list[nn.Parameter] = []
@@ -362,7 +488,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     return optimizers[config.optimizer](groups, lr=config.lr)
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+def learning_rate(config: RunConfig, step: int, steps: int) -> float:
     """The factor of the learning rate at a step of ``steps``."""
     if config.schedule == "constant":
         return 1.0

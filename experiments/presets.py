@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.config import TrainConfig
-from experiments.data.registry import PYG
+from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig
 
-DIGITS = TrainConfig(
+DIGITS = ImageConfig(
     dataset="digits",
     k=1,
     hidden=96,
@@ -32,7 +31,7 @@ DIGITS = TrainConfig(
 92.3 ± 1.6, token choice 90.6 ± 0.7, multi-centroid 93.0 ± 1.1 % (results/digits.json).
 """
 
-CIFAR10 = TrainConfig(
+CIFAR10 = ImageConfig(
     dataset="cifar10",
     router="expert_choice",
     k=1,
@@ -48,8 +47,6 @@ CIFAR10 = TrainConfig(
     schedule="cosine",
     weight_decay=0.05,
     clip_norm=1.0,
-    eval_every=1,
-    checkpoint_every=1,
     check_finite=False,
 )
 """CIFAR-10 with crops and flips; a 6-block ViT, 128 wide, 4x4 patches, MLPs of 256, experts in every second block.
@@ -68,7 +65,7 @@ IMAGENETTE = replace(CIFAR10, dataset="imagenette", hidden=384, epochs=80, batch
 IMAGES = replace(CIFAR10, dataset="images")
 """A folder of the user's own: ``python -m experiments.train images --data-root DIR``."""
 
-DIGITS_GRAPH = TrainConfig(
+DIGITS_GRAPH = GraphConfig(
     dataset="digits-graph",
     router="expert_choice",
     undirected=False,
@@ -89,7 +86,7 @@ dense 98.6 ± 0.1, expert choice 97.9 ± 0.3 %; token choice 98.4 ± 0.4 %, but 
 seven of eight experts idle (results/digits-graph.json).
 """
 
-MOSAIC = TrainConfig(
+MOSAIC = GraphConfig(
     dataset="mosaic",
     conv=("sage",),
     undirected=False,
@@ -112,7 +109,7 @@ MOSAIC = TrainConfig(
 84.6 ± 1.9, k-means centroids with a shared router 94.4 ± 0.7, oracle 93.9 ± 0.2 % (results/mosaic.json).
 """
 
-CORA = TrainConfig(
+CORA = GraphConfig(
     dataset="cora",
     router_input=("node",),
     k=1,
@@ -143,7 +140,7 @@ CITESEER = replace(CORA, dataset="citeseer")
 PUBMED = replace(CORA, dataset="pubmed")
 """PubMed, public split; the recipe of Cora. It was run on made-up files only."""
 
-HETEROPHILOUS = TrainConfig(
+HETEROPHILOUS = GraphConfig(
     dataset="roman-empire",
     conv=("sage",),
     k=1,
@@ -166,7 +163,7 @@ HETEROPHILOUS = TrainConfig(
 1,000 steps; 10 fixed splits. The paper chooses 1 to 5 layers by validation and has GELU and feed-forward blocks; here
 are 5 layers, ReLU and linear residuals. They were run on made-up files only."""
 
-MINESWEEPER = TrainConfig(
+MINESWEEPER = GraphConfig(
     dataset="minesweeper",
     conv=("sage",),
     k=1,
@@ -187,7 +184,7 @@ MINESWEEPER = TrainConfig(
 """minesweeper, 10 fixed splits (seed s takes split s): 8 layers of 64, batch norm, residual; the tuned recipe (Luo et
 al., 2024) with fewer layers and epochs (300 for 2,000)."""
 
-SMALL = TrainConfig(
+SMALL = GraphConfig(
     dataset="amazon-photo",
     k=1,
     every=1,
@@ -203,7 +200,7 @@ SMALL = TrainConfig(
 )
 """Graphs without a recipe of their own: 2 layers of 64, dropout .5, lr .01, weight decay 5e-4. Not tuned."""
 
-ARXIV = TrainConfig(
+ARXIV = GraphConfig(
     dataset="ogbn-arxiv",
     k=1,
     every=1,
@@ -248,10 +245,24 @@ PRODUCTS_TUNED = replace(
 PROTEINS = replace(ARXIV, dataset="ogbn-proteins", norm=None, dropout=0.0, epochs=1000, eval_every=5)
 """ogbn-proteins, the OGB example's recipe: 3 layers of 256, 1,000 epochs; x is the mean of incident edge features."""
 
-MAG = replace(
-    ARXIV, dataset="ogbn-mag", conv=("sage",), hidden=64, layers=2, norm=None, epochs=50, seeds=tuple(range(10))
+MAG = HeteroConfig(
+    dataset="ogbn-mag",
+    k=1,
+    every=1,
+    router_input=("node", "neighbors"),
+    hidden=64,
+    layers=2,
+    residual="none",
+    dropout=0.5,
+    lr=0.01,
+    epochs=50,
+    batch_size=1024,
+    seeds=tuple(range(10)),
 )
 """ogbn-mag, the OGB example's recipe for R-GCN: 2 layers of 64, dropout .5, lr .01, 50 epochs, full-batch."""
+
+HETERO = replace(MAG, dataset="hetero", lr=0.01, epochs=100, seeds=(0, 1, 2))
+"""A heterogeneous graph of your own: ``python -m experiments.train hetero --data package.module:function``."""
 
 GRAPH = replace(SMALL, dataset="graph", conv=("sage",), dropout=0.2, weight_decay=0.0, seeds=(0, 1, 2))
 """A graph of the user's own: ``python -m experiments.train graph --data-root FILE.npz``."""
@@ -259,7 +270,7 @@ GRAPH = replace(SMALL, dataset="graph", conv=("sage",), dropout=0.2, weight_deca
 FACEBOOK = replace(GRAPH, data_root=Path("facebook.npz"), eval_every=5)
 """facebook: 22,470 pages, mutual likes, 4 classes, 10 stratified splits; a user's own graph."""
 
-PRESETS: dict[str, tuple[str, TrainConfig]] = {
+PRESETS: dict[str, tuple[str, RunConfig]] = {
     "digits": ("Handwritten digits (8x8) as images; a 4-block ViT.", DIGITS),
     "cifar10": ("CIFAR-10, from torchvision or as folders of JPEG; a 6-block ViT.", CIFAR10),
     "cifar100": ("CIFAR-100; a 6-block ViT.", CIFAR100),
@@ -268,6 +279,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "digits-graph": ("The same digits as nodes of a 10-nearest-neighbor graph; a 2-layer GCN.", DIGITS_GRAPH),
     "mosaic": ("8 planted regions, in each of which a neighbor's class means something else; a 2-layer SAGE.", MOSAIC),
     "graph": ("A graph of your own: --data-root FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv.", GRAPH),
+    "hetero": ("A heterogeneous graph of your own: --data package.module:function.", HETERO),
     "cora": ("Cora, public split; a 2-layer GCN.", CORA),
     "citeseer": ("CiteSeer, public split; a 2-layer GCN.", CITESEER),
     "pubmed": ("PubMed, public split; a 2-layer GCN.", PUBMED),
@@ -284,8 +296,18 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     },
     **{
         name: (f"{name}; a 2-layer GCN, not tuned.", replace(SMALL, dataset=name))
-        for name in PYG
-        if name.startswith(("amazon-c", "amazon-p", "coauthor", "wikics", "actor", "chameleon", "squirrel"))
+        for name in (
+            "amazon-computers",
+            "amazon-photo",
+            "coauthor-cs",
+            "coauthor-physics",
+            "wikics",
+            "actor",
+            "chameleon",
+            "chameleon-filtered",
+            "squirrel",
+            "squirrel-filtered",
+        )
     },
 }
 """What the command line offers: a line of help, and the configuration."""

@@ -14,9 +14,10 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from experiments.build import build_model
-from experiments.config import TrainConfig
+from experiments.config import RunConfig, restore
 from experiments.data import Split, Task, load_tasks
 from experiments.routing_stats import load_routings
+from experiments.runs import described
 from gmoe import Routing
 
 Rows = list[dict[str, float | None]]
@@ -54,7 +55,7 @@ class RunFolder:
 
     folder: Path
     name: str
-    config: TrainConfig
+    config: RunConfig
     science: dict[str, Any]
     summary: dict[str, Any]
     seeds: dict[int, SeedLog]
@@ -66,7 +67,7 @@ class RunFolder:
             ValueError: they are not those that the run was trained on, or broken.
             FileNotFoundError: they are not there.
         """
-        here = self.config.science().get("digest")
+        here = described(self.config).get("digest")
         there = self.science.get("digest")
         if here is None and there is not None:
             raise FileNotFoundError(f"{self.config.data_root}: has no data of {self.config.dataset}; give --data-root")
@@ -75,7 +76,7 @@ class RunFolder:
         return load_tasks(self.config)(seed)
 
 
-def load_model(folder: Path, config: TrainConfig, task: Task, seed: int) -> nn.Module:
+def load_model(folder: Path, config: RunConfig, task: Task, seed: int) -> nn.Module:
     """The model of a run with the weights that validation selected, ready to evaluate.
 
     Raises:
@@ -121,7 +122,7 @@ def _no_data(split: Split, batch_size: int, seed: int | None) -> NoReturn:
     raise RuntimeError("the data of this run were not loaded")
 
 
-def read_config(folder: Path, data_root: Path) -> TrainConfig:
+def read_config(folder: Path, data_root: Path) -> RunConfig:
     """config.json of a run.
 
     Raises:
@@ -131,7 +132,7 @@ def read_config(folder: Path, data_root: Path) -> TrainConfig:
         raise ValueError(f"{folder}: is no folder, expected that of a run")
     path = folder / "config.json"
     try:
-        return TrainConfig.restore(_json(path), data_root)
+        return restore(_json(path), data_root)
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from error
     except ValueError as error:
@@ -157,8 +158,9 @@ def read_run(folder: Path, data_root: Path) -> RunFolder:
     seeds = {}
     for seed in config.seeds:
         part = folder / f"seed-{seed}"
-        dense = config.router == "dense"
-        routings = [] if dense else load_routings(folder / "routing" / f"seed-{seed}.safetensors")
+        saved = folder / "routing" / f"seed-{seed}.safetensors"
+        dense = not saved.exists() and (config.router == "dense" or config.model is not None)
+        routings = [] if dense else load_routings(saved)
         seeds[seed] = SeedLog(
             metrics=_rows(part / "metrics.csv", config.epochs),
             routing=[] if dense else _rows(part / "routing.csv", config.epochs * len(routings)),

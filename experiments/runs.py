@@ -2,85 +2,140 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.build import try_model
-from experiments.config import TrainConfig
+from experiments.config import RunConfig
 from experiments.data import Task, load_tasks
-from experiments.loop import make_fabric, train_seed
+from experiments.digest import file_digest, images_digest
+from experiments.loggers import check_loggers
+from experiments.loop import make_fabric, prepare, train_seed
+from experiments.progress import Progress
 from gmoe.metrics import PER_EXPERT
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
-    """Train all seeds of a run, write its folder, and return its summary. A finished run is only read; to one of fewer
-    seeds, the others are added.
+def place(config: RunConfig) -> Path:
+    """The folder of a run: with ``resume`` the last of its name, else the first that is free, by number if need be."""
+    base = config.folder()
+    folders = (base if number == 1 else base.parent / f"{base.name}-{number}" for number in itertools.count(1))
+    taken = list(itertools.takewhile(_holds_something, folders))
+    if config.resume and taken:
+        return taken[-1]
+    return base.parent / f"{base.name}-{len(taken) + 1}" if taken else base
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
+
+
+IMAGE_FOLDERS = ("cifar10", "imagenette", "images")
+"""Image data that may be any files in folders; the others are the published ones, or refused."""
+
+
+def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Train all seeds of a run, write its folder, and return its summary.
+
+    What the folder holds of the same run is continued: a finished run is only read; to one of fewer seeds, the others
+    are added; one of fewer epochs goes on, which its configuration records as ``extended``, since the schedule is
+    recomputed and the run is not what it would have been in one go.
 
     Raises:
-        ValueError: the folder is not empty and ``resume`` is off, or it holds a run of another configuration.
+        ValueError: the folder holds a run of another configuration, or what is asked for cannot be run.
+        InterruptedRunError: SIGINT or SIGTERM in training; the folder holds what was trained.
     """
     folder = config.folder()
-    if folder.exists() and any(folder.iterdir()) and not config.resume:
-        raise ValueError(f"out: got {folder}, which is not empty; expected a new folder, or --resume to go on with it")
-    fewer_seeds = _same_run(folder / "config.json", config)
+    found = described(config)
+    extended = _same_run(folder / "config.json", config, found)
     finished = folder / "summary.json"
-    if finished.exists() and not fewer_seeds:
+    if finished.exists() and extended is None:
         summary: dict[str, Any] = json.loads(finished.read_text())
         return summary
+    if extended:
+        found["extended"] = extended
+    check_loggers(config.logger)
+    progress = progress or Progress(len(config.seeds) * config.epochs, config.progress)
+    results = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+        make_fabric(config)  # before data are read
         task_of = load_tasks(config)
-        make_fabric(config)
-        task = task_of(config.seeds[0])
-        try_model(config, task)  # refuses what cannot be run before anything is written
-        folder.mkdir(parents=True, exist_ok=True)
-        finished.unlink(missing_ok=True)  # before the configuration says that more seeds belong to it
-        write_json(folder / "config.json", config.science())
-        if task.kind == "image":
-            names = ("in_channels", "num_classes", "classes", "mean", "std")
-            write_json(folder / "images.json", {name: getattr(task, name) for name in names})
-        results = [_finished(config, task_of, seed, folder / f"seed-{seed}") for seed in config.seeds]
-    summary = summarize(config, results)
+        for seed in config.seeds:
+            part = folder / f"seed-{seed}"
+            result = part / "result.json"
+            before = json.loads(result.read_text()) if result.exists() else {}
+            if before and before.get("epochs", config.epochs) == config.epochs:
+                results.append(before)
+                progress.skip(config.epochs)
+                progress.finish(config.epochs)
+                continue
+            task = task_of(seed)
+            prepared = prepare(config, task, seed)  # refuses what cannot be run before anything is written
+            _begin(folder, found, task)
+            results.append(train_seed(config, task, seed, part, prepared, progress))
+            write_json(result, results[-1])
+    summary = summarize(found, results)
     write_json(finished, summary)
     return summary
 
 
-def _finished(config: TrainConfig, task_of: Callable[[int], Task], seed: int, part: Path) -> dict[str, Any]:
-    """The result of a seed, which is trained where it has none."""
-    result = part / "result.json"
-    if not result.exists():
-        write_json(result, train_seed(config, task_of(seed), seed, part))
-    found: dict[str, Any] = json.loads(result.read_text())
+def described(config: RunConfig) -> dict[str, Any]:
+    """The configuration as ``config.json`` holds it: what numbers depend on, and digests of files of the user's own."""
+    found = config.science()
+    if config.data is None and config.dataset == "graph":
+        found |= {"file": config.data_root.name, "digest": file_digest(config.data_root)}
+    if config.data is None and config.dataset in IMAGE_FOLDERS:
+        found["digest"] = images_digest(config.dataset, config.data_root)
     return found
 
 
-def _same_run(path: Path, config: TrainConfig) -> bool:
-    """Refuse a folder of another run; whether it holds this run with fewer seeds."""
+def _begin(folder: Path, found: dict[str, Any], task: Task) -> None:
+    """Write what a run is, before what it gives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)  # before the configuration says that there is more to it
+    write_json(folder / "config.json", found)
+    if task.kind == "image":
+        names = ("in_channels", "num_classes", "classes", "mean", "std")
+        write_json(folder / "images.json", {name: getattr(task, name) for name in names})
+
+
+def _same_run(path: Path, config: RunConfig, found: dict[str, Any]) -> list[dict[str, int]] | None:
+    """Refuse a folder of another run. Where there is something to do: how often it was given more epochs."""
     if not path.exists():
-        return False
-    differences = config.differences(json.loads(path.read_text()))
-    fewer_seeds = "seeds" in differences and set(differences["seeds"][0]) < set(config.seeds)
-    if fewer_seeds:
+        return []
+    there = json.loads(path.read_text())
+    differences = config.differences(there)
+    for name in ("file", "digest"):
+        if there.get(name) != found.get(name):
+            differences[name] = (there.get(name), found.get(name))
+    extended: list[dict[str, int]] = there.get("extended", [])
+    more = False
+    if "seeds" in differences and set(differences["seeds"][0]) < set(config.seeds):
         del differences["seeds"]
-    for name, (there, here) in sorted(differences.items()):
+        more = True
+    if "epochs" in differences and differences["epochs"][0] < config.epochs:
+        extended = [*extended, {"from": differences.pop("epochs")[0], "to": config.epochs}]
+        more = True
+    for name, (other, here) in sorted(differences.items()):
         raise ValueError(
-            f"out: {path.parent} holds a run with {name}={there!r}, expected {here!r}; choose another folder"
+            f"out: {path.parent} holds a run with {name}={other!r}, expected {here!r}; choose another folder"
         )
-    return fewer_seeds
+    if more or not (path.parent / "summary.json").exists():
+        return extended
+    return None
 
 
-def summarize(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(config: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean, sample standard deviation and n over the seeds, with all that is needed to repeat the run."""
     first = results[0]
     return {
@@ -103,7 +158,7 @@ def summarize(config: TrainConfig, results: list[dict[str, Any]]) -> dict[str, A
             "epoch": first["curve"]["epoch"],
             **{name: [result["curve"][name] for result in results] for name in ("loss", "val")},
         },
-        "config": config.science(),
+        "config": config,
         "environment": environment(),
     }
 

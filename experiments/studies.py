@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from experiments.config import RouterName, RouterOptions, TrainConfig
+from experiments.config import GraphConfig, RouterName, RouterOptions, RunConfig
 from experiments.presets import CIFAR10, CITESEER, CORA, DIGITS, DIGITS_GRAPH, FACEBOOK, MINESWEEPER, MOSAIC
 
 
@@ -22,7 +22,7 @@ class Variant:
 
     name: str
     label: str
-    config: TrainConfig
+    config: RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Study:
     chosen_on: tuple[int, ...] = ()
 
 
-def _baselines(base: TrainConfig, equal_to: RouterName, ks: tuple[int, ...]) -> Iterator[Variant]:
+def _baselines(base: RunConfig, equal_to: RouterName, ks: tuple[int, ...]) -> Iterator[Variant]:
     """Dense models: as wide as an expert, four times as wide, and at the cost of the MoE."""
     dense = replace(base, router="dense", options=RouterOptions())
     yield Variant(name="dense", label="dense", config=dense)
@@ -62,9 +62,10 @@ def _baselines(base: TrainConfig, equal_to: RouterName, ks: tuple[int, ...]) -> 
     )
 
 
-def _variant(base: TrainConfig, router: RouterName, note: str = "", slug: str = "", **changes: Any) -> Variant:
+def _variant(base: RunConfig, router: RouterName, note: str = "", slug: str = "", **changes: Any) -> Variant:
     config = replace(base, router=router, **changes)
-    shared, decision = ("shared", "shared router") if config.shared_router else ("layer", "router per layer")
+    is_shared = isinstance(config, GraphConfig) and config.shared_router
+    shared, decision = ("shared", "shared router") if is_shared else ("layer", "router per layer")
     parts = [router, *([shared] if base.dataset == "mosaic" and router not in ("uniform", "oracle") else [])]
     k = "" if router in ("uniform", "oracle") else f", K={config.k}"
     name = "-".join([*parts, *([f"k{config.k}"] if k else []), *([slug] if slug else [])]).replace("_", "-")
@@ -154,7 +155,7 @@ def _mosaic() -> Study:
     )
 
 
-def _digits(base: TrainConfig) -> Study:
+def _digits(base: RunConfig) -> Study:
     routers: tuple[RouterName, ...] = (
         "random",
         "uniform",
@@ -169,7 +170,7 @@ def _digits(base: TrainConfig) -> Study:
     )
 
 
-def _real(base: TrainConfig, about: str) -> Study:
+def _real(base: RunConfig, about: str) -> Study:
     """The same variants on every real graph, none of them tuned: recipe and width are the dense model's."""
     kmeans = {"options": RouterOptions(num_centroids=1), "kmeans_init": True}
     balanced = RouterOptions(balance="importance_load", balance_coef=0.1)
@@ -332,7 +333,7 @@ def _cifar10_claims() -> Study:
     once = replace(SMALL_VIT, seeds=(0,))
     deep = replace(SMALL_VIT, layers=12)
 
-    def dense(base: TrainConfig) -> TrainConfig:
+    def dense(base: RunConfig) -> RunConfig:
         return replace(base, router="dense", equal="flops", equal_to="expert_choice")
 
     one = RouterOptions(num_centroids=1, choice="experts")

@@ -1,34 +1,93 @@
 """Train a preset: ``python -m experiments.train PRESET [options]``.
 
     python -m experiments.train digits-graph --router expert_choice --experts 8 --k 1 --seeds 0 1 2
+    python -m experiments.train graph --data-root FILE.npz
+    python -m experiments.train --config runs/digits-graph-expert_choice/config.json --seeds 3
 
 Writes a run folder (config.json, seed-N/metrics.csv, seed-N/checkpoint/, routing/, summary.json), prints the summary.
+Ctrl-C keeps what was trained, and says how to continue.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.config import TrainConfig
+from experiments.config import RunConfig, restore
 from experiments.presets import PRESETS
-from experiments.runs import run
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+PROG = "python -m experiments.train"
 
 
-def parse(args: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration from the command line: a preset, and what is changed of it."""
-    return tyro.extras.overridable_config_cli(PRESETS, args=args, prog="python -m experiments.train")
+def parse(args: Sequence[str] | None = None) -> RunConfig:
+    """The configuration from the command line: a preset, a file, and what is changed of them.
+
+    Raises:
+        ValueError: the file of ``--config`` cannot be read, or is of another preset.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    file, args = _take(args, "--config")
+    if file is None:
+        description = __doc__.partition("\n\n    ")[0] + "\n\n--config FILE begins with the options of a JSON file."
+        return tyro.extras.overridable_config_cli(PRESETS, args=args, prog=PROG, description=description)
+    preset = args.pop(0) if args and args[0] in PRESETS else None
+    base = read_config_file(Path(file), preset)
+    return tyro.cli(type(base), default=base, args=args, prog=f"{PROG} --config {file}")
 
 
-def show(config: TrainConfig, summary: dict[str, Any], console: Console) -> None:
+def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of an option, and the arguments without it."""
+    for place, arg in enumerate(args):
+        if arg == option and place + 1 < len(args):
+            return args[place + 1], args[:place] + args[place + 2 :]
+        if arg.startswith(f"{option}="):
+            return arg.partition("=")[2], args[:place] + args[place + 1 :]
+    return None, args
+
+
+def read_config_file(path: Path, preset: str | None) -> RunConfig:
+    """What a JSON file says, on top of a preset where there is one; a run's own ``config.json`` is such a file.
+
+    Raises:
+        ValueError: it cannot be read, or holds what is no option.
+    """
+    try:
+        given = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config: {path} cannot be read ({error})") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"config: {path} holds a {type(given).__name__}, expected an object of options")
+    base: dict[str, Any] = {}
+    if preset is not None:
+        base = PRESETS[preset][1].science()
+        if given.get("dataset", base["dataset"]) != base["dataset"]:
+            raise ValueError(f"config: {path} is of {given['dataset']}, expected {base['dataset']}, as {preset}")
+    where = {name: Path(given.pop(name)) for name in ("data_root", "out") if given.get(name) is not None}
+    given.pop("extended", None)
+    name = where.get("data_root", PRESETS[preset][1].data_root if preset else Path("data"))
+    config = restore(base | given, name)
+    names = {option.name for option in fields(config)}
+    return replace(config, **{name: value for name, value in where.items() if name == "out" and name in names})
+
+
+def show(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
     """Print a summary as a table."""
-    table = Table(title=f"{config.dataset}, {config.router}")
+    table = Table(title=config.folder().name)
     for column in ("", "mean", "std", "n"):
         table.add_column(column, justify="left" if not column else "right")
     for name in ("val", "test"):
@@ -50,17 +109,48 @@ def show(config: TrainConfig, summary: dict[str, Any], console: Console) -> None
         f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed, {summary['peak_memory']:,} MiB at most; "
         f"written to {config.folder()}"
     )
+    for part in summary["config"].get("extended", []):
+        console.print(f"extended from {part['from']} to {part['to']} epochs: not what one run of them would be")
+
+
+def resume_command(config: RunConfig, args: Sequence[str]) -> str:
+    """What continues the run that ``args`` began."""
+    _, rest = _take([arg for arg in args if arg != "--resume"], "--out")
+    return f"{PROG} {shlex.join([*rest, '--out', str(config.folder()), '--resume'])}"
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
-    console = Console()
+    args = list(sys.argv[1:] if args is None else args)
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
     try:
         config = parse(args)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"WORLD_SIZE: got {os.environ['WORLD_SIZE']} processes, expected one; {config.dataset} is "
+                             "trained by a single process")  # fmt: skip
+        from experiments.checkpoint import InterruptedRunError  # and so torch, which --help does without
+        from experiments.runs import place, run
+    except (ValueError, OSError) as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(2)
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise InterruptedRunError(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    config = replace(config, out=place(config))
+    try:
         summary = run(config)
     except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
+    except (KeyboardInterrupt, InterruptedRunError) as stopped:
+        kept = (config.folder() / "config.json").exists()
+        then = f"continue with: {resume_command(config, args)}" if kept else "nothing was trained yet"
+        errors.print(f"stopped; {escape(then)}", highlight=False)
+        sys.exit(128 + (stopped.number if isinstance(stopped, InterruptedRunError) else signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     show(config, summary, console)
 
 

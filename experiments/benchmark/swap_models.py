@@ -24,7 +24,7 @@ from torchmetrics import Metric
 
 import gmoe
 from experiments.build import build_model, init_centroids
-from experiments.config import RouterOptions, TrainConfig
+from experiments.config import GraphConfig, ImageConfig, RouterOptions
 from experiments.data import load_tasks
 from experiments.data.graph_data import GraphData, Split, Splits
 from experiments.data.registry import PYG, load_graph
@@ -391,7 +391,7 @@ DEFAULTS = RouterOptions(weight="score", balance="bias")
 """gmoe's, which a configuration of this project pins to older ones where they are not given."""
 
 
-def configured(config: TrainConfig, where: Where) -> Callable[[int], Problem]:
+def configured(config: GraphConfig, where: Where) -> Callable[[int], Problem]:
     """A GNNMoE of this project's presets on one whole graph, on plain edges; ``dense`` is the same with plain convs."""
     config = replace(config, adjacency="edge_index", shared_expert=True, dense_start=True, check_finite=False)
     root = where.data_root / "heterophilous" if config.dataset in PYG else where.data_root
@@ -444,7 +444,7 @@ def configured(config: TrainConfig, where: Where) -> Callable[[int], Problem]:
     return problem
 
 
-def images(config: TrainConfig, where: Where) -> Callable[[int], Problem]:
+def images(config: ImageConfig, where: Where) -> Callable[[int], Problem]:
     """A dense ViT, or the same through :func:`gmoe.moefy`, in the loop that trains all of this project's runs."""
     config = replace(config, data_root=where.data_root, offline=where.offline, epochs=where.epochs or config.epochs)
     config = replace(config, progress=False, device=where.device.type)

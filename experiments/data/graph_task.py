@@ -18,7 +18,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.transforms import AddRemainingSelfLoops, ToUndirected
 from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
 
-from experiments.config import TrainConfig
+from experiments.config import GraphConfig, HeteroConfig
 from experiments.data.graph_data import GraphData, Split, task_loss
 from experiments.data.task import Batch, Loader, Task
 from gmoe.conv.kinds import factory_of
@@ -30,7 +30,7 @@ NORMALIZED = CSR_CONVS - {"sage", "graph", "gin", "mlp", "identity"}
 """Those of them that add self-loops: in a matrix also where there are some, in ``edge_index`` only where not."""
 
 
-def transformed(graph: GraphData, config: TrainConfig) -> Data | HeteroData:
+def transformed(graph: GraphData, config: GraphConfig | HeteroConfig) -> Data | HeteroData:
     """The graph with the edges that the run asks for: both directions, self-loops.
 
     An edge that is there in both directions, or several times, gets the mean of its weights and features; a new
@@ -47,7 +47,7 @@ def transformed(graph: GraphData, config: TrainConfig) -> Data | HeteroData:
     return data
 
 
-def weighs_edges(config: TrainConfig) -> list[bool]:
+def weighs_edges(config: GraphConfig) -> list[bool]:
     """Whether each kind of conv of the run takes edge weights.
 
     Raises:
@@ -57,7 +57,7 @@ def weighs_edges(config: TrainConfig) -> list[bool]:
     return ["edge_weight" in inspect.signature(conv_class(kind).forward).parameters for kind in kinds]
 
 
-def uses_csr(config: TrainConfig, data: Data) -> bool:
+def uses_csr(config: GraphConfig, data: Data) -> bool:
     """Whether the whole graph is given as a sparse matrix; see ``--adjacency``.
 
     Raises:
@@ -84,7 +84,7 @@ def label_rows(y: Tensor, num_outputs: int) -> Tensor:
     return y if y.dim() == 2 else F.one_hot(y, num_outputs)
 
 
-def graph_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, seed: int) -> Task:
+def graph_task(graph: GraphData, data: Data | HeteroData, config: GraphConfig, seed: int) -> Task:
     """Node classification on the split of a seed.
 
     Args:
@@ -210,7 +210,7 @@ def conv_class(kind: str) -> type[MessagePassing]:
     return found
 
 
-def _seen(graph: GraphData, data: Data, config: TrainConfig) -> Data:
+def _seen(graph: GraphData, data: Data, config: GraphConfig) -> Data:
     """The graph with what the models are to see, and nothing else."""
     seen = Data(x=data.x, edge_index=data.edge_index, y=data.y)
     if data.edge_weight is not None:

@@ -8,29 +8,16 @@ from typing import Any
 import torch
 from torch_geometric.data import Data, HeteroData
 
-from experiments.config import TrainConfig
+from experiments.config import HeteroConfig
 from experiments.data.graph_data import GraphData, Split, task_loss
 from experiments.data.task import Batch, Task
 from gmoe.data.loader import neighbor_loader
 
 
-def hetero_task(graph: GraphData, data: Data | HeteroData, config: TrainConfig, seed: int) -> Task:
-    """Classification of the nodes of one type.
-
-    Raises:
-        ValueError: an option that only graphs of one type have.
-    """
+def hetero_task(graph: GraphData, data: Data | HeteroData, config: HeteroConfig, seed: int) -> Task:
+    """Classification of the nodes of one type."""
     assert isinstance(data, HeteroData)
     assert graph.target is not None
-    for name, value, legal in (
-        ("sampling", config.sampling, ("full", "neighbor")),
-        ("evaluation", config.evaluation, ("full", "sampled")),
-        ("label_reuse", config.label_reuse, (0.0,)),
-        ("edge_features", config.edge_features, (False,)),
-        ("adjacency", config.adjacency, ("auto", "edge_index")),
-    ):
-        if value not in legal:
-            raise ValueError(f"{name}: got {value!r} for {graph.name}, expected one of {', '.join(map(repr, legal))}")
     target, split = graph.target, graph.splits(seed)
     whole: tuple[Any, ...] = (data.collect("x"), data.edge_index_dict)
     if config.sampling == "neighbor":  # once, not in every epoch

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from experiments.config import TrainConfig
+from experiments.config import ImageConfig
 from experiments.data.graph_data import Split
 from experiments.data.task import Batch, Task, image_task
 from vision.augment import make_augment, make_mix
@@ -14,7 +14,7 @@ from vision.batches import batches
 from vision.images import load_images, split_train_val
 
 
-def images(config: TrainConfig) -> Task:
+def images(config: ImageConfig) -> Task:
     """``cifar10``, ``cifar100``, ``imagenette``, or ``images``, a folder of the user's own; see ``load_images``.
 
     Validation is a part of the training images (``--val-share``, ``--split-seed``); the test images are read once.

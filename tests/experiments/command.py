@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,18 @@ def quick(out: Path, *args: str, preset: str = "digits-graph", seeds: str = "0")
     return summary
 
 
-def quick_until(epochs: int, monkeypatch: pytest.MonkeyPatch, out: Path, *args: str, **how: str) -> None:
-    """Like :func:`quick`, cut off after so many epochs."""
-    train_epoch = Training.train_epoch
-    done: list[int] = []
+def quick_until(steps: int, monkeypatch: pytest.MonkeyPatch, out: Path, *args: str, **how: str) -> None:
+    """Like :func:`quick`, stopped by SIGTERM in a step, which is finished and saved."""
+    step, done = Training.step, list[int]()
 
-    def cut(*arguments: Any) -> Any:
-        if len(done) == epochs:
-            raise KeyboardInterrupt
+    def signalled(*arguments: Any) -> None:
         done.append(1)
-        return train_epoch(*arguments)
+        if len(done) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "train_epoch", cut)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(Training, "step", signalled)
+        with pytest.raises(SystemExit) as stop:
             quick(out, *args, **how)
+    assert stop.value.code == 128 + signal.SIGTERM

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from experiments.build import build_model
-from experiments.config import TrainConfig
+from experiments.config import GraphConfig
 from experiments.data import Task
 from experiments.data.graph_data import GraphData, Split, Splits, make_metric
 from experiments.data.graph_task import graph_task, transformed
@@ -50,22 +50,22 @@ def make_graph(weights: bool = False, attr: bool = False, binary: bool = False, 
     )  # fmt: skip
 
 
-def make_config(**changes: Any) -> TrainConfig:
+def make_config(**changes: Any) -> GraphConfig:
     defaults: dict[str, Any] = {
         "dataset": "made", "conv": ("sage",), "hidden": 6, "experts": 2, "batch_size": 7,
         "undirected": False,
     }  # fmt: skip
     if changes.get("sampling") == "neighbor":
         defaults["fanout"] = (3, 3)
-    return TrainConfig(**(defaults | changes))
+    return GraphConfig(**(defaults | changes))
 
 
-def make_task(config: TrainConfig, graph: GraphData | None = None) -> Task:
+def make_task(config: GraphConfig, graph: GraphData | None = None) -> Task:
     graph = make_graph() if graph is None else graph
     return graph_task(graph, transformed(graph, config), config, 0)
 
 
-def model_of(config: TrainConfig, task: Task) -> nn.Module:
+def model_of(config: GraphConfig, task: Task) -> nn.Module:
     torch.manual_seed(0)
     return build_model(config, task).double().eval()
 
@@ -75,7 +75,7 @@ def double(value: Any) -> Any:
 
 
 @torch.no_grad()
-def logits_of(config: TrainConfig, task: Task, part: Split = "val") -> Tensor:
+def logits_of(config: GraphConfig, task: Task, part: Split = "val") -> Tensor:
     """(N, classes) of the whole graph; the model follows from the configuration alone."""
     (batch,) = task.loader(part, config.batch_size, None)
     logits: Tensor = model_of(config, task)(*map(double, batch.inputs))

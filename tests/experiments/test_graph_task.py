@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from experiments.config import TrainConfig
+from experiments.config import GraphConfig
 from experiments.data import Task
 from experiments.data.graph_data import GraphData, Split
 from experiments.loop import set_up
@@ -102,7 +102,7 @@ def test_layers_that_are_not_as_many_as_hops_are_not_trimmed() -> None:
         assert {len(batch.inputs) for batch in make_task(config, make_graph()).loader(part, 7, 1)} == {2}
 
 
-def make_sampled(task: Task, config: TrainConfig, graph: GraphData, part: Split) -> Any:
+def make_sampled(task: Task, config: GraphConfig, graph: GraphData, part: Split) -> Any:
     return make_task(replace(config, evaluation="sampled"), graph).loader(part, 7, None)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_geometric.data import HeteroData
 
 from experiments.build import build_model
-from experiments.config import TrainConfig
+from experiments.config import HeteroConfig
 from experiments.data.graph_data import GraphData, Split
 from experiments.data.graph_task import transformed
 from experiments.data.hetero_task import hetero_task
@@ -35,16 +35,16 @@ def mag(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
     return graph
 
 
-def make_config(**changes: Any) -> TrainConfig:
+def make_config(**changes: Any) -> HeteroConfig:
     defaults: dict[str, Any] = {
         "dataset": "ogbn-mag", "conv": ("sage",), "hidden": 8, "experts": 2, "batch_size": 16,
     }  # fmt: skip
     if changes.get("sampling") == "neighbor":
         defaults["fanout"] = (3, 3)
-    return TrainConfig(**(defaults | changes))
+    return HeteroConfig(**(defaults | changes))
 
 
-def make_task(mag: GraphData, config: TrainConfig) -> Task:
+def make_task(mag: GraphData, config: HeteroConfig) -> Task:
     return hetero_task(mag, transformed(mag, config), config, 0)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from experiments.build import ScaledMLP, build_model, build_twin, init_centroids
-from experiments.config import TrainConfig
+from experiments.config import ImageConfig
 from experiments.data import load_tasks
 from experiments.digest import images_digest
 from experiments.presets import PRESETS
@@ -47,7 +47,7 @@ def test_every_preset_runs_on_tiny_files(preset: str, tmp_path: Path, monkeypatc
 
 
 def folder_task(root: Path, **changes: Any) -> Any:
-    return load_tasks(TrainConfig(dataset="images", data_root=root, **changes))(0)
+    return load_tasks(ImageConfig(dataset="images", data_root=root, **changes))(0)
 
 
 def test_a_folder_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +164,7 @@ def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
     root = write_images(tmp_path / "data")
     sizes: dict[str, Any] = {"layers": 3, "patch": 4, "dim": 8, "vit_heads": 2, "hidden": 8, "experts": 2}
-    config = TrainConfig(dataset="images", data_root=root, router="dense", every=2, **sizes)
+    config = ImageConfig(dataset="images", data_root=root, router="dense", every=2, **sizes)
     task = load_tasks(config)(0)
     images = torch.randn(2, 3, 8, 8)
     plain, scaled = (fresh(replace(config, mlp_scale=scale), task) for scale in (1.0, 0.25))
@@ -180,7 +180,7 @@ def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["matched"] == pytest.approx(1, abs=0.2)
 
 
-def fresh(config: TrainConfig, task: Any) -> Any:
+def fresh(config: ImageConfig, task: Any) -> Any:
     torch.manual_seed(0)
     model: Any = build_model(config, task)
     torch.manual_seed(0)

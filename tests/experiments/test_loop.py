@@ -14,14 +14,12 @@ from typing import Any, Literal
 import pytest
 import torch
 from lightning_fabric import Fabric
-from safetensors.torch import load_file
 
 from experiments.build import build_model, matched_ratio
 from experiments.data import load_tasks
-from experiments.loop import Training, learning_rate, set_up
+from experiments.loop import learning_rate, set_up
 from experiments.presets import DIGITS, DIGITS_GRAPH
 from experiments.train import main
-from tests.vision.made_images import write_images
 
 SMALL = replace(DIGITS, layers=2, hidden=8, experts=2, batch_size=300, epochs=2, progress=False)
 
@@ -125,36 +123,6 @@ def test_losses_are_logged_layer_by_layer(tmp_path: Path) -> None:
     assert summary["curve"]["loss"][0] == pytest.approx([float(row["loss"]) for row in rows], abs=1e-5)
 
 
-AUGMENTED = ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--batch-size", "8"]
-AUGMENTED += ["--augment", "randaugment", "--mixup", "0.5", "--cutmix", "0.5", "--dropout", "0.1", "--noise", "True"]
-
-
-@pytest.mark.parametrize("preset", ["digits", "images"])
-def test_resume_with_a_moving_average(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = [preset, "--epochs", "3", "--seeds", "0", "--no-progress", "--ema", "0.9", "--checkpoint-every", "1"]
-    if preset == "images":
-        args += ["--router", "token_choice", *AUGMENTED, "--data-root", str(write_images(tmp_path / "data"))]
-    main([*args, "--out", str(tmp_path / "whole")])
-    train_epoch, done = Training.train_epoch, list[int]()
-
-    def cut(*arguments: Any) -> Any:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(1)
-        return train_epoch(*arguments)
-
-    monkeypatch.setattr(Training, "train_epoch", cut)
-    with pytest.raises(KeyboardInterrupt):
-        main([*args, "--out", str(tmp_path / "cut")])
-    monkeypatch.setattr(Training, "train_epoch", train_epoch)
-    main([*args, "--out", str(tmp_path / "cut"), "--resume"])
-    whole, resumed = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut"))
-    assert whole["curve"] == resumed["curve"]
-    assert whole["test"] == resumed["test"]
-    weights = [load_file(tmp_path / name / "seed-0" / "checkpoint" / "best.safetensors") for name in ("whole", "cut")]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-
-
 @pytest.mark.slow
 def test_compiled_training_gives_the_same_curve(tmp_path: Path) -> None:
     args = ["digits", "--epochs", "2", "--seeds", "0", "--layers", "2", "--no-progress", "--no-check-finite"]
@@ -167,9 +135,7 @@ def test_compiled_training_gives_the_same_curve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "args", "message"),
     [
-        ("digits", ["--conv", "gat"], "conv: got ('gat',) for digits"),
         ("digits", ["--augment", "standard"], "augment: got 'standard' for digits"),
-        ("digits-graph", ["--patch", "4"], "patch: got 4 for digits-graph"),
         ("digits", ["--moe-blocks", "1", "--router", "dense"], "moe_blocks: got (1,) with router='dense'"),
         ("digits", ["--moe-blocks", "0", "9"], "blocks: got (0, 9), expected some of -4 to 3"),
         ("digits", ["--ema", "1.0"], "ema: got 1.0, expected a number in [0, 1)"),
@@ -204,4 +170,12 @@ def test_older_runs_had_the_defaults() -> None:
     del there["ema"], there["shared_router"]
     assert replace(DIGITS_GRAPH).differences(there) == {}
     assert replace(DIGITS_GRAPH, ema=0.5).differences(there) == {"ema": (0.0, 0.5)}
-    assert replace(DIGITS_GRAPH).differences(there | {"k": 2, "gone": 1}) == {"k": (2, 1), "gone": (1, None)}
+    assert replace(DIGITS_GRAPH).differences(there | {"k": 2, "patch": None}) == {"k": (2, 1)}
+
+
+@pytest.mark.parametrize(("preset", "option"), [("digits", "--conv"), ("digits", "--tie-routers"), ("cora", "--patch")])
+def test_options_of_other_data_are_unknown(preset: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([preset, option, "1"])
+    captured = capsys.readouterr()
+    assert "Unrecognized options" in captured.err + captured.out

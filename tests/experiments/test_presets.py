@@ -16,13 +16,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import gmoe
 from experiments import build
-from experiments.config import RouterName, TrainConfig
+from experiments.config import HeteroConfig, ImageConfig, RouterName, RunConfig
 from experiments.data.task import Task
 from experiments.presets import PRESETS
 from experiments.studies import STUDIES
 from gmoe import Router
 
-RUNS: dict[str, TrainConfig] = {name: config for name, (_, config) in PRESETS.items()} | {
+RUNS: dict[str, RunConfig] = {name: config for name, (_, config) in PRESETS.items()} | {
     f"{name}/{variant.name}": variant.config for name, study in STUDIES.items() for variant in study.variants
 }
 RUNS |= {
@@ -34,11 +34,11 @@ EXPECTED = json.loads((Path(__file__).parent / "resolved.json").read_text())
 """Arguments of the models and their routers: ``common`` by class and by router, and what a run has in its place."""
 
 
-def task_of(config: TrainConfig) -> Task:
+def task_of(config: RunConfig) -> Task:
     """Data of the right kind, of which only sizes are known."""
-    images = config.dataset in ("digits", "cifar10", "cifar100", "imagenette", "images")
+    images = isinstance(config, ImageConfig)
     graph = None
-    if config.dataset == "ogbn-mag":
+    if isinstance(config, HeteroConfig):
         graph = HeteroData({"paper": {"x": torch.zeros(2, 5)}})
         graph["paper", "cites", "paper"].edge_index = torch.zeros(2, 1, dtype=torch.long)
     return Task(
@@ -55,9 +55,10 @@ def task_of(config: TrainConfig) -> Task:
     )
 
 
-def calls(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, inspect.BoundArguments]:
+def calls(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, inspect.BoundArguments]:
     """The arguments with which the model of a run, and a router of it, are built, by class."""
-    config = replace(config, mlp_scale=1.0)
+    if isinstance(config, ImageConfig):
+        config = replace(config, mlp_scale=1.0)
     if config.equal is not None:  # of a dense model that is matched, those of the MoE that it is matched to
         config = replace(config, router=config.equal_to, equal=None)
     found: dict[str, inspect.BoundArguments] = {}
@@ -71,7 +72,7 @@ def calls(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, ins
 
     with monkeypatch.context() as patch:
         for name in ("GNNMoE", "HeteroGNNMoE", "ViTMoE"):
-            patch.setattr(build, name, record(getattr(build, name)))
+            patch.setattr(gmoe, name, record(getattr(gmoe, name)))
         build.build_model(config, task_of(config))
     ((_, call),) = found.items()
     router, kwargs = call.arguments.pop("router"), call.arguments.pop("router_kwargs") or {}
@@ -84,7 +85,7 @@ def calls(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, ins
     return found
 
 
-def resolve(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+def resolve(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     """The arguments of :func:`calls` with the defaults of the library filled in."""
     found: dict[str, dict[str, Any]] = {}
     for name, call in calls(config, monkeypatch).items():

@@ -1,8 +1,15 @@
-"""Going on with a run that was cut off, or that has fewer seeds."""
+"""Stopping a run at any moment, continuing it, and what a folder that is taken means."""
 
 from __future__ import annotations
 
 import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,52 +18,189 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.checkpoint import Log
-from experiments.config import TrainConfig
+from experiments.config import RunConfig
 from experiments.data import Task
-from experiments.loop import train_seed
+from experiments.loop import Training, train_seed
 from experiments.run_folder import read_run
-from tests.experiments.command import quick, quick_until
+from experiments.train import main, parse
+from tests.experiments.command import QUICK, quick, quick_until
+from tests.vision.made_images import write_images
+
+TINY = ("--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--batch-size", "8")
+AUGMENTED = ("--augment", "randaugment", "--mixup", "0.5", "--cutmix", "0.5", "--dropout", "0.1", "--noise", "True")
+SAMPLED = ("--sampling", "neighbor", "--fanout", "4", "3", "--evaluation", "sampled", "--eval-every", "2")
+RUNS: dict[str, tuple[str, ...]] = {
+    "graph": ("digits-graph", "--router", "token_choice", "--dropout", "0.2", "--noise", "True"),
+    "threshold": ("digits-graph", "--router", "expert_choice", "--inference", "threshold", "--schedule", "cosine"),
+    "neighbors": ("digits-graph", *SAMPLED, "--batch-size", "300", "--dropout", "0.2", "--balance", "importance_load",
+                  "--router", "token_choice"),
+    "parts": ("digits-graph", "--sampling", "random_node", "--batch-size", "300", "--evaluation", "sampled"),
+    "images": ("digits", "--router", "token_choice", "--balance", "bias", "--dropout", "0.1", "--batch-size", "200"),
+    "average": ("digits", "--ema", "0.9", "--batch-size", "200", "--optimizer", "adam", "--clip-norm", "1"),
+    "folder": ("images", "--router", "token_choice", *TINY, *AUGMENTED),
+}  # fmt: skip
+"""One batch an epoch (graph, threshold), or several; everything that draws or remembers."""
 
 
-@pytest.mark.parametrize("preset", ["digits-graph", "digits"])
-def test_resume_after_a_cut_equals_a_run_in_one_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+def rows(folder: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
+    """Of a log, without the clock."""
+    with (folder / "seed-0" / name).open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same(whole: Path, resumed: Path) -> None:
+    """Curves, logs, results and weights of two run folders."""
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, resumed)]
+    for name in ("val", "test", "best_epoch", "curve", "routing", "config"):
+        assert summaries[0][name] == summaries[1][name], name
+    assert rows(whole) == rows(resumed)
+    assert rows(whole, "routing.csv") == rows(resumed, "routing.csv")
+    weights = [load_file(folder / "seed-0" / "checkpoint" / "best.safetensors") for folder in (whole, resumed)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_stopped_three_times_equals_one_in_one_go(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ("--router", "token_choice", "--dropout", "0.2", "--checkpoint-every", "1")
+    preset, *args = RUNS[name]
+    if preset == "images":
+        args += ["--data-root", str(write_images(tmp_path / "data"))]
     whole = quick(tmp_path / "whole", *args, preset=preset)
-    quick_until(2, monkeypatch, tmp_path / "cut", *args, preset=preset)
+    several = whole["steps"] > 1
+    if several:
+        assert whole["steps"] > 2
+    quick_until(1, monkeypatch, tmp_path / "cut", *args, preset=preset)
+    for steps in (1, whole["steps"]):  # inside an epoch, and over its end
+        quick_until(steps, monkeypatch, tmp_path / "cut", *args, "--resume", preset=preset)
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"continue with: python -m experiments.train {preset}" in error
+    assert error.endswith(f"--out {tmp_path / 'cut'} --resume")
+    if not several:
+        assert len(rows(tmp_path / "cut")) == 2
     log = tmp_path / "cut" / "seed-0" / "metrics.csv"
-    log.write_text(log.read_text() + "2,9,9,9,9,9\n")  # an epoch behind the checkpoint
-    resumed = quick(tmp_path / "cut", *args, "--resume", preset=preset)
-    assert resumed["val"]["values"] == whole["val"]["values"]
-    assert resumed["test"]["values"] == whole["test"]["values"]
-    weights = [load_file(tmp_path / name / "seed-0" / "checkpoint" / "best.safetensors") for name in ("whole", "cut")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    with log.open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
-    assert rows[-1]["loss"] != "9"
+    log.write_text(log.read_text() + "2,9,9")  # half a row behind the checkpoint, as of a process that was killed
+    quick(tmp_path / "cut", *args, "--resume", preset=preset)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("sampling", ["neighbor", "random_node"])
-def test_resume_with_sampled_batches(sampling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = (
-        "--sampling", sampling, "--batch-size", "300", "--dropout", "0.2",
-        "--checkpoint-every", "1", "--eval-every", "2", "--evaluation", "sampled", "--epochs", "5",
-        *(("--fanout", "4", "3") if sampling == "neighbor" else ()),
-    )  # fmt: skip
-    whole = quick(tmp_path / "whole", *args)
-    quick_until(3, monkeypatch, tmp_path / "cut", *args)
-    resumed = quick(tmp_path / "cut", *args, "--resume")
-    for name in ("val", "test", "best_epoch"):
-        assert resumed[name]["values"] == whole[name]["values"]
-    logs = []
-    for name in ("whole", "cut"):
-        with (tmp_path / name / "seed-0" / "metrics.csv").open() as file:
-            logs.append([(row["epoch"], row["loss"], row["val"]) for row in csv.DictReader(file)])
-    assert logs[0] == logs[1]
-    assert [bool(val) for _, _, val in logs[0]] == [False, True, False, True, True]  # the last epoch too
-    assert whole["best_epoch"]["values"][0] in (1, 3, 4)
+def test_a_killed_run_has_lost_a_minute_at_most(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    args = ["digits", *QUICK, "--seeds", "0", "--batch-size", "100"]
+    code = (
+        "import experiments.checkpoint, experiments.train; experiments.checkpoint.SECONDS = 0; experiments.train.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, *args, "--out", str(tmp_path / "cut")], cwd=root)
+    state = tmp_path / "cut" / "seed-0" / "checkpoint" / "state.ckpt"
+    give_up = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert state.exists()
+    main([*args, "--out", str(tmp_path / "cut"), "--resume"])
+    main([*args, "--out", str(tmp_path / "whole")])
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Training.step
+
+    def signalled(*arguments: Any) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        step(*arguments)
+        raise AssertionError("the second signal waited")
+
+    monkeypatch.setattr(Training, "step", signalled)
+    with pytest.raises(SystemExit) as stop:
+        quick(tmp_path / "run")
+    assert stop.value.code == 128 + signal.SIGINT
+
+
+def test_what_is_printed_continues_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["digits-graph", *QUICK, "--seeds", "0", "--lr", "0.02"])
+    args = ["digits-graph", *QUICK, "--seeds", "0", "--lr", "0.02", "--out=a folder/b"]
+    step = Training.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "step", lambda *rest: (os.kill(os.getpid(), signal.SIGINT), step(*rest)))
+        with pytest.raises(SystemExit):
+            main(args)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "continue with" in line)
+    main(shlex.split(line.partition("experiments.train ")[2]))
+    assert_same(tmp_path / "runs" / "digits-graph-expert_choice", tmp_path / "a folder" / "b")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_may_go_on_for_more_epochs(finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("--schedule", "cosine", "--router", "token_choice")
+    if finished:
+        first = quick(tmp_path / "run", *args)
+    else:
+        quick_until(2, monkeypatch, tmp_path / "run", *args)
+    before = rows(tmp_path / "run")
+    summary = quick(tmp_path / "run", *args, "--resume", "--epochs", "5")
+    assert summary["config"]["extended"] == [{"from": 3, "to": 5}]
+    assert summary["config"]["epochs"] == 5
+    after = rows(tmp_path / "run")
+    assert [row["epoch"] for row in after] == ["0", "1", "2", "3", "4"]
+    assert after[: len(before)] == before
+    whole = quick(tmp_path / "whole", *args, "--epochs", "5")
+    assert "extended" not in whole["config"]
+    assert after[-1]["lr"] == rows(tmp_path / "whole")[-1]["lr"]  # the schedule of five
+    if finished:
+        assert summary["val"]["mean"] >= first["val"]["mean"]
+    again = quick(tmp_path / "run", *args, "--resume", "--epochs", "5")
+    assert again == summary
+    with pytest.raises(SystemExit):
+        quick(tmp_path / "run", *args, "--resume", "--epochs", "4")
+
+
+def test_the_same_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["digits-graph", *QUICK, "--seeds", "0", "--epochs", "1"]
+    for _ in range(3):
+        main(args)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "digits-graph-expert_choice",
+        "digits-graph-expert_choice-2",
+        "digits-graph-expert_choice-3",
+    ]
+    main([*args, "--resume"])  # the last of them, which is finished
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_processes_that_would_train_the_same_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        quick(tmp_path / "run")
+    assert stop.value.code == 2
+    assert "WORLD_SIZE: got 2 processes, expected one; digits-graph" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = quick(tmp_path / "run", "--router", "token_choice", "--lr", "0.02")
+    own = str(tmp_path / "run" / "config.json")
+    assert quick(tmp_path / "same", "--config", own)["test"] == first["test"]
+    assert parse(["--config", own, "--k", "2"]).k == 2
+    partial = tmp_path / "partial.json"
+    partial.write_text('{"lr": 0.03, "seeds": [4, 5], "options": {"balance": "switch"}}')
+    config = parse(["digits", f"--config={partial}", "--epochs", "7"])
+    assert (config.lr, config.seeds, config.epochs, config.hidden) == (0.03, (4, 5), 7, 96)
+    assert config.router_options()["balance"] == "switch"
+    for text, message in (("[1]", "holds a list"), ("{", "cannot be read"), ('{"dataset": "cora"}', "is of cora"),
+                          ('{"nonsense": 1}', "got nonsense")):  # fmt: skip
+        partial.write_text(text)
+        with pytest.raises(SystemExit):
+            main(["digits", "--config", str(partial)])
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_resume_adds_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,14 +208,14 @@ def test_resume_adds_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     first = quick(folder, seeds="1")
     trained: list[int] = []
 
-    def train(config: TrainConfig, task: Task, seed: int, part: Path) -> dict[str, Any]:
+    def train(config: RunConfig, task: Task, seed: int, *rest: Any) -> dict[str, Any]:
         if trained:
             raise KeyboardInterrupt
         trained.append(seed)
-        return train_seed(config, task, seed, part)
+        return train_seed(config, task, seed, *rest)
 
     monkeypatch.setattr("experiments.runs.train_seed", train)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         quick(folder, "--resume", seeds="0 1 2")
     assert trained == [0]
     with pytest.raises(ValueError, match="not finished"):  # and no summary of one seed is left
@@ -88,12 +232,10 @@ def test_resume_adds_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert "seeds=[0, 1, 2]" in capsys.readouterr().err
 
 
-def test_out_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = quick(tmp_path / "run", "--resume")  # nothing there: starts afresh
-    with pytest.raises(SystemExit) as stop:
-        quick(tmp_path / "run")
-    assert stop.value.code == 2
-    assert "not empty" in capsys.readouterr().err
 
     def never(*_: Any) -> Any:
         raise AssertionError("a finished run was trained again")
@@ -105,15 +247,13 @@ def test_out_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "lr" in capsys.readouterr().err
 
 
-def test_a_log_survives_being_cut_off_twice(tmp_path: Path) -> None:
+def test_a_row_is_on_disk_at_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     log = Log(path, keep=0)
     for epoch in range(3):
-        log.write({"epoch": epoch, "val": 0.5})
-    log.close()
-    Log(path, keep=3).write({"epoch": 3, "val": 0.5})  # never flushed, as when the process is killed
-    with path.open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)][:3] == ["0", "1", "2"]
+        log.write([{"epoch": epoch, "val": 0.5}])
+    Log(path, keep=2)
+    assert path.read_text().split() == ["epoch,val", "0,0.5", "1,0.5"]
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

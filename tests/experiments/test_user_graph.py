@@ -15,7 +15,7 @@ from torch_geometric import EdgeIndex
 from torch_geometric.data import HeteroData
 from torch_geometric.utils import to_undirected
 
-from experiments.config import TrainConfig
+from experiments.config import GraphConfig
 from experiments.data import load_tasks
 from experiments.data.user_graph import user_graph
 from experiments.train import main
@@ -319,7 +319,7 @@ def test_directions_are_those_of_the_command_line(tmp_path: Path) -> None:
     path = write_npz(tmp_path, given)
     edges = torch.from_numpy(given["edges"].T)
     for undirected, expected in ((False, edges), (True, to_undirected(edges))):
-        config = TrainConfig(dataset="graph", data_root=path, undirected=undirected, adjacency="edge_index")
+        config = GraphConfig(dataset="graph", data_root=path, undirected=undirected, adjacency="edge_index")
         task = load_tasks(config)(0)
         assert task.graph is not None
         assert set(map(tuple, task.graph.edge_index.T.tolist())) == set(map(tuple, expected.T.tolist()))

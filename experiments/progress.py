@@ -1,0 +1,65 @@
+"""How far a command is: a bar in a terminal; elsewhere a plain line every few epochs, and within long ones."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+
+from tqdm import tqdm
+
+LINES = 20
+"""So many lines a seed, where the output is a file."""
+SECONDS = 30.0
+"""A line at least so often."""
+
+
+class Progress:
+    """Epochs over all seeds and variants of a command, with an estimate of the time that is left.
+
+    Args:
+        epochs: of all seeds and variants together.
+        shown: whether anything is shown (default ``True``).
+    """
+
+    def __init__(self, epochs: float, shown: bool = True) -> None:
+        self.total = epochs
+        self.done = 0.0
+        self._begun = time.monotonic()
+        self._skipped = 0.0
+        self._last = (self._begun, 0.0)
+        in_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=epochs,
+            disable=not (shown and in_terminal),
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {postfix}",
+            leave=False,
+        )
+        self._lines = shown and not in_terminal
+
+    def skip(self, epochs: float) -> None:
+        """So many of a seed were done before, and are no part of the estimate."""
+        self._skipped += epochs
+
+    def show(self, name: str, epoch: float, epochs: int, figures: str) -> None:
+        """Where a seed is; whole epochs, or parts of one."""
+        now = time.monotonic()
+        done = self.done + epoch
+        spent, share = now - self._begun, done - self._skipped
+        left = timedelta(seconds=round(spent / share * (self.total - done))) if share > 0 else "?"
+        self._bar.n = min(done, self.total)
+        self._bar.set_description_str(name, refresh=False)
+        self._bar.set_postfix_str(f"{figures}, {left} left", refresh=False)
+        self._bar.update(0)
+        last_time, last_epoch = self._last
+        due = epoch >= epochs or epoch - last_epoch >= max(epochs / LINES, 1) or epoch < last_epoch
+        if self._lines and ((due and epoch == int(epoch)) or now - last_time > SECONDS):
+            print(f"{name}: epoch {epoch:.3g} of {epochs}, {figures}; about {left} left", file=sys.stderr, flush=True)
+            self._last = (now, epoch)
+
+    def finish(self, epochs: int) -> None:
+        """A seed is done."""
+        self.done += epochs
+        self._last = (self._last[0], 0.0)
+        if self.done >= self.total:
+            self._bar.close()
