@@ -71,7 +71,8 @@ class ScaledMLP(nn.Module):
 def _scaled(model: nn.Module, config: RunConfig) -> nn.Module:
     """A dense ViT with its MLPs scaled where a MoE would have experts; other models as they are."""
     if isinstance(config, ImageConfig) and config.mlp_scale != 1:
-        blocks: Any = model.encoder.layers
+        vit: Any = model
+        blocks = vit.encoder.layers
         for i in choose_blocks(len(blocks), config.every, config.moe_blocks or None):
             blocks[i].mlp = ScaledMLP(blocks[i].mlp, config.mlp_scale)
     return model
@@ -179,7 +180,8 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         "router_kwargs": router_kwargs,
     }
     if isinstance(config, ImageConfig):
-        if router is not None:
+        made = gmoe.ROUTERS[router] if isinstance(router, str) else router
+        if made is not None and "check_finite" in inspect.signature(made).parameters:  # others may not have it
             router_kwargs["check_finite"] = config.check_finite
         return gmoe.ViTMoE(
             vit_size(config, task.in_channels),

@@ -421,7 +421,9 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
     unknown = sorted(set(science) - everywhere - {"file", "digest", "extended"})
     if unknown:
         raise ValueError(f"config: got {', '.join(unknown)}, expected options of experiments.train")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in science.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in science.items()
+    }
     values["options"] = RouterOptions(**values.get("options", {}))
     if science.get("file") and data_root.name != science["file"]:
         data_root = data_root / science["file"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -65,7 +65,7 @@ class WandB:
         self._run.finish()
 
 
-LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB}
+LOGGERS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def make_loggers(names: Sequence[str], folder: Path, science: dict[str, Any], epoch: int) -> list[Logger]:

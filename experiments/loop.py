@@ -316,8 +316,7 @@ class Training:
     @property
     def lr(self) -> float:
         """Of the step to come."""
-        rate: float = self.scheduler.get_last_lr()[0]
-        return rate
+        return float(self.scheduler.get_last_lr()[0])
 
     def step(self, batch: Batch, summed: Epoch) -> None:
         """One step of the optimizer, whose losses and routings are added to the epoch."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from experiments.config import GraphConfig, RouterName, RouterOptions, RunConfig
+from experiments.config import GraphConfig, ImageConfig, RouterName, RouterOptions, RunConfig
 from experiments.presets import CIFAR10, CITESEER, CORA, DIGITS, DIGITS_GRAPH, FACEBOOK, MINESWEEPER, MOSAIC
 
 
@@ -170,7 +170,7 @@ def _digits(base: RunConfig) -> Study:
     )
 
 
-def _real(base: RunConfig, about: str) -> Study:
+def _real(base: GraphConfig, about: str) -> Study:
     """The same variants on every real graph, none of them tuned: recipe and width are the dense model's."""
     kmeans = {"options": RouterOptions(num_centroids=1), "kmeans_init": True}
     balanced = RouterOptions(balance="importance_load", balance_coef=0.1)
@@ -269,9 +269,8 @@ def _confirmed(
         variant = variants[name]
         found.append(variant)
         for equal in ("flops", "parameters"):
-            twin = replace(
-                variant.config, router="dense", equal=equal, equal_to=variant.config.router, kmeans_init=False
-            )
+            beside: Any = {"equal": equal, "equal_to": variant.config.router}
+            twin = replace(variant.config, router="dense", kmeans_init=False, **beside)
             label = f"dense, {'active FLOPs' if equal == 'flops' else 'parameters'} of the variant above"
             found.append(Variant(name=f"dense-{equal}-{name}", label=label, config=twin))
     found += others
@@ -333,7 +332,7 @@ def _cifar10_claims() -> Study:
     once = replace(SMALL_VIT, seeds=(0,))
     deep = replace(SMALL_VIT, layers=12)
 
-    def dense(base: RunConfig) -> RunConfig:
+    def dense(base: ImageConfig) -> ImageConfig:
         return replace(base, router="dense", equal="flops", equal_to="expert_choice")
 
     one = RouterOptions(num_centroids=1, choice="experts")

@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +77,10 @@ def read_config_file(path: Path, preset: str | None) -> RunConfig:
         base = PRESETS[preset][1].science()
         if given.get("dataset", base["dataset"]) != base["dataset"]:
             raise ValueError(f"config: {path} is of {given['dataset']}, expected {base['dataset']}, as {preset}")
-    where = {name: Path(given.pop(name)) for name in ("data_root", "out") if given.get(name) is not None}
+    preset_root = PRESETS[preset][1].data_root if preset is not None else Path("data")
+    root, out = Path(given.pop("data_root", preset_root)), given.pop("out", None)
     given.pop("extended", None)
-    name = where.get("data_root", PRESETS[preset][1].data_root if preset else Path("data"))
-    config = restore(base | given, name)
-    names = {option.name for option in fields(config)}
-    return replace(config, **{name: value for name, value in where.items() if name == "out" and name in names})
+    return replace(restore(base | given, root), out=None if out is None else Path(out))
 
 
 def show(config: RunConfig, summary: dict[str, Any], console: Console) -> None:

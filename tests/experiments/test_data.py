@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from experiments.config import GraphConfig
 from experiments.data import Split, Task, load_tasks
 from experiments.data.mosaic import CLASSES, REGIONS
 from experiments.presets import PRESETS
@@ -18,7 +19,9 @@ MOSAIC_SUM, MOSAIC_EDGES = -33198.47108442287, 15371898316
 
 
 def task_of(name: str, **changes: Any) -> Task:
-    return load_tasks(replace(PRESETS[name][1], **{"adjacency": "edge_index", **changes}))(0)
+    config = PRESETS[name][1]
+    plain = {"adjacency": "edge_index"} if isinstance(config, GraphConfig) else {}
+    return load_tasks(replace(config, **plain, **changes))(0)
 
 
 def rows(task: Task, split: Split) -> tuple[Tensor, Tensor]:
@@ -86,7 +89,7 @@ def test_digits_graph() -> None:
 
 
 def test_digits_images() -> None:
-    task = task_of("digits", adjacency="auto")
+    task = task_of("digits")
     sizes = {split: sum(len(batch.target) for batch in task.loader(split, 64, None)) for split in get_args(Split)}
     assert sizes == {"train": 898, "val": 449, "test": 450}
     first, second, other = (next(iter(task.loader("train", 64, seed))).inputs[0] for seed in (1, 1, 2))

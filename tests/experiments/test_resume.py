@@ -126,8 +126,13 @@ def test_what_is_printed_continues_the_run(
     main(["digits-graph", *QUICK, "--seeds", "0", "--lr", "0.02"])
     args = ["digits-graph", *QUICK, "--seeds", "0", "--lr", "0.02", "--out=a folder/b"]
     step = Training.step
+
+    def interrupted(*rest: Any) -> None:
+        step(*rest)
+        signal.raise_signal(signal.SIGINT)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "step", lambda *rest: (os.kill(os.getpid(), signal.SIGINT), step(*rest)))
+        patch.setattr(Training, "step", interrupted)
         with pytest.raises(SystemExit):
             main(args)
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "continue with" in line)

@@ -124,7 +124,7 @@ def test_a_variant_that_cannot_be_run_does_not_end_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dense, wide, moe = STUDIES["tiny"].variants
-    wrong = replace(wide, config=replace(wide.config, norm="nothing"))
+    wrong = replace(wide, config=replace(wide.config, kmeans_init=True))
     monkeypatch.setitem(STUDIES, "tiny", replace(STUDIES["tiny"], variants=(dense, wrong, moe)))
     with pytest.raises(SystemExit) as stopped:
         main(["tiny", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress"])

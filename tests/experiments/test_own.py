@@ -1,0 +1,112 @@
+"""Routers, models and loggers that are named on the command line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiments.train import main
+from tests.experiments.command import quick
+
+SOURCE = """
+import torch
+from torch import nn
+from torch_geometric.nn import GraphSAGE
+
+import gmoe
+
+
+class FirstBits(gmoe.Router):
+    def __init__(self, dim, num_experts, k=1):
+        super().__init__(dim, num_experts, k, weight="score")
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def reset_parameters(self):
+        nn.init.ones_(self.scale)
+
+    def route(self, x_TD, group, edge_index):
+        expert_TK = (torch.arange(len(x_TD)) % 2)[:, None]
+        return gmoe.Routing.from_choices(expert_TK, self.scale.expand(len(x_TD), 1), self.num_experts)
+
+
+def sage(in_channels, num_classes):
+    return GraphSAGE(in_channels, 8, 2, num_classes)
+
+
+def moe(in_channels, num_classes):
+    return gmoe.GNNMoE(in_channels, 8, num_classes, 2, num_experts=3)
+
+
+def flat(image_size, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(image_size**2, num_classes))
+
+
+def nothing(*sizes):
+    return 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users_own.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, "users_own", raising=False)
+
+
+@pytest.mark.parametrize("preset", ["digits-graph", "digits"])
+def test_a_router(preset: str, tmp_path: Path) -> None:
+    summary = quick(tmp_path / "run", "--router", "users_own:FirstBits", "--experts", "4", preset=preset)
+    assert summary["config"]["router"] == "users_own:FirstBits"
+    assert all(layer["dead"]["mean"] == 2 for layer in summary["routing"])
+    assert all(layer["experts_per_token"]["mean"] == 1 for layer in summary["routing"])
+
+
+@pytest.mark.parametrize(
+    ("preset", "name", "layers"), [("digits-graph", "sage", 0), ("digits-graph", "moe", 1), ("digits", "flat", 0)]
+)
+def test_a_model(preset: str, name: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main([preset, "--model", f"users_own:{name}", "--epochs", "2", "--seeds", "0", "--no-progress"])
+    summary = json.loads((tmp_path / "runs" / f"{preset}-users_own.{name}" / "summary.json").read_text())
+    assert len(summary["routing"]) == layers
+    assert summary["test"]["mean"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--router", "nobodys:Router"], "router: got 'nobodys:Router', which cannot be imported"),
+        (["--router", "users_own:Nothing"], "router: got 'users_own:Nothing', which cannot be imported"),
+        (["--router", "users_own:sage"], "expected a subclass of gmoe.Router"),
+        (["--router", "token-choice"], "router: got 'token-choice', expected one of dense, token_choice"),
+        (["--router", "users_own:FirstBits", "--balance", "bias"], "balance: got 'bias', but the router"),
+        (["--model", "users_own:nothing"], "returns a int, expected an nn.Module"),
+        (["--model", "sage"], "model: got 'sage', expected package.module:name"),
+        (["--logger", "wandb"], "logger: got 'wandb', which needs its package: pip install wandb"),
+    ],
+)
+def test_what_is_no_router_model_or_logger(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.loggers.find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as stop:
+        quick(tmp_path / "run", *args)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert message in " ".join((captured.err + captured.out).replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("preset", "maps"), [("digits-graph", False), ("digits", True)])
+def test_tensorboard_gets_figures_routing_and_maps(preset: str, maps: bool, tmp_path: Path) -> None:
+    quick(tmp_path / "run", "--logger", "tensorboard", "--router", "expert_choice", preset=preset)
+    events = EventAccumulator(str(tmp_path / "run" / "seed-0" / "tensorboard")).Reload()
+    assert {"loss", "val", "lr", "layer_0/load_0", "layer_0/entropy"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("val")] == [0, 1, 2]
+    assert ("experts" in events.Tags()["images"]) is maps
