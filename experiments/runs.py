@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,17 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
     """
     folder = config.folder()
     found = described(config)
-    extended = _same_run(folder / "config.json", config, found)
+    extended = _same_run(folder / "config.json", config)
     finished = folder / "summary.json"
+    progress = progress or Progress(len(config.seeds) * config.epochs, config.progress)
     if finished.exists() and extended is None:
+        progress.skip(len(config.seeds) * config.epochs)
+        progress.finish(len(config.seeds) * config.epochs)
         summary: dict[str, Any] = json.loads(finished.read_text())
         return summary
     if extended:
         found["extended"] = extended
     check_loggers(config.logger)
-    progress = progress or Progress(len(config.seeds) * config.epochs, config.progress)
     results = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -99,6 +102,13 @@ def described(config: RunConfig) -> dict[str, Any]:
     return found
 
 
+def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where a run that is :func:`described` by ``there`` is another one: its value and this one's."""
+    here = described(config)
+    own = {name: (there.get(name), here.get(name)) for name in ("file", "digest")}
+    return config.differences(there) | {name: pair for name, pair in own.items() if pair[0] != pair[1]}
+
+
 def _begin(folder: Path, found: dict[str, Any], task: Task) -> None:
     """Write what a run is, before what it gives."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,15 +119,12 @@ def _begin(folder: Path, found: dict[str, Any], task: Task) -> None:
         write_json(folder / "images.json", {name: getattr(task, name) for name in names})
 
 
-def _same_run(path: Path, config: RunConfig, found: dict[str, Any]) -> list[dict[str, int]] | None:
+def _same_run(path: Path, config: RunConfig) -> list[dict[str, int]] | None:
     """Refuse a folder of another run. Where there is something to do: how often it was given more epochs."""
     if not path.exists():
         return []
     there = json.loads(path.read_text())
-    differences = config.differences(there)
-    for name in ("file", "digest"):
-        if there.get(name) != found.get(name):
-            differences[name] = (there.get(name), found.get(name))
+    differences = differences_of(config, there)
     extended: list[dict[str, int]] = there.get("extended", [])
     more = False
     if "seeds" in differences and set(differences["seeds"][0]) < set(config.seeds):

@@ -13,6 +13,7 @@ end, and the exit status is then 1.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +25,11 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from experiments.checkpoint import InterruptedRunError
 from experiments.config import RouterName
 from experiments.grid import grid
-from experiments.runs import run, write_json
+from experiments.progress import Progress
+from experiments.runs import differences_of, run, write_json
 from experiments.studies import STUDIES, Study
 from experiments.tables import study_table
 
@@ -60,7 +63,7 @@ class SweepConfig:
     threads: int = 0
     """CPU threads; 0 leaves torch's default."""
     progress: bool = True
-    """Show progress bars."""
+    """Report progress: a bar, or where the output is a file, a line every few epochs."""
 
 
 def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
@@ -89,7 +92,7 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
         run_config = replace(
             variant.config, out=folder / variant.name, resume=True, progress=config.progress, data_root=root
         )
-        if variant.name in known and not run_config.differences(known[variant.name]["config"]):
+        if variant.name in known and not differences_of(run_config, known[variant.name]["config"]):
             finished[variant.name] = {**known[variant.name], "label": variant.label}
         elif config.only in variant.name or (folder / variant.name / "summary.json").exists():
             todo.append((variant, run_config))
@@ -98,11 +101,14 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
             variant: found for variant, found in known.items() if variant not in {a.name for a in study.variants}
         } | finished
     failed: dict[str, str] = {}
+    progress = Progress(sum(len(one.seeds) * one.epochs for _, one in todo), config.progress)
     for variant, run_config in todo:
         try:
-            finished[variant.name] = {"variant": variant.name, "label": variant.label, **run(run_config)}
+            finished[variant.name] = {"variant": variant.name, "label": variant.label, **run(run_config, progress)}
         except (ValueError, OSError) as error:  # of this variant; the others go on
             failed[variant.name] = str(error)
+            progress.skip(len(run_config.seeds) * run_config.epochs)
+            progress.finish(len(run_config.seeds) * run_config.epochs)
             continue
         write_json(path, collect(name, study, finished))
     return collect(name, study, finished), failed
@@ -142,6 +148,9 @@ def main(args: Sequence[str] | None = None) -> None:
     console = Console(stderr=True, soft_wrap=True)
     try:
         results, failed = sweep(config)
+    except (KeyboardInterrupt, InterruptedRunError) as stopped:
+        console.print("stopped; the same command continues", highlight=False)
+        sys.exit(128 + (stopped.number if isinstance(stopped, InterruptedRunError) else signal.SIGINT))
     except (ValueError, OSError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)

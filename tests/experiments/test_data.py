@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ MOSAIC_SUM, MOSAIC_EDGES = -33198.47108442287, 15371898316
 
 def task_of(name: str, **changes: Any) -> Task:
     config = PRESETS[name][1]
-    plain = {"adjacency": "edge_index"} if isinstance(config, GraphConfig) else {}
+    plain: dict[str, Any] = {"adjacency": "edge_index"} if isinstance(config, GraphConfig) else {}
     return load_tasks(replace(config, **plain, **changes))(0)
 
 

@@ -46,10 +46,10 @@ def test_finished_variants_are_skipped(
     ran: list[str] = []
     run = experiments.runs.run
 
-    def watch(config: Any) -> Any:
+    def watch(config: Any, progress: Any) -> Any:
         finished = (config.folder() / "summary.json").exists()
         ran.extend([] if finished else [config.folder().name])
-        return run(config)
+        return run(config, progress)
 
     monkeypatch.setattr(experiments.sweep, "run", watch)
     main(args)
