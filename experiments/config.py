@@ -78,8 +78,11 @@ def pinned(run: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = run["options"]
     router = run["equal_to"] if run["router"] == "dense" and run.get("equal") else run["router"]
     by_gate = "normalized" if run["k"] > 1 else None
+    token_choice = {"weight": by_gate or "straight_through", "balance": "none"}
+    if run.get("dense_start"):  # which was measured with the library's defaults
+        token_choice = {"weight": by_gate or "score", "balance": "bias"}
     pins: dict[str, dict[str, Any]] = {
-        "token_choice": {"weight": by_gate or "straight_through", "balance": "none"},
+        "token_choice": token_choice,
         "random": {"weight": by_gate or "straight_through"},
         "expert_choice": {"weight": "score"},
         "attention_vote": {"weight": "score"},

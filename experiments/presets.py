@@ -62,8 +62,9 @@ CIFAR100 = replace(CIFAR10, dataset="cifar100")
 IMAGENETTE = replace(CIFAR10, dataset="imagenette", hidden=384, epochs=80, batch_size=64)
 """Imagenette at 160 pixels, random resized crops; a 6-block ViT, 192 wide, 16x16 patches. Run on a sample only."""
 
-IMAGES = replace(CIFAR10, dataset="images")
-"""A folder of the user's own: ``python -m experiments.train images --data-root DIR``."""
+IMAGES = replace(CIFAR10, dataset="images", router="token_choice", shared_expert=True, dense_start=True)
+"""A folder of the user's own, with the library's default shape: ``python -m experiments.train images --data-root DIR``.
+"""
 
 DIGITS_GRAPH = GraphConfig(
     dataset="digits-graph",
@@ -264,11 +265,23 @@ MAG = HeteroConfig(
 HETERO = replace(MAG, dataset="hetero", lr=0.01, epochs=100, seeds=(0, 1, 2))
 """A heterogeneous graph of your own: ``python -m experiments.train hetero --data package.module:function``."""
 
-GRAPH = replace(SMALL, dataset="graph", conv=("sage",), dropout=0.2, weight_decay=0.0, seeds=(0, 1, 2))
-"""A graph of the user's own: ``python -m experiments.train graph --data-root FILE.npz``."""
-
-FACEBOOK = replace(GRAPH, data_root=Path("facebook.npz"), eval_every=5)
+FACEBOOK = replace(
+    SMALL,
+    dataset="graph",
+    data_root=Path("facebook.npz"),
+    conv=("sage",),
+    dropout=0.2,
+    weight_decay=0.0,
+    eval_every=5,
+    seeds=(0, 1, 2),
+)
 """facebook: 22,470 pages, mutual likes, 4 classes, 10 stratified splits; a user's own graph."""
+
+GRAPH = replace(FACEBOOK, data_root=Path("data"), eval_every=1, shared_expert=True, dense_start=True)
+"""A graph of the user's own, with the library's default shape: ``python -m experiments.train graph --data-root FILE``.
+
+It starts as the dense model; on facebook's ten splits that has 93.5 % where the dense model has 93.3 (results/swap.json).
+"""
 
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "digits": ("Handwritten digits (8x8) as images; a 4-block ViT.", DIGITS),
