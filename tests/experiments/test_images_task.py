@@ -204,7 +204,7 @@ def test_sizes_below_one(option: str, tmp_path: Path, capsys: pytest.CaptureFixt
         ({}, ["--val-share", "0"], "val_share: got 0.0"),
         ({}, ["--router", "oracle"], "router: got 'oracle' for images"),
         ({}, ["--router", "dense", "--mlp-scale", "nan"], "mlp_scale: got nan, expected a number of at least 0"),
-        ({}, ["--mlp-scale", "0.5"], "mlp_scale: got 0.5 with router='expert_choice', expected 1"),
+        ({}, ["--mlp-scale", "0.5"], "mlp_scale: got 0.5 with router='token_choice', expected 1"),
     ],
 )
 def test_bad_options(
