@@ -18,6 +18,8 @@ from torch import Tensor
 
 SECONDS = 60.0
 """At most so much training is lost where a process is killed."""
+PARTS = ("progress", "training", "epoch", "best")
+"""What a state holds."""
 
 
 class InterruptedRunError(BaseException):
@@ -34,7 +36,7 @@ class Checkpoint:
     Args:
         fabric: which saves and loads.
         folder: where.
-        state: gives the state, and the best weights in it as ``"best"``.
+        state: gives the state, a dictionary of :data:`PARTS`; ``"best"`` are the best weights.
     """
 
     def __init__(self, fabric: Fabric, folder: Path, state: Callable[[], dict[str, Any]]) -> None:
@@ -52,9 +54,10 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            return self.fabric.load(path, weights_only=True)
+            state = self.fabric.load(path, weights_only=True)
+            return {name: state[name] for name in PARTS}
         except Exception as error:  # torch raises what pickle, zip and its own reader raise
-            reason = str(error).partition("\n")[0]
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(f"{path}: cannot be read ({reason}); delete it to begin this seed anew") from error
 
     def save(self) -> None:
@@ -114,8 +117,9 @@ class Log:
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not keep or not path.exists():
-            path.write_text("")
+        if not keep:
+            path.unlink(missing_ok=True)
+        if not path.exists():
             return
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")  # the last may be half a row
         fresh = path.with_suffix(".new")
@@ -123,9 +127,11 @@ class Log:
         fresh.replace(path)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows; an empty file gets their names first."""
+        """Add rows, if there are any; a new file gets their names first."""
+        if not rows:
+            return
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerows(rows)

@@ -213,7 +213,7 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress | None =
     progress.skip(done["epoch"] + summed.batches / steps)
     log, routing_log = Log(folder / "metrics.csv", done["epoch"]), Log(folder / "routing.csv", done["epoch"])
     loggers = make_loggers(config.logger, folder, config.science(), done["epoch"])
-    name = f"{task.name} {config.model or config.router} seed {seed}"
+    name = f"{folder.parent.name} seed {seed}"
     mark = time.perf_counter()
     with checkpoint.watch():
         for epoch in range(done["epoch"], config.epochs):
@@ -224,7 +224,7 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress | None =
                     pass
                 assert loaded is not None
                 training.load_rng(loaded["training"])
-            for batch in batches:
+            for batch in _drawn(batches, checkpoint):
                 training.step(batch, summed)
                 checkpoint.tick()
                 if steps > 1:
@@ -262,6 +262,20 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress | None =
         print(f"{task.name}: validation never changed, so that the first epoch is selected", flush=True)
     training.use(best)
     return done
+
+
+def _drawn(batches: Iterator[Batch], checkpoint: Checkpoint) -> Iterator[Batch]:
+    """The batches; Ctrl-C ends the processes that load them too, which is then no error."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError:
+            if checkpoint.signal is not None:
+                checkpoint.tick()
+            raise
+        yield batch
 
 
 def _report(

@@ -84,20 +84,23 @@ def test_a_run_stopped_three_times_equals_one_in_one_go(
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_killed_run_has_lost_a_minute_at_most(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    args = ["digits", *QUICK, "--seeds", "0", "--batch-size", "100"]
-    code = (
-        "import experiments.checkpoint, experiments.train; experiments.checkpoint.SECONDS = 0; experiments.train.main()"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, *args, "--out", str(tmp_path / "cut")], cwd=root)
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGKILL, 0), (signal.SIGINT, 2)])
+def test_a_process_that_is_killed_or_stopped_from_the_keyboard(number: int, workers: int, tmp_path: Path) -> None:
+    """SIGKILL loses a minute at most; Ctrl-C in a terminal reaches the processes that load images too."""
+    args = ["images", *QUICK, "--seeds", "0", *TINY, "--workers", str(workers)]
+    args += ["--data-root", str(write_images(tmp_path / "data"))]
+    code = "from experiments import checkpoint, train; checkpoint.SECONDS = 0; train.main()"
+    command = [sys.executable, "-c", code, *args, "--out", str(tmp_path / "cut")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True, stderr=subprocess.PIPE)
     state = tmp_path / "cut" / "seed-0" / "checkpoint" / "state.ckpt"
     give_up = time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert state.exists()
+    os.killpg(process.pid, number)
+    _, error = process.communicate()
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert b"Traceback" not in error
+    assert (b"continue with" in error) is (number == signal.SIGINT)
     main([*args, "--out", str(tmp_path / "cut"), "--resume"])
     main([*args, "--out", str(tmp_path / "whole")])
     assert_same(tmp_path / "whole", tmp_path / "cut")
