@@ -1,7 +1,7 @@
 """The presets: one frozen configuration a data set. `python -m experiments.train NAME` runs one.
 
-They name K, `every`, the router's input and the shared expert, and `experiments.config.pinned` adds the weights and the
-balance of the router in use: no default of the library changes what they run.
+What they do not name has the default of `experiments.config`, whose `pinned` adds the weights and the balance of the
+router in use: no default of the library changes what they run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig
 
 DIGITS = ImageConfig(
     dataset="digits",
-    k=1,
     hidden=96,
     layers=4,
     every=2,
@@ -34,7 +33,6 @@ DIGITS = ImageConfig(
 CIFAR10 = ImageConfig(
     dataset="cifar10",
     router="expert_choice",
-    k=1,
     hidden=256,
     layers=6,
     every=2,
@@ -70,13 +68,8 @@ DIGITS_GRAPH = GraphConfig(
     dataset="digits-graph",
     router="expert_choice",
     undirected=False,
-    k=1,
-    every=1,
     router_input=("node", "neighbors"),
-    shared_expert=False,
-    dense_start=False,
     hidden=32,
-    layers=2,
     epochs=100,
     seeds=(0, 1, 2),
 )
@@ -92,13 +85,8 @@ MOSAIC = GraphConfig(
     conv=("sage",),
     undirected=False,
     adjacency="edge_index",
-    k=1,
-    every=1,
     router_input=("node", "neighbors"),
-    shared_expert=False,
-    dense_start=False,
     hidden=16,
-    layers=2,
     jk="last",
     residual="none",
     epochs=150,
@@ -112,13 +100,7 @@ MOSAIC = GraphConfig(
 
 CORA = GraphConfig(
     dataset="cora",
-    router_input=("node",),
-    k=1,
-    every=1,
-    shared_expert=False,
-    dense_start=False,
     hidden=16,
-    layers=2,
     residual="none",
     dropout=0.5,
     epochs=200,
@@ -144,11 +126,7 @@ PUBMED = replace(CORA, dataset="pubmed")
 HETEROPHILOUS = GraphConfig(
     dataset="roman-empire",
     conv=("sage",),
-    k=1,
-    every=1,
     router_input=("node", "neighbors"),
-    shared_expert=False,
-    dense_start=False,
     hidden=512,
     layers=5,
     norm="layer_norm",
@@ -167,11 +145,7 @@ are 5 layers, ReLU and linear residuals. They were run on made-up files only."""
 MINESWEEPER = GraphConfig(
     dataset="minesweeper",
     conv=("sage",),
-    k=1,
-    every=1,
     router_input=("node", "neighbors"),
-    shared_expert=False,
-    dense_start=False,
     hidden=64,
     layers=8,
     norm="batch_norm",
@@ -187,13 +161,8 @@ al., 2024) with fewer layers and epochs (300 for 2,000)."""
 
 SMALL = GraphConfig(
     dataset="amazon-photo",
-    k=1,
-    every=1,
     router_input=("node", "neighbors"),
-    shared_expert=False,
-    dense_start=False,
     hidden=64,
-    layers=2,
     dropout=0.5,
     weight_decay=5e-4,
     epochs=200,
@@ -203,11 +172,7 @@ SMALL = GraphConfig(
 
 ARXIV = GraphConfig(
     dataset="ogbn-arxiv",
-    k=1,
-    every=1,
     router_input=("node", "neighbors"),
-    shared_expert=False,
-    dense_start=False,
     hidden=256,
     layers=3,
     norm="batch_norm",
@@ -248,11 +213,8 @@ PROTEINS = replace(ARXIV, dataset="ogbn-proteins", norm=None, dropout=0.0, epoch
 
 MAG = HeteroConfig(
     dataset="ogbn-mag",
-    k=1,
-    every=1,
     router_input=("node", "neighbors"),
     hidden=64,
-    layers=2,
     residual="none",
     dropout=0.5,
     lr=0.01,
