@@ -21,7 +21,7 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments.data.ogb_layout import Layout, OGBName, layout_of
+from experiments.data.ogb import Layout, OGBName, layout_of
 
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
@@ -128,8 +128,8 @@ def write_planted(
 
 def _check(layout: Layout, size: Size, **shares: float) -> None:
     """Refuse what cannot be planted, and to write over what is there."""
-    binary = layout.num_tasks > 1
-    most = layout.num_tasks if binary else layout.num_classes
+    binary = layout.published.tasks > 1
+    most = layout.published.tasks if binary else layout.published.classes
     fewest = most if binary else 2
     if not fewest <= size.classes <= most:
         raise ValueError(f"classes: got {size.classes}, expected {most if binary else f'{fewest} to {most}'}")

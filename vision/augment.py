@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+Channels = tuple[float, ...]
+"""A number a channel."""
+
 AugmentKind = Literal["none", "standard", "randaugment"]
 
 Augment = Callable[[Tensor], Tensor]
@@ -79,6 +82,6 @@ def make_mix(mixup: float, cutmix: float, num_classes: int) -> Mix | None:
     return v2.RandomChoice(mixes) if len(mixes) > 1 else mixes[0] if mixes else None
 
 
-def normalize(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """(B, 3, S, S) uint8 to float32: scaled to 0..1, less ``mean``, by ``std``, per channel."""
+def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
+    """(B, C, S, S) to float32: uint8 scaled to 0..1, floats as they are; less ``mean``, by ``std``, per channel."""
     return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), list(mean), list(std))

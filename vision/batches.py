@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vision.augment import Augment, Mix, normalize
+from vision.augment import Augment, Channels, Mix, normalize
 from vision.sources import ImageSource
 
 
@@ -18,8 +18,8 @@ def batches(
     index: Tensor,
     batch_size: int,
     *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: Channels,
+    std: Channels,
     augment: Augment | None = None,
     mix: Mix | None = None,
     seed: int | None = None,
@@ -41,7 +41,7 @@ def batches(
         workers: processes that make batches ahead; 0, the default, makes them here, when they are asked for.
 
     Returns:
-        an iterator over (images (B, 3, S, S) float32, labels (B,) int64, or (B, C) float32 where they are mixed).
+        an iterator over (images (B, C, S, S) float32, labels (B,) int64, or (B, C) float32 where they are mixed).
 
     Raises:
         ValueError: a batch size below 1, workers below 0, or an index that is not (n,) int64 within the source; while
@@ -72,8 +72,8 @@ class _Epoch(Dataset[tuple[Tensor, Tensor] | ValueError | OSError]):
     source: ImageSource
     index: Tensor
     batch_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
     augment: Augment | None
     mix: Mix | None
     seeds: list[int] | None

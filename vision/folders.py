@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import is_image_file
 
 
 @dataclass(frozen=True)
@@ -29,58 +29,36 @@ class VisibleFolder(ImageFolder):
     A class may be empty.
 
     Attributes:
-        files: all that is not hidden, images or not.
-
-    Raises:
-        OSError: a folder in it cannot be read, which torchvision would pass over.
-        ValueError: a folder in it holds itself by a link.
+        others: files that are not hidden, and no images.
     """
 
     def __init__(self, root: Path) -> None:
-        self.files = list(walk(root))
+        self.others: list[str] = []
 
         def valid(path: str) -> bool:
-            inside = Path(path).relative_to(root)
-            return inside.suffix.lower() in IMG_EXTENSIONS and not is_hidden(inside)
+            if any(part.startswith(".") for part in Path(path).relative_to(root).parts):
+                return False
+            if not is_image_file(path):
+                self.others.append(path)
+                return False
+            return True
 
         super().__init__(root, is_valid_file=valid, allow_empty=True)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        classes = [name for name in super().find_classes(directory)[0] if not is_hidden(Path(name))]
+        classes = sorted(path.name for path in Path(directory).iterdir() if path.is_dir() and path.name[0] != ".")
         if not classes:
             raise FileNotFoundError(f"no class folder in {directory}")
         return classes, {name: label for label, name in enumerate(classes)}
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below, links followed, but hidden ones.
+def listing_of(name: str, folder: Path) -> Listing:
+    """The files of a folder by class, none of which is empty; prints how many files are left out.
 
     Raises:
-        OSError: a folder cannot be read.
-        ValueError: a folder holds itself by a link.
+        FileNotFoundError: there are no class folders.
+        ValueError: a class folder is empty.
     """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        here = Path(place)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for link in (here / name for name in folders if (here / name).is_symlink()):
-            end = link.resolve()
-            above = (folder / part for part in (here.relative_to(folder), *here.relative_to(folder).parents))
-            if any(part.resolve().is_relative_to(end) for part in above):
-                raise ValueError(f"{printable(link)} links to {printable(end)}, in which it lies; remove the link")
-        yield from (here / name for name in sorted(files) if not name.startswith("."))
-
-
-def is_hidden(path: Path) -> bool:
-    """Whether some part of a path begins with a dot."""
-    return any(part.startswith(".") for part in path.parts)
-
-
-def listing_of(name: str, folder: Path) -> Listing:
-    """The files of a folder by class, none of which is empty."""
     try:
         found = VisibleFolder(folder)
     except FileNotFoundError as error:
@@ -92,23 +70,12 @@ def listing_of(name: str, folder: Path) -> Listing:
             f"{name}: no image in the class folder {few([folder / part for part in empty])}, expected at least one; "
             "fill it, or remove it"
         )
-    others = [file for file in found.files if not _is_image(file) and file.parent != folder]
-    _tell(name, folder, f"are no {', '.join(IMG_EXTENSIONS)}", others)
-    loose = [file for file in found.files if _is_image(file) and file.parent == folder]
-    _tell(name, folder, "lie in no class folder", loose)
+    loose = [str(path) for path in sorted(folder.iterdir()) if is_image_file(path.name) and path.name[0] != "."]
+    for why, files in (("are no images", found.others), ("lie in no class folder", loose)):
+        if files:
+            first = printable(files[0])
+            print(f"{name}: {len(files)} files in {folder} {why} and are left out; the first is {first}", flush=True)
     return Listing(folder, tuple(map(printable, found.classes)), [path for path, _ in found.samples], labels)
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMG_EXTENSIONS
-
-
-def _tell(name: str, folder: Path, why: str, files: list[Path]) -> None:
-    """Print what is left out."""
-    shown = [file for file in files if file.is_file()]
-    if shown:
-        first = printable(shown[0])
-        print(f"{name}: {len(shown)} files in {folder} are left out, for they {why}; the first is {first}", flush=True)
 
 
 def without(labels: Tensor, num_classes: int) -> list[int]:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
+from vision.augment import Channels
 from vision.download import check_files, cifar_archive, imagenette_archive, unpacked
 from vision.folders import Listing, VisibleFolder, few, listing_of, printable, without
 from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
-
-Triple = tuple[float, float, float]
 
 NAMES = ("cifar10", "cifar100", "imagenette", "images")
 """What :func:`load_images` knows."""
@@ -25,9 +24,9 @@ CIFAR = {"cifar10": (CIFAR10, 170), "cifar100": (CIFAR100, 169)}
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-IMAGENET: tuple[Triple, Triple] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET: tuple[Channels, Channels] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-CONSTANTS: dict[str, tuple[Triple, Triple]] = {
+CONSTANTS: dict[str, tuple[Channels, Channels]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenette": IMAGENET,
@@ -41,6 +40,8 @@ NOTES = {
     "imagenette": "Imagenette, 160 px, github.com/fastai/imagenette, Apache 2.0; the images are ImageNet's",
 }
 JPEG_NOTE = "re-encoded as JPEG: accuracies are close to, not the same as, those on the originals"
+TEST_SHARE = 0.2
+"""Of each class, where a folder of images has no train and test."""
 CIFAR10_COUNTS = 50_000, 10_000
 IMAGENETTE_COUNTS = 9_469, 3_925
 
@@ -52,8 +53,9 @@ class ImageData:
     Args:
         name: how the user calls it.
         classes: names of the classes, by label.
-        train: the training images; validation is a part of them, see :func:`split_train_val`.
+        train: the training images; validation is a part of them, see :func:`split_train_val`, where there is no val.
         test: the test images.
+        val: the validation images, where the data set has some of its own.
         mean, std: of the channels, for :func:`vision.augment.normalize`.
         image_size: height and width of the images, in pixels.
         note: source and license, and what sets this copy apart from the published data.
@@ -63,20 +65,11 @@ class ImageData:
     classes: tuple[str, ...]
     train: ImageSource
     test: ImageSource
-    mean: Triple
-    std: Triple
+    mean: Channels
+    std: Channels
     image_size: int
     note: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Reading:
-    """How files are read: the arguments of load_images."""
-
-    name: str
-    image_size: int | None
-    skip_broken: bool
-    memory_limit: int
+    val: ImageSource | None = None
 
 
 def load_images(
@@ -86,6 +79,7 @@ def load_images(
     image_size: int | None = None,
     offline: bool = False,
     skip_broken: bool = False,
+    split_seed: int = 0,
     memory_limit: int = 2 * 2**30,
 ) -> ImageData:
     """Training and test images, as uint8 in memory where they fit, decoded on demand where they do not.
@@ -95,7 +89,8 @@ def load_images(
     - ``"cifar100"``: torchvision's ``root/cifar-100-python``.
     - ``"imagenette"``: torchvision's ``root/imagenette2-160``, whose ``val`` is the test set here.
     - ``"images"``: any ``root/train/<class>/*``, with ``root/test/<class>/*`` or, without it, ``root/val/<class>/*``.
-      Each class of test must be one of train; a class may have no test images, which the note says. Hidden folders and
+      Each class of test must be one of train; a class may have no test images, which the note says. Of
+      ``root/<class>/*``, without train and test, 20 % of each class are drawn as the test set. Hidden folders and
       files, whose names begin with a dot, are left out.
 
     What is not square or not of ``image_size`` is resized by the shorter side and center-cropped.
@@ -108,6 +103,7 @@ def load_images(
         offline: never download; without it a download says first what it fetches. An archive in ``root`` is unpacked.
         skip_broken: leave out files that cannot be read, and print how many; decodes every file once, also where
             they are decoded on demand.
+        split_seed: of the test set that is drawn from ``root/<class>/*``.
         memory_limit: bytes up to which images from files are kept decoded in memory, train and test together (default
             2 GiB). CIFAR's own format always is.
 
@@ -121,14 +117,14 @@ def load_images(
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: got {image_size}, expected at least 1")
     root = Path(root).expanduser()
-    read = partial(_Reading, name=name, skip_broken=skip_broken, memory_limit=memory_limit)
+    read = partial(_read, name, skip_broken=skip_broken, memory_limit=memory_limit)
     if name == "images":
-        return _images(root, read(image_size=image_size))
+        return read(*_images(root, split_seed), image_size=image_size)
     if name == "imagenette":
-        return _imagenette(root, offline, read(image_size=image_size or 160))
+        return read(*_imagenette(root, offline), image_size=image_size or 160)
     jpeg = _jpeg_folder(root) if name == "cifar10" else None
     if jpeg is not None:
-        return _cifar_jpeg(jpeg, read(image_size=image_size or 32))
+        return read(*_cifar_jpeg(jpeg), image_size=image_size or 32)
     return _cifar(name, root, offline, image_size or 32)
 
 
@@ -144,11 +140,11 @@ def image_files(name: str, root: Path | str) -> list[Path]:
         folder = root / CIFAR[name][0].base_folder
         return sorted(folder.iterdir()) if folder.is_dir() else []
     base = jpeg or (_imagenette_folder(root) if name == "imagenette" else root)
-    parts = [part for part in ("train", "test", "val") if (base / part).is_dir()][:2]
+    parts = [base / part for part in ("train", "test", "val") if (base / part).is_dir()][:2]
     found: list[Path] = []
-    for part in parts:
+    for folder in parts or [base]:
         try:
-            found += [Path(path) for path, _ in VisibleFolder(base / part).samples]
+            found += [Path(path) for path, _ in VisibleFolder(folder).samples]
         except FileNotFoundError:  # of no classes
             continue
     return found
@@ -217,15 +213,10 @@ def split_train_val(
 def _cifar(name: str, root: Path, offline: bool, image_size: int) -> ImageData:
     cls, megabytes = CIFAR[name]
     jpeg = f" nor, as JPEG, {root / name / 'train'} or {root / 'train'} with its classes" if name == "cifar10" else ""
-    folder = unpacked(name, root, cifar_archive(cls, megabytes), offline, instead=jpeg)
-    check_files(name, cls, folder)
+    check_files(name, cls, unpacked(name, root, cifar_archive(cls, megabytes), offline, instead=jpeg))
     parts = [cls(root, train=train) for train in (True, False)]
-    train, test = (
-        MemoryImages(
-            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets), image_size
-        )
-        for part in parts
-    )
+    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    train, test = (MemoryImages(x, torch.tensor(y.targets), image_size) for x, y in zip(pixels, parts, strict=True))
     mean, std = CONSTANTS[name]
     return ImageData(
         name=name,
@@ -239,48 +230,53 @@ def _cifar(name: str, root: Path, offline: bool, image_size: int) -> ImageData:
     )
 
 
-def _cifar_jpeg(folder: Path, reading: _Reading) -> ImageData:
-    train, test = (listing_of(reading.name, folder / part) for part in ("train", "test"))
+def _cifar_jpeg(folder: Path) -> tuple[Listing, Listing, str]:
+    train, test = (listing_of("cifar10", folder / part) for part in ("train", "test"))
     for split in (train, test):
-        _same_classes(reading.name, split, CIFAR10_CLASSES)
-    note = f"{NOTES['cifar10']}; {JPEG_NOTE}{_not_all((len(train.paths), len(test.paths)), CIFAR10_COUNTS)}"
-    return _read(train, test, reading, note)
+        _same_classes("cifar10", split, CIFAR10_CLASSES)
+    return train, test, f"{NOTES['cifar10']}; {JPEG_NOTE}{_not_all(train, test, CIFAR10_COUNTS)}"
 
 
-def _imagenette(root: Path, offline: bool, reading: _Reading) -> ImageData:
-    name = reading.name
+def _imagenette(root: Path, offline: bool) -> tuple[Listing, Listing, str]:
     folder = _imagenette_folder(root)
     if folder != root:
-        folder = unpacked(name, root, imagenette_archive(), offline)
+        folder = unpacked("imagenette", root, imagenette_archive(), offline)
     listings = []
     for split in ("train", "val"):
-        found = listing_of(name, folder / split)
-        _same_classes(name, found, tuple(Imagenette._WNID_TO_CLASS))
+        found = listing_of("imagenette", folder / split)
+        _same_classes("imagenette", found, tuple(Imagenette._WNID_TO_CLASS))
         classes = tuple(Imagenette._WNID_TO_CLASS[wnid][0] for wnid in found.classes)
         listings.append(replace(found, classes=classes))
     train, val = listings
-    note = NOTES[name] + _not_all((len(train.paths), len(val.paths)), IMAGENETTE_COUNTS)
-    return _read(train, val, reading, note)
+    return train, val, NOTES["imagenette"] + _not_all(train, val, IMAGENETTE_COUNTS)
 
 
-def _not_all(counts: tuple[int, int], whole: tuple[int, int]) -> str:
+def _images(root: Path, split_seed: int) -> tuple[Listing, Listing, str]:
+    tests = [root / part for part in ("test", "val") if (root / part).is_dir()]
+    if tests and (root / "train").is_dir():
+        note = f"a folder of images, test set: {tests[0].name}" + ("; val is not read" if len(tests) > 1 else "")
+        return listing_of("images", root / "train"), listing_of("images", tests[0]), note
+    if tests or (root / "train").is_dir() or not root.is_dir():
+        missing = ([] if (root / "train").is_dir() else ["train"]) + ([] if tests else ["test (or val)"])
+        raise FileNotFoundError(
+            f"images: no folder {', nor '.join(f'{root}/{part}' for part in missing)}, expected "
+            f"{root}/train/<class>/<image> and {root}/test/<class>/<image>, or {root}/<class>/<image>"
+        )
+    whole = listing_of("images", root)
+    train, test = (
+        replace(whole, paths=[whole.paths[row] for row in rows.tolist()], labels=whole.labels[rows])
+        for rows in split_train_val(whole.labels, TEST_SHARE, split_seed, allow_missing=True)
+    )
+    share = f"{TEST_SHARE:.0%} of each class, drawn by split_seed {split_seed}"
+    return train, test, f"a folder of images without train and test: test set is {share}"
+
+
+def _not_all(train: Listing, test: Listing, whole: tuple[int, int]) -> str:
     """What a note says of a copy with other numbers of images than were published."""
+    counts = len(train.paths), len(test.paths)
     if counts == whole:
         return ""
     return f"; not the published set: {counts[0]:,} + {counts[1]:,} images of {whole[0]:,} + {whole[1]:,}"
-
-
-def _images(root: Path, reading: _Reading) -> ImageData:
-    tests = [root / part for part in ("test", "val") if (root / part).is_dir()]
-    missing = [str(root / "train")] if not (root / "train").is_dir() else []
-    missing += [] if tests else [f"{root / 'test'} (or val)"]
-    if missing:
-        raise FileNotFoundError(
-            f"images: no folder {', nor '.join(missing)}, expected {root}/train/<class>/<image> and "
-            f"{root}/test/<class>/<image>"
-        )
-    note = f"a folder of images, test set: {tests[0].name}" + ("; val is not read" if len(tests) > 1 else "")
-    return _read(listing_of("images", root / "train"), listing_of("images", tests[0]), reading, note)
 
 
 def _same_classes(name: str, listing: Listing, expected: Sequence[str]) -> None:
@@ -295,8 +291,17 @@ def _same_classes(name: str, listing: Listing, expected: Sequence[str]) -> None:
             )
 
 
-def _read(train: Listing, test: Listing, reading: _Reading, note: str) -> ImageData:
-    name, classes = reading.name, train.classes
+def _read(
+    name: str,
+    train: Listing,
+    test: Listing,
+    note: str,
+    *,
+    image_size: int | None,
+    skip_broken: bool,
+    memory_limit: int,
+) -> ImageData:
+    classes = train.classes
     unknown = [known for known in test.classes if known not in classes]
     if unknown:
         raise ValueError(
@@ -305,15 +310,15 @@ def _read(train: Listing, test: Listing, reading: _Reading, note: str) -> ImageD
         )
     # ImageFolder numbers the classes of each folder by itself
     numbers = torch.tensor([classes.index(known) for known in test.classes])
-    size = reading.image_size or common_size(train.paths + test.paths, reading.skip_broken)
-    in_memory = 3 * size * size * (len(train.paths) + len(test.paths)) <= reading.memory_limit
+    size = image_size or common_size(train.paths + test.paths, skip_broken)
+    in_memory = 3 * size * size * (len(train.paths) + len(test.paths)) <= memory_limit
     sources: list[ImageSource] = []
     skipped: list[str] = []
     for paths, labels in ((train.paths, train.labels), (test.paths, numbers[test.labels])):
         out = torch.empty(len(paths), 3, size, size, dtype=torch.uint8) if in_memory else None
         keep = torch.ones(len(paths), dtype=torch.bool)
-        if in_memory or reading.skip_broken:
-            broken = decode_all(paths, size, out, reading.skip_broken)
+        if in_memory or skip_broken:
+            broken = decode_all(paths, size, out, skip_broken)
             skipped += [paths[row] for row in broken]
             keep[broken] = False
         if out is not None:
@@ -321,10 +326,7 @@ def _read(train: Listing, test: Listing, reading: _Reading, note: str) -> ImageD
         else:
             sources.append(FileImages([paths[row] for row in keep.nonzero()[:, 0]], labels[keep], size))
     if skipped:
-        print(
-            f"{name}: skipped {len(skipped)} images that cannot be read, the first is {printable(skipped[0])}",
-            flush=True,
-        )
+        print(f"{name}: skipped {len(skipped)} images that cannot be read, first {printable(skipped[0])}", flush=True)
         note += f"; {len(skipped)} images left out, for they cannot be read"
     lost, untested = ([classes[label] for label in without(part.labels, len(classes))] for part in sources)
     if lost or not len(sources[1]):
@@ -334,12 +336,5 @@ def _read(train: Listing, test: Listing, reading: _Reading, note: str) -> ImageD
         note += f"; no test images of {few(untested)}"
     mean, std = CONSTANTS[name]
     return ImageData(
-        name=name,
-        classes=classes,
-        train=sources[0],
-        test=sources[1],
-        mean=mean,
-        std=std,
-        image_size=size,
-        note=note,
+        name=name, classes=classes, train=sources[0], test=sources[1], mean=mean, std=std, image_size=size, note=note
     )

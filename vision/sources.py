@@ -15,32 +15,29 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-CHUNK = 64
-"""Files that a thread decodes in a row."""
-
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 """PIL's modes of 16-bit gray, whose ``convert("RGB")`` would clip nearly all to white."""
 
 
 class ImageSource(ABC):
-    """Square RGB images of one split, and their labels.
+    """Square images of one split, and their labels.
 
-    Attributes:
+    Args:
         labels: (N,) int64.
         image_size: S, height and width of what :meth:`get` returns.
-        in_memory: whether the images lie in memory, so that :meth:`get` decodes nothing.
     """
 
-    labels: Tensor
-    image_size: int
-    in_memory: bool
+    def __init__(self, labels: Tensor, count: int, image_size: int) -> None:
+        if labels.shape != (count,) or labels.dtype != torch.int64:
+            raise ValueError(f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, expected int64 ({count},)")
+        self.labels, self.image_size = labels, image_size
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @abstractmethod
     def get(self, index: Tensor) -> Tensor:
-        """The images ``index``, (B,) int64: a (B, 3, S, S) uint8 tensor, new in memory.
+        """The images ``index``, (B,) int64: a (B, C, S, S) tensor, new in memory; of files uint8 and C = 3.
 
         Raises:
             ValueError: a file is no image that can be read; names it.
@@ -52,18 +49,18 @@ class MemoryImages(ImageSource):
     """Images in memory.
 
     Args:
-        images: (N, 3, H, W) uint8.
+        images: (N, C, H, H), C = 1 or 3, uint8, or float32 that models are to see as it is.
         labels: (N,) int64.
         image_size: S; images of another size are resized when they are taken, the memory stays as it is (default H).
     """
 
-    in_memory = True
-
     def __init__(self, images: Tensor, labels: Tensor, image_size: int | None = None) -> None:
-        if images.dim() != 4 or images.size(1) != 3 or images.size(2) != images.size(3) or images.dtype != torch.uint8:
-            raise ValueError(f"images: got {images.dtype} of shape {tuple(images.shape)}, expected uint8 (N, 3, S, S)")
-        self.images, self.labels = images, _labels(labels, len(images))
-        self.image_size = images.size(-1) if image_size is None else image_size
+        square = images.dim() == 4 and images.size(1) in (1, 3) and images.size(2) == images.size(3)
+        if not square or images.dtype not in (torch.uint8, torch.float32):
+            got = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"images: got {got}, expected uint8 or float32 (N, 1 or 3, S, S)")
+        super().__init__(labels, len(images), image_size or images.size(-1))
+        self.images = images
 
     def get(self, index: Tensor) -> Tensor:
         images = self.images[index]
@@ -82,10 +79,9 @@ class FileImages(ImageSource):
         image_size: S.
     """
 
-    in_memory = False
-
     def __init__(self, paths: Sequence[str], labels: Tensor, image_size: int) -> None:
-        self.paths, self.labels, self.image_size = list(paths), _labels(labels, len(paths)), image_size
+        super().__init__(labels, len(paths), image_size)
+        self.paths = list(paths)
 
     def get(self, index: Tensor) -> Tensor:
         images = torch.empty(len(index), 3, self.image_size, self.image_size, dtype=torch.uint8)
@@ -132,22 +128,19 @@ def decode_all(paths: Sequence[str], image_size: int, out: Tensor | None, skip_b
         ValueError: a file cannot be read, unless ``skip_broken``; names it.
     """
 
-    def run(start: int) -> list[int]:
-        broken = []
-        for row in range(start, min(start + CHUNK, len(paths))):
-            try:
-                image = decode(paths[row], image_size)
-            except ValueError:
-                if not skip_broken:
-                    raise
-                broken.append(row)
-            else:
-                if out is not None:
-                    out[row] = image
-        return broken
+    def is_broken(row: int) -> bool:
+        try:
+            image = decode(paths[row], image_size)
+        except ValueError:
+            if not skip_broken:
+                raise
+            return True
+        if out is not None:
+            out[row] = image
+        return False
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return [row for rows in pool.map(run, range(0, len(paths), CHUNK)) for row in rows]
+        return [row for row, broken in enumerate(pool.map(is_broken, range(len(paths)))) if broken]
 
 
 def common_size(paths: Sequence[str], skip_broken: bool) -> int:
@@ -204,9 +197,3 @@ def _rgb(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def _labels(labels: Tensor, count: int) -> Tensor:
-    if labels.shape != (count,) or labels.dtype != torch.int64:
-        raise ValueError(f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, expected int64 ({count},)")
-    return labels

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig
+from torch_geometric.data import Data, HeteroData
+
+from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig, load_object
 from experiments.data.digits import digits, digits_graph
 from experiments.data.graph_data import GraphData, Split
 from experiments.data.graph_task import graph_task, transformed
@@ -12,9 +15,9 @@ from experiments.data.hetero_task import hetero_task
 from experiments.data.mosaic import mosaic
 from experiments.data.registry import load_graph
 from experiments.data.task import Batch, Task
-from experiments.data.user_graph import user_graph
+from experiments.data.user_graph import graph_of, user_graph
 
-__all__ = ["Batch", "Split", "Task", "load_tasks"]
+__all__ = ["Batch", "Split", "Task", "load_tasks", "own_data"]
 
 FOLDERS_ONLY = ("image_size", "augment", "mixup", "cutmix", "val_share", "split_seed", "skip_broken")
 """Options of images that `digits`, which has its own split and size, does not take."""
@@ -24,18 +27,60 @@ def load_tasks(config: RunConfig) -> Callable[[int], Task]:
     """Load the data set of a run; the result gives the task of a seed, whose split it chooses where there are several.
 
     Raises:
-        ValueError: an unknown name, or a broken file.
+        ValueError: an unknown name, a broken file, or something else than data from ``--data``.
         FileNotFoundError: files are missing and cannot be fetched.
     """
-    if isinstance(config, ImageConfig):
-        pictures = _images(config)
-        return lambda _: pictures
+    found = _load(config) if config.data is None else own_data(load_object("data", config.data)(), config)
+    if isinstance(found, Task):
+        return lambda _: found
     assert isinstance(config, GraphConfig | HeteroConfig)
-    graph = _load_graph(config)
-    data = transformed(graph, config)
+    data = transformed(found, config)
     if isinstance(config, HeteroConfig):
-        return lambda seed: hetero_task(graph, data, config, seed)
-    return lambda seed: graph_task(graph, data, config, seed)
+        return lambda seed: hetero_task(found, data, config, seed)
+    return lambda seed: graph_task(found, data, config, seed)
+
+
+def own_data(found: Any, config: RunConfig) -> GraphData | Task:
+    """What the function of ``--data`` returns, as a graph data set, or as a task of images.
+
+    Args:
+        found: for ``graph`` a PyG ``Data`` with x, edge_index and y, for ``hetero`` a ``HeteroData`` of which one node
+            type has y, each with train_mask, val_mask and test_mask (of that type), or none of them; for ``images``
+            see :func:`experiments.data.own_images.own_images`.
+        config: of the run, whose kind says which.
+
+    Raises:
+        ValueError: something else, or something that cannot be what it should.
+    """
+    name = config.data or config.dataset
+    if isinstance(config, ImageConfig):
+        from experiments.data.own_images import own_images  # torchvision, which graphs do without
+
+        return own_images(found, name, config)
+    expected = HeteroData if isinstance(config, HeteroConfig) else Data
+    if not isinstance(found, expected):
+        raise ValueError(
+            f"data: got a {type(found).__name__} for {config.dataset}, expected a PyG {expected.__name__} (presets: graph "
+            "takes a Data, hetero a HeteroData, images pairs of images and labels)"
+        )
+    return graph_of(found, name, getattr(config, "metric", None), where=name)
+
+
+def _load(config: RunConfig) -> GraphData | Task:
+    if isinstance(config, ImageConfig):
+        return _images(config)
+    assert isinstance(config, GraphConfig | HeteroConfig)
+    if config.dataset == "digits-graph":
+        return digits_graph()
+    if config.dataset == "mosaic":
+        return mosaic()
+    if isinstance(config, GraphConfig) and config.dataset == "graph":
+        return user_graph(config.data_root, config.metric)
+    if config.dataset == "hetero":
+        raise ValueError("data: got None for hetero, expected package.module:function that returns a PyG HeteroData")
+    return load_graph(
+        config.dataset, config.data_root, offline=config.offline, allow_large_downloads=config.allow_large_downloads
+    )
 
 
 def _images(config: ImageConfig) -> Task:
@@ -48,15 +93,3 @@ def _images(config: ImageConfig) -> Task:
     from experiments.data.images import images  # torchvision, which graphs do without
 
     return images(config)
-
-
-def _load_graph(config: GraphConfig | HeteroConfig) -> GraphData:
-    if config.dataset == "digits-graph":
-        return digits_graph()
-    if config.dataset == "mosaic":
-        return mosaic()
-    if isinstance(config, GraphConfig) and config.dataset == "graph":
-        return user_graph(config.data_root, config.metric)
-    return load_graph(
-        config.dataset, config.data_root, offline=config.offline, allow_large_downloads=config.allow_large_downloads
-    )

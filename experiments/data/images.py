@@ -11,13 +11,11 @@ from experiments.data.graph_data import Split
 from experiments.data.task import Batch, Task, image_task
 from vision.augment import make_augment, make_mix
 from vision.batches import batches
-from vision.images import load_images, split_train_val
+from vision.images import ImageData, load_images, split_train_val
 
 
 def images(config: ImageConfig) -> Task:
     """``cifar10``, ``cifar100``, ``imagenette``, or ``images``, a folder of the user's own; see ``load_images``.
-
-    Validation is a part of the training images (``--val-share``, ``--split-seed``); the test images are read once.
 
     Raises:
         ValueError: a broken file, or options out of range.
@@ -29,27 +27,46 @@ def images(config: ImageConfig) -> Task:
         image_size=config.image_size,
         offline=config.offline,
         skip_broken=config.skip_broken,
+        split_seed=config.split_seed,
     )
+    return image_set_task(data, config)
+
+
+def image_set_task(data: ImageData, config: ImageConfig) -> Task:
+    """The batches of a data set of images.
+
+    Validation is a part of the training images (``--val-share``, ``--split-seed``) where the data have none of their
+    own; the test images are read once.
+
+    Raises:
+        ValueError: one class alone, or options out of range.
+    """
     print(f"{data.name}: {len(data.train):,} + {len(data.test):,} images; {data.note}", flush=True)
     if len(data.classes) < 2:
         raise ValueError(f"{data.name}: got one class, {data.classes[0]}, expected at least two")
-    train, val = split_train_val(data.train.labels, config.val_share, config.split_seed, allow_missing=True)
+    train = torch.arange(len(data.train))
+    if data.val is None:
+        train, val = split_train_val(data.train.labels, config.val_share, config.split_seed, allow_missing=True)
+        held_out = data.train
+    else:
+        val, held_out = torch.arange(len(data.val)), data.val
+    parts = {"train": (data.train, train), "val": (held_out, val), "test": (data.test, torch.arange(len(data.test)))}
     classes = len(data.classes)
-    for part, rows in (("training", train), ("validation", val)):
-        missing = sorted(set(range(classes)) - set(data.train.labels[rows].tolist()))
+    for part, what in (("train", "training"), ("val", "validation")):
+        source, index = parts[part]
+        missing = (source.labels[index].bincount(minlength=classes) == 0).nonzero().view(-1).tolist()
         if missing:
             names = ", ".join(data.classes[label] for label in missing[:5])
-            print(f"{data.name}: {len(missing)} of {classes} classes have no image in {part}: {names}", flush=True)
+            print(f"{data.name}: {len(missing)} of {classes} classes have no image in {what}: {names}", flush=True)
     augment = make_augment(config.augment, data.image_size)
     mix = make_mix(config.mixup, config.cutmix, classes)
-    parts = {"train": (data.train, train), "val": (data.train, val), "test": (data.test, None)}
 
     def loader(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
         source, index = parts[part]
         training = part == "train"
         for pictures, labels in batches(
             source,
-            torch.arange(len(source)) if index is None else index,
+            index,
             batch_size,
             mean=data.mean,
             std=data.std,
@@ -61,12 +78,5 @@ def images(config: ImageConfig) -> Task:
             yield Batch((pictures,), labels)
 
     return image_task(
-        data.name,
-        data.image_size,
-        data.classes,
-        loader,
-        len(train),
-        config.label_smoothing,
-        data.mean,
-        data.std,
+        data.name, data.image_size, data.classes, loader, len(train), config.label_smoothing, data.mean, data.std
     )

@@ -1,8 +1,9 @@
-"""A user's own graph: an ``.npz``, a PyG ``.pt``, or a folder with ``nodes.csv`` and ``edges.csv``."""
+"""A user's own graph: an ``.npz``, a PyG ``.pt``, a folder with ``nodes.csv`` and ``edges.csv``, or PyG's object."""
 
 from __future__ import annotations
 
 import csv
+import pickle
 import warnings
 import zipfile
 import zlib
@@ -16,33 +17,51 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor
 from torch_geometric import EdgeIndex
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
+from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
+from torch_geometric.data.storage import BaseStorage, EdgeStorage, GlobalStorage, NodeStorage
 
-from experiments.data.graph_data import GraphData, MetricName, fixed_splits, make_metric
-from experiments.data.guard import MASKS, check_graph, load_tensors
+from experiments.data.graph_data import (
+    MASKS,
+    GraphData,
+    MetricName,
+    check_graph,
+    fixed_splits,
+    make_metric,
+    stratified_splits,
+)
 
-NPZ_KEYS = ("node_features", "node_labels", "edges", "train_masks", "val_masks", "test_masks")
-PARTS = ("train", "val", "test")
+NEEDED = {"x": "node_features", "y": "node_labels", "edge_index": "edges"}
+"""PyG's names, and those of Platonov et al. (2023), which an npz may have too."""
+OPTIONAL = {**{mask: f"{mask}s" for mask in MASKS.values()}, "edge_weight": "edge_weight", "edge_attr": "edge_attr"}
 TEXT = ("id", "split", "source", "target")
 """Columns of CSV files that are text, whatever they look like."""
+MOST_CATEGORIES = 100
+"""Names that a column of features may have: each becomes a feature."""
+SAFE: list[Any] = [Data, DataEdgeAttr, DataTensorAttr, BaseStorage, GlobalStorage, NodeStorage, EdgeStorage]
+"""What a ``Data`` is made of."""
 
 
-def user_graph(path: Path, metric: MetricName | None = None) -> GraphData:
+def user_graph(path: Path, metric: MetricName | None = None, *, name: str | None = None, note: str = "") -> GraphData:
     """A graph of the user's own, its edges as they are given.
 
     Args:
         path: one of
 
-            - ``FILE.npz`` with node_features (N, D), node_labels (N,), edges (M, 2), and train_masks, val_masks,
-              test_masks, each (N,), or (S, N) for S splits, of which seed s takes ``s % S``;
-            - ``FILE.pt``, a PyG ``Data`` with x, edge_index, y, train_mask, val_mask, test_mask ((N,) or (N, S)), and
-              perhaps edge_weight or edge_attr; other tensors, numbers and texts are left out;
-            - a folder with ``nodes.csv`` (columns ``label``, ``split`` with train / val / test or nothing, perhaps
-              ``id``, without which nodes are numbered from 0; all others are features) and ``edges.csv`` (columns
-              ``source``, ``target``, perhaps ``weight``; all others are left out).
+            - ``FILE.npz`` with x (N, D), y (N,), edge_index (2, M), and perhaps train_mask, val_mask, test_mask, each
+              (N,), or (N, S) for S splits, of which seed s takes ``s % S``; or by the names of Platonov et al. (2023),
+              node_features, node_labels, edges (M, 2), and train_masks, val_masks, test_masks, (N,) or (S, N);
+            - ``FILE.pt``, a PyG ``Data`` of the same names; other tensors, numbers and texts are left out;
+            - a folder with ``nodes.csv`` (columns ``label``, perhaps ``split`` with train / val / test or nothing,
+              perhaps ``id``, without which nodes are numbered from 0; all others are features, of which those without
+              a number are categories) and ``edges.csv`` (columns ``source``, ``target``, perhaps ``weight``; all
+              others are left out).
 
-            Labels are 0, 1, ...; a node outside the splits may have -1, or none in a CSV file.
+            The first two may have edge_weight (M,) and edge_attr (M, F). Labels are 0, 1, ..., in a CSV file names as
+            well; a node outside the splits may have -1, or none in a CSV file. Without masks each seed draws a split.
         metric: ``"accuracy"`` (default) or, for two classes, ``"roc_auc"``.
+        name: of the data set (default: that of the file).
+        note: license and source (default: name of the file).
 
     Raises:
         FileNotFoundError: no such file.
@@ -50,52 +69,175 @@ def user_graph(path: Path, metric: MetricName | None = None) -> GraphData:
     """
     if not path.exists():
         raise FileNotFoundError(f"data_root: got {path}, which does not exist; expected FILE.npz, FILE.pt or a folder")
-    if path.is_dir():
-        given = _read_csv(path)
-    elif path.suffix == ".npz":
-        given = _read_npz(path)
-    elif path.suffix == ".pt":
-        given = _read_pt(path)
-    else:
+    readers = {".npz": _read_npz, ".pt": _read_pt}
+    if not path.is_dir() and path.suffix not in readers:
         raise ValueError(f"data_root: got {path}, expected FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv")
-    data = _graph(path, given)
-    classes = int(data.y.max()) + 1
-    if not 2 <= classes <= data.x.size(0):
+    data = Data(**(_read_csv(path) if path.is_dir() else readers[path.suffix](path)))
+    return graph_of(data, name or path.stem, metric, where=str(path), note=note or path.name)
+
+
+def graph_of(
+    data: Data | HeteroData, name: str, metric: MetricName | None = None, *, where: str, note: str = ""
+) -> GraphData:
+    """A PyG graph as a data set: its types those that models take, checked, and split where it has no masks.
+
+    Args:
+        data: a ``Data`` with x, edge_index and y, or a ``HeteroData`` of which one node type has y; with train_mask,
+            val_mask and test_mask, or none of them.
+        name: of the data set.
+        metric: see :func:`user_graph`.
+        where: begins the messages.
+        note: license and source.
+
+    Raises:
+        ValueError: something is missing, or cannot be what it should.
+    """
+    target = None
+    if isinstance(data, HeteroData):
+        labeled = [kind for kind in data.node_types if "y" in data[kind]]
+        if len(labeled) != 1:
+            raise ValueError(f"{where}: got y of {', '.join(labeled) or 'no node type'}, expected one of one node type")
+        target = labeled[0]
+    given: Any = data if target is None else data[target]
+    masks = [mask for mask in MASKS.values() if mask in given]
+    missing = [key for key in NEEDED if key not in data] if target is None else []
+    if masks:
+        missing += [mask for mask in MASKS.values() if mask not in masks]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} missing, expected {', '.join(NEEDED)}, and all masks or none")
+    data = _kept(data, target, where)
+    store: Any = data if target is None else data[target]
+    check_graph(where, data, target)
+    classes = int(store.y.max()) + 1
+    if not 2 <= classes <= len(store.y):
         raise ValueError(
-            f"{path}: the largest label is {classes - 1}, expected 1 or more, and less than the number of nodes"
+            f"{where}: the largest label is {classes - 1}, expected 1 or more, and less than the number of nodes"
         )
-    name: MetricName = metric if metric is not None else "accuracy"
-    make = make_metric(name, classes)
-    if name == "roc_auc":
-        _check_both_classes(path, data)
+    metric_name: MetricName = metric if metric is not None else "accuracy"
+    make = make_metric(metric_name, classes)
+    if masks and metric_name == "roc_auc":
+        _check_both_classes(where, store)
+    count = store.train_mask.view(len(store.y), -1).size(1) if masks else 0
+    how = (
+        f"{count} split{'s' * (count > 1)} by its masks" if masks else "no masks: each seed splits it 60/20/20 by class"
+    )
+    print(f"{name}: {data.num_nodes:,} nodes, {data.num_edges:,} edges, {classes} classes; {how}", flush=True)
     return GraphData(
-        name=path.stem,
+        name=name,
         data=data,
-        splits=fixed_splits(data),
+        splits=fixed_splits(store) if masks else stratified_splits(store.y),
         metric=make,
-        metric_name=name,
+        metric_name=metric_name,
         num_outputs=classes,
-        note=path.name,
+        note=note,
+        target=target,
     )
 
 
+def _kept(data: Data | HeteroData, target: str | None, where: str) -> Data | HeteroData:
+    """What is used of a graph, as the types that models take; the rest is left out."""
+    for store in data.stores:
+        for key in (*NEEDED, *OPTIONAL):
+            value = store.get(key)
+            if value is not None and (not isinstance(value, Tensor) or value.layout != torch.strided):
+                raise ValueError(f"{where}: {key} is a {type(value).__name__}, expected a dense tensor of numbers")
+            if value is not None and value.is_complex():
+                raise ValueError(f"{where}: {key} holds {value.dtype}, expected real numbers")
+    if isinstance(data, HeteroData):
+        found = HeteroData()
+        for kind in data.node_types:
+            if "x" in data[kind]:
+                found[kind].x = data[kind].x.float()
+            found[kind].num_nodes = data[kind].num_nodes
+        for relation in data.edge_types:
+            if "edge_index" not in data[relation]:
+                raise ValueError(f"{where}: {relation} has no edge_index, expected one")
+            found[relation].edge_index = _whole(where, "the edges", data[relation].edge_index).contiguous()
+        _copy_labels(where, data[target], found[target])
+        return found
+    kept = Data(x=data.x.float(), edge_index=_whole(where, "the edges", data.edge_index).contiguous())
+    _copy_labels(where, data, kept)
+    for key in ("edge_weight", "edge_attr"):
+        if data.get(key) is not None:
+            kept[key] = _of_edges(where, key, data[key], kept.edge_index.size(-1))
+    return kept
+
+
+def _copy_labels(where: str, store: Any, kept: Any) -> None:
+    y = _whole(where, "the labels", store.y)
+    kept.y = y.view(-1) if y.dim() == 2 and y.size(1) == 1 else y
+    if kept.y.dim() != 1:
+        raise ValueError(f"{where}: the labels have shape {tuple(y.shape)}, expected one a node")
+    for name in MASKS.values():
+        if name in store:
+            mask = store[name]
+            if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+                raise ValueError(f"{where}: {name} holds other values than 0 and 1, expected a mask")
+            kept[name] = mask.bool().contiguous()
+
+
+def _whole(where: str, name: str, values: Tensor) -> Tensor:
+    if isinstance(values, EdgeIndex):
+        values = values.as_tensor()
+    if values.is_floating_point():
+        odd = values[~values.isfinite() | (values != values.trunc())]
+        if odd.numel():
+            raise ValueError(f"{where}: {name} hold {float(odd[0])}, expected whole numbers")
+    return values.long()
+
+
+def _of_edges(where: str, name: str, values: Tensor, num_edges: int) -> Tensor:
+    """(M,) weights, or (M, F) features."""
+    if name == "edge_weight" and values.dim() == 2 and values.size(1) == 1:
+        values = values.view(-1)
+    if name == "edge_attr" and values.dim() == 1:
+        values = values[:, None]
+    if values.dim() != (1 if name == "edge_weight" else 2) or values.size(0) != num_edges:
+        raise ValueError(
+            f"{where}: {name} has shape {tuple(values.shape)}, expected one row for each of {num_edges} edges"
+        )
+    values = values.float().contiguous()
+    if not values.isfinite().all():
+        raise ValueError(f"{where}: {name} of edge {int((~values.isfinite()).nonzero()[0, 0])} is not finite")
+    return values
+
+
+def _check_both_classes(where: str, store: Any) -> None:
+    """roc_auc is not defined where a part of a split has one class only."""
+    for name in (MASKS["val"], MASKS["test"]):
+        mask = store[name].view(len(store.y), -1)
+        positive = (mask & (store.y[:, None] == 1)).sum(dim=0)
+        if ((positive == 0) | (positive == mask.sum(dim=0))).any():
+            raise ValueError(f"{where}: {name} has nodes of one class only, expected both for metric='roc_auc'")
+
+
 def _read_npz(path: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
     try:
         file = np.load(path)
         if not isinstance(file, NpzFile):
             raise ValueError("one array, as numpy.save writes it")
         with file:
-            missing = [key for key in NPZ_KEYS if key not in file.files]
-            arrays = {key: file[key] for key in NPZ_KEYS if key not in missing}
+            arrays = {
+                key: file[key] for names in (NEEDED, OPTIONAL) for pair in names.items() for key in pair if key in file
+            }
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a whole .npz file of plain arrays ({error})") from error
+    for name, other in (NEEDED | OPTIONAL).items():
+        if name != other and name in arrays and other in arrays:
+            raise ValueError(f"{path}: got both {name} and {other}, expected one of them")
+        if name in arrays:
+            found[name] = _tensor(path, name, arrays[name])
+        elif other in arrays:
+            value = _tensor(path, other, arrays[other])
+            if other == "edges" and (value.dim() != 2 or value.size(1) != 2):
+                raise ValueError(f"{path}: edges has shape {tuple(value.shape)}, expected (edges, 2)")
+            turned = other == "edges" or (other.endswith("_masks") and value.dim() == 2)
+            found[name] = value.T if turned else value
+    missing = [f"{name} (or {NEEDED[name]})" for name in NEEDED if name not in found]
     if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} missing, expected the keys {', '.join(NPZ_KEYS)}")
-    x, y, edges, *masks = (_tensor(path, key, array) for key, array in arrays.items())
-    if edges.dim() != 2 or edges.size(1) != 2:
-        raise ValueError(f"{path}: edges has shape {tuple(edges.shape)}, expected (edges, 2)")
-    parts = {name: mask.T if mask.dim() == 2 else mask for name, mask in zip(MASKS, masks, strict=True)}
-    return {"x": x, "y": y, "edge_index": edges.T, **parts}
+        raise ValueError(f"{path}: {', '.join(missing)} missing")
+    return found
 
 
 def _tensor(path: Path, key: str, array: NDArray[Any]) -> Tensor:
@@ -106,30 +248,32 @@ def _tensor(path: Path, key: str, array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=kinds[array.dtype.kind]))
 
 
-def _read_pt(path: Path) -> dict[str, Tensor]:
+def _read_pt(path: Path) -> dict[str, Any]:
+    """``torch.load`` of tensors and PyG's ``Data``; nothing else in the file is run."""
+    known = torch.serialization.get_safe_globals()  # at its end, safe_globals forgets those of before too
     try:
-        data = load_tensors(path)
+        with torch.serialization.safe_globals([part for part in SAFE if part not in known]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read as a PyG Data ({error})") from error
+        # torch's text is on how to load it all the same
+        why = (
+            "not written by torch.save, or not of tensors alone" if isinstance(error, pickle.UnpicklingError) else error
+        )
+        raise ValueError(f"{path}: cannot be read as a PyG Data ({why})") from error
     if not isinstance(data, Data):
         raise ValueError(f"{path}: got a {type(data).__name__}, expected a PyG Data")
-    needed = ("x", "edge_index", "y", *MASKS)
-    missing = [name for name in needed if name not in data]
-    if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} missing, expected {', '.join(needed)}")
-    found = {name: data[name] for name in (*needed, "edge_weight", "edge_attr") if name in data}
-    for name, value in found.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
-            raise ValueError(f"{path}: {name} is a {type(value).__name__}, expected a dense tensor of numbers")
-    return {name: value.as_tensor() if isinstance(value, EdgeIndex) else value for name, value in found.items()}
+    return {name: data[name] for name in (*NEEDED, *OPTIONAL) if name in data}
 
 
 def _read_csv(folder: Path) -> dict[str, Tensor]:
-    nodes, edges = _table(folder / "nodes.csv", ("label", "split")), _table(folder / "edges.csv", ("source", "target"))
+    path = folder / "nodes.csv"
+    nodes, edges = _table(path, ("label",)), _table(folder / "edges.csv", ("source", "target"))
     ids = nodes["id"] if "id" in nodes else pd.Series(range(len(nodes)), index=nodes.index).astype(str)
     if (ids.isna() | ids.duplicated()).any():
         row = ids.index[ids.isna() | ids.duplicated()][0]
-        raise ValueError(f"{folder / 'nodes.csv'}: line {row + 2} has id {ids[row]}, expected each node's own")
+        raise ValueError(f"{path}: line {row + 2} has id {ids[row]}, expected each node's own")
     ends = []
     for column in ("source", "target"):
         end = pd.Index(ids).get_indexer(edges[column])
@@ -139,27 +283,53 @@ def _read_csv(folder: Path) -> dict[str, Tensor]:
                 f"{folder / 'edges.csv'}: line {row + 2} has {column}={edges[column][row]}, which is no node"
             )
         ends.append(torch.from_numpy(end.astype(np.int64)))
-    splits = nodes["split"].fillna("none").str.lower().replace({"valid": "val"})
-    odd = nodes.index[~splits.isin([*PARTS, "none"])]
-    if len(odd):
-        raise ValueError(
-            f"{folder / 'nodes.csv'}: line {odd[0] + 2} has split={nodes['split'][odd[0]]}, expected train, val, test "
-            "or nothing"
-        )
-    features = [column for column in nodes if column not in ("id", "label", "split")]
-    columns = [_numbers(folder / "nodes.csv", nodes[column]).float() for column in features]
-    found = {
-        "x": torch.stack(columns, dim=1) if columns else torch.empty(len(nodes), 0),
-        "y": _numbers(folder / "nodes.csv", nodes["label"], missing=-1),
-        "edge_index": torch.stack(ends),
-        **{
-            name: torch.from_numpy((splits == part).to_numpy(copy=True))
-            for name, part in zip(MASKS, PARTS, strict=True)
-        },
-    }
+    found = {"edge_index": torch.stack(ends), **_features(folder, nodes)}
+    label = nodes["label"]
+    if _is_text(label):
+        names = sorted(label.dropna().unique())
+        found["y"] = torch.from_numpy(pd.Categorical(label, categories=names).codes.astype(np.int64))
+        shown = ", ".join(f"{name} = {code}" for code, name in enumerate(names[:10])) + ", ..." * (len(names) > 10)
+        print(f"{folder.stem}: labels are names: {shown}", flush=True)
+    else:
+        found["y"] = _numbers(path, label, missing=-1)
+    if "split" in nodes:
+        splits = nodes["split"].fillna("none").str.lower().replace({"valid": "val"})
+        odd = nodes.index[~splits.isin([*MASKS, "none"])]
+        if len(odd):
+            raise ValueError(
+                f"{path}: line {odd[0] + 2} has split={nodes['split'][odd[0]]}, expected train, val, test or nothing"
+            )
+        for part, mask in MASKS.items():
+            found[mask] = torch.from_numpy((splits == part).to_numpy(copy=True))
     if "weight" in edges:
         found["edge_weight"] = _numbers(folder / "edges.csv", edges["weight"])
     return found
+
+
+def _features(folder: Path, nodes: pd.DataFrame) -> dict[str, Tensor]:
+    """``x``: columns of numbers as they are, and for a column of names one feature a name."""
+    path, columns, encoded = folder / "nodes.csv", [], []
+    for name in (column for column in nodes if column not in ("id", "label", "split")):
+        column = nodes[name]
+        if not _is_text(column):
+            columns.append(_numbers(path, column)[:, None])
+            continue
+        if column.isna().any():
+            raise ValueError(f"{path}: line {column.index[column.isna()][0] + 2} has no {name}, expected a name")
+        if column.nunique() > MOST_CATEGORIES:
+            raise ValueError(
+                f"{path}: column {name} has {column.nunique()} names, expected at most {MOST_CATEGORIES}, or numbers"
+            )
+        columns.append(torch.from_numpy(pd.get_dummies(column, dtype=float).to_numpy(copy=True)))
+        encoded.append(f"{name} ({column.nunique()})")
+    if encoded:
+        print(f"{folder.stem}: columns of names, one-hot: {', '.join(encoded)}", flush=True)
+    return {"x": torch.cat(columns, dim=1).float() if columns else torch.empty(len(nodes), 0)}
+
+
+def _is_text(column: pd.Series[Any]) -> bool:
+    """Whether no cell is a number, and some are not empty: one that has both has a mistake."""
+    return bool(column.notna().any() and pd.to_numeric(column, errors="coerce").isna().all())
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
@@ -178,6 +348,7 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
                 skip_blank_lines=False,
                 index_col=False,
                 encoding="utf-8-sig",
+                low_memory=False,  # so that a column is of one type
             )
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as CSV ({error})") from error
@@ -197,7 +368,8 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     empty = table.index[~filled[table.index]]
     if len(empty):
         raise ValueError(f"{path}: line {empty[0] + 2} is empty")
-    return table.assign(**{column: table[column].str.strip() for column in TEXT if column in table})
+    text = [column for column, kind in table.dtypes.items() if pd.api.types.is_object_dtype(kind) or kind == "str"]
+    return table.assign(**{column: table[column].str.strip() for column in text})
 
 
 def _numbers(path: Path, column: pd.Series[Any], missing: float | None = None) -> Tensor:
@@ -210,56 +382,3 @@ def _numbers(path: Path, column: pd.Series[Any], missing: float | None = None) -
         got = column[odd[0]]
         raise ValueError(f"{path}: line {odd[0] + 2} has {column.name}={got}, expected a number")
     return torch.from_numpy(values)
-
-
-def _graph(path: Path, given: dict[str, Tensor]) -> Data:
-    """What a file holds as the types that models take, checked."""
-    data = Data(x=given["x"].float(), y=_whole(path, "the labels", given["y"]))
-    if data.y.dim() == 2 and data.y.size(1) == 1:
-        data.y = data.y.view(-1)
-    if data.y.dim() != 1:
-        raise ValueError(f"{path}: the labels have shape {tuple(data.y.shape)}, expected one a node")
-    data.edge_index = _whole(path, "the edges", given["edge_index"]).contiguous()
-    for name in MASKS:
-        mask = given[name]
-        if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(f"{path}: {name} holds other values than 0 and 1, expected a mask")
-        data[name] = mask.bool().contiguous()
-    check_graph(str(path), data)
-    for name in ("edge_weight", "edge_attr"):
-        if name in given:
-            data[name] = _of_edges(path, name, given[name], data.edge_index.size(1))
-    return data
-
-
-def _whole(path: Path, name: str, values: Tensor) -> Tensor:
-    if values.is_floating_point():
-        odd = values[~values.isfinite() | (values != values.trunc())]
-        if odd.numel():
-            raise ValueError(f"{path}: {name} hold {float(odd[0])}, expected whole numbers")
-    return values.long()
-
-
-def _of_edges(path: Path, name: str, values: Tensor, num_edges: int) -> Tensor:
-    """(M,) weights, or (M, F) features."""
-    if name == "edge_weight" and values.dim() == 2 and values.size(1) == 1:
-        values = values.view(-1)
-    if name == "edge_attr" and values.dim() == 1:
-        values = values[:, None]
-    if values.dim() != (1 if name == "edge_weight" else 2) or values.size(0) != num_edges:
-        raise ValueError(
-            f"{path}: {name} has shape {tuple(values.shape)}, expected one row for each of {num_edges} edges"
-        )
-    values = values.float().contiguous()
-    if not values.isfinite().all():
-        raise ValueError(f"{path}: {name} of edge {int((~values.isfinite()).nonzero()[0, 0])} is not finite")
-    return values
-
-
-def _check_both_classes(path: Path, data: Data) -> None:
-    """roc_auc is not defined where a part of a split has one class only."""
-    for name in MASKS[1:]:
-        mask = data[name].view(data.num_nodes, -1)
-        positive = (mask & (data.y[:, None] == 1)).sum(dim=0)
-        if ((positive == 0) | (positive == mask.sum(dim=0))).any():
-            raise ValueError(f"{path}: {name} has nodes of one class only, expected both for metric='roc_auc'")
