@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,15 @@ class Writer:
         np.savez_compressed(folder / f"{name}.npz", node_features=x, node_labels=y, edges=edges, **arrays)
         return Raw(folder, x, y, edges, masks)
 
+    def filtered(self, name: str) -> Raw:
+        """The npz in the data root itself."""
+        raw = self.platonov(name)
+        self.root.mkdir(exist_ok=True)
+        (raw.folder / f"{name}.npz").rename(self.root / f"{name}.npz")
+        raw.folder.rmdir()
+        raw.folder.parent.rmdir()
+        return replace(raw, folder=self.root)
+
     def geom(self, name: str, folder: tuple[str, ...], by_index: bool) -> Raw:
         """Two tables, the first of features as indices (actor) or as numbers, and ten npz with a split each."""
         x, y, edges = self.graph()
@@ -169,4 +178,6 @@ class Writer:
             return self.geom("film", (), by_index=True)
         if name in ("chameleon", "squirrel"):
             return self.geom(name, (name, "geom_gcn"), by_index=False)
+        if name.endswith("-filtered"):
+            return self.filtered(name.replace("-", "_"))
         return self.platonov(name.replace("-", "_"))
