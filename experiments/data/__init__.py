@@ -60,8 +60,8 @@ def own_data(found: Any, config: RunConfig) -> GraphData | Task:
     expected = HeteroData if isinstance(config, HeteroConfig) else Data
     if not isinstance(found, expected):
         raise ValueError(
-            f"data: got a {type(found).__name__} for {config.dataset}, expected a PyG {expected.__name__} (presets: graph "
-            "takes a Data, hetero a HeteroData, images pairs of images and labels)"
+            f"data: got a {type(found).__name__} for {config.dataset}, expected a PyG {expected.__name__} "
+            "(the preset graph takes a Data, hetero a HeteroData, images pairs of images and labels)"
         )
     return graph_of(found, name, getattr(config, "metric", None), where=name)
 

@@ -33,8 +33,8 @@ def own_images(found: Any, name: str, config: ImageConfig) -> Task:
     """
     if not isinstance(found, tuple | list) or len(found) not in (2, 3):
         raise ValueError(
-            f"data: got {_kind(found)} for {config.dataset}, expected (train, test) or (train, val, test), each a Dataset "
-            "of (image, class), or (images, labels)"
+            f"data: got {_kind(found)} for {config.dataset}, expected (train, test) or (train, val, test), each a "
+            "Dataset of (image, class), or (images, labels)"
         )
     names = ("train", "test") if len(found) == 2 else ("train", "val", "test")
     parts = {part: _images(part, value) for part, value in zip(names, found, strict=True)}
@@ -81,7 +81,7 @@ def _kind(found: Any) -> str:
 
 def _images(part: str, found: Any) -> tuple[Tensor, Tensor]:
     """(N, C, S, S) images, uint8 or float32, and (N,) classes."""
-    if isinstance(found, tuple | list) and len(found) == 2:
+    if isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], Tensor | np.ndarray):
         images, labels = (torch.as_tensor(value) for value in found)
     elif hasattr(found, "__getitem__") and isinstance(found, Sized) and not isinstance(found, str | Tensor | dict):
         images, labels = _read(part, (found[row] for row in range(len(found))))

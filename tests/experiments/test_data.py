@@ -1,4 +1,4 @@
-"""The data sets: what is planted is there, splits are fixed, disjoint and stratified."""
+"""mosaic and digits: what is planted is there, splits are fixed and stratified; the area under the ROC curve."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from experiments.config import GraphConfig
 from experiments.data import Split, Task, load_tasks
+from experiments.data.graph_data import TwoClassAUROC
 from experiments.data.mosaic import CLASSES, REGIONS
 from experiments.presets import PRESETS
 
@@ -18,10 +21,9 @@ MOSAIC_SUM, MOSAIC_EDGES = -33198.47108442287, 15371898316
 """Of the features, and of the sources times their position modulo 97: figures under results/ belong to this draw."""
 
 
-def task_of(name: str, **changes: Any) -> Task:
-    config = PRESETS[name][1]
-    plain: dict[str, Any] = {"adjacency": "edge_index"} if isinstance(config, GraphConfig) else {}
-    return load_tasks(replace(config, **plain, **changes))(0)
+def task_of(name: str) -> Task:
+    config: Any = PRESETS[name][1]
+    return load_tasks(replace(config, adjacency="edge_index"))(0)
 
 
 def rows(task: Task, split: Split) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,7 @@ def test_digits_graph() -> None:
 
 
 def test_digits_images() -> None:
-    task = task_of("digits")
+    task = load_tasks(PRESETS["digits"][1])(0)
     sizes = {split: sum(len(batch.target) for batch in task.loader(split, 64, None)) for split in get_args(Split)}
     assert sizes == {"train": 898, "val": 449, "test": 450}
     first, second, other = (next(iter(task.loader("train", 64, seed))).inputs[0] for seed in (1, 1, 2))
@@ -101,6 +103,30 @@ def test_digits_images() -> None:
     assert float(images.std()) == pytest.approx(1, abs=1e-4)
 
 
-def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="dataset: got 'pubmedd', expected one of cora, citeseer"):
-        task_of("mosaic", dataset="pubmedd")
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1), st.floats(-1e3, 1e3, width=32), st.sampled_from([-60.0, 0.0, 0.25, 50.0, 2e4])),
+        min_size=4,
+        max_size=40,
+    ),
+    st.integers(1, 39),
+)
+def test_roc_auc_is_exact(rows: list[tuple[int, float, float]], cut: int) -> None:
+    target = torch.tensor([0, 1, *(label for label, _, _ in rows)])
+    logits = torch.tensor([[0.0, 0.5], [0.5, 0.0], *([low, high] for _, low, high in rows)])
+    metric = TwoClassAUROC()
+    for part in (slice(0, cut), slice(cut, None)):
+        if len(target[part]):
+            metric.update(logits[part], target[part])
+    score = logits.double()[:, 1] - logits.double()[:, 0]
+    assert float(metric.compute()) == pytest.approx(roc_auc_score(target, score), abs=1e-6)
+
+
+def test_roc_auc_where_probabilities_round_to_one() -> None:
+    metric = TwoClassAUROC()
+    metric.update(torch.tensor([[0.0, 100.0], [0.0, 101.0], [0.0, 102.0], [0.0, 103.0]]), torch.tensor([0, 1, 0, 1]))
+    assert float(metric.compute()) == 0.75
+    metric.reset()
+    metric.update(torch.tensor([[0.0, 0.5], [0.0, torch.nan]]), torch.tensor([0, 1]))
+    assert metric.compute().isnan()

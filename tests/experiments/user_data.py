@@ -16,10 +16,12 @@ from torch_geometric.data import Data
 from experiments.data.graph_data import GraphData
 
 NODES, FEATURES, CLASSES, SPLITS = 40, 3, 3, 4
+PARTS = ("train", "val", "test")
+Arrays = dict[str, NDArray[Any]]
 Write = Callable[..., Path]
 
 
-def arrays(splits: int | None = None, classes: int = CLASSES, seed: int = 0) -> dict[str, NDArray[Any]]:
+def arrays(splits: int | None = None, classes: int = CLASSES, seed: int = 0) -> Arrays:
     """A random graph under the keys of an npz; the last eight nodes are in no split."""
     rng = np.random.default_rng(seed)
     part = np.stack([np.append(rng.permutation(np.arange(NODES - 8) % 4), [4] * 8) for _ in range(splits or 1)])
@@ -33,63 +35,70 @@ def arrays(splits: int | None = None, classes: int = CLASSES, seed: int = 0) -> 
     }
 
 
-def as_data(given: dict[str, NDArray[Any]], **more: Any) -> Data:
-    masks = {name: torch.from_numpy(given[f"{name}_masks"].T.copy()) for name in ("train", "val", "test")}
-    data = Data(
-        x=torch.from_numpy(given["node_features"]),
-        y=torch.from_numpy(given["node_labels"]),
-        edge_index=torch.from_numpy(given["edges"].T.copy()),
-        **{f"{name}_mask": mask for name, mask in masks.items()},
-    )
-    data.update(more)
-    return data
+def by_pyg(given: Arrays) -> Arrays:
+    """The same under PyG's names, in PyG's shapes."""
+    masks = {f"{part}_mask": given[f"{part}_masks"].T for part in PARTS if f"{part}_masks" in given}
+    return {"x": given["node_features"], "y": given["node_labels"], "edge_index": given["edges"].T, **masks}
 
 
-def write_npz(folder: Path, given: dict[str, NDArray[Any]] | None = None, **changes: Any) -> Path:
+def write_npz(folder: Path, given: Arrays | None = None, **changes: Any) -> Path:
     path = folder / "mine.npz"
     content = (arrays() if given is None else given) | changes
     np.savez(path, **{key: value for key, value in content.items() if value is not None})
     return path
 
 
-def write_pt(folder: Path, given: dict[str, NDArray[Any]] | None = None, **more: Any) -> Path:
+def write_pyg_npz(folder: Path, given: Arrays | None = None) -> Path:
+    return write_npz(folder, by_pyg(arrays() if given is None else given))
+
+
+def as_data(given: Arrays, **more: Any) -> Data:
+    data = Data(**{name: torch.from_numpy(value.copy()) for name, value in by_pyg(given).items()})
+    data.update(more)
+    return data
+
+
+def write_pt(folder: Path, given: Arrays | None = None, **more: Any) -> Path:
     path = folder / "mine.pt"
     torch.save(as_data(arrays() if given is None else given, **more), path)
     return path
 
 
-def write_csv(
-    folder: Path, given: dict[str, NDArray[Any]] | None = None, ids: list[str] | None = None, weight: Any = None
-) -> Path:
+def write_csv(folder: Path, given: Arrays | None = None, ids: list[str] | None = None, **columns: list[Any]) -> Path:
+    """``columns`` take the place of others, or come beside them; ``weight`` is the edges'."""
     given = arrays() if given is None else given
     path = folder / "mine"
     path.mkdir()
-    part = np.full(NODES, "", dtype="<U5")
-    for name in ("train", "val", "test"):
-        part[given[f"{name}_masks"]] = name
-    header = [*(["id"] if ids else []), "label", *(f"f{i}" for i in range(given["node_features"].shape[1])), "split"]
-    lines = [",".join(header)]
-    for node in range(NODES):
-        row = [given["node_labels"][node], *given["node_features"][node], part[node]]
-        lines.append(",".join([*([ids[node]] if ids else []), *map(str, row)]))
-    (path / "nodes.csv").write_text("\n".join(lines) + "\n")
+    weight = columns.pop("weight", None)
+    nodes: dict[str, Any] = {"id": ids} if ids else {}
+    nodes["label"] = given["node_labels"]
+    nodes |= {f"f{i}": column for i, column in enumerate(given["node_features"].T)}
+    if "train_masks" in given:
+        nodes["split"] = [next((part for part in PARTS if given[f"{part}_masks"][node]), "") for node in range(NODES)]
+    nodes |= columns
     names = ids or [str(node) for node in range(NODES)]
-    lines = ["source,target" + (",weight" if weight is not None else "")]
-    for edge, (source, target) in enumerate(given["edges"].tolist()):
-        lines.append(f"{names[source]},{names[target]}" + (f",{weight[edge]}" if weight is not None else ""))
-    (path / "edges.csv").write_text("\n".join(lines) + "\n")
+    edges: dict[str, Any] = {
+        "source": [names[a] for a, _ in given["edges"]],
+        "target": [names[b] for _, b in given["edges"]],
+    }
+    if weight is not None:
+        edges["weight"] = weight
+    for file, table in (("nodes", nodes), ("edges", edges)):
+        lines = [",".join(table), *(",".join(map(str, row)) for row in zip(*table.values(), strict=True))]
+        (path / f"{file}.csv").write_text("\n".join(lines) + "\n")
     return path
 
 
 FORMS: dict[str, Write] = {
     "npz": write_npz,
+    "npz by PyG's names": write_pyg_npz,
     "pt": write_pt,
     "csv": write_csv,
-    "csv-ids": partial(write_csv, ids=[f"node {i:03}" for i in range(NODES)]),
+    "csv with ids": partial(write_csv, ids=[f"node {i:03}" for i in range(NODES)]),
 }
 
 
-def assert_holds(graph: GraphData, given: dict[str, NDArray[Any]]) -> None:
+def assert_holds(graph: GraphData, given: Arrays) -> None:
     data = graph.data
     torch.testing.assert_close(data.x, torch.from_numpy(given["node_features"].astype(np.float32)))
     assert torch.equal(data.y, torch.from_numpy(given["node_labels"]))

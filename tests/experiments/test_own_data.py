@@ -1,0 +1,170 @@
+"""One's own data from Python: ``--data package.module:function``, of graphs, heterogeneous graphs and images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_geometric.data import Data, HeteroData
+from torchvision.datasets import FakeData
+
+from experiments.config import GraphConfig, HeteroConfig, ImageConfig
+from experiments.data import Task, own_data
+from experiments.data.graph_data import GraphData
+from experiments.train import main
+from tests.experiments.user_data import arrays, as_data
+
+GRAPH = GraphConfig(dataset="graph")
+HETERO = HeteroConfig(dataset="hetero")
+IMAGES = ImageConfig(dataset="images", val_share=0.25)
+SIZES = ["--layers", "2", "--hidden", "8", "--experts", "2", "--epochs", "1", "--seeds", "0", "--no-progress"]
+
+
+def make_graph(masks: bool = False) -> Data:
+    given = arrays()
+    return as_data(given if masks else {name: v for name, v in given.items() if not name.endswith("_masks")})
+
+
+def make_hetero(**more: Any) -> HeteroData:
+    """40 papers with labels, and 10 authors without features."""
+    generator = torch.Generator().manual_seed(0)
+    data = HeteroData()
+    data["paper"].x, data["paper"].y = torch.randn(40, 3, generator=generator), torch.arange(40) % 3
+    data["author"].num_nodes = 10
+    ends = torch.stack([torch.randint(size, (60,), generator=generator) for size in (10, 40)])
+    data["author", "writes", "paper"].edge_index = ends
+    for name, value in more.items():
+        data["paper"][name] = value
+    return data
+
+
+def make_images(count: int = 24, channels: int = 3, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(256, (count, channels, size, size), dtype=torch.uint8, generator=generator), torch.arange(
+        count
+    ) % 3
+
+
+def make_parts() -> Any:
+    return make_images(), make_images(9)
+
+
+def write_module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (folder / "mine.py").write_text("from tests.experiments.test_own_data import make_graph, make_hetero, make_parts\n")
+    monkeypatch.syspath_prepend(folder)
+    return "mine"
+
+
+@pytest.mark.parametrize(
+    ("preset", "function", "args"),
+    [
+        ("graph", "make_graph", []),
+        ("hetero", "make_hetero", []),
+        ("images", "make_parts", ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--batch-size", "8"]),
+    ],
+)
+def test_command_line(
+    preset: str, function: str, args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{write_module(tmp_path, monkeypatch)}:{function}"
+    main([preset, "--data", name, "--out", str(tmp_path / "run"), *SIZES, *args])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["config"]["data"] == name
+    assert 0 <= summary["test"]["mean"] <= 1
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_graph(masks: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = own_data(make_graph(masks), GRAPH)
+    assert isinstance(graph, GraphData)
+    assert ("1 split by its masks" if masks else "no masks") in capsys.readouterr().out
+    assert torch.equal(graph.splits(0)["val"], graph.splits(1)["val"]) == masks
+    assert (graph.target, graph.num_outputs, graph.metric_name) == (None, 3, "accuracy")
+
+
+def test_a_heterogeneous_graph() -> None:
+    graph = own_data(make_hetero(), HETERO)
+    assert isinstance(graph, GraphData)
+    assert graph.target == "paper"
+    assert graph.data.node_types == ["paper", "author"]
+    assert [len(part) for part in graph.splits(0).values()] == [24, 8, 8]
+    part = torch.arange(40) % 3
+    masks = {f"{name}_mask": part == i for i, name in enumerate(("train", "val", "test"))}
+    graph = own_data(make_hetero(**masks), HETERO)
+    assert isinstance(graph, GraphData)
+    assert graph.splits(5)["val"].tolist() == (part == 1).nonzero().view(-1).tolist()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_standardized_over_training(channels: int) -> None:
+    train, test = make_images(40, channels), make_images(9, channels)
+    task = own_data((train, test), IMAGES)
+    assert isinstance(task, Task)
+    sizes = {part: sum(len(batch.target) for batch in task.loader(part, 8, None)) for part in ("train", "val", "test")}  # type: ignore[arg-type]
+    assert sizes == {"train": 30, "val": 10, "test": 9}
+    seen = torch.cat([batch.inputs[0] for part in ("train", "val") for batch in task.loader(part, 8, None)])  # type: ignore[arg-type]
+    assert seen.shape == (40, channels, 8, 8)
+    torch.testing.assert_close(seen.mean(dim=(0, 2, 3)), torch.zeros(channels), atol=1e-4, rtol=0)
+    torch.testing.assert_close(seen.std(dim=(0, 2, 3)), torch.ones(channels), atol=1e-2, rtol=0)
+
+
+def test_floats_are_seen_as_they_are_and_val_is_taken() -> None:
+    images = torch.randn(12, 1, 8, 8, dtype=torch.float64)
+    parts = tuple(
+        (images[rows].numpy(), (torch.arange(12) % 3)[rows].numpy()) for rows in (slice(6), slice(6, 9), slice(9, 12))
+    )
+    task = own_data(parts, IMAGES)
+    assert isinstance(task, Task)
+    (batch,) = task.loader("val", 8, None)
+    torch.testing.assert_close(batch.inputs[0], images[6:9].float())
+    with pytest.raises(ValueError, match="augment: got 'randaugment' for images of floats"):
+        own_data(parts, ImageConfig(dataset="images", augment="randaugment"))
+
+
+def test_datasets_of_pil_images() -> None:
+    fake = FakeData(30, (3, 16, 16), 4)
+    fake.classes = list("abcd")  # type: ignore[attr-defined]
+    task = own_data((fake, fake), ImageConfig(dataset="images", image_size=8))
+    assert isinstance(task, Task)
+    assert (task.classes, task.in_channels) == (("a", "b", "c", "d"), 8)
+    assert next(iter(task.loader("test", 8, None))).inputs[0].shape == (8, 3, 8, 8)
+
+
+IMAGE = Image.new("RGB", (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("found", "config", "message"),
+    [
+        (3, GRAPH, "data: got a int for graph, expected a PyG Data"),
+        (make_hetero(), GRAPH, "data: got a HeteroData for graph, expected a PyG Data"),
+        (make_graph(), HETERO, "data: got a Data for hetero, expected a PyG HeteroData"),
+        (Data(x=torch.ones(3, 1)), GRAPH, "graph: y, edge_index missing"),
+        (HeteroData(), HETERO, "hetero: got y of no node type"),
+        (make_hetero(train_mask=torch.ones(40)), HETERO, "hetero: val_mask, test_mask missing"),
+        (make_hetero(x=torch.full((40, 1), torch.nan)), HETERO, "the features of paper of node 0 are not all finite"),
+        (make_graph(), IMAGES, r"data: got a Data for images, expected \(train, test\)"),
+        (make_images(), IMAGES, "data: train is a Tensor, expected a Dataset"),
+        (([(IMAGE, 0)], [IMAGE]), IMAGES, "data: item 0 of test is a Image, expected"),
+        (([(IMAGE, 0), (Image.new("RGB", (9, 9)), 1)], [(IMAGE, 0)]), IMAGES, "data: image 1 of train is"),
+        (([], []), IMAGES, "data: train is empty"),
+        ((make_images(), make_images(9, size=6)), IMAGES, "data: test has images torch.uint8"),
+        ((make_images(6, 2), make_images(6, 2)), IMAGES, r"data: train has images .*\(6, 2, 8, 8\)"),
+        ((make_images(), (make_images(9)[0], torch.full((9,), 3))), IMAGES, "data: test has labels 3 to 3"),
+        (((make_images()[0], np.ones(24)), make_images()), IMAGES, "data: train has labels torch.float64"),
+    ],
+)
+def test_anything_else_is_refused_by_name(found: Any, config: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}|: {message}"):
+        own_data(found, config)
+
+
+def test_hetero_needs_a_function(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["hetero", "--out", str(tmp_path / "run")])
+    assert "data: got None for hetero" in " ".join(capsys.readouterr().err.split())
