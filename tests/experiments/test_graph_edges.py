@@ -28,14 +28,15 @@ CSR_CASES: list[tuple[tuple[str, ...], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("conv", "changes"), CSR_CASES)
-@pytest.mark.parametrize("edges", [{}, {"undirected": True}])
-@pytest.mark.parametrize("router", ["dense", "token_choice"])
+@pytest.mark.parametrize(("router", "undirected"), [("dense", True), ("token_choice", False)])
 @pytest.mark.parametrize("weights", [False, True])
 def test_a_matrix_gives_the_logits_of_edge_index(
-    conv: tuple[str, ...], changes: dict[str, Any], edges: dict[str, Any], router: Any, weights: bool
+    conv: tuple[str, ...], changes: dict[str, Any], router: str, undirected: bool, weights: bool
 ) -> None:
     graph = make_graph(weights=weights, simple=True)
-    config = make_config(conv=conv, router=router, router_input=("node", "neighbors", "degree"), **changes, **edges)
+    config = make_config(
+        conv=conv, router=router, router_input=("node", "neighbors", "degree"), undirected=undirected, **changes
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "edge_weight: made has some")
         csr, plain = (make_task(replace(config, adjacency=form), graph) for form in ("csr", "edge_index"))
@@ -139,23 +140,11 @@ def test_edge_features_reach_the_convs(conv: str) -> None:
     assert len(next(iter(bare.loader("val", 1, None))).inputs) == 2
 
 
-def test_one_edge_feature_without_a_second_dimension() -> None:
-    graph = make_graph(attr=True)
-    graph.data.edge_attr = graph.data.edge_attr[:, 0]
-    config = make_config(conv=("gat",), edge_features=True)
-    assert make_task(config, graph).edge_dim == 1
-
-
-def test_edge_features_that_are_not_there() -> None:
-    with pytest.raises(ValueError, match="edge_features: got True, but made has none"):
-        make_task(make_config(conv=("gat",), edge_features=True))
-
-
-def test_directions_and_loops_are_in_the_data_and_in_the_record() -> None:
+def test_directions_and_loops() -> None:
     graph = make_graph(weights=True, attr=True)
+    assert transformed(graph, make_config()) is graph.data
     before = graph.data.edge_index.clone()
     config = make_config(undirected=True, self_loops=True)
-    assert (config.science()["undirected"], config.science()["self_loops"]) == (True, True)
     data = transformed(graph, config)
     assert torch.equal(graph.data.edge_index, before)  # the next run begins with the same
     assert isinstance(data, Data)
@@ -176,11 +165,6 @@ def test_directions_and_loops_are_in_the_data_and_in_the_record() -> None:
     if (0, 0) not in given:
         torch.testing.assert_close(data.edge_attr[loop], data.edge_attr[near].mean(dim=0))
     assert data.edge_attr[pairs.index((NODES - 1, NODES - 1))].tolist() == [0, 0]  # no in-edges
-
-
-def test_edges_as_they_are_given() -> None:
-    graph = make_graph(weights=True)
-    assert transformed(graph, make_config()) is graph.data
 
 
 def test_edge_features_of_proteins_are_those_of_the_file(tmp_path: Path) -> None:

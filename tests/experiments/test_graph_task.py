@@ -198,10 +198,3 @@ def test_label_reuse_gives_no_label_away_that_the_loss_is_on(binary: bool, label
         assert torch.equal(batch.inputs[0][:, :width], graph.data.x)
         assert isinstance(batch.rows, Tensor)
         assert torch.equal(batch.rows, split[part])
-
-
-def test_label_reuse_does_not_go_with_layerwise_evaluation() -> None:
-    with pytest.raises(
-        ValueError, match=r"label_reuse: got 0.5 with evaluation='layerwise', expected evaluation='full'"
-    ):
-        make_task(make_config(label_reuse=0.5, evaluation="layerwise"))

@@ -23,7 +23,7 @@ from tests.vision.made_images import (
     write_image,
     write_imagenette,
 )
-from vision import image_files, load_images, split_train_val
+from vision import MemoryImages, image_files, load_images, split_train_val
 from vision.images import CIFAR10_CLASSES
 
 
@@ -32,7 +32,7 @@ def test_a_folder_of_images(folder: Path, memory_limit: int) -> None:
     data = load_images("images", folder, memory_limit=memory_limit)
     assert data.classes == ("cat", "dog", "owl")
     assert data.image_size == data.train.image_size == data.test.image_size == 8
-    assert data.train.in_memory == data.test.in_memory == (memory_limit >= 12 * 3 * 64)
+    assert isinstance(data.train, MemoryImages) == isinstance(data.test, MemoryImages) == (memory_limit >= 12 * 3 * 64)
     assert shades(data.train) == expected(COUNTS)
     assert shades(data.test) == [[0, 0], [1, SHADE], [2, 2 * SHADE]]
     assert data.note == "a folder of images, test set: test"
@@ -66,16 +66,6 @@ def test_sizes_must_be_given_where_they_differ(folder: Path) -> None:
         assert data.test.get(torch.arange(4)).shape == (4, 3, 10, 10)
 
 
-@pytest.mark.parametrize("part", ["train", "test"])
-@pytest.mark.parametrize("litter", [False, True])
-def test_an_empty_class_folder_is_named(folder: Path, part: str, litter: bool) -> None:
-    (folder / part / "newt").mkdir()
-    if litter:
-        (folder / part / "newt" / "readme.txt").write_text("none yet")
-    with pytest.raises(ValueError, match=rf"^images: no image in the class folder {folder}/{part}/newt, expected"):
-        load_images("images", folder)
-
-
 def test_a_class_of_test_unknown_in_train(folder: Path) -> None:
     write_folder(folder / "test", {"newt": 1, "yak": 1})
     message = rf"^images: {folder}/test has class newt, yak, which .*/train has not; .*cat, dog, owl$"
@@ -84,14 +74,28 @@ def test_a_class_of_test_unknown_in_train(folder: Path) -> None:
 
 
 def test_folders_that_are_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"no folder {tmp_path}/train, nor {tmp_path}/test \(or val\)"):
+    with pytest.raises(FileNotFoundError, match=rf"^images: no class folders in {tmp_path}, expected"):
         load_images("images", tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=rf"no folder {tmp_path}/none/train, nor {tmp_path}/none/test \(or val\)"
+    ):
+        load_images("images", tmp_path / "none")
     write_folder(tmp_path / "train", COUNTS)
     with pytest.raises(FileNotFoundError, match=rf"^images: no folder {tmp_path}/test \(or val\), expected"):
         load_images("images", tmp_path)
     (tmp_path / "test").mkdir()
     with pytest.raises(FileNotFoundError, match=rf"^images: no class folders in {tmp_path}/test, expected"):
         load_images("images", tmp_path)
+
+
+def test_a_folder_of_classes_alone_is_split(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 10, "dog": 5})
+    data = load_images("images", tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert shades(data.train) == expected({"cat": 8, "dog": 4})
+    assert shades(data.test) == expected({"cat": 2, "dog": 1})
+    assert "20% of each class, drawn by split_seed 0" in data.note
+    assert len(image_files("images", tmp_path)) == 15
 
 
 @pytest.mark.parametrize("memory_limit", [2**31, 0])
@@ -101,30 +105,19 @@ def test_broken_images(folder: Path, memory_limit: int, capsys: pytest.CaptureFi
         shades(load_images("images", folder, image_size=8, memory_limit=memory_limit).train)
     capsys.readouterr()
     data = load_images("images", folder, image_size=8, memory_limit=memory_limit, skip_broken=True)
-    assert capsys.readouterr().out == f"images: skipped 2 images that cannot be read, the first is {first}\n"
-    assert data.train.in_memory == bool(memory_limit)
+    assert capsys.readouterr().out == f"images: skipped 2 images that cannot be read, first {first}\n"
+    assert isinstance(data.train, MemoryImages) == bool(memory_limit)
     assert shades(data.train) == expected(COUNTS | {"dog": 1})
     assert shades(data.test) == [[0, 0], [1, SHADE]]
     assert data.note.endswith("; 2 images left out, for they cannot be read; no test images of owl")
     assert second.exists()
 
 
-def test_skipping_whole_images_says_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load_images("images", folder, skip_broken=True)
-    assert capsys.readouterr().out == ""
-
-
-def test_skipping_may_not_empty_a_class(folder: Path) -> None:
-    for path in (folder / "train" / "dog").iterdir():
+@pytest.mark.parametrize(("part", "what"), [("train/dog/*", "of class dog in .*/train"), ("test/*/*", "in .*/test")])
+def test_skipping_may_not_empty_a_class_or_test(part: str, what: str, folder: Path) -> None:
+    for path in folder.glob(part):
         cut(path)
-    with pytest.raises(ValueError, match=rf"^images: no image of class dog in {folder}/train can be read"):
-        load_images("images", folder, skip_broken=True)
-
-
-def test_skipping_may_not_empty_test(folder: Path) -> None:
-    for path in (folder / "test").glob("*/*"):
-        cut(path)
-    with pytest.raises(ValueError, match=rf"^images: no image in {folder}/test can be read"):
+    with pytest.raises(ValueError, match=rf"^images: no image {what} can be read"):
         load_images("images", folder, skip_broken=True)
 
 
@@ -146,7 +139,6 @@ def test_cifar(cls: type[CIFAR10], num_classes: int, tmp_path: Path, monkeypatch
     data = load_images(cls.__name__.lower(), tmp_path, offline=True)
     assert data.classes == tuple(f"class{number}" for number in range(num_classes))
     assert data.image_size == 32
-    assert data.train.in_memory
     assert data.train.labels.tolist() == labels
     assert data.train.get(torch.arange(len(labels))).equal(torch.from_numpy(pixels).view(-1, 3, 32, 32))
     assert len(data.test) == num_classes
@@ -171,26 +163,17 @@ def test_cifar10_as_jpeg(below: str, tmp_path: Path) -> None:
     assert data.mean == (0.4914, 0.4822, 0.4465)
 
 
-def test_cifar10s_own_files_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for part in ("train", "test"):
-        write_folder(tmp_path / part, dict.fromkeys(CIFAR10_CLASSES, 1), (32, 32), ".jpg")
-    assert {file.suffix for file in image_files("cifar10", tmp_path)} == {".jpg"}
-    write_cifar(tmp_path, CIFAR10, 10, monkeypatch)
-    assert ".jpg" not in {file.suffix for file in image_files("cifar10", tmp_path)}
-    assert load_images("cifar10", tmp_path, offline=True).classes[0] == "class0"
-
-
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_cifar10_as_jpeg_is_complete(part: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "what"), [("sheep", "is without ship"), ("ship", "is with unknown yak")])
+def test_cifar10_as_jpeg_is_complete(name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split in ("train", "test"):
         write_folder(tmp_path / split, dict.fromkeys(CIFAR10_CLASSES, 1), (32, 32), ".jpg")
-    (tmp_path / part / "ship").rename(tmp_path / part / "sheep")
-    with pytest.raises(ValueError, match=rf"^cifar10: {tmp_path}/{part} is without ship, expected the class folders"):
+    write_folder(tmp_path / "test", {"yak": 1})
+    (tmp_path / "test" / "ship").rename(tmp_path / "test" / name)
+    with pytest.raises(ValueError, match=rf"^cifar10: {tmp_path}/test {what}, expected the class folders"):
         load_images("cifar10", tmp_path, offline=True)
-    (tmp_path / part / "sheep").rename(tmp_path / part / "ship")
-    write_folder(tmp_path / part, {"sheep": 1})
-    with pytest.raises(ValueError, match=rf"^cifar10: {tmp_path}/{part} is with unknown sheep, expected"):
-        load_images("cifar10", tmp_path, offline=True)
+    write_cifar(tmp_path, CIFAR10, 10, monkeypatch)  # which comes first
+    assert ".jpg" not in {file.suffix for file in image_files("cifar10", tmp_path)}
+    assert load_images("cifar10", tmp_path, offline=True).classes[0] == "class0"
 
 
 def test_another_folder_of_images_is_not_cifar10(tmp_path: Path) -> None:
@@ -209,28 +192,9 @@ def test_imagenette(tmp_path: Path) -> None:
     assert data.note.endswith("; not the published set: 10 + 10 images of 9,469 + 3,925")
     assert load_images("imagenette", tmp_path, image_size=32, memory_limit=0).train.image_size == 32
     assert image_files("imagenette", tmp_path) == image_files("imagenette", tmp_path / "imagenette2-160")
-    hidden = tmp_path / "imagenette2-160" / "train" / sorted(Imagenette._WNID_TO_CLASS)[0] / "._0.JPEG"
-    hidden.write_bytes(b"no image")
-    assert len(load_images("imagenette", tmp_path, offline=True).train) == 10
-
-
-def test_imagenette_as_torchvision_lists_it(tmp_path: Path) -> None:
-    write_imagenette(tmp_path, count=2)
-    data = load_images("imagenette", tmp_path, offline=True)
     theirs = Imagenette(tmp_path, "train", size="160px")
     assert data.classes == tuple(names[0] for names in theirs.classes)
     assert data.train.labels.tolist() == [label for _, label in theirs._samples]
-    assert [str(file) for file in image_files("imagenette", tmp_path)][:20] == [path for path, _ in theirs._samples]
-
-
-def test_an_untidy_imagenette(tmp_path: Path) -> None:
-    folder = write_imagenette(tmp_path)
-    (folder / "train" / ".ipynb_checkpoints").mkdir()
-    write_image(folder / "train" / "n03445777" / "1.png")  # torchvision would pass over it
-    (tmp_path / "linked").symlink_to(folder.rename(tmp_path / "moved"))
-    data = load_images("imagenette", tmp_path / "linked", offline=True)
-    assert (len(data.train), len(data.test)) == (11, 10)
-    assert data.note.endswith("; not the published set: 11 + 10 images of 9,469 + 3,925")
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -266,12 +230,12 @@ def test_split_is_stratified_disjoint_and_complete(counts: list[int], val_share:
     assert val.equal(again[1])
 
 
-def test_split_follows_the_seed_only() -> None:
-    labels = torch.arange(10).repeat(50)
-    state = torch.get_rng_state()
-    splits = [split_train_val(labels, 0.1, seed)[1].tolist() for seed in range(4)]
-    assert len({tuple(split) for split in splits}) == 4
-    assert torch.get_rng_state().equal(state)
+@pytest.mark.parametrize(
+    ("count", "val_share", "name"), [(4, 0.0, "val_share"), (4, float("nan"), "val_share"), (1, 0.5, "labels")]
+)
+def test_what_cannot_be_split(count: int, val_share: float, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        split_train_val(torch.zeros(count, dtype=torch.int64), val_share, 0)
 
 
 def test_split_of_classes_with_one_image() -> None:
@@ -286,15 +250,3 @@ def test_split_of_classes_with_one_image() -> None:
     assert (len(train), len(val)) == (9, 1)
     train, val = split_train_val(torch.tensor([0, 0, 1]), 0.9, 0, allow_missing=True)
     assert 2 in train
-
-
-@pytest.mark.parametrize("val_share", [0.0, 1.0, -0.1, float("nan")])
-def test_share_of_validation(val_share: float) -> None:
-    with pytest.raises(ValueError, match=r"^val_share: got .*, expected a number between 0 and 1"):
-        split_train_val(torch.zeros(4, dtype=torch.int64), val_share, 0)
-
-
-@pytest.mark.parametrize("shape", [(0,), (1,), (3, 2)])
-def test_labels_that_cannot_be_split(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"^labels: got shape .*, expected \(N,\), of at least two images"):
-        split_train_val(torch.zeros(shape, dtype=torch.int64), 0.5, 0)
