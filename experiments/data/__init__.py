@@ -10,8 +10,7 @@ from torch_geometric.data import Data, HeteroData
 from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig, load_object
 from experiments.data.digits import digits, digits_graph
 from experiments.data.graph_data import GraphData, Split
-from experiments.data.graph_task import graph_task, transformed
-from experiments.data.hetero_task import hetero_task
+from experiments.data.graph_task import graph_task, hetero_task, transformed
 from experiments.data.mosaic import mosaic
 from experiments.data.registry import load_graph
 from experiments.data.task import Batch, Task

@@ -1,4 +1,4 @@
-"""From a graph data set to batches: the whole graph, sampled neighborhoods, or random parts."""
+"""From a graph data set to batches: the whole graph, sampled neighborhoods, or random parts; of one node type or more."""
 
 from __future__ import annotations
 
@@ -143,17 +143,7 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: GraphConfig, s
         return [Batch((torch.cat([data.x, labels], dim=1), *whole[1:]), data.y[rows], rows)]
 
     def neighbors(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
-        loader = neighbor_loader(
-            data,
-            list(config.fanout),
-            input_nodes=split[part],
-            batch_size=batch_size,
-            shuffle=seed is not None,
-            generator=None if seed is None else torch.Generator().manual_seed(seed),
-            num_workers=config.workers,
-            is_sorted=True,
-        )
-        for batch in loader:  # seeds come first, and only they count
+        for batch in _sampled(data, config, split[part], batch_size, seed):  # seeds come first, and only they count
             inputs = inputs_of(batch, batch.edge_index)
             if trims:
                 hops = (batch.num_sampled_nodes, batch.num_sampled_edges)
@@ -194,6 +184,61 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: GraphConfig, s
         graph=data,
         split=split,
         planted=graph.planted,
+    )
+
+
+def hetero_task(graph: GraphData, data: Data | HeteroData, config: HeteroConfig, seed: int) -> Task:
+    """Classification of the nodes of one type."""
+    assert isinstance(data, HeteroData)
+    assert graph.target is not None
+    target, split = graph.target, graph.splits(seed)
+    whole: tuple[Any, ...] = (data.collect("x"), data.edge_index_dict)
+    if config.sampling == "neighbor":  # once, not in every epoch
+        data = data.sort(sort_by_row=False)
+
+    def full(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
+        return [Batch(whole, data[target].y[split[part]], split[part])]
+
+    def neighbors(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+        for batch in _sampled(data, config, (target, split[part]), batch_size, seed):
+            ids = {kind: batch[kind].n_id for kind in batch.node_types}
+            size = batch[target].batch_size
+            inputs = (batch.collect("x"), batch.edge_index_dict, ids)
+            yield Batch(inputs, batch[target].y[:size], slice(0, size))
+
+    def loader(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
+        whole_graph = config.sampling == "full" or (part != "train" and config.evaluation == "full")
+        return (full if whole_graph else neighbors)(part, batch_size, seed)
+
+    return Task(
+        name=graph.name,
+        kind="hetero",
+        in_channels={kind: data[kind].x.size(1) if "x" in data[kind] else None for kind in data.node_types},
+        num_classes=graph.num_outputs,
+        metric_name=graph.metric_name,
+        metric=graph.metric,
+        loader=loader,
+        steps=lambda size: -(-len(split["train"]) // size) if config.sampling == "neighbor" else 1,
+        loss=task_loss,
+        graph=data,
+        split=split,
+        target=target,
+    )
+
+
+def _sampled(
+    data: Data | HeteroData, config: GraphConfig | HeteroConfig, nodes: Any, batch_size: int, seed: int | None
+) -> Iterable[Any]:
+    """Neighborhoods of nodes, shuffled with a seed; edges of ``data`` are sorted by destination."""
+    return neighbor_loader(
+        data,
+        list(config.fanout),
+        input_nodes=nodes,
+        batch_size=batch_size,
+        shuffle=seed is not None,
+        generator=None if seed is None else torch.Generator().manual_seed(seed),
+        num_workers=config.workers,
+        is_sorted=True,
     )
 
 

@@ -16,7 +16,7 @@ from http.client import HTTPException
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from urllib.request import urlopen
 
 import numpy as np
@@ -54,28 +54,21 @@ TIMEOUT = 30
 """Seconds without an answer after which the network counts as down."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """What OGB's table says of a data set.
-
-    Args:
-        archive: name of the zip file, and of the folder in it.
-        version: of the files.
-        gigabytes: size of the download, in ogb's unit, 2**30 bytes.
-        split: folder of the official split.
-        classes: of each label.
-        tasks: labels of a node.
-        both_ways: each edge is stored once, and stands for both directions.
-        note: license and split.
-    """
+class Published(NamedTuple):
+    """What OGB's table says of a data set."""
 
     archive: str
-    version: int = 1
+    """Name of the zip file, and of the folder in it."""
+    version: int
     gigabytes: float
+    """Size of the download, in ogb's unit, 2**30 bytes."""
     split: str
+    """Folder of the official split."""
     classes: int
-    tasks: int = 1
-    both_ways: bool = False
+    tasks: int
+    """Labels of a node."""
+    both_ways: bool
+    """Each edge is stored once, and stands for both directions."""
     note: str
 
     @property
@@ -85,38 +78,12 @@ class Published:
 
 
 OGB: dict[OGBName, Published] = {
-    "ogbn-arxiv": Published(
-        archive="arxiv",
-        gigabytes=0.08,
-        split="time",
-        classes=40,
-        note="Hu et al., 2020; ODC-BY; official split by year",
-    ),
+    "ogbn-arxiv": Published("arxiv", 1, 0.08, "time", 40, 1, False, "ODC-BY; official split by year"),
     "ogbn-products": Published(
-        archive="products",
-        gigabytes=1.38,
-        split="sales_ranking",
-        classes=47,
-        both_ways=True,
-        note="Hu et al., 2020; Amazon license; official split by sales rank",
+        "products", 1, 1.38, "sales_ranking", 47, 1, True, "Amazon license; official split by sales rank"
     ),
-    "ogbn-proteins": Published(
-        archive="proteins",
-        gigabytes=0.21,
-        split="species",
-        classes=2,
-        tasks=112,
-        both_ways=True,
-        note="Hu et al., 2020; CC0; official split by species",
-    ),
-    "ogbn-mag": Published(
-        archive="mag",
-        version=2,
-        gigabytes=0.40,
-        split="time",
-        classes=349,
-        note="Hu et al., 2020; ODC-BY; official split by year",
-    ),
+    "ogbn-proteins": Published("proteins", 1, 0.21, "species", 2, 112, True, "CC0; official split by species"),
+    "ogbn-mag": Published("mag", 2, 0.40, "time", 349, 1, False, "ODC-BY; official split by year"),
 }
 
 
@@ -205,7 +172,7 @@ def layout_of(name: str, root: Path) -> Layout:
     root = root.expanduser()
     folder = root / name.replace("-", "_")
     other = folder.with_name(f"{folder.name}_pyg")  # ogb prefers it
-    return Layout(name, root, other if other.exists() else folder)  # type: ignore[arg-type]
+    return Layout(name, root, other if other.exists() else folder)
 
 
 def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downloads: bool = False) -> GraphData:
@@ -245,7 +212,7 @@ def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downlo
         metric=partial(OGBMetric, name),
         metric_name="accuracy" if published.tasks == 1 else "roc_auc",
         num_outputs=published.classes if published.tasks == 1 else published.tasks,
-        note=published.note,
+        note=f"Hu et al., 2020; {published.note}",
         target=LABELED if layout.hetero else None,
     )
 
@@ -369,7 +336,7 @@ def _plain(layout: Layout) -> tuple[dict[str, Tensor], int]:
 def _mag(layout: Layout) -> tuple[dict[Any, dict[str, Any]], int]:
     """ogbn-mag by node type and relation, and the number of its papers."""
     path = layout.raw("num-node-dict")
-    counts = {kind: int(column[0]) for kind, column in _csv(layout, path, header=0).items()}
+    counts = {str(kind): int(column[0]) for kind, column in _csv(layout, path, header=0).items()}
     graph: dict[Any, dict[str, Any]] = {kind: {"num_nodes": counts[kind]} for kind in sorted(counts)}
     nodes = counts[LABELED]
     graph[LABELED]["x"] = _table(layout, layout.raw("node-feat"), nodes)

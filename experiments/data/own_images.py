@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from experiments.config import ImageConfig
@@ -41,8 +42,8 @@ def own_images(found: Any, name: str, config: ImageConfig) -> Task:
     train = parts["train"]
     for part, (images, _) in parts.items():
         if images.shape[1:] != train[0].shape[1:] or images.dtype != train[0].dtype:
-            got = [f"{value.dtype} {tuple(value.shape)}" for value in (images, train[0])]
-            raise ValueError(f"data: {part} has images {got[0]}, train {got[1]}, expected one type and size")
+            mine, other = (f"{value.dtype} {tuple(value.shape)}" for value in (images, train[0]))
+            raise ValueError(f"data: {part} has images {mine}, train {other}, expected one type and size")
     classes = int(train[1].max()) + 1
     for part, (_, labels) in parts.items():
         if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
@@ -83,8 +84,9 @@ def _images(part: str, found: Any) -> tuple[Tensor, Tensor]:
     """(N, C, S, S) images, uint8 or float32, and (N,) classes."""
     if isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], Tensor | np.ndarray):
         images, labels = (torch.as_tensor(value) for value in found)
-    elif hasattr(found, "__getitem__") and isinstance(found, Sized) and not isinstance(found, str | Tensor | dict):
-        images, labels = _read(part, (found[row] for row in range(len(found))))
+    elif isinstance(found, Dataset | list | tuple):
+        data: Any = found
+        images, labels = _read(part, (data[row] for row in range(len(data))))
     else:
         raise ValueError(f"data: {part} is {_kind(found)}, expected a Dataset of (image, class), or (images, labels)")
     if images.is_floating_point():
@@ -104,7 +106,8 @@ def _images(part: str, found: Any) -> tuple[Tensor, Tensor]:
 
 
 def _read(part: str, items: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    images, labels = [], []
+    images: list[Tensor] = []
+    labels: list[int] = []
     for row, item in enumerate(items):
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise ValueError(f"data: item {row} of {part} is {_kind(item)}, expected (image, class)")

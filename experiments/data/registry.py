@@ -29,7 +29,6 @@ from experiments.data.user_graph import user_graph
 PLANETOID = "Yang et al., 2016; kimiyoung/planetoid, MIT; public split, 20 nodes a class"
 SHCHUR = "Shchur et al., 2018; shchur/gnn-benchmark, MIT; random split by seed, 20 a class train, 30 val, rest test"
 PLATONOV = "Platonov et al., 2023; yandex-research/heterophilous-graphs, MIT; 10 fixed splits, 50/25/25"
-FILTERED = "Platonov et al., 2023; yandex-research/heterophilous-graphs, MIT; duplicate nodes left out; 10 fixed splits"
 GEOM = "Pei et al., 2020; graphdml-uiuc-jlu/geom-gcn; 10 fixed splits, 48/32/20"
 
 
@@ -186,29 +185,6 @@ class PyGSet:
         )
 
 
-@dataclass(frozen=True)
-class FilteredSet:
-    """An npz of Platonov et al. (2023) that PyG does not know, in the data root itself.
-
-    Args:
-        file: its name.
-        note: license, source, split.
-    """
-
-    file: str
-    note: str
-
-    def load(self, name: str, root: Path, offline: bool) -> GraphData:
-        """The data set."""
-        path = root / self.file
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{name}: {path} is missing. Put it there, from the folder data of "
-                "https://github.com/yandex-research/heterophilous-graphs, or give another --data-root"
-            )
-        return user_graph(path, name=name, note=self.note)
-
-
 def _planetoid(name: str, megabytes: float) -> PyGSet:
     kwargs = {"name": name, "transform": NormalizeFeatures()}
     return PyGSet(Planetoid, "masks", "accuracy", megabytes, PLANETOID, kwargs)
@@ -226,7 +202,7 @@ def _wikipedia(name: str, megabytes: float) -> PyGSet:
     return PyGSet(WikipediaNetwork, "masks", "accuracy", megabytes, GEOM, {"name": name}, warning)
 
 
-PYG: dict[str, PyGSet | FilteredSet] = {
+PYG: dict[str, PyGSet] = {
     "cora": _planetoid("Cora", 0.2),
     "citeseer": _planetoid("CiteSeer", 0.4),
     "pubmed": _planetoid("PubMed", 6),
@@ -250,14 +226,15 @@ PYG: dict[str, PyGSet | FilteredSet] = {
     "actor": PyGSet(Actor, "masks", "accuracy", 1, GEOM),
     "chameleon": _wikipedia("chameleon", 3),
     "squirrel": _wikipedia("squirrel", 9),
-    "chameleon-filtered": FilteredSet("chameleon_filtered.npz", FILTERED),
-    "squirrel-filtered": FilteredSet("squirrel_filtered.npz", FILTERED),
 }
-"""Data sets of PyG, whose ``root`` is the data root, and beside PyG's, by the name of the command line."""
+"""PyG's data sets by the name of the command line; PyG's ``root`` is the data root."""
+
+FILTERED = {"chameleon-filtered": "chameleon_filtered.npz", "squirrel-filtered": "squirrel_filtered.npz"}
+"""Without duplicate nodes (Platonov et al., 2023): files in the data root itself, which PyG does not know."""
 
 
 def load_graph(name: str, root: Path, *, offline: bool = False, allow_large_downloads: bool = False) -> GraphData:
-    """A graph data set of :data:`PYG` or of OGB.
+    """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB.
 
     Args:
         name: of the data set.
@@ -271,6 +248,14 @@ def load_graph(name: str, root: Path, *, offline: bool = False, allow_large_down
     """
     if name in PYG:
         return PYG[name].load(name, root, offline)
+    if name in FILTERED:
+        path = root / FILTERED[name]
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{name}: {path} is missing. Put it there, from the folder data of "
+                "https://github.com/yandex-research/heterophilous-graphs, or give another --data-root"
+            )
+        return user_graph(path, name=name, note="Platonov et al., 2023; yandex-research/heterophilous-graphs, MIT")
     if name not in OGB:
-        raise ValueError(f"dataset: got {name!r}, expected one of {', '.join([*PYG, *OGB])}")
+        raise ValueError(f"dataset: got {name!r}, expected one of {', '.join([*PYG, *FILTERED, *OGB])}")
     return load_ogb(name, root, offline=offline, allow_large_downloads=allow_large_downloads)

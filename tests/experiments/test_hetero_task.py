@@ -12,8 +12,7 @@ from torch_geometric.data import HeteroData
 from experiments.build import build_model
 from experiments.config import HeteroConfig
 from experiments.data.graph_data import GraphData, Split
-from experiments.data.graph_task import transformed
-from experiments.data.hetero_task import hetero_task
+from experiments.data.graph_task import hetero_task, transformed
 from experiments.data.registry import load_graph
 from experiments.data.task import Task
 from experiments.planted_ogb import write_planted

@@ -105,9 +105,9 @@ def test_images_are_standardized_over_training(channels: int) -> None:
     train, test = make_images(40, channels), make_images(9, channels)
     task = own_data((train, test), IMAGES)
     assert isinstance(task, Task)
-    sizes = {part: sum(len(batch.target) for batch in task.loader(part, 8, None)) for part in ("train", "val", "test")}  # type: ignore[arg-type]
+    sizes = {part: sum(len(batch.target) for batch in task.loader(part, 8, None)) for part in ("train", "val", "test")}
     assert sizes == {"train": 30, "val": 10, "test": 9}
-    seen = torch.cat([batch.inputs[0] for part in ("train", "val") for batch in task.loader(part, 8, None)])  # type: ignore[arg-type]
+    seen = torch.cat([batch.inputs[0] for part in ("train", "val") for batch in task.loader(part, 8, None)])
     assert seen.shape == (40, channels, 8, 8)
     torch.testing.assert_close(seen.mean(dim=(0, 2, 3)), torch.zeros(channels), atol=1e-4, rtol=0)
     torch.testing.assert_close(seen.std(dim=(0, 2, 3)), torch.ones(channels), atol=1e-2, rtol=0)

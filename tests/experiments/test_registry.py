@@ -19,7 +19,7 @@ from torch_geometric.io import fs
 from torchmetrics.classification import MulticlassAccuracy
 
 from experiments.data.graph_data import MASKS, TwoClassAUROC, check_graph, per_class_splits, stratified_splits
-from experiments.data.registry import PYG, FilteredSet, load_graph, readable
+from experiments.data.registry import FILTERED, PYG, load_graph, readable
 from tests.experiments.ogb_data import truncate
 from tests.experiments.pyg_data import CLASSES, NODES, Raw, Writer
 from tests.experiments.user_data import Evil
@@ -46,7 +46,7 @@ def pairs(edge_index: Tensor) -> set[tuple[int, int]]:
     return set(found)
 
 
-@pytest.mark.parametrize("name", PYG)
+@pytest.mark.parametrize("name", [*PYG, *FILTERED])
 def test_sets_from_their_raw_layout(name: str, tmp_path: Path) -> None:
     raw: Raw = Writer(tmp_path).write(name)
     before = sorted(tmp_path.rglob("*"))
@@ -62,7 +62,7 @@ def test_sets_from_their_raw_layout(name: str, tmp_path: Path) -> None:
     assert isinstance(graph.metric(), TwoClassAUROC if name in BY_ROC_AUC else MulticlassAccuracy)
     assert graph.note
     for seed in (0, 3, 23):
-        parts = {part: set(index.tolist()) for part, index in graph.splits(seed).items()}
+        parts = {str(part): set(index.tolist()) for part, index in graph.splits(seed).items()}
         assert not any(parts[a] & parts[b] for a, b in itertools.combinations(parts, 2))
         if raw.masks is not None:
             for part, mask in raw.masks.items():
@@ -123,12 +123,12 @@ def test_missing_files_are_named(name: str, tmp_path: Path, capsys: pytest.Captu
     assert all(file in str(offline.value) for file in raw.files)
     assert str(folder) in str(offline.value)
     assert not (tmp_path / "data").exists()  # a mistyped root is not made
-    if not isinstance(PYG[name], FilteredSet):
+    if name in PYG:
         with pytest.raises(FileNotFoundError) as online:
             load_graph(name, tmp_path / "data")
         assert str(online.value).startswith(str(offline.value))
         assert "no route to host" in str(online.value)
-        assert f"{name}: downloading about {PYG[name].megabytes:g} MB to {folder}" in capsys.readouterr().out  # type: ignore[union-attr]
+        assert f"{name}: downloading about {PYG[name].megabytes:g} MB to {folder}" in capsys.readouterr().out
     shutil.copytree(raw.folder, folder, dirs_exist_ok=True)
     assert load_graph(name, tmp_path / "data", offline=True).data.num_nodes == len(raw.y)  # as it advised
 
