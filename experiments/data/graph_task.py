@@ -1,4 +1,4 @@
-"""From a graph data set to batches: the whole graph, sampled neighborhoods, or random parts; of one node type or more."""
+"""From a graph data set, of one node type or more, to batches: the whole graph, neighborhoods, or random parts."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException
@@ -397,14 +397,13 @@ def _split(layout: Layout, nodes: int) -> Splits:
     return split
 
 
-def evaluator_of(name: str) -> Any:
-    """ogb's own ``Evaluator``, imported without ogb's look into the network for a newer ogb."""
+def import_ogb(module: str) -> Any:
+    """A module of ogb, imported without ogb's look into the network for a newer ogb."""
     sys.modules["outdated"] = None  # type: ignore[assignment]  # what it would look with; it does without
     try:
-        evaluator: Callable[[str], Any] = import_module("ogb.nodeproppred").Evaluator
+        return import_module(module)
     finally:
         del sys.modules["outdated"]
-    return evaluator(name)
 
 
 class OGBMetric(Metric):
@@ -435,7 +434,7 @@ class OGBMetric(Metric):
 
     def __init__(self, name: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._evaluator = evaluator_of(name)
+        self._evaluator = import_ogb("ogb.nodeproppred").Evaluator(name)
         self.add_state("prediction", default=[], dist_reduce_fx="cat")
         self.add_state("target", default=[], dist_reduce_fx="cat")
 

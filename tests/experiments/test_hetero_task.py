@@ -113,3 +113,8 @@ def test_relations_have_reverses(mag: GraphData, undirected: bool) -> None:
         assert torch.equal(graph["paper", "rev_writes", "author"].edge_index, writes.flip(0))
     assert task.in_channels == {"paper": 4, "author": None, "institution": None, "field_of_study": None}
     assert (task.kind, task.target, task.num_classes) == ("hetero", "paper", 349)
+
+
+def test_degree_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^router_input: got"):
+        make_config(router_input=("node", "degree"))

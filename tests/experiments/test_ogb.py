@@ -20,10 +20,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from experiments.data import ogb
-from experiments.data.ogb import OGBMetric, OGBName, Published, evaluator_of, layout_of, load_ogb, provide
+from experiments.data.ogb import OGBMetric, OGBName, Published, import_ogb, layout_of, load_ogb, provide
 from experiments.planted_ogb import write_planted
 from tests.experiments.ogb_data import CLASSES, EDGES, FEATURES, NAMES, NODES, numbers, plant, truncate, write
 from tests.experiments.user_data import Evil
+
+READ = import_ogb("ogb.io.read_graph_pyg")
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +50,9 @@ def assert_same(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_plain_sets_are_what_ogb_reads(name: OGBName, root: Path) -> None:
-    from ogb.io.read_graph_pyg import read_graph_pyg
-
     layout = layout_of(name, root)
     graph = load_ogb(name, root)
-    (theirs,) = read_graph_pyg(
+    (theirs,) = READ.read_graph_pyg(
         str(layout.folder / "raw"), add_inverse_edge=layout.published.both_ways, additional_node_files=[]
     )
     assert torch.equal(graph.data.edge_index, theirs.edge_index)
@@ -69,11 +69,11 @@ def test_plain_sets_are_what_ogb_reads(name: OGBName, root: Path) -> None:
 
 
 def test_mag_is_what_ogb_reads(root: Path) -> None:
-    from ogb.io.read_graph_pyg import read_heterograph_pyg
-
     layout = layout_of("ogbn-mag", root)
     graph = load_ogb("ogbn-mag", root)
-    (theirs,) = read_heterograph_pyg(str(layout.folder / "raw"), additional_node_files=[], additional_edge_files=[])
+    (theirs,) = READ.read_heterograph_pyg(
+        str(layout.folder / "raw"), additional_node_files=[], additional_edge_files=[]
+    )
     assert graph.target == "paper"
     assert graph.data.node_types == list(theirs.num_nodes_dict)  # models are drawn in this order
     assert graph.data.edge_types == list(theirs.edge_index_dict)
@@ -328,7 +328,7 @@ def test_importing_ogb_asks_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     outdated = ModuleType("outdated")
     outdated.check_outdated = print  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "outdated", outdated)
-    evaluator_of("ogbn-arxiv")
+    import_ogb("ogb.nodeproppred")
     assert sys.modules["ogb.version"].check_outdated is None  # what ogb would start in a thread
 
 

@@ -128,7 +128,7 @@ def test_floats_are_seen_as_they_are_and_val_is_taken() -> None:
 
 def test_datasets_of_pil_images() -> None:
     fake = FakeData(30, (3, 16, 16), 4)
-    fake.classes = list("abcd")  # type: ignore[attr-defined]
+    fake.classes = list("abcd")
     task = own_data((fake, fake), ImageConfig(dataset="images", image_size=8))
     assert isinstance(task, Task)
     assert (task.classes, task.in_channels) == (("a", "b", "c", "d"), 8)
