@@ -3,63 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
-from torchvision.datasets import CIFAR10, Imagenette
+from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 from torchvision.datasets.utils import check_integrity
 
+CIFAR = {"cifar10": (CIFAR10, 170), "cifar100": (CIFAR100, 169)}
+"""Class, and megabytes of the archive."""
 
-@dataclass(frozen=True, kw_only=True)
-class Archive:
-    """A data set as it is published.
 
-    Args:
-        folder: what it unpacks to, inside the root.
-        url: where it is from; the end of it is the name of the archive.
-        md5: of the archive.
-        megabytes: its size.
-        fetch: given a folder, downloads the archive to it, unless it is there, and unpacks it.
-    """
+class Archive(NamedTuple):
+    """A data set as it is published."""
 
     folder: str
+    """What it unpacks to, inside the root."""
     url: str
+    """Where it is from; the end of it is the name of the archive."""
     md5: str
     megabytes: int
     fetch: Callable[[Path], object]
+    """Given a folder, downloads the archive to it, unless it is there, and unpacks it."""
 
 
-def cifar_archive(cls: type[CIFAR10], megabytes: int) -> Archive:
-    """Of ``CIFAR10`` or ``CIFAR100``."""
-    return Archive(
-        folder=cls.base_folder,
-        url=cls.url,
-        md5=cls.tgz_md5,
-        megabytes=megabytes,
-        fetch=lambda root: cls(root, download=True),
-    )
+def archive_of(name: str) -> Archive:
+    """Of ``cifar10`` or ``cifar100``, or of ``imagenette`` with 160 pixels on the shorter side."""
+    if name == "imagenette":
+        url, md5 = Imagenette._ARCHIVES["160px"]
+        return Archive(Path(url).stem, url, md5, 99, lambda root: Imagenette(root, size="160px", download=True))
+    cls, megabytes = CIFAR[name]
+    return Archive(cls.base_folder, cls.url, cls.tgz_md5, megabytes, lambda root: cls(root, download=True))
 
 
-def imagenette_archive() -> Archive:
-    """Of Imagenette, with 160 pixels on the shorter side."""
-    url, md5 = Imagenette._ARCHIVES["160px"]
-    return Archive(
-        folder=Path(url).stem,
-        url=url,
-        md5=md5,
-        megabytes=99,
-        fetch=lambda root: Imagenette(root, size="160px", download=True),
-    )
-
-
-def unpacked(name: str, root: Path, archive: Archive, offline: bool, *, instead: str = "") -> Path:
+def unpacked(name: str, root: Path, offline: bool, *, instead: str = "") -> Path:
     """The folder of a data set, after unpacking its archive, or downloading it, where it is not there yet.
 
     Args:
         name: how the user calls it.
         root: where its folder is, or its archive, or where they go to.
-        archive: what it is.
         offline: never download.
         instead: a further form in which it could have been there; for the message.
 
@@ -67,6 +49,7 @@ def unpacked(name: str, root: Path, archive: Archive, offline: bool, *, instead:
         FileNotFoundError: it is not there, and may not or cannot be downloaded; says what was looked for, and where.
         ValueError: the archive is there, but is not whole.
     """
+    archive = archive_of(name)
     folder, file = root / archive.folder, root / Path(archive.url).name
     if folder.is_dir():
         return folder
@@ -90,13 +73,14 @@ def unpacked(name: str, root: Path, archive: Archive, offline: bool, *, instead:
     return folder
 
 
-def check_files(name: str, cls: type[CIFAR10], folder: Path) -> None:
-    """The files of ``CIFAR10`` or ``CIFAR100`` against their MD5s.
+def check_files(name: str, folder: Path) -> None:
+    """The files of ``cifar10`` or ``cifar100`` against their MD5s.
 
     Raises:
         FileNotFoundError: files are missing; names them.
         ValueError: a file is not what it should be; names it.
     """
+    cls, _ = CIFAR[name]
     sums = dict([*cls.train_list, *cls.test_list, [cls.meta["filename"], cls.meta["md5"]]])
     missing = [file for file in sums if not (folder / file).exists()]
     if missing:

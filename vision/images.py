@@ -9,18 +9,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
+from torchvision.datasets import CIFAR10, Imagenette
 
 from vision.augment import Channels
-from vision.download import check_files, cifar_archive, imagenette_archive, unpacked
+from vision.download import CIFAR, archive_of, check_files, unpacked
 from vision.folders import Listing, VisibleFolder, few, listing_of, printable, without
 from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
 
 NAMES = ("cifar10", "cifar100", "imagenette", "images")
 """What :func:`load_images` knows."""
-
-CIFAR = {"cifar10": (CIFAR10, 170), "cifar100": (CIFAR100, 169)}
-"""Class, and megabytes of the archive."""
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -29,10 +26,8 @@ IMAGENET: tuple[Channels, Channels] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.22
 CONSTANTS: dict[str, tuple[Channels, Channels]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenette": IMAGENET,
-    "images": IMAGENET,
 }
-"""Mean and standard deviation of the channels, of values in 0..1."""
+"""Mean and standard deviation of the channels, of values in 0..1, where they are not ImageNet's."""
 
 NOTES = {
     "cifar10": "CIFAR-10 (Krizhevsky, 2009), cs.toronto.edu/~kriz/cifar.html, no license stated",
@@ -163,7 +158,7 @@ def _jpeg_folder(root: Path) -> Path | None:
 def _imagenette_folder(root: Path) -> Path:
     """Imagenette's folder: in the root, or the root itself."""
     itself = (root / "train" / next(iter(Imagenette._WNID_TO_CLASS))).is_dir()
-    return root if itself else root / imagenette_archive().folder
+    return root if itself else root / archive_of("imagenette").folder
 
 
 def split_train_val(
@@ -211,13 +206,13 @@ def split_train_val(
 
 
 def _cifar(name: str, root: Path, offline: bool, image_size: int) -> ImageData:
-    cls, megabytes = CIFAR[name]
+    cls, _ = CIFAR[name]
     jpeg = f" nor, as JPEG, {root / name / 'train'} or {root / 'train'} with its classes" if name == "cifar10" else ""
-    check_files(name, cls, unpacked(name, root, cifar_archive(cls, megabytes), offline, instead=jpeg))
+    check_files(name, unpacked(name, root, offline, instead=jpeg))
     parts = [cls(root, train=train) for train in (True, False)]
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     train, test = (MemoryImages(x, torch.tensor(y.targets), image_size) for x, y in zip(pixels, parts, strict=True))
-    mean, std = CONSTANTS[name]
+    mean, std = CONSTANTS.get(name, IMAGENET)
     return ImageData(
         name=name,
         classes=tuple(parts[0].classes),
@@ -240,7 +235,7 @@ def _cifar_jpeg(folder: Path) -> tuple[Listing, Listing, str]:
 def _imagenette(root: Path, offline: bool) -> tuple[Listing, Listing, str]:
     folder = _imagenette_folder(root)
     if folder != root:
-        folder = unpacked("imagenette", root, imagenette_archive(), offline)
+        folder = unpacked("imagenette", root, offline)
     listings = []
     for split in ("train", "val"):
         found = listing_of("imagenette", folder / split)
@@ -334,7 +329,7 @@ def _read(
         raise ValueError(f"{name}: no image {what} can be read, expected at least one")
     if untested:
         note += f"; no test images of {few(untested)}"
-    mean, std = CONSTANTS[name]
+    mean, std = CONSTANTS.get(name, IMAGENET)
     return ImageData(
         name=name, classes=classes, train=sources[0], test=sources[1], mean=mean, std=std, image_size=size, note=note
     )
