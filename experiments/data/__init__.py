@@ -62,7 +62,7 @@ def own_data(found: Any, config: RunConfig) -> GraphData | Task:
             f"data: got a {type(found).__name__} for {config.dataset}, expected a PyG {expected.__name__} "
             "(the preset graph takes a Data, hetero a HeteroData, images pairs of images and labels)"
         )
-    return graph_of(found, name, getattr(config, "metric", None), where=name)
+    return graph_of(found.cpu(), name, getattr(config, "metric", None), where=name)
 
 
 def _load(config: RunConfig) -> GraphData | Task:

@@ -105,7 +105,7 @@ def graph_of(
         missing += [mask for mask in MASKS.values() if mask not in masks]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} missing, expected {', '.join(NEEDED)}, and all masks or none")
-    data = _kept(data, target, where)
+    data = _kept(data, where)
     store: Any = data if target is None else data[target]
     check_graph(where, data, target)
     classes = int(store.y.max()) + 1
@@ -134,46 +134,40 @@ def graph_of(
     )
 
 
-def _kept(data: Data | HeteroData, target: str | None, where: str) -> Data | HeteroData:
+def _kept(data: Data | HeteroData, where: str) -> Data | HeteroData:
     """What is used of a graph, as the types that models take; the rest is left out."""
-    for store in data.stores:
-        for key in (*NEEDED, *OPTIONAL):
-            value = store.get(key)
-            if value is not None and (not isinstance(value, Tensor) or value.layout != torch.strided):
-                raise ValueError(f"{where}: {key} is a {type(value).__name__}, expected a dense tensor of numbers")
-            if value is not None and value.is_complex():
-                raise ValueError(f"{where}: {key} holds {value.dtype}, expected real numbers")
-    if isinstance(data, HeteroData):
-        found = HeteroData()
-        for kind in data.node_types:
-            if "x" in data[kind]:
-                found[kind].x = data[kind].x.float()
-            found[kind].num_nodes = data[kind].num_nodes
-        for relation in data.edge_types:
-            if "edge_index" not in data[relation]:
-                raise ValueError(f"{where}: {relation} has no edge_index, expected one")
-            found[relation].edge_index = _whole(where, "the edges", data[relation].edge_index).contiguous()
-        _copy_labels(where, data[target], found[target])
-        return found
-    kept = Data(x=data.x.float(), edge_index=_whole(where, "the edges", data.edge_index).contiguous())
-    _copy_labels(where, data, kept)
-    for key in ("edge_weight", "edge_attr"):
-        if data.get(key) is not None:
-            kept[key] = _of_edges(where, key, data[key], kept.edge_index.size(-1))
+    kept: Any = type(data)()
+    plain = isinstance(data, Data)
+    for part, store in [(None, data)] if plain else [*data.node_items(), *data.edge_items()]:
+        given = {key: store[key] for key in (*NEEDED, *(OPTIONAL if plain else MASKS.values())) if key in store}
+        if isinstance(part, tuple) and "edge_index" not in given:
+            raise ValueError(f"{where}: {part} has no edge_index, expected one")
+        for key, value in given.items():
+            if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
+                raise ValueError(f"{where}: {key} is a {type(value).__name__}, expected a dense tensor of real numbers")
+            (kept if plain else kept[part])[key] = _converted(where, key, value, given)
+        if isinstance(part, str):
+            kept[part].num_nodes = store.num_nodes
     return kept
 
 
-def _copy_labels(where: str, store: Any, kept: Any) -> None:
-    y = _whole(where, "the labels", store.y)
-    kept.y = y.view(-1) if y.dim() == 2 and y.size(1) == 1 else y
-    if kept.y.dim() != 1:
-        raise ValueError(f"{where}: the labels have shape {tuple(y.shape)}, expected one a node")
-    for name in MASKS.values():
-        if name in store:
-            mask = store[name]
-            if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-                raise ValueError(f"{where}: {name} holds other values than 0 and 1, expected a mask")
-            kept[name] = mask.bool().contiguous()
+def _converted(where: str, key: str, value: Tensor, given: dict[str, Tensor]) -> Tensor:
+    """One tensor of a graph, as models take it."""
+    if key == "x":
+        return value.float()
+    if key == "edge_index":
+        return _whole(where, "the edges", value).contiguous()
+    if key == "y":
+        y = _whole(where, "the labels", value)
+        y = y.view(-1) if y.dim() == 2 and y.size(1) == 1 else y
+        if y.dim() != 1:
+            raise ValueError(f"{where}: the labels have shape {tuple(y.shape)}, expected one a node")
+        return y
+    if key in MASKS.values():
+        if value.dtype != torch.bool and not ((value == 0) | (value == 1)).all():
+            raise ValueError(f"{where}: {key} holds other values than 0 and 1, expected a mask")
+        return value.bool().contiguous()
+    return _of_edges(where, key, value, given["edge_index"].size(-1))
 
 
 def _whole(where: str, name: str, values: Tensor) -> Tensor:
@@ -212,28 +206,25 @@ def _check_both_classes(where: str, store: Any) -> None:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    names = NEEDED | OPTIONAL
     try:
         file = np.load(path)
         if not isinstance(file, NpzFile):
             raise ValueError("one array, as numpy.save writes it")
         with file:
-            arrays = {
-                key: file[key] for names in (NEEDED, OPTIONAL) for pair in names.items() for key in pair if key in file
-            }
+            arrays = {key: file[key] for key in {*names, *names.values()} if key in file}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a whole .npz file of plain arrays ({error})") from error
-    for name, other in (NEEDED | OPTIONAL).items():
-        if name != other and name in arrays and other in arrays:
+    found: dict[str, Tensor] = {}
+    for name, other in names.items():
+        keys = [key for key in {name, other} if key in arrays]
+        if len(keys) > 1:
             raise ValueError(f"{path}: got both {name} and {other}, expected one of them")
-        if name in arrays:
-            found[name] = _tensor(path, name, arrays[name])
-        elif other in arrays:
-            value = _tensor(path, other, arrays[other])
-            if other == "edges" and (value.dim() != 2 or value.size(1) != 2):
+        for key in keys:
+            value = _tensor(path, key, arrays[key])
+            if key == "edges" and (value.dim() != 2 or value.size(1) != 2):
                 raise ValueError(f"{path}: edges has shape {tuple(value.shape)}, expected (edges, 2)")
-            turned = other == "edges" or (other.endswith("_masks") and value.dim() == 2)
-            found[name] = value.T if turned else value
+            found[name] = value.T if key == "edges" or (key.endswith("_masks") and value.dim() == 2) else value
     missing = [f"{name} (or {NEEDED[name]})" for name in NEEDED if name not in found]
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} missing")
