@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch_geometric.data import Data
 
-from experiments.data import load_tasks
 from experiments.data.graph_task import transformed, uses_csr
-from experiments.planted_ogb import write_planted
 from tests.experiments.made_graph import ATTR, NODES, logits_of, make_config, make_graph, make_task
 
 CSR_CASES: list[tuple[tuple[str, ...], dict[str, Any]]] = [
@@ -165,16 +162,3 @@ def test_directions_and_loops() -> None:
     if (0, 0) not in given:
         torch.testing.assert_close(data.edge_attr[loop], data.edge_attr[near].mean(dim=0))
     assert data.edge_attr[pairs.index((NODES - 1, NODES - 1))].tolist() == [0, 0]  # no in-edges
-
-
-def test_edge_features_of_proteins_are_those_of_the_file(tmp_path: Path) -> None:
-    """Both directions are there already; adding them up would double what they hold."""
-    write_planted("ogbn-proteins", tmp_path, 150, 400, 4, 112)
-    config = make_config(
-        dataset="ogbn-proteins", data_root=tmp_path, offline=True, undirected=True, conv=("gat",), edge_features=True
-    )
-    task = load_tasks(config)(0)
-    attr = next(iter(task.loader("train", 1, None))).inputs[3]
-    assert attr.shape == (800, 4)
-    assert 0 <= float(attr.min()) <= float(attr.max()) <= 1
-    assert float(attr.mean()) == pytest.approx(0.5, abs=0.1)
