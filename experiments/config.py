@@ -366,7 +366,7 @@ class ImageConfig(RunConfig):
     val_share: float = 0.1
     """Share of the training images that validate, stratified; the data set's test images are read once."""
     split_seed: int = 0
-    """Seed of that split."""
+    """Seed of that split, and of the test set of a flat folder CLASS/*."""
     skip_broken: bool = False
     """Leave out files that cannot be decoded, and say how many."""
 
