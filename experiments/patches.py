@@ -20,10 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from experiments.report import image_view
-from experiments.report.page import file_name
 from experiments.run_folder import image_task_of, load_model, read_config
-from vision.patch_maps import patch_weights
+from gmoe.plot import expert_maps
 from vision.sources import decode
 
 
@@ -41,17 +39,20 @@ class PatchesConfig:
     """The seed whose weights are used; by default the first."""
 
 
+@torch.no_grad()
 def patches(config: PatchesConfig) -> list[Path]:
     """Draw the maps.
 
     Returns:
-        The pictures, one an image.
+        The pictures, one an image: ``NAME.png``, or ``NAME-2.png`` of a second image of that name.
 
     Raises:
         ValueError: the run has no image model with experts or no such seed; or an image cannot be read, or there is
             none.
     """
-    paths = _files(config.images)
+    paths = [path for given in config.images for path in _images(given)]
+    if not paths:
+        raise ValueError("images: got none, expected at least one")
     run = read_config(config.run, Path())
     if run.router == "dense":
         raise ValueError(f"run: got {config.run}, a dense model, expected one with experts")
@@ -60,45 +61,28 @@ def patches(config: PatchesConfig) -> list[Path]:
         raise ValueError(f"seed: got {seed}, expected one of {', '.join(map(str, run.seeds))}")
     task = image_task_of(config.run)
     model = load_model(config.run, run, task, seed)
-    written = []
+    mean, std = (torch.tensor(value)[:, None, None] for value in (task.mean, task.std))
+    written: list[Path] = []
     for path in paths:
-        picture = decode(str(path), task.in_channels).float()[None] / 255
-        if len(task.mean) == 1:
-            picture = picture.mean(dim=1, keepdim=True)
-        mean, std = (torch.tensor(value)[:, None, None] for value in (task.mean, task.std))
-        logits, routings = image_view.route(model, (picture - mean) / std)
-        seen = image_view.Seen(images=picture, labels=None, weights=[patch_weights(routing, 1) for routing in routings])
-        figure = image_view.maps(seen, [0], [f"{path.name}\n{task.classes[int(logits.argmax())]}?"])
+        picture = decode(str(path), task.in_channels).float() / 255
+        image = ((picture.mean(dim=0, keepdim=True) if len(mean) == 1 else picture) - mean) / std
+        guess = task.classes[int(model(image[None]).argmax())]
+        figure = expert_maps(model, image, mean=task.mean, std=task.std, titles=[f"{path.name}\n{guess}?"])
+        before = sum(one.stem == path.stem for one in paths[: len(written)])
         config.out.mkdir(parents=True, exist_ok=True)
-        place = config.out / f"{file_name(path.stem)}.png"
-        for number in range(2, len(paths) + 1):  # images of one name from several folders
-            if place not in written:
-                break
-            place = config.out / f"{file_name(path.stem)}-{number}.png"
-        figure.savefig(place, dpi=160)
-        written.append(place)
+        written.append(config.out / f"{path.stem}{f'-{before + 1}' if before else ''}.png")
+        figure.savefig(written[-1], dpi=160)
     return written
 
 
-def _files(paths: Sequence[Path]) -> list[Path]:
-    found = []
-    for path in paths:
-        inside = (
-            sorted(
-                file
-                for file in path.iterdir()
-                if file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".")
-            )
-            if path.is_dir()
-            else [path]
-        )
-        if not inside:
-            raise ValueError(
-                f"images: got {path}, a folder without images, expected some of {', '.join(IMG_EXTENSIONS)}"
-            )
-        found += inside
+def _images(path: Path) -> list[Path]:
+    """The image, or the images in the folder."""
+    if not path.is_dir():
+        return [path]
+    files = (file for file in path.iterdir() if not file.name.startswith("."))
+    found = sorted(file for file in files if file.suffix.lower() in IMG_EXTENSIONS)
     if not found:
-        raise ValueError("images: got none, expected at least one")
+        raise ValueError(f"images: got {path}, a folder without images, expected some of {', '.join(IMG_EXTENSIONS)}")
     return found
 
 

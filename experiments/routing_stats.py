@@ -15,12 +15,6 @@ from experiments.structure import alignment
 from gmoe import Routing, RoutingStats
 
 
-def primary_expert(routing: Routing) -> Tensor:
-    """(T,) the expert with the largest weight of each token; E, one more than there are, for tokens without any."""
-    dense_TE = routing.to_dense()
-    return torch.where(dense_TE.sum(dim=1) > 0, dense_TE.argmax(dim=1), routing.num_experts)
-
-
 def routing_summary(
     routings: list[list[Routing]], planted: Tensor | None, properties: dict[str, Tensor] | None = None
 ) -> list[dict[str, Any]]:
@@ -41,10 +35,10 @@ def routing_summary(
     for parts, layer in zip(zip(*routings, strict=True), _rounded(stats), strict=True):
         if planted is not None:
             (whole,) = parts
-            layer["nmi"] = float(normalized_mutual_info_score(primary_expert(whole).cpu(), planted))
+            layer["nmi"] = float(normalized_mutual_info_score(whole.top_expert.cpu(), planted))
         if properties:
             (whole,) = parts
-            found = alignment(primary_expert(whole).cpu(), properties)
+            found = alignment(whole.top_expert.cpu(), properties)
             layer |= {f"ami_{name}": round(value, 4) for name, value in found.items()}
         layers.append(layer)
     return layers

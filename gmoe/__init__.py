@@ -1,7 +1,7 @@
 """Mixture-of-Experts for graphs and images over one shared router core.
 
-Importing it takes torch alone. What needs torch_geometric, torchvision or torchmetrics is imported where it is first
-used.
+Importing it takes torch alone. What needs torch_geometric, torchvision, torchmetrics or matplotlib is imported where it
+is first used.
 """
 
 import importlib
@@ -29,6 +29,7 @@ from gmoe.routers import (
 from gmoe.routing import AuxLoss, Routing, aux_loss, record_routing
 
 if TYPE_CHECKING:
+    import gmoe.plot as plot
     from gmoe.conv.aggregate import FilterConv, MLPConv
     from gmoe.conv.graph import Graph
     from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
@@ -48,7 +49,7 @@ __all__ += ["AuxLoss", "Routing", "aux_loss", "combine", "dispatch", "grouped_li
 __all__ += ["ROUTERS", "AttentionVote", "ExpertChoice", "MultiCentroid", "Router", "TokenChoice", "build_router"]
 __all__ += ["OracleRouter", "RandomRouter", "SoftSlots", "UniformRouter"]
 __all__ += ["cv_squared", "importance_loss", "load_loss", "separation_loss", "switch_loss", "z_loss"]
-__all__ += ["RoutingStats", "active_parameters", "count_flops", "match_width", "moefy"]
+__all__ += ["RoutingStats", "active_parameters", "count_flops", "match_width", "moefy", "plot"]
 __all__ += ["FilterConv", "GNNMoE", "Graph", "HeteroGNNMoE", "HeteroMoEConv", "MLPConv", "MoEConv", "RelationalConv"]
 __all__ += ["NeighborSampler", "ViTMoE", "ViTSize", "neighbor_loader"]
 
@@ -71,6 +72,8 @@ _EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph",
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":
+        return importlib.import_module("gmoe.plot")
     module = next((module for module, names in _LAZY.items() if name in names), None)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

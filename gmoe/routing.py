@@ -197,6 +197,12 @@ class Routing:
         return experts.repeat_interleave(self.load, output_size=self.token.numel())
 
     @property
+    def top_expert(self) -> Tensor:
+        """(T,) int64, the expert with the largest weight of each token; E of a token without an expert."""
+        dense_TE = self.to_dense()
+        return torch.where(dense_TE.sum(dim=1) > 0, dense_TE.argmax(dim=1), self.num_experts)
+
+    @property
     def dropped(self) -> Tensor:
         """Number of pairs that tokens chose and experts had no capacity for, a scalar."""
         return self.token.new_zeros(()) if self.dropped_T is None else self.dropped_T.sum()

@@ -24,6 +24,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "gmoe.models.gnn": PYG,
     "gmoe.models.hetero_gnn": PYG,
     "gmoe.models.vit": frozenset({"torchvision"}),
+    "gmoe.plot": frozenset({"matplotlib", "networkx"}),
 }
 """What the parts of gmoe may import beside torch. All others, the core, import torch alone."""
 
@@ -129,6 +130,8 @@ def test_no_upward_import(path: Path) -> None:
         ("gmoe.metrics", "import torchmetrics", False),
         ("gmoe.flops", "import torchmetrics", True),
         ("gmoe.flops", "from gmoe.metrics import RoutingStats", True),
+        ("gmoe.plot", "import matplotlib, networkx", False),
+        ("gmoe.plot", "import numpy", True),
         ("gmoe", "from gmoe.moe import MoE", False),
         ("gmoe", "from gmoe.conv.moe_conv import MoEConv", True),
         ("gmoe", "if TYPE_CHECKING:\n    from gmoe.conv.moe_conv import MoEConv", False),
@@ -155,17 +158,18 @@ def run(script: str) -> str:
 def test_an_import_loads_torch_alone() -> None:
     loaded = run("import sys, gmoe; print(*{name.split('.')[0] for name in sys.modules})").split()
     assert "torch" in loaded
-    assert not {"torch_geometric", "torchvision", "torchmetrics", "scipy", "sklearn", "pandas"} & set(loaded)
+    later = {"torch_geometric", "torchvision", "torchmetrics", "matplotlib", "networkx", "scipy", "sklearn", "pandas"}
+    assert not later & set(loaded)
 
 
 def test_names_that_need_more_are_there_without_it() -> None:
     """For ``dir`` and type checkers; their use names what is missing, and the extra that brings it."""
     script = """
 import sys
-sys.modules.update(dict.fromkeys(["torch_geometric", "torchvision", "torchmetrics"]))  # not to be imported
+sys.modules.update(dict.fromkeys(["torch_geometric", "torchvision", "torchmetrics", "matplotlib"]))  # not there
 import gmoe
 assert set(gmoe.__all__) <= set(dir(gmoe))
-for name in ("MoEConv", "GNNMoE", "HeteroMoEConv", "neighbor_loader", "ViTMoE", "RoutingStats", "nobody"):
+for name in ("MoEConv", "GNNMoE", "HeteroMoEConv", "neighbor_loader", "ViTMoE", "RoutingStats", "plot", "nobody"):
     try:
         getattr(gmoe, name)
     except (ImportError, AttributeError) as error:
@@ -176,6 +180,7 @@ for name in ("MoEConv", "GNNMoE", "HeteroMoEConv", "neighbor_loader", "ViTMoE", 
         *(f"ImportError gmoe.{name} {graph}" for name in ("MoEConv", "GNNMoE", "HeteroMoEConv", "neighbor_loader")),
         'ImportError gmoe.ViTMoE needs torchvision: pip install "gmoe[vision]"',
         'ImportError gmoe.RoutingStats needs torchmetrics: pip install "gmoe[graph]"',
+        'ImportError gmoe.plot needs matplotlib: pip install "gmoe[plot]"',
         "AttributeError module 'gmoe' has no attribute 'nobody'",
     ]
 
@@ -197,7 +202,7 @@ def test_public_names_are_those_of_the_imports() -> None:
     assert seen == list(gmoe._LAZY.items())
     later = {name for names in gmoe._LAZY.values() for name in names}
     assert len(set(gmoe.__all__)) == len(gmoe.__all__)
-    assert set(gmoe.__all__) == (now - {"TYPE_CHECKING", "Any"}) | later | {"__version__"}
+    assert set(gmoe.__all__) == (now - {"TYPE_CHECKING", "Any"}) | later | {"__version__", "plot"}
 
 
 def test_every_module_says_what_it_is() -> None:

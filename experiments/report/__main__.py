@@ -3,33 +3,41 @@
     python -m experiments.train digits --router expert_choice --out runs/digits
     python -m experiments.report runs/digits --out runs/report
 
-Writes ``index.html``, which holds all that it shows and works from disk, the figures as PNG, and for graphs the experts
-of every node as CSV. Maps of patches and of nodes need the data of the run; without them they are left out, and the
-page says so. A run folder that is broken or not finished is named, the report of the others is made all the same, and
-the exit status is then 1.
+Writes ``index.html``, one file that holds all that it shows. Maps of patches and of nodes need the data of the run;
+without them they are left out, and the page says so. A run folder that is broken or not finished is named, the report
+of the others is made all the same, and the exit status is then 1.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from torch import nn
 from torch_geometric.data import Data
 
 from experiments.data import Task
-from experiments.report import curves, graph_view, image_view, similarity
-from experiments.report.page import Page, file_name
+from experiments.report import figures
+from experiments.report.findings import FOLLOWED, PROPERTIES, edges_within, sentence, similarity
+from experiments.report.page import Page
 from experiments.run_folder import RunFolder, load_model, read_run
+from experiments.structure import alignment, node_properties
 from experiments.tables import percent
+from gmoe.plot import expert_graph, expert_load, expert_maps
+
+MOST_MAPPED = 6
+"""Images in a map of patches."""
+
+NODE_PROPERTIES = {"label": "class", "degree": "degree (bin)", "homophily": "local homophily (bin)"}
+"""What :func:`~experiments.structure.node_properties` finds, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +50,27 @@ class ReportConfig:
     """Folder of the page."""
     data_root: Path = Path("data")
     """Root folder of the data; of a user's own graph its file or folder, or the folder that holds it."""
-    images: int = 6
-    """Images in a map of patches."""
-    title: str = "Routing report"
-    """Title of the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A run with experts and its data.
+
+    Args:
+        run: the folder.
+        layers: by MoE layer, the figures of its routing by name, each a mean over seeds.
+        task: the data as the first seed saw them; ``None`` where they are not there.
+        model: of an image run, that of the first seed.
+        seen: images through it.
+        missing: why there are no maps.
+    """
+
+    run: RunFolder
+    layers: list[dict[str, float]]
+    task: Task | None = None
+    model: nn.Module | None = None
+    seen: figures.Seen | None = None
+    missing: str = ""
 
 
 def report(config: ReportConfig) -> tuple[Path, dict[str, str]]:
@@ -55,30 +80,52 @@ def report(config: ReportConfig) -> tuple[Path, dict[str, str]]:
         The page, and by run folder why it was left out.
 
     Raises:
-        ValueError: no run can be read, or a number of images below 1.
+        ValueError: no run can be read.
     """
-    if config.images < 1:
-        raise ValueError(f"images: got {config.images}, expected at least 1")
     runs, failed = list[RunFolder](), dict[str, str]()
-    for folder in config.runs:
+    for folder in dict.fromkeys(folder.resolve() for folder in config.runs):
         try:
             runs.append(read_run(folder, config.data_root))
         except ValueError as error:
             failed[str(folder)] = str(error)
     if not runs:
         raise ValueError("; ".join(failed.values()) or "runs: got none, expected at least one folder")
-    runs = _told_apart(runs)
-    page = Page(config.title, config.out)
+    names = [run.name for run in runs]
+    runs = [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
+    opened = [_open(run) for run in runs if run.config.router != "dense"]
+    page = Page("Routing report")
+    for one in opened:
+        dead = [count for layer in one.run.summary["routing"] for count in layer["dead"]["values"]]
+        page.text(f"{one.run.name}: {sentence(one.run.config.experts, dead, one.layers)}", "lead")
     for reason in failed.values():
-        page.text(f"Left out: {reason}", warn=True)
+        page.text(f"Left out: {reason}", "warn")
     _results(page, runs)
     for name, mine in _by_data(runs).items():
         _training(page, name, mine)
-        _similar(page, name, mine)
-    for run in runs:
-        if run.config.router != "dense":
-            _routing(page, run, config)
-    return page.write(), failed
+    for one in opened:
+        _routing(page, one)
+    path = config.out / "index.html"
+    page.write(path)
+    return path, failed
+
+
+def _open(run: RunFolder) -> Opened:
+    seed = run.config.seeds[0]
+    layers = [{name: value["mean"] for name, value in layer.items()} for layer in run.summary["routing"]]
+    try:
+        task = run.load_task(seed)
+        if task.kind != "image":
+            return Opened(run=run, layers=layers, task=task)
+        model = load_model(run.folder, run.config, task, seed)
+        seen = figures.look(model, task)
+    except (FileNotFoundError, ValueError) as error:
+        return Opened(run=run, layers=layers, missing=str(error))
+    for number, weight in enumerate(seen.weights):
+        weight_TE = weight.flatten(0, 2)
+        expert = weight_TE.argmax(dim=1).where(weight_TE.sum(dim=1) > 0, weight_TE.size(1))
+        found = alignment(expert, seen.properties(number))
+        layers[number] |= {f"ami_{name}": value for name, value in found.items()}
+    return Opened(run=run, layers=layers, task=task, model=model, seen=seen)
 
 
 def _by_data(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
@@ -90,206 +137,153 @@ def _by_data(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
     return {f"{name} ({digest})" if names.count(name) > 1 else name: mine for (name, digest), mine in groups.items()}
 
 
-def _told_apart(runs: Sequence[RunFolder]) -> list[RunFolder]:
-    """The runs, each once; those whose folders have one name are called by their paths."""
-    runs = list({run.folder.resolve(): run for run in runs}.values())
-    names = [file_name(run.name) for run in runs]
-    return [
-        replace(run, name=str(run.folder.resolve())) if names.count(name) > 1 else run
-        for run, name in zip(runs, names, strict=True)
-    ]
-
-
 def _results(page: Page, runs: Sequence[RunFolder]) -> None:
     page.heading("Results")
-    page.text(
-        "Validation selects the epoch, the test set is read once, at the end. Mean ± sample standard deviation over n "
-        "seeds; memory is the peak of the process (on a GPU, of what torch allocated)."
-    )
-    header = [
-        "run", "data", "router", "E", "K", "metric", "validation (%)", "test (%)", "n", "active FLOPs", "parameters",
-        "active", "s a seed", "MiB",
-    ]  # fmt: skip
-    rows = []
+    columns = []
     for run in runs:
         summary, dense = run.summary, run.config.router == "dense"
-        rows.append(
-            [
-                run.name,
-                run.config.dataset,
-                run.config.router,
-                "–" if dense else str(run.config.experts),
-                "–" if dense else str(run.config.k),
-                summary["metric"],
-                percent(summary["val"]),
-                percent(summary["test"]),
-                str(summary["test"]["n"]),
-                f"{summary['flops']:.3g}",
-                f"{summary['parameters']:,}",
-                f"{summary['active_parameters']:,}",
-                f"{summary['seconds']['mean']:,.0f}",
-                f"{summary['peak_memory']:,}",
-            ]
+        columns.append(
+            {
+                "": run.name,
+                "data": run.config.dataset,
+                "router": run.config.router,
+                "experts, K": "–" if dense else f"{run.config.experts}, {run.config.k}",
+                "metric": summary["metric"],
+                "validation (%)": percent(summary["val"]),
+                "test (%)": percent(summary["test"]),
+                "seeds": str(summary["test"]["n"]),
+                "active FLOPs": f"{summary['flops']:.3g}",
+                "parameters": f"{summary['parameters']:,}",
+                "active parameters": f"{summary['active_parameters']:,}",
+                "seconds a seed": f"{summary['seconds']['mean']:,.0f}",
+                "peak memory (MiB)": f"{summary['peak_memory']:,}",
+            }
         )
+    header, *rows = ([name, *(column[name] for column in columns)] for name in columns[0])
     page.table(header, rows)
+    page.text("Validation selects the epoch; the test set is read once. Mean ± sample standard deviation.", "note")
 
 
 def _training(page: Page, dataset: str, runs: Sequence[RunFolder]) -> None:
-    page.heading(f"{dataset}: learning curves and cost")
-    page.figure(
-        curves.learning_curves(runs),
-        f"{dataset}-curves",
-        "Mean over seeds, and the band from the lowest to the highest.",
-    )
-    page.figure(curves.cost(runs), f"{dataset}-cost", "Test metric beside what a forward pass costs; bars are ± std.")
-
-
-def _similar(page: Page, dataset: str, runs: Sequence[RunFolder]) -> None:
-    found = similarity.similarity(runs)
+    curves = figures.learning_curves(runs)
+    if curves:
+        page.heading(f"{dataset}: learning curves")
+        page.figures(curves, "Mean over seeds, and the band from the lowest to the highest.")
+    found = similarity(runs)
     if found is None:
         return
+    between, shuffled = found
     page.heading(f"{dataset}: do two runs find the same experts?", 3)
+    page.table(["seeds of", "and of", "AMI"], [[one, other, f"{value:.3f}"] for (one, other), value in between.items()])
     page.text(
-        "Adjusted mutual information of the expert with the largest weight of each token, mean over the MoE layers: 1 "
-        "where two routings agree up to the experts' numbers, 0 by chance, and 0 where one of them uses one expert "
-        f"only. Shuffled baseline: {found.shuffled:+.3f}."
-    )
-    if found.others:
-        page.text(f"Of other numbers of MoE layers or tokens, and not compared: {', '.join(found.others)}.")
-    names = list(dict.fromkeys(found.runs))
-
-    def cell(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3f}"
-
-    page.table(
-        ["", *names],
-        [[one, *(cell(found.between(one, other)) for other in names)] for one in names],
-    )
-    page.figure(
-        similarity.draw(found),
-        f"{dataset}-similarity",
-        "Every pair of runs and seeds. In the table, the diagonal is between seeds of one run.",
+        "Adjusted mutual information of the tokens' experts, mean over the MoE layers: 1 if two routings agree up to "
+        f"the experts' numbers, 0 by chance or where one uses a single expert. Shuffled: {shuffled:.3f}.",
+        "note",
     )
 
 
-def _routing(page: Page, run: RunFolder, config: ReportConfig) -> None:
+def _routing(page: Page, one: Opened) -> None:
+    run, task = one.run, one.task
+    seed = run.config.seeds[0]
     page.heading(f"{run.name}: routing")
-    seed = run.config.seeds[0]
-    page.figure(
-        curves.routing_over_training(run),
-        f"{run.name}-training",
-        f"In training: load and weights of each expert of seed {seed} (those of other seeds have other numbers); "
-        "entropy, the share of tokens that have an expert (coverage), of chosen pairs that experts had no capacity for "
-        "(dropped) and of experts that no token went to (dead) as means and bands over seeds.",
-    )
-    layers = run.summary["routing"]
-    names = [name for name in layers[0] if not name.startswith("ami_")]
-    page.text("On the test split (of a graph: all nodes), with the selected weights; mean ± std over seeds:")
+    page.figures([expert_load(run.seeds[seed].routing)], f"Load of each expert in the training steps, seed {seed}.")
     page.table(
-        ["MoE layer", *names],
-        [[str(i + 1), *(_plain(layer[name]) for name in names)] for i, layer in enumerate(layers)],
+        ["MoE layer", *(str(number) for number in range(1, len(one.layers) + 1))],
+        [[_words(name), *(f"{round(layer[name], 3) + 0.0:.3f}" for layer in one.layers)] for name in one.layers[0]],
     )
-    try:
-        task = run.load_task(seed)
-        if task.kind == "image":
-            _images(page, run, task, config)
-        elif isinstance(task.graph, Data):
-            _graph(page, run, task, config)
-        else:
-            page.text("Maps of heterogeneous graphs are not drawn.", warn=True)
-    except (FileNotFoundError, ValueError) as error:
-        page.text(f"Not drawn: {error}", warn=True)
-        Console(stderr=True, soft_wrap=True).print(f"{run.name}, not drawn: {error}", markup=False, highlight=False)
-
-
-def _plain(figures: dict[str, Any]) -> str:
-    std = "" if figures["std"] is None else f" ± {figures['std']:.3f}"
-    return f"{figures['mean']:.3f}{std}"
-
-
-def _images(page: Page, run: RunFolder, task: Task, config: ReportConfig) -> None:
-    seed = run.config.seeds[0]
-    seen = image_view.look(load_model(run.folder, run.config, task, seed), task)
-    assert seen.labels is not None
-    name = f"{run.name}-patches"
-    chosen = image_view.of_each_class(seen.labels, config.images)
-    page.heading(f"{run.name}: which patches go to which expert", 3)
-    page.figure(
-        image_view.maps(seen, chosen, [task.classes[int(seen.labels[i])] for i in chosen]),
-        f"{name}-maps",
-        f"Validation images of seed {seed} through all MoE layers: each patch has the color of its expert, or of its "
-        "experts mixed by weight; dark patches have none. Colors of different layers are different experts.",
+    split = "all nodes" if one.seen is None else f"the test images; AMI on validation images of seed {seed}"
+    page.text(
+        f"Mean over seeds, on {split}. Dropped pairs had no room at their expert; dead "
+        "experts get no token; entropy is in nats. AMI: adjusted mutual information of experts and a property, 1 if "
+        f"they are the same partition, 0 by chance; experts count as following it from {FOLLOWED} on.",
+        "note",
     )
-    for layer in range(len(seen.weights)):
-        page.figure(
-            image_view.gallery(seen, layer, task.classes),
-            f"{name}-gallery-{layer + 1}",
-            f"MoE layer {layer + 1}: a row an expert, its patches of largest weight among {len(seen.images):,} "
-            "validation images, one an image, with the image's class.",
+    if task is None:
+        page.text(f"Not drawn: {one.missing}", "warn")
+    elif one.seen is not None and one.model is not None:
+        _images(page, one.model, one.seen, task)
+    elif isinstance(task.graph, Data):
+        _graph(page, run, task, task.graph)
+    else:
+        page.text("Maps of heterogeneous graphs are not drawn.", "warn")
+
+
+def _words(name: str) -> str:
+    if name in PROPERTIES:
+        return "{1} with the {0}".format(*PROPERTIES[name])
+    return "AMI, shuffled experts" if name == "ami_shuffled" else name.replace("_", " ")
+
+
+def _images(page: Page, model: nn.Module, seen: figures.Seen, task: Task) -> None:
+    layers = range(len(seen.weights))
+    chosen = figures.of_each_class(seen.labels, MOST_MAPPED)
+    page.heading("Which patches go to which expert?", 3)
+    titles = [task.classes[int(seen.labels[image])] for image in chosen]
+    page.figures(
+        [expert_maps(model, seen.images[chosen], mean=task.mean, std=task.std, titles=titles)],
+        "Validation images: each patch has the color of its expert, or of its experts mixed by weight; dark patches "
+        "have none. Experts of different layers have nothing to do with each other.",
+    )
+    page.figures(
+        [
+            figures.share_map(
+                figures.shares(seen.weights[layer].flatten(0, 2), seen.properties(layer)["label"]),
+                f"class, MoE layer {layer + 1}",
+                task.classes,
+            )
+            for layer in layers
+        ],
+        "Of the weights of each expert, the share on patches of every class. A row like the last one says that the "
+        "expert does not go by class.",
+    )
+    page.figures(
+        [figures.places(seen, layer) for layer in layers],
+        "A panel an expert, by MoE layer: how often it takes the patch at each place.",
+    )
+    for layer in layers:
+        page.figures(
+            [figures.gallery(seen, layer, task.classes)],
+            f"MoE layer {layer + 1}: the patches of largest weight of each expert, one an image, with the image's "
+            f"class, among {len(seen.images):,} validation images.",
         )
-    page.figure(
-        image_view.by_class(seen, task.classes),
-        f"{name}-classes",
-        "Of the weights on each class's patches, the share of every expert: rows alike say that experts do not go by "
-        "class.",
-    )
-    page.figure(
-        image_view.by_place(seen),
-        f"{name}-places",
-        "How often each expert takes the patch at each place: black never, white always.",
-    )
 
 
-def _graph(page: Page, run: RunFolder, task: Task, config: ReportConfig) -> None:
-    graph, seed = task.graph, run.config.seeds[0]
-    assert isinstance(graph, Data)
-    for number, log in run.seeds.items():
-        graph_view.write_csv(log.routings, config.out / "csv" / f"{file_name(run.name)}-seed-{number}.csv")
-    page.heading(f"{run.name}: which nodes go to which expert", 3)
+def _graph(page: Page, run: RunFolder, task: Task, graph: Data) -> None:
+    seed = run.config.seeds[0]
     routings = run.seeds[seed].routings
     if {routing.num_tokens for routing in routings} != {graph.num_nodes}:
-        page.text("The run was evaluated in batches: its tokens are not the nodes, and are not drawn.", warn=True)
+        page.text("The run was evaluated in batches: its tokens are not the nodes, and are not drawn.", "warn")
         return
-    layers = run.summary["routing"]
-    followed = sorted(name for name in layers[0] if name.startswith("ami_") and name != "ami_shuffled")
-    if followed:
-        page.text(
-            "Adjusted mutual information of a node's expert with what it could follow: 1 the same partition, 0 by "
-            "chance; the last column is the largest with the experts shuffled among the nodes. Mean ± std over seeds."
-        )
-        columns = [*followed, "ami_shuffled"]
-        page.table(
-            ["MoE layer", *(name.removeprefix("ami_") for name in columns)],
-            [[str(i + 1), *(_plain(layer[name]) for name in columns)] for i, layer in enumerate(layers)],
-        )
+    page.heading("Which nodes go to which expert?", 3)
+    labels = graph.y if graph.y is not None and graph.y.dim() == 1 else None
+    page.figures(
+        [expert_graph(routings, graph.edge_index, labels=labels, seed=seed)],
+        f"Nodes by expert, seed {seed}; nodes of several experts by the one with the largest weight.",
+    )
     rows = []
     for layer in range(len(routings)):
-        pairs = [graph_view.edges_within(graph, log.routings[layer]) for log in run.seeds.values()]
+        pairs = [edges_within(graph, log.routings[layer]) for log in run.seeds.values()]
         within, chance = (statistics.fmean(values) for values in zip(*pairs, strict=True))
-        rows.append(
+        rows.append([str(layer + 1), f"{100 * within:.1f}", f"{100 * chance:.1f}"])
+    page.table(["MoE layer", "edges within an expert (%)", "by chance (%)"], rows)
+    properties = {} if task.planted is None else {"planted region": task.planted}
+    for name, value in node_properties(graph).items():
+        if name != "label":  # bins without a node
+            known = value >= 0
+            value[known] = value[known].unique(return_inverse=True)[1]
+        properties[NODE_PROPERTIES[name]] = value
+    for layer, routing in enumerate(routings, start=1):
+        page.figures(
             [
-                str(layer + 1),
-                "–" if math.isnan(within) else f"{100 * within:.1f}",
-                "–" if math.isnan(chance) else f"{100 * chance:.1f}",
-                f"{within / chance:.2f}×" if chance > 0 else "–",
-            ]
+                figures.share_map(
+                    figures.shares(routing.to_dense(), value), name, task.classes if name == "class" else ()
+                )
+                for name, value in properties.items()
+            ],
+            f"MoE layer {layer}, seed {seed}: of the weights of each expert, the share on nodes of every kind; degree "
+            "and local homophily (neighbors of the same class) in bins from few to many. A row like the last one says "
+            "that the expert does not go by it.",
         )
-    page.text("Edges whose two ends have the same expert, and what chance would give; mean over seeds:")
-    page.table(["MoE layer", "within (%)", "by chance (%)", "ratio"], rows)
-    for layer, routing in enumerate(routings):
-        page.figure(
-            graph_view.heat_maps(graph, routing, task.classes, task.planted),
-            f"{run.name}-nodes-{layer + 1}",
-            f"MoE layer {layer + 1}, seed {seed}: of each expert's nodes, the share of every class, in-degree and "
-            "local homophily (of the same class among its neighbors), both in bins from few to many. A row like the "
-            "last one says that the expert does not go by it.",
-        )
-    page.figure(
-        graph_view.drawing(graph, routings[0], seed),
-        f"{run.name}-drawing",
-        f"Nodes by the experts of MoE layer 1 of seed {seed}, and by class: the whole graph where it has at most "
-        f"{graph_view.MOST_DRAWN} nodes, else the surroundings of a node of median degree of each expert.",
-    )
 
 
 def main(args: Sequence[str] | None = None) -> None:
