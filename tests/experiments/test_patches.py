@@ -10,7 +10,7 @@ import matplotlib.image
 import pytest
 
 from experiments.patches import PatchesConfig, main, patches
-from experiments.presets import DIGITS, DIGITS_GRAPH
+from experiments.presets import DIGITS
 from experiments.run_folder import image_task_of
 from experiments.runs import run
 from tests.vision.made_images import cut, write_photo
@@ -20,28 +20,26 @@ IMAGES = replace(DIGITS, epochs=1, layers=2, hidden=8, experts=3, batch_size=300
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image run with experts."""
     root = tmp_path_factory.mktemp("runs")
     run(replace(IMAGES, router="token_choice", out=root / "moe"))
-    run(replace(IMAGES, router="dense", out=root / "dense"))
-    run(replace(DIGITS_GRAPH, epochs=1, hidden=8, experts=2, progress=False, out=root / "graph", seeds=(0,)))
-    return root
+    return root / "moe"
 
 
 def test_a_picture_an_image(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = write_photo(tmp_path / "photos" / "one.jpg", (30, 20))
+    write_photo(tmp_path / "photos" / "one.jpg", (30, 20))
     write_photo(tmp_path / "photos" / "two.png", (9, 40), seed=1)
     (tmp_path / "photos" / "notes.txt").write_text("no image")
     again = write_photo(tmp_path / "elsewhere" / "one.jpg", (8, 8), seed=2)
     out = tmp_path / "out"
-    main([str(folder / "moe"), "--images", str(tmp_path / "photos"), str(again), "--out", str(out)])
+    main([str(folder), "--images", str(tmp_path / "photos"), str(again), "--out", str(out)])
     assert capsys.readouterr().out.split() == [str(out / name) for name in ("one.png", "two.png", "one-2.png")]
     for path in out.iterdir():
         assert matplotlib.image.imread(path).std() > 0.05
-    assert one.exists()
 
 
 def test_the_task_comes_from_the_run_alone(folder: Path) -> None:
-    task = image_task_of(folder / "moe")
+    task = image_task_of(folder)
     assert (task.in_channels, task.num_classes, len(task.classes), len(task.mean)) == (8, 10, 10, 1)
     with pytest.raises(RuntimeError, match="were not loaded"):
         task.loader("val", 1, None)
@@ -51,22 +49,24 @@ def test_bad_runs_and_images(folder: Path, tmp_path: Path, capsys: pytest.Captur
     photo = write_photo(tmp_path / "photo.jpg", (30, 20))
     (tmp_path / "empty").mkdir()
     half = cut(write_photo(tmp_path / "half.jpg", (60, 50)))
-    no_list = tmp_path / "no-list"
-    shutil.copytree(folder / "moe", no_list)
-    (no_list / "images.json").write_text("{}")
+    dense, graph, broken = (shutil.copytree(folder, tmp_path / name) for name in ("dense", "graph", "broken"))
+    config = dense / "config.json"
+    config.write_text(config.read_text().replace('"token_choice"', '"dense"'))
+    (graph / "images.json").unlink()
+    (broken / "images.json").write_text("{}")
     for run_folder, image, message in (
-        (folder / "dense", photo, "a dense model, expected one with experts"),
-        (folder / "graph", photo, "images.json: is missing"),
+        (dense, photo, "a dense model, expected one with experts"),
+        (graph, photo, "images.json: is missing"),
         (tmp_path / "nowhere", photo, "is no folder"),
-        (no_list, photo, "images.json: is not what a run of images writes"),
-        (folder / "moe", half, "half.jpg"),
-        (folder / "moe", tmp_path / "none.jpg", "none.jpg"),
-        (folder / "moe", tmp_path / "empty", "a folder without images"),
+        (broken, photo, "images.json: is not what a run of images writes"),
+        (folder, half, "half.jpg"),
+        (folder, tmp_path / "none.jpg", "none.jpg"),
+        (folder, tmp_path / "empty", "a folder without images"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([str(run_folder), "--images", str(image), "--out", str(tmp_path / "out")])
         assert stopped.value.code == 2
         assert message in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ValueError, match="seed: got 0, expected one of 3"):
-        patches(PatchesConfig(run=folder / "moe", images=(photo,), seed=0, out=tmp_path / "out"))
+        patches(PatchesConfig(run=folder, images=(photo,), seed=0, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -87,7 +87,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_phone_shows_the_report_without_scrolling_sideways(runs: Path, tmp_path: Path) -> None:
-    main([str(runs / "graph"), str(runs / "images"), "--out", str(tmp_path)])
+    main([str(runs / name) for name in ("graph", "graph-dense", "images")] + ["--out", str(tmp_path)])
     page = tmp_path / "index.html"
     script = "document.title = 'widest ' + document.body.scrollWidth"
     narrow = (
@@ -263,7 +263,7 @@ def test_edges_within_an_expert() -> None:
 def test_shares_by_hand() -> None:
     weight = torch.tensor([[0.2, 0.0], [0.1, 0.3], [0.3, 0.0], [9.0, 9.0]])
     found = figures.shares(weight, torch.tensor([1, 1, 0, -1]))
-    np.testing.assert_allclose(found, [[0.5, 0.5], [0, 1], [1 / 3, 2 / 3]], atol=1e-6)
+    np.testing.assert_allclose(found, np.array([[0.5, 0.5], [0, 1], [1 / 3, 2 / 3]]), atol=1e-6)
 
 
 def test_first_of_each_class() -> None:
