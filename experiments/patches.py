@@ -91,7 +91,7 @@ def main(args: Sequence[str] | None = None) -> None:
     config = tyro.cli(PatchesConfig, args=args, prog="python -m experiments.patches", description=__doc__)
     try:
         written = patches(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     for path in written:

@@ -8,8 +8,9 @@ Shapes: B images, H x W pixels, h x w patches, T tokens, N nodes, M edges, E exp
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -65,7 +66,7 @@ def patch_weights(model: nn.Module, images: Tensor, *, patch_size: int | tuple[i
 
     Args:
         model: a model that holds MoE layers.
-        images: (B, C, H, W), or one image (C, H, W), as the model takes them; on its device.
+        images: (B, C, H, W), or one image (C, H, W), as the model takes them; moved to its device and dtype.
         patch_size: height and width of a patch in pixels; by default the kernel of the model's first convolution whose
             kernel is its stride.
 
@@ -84,8 +85,9 @@ def patch_weights(model: nn.Module, images: Tensor, *, patch_size: int | tuple[i
     images = _batch_of(images)
     high, wide = _patch_size(model, images, patch_size)
     h, w = images.size(2) // high, images.size(3) // wide
+    like = next(model.parameters(), images)
     with _evaluating(model), record_routing(model) as routings:
-        model(images)
+        model(images.to(like.device, like.dtype if like.is_floating_point() else images.dtype))
     weights = []
     for layer, routing in enumerate(routings, start=1):
         grid = _grid(routing.num_tokens / len(images), h, w)
@@ -399,10 +401,12 @@ def _step_load(layer: Routing | Mapping[str, Tensor]) -> list[float]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; then every module has its own mode again."""
+    """Evaluation mode without gradients, and without compilation, which would trace the model anew; then as it was."""
     modes = [(module, module.training) for module in model.modules()]
+    compiled = "torch._dynamo" in sys.modules  # which takes seconds to import; who compiled the model has done so
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eager:
             model.eval()
             yield
     finally:

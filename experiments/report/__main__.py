@@ -92,7 +92,7 @@ def report(config: ReportConfig) -> tuple[Path, dict[str, str]]:
         raise ValueError("; ".join(failed.values()) or "runs: got none, expected at least one folder")
     names = [run.name for run in runs]
     runs = [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
-    opened = [_open(run) for run in runs if run.config.router != "dense"]
+    opened = [_open(run) for run in runs if _has_experts(run)]
     page = Page("Routing report")
     for one in opened:
         dead = [count for layer in one.run.summary["routing"] for count in layer["dead"]["values"]]
@@ -107,6 +107,10 @@ def report(config: ReportConfig) -> tuple[Path, dict[str, str]]:
     path = config.out / "index.html"
     page.write(path)
     return path, failed
+
+
+def _has_experts(run: RunFolder) -> bool:
+    return bool(run.seeds[run.config.seeds[0]].routings)
 
 
 def _open(run: RunFolder) -> Opened:
@@ -141,7 +145,7 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
     page.heading("Results")
     columns = []
     for run in runs:
-        summary, dense = run.summary, run.config.router == "dense"
+        summary, dense = run.summary, not _has_experts(run)
         columns.append(
             {
                 "": run.name,

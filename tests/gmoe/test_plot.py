@@ -99,6 +99,14 @@ def test_weights_are_those_of_the_patches(
         assert torch.equal(weight, dense[:, prefix:].reshape(2, h, w, 3))
 
 
+def test_compiled_models_of_any_dtype_are_drawn() -> None:
+    model = ViTMoE(SIZE).double().eval()
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 12, 12).double())
+    assert [weight.shape for weight in patch_weights(model, torch.zeros(3, 12, 12))] == [(1, 3, 3, 8)]
+
+
 def test_bad_images_are_refused() -> None:
     model = ViTMoE(SIZE)
     with pytest.raises(ValueError, match="images: got shape"):
