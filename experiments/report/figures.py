@@ -129,6 +129,8 @@ def gallery(seen: Seen, layer: int, classes: Sequence[str], per_expert: int = 8)
     high, wide = seen.pictures.size(2) // h, seen.pictures.size(3) // w
     figure = Figure(figsize=(0.7 * per_expert + 0.4, 0.92 * experts), layout="constrained")
     grid = figure.subplots(experts, per_expert, squeeze=False)
+    for axis in grid.flat:
+        axis.set_axis_off()
     for expert, axes in enumerate(grid):
         best_B, patch_B = seen.weights[layer][..., expert].flatten(1).max(dim=1)
         images = best_B.argsort(descending=True, stable=True)[:per_expert].tolist()
@@ -137,9 +139,9 @@ def gallery(seen: Seen, layer: int, classes: Sequence[str], per_expert: int = 8)
                 row, column = high * (int(patch_B[image]) // w), wide * (int(patch_B[image]) % w)
                 crop = seen.pictures[image].expand(3, -1, -1)[:, row : row + high, column : column + wide]
                 axis.imshow(crop.permute(1, 2, 0).numpy(), interpolation="nearest")
+                axis.set_axis_on()
+                axis.set(xticks=[], yticks=[])
                 axis.set_title(classes[int(seen.labels[image])][:10], fontsize=8, pad=2)
-        for axis in axes:
-            axis.set_axis_off()
         axes[0].text(-0.15, 0.5, str(expert), transform=axes[0].transAxes, ha="right", va="center")
     return figure
 
