@@ -34,7 +34,7 @@ from experiments.tables import percent
 from gmoe.plot import expert_graph, expert_load, expert_maps
 
 MOST_MAPPED = 6
-"""Images in a map of patches."""
+"""Images in a map of patches, each of another class."""
 
 NODE_PROPERTIES = {"label": "class", "degree": "degree (bin)", "homophily": "local homophily (bin)"}
 """What :func:`~experiments.structure.node_properties` finds, in words."""
@@ -178,10 +178,10 @@ def _training(page: Page, dataset: str, runs: Sequence[RunFolder]) -> None:
         return
     between, shuffled = found
     page.heading(f"{dataset}: do two runs find the same experts?", 3)
-    page.table(["seeds of", "and of", "AMI"], [[one, other, f"{value:.3f}"] for (one, other), value in between.items()])
+    page.table(["seeds of", "and of", "AMI"], [[one, other, _short(value)] for (one, other), value in between.items()])
     page.text(
         "Adjusted mutual information of the tokens' experts, mean over the MoE layers: 1 if two routings agree up to "
-        f"the experts' numbers, 0 by chance or where one uses a single expert. Shuffled: {shuffled:.3f}.",
+        f"the experts' numbers, 0 by chance or where one uses a single expert. Shuffled: {_short(shuffled)}.",
         "note",
     )
 
@@ -193,7 +193,7 @@ def _routing(page: Page, one: Opened) -> None:
     page.figures([expert_load(run.seeds[seed].routing)], f"Load of each expert in the training steps, seed {seed}.")
     page.table(
         ["MoE layer", *(str(number) for number in range(1, len(one.layers) + 1))],
-        [[_words(name), *(f"{round(layer[name], 3) + 0.0:.3f}" for layer in one.layers)] for name in one.layers[0]],
+        [[_words(name), *(_short(layer[name]) for layer in one.layers)] for name in one.layers[0]],
     )
     split = "all nodes" if one.seen is None else f"the test images; AMI on validation images of seed {seed}"
     page.text(
@@ -212,6 +212,11 @@ def _routing(page: Page, one: Opened) -> None:
         page.text("Maps of heterogeneous graphs are not drawn.", "warn")
 
 
+def _short(value: float) -> str:
+    """Three decimals, and no -0.000."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
 def _words(name: str) -> str:
     if name in PROPERTIES:
         return "{1} with the {0}".format(*PROPERTIES[name])
@@ -220,7 +225,7 @@ def _words(name: str) -> str:
 
 def _images(page: Page, model: nn.Module, seen: figures.Seen, task: Task) -> None:
     layers = range(len(seen.weights))
-    chosen = figures.of_each_class(seen.labels, MOST_MAPPED)
+    chosen = [int((seen.labels == label).nonzero()[0]) for label in seen.labels.unique()[:MOST_MAPPED]]
     page.heading("Which patches go to which expert?", 3)
     titles = [task.classes[int(seen.labels[image])] for image in chosen]
     page.figures(

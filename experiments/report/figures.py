@@ -61,16 +61,6 @@ def look(model: nn.Module, task: Task, most: int = MOST_IMAGES, seed: int = 0) -
     )
 
 
-def of_each_class(labels: Tensor, count: int) -> list[int]:
-    """Indices of the first image of each class, then of the second, and so on, ``count`` in all."""
-    rank: dict[int, int] = {}
-    order = []
-    for index, label in enumerate(labels.tolist()):
-        rank[label] = rank.get(label, 0) + 1
-        order.append((rank[label], label, index))
-    return [index for _, _, index in sorted(order)[:count]]
-
-
 def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
     """Validation metric and training loss: the mean over seeds, and the band from the lowest to the highest."""
     figures = []

@@ -9,7 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
-from torch_geometric.utils import remove_self_loops
+from torch_geometric.utils import homophily, remove_self_loops
 
 from experiments.run_folder import RunFolder
 from experiments.structure import ami
@@ -85,20 +85,12 @@ def similarity(runs: Sequence[RunFolder], seed: int = 0) -> tuple[dict[tuple[str
     return {pair: statistics.fmean(values) for pair, values in found.items()}, statistics.fmean(shuffled[:20])
 
 
-def edges_within(graph: Data, routing: Routing, repeats: int = 10, seed: int = 0) -> tuple[float, float]:
-    """The share of edges, self-loops aside, whose ends have the same expert; and that by chance.
+def edges_within(graph: Data, routing: Routing) -> tuple[float, float]:
+    """The share of edges, self-loops aside, whose ends have the same expert; and that of two nodes drawn at random.
 
-    Chance is the mean over shuffles of the experts among the nodes. Nodes without an expert count as one more.
-
-    Args:
-        graph: with ``edge_index``; NaN without edges.
-        routing: of all its nodes.
-        repeats: shuffles.
-        seed: of the shuffles.
+    Nodes without an expert count as one more.
     """
-    source, destination = remove_self_loops(graph.edge_index)[0]
     expert = routing.top_expert
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = [expert[torch.randperm(len(expert), generator=generator)] for _ in range(repeats)]
-    share, *chance = (float((each[source] == each[destination]).float().mean()) for each in (expert, *shuffled))
-    return share, statistics.fmean(chance)
+    count = expert.bincount().double()
+    chance = (count * (count - 1)).sum() / (len(expert) * (len(expert) - 1))
+    return float(homophily(remove_self_loops(graph.edge_index)[0], expert, method="edge")), float(chance)
