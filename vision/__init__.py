@@ -1,4 +1,4 @@
-"""Image data: files, splits, augmentation, batches, patch maps. Imports the gmoe core and torchvision."""
+"""Image data: files, splits, augmentation, batches. Imports the gmoe core and torchvision."""
 
 from vision.augment import make_augment, make_mix, normalize
 from vision.images import ImageData, image_files, load_images, split_train_val
