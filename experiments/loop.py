@@ -286,7 +286,11 @@ def _report(
         return
     values = {name: value for name, value in row.items() if name != "epoch" and value is not None}
     for layer in routed:
-        values |= {f"layer_{layer['layer']}/{name}": value for name, value in layer.items() if value is not None}
+        values |= {
+            f"layer_{layer['layer']}/{name}": value
+            for name, value in layer.items()
+            if name != "layer" and value is not None
+        }
     images = isinstance(training.config, ImageConfig) and draw and routed
     for logger in loggers:
         logger.log(values, epoch)

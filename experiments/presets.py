@@ -250,7 +250,10 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "cifar10": ("CIFAR-10, from torchvision or as folders of JPEG; a 6-block ViT.", CIFAR10),
     "cifar100": ("CIFAR-100; a 6-block ViT.", CIFAR100),
     "imagenette": ("Imagenette at 160 pixels; a 6-block ViT.", IMAGENETTE),
-    "images": ("Images of your own: --data-root DIR with CLASS/*, or train/CLASS/* and test/CLASS/* (or val/).", IMAGES),
+    "images": (
+        "Images of your own: --data-root DIR with CLASS/*, or train/CLASS/* and test/CLASS/* (or val/).",
+        IMAGES,
+    ),
     "digits-graph": ("The same digits as nodes of a 10-nearest-neighbor graph; a 2-layer GCN.", DIGITS_GRAPH),
     "mosaic": ("8 planted regions, in each of which a neighbor's class means something else; a 2-layer SAGE.", MOSAIC),
     "graph": ("A graph of your own: --data-root FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv.", GRAPH),
