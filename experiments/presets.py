@@ -251,7 +251,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "cifar100": ("CIFAR-100; a 6-block ViT.", CIFAR100),
     "imagenette": ("Imagenette at 160 pixels; a 6-block ViT.", IMAGENETTE),
     "images": (
-        "Images of your own: --data-root DIR with CLASS/*, or train/CLASS/* and test/CLASS/* (or val/).",
+        "Images of your own: --data-root DIR with CLASS/*, or train/CLASS/* and test/CLASS/*.",
         IMAGES,
     ),
     "digits-graph": ("The same digits as nodes of a 10-nearest-neighbor graph; a 2-layer GCN.", DIGITS_GRAPH),
