@@ -2,8 +2,8 @@
 
 A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from ``results/STUDY.json``. With
 ``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->``
-compares variants seed by seed. ``<!-- benchmark: NAME -->`` is what ``experiments.benchmark`` wrote,
-``<!-- swap: NAME -->`` what ``experiments.benchmark swap`` wrote.
+compares variants seed by seed. ``<!-- benchmark: NAME -->`` and ``<!-- swap: NAME -->`` are what
+``experiments.benchmark`` wrote.
 """
 
 from __future__ import annotations
@@ -12,34 +12,29 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tyro
 
-from experiments.benchmark.swap_table import swap_lines
-
 ROOT = Path(__file__).parent.parent
+PAGES = ("results", "when-moe-helps", "claims", "benchmarks", "see-the-routing", "which-settings-first")
 MARKED = re.compile(
     r"(<!-- (?P<kind>table|pairs|benchmark|swap): (?P<study>[\w-]+)(?:: (?P<variants>[\w/ -]+?))? -->\n)"
     r".*?(<!-- end -->)",
     re.DOTALL,
 )
+Line: TypeAlias = dict[str, str]
+"""A line of a table, by column."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TablesConfig:
     """Which pages, from which results."""
 
-    pages: tuple[Path, ...] = (
-        ROOT / "README.md",
-        *(
-            ROOT / "docs" / f"{page}.md"
-            for page in ("results", "when-moe-helps", "claims", "benchmarks", "see-the-routing", "which-settings-first")
-        ),
-    )
+    pages: tuple[Path, ...] = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES))
     """The pages to rewrite."""
     results: Path = ROOT / "results"
     """Folder of the result files."""
@@ -51,20 +46,38 @@ def render(page: str, results: Path) -> str:
     """The page with all its tables generated anew."""
 
     def table(match: re.Match[str]) -> str:
-        study = json.loads((results / f"{match['study']}.json").read_text())
-        only = None if match["variants"] is None else match["variants"].split()
-        if match["kind"] == "benchmark":
-            made = benchmark_table(study)
-        elif match["kind"] == "swap":
-            made = "\n".join([*swap_lines(study["variants"]), "", measured_on(study["environment"], "cpu")])
+        content = json.loads((results / f"{match['study']}.json").read_text())
+        only = (match["variants"] or "").split()
+        if match["kind"] == "table":
+            made = study_table(content, only)
         else:
-            made = study_table(study, only) if match["kind"] == "table" else pair_table(study, only or [])
+            made = pair_table(content, only) if match["kind"] == "pairs" else benchmark_table(content)
         return f"{match[1]}{made}\n{match[5]}"
 
     return MARKED.sub(table, page)
 
 
-def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
+def markdown(lines: Sequence[Line], left: Iterable[str] = (), gap: str = "") -> str:
+    """A table of at least one line.
+
+    Args:
+        lines: the lines.
+        left: columns of text beside the first; numbers are aligned to the right.
+        gap: around the dashes.
+    """
+    columns = list(lines[0])
+    dashes = [f"{gap}{'---' if column in (columns[0], *left) else '---:'}{gap}" for column in columns]
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (columns, *(line.values() for line in lines)))
+    return "\n".join([head, f"|{'|'.join(dashes)}|", *body])
+
+
+def known(lines: Sequence[Line]) -> list[Line]:
+    """The lines without the columns of which nothing is known."""
+    names = [name for name in lines[0] if any(line[name] != "–" for line in lines)]
+    return [{name: line[name] for name in names} for line in lines]
+
+
+def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
     """One line a variant: the metric on the test set, what it costs, and what the routing follows.
 
     Columns of which nothing is known are left out.
@@ -77,43 +90,38 @@ def study_table(study: dict[str, Any], only: list[str] | None = None) -> str:
         ValueError: the study has no such variant.
     """
     variants = {variant["variant"]: variant for variant in study["variants"]}
-    missing = [name for name in only or () if name not in variants]
+    missing = [name for name in only if name not in variants]
     if missing:
         raise ValueError(f"only: got {', '.join(missing)}, expected some of {', '.join(variants)}")
     narrow, wide = variants.get(study["reference"]), variants.get(study["wide"])
-    planted = any("nmi" in layer for variant in study["variants"] for layer in variant["routing"])
-    metric = study["variants"][0]["metric"] if study["variants"] else "metric"
-    columns = ["variant", f"test {metric} (%)", "n", "active FLOPs", "parameters", "headroom recovered"]
-    followed = sorted(
-        {name for variant in study["variants"] for layer in variant["routing"] for name in layer if "ami_" in name}
-    )
-    if planted:
-        columns.append("NMI of expert and region, layer by layer")
-    elif followed:
-        columns.append(f"AMI of expert and {', '.join(name.removeprefix('ami_') for name in followed)}; mean of layers")
-    rows = []
-    for variant in study["variants"] if only is None else [variants[name] for name in only]:
-        cells = [
-            variant["label"],
-            percent(variant["test"]),
-            str(variant["test"]["n"]),
-            "–" if narrow is None else f"{variant['flops'] / narrow['flops']:.2f}×",
-            f"{variant['parameters']:,}",
-            headroom(variant, narrow, wide),
-        ]
-        if planted:
-            cells.append(", ".join(nmi(layer["nmi"]) for layer in variant["routing"] if "nmi" in layer) or "–")
-        elif followed:
-            means = [[layer[name]["mean"] for layer in variant["routing"] if name in layer] for name in followed]
-            cells.append(", ".join(f"{sum(values) / len(values):.2f}" for values in means if values) or "–")
-        rows.append(cells)
-    said = [i for i in range(len(columns)) if not rows or any(cells[i] != "–" for cells in rows)]
-    dashes = ["---", *["---:"] * 5, "---"]
-    lines = [f"| {' | '.join(columns[i] for i in said)} |", f"|{'|'.join(dashes[i] for i in said)}|"]
-    return "\n".join([*lines, *(f"| {' | '.join(cells[i] for i in said)} |" for cells in rows)])
+    names = {name for variant in study["variants"] for layer in variant["routing"] for name in layer}
+    followed = sorted(name.removeprefix("ami_") for name in names if "ami_" in name)
+    routed = f"AMI of expert and {', '.join(followed)}; mean of layers"
+    if "nmi" in names:
+        routed = "NMI of expert and region, layer by layer"
+    lines = []
+    for variant in map(variants.__getitem__, only or variants):
+        layers = variant["routing"]
+        if "nmi" in names:
+            found = [spread(layer["nmi"], ".3f") for layer in layers if "nmi" in layer]
+        else:
+            means = [[layer[f"ami_{name}"]["mean"] for layer in layers if f"ami_{name}" in layer] for name in followed]
+            found = [f"{statistics.fmean(values):.2f}" for values in means if values]
+        lines.append(
+            {
+                "variant": variant["label"],
+                f"test {variant['metric']} (%)": percent(variant["test"]),
+                "n": str(variant["test"]["n"]),
+                "active FLOPs": "–" if narrow is None else f"{variant['flops'] / narrow['flops']:.2f}×",
+                "parameters": f"{variant['parameters']:,}",
+                "headroom recovered": headroom(variant, narrow, wide),
+                routed: ", ".join(found) or "–",
+            }
+        )
+    return markdown(known(lines), left=[routed])
 
 
-def pair_table(study: dict[str, Any], pairs: list[str]) -> str:
+def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
     """One line a pair of variants: the difference on the test set, seed by seed (or split by split).
 
     Where the variants were chosen on some of the seeds, also the difference on the others alone.
@@ -126,53 +134,105 @@ def pair_table(study: dict[str, Any], pairs: list[str]) -> str:
         ValueError: the study has no such variant, or the variants of a pair do not have the same seeds.
     """
     variants = {variant["variant"]: variant for variant in study["variants"]}
-    lines = ["| variant | minus | mean difference ± std of differences | better in |", "|---|---|---:|---:|"]
     chosen_on = set(study.get("chosen_on", ()))
-    if chosen_on:
-        seeds = ", ".join(map(str, sorted(chosen_on)))
-        lines = [f"{lines[0]} without splits {seeds}, which chose the variants |", f"{lines[1]}---:|"]
+    lines = []
     for pair in pairs:
         names = pair.split("/")
         if len(names) != 2 or not set(names) <= set(variants):
             raise ValueError(f"pairs: got {pair!r}, expected VARIANT/OTHER of {', '.join(variants)}")
         one, other = (variants[name] for name in names)
-        if one["config"]["seeds"] != other["config"]["seeds"]:
+        seeds = one["config"]["seeds"]
+        if seeds != other["config"]["seeds"]:
             raise ValueError(f"pairs: got {pair!r}, whose variants have other seeds each, expected the same")
         found = [100 * (a - b) for a, b in zip(one["test"]["values"], other["test"]["values"], strict=True)]
-        won = f"{sum(value > 0 for value in found)} of {len(found)}"
-        line = f"| {one['label']} | {other['label']} | {signed(found)} | {won} |"
+        line = {"variant": one["label"], "minus": other["label"]}
+        line["mean difference ± std of differences"] = mean_std(found, "+.2f")
+        line["better in"] = f"{sum(value > 0 for value in found)} of {len(found)}"
         if chosen_on:
-            rest = [value for value, seed in zip(found, one["config"]["seeds"], strict=True) if seed not in chosen_on]
-            line += f" {signed(rest)} |"
+            without = f"without splits {', '.join(map(str, sorted(chosen_on)))}, which chose the variants"
+            rest = [value for value, seed in zip(found, seeds, strict=True) if seed not in chosen_on]
+            line[without] = mean_std(rest, "+.2f")
         lines.append(line)
-    return "\n".join(lines)
+    return markdown(lines, left=["minus"])
 
 
 def benchmark_table(found: dict[str, Any]) -> str:
-    """One line a variant: seconds, ratios to the reference variant, memory; of ``train``, where an epoch's time goes.
+    """What a benchmark found, and where.
 
     Args:
-        found: the content of a benchmark's file.
+        found: the content of its file.
     """
-    variants, where = found["variants"], found["environment"]
-    if "parts" in next(iter(variants.values())):
-        parts = list(next(iter(variants.values()))["parts"])
-        lines = [f"| preset | batches | seconds | {' | '.join(f'{part} (%)' for part in parts)} |"]
-        lines.append("|---|" + "---:|" * (len(parts) + 2))
-        for name, variant in variants.items():
-            shares = " | ".join(f"{100 * variant['share'][part]:.1f}" for part in parts)
-            lines.append(f"| {name} | {variant['batches']} | {sum(variant['parts'].values()):.3f} | {shares} |")
-    else:
-        lines = ["| variant | wall (ms) | from | to | × wall | × CPU | × FLOPs | MiB |", "|---|" + "---:|" * 7]
-        for name, variant in variants.items():
-            wall, ratio = variant["wall"], variant["ratio"]
-            cells = [f"{1000 * wall[key]:,.1f}" for key in ("median", "min", "max")]
-            cells += [f"{ratio['wall']:.3f}", f"{ratio['cpu']:.3f}"]
-            flops = ratio.get("flops")
-            cells.append("–" if flops is None else f"{flops:.2f}")
-            cells.append(f"{variant['memory'] / 2**20:,.0f}" if "memory" in variant else "–")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", measured_on(where, found["config"].get("device", "cpu"))])
+    gap = " " if _is_swap(found["variants"]) else ""
+    table = markdown(benchmark_lines(found["variants"]), gap=gap)
+    return f"{table}\n\n{measured_on(found['environment'], found['config'].get('device', 'cpu'))}"
+
+
+def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
+    """One line a variant: seconds, ratios to the reference variant, memory; of ``train``, where an epoch's time goes;
+    of ``order``, milliseconds by order; of ``swap``, accuracies and times by arm."""
+    if _is_swap(variants):
+        return known([{"": name} | swap_line(row) for name, row in variants.items()])
+    if "grid" in variants:
+        lines = [{"shape": name} | _order_line(cell) for name, cell in variants["grid"].items()]
+        share = {"shape": "share of choices within 1.1 of the best", "× best": f"{variants['within']:.1%}"}
+        return [*lines, *([dict.fromkeys(lines[0], "") | share] if lines else [])]
+    return [_train_line(name, of) if "parts" in of else _layer_line(name, of) for name, of in variants.items()]
+
+
+def _is_swap(variants: Mapping[str, Any]) -> bool:
+    return any("runs" in variant for variant in variants.values() if isinstance(variant, dict))
+
+
+def _order_line(cell: Mapping[str, Any]) -> Line:
+    times = {f"{order} (ms)": f"{1000 * cell[order]:,.1f}" for order in cell if order not in ("chosen", "ratio")}
+    return times | {"chosen": cell["chosen"], "× best": f"{cell['ratio']:.2f}"}
+
+
+def _train_line(name: str, variant: Mapping[str, Any]) -> Line:
+    line = {"preset": name, "batches": str(variant["batches"]), "seconds": f"{sum(variant['parts'].values()):.3f}"}
+    return line | {f"{part} (%)": f"{100 * share:.1f}" for part, share in variant["share"].items()}
+
+
+def _layer_line(name: str, variant: Mapping[str, Any]) -> Line:
+    wall, ratio = variant["wall"], variant["ratio"]
+    line = {"variant": name}
+    line |= {
+        column: f"{1000 * wall[key]:,.1f}" for column, key in (("wall (ms)", "median"), ("from", "min"), ("to", "max"))
+    }
+    line |= {"× wall": f"{ratio['wall']:.3f}", "× CPU": f"{ratio['cpu']:.3f}"}
+    line["× FLOPs"] = "–" if ratio.get("flops") is None else f"{ratio['flops']:.2f}"
+    line["MiB"] = f"{variant['memory'] / 2**20:,.0f}" if "memory" in variant else "–"
+    return line
+
+
+def swap_line(row: Mapping[str, Any]) -> Line:
+    """Dense and MoE of the seeds that both have, and the other arms; ok is a MoE whose mean is no less than a standard
+    deviation below the dense one's."""
+    runs: dict[str, dict[int, Any]] = {arm: {run["seed"]: run for run in of} for arm, of in row["runs"].items()}
+    both = sorted(set(runs.get("dense", {})) & set(runs.get("moe", {})))
+    line = dict.fromkeys(("n", "dense", "moe", "moe − dense", "ok"), "–")
+    if both:
+        dense, moe = ([100 * runs[arm][seed]["test"] for seed in both] for arm in ("dense", "moe"))
+        difference, std = statistics.fmean(moe) - statistics.fmean(dense), statistics.stdev(dense) if both[1:] else 0.0
+        line = {"n": str(len(both)), "dense": mean_std(dense), "moe": mean_std(moe)}
+        line |= {"moe − dense": f"{difference:+.2f}", "ok": "ok" if difference >= -std else "no"}
+    line["moe-off"] = mean_std([100 * run["off"] for run in runs.get("moe", {}).values()])
+    for arm in ("dense-flops", "random", "oracle", "k-means", "shared-transform"):
+        line[arm] = mean_std([100 * run["test"] for run in runs.get(arm, {}).values()])
+    for name, form in (("share", ".2f"), ("live", ".3g")):
+        by_layer = zip(*(run[name] for run in runs.get("moe", {}).values()), strict=True)
+        means = [statistics.fmean(values) for values in by_layer]
+        shown = means if len(means) <= 3 else [min(means), max(means)]
+        line[name] = (" " if shown == means else " to ").join(f"{mean:{form}}" for mean in shown) or "–"
+    line |= dict.fromkeys(("ms dense / moe / flops", "×", "× shared-transform", "+ms a layer"), "–")
+    if times := row.get("time"):
+        ms = {arm: 1000 * time["wall"]["median"] for arm, time in times.items() if isinstance(time, dict)}
+        line["ms dense / moe / flops"] = f"{ms['dense']:.1f} / {ms['moe']:.1f} / {ms['dense-flops']:.1f}"
+        line["×"] = f"{ms['moe'] / ms['dense']:.2f}"
+        if "shared-transform" in ms:
+            line["× shared-transform"] = f"{ms['shared-transform'] / ms['dense']:.2f}"
+        line["+ms a layer"] = f"{(ms['moe'] - ms['dense']) / times['layers']:.1f}"
+    return line
 
 
 def measured_on(where: dict[str, Any], device: str) -> str:
@@ -188,21 +248,23 @@ def measured_on(where: dict[str, Any], device: str) -> str:
     return f"{place}, {where['threads']} threads; {versions}{commit}."
 
 
-def signed(differences: list[float]) -> str:
-    """Mean ± sample standard deviation with a sign."""
-    std = f" ± {statistics.stdev(differences):.2f}" if len(differences) > 1 else ""
-    return f"{statistics.fmean(differences):+.2f}{std}"
+def mean_std(values: Sequence[float], form: str = ".2f") -> str:
+    """Mean ± sample standard deviation of values."""
+    if not values:
+        return "–"
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return spread({"mean": statistics.fmean(values), "std": std}, form)
 
 
-def percent(figures: dict[str, Any]) -> str:
-    """Mean ± sample standard deviation in percent."""
-    mean = f"{100 * figures['mean']:.2f}"
-    return mean if figures["std"] is None else f"{mean} ± {100 * figures['std']:.2f}"
+def spread(figures: Mapping[str, Any], form: str) -> str:
+    """Mean ± sample standard deviation that are known."""
+    mean = f"{figures['mean']:{form}}"
+    return mean if figures["std"] is None else f"{mean} ± {figures['std']:{form.removeprefix('+')}}"
 
 
-def nmi(figures: dict[str, Any]) -> str:
-    """Mean ± sample standard deviation of a share."""
-    return f"{figures['mean']:.3f}" if figures["std"] is None else f"{figures['mean']:.3f} ± {figures['std']:.3f}"
+def percent(figures: Mapping[str, Any]) -> str:
+    """The same in percent."""
+    return spread({name: figures[name] and 100 * figures[name] for name in ("mean", "std")}, ".2f")
 
 
 def headroom(variant: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None) -> str:

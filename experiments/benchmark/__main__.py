@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 
+import pandas as pd
 import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 
 from experiments.benchmark.conv import ConvBenchmark
 from experiments.benchmark.ffn import FFNBenchmark
-from experiments.benchmark.options import Benchmark
+from experiments.benchmark.measure import Benchmark
 from experiments.benchmark.order import OrderBenchmark
-from experiments.benchmark.router import RouterBenchmark
+from experiments.benchmark.routers import RouterBenchmark, VoteBenchmark
 from experiments.benchmark.swap import SwapBenchmark
 from experiments.benchmark.train import TrainBenchmark
 from experiments.benchmark.vit import VitBenchmark
-from experiments.benchmark.vote import VoteBenchmark
-from experiments.runs import environment, write_json
-from experiments.tables import measured_on
+from experiments.runs import environment
+from experiments.tables import benchmark_lines, measured_on
 
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "conv": ("A layer of message passing, forward and backward.", ConvBenchmark()),
@@ -45,21 +44,15 @@ def main(args: Sequence[str] | None = None) -> None:
         torch.set_num_threads(config.threads)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("gmoe").setLevel(logging.INFO)  # long k-means tell how far they are
     try:
         found = config.run()
     except (ValueError, FileNotFoundError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
-    console = Console()
-    table = config.table(found)
-    wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    console.width = max(console.width, wide)  # a narrow table would cut figures
-    console.print(table)
-    where = environment()
-    console.print(measured_on(where, config.device), highlight=False)
-    if config.json is not None and not config.keeps_json:
-        settings = {name: value for name, value in asdict(config).items() if name not in ("json", "data_root")}
-        write_json(config.json, {"config": settings, "variants": found, "environment": where})
+    print(pd.DataFrame(benchmark_lines(found)).to_string(index=False))
+    print(measured_on(environment(), config.device))
 
 
 if __name__ == "__main__":

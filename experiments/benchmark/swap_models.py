@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import time
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -20,13 +20,13 @@ from torch_geometric.data import Data
 from torch_geometric.nn import MLP, DeepGraphInfomax, GATConv, GCNConv, GINConv, SAGEConv
 from torch_geometric.transforms import RandomLinkSplit, ToUndirected
 from torch_geometric.utils import negative_sampling
-from torchmetrics import Metric
 
 import gmoe
+from experiments.benchmark.measure import told
 from experiments.build import build_model, init_centroids
 from experiments.config import GraphConfig, ImageConfig, RouterOptions
 from experiments.data import load_tasks
-from experiments.data.graph_data import GraphData, Split, Splits
+from experiments.data.graph_data import GraphData, Split
 from experiments.data.registry import PYG, load_graph
 from experiments.data.user_graph import user_graph
 from experiments.loop import attention_kernel, fit, make_fabric, make_optimizer, set_up
@@ -40,30 +40,8 @@ MoEConv where a layer's input is more than four times as wide as its output."""
 WIDE: tuple[Arm, ...] = ("dense-flops", "random", "shared-transform")
 """Arms of rows whose features are wide."""
 
-Say = Callable[[str], None]
-Make = Callable[..., Any]
+Make: TypeAlias = Callable[..., Any]
 """``make(conv class, in_channels, out_channels, **kwargs)`` gives a layer."""
-
-
-class Progress:
-    """Lines on the standard output, every five seconds at most.
-
-    Args:
-        about: begins each line.
-    """
-
-    def __init__(self, about: str) -> None:
-        self.about = about
-        self.last = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        if time.monotonic() - self.last >= 5:
-            self.now(text)
-
-    def now(self, text: str) -> None:
-        """A line in any case."""
-        self.last = time.monotonic()
-        print(f"{self.about}: {text}", flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,37 +60,79 @@ class Where:
     device: torch.device
     epochs: int | None = None
 
+    def graph(self, name: str) -> GraphData:
+        """One of the Planetoid graphs."""
+        return load_graph(name, self.data_root / "planetoid", offline=self.offline)
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
+
+@torch.no_grad()
+def evaluated(call: Callable[..., Any], model: nn.Module, *args: Any) -> Any:
+    """``call(model, *args)`` of the model in evaluation."""
+    return call(model.eval(), *args)
+
+
+class Problem(ABC):
     """A model and what it is trained on, with one seed.
 
-    Args:
-        metric: name of the metric.
+    Attributes:
+        metric: its name.
         width: hidden width of the dense model.
         epochs: epochs.
-        build: of an arm and a hidden width, the model; drawn from torch's generator.
-        optimizer: of a model.
-        loss: of a model in training.
-        forward: runs the model on what it is evaluated on (of images, some).
-        score: the metric of a model, evaluated on a split.
         validated: validation selects the epoch; otherwise it is the last one.
         eval_every: epochs between validations.
-        train: trains a model in a folder in place of the plain loop, resumes there, and leaves the model with the
-            selected weights; returns the best validation score and its epoch.
     """
 
     metric: str
     width: int
     epochs: int
-    build: Callable[[Arm, int], nn.Module]
-    optimizer: Callable[[Any], torch.optim.Optimizer]
-    loss: Callable[[Any], Tensor]
-    forward: Callable[[Any], Any]
-    score: Callable[[Any, Split], float]
-    validated: bool = True
-    eval_every: int = 1
-    train: Callable[[Any, Arm, Path, Say], tuple[float, int]] | None = None
+    validated = True
+    eval_every = 1
+
+    @abstractmethod
+    def build(self, arm: Arm, width: int) -> nn.Module:
+        """The model of an arm and a hidden width, drawn from torch's generator."""
+
+    @abstractmethod
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        """Of a model."""
+
+    @abstractmethod
+    def forward(self, model: Any) -> Any:
+        """Run the model on what it is evaluated on (of images, some)."""
+
+    @abstractmethod
+    def loss(self, model: Any) -> Tensor:
+        """Of a model in training."""
+
+    @abstractmethod
+    def score(self, model: Any, part: Split) -> float:
+        """The metric on a split, of a model in evaluation."""
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Forward, loss, backward and optimizer."""
+        model.train()
+        optimizer.zero_grad()
+        loss = self.loss(model)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def train(self, model: nn.Module, arm: Arm, folder: Path) -> tuple[float, int]:
+        """Train, and leave the model as it was at the first epoch that validated best; the score and number of it.
+
+        What is not finished may be kept in the folder.
+        """
+        optimizer = self.optimizer(model)
+        best: tuple[float, int] = (-math.inf, self.epochs)
+        state: dict[str, Tensor] = model.state_dict()
+        for epoch in told(range(1, self.epochs + 1), f"{arm} epoch", every=5):
+            self.step(model, optimizer)
+            if self.validated and (epoch % self.eval_every == 0 or epoch == self.epochs):
+                val = evaluated(self.score, model, "val")
+                if val > best[0]:
+                    best, state = (val, epoch), copy.deepcopy(model.state_dict())
+        model.load_state_dict(state)
+        return best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,26 +152,11 @@ class Row:
     arms: tuple[Arm, ...] = ("dense-flops", "random")
 
 
-@torch.no_grad()
-def evaluated(call: Callable[..., Any], model: nn.Module, *args: Any) -> Any:
-    """``call(model, *args)`` of the model in evaluation."""
-    return call(model.eval(), *args)
-
-
 def dense_layer(conv: Any, in_channels: int, out_channels: int, **kwargs: Any) -> Any:
     """PyG's conv, as ``MoEConv`` builds it as its shared expert."""
     if conv is GINConv:
         return GINConv(MLP([in_channels, out_channels, out_channels], norm=None), **kwargs)
     return conv(in_channels, out_channels, **kwargs)
-
-
-def layers_of(arm: Arm) -> Make:
-    """What makes the layers of an arm: gmoe's defaults, all but the router of ``random``."""
-    if arm in ("dense", "dense-flops"):
-        return dense_layer
-    if arm == "shared-transform":
-        return narrowed_layer
-    return gmoe.MoEConv if arm == "moe" else partial(gmoe.MoEConv, router=arm)
 
 
 def narrowed_layer(conv: Any, in_channels: int, out_channels: int, **kwargs: Any) -> gmoe.MoEConv:
@@ -160,16 +165,28 @@ def narrowed_layer(conv: Any, in_channels: int, out_channels: int, **kwargs: Any
     return gmoe.MoEConv(conv, in_channels, out_channels, shared_transform=in_channels > 4 * width, **kwargs)
 
 
+def layers_of(arm: Arm) -> Make:
+    """What makes the layers of an arm: gmoe's defaults, all but the router of ``random``."""
+    makers: dict[Arm, Make] = {"moe": gmoe.MoEConv, "shared-transform": narrowed_layer}
+    return dense_layer if arm.startswith("dense") else makers.get(arm, partial(gmoe.MoEConv, router=arm))
+
+
 class TwoLayers(nn.Module):
     """Dropout, conv, activation, dropout, conv."""
 
-    def __init__(self, conv1: Any, conv2: Any, act: Callable[[Tensor], Tensor], dropout: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        conv1: Any,
+        conv2: Any,
+        act: Callable[[Tensor], Tensor] = F.relu,
+        dropout: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
         super().__init__()
         self.conv1, self.conv2 = conv1, conv2
         self.act, self.dropout = act, dropout
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        """(N, classes) logits."""
+        """(N, out) nodes."""
         x = F.dropout(x, self.dropout[0], self.training)
         x = self.act(self.conv1(x, edge_index))
         x = F.dropout(x, self.dropout[1], self.training)
@@ -182,159 +199,117 @@ class Recipe:
     """A two-layer GNN and how it is trained.
 
     Args:
-        convs: of what makes layers, and the widths of input, hidden layer and output.
+        conv, kwargs: PyG's class, and its arguments.
         hidden: width, a head.
+        heads: of the hidden layer; the output has one.
         lr, decay: Adam's learning rate, and weight decay of the first and of the second conv.
         dropout: before the first and before the second conv.
         act: activation.
     """
 
-    convs: Callable[[Make, int, int, int], tuple[Any, Any]]
+    conv: Any
+    kwargs: dict[str, Any]
     hidden: int = 16
+    heads: int | None = None
     lr: float = 0.01
     decay: tuple[float, float] = (5e-4, 0.0)
     dropout: tuple[float, float] = (0.5, 0.5)
     act: Callable[[Tensor], Tensor] = F.relu
 
 
-def _plain(conv: Any, **kwargs: Any) -> Callable[[Make, int, int, int], tuple[Any, Any]]:
-    return lambda make, width, hidden, out: (make(conv, width, hidden, **kwargs), make(conv, hidden, out, **kwargs))
-
-
-def _heads(make: Make, width: int, hidden: int, out: int) -> tuple[Any, Any]:
-    first = make(GATConv, width, hidden, heads=8, dropout=0.6)
-    return first, make(GATConv, 8 * hidden, out, heads=1, concat=False, dropout=0.6)
-
-
 RECIPES = {
-    "gcn": Recipe(convs=_plain(GCNConv, cached=True)),
-    "gat": Recipe(convs=_heads, hidden=8, lr=0.005, decay=(5e-4, 5e-4), dropout=(0.6, 0.6), act=F.elu),
-    "sage": Recipe(convs=_plain(SAGEConv)),
-    "gin": Recipe(convs=_plain(GINConv)),
+    "gcn": Recipe(conv=GCNConv, kwargs={"cached": True}),
+    "gat": Recipe(
+        conv=GATConv,
+        kwargs={"dropout": 0.6},
+        hidden=8,
+        heads=8,
+        lr=0.005,
+        decay=(5e-4, 5e-4),
+        dropout=(0.6, 0.6),
+        act=F.elu,
+    ),
+    "sage": Recipe(conv=SAGEConv, kwargs={}),
+    "gin": Recipe(conv=GINConv, kwargs={}),
 }
 """PyG's examples/gcn.py and examples/gat.py; SAGE and GIN on the recipe of gcn.py."""
 
-PLAIN_SAGE = Recipe(convs=_plain(SAGEConv), hidden=64, decay=(0.0, 0.0), dropout=(0.0, 0.5))
+PLAIN_SAGE = Recipe(conv=SAGEConv, kwargs={}, hidden=64, decay=(0.0, 0.0), dropout=(0.0, 0.5))
 """As PyG's full-batch SAGE: 64 wide, dropout .5 between the layers, lr .01."""
 
 
-def classification(graph: GraphData, recipe: Recipe, where: Where, epochs: int = 200) -> Callable[[int], Problem]:
+class NodeClassification(Problem):
     """Node classification on the whole graph."""
-    data = graph.data.to(where.device)
-    assert isinstance(data, Data)
 
-    def build(arm: Arm, hidden: int) -> nn.Module:
-        convs = recipe.convs(layers_of(arm), data.num_features, hidden, graph.num_outputs)
-        return TwoLayers(*convs, recipe.act, recipe.dropout)
+    def __init__(self, graph: GraphData, recipe: Recipe, where: Where, seed: int) -> None:
+        self.graph, self.recipe, self.split = graph, recipe, graph.splits(seed)
+        self.data: Any = graph.data.to(where.device)
+        self.metric, self.width, self.epochs = graph.metric_name, recipe.hidden, where.epochs or 200
 
-    def optimizer(model: Any) -> torch.optim.Optimizer:
-        convs = zip((model.conv1, model.conv2), recipe.decay, strict=True)
-        groups: list[dict[str, Any]] = [
-            {"params": list(conv.parameters()), "weight_decay": decay} for conv, decay in convs
-        ]
-        return torch.optim.Adam(groups, lr=recipe.lr)
+    def build(self, arm: Arm, width: int) -> nn.Module:
+        make, recipe, heads = layers_of(arm), self.recipe, self.recipe.heads
+        first: dict[str, Any] = {} if heads is None else {"heads": heads}
+        second: dict[str, Any] = {} if heads is None else {"heads": 1, "concat": False}
+        conv1 = make(recipe.conv, self.data.num_features, width, **first, **recipe.kwargs)
+        conv2 = make(recipe.conv, (heads or 1) * width, self.graph.num_outputs, **second, **recipe.kwargs)
+        return TwoLayers(conv1, conv2, recipe.act, recipe.dropout)
 
-    def problem(seed: int) -> Problem:
-        split = graph.splits(seed)
-        target = data.y[split["train"]]
-        return Problem(
-            metric=graph.metric_name,
-            width=recipe.hidden,
-            epochs=where.epochs or epochs,
-            build=build,
-            optimizer=optimizer,
-            loss=lambda model: F.cross_entropy(model(data.x, data.edge_index)[split["train"]], target),
-            forward=lambda model: model(data.x, data.edge_index),
-            score=node_score(data, split, graph.metric),
-        )
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        convs = zip((model.conv1, model.conv2), self.recipe.decay, strict=True)
+        groups: Any = [{"params": list(conv.parameters()), "weight_decay": decay} for conv, decay in convs]
+        return torch.optim.Adam(groups, lr=self.recipe.lr)
 
-    return problem
+    def forward(self, model: Any) -> Any:
+        return model(self.data.x, self.data.edge_index)
 
+    def loss(self, model: Any) -> Tensor:
+        rows = self.split["train"]
+        return F.cross_entropy(self.forward(model)[rows], self.data.y[rows])
 
-def node_score(data: Data, split: Splits, metric: Callable[[], Metric]) -> Callable[[Any, Split], float]:
-    """The metric of a model on the nodes of a split."""
-
-    def score(model: Any, part: Split) -> float:
-        found, rows = metric(), split[part]
-        found.update(model(data.x, data.edge_index)[rows].cpu(), data.y[rows].cpu())
-        return float(found.compute())
-
-    return score
+    def score(self, model: Any, part: Split) -> float:
+        metric, rows = self.graph.metric(), self.split[part]
+        metric.update(self.forward(model)[rows].cpu(), self.data.y[rows].cpu())
+        return float(metric.compute())
 
 
-def _citation(name: str, recipe: str) -> Callable[[Where], Callable[[int], Problem]]:
-    def load(where: Where) -> Callable[[int], Problem]:
-        graph = load_graph(name, where.data_root / "planetoid", offline=where.offline)
-        return classification(graph, RECIPES[recipe], where)
+class LinkPrediction(Problem):
+    """PyG's examples/link_pred.py; the split is drawn by the seed. A link's logit is the product of its ends."""
 
-    return load
+    metric, width = "roc_auc", 128
 
-
-def _facebook(where: Where) -> Callable[[int], Problem]:
-    graph = user_graph(where.data_root / "facebook.npz")
-    return classification(replace(graph, data=ToUndirected()(graph.data)), PLAIN_SAGE, where)
-
-
-class LinkPredictor(nn.Module):
-    """Two convs; a link's logit is the product of the ends."""
-
-    def __init__(self, conv1: Any, conv2: Any) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = conv1, conv2
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        """(N, out) nodes."""
-        out: Tensor = self.conv2(self.conv1(x, edge_index).relu(), edge_index)
-        return out
-
-
-def link_logits(nodes: Tensor, links: Tensor) -> Tensor:
-    """(L,) of (2, L) links."""
-    return (nodes[links[0]] * nodes[links[1]]).sum(dim=-1)
-
-
-def link_prediction(graph: GraphData, where: Where, hidden: int = 128, out: int = 64) -> Callable[[int], Problem]:
-    """PyG's examples/link_pred.py; the split is drawn by the seed."""
-    whole = graph.data
-    assert isinstance(whole, Data)
-
-    def build(arm: Arm, width: int) -> nn.Module:
-        make = layers_of(arm)
-        return LinkPredictor(make(GCNConv, whole.num_features, width), make(GCNConv, width, out))
-
-    def problem(seed: int) -> Problem:
+    def __init__(self, graph: GraphData, where: Where, seed: int) -> None:
         seed_everything(seed)
         split = RandomLinkSplit(num_val=0.05, num_test=0.1, is_undirected=True, add_negative_train_samples=False)
-        train, val, test = (part.to(where.device) for part in split(copy.copy(whole)))
-        parts = {"train": train, "val": val, "test": test}
+        parts = (part.to(where.device) for part in split(copy.copy(graph.data)))
+        self.parts: dict[str, Data] = dict(zip(("train", "val", "test"), parts, strict=True))
+        self.epochs = where.epochs or 100
 
-        def loss(model: Any) -> Tensor:
-            nodes = model(train.x, train.edge_index)
-            links, sizes = (
-                train.edge_label_index,
-                {"num_nodes": train.num_nodes, "num_neg_samples": train.edge_label.numel()},
-            )
-            none = negative_sampling(train.edge_index, **sizes, method="sparse")
-            label = torch.cat([train.edge_label, train.edge_label.new_zeros(none.size(1))])
-            return F.binary_cross_entropy_with_logits(link_logits(nodes, torch.cat([links, none], dim=-1)), label)
+    def build(self, arm: Arm, width: int) -> nn.Module:
+        make = layers_of(arm)
+        return TwoLayers(make(GCNConv, self.parts["train"].num_features, width), make(GCNConv, width, 64))
 
-        def score(model: Any, part: Split) -> float:
-            data = parts[part]
-            logits = link_logits(model(data.x, data.edge_index), data.edge_label_index)
-            return float(roc_auc_score(data.edge_label.cpu().numpy(), logits.sigmoid().cpu().numpy()))
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=0.01)
 
-        return Problem(
-            metric="roc_auc",
-            width=hidden,
-            epochs=where.epochs or 100,
-            build=build,
-            optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=0.01),
-            loss=loss,
-            forward=lambda model: model(test.x, test.edge_index),
-            score=score,
-        )
+    def forward(self, model: Any, part: Split = "test") -> Any:
+        return model(self.parts[part].x, self.parts[part].edge_index)
 
-    return problem
+    @staticmethod
+    def logits(nodes: Tensor, links: Tensor) -> Tensor:
+        """(L,) of (2, L) links."""
+        return (nodes[links[0]] * nodes[links[1]]).sum(dim=-1)
+
+    def loss(self, model: Any) -> Tensor:
+        nodes, train = self.forward(model, "train"), self.parts["train"]
+        label, links = train.edge_label, train.edge_label_index
+        none = negative_sampling(train.edge_index, train.num_nodes, label.numel(), method="sparse")
+        label = torch.cat([label, label.new_zeros(none.size(1))])
+        return F.binary_cross_entropy_with_logits(self.logits(nodes, torch.cat([links, none], dim=-1)), label)
+
+    def score(self, model: Any, part: Split) -> float:
+        data = self.parts[part]
+        logits = self.logits(self.forward(model, part), data.edge_label_index)
+        return float(roc_auc_score(data.edge_label.cpu().numpy(), logits.sigmoid().cpu().numpy()))
 
 
 class Encoder(nn.Module):
@@ -351,177 +326,162 @@ class Encoder(nn.Module):
         return out
 
 
-def infomax(graph: GraphData, where: Where, hidden: int = 512) -> Callable[[int], Problem]:
+class Infomax(Problem):
     """PyG's examples/infomax_transductive.py: no labels in training, no validation, the last epoch is tested."""
-    data = graph.data.to(where.device)
-    assert isinstance(data, Data)
 
-    def build(arm: Arm, width: int) -> nn.Module:
+    metric, width, validated = "accuracy", 512, False
+
+    def __init__(self, graph: GraphData, where: Where, seed: int) -> None:
+        self.data: Any = graph.data.to(where.device)
+        self.split = graph.splits(seed)
+        self.epochs = where.epochs or 300
+
+    def build(self, arm: Arm, width: int) -> nn.Module:
         model: nn.Module = DeepGraphInfomax(
             hidden_channels=width,
-            encoder=Encoder(layers_of(arm)(GCNConv, data.num_features, width, cached=True), width),
+            encoder=Encoder(layers_of(arm)(GCNConv, self.data.num_features, width, cached=True), width),
             summary=lambda z, *_, **__: z.mean(dim=0).sigmoid(),
             corruption=lambda x, edge_index: (x[torch.randperm(x.size(0), device=x.device)], edge_index),
         )
         return model
 
-    def problem(seed: int) -> Problem:
-        split = graph.splits(seed)
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=0.001)
 
-        def score(model: Any, part: Split) -> float:
-            z, fitted, tested = model.encoder(data.x, data.edge_index), split["train"], split[part]
-            return float(model.test(z[fitted], data.y[fitted], z[tested], data.y[tested], max_iter=150))
+    def forward(self, model: Any) -> Any:
+        return model.encoder(self.data.x, self.data.edge_index)
 
-        return Problem(
-            metric="accuracy",
-            width=hidden,
-            epochs=where.epochs or 300,
-            build=build,
-            optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=0.001),
-            loss=lambda model: model.loss(*model(data.x, data.edge_index)),
-            forward=lambda model: model.encoder(data.x, data.edge_index),
-            score=score,
-            validated=False,
-        )
+    def loss(self, model: Any) -> Tensor:
+        loss: Tensor = model.loss(*model(self.data.x, self.data.edge_index))
+        return loss
 
-    return problem
+    def score(self, model: Any, part: Split) -> float:
+        z, y, fitted, tested = self.forward(model), self.data.y, self.split["train"], self.split[part]
+        return float(model.test(z[fitted], y[fitted], z[tested], y[tested], max_iter=150))
 
 
 DEFAULTS = RouterOptions(weight="score", balance="bias")
 """gmoe's, which a configuration of this project pins to older ones where they are not given."""
 
+ROUTERS: dict[Arm, dict[str, Any]] = {
+    "dense": {"router": "dense"},
+    "dense-flops": {"router": "dense"},
+    "moe": {"router": "token_choice", "options": DEFAULTS},
+    "random": {"router": "random"},
+    "oracle": {"router": "oracle"},
+    "k-means": {"router": "multi_centroid", "options": RouterOptions(num_centroids=1)},
+}
 
-def configured(config: GraphConfig, where: Where) -> Callable[[int], Problem]:
+
+class Configured(Problem):
+    """A task of this project.
+
+    Args:
+        config: how it is trained.
+        task_of: the task of a seed.
+        seed: the seed.
+    """
+
+    def __init__(self, config: GraphConfig | ImageConfig, task_of: Callable[[int], Any], seed: int) -> None:
+        self.config, self.task, self.seed = config, task_of(seed), seed
+        self.metric, self.width, self.epochs = self.task.metric_name, config.hidden, config.epochs
+        self.eval_every = config.eval_every
+        self.fabric = make_fabric(config)
+        self.batch = cache(self._batch)
+
+    def _batch(self, part: Split) -> Any:
+        """The first batch of a split: of a whole graph, all there is."""
+        shuffle = self.seed if part == "train" and self.task.kind == "image" else None
+        return self.fabric.to_device(next(iter(self.task.loader(part, self.config.batch_size, shuffle))))
+
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        return make_optimizer(self.config, model)
+
+
+class Nodes(Configured):
     """A GNNMoE of this project's presets on one whole graph, on plain edges; ``dense`` is the same with plain convs."""
-    config = replace(config, adjacency="edge_index", shared_expert=True, dense_start=True, check_finite=False)
-    root = where.data_root / "heterophilous" if config.dataset in PYG else where.data_root
-    config = replace(config, data_root=root, offline=where.offline, epochs=where.epochs or config.epochs)
-    task_of = load_tasks(config)
-    router: dict[Arm, dict[str, Any]] = {
-        "dense": {"router": "dense"},
-        "dense-flops": {"router": "dense"},
-        "moe": {"router": "token_choice", "options": DEFAULTS},
-        "random": {"router": "random"},
-        "oracle": {"router": "oracle"},
-        "k-means": {"router": "multi_centroid", "options": RouterOptions(num_centroids=1)},
-    }
 
-    def problem(seed: int) -> Problem:
-        task = task_of(seed)
-        batches = {part: next(iter(task.loader(part, config.batch_size, None))) for part in ("train", "val", "test")}
-        inputs = tuple(value.to(where.device) for value in batches["train"].inputs)
-        train = batches["train"]
+    def build(self, arm: Arm, width: int) -> nn.Module:
+        model = build_model(replace(self.config, hidden=width, **ROUTERS[arm]), self.task)
+        if arm == "k-means":
+            init_centroids(model, self.batch("train").inputs, self.seed)
+        return model
 
-        def build(arm: Arm, width: int) -> nn.Module:
-            model = build_model(replace(config, hidden=width, **router[arm]), task)
-            if arm == "k-means":
-                init_centroids(model, batches["train"].inputs, seed)
-            return model
+    def forward(self, model: Any) -> Any:
+        return model(*self.batch("train").inputs)
 
-        def loss(model: Any) -> Tensor:
-            logits, routings = model(*inputs, return_routing=True)
-            return task.loss(train.counted(logits), train.target.to(logits.device)) + gmoe.aux_loss(routings).to(
-                logits.device
-            )
+    def loss(self, model: Any) -> Tensor:
+        batch = self.batch("train")
+        logits, routings = model(*batch.inputs, return_routing=True)
+        loss: Tensor = self.task.loss(batch.counted(logits), batch.target)
+        return loss + gmoe.aux_loss(routings).to(loss.device)
 
-        def score(model: Any, part: Split) -> float:
-            metric, batch = task.metric(), batches[part]
-            metric.update(batch.counted(model(*inputs)).cpu(), batch.target)
-            return float(metric.compute())
-
-        return Problem(
-            metric=task.metric_name,
-            width=config.hidden,
-            epochs=config.epochs,
-            build=build,
-            optimizer=lambda model: make_optimizer(config, model),
-            loss=loss,
-            forward=lambda model: model(*inputs),
-            score=score,
-            eval_every=config.eval_every,
-        )
-
-    return problem
+    def score(self, model: Any, part: Split) -> float:
+        metric, batch = self.task.metric(), self.batch(part)
+        metric.update(batch.counted(self.forward(model)).cpu(), batch.target.cpu())
+        return float(metric.compute())
 
 
-def images(config: ImageConfig, where: Where) -> Callable[[int], Problem]:
+class Images(Configured):
     """A dense ViT, or the same through :func:`gmoe.moefy`, in the loop that trains all of this project's runs."""
-    config = replace(config, data_root=where.data_root, offline=where.offline, epochs=where.epochs or config.epochs)
-    config = replace(config, progress=False, device=where.device.type)
-    task_of = load_tasks(config)
 
-    def problem(seed: int) -> Problem:
-        task, fabric = task_of(seed), make_fabric(config)
+    def build(self, arm: Arm, width: int) -> nn.Module:
+        model = build_model(replace(self.config, router="dense", hidden=width), self.task)
+        if arm in ("dense", "dense-flops"):
+            return model
+        return gmoe.moefy(model) if arm == "moe" else gmoe.moefy(model, router=arm)
 
-        @cache
-        def batch(part: Split) -> Any:
-            return fabric.to_device(next(iter(task.loader(part, config.batch_size, seed if part == "train" else None))))
+    def forward(self, model: Any, part: Split = "test") -> Tensor:
+        with self.fabric.autocast(), attention_kernel(self.fabric.device, self.config):
+            logits: Tensor = model(*self.batch(part).inputs)
+        return logits
 
-        def build(arm: Arm, width: int) -> nn.Module:
-            model = build_model(replace(config, router="dense", hidden=width), task)
-            if arm in ("dense", "dense-flops"):
-                return model
-            return gmoe.moefy(model) if arm == "moe" else gmoe.moefy(model, router=arm)
+    def loss(self, model: Any) -> Tensor:
+        loss: Tensor = self.task.loss(self.forward(model, "train"), self.batch("train").target)
+        return loss
 
-        def forward(model: Any, part: Split = "test") -> Tensor:
-            with fabric.autocast(), attention_kernel(fabric.device, config):
-                logits: Tensor = model(*batch(part).inputs)
-            return logits
+    def score(self, model: Any, part: Split) -> float:
+        metric = self.task.metric().to(self.fabric.device)
+        with self.fabric.autocast(), attention_kernel(self.fabric.device, self.config):
+            for batch in self.task.loader(part, self.config.batch_size, None):
+                batch = self.fabric.to_device(batch)
+                metric.update(model(*batch.inputs), batch.target)
+        return float(metric.compute())
 
-        def score(model: Any, part: Split) -> float:
-            metric, say = task.metric().to(fabric.device), Progress(f"{task.name} {part}")
-            with fabric.autocast(), attention_kernel(fabric.device, config):
-                for pictures, target, _ in map(fabric.to_device, task.loader(part, config.batch_size, None)):
-                    metric.update(model(*pictures), target)
-                    say("evaluates")
-            return float(metric.compute())
-
-        def train(model: Any, arm: Arm, folder: Path, say: Say) -> tuple[float, int]:
-            epochs = itertools.count(1)
-            steps = task.steps(config.batch_size)
-
-            def loader(part: Split, batch_size: int, shuffle: int | None) -> Any:
-                about = f"epoch {next(epochs)} here" if part == "train" else part
-                for step, drawn in enumerate(task.loader(part, batch_size, shuffle)):
-                    say(f"{about}, batch {step + 1}" + (f" of {steps}" if part == "train" else ""))
-                    yield drawn
-
-            run = replace(config, router="dense" if arm.startswith("dense") else "token_choice")
-            with set_up(fabric, model, run, replace(task, loader=loader)) as training:
-                progress = fit(training, seed, folder)
-                evaluated(forward, model)  # where all epochs were done already, nothing was recorded yet
-            return progress["best_val"], progress["best_epoch"] + 1
-
-        return Problem(
-            metric=task.metric_name,
-            width=config.hidden,
-            epochs=config.epochs,
-            build=build,
-            optimizer=lambda model: make_optimizer(config, model),
-            loss=lambda model: task.loss(forward(model, "train"), batch("train").target),
-            forward=forward,
-            score=score,
-            train=train,
-        )
-
-    return problem
+    def train(self, model: Any, arm: Arm, folder: Path) -> tuple[float, int]:
+        run = replace(self.config, router="dense" if arm.startswith("dense") else "token_choice")
+        with set_up(self.fabric, model, run, self.task) as training:
+            progress = fit(training, self.seed, folder)
+            evaluated(self.forward, model)  # where all epochs were done already, nothing was recorded yet
+        return progress["best_val"], progress["best_epoch"] + 1
 
 
-def _cora(make: Callable[[GraphData, Where], Callable[[int], Problem]]) -> Callable[[Where], Callable[[int], Problem]]:
-    return lambda where: make(load_graph("cora", where.data_root / "planetoid", offline=where.offline), where)
+def _citation(name: str, recipe: str, where: Where) -> Callable[[int], Problem]:
+    return partial(NodeClassification, where.graph(name), RECIPES[recipe], where)
+
+
+def _facebook(where: Where) -> Callable[[int], Problem]:
+    graph = user_graph(where.data_root / "facebook.npz")
+    return partial(NodeClassification, replace(graph, data=ToUndirected()(graph.data)), PLAIN_SAGE, where)
 
 
 def _infomax(where: Where) -> Callable[[int], Problem]:
     unscaled = replace(PYG["cora"], kwargs={"name": "Cora"})  # the example does not normalize the features
-    return infomax(unscaled.load("cora", where.data_root / "planetoid", where.offline), where)
+    return partial(Infomax, unscaled.load("cora", where.data_root / "planetoid", where.offline), where)
 
 
-MINESWEEPER_SWAP = SHARED
-MOSAIC_SWAP = replace(MOSAIC, shared_router=True)
+def configured(kind: type[Configured], config: GraphConfig | ImageConfig, where: Where) -> Callable[[int], Problem]:
+    """Problems of this project's tasks; of graphs, on plain edges."""
+    root = where.data_root / "heterophilous" if config.dataset in PYG else where.data_root
+    config = replace(config, data_root=root, offline=where.offline, epochs=where.epochs or config.epochs)
+    if isinstance(config, GraphConfig):
+        config = replace(config, adjacency="edge_index", shared_expert=True, dense_start=True, check_finite=False)
+    return partial(kind, replace(config, device=where.device.type), load_tasks(config))
+
 
 ROWS: dict[str, Row] = {
     **{
-        f"{name}-{recipe}": Row(about=about, load=_citation(name, recipe), arms=WIDE)
+        f"{name}-{recipe}": Row(about=about, load=partial(_citation, name, recipe), arms=WIDE)
         for recipe, about in (
             ("gcn", "examples/gcn.py of PyG, cached"),
             ("gat", "examples/gat.py of PyG"),
@@ -533,20 +493,22 @@ ROWS: dict[str, Row] = {
     "facebook-sage": Row(about="a graph of one's own: 2 SAGE layers of 64, dropout .5, 10 splits", load=_facebook),
     "minesweeper": Row(
         about="GNNMoE, 8 SAGE layers of 16, E = 4, a shared router, 200 epochs, 10 splits",
-        load=lambda where: configured(MINESWEEPER_SWAP, where),
+        load=partial(configured, Nodes, SHARED),
     ),
     "mosaic": Row(
         about="GNNMoE, 2 SAGE layers of 16, a shared router, 150 epochs; 8 planted regions",
-        load=lambda where: configured(MOSAIC_SWAP, where),
+        load=partial(configured, Nodes, replace(MOSAIC, shared_router=True)),
         arms=("dense-flops", "random", "oracle", "k-means"),
     ),
     "cora-linkpred": Row(
-        about="examples/link_pred.py of PyG, split drawn by seed", load=_cora(link_prediction), arms=WIDE
+        about="examples/link_pred.py of PyG, split drawn by seed",
+        load=lambda where: partial(LinkPrediction, where.graph("cora"), where),
+        arms=WIDE,
     ),
     "cora-infomax": Row(about="examples/infomax_transductive.py of PyG", load=_infomax, arms=WIDE),
     "cifar10-vit": Row(
         about="6 blocks of 96, MLPs of 192, 5 epochs in bf16, through moefy; the recipe of the study cifar10-claims",
-        load=lambda where: images(SMALL_VIT, where),
+        load=partial(configured, Images, SMALL_VIT),
         seeds=3,
     ),
 }

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from tqdm import tqdm
 
-from experiments.benchmark.options import Benchmark
+from experiments.benchmark.measure import Benchmark, spread, told, wait_for
 from experiments.build import build_model
-from experiments.config import RouterName
 from experiments.data import Batch, load_tasks
 from experiments.loop import Training, make_fabric, set_up
 from experiments.presets import PRESETS
-from experiments.timing import spread, wait_for
 
 PARTS = ("data", "forward", "backward", "optimizer")
 
@@ -31,8 +30,6 @@ class TrainBenchmark(Benchmark):
 
     presets: tuple[str, ...] = tuple(PRESETS)
     """Names of presets."""
-    router: RouterName | None = None
-    """The router; by default the preset's own."""
     batches: int = 20
     """At most so many batches of an epoch."""
     repeats: int = 3
@@ -40,16 +37,9 @@ class TrainBenchmark(Benchmark):
     data_root: Path = Path("data")
     """Root folder of the data. Nothing is downloaded."""
 
-    def run(self) -> dict[str, Any]:
-        """Measure.
-
-        Returns:
-            By preset, ``wall``, and ``parts``: the seconds of the median epoch by part; ``share``, those over the
-            epoch's; ``batches``. The rest is logging, losses of the routers, and the loop itself.
-
-        Raises:
-            ValueError: an unknown preset, or none whose data are at hand.
-        """
+    def measured(self) -> dict[str, Any]:
+        """By preset, ``wall``, and ``parts``: the seconds of the median epoch by part; ``share``, those over the
+        epoch's; ``batches``. The rest is logging, losses of the routers, and the loop itself."""
         for name, value in (("repeats", self.repeats), ("batches", self.batches)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
@@ -57,47 +47,30 @@ class TrainBenchmark(Benchmark):
         if unknown:
             raise ValueError(f"presets: got {', '.join(unknown)}, expected some of {', '.join(PRESETS)}")
         self.torch_device()
-        found, reasons = {}, {}
-        for name in self.presets:
+        found = {}
+        for name in told(self.presets, "preset"):
             try:
                 found[name] = self._preset(name)
             except (FileNotFoundError, ValueError) as error:
-                reasons[name] = str(error).splitlines()[0]
-        console = Console(stderr=True, soft_wrap=True)
-        for name, reason in reasons.items():
-            console.print(f"{name} is left out: {reason}", markup=False, highlight=False)
+                tqdm.write(f"{name} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
         if not found:
             raise ValueError("presets: got none whose data are at hand")
         return found
-
-    def table(self, found: dict[str, Any]) -> Table:
-        """What :meth:`run` returned, to read."""
-        table = Table(title="median epochs, at most so many batches; shares in %", title_justify="left")
-        for column in ("", "batches", "seconds", *PARTS, "rest"):
-            table.add_column(column, justify="right" if column else "left", no_wrap=True)
-        for name, figures in found.items():
-            shares = (f"{100 * share:.1f}" for share in figures["share"].values())
-            table.add_row(name, str(figures["batches"]), f"{sum(figures['parts'].values()):.3f}", *shares)
-        return table
 
     def _preset(self, name: str) -> dict[str, Any]:
         config = PRESETS[name][1]
         root = self.data_root / config.data_root if config.dataset == "graph" else self.data_root
         config = replace(config, data_root=root, offline=True, device=self.device, epochs=self.repeats + 1)
-        if self.router is not None:
-            config = replace(config, router=self.router)
         task = load_tasks(config)(self.seed)
         fabric = make_fabric(config)
         fabric.seed_everything(self.seed, verbose=False)
-        model = build_model(config, task)
         epochs = []
-        with set_up(fabric, model, config, task) as training:
+        with set_up(fabric, build_model(config, task), config, task) as training:
             for epoch in range(self.repeats + 1):
                 with Clock(fabric.device).on(training, self.batches) as clock:
                     started = clock.now()
                     training.train_epoch(epoch)
-                    total = clock.now() - started
-                epochs.append((total, clock))
+                    epochs.append((clock.now() - started, clock))
         timed = sorted(epochs[1:], key=lambda epoch: epoch[0])
         total, clock = timed[(len(timed) - 1) // 2]
         parts = clock.seconds | {"rest": total - sum(clock.seconds.values())}
@@ -142,22 +115,14 @@ class Clock:
     def on(self, training: Training, batches: int) -> Iterator[Clock]:
         """Time what the loop calls, and end an epoch after so many batches."""
         task, fabric, optimizer = training.task, training.fabric, training.optimizer
-        loader = task.loader
 
         def timed_loader(*args: Any) -> Iterator[Batch]:
-            drawn: Iterable[Batch] = itertools.islice(self.timed("data", loader)(*args), batches)
-            following = self.timed("data", iter(drawn).__next__)
-            while True:
-                try:
-                    batch = following()
-                except StopIteration:
-                    return
+            drawn = iter(self.timed("data", task.loader)(*args))
+            following = self.timed("data", lambda: next(drawn, None))
+            for batch in itertools.islice(iter(following, None), batches):
                 self.batches += 1
                 yield batch
 
-        timed_loss = self.timed("forward", task.loss)
-        kept = training.task
-        training.task = replace(task, loader=timed_loader, loss=timed_loss)
         places = (
             (training, "forward", "forward"),
             (fabric, "to_device", "data"),
@@ -167,11 +132,9 @@ class Clock:
             (optimizer, "zero_grad", "optimizer"),
             (training.scheduler, "step", "optimizer"),
         )
-        for owner, name, part in places:
-            setattr(owner, name, self.timed(part, getattr(owner, name)))
-        try:
+        timed_task = replace(task, loader=timed_loader, loss=self.timed("forward", task.loss))
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(training, "task", timed_task))
+            for owner, name, part in places:
+                stack.enter_context(patch.object(owner, name, self.timed(part, getattr(owner, name))))
             yield self
-        finally:
-            training.task = kept
-            for owner, name, _ in places:
-                delattr(owner, name)  # the class's own again
