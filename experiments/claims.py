@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
+import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -29,50 +30,14 @@ Values: TypeAlias = Callable[[dict[str, Any]], "list[float] | None"]
 """Of a variant, a value a seed, or ``None`` where some seed has none; larger is better."""
 
 MARKED = re.compile(r"(<!-- verdicts -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
 TARGET = 0.5
 """The accuracy that claim (b) asks the epochs of, fixed before the study was run."""
+UNKNOWN = "cannot be told at this budget"
 
 
 def accuracy(variant: dict[str, Any]) -> list[float]:
     """Test accuracy in points."""
     return [100 * value for value in variant["test"]["values"]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """What is said of the means of some variants: a sum of them, each times its factor, is above minus the margin.
-
-    Args:
-        letter: of the claim.
-        text: what is claimed.
-        factors: by variant; one at 1 and one at -1 compare two, two more the other way compare two differences.
-        unit: of the sum (default: points of test accuracy).
-        values: what the means are of (default: that).
-        margin: the sum may be below zero by so much, where "at least equal" or "little loss" is claimed.
-        same: the claim is that there is no difference, to the margin either way.
-    """
-
-    letter: str
-    text: str
-    factors: Mapping[str, int]
-    unit: str = "points of test accuracy"
-    values: Values = accuracy
-    margin: float = 0.0
-    same: bool = False
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A difference of means, half of its 95 % confidence interval, and what follows."""
-
-    difference: float
-    half: float
-    word: str
-
-
-UNKNOWN = "cannot be told at this budget"
 
 
 def earliness(variant: dict[str, Any]) -> list[float] | None:
@@ -90,75 +55,91 @@ def earliness(variant: dict[str, Any]) -> list[float] | None:
     return found
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What is said of the means of some variants: a sum of them, each times its factor, is above minus the margin.
+
+    Args:
+        letter: of the claim.
+        text: what is claimed.
+        factors: by variant; one at 1 and one at -1 compare two, two more the other way compare two differences.
+        margin: the sum may be below zero by so much, where "at least equal" or "little loss" is claimed.
+        same: the claim is that there is no difference, to the margin either way.
+        unit: of the sum (default: points of test accuracy).
+        values: what the means are of (default: that).
+    """
+
+    letter: str
+    text: str
+    factors: Mapping[str, int]
+    margin: float = 0.0
+    same: bool = False
+    unit: str = "points of test accuracy"
+    values: Values = accuracy
+
+
+def _over(variant: str, other: str) -> dict[str, int]:
+    return {variant: 1, other: -1}
+
+
+EXPERTS, VOTES = "expert-choice-k1", "attention-vote-k1"
+CLAIMS = (
+    Claim("a", "Expert choice beats token choice", _over(EXPERTS, "token-choice-k1")),
+    Claim("a", "… and token choice with Switch's balance loss", _over(EXPERTS, "token-choice-k1-balanced")),
+    Claim(
+        "b",
+        "With experts, 6 blocks reach a given accuracy in fewer epochs than the dense model of equal active FLOPs",
+        _over(EXPERTS, "dense"),
+        unit=f"epochs earlier at {100 * TARGET:.0f} % on validation",
+        values=earliness,
+    ),
+    Claim("b", "… and end higher", _over(EXPERTS, "dense")),
+    Claim("b", "… also at the scale of a dense MLP (straight-through)", _over(f"{EXPERTS}-straight", "dense")),
+    Claim("b", "Scaling every second MLP × 1/8 helps a dense model", _over("dense-scaled", "dense")),
+    Claim("b", "Experts end higher than that model", _over(EXPERTS, "dense-scaled")),
+    Claim("b", "… and higher than the dense model of equal parameters", _over(EXPERTS, "dense-parameters")),
+    Claim("b", "… and token choice is above a frozen random router", _over("token-choice-k1", "random-k1")),
+    Claim("b", "… and higher than the uniform average of all experts", _over(EXPERTS, "uniform")),
+    Claim("c", "With 12 blocks no difference is left (to 1 point)", _over(f"{EXPERTS}-12", "dense-12"), 1, same=True),
+    Claim(
+        "c",
+        "… and it is smaller than with 6",
+        _over(EXPERTS, "dense") | _over("dense-12", f"{EXPERTS}-12"),
+        unit="points between the differences",
+    ),
+    Claim("d", "Attention votes are at least equal to expert choice (to 1 point)", _over(VOTES, EXPERTS), 1),
+    Claim(
+        "d",
+        "… and to expert choice of their scale (straight-through; to 1 point)",
+        _over(VOTES, f"{EXPERTS}-straight"),
+        1,
+    ),
+    Claim(
+        "d",
+        "Queries shared by the experts lose little (to 1 point) and save parameters",
+        _over(f"{VOTES}-shared", VOTES),
+        1,
+    ),
+    Claim(
+        "e",
+        "Several centroids beat one, both with the separation loss",
+        _over("multi-centroid-k1-four", "multi-centroid-k1-one"),
+    ),
+)
+
+
 def claims(variants: Variants) -> list[Claim]:
-    """The five claims, as comparisons of variants; those whose variants are not finished are left out."""
-    experts, votes = "expert-choice-k1", "attention-vote-k1"
-    epochs = f"epochs earlier at {100 * TARGET:.0f} % on validation"
+    """The claims whose variants are finished."""
+    return [claim for claim in CLAIMS if set(claim.factors) <= set(variants)]
 
-    def compare(letter: str, text: str, variant: str, than: str, **how: Any) -> Claim:
-        return Claim(letter=letter, text=text, factors={variant: 1, than: -1}, **how)
 
-    all_of_them = [
-        compare("a", "Expert choice beats token choice", experts, "token-choice-k1"),
-        compare("a", "… and token choice with Switch's balance loss", experts, "token-choice-k1-balanced"),
-        compare(
-            "b",
-            "With experts, 6 blocks reach a given accuracy in fewer epochs than the dense model of equal active FLOPs",
-            experts,
-            "dense",
-            unit=epochs,
-            values=earliness,
-        ),
-        compare("b", "… and end higher", experts, "dense"),
-        compare("b", "… also at the scale of a dense MLP (straight-through)", f"{experts}-straight", "dense"),
-        compare("b", "Scaling every second MLP × 1/8 helps a dense model", "dense-scaled", "dense"),
-        compare("b", "Experts end higher than that model", experts, "dense-scaled"),
-        compare("b", "… and higher than the dense model of equal parameters", experts, "dense-parameters"),
-        compare("b", "… and token choice is above a frozen random router", "token-choice-k1", "random-k1"),
-        compare("b", "… and higher than the uniform average of all experts", experts, "uniform"),
-        compare(
-            "c",
-            "With 12 blocks no difference is left (to 1 point)",
-            "expert-choice-k1-12",
-            "dense-12",
-            margin=1,
-            same=True,
-        ),
-        Claim(
-            letter="c",
-            text="… and it is smaller than with 6",
-            factors={experts: 1, "dense": -1, "expert-choice-k1-12": -1, "dense-12": 1},
-            unit="points between the differences",
-        ),
-        compare(
-            "d",
-            "Attention votes are at least equal to expert choice (to 1 point)",
-            votes,
-            experts,
-            margin=1,
-        ),
-        compare(
-            "d",
-            "… and to expert choice of their scale (straight-through; to 1 point)",
-            votes,
-            f"{experts}-straight",
-            margin=1,
-        ),
-        compare(
-            "d",
-            "Queries shared by the experts lose little (to 1 point) and save parameters",
-            "attention-vote-k1-shared",
-            votes,
-            margin=1,
-        ),
-        compare(
-            "e",
-            "Several centroids beat one, both with the separation loss",
-            "multi-centroid-k1-four",
-            "multi-centroid-k1-one",
-        ),
-    ]
-    return [claim for claim in all_of_them if set(claim.factors) <= set(variants)]
+@dataclass(frozen=True)
+class Verdict:
+    """A difference of means, half of its 95 % confidence interval, and what follows."""
+
+    difference: float
+    half: float
+    word: str
 
 
 def judge(claim: Claim, variants: Variants) -> Verdict:
@@ -200,10 +181,8 @@ def verdict_table(variants: Variants) -> str:
         difference = f"{found.difference:+.2f} ({spread}) {claim.unit}"
         if math.isnan(found.difference):
             difference = f"not every seed got to {100 * TARGET:.0f} %"
-        variant, than, *more = claim.factors
-        costs = (
-            ["", ""] if more else [f"{variants[variant][c] / variants[than][c]:.2f}×" for c in ("flops", "parameters")]
-        )
+        one, other, *more = (variants[name] for name in claim.factors)
+        costs = ["" if more else f"{one[cost] / other[cost]:.2f}×" for cost in ("flops", "parameters")]
         lines.append(f"| {claim.letter} | {claim.text} | {difference} | {n} | {' | '.join(costs)} | {found.word} |")
     return "\n".join(lines)
 
@@ -223,12 +202,12 @@ def draw(variants: Variants, names: Sequence[str], title: str, path: Path) -> No
     styles = dict(zip(variants, product(("-", "--", ":"), [f"C{i}" for i in range(10)]), strict=False))
     for place, name in enumerate(name for name in names if name in variants):
         variant, (style, color) = variants[name], styles[name]
-        curves = [[100 * value for value in curve] for curve in variant["curve"]["val"]]
-        mean = [sum(column) / len(column) for column in zip(*curves, strict=True)]
+        curves = 100 * np.array(variant["curve"]["val"])
         for axis, x in zip(axes, (variant["curve"]["epoch"], training_flops(variant)), strict=False):
-            axis.plot(x, mean, style, color=color, label=f"{variant['label'].replace('`', '')} (n = {len(curves)})")
-            low, high = ([f(column) for column in zip(*curves, strict=True)] for f in (min, max))
-            axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+            axis.plot(
+                x, curves.mean(0), style, color=color, label=f"{variant['label'].replace('`', '')} (n = {len(curves)})"
+            )
+            axis.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
         values = accuracy(variant)
         axes[2].plot([place] * len(values), values, "o", color=color, markersize=4)
         axes[2].hlines(statistics.fmean(values), place - 0.3, place + 0.3, color=color, linestyle=style)
@@ -247,23 +226,13 @@ def draw(variants: Variants, names: Sequence[str], title: str, path: Path) -> No
 FIGURES = {
     "claims-6-blocks": (
         "6 blocks: dense and the routers",
-        (
-            "dense",
-            "expert-choice-k1",
-            "expert-choice-k1-straight",
-            "token-choice-k1",
-            "token-choice-k1-balanced",
-            "attention-vote-k1",
-            "random-k1",
-            "uniform",
-            "dense-scaled",
-            "dense-parameters",
-        ),
+        f"dense {EXPERTS} {EXPERTS}-straight token-choice-k1 token-choice-k1-balanced {VOTES} random-k1 uniform dense-scaled"
+        " dense-parameters",
     ),
-    "claims-depth": ("6 and 12 blocks", ("dense", "expert-choice-k1", "dense-12", "expert-choice-k1-12")),
+    "claims-depth": ("6 and 12 blocks", f"dense {EXPERTS} dense-12 {EXPERTS}-12"),
     "claims-variants": (
         "Shared queries; one centroid or four",
-        ("attention-vote-k1", "attention-vote-k1-shared", "multi-centroid-k1-one", "multi-centroid-k1-four"),
+        f"{VOTES} {VOTES}-shared multi-centroid-k1-one multi-centroid-k1-four",
     ),
 }
 """By file name, title and variants."""
@@ -284,28 +253,19 @@ class ClaimsConfig:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = tyro.cli(ClaimsConfig, args=args, prog="python -m experiments.claims", description=__doc__)
-    for path in (config.results, config.page):
-        if not path.is_file():
-            sys.exit(f"error: {path} is missing; python -m experiments.sweep cifar10-claims makes the results")
     try:
-        results = json.loads(config.results.read_text())
-    except ValueError as error:
-        sys.exit(f"error: {config.results} is no JSON: {error}")
-    if not isinstance(results, dict) or results.get("study") != "cifar10-claims" or "variants" not in results:
+        results, page = json.loads(config.results.read_text()), config.page.read_text()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}; python -m experiments.sweep cifar10-claims makes the results")
+    if results.get("study") != "cifar10-claims":
         sys.exit(f"error: {config.results} does not hold the study `cifar10-claims`")
-    variants: Variants = {variant["variant"]: variant for variant in results["variants"]}
-    broken = [
-        name for name, variant in variants.items() if not {"label", "test", "curve", "flops", "steps"} <= set(variant)
-    ]
-    if broken:
-        sys.exit(f"error: {config.results} has variants without figures: {', '.join(broken)}")
-    page = config.page.read_text()
     if not MARKED.search(page):
         sys.exit(f"error: {config.page} has no place for the table, <!-- verdicts --> and <!-- end -->")
+    variants: Variants = {variant["variant"]: variant for variant in results["variants"]}
     config.page.write_text(MARKED.sub(lambda match: f"{match[1]}{verdict_table(variants)}\n{match[2]}", page))
     for name, (title, names) in FIGURES.items():
-        if set(names) & set(variants):
-            draw(variants, names, title, config.figures / f"{name}.png")
+        if set(names.split()) & set(variants):
+            draw(variants, names.split(), title, config.figures / f"{name}.png")
     print(verdict_table(variants))
 
 

@@ -104,8 +104,8 @@ class Grouped(Masked):
             for index, conv in enumerate(self.convs):
                 self.linear.weight[index].copy_(conv.get_parameter("lin.weight").T)
                 self.linear.bias[index].copy_(conv.get_parameter("bias"))
-        self.conv: Any = self.convs[0]
-        self.conv.lin, self.conv.bias = nn.Identity(), None
+        conv: Any = self.convs[0]
+        conv.lin, conv.bias, self.conv = nn.Identity(), None, conv
         del self.convs
 
     def forward(self, x: Tensor, adj: Any) -> Tensor:
