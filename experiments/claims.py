@@ -226,8 +226,8 @@ def draw(variants: Variants, names: Sequence[str], title: str, path: Path) -> No
 FIGURES = {
     "claims-6-blocks": (
         "6 blocks: dense and the routers",
-        f"dense {EXPERTS} {EXPERTS}-straight token-choice-k1 token-choice-k1-balanced {VOTES} random-k1 uniform dense-scaled"
-        " dense-parameters",
+        f"dense {EXPERTS} {EXPERTS}-straight token-choice-k1 token-choice-k1-balanced {VOTES} random-k1 uniform"
+        " dense-scaled dense-parameters",
     ),
     "claims-depth": ("6 and 12 blocks", f"dense {EXPERTS} dense-12 {EXPERTS}-12"),
     "claims-variants": (
