@@ -15,9 +15,6 @@ from torch.nn import functional as F
 
 from gmoe import MoE
 
-OWN_ROUTING = ("st-moe-pytorch", "Tutel")
-"""Layers whose routing cannot be made ours, so that outputs are not compared."""
-
 
 class NonzeroLoop(nn.Module):
     """A loop over experts that looks for the tokens of each with nonzero, as in most published code.
@@ -135,22 +132,3 @@ def st_moe(layer: MoE) -> nn.Module | None:
         nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(experts.num_experts)
     ]
     return Batched(module.MoE(width, num_experts=len(mlps), gating_top_n=layer.router.k, experts=nn.ModuleList(mlps)))
-
-
-def tutel(layer: MoE) -> nn.Module | None:
-    """Tutel's ``moe_layer`` of the same sizes, dropless; its own weights."""
-    module = _optional("tutel.moe")
-    if module is None:
-        return None
-    experts: Any = layer.experts
-    made: nn.Module = module.moe_layer(
-        gate_type={"type": "top", "k": layer.router.k, "capacity_factor": 0},  # 0: as much as is needed
-        model_dim=experts.in_features,
-        experts={
-            "type": "ffn",
-            "num_experts_per_device": experts.num_experts,
-            "hidden_size_per_expert": experts.hidden_features,
-            "activation_fn": F.gelu,
-        },
-    )
-    return made
