@@ -100,12 +100,12 @@ class Grouped(Masked):
     def __init__(self, layer: MoEConv) -> None:
         super().__init__(layer)
         self.linear = HeteroLinear(layer.in_channels, layer.out_channels, layer.num_experts, is_sorted=True)
+        experts: list[Any] = list(self.convs)
         with torch.no_grad():
-            for index, conv in enumerate(self.convs):
-                self.linear.weight[index].copy_(conv.get_parameter("lin.weight").T)
-                self.linear.bias[index].copy_(conv.get_parameter("bias"))
-        conv: Any = self.convs[0]
-        conv.lin, conv.bias, self.conv = nn.Identity(), None, conv
+            for index, expert in enumerate(experts):
+                self.linear.weight[index].copy_(expert.lin.weight.T)
+                self.linear.bias[index].copy_(expert.bias)
+        experts[0].lin, experts[0].bias, self.conv = nn.Identity(), None, experts[0]
         del self.convs
 
     def forward(self, x: Tensor, adj: Any) -> Tensor:

@@ -158,7 +158,7 @@ def test_benchmark_tables() -> None:
     ],
 )
 def test_ok_is_within_a_standard_deviation(dense: list[float], moe: list[float], ok: str) -> None:
-    runs = {"dense": [{"seed": seed, "test": test} for seed, test in enumerate(dense)]}
+    runs: dict[str, Any] = {"dense": [{"seed": seed, "test": test} for seed, test in enumerate(dense)]}
     runs["moe"] = [{"seed": seed, "test": test, "off": 0.5, "share": [], "live": []} for seed, test in enumerate(moe)]
     assert swap_line({"runs": runs})["ok"] == ok
 

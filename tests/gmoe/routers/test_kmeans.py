@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,3 +64,16 @@ def test_fewer_distinct_tokens_than_clusters() -> None:
     center, owner = kmeans(torch.ones(6, 2), 3, generator())
     assert torch.equal(center, torch.ones(3, 2))
     assert owner.max() < 3
+
+
+def test_long_runs_are_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    clock = itertools.count(step=10)
+    caplog.set_level("INFO", logger="gmoe")
+    kmeans(torch.randn(9, 2), 3, generator(), restarts=2)
+    assert not caplog.messages
+    monkeypatch.setattr("gmoe.routers.multi_centroid.time.monotonic", lambda: next(clock))
+    kmeans(torch.randn(9, 2), 3, generator(), restarts=2)
+    assert caplog.messages == [
+        f"k-means, 3 clusters of 9 tokens: run {run} of 2, {gone} s, about {left} s left"
+        for run, gone, left in ((1, 10, 10), (2, 20, 0))
+    ]
