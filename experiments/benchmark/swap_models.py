@@ -78,6 +78,7 @@ class Problem(ABC):
         metric: its name.
         width: hidden width of the dense model.
         epochs: epochs.
+        lr: of Adam.
         validated: validation selects the epoch; otherwise it is the last one.
         eval_every: epochs between validations.
     """
@@ -85,6 +86,7 @@ class Problem(ABC):
     metric: str
     width: int
     epochs: int
+    lr = 0.01
     validated = True
     eval_every = 1
 
@@ -92,9 +94,9 @@ class Problem(ABC):
     def build(self, arm: Arm, width: int) -> nn.Module:
         """The model of an arm and a hidden width, drawn from torch's generator."""
 
-    @abstractmethod
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
         """Of a model."""
+        return torch.optim.Adam(model.parameters(), lr=self.lr)
 
     @abstractmethod
     def forward(self, model: Any) -> Any:
@@ -288,9 +290,6 @@ class LinkPrediction(Problem):
         make = layers_of(arm)
         return TwoLayers(make(GCNConv, self.parts["train"].num_features, width), make(GCNConv, width, 64))
 
-    def optimizer(self, model: Any) -> torch.optim.Optimizer:
-        return torch.optim.Adam(model.parameters(), lr=0.01)
-
     def forward(self, model: Any, part: Split = "test") -> Any:
         return model(self.parts[part].x, self.parts[part].edge_index)
 
@@ -329,7 +328,7 @@ class Encoder(nn.Module):
 class Infomax(Problem):
     """PyG's examples/infomax_transductive.py: no labels in training, no validation, the last epoch is tested."""
 
-    metric, width, validated = "accuracy", 512, False
+    metric, width, lr, validated = "accuracy", 512, 0.001, False
 
     def __init__(self, graph: GraphData, where: Where, seed: int) -> None:
         self.data: Any = graph.data.to(where.device)
@@ -344,9 +343,6 @@ class Infomax(Problem):
             corruption=lambda x, edge_index: (x[torch.randperm(x.size(0), device=x.device)], edge_index),
         )
         return model
-
-    def optimizer(self, model: Any) -> torch.optim.Optimizer:
-        return torch.optim.Adam(model.parameters(), lr=0.001)
 
     def forward(self, model: Any) -> Any:
         return model.encoder(self.data.x, self.data.edge_index)
