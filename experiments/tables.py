@@ -118,7 +118,7 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
                 routed: ", ".join(found) or "–",
             }
         )
-    return markdown(known(lines), left=[routed])
+    return markdown(known(lines), left=[routed]) if lines else "No variant is finished."
 
 
 def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
