@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from datetime import timedelta
@@ -12,6 +13,12 @@ LINES = 20
 """So many lines a seed, where the output is a file."""
 SECONDS = 30.0
 """A line at least so often."""
+
+
+def show_progress_of(name: str) -> None:
+    """Show what a package logs of long work, as k-means of centroids is."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(name).setLevel(logging.INFO)
 
 
 class Progress:

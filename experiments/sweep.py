@@ -28,7 +28,7 @@ from rich.markup import escape
 from experiments.checkpoint import InterruptedRunError
 from experiments.config import RouterName
 from experiments.grid import grid
-from experiments.progress import Progress
+from experiments.progress import Progress, show_progress_of
 from experiments.runs import differences_of, run, write_json
 from experiments.studies import STUDIES, Study
 from experiments.tables import study_table
@@ -146,6 +146,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = tyro.cli(SweepConfig, args=args, prog="python -m experiments.sweep", description=__doc__)
     console = Console(stderr=True, soft_wrap=True)
+    show_progress_of("gmoe")
     try:
         results, failed = sweep(config)
     except (KeyboardInterrupt, InterruptedRunError) as stopped:

@@ -169,9 +169,11 @@ def benchmark_table(found: dict[str, Any]) -> str:
 
 def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
     """One line a variant: seconds, ratios to the reference variant, memory; of ``train``, where an epoch's time goes;
-    of ``order``, milliseconds by order; of ``swap``, accuracies and times by arm."""
+    of ``order`` and ``wide``, milliseconds by order; of ``swap``, accuracies and times by arm."""
     if _is_swap(variants):
         return known([{"": name} | swap_line(row) for name, row in variants.items()])
+    if "wide" in variants:
+        return [{"shape": name} | _order_line(cell) for name, cell in variants["wide"].items()]
     if "grid" in variants:
         lines = [{"shape": name} | _order_line(cell) for name, cell in variants["grid"].items()]
         share = {"shape": "share of choices within 1.1 of the best", "× best": f"{variants['within']:.1%}"}
@@ -184,8 +186,9 @@ def _is_swap(variants: Mapping[str, Any]) -> bool:
 
 
 def _order_line(cell: Mapping[str, Any]) -> Line:
-    times = {f"{order} (ms)": f"{1000 * cell[order]:,.1f}" for order in cell if order not in ("chosen", "ratio")}
-    return times | {"chosen": cell["chosen"], "× best": f"{cell['ratio']:.2f}"}
+    times = {f"{name} (ms)": f"{1000 * cell[name]:,.1f}" for name in cell if name not in ("chosen", "ratio")}
+    chosen = {"chosen": cell["chosen"]} if "chosen" in cell else {}
+    return times | chosen | {"× best": f"{cell['ratio']:.2f}"}
 
 
 def _train_line(name: str, variant: Mapping[str, Any]) -> Line:

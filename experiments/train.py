@@ -127,6 +127,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise ValueError(f"WORLD_SIZE: got {os.environ['WORLD_SIZE']} processes, expected one; {config.dataset} is "
                              "trained by a single process")  # fmt: skip
         from experiments.checkpoint import InterruptedRunError  # and so torch, which --help does without
+        from experiments.progress import show_progress_of
         from experiments.runs import place, run
     except (ValueError, OSError) as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
@@ -135,6 +136,7 @@ def main(args: Sequence[str] | None = None) -> None:
     def stop(number: int, _: FrameType | None) -> None:
         raise InterruptedRunError(number)
 
+    show_progress_of("gmoe")
     before = signal.signal(signal.SIGTERM, stop)
     config = replace(config, out=place(config))
     try:

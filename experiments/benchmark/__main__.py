@@ -21,6 +21,7 @@ from experiments.benchmark.routers import RouterBenchmark, VoteBenchmark
 from experiments.benchmark.swap import SwapBenchmark
 from experiments.benchmark.train import TrainBenchmark
 from experiments.benchmark.vit import VitBenchmark
+from experiments.benchmark.wide import WideBenchmark
 from experiments.runs import environment
 from experiments.tables import benchmark_lines, measured_on
 
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "conv": ("A layer of message passing, forward and backward.", ConvBenchmark()),
     "ffn": ("An MLP layer, forward and backward; ours and others'.", FFNBenchmark()),
     "order": ("Sum first or transform first: every order, and the one that is chosen.", OrderBenchmark()),
+    "wide": ("Wide inputs: MoEConv against each order as a few lines of bare torch.", WideBenchmark()),
     "router": ("The routers' share of a layer.", RouterBenchmark()),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", VoteBenchmark()),
     "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", TrainBenchmark()),

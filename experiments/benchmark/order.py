@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -24,6 +24,14 @@ CLOSE = 1.1
 
 PATIENCE = 4.0
 """Seconds of a cell after which no turn begins."""
+
+
+def least_of(steps: Mapping[str, Step], repeats: int, device: torch.device) -> dict[str, float]:
+    """Seconds, the least of several turns: what else the machine does only adds. Slow steps get fewer turns."""
+    started, times = time.perf_counter(), list[Any]()
+    while not times or (len(times) < repeats and time.perf_counter() - started < PATIENCE):
+        times.append(take_turns(steps, 1, device, warmup=not times))
+    return {name: min(turn[name]["wall"]["min"] for turn in times) for name in steps}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +75,7 @@ class OrderBenchmark(Benchmark):
     def _cell(
         self, width: int, out: int, degree: int, experts: int, k: int, needs_x: bool, shared: bool
     ) -> dict[str, Any]:
-        """Seconds by order, the least of several turns: what else the machine does only adds; slow ones get fewer."""
+        """Seconds by order."""
         device = self.torch_device()
         options: Any = {"router_kwargs": {"balance": None}, "dense_start": False, "shared_expert": shared}
         with device:
@@ -86,8 +94,5 @@ class OrderBenchmark(Benchmark):
         assert layer.router is not None
         chosen: Order = layer.experts.cheapest(graph, x, layer.router(x), layer.shared_expert is not None)
         steps: dict[str, Step] = {order: forced(order) for order in ORDERS}
-        started, times = time.perf_counter(), list[Any]()
-        while not times or (len(times) < self.repeats and time.perf_counter() - started < PATIENCE):
-            times.append(take_turns(steps, 1, device, warmup=not times))
-        least = {order: min(turn[order]["wall"]["min"] for turn in times) for order in ORDERS}
+        least = least_of(steps, self.repeats, device)
         return least | {"chosen": chosen, "ratio": least[chosen] / min(least.values())}
