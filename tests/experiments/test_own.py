@@ -61,7 +61,8 @@ def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("preset", ["digits-graph", "digits"])
 def test_a_router(preset: str, tmp_path: Path) -> None:
-    summary = quick(tmp_path / "run", "--router", "users_own:FirstBits", "--experts", "4", preset=preset)
+    args = ("--router", "users_own:FirstBits", "--experts", "4", "--layers", "2", "--hidden", "16")
+    summary = quick(tmp_path / "run", *args, preset=preset)
     assert summary["config"]["router"] == "users_own:FirstBits"
     assert all(layer["dead"]["mean"] == 2 for layer in summary["routing"])
     assert all(layer["experts_per_token"]["mean"] == 1 for layer in summary["routing"])
@@ -105,7 +106,8 @@ def test_what_is_no_router_model_or_logger(
 
 @pytest.mark.parametrize(("preset", "maps"), [("digits-graph", False), ("digits", True)])
 def test_tensorboard_gets_figures_routing_and_maps(preset: str, maps: bool, tmp_path: Path) -> None:
-    quick(tmp_path / "run", "--logger", "tensorboard", "--router", "expert_choice", preset=preset)
+    args = ("--logger", "tensorboard", "--router", "expert_choice", "--layers", "2", "--hidden", "16")
+    quick(tmp_path / "run", *args, preset=preset)
     events = EventAccumulator(str(tmp_path / "run" / "seed-0" / "tensorboard")).Reload()
     assert {"loss", "val", "lr", "layer_0/load_0", "layer_0/entropy"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("val")] == [0, 1, 2]
