@@ -28,7 +28,11 @@ ROOMS: dict[str, frozenset[str]] = {
 }
 """What the parts of gmoe may import beside torch. All others, the core, import torch alone."""
 
-LAZY = {"gmoe": tuple(ROOMS), "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn")}
+LAZY = {
+    "gmoe": tuple(ROOMS),
+    "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn"),
+    "gmoe.hub": ("huggingface_hub", "safetensors"),
+}
 """Who may import what of it inside of functions, or for the type checker."""
 
 SOURCES = sorted(path for folder in ("gmoe", "vision", "experiments") for path in (ROOT / folder).rglob("*.py"))
@@ -127,6 +131,9 @@ def test_no_upward_import(path: Path) -> None:
         ("gmoe.models.vit", "from torchvision.models import VisionTransformer\nfrom gmoe.convert import moefy", False),
         ("gmoe.models.vit", "from gmoe.models.gnn import GNNMoE", True),
         ("gmoe.models.vit", "from vision import images", True),
+        ("gmoe.hub", "from huggingface_hub import HfApi", True),
+        ("gmoe.hub", "def f():\n    from huggingface_hub import HfApi", False),
+        ("gmoe.models.gnn", "def f():\n    import safetensors", True),
         ("gmoe.metrics", "import torchmetrics", False),
         ("gmoe.flops", "import torchmetrics", True),
         ("gmoe.flops", "from gmoe.metrics import RoutingStats", True),
@@ -183,6 +190,24 @@ for name in ("MoEConv", "GNNMoE", "HeteroMoEConv", "neighbor_loader", "ViTMoE", 
         'ImportError gmoe.plot needs matplotlib: pip install "gmoe[plot]"',
         "AttributeError module 'gmoe' has no attribute 'nobody'",
     ]
+
+
+def test_models_are_saved_by_what_is_imported_when_they_are() -> None:
+    """Models need neither the Hub's client nor safetensors; saving names the extra that brings them."""
+    script = """
+import sys
+import gmoe
+model = gmoe.ViTMoE(8)
+assert not {"huggingface_hub", "safetensors"} & set(sys.modules)
+sys.modules.update(dict.fromkeys(["huggingface_hub", "safetensors.torch"]))  # not to be imported
+for call in (lambda: model.save_pretrained("nowhere"), lambda: model.push_to_hub("me/mine")):
+    try:
+        call()
+    except ImportError as error:
+        print(error)
+"""
+    needs = [f'gmoe.hub needs {name}: pip install "gmoe[hub]"' for name in ("safetensors", "huggingface_hub")]
+    assert run(script).splitlines() == needs
 
 
 def test_all_public_names_can_be_imported() -> None:

@@ -23,6 +23,7 @@ from gmoe.conv.graph import Graph, check_batch, parameters_of
 from gmoe.conv.kinds import ConvFactory, ConvLike, CopyOf, Make, kinds_of, looks_one_hop
 from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view, router_width
 from gmoe.dispatch import Backend
+from gmoe.hub import HubMixin, recorded
 from gmoe.moe import drawn_apart
 from gmoe.routers import Router, RouterLike, build_router
 from gmoe.routing import Routing
@@ -30,7 +31,7 @@ from gmoe.routing import Routing
 Residual: TypeAlias = Literal["none", "identity", "linear"]
 
 
-class GNNMoE(BasicGNN):
+class GNNMoE(HubMixin, BasicGNN):
     r"""A GNN in the manner of PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and residuals.
 
     .. math::
@@ -122,9 +123,11 @@ class GNNMoE(BasicGNN):
         check_finite: bool = False,
         **conv_kwargs: Any,
     ) -> None:
+        config = recorded(locals(), "conv_kwargs")
         check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels, every=every)
         check_counts(num_layers=num_layers, router_hops=router_hops)
         nn.Module.__init__(self)
+        self.config = config
         self.router_input, self.router_hops = router_parts(router_input), router_hops
         self.moe_layers = _moe_layers(num_layers, every, jk) if router is not None else []
         num_experts = len(kinds_of(conv, num_experts))

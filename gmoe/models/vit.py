@@ -14,6 +14,7 @@ from gmoe._checks import check, check_counts, check_probability
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
+from gmoe.hub import HubMixin, recorded
 from gmoe.moe import drawn_apart
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing, record_routing
@@ -48,7 +49,7 @@ SIZES: dict[int, ViTSize] = {
 """Sizes by image size: handwritten digits (8x8), CIFAR (32x32), Imagenette (160x160)."""
 
 
-class ViTMoE(VisionTransformer):
+class ViTMoE(HubMixin, VisionTransformer):
     r"""torchvision's ViT (Dosovitskiy et al., 2021) with a MoE in the MLP of every n-th block.
 
     The tokens of one image, the class token included, are a group: they compete for experts among themselves only.
@@ -98,6 +99,7 @@ class ViTMoE(VisionTransformer):
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
+        config = recorded(locals())
         if not isinstance(size, ViTSize):
             check(size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
             size = SIZES[size]
@@ -110,7 +112,7 @@ class ViTMoE(VisionTransformer):
         for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
             check(sizes[whole] % sizes[part] == 0, whole, sizes[whole], f"a multiple of {part}={sizes[part]}")
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout, attention_dropout=attention_dropout)
-        self.size = size
+        self.size, self.config = size, config
         if router is None:
             return
         options: Any = {"blocks": blocks, "router_kwargs": router_kwargs, "backend": backend}
