@@ -75,7 +75,9 @@ def train(model: nn.Module, epochs: int, lr: float) -> float:
 
 
 start = time.perf_counter()
-print(f"dense, {args.epochs} epochs: {train(vit, args.epochs, 5e-4):.1f} % in {time.perf_counter() - start:.0f} s")
+print(
+    f"dense, {args.epochs} epochs: test accuracy {train(vit, args.epochs, 5e-4):.1f} % in {time.perf_counter() - start:.0f} s"
+)
 
 # %%
 # The upcycled model gives what the dense one gives.
@@ -89,7 +91,9 @@ for name, model in {"dense, fine-tuned": vit, "upcycled, fine-tuned": moe}.items
     start = time.perf_counter()
     accuracy = train(model, args.epochs, 2e-4)
     active = gmoe.active_parameters(model)
-    print(f"{name}: {accuracy:.1f} % in {time.perf_counter() - start:.0f} s, {active:,} active parameters")
+    print(
+        f"{name}: test accuracy {accuracy:.1f} % in {time.perf_counter() - start:.0f} s, {active:,} active parameters"
+    )
 
 # %%
 # What the experts took of the test images, block by block.
