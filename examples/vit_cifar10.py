@@ -8,7 +8,7 @@ width. The patches of an image, and its class token, choose among the experts.
 .. code-block:: none
 
     pip install "gmoe[vision]" scikit-learn
-    python examples/vit_cifar10.py --data-root data --epochs 2    # CIFAR-10, a 170 MB download
+    python examples/vit_cifar10.py --data-root data --epochs 1    # CIFAR-10, a 170 MB download
     python examples/vit_cifar10.py --fast                         # handwritten digits, which ship with scikit-learn
 
 RESULTS
@@ -29,9 +29,11 @@ import gmoe
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data-root", default="data", help="where CIFAR-10 is, or is downloaded to")
-parser.add_argument("--epochs", type=int, default=2)
+parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--fast", action="store_true", help="seconds, and no download")
 args = parser.parse_args()
+if args.fast:
+    args.epochs = 8
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # %%

@@ -299,6 +299,13 @@ def test_the_card_tells_what_the_run_came_to(tmp_path: Path) -> None:
         assert expected in text
 
 
+@pytest.mark.parametrize("study", ["cifar10", "digits-graph"])
+def test_the_card_reads_what_runs_write(study: str) -> None:
+    results = json.loads((Path(__file__).parents[2] / "results" / f"{study}.json").read_text())
+    summary, dense = results["variants"][-1], results["variants"][0]
+    assert f"Data: {study}; split" in card(gmoe.ViTMoE(8), summary, dense)
+
+
 def test_the_card_refuses_another_kind_of_baseline() -> None:
     model, summary = gmoe.ViTMoE(8), summary_of("token_choice", 0.8)
     with pytest.raises(ValueError, match=r"^dense: got a run of metric roc_auc"):
