@@ -16,7 +16,7 @@ On Cora, three seeds of both take 240 s of one core of an AMD EPYC CPU in all, a
     GATConv           test accuracy 83.0 ± 0.6 %
     MoEConv(GATConv)  test accuracy 82.1 ± 0.6 %
 
-Cora has 140 labels, from which eight experts have little to learn. The site's page "When does it help?" tells where they do.
+Cora has 140 labels, from which eight experts have little to learn. The page "When does it help?" tells where they do.
 """
 
 # %%
