@@ -34,7 +34,7 @@ parser.add_argument("--fast", action="store_true", help="seconds, and no downloa
 args = parser.parse_args()
 batch_size = 128
 if args.fast:
-    args.epochs, batch_size = 4, 32
+    args.epochs, batch_size = 3, 32
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # %%
