@@ -42,7 +42,10 @@ def token() -> list[str]:
     places = [(480, 40), (540, 30), (590, 70), (560, 115), (490, 110), (530, 72)]
     for start, end in ((0, 5), (1, 5), (2, 5), (3, 4), (4, 5), (2, 3)):
         drawn.append(line(*places[start], *places[end]))
-    drawn += [dot(*place, BLUE if number == 5 else "var(--color-background-primary, white)") for number, place in enumerate(places)]
+    drawn += [
+        dot(*place, BLUE if number == 5 else "var(--color-background-primary, white)")
+        for number, place in enumerate(places)
+    ]
     drawn += [dot(*place) for place in places[:5]]
     drawn.append(text(535, 155, "a node of a graph"))
     for row in range(7):
@@ -64,7 +67,10 @@ def routing() -> list[str]:
         drawn.append(text(40, y + 12, str(number), "end", size=11))
         drawn.append(line(68, y + 8, 232, 52 + 38 * expert, COLORS[expert], 1 + number % 3, arrow=True))
     for expert, color in enumerate(COLORS):
-        drawn += [box(240, 38 + 38 * expert, 44, 28, "none", color), text(262, 57 + 38 * expert, f"f{expert}", color=color)]
+        drawn += [
+            box(240, 38 + 38 * expert, 44, 28, "none", color),
+            text(262, 57 + 38 * expert, f"f{expert}", color=color),
+        ]
     drawn.append(text(470, 18, "the same as a Routing: pairs sorted by expert"))
     order = sorted(range(7), key=lambda number: (EXPERT_OF[number], number))
     for place, number in enumerate(order):
@@ -102,7 +108,10 @@ def capacity() -> list[str]:
         drawn.append(box(60, y, 20, 20, RED if row < 3 else "none", color))
         drawn += [text(50, y + 15, str(number), "end"), text(92, y + 15, f"p = {score}", "start", size=12)]
         if row < 3:
-            drawn += [line(150, y + 10, 292, 48 + 34 * row, RED, arrow=True), box(300, 34 + 34 * row, 80, 28, "none", RED)]
+            drawn += [
+                line(150, y + 10, 292, 48 + 34 * row, RED, arrow=True),
+                box(300, 34 + 34 * row, 80, 28, "none", RED),
+            ]
     drawn.append(line(150, 118, 292, 150, INK, arrow=True))
     drawn.append(line(150, 144, 292, 156, INK, arrow=True))
     drawn.append(text(300, 157, "dropped: zero from the routed experts;", "start"))
@@ -139,7 +148,9 @@ def svg(draw: Callable[[], list[str]], height: int) -> str:
         for color in (INK, *COLORS)
     )
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" class="concept" role="img" font-family="sans-serif">'
-    return "\n".join([head, f"<title>{escape((draw.__doc__ or '').strip())}</title><defs>{heads}</defs>", *draw(), "</svg>", ""])
+    return "\n".join(
+        [head, f"<title>{escape((draw.__doc__ or '').strip())}</title><defs>{heads}</defs>", *draw(), "</svg>", ""]
+    )
 
 
 if __name__ == "__main__":

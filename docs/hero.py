@@ -1,8 +1,7 @@
 """Draw the picture at the top of the README: ``python docs/hero.py``, a minute on one core.
 
 Left: the patches of a photo (scikit-learn's ``china.jpg``), tinted by the expert that reconstructs them in a mixture of
-eight small autoencoders. Right: scikit-learn's handwritten digits, each an 8x8 image and joined to its nearest neighbors,
-colored by the expert that a GNN-MoE, trained to classify them, gives them to. Nobody tells the routers what to look at.
+eight small autoencoders. Right: scikit-learn's handwritten digits, each joined to its nearest neighbors and colored by the expert that a GNN-MoE, trained to classify them, gives them to. Nobody tells the routers what to look at.
 """
 
 from __future__ import annotations
@@ -32,7 +31,9 @@ def photo() -> Tensor:
     image = torch.from_numpy(load_sample_image("china.jpg").copy()).float() / 255
     rows, columns = (size // PATCH for size in image.shape[:2])
     image = image[: rows * PATCH, : columns * PATCH]
-    patches = image.unflatten(0, (rows, PATCH)).unflatten(2, (columns, PATCH)).permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+    patches = (
+        image.unflatten(0, (rows, PATCH)).unflatten(2, (columns, PATCH)).permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+    )
     tokens = (patches - patches.mean(0)) / patches.std(0)
     torch.manual_seed(0)
     dim = tokens.size(1)
