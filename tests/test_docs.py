@@ -1,4 +1,4 @@
-"""The site's pages: their code runs from top to bottom, and their links lead somewhere."""
+"""The site's pages: their code runs from top to bottom, and the API page has every public name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+
+import gmoe
+from docs.check_links import broken
 
 DOCS = Path(__file__).parent.parent / "docs"
 EXECUTED = ["concepts.md", "tutorials/recipes.md", "tutorials/swap.md", "tutorials/upcycle.md"]
@@ -29,3 +32,15 @@ def test_a_page_runs_from_top_to_bottom(page: str) -> None:
 def test_every_page_with_code_is_executed() -> None:
     pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "```python" in path.read_text()}
     assert pages == {*EXECUTED, "your-own-router.md"}
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    listed = re.findall(r"^   ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    elsewhere = {"__version__", "ROUTERS", "plot"}  # the latter two as names of routers and a section
+    assert {name for name in gmoe.__all__ if name not in listed} <= elsewhere
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<p id="x"><a href="#x">y</a><a href="b.html#z">y</a><a href="c.html">y</a></p>')
+    (tmp_path / "b.html").write_text('<a href="a.html#x">y</a><a href="https://example.org">y</a><img src="d.png">')
+    assert sorted(broken(tmp_path)) == ["a.html: b.html#z", "a.html: c.html", "b.html: d.png"]

@@ -157,14 +157,14 @@ class Matrix:
 
 
 class Graph:
-    """A graph that is validated and sorted once, for all layers and calls that see it.
+    """Validate and sort a graph once, for all layers and calls.
 
     Pass it in place of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order, degrees,
-    normalization and transpose are then computed once, so its tensors must not be changed in place. Plain edges are
-    turned into one at each call of a layer, or of a model, which hands it on from layer to layer.
+    normalization and transpose are computed once, so do not change its tensors in place. A plain ``edge_index`` is
+    converted at each call of a layer or model.
 
-    Sums and means of features that need no gradient, and are the same tensor in each call, are computed once too. A
-    graph holds them as long as it and the features live.
+    Sums and means of features that need no gradient and are the same tensor in each call are computed once too, and
+    kept as long as graph and features live.
 
     Args:
         edge_index: (2, M) integers, PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or ``SparseTensor`` of shape

@@ -39,7 +39,7 @@ RelationEdges: TypeAlias = Mapping[EdgeType, Adj | Graph]
 
 
 class RelationalConv(nn.Module):
-    r"""A dense relational layer: R-GCN (Schlichtkrull et al., 2018), as in OGB's example for ogbn-mag.
+    r"""A dense relational layer: R-GCN (Schlichtkrull et al., 2018), as in OGB's ogbn-mag example.
 
     .. math::
         x_i' = W_{\tau(i)} x_i + \sum_r W_r \, \mathrm{mean}_{j \in N_r(i)} x_j + b_{\tau(i)}
@@ -133,7 +133,7 @@ class RelationalConv(nn.Module):
 
 
 class HeteroMoEConv(MoELayer):
-    r"""A mixture of E relational layers, of which each node runs K, on PyG's ``HeteroData``.
+    r"""Run K of E relational layers per node, on PyG's ``HeteroData``.
 
     .. math::
         x_i' = \sum_{e \in \mathrm{experts}(i)} w_{ie} \Big( W_{e,\tau(i)} x_i
@@ -153,7 +153,7 @@ class HeteroMoEConv(MoELayer):
       way, as in R-GCN.
 
     A type in which no relation ends keeps its root term. A relation that is absent from a call, or has no edge into a
-    node, adds zero. A node without an expert gets zero; the model around adds the residual.
+    node, adds zero. A node without an expert gets zero; the surrounding model adds the residual.
 
     Args:
         in_channels: width of the nodes, of all types or of each.
@@ -161,14 +161,14 @@ class HeteroMoEConv(MoELayer):
         metadata: node types and edge types, ``data.metadata()``.
         num_experts: E (default 8).
         router: a name or factory (default ``"token_choice"``), or a dict of those, or of instances, by node type; with
-            ``tie_routers`` a name, factory or instance. ``None`` where every call brings ``routings=``.
+            ``tie_routers`` a name, factory or instance. ``None`` if every call passes ``routings=``.
         k: K, experts per node (default 1).
         aggr: ``"mean"`` (default) or ``"sum"`` over the in-edges of a relation.
         router_input: what routers see: ``"node"`` (default), ``"neighbors"`` (the aggregates), or both, side by side.
         tie_routers, tie_experts: see above (default ``False``); they need one width for all node types.
         out_types: node types to compute (default all); there are no parameters for others.
         router_kwargs: further arguments of the routers.
-        backend: see :func:`gmoe.dispatch.grouped_linear`.
+        backend: see :func:`gmoe.grouped_linear`.
         check_finite: the routers refuse NaN and infinity (default ``False``; costs a host sync).
 
     Shapes:

@@ -31,7 +31,7 @@ Residual: TypeAlias = Literal["none", "identity", "linear"]
 
 
 class GNNMoE(BasicGNN):
-    r"""A GNN in the manner of PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and residuals.
+    r"""A GNN like PyG's ``GCN`` or ``GraphSAGE``, with :class:`MoEConv` layers and residuals.
 
     .. math::
         h^{(l+1)} = \mathrm{dropout}(\phi(\mathrm{norm}(\mathrm{MoEConv}_l(h^{(l)}, A) + \mathrm{res}(h^{(l)}))))
@@ -45,13 +45,12 @@ class GNNMoE(BasicGNN):
         out_channels: width of the output, such as the number of classes.
         num_layers: number of convs (default 2).
         conv: see :class:`MoEConv` (default ``"gcn"``).
-        router: a name or factory, or an instance where one is all it takes: with ``shared_router``, or for a
-            single MoE layer (default ``"token_choice"``). ``None`` builds the dense baseline: the same model with plain
-            convs in all layers.
+        router: a name or factory (default ``"token_choice"``); an instance is allowed with ``shared_router`` or a
+            single MoE layer. ``None`` builds the dense baseline: the same model with plain convs in all layers.
         num_experts: E (default 8, or the length of a list of convs).
         k: K, experts per node (default 1).
-        shared_router: one router decides once for each node, from the raw features, and all layers follow; by default
-            (``False``) each layer has a router of its own, on its own input.
+        shared_router: route each node once, from the raw features, for all layers; by default (``False``) each layer
+            has its own router on its own input.
         router_input: what routers see: the ``"node"`` (default), its ``"neighbors"``, its ``"degree"``, or several.
         router_hops: with ``shared_router``, how many times the raw features are averaged over in-edges: the neighbors
             are (Ax, ..., A^hops x) (default 1).
@@ -61,9 +60,8 @@ class GNNMoE(BasicGNN):
             jumping knowledge; ``jk="last"`` is a plain output projection).
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
-        shared_expert, dense_start: one more expert on every node of the MoE layers, beside which the routed ones start
-            at zero, so that a new model gives what the dense one (``router=None``) gives that is drawn with the same
-            seed; see :class:`MoEConv` (default ``True``).
+        shared_expert, dense_start: see :class:`MoEConv` (default ``True``): with the same seed, a new model equals the
+            dense one (``router=None``).
         input_dropout: dropout of the input features (default 0).
         in_proj: begin with a linear layer to ``hidden_channels`` (default ``False``).
         router_kwargs: further arguments of the routers.
@@ -74,8 +72,8 @@ class GNNMoE(BasicGNN):
     Shapes:
         - as PyG's ``BasicGNN``; ``edge_index`` may be a :class:`gmoe.Graph`; ``batch`` (N,) also makes the graphs
           separate groups.
-        - returns (N, out_channels), and the list of :class:`Routing` with ``return_routing=True`` (one a MoE layer; a
-          shared decision once).
+        - returns (N, out_channels), and the list of :class:`Routing` with ``return_routing=True`` (one per MoE
+          layer; one in all with ``shared_router``).
 
     Raises:
         ValueError: no layer would be a MoE; a router instance for several layers; whatever :class:`MoEConv` refuses.
@@ -350,7 +348,7 @@ class GNNMoE(BasicGNN):
         """Logits of all nodes, layer by layer in chunks, without gradients: equal to the forward on the whole graph.
 
         Each layer routes once over all nodes, so that no node's experts depend on its chunk, and GCN's degrees are
-        those of the whole graph. Call :meth:`eval` first, as for any evaluation.
+        those of the whole graph. Call ``eval()`` first, as for any evaluation.
 
         Args:
             loader: a node loader, of which the graph and the batch size are taken (not what it samples), or the graph:

@@ -21,7 +21,7 @@ from gmoe.routing import Routing, record_routing
 
 @dataclass(frozen=True, kw_only=True)
 class ViTSize:
-    """The dense transformer: what torchvision's ``VisionTransformer`` calls these sizes.
+    """The sizes of torchvision's ``VisionTransformer``, by its names.
 
     Args:
         image_size: height and width of the images, in pixels.
@@ -51,10 +51,10 @@ SIZES: dict[int, ViTSize] = {
 class ViTMoE(VisionTransformer):
     r"""torchvision's ViT (Dosovitskiy et al., 2021) with a MoE in the MLP of every n-th block.
 
-    The tokens of one image, the class token included, are a group: they compete for experts among themselves only.
+    The tokens of one image, the class token included, form a group: they compete for experts only among themselves.
 
     Args:
-        size: a :class:`ViTSize`, or the image size of one of :data:`SIZES` (8, 32 or 160).
+        size: a :class:`ViTSize`, or an image size with defaults: 8, 32 or 160.
         num_classes: default 10.
         router: a name or factory (default ``"expert_choice"``); ``None`` leaves the dense ViT, the baseline.
         num_experts: E (default 8).
@@ -66,7 +66,7 @@ class ViTMoE(VisionTransformer):
             (default ``True``).
         dropout, attention_dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
-        backend: see :func:`gmoe.dispatch.grouped_linear`.
+        backend: see :func:`gmoe.grouped_linear`.
 
     Shapes:
         - ``images``: (B, 3, H, W), or (B, 1, H, W) gray ones, H = W = ``image_size``.

@@ -28,15 +28,14 @@ KEPT = 4
 
 
 class AttentionVote(Router):
-    r"""Each expert takes the top-C tokens of a group that the other tokens vote for.
+    r"""Each expert picks the top-C tokens of a group by the attention they get from other tokens.
 
     .. math::
         \mathrm{votes}_j^e = \sum_i \mathrm{softmax}_j(q_i^e \cdot k_j^e / \sqrt{d})
 
-    Every token has one vote an expert, so that votes average 1 over all tokens. Capacity and ties are those of
-    :class:`ExpertChoice`; votes that differ by rounding only are ties. Votes run
-    along tokens: with ``weight="score"`` they are divided by the detached mean of the group's selected votes and capped
-    at 10.
+    Every token has one vote per expert, so votes average 1. Capacity and ties are those of :class:`ExpertChoice`; votes
+    that differ only by rounding are ties. Votes run along tokens: with ``weight="score"`` they are divided by the
+    detached mean of the group's selected votes and capped at 10.
 
     Args:
         dim: D, the width of the tokens.
