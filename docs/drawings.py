@@ -28,7 +28,8 @@ def line(x1: float, y1: float, x2: float, y2: float, color: str = INK, width: fl
 
 
 def text(x: float, y: float, words: str, anchor: str = "middle", color: str = INK, size: int = 13) -> str:
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{color}" stroke="none" font-size="{size}">{escape(words)}</text>'
+    style = f'text-anchor="{anchor}" fill="{color}" stroke="none" font-size="{size}"'
+    return f'<text x="{x}" y="{y}" {style}>{escape(words)}</text>'
 
 
 def token() -> list[str]:
@@ -147,7 +148,8 @@ def svg(draw: Callable[[], list[str]], height: int) -> str:
         f'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0 8 4 0 8z" fill="{color}" stroke="none"/></marker>'
         for color in (INK, *COLORS)
     )
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" class="concept" role="img" font-family="sans-serif">'
+    box = f'viewBox="0 0 640 {height}" class="concept" role="img" font-family="sans-serif"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box}>'
     return "\n".join(
         [head, f"<title>{escape((draw.__doc__ or '').strip())}</title><defs>{heads}</defs>", *draw(), "</svg>", ""]
     )

@@ -1,7 +1,8 @@
 """Draw the picture at the top of the README: ``python docs/hero.py``, a minute on one core.
 
-Left: the patches of a photo (scikit-learn's ``china.jpg``), tinted by the expert that reconstructs them in a mixture of
-eight small autoencoders. Right: scikit-learn's handwritten digits, each joined to its nearest neighbors and colored by the expert that a GNN-MoE, trained to classify them, gives them to. Nobody tells the routers what to look at.
+Left: the patches of a photo (scikit-learn's ``china.jpg``), tinted by the expert that reconstructs them in a mixture
+of eight small autoencoders. Right: scikit-learn's handwritten digits, joined to their nearest neighbors and colored by
+the expert that a GNN-MoE, trained to classify them, gives them to. Nobody tells the routers what to look at.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every cell of the table in ``docs/support.md`` is a test: what is put into what, and whether it works.
 
-``yes``: outputs and, where it trains, gradients are those without. ``refused``: an error of gmoe's own, which says what to
-use instead. ``no``: torch's or PyG's. ``contract.py`` tests more layers of each kind.
+``yes``: outputs and, where it trains, gradients are those without. ``refused``: an error of gmoe's own, which says what
+to use instead. ``no``: torch's or PyG's. ``contract.py`` tests more layers of each kind.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def trains_in_parallel(case: Case, wrap: Callable[[nn.Module], nn.Module]) -> No
     torch.testing.assert_close(run(wrapped.eval(), case.call()), run(layer.eval(), case.call()))
 
 
-def shards(layer: nn.Module) -> nn.Module:
+def shards(layer: nn.Module) -> Any:
     return fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
 
 
@@ -121,8 +121,8 @@ def explains(case: Case) -> None:
 
 
 def fills_in_widths(case: Case) -> None:
-    layer = {"MoEConv gcn": partial(gmoe.MoEConv, "gcn", -1, 6), "GNNMoE shared router": partial(gmoe.GNNMoE, -1, 6, 5)}
-    assert run(layer[case.name](), case.call()).isfinite().all()
+    build: Any = partial(gmoe.MoEConv, "gcn", -1, 6) if case.name == "MoEConv gcn" else partial(gmoe.GNNMoE, -1, 6, 5)
+    assert run(build(), case.call()).isfinite().all()
 
 
 def keeps(*clauses: Callable[[Case, str], None]) -> Callable[[Case], None]:
