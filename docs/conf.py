@@ -51,7 +51,7 @@ sphinx_gallery_conf = {
     "plot_gallery": False,  # CI runs the examples in a step of its own
     "download_all_examples": False,
     "show_signature": False,
-    "notebook_images": False,
+    "within_subsection_order": "FileNameSortKey",
 }
 
 
