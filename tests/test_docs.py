@@ -11,7 +11,7 @@ import gmoe
 from docs.check_links import broken
 
 DOCS = Path(__file__).parent.parent / "docs"
-EXECUTED = ["concepts.md", "tutorials/recipes.md", "tutorials/swap.md", "tutorials/upcycle.md"]
+EXECUTED = ["concepts.md", "see-the-routing.md", *(f"tutorials/{page}.md" for page in ("recipes", "swap", "upcycle"))]
 """And ``your-own-router.md``, of which ``tests/gmoe/test_own_parts.py`` tests more than that it runs."""
 
 
