@@ -31,7 +31,7 @@ Residual: TypeAlias = Literal["none", "identity", "linear"]
 
 
 class GNNMoE(BasicGNN):
-    r"""A GNN like PyG's ``GCN`` or ``GraphSAGE``, with :class:`MoEConv` layers and residuals.
+    r"""A GNN in the manner of PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and residuals.
 
     .. math::
         h^{(l+1)} = \mathrm{dropout}(\phi(\mathrm{norm}(\mathrm{MoEConv}_l(h^{(l)}, A) + \mathrm{res}(h^{(l)}))))
