@@ -76,9 +76,9 @@ def moefy(
         num_experts: E (default 8).
         upcycle: start the experts as copies of the dense MLP, of its weights as they are now (default; sparse
             upcycling, `Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_), or afresh.
-        targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1", "conv2"]``, in place
-            of the ``mlp`` of all blocks (default ``None``). What lies inside of a match goes with it.
-        blocks: numbers of the blocks, or targets, that become MoE, in place of ``every``; -1 is the last (default
+        targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1", "conv2"]``, instead
+            of the ``mlp`` of all blocks (default ``None``). Modules inside a match go with it.
+        blocks: numbers of the blocks, or targets, that become MoE, instead of ``every``; -1 is the last (default
             ``None``).
         shared_expert: keep the dense MLP (default). ``False`` is the plain mixture, whose experts are all that is left
             of the MLP, and train even if it was frozen. Upcycled, it starts as ``(sum of the token's weights) *

@@ -50,7 +50,7 @@ FUSED: dict[str, tuple[Elementwise, Derivative]] = {
 """Activations that :func:`routed_mlp` runs expert by expert: the function, and ``(grad of output, input) -> grad``."""
 
 FUSING = frozenset({"auto", "loop"})
-"""Backends with which, on a CPU, gather, products and scatter are one step an expert."""
+"""Backends with which, on a CPU, gather, products and scatter are one step per expert."""
 
 
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:

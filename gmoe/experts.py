@@ -125,7 +125,7 @@ class MLPExperts(Experts):
     :math:`[g, u] = x W_e + b_e` (`Shazeer, 2020 <https://arxiv.org/abs/2002.05202>`_).
 
     Its parts may be replaced: ``up`` and ``down`` by anything that is called with ``(rows (P, I), offsets (E,))``, such
-    as LoRA or quantized layers, the dropouts and norms by any module; what is there runs.
+    as LoRA or quantized layers, the dropouts and norms by any module; whatever is there runs.
 
     Args:
         in_features: I.

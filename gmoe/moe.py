@@ -1,4 +1,4 @@
-"""MoE: a router and its experts. Shapes: T tokens, D width, E experts, K experts a token, P pairs."""
+"""MoE: a router and its experts. Shapes: T tokens, D width, E experts, K experts per token, P pairs."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class SoftMoE(_Mixture):
         experts: the stacked experts, as many as the router expects.
 
     Shapes:
-        - ``x``: (..., T, D); leading dimensions are groups, each of which has E * S slots of its own. ``batch`` as in
+        - ``x``: (..., T, D); leading dimensions are groups, each with its own E * S slots. ``batch`` as in
           :class:`Router`.
         - returns (..., T, O), and the :class:`gmoe.routers.SoftRouting` too with ``return_routing=True``.
 

@@ -303,7 +303,7 @@ class Routing:
     def _of_spans(
         self, spans: list[tuple[int, int]], scores: Tensor, dropped_T: Tensor | None = None, start: int = 0
     ) -> Routing:
-        """The pairs in some spans, one an expert, of tokens that are numbered from ``start``."""
+        """The pairs in some spans, one per expert, of tokens that are numbered from ``start``."""
         token, weight = (torch.cat([value[low:high] for low, high in spans]) for value in (self.token, self.weight))
         offsets = torch.tensor([high - low for low, high in spans], device=token.device).cumsum(0).to(torch.int32)
         return Routing(token - start, offsets, weight, scores, len(scores), self.losses, dropped_T, self.detached)

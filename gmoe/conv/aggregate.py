@@ -155,7 +155,7 @@ def cheapest_order(
 
 
 class LinearAggregation(AggregateOnce):
-    """One linear map an expert of what was aggregated, beside the root's features where the conv looks at them.
+    """One linear map per expert of the aggregate and, if the conv uses them, the root's features.
 
     Three orders give the same, and :func:`cheapest_order` picks one where outputs are narrower than inputs:
 

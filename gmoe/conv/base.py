@@ -35,7 +35,7 @@ class NodeChunks:
         graph: whose sources are its destinations.
         size: destinations a chunk.
         device: where chunks are computed.
-        keep: hold the chunks, in place of making them anew for every layer.
+        keep: keep the chunks between layers.
     """
 
     def __init__(self, graph: Graph, size: int, device: torch.device, keep: bool = False) -> None:

@@ -44,9 +44,9 @@ class RelationalConv(nn.Module):
     .. math::
         x_i' = W_{\tau(i)} x_i + \sum_r W_r \, \mathrm{mean}_{j \in N_r(i)} x_j + b_{\tau(i)}
 
-    where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it. It is PyG's
-    ``HeteroConv`` of ``SAGEConv``\ s, but for one root weight a node type in place of one a relation. The dense
-    baseline of :class:`HeteroMoEConv`, which see for shapes and for what absent types and relations do.
+    where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it. It equals
+    PyG's ``HeteroConv`` of ``SAGEConv``\ s with one root weight per node type instead of one per relation. It is the
+    dense baseline of :class:`HeteroMoEConv`; see there for shapes and for absent types and relations.
 
     Args:
         in_channels: width of the nodes, of all types or of each.
@@ -144,11 +144,11 @@ class HeteroMoEConv(MoELayer):
     masking. Each relation is aggregated once, and the nodes of a type meet their experts in one grouped product, so
     that compute scales with K, not E. Parts of ``experts`` may be replaced, as those of :class:`MLPExperts` may.
 
-    Each node type has a router and experts of its own, or they are tied:
+    Each node type has its own router and experts, unless they are tied:
 
     - ``tie_routers``: one router for the nodes of all types, which are separate groups. As neighbors it sees the mean
       over the relations of a node's type, since types differ in the number of relations.
-    - ``tie_experts``: :math:`W_e` and :math:`b_e` in place of :math:`W_{e,\tau}` and :math:`b_{e,\tau}`, so that
+    - ``tie_experts``: :math:`W_e` and :math:`b_e` instead of :math:`W_{e,\tau}` and :math:`b_{e,\tau}`, so that
       expert e means one thing for all types. The weight of a relation, :math:`W_{e,r}`, is the relation's own either
       way, as in R-GCN.
 
@@ -278,7 +278,7 @@ class HeteroMoEConv(MoELayer):
         routings: Mapping[NodeType, Routing] | None = None,
         return_routing: bool = False,
     ) -> dict[NodeType, Tensor] | tuple[dict[NodeType, Tensor], dict[NodeType, Routing]]:
-        """Route and run; see the class. ``routings``: decisions made elsewhere, used in place of the routers'."""
+        """Route and run; see the class. ``routings``: decisions made elsewhere, used instead of the routers'."""
         refuse_transforms()
         parts = self.experts.parts(x_dict, edge_index_dict)
         sizes = {name: own[0].size(0) for name, own in parts.items()}

@@ -1,4 +1,4 @@
-"""MoEConv: experts inside message passing. Shapes: T tokens (destinations), D width, E experts, K experts a token."""
+"""MoEConv: experts inside message passing. Shapes: T tokens (destinations), D width, E experts, K experts per token."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ class MoEConv(MoELayer, MessagePassing):
         routing: Routing | None = None,
         return_routing: bool = False,
     ) -> Any:
-        """Route and run; see the class. ``routing``: a decision made elsewhere, used in place of the router's."""
+        """Route and run; see the class. ``routing``: a decision made elsewhere, used instead of the router's."""
         tracing = torch._C._is_tracing() or torch.compiler.is_exporting()
         if tracing or (not torch.compiler.is_compiling() and in_transform()):
             refuse_transforms()

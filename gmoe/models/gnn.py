@@ -1,4 +1,4 @@
-"""GNNMoE: a PyG-style GNN with MoEConv layers. Shapes: N nodes, M edges, D width, E experts, K experts a node."""
+"""GNNMoE: a PyG-style GNN with MoEConv layers. Shapes: N nodes, M edges, D width, E experts, K experts per node."""
 
 from __future__ import annotations
 
@@ -358,7 +358,7 @@ class GNNMoE(BasicGNN):
             embedding_device: where the features of all nodes are kept (default ``"cpu"``).
             progress_bar: show one (default ``False``).
             cache: keep the chunks between layers (default ``False``).
-            batch_size: nodes a chunk (default: the loader's, or 1,024).
+            batch_size: nodes per chunk (default: the loader's, or 1,024).
             return_routing: return the routings too, as :meth:`forward` does.
 
         Raises:

@@ -60,7 +60,7 @@ class ViTMoE(VisionTransformer):
         num_experts: E (default 8).
         k: K, experts per token (default 1).
         every: block ``i`` is MoE where ``i % every == every - 1`` (default 2).
-        blocks: indices of the blocks that are MoE, in place of ``every`` (default ``None``).
+        blocks: indices of the MoE blocks, instead of ``every`` (default ``None``).
         shared_expert, dense_start: the dense MLP runs beside the routed experts, which start at zero, so that a new
             model gives what the dense one (``router=None``) gives that is drawn with the same seed; see :func:`moefy`
             (default ``True``).

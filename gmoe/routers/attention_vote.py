@@ -1,6 +1,6 @@
 """Attention vote.
 
-Shapes: T tokens, D width, E experts, H voting heads, d head width, B groups, S tokens a group, M edges with one
+Shapes: T tokens, D width, E experts, H voting heads, d head width, B groups, S tokens per group, M edges with one
 self-loop a token.
 """
 
@@ -44,7 +44,7 @@ class AttentionVote(Router):
         weight: see :class:`Router`; default ``"score"``.
         capacity_factor: scales the number of tokens that an expert takes (default 1).
         shared_queries: ``False`` (default): E queries and E keys. ``True``: one global query and E keys, E + 1
-            projections in place of 2E.
+            projections instead of 2E.
         scope: ``"group"`` (default): all tokens of a group vote; exact, O(T^2) time, O(T) memory forward and backward.
             ``"neighbors"``: a node spreads its vote over its out-neighbors and itself, O(edges); needs ``edge_index``.
             Experts choose inside groups either way.

@@ -1,4 +1,4 @@
-"""Token choice. Shapes: T tokens, D width, E experts, K experts a token, P pairs."""
+"""Token choice. Shapes: T tokens, D width, E experts, K experts per token, P pairs."""
 
 from __future__ import annotations
 
