@@ -9,6 +9,7 @@ import pytest
 
 import gmoe
 from docs.check_links import broken
+from experiments.presets import PRESETS
 
 DOCS = Path(__file__).parent.parent / "docs"
 EXECUTED = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "```python" in path.read_text())
@@ -34,6 +35,13 @@ def test_the_api_page_has_every_public_name() -> None:
     listed = re.findall(r"^   ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
     elsewhere = {"__version__", "ROUTERS", "plot"}  # the latter two as names of routers and a section
     assert {name for name in gmoe.__all__ if name not in listed} <= elsewhere
+
+
+def test_the_presets_are_there() -> None:
+    page = (DOCS / "tutorials" / "command-line.md").read_text()
+    named = set(re.findall(r"`([\w-]+)`", page[page.index("| data | presets") : page.index("`--data-root DIR`")]))
+    assert len(named - {"-tuned"}) > 20
+    assert named - {"-tuned"} <= set(PRESETS)
 
 
 def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
