@@ -1,4 +1,4 @@
-"""Put MoE in place of the MLPs of a transformer, or of the convs of a PyG GNN.
+"""Replace the MLPs of a transformer, or the convs of a PyG GNN, with MoE layers.
 
 Shapes: B images, T tokens, D width, E experts, I in, O out features of a linear layer.
 """
@@ -48,21 +48,22 @@ def moefy(
     router_kwargs: Mapping[str, Any] | None = None,
     backend: Backend = "auto",
 ) -> nn.Module:
-    r"""Put experts beside MLPs of a transformer, or convs of a GNN; the first forward is the dense model's.
+    r"""Add experts to a transformer's MLPs or a GNN's convs; the first forward stays the dense model's.
 
     .. math::
         y_t = \mathrm{mlp}(x_t) + g \sum_e w_{te} f_e(x_t), \qquad g = 0 \text{ at the start}
 
-    The MLP itself stays as the shared expert: its hooks, parametrizations, dropout and frozen parameters stay with it.
-    Router, experts and the gain g train, also in a model that is frozen.
+    The MLP stays as the shared expert, with its hooks, parametrizations, dropout and frozen parameters.
+    Router, experts and the gain g train even if the model is frozen.
 
-    - A transformer is changed in place: torchvision's or timm's ViTs and Swins, or any model whose blocks lie in
-      ``ModuleList`` or ``Sequential`` and each hold an ``mlp``. Blocks are numbered through all stages.
-    - Any model is changed in place where ``targets`` names MLPs or PyG convs.
-    - Of a PyG ``GCN``, ``GraphSAGE``, ``GIN``, ``GAT``, ... without ``targets``, a :class:`gmoe.GNNMoE` is made.
+    - Transformers are changed in place: torchvision's and timm's ViTs and Swins, or any model with blocks in a
+      ``ModuleList`` or ``Sequential`` that each hold an ``mlp``. Blocks are numbered across stages.
+    - Any other model is changed in place if ``targets`` names its MLPs or PyG convs.
+    - A PyG ``GCN``, ``GraphSAGE``, ``GIN``, ``GAT``, ... without ``targets`` becomes a :class:`gmoe.GNNMoE`.
 
     An MLP is linear, activation, linear; or gated (SwiGLU, GEGLU), whatever the layout of its gate; with norms before
-    the linear layers, dropout after the activation and at the end. It is tried out, not known by its class. It sees
+    the linear layers, dropout after the activation and at the end. It is recognized by what it computes, not by its
+    class. It sees
     tokens as (B, ..., D): those of an image, in a row or in a grid, are one group, padding included, so that padding
     takes places where experts choose.
 
@@ -71,13 +72,13 @@ def moefy(
         every: n; block, target or layer ``i`` becomes MoE where ``i % n == n - 1`` (default 2 of a transformer, 1 of
             ``targets`` and of a GNN, whose output layer stays dense).
         k: K, experts per token (default 1).
-        router: a name or factory (default ``"token_choice"``); one router is built a layer.
+        router: a name or factory (default ``"token_choice"``); each layer gets its own router.
         num_experts: E (default 8).
         upcycle: start the experts as copies of the dense MLP, of its weights as they are now (default; sparse
             upcycling, `Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_), or afresh.
-        targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1", "conv2"]``, in place
-            of the ``mlp`` of all blocks (default ``None``). What lies inside of a match goes with it.
-        blocks: numbers of the blocks, or targets, that become MoE, in place of ``every``; -1 is the last (default
+        targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1", "conv2"]``, instead
+            of the ``mlp`` of all blocks (default ``None``). Modules inside a match go with it.
+        blocks: numbers of the blocks, or targets, that become MoE, instead of ``every``; -1 is the last (default
             ``None``).
         shared_expert: keep the dense MLP (default). ``False`` is the plain mixture, whose experts are all that is left
             of the MLP, and train even if it was frozen. Upcycled, it starts as ``(sum of the token's weights) *
@@ -86,7 +87,7 @@ def moefy(
         dense_start: start the gain at zero (default); ``False`` adds the experts without a gain. There is none without
             a shared expert.
         router_kwargs: further arguments of the routers.
-        backend: see :func:`gmoe.dispatch.grouped_linear`.
+        backend: see :func:`gmoe.grouped_linear`.
 
     Returns:
         The model with MoE layers; collect their routings with :func:`gmoe.record_routing`.

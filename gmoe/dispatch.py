@@ -50,16 +50,16 @@ FUSED: dict[str, tuple[Elementwise, Derivative]] = {
 """Activations that :func:`routed_mlp` runs expert by expert: the function, and ``(grad of output, input) -> grad``."""
 
 FUSING = frozenset({"auto", "loop"})
-"""Backends with which, on a CPU, gather, products and scatter are one step an expert."""
+"""Backends with which, on a CPU, gather, products and scatter are one step per expert."""
 
 
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
-    """(P, I) the token of each pair, expert by expert."""
+    """Gather the token of each pair, expert by expert: (P, I)."""
     return x_TI if routing.contiguous else x_TI.index_select(0, routing.token)
 
 
 def combine(y_PO: Tensor, routing: Routing) -> Tensor:
-    r"""(T, O) the weighted sum of the experts' outputs over each token's pairs; zero where a token has none.
+    r"""Sum the experts' outputs (P, O) over each token's pairs, by weight: (T, O); zero for a token without pairs.
 
     .. math:: y_t = \sum_{e} w_{te} f_e(x_t)
     """
@@ -85,7 +85,7 @@ def resolve_backend(backend: Backend, x: Tensor) -> str:
 def grouped_linear(
     x_PI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, offsets_E: Tensor, backend: Backend = "auto"
 ) -> Tensor:
-    """(P, O) a linear layer whose weight depends on the row: rows ``offsets[e - 1]:offsets[e]`` meet expert ``e``'s.
+    """Apply expert ``e``'s linear layer to the rows ``offsets[e - 1]:offsets[e]``: (P, O).
 
     Args:
         x_PI: rows sorted by expert.

@@ -76,7 +76,7 @@ class LinearExperts(Experts):
         out_features: O.
         num_experts: E.
         bias: learn a bias per expert (default ``True``).
-        backend: see :func:`gmoe.dispatch.grouped_linear` (default ``"auto"``).
+        backend: see :func:`gmoe.grouped_linear` (default ``"auto"``).
 
     Attributes:
         weight: (E, I, O).
@@ -125,7 +125,7 @@ class MLPExperts(Experts):
     :math:`[g, u] = x W_e + b_e` (`Shazeer, 2020 <https://arxiv.org/abs/2002.05202>`_).
 
     Its parts may be replaced: ``up`` and ``down`` by anything that is called with ``(rows (P, I), offsets (E,))``, such
-    as LoRA or quantized layers, the dropouts and norms by any module; what is there runs.
+    as LoRA or quantized layers, the dropouts and norms by any module; whatever is there runs.
 
     Args:
         in_features: I.
@@ -141,7 +141,7 @@ class MLPExperts(Experts):
         input_norm: a module on the rows (P, I) before the first layer (default ``None``). All experts share it, so
             that it had better have no parameters: an expert's own scale and shift are part of its next layer.
         hidden_norm: the same on the hidden rows (P, H), before the second layer.
-        backend: see :func:`gmoe.dispatch.grouped_linear` (default ``"auto"``).
+        backend: see :func:`gmoe.grouped_linear` (default ``"auto"``).
 
     Raises:
         ValueError: an unknown activation or backend; a size below 1; dropout outside [0, 1].

@@ -1,4 +1,4 @@
-"""What a model costs: active parameters and FLOPs, and dense baselines of equal cost."""
+"""Count active parameters and FLOPs, and match dense baselines to them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ aten = torch.ops.aten
 
 
 def active_parameters(model: nn.Module) -> int:
-    """Number of parameters that an average token meets.
+    """Count the active parameters per token.
 
-    All parameters, but of the E experts of a :class:`gmoe.MoE` or :class:`gmoe.MoEConv` only the share
-    ``experts_per_token / E``. Routers and all else count in full; a parameter that is shared counts once.
+    The experts of a :class:`gmoe.MoE` or :class:`gmoe.MoEConv` count with the share ``experts_per_token / E``,
+    everything else in full. A shared parameter counts once.
 
     Args:
         model: any model.
@@ -36,17 +36,17 @@ def active_parameters(model: nn.Module) -> int:
 
 
 def count_flops(model: Callable[..., Any], *args: Any, backward: bool = False, **kwargs: Any) -> int:
-    """FLOPs of one call, as torch's ``FlopCounterMode`` counts them (a multiply-add is two).
+    """Count the FLOPs of one call, as torch's ``FlopCounterMode`` does (a multiply-add is two).
 
-    Extended by what message passing and the MoE layers add to matrix products: grouped products, attention on the CPU,
-    and sums over messages, which count one an element in every form: ``index_add``, ``scatter_add``, sparse products.
-    Where experts can be run in several orders, of which the quickest differs by machine and routing, always the same
-    one is counted: convs that sum aggregate first, unless all experts' outputs side by side are narrower than the
-    input; attention transforms what an expert hears.
+    Also counts grouped products, attention on the CPU, and sums over messages (one per element, whether by
+    ``index_add``, ``scatter_add`` or a sparse product). If experts can run in several orders, one fixed order is
+    counted, so that the count does not depend on the machine: convs that sum aggregate first, unless all experts'
+    outputs side by side are narrower than the input; attention transforms each (source, expert) pair that an edge
+    needs.
 
     Args:
         model: what is called as ``model(*args, **kwargs)``.
-        backward: count also the backward pass from the sum of the first tensor that comes out (default ``False``).
+        backward: also count the backward pass from the sum of the first output tensor (default ``False``).
     """
     token = COUNTING.set(True)
     try:
@@ -64,7 +64,7 @@ def count_flops(model: Callable[..., Any], *args: Any, backward: bool = False, *
 def match_width(
     cost: Callable[[int], float], target: float, *, start: int = 1, stop: int = 2**16, tolerance: float = 0.02
 ) -> int:
-    """The width whose cost is nearest to ``target``: how a dense baseline is widened to a MoE's cost.
+    """Find the width whose cost is nearest to ``target``, to match a dense baseline to a MoE.
 
     Args:
         cost: FLOPs or parameters of the model of that width; grows with it.

@@ -1,4 +1,4 @@
-"""What routers do, as a torchmetrics metric. Shapes: L layers, E experts, T tokens, P pairs."""
+"""Routing statistics as a torchmetrics metric. Shapes: L layers, E experts, T tokens, P pairs."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from gmoe.routers import Router
 from gmoe.routing import Routing
 
 PER_EXPERT = ("load", "weight")
-"""The figures that there is one of for each expert."""
+"""Figures with one value per expert."""
 
 
 class RoutingStats(Metric):
-    """Load, coverage, entropy and weights of every MoE layer, over all tokens of all updates and, in DDP, all ranks.
+    """Track load, coverage, entropy and weights of every MoE layer over all updates and, under DDP, all ranks.
 
-    Cheap enough to be left on in training, and without a host sync where the routing has none.
+    Cheap enough to leave on in training; adds no host sync.
 
     Args:
         num_experts: E, of one layer, or of each of several.
         kwargs: of :class:`torchmetrics.Metric`.
 
     Shapes:
-        - ``update(routings)``: one :class:`gmoe.Routing` of T tokens, or a list of them, one a layer, as
+        - ``update(routings)``: one :class:`gmoe.Routing` of T tokens, or a list with one per layer, as
           ``return_routing=True`` and :func:`gmoe.record_routing` give them.
-        - ``compute()``: a list, one dictionary a layer:
+        - ``compute()``: a list with one dictionary per layer:
 
-          - ``load`` (E,): share of the pairs that are the expert's; 0 without pairs.
-          - ``weight`` (E,): mean weight of the expert's pairs; 0 where it has none.
-          - ``coverage``: share of the tokens that have an expert; 1 without tokens.
+          - ``load`` (E,): the expert's share of all pairs; 0 without pairs.
+          - ``weight`` (E,): mean weight of the expert's pairs; 0 if it has none.
+          - ``coverage``: share of tokens with at least one expert; 1 without tokens.
           - ``experts_per_token``: pairs over tokens.
           - ``entropy``: mean over tokens of the entropy of their scores, in nats; see :attr:`gmoe.Routing.entropy`.
-          - ``dropped``: of the pairs that tokens chose, the share that experts had no capacity for.
-          - ``dead``: number of experts that no token went to.
+          - ``dropped``: share of the chosen pairs that exceeded an expert's capacity.
+          - ``dead``: number of experts without a token.
 
     Raises:
         ValueError: no layer, a number of experts below 1, or routings of another number of layers or experts.
@@ -86,7 +86,7 @@ class RoutingStats(Metric):
 
     @classmethod
     def of(cls, model: nn.Module, **kwargs: Any) -> RoutingStats:
-        """For what :func:`gmoe.record_routing` gives of a model each of whose routers is called once in a forward pass.
+        """Match :func:`gmoe.record_routing` on a model that calls each of its routers once per forward.
 
         Raises:
             ValueError: the model has no router.
@@ -114,7 +114,7 @@ class RoutingStats(Metric):
             self.dropped[layer] += routing.dropped
 
     def compute(self) -> list[dict[str, Tensor]]:
-        """What was counted, layer by layer."""
+        """Return the figures of each layer."""
         found = []
         for layer, experts in enumerate(self.num_experts):
             load, dropped = self.load[layer, :experts], self.dropped[layer]

@@ -1,4 +1,4 @@
-"""MoE: a router and its experts. Shapes: T tokens, D width, E experts, K experts a token, P pairs."""
+"""MoE: a router and its experts. Shapes: T tokens, D width, E experts, K experts per token, P pairs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from gmoe.routing import Routing
 
 @contextmanager
 def drawn_apart() -> Iterator[None]:
-    """What is drawn inside leaves torch's generators as they were, so that a model with experts beside its dense layers
-    draws these as the dense model does."""
+    """Leave torch's generators as they are, so that a model with experts draws its dense layers as the dense one."""
     device = torch.get_default_device()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         seed = int(torch.randint(2**62, (), device="cpu"))
@@ -30,7 +29,7 @@ def drawn_apart() -> Iterator[None]:
 
 
 class Scaled(nn.Module):
-    """A module whose output is multiplied by a factor.
+    """Multiply a module's output by a factor.
 
     Args:
         module: the module.
@@ -50,15 +49,15 @@ class Scaled(nn.Module):
 
 
 class MoELayer(nn.Module, ABC):
-    """What all layers with experts have in common, in an image model or a graph model.
+    """The base of all layers with experts, for images and graphs.
 
     Args:
         num_experts: E.
         k: K, experts per token, until a router says more.
 
     Attributes:
-        router: the layer's own, or ``None`` where calls bring their :class:`Routing`.
-        experts_per_token: average number of experts of a token, by construction.
+        router: the layer's own, or ``None`` if each call passes a :class:`Routing`.
+        experts_per_token: average number of experts per token.
     """
 
     router: Router | None
@@ -71,7 +70,7 @@ class MoELayer(nn.Module, ABC):
 
     @abstractmethod
     def routed_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of all E experts, of which a token meets ``experts_per_token / E``."""
+        """The parameters of all E experts; a token uses ``experts_per_token / E`` of them."""
 
 
 class _Mixture(MoELayer):
@@ -100,16 +99,17 @@ class _Mixture(MoELayer):
 
 
 class MoE(_Mixture):
-    r"""A layer of experts behind a router: :math:`y_t = s(x_t) + g \sum_e w_{te} f_e(x_t)`, with a shared expert s.
+    r"""Route tokens to experts: :math:`y_t = s(x_t) + g \sum_e w_{te} f_e(x_t)`, with a shared expert s.
 
-    A token without an expert gets zero from the routed ones; the model around adds the residual. With ``dense_start``
-    the gain g is learned and starts at zero, so that the first forward is the shared expert's; without, g is 1.
+    A token without an expert gets zero from the routed experts; the surrounding model adds the residual. With
+    ``dense_start`` the gain g is learned and starts at zero, so the first forward is the shared expert's; otherwise g
+    is 1.
 
     Args:
-        router: decides who goes where.
-        experts: the stacked experts, as many as the router knows.
+        router: assigns tokens to experts.
+        experts: the stacked experts, as many as the router expects.
         shared_expert: a module that runs on every token with weight 1 and is added (default ``None``).
-        dense_start: scale what the routed experts give by a learned gain that starts at zero; needs a shared expert
+        dense_start: scale the routed experts' output by a learned gain that starts at zero; needs a shared expert
             (default ``False``).
 
     Shapes:
@@ -162,15 +162,15 @@ class MoE(_Mixture):
 
 
 class SoftMoE(_Mixture):
-    r"""A layer of experts on slots that are mixtures of tokens (`Soft MoE <https://arxiv.org/abs/2308.00951>`_,
+    r"""Run experts on slots that are mixtures of tokens (`Soft MoE <https://arxiv.org/abs/2308.00951>`_,
     Puigcerver et al., 2024): :math:`y = C f(D^\top X)`.
 
     Args:
         router: the slots.
-        experts: the stacked experts, as many as the router knows.
+        experts: the stacked experts, as many as the router expects.
 
     Shapes:
-        - ``x``: (..., T, D); leading dimensions are groups, each of which has E * S slots of its own. ``batch`` as in
+        - ``x``: (..., T, D); leading dimensions are groups, each with its own E * S slots. ``batch`` as in
           :class:`Router`.
         - returns (..., T, O), and the :class:`gmoe.routers.SoftRouting` too with ``return_routing=True``.
 

@@ -1,4 +1,4 @@
-"""What a router returns, its auxiliary losses, and how to record it.
+"""The decision of a router, its auxiliary losses, and how to record it.
 
 Shapes: T tokens, E experts, K experts per token, P pairs.
 """
@@ -23,7 +23,7 @@ gradient: the factor keeps the routed experts small where steps and labels are f
 
 
 class AuxLoss(NamedTuple):
-    """An auxiliary loss: the bare scalar and the coefficient that it enters the training loss with."""
+    """An auxiliary loss: its value, and its coefficient in the training loss."""
 
     value: Tensor
     coefficient: float
@@ -33,18 +33,16 @@ class AuxLoss(NamedTuple):
 class Routing:
     """Which expert handles which token: sparse (token, expert) pairs, ready for a grouped GEMM.
 
-    The pairs are sorted by expert and, inside an expert, by token. A router of your own builds one with
-    :meth:`from_choices`.
+    Pairs are sorted by expert and, within an expert, by token. Build one with :meth:`from_choices` in your own router.
 
     Args:
         token: (P,) int64, the token of each pair.
         offsets: (E,) int32, cumulative ends: expert ``e`` owns the pairs ``offsets[e - 1]:offsets[e]``.
         weight: (P,) the factor of the expert's output in the token's sum; differentiable.
-        scores: (T, E) what the router thinks of every pair: probabilities, or votes.
+        scores: (T, E) the router's score of every pair: probabilities, or votes.
         num_tokens: T.
         losses: auxiliary losses by name, each with its coefficient.
-        dropped_T: (T,) int64, how many pairs of each token experts had no capacity for; ``None`` where nothing can be
-            dropped.
+        dropped_T: (T,) int64, how many pairs of each token exceeded the capacity; ``None`` if nothing can be dropped.
         detached: whether the losses were computed in training while gradients were off, so that they train nothing.
         contiguous: whether ``token`` is 0, 1, ..., T - 1, so that every expert owns a slice of the tokens and nothing
             has to be gathered or scattered; see :meth:`in_order`.
@@ -106,13 +104,13 @@ class Routing:
         scores: Tensor | None = None,
         losses: Mapping[str, AuxLoss] | None = None,
     ) -> Routing:
-        """The routing where each token has chosen K experts. No host sync.
+        """Build a routing from K experts per token. No host sync.
 
         Args:
             expert_TK: (T, K) integers in 0..E-1, the experts of each token, distinct in a row.
             weight_TK: (T, K) the weight of each choice; differentiable.
             num_experts: E.
-            scores: (T, E) what the router thinks of every pair; by default the weights, 0 where not chosen.
+            scores: (T, E) the router's score of every pair; by default the weights, 0 where not chosen.
             losses: auxiliary losses by name.
 
         Raises:
@@ -163,7 +161,7 @@ class Routing:
         return f"{text}, load {int(load.min())}…{int(load.max())})"
 
     def summary(self) -> str:
-        """Several lines for people: load by expert, coverage, entropy, weights, what was dropped, losses."""
+        """Describe it in several lines: load per expert, coverage, entropy, weights, dropped pairs, losses."""
         pairs, load = self.token.numel(), self.load.tolist()
         lines = [f"{self.num_tokens} tokens, {self.num_experts} experts, {pairs} pairs"]
         lines += [f"  expert {e}: {n} tokens ({n / max(pairs, 1):.1%} of the pairs)" for e, n in enumerate(load)]
@@ -234,19 +232,19 @@ class Routing:
         return dense.view(self.num_tokens, self.num_experts)
 
     def scaled(self, gain: Tensor) -> Routing:
-        """The routing with its weights times :data:`GAIN_SCALE` and a learned gain (1,)."""
+        """Scale the weights by ``GAIN_SCALE`` and a learned gain (1,)."""
         return replace(self, weight=self.weight * (GAIN_SCALE * gain).to(self.weight.dtype), checked=True)
 
     @property
     def is_partition(self) -> bool:
-        """Whether each token has exactly one expert. Reads values: on the CPU only, elsewhere ``False``."""
+        """True if each token has exactly one expert; always ``False`` off the CPU, where values are not read."""
         if torch.compiler.is_compiling() or type(self.token) is not Tensor or self.token.device.type != "cpu":
             return False
         one_each = self.token.numel() == self.num_tokens
         return one_each and bool((self.token.bincount(minlength=self.num_tokens) == 1).all())
 
     def in_order(self) -> Routing:
-        """The same decision about tokens renumbered expert by expert: token ``i`` is ``self.token[i]`` of before.
+        """Renumber the tokens expert by expert: token ``i`` was token ``self.token[i]``.
 
         Only of a routing that :attr:`is_partition`; without the losses.
         """
@@ -258,7 +256,7 @@ class Routing:
         )
 
     def select(self, tokens: Tensor) -> Routing:
-        """The routing of some tokens, renumbered, as decided among all of them; the losses stay.
+        """Restrict the routing to some tokens, renumbered; the losses stay.
 
         Args:
             tokens: (t,) distinct tokens; ``tokens[i]`` becomes token ``i``.
@@ -289,7 +287,7 @@ class Routing:
         return self._of_spans(spans, self.scores[start:end], dropped_T, start)
 
     def of_experts(self, experts: Sequence[int]) -> Routing:
-        """The pairs of some experts, renumbered in that order; the losses stay. One host sync.
+        """Restrict the routing to some experts, renumbered; the losses stay. One host sync.
 
         Args:
             experts: distinct experts; ``experts[i]`` becomes expert ``i``.
@@ -305,19 +303,19 @@ class Routing:
     def _of_spans(
         self, spans: list[tuple[int, int]], scores: Tensor, dropped_T: Tensor | None = None, start: int = 0
     ) -> Routing:
-        """The pairs in some spans, one an expert, of tokens that are numbered from ``start``."""
+        """The pairs in some spans, one per expert, of tokens that are numbered from ``start``."""
         token, weight = (torch.cat([value[low:high] for low, high in spans]) for value in (self.token, self.weight))
         offsets = torch.tensor([high - low for low, high in spans], device=token.device).cumsum(0).to(torch.int32)
         return Routing(token - start, offsets, weight, scores, len(scores), self.losses, dropped_T, self.detached)
 
 
 def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
-    """Sum the auxiliary losses of one or several layers, to be added to the task loss.
+    """Sum the auxiliary losses of one or several layers; add the result to the task loss.
 
-    Warns where a layer in training computed its losses while gradients were off: they train nothing.
+    Warns if a layer in training computed its losses with gradients off: they train nothing.
 
     Args:
-        routings: what ``return_routing=True`` or :func:`record_routing` gave.
+        routings: from ``return_routing=True`` or :func:`record_routing`.
 
     Returns:
         A scalar; a plain 0 on the CPU where ``routings`` is empty (a model without MoE layers).
@@ -338,10 +336,10 @@ def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
-    """Collect the :class:`Routing` of every router in ``model``, in the order of execution, inside the block.
+    """Record the :class:`Routing` of every router in ``model``, in order of execution, inside the block.
 
-    For models that cannot pass routings on, such as torchvision's ViT. Only what the thread that entered the block runs
-    is recorded, and not what activation checkpointing recomputes in the backward pass.
+    For models that cannot pass routings on, such as torchvision's ViT. Records only the thread that entered the block,
+    and not what activation checkpointing recomputes.
 
     Args:
         model: any model that holds routers.

@@ -120,7 +120,7 @@ def cheapest_order(
     trains: bool,
     trains_x: bool,
 ) -> Order:
-    """The order of sum and transform that takes the least time, forward and backward, by a model of the three.
+    """Pick the order of sum and transform that takes the least time, forward and backward, by a cost model.
 
     Args:
         sources, tokens, edges: of the graph, loops included.
@@ -155,7 +155,7 @@ def cheapest_order(
 
 
 class LinearAggregation(AggregateOnce):
-    """One linear map an expert of what was aggregated, beside the root's features where the conv looks at them.
+    """One linear map per expert of the aggregate and, if the conv uses them, the root's features.
 
     Three orders give the same, and :func:`cheapest_order` picks one where outputs are narrower than inputs:
 
@@ -456,7 +456,7 @@ def _row_wise(network: nn.Module) -> bool:
 
 
 class FilterConv(MessagePassing):
-    r"""A filter and a linear layer: :math:`X' = F(\hat A) X W + b`, with
+    r"""Filter and transform: :math:`X' = F(\hat A) X W + b`, with
     :math:`\hat A = D^{-1/2} (A + I) D^{-1/2}`.
 
     ``"identity"``: :math:`F = I`, no look at the neighbors (the weak expert of Mowst, Zeng et al., 2024);
@@ -538,9 +538,9 @@ class FilterConv(MessagePassing):
 
 
 class MLPConv(MessagePassing):
-    r"""A two-layer MLP in the place of a conv: :math:`x_i' = V \,\mathrm{relu}(W x_i + b) + c`.
+    r"""A two-layer MLP as a conv: :math:`x_i' = V \,\mathrm{relu}(W x_i + b) + c`.
 
-    The expert for nodes that need no neighbors (the weak expert of Mowst, Zeng et al., 2024).
+    An expert for nodes that need no neighbors (the weak expert of Mowst, Zeng et al., 2024).
 
     Args:
         in_channels: width of the nodes; for a tuple, that of the destinations.

@@ -35,7 +35,7 @@ class NodeChunks:
         graph: whose sources are its destinations.
         size: destinations a chunk.
         device: where chunks are computed.
-        keep: hold the chunks, in place of making them anew for every layer.
+        keep: keep the chunks between layers.
     """
 
     def __init__(self, graph: Graph, size: int, device: torch.device, keep: bool = False) -> None:
@@ -90,14 +90,14 @@ class ConvExperts(nn.Module, ABC):
     """O, where it is known before the first call."""
 
     narrows: bool = False
-    """Whether something may be cheaper than the aggregate, where the router does not need that: see :meth:`start`."""
+    """Whether :meth:`start` may find something cheaper than the aggregate, if the router does not need that."""
 
     takes_two_sets: bool = True
     """Whether sources and destinations may be two sets of nodes."""
 
     @property
     def reads_sorted_edges(self) -> bool:
-        """Whether :meth:`forward` looks at nothing of the graph but its sorted edges: the nodes may be renumbered."""
+        """True if :meth:`forward` uses nothing of the graph but its sorted edges, so that nodes may be renumbered."""
         return False
 
     @abstractmethod

@@ -157,14 +157,14 @@ class Matrix:
 
 
 class Graph:
-    """A graph that is validated and sorted once, for all layers and calls that see it.
+    """Validate and sort a graph once, for all layers and calls.
 
-    Pass it in place of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order, degrees,
-    normalization and transpose are then computed once, so its tensors must not be changed in place. Plain edges are
-    turned into one at each call of a layer, or of a model, which hands it on from layer to layer.
+    Pass it instead of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order, degrees,
+    normalization and transpose are computed once, so do not change its tensors in place. A plain ``edge_index`` is
+    converted at each call of a layer or model.
 
-    Sums and means of features that need no gradient, and are the same tensor in each call, are computed once too. A
-    graph holds them as long as it and the features live.
+    Sums and means of features that need no gradient and are the same tensor in each call are computed once too, and
+    kept as long as graph and features live.
 
     Args:
         edge_index: (2, M) integers, PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or ``SparseTensor`` of shape
@@ -175,7 +175,7 @@ class Graph:
         flow: PyG's ``flow``: which row of ``edge_index`` holds the destinations (default ``"source_to_target"``).
 
     Attributes:
-        adj: the edges as they were given, but for integers, which are int64.
+        adj: the edges as given; integers are int64.
         edge_index: (2, M) sources and destinations in the order given.
         matrix_values: (M,) or (M, F) the values of a sparse matrix in that order.
         constant: whether later calls bring the same features again, see :meth:`seeing`.
@@ -336,7 +336,7 @@ class Graph:
         return other
 
     def to(self, device: torch.device | str) -> Graph:
-        """The graph on that device; itself where it is there already."""
+        """Move the graph to a device; returns itself if it is there already."""
         if self.adj.device == torch.device(device):
             return self
         weight, attr = (None if v is None else v.to(device) for v in (self.edge_weight, self.edge_attr))
@@ -372,7 +372,7 @@ class Graph:
         """(M,) the weight of each of :attr:`edges`: ``edge_weight``, or the values of a sparse matrix.
 
         Raises:
-            ValueError: both are there; PyG would pass over the tensor.
+            ValueError: both are given; PyG would ignore the tensor.
         """
         if self.is_sparse and self.edge_weight is not None:
             raise ValueError(WEIGHTS_TWICE)

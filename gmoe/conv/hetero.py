@@ -39,14 +39,14 @@ RelationEdges: TypeAlias = Mapping[EdgeType, Adj | Graph]
 
 
 class RelationalConv(nn.Module):
-    r"""A dense relational layer: R-GCN (Schlichtkrull et al., 2018), as in OGB's example for ogbn-mag.
+    r"""A dense relational layer: R-GCN (Schlichtkrull et al., 2018), as in OGB's ogbn-mag example.
 
     .. math::
         x_i' = W_{\tau(i)} x_i + \sum_r W_r \, \mathrm{mean}_{j \in N_r(i)} x_j + b_{\tau(i)}
 
-    where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it. It is PyG's
-    ``HeteroConv`` of ``SAGEConv``\ s, but for one root weight a node type in place of one a relation. The dense
-    baseline of :class:`HeteroMoEConv`, which see for shapes and for what absent types and relations do.
+    where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it. It equals
+    PyG's ``HeteroConv`` of ``SAGEConv``\ s with one root weight per node type instead of one per relation. It is the
+    dense baseline of :class:`HeteroMoEConv`; see there for shapes and for absent types and relations.
 
     Args:
         in_channels: width of the nodes, of all types or of each.
@@ -133,7 +133,7 @@ class RelationalConv(nn.Module):
 
 
 class HeteroMoEConv(MoELayer):
-    r"""A mixture of E relational layers, of which each node runs K, on PyG's ``HeteroData``.
+    r"""Run K of E relational layers per node, on PyG's ``HeteroData``.
 
     .. math::
         x_i' = \sum_{e \in \mathrm{experts}(i)} w_{ie} \Big( W_{e,\tau(i)} x_i
@@ -144,16 +144,16 @@ class HeteroMoEConv(MoELayer):
     masking. Each relation is aggregated once, and the nodes of a type meet their experts in one grouped product, so
     that compute scales with K, not E. Parts of ``experts`` may be replaced, as those of :class:`MLPExperts` may.
 
-    Each node type has a router and experts of its own, or they are tied:
+    Each node type has its own router and experts, unless they are tied:
 
     - ``tie_routers``: one router for the nodes of all types, which are separate groups. As neighbors it sees the mean
       over the relations of a node's type, since types differ in the number of relations.
-    - ``tie_experts``: :math:`W_e` and :math:`b_e` in place of :math:`W_{e,\tau}` and :math:`b_{e,\tau}`, so that
+    - ``tie_experts``: :math:`W_e` and :math:`b_e` instead of :math:`W_{e,\tau}` and :math:`b_{e,\tau}`, so that
       expert e means one thing for all types. The weight of a relation, :math:`W_{e,r}`, is the relation's own either
       way, as in R-GCN.
 
     A type in which no relation ends keeps its root term. A relation that is absent from a call, or has no edge into a
-    node, adds zero. A node without an expert gets zero; the model around adds the residual.
+    node, adds zero. A node without an expert gets zero; the surrounding model adds the residual.
 
     Args:
         in_channels: width of the nodes, of all types or of each.
@@ -161,14 +161,14 @@ class HeteroMoEConv(MoELayer):
         metadata: node types and edge types, ``data.metadata()``.
         num_experts: E (default 8).
         router: a name or factory (default ``"token_choice"``), or a dict of those, or of instances, by node type; with
-            ``tie_routers`` a name, factory or instance. ``None`` where every call brings ``routings=``.
+            ``tie_routers`` a name, factory or instance. ``None`` if every call passes ``routings=``.
         k: K, experts per node (default 1).
         aggr: ``"mean"`` (default) or ``"sum"`` over the in-edges of a relation.
         router_input: what routers see: ``"node"`` (default), ``"neighbors"`` (the aggregates), or both, side by side.
         tie_routers, tie_experts: see above (default ``False``); they need one width for all node types.
         out_types: node types to compute (default all); there are no parameters for others.
         router_kwargs: further arguments of the routers.
-        backend: see :func:`gmoe.dispatch.grouped_linear`.
+        backend: see :func:`gmoe.grouped_linear`.
         check_finite: the routers refuse NaN and infinity (default ``False``; costs a host sync).
 
     Shapes:
@@ -278,7 +278,7 @@ class HeteroMoEConv(MoELayer):
         routings: Mapping[NodeType, Routing] | None = None,
         return_routing: bool = False,
     ) -> dict[NodeType, Tensor] | tuple[dict[NodeType, Tensor], dict[NodeType, Routing]]:
-        """Route and run; see the class. ``routings``: decisions made elsewhere, used in place of the routers'."""
+        """Route and run; see the class. ``routings``: decisions made elsewhere, used instead of the routers'."""
         refuse_transforms()
         parts = self.experts.parts(x_dict, edge_index_dict)
         sizes = {name: own[0].size(0) for name, own in parts.items()}

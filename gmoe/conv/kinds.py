@@ -37,7 +37,7 @@ ConvFactory: TypeAlias = Callable[..., MessagePassing]
 """Called as ``conv(in_channels, out_channels, *conv_args, **conv_kwargs)``."""
 
 ConvLike: TypeAlias = str | ConvFactory | Sequence[str | ConvFactory]
-"""A name such as ``"gcn"``, a conv class, a factory, or a list of those, one an expert."""
+"""A name such as ``"gcn"``, a conv class, a factory, or a list with one per expert."""
 
 Widths: TypeAlias = int | tuple[int, int]
 

@@ -1,4 +1,4 @@
-"""MoEConv: experts inside message passing. Shapes: T tokens (destinations), D width, E experts, K experts a token."""
+"""MoEConv: experts inside message passing. Shapes: T tokens (destinations), D width, E experts, K experts per token."""
 
 from __future__ import annotations
 
@@ -28,55 +28,53 @@ RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
 
 
 class MoEConv(MoELayer, MessagePassing):
-    r"""A mixture of E graph convolutions of which each node runs K; a drop-in for a PyG conv.
+    r"""Run K of E graph convolutions per node; a drop-in for a PyG conv.
 
     .. math::
         x_i' = \mathrm{conv}_{\mathrm{shared}}(x, A)_i
             + g \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
 
-    The shared expert runs on every node and the gain g of the routed ones starts at zero: a new layer gives what the
-    conv it replaces gives, drawn with the same seed. ``shared_expert=False`` is the plain mixture, without g.
+    The shared expert runs on every node and the gain g of the routed experts starts at zero, so with the same seed a
+    new layer equals the conv it replaces. ``shared_expert=False`` is the plain mixture, without g.
 
     Equal, in outputs and gradients, to running E convs on the whole graph and masking. Compute scales with the K
     experts a node uses, not with the total E:
 
-    - GCN, SAGE, GraphConv and GIN aggregate once, and each row meets only its experts in one grouped product. Where
-      outputs are narrower than inputs, GCN, SAGE and GraphConv may transform first, all sources or what each expert
-      hears, whichever a cost model finds cheapest (:func:`gmoe.conv.aggregate.cheapest_order`);
-    - GAT, GATv2 and TransformerConv send K messages an edge. What they transform is each (source, expert) pair that an
-      edge asks for, at most min(K · edges, E · N) of them: on dense graphs this part grows with E;
+    - GCN, SAGE, GraphConv and GIN aggregate once, then run each row's experts in one grouped product. If outputs are
+      narrower than inputs, GCN, SAGE and GraphConv may transform first, whichever order a cost model finds cheapest
+      (:func:`gmoe.conv.aggregate.cheapest_order`);
+    - GAT, GATv2 and TransformerConv send K messages per edge. They transform each (source, expert) pair that an edge
+      needs, at most min(K · edges, E · N): on dense graphs this part grows with E;
     - other local convs (a node's output follows from its in-edges and their ends) run on the in-edges of each expert's
       nodes; verified by a float64 probe at construction;
-    - anything else runs on the whole graph for each expert, with a warning that its cost follows E.
+    - anything else runs on the whole graph for each expert, with a warning that its cost grows with E.
 
-    A node without an expert gets zero from the routed ones. Can be differentiated once:
-    ``create_graph=True`` is refused. A PyG citizen: ``to_hetero`` takes it as the conv, explainers' edge masks act on
-    the experts' messages (not on the router), ``in_channels=-1`` is filled in by the first call.
+    A node without an expert gets zero from the routed experts. ``create_graph=True`` is refused. ``to_hetero`` and lazy
+    widths (``in_channels=-1``) work; explainers' edge masks act on the experts' messages, not on the router.
 
     Args:
         conv: a PyG conv class, its name (``"gcn"``, ``"sage"``, ``"graph"``, ``"gin"``, ``"gat"``, ...), a factory
-            ``(in_channels, out_channels, *conv_args, **conv_kwargs) -> conv``, or a list of those, one an expert.
+            ``(in_channels, out_channels, *conv_args, **conv_kwargs) -> conv``, or a list with one per expert.
             ``GINConv`` and ``GINEConv`` by class or name get PyG's two-layer MLP.
         in_channels: width of the nodes; a tuple ``(source, destination)`` for bipartite input where the conv takes it;
-            -1 for what the first call brings.
+            -1 to infer it from the first call.
         out_channels: passed to the conv (GAT with ``heads`` returns ``heads * out_channels``).
-        *conv_args: the conv's own further arguments, as it takes them. All others are keyword-only.
+        *conv_args: the conv's own further arguments. All others are keyword-only.
         num_experts: E (default 8, or the length of a list of convs).
-        router: name, factory or instance (default ``"token_choice"``); ``None`` where every call brings ``routing=``.
+        router: name, factory or instance (default ``"token_choice"``); ``None`` if every call passes ``routing=``.
         k: K, experts per node (default 1).
         router_input: what the router sees: the ``"node"`` (default), its ``"neighbors"`` (the conv's own aggregate
             where all experts share it, else the mean over in-edges), its ``"degree"`` (log(1 + in-degree)), or several.
-        shared_expert: one more expert that runs on every node, with weight 1, beside the routed ones: ``True``
-            (default) for one of their kind (of a list, the first), a conv as in ``conv``, or ``False`` for none.
-        dense_start: multiply what the routed experts give by a learned gain that starts at zero, beside a shared
-            expert (default ``True``).
-        shared_transform: for inputs much wider than the output: router and routed experts see the input through one
-            linear map to the output's width, so that the layer costs little more than the conv that it replaces; the
-            shared expert sees the input itself (default ``False``).
+        shared_expert: one more expert that runs on every node with weight 1: ``True`` (default) for one of the same
+            kind (the first of a list), a conv as in ``conv``, or ``False`` for none.
+        dense_start: with a shared expert, scale the routed experts' output by a learned gain that starts at zero
+            (default ``True``).
+        shared_transform: map the input to the output's width once, before router and routed experts; the shared expert
+            sees the input itself. For inputs much wider than the output (default ``False``).
         router_kwargs: further arguments of the router.
-        local: ``True`` says that a class of your own is local, ``False`` forbids the local path; ``None`` (default)
-            takes it for the classes known to be.
-        backend: see :func:`gmoe.dispatch.grouped_linear`.
+        local: ``True`` declares your own class local (verified), ``False`` disables the local path; ``None`` (default)
+            uses it for classes known to be local.
+        backend: see :func:`gmoe.grouped_linear`.
         check_finite: the router refuses NaN and infinity (default ``False``; costs a host sync).
         **conv_kwargs: further arguments of every conv.
 
@@ -216,7 +214,7 @@ class MoEConv(MoELayer, MessagePassing):
         routing: Routing | None = None,
         return_routing: bool = False,
     ) -> Any:
-        """Route and run; see the class. ``routing``: a decision made elsewhere, used in place of the router's."""
+        """Route and run; see the class. ``routing``: a decision made elsewhere, used instead of the router's."""
         tracing = torch._C._is_tracing() or torch.compiler.is_exporting()
         if tracing or (not torch.compiler.is_compiling() and in_transform()):
             refuse_transforms()

@@ -33,11 +33,11 @@ def neighbor_loader(
     backend: SamplerBackend = "auto",
     **kwargs: Any,
 ) -> NodeLoader:
-    """PyG's ``NeighborLoader`` where ``pyg-lib`` is installed, and the same batches in distribution where it is not.
+    """Load mini-batches by PyG's ``NeighborLoader``, or without ``pyg-lib`` by a sampler of the same distribution.
 
     Args:
         data: the graph.
-        num_neighbors: how many in-edges a node draws in each hop, from the seeds outwards (-1: all of them); for
+        num_neighbors: in-edges drawn per node in each hop, from the seeds outwards (-1: all); for
             ``HeteroData`` also a dictionary by type of edges.
         input_nodes: the seeds of an epoch: ids, a boolean mask, or all nodes (``None``, default). For ``HeteroData`` a
             type of nodes, or a type and any of these.

@@ -58,7 +58,7 @@ class NeighborSampler(BaseSampler):
     of its in-edges, so that messages flow from the sources to the seeds. Floyd's algorithm draws the subsets of all
     nodes of a hop at once, in O(k^2) a node, whatever its degree. Parallel edges and self-loops are edges like any
     other. A node is expanded once, in the hop after the one that found it. A seed that is given twice stays two nodes,
-    as in PyG, each with draws of its own; where it is a source, it is the first of them.
+    as in PyG, each with its own draws; as a source it counts as the first.
 
     Draws come from torch's default generator, so that ``torch.manual_seed`` repeats them, in worker processes too.
 

@@ -1,4 +1,4 @@
-"""GNNMoE: a PyG-style GNN with MoEConv layers. Shapes: N nodes, M edges, D width, E experts, K experts a node."""
+"""GNNMoE: a PyG-style GNN with MoEConv layers. Shapes: N nodes, M edges, D width, E experts, K experts per node."""
 
 from __future__ import annotations
 
@@ -46,13 +46,12 @@ class GNNMoE(HubMixin, BasicGNN):
         out_channels: width of the output, such as the number of classes.
         num_layers: number of convs (default 2).
         conv: see :class:`MoEConv` (default ``"gcn"``).
-        router: a name or factory, or an instance where one is all it takes: with ``shared_router``, or for a
-            single MoE layer (default ``"token_choice"``). ``None`` builds the dense baseline: the same model with plain
-            convs in all layers.
+        router: a name or factory (default ``"token_choice"``); an instance is allowed with ``shared_router`` or a
+            single MoE layer. ``None`` builds the dense baseline: the same model with plain convs in all layers.
         num_experts: E (default 8, or the length of a list of convs).
         k: K, experts per node (default 1).
-        shared_router: one router decides once for each node, from the raw features, and all layers follow; by default
-            (``False``) each layer has a router of its own, on its own input.
+        shared_router: route each node once, from the raw features, for all layers; by default (``False``) each layer
+            has its own router on its own input.
         router_input: what routers see: the ``"node"`` (default), its ``"neighbors"``, its ``"degree"``, or several.
         router_hops: with ``shared_router``, how many times the raw features are averaged over in-edges: the neighbors
             are (Ax, ..., A^hops x) (default 1).
@@ -62,9 +61,8 @@ class GNNMoE(HubMixin, BasicGNN):
             jumping knowledge; ``jk="last"`` is a plain output projection).
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
-        shared_expert, dense_start: one more expert on every node of the MoE layers, beside which the routed ones start
-            at zero, so that a new model gives what the dense one (``router=None``) gives that is drawn with the same
-            seed; see :class:`MoEConv` (default ``True``).
+        shared_expert, dense_start: see :class:`MoEConv` (default ``True``): with the same seed, a new model equals the
+            dense one (``router=None``).
         input_dropout: dropout of the input features (default 0).
         in_proj: begin with a linear layer to ``hidden_channels`` (default ``False``).
         router_kwargs: further arguments of the routers.
@@ -75,8 +73,8 @@ class GNNMoE(HubMixin, BasicGNN):
     Shapes:
         - as PyG's ``BasicGNN``; ``edge_index`` may be a :class:`gmoe.Graph`; ``batch`` (N,) also makes the graphs
           separate groups.
-        - returns (N, out_channels), and the list of :class:`Routing` with ``return_routing=True`` (one a MoE layer; a
-          shared decision once).
+        - returns (N, out_channels), and the list of :class:`Routing` with ``return_routing=True`` (one per MoE
+          layer; one in all with ``shared_router``).
 
     Raises:
         ValueError: no layer would be a MoE; a router instance for several layers; whatever :class:`MoEConv` refuses.
@@ -353,7 +351,7 @@ class GNNMoE(HubMixin, BasicGNN):
         """Logits of all nodes, layer by layer in chunks, without gradients: equal to the forward on the whole graph.
 
         Each layer routes once over all nodes, so that no node's experts depend on its chunk, and GCN's degrees are
-        those of the whole graph. Call :meth:`eval` first, as for any evaluation.
+        those of the whole graph. Call ``eval()`` first, as for any evaluation.
 
         Args:
             loader: a node loader, of which the graph and the batch size are taken (not what it samples), or the graph:
@@ -363,7 +361,7 @@ class GNNMoE(HubMixin, BasicGNN):
             embedding_device: where the features of all nodes are kept (default ``"cpu"``).
             progress_bar: show one (default ``False``).
             cache: keep the chunks between layers (default ``False``).
-            batch_size: nodes a chunk (default: the loader's, or 1,024).
+            batch_size: nodes per chunk (default: the loader's, or 1,024).
             return_routing: return the routings too, as :meth:`forward` does.
 
         Raises:

@@ -1,4 +1,4 @@
-"""HeteroGNNMoE: a GNN with HeteroMoEConv layers. Shapes: N nodes of a type, D width, E experts, K experts a node."""
+"""HeteroGNNMoE: a GNN with HeteroMoEConv layers. Shapes: N nodes of a type, D width, E experts, K experts per node."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from gmoe.routing import Routing, record_routing
 
 @dataclass(frozen=True, kw_only=True)
 class ViTSize:
-    """The dense transformer: what torchvision's ``VisionTransformer`` calls these sizes.
+    """The sizes of torchvision's ``VisionTransformer``, by its names.
 
     Args:
         image_size: height and width of the images, in pixels.
@@ -52,22 +52,22 @@ SIZES: dict[int, ViTSize] = {
 class ViTMoE(HubMixin, VisionTransformer):
     r"""torchvision's ViT (Dosovitskiy et al., 2021) with a MoE in the MLP of every n-th block.
 
-    The tokens of one image, the class token included, are a group: they compete for experts among themselves only.
+    The tokens of one image, the class token included, form a group: they compete for experts only among themselves.
 
     Args:
-        size: a :class:`ViTSize`, or the image size of one of :data:`SIZES` (8, 32 or 160).
+        size: a :class:`ViTSize`, or an image size with defaults: 8, 32 or 160.
         num_classes: default 10.
         router: a name or factory (default ``"expert_choice"``); ``None`` leaves the dense ViT, the baseline.
         num_experts: E (default 8).
         k: K, experts per token (default 1).
         every: block ``i`` is MoE where ``i % every == every - 1`` (default 2).
-        blocks: indices of the blocks that are MoE, in place of ``every`` (default ``None``).
+        blocks: indices of the MoE blocks, instead of ``every`` (default ``None``).
         shared_expert, dense_start: the dense MLP runs beside the routed experts, which start at zero, so that a new
             model gives what the dense one (``router=None``) gives that is drawn with the same seed; see :func:`moefy`
             (default ``True``).
         dropout, attention_dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
-        backend: see :func:`gmoe.dispatch.grouped_linear`.
+        backend: see :func:`gmoe.grouped_linear`.
 
     Shapes:
         - ``images``: (B, 3, H, W), or (B, 1, H, W) gray ones, H = W = ``image_size``.

@@ -53,10 +53,11 @@ ROUTERS: dict[str, Callable[..., Router]] = {
 def build_router(
     router: RouterLike, dim: int, num_experts: int, k: int, kwargs: Mapping[str, Any] | None = None
 ) -> Router:
-    """A router for one layer from a name, a factory or an instance.
+    """Build a layer's router from a name, a factory or an instance.
 
     Args:
-        router: see :data:`RouterLike`.
+        router: a name of ``gmoe.ROUTERS``, a class or factory ``router(dim, num_experts, k=k, **kwargs)``, or an
+            instance.
         dim: width of the tokens.
         num_experts: E.
         k: experts per token, passed where the router has such a parameter and a ``partial`` does not bind it; an

@@ -1,6 +1,6 @@
 """Attention vote.
 
-Shapes: T tokens, D width, E experts, H voting heads, d head width, B groups, S tokens a group, M edges with one
+Shapes: T tokens, D width, E experts, H voting heads, d head width, B groups, S tokens per group, M edges with one
 self-loop a token.
 """
 
@@ -28,15 +28,14 @@ KEPT = 4
 
 
 class AttentionVote(Router):
-    r"""Each expert takes the top-C tokens of a group that the other tokens vote for.
+    r"""Each expert picks the top-C tokens of a group by the attention they get from other tokens.
 
     .. math::
         \mathrm{votes}_j^e = \sum_i \mathrm{softmax}_j(q_i^e \cdot k_j^e / \sqrt{d})
 
-    Every token has one vote an expert, so that votes average 1 over all tokens. Capacity and ties are those of
-    :class:`ExpertChoice`; votes that differ by rounding only are ties. Votes run
-    along tokens: with ``weight="score"`` they are divided by the detached mean of the group's selected votes and capped
-    at 10.
+    Every token has one vote per expert, so votes average 1. Capacity and ties are those of :class:`ExpertChoice`; votes
+    that differ only by rounding are ties. Votes run along tokens: with ``weight="score"`` they are divided by the
+    detached mean of the group's selected votes and capped at 10.
 
     Args:
         dim: D, the width of the tokens.
@@ -45,7 +44,7 @@ class AttentionVote(Router):
         weight: see :class:`Router`; default ``"score"``.
         capacity_factor: scales the number of tokens that an expert takes (default 1).
         shared_queries: ``False`` (default): E queries and E keys. ``True``: one global query and E keys, E + 1
-            projections in place of 2E.
+            projections instead of 2E.
         scope: ``"group"`` (default): all tokens of a group vote; exact, O(T^2) time, O(T) memory forward and backward.
             ``"neighbors"``: a node spreads its vote over its out-neighbors and itself, O(edges); needs ``edge_index``.
             Experts choose inside groups either way.

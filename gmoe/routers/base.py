@@ -41,7 +41,7 @@ class Router(nn.Module, ABC):
         check_finite: raise on NaN or infinity in the tokens. Costs a host sync; default ``False``.
 
     Attributes:
-        experts_per_token: average number of experts of a token, by construction: what the cost of a layer follows.
+        experts_per_token: average number of experts per token; compute scales with it.
 
     Shapes:
         - ``x``: (..., T, D); leading dimensions are groups, without them all tokens are one group.

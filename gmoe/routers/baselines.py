@@ -13,7 +13,7 @@ class RandomRouter(Router):
     r"""Baseline: token choice by a frozen random projection, ``softmax(x R)`` with :math:`R_{de} \sim N(0, 1/D)`.
 
     Random but a function of the token, so that it follows permutations and equal tokens share experts (hash-like
-    routing, Roller et al., 2021). It has nothing to learn; what a learned router gains over it, routing gains.
+    routing, Roller et al., 2021). What a learned router gains over it is due to learned routing.
 
     Args:
         dim: D, the width of the tokens.
@@ -50,7 +50,7 @@ class RandomRouter(Router):
 
 
 class UniformRouter(Router):
-    """Baseline: every token goes to all E experts with weight 1 / E, a plain average. It costs E times one expert.
+    """Baseline: average all E experts, each with weight 1 / E. Costs E times one expert.
 
     Args:
         dim: D, the width of the tokens.
@@ -74,7 +74,7 @@ class UniformRouter(Router):
 
 
 class OracleRouter(Router):
-    """Baseline for planted data: every token goes to the one expert that it is known to belong to, with weight 1.
+    """Baseline for planted data: send every token to its known expert, with weight 1.
 
     Args:
         dim: D, the width of the tokens.

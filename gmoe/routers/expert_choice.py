@@ -19,7 +19,7 @@ Losses: TypeAlias = Mapping[str, AuxLoss]
 
 
 class ExpertChoice(Router):
-    r"""Each expert takes its top-C tokens of a group (Zhou et al., 2022), so that the load is even by construction.
+    r"""Each expert picks its top-C tokens of a group (Zhou et al., 2022); the load is even by construction.
 
     .. math::
         g = \mathrm{softmax}(X W), \quad
@@ -41,8 +41,8 @@ class ExpertChoice(Router):
             were taken in training, so that each token decides alone; needs at least one training step before.
         momentum: share of the newest step in those running means (default 0.1).
         z_coef: coefficient of the router z-loss (default 0, no loss).
-        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as Switch Transformer's): a softmax that is
-            sharp from the start, as large features make it, hardly learns.
+        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch Transformer): a softmax that is
+            sharp from the start hardly learns.
         check_finite: see :class:`Router`.
 
     Shapes:

@@ -26,9 +26,9 @@ EPS = 1e-12
 
 
 class MultiCentroid(Router):
-    r"""Several centroids per expert: an expert is as good as its best centroid is near, by cosine similarity.
+    r"""Score an expert by the cosine similarity of its nearest centroid; each expert has several.
 
-    Its nearest relative is `X-MoE <https://arxiv.org/abs/2204.09179>`_ (Chi et al., 2022), with one centroid an expert.
+    The nearest relative is `X-MoE <https://arxiv.org/abs/2204.09179>`_ (Chi et al., 2022): one centroid per expert.
 
     .. math::
         l_{te} = \max_m \cos(x_t - \mu, c_{em}) / \tau, \qquad g_t = \mathrm{softmax}_e(l_t)

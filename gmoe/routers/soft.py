@@ -17,9 +17,9 @@ EPS = 1e-6
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class SoftRouting(Routing):
-    """What :class:`SoftSlots` returns: how slots mix tokens, and how tokens mix slots.
+    """The result of :class:`gmoe.SoftSlots`: how slots mix tokens, and how tokens mix slots.
 
-    As a :class:`Routing` it records all T * E pairs, each with the summed combine weights of the expert's slots.
+    As a :class:`gmoe.Routing` it records all T * E pairs, each with the summed combine weights of the expert's slots.
 
     Args:
         dispatch_TES: (T, E, S) the share of each token in each slot of its group; sums to 1 over a group's tokens.
@@ -67,8 +67,8 @@ class SoftSlots(Router):
         l = X \Phi, \quad D = \mathrm{softmax}_t(l), \quad C = \mathrm{softmax}_{es}(l), \quad
         y = C f(D^\top X)
 
-    Every slot is a weighted mean of all tokens, and every token one of all slots: nothing is chosen or dropped, and
-    everything has a gradient. The cost of a layer follows the slots, not the tokens.
+    Every slot is a weighted mean of all tokens and every token one of all slots: nothing is dropped, and everything has
+    a gradient. Compute scales with the slots, not with the tokens.
 
     Args:
         dim: D, the width of the tokens.

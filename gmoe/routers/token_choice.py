@@ -1,4 +1,4 @@
-"""Token choice. Shapes: T tokens, D width, E experts, K experts a token, P pairs."""
+"""Token choice. Shapes: T tokens, D width, E experts, K experts per token, P pairs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOISE_FLOOR = 0.01
 
 
 class TokenChoice(Router):
-    r"""Each token takes its top-K experts (Shazeer et al., 2017; Switch Transformer, Fedus et al., 2021).
+    r"""Each token picks its top-K experts (Shazeer et al., 2017; Switch Transformer, Fedus et al., 2021).
 
     .. math::
         g_{te} = \mathrm{softmax}_e(x_t W)_e, \qquad y_t = \sum_{e \in \mathrm{topK}(g_t)} w_{te} f_e(x_t)
@@ -38,15 +38,15 @@ class TokenChoice(Router):
             ``N(0, 1) * (softplus(x W_noise) + 0.01)`` with learned ``W_noise``, which starts at zero. ``None``
             (default) is what ``balance`` needs: ``"spread"`` with the bias, ``True`` with importance and load, else
             ``False``.
-        balance: what keeps the experts equally loaded:
+        balance: how experts are kept equally loaded:
 
-            - ``"bias"`` (default): no loss, so that there is nothing to add to the task's. A bias per expert is added
-              to the logits for the selection, not for the weights, as in DeepSeek-V3 (2024). Once per training step it
-              moves towards equal load, by ``bias_rate`` times the spread of the logits times
-              :math:`(\bar n - n_e) / \bar n` in [-1, 1], with :math:`n_e` what the expert would take without noise. A
-              step's load takes effect with the next forward in training, so that a checkpoint's recomputation selects
-              the same, as long as every forward is followed by its own backward. Processes do not add up
-              their loads: under DDP, which broadcasts buffers, the first one's counts.
+            - ``"bias"`` (default): no loss to add. A bias per expert is added to the logits for the selection, not for
+              the weights, as in DeepSeek-V3 (2024). Once per training step it moves towards equal load, by
+              ``bias_rate`` times the spread of the logits times :math:`(\bar n - n_e) / \bar n` in [-1, 1], with
+              :math:`n_e` what the expert would take without noise. A step's load takes effect with the next forward in
+              training, so that a checkpoint's recomputation selects the same, as long as every forward is followed by
+              its own backward. Processes do not add up their loads: under DDP, which broadcasts buffers, the first
+              one's counts.
             - ``"importance_load"``: adds ``balance_coef * (CV^2(importance) + CV^2(load))``; the load has a gradient
               through the learned noise only, so that ``noise=False`` and ``"spread"`` are refused. Importance is
               summed over the noisy probabilities, as by Shazeer et al. (2017), but before selection, as by V-MoE.
@@ -55,8 +55,8 @@ class TokenChoice(Router):
         balance_coef: coefficient of the balance loss (default 0.01).
         bias_rate: largest step of the bias, in units of the logits' spread (default 0.1).
         z_coef: coefficient of the router z-loss (default 0, no loss).
-        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as Switch Transformer's): a softmax that is
-            sharp from the start, as large features make it, hardly learns.
+        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch Transformer): a softmax that is
+            sharp from the start hardly learns.
         capacity_factor: in training, an expert takes at most ``clamp(ceil(capacity_factor * K * T_group / E), 1,
             T_group)`` tokens of a group. Pairs are dropped by priority (V-MoE's batch-prioritized routing: first
             choices before second ones, and among them tokens with the highest probability first), never by position.

@@ -1,4 +1,4 @@
-"""Looks after a router in training, and warns where it does no work. Shapes: E experts."""
+"""Watch a router in training, and warn if it does not work. Shapes: E experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLLAPSED = 0.95
 
 
 class Watch:
-    """Warns once where experts collapsed, and once where nobody trains on the losses of a :class:`Routing`."""
+    """Warn once if experts collapsed, and once if nobody trains on the losses of a :class:`Routing`."""
 
     def __init__(self) -> None:
         self.steps = 0

@@ -1,0 +1,65 @@
+"""The site: ``sphinx-build -W --keep-going -b html docs DIR``. It needs no network."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import gmoe  # noqa: E402
+
+project = "gmoe"
+author = "The gmoe developers"
+project_copyright = f"2026, {author}"
+release = gmoe.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "auto_examples/*.ipynb"]
+templates_path = ["_templates"]
+html_theme = "furo"
+html_title = f"gmoe {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_inherit_docstrings = False  # torch's and PyG's link to their own sites
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings tell
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Shapes"]
+
+nitpicky = True  # a reference that leads nowhere is a warning, but for those to other projects
+nitpick_ignore_regex = [("py:.*", r"(abc|torch|torch_geometric|torchmetrics|torchvision|huggingface_hub)\..*")]
+
+sphinx_gallery_conf = {
+    "examples_dirs": str(ROOT / "examples"),
+    "gallery_dirs": "auto_examples",
+    "plot_gallery": False,  # CI runs the examples in a step of its own
+    "download_all_examples": False,
+    "show_signature": False,
+    "within_subsection_order": "FileNameSortKey",
+}
+
+
+def public_bases(_: Any, __: str, ___: type, ____: dict[str, Any], bases: list[type]) -> None:
+    """Show a private base class as its own public one."""
+    bases[:] = [base.__base__ if base.__name__.startswith("_") and base.__base__ else base for base in bases]
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-bases", public_bases)

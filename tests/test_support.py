@@ -1,0 +1,204 @@
+"""Every cell of the table in ``docs/support.md`` is a test: what is put into what, and whether it works.
+
+``yes``: outputs and, where it trains, gradients are those without. ``refused``: an error of gmoe's own, which says what
+to use instead. ``no``: torch's or PyG's. ``contract.py`` tests more layers of each kind.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch_geometric.explain import Explainer, GNNExplainer
+from torch_geometric.nn import to_hetero
+
+import gmoe
+from tests import contract
+from tests.contract import CASES, METADATA, Case, assert_alike, outcome, rows, run, train
+
+LAYERS = {
+    "`MoE`": "MoE token_choice",
+    "a ViT after `moefy`": "moefied ViT",
+    "`MoEConv`": "MoEConv gcn",
+    "`GNNMoE`": "GNNMoE shared router",
+    "`HeteroGNNMoE`": "HeteroGNNMoE target",
+}
+"""The columns, and the case of the contract that stands for each."""
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module"),
+]
+
+
+def compiles(case: Case, **options: Any) -> None:
+    torch.compiler.reset()
+    layer = case.make()
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, **options)
+    assert_alike(train(twin, case.call(), compiled), train(layer, case.call()))
+
+
+def transforms(case: Case, name: str) -> None:
+    found = outcome(case, name)
+    if found != "works":
+        raise (RuntimeError if "not supported by gmoe" in found else NotImplementedError)(found)
+
+
+def scripts(case: Case) -> None:
+    torch.jit.script(case.make())
+
+
+def trains_in_parallel(case: Case, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Two steps as without: DDP raises in the second where a parameter got no gradient."""
+    layer = case.make()
+    wrapped = wrap(copy.deepcopy(layer))
+    for model in (layer, wrapped):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            optimizer.zero_grad()
+            run(model, case.call()).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(run(wrapped.eval(), case.call()), run(layer.eval(), case.call()))
+
+
+def shards(layer: nn.Module) -> Any:
+    return fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+
+
+def quantizes(case: Case) -> None:
+    layer = case.make().eval()
+    quantized = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
+    assert any("quantized" in type(module).__module__ for module in quantized.modules())
+    assert run(quantized, case.call()).shape == run(layer, case.call()).shape
+
+
+def differentiates_twice(case: Case) -> None:
+    layer, call = case.make(), case.call()
+    leaves = [parameter for parameter in layer.parameters() if parameter.dim() > 1]
+    gradients = torch.autograd.grad(run(layer, call).square().sum(), leaves, create_graph=True)
+    torch.stack([gradient.square().sum() for gradient in gradients]).sum().backward()
+
+
+def becomes_hetero(case: Case) -> None:
+    class Model(nn.Module):
+        def __init__(self, conv: nn.Module) -> None:
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x: Any, edge_index: Any) -> Any:
+            return self.conv(x, edge_index)
+
+    layer = case.make()
+    open_conv = Model(gmoe.MoEConv("sage", (-1, -1), 6, num_experts=8))
+    model = to_hetero(layer if isinstance(layer, gmoe.GNNMoE) else open_conv, METADATA)
+    args, _ = contract.relations(contract.GROUPS)
+    assert rows(model(*args)).isfinite().all()
+
+
+def explains(case: Case) -> None:
+    layer, call = case.make().eval(), case.call()
+    config = {"mode": "multiclass_classification", "task_level": "node", "return_type": "raw"}
+    options = {"explanation_type": "model", "edge_mask_type": "object", "node_mask_type": "attributes"}
+    before = run(layer, call)
+    explained = Explainer(layer, GNNExplainer(epochs=3), model_config=config, **options)(*call.args, **call.kwargs)
+    masks = getattr(explained, "edge_mask_dict", None) or {"": explained.edge_mask}
+    assert any(bool(mask.any()) for mask in masks.values())
+    torch.testing.assert_close(run(layer, call), before)
+
+
+def fills_in_widths(case: Case) -> None:
+    build: Any = partial(gmoe.MoEConv, "gcn", -1, 6) if case.name == "MoEConv gcn" else partial(gmoe.GNNMoE, -1, 6, 5)
+    assert run(build(), case.call()).isfinite().all()
+
+
+def keeps(*clauses: Callable[[Case, str], None]) -> Callable[[Case], None]:
+    """Clauses of the contract."""
+
+    def check(case: Case) -> None:
+        for clause in clauses:
+            if clause.__name__ in case.exempt:
+                raise NotImplementedError(case.exempt[clause.__name__])
+            clause(case, "cpu")
+
+    return check
+
+
+PROBES: dict[str, Callable[[Case], None]] = {
+    "autocast, float64": keeps(contract.trains_under_autocast, contract.computes_in_float64),
+    "deep copies, pickle, state dicts": keeps(
+        contract.is_copied, contract.is_pickled, contract.is_restored_from_its_state_dict
+    ),
+    "the meta device, then `reset_parameters`": keeps(contract.starts_on_the_meta_device),
+    "activation checkpointing": keeps(contract.is_checkpointed),
+    "`inference_mode`, several threads": keeps(contract.runs_without_gradients, contract.serves_two_threads),
+    "DDP": partial(trains_in_parallel, wrap=DistributedDataParallel),
+    "FSDP2 (`fully_shard`)": partial(trains_in_parallel, wrap=shards),
+    "`torch.compile`": partial(compiles, backend="eager"),
+    "`torch.compile(fullgraph=True)`": partial(compiles, backend="eager", fullgraph=True),
+    "`torch.export`": partial(transforms, name="torch.export"),
+    "`torch.jit.trace`": partial(transforms, name="torch.jit.trace"),
+    "`torch.jit.script`": scripts,
+    "`torch.func`": partial(transforms, name="torch.func.grad"),
+    "gradients of gradients": differentiates_twice,
+    "dynamic quantization": quantizes,
+    "`to_hetero`": becomes_hetero,
+    "explainers": explains,
+    "lazy widths (`-1`)": fills_in_widths,
+}
+
+
+def table() -> dict[tuple[str, str], str]:
+    """The cells of the page by row and column."""
+    page = (Path(__file__).parent.parent / "docs" / "support.md").read_text()
+    lines = re.search(r"<!-- cells -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
+    assert lines is not None
+    head, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1].splitlines()]
+    return {(row[0], name): cell for row in body for name, cell in zip(head[1:], row[1:], strict=True)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    meeting = tmp_path_factory.mktemp("gloo") / "meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    # a DDP that outlives its group frees it under the GIL, for which the group's own thread may be waiting
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def verdict(row: str, column: str) -> str:
+    case = next(case for case in CASES if case.name == LAYERS[column])
+    try:
+        PROBES[row](case)
+    except AssertionError:  # it runs, and gives something else
+        raise
+    except (RuntimeError, ValueError) as error:
+        own = re.search(r"not supported by gmoe|: got .*, expected|HeteroGNNMoE", str(error), re.DOTALL)
+        return "refused" if own else "no"
+    except Exception:
+        return "no"
+    return "yes"
+
+
+@pytest.mark.parametrize(("row", "column"), [cell for cell, says in table().items() if says != "–"])
+def test_cell(row: str, column: str) -> None:
+    assert verdict(row, column) == table()[row, column]
+
+
+def test_the_table_has_every_row_and_column() -> None:
+    assert list(table()) == [(row, column) for row in PROBES for column in LAYERS]
+    assert set(table().values()) <= {"yes", "refused", "no", "–"}
