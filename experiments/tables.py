@@ -34,7 +34,7 @@ Line: TypeAlias = dict[str, str]
 class TablesConfig:
     """Which pages, from which results."""
 
-    pages: tuple[Path, ...] = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES))
+    pages: tuple[Path, ...] = tuple(ROOT / "docs" / f"{page}.md" for page in PAGES)
     """The pages to rewrite."""
     results: Path = ROOT / "results"
     """Folder of the result files."""
