@@ -38,6 +38,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow  # .ci/run runs them against the wheel
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(path), "--fast"]
