@@ -1,4 +1,4 @@
-"""The data sets by name."""
+"""The data sets by name. Each is imported when it is asked for, with the packages that it alone needs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from typing import Any
 from torch_geometric.data import Data, HeteroData
 
 from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig, load_object
-from experiments.data.digits import digits, digits_graph
 from experiments.data.graph_data import GraphData, Split
 from experiments.data.graph_task import graph_task, hetero_task, transformed
-from experiments.data.mosaic import mosaic
-from experiments.data.registry import load_graph
 from experiments.data.task import Batch, Task
-from experiments.data.user_graph import graph_of, user_graph
 
 __all__ = ["Batch", "Split", "Task", "load_tasks", "own_data"]
 
@@ -53,9 +49,11 @@ def own_data(found: Any, config: RunConfig) -> GraphData | Task:
     """
     name = config.data or config.dataset
     if isinstance(config, ImageConfig):
-        from experiments.data.own_images import own_images  # torchvision, which graphs do without
+        from experiments.data.own_images import own_images
 
         return own_images(found, name, config)
+    from experiments.data.user_graph import graph_of
+
     expected = HeteroData if isinstance(config, HeteroConfig) else Data
     if not isinstance(found, expected):
         raise ValueError(
@@ -70,13 +68,21 @@ def _load(config: RunConfig) -> GraphData | Task:
         return _images(config)
     assert isinstance(config, GraphConfig | HeteroConfig)
     if config.dataset == "digits-graph":
+        from experiments.data.digits import digits_graph
+
         return digits_graph()
     if config.dataset == "mosaic":
+        from experiments.data.mosaic import mosaic
+
         return mosaic()
     if isinstance(config, GraphConfig) and config.dataset == "graph":
+        from experiments.data.user_graph import user_graph
+
         return user_graph(config.data_root, config.metric)
     if config.dataset == "hetero":
         raise ValueError("data: got None for hetero, expected package.module:function that returns a PyG HeteroData")
+    from experiments.data.registry import load_graph
+
     return load_graph(
         config.dataset, config.data_root, offline=config.offline, allow_large_downloads=config.allow_large_downloads
     )
@@ -88,7 +94,9 @@ def _images(config: ImageConfig) -> Task:
             value, default = getattr(config, name), getattr(ImageConfig, name)
             if value != default:
                 raise ValueError(f"{name}: got {value!r} for digits, expected {default!r}; only image folders take it")
+        from experiments.data.digits import digits
+
         return digits(config.label_smoothing)
-    from experiments.data.images import images  # torchvision, which graphs do without
+    from experiments.data.images import images
 
     return images(config)
