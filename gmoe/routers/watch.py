@@ -44,8 +44,9 @@ class Watch:
         if int(self.collapsed) == STEPS:
             self._say(
                 f"{name}: more than {COLLAPSED:.0%} of the tokens went to {few} of {num_experts} experts in each of "
-                f"the last {STEPS} training steps, so that the others learn nothing; try router_kwargs="
-                "{'balance': 'bias'} (token choice's default), router='expert_choice', or fewer experts"
+                f"the last {STEPS} training steps, so that the others learn nothing; center the features "
+                "(x - x.mean(dim=0)), or try router_kwargs={'balance': 'bias'} (token choice's default), "
+                "router='expert_choice', or fewer experts"
             )
         if self.backwards >= STEPS and self.loss_backwards == 0:
             self._say(
