@@ -123,7 +123,8 @@ class Log:
             return
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")  # the last may be half a row
         fresh = path.with_suffix(".new")
-        rows[pd.to_numeric(rows["epoch"], errors="coerce") < keep].to_csv(fresh, index=False)
+        epoch = pd.to_numeric(rows["epoch"], errors="coerce")
+        rows[(epoch < keep) & (epoch >= epoch.cummax())].to_csv(fresh, index=False)  # 12 cut off after a digit is no 1
         fresh.replace(path)
 
     def write(self, rows: list[dict[str, Any]]) -> None:

@@ -407,7 +407,7 @@ def config_class(dataset: str) -> type[RunConfig]:
 def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
     """The configuration that :meth:`RunConfig.science` was written of.
 
-    Options of other kinds of data, which runs of before 2026-12 hold, are left out.
+    Options of other kinds of data, which older runs hold, are left out.
 
     Args:
         science: as JSON.

@@ -291,13 +291,14 @@ def _report(
             for name, value in layer.items()
             if name != "layer" and value is not None
         }
-    images = isinstance(training.config, ImageConfig) and draw and routed
+    maps = None
+    if isinstance(training.config, ImageConfig) and training.config.model is None and draw and routed:  # a ViTMoE
+        task = training.task
+        pictures = next(iter(task.loader("val", 4, None))).inputs[0]
+        maps = gmoe.plot.expert_maps(training.model.module, pictures, mean=task.mean, std=task.std)
     for logger in loggers:
         logger.log(values, epoch)
-        if images:
-            task = training.task
-            pictures = next(iter(task.loader("val", 4, None))).inputs[0]
-            maps = gmoe.plot.expert_maps(training.model.module, pictures, mean=task.mean, std=task.std)
+        if maps is not None:
             logger.draw("experts", maps, epoch)
 
 

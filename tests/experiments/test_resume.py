@@ -272,6 +272,9 @@ def test_a_row_is_on_disk_at_once(tmp_path: Path) -> None:
         log.write([{"epoch": epoch, "val": 0.5}])
     Log(path, keep=2)
     assert path.read_text().split() == ["epoch,val", "0,0.5", "1,0.5"]
+    path.write_text(path.read_text() + "0")  # the first digits of a later epoch, all that a failing disk kept
+    Log(path, keep=2)
+    assert path.read_text().split() == ["epoch,val", "0,0.5", "1,0.5"]
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
