@@ -347,28 +347,14 @@ class ImageConfig(RunConfig):
     """Beside the shared expert, the others start at zero."""
     mlp_scale: float = 1.0
     """Dense: factor of the output of the MLPs in whose place experts would be, which weights by score scale."""
-    image_size: int | None = None
-    """Height and width that images are brought to; by default the data set's."""
     patch: int | None = None
     """Height and width of a patch; by default that of the size's preset."""
     dim: int | None = None
     """Width of a token; by default that of the size's preset."""
     vit_heads: int | None = None
     """Attention heads; by default those of the size's preset."""
-    augment: Literal["none", "standard", "randaugment"] = "none"
-    """Random crops and flips (`standard`), and RandAugment with them."""
-    mixup: float = 0.0
-    """Alpha of mixup; 0 is off. With cutmix too, each batch draws one of them."""
-    cutmix: float = 0.0
-    """Alpha of cutmix; 0 is off."""
     label_smoothing: float = 0.0
     """Label smoothing."""
-    val_share: float = 0.1
-    """Share of the training images that validate, stratified; the data set's test images are read once."""
-    split_seed: int = 0
-    """Seed of that split, and of the test set of a flat folder CLASS/*."""
-    skip_broken: bool = False
-    """Leave out files that cannot be decoded, and say how many."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -378,6 +364,26 @@ class ImageConfig(RunConfig):
             )
         if self.router == "dense" and self.equal is None and self.moe_blocks:
             raise ValueError(f"moe_blocks: got {self.moe_blocks} with router='dense', expected none: it has no experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSetConfig(ImageConfig):
+    """Images from files or from your own function, whose size, augmentation and split are up to you."""
+
+    image_size: int | None = None
+    """Height and width that images are brought to; by default the data set's."""
+    augment: Literal["none", "standard", "randaugment"] = "none"
+    """Random crops and flips (`standard`), and RandAugment with them."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 is off. With cutmix too, each batch draws one of them."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0 is off."""
+    val_share: float = 0.1
+    """Share of the training images that validate, stratified; the data set's test images are read once."""
+    split_seed: int = 0
+    """Seed of that split, and of the test set of a flat folder CLASS/*."""
+    skip_broken: bool = False
+    """Leave out files that cannot be decoded, and say how many."""
 
 
 HETERO = ("ogbn-mag", "hetero")
@@ -401,7 +407,11 @@ AMOUNTS = frozenset({"mlp_scale", "mixup", "cutmix", "clip_norm", "weight_decay"
 
 def config_class(dataset: str) -> type[RunConfig]:
     """The configuration of a data set's kind."""
-    return HeteroConfig if dataset in HETERO else ImageConfig if dataset in IMAGES else GraphConfig
+    if dataset in HETERO:
+        return HeteroConfig
+    if dataset in IMAGES:
+        return ImageConfig if dataset == "digits" else ImageSetConfig
+    return GraphConfig
 
 
 def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
@@ -420,7 +430,7 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
         raise ValueError("config: has no dataset")
     cls = config_class(science["dataset"])
     own = {option.name for option in fields(cls)}
-    everywhere = {option.name for kind in (GraphConfig, HeteroConfig, ImageConfig) for option in fields(kind)}
+    everywhere = {option.name for kind in (GraphConfig, HeteroConfig, ImageSetConfig) for option in fields(kind)}
     unknown = sorted(set(science) - everywhere - {"file", "digest", "extended"})
     if unknown:
         raise ValueError(f"config: got {', '.join(unknown)}, expected options of experiments.train")

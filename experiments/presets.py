@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig
+from experiments.config import GraphConfig, HeteroConfig, ImageConfig, ImageSetConfig, RunConfig
 
 DIGITS = ImageConfig(
     dataset="digits",
@@ -30,7 +30,7 @@ DIGITS = ImageConfig(
 92.3 ± 1.6, token choice 90.6 ± 0.7, multi-centroid 93.0 ± 1.1 % (results/digits.json).
 """
 
-CIFAR10 = ImageConfig(
+CIFAR10 = ImageSetConfig(
     dataset="cifar10",
     router="expert_choice",
     hidden=256,

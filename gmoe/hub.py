@@ -310,7 +310,7 @@ def _results(summary: Mapping[str, Any], dense: Mapping[str, Any] | None) -> str
     rows["active parameters"] = [f"{run['active_parameters']:,}" for run in runs.values()]
     rows["parameters"] = [f"{run['parameters']:,}" for run in runs.values()]
     split = "the data set's own"
-    if "val_share" in config:
+    if "val_share" in config:  # image sets, whose validation images are drawn
         split = f"{config['val_share']:.0%} of the training images validate (seed {config['split_seed']})"
     hardware = made["gpu"] or made["cpu"]
     return "\n".join(

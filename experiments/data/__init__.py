@@ -7,15 +7,12 @@ from typing import Any
 
 from torch_geometric.data import Data, HeteroData
 
-from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig, load_object
+from experiments.config import GraphConfig, HeteroConfig, ImageConfig, ImageSetConfig, RunConfig, load_object
 from experiments.data.graph_data import GraphData, Split
 from experiments.data.graph_task import graph_task, hetero_task, transformed
 from experiments.data.task import Batch, Task
 
 __all__ = ["Batch", "Split", "Task", "load_tasks", "own_data"]
-
-FOLDERS_ONLY = ("image_size", "augment", "mixup", "cutmix", "val_share", "split_seed", "skip_broken")
-"""Options of images that `digits`, which has its own split and size, does not take."""
 
 
 def load_tasks(config: RunConfig) -> Callable[[int], Task]:
@@ -48,10 +45,12 @@ def own_data(found: Any, config: RunConfig) -> GraphData | Task:
         ValueError: something else, or something that cannot be what it should.
     """
     name = config.data or config.dataset
-    if isinstance(config, ImageConfig):
+    if isinstance(config, ImageSetConfig):
         from experiments.data.own_images import own_images
 
         return own_images(found, name, config)
+    if isinstance(config, ImageConfig):
+        raise ValueError(f"data: got {name} for {config.dataset}, expected none; the preset images takes your own")
     from experiments.data.user_graph import graph_of
 
     expected = HeteroData if isinstance(config, HeteroConfig) else Data
@@ -89,14 +88,10 @@ def _load(config: RunConfig) -> GraphData | Task:
 
 
 def _images(config: ImageConfig) -> Task:
-    if config.dataset == "digits":
-        for name in FOLDERS_ONLY:
-            value, default = getattr(config, name), getattr(ImageConfig, name)
-            if value != default:
-                raise ValueError(f"{name}: got {value!r} for digits, expected {default!r}; only image folders take it")
-        from experiments.data.digits import digits
+    if isinstance(config, ImageSetConfig):
+        from experiments.data.images import images
 
-        return digits(config.label_smoothing)
-    from experiments.data.images import images
+        return images(config)
+    from experiments.data.digits import digits
 
-    return images(config)
+    return digits(config.label_smoothing)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from experiments.config import ImageConfig
+from experiments.config import ImageSetConfig
 from experiments.data.graph_data import Split
 from experiments.data.task import Batch, Task, image_task
 from vision.augment import make_augment, make_mix
@@ -14,7 +14,7 @@ from vision.batches import batches
 from vision.images import ImageData, load_images, split_train_val
 
 
-def images(config: ImageConfig) -> Task:
+def images(config: ImageSetConfig) -> Task:
     """``cifar10``, ``cifar100``, ``imagenette``, or ``images``, a folder of the user's own; see ``load_images``.
 
     Raises:
@@ -32,7 +32,7 @@ def images(config: ImageConfig) -> Task:
     return image_set_task(data, config)
 
 
-def image_set_task(data: ImageData, config: ImageConfig) -> Task:
+def image_set_task(data: ImageData, config: ImageSetConfig) -> Task:
     """The batches of a data set of images.
 
     Validation is a part of the training images (``--val-share``, ``--split-seed``) where the data have none of their

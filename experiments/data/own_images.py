@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from experiments.config import ImageConfig
+from experiments.config import ImageSetConfig
 from experiments.data.images import image_set_task
 from experiments.data.task import Task
 from vision.images import ImageData
 from vision.sources import MemoryImages
 
 
-def own_images(found: Any, name: str, config: ImageConfig) -> Task:
+def own_images(found: Any, name: str, config: ImageSetConfig) -> Task:
     """A task of images that a user's function made.
 
     Args:

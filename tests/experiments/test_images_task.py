@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from experiments.build import ScaledMLP, build_model, build_twin, init_centroids
-from experiments.config import ImageConfig
+from experiments.config import ImageSetConfig
 from experiments.data import load_tasks
 from experiments.digest import images_digest
 from experiments.presets import PRESETS
@@ -46,7 +46,7 @@ def test_every_preset_runs_on_tiny_files(preset: str, tmp_path: Path, monkeypatc
 
 
 def folder_task(root: Path, **changes: Any) -> Any:
-    return load_tasks(ImageConfig(dataset="images", data_root=root, **changes))(0)
+    return load_tasks(ImageSetConfig(dataset="images", data_root=root, **changes))(0)
 
 
 def rows(task: Any, part: Any, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +139,7 @@ def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
     root = write_images(tmp_path / "data")
     sizes: dict[str, Any] = {"layers": 3, "patch": 4, "dim": 8, "vit_heads": 2, "hidden": 8, "experts": 2}
-    config = ImageConfig(dataset="images", data_root=root, router="dense", every=2, **sizes)
+    config = ImageSetConfig(dataset="images", data_root=root, router="dense", every=2, **sizes)
     task = load_tasks(config)(0)
     images = torch.randn(2, 3, 8, 8)
     plain, scaled = (fresh(replace(config, mlp_scale=scale), task) for scale in (1.0, 0.25))
@@ -152,7 +152,7 @@ def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
     assert not any(isinstance(module, ScaledMLP) for module in twin.modules())
 
 
-def fresh(config: ImageConfig, task: Any) -> Any:
+def fresh(config: ImageSetConfig, task: Any) -> Any:
     torch.manual_seed(0)
     model: Any = build_model(config, task)
     torch.manual_seed(0)

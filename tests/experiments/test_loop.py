@@ -135,7 +135,6 @@ def test_compiled_training_gives_the_same_curve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "args", "message"),
     [
-        ("digits", ["--augment", "standard"], "augment: got 'standard' for digits"),
         ("digits", ["--moe-blocks", "1", "--router", "dense"], "moe_blocks: got (1,) with router='dense'"),
         ("digits", ["--moe-blocks", "0", "9"], "blocks: got (0, 9), expected some of -4 to 3"),
         ("digits", ["--ema", "1.0"], "ema: got 1.0, expected a number in [0, 1)"),
@@ -173,7 +172,10 @@ def test_older_runs_had_the_defaults() -> None:
     assert replace(DIGITS_GRAPH).differences(there | {"k": 2, "patch": None}) == {"k": (2, 1)}
 
 
-@pytest.mark.parametrize(("preset", "option"), [("digits", "--conv"), ("digits", "--tie-routers"), ("cora", "--patch")])
+@pytest.mark.parametrize(
+    ("preset", "option"),
+    [("digits", "--conv"), ("digits", "--tie-routers"), ("digits", "--augment"), ("cora", "--patch")],
+)
 def test_options_of_other_data_are_unknown(preset: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([preset, option, "1"])

@@ -13,7 +13,7 @@ from PIL import Image
 from torch_geometric.data import Data, HeteroData
 from torchvision.datasets import FakeData
 
-from experiments.config import GraphConfig, HeteroConfig, ImageConfig
+from experiments.config import GraphConfig, HeteroConfig, ImageSetConfig
 from experiments.data import Task, own_data
 from experiments.data.graph_data import GraphData
 from experiments.train import main
@@ -21,7 +21,7 @@ from tests.experiments.user_data import arrays, as_data
 
 GRAPH = GraphConfig(dataset="graph")
 HETERO = HeteroConfig(dataset="hetero")
-IMAGES = ImageConfig(dataset="images", val_share=0.25)
+IMAGES = ImageSetConfig(dataset="images", val_share=0.25)
 SIZES = ["--layers", "2", "--hidden", "8", "--experts", "2", "--epochs", "1", "--seeds", "0", "--no-progress"]
 
 
@@ -123,13 +123,13 @@ def test_floats_are_seen_as_they_are_and_val_is_taken() -> None:
     (batch,) = task.loader("val", 8, None)
     torch.testing.assert_close(batch.inputs[0], images[6:9].float())
     with pytest.raises(ValueError, match="augment: got 'randaugment' for images of floats"):
-        own_data(parts, ImageConfig(dataset="images", augment="randaugment"))
+        own_data(parts, ImageSetConfig(dataset="images", augment="randaugment"))
 
 
 def test_datasets_of_pil_images() -> None:
     fake = FakeData(30, (3, 16, 16), 4)
     fake.classes = list("abcd")
-    task = own_data((fake, fake), ImageConfig(dataset="images", image_size=8))
+    task = own_data((fake, fake), ImageSetConfig(dataset="images", image_size=8))
     assert isinstance(task, Task)
     assert (task.classes, task.in_channels) == (("a", "b", "c", "d"), 8)
     assert next(iter(task.loader("test", 8, None))).inputs[0].shape == (8, 3, 8, 8)
