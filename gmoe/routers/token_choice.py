@@ -19,6 +19,9 @@ Balance: TypeAlias = Literal["bias", "importance_load", "switch"]
 NOISE_FLOOR = 0.01
 """Least standard deviation of the learned noise: at zero the load would have no gradient."""
 
+MEAN_RATE = 0.1
+"""Share of a step's mean token in the running mean."""
+
 
 class TokenChoice(Router):
     r"""Each token picks its top-K experts (Shazeer et al., 2017; Switch Transformer, Fedus et al., 2021).
@@ -43,7 +46,10 @@ class TokenChoice(Router):
             - ``"bias"`` (default): no loss to add. A bias per expert is added to the logits for the selection, not for
               the weights, as in DeepSeek-V3 (2024). Once per training step it moves towards equal load, by
               ``bias_rate`` times the spread of the logits times :math:`(\bar n - n_e) / \bar n` in [-1, 1], with
-              :math:`n_e` what the expert would take without noise. A step's load takes effect with the next forward in
+              :math:`n_e` what the expert would take without noise. The logits are those of the centered token,
+              :math:`(x_t - \mu) W`, with :math:`\mu` a running mean of the tokens: what all tokens have in common
+              would move all of them to one expert at each step, faster than the bias follows. A step's load takes effect
+              with the next forward in
               training, so that a checkpoint's recomputation selects the same, as long as every forward is followed by
               its own backward. Processes do not add up their loads: under DDP, which broadcasts buffers, the first
               one's counts.
@@ -72,6 +78,7 @@ class TokenChoice(Router):
 
     bias_E: Tensor
     last_load_E: Tensor
+    mean_D: Tensor
 
     def __init__(
         self,
@@ -107,6 +114,7 @@ class TokenChoice(Router):
         if balance == "bias":
             self.register_buffer("bias_E", torch.zeros(num_experts))
             self.register_buffer("last_load_E", torch.zeros(num_experts))
+            self.register_buffer("mean_D", torch.zeros(dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,12 +126,18 @@ class TokenChoice(Router):
         if self.balance == "bias":
             self.bias_E.zero_()
             self.last_load_E.zero_()
+            self.mean_D.zero_()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        if type(self.gate) is nn.Linear:  # float_linear, written out: a call fewer on the default path
-            clean_TE = logits_TE = F.linear(x_TD, self.gate.weight.to(x_TD.dtype))
-        else:
-            clean_TE = logits_TE = float_linear(x_TD, self.gate)
+        counts = self.balance == "bias" and len(x_TD) > 0 and self.is_training_step()
+        if counts:  # the first step's mean token is taken as it is
+            first = ~self.last_load_E.any()
+            rate = MEAN_RATE + (1 - MEAN_RATE) * first.to(self.mean_D.dtype)
+            self.mean_D.lerp_(x_TD.detach().mean(dim=0).to(self.mean_D.dtype), rate)
+        clean_TE = float_linear(x_TD, self.gate)
+        if self.balance == "bias":  # (x - mean) W, without a copy of the tokens
+            clean_TE = clean_TE - float_linear(self.mean_D[None].to(x_TD.dtype), self.gate)
+        logits_TE = clean_TE
         std_TE = spread = None
         if self.training and (self.by_spread or self.balance == "bias") and len(x_TD):
             spread = clean_TE.detach().var(dim=0, unbiased=False).mean().sqrt()
@@ -136,7 +150,7 @@ class TokenChoice(Router):
         probs_TE = log_probs_TE.exp()
         ranked_TE = logits_TE  # whose probabilities may underflow to ties
         if self.balance == "bias":
-            if spread is not None and self.is_training_step():
+            if counts and spread is not None:
                 self._move_bias(clean_TE.detach(), spread)
             ranked_TE = logits_TE + self.bias_E
         expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)

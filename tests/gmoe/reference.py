@@ -293,11 +293,22 @@ def naive_votes(router: AttentionVote, x_TD: Tensor, groups: list[list[int]], ed
     return [[votes[t] for votes in votes_ET] for t in range(len(x_TD))]
 
 
+def naive_center(router: TokenChoice, x_TD: Tensor) -> Tensor:
+    """What the bias takes from every token: a running mean, which a training step moves before it routes."""
+    if router.balance != "bias":
+        return torch.zeros(())
+    if not router.training:
+        return router.mean_D
+    step_D = sum(x.detach() for x in x_TD) / len(x_TD)
+    return 0.9 * router.mean_D + 0.1 * step_D if router.last_load_E.any() else step_D
+
+
 def naive_logits(router: Router, x_TD: Tensor) -> Grid:
     if isinstance(router, RandomRouter):
         return [[x @ column for column in router.projection_DE.T] for x in x_TD]
     if isinstance(router, TokenChoice | ExpertChoice):
-        return [[x @ row for row in router.gate.weight] for x in x_TD]
+        center_D = naive_center(router, x_TD) if isinstance(router, TokenChoice) else torch.zeros(())
+        return [[(x - center_D) @ row for row in router.gate.weight] for x in x_TD]
     assert isinstance(router, MultiCentroid)
     grid = []
     for x in x_TD:

@@ -259,9 +259,9 @@ def test_flops_of_moe_grow_with_k_and_are_flat_in_e() -> None:
 
 
 def test_flops_of_gnn_moe_are_flat_in_e() -> None:
-    """But for the two routers, 2 T D E each."""
+    """But for the two routers, 2 (T + 1) D E each: a row more is the mean token's."""
     x = features(T, D).float()
-    costs = [count_flops(GNNMoE(D, D, 3, 3, num_experts=n), x, EDGES) - 2 * 2 * T * D * n for n in (4, 16)]
+    costs = [count_flops(GNNMoE(D, D, 3, 3, num_experts=n), x, EDGES) - 2 * 2 * (T + 1) * D * n for n in (4, 16)]
     assert costs[0] == costs[1]
 
 

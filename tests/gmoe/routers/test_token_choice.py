@@ -170,16 +170,48 @@ def test_a_bias_does_not_change_the_priority() -> None:
 
 
 def test_bias_by_hand() -> None:
-    """Four tokens, all for expert 0; a step is at most half of the logits' spread, and acts on the next forward."""
-    x = torch.tensor([[3.0, 0.0], [3.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    router = with_gate(TokenChoice(2, 2, bias_rate=0.5, noise=False), [[3.0, 0.0], [0.0, 0.0]])  # logits 9, 0 and 3, 0
-    router(x)
+    """Four tokens, three for expert 0; a step is at most half of the logits' spread, and acts on the next forward."""
+    x = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 0.0], [-1.0, 0.0]])
+    router = with_gate(TokenChoice(2, 2, bias_rate=0.5, noise=False), [[3.0, 0.0], [0.0, 0.0]])
+    router(x)  # logits 3 (x - 2), 0: 3, 3, 3 and -9
+    assert router.mean_D.tolist() == [2.0, 0.0]
     assert router.bias_E.tolist() == [0.0, 0.0]  # nothing was known yet
-    assert router.last_load_E.tolist() == [4, 0]
-    spread = (9.0 / 2) ** 0.5  # 9 and 3 vary by 9, the zeros by 0
+    assert router.last_load_E.tolist() == [3, 1]
+    spread = (27.0 / 2) ** 0.5  # 3, 3, 3 and -9 vary by 27, the zeros by 0
     weight = router(x).weight
-    torch.testing.assert_close(router.bias_E, 0.5 * spread * torch.tensor([-1.0, 1.0]))
-    torch.testing.assert_close(weight, torch.tensor([9.0, 9.0, 3.0, 3.0]).sigmoid())  # which do not see the bias
+    torch.testing.assert_close(router.bias_E, 0.5 * spread * torch.tensor([-0.5, 0.5]))
+    torch.testing.assert_close(weight, torch.tensor([3.0, 3.0, 3.0, 9.0]).sigmoid())  # which do not see the bias
+
+
+def test_the_mean_token_is_taken_away() -> None:
+    """The first step's as it is, a tenth of each later one's; evaluation leaves it alone."""
+    torch.manual_seed(0)
+    router, x = TokenChoice(4, 3, noise=False).double(), torch.randn(20, 4, dtype=torch.float64)
+    mean = 100 + x.mean(dim=0)
+    router(100 + x)
+    torch.testing.assert_close(router.mean_D, mean)
+    router(50 + x)
+    mean = 0.9 * mean + 0.1 * (50 + x.mean(dim=0))
+    torch.testing.assert_close(router.mean_D, mean)
+    expected = ((70 + x - mean) @ router.gate.weight.T).softmax(dim=1)
+    torch.testing.assert_close(router.eval()(70 + x).scores, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(router.mean_D, mean)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_experts_live_on_features_with_a_large_mean(k: int) -> None:
+    """Adam moves a gate's weights together along what all tokens have in common, faster than the bias follows."""
+    torch.manual_seed(0)
+    x = torch.rand(600, 64) + 1
+    target = torch.randn(600, 32)
+    layer = MoE(TokenChoice(64, 8, k=k), LinearExperts(64, 32, 8), torch.nn.Linear(64, 32), dense_start=True)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (layer(x) - target).square().mean().backward()
+        optimizer.step()
+    load = layer.router.eval()(x).load
+    assert (load > 0.01 * len(x)).sum() >= 6, load
 
 
 def test_noise_is_as_wide_as_the_logits() -> None:
