@@ -1,0 +1,52 @@
+"""Sums over the processes of ``torch.distributed``, so that statistics are those of the global batch.
+
+Under data parallelism every process sees a part of the batch. Loads, balance losses and running means of routers follow
+from sums over tokens, so that the sums over processes give what one process with the whole batch would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = Any
+"""A ``torch.distributed.ProcessGroup``; ``None`` stands for that of all processes."""
+
+
+def world_size(group: Group = None) -> int:
+    """How many processes there are: 1 where ``torch.distributed`` was not initialized."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def world_sum(x: Tensor, group: Group = None) -> Tensor:
+    """The sum of ``x`` over the processes; every process has to call it.
+
+    Its gradient is that of the local term times the number of processes: ``DistributedDataParallel`` takes the mean of
+    gradients over processes, which makes it the gradient of the sum.
+
+    Args:
+        x: of the same shape everywhere.
+        group: the process group (default: all processes).
+    """
+    size = world_size(group)
+    if size == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total + size * (x - x.detach()) if x.requires_grad else total
+
+
+def world_sums(parts: Sequence[Tensor], group: Group = None) -> list[Tensor]:
+    """:func:`world_sum` of several tensors in one collective, in the widest of their dtypes."""
+    if world_size(group) == 1:
+        return list(parts)
+    dtype = parts[0].dtype
+    for part in parts[1:]:
+        dtype = torch.promote_types(dtype, part.dtype)
+    total = world_sum(torch.cat([part.to(dtype).reshape(-1) for part in parts]), group)
+    split = total.split([part.numel() for part in parts])
+    return [one.view_as(part).to(part.dtype) for one, part in zip(split, parts, strict=True)]
