@@ -1,6 +1,7 @@
 """Auxiliary losses of routers. Shapes: T tokens, E experts, M centroids per expert, D width.
 
-All are computed over all tokens of the call, and are 0 where there are none.
+All are computed over all tokens of the call, and are 0 where there are none. Under ``torch.distributed`` routers use
+the same formulas on sums over the tokens of all processes.
 """
 
 from __future__ import annotations
@@ -27,14 +28,18 @@ def load_loss(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: int) 
     The load of expert ``e`` is ``sum_t Phi((clean_te - threshold_te) / std_te)``, where the threshold is the K-th
     best of the noisy logits of the *other* experts. Where K = E every load is T, and the loss is 0.
     """
-    num_experts = clean_TE.size(1)
-    if k >= num_experts:
-        return clean_TE.sum() * 0.0
+    return cv_squared(expected_load(clean_TE, noisy_TE, noise_std_TE, k))
+
+
+def expected_load(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: int) -> Tensor:
+    """(E,) the expected load of :func:`load_loss`."""
+    if k >= clean_TE.size(1):
+        return (clean_TE * 0.0 + 1.0).sum(dim=0)
     best_TK = noisy_TE.topk(k + 1, dim=-1).values
     kth, next_after = best_TK[:, k - 1 : k], best_TK[:, k : k + 1]
     threshold_TE = torch.where(noisy_TE >= kth, next_after, kth)
     prob_TE = torch.special.ndtr((clean_TE - threshold_TE) / noise_std_TE)
-    return cv_squared(prob_TE.sum(dim=0))
+    return prob_TE.sum(dim=0)
 
 
 def switch_loss(probs_TE: Tensor, load_E: Tensor) -> Tensor:
@@ -42,14 +47,24 @@ def switch_loss(probs_TE: Tensor, load_E: Tensor) -> Tensor:
 
     It is 1 where both are uniform, and E where one expert gets everything.
     """
-    num_tokens, num_experts = probs_TE.shape
-    share_E = load_E.to(probs_TE.dtype) / load_E.sum().clamp(min=1)
-    return num_experts * (share_E * probs_TE.sum(dim=0)).sum() / max(num_tokens, 1)
+    importance_E = probs_TE.sum(dim=0)
+    return switch_of(importance_E, load_E, importance_E.new_tensor(len(probs_TE)))
+
+
+def switch_of(importance_E: Tensor, load_E: Tensor, tokens: Tensor) -> Tensor:
+    """:func:`switch_loss` from sums over tokens and their number."""
+    share_E = load_E.to(importance_E.dtype) / load_E.sum().clamp(min=1)
+    return len(load_E) * (share_E * importance_E).sum() / tokens.clamp(min=1)
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
     """Mean over tokens of ``logsumexp_e(logit_te)^2`` (ST-MoE, Zoph et al., 2022)."""
-    return logits_TE.logsumexp(dim=-1).square().sum() / max(logits_TE.size(0), 1)
+    return square_sum(logits_TE) / max(logits_TE.size(0), 1)
+
+
+def square_sum(logits_TE: Tensor) -> Tensor:
+    """The sum over tokens of :func:`z_loss`."""
+    return logits_TE.logsumexp(dim=-1).square().sum()
 
 
 def separation_loss(centroids_EMD: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gmoe._autograd import untraced
 
+
 class AuxLoss(NamedTuple):
     """An auxiliary loss: its value, and its coefficient in the training loss."""
 

@@ -315,7 +315,9 @@ class MoEConv(MoELayer, MessagePassing):
             edges = chunks.graph.edge_index.to(chunks.device) if self._router_sees_edges else None
             routing = self.router(view, batch, edges)
         assert routing is not None
-        y = self.experts.forward_chunked(u, chunks, h, routing if self.gain is None else routing.scaled(GAIN_SCALE * self.gain))
+        y = self.experts.forward_chunked(
+            u, chunks, h, routing if self.gain is None else routing.scaled(GAIN_SCALE * self.gain)
+        )
         if self.shared_expert is not None:
             own = chunks.in_flow(self.shared_expert.flow)
             near = h if self._aggregates_alike else self.shared_expert.aggregate_chunked(x, own)

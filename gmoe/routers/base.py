@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._checks import check_at_least, check_choice, check_count, check_positive
+from gmoe.distributed import world_sums
 from gmoe.routers.watch import Watch
 from gmoe.routing import Routing, in_backward
 
@@ -42,6 +43,11 @@ class Router(nn.Module, ABC):
 
     Attributes:
         experts_per_token: average number of experts per token; compute scales with it.
+        process_group: under ``torch.distributed``, losses and counters are those of the tokens of all processes of this
+            group, ``None`` (default) for all there are. One collective a forward in training with gradients, so that
+            every process has to call the router; not in the forward of a reentrant checkpoint, which has none. Where
+            tokens compete (expert choice, votes, capacities), they do so inside a process. A router with a group of
+            its own can be neither copied nor pickled.
 
     Shapes:
         - ``x``: (..., T, D); leading dimensions are groups, without them all tokens are one group.
@@ -71,6 +77,7 @@ class Router(nn.Module, ABC):
         self.check_finite = check_finite
         self.experts_per_token = float(k)
         self.watch = Watch()
+        self.process_group: Any = None
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -128,6 +135,15 @@ class Router(nn.Module, ABC):
         elif self.weight == "straight_through":
             log_gate_TK = log_gate_TK - log_gate_TK.detach()
         return expert_TK, log_gate_TK.exp()
+
+    def summed(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over tokens, over the tokens of all processes: one collective, in training with gradients only.
+
+        Every process has to come here, also one without tokens.
+        """
+        if not parts or not self.training or not torch.is_grad_enabled():
+            return parts
+        return dict(zip(parts, world_sums(list(parts.values()), self.process_group), strict=True))
 
     def is_training_step(self) -> bool:
         """Whether this forward moves the counters: not in evaluation, not when a checkpoint recomputes it."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from dataclasses import replace
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from gmoe.losses import z_loss
+from gmoe.losses import square_sum
 from gmoe.routers.base import Router, Weighting, float_linear, legal, pair_weights
 from gmoe.routers.groups import Groups, gather_pairs, pairs_of_mask
 from gmoe.routing import AuxLoss, Routing, in_backward
 
 Normalize: TypeAlias = Literal["experts", "tokens"]
 Inference: TypeAlias = Literal["group", "threshold"]
-Losses: TypeAlias = Mapping[str, AuxLoss]
 
 
 class ExpertChoice(Router):
@@ -83,9 +82,15 @@ class ExpertChoice(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TE = float_linear(x_TD, self.gate)
-        losses = {"z": AuxLoss(z_loss(logits_TE), self.z_coef)} if self.z_coef > 0 else {}
-        routing: Routing = self.selection(logits_TE, group, self.weight, losses)
-        return routing
+        routing, sums = self.selection(logits_TE, group, self.weight)
+        if self.z_coef > 0:
+            sums |= {"tokens": logits_TE.new_tensor(len(logits_TE)), "z": square_sum(logits_TE)}
+        sums = self.summed(sums)
+        self.selection.move(sums)
+        if self.z_coef > 0:
+            z = AuxLoss(sums["z"] / sums["tokens"].clamp(min=1), self.z_coef)
+            routing = replace(routing, losses={"z": z}, checked=True)
+        return cast("Routing", routing)
 
 
 class ExpertSelection(nn.Module):
@@ -137,19 +142,19 @@ class ExpertSelection(nn.Module):
             buffer.zero_()
 
     def forward(
-        self, logits_TE: Tensor, group: Tensor | int, weight: Weighting, losses: Losses, scale: Tensor | None = None
-    ) -> Routing:
-        """Select the pairs.
+        self, logits_TE: Tensor, group: Tensor | int, weight: Weighting, scale: Tensor | None = None
+    ) -> tuple[Routing, dict[str, Tensor]]:
+        """Select the pairs; and, in training, what the running means follow from, as sums over groups.
 
         Args:
             logits_TE: the logits.
             group: which tokens compete, see :meth:`gmoe.routers.Router.route`.
             weight: how a pair's weight follows from its gate, see :class:`gmoe.routers.Router`.
-            losses: those of the routing.
             scale: log-scores times ``scale`` that differ by rounding only, relative to their size or to 1 where they
                 are smaller, are ties; ``None`` (default): only equal ones are.
         """
         along_tokens = self.normalize == "tokens"
+        sums: dict[str, Tensor] = {}
         # inside a group the softmax along tokens ranks as the logits do
         ranked_TE = log_scores_TE = logits_TE if along_tokens else logits_TE.log_softmax(dim=-1)
         if self.inference == "threshold" and not self.training:
@@ -170,24 +175,36 @@ class ExpertSelection(nn.Module):
             capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
             pairs = groups.best_pairs(order_TE, log_scores_TE, capacity, along_tokens, rounded=scale is not None)
             token_P, offsets_E, log_gate_P = pairs
-            if self.inference == "threshold" and token_P.numel() > 0 and not in_backward():
-                self._update_stats(ranked_TE, log_gate_P, token_P.view(self.num_experts, -1), groups)
+            if self.inference == "threshold" and not in_backward():
+                sums = self._sums(ranked_TE, log_gate_P, token_P.view(self.num_experts, -1), groups)
         weight_P = pair_weights(weight, log_gate_P, token_P, len(logits_TE))
-        return Routing(token_P, offsets_E, weight_P, log_scores_TE.exp(), len(logits_TE), losses)
+        return Routing(token_P, offsets_E, weight_P, log_scores_TE.exp(), len(logits_TE)), sums
 
     @torch.no_grad()
-    def _update_stats(self, ranked_TE: Tensor, log_gate_P: Tensor, token_EC: Tensor, groups: Groups) -> None:
-        """Move the running means by this step: the mean over its groups."""
+    def _sums(self, ranked_TE: Tensor, log_gate_P: Tensor, token_EC: Tensor, groups: Groups) -> dict[str, Tensor]:
+        """Sums over the groups of the score of the last token taken and of the scale, and the number of groups."""
+        num_groups = groups.num_groups if token_EC.numel() else 0
         group_EC, ranked_EC = groups.of_tokens(token_EC.flatten()).view_as(token_EC), ranked_TE.T.gather(1, token_EC)
-        last_EB = ranked_EC.new_full((self.num_experts, groups.num_groups), torch.inf)
-        means = [(self.threshold_E, last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin"))]
+        last_EB = ranked_EC.new_full((self.num_experts, num_groups), torch.inf)
+        last_EB = last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin")
+        sums = {"groups": last_EB.new_tensor(num_groups), "last": last_EB.sum(dim=1)}
         if self.normalize == "tokens":  # gate = exp(logit) / scale, the same scale in all of a group
             log_scale_EC = ranked_EC - log_gate_P.view_as(token_EC)
-            means.append((self.log_scale_E, last_EB.scatter(1, group_EC, log_scale_EC)))
-        self.steps += 1
-        share = (1.0 / self.steps.float()).clamp(min=self.momentum)
-        for mean_E, step_EB in means:
-            mean_E.lerp_(step_EB.mean(dim=1).to(mean_E.dtype), share.to(mean_E.dtype))
+            sums["log_scale"] = last_EB.scatter(1, group_EC, log_scale_EC).sum(dim=1)
+        return sums
+
+    @torch.no_grad()
+    def move(self, sums: dict[str, Tensor]) -> None:
+        """Move the running means by the mean over the groups of a step; without groups they rest."""
+        if "groups" not in sums:
+            return
+        some = sums["groups"] > 0
+        self.steps += some
+        share = (1.0 / self.steps.float().clamp(min=1)).clamp(min=self.momentum) * some
+        for mean_E, sum_E in ((self.threshold_E, "last"), (getattr(self, "log_scale_E", None), "log_scale")):
+            if mean_E is not None:
+                step_E = sums[sum_E] / sums["groups"].clamp(min=1)
+                mean_E.lerp_(step_E.to(mean_E.dtype), share.to(mean_E.dtype))
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize!r}, inference={self.inference!r}, capacity_factor={self.capacity_factor}"

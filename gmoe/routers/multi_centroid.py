@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -144,8 +145,9 @@ class MultiCentroid(Router):
             return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses)
         # a cosine is rounded by where its row lies in the product: equal tokens come out equal up to that
         scale = self.log_temperature.detach().exp().clamp(max=1).to(logits_TE.dtype)
-        routing: Routing = self.selection(logits_TE, group, self.weight, losses, scale)
-        return routing
+        routing, sums = self.selection(logits_TE, group, self.weight, scale)
+        self.selection.move(self.summed(sums))
+        return replace(routing, losses=losses, checked=True)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)

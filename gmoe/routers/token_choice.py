@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe.losses import importance_loss, load_loss, switch_loss, z_loss
+from gmoe.losses import cv_squared, expected_load, square_sum, switch_of
 from gmoe.routers.base import Router, Weighting, float_linear, legal, pair_weights
 from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
 from gmoe.routing import AuxLoss, Routing
@@ -21,6 +21,9 @@ NOISE_FLOOR = 0.01
 
 MEAN_RATE = 0.1
 """Share of a step's mean token in the running mean."""
+
+ROUNDED = 16.0
+"""A variance below so many roundings of the mean square is none."""
 
 
 class TokenChoice(Router):
@@ -44,15 +47,13 @@ class TokenChoice(Router):
         balance: how experts are kept equally loaded:
 
             - ``"bias"`` (default): no loss to add. A bias per expert is added to the logits for the selection, not for
-              the weights, as in DeepSeek-V3 (2024). Once per training step it moves towards equal load, by
-              ``bias_rate`` times the spread of the logits times :math:`(\bar n - n_e) / \bar n` in [-1, 1], with
-              :math:`n_e` what the expert would take without noise. The logits are those of the centered token,
-              :math:`(x_t - \mu) W`, with :math:`\mu` a running mean of the tokens: what all tokens have in common
-              would move all of them to one expert at each step, faster than the bias follows. A step's load takes effect
-              with the next forward in
-              training, so that a checkpoint's recomputation selects the same, as long as every forward is followed by
-              its own backward. Processes do not add up their loads: under DDP, which broadcasts buffers, the first
-              one's counts.
+              the weights, as in DeepSeek-V3 (2024). Each training step moves it towards equal load, by ``bias_rate``
+              times the spread of the logits times :math:`(\bar n - n_e) / \bar n` in [-1, 1], with :math:`n_e` what the
+              expert would take without noise. The logits are those of the centered token, :math:`(x_t - \mu) W`, with
+              :math:`\mu` a running mean of the tokens (that of the first step, then a tenth of each new one): what all
+              tokens have in common would move all of them to one expert at each step, faster than the bias follows.
+              A step's load and mean take effect with the next forward in training, so that a checkpoint's
+              recomputation selects the same, as long as every forward is followed by its own backward.
             - ``"importance_load"``: adds ``balance_coef * (CV^2(importance) + CV^2(load))``; the load has a gradient
               through the learned noise only, so that ``noise=False`` and ``"spread"`` are refused. Importance is
               summed over the noisy probabilities, as by Shazeer et al. (2017), but before selection, as by V-MoE.
@@ -77,8 +78,9 @@ class TokenChoice(Router):
     """
 
     bias_E: Tensor
-    last_load_E: Tensor
     mean_D: Tensor
+    next_bias_E: Tensor
+    next_mean_D: Tensor
 
     def __init__(
         self,
@@ -112,9 +114,9 @@ class TokenChoice(Router):
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.noise = nn.Linear(dim, num_experts, bias=False) if noise is True else None
         if balance == "bias":
-            self.register_buffer("bias_E", torch.zeros(num_experts))
-            self.register_buffer("last_load_E", torch.zeros(num_experts))
-            self.register_buffer("mean_D", torch.zeros(dim))
+            for when in ("", "next_"):
+                self.register_buffer(f"{when}bias_E", torch.zeros(num_experts))
+                self.register_buffer(f"{when}mean_D", torch.zeros(dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -123,63 +125,89 @@ class TokenChoice(Router):
             self.gate.weight.mul_(self.init_scale)
         if self.noise is not None:
             nn.init.zeros_(self.noise.weight)
-        if self.balance == "bias":
-            self.bias_E.zero_()
-            self.last_load_E.zero_()
-            self.mean_D.zero_()
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        counts = self.balance == "bias" and len(x_TD) > 0 and self.is_training_step()
-        if counts:  # the first step's mean token is taken as it is
-            first = ~self.last_load_E.any()
-            rate = MEAN_RATE + (1 - MEAN_RATE) * first.to(self.mean_D.dtype)
-            self.mean_D.lerp_(x_TD.detach().mean(dim=0).to(self.mean_D.dtype), rate)
+        counts = self.balance == "bias" and self.is_training_step()
+        if counts:
+            self.bias_E.copy_(self.next_bias_E)
+            self.mean_D.copy_(self.next_mean_D)
         clean_TE = float_linear(x_TD, self.gate)
         if self.balance == "bias":  # (x - mean) W, without a copy of the tokens
             clean_TE = clean_TE - float_linear(self.mean_D[None].to(x_TD.dtype), self.gate)
-        logits_TE = clean_TE
-        std_TE = spread = None
-        if self.training and (self.by_spread or self.balance == "bias") and len(x_TD):
-            spread = clean_TE.detach().var(dim=0, unbiased=False).mean().sqrt()
+        logits_TE, std_TE = clean_TE, None
         if self.noise is not None:
             std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
-        std = spread if self.by_spread else std_TE
+        std = std_TE
+        if self.training and self.by_spread and len(x_TD) > 0:
+            std = clean_TE.detach().var(dim=0, unbiased=False).mean().sqrt()
         if self.training and std is not None:
             logits_TE = clean_TE + torch.randn_like(clean_TE) * std
         log_probs_TE = logits_TE.log_softmax(dim=-1)
-        probs_TE = log_probs_TE.exp()
-        ranked_TE = logits_TE  # whose probabilities may underflow to ties
-        if self.balance == "bias":
-            if counts and spread is not None:
-                self._move_bias(clean_TE.detach(), spread)
-            ranked_TE = logits_TE + self.bias_E
+        # not by probabilities, which may underflow to ties
+        ranked_TE = logits_TE + self.bias_E if self.balance == "bias" else logits_TE
         expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)
-        routing = Routing.from_choices(expert_TK, weight_TK, self.num_experts, probs_TE)
-        if self.balance in ("importance_load", "switch") or self.z_coef > 0:
-            routing = replace(routing, losses=self._losses(clean_TE, logits_TE, std_TE, routing))
+        routing = Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp())
+        with_losses = self.balance in ("importance_load", "switch") or self.z_coef > 0
+        sums = self._sums(clean_TE, logits_TE, std_TE, routing) if with_losses else {}
+        if counts:
+            sums |= self._counts(x_TD.detach(), clean_TE.detach())
+        if sums:
+            sums = self.summed(sums | {"tokens": clean_TE.new_tensor(len(clean_TE))})
+        if counts:
+            self._plan(sums)
+        if with_losses:
+            routing = replace(routing, losses=self._losses(sums), checked=True)
         if self.training and self.capacity_factor is not None:
             routing = self._within_capacity(routing, expert_TK, log_probs_TE, Groups.of(group, len(x_TD)))
         return routing
 
-    def _move_bias(self, clean_TE: Tensor, spread: Tensor) -> None:
-        """Move the bias by the last step's load, and remember this one's."""
-        mean = self.last_load_E.mean()
-        short_E = ((mean - self.last_load_E) / mean.clamp(min=1)).clamp(-1, 1)
-        self.bias_E.add_(self.bias_rate * spread * short_E)
+    def _counts(self, x_TD: Tensor, clean_TE: Tensor) -> dict[str, Tensor]:
+        """What the next bias and the next mean follow from, as sums over tokens."""
         chosen_TK = (clean_TE + self.bias_E).topk(self.k, dim=-1).indices
-        self.last_load_E.zero_().index_add_(0, chosen_TK.view(-1), self.last_load_E.new_ones(chosen_TK.numel()))
+        taken_E = clean_TE.new_zeros(self.num_experts)
+        taken_E.index_add_(0, chosen_TK.view(-1), clean_TE.new_ones(chosen_TK.numel()))
+        squares_E = clean_TE.square().sum(dim=0)
+        return {"taken": taken_E, "x": x_TD.sum(dim=0), "logits": clean_TE.sum(dim=0), "squares": squares_E}
 
-    def _losses(
-        self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, routing: Routing
-    ) -> dict[str, AuxLoss]:
-        losses = {}
+    @torch.no_grad()
+    def _plan(self, sums: dict[str, Tensor]) -> None:
+        """Set what the next training step starts with."""
+        tokens, taken_E = sums["tokens"].clamp(min=1), sums["taken"]
+        square_E = sums["squares"] / tokens
+        var_E = square_E - (sums["logits"] / tokens).square()
+        var_E = var_E.where(var_E > ROUNDED * torch.finfo(var_E.dtype).eps * square_E, 0)  # equal logits have no spread
+        mean = taken_E.mean()
+        step_E = self.bias_rate * var_E.mean().sqrt() * ((mean - taken_E) / mean.clamp(min=1)).clamp(-1, 1)
+        self.next_bias_E.copy_(self.bias_E + step_E)
+        first = ~self.mean_D.any()
+        rate = (MEAN_RATE + (1 - MEAN_RATE) * first.to(tokens.dtype)) * (sums["tokens"] > 0)
+        self.next_mean_D.copy_(self.mean_D + rate * (sums["x"] / tokens - self.mean_D))
+
+    def _sums(self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, routing: Routing) -> dict[str, Tensor]:
+        """What the losses follow from, as sums over tokens."""
+        sums = {}
+        if self.balance in ("importance_load", "switch"):
+            sums["importance"] = routing.scores.sum(dim=0)
         if self.balance == "importance_load" and std_TE is not None:
-            losses["importance"] = AuxLoss(importance_loss(routing.scores), self.balance_coef)
-            losses["load"] = AuxLoss(load_loss(clean_TE, logits_TE, std_TE, self.k), self.balance_coef)
+            sums["load"] = expected_load(clean_TE, logits_TE, std_TE, self.k)
         if self.balance == "switch":
-            losses["switch"] = AuxLoss(switch_loss(routing.scores, routing.load), self.balance_coef)
+            sums["load"] = routing.load.to(clean_TE.dtype)
         if self.z_coef > 0:
-            losses["z"] = AuxLoss(z_loss(logits_TE), self.z_coef)
+            sums["z"] = square_sum(logits_TE)
+        return sums
+
+    def _losses(self, sums: dict[str, Tensor]) -> dict[str, AuxLoss]:
+        losses = {}
+        if self.balance == "importance_load":
+            losses["importance"] = AuxLoss(cv_squared(sums["importance"]), self.balance_coef)
+            losses["load"] = AuxLoss(cv_squared(sums["load"]), self.balance_coef)
+        if self.balance == "switch":
+            switch = switch_of(sums["importance"], sums["load"], sums["tokens"])
+            losses["switch"] = AuxLoss(switch, self.balance_coef)
+        if self.z_coef > 0:
+            losses["z"] = AuxLoss(sums["z"] / sums["tokens"].clamp(min=1), self.z_coef)
         return losses
 
     def _within_capacity(self, routing: Routing, expert_TK: Tensor, log_probs_TE: Tensor, groups: Groups) -> Routing:

@@ -90,7 +90,8 @@ class Case:
             options["assignment"] = torch.arange(num_tokens) * 3 % num_experts
         router = self.router(dim, num_experts, **options).to(DTYPE)
         for name, value in [*router.named_parameters(), *router.named_buffers()]:
-            if name in ("noise.weight", "bias_E", "center_D", "selection.threshold_E", "selection.log_scale_E"):
+            bias = ("bias_E", "mean_D", "next_bias_E", "next_mean_D")
+            if name in ("noise.weight", *bias, "center_D", "selection.threshold_E", "selection.log_scale_E"):
                 nn.init.normal_(value, std=0.2)
             if name == "selection.steps":
                 value.fill_(1)
@@ -293,22 +294,13 @@ def naive_votes(router: AttentionVote, x_TD: Tensor, groups: list[list[int]], ed
     return [[votes[t] for votes in votes_ET] for t in range(len(x_TD))]
 
 
-def naive_center(router: TokenChoice, x_TD: Tensor) -> Tensor:
-    """What the bias takes from every token: a running mean, which a training step moves before it routes."""
-    if router.balance != "bias":
-        return torch.zeros(())
-    if not router.training:
-        return router.mean_D
-    step_D = sum(x.detach() for x in x_TD) / len(x_TD)
-    return 0.9 * router.mean_D + 0.1 * step_D if router.last_load_E.any() else step_D
-
-
 def naive_logits(router: Router, x_TD: Tensor) -> Grid:
     if isinstance(router, RandomRouter):
         return [[x @ column for column in router.projection_DE.T] for x in x_TD]
     if isinstance(router, TokenChoice | ExpertChoice):
-        center_D = naive_center(router, x_TD) if isinstance(router, TokenChoice) else torch.zeros(())
-        return [[(x - center_D) @ row for row in router.gate.weight] for x in x_TD]
+        biased = isinstance(router, TokenChoice) and router.balance == "bias"
+        mean_D = (router.next_mean_D if router.training else router.mean_D) if biased else torch.zeros(())
+        return [[(x - mean_D) @ row for row in router.gate.weight] for x in x_TD]
     assert isinstance(router, MultiCentroid)
     grid = []
     for x in x_TD:
@@ -405,7 +397,9 @@ def naive_route(
         return naive_selection(router, router.selection, logits, probs, groups), aux
 
     balance = router.balance if isinstance(router, TokenChoice) else None
-    bias = router.bias_E.tolist() if isinstance(router, TokenChoice) and balance == "bias" else [0.0] * len(experts)
+    bias = [0.0] * len(experts)
+    if isinstance(router, TokenChoice) and balance == "bias":
+        bias = (router.next_bias_E if router.training else router.bias_E).tolist()
     chosen = choose_by_token([[v + b for v, b in zip(row, bias, strict=True)] for row in values(logits)], router.k)
     pairs = [(t, e) for t in tokens for e in chosen[t]]
     if isinstance(router, TokenChoice):

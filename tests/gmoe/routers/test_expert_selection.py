@@ -23,7 +23,8 @@ def selection(normalize: Normalize = "tokens", momentum: float = 0.5) -> ExpertS
 
 def step(router: ExpertSelection, logits: list[float], batch: list[int] | None = None) -> None:
     """A training step of the one expert, at half of its group's tokens."""
-    router(torch.tensor(logits)[:, None], len(logits) if batch is None else torch.tensor(batch), "score", {})
+    group = len(logits) if batch is None else torch.tensor(batch)
+    router.move(router(torch.tensor(logits)[:, None], group, "score")[1])
 
 
 def logs(*values: float) -> list[float]:
@@ -71,7 +72,7 @@ def test_both_are_means_over_groups() -> None:
 def test_the_threshold_of_probabilities_is_a_logarithm() -> None:
     router = ExpertSelection(2, 1, 1.0, "experts", "threshold", 0.5)
     probs = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9], [0.5, 0.5]])
-    router(probs.log(), 4, "score", {})  # expert 0 takes .8 and .6, expert 1 .9 and .5
+    router.move(router(probs.log(), 4, "score")[1])  # expert 0 takes .8 and .6, expert 1 .9 and .5
     torch.testing.assert_close(router.threshold_E.exp(), torch.tensor([0.6, 0.5]))
 
 
@@ -112,7 +113,7 @@ def test_scores_that_differ_by_rounding_are_ties_whatever_other_groups_hold(norm
     def taken(gap: float, scale: float, mates: list[list[float]]) -> list[int]:
         logits = torch.tensor([[0.0, 0.0], [gap, 0.0], *mates])
         group = torch.arange(2).repeat_interleave(2)[: len(logits)]
-        routing: Routing = router(logits, group, "score", {}, torch.tensor(scale))
+        routing: Routing = router(logits, group, "score", torch.tensor(scale))[0]
         return routing.token.tolist()
 
     assert taken(1e-3, 1.0, []) == [1, 0]
