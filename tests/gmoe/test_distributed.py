@@ -1,0 +1,218 @@
+"""Several gloo processes against one with the whole batch: gradients, steps and counters. Shapes: T tokens, D width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch_geometric.data import Batch, Data
+
+from gmoe import (
+    AttentionVote,
+    ExpertChoice,
+    GNNMoE,
+    MLPExperts,
+    MoE,
+    MultiCentroid,
+    Router,
+    TokenChoice,
+    ViTMoE,
+    ViTSize,
+    aux_loss,
+)
+from gmoe.distributed import world_size, world_sum
+
+D, E, T = 5, 4, 6
+STEPS = 20
+
+ROUTERS: dict[str, Callable[[], Router]] = {
+    "bias": lambda: TokenChoice(D, E, noise=False),
+    "bias-k2-z": lambda: TokenChoice(D, E, k=2, noise=False, z_coef=0.1),
+    "importance_load": lambda: TokenChoice(D, E, balance="importance_load", balance_coef=0.5, z_coef=0.1),
+    "switch": lambda: TokenChoice(D, E, k=2, balance="switch", balance_coef=0.5),
+    "expert_choice": lambda: ExpertChoice(D, E, z_coef=0.1),
+    "threshold": lambda: ExpertChoice(D, E, normalize="tokens", inference="threshold", z_coef=0.1),
+    "attention_vote": lambda: AttentionVote(D, E),
+    "multi_centroid": lambda: MultiCentroid(D, E),
+    "multi_centroid-threshold": lambda: MultiCentroid(D, E, choice="experts", inference="threshold"),
+}
+
+
+def layer(name: str) -> nn.Module:
+    router = ROUTERS[name]()
+    return MoE(router, MLPExperts(D, 7, D, E), nn.Linear(D, D), dense_start=True)
+
+
+def gnn(**kwargs: Any) -> nn.Module:
+    quiet = {"noise": False, "z_coef": 0.1}
+    return GNNMoE(D, 8, 3, 3, conv="sage", num_experts=E, router_kwargs=quiet, norm=None, dropout=0.0, **kwargs)
+
+
+def vit() -> nn.Module:
+    size = ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=16)
+    return ViTMoE(size, 3, num_experts=E)
+
+
+def images(seed: int) -> list[Tensor]:
+    """Eight groups of tokens, of a mean that is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn(8, T, D, dtype=torch.float64, generator=generator) + 1)
+
+
+def graphs(seed: int) -> list[Data]:
+    """Eight graphs of three to ten nodes."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for size in range(3, 11):
+        x = torch.randn(size, D, dtype=torch.float64, generator=generator)
+        edges = torch.randint(size, (2, 3 * size), generator=generator)
+        found.append(Data(x=x, edge_index=edges))
+    return found
+
+
+def run_tokens(model: Any, part: list[Tensor]) -> tuple[Tensor, Any]:
+    x = torch.stack(part) if part else torch.zeros(0, T, D, dtype=torch.float64)
+    y, routing = model(x, return_routing=True)
+    return y.flatten(0, -2), routing
+
+
+def run_graphs(model: Any, part: list[Data]) -> tuple[Tensor, Any]:
+    batch: Any = Batch.from_data_list(part)
+    y, routings = model(batch.x, batch.edge_index, batch=batch.batch, return_routing=True)
+    return y, routings
+
+
+def run_pixels(model: Any, part: list[Tensor]) -> tuple[Tensor, Any]:
+    return model(torch.stack(part)), []
+
+
+def pixels(seed: int) -> list[Tensor]:
+    return list(torch.randn(8, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], list[Any]], Callable[..., tuple[Tensor, Any]]]] = {
+    **{name: (lambda name=name: layer(name), images, run_tokens) for name in ROUTERS},  # type: ignore[misc]
+    "gnn": (gnn, graphs, run_graphs),
+    "gnn-shared-router": (lambda: gnn(shared_router=True), graphs, run_graphs),
+    "gnn-votes": (lambda: GNNMoE(D, 8, 3, 2, conv="gcn", num_experts=E, router="attention_vote"), graphs, run_graphs),
+    "vit": (vit, pixels, run_pixels),
+}
+
+
+def split(items: list[Any], rank: int, size: int, step: int) -> list[Any]:
+    """A rank's part, uneven: the first rank has one item more than its share, in every fourth step two."""
+    first = len(items) // size + 1 + (step % 4 == 3 and size == 2)
+    if rank == 0:
+        return items[:first]
+    rest = items[first:]
+    return rest[rank - 1 :: size - 1]
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Noise of zero, since processes draw their own."""
+    with patch("torch.randn_like", torch.zeros_like):
+        yield
+
+
+def trained(case: str, rank: int, size: int, *, empty: bool = False) -> dict[str, Any]:
+    """The gradients of the first step, and the state after twenty of SGD."""
+    build, data, run = CASES[case]
+    torch.manual_seed(0)
+    model: Any = build().double()
+    for gain in (p for name, p in model.named_parameters() if name.endswith("gain")):
+        nn.init.constant_(gain, 0.5)  # so that all gradients are there from the first step on
+    wrapped = DistributedDataParallel(model) if size > 1 else model
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+    first: dict[str, Tensor] = {}
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return all_reduce(*args, **kwargs)
+
+    all_reduce = dist.all_reduce
+    routers = sum(isinstance(module, Router) for module in model.modules())
+    for step in range(STEPS):
+        items = data(step)
+        mine = ([] if rank else items) if empty else split(items, rank, size, step)
+        optimizer.zero_grad()
+        with patch("torch.distributed.all_reduce", counted):
+            y, routings = run(wrapped, mine)
+        loss = y.square().sum() * (size / world_sum(torch.tensor(float(len(y)), dtype=torch.float64)))
+        routings = routings if isinstance(routings, list) else [routings]
+        (loss + (aux_loss(routings) if routings else 0)).backward()
+        if step == 0:
+            first = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+    assert size == 1 or calls <= STEPS * routers, f"{calls} collectives of {routers} routers in {STEPS} steps"
+    before = calls
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with patch("torch.distributed.all_reduce", counted), torch.no_grad():
+        run(model.eval(), data(0)[: rank + 1])  # ranks may evaluate unequal parts
+        run(model.train(), data(0)[: rank + 1])  # and run in training mode without gradients
+    assert calls == before
+    return {"first": first, "state": state}
+
+
+def work(rank: int, size: int, names: list[str], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    with without_noise():
+        found = {name: trained(name, rank, size) for name in names}
+        found["empty"] = trained("bias-k2-z", rank, size, empty=True)
+        found["alone"] = alone(rank)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def alone(rank: int) -> dict[str, Any]:
+    """A router whose group is its own process."""
+    groups = [dist.new_group([other]) for other in range(dist.get_world_size())]
+    router, x = TokenChoice(D, E, noise=False), torch.full((rank + 1, D), float(rank + 1))
+    router.process_group = groups[rank]
+    router(x)
+    return {"first": {}, "state": {"mean": router.next_mean_D - (rank + 1), "size": torch.tensor(world_size())}}
+
+
+def compare(size: int, folder: Path) -> None:
+    names = list(CASES)
+    mp.spawn(work, (size, names, str(folder)), nprocs=size)  # type: ignore[attr-defined]
+    ranks = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+    with without_noise():
+        expected = {name: trained(name, 0, 1) for name in names}
+        expected["empty"] = trained("bias-k2-z", 0, 1)
+    expected["alone"] = {"first": {}, "state": {"mean": torch.zeros(D), "size": torch.tensor(size)}}
+    for name, wanted in expected.items():
+        assert wanted["state"]
+        for rank, found in enumerate(ranks):
+            for what in ("first", "state"):
+                assert found[name][what].keys() == wanted[what].keys()
+                for key, value in wanted[what].items():
+                    off = float((found[name][what][key] - value).abs().max())
+                    assert off <= 1e-10, f"{name}, rank {rank} of {size}, {what} {key} differs by {off}"
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    compare(2, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one(tmp_path: Path) -> None:
+    compare(4, tmp_path)
+
+
+def test_without_processes_a_sum_is_the_thing_itself() -> None:
+    x = torch.randn(3, requires_grad=True)
+    assert world_sum(x) is x
+    assert world_size() == 1
