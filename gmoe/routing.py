@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from gmoe._autograd import untraced
 
+GAIN_SCALE = 0.1
+"""Factor of the gains of layers with a dense start. Adam moves a number by the learning rate a step, however small its
+gradient: the factor keeps the routed experts small where steps and labels are few."""
+
 
 class AuxLoss(NamedTuple):
     """An auxiliary loss: its value, and its coefficient in the training loss."""
@@ -228,8 +232,8 @@ class Routing:
         return dense.view(self.num_tokens, self.num_experts)
 
     def scaled(self, gain: Tensor) -> Routing:
-        """Scale the weights by a gain (1,)."""
-        return replace(self, weight=self.weight * gain.to(self.weight.dtype), checked=True)
+        """Scale the weights by ``GAIN_SCALE`` and a learned gain (1,)."""
+        return replace(self, weight=self.weight * (GAIN_SCALE * gain).to(self.weight.dtype), checked=True)
 
     @property
     def is_partition(self) -> bool:

@@ -20,11 +20,7 @@ from gmoe.conv.kinds import ConvFactory, ConvLike, Make, build_experts, kinds_of
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Scaled, drawn_apart
 from gmoe.routers import Router, RouterLike, build_router
-from gmoe.routing import Routing
-
-GAIN_SCALE = 0.1
-"""Factor of the gain of a dense start. Adam moves a number by the learning rate a step, however small its gradient: the
-factor keeps the routed experts small where steps and labels are few, and learning rates ten times those of images."""
+from gmoe.routing import GAIN_SCALE, Routing
 
 RouterPart: TypeAlias = Literal["node", "neighbors", "degree"]
 RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
@@ -261,7 +257,7 @@ class MoEConv(MoELayer, MessagePassing):
         elif (routing.num_tokens, routing.num_experts) != (size[1], self.num_experts):
             got = f"{routing.num_tokens} tokens and {routing.num_experts} experts"
             raise ValueError(f"routing: got {got}, expected {size[1]} and {self.num_experts}")
-        followed = routing if self.gain is None else routing.scaled(GAIN_SCALE * self.gain)
+        followed = routing if self.gain is None else routing.scaled(self.gain)
         near = h
         if h is None:  # nobody needs the aggregate itself
             alike = self.shared_expert if self._aggregates_alike else None
@@ -315,9 +311,7 @@ class MoEConv(MoELayer, MessagePassing):
             edges = chunks.graph.edge_index.to(chunks.device) if self._router_sees_edges else None
             routing = self.router(view, batch, edges)
         assert routing is not None
-        y = self.experts.forward_chunked(
-            u, chunks, h, routing if self.gain is None else routing.scaled(GAIN_SCALE * self.gain)
-        )
+        y = self.experts.forward_chunked(u, chunks, h, routing if self.gain is None else routing.scaled(self.gain))
         if self.shared_expert is not None:
             own = chunks.in_flow(self.shared_expert.flow)
             near = h if self._aggregates_alike else self.shared_expert.aggregate_chunked(x, own)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gmoe import ROUTERS, GNNMoE, MoEConv, Routing
 from gmoe.conv.kinds import Make
-from gmoe.conv.moe_conv import GAIN_SCALE
 from gmoe.models.vit import ViTMoE, ViTSize
+from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv.masked import GRAPHS, features, masked, routing_of, weights
 from tests.gmoe.conv.test_experts import ALL, LISTS, SOME, WIDTH, Case, build, edge_args, ids
 

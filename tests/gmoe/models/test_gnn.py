@@ -39,7 +39,7 @@ from gmoe import (
     record_routing,
 )
 from gmoe.conv.graph import Edges, parameters_of
-from gmoe.conv.moe_conv import GAIN_SCALE
+from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv.masked import (
     FORMS,
     GRAPHS,
