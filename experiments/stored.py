@@ -32,6 +32,8 @@ PIECE_BYTES = 64
 """Memory an edge takes while it goes into its bucket: as read, as found in a zip file, keys both ways."""
 PIECE = 1 << 23
 """Edges that are read at once, at most; and numbers of other arrays."""
+BLOCK = 1 << 17
+"""The same where there is nothing to gain by more."""
 SECONDS = 30.0
 """A line of progress at least so often, where the output is a file."""
 
@@ -86,7 +88,8 @@ def convert(
     if not memory > 0:
         raise ValueError(f"memory: got {memory}, expected gigabytes, more than 0")
     check_shapes(given)
-    converter = Converter(given=given, half=half, directed=directed, memory=int(memory * 1e9), progress=Progress(shown))
+    progress = Progress(shown)
+    converter = Converter(given=given, half=half, directed=directed, memory=round(memory * 1e9), progress=progress)
     with building(to) as folder:
         if given.edges.num_edges is not None:
             converter.check_space(folder, given.edges.num_edges)
@@ -354,12 +357,12 @@ class Converter:
                 keys.sort()
                 if not self.directed and len(keys):
                     keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])]
-                for node in range(first, last, PIECE // 8):
-                    nodes = np.arange(node, min(node + PIECE // 8, last))
+                for node in range(first, last, BLOCK):
+                    nodes = np.arange(node, min(node + BLOCK, last))
                     start[nodes] = file.length + np.searchsorted(keys, nodes * self.nodes)
                 written = file.length
-                for begin in range(0, len(keys), PIECE // 8):
-                    file.write(keys[begin : begin + PIECE // 8] % self.nodes)
+                for begin in range(0, len(keys), BLOCK):
+                    file.write(keys[begin : begin + BLOCK] % self.nodes)
                 assert file.length == written + len(keys)
                 progress.add(int(expected[bucket]))
             start[-1] = file.length
@@ -433,7 +436,7 @@ class Converter:
         for path in files:
             digest, array = hashlib.sha256(), np.load(path, mmap_mode="r")
             with path.open("rb") as file:
-                while content := file.read(PIECE):
+                while content := file.read(8 * BLOCK):
                     digest.update(content)
                     progress.add(len(content))
             found[path.stem] = {

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 Ints: TypeAlias = NDArray[np.int64]
 
-SKIPPED = 1 << 24
+SKIPPED = 1 << 20
 """Bytes that are read at once to get past them."""
 
 
