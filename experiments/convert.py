@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -29,7 +29,7 @@ from rich.markup import escape
 from experiments.stored import PARTS, Input, convert
 from experiments.streams import ArrayEdges, ArrayStream, Ints, edges_of
 
-PAPERS = "ogbn-papers100M"
+PAPERS: Literal["ogbn-papers100M"] = "ogbn-papers100M"
 STORED = "ogbn_papers100M_stored"
 """The converted folder, by the name under which the preset looks for it in the data root."""
 CLASSES = 172
