@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 from torch_geometric.utils import to_undirected
 
 from experiments import stored
-from experiments.convert import CLASSES, PAPERS, main
+from experiments.convert import CLASSES, PAPERS, PapersFiles, main
+from experiments.data.ogb import import_ogb
+from experiments.planted_papers import PapersPlanter
 from experiments.stored import Input, building, convert
 from experiments.streams import ArrayEdges, ArrayStream, edges_of
 
@@ -368,4 +370,54 @@ def test_options_that_do_not_belong_together(
     refused([PAPERS, "--x", path], f"x: got .* for {PAPERS}", tmp_path, capsys)
     refused([PAPERS, "--from", str(tmp_path)], "raw/data.npz, .*missing in .*unzip", tmp_path, capsys)
     refused([str(tmp_path / "no.npy")], "no such file", tmp_path, capsys)
-    assert CLASSES == 172
+
+
+RELEASE = PapersPlanter(
+    nodes=NODES, edges=EDGES, features=4, classes=7, labeled=0.9, seed=0, homophily=0.6, label_noise=0.1
+)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("unzipped", [False, True])
+def test_papers_is_what_ogb_reads(compressed: bool, unzipped: bool, tmp_path: Path) -> None:
+    """From numpy.savez and savez_compressed alike, under either name of the folder."""
+    files = PapersFiles(tmp_path)
+    RELEASE.write(tmp_path)
+    (graph,) = import_ogb("ogb.io.read_graph_raw").read_binary_graph_raw(str(files.data.parent))
+    label = np.load(files.label)["node_label"].ravel()
+    split = {part: np.loadtxt(files.split(part), dtype=int).tolist() for part in ("train", "val", "test")}
+    if compressed:
+        np.savez_compressed(files.data, **np.load(files.data))
+    if unzipped:
+        files.folder.rename(tmp_path / "papers100M-bin")
+    main([PAPERS, "--from", str(tmp_path), "--to", str(tmp_path / "out"), "--memory", str(1e-5)])
+    said, arrays = read(tmp_path / "out")
+    assert (said["name"], said["num_classes"]) == (PAPERS, CLASSES)
+    assert "Not OGB's" in said["source"]
+    assert rows(arrays) == in_edges(graph["edge_index"], undirected=True)
+    assert np.array_equal(arrays["x"], graph["node_feat"])
+    assert (str(arrays["x"].dtype), str(arrays["y"].dtype)) == ("float32", "int8")
+    assert np.array_equal(arrays["y"], np.where(np.isnan(label), -1, label))
+    assert {part: arrays[part].tolist() for part in split} == split
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "message"),
+    [
+        ("num_nodes_list", np.array([NODES + 1]), r"num_nodes_list is \[61\], expected \[60\]"),
+        ("num_edges_list", np.array([3, 4]), r"num_edges_list is \[3, 4\], expected \[400\]"),
+        ("node_feat", None, "node_feat: got only edge_index.npy"),
+        ("edge_index", np.full((2, EDGES), NODES), r"edge 0 is \(60, 60\)"),
+        ("node_label", np.full((NODES, 1), 172.0), "got label 172, expected 0 to 171"),
+        ("node_label", np.full((NODES, 1), np.nan), "of train has no label"),
+    ],
+)
+def test_broken_releases_are_refused(
+    member: str, value: NDArray[Any] | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RELEASE.write(tmp_path)
+    path = PapersFiles(tmp_path).label if member == "node_label" else PapersFiles(tmp_path).data
+    content = dict(np.load(path))
+    content |= {member: value} if value is not None else {}
+    np.savez(path, **{name: array for name, array in content.items() if name != member or value is not None})
+    refused([PAPERS, "--from", str(tmp_path)], message, tmp_path, capsys)
