@@ -31,6 +31,7 @@ from experiments.data.ogb import import_ogb
 from experiments.planted_papers import PapersPlanter
 from experiments.stored import Input, building, convert
 from experiments.streams import ArrayEdges, ArrayStream, edges_of
+from gmoe import StoredGraph
 
 NODES, EDGES = 60, 400
 TINY = 2e-6
@@ -60,6 +61,7 @@ def in_edges(edges: NDArray[Any], undirected: bool) -> list[list[int]]:
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """The folder, with all that ``graph.json`` says of it checked."""
+    StoredGraph(folder).verify()
     graph = json.loads((folder / "graph.json").read_text())
     arrays = {}
     for name, said in graph["arrays"].items():
