@@ -250,7 +250,7 @@ class Converter:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """All of it, and then ``graph.json``."""
-        start = self.count(folder)
+        start = self.count()
         self.check_space(folder, int(start[-1]) if self.directed else int(start[-1]) // 2)
         bounds = self.bounds(start)
         self.distribute(folder, bounds)
@@ -295,7 +295,7 @@ class Converter:
         if edges.num_edges not in (None, begun):
             raise ValueError(f"edges: got {begun}, expected {edges.num_edges}")
 
-    def count(self, folder: Path) -> Ints:
+    def count(self) -> Ints:
         """(N + 1,) where the in-edges of each node would begin, were none left out."""
         start = np.zeros(self.nodes + 1, np.int64)
         for source, destination in self.edges("1/5 edges, counting"):
