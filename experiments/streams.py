@@ -183,9 +183,11 @@ class TableEdges:
 
         with (gzip.open if self.path.suffix == ".gz" else open)(self.path, "rt") as file:
             first = file.readline().strip().split(",")
-        header = None if all(field.strip().lstrip("-").isdecimal() for field in first) else 0
+        header = None if any(_is_number(field.strip('" ')) for field in first) else 0
         with pd.read_csv(self.path, header=header, chunksize=size) as reader:
             for table in reader:
+                if not isinstance(table.index, pd.RangeIndex):  # pandas' reading of a short header
+                    raise ValueError(f"got more columns than the header's {', '.join(first)}")
                 yield table.to_numpy()
 
     def _parquet(self, size: int) -> Iterator[NDArray[Any]]:
@@ -202,6 +204,14 @@ class TableEdges:
             raise
         except (OSError, ValueError, EOFError, zlib.error) as error:  # pandas' and pyarrow's are ValueErrors
             raise ValueError(f"{self.path}: {error}") from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parquet(path: Path) -> Any:

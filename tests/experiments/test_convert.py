@@ -139,9 +139,9 @@ def test_hardly_any_edges(edges: NDArray[Any], x: NDArray[Any], tmp_path: Path) 
     assert rows(read(tmp_path / "out")[1]) == in_edges(edges, undirected=True)
 
 
-def csv(header: str) -> Callable[[Path, NDArray[Any]], None]:
+def csv(header: str, line: str = "{},{}\n") -> Callable[[Path, NDArray[Any]], None]:
     def write(path: Path, edges: NDArray[Any]) -> None:
-        text = header + "".join(f"{s},{d}\n" for s, d in edges.T)
+        text = header + "".join(line.format(s, d) for s, d in edges.T)
         (gzip.open if path.suffix == ".gz" else open)(path, "wt").write(text)
 
     return write
@@ -161,6 +161,7 @@ FORMS: dict[str, tuple[str, Callable[[Path, NDArray[Any]], Any]]] = {
     "uint8": ("e.npy", lambda path, edges: np.save(path, edges.astype(np.uint8))),
     "csv": ("e.csv", csv("")),
     "csv with header": ("e.csv", csv("source,destination\n")),
+    "csv in quotes": ("e.csv", csv("", '"{}","{}"\n')),
     "csv.gz": ("e.csv.gz", csv("")),
     "parquet": ("e.parquet", parquet),
 }
@@ -243,6 +244,10 @@ def refused(args: list[str], message: str, folder: Path, capsys: pytest.CaptureF
         ("e.csv", "1,2\n3,\n", "expected two of whole numbers"),
         ("e.csv", "1,2,3\n3,4,5\n", "got 3 columns of int64"),
         ("e.csv", "1,2\n3,4,5\n", "Expected 2 fields"),
+        ("e.csv", "a,b\n1,2,3\n", "got more columns than the header's a, b"),
+        ("e.csv", "1,x\n1,2\n", "got 2 columns of object"),
+        ("e.csv", "1;2\n3;4\n", "got 1 columns of"),
+        ("e.csv", "0.5,1\n1,2\n", "got 2 columns of float64"),
         ("e.csv", "", "No columns"),
         ("e.csv.gz", "1,2\n", "Not a gzipped file"),
         ("e.npy", "1,2\n", "is no .npy array"),
