@@ -8,8 +8,10 @@ from pathlib import Path
 
 
 def file_digest(path: Path) -> str | None:
-    """Of the content of a file, or of the CSV files of a folder; ``None`` where there is none."""
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.exists() else []
+    """Of the content of a file, or of a folder's CSV files or ``graph.json``; ``None`` where there is none."""
+    files = (
+        sorted([*path.glob("*.csv"), *path.glob("graph.json")]) if path.is_dir() else [path] if path.exists() else []
+    )
     found = hashlib.sha256()
     for file in files:
         found.update(file.read_bytes())

@@ -4,6 +4,7 @@
 
 ``ogb`` reads the folder as if it had downloaded it. What is measured on it says nothing about the real data set; a file
 PLANTED.txt in the folder says what it is. By default ogbn-arxiv has its real size, the others are small.
+ogbn-papers100M is written in bounded memory, as the binary release that experiments.convert reads.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 
+from experiments.convert import PAPERS
 from experiments.data.ogb import Layout, OGBName, layout_of
+from experiments.planted_papers import PapersPlanter
 
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
+PlantedName: TypeAlias = Literal[OGBName, "ogbn-papers100M"]
 Files: TypeAlias = dict[str, "str | NDArray[Any]"]
 """What goes into a data set's folder, by path."""
 
@@ -38,11 +42,12 @@ class Size(NamedTuple):
     classes: int
 
 
-SIZES: dict[OGBName, Size] = {
+SIZES: dict[PlantedName, Size] = {
     "ogbn-arxiv": Size(169_343, 1_166_243, 128, 40),
     "ogbn-products": Size(20_000, 300_000, 100, 47),
     "ogbn-proteins": Size(2_000, 60_000, 8, 112),
     "ogbn-mag": Size(5_000, 36_000, 128, 349),
+    "ogbn-papers100M": Size(200_000, 3_000_000, 128, 172),
 }
 """The default sizes: ogbn-arxiv's own, small ones of the others."""
 
@@ -105,10 +110,7 @@ def write_planted(
         ValueError: an argument out of range, more edges than the nodes can hold, or the folder is there already.
     """
     layout = layout_of(name, root)
-    size = SIZES[name]
-    size = Size(
-        *(d if given is None else given for d, given in zip(size, (nodes, edges, features, classes), strict=True))
-    )
+    size = _size(name, (nodes, edges, features, classes))
     _check(layout, size, homophily=homophily, label_noise=label_noise)
     planter = Planter(name, size, np.random.default_rng(seed), homophily, label_noise)
     planted = {"ogbn-proteins": planter.proteins, "ogbn-mag": planter.mag}.get(name, planter.plain)()
@@ -124,6 +126,11 @@ def write_planted(
         )
         folder.rename(layout.folder)
     return layout.folder
+
+
+def _size(name: PlantedName, given: Sequence[int | None]) -> Size:
+    """The default size, but for what is given."""
+    return Size(*(default if own is None else own for default, own in zip(SIZES[name], given, strict=True)))
 
 
 def _check(layout: Layout, size: Size, **shares: float) -> None:
@@ -359,7 +366,7 @@ def _table(row: Mapping[str, object]) -> str:
 class PlantedConfig:
     """A planted graph and where it goes."""
 
-    name: Annotated[OGBName, tyro.conf.Positional]
+    name: Annotated[PlantedName, tyro.conf.Positional]
     """The data set that it stands for."""
     root: Path = Path("data")
     """Root folder of the data, as in ogb: the folder ogbn_arxiv is made inside."""
@@ -377,13 +384,32 @@ class PlantedConfig:
     """Share of edges inside a community."""
     label_noise: float = 0.15
     """Share of nodes with a random class."""
+    labeled: float | None = None
+    """Of ogbn-papers100M: share of nodes with a label (default 0.014, as in OGB's)."""
+
+    def write(self) -> Path:
+        """Write the graph, and return its folder."""
+        size = (self.nodes, self.edges, self.features, self.classes)
+        if self.name == PAPERS:
+            return PapersPlanter(
+                **_size(PAPERS, size)._asdict(),
+                labeled=0.014 if self.labeled is None else self.labeled,
+                seed=self.seed,
+                homophily=self.homophily,
+                label_noise=self.label_noise,
+            ).write(self.root)
+        if self.labeled is not None:
+            raise ValueError(f"labeled: got {self.labeled} for {self.name}, expected none; all its nodes have labels")
+        return write_planted(
+            self.name, self.root, *size, self.seed, homophily=self.homophily, label_noise=self.label_noise
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = tyro.cli(PlantedConfig, args=args, prog="python -m experiments.planted_ogb", description=__doc__)
     try:
-        folder = write_planted(**vars(config))
+        folder = config.write()
     except ValueError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(2)

@@ -208,6 +208,19 @@ PRODUCTS_TUNED = replace(
 )
 """ogbn-products, the tuned recipe (Luo et al., 2024): 5 layers of 200, layer norm, lr .003, 10 random parts."""
 
+PAPERS100M = replace(
+    PRODUCTS,
+    dataset="ogbn-papers100M",
+    norm="layer_norm",
+    residual="linear",
+    lr=0.003,
+    epochs=20,
+    evaluation="sampled",
+    seeds=(0, 1, 2),
+)
+"""ogbn-papers100M on disk, sampled SAGE: 3 layers of 256, fan-out 15 10 5, batches of 1,024; evaluated as in training,
+on the labeled nodes. Not tuned, and run on planted graphs only; ``experiments.convert`` makes the folder."""
+
 PROTEINS = replace(ARXIV, dataset="ogbn-proteins", norm=None, dropout=0.0, epochs=1000, eval_every=5)
 """ogbn-proteins, the OGB example's recipe: 3 layers of 256, 1,000 epochs; x is the mean of incident edge features."""
 
@@ -267,6 +280,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "ogbn-arxiv-tuned": ("ogbn-arxiv, the tuned GCN: 5 layers of 512, 2,000 epochs.", ARXIV_TUNED),
     "ogbn-products": ("ogbn-products, the OGB example's sampled SAGE.", PRODUCTS),
     "ogbn-products-tuned": ("ogbn-products, the tuned SAGE on random parts.", PRODUCTS_TUNED),
+    "ogbn-papers100M": ("ogbn-papers100M on disk, sampled SAGE; see experiments.convert.", PAPERS100M),
     "ogbn-proteins": ("ogbn-proteins, the OGB example's GCN.", PROTEINS),
     "ogbn-mag": ("ogbn-mag, a relational GNN on the OGB example's recipe.", MAG),
     **{

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gmoe.conv.moe_conv import MoEConv
     from gmoe.data.loader import neighbor_loader
     from gmoe.data.sampler import NeighborSampler
+    from gmoe.data.stored import StoredGraph
     from gmoe.metrics import RoutingStats
     from gmoe.models.gnn import GNNMoE
     from gmoe.models.hetero_gnn import HeteroGNNMoE
@@ -51,7 +52,7 @@ __all__ += ["OracleRouter", "RandomRouter", "SoftSlots", "UniformRouter"]
 __all__ += ["cv_squared", "importance_loss", "load_loss", "separation_loss", "switch_loss", "z_loss"]
 __all__ += ["RoutingStats", "active_parameters", "count_flops", "match_width", "moefy", "plot"]
 __all__ += ["FilterConv", "GNNMoE", "Graph", "HeteroGNNMoE", "HeteroMoEConv", "MLPConv", "MoEConv", "RelationalConv"]
-__all__ += ["NeighborSampler", "ViTMoE", "ViTSize", "neighbor_loader"]
+__all__ += ["NeighborSampler", "StoredGraph", "ViTMoE", "ViTSize", "neighbor_loader"]
 
 _LAZY = {
     "gmoe.conv.aggregate": ("FilterConv", "MLPConv"),
@@ -60,6 +61,7 @@ _LAZY = {
     "gmoe.conv.moe_conv": ("MoEConv",),
     "gmoe.data.loader": ("neighbor_loader",),
     "gmoe.data.sampler": ("NeighborSampler",),
+    "gmoe.data.stored": ("StoredGraph",),
     "gmoe.metrics": ("RoutingStats",),
     "gmoe.models.gnn": ("GNNMoE",),
     "gmoe.models.hetero_gnn": ("HeteroGNNMoE",),

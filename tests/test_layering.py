@@ -14,8 +14,8 @@ import pytest
 import gmoe
 
 ROOT = Path(__file__).parent.parent
-PYG = frozenset({"torch_geometric", "tqdm"})
-"""torch_geometric, and its own dependency for progress bars."""
+PYG = frozenset({"torch_geometric", "numpy", "tqdm"})
+"""torch_geometric, and its own dependencies for arrays and progress bars."""
 
 ROOMS: dict[str, frozenset[str]] = {
     "gmoe.conv": PYG,
@@ -31,6 +31,7 @@ ROOMS: dict[str, frozenset[str]] = {
 LAZY = {
     "gmoe": tuple(ROOMS),
     "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn"),
+    "gmoe.data.loader": ("cugraph_pyg",),
     "gmoe.hub": ("huggingface_hub", "safetensors"),
 }
 """Who may import what of it inside of functions, or for the type checker."""

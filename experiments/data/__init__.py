@@ -8,6 +8,7 @@ from typing import Any
 from torch_geometric.data import Data, HeteroData
 
 from experiments.config import GraphConfig, HeteroConfig, ImageConfig, ImageSetConfig, RunConfig, load_object
+from experiments.convert import PAPERS
 from experiments.data.graph_data import GraphData, Split
 from experiments.data.graph_task import graph_task, hetero_task, transformed
 from experiments.data.task import Batch, Task
@@ -74,6 +75,10 @@ def _load(config: RunConfig) -> GraphData | Task:
         from experiments.data.mosaic import mosaic
 
         return mosaic()
+    if isinstance(config, GraphConfig) and _is_stored(config):
+        from experiments.data.stored_task import stored_task
+
+        return stored_task(config)
     if isinstance(config, GraphConfig) and config.dataset == "graph":
         from experiments.data.user_graph import user_graph
 
@@ -85,6 +90,11 @@ def _load(config: RunConfig) -> GraphData | Task:
     return load_graph(
         config.dataset, config.data_root, offline=config.offline, allow_large_downloads=config.allow_large_downloads
     )
+
+
+def _is_stored(config: GraphConfig) -> bool:
+    """Whether the graph stays on disk: ogbn-papers100M, or a converted folder of the user's own."""
+    return config.dataset == PAPERS or (config.dataset == "graph" and (config.data_root / "graph.json").is_file())
 
 
 def _images(config: ImageConfig) -> Task:

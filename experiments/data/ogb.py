@@ -1,4 +1,6 @@
-"""OGB's four node data sets (Hu et al., 2020): fetched whole, read from OGB's own files, OGB's own metric.
+"""Four of OGB's node data sets (Hu et al., 2020): fetched whole, read from OGB's own files, OGB's own metric.
+
+The fifth, ogbn-papers100M, stays on disk: see :mod:`experiments.convert` and :mod:`experiments.data.stored_task`.
 
 The files are read here, not by ``ogb``'s loader, which asks questions by ``input()`` and unpickles what it finds.
 """
@@ -29,6 +31,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from tqdm import tqdm
 
+from experiments.convert import PAPERS
 from experiments.data.graph_data import GraphData, Split, Splits
 
 OGBName: TypeAlias = Literal["ogbn-arxiv", "ogbn-products", "ogbn-proteins", "ogbn-mag"]
@@ -168,7 +171,8 @@ def layout_of(name: str, root: Path) -> Layout:
         ValueError: an unknown name.
     """
     if name not in OGB:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(get_args(OGBName))}")
+        hint = "; it stays on disk, see experiments.convert" if name == PAPERS else ""
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(get_args(OGBName))}{hint}")
     root = root.expanduser()
     folder = root / name.replace("-", "_")
     other = folder.with_name(f"{folder.name}_pyg")  # ogb prefers it

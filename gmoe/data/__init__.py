@@ -2,5 +2,6 @@
 
 from gmoe.data.loader import neighbor_loader
 from gmoe.data.sampler import NeighborSampler
+from gmoe.data.stored import StoredGraph
 
-__all__ = ["NeighborSampler", "neighbor_loader"]
+__all__ = ["NeighborSampler", "StoredGraph", "neighbor_loader"]

@@ -23,6 +23,7 @@ from torch_geometric.sampler.utils import to_csc
 from torch_geometric.typing import EdgeType, NodeType, SparseTensor
 
 from gmoe._checks import check
+from gmoe.data.stored import StoredGraph
 from gmoe.routers.base import check_edge_index
 
 Fanouts: TypeAlias = Sequence[int] | Mapping[EdgeType, Sequence[int]] | NumNeighbors
@@ -64,7 +65,7 @@ class NeighborSampler(BaseSampler):
 
     Args:
         data: the graph, on any device, with ``edge_index`` (a tensor or PyG's ``EdgeIndex``) or a ``SparseTensor`` as
-            ``adj_t``.
+            ``adj_t``; or a :class:`gmoe.StoredGraph`, whose edges stay on disk: memory is 4 bytes a node and process.
         num_neighbors: k of each hop, from the seeds outwards; -1 takes all in-edges. For ``HeteroData`` a list for all
             types of edges, or a dictionary with one for each.
         replace: make k independent draws for each node with in-edges (default ``False``).
@@ -82,21 +83,29 @@ class NeighborSampler(BaseSampler):
 
     def __init__(
         self,
-        data: Data | HeteroData,
+        data: Data | HeteroData | StoredGraph,
         num_neighbors: Fanouts,
         replace: bool = False,
         *,
         is_sorted: bool = False,
     ) -> None:
-        check(isinstance(data, Data | HeteroData), "data", type(data).__name__, "Data or HeteroData")
+        legal = "Data, HeteroData or StoredGraph"
+        check(isinstance(data, Data | HeteroData | StoredGraph), "data", type(data).__name__, legal)
         self.is_hetero = isinstance(data, HeteroData)
         self.replace = replace
-        stores: dict[EdgeType, Any] = dict(data.edge_items()) if self.is_hetero else {EDGES: data}
-        self._sizes = _sizes(data, list(stores))
-        graph = {kind: _in_edges(store, kind, self._sizes, is_sorted) for kind, store in stores.items()}
-        largest = max([*self._sizes.values(), *(len(edges.source) for edges in graph.values())], default=0)
-        self._dtype = torch.int32 if largest < torch.iinfo(torch.int32).max else torch.int64  # half the memory traffic
-        self._graph = {kind: edges.to(self._dtype) for kind, edges in graph.items()}
+        self._stored = data if isinstance(data, StoredGraph) else None
+        if isinstance(data, StoredGraph):  # as it lies on disk: nothing is checked, converted or copied
+            self._sizes = {NODES: data.num_nodes}
+            self._dtype = data.source.dtype
+            self._graph = {EDGES: InEdges(data.start, data.source, None)}
+        else:
+            stores: dict[EdgeType, Any] = dict(data.edge_items()) if self.is_hetero else {EDGES: data}
+            self._sizes = _sizes(data, list(stores))
+            graph = {kind: _in_edges(store, kind, self._sizes, is_sorted) for kind, store in stores.items()}
+            largest = max([*self._sizes.values(), *(len(edges.source) for edges in graph.values())], default=0)
+            # half the memory traffic
+            self._dtype = torch.int32 if largest < torch.iinfo(torch.int32).max else torch.int64
+            self._graph = {kind: edges.to(self._dtype) for kind, edges in graph.items()}
         self._maps: list[dict[NodeType, Tensor]] = []
         self.num_neighbors = num_neighbors
 
@@ -191,8 +200,14 @@ class NeighborSampler(BaseSampler):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the maps: spawned workers share the memory of pickled tensors, and would all write into one map."""
-        return {**self.__dict__, "_maps": []}
+        """Without the maps: spawned workers share the memory of pickled tensors, and would all write into one map.
+        Of a stored graph without its edges too, which would be copied: the graph itself travels as its path."""
+        return {**self.__dict__, "_maps": []} | ({} if self._stored is None else {"_graph": {}})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._stored is not None:
+            self._graph = {EDGES: InEdges(self._stored.start, self._stored.source, None)}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_neighbors={self.num_neighbors.values}, replace={self.replace})"

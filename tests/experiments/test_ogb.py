@@ -211,8 +211,10 @@ def test_an_overlapping_split_is_refused(root: Path) -> None:
         load_ogb("ogbn-products", root)
 
 
-def test_unknown_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="name: got 'ogbn-papers100M', expected one of ogbn-arxiv"):
+def test_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name: got 'ogbn-pubmed', expected one of ogbn-arxiv"):
+        load_ogb("ogbn-pubmed", tmp_path)
+    with pytest.raises(ValueError, match=r"name: got 'ogbn-papers100M', .*stays on disk, see experiments\.convert"):
         load_ogb("ogbn-papers100M", tmp_path)
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import gzip
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch_geometric.utils import contains_self_loops, degree, is_undirected, scatter
 
 import experiments.planted_ogb
+import experiments.planted_papers
+from experiments.convert import PAPERS, PapersFiles
 from experiments.data.graph_data import GraphData
-from experiments.data.ogb import OGBName, load_ogb
+from experiments.data.ogb import OGBName, import_ogb, load_ogb
 from experiments.planted_ogb import SHARES, main, write_planted
+from experiments.planted_papers import PapersPlanter
 from tests.experiments.ogb_data import NAMES
 
 NODES, EDGES, FEATURES, CLASSES = 1_500, 12_000, 16, 10
@@ -172,3 +178,94 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         main(args)  # what is there is never written over
     assert caught.value.code == 2
     assert "is there already" in capsys.readouterr().err
+
+
+PLANTER: dict[str, Any] = {
+    "nodes": 4_000, "edges": 40_000, "features": 16, "classes": 10, "labeled": 0.5, "seed": 0, "homophily": 0.65,
+    "label_noise": 0.15,
+}  # fmt: skip
+
+
+def papers_of(root: Path) -> tuple[dict[str, Any], NDArray[Any], dict[str, Any]]:
+    """What ogb reads of the release: graph, labels and split."""
+    files = PapersFiles(root)
+    (graph,) = import_ogb("ogb.io.read_graph_raw").read_binary_graph_raw(str(files.data.parent))
+    label = np.load(files.label)["node_label"]
+    return graph, label, {part: np.loadtxt(files.split(part), dtype=int) for part in ("train", "val", "test")}
+
+
+def test_papers_is_ogbs_binary_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments.planted_papers, "PIECE", 1_000)
+    folder = PapersPlanter(**PLANTER).write(tmp_path)
+    assert folder == tmp_path / "ogbn_papers100M"
+    graph, y, split = papers_of(tmp_path)
+    edges, x = graph["edge_index"], graph["node_feat"]
+    assert (edges.shape, str(edges.dtype), x.shape, str(x.dtype)) == ((2, 40_000), "int64", (4_000, 16), "float32")
+    assert (graph["num_nodes"], graph["node_year"].shape, y.shape) == (4_000, (4_000, 1), (4_000, 1))
+    assert 0 <= edges.min() < edges.max() < 4_000
+    nodes = np.concatenate(list(split.values()))
+    assert len(np.unique(nodes)) == len(nodes) == np.isfinite(y).sum()
+    assert len(nodes) / 4_000 == pytest.approx(0.5, abs=0.03)
+    assert len(split["train"]) / len(nodes) == pytest.approx(0.78, abs=0.03)
+    known = np.isfinite(y[edges[0]] + y[edges[1]]).ravel()
+    same = (y[edges[0]] == y[edges[1]]).ravel()[known].mean()
+    assert 0.42 < same < 0.62
+    degree_of = np.bincount(edges[1], minlength=4_000)
+    assert degree_of.max() > 10 * np.median(degree_of)
+
+
+def test_papers_labels_follow_from_features_and_neighbors(tmp_path: Path) -> None:
+    PapersPlanter(**PLANTER).write(tmp_path)
+    graph, y, split = papers_of(tmp_path)
+    x, edges = torch.from_numpy(graph["node_feat"]), torch.from_numpy(graph["edge_index"])
+    near = mean_over(x, torch.cat([edges, edges.flip(0)], dim=1), len(x))
+
+    def score(x: Tensor) -> float:
+        model = LogisticRegression(C=0.1, max_iter=200).fit(x[split["train"]], y[split["train"], 0])
+        return float(model.score(x[split["test"]], y[split["test"], 0]))
+
+    assert 0.4 < score(x) < score(torch.cat([x, near], dim=1)) - 0.05
+
+
+def test_papers_is_drawn_by_its_seed(tmp_path: Path) -> None:
+    first, again, other = (
+        contents(PapersPlanter(**PLANTER | {"seed": seed}).write(tmp_path / str(i))) for i, seed in enumerate((1, 1, 2))
+    )
+    assert first == again
+    assert first["raw/data.npz"] != other["raw/data.npz"]
+    assert b"Not OGB's ogbn-papers100M" in first["PLANTED.txt"]
+
+
+def test_papers_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments.planted_papers, "PIECE", 5_000)
+    tracemalloc.start()
+    folder = PapersPlanter(**PLANTER | {"nodes": 50_000, "edges": 500_000}).write(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3_000_000 < (folder / "raw" / "data.npz").stat().st_size / 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": 173}, "classes: got 173, expected 2 to 172"),
+        ({"edges": 0}, "edges: got 0"),
+        ({"labeled": 1.5}, "labeled: got 1.5, expected between"),
+        ({"labeled": 0.01}, "labeled: got 0.01 of 4000 nodes, expected at least 0.013"),
+    ],
+)
+def test_papers_out_of_range(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PapersPlanter(**PLANTER | change)
+
+
+def test_papers_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [PAPERS, "--root", str(tmp_path), "--nodes", "300", "--edges", "900", "--features", "3", "--labeled", "0.4"]
+    main(args)
+    assert capsys.readouterr().out.strip() == str(tmp_path / "ogbn_papers100M")
+    with pytest.raises(SystemExit):
+        main(args)
+    assert "is there already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ogbn-arxiv", "--root", str(tmp_path / "other"), "--labeled", "0.4"])
+    assert "labeled: got 0.4 for ogbn-arxiv" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""Nodes of a graph that stays on disk: sampled neighborhoods, in training and in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, get_args
+
+from experiments.config import GraphConfig
+from experiments.convert import PAPERS, STORED
+from experiments.data.graph_data import Split, Splits, make_metric, task_loss
+from experiments.data.graph_task import _sampled
+from experiments.data.ogb import OGBMetric
+from experiments.data.task import Batch, Task
+from gmoe.data import StoredGraph
+
+LEGAL: dict[str, tuple[Any, ...]] = {
+    "sampling": ("neighbor",),
+    "evaluation": ("sampled",),
+    "self_loops": (False,),
+    "edge_features": (False,),
+    "adjacency": ("auto", "edge_index"),
+}
+"""Values of the options that a graph on disk leaves no choice of."""
+
+
+def stored_task(config: GraphConfig) -> Task:
+    """Node classification on a folder that ``experiments.convert`` wrote.
+
+    Args:
+        config: of the run; ``data_root`` is the folder itself, or of ogbn-papers100M the folder in which it lies.
+
+    Raises:
+        FileNotFoundError: it is not there; says how it is made.
+        ValueError: it has no labels or no split, or other edges than the run asks for; an option that needs it in
+            memory.
+    """
+    folder = config.data_root
+    if config.dataset == PAPERS:
+        folder = folder / STORED
+        if not (folder / "graph.json").is_file():
+            raise FileNotFoundError(
+                f"{PAPERS}: {folder} is missing; make it by python -m experiments.convert {PAPERS} --from "
+                f"{config.data_root} --to {folder} --half, or give another --data-root"
+            )
+    for name, legal in LEGAL.items():
+        if getattr(config, name) not in legal:
+            raise ValueError(
+                f"{name}: got {getattr(config, name)!r} for {folder}, expected {' or '.join(map(repr, legal))}, since "
+                "the graph stays on disk"
+            )
+    graph = StoredGraph(folder)
+    said = graph.info
+    if config.undirected is not said["undirected"]:
+        raise ValueError(
+            f"undirected: got {config.undirected} for {folder}, expected {said['undirected']}, as it was converted"
+        )
+    missing = [name for name in ("y", *get_args(Split)) if name not in said["arrays"]]
+    if missing:
+        raise ValueError(f"data_root: {folder} has no {', '.join(missing)}; convert again, and give them")
+    split: Splits = {part: getattr(graph, part) for part in get_args(Split)}
+    if said["source"].startswith("Not OGB's"):
+        print(f"{config.dataset}: a planted graph, not OGB's ({folder})", flush=True)
+    trims = config.layers == len(config.fanout)  # a layer then computes only what the later ones hear
+
+    def loader(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+        source: Any = graph
+        for batch in _sampled(source, config, split[part], batch_size, seed):
+            hops = (None, None, None, None, batch.num_sampled_nodes, batch.num_sampled_edges) if trims else ()
+            seeds = slice(0, batch.batch_size)
+            yield Batch((batch.x, batch.edge_index, *hops), batch.y[seeds], seeds)
+
+    is_papers = config.dataset == PAPERS
+    metric_name = config.metric or "accuracy"
+    return Task(
+        name=said["name"],
+        kind="graph",
+        in_channels=graph.x_dim,
+        num_classes=said["num_classes"],
+        metric_name=metric_name,
+        metric=partial(OGBMetric, PAPERS) if is_papers else make_metric(metric_name, said["num_classes"]),
+        loader=loader,
+        steps=lambda size: -(-len(split["train"]) // size),
+        loss=task_loss,
+        split=split,
+    )

@@ -1,0 +1,152 @@
+"""Training on a graph that stays on disk: batches are the graph's, what needs memory is refused, runs resume."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import get_worker_info
+
+from experiments.config import GraphConfig
+from experiments.convert import PAPERS, STORED
+from experiments.convert import main as convert
+from experiments.data import load_tasks
+from experiments.presets import PRESETS
+from experiments.train import main
+from tests.experiments.command import quick, quick_until
+from tests.experiments.ogb_data import plant_papers
+from tests.experiments.test_resume import assert_same
+
+SMALL = ("--hidden", "16", "--experts", "2", "--batch-size", "400", "--fanout", "5", "3", "2")
+CLASSES = 6
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("papers")
+    plant_papers(root, nodes=3_000, edges=20_000, features=12, classes=CLASSES)
+    return root
+
+
+def config_of(root: Path, **change: Any) -> GraphConfig:
+    config = PRESETS[PAPERS][1]
+    assert isinstance(config, GraphConfig)
+    return replace(config, data_root=root, **change)
+
+
+def test_batches_are_the_graphs_own(root: Path) -> None:
+    task = load_tasks(config_of(root, fanout=(-1, -1, -1), batch_size=200))(0)
+    x, y, train = (np.load(root / STORED / f"{name}.npy") for name in ("x", "y", "train"))
+    start, source = (np.load(root / STORED / f"{name}.npy") for name in ("start", "source"))
+    assert (task.in_channels, task.num_classes, task.metric_name) == (12, 172, "accuracy")
+    assert task.steps(200) == -(-len(train) // 200)
+    first = next(iter(task.loader("train", 200, None)))
+    nodes = first.inputs[0]
+    assert nodes.dtype == torch.float32
+    assert torch.equal(nodes[:200], torch.from_numpy(x[train[:200]]).float())
+    assert first.target.tolist() == y[train[:200]].tolist()
+    sources, destinations = first.inputs[1]
+    for row in range(0, 200, 17):
+        node = train[row]
+        theirs = nodes[sources[destinations == row]]
+        ours = torch.from_numpy(x[source[start[node] : start[node + 1]]]).float()
+        assert torch.equal(theirs.sort(dim=0).values, ours.sort(dim=0).values)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_has_every_training_node_once(root: Path, workers: int) -> None:
+    assert get_worker_info() is None
+    task = load_tasks(config_of(root, workers=workers))(0)
+    assert task.split is not None
+    y = np.load(root / STORED / "y.npy")
+    seen = torch.cat([batch.target for batch in task.loader("train", 300, 1)])
+    assert sorted(seen.tolist()) == sorted(y[task.split["train"].numpy()].tolist())
+    assert [batch.target.tolist() for batch in task.loader("train", 300, 1)] != [
+        batch.target.tolist() for batch in task.loader("train", 300, 2)
+    ]
+
+
+def test_the_preset_learns(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--data-root", str(root), "--hidden", "32", "--batch-size", "128", "--lr", "0.01", "--epochs", "2")
+    summary = quick(tmp_path / "run", *args, preset=PAPERS)
+    assert summary["test"]["mean"] > 2.5 / CLASSES
+    assert summary["config"]["dataset"] == PAPERS
+    assert "a planted graph, not OGB's" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_equals_one_in_one_go(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("--data-root", str(root), *SMALL)
+    quick(tmp_path / "whole", *args, preset=PAPERS)
+    quick_until(2, monkeypatch, tmp_path / "cut", *args, preset=PAPERS)
+    quick(tmp_path / "cut", *args, "--resume", preset=PAPERS)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampling": "full"}, "sampling: got 'full' for .*, expected 'neighbor'"),
+        ({"sampling": "random_node"}, "sampling: got 'random_node'"),
+        ({"evaluation": "full"}, "evaluation: got 'full' for .*, expected 'sampled'"),
+        ({"evaluation": "layerwise"}, "evaluation: got 'layerwise'"),
+        ({"self_loops": True}, "self_loops: got True"),
+        ({"edge_features": True}, "edge_features: got True"),
+        ({"adjacency": "csr"}, "adjacency: got 'csr' for .*, expected 'auto' or 'edge_index'"),
+        ({"undirected": False}, "undirected: got False for .*, expected True, as it was converted"),
+    ],
+)
+def test_what_needs_memory_is_refused_by_name(root: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_tasks(config_of(root, **change))
+
+
+def test_a_missing_folder_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([PAPERS, "--data-root", str(tmp_path), "--out", str(tmp_path / "run")])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"python -m experiments.convert {PAPERS} --from {tmp_path} --to {tmp_path / STORED}" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder converted from arrays: a class a third, which features tell."""
+    rng, nodes = np.random.default_rng(0), 300
+    y = np.arange(nodes) % 3
+    arrays = {
+        "edges": rng.integers(nodes, size=(2, 900)),
+        "x": rng.standard_normal((nodes, 3)) + 4 * np.eye(3)[y],
+        "y": y,
+        **dict(zip(("train", "val", "test"), np.split(rng.permutation(nodes), [180, 240]), strict=True)),
+    }
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    options = [text for name in list(arrays)[1:] for text in (f"--{name}", str(tmp_path / f"{name}.npy"))]
+    convert([str(tmp_path / "edges.npy"), *options, "--directed", "--to", str(tmp_path / "own")])
+    return tmp_path / "own"
+
+
+def test_the_preset_graph_takes_a_folder_of_ones_own(own: Path, tmp_path: Path) -> None:
+    args = ("--data-root", str(own), "--sampling", "neighbor", "--evaluation", "sampled", "--fanout", "5", "5",
+            "--no-undirected", "--lr", "0.05", "--batch-size", "60")  # fmt: skip
+    summary = quick(tmp_path / "run", *args, preset="graph")
+    assert summary["test"]["mean"] > 0.6
+    with pytest.raises(ValueError, match="sampling: got 'full'"):
+        load_tasks(replace(PRESETS["graph"][1], data_root=own))
+
+
+def test_a_folder_without_labels_or_split(own: Path) -> None:
+    said = json.loads((own / "graph.json").read_text())
+    del said["arrays"]["y"], said["arrays"]["val"]
+    (own / "graph.json").write_text(json.dumps(said))
+    config: Any = PRESETS["graph"][1]
+    config = replace(config, data_root=own, sampling="neighbor", evaluation="sampled", undirected=False)
+    with pytest.raises(ValueError, match=r"data_root: .* has no y, val; convert again"):
+        load_tasks(config)
