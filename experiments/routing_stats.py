@@ -28,7 +28,7 @@ def routing_summary(
     """
     if not routings or not routings[0]:
         return []
-    stats = RoutingStats([routing.num_experts for routing in routings[0]]).to(routings[0][0].token.device)
+    stats = RoutingStats([routing.num_experts for routing in routings[0]], sync_on_compute=False).to(routings[0][0].token.device)
     for batch in routings:
         stats.update(batch)
     layers = []
