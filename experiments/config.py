@@ -504,8 +504,15 @@ def check_world(config: RunConfig, world: int) -> None:
             f"devices: got 1 in {world} processes, expected them to be said: --devices N, with --nodes M where there are "
             "several machines"
         )
-    machines = "" if config.nodes == 1 else f"--nnodes {config.nodes} "
     raise ValueError(
         f"devices: got {config.devices} x {config.nodes} nodes in {world} process{'es' if world > 1 else ''}, expected "
-        f"them to be started by: torchrun {machines}--nproc-per-node {config.devices} -m experiments.train ..."
+        f"them to be started by: {launcher(config)} -m experiments.train ..."
     )
+
+
+def launcher(config: RunConfig) -> str:
+    """The command that starts as many processes as a run has."""
+    if config.devices * config.nodes == 1:
+        return "python"
+    machines = "" if config.nodes == 1 else f"--nnodes {config.nodes} "
+    return f"torchrun {machines}--nproc-per-node {config.devices}"
