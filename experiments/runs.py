@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from lightning_fabric.utilities import rank_zero_only
 
 from experiments.config import PROCESSES, RunConfig
@@ -60,35 +61,56 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
     """
     folder = config.folder()
     fabric = make_fabric(config)  # before data are read
-    found, summary, results = from_first(fabric, lambda: _so_far(config))
+    found, summary, results = from_first(fabric, lambda: so_far(config))
     progress = progress or Progress(len(config.seeds) * config.epochs, config.progress and fabric.is_global_zero)
     if summary is not None:
         progress.skip(len(config.seeds) * config.epochs)
         progress.finish(len(config.seeds) * config.epochs)
         return summary
-    check_loggers(config.logger)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
-        with fabric.rank_zero_first(local=True):  # which downloads what is missing
-            task_of = load_tasks(config)
-        for seed in config.seeds:
-            if seed in results:
-                progress.skip(config.epochs)
-                progress.finish(config.epochs)
-                continue
-            task = task_of(seed)
-            prepared = prepare(config, task, seed)  # refuses what cannot be run before anything is written
-            part = folder / f"seed-{seed}"
-            _begin(folder, found, task)
-            results[seed] = train_seed(config, task, seed, part, prepared, progress)
-            write_json(part / "result.json", results[seed])
+    for _ in results:
+        progress.skip(config.epochs)
+        progress.finish(config.epochs)
+    results |= _train(fabric, config, found, [seed for seed in config.seeds if seed not in results], progress)
     made: dict[str, Any] = from_first(fabric, lambda: summarize(found, [results[seed] for seed in config.seeds]))
     write_json(folder / "summary.json", made)
     return made
 
 
-def _so_far(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any] | None, dict[int, dict[str, Any]]]:
+def train_one(config: RunConfig, seed: int) -> None:
+    """Train a seed of a run, if its folder lacks it; :func:`run` then makes the summary.
+
+    Raises:
+        ValueError, InterruptedRunError: as :func:`run`.
+    """
+    found, summary, results = so_far(config)
+    if summary is None and seed not in results:
+        _train(make_fabric(config), config, found, [seed], Progress(config.epochs, shown=False))
+
+
+def _train(
+    fabric: Fabric, config: RunConfig, found: dict[str, Any], seeds: list[int], progress: Progress
+) -> dict[int, dict[str, Any]]:
+    """The results of seeds, which are written too."""
+    results: dict[int, dict[str, Any]] = {}
+    if not seeds:
+        return results
+    check_loggers(config.logger)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+        with fabric.rank_zero_first(local=True):  # who downloads what is missing
+            task_of = load_tasks(config)
+        for seed in seeds:
+            task = task_of(seed)
+            prepared = prepare(config, task, seed)  # refuses what cannot be run before anything is written
+            part = config.folder() / f"seed-{seed}"
+            _begin(config.folder(), found, task)
+            results[seed] = train_seed(config, task, seed, part, prepared, progress)
+            write_json(part / "result.json", results[seed])
+    return results
+
+
+def so_far(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any] | None, dict[int, dict[str, Any]]]:
     """What config.json is to hold; the summary of a finished run; and the results of finished seeds."""
     folder = config.folder()
     found = described(config)

@@ -160,12 +160,12 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         fabric = make_fabric(config)
         config = replace(config, out=from_first(fabric, lambda: place(config)))
-        with nullcontext() if not rank else redirect_stdout(None):  # type: ignore[type-var]
+        with nullcontext() if not rank else redirect_stdout(None):
             summary = run(config)
     except (ValueError, OSError) as error:
         fail(error)
-    except (KeyboardInterrupt, InterruptedRunError) as stop_:
-        stopped("stopped", 128 + (stop_.number if isinstance(stop_, InterruptedRunError) else signal.SIGINT))
+    except (KeyboardInterrupt, InterruptedRunError) as wish:
+        stopped("stopped", 128 + (wish.number if isinstance(wish, InterruptedRunError) else signal.SIGINT))
     except RuntimeError as error:
         if not lost_another(error):
             raise

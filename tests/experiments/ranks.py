@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from experiments.loop import Training
 from experiments.train import main
 
@@ -35,15 +37,10 @@ def run_until(steps: int, args: list[str], only: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         step(*arguments)
 
-    Training.step = signalled  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Training, "step", signalled)
         main(args)
-    except SystemExit as stop:
-        assert stop.code == 128 + signal.SIGTERM  # noqa: PT017
-        return
-    finally:
-        Training.step = step  # type: ignore[method-assign]
-    raise AssertionError("it did not stop")
+    assert stop.value.code == 128 + signal.SIGTERM
 
 
 def all_runs(root: Path) -> None:
