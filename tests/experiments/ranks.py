@@ -37,9 +37,10 @@ def run_until(steps: int, args: list[str], only: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         step(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "step", signalled)
-        main(args)
+        with pytest.raises(SystemExit) as stop:
+            main(args)
     assert stop.value.code == 128 + signal.SIGTERM
 
 
