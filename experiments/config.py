@@ -192,7 +192,7 @@ class RunConfig:
         world = self.devices * self.nodes
         if world > 1 and getattr(self, "sampling", None) == "full":
             raise ValueError(
-                f"devices: got {self.devices} x {self.nodes} nodes for {self.dataset} with sampling='full', expected 1: "
+                f"devices: got {self.devices} x {self.nodes} nodes for {self.dataset} with full batches, expected one: "
                 "a whole graph is one batch, which cannot be split; sample it, or train seeds side by side: python -m "
                 "experiments.sweep grid --jobs N"
             )

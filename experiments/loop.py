@@ -438,7 +438,9 @@ class Training:
         kept = []
         for batch in task.loader(split, config.batch_size, None) if alone else self.batches(split, None):
             batch = self.fabric.to_device(batch)
-            metric.update(batch.counted(self.forward(batch.inputs)), batch.target)
+            logits = batch.counted(self.forward(batch.inputs))
+            if len(logits):
+                metric.update(logits, batch.target)
             kept.append(list(self.routings))
         return float(metric.compute()), kept
 

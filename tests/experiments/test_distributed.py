@@ -132,7 +132,7 @@ def test_slices_of_digits_are_those_of_one_process() -> None:
         ("4", ["digits", "--devices", "2", "--nodes", "4"], "started by: torchrun --nnodes 4 --nproc-per-node 2 -m"),
         ("2", ["digits", "--devices", "2", "--batch-size", "33"], "batch_size: got 33"),
         ("2", ["cora", "--devices", "2"], "a whole graph is one batch, which cannot be split"),
-        ("2", ["ogbn-mag", "--devices", "2"], "for ogbn-mag with sampling='full', expected 1"),
+        ("2", ["ogbn-mag", "--devices", "2"], "for ogbn-mag with full batches, expected one"),
         ("1", ["digits", "--devices", "0"], "devices: got 0, expected at least 1"),
     ],
 )
