@@ -24,6 +24,12 @@ BLOCK = 2**22
 """Values that :meth:`StoredGraph.verify` holds at once."""
 
 
+def create_npy(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A new ``.npy`` file, mapped as a tensor: what is written to this is written to the file."""
+    name = str(dtype).removeprefix("torch.")
+    return torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.dtype(name), shape))
+
+
 class StoredGraph(FeatureStore, GraphStore):
     """A graph in a folder of ``.npy`` files, opened memory-mapped: it may be larger than memory.
 
@@ -65,23 +71,29 @@ class StoredGraph(FeatureStore, GraphStore):
         except ValueError as error:
             raise ValueError(f"{path}: got {error}, expected JSON") from error
         is_format = isinstance(self.info, dict) and self.info.get("format") == 1
-        check(is_format, path, f"format {self.info.get('format')!r}" if isinstance(self.info, dict) else "no object", 1)
-        for key, kind in (("num_nodes", int), ("num_edges", int), ("arrays", dict)):
+        check(
+            is_format,
+            str(path),
+            f"format {self.info.get('format')!r}" if isinstance(self.info, dict) else "no object",
+            1,
+        )
+        for key in ("num_nodes", "num_edges"):
             value = self.info.get(key)
-            fits = isinstance(value, kind) and (kind is dict or value >= 0)
-            check(fits, path, f"{key} {value!r}", "an object" if kind is dict else "a whole number of at least 0")
+            check(isinstance(value, int) and value >= 0, str(path), f"{key} {value!r}", "a whole number of at least 0")
+        listed = self.info.get("arrays")
+        if not isinstance(listed, dict):
+            raise ValueError(f"{path}: got arrays {listed!r}, expected an object")
         self.num_nodes: int = self.info["num_nodes"]
         self.num_edges: int = self.info["num_edges"]
         legal = self._legal()
-        listed = self.info["arrays"]
         for name in ("start", "source", "x"):
-            check(name in listed, path, f"arrays {sorted(listed)}", f"{name!r} among them")
+            check(name in listed, str(path), f"arrays {sorted(listed)}", f"{name!r} among them")
         for name in listed:
-            check(name in legal, path, f"array {name!r}", f"one of {', '.join(legal)}")
+            check(name in legal, str(path), f"array {name!r}", f"one of {', '.join(legal)}")
         self._arrays = {name: self._open(name, *legal[name]) for name in listed}
         self.start, self.source = self._arrays["start"], self._arrays["source"]
         ends = [int(self.start[0]), int(self.start[-1])]
-        check(ends == [0, self.num_edges], self._file("start"), f"ends {ends}", [0, self.num_edges])
+        check(ends == [0, self.num_edges], str(self._file("start")), f"ends {ends}", [0, self.num_edges])
 
     def _legal(self) -> dict[str, tuple[tuple[str, ...], tuple[int | None, ...], int]]:
         """Of each array the dtypes, the shape (``None``: any length), and how many dimensions may follow it."""
@@ -106,17 +118,17 @@ class StoredGraph(FeatureStore, GraphStore):
             raise
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: got {error}, expected a whole .npy file") from error
-        check(isinstance(array, np.memmap), path, "an archive", "a .npy file")
-        check(array.dtype.name in dtypes and array.dtype.isnative, path, array.dtype.str, " or ".join(dtypes))
+        check(isinstance(array, np.memmap), str(path), "an archive", "a .npy file")
+        check(array.dtype.name in dtypes and array.dtype.isnative, str(path), array.dtype.str, " or ".join(dtypes))
         fits = len(shape) <= array.ndim <= len(shape) + more and array.flags.c_contiguous
         fits = fits and all(want in (None, size) for want, size in zip(shape, array.shape, strict=False))
         legal = f"({', '.join('any' if size is None else str(size) for size in shape)})"
-        check(fits, path, f"shape {array.shape}", f"{legal} in C order")
+        check(fits, str(path), f"shape {array.shape}", f"{legal} in C order")
         got = {"dtype": array.dtype.name, "shape": list(array.shape)}
         want = {key: said.get(key) for key in got}
-        check(got == want, path, got, f"{want}, as graph.json says")
+        check(got == want, str(path), got, f"{want}, as graph.json says")
         size, expected = path.stat().st_size, array.offset + array.nbytes
-        check(size == expected, path, f"{size} bytes", f"{expected}")
+        check(size == expected, str(path), f"{size} bytes", f"{expected}")
         if name in ("x", "y") and hasattr(mmap, "MADV_RANDOM"):  # rows are read here and there: no readahead
             array.base.madvise(mmap.MADV_RANDOM)
         with warnings.catch_warnings():  # of memory that must not be written to
@@ -183,14 +195,14 @@ class StoredGraph(FeatureStore, GraphStore):
                 while part := file.read(BLOCK):
                     digest.update(part)
             found = digest.hexdigest()
-            check(found == said.get("sha256"), self._file(name), f"SHA-256 {found}", said.get("sha256"))
+            check(found == said.get("sha256"), str(self._file(name)), f"SHA-256 {found}", said.get("sha256"))
         for part in self._blocks("start", overlap=1):
-            check(bool((part.diff() >= 0).all()), self._file("start"), "falling values", "values that never fall")
+            check(bool((part.diff() >= 0).all()), str(self._file("start")), "falling values", "values that never fall")
         for name in ("source", *(split for split in SPLITS if split in self._arrays)):
             for part in self._blocks(name):
                 low, high = part.aminmax()
                 legal = f"node ids in 0..{self.num_nodes - 1}"
-                check(low >= 0 and high < self.num_nodes, self._file(name), f"{int(low)}..{int(high)}", legal)
+                check(low >= 0 and high < self.num_nodes, str(self._file(name)), f"{int(low)}..{int(high)}", legal)
         for first in range(0, self.num_edges, BLOCK):
             source, node = self.edges_of(first, min(first + BLOCK + 1, self.num_edges))
             falls = (source.diff() < 0) & (node.diff() == 0)

@@ -51,6 +51,7 @@ def test_it_hands_out_what_was_stored(tmp_path: Path, half: bool) -> None:
     stored = StoredGraph(tmp_path)
     assert (stored.num_nodes, stored.num_edges, stored.x_dim) == (NODES, data.num_edges, 4)
     assert stored.info["name"] == "test"
+    assert stored.train is not None
     assert stored.train.tolist() == [5, 3]
     assert stored.val is None
     assert repr(stored) == f"StoredGraph('{tmp_path}': {NODES} nodes, {data.num_edges} edges, x 4)"
@@ -239,6 +240,7 @@ def test_a_graph_without_edges(tmp_path: Path) -> None:
     data = store(tmp_path, data, train=torch.empty(0, dtype=torch.int64))
     stored = StoredGraph(tmp_path)
     stored.verify()
+    assert stored.train is not None
     assert stored.train.tolist() == []
     assert_same_batches(batches_of(stored, [2, 2], None), batches_of(data, [2, 2], None))
 
