@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from torch_geometric.data import EdgeAttr, FeatureStore, GraphStore, TensorAttr
 from torch_geometric.data.graph_store import EdgeLayout
 
@@ -23,11 +25,22 @@ INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
 BLOCK = 2**22
 """Values that :meth:`StoredGraph.verify` holds at once."""
 
+CHUNK = 2**20
+"""Values of rows that are read and put in their place at once: few enough for a CPU's cache."""
+
 
 def create_npy(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A new ``.npy`` file, mapped as a tensor: what is written to this is written to the file."""
     name = str(dtype).removeprefix("torch.")
     return torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.dtype(name), shape))
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """In a loader's worker in shared memory, or it would be copied there."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.empty(0, dtype=dtype).untyped_storage()._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 class StoredGraph(FeatureStore, GraphStore):
@@ -166,14 +179,27 @@ class StoredGraph(FeatureStore, GraphStore):
             name: of the array.
             index: node ids, or a slice of them.
         """
-        stored = self._arrays[name]
-        dtype = torch.int64 if not stored.is_floating_point() else stored.dtype
-        dtype = torch.float32 if dtype == torch.float16 else dtype
         if isinstance(index, slice):
-            return stored[index].to(dtype, copy=True)
-        ids, order = index.sort()
-        found = stored.index_select(0, ids).to(dtype)
-        return torch.empty_like(found).index_copy_(0, order, found)
+            return self._arrays[name][index].to(self._handed(name), copy=True)
+        return self._sorted_rows(name, *index.sort())
+
+    def _handed(self, name: str) -> torch.dtype:
+        """The dtype that rows are handed out in."""
+        dtype = self._arrays[name].dtype
+        if not dtype.is_floating_point:
+            return torch.int64
+        return torch.float32 if dtype == torch.float16 else dtype
+
+    def _sorted_rows(self, name: str, ids: Tensor, order: Tensor) -> Tensor:
+        """The rows of ascending ``ids``, of which the i-th belongs to place ``order[i]``."""
+        stored, dtype = self._arrays[name], self._handed(name)
+        shape = (len(ids), *stored.shape[1:])
+        cast = dtype != stored.dtype
+        found = torch.empty(shape, dtype=stored.dtype) if cast else _empty(shape, dtype)
+        step = max(CHUNK // max(math.prod(shape[1:]), 1), 1)
+        for place, part in zip(order.split(step), ids.split(step), strict=True):
+            found.index_copy_(0, place, stored.index_select(0, part))
+        return _empty(shape, dtype).copy_(found) if cast else found
 
     def edges_of(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Sources and destinations, int64, of the edges at positions ``first:last``."""
@@ -225,6 +251,15 @@ class StoredGraph(FeatureStore, GraphStore):
             index = torch.as_tensor(index)
             index = index.nonzero().view(-1) if index.dtype == torch.bool else index
         return self.rows(attr.attr_name, index)
+
+    def _multi_get_tensor(self, attrs: list[TensorAttr]) -> list[Tensor | None]:
+        """Ids that are asked for of several arrays, as loaders do, are sorted once."""
+        index = attrs[0].index if attrs else None
+        if not isinstance(index, Tensor) or index.dtype == torch.bool or any(a.index is not index for a in attrs):
+            return [self._get_tensor(attr) for attr in attrs]
+        ids, order = index.sort()
+        known = [attr.attr_name if attr.attr_name in ("x", "y") else "" for attr in attrs]
+        return [self._sorted_rows(name, ids, order) if name in self._arrays else None for name in known]
 
     def _get_tensor_size(self, attr: TensorAttr) -> tuple[int, ...] | None:
         stored = self._arrays.get(attr.attr_name)
