@@ -101,7 +101,8 @@ class StoredGraph(FeatureStore, GraphStore):
         legal = self._legal()
         for name in ("start", "source", "x"):
             check(name in listed, str(path), f"arrays {sorted(listed)}", f"{name!r} among them")
-        for name in listed:
+        for name, said in listed.items():
+            check(isinstance(said, dict), str(path), f"array {name!r} {said!r}", "an object")
             check(name in legal, str(path), f"array {name!r}", f"one of {', '.join(legal)}")
         self._arrays = {name: self._open(name, *legal[name]) for name in listed}
         self.start, self.source = self._arrays["start"], self._arrays["source"]
