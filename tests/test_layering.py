@@ -21,6 +21,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "gmoe.conv": PYG,
     "gmoe.data": PYG,
     "gmoe.metrics": frozenset({"torchmetrics"}),
+    "gmoe.models.disk": PYG,
     "gmoe.models.gnn": PYG,
     "gmoe.models.hetero_gnn": PYG,
     "gmoe.models.vit": frozenset({"torchvision"}),

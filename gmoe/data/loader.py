@@ -47,8 +47,12 @@ def neighbor_loader(
         backend: ``"pyg"``: PyG's ``NeighborLoader``, which needs ``pyg-lib`` (``torch-sparse`` will do, but leaves out
             ``num_sampled_nodes`` and ``num_sampled_edges``). ``"gmoe"``: PyG's ``NodeLoader`` over
             :class:`gmoe.NeighborSampler`. ``"auto"`` (default): the former where ``pyg-lib`` is installed, the latter
-            for a ``StoredGraph``, whose edges PyG would copy into memory. ``"cugraph"``: cuGraph-PyG's loader, on
-            NVIDIA GPUs, for a ``StoredGraph``: see :func:`cugraph_loader`.
+            for a ``StoredGraph``, whose edges PyG would copy into memory. ``"cugraph"``: cuGraph-PyG's
+            ``NeighborLoader`` for a ``StoredGraph`` that is split over NVIDIA GPUs. **Written to its interface and not
+            tested with it, for want of a GPU.** Start the process group and cuGraph's and WholeGraph's communicators
+            first, as cuGraph-PyG's examples do; each process reads the slices of edges, x and y that
+            ``torch.tensor_split`` would give it, and brings its own seeds. cuGraph numbers the edges anew, and ignores
+            arguments of ``DataLoader`` such as ``num_workers``.
         **kwargs: further arguments of the loader and of ``torch.utils.data.DataLoader``. ``shuffle=True`` for training;
             ``num_workers=1, persistent_workers=True`` draws the next batches while the model computes.
 
@@ -72,7 +76,7 @@ def neighbor_loader(
     kwargs |= {"input_nodes": _checked(data, input_nodes), "batch_size": batch_size}
     if backend == "cugraph":
         check(isinstance(data, StoredGraph), "data", f"{type(data).__name__} with backend='cugraph'", "a StoredGraph")
-        return cugraph_loader(data, num_neighbors, replace=replace, **kwargs)
+        return _cugraph_loader(data, num_neighbors, replace=replace, **kwargs)
     if backend == "pyg" and not (typing.WITH_PYG_LIB or typing.WITH_TORCH_SPARSE):
         raise ImportError("backend: got 'pyg' without pyg-lib or torch-sparse installed, expected 'auto' or 'gmoe'")
     given = (data, data) if isinstance(data, StoredGraph) else data
@@ -88,24 +92,8 @@ def neighbor_loader(
     return NodeLoader(given, sampler, **kwargs)
 
 
-def cugraph_loader(graph: StoredGraph, num_neighbors: Fanouts, *, input_nodes: Tensor, **kwargs: Any) -> Any:
-    """cuGraph-PyG's ``NeighborLoader`` over a graph on disk, split over the GPUs of a process group.
-
-    Written to cuGraph-PyG's interface and **not tested with it**: there was no GPU. Each process reads the slice of the
-    edges and of the rows of x and y that ``torch.tensor_split`` would give it, and brings its own seeds. Initialize the
-    process group (NCCL) and WholeGraph's and cuGraph's communicators first, as cuGraph-PyG's examples do. cuGraph ids
-    its edges anew, and ignores what is for ``torch.utils.data.DataLoader``, such as ``num_workers``.
-
-    Args:
-        graph: the graph.
-        num_neighbors: see :func:`neighbor_loader`.
-        input_nodes: this process's seeds, ids or a mask.
-        **kwargs: further arguments of the loader.
-
-    Raises:
-        ImportError: ``cugraph_pyg`` is not installed.
-        RuntimeError: there is no process group.
-    """
+def _cugraph_loader(graph: StoredGraph, num_neighbors: Fanouts, *, input_nodes: Tensor, **kwargs: Any) -> Any:
+    """cuGraph-PyG's ``NeighborLoader`` over this process's slices of the graph; not tested with cuGraph itself."""
     try:
         from cugraph_pyg.data import FeatureStore, GraphStore
         from cugraph_pyg.loader import NeighborLoader as CuGraphLoader
@@ -126,7 +114,7 @@ def cugraph_loader(graph: StoredGraph, num_neighbors: Fanouts, *, input_nodes: T
         features["node", attr.attr_name, None] = graph.rows(attr.attr_name, slice(*part(graph.num_nodes)))
     size = (graph.num_nodes, graph.num_nodes)
     edges[("node", "to", "node"), "coo", False, size] = torch.stack(graph.edges_of(*part(graph.num_edges)))
-    return CuGraphLoader((features, edges), num_neighbors, input_nodes=input_nodes, **kwargs)
+    return CuGraphLoader((features, edges), num_neighbors, input_nodes=input_nodes.cuda(), **kwargs)
 
 
 def _checked(data: Data | HeteroData | StoredGraph, input_nodes: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from torch_geometric.data import EdgeAttr, FeatureStore, GraphStore, TensorAttr
 from torch_geometric.data.graph_store import EdgeLayout
 
@@ -22,6 +24,23 @@ INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
 
 BLOCK = 2**22
 """Values that :meth:`StoredGraph.verify` holds at once."""
+
+CHUNK = 2**20
+"""Values of rows that are read and put in their place at once: few enough for a CPU's cache."""
+
+
+def create_npy(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A new ``.npy`` file, mapped as a tensor: what is written to this is written to the file."""
+    name = str(dtype).removeprefix("torch.")
+    return torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.dtype(name), shape))
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """In a loader's worker in shared memory, or it would be copied there."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.empty(0, dtype=dtype).untyped_storage()._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 class StoredGraph(FeatureStore, GraphStore):
@@ -65,23 +84,30 @@ class StoredGraph(FeatureStore, GraphStore):
         except ValueError as error:
             raise ValueError(f"{path}: got {error}, expected JSON") from error
         is_format = isinstance(self.info, dict) and self.info.get("format") == 1
-        check(is_format, path, f"format {self.info.get('format')!r}" if isinstance(self.info, dict) else "no object", 1)
-        for key, kind in (("num_nodes", int), ("num_edges", int), ("arrays", dict)):
+        check(
+            is_format,
+            str(path),
+            f"format {self.info.get('format')!r}" if isinstance(self.info, dict) else "no object",
+            1,
+        )
+        for key in ("num_nodes", "num_edges"):
             value = self.info.get(key)
-            fits = isinstance(value, kind) and (kind is dict or value >= 0)
-            check(fits, path, f"{key} {value!r}", "an object" if kind is dict else "a whole number of at least 0")
+            check(isinstance(value, int) and value >= 0, str(path), f"{key} {value!r}", "a whole number of at least 0")
+        listed = self.info.get("arrays")
+        if not isinstance(listed, dict):
+            raise ValueError(f"{path}: got arrays {listed!r}, expected an object")
         self.num_nodes: int = self.info["num_nodes"]
         self.num_edges: int = self.info["num_edges"]
         legal = self._legal()
-        listed = self.info["arrays"]
         for name in ("start", "source", "x"):
-            check(name in listed, path, f"arrays {sorted(listed)}", f"{name!r} among them")
-        for name in listed:
-            check(name in legal, path, f"array {name!r}", f"one of {', '.join(legal)}")
+            check(name in listed, str(path), f"arrays {sorted(listed)}", f"{name!r} among them")
+        for name, said in listed.items():
+            check(isinstance(said, dict), str(path), f"array {name!r} {said!r}", "an object")
+            check(name in legal, str(path), f"array {name!r}", f"one of {', '.join(legal)}")
         self._arrays = {name: self._open(name, *legal[name]) for name in listed}
         self.start, self.source = self._arrays["start"], self._arrays["source"]
         ends = [int(self.start[0]), int(self.start[-1])]
-        check(ends == [0, self.num_edges], self._file("start"), f"ends {ends}", [0, self.num_edges])
+        check(ends == [0, self.num_edges], str(self._file("start")), f"ends {ends}", [0, self.num_edges])
 
     def _legal(self) -> dict[str, tuple[tuple[str, ...], tuple[int | None, ...], int]]:
         """Of each array the dtypes, the shape (``None``: any length), and how many dimensions may follow it."""
@@ -106,17 +132,17 @@ class StoredGraph(FeatureStore, GraphStore):
             raise
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: got {error}, expected a whole .npy file") from error
-        check(isinstance(array, np.memmap), path, "an archive", "a .npy file")
-        check(array.dtype.name in dtypes and array.dtype.isnative, path, array.dtype.str, " or ".join(dtypes))
+        check(isinstance(array, np.memmap), str(path), "an archive", "a .npy file")
+        check(array.dtype.name in dtypes and array.dtype.isnative, str(path), array.dtype.str, " or ".join(dtypes))
         fits = len(shape) <= array.ndim <= len(shape) + more and array.flags.c_contiguous
         fits = fits and all(want in (None, size) for want, size in zip(shape, array.shape, strict=False))
         legal = f"({', '.join('any' if size is None else str(size) for size in shape)})"
-        check(fits, path, f"shape {array.shape}", f"{legal} in C order")
+        check(fits, str(path), f"shape {array.shape}", f"{legal} in C order")
         got = {"dtype": array.dtype.name, "shape": list(array.shape)}
         want = {key: said.get(key) for key in got}
-        check(got == want, path, got, f"{want}, as graph.json says")
+        check(got == want, str(path), got, f"{want}, as graph.json says")
         size, expected = path.stat().st_size, array.offset + array.nbytes
-        check(size == expected, path, f"{size} bytes", f"{expected}")
+        check(size == expected, str(path), f"{size} bytes", f"{expected}")
         if name in ("x", "y") and hasattr(mmap, "MADV_RANDOM"):  # rows are read here and there: no readahead
             array.base.madvise(mmap.MADV_RANDOM)
         with warnings.catch_warnings():  # of memory that must not be written to
@@ -154,14 +180,27 @@ class StoredGraph(FeatureStore, GraphStore):
             name: of the array.
             index: node ids, or a slice of them.
         """
-        stored = self._arrays[name]
-        dtype = torch.int64 if not stored.is_floating_point() else stored.dtype
-        dtype = torch.float32 if dtype == torch.float16 else dtype
         if isinstance(index, slice):
-            return stored[index].to(dtype, copy=True)
-        ids, order = index.sort()
-        found = stored.index_select(0, ids).to(dtype)
-        return torch.empty_like(found).index_copy_(0, order, found)
+            return self._arrays[name][index].to(self._handed(name), copy=True)
+        return self._sorted_rows(name, *index.sort())
+
+    def _handed(self, name: str) -> torch.dtype:
+        """The dtype that rows are handed out in."""
+        dtype = self._arrays[name].dtype
+        if not dtype.is_floating_point:
+            return torch.int64
+        return torch.float32 if dtype == torch.float16 else dtype
+
+    def _sorted_rows(self, name: str, ids: Tensor, order: Tensor) -> Tensor:
+        """The rows of ascending ``ids``, of which the i-th belongs to place ``order[i]``."""
+        stored, dtype = self._arrays[name], self._handed(name)
+        shape = (len(ids), *stored.shape[1:])
+        cast = dtype != stored.dtype
+        found = torch.empty(shape, dtype=stored.dtype) if cast else _empty(shape, dtype)
+        step = max(CHUNK // max(math.prod(shape[1:]), 1), 1)
+        for place, part in zip(order.split(step), ids.split(step), strict=True):
+            found.index_copy_(0, place, stored.index_select(0, part))
+        return _empty(shape, dtype).copy_(found) if cast else found
 
     def edges_of(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Sources and destinations, int64, of the edges at positions ``first:last``."""
@@ -183,14 +222,14 @@ class StoredGraph(FeatureStore, GraphStore):
                 while part := file.read(BLOCK):
                     digest.update(part)
             found = digest.hexdigest()
-            check(found == said.get("sha256"), self._file(name), f"SHA-256 {found}", said.get("sha256"))
+            check(found == said.get("sha256"), str(self._file(name)), f"SHA-256 {found}", said.get("sha256"))
         for part in self._blocks("start", overlap=1):
-            check(bool((part.diff() >= 0).all()), self._file("start"), "falling values", "values that never fall")
+            check(bool((part.diff() >= 0).all()), str(self._file("start")), "falling values", "values that never fall")
         for name in ("source", *(split for split in SPLITS if split in self._arrays)):
             for part in self._blocks(name):
                 low, high = part.aminmax()
                 legal = f"node ids in 0..{self.num_nodes - 1}"
-                check(low >= 0 and high < self.num_nodes, self._file(name), f"{int(low)}..{int(high)}", legal)
+                check(low >= 0 and high < self.num_nodes, str(self._file(name)), f"{int(low)}..{int(high)}", legal)
         for first in range(0, self.num_edges, BLOCK):
             source, node = self.edges_of(first, min(first + BLOCK + 1, self.num_edges))
             falls = (source.diff() < 0) & (node.diff() == 0)
@@ -213,6 +252,15 @@ class StoredGraph(FeatureStore, GraphStore):
             index = torch.as_tensor(index)
             index = index.nonzero().view(-1) if index.dtype == torch.bool else index
         return self.rows(attr.attr_name, index)
+
+    def _multi_get_tensor(self, attrs: list[TensorAttr]) -> list[Tensor | None]:
+        """Ids that are asked for of several arrays, as loaders do, are sorted once."""
+        index = attrs[0].index if attrs else None
+        if not isinstance(index, Tensor) or index.dtype == torch.bool or any(a.index is not index for a in attrs):
+            return [self._get_tensor(attr) for attr in attrs]
+        ids, order = index.sort()
+        known = [attr.attr_name if attr.attr_name in ("x", "y") else "" for attr in attrs]
+        return [self._sorted_rows(name, ids, order) if name in self._arrays else None for name in known]
 
     def _get_tensor_size(self, attr: TensorAttr) -> tuple[int, ...] | None:
         stored = self._arrays.get(attr.attr_name)

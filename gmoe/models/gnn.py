@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.loader import NodeLoader
-from torch_geometric.nn import GCNConv
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.typing import Adj
 from tqdm import tqdm
 
 from gmoe._autograd import refuse_transforms
 from gmoe._checks import check, check_choice, check_count, check_counts
-from gmoe.conv.aggregate import FilterConv, turned
-from gmoe.conv.base import NodeChunks, powers, too_far
+from gmoe.conv.aggregate import FilterConv
+from gmoe.conv.base import NodeChunks, powers
 from gmoe.conv.graph import Graph, check_batch, parameters_of
-from gmoe.conv.kinds import ConvFactory, ConvLike, CopyOf, Make, kinds_of, looks_one_hop
+from gmoe.conv.kinds import ConvFactory, ConvLike, CopyOf, Make, kinds_of
 from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view, router_width
+from gmoe.data.stored import StoredGraph
 from gmoe.dispatch import Backend
 from gmoe.hub import HubMixin, recorded
+from gmoe.models.disk import check_one_hop, dense_chunked, inference_on_disk
 from gmoe.moe import drawn_apart
 from gmoe.routers import Router, RouterLike, build_router
 from gmoe.routing import Routing
@@ -339,7 +341,7 @@ class GNNMoE(HubMixin, BasicGNN):
     @torch.no_grad()
     def inference(
         self,
-        loader: NodeLoader | Data,
+        loader: NodeLoader | Data | StoredGraph,
         device: torch.device | str | None = None,
         embedding_device: torch.device | str = "cpu",
         progress_bar: bool = False,
@@ -347,34 +349,53 @@ class GNNMoE(HubMixin, BasicGNN):
         *,
         batch_size: int | None = None,
         return_routing: bool = False,
+        folder: str | Path | None = None,
     ) -> Any:
         """Logits of all nodes, layer by layer in chunks, without gradients: equal to the forward on the whole graph.
 
         Each layer routes once over all nodes, so that no node's experts depend on its chunk, and GCN's degrees are
         those of the whole graph. Call ``eval()`` first, as for any evaluation.
 
+        Of a :class:`gmoe.StoredGraph`, the features of all nodes are kept on disk, in ``folder``, and memory is that of
+        a chunk, its in-edges and their sources. Each chunk is then routed by itself: routers must decide token by token
+        (token choice, random, uniform, centroids, or experts' choice with ``inference="threshold"``), norms row by row.
+
         Args:
             loader: a node loader, of which the graph and the batch size are taken (not what it samples), or the graph:
                 ``x``, ``edge_index``, and, where they are there and the convs take them, ``edge_weight``, ``edge_attr``
-                and ``batch``.
+                and ``batch``. Or a stored graph.
             device: where chunks are computed (default: where the model is).
             embedding_device: where the features of all nodes are kept (default ``"cpu"``).
             progress_bar: show one (default ``False``).
             cache: keep the chunks between layers (default ``False``).
             batch_size: nodes per chunk (default: the loader's, or 1,024).
             return_routing: return the routings too, as :meth:`forward` does.
+            folder: of a stored graph, where to write: hidden features, which are removed in the end, and
+                ``logits.npy``, as which the result is mapped.
 
         Raises:
+            ValueError: of a stored graph, no ``folder``; ``cache``, ``return_routing`` or another ``embedding_device``,
+                which would take memory for all nodes; a model in training; a router, norm, ``jk``, ``flow`` or number
+                of hops that needs all nodes at once, by name.
             RuntimeError: a conv that looks further than one hop, such as ``ChebConv``.
         """
-        data: Any = loader if isinstance(loader, Data) else loader.data
+        data: Any = loader if isinstance(loader, Data | StoredGraph) else loader.data
+        data = data[0] if isinstance(data, tuple) else data
+        if batch_size is None:
+            batch_size = 1024 if isinstance(loader, Data | StoredGraph) else int(loader.batch_size or 1)
+        check_count("batch_size", batch_size)
+        own = next(self.parameters()).device if device is None else torch.device(device)
+        if isinstance(data, StoredGraph):
+            if folder is None:
+                raise ValueError("folder: got None, expected where to write the embeddings of a stored graph")
+            in_memory = {"embedding_device": str(embedding_device) != "cpu", "cache": cache}
+            for name, value in (in_memory | {"return_routing": return_routing}).items():
+                check(not value, name, "what takes memory for all nodes", "the default, where the graph is stored")
+            return inference_on_disk(self, data, Path(folder), batch_size, own, progress_bar)
+        check(folder is None, "folder", f"{str(folder)!r} for a graph in memory", None)
         if not isinstance(data, Data) or data.x is None or data.edge_index is None:
             raise ValueError(f"loader: got one over {type(data).__name__}, expected a Data with x and edge_index")
-        if batch_size is None:
-            batch_size = 1024 if isinstance(loader, Data) else int(loader.batch_size or 1)
-        check_count("batch_size", batch_size)
         home = torch.device(embedding_device)
-        own = next(self.parameters()).device if device is None else torch.device(device)
         graph = self._graph(data.x, data.edge_index, data.get("edge_weight"), data.get("edge_attr"))
         chunks = NodeChunks(graph, batch_size, own, cache)
         x, batch = data.x.to(home), data.get("batch")
@@ -401,7 +422,8 @@ class GNNMoE(HubMixin, BasicGNN):
                 if decision is None:
                     routings.append(routing)
             else:
-                out = _dense_chunked(conv, x, chunks, self.local)
+                check_one_hop(conv, x.size(1), self.local)
+                out = dense_chunked(conv, x, chunks)
             if layer < len(self.residuals):
                 out = out + rows(self.residuals[layer], x)
             # all nodes at once, since some norms look at all of them
@@ -433,30 +455,6 @@ def _moe_layers(num_layers: int, every: int, jk: str | None) -> list[int]:
     got = f"{every} with num_layers={num_layers} and jk={jk!r}, which leaves no hidden layer for a MoE"
     check(found, "every", got, "more layers, a smaller every, or jk='last'")
     return found
-
-
-def _dense_chunked(conv: Any, x: Tensor, chunks: NodeChunks, local: bool | None) -> Tensor:
-    """A plain conv, some nodes at a time; GCN with the degrees of the whole graph.
-
-    Raises:
-        RuntimeError: it looks further than one hop.
-    """
-    if not looks_one_hop(conv, x.size(1), local or None):
-        raise too_far([conv])
-    chunks = chunks.in_flow(conv.flow)
-    if isinstance(conv, FilterConv):
-        return chunks.map(lambda x, part, _: conv(x, part), x)
-    if not isinstance(conv, GCNConv) or not conv.normalize:
-        return chunks.map(lambda x, part, _: conv(x, part.adj, **part.args_for(conv)), x)
-    plain = turned(conv)
-    plain.normalize = False
-
-    def compute(x: Tensor, part: Graph, _: slice) -> Tensor:
-        matrix = part.normalized(conv.improved, conv.add_self_loops, x.dtype)
-        out: Tensor = plain(x, torch.stack([matrix.edges.sender, matrix.edges.receiver]), matrix.weight)
-        return out
-
-    return chunks.map(compute, x)
 
 
 class DenseLayers:

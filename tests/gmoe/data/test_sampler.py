@@ -232,7 +232,7 @@ def test_bad_input() -> None:
     dense = Data(num_nodes=3, adj_t=torch.eye(3).to_sparse_csr())
     outside = Data(num_nodes=3, edge_index=torch.tensor([[0, 1], [1, 3]]))
     cases: list[tuple[Any, Any, dict[str, Any], str]] = [
-        ((data, data), [2], {}, "data: got tuple, expected Data or HeteroData"),
+        ((data, data), [2], {}, "data: got tuple, expected Data, HeteroData or StoredGraph"),
         (data, [2, -2], {}, r"num_neighbors: got \[2, -2\], expected whole numbers of at least -1"),
         (data, [2, 0.5], {}, r"num_neighbors: got \[2, 0.5\], expected whole numbers"),
         (data, {("a", "to", "b"): [2]}, {}, "num_neighbors: got .*, expected a list for homogeneous Data"),

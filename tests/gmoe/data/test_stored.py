@@ -51,6 +51,7 @@ def test_it_hands_out_what_was_stored(tmp_path: Path, half: bool) -> None:
     stored = StoredGraph(tmp_path)
     assert (stored.num_nodes, stored.num_edges, stored.x_dim) == (NODES, data.num_edges, 4)
     assert stored.info["name"] == "test"
+    assert stored.train is not None
     assert stored.train.tolist() == [5, 3]
     assert stored.val is None
     assert repr(stored) == f"StoredGraph('{tmp_path}': {NODES} nodes, {data.num_edges} edges, x 4)"
@@ -110,6 +111,8 @@ def test_a_pickle_is_a_path(folder: Path) -> None:
     [
         ({"format": 2}, "graph.json: got format 2, expected 1"),
         ({"num_nodes": -1}, "graph.json: got num_nodes -1, expected a whole number"),
+        ({"arrays": [1]}, r"graph.json: got arrays \[1\], expected an object"),
+        ({"arrays": {"start": 1, "source": 2, "x": 3}}, "graph.json: got array 'start' 1, expected an object"),
         ({"arrays": {}}, r"graph.json: got arrays \[\], expected 'start' among them"),
         ({"num_nodes": NODES + 1}, rf"start.npy: got shape \({NODES + 1},\), expected \({NODES + 2}\)"),
         ({"num_edges": 3}, r"source.npy: got shape .*, expected \(3\)"),
@@ -239,6 +242,7 @@ def test_a_graph_without_edges(tmp_path: Path) -> None:
     data = store(tmp_path, data, train=torch.empty(0, dtype=torch.int64))
     stored = StoredGraph(tmp_path)
     stored.verify()
+    assert stored.train is not None
     assert stored.train.tolist() == []
     assert_same_batches(batches_of(stored, [2, 2], None), batches_of(data, [2, 2], None))
 
@@ -299,6 +303,7 @@ def test_each_process_gives_cugraph_its_slice(
         neighbor_loader(stored, [3, 2], backend="cugraph")
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: world)
+    monkeypatch.setattr(Tensor, "cuda", lambda self: self)
     edges = torch.stack(stored.edges_of(0, stored.num_edges))
     parts: list[tuple[Tensor, ...]] = []
     for rank in range(world):
