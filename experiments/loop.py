@@ -402,7 +402,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
-        """The metric over a split, and the routings: a list a batch, in it one a layer.
+        """The metric over a split, and of the test set (or a whole graph) the routings: a list a batch, in it one a layer.
 
         Of several processes the first one evaluates whole graphs and the test set, whose routings it alone returns; the
         batches of validation are shared out.
@@ -441,7 +441,8 @@ class Training:
             logits = batch.counted(self.forward(batch.inputs))
             if len(logits):
                 metric.update(logits, batch.target)
-            kept.append(list(self.routings))
+            if split == "test":  # nobody reads those of validation, which may be millions
+                kept.append(list(self.routings))
         return float(metric.compute()), kept
 
     @contextmanager

@@ -11,7 +11,7 @@ from experiments.convert import PAPERS, STORED
 from experiments.data.graph_data import Split, Splits, make_metric, task_loss
 from experiments.data.graph_task import _sampled
 from experiments.data.ogb import OGBMetric
-from experiments.data.task import Batch, Task
+from experiments.data.task import Batch, Shard, Task
 from gmoe.data import StoredGraph
 
 LEGAL: dict[str, tuple[Any, ...]] = {
@@ -63,9 +63,9 @@ def stored_task(config: GraphConfig) -> Task:
         print(f"{config.dataset}: a planted graph, not OGB's ({folder})", flush=True)
     trims = config.layers == len(config.fanout)  # a layer then computes only what the later ones hear
 
-    def loader(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+    def loader(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
         source: Any = graph
-        for batch in _sampled(source, config, split[part], batch_size, seed):
+        for batch in _sampled(source, config, split[part], batch_size, seed, shard):
             hops = (None, None, None, None, batch.num_sampled_nodes, batch.num_sampled_edges) if trims else ()
             seeds = slice(0, batch.batch_size)
             yield Batch((batch.x, batch.edge_index, *hops), batch.y[seeds], seeds)
