@@ -402,7 +402,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
-        """The metric over a split, and of the test set (or a whole graph) the routings: a list a batch, in it one a layer.
+        """The metric over a split, and the routings: a list a batch, in it one a layer; none of validation's batches.
 
         Of several processes the first one evaluates whole graphs and the test set, whose routings it alone returns; the
         batches of validation are shared out.
