@@ -221,7 +221,7 @@ PAPERS100M = replace(
     seeds=(0, 1, 2),
 )
 """ogbn-papers100M on disk, sampled SAGE: 3 layers of 256, fan-out 15 10 5, batches of 1,024; evaluated as in training,
-on the labeled nodes. The library's default shape (dense start, balanced by a bias). Not tuned, and run on planted graphs
+on the labeled nodes. The library's default shape (dense start, balanced by a bias). Not tuned, run on planted graphs
 only; ``experiments.convert`` makes the folder."""
 
 PROTEINS = replace(ARXIV, dataset="ogbn-proteins", norm=None, dropout=0.0, epochs=1000, eval_every=5)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.data import Batch, Data
 
@@ -124,14 +126,22 @@ def without_noise() -> Iterator[None]:
         yield
 
 
-def trained(case: str, rank: int, size: int, *, empty: bool = False) -> dict[str, Any]:
-    """The gradients of the first step, and the state after twenty of SGD."""
+def trained(case: str, rank: int, size: int, *, empty: bool = False, sharded: bool = False) -> dict[str, Any]:
+    """The gradients of the first step, and the state after twenty of SGD.
+
+    Args:
+        case: the model and its data.
+        rank: of this process.
+        size: how many there are.
+        empty: the first process has all items.
+        sharded: by FSDP2 instead of DDP.
+    """
     build, data, run = CASES[case]
     torch.manual_seed(0)
     model: Any = build().double()
     for gain in (p for name, p in model.named_parameters() if name.endswith("gain")):
         nn.init.constant_(gain, 0.5)  # so that all gradients are there from the first step on
-    wrapped = DistributedDataParallel(model) if size > 1 else model
+    wrapped = fully_shard(model) if sharded else DistributedDataParallel(model) if size > 1 else model
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
     first: dict[str, Tensor] = {}
     calls = 0
@@ -153,16 +163,20 @@ def trained(case: str, rank: int, size: int, *, empty: bool = False) -> dict[str
         routings = routings if isinstance(routings, list) else [routings]
         (loss + (aux_loss(routings) if routings else 0)).backward()
         if step == 0:
-            first = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            first = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
     assert size == 1 or calls <= STEPS * routers, f"{calls} collectives of {routers} routers in {STEPS} steps"
     before = calls
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: whole(value).clone() for name, value in model.state_dict().items()}
     with patch("torch.distributed.all_reduce", counted), torch.no_grad():
         run(model.eval(), data(0)[: rank + 1])  # ranks may evaluate unequal parts
         run(model.train(), data(0)[: rank + 1])  # and run in training mode without gradients
     assert calls == before
     return {"first": first, "state": state}
+
+
+def whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def work(rank: int, size: int, names: list[str], folder: str) -> None:
@@ -171,6 +185,7 @@ def work(rank: int, size: int, names: list[str], folder: str) -> None:
     with without_noise():
         found = {name: trained(name, rank, size) for name in names}
         found["empty"] = trained("bias-k2-z", rank, size, empty=True)
+        found["sharded"] = trained("bias-k2-z", rank, size, sharded=True)
         found["alone"] = alone(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -191,7 +206,7 @@ def compare(size: int, folder: Path) -> None:
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
     with without_noise():
         expected = {name: trained(name, 0, 1) for name in names}
-        expected["empty"] = trained("bias-k2-z", 0, 1)
+        expected["empty"] = expected["sharded"] = expected["bias-k2-z"]
     expected["alone"] = {"first": {}, "state": {"mean": torch.zeros(D), "size": torch.tensor(size)}}
     for name, wanted in expected.items():
         assert wanted["state"]
