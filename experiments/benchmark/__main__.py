@@ -18,6 +18,7 @@ from experiments.benchmark.ffn import FFNBenchmark
 from experiments.benchmark.measure import Benchmark
 from experiments.benchmark.order import OrderBenchmark
 from experiments.benchmark.routers import RouterBenchmark, VoteBenchmark
+from experiments.benchmark.stored import StoredBenchmark
 from experiments.benchmark.swap import SwapBenchmark
 from experiments.benchmark.train import TrainBenchmark
 from experiments.benchmark.vit import VitBenchmark
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "router": ("The routers' share of a layer.", RouterBenchmark()),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", VoteBenchmark()),
     "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", TrainBenchmark()),
+    "stored": ("Neighbor sampling from disk beside memory.", StoredBenchmark()),
     "swap": ("Dense layers against gmoe's defaults in their place: accuracy and time of a step.", SwapBenchmark()),
     "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", VitBenchmark()),
 }

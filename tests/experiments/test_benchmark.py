@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
+from torch_geometric.data import Data
 
 from experiments.benchmark import conv, measure, order, routers, wide
 from experiments.benchmark.__main__ import main
@@ -22,6 +23,7 @@ from experiments.data import load_tasks
 from experiments.loop import set_up
 from experiments.presets import DIGITS
 from gmoe import Graph, MLPExperts, MoE, MoEConv, TokenChoice
+from tests.gmoe.data.stored_files import store
 
 CPU = torch.device("cpu")
 CONV = "conv --nodes 60 --edges 150 --width 8"
@@ -193,6 +195,16 @@ def test_bare_torch_equals_the_layer_in_every_order(k: int, shared_expert: bool,
     weights, grad = [x, *layer.parameters()], torch.randn(9, 4, dtype=torch.float64)
     theirs, ours = (torch.autograd.grad(y, weights, grad) for y in (bare(x), layer(x, graph)))
     torch.testing.assert_close(theirs, ours)
+
+
+def test_stored_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x, edges = torch.randn(30, 4), torch.randint(30, (2, 90))
+    store(tmp_path, Data(x=x, edge_index=edges))
+    options = ("--batches", "2", "--batch-size", "5", "--fanout", "3", "2", "--workers", "0", "--repeats", "1")
+    main(["stored", "--folder", str(tmp_path), *options])
+    printed = capsys.readouterr().out
+    assert "memory, 0 workers" in printed
+    assert "disk, 0 workers" in printed
 
 
 def test_train_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

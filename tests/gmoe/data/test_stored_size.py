@@ -1,17 +1,13 @@
-"""A stored graph of some million edges: memory while it is sampled and inferred, and speed beside memory. Minutes."""
+"""A stored graph of some million edges: memory while it is sampled and inferred."""
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch_geometric.data import Data
 
 from gmoe import GNNMoE, StoredGraph, neighbor_loader
 from tests.gmoe.data.stored_files import write
@@ -84,31 +80,3 @@ def test_memory_of_inference_is_that_of_a_block(folder: Path, tmp_path: Path) ->
     print(f"\nanonymous memory: {before:.0f} MB before, {max(peaks):.0f} MB at most, {after:.0f} MB after")
     assert logits.shape == (NODES, 10)
     assert max(peaks) - before < files / 2
-
-
-def test_speed_beside_memory(folder: Path) -> None:
-    """Seeds a second with the files cached; the rounds alternate, the medians are compared."""
-    graph = StoredGraph(folder)
-    source, node = graph.edges_of(0, graph.num_edges)
-    both = torch.stack([source, node])
-    memory = Data(x=graph.rows("x", slice(None)), y=graph.rows("y", slice(None)), edge_index=both)
-    seeds, batches = torch.randperm(NODES)[: 1024 * 20], 20
-    loaders: dict[str, Any] = {
-        name: neighbor_loader(
-            data, [15, 10, 5], seeds, batch_size=1024, backend="gmoe", is_sorted=True, num_workers=workers
-        )
-        for workers in (0, 2)
-        for name, data in ((f"stored, {workers} workers", graph), (f"memory, {workers} workers", memory))
-    }
-    rates: dict[str, list[float]] = {name: [] for name in loaders}
-    for _ in range(4):
-        for name, loader in loaders.items():
-            began = time.perf_counter()
-            assert sum(1 for _ in loader) == batches
-            rates[name].append(len(seeds) / (time.perf_counter() - began))
-    median = {name: statistics.median(rate[1:]) for name, rate in rates.items()}  # the first round fills the cache
-    print("", *(f"{name}: {rate:.0f} seeds/s" for name, rate in median.items()), sep="\n")
-    for workers in (0, 2):
-        ratio = median[f"stored, {workers} workers"] / median[f"memory, {workers} workers"]
-        print(f"{workers} workers: {ratio:.2f}")
-        assert ratio >= 0.7
