@@ -73,7 +73,7 @@ class Benchmark:
 
     def content(self, found: dict[str, Any]) -> dict[str, Any]:
         """The content of the file."""
-        settings = {name: value for name, value in asdict(self).items() if name not in ("json", "data_root")}
+        settings = {name: value for name, value in asdict(self).items() if name not in ("json", "data_root", "folder")}
         return {"config": settings, "variants": found, "environment": environment()}
 
     def torch_device(self) -> torch.device:

@@ -134,8 +134,8 @@ class TokenChoice(Router):
             self.bias_E.copy_(self.next_bias_E)
             self.mean_D.copy_(self.next_mean_D)
         clean_TE = float_linear(x_TD, self.gate)
-        if self.balance == "bias":  # (x - mean) W, without a copy of the tokens
-            clean_TE = clean_TE - float_linear(self.mean_D[None].to(x_TD.dtype), self.gate)
+        if self.balance == "bias":  # (x - mean) W, without a copy of the tokens; the next forward moves the mean
+            clean_TE = clean_TE - float_linear(self.mean_D[None].to(x_TD.dtype, copy=True), self.gate)
         logits_TE, std_TE = clean_TE, None
         if self.noise is not None:
             std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR

@@ -199,6 +199,25 @@ def test_the_mean_token_is_taken_away() -> None:
     torch.testing.assert_close(router.mean_D, mean)
 
 
+def test_two_forwards_before_their_backward() -> None:
+    """As in contrastive learning: the second moves the mean that the gradient of the first needs."""
+    torch.manual_seed(0)
+    router, x = TokenChoice(4, 3, noise=False).double(), torch.randn(2, 20, 4, dtype=torch.float64) + 1
+    router(x[0])
+    router.next_bias_E.zero_()
+    means = [router.next_mean_D.clone()]
+    routings = [router(x[0])]
+    means.append(router.next_mean_D.clone())
+    routings.append(router(x[1]))
+    loss = sum(routing.scores[:, 0].sum() for routing in routings)
+    (actual,) = torch.autograd.grad(loss, router.gate.weight)
+    expected = sum(
+        ((part - mean) @ router.gate.weight.T).softmax(dim=1)[:, 0].sum() for part, mean in zip(x, means, strict=True)
+    )
+    (wanted,) = torch.autograd.grad(expected, router.gate.weight)
+    torch.testing.assert_close(actual, wanted, atol=1e-10, rtol=0)
+
+
 def test_steps_without_tokens_count_nothing() -> None:
     torch.manual_seed(0)
     router, x = TokenChoice(4, 3, noise=False), torch.randn(20, 4)
