@@ -174,7 +174,7 @@ class StoredGraph(FeatureStore, GraphStore):
         return None if ids is None else ids.clone()
 
     def rows(self, name: str, index: Tensor | slice) -> Tensor:
-        """Rows of ``"x"`` or ``"y"``, in memory; read in ascending order, whatever that of ``index``.
+        """Rows of ``"x"`` or ``"y"``, in memory; read from disk in ascending order, whatever that of ``index``.
 
         Args:
             name: of the array.
@@ -182,7 +182,7 @@ class StoredGraph(FeatureStore, GraphStore):
         """
         if isinstance(index, slice):
             return self._arrays[name][index].to(self._handed(name), copy=True)
-        return self._sorted_rows(name, *index.sort())
+        return self._rows_at(name, index, index.sort().values)
 
     def _handed(self, name: str) -> torch.dtype:
         """The dtype that rows are handed out in."""
@@ -191,16 +191,16 @@ class StoredGraph(FeatureStore, GraphStore):
             return torch.int64
         return torch.float32 if dtype == torch.float16 else dtype
 
-    def _sorted_rows(self, name: str, ids: Tensor, order: Tensor) -> Tensor:
-        """The rows of ascending ``ids``, of which the i-th belongs to place ``order[i]``."""
+    def _rows_at(self, name: str, ids: Tensor, ascending: Tensor) -> Tensor:
+        """The rows of ``ids``; ``ascending`` are the same in order."""
         stored, dtype = self._arrays[name], self._handed(name)
-        shape = (len(ids), *stored.shape[1:])
-        cast = dtype != stored.dtype
-        found = torch.empty(shape, dtype=stored.dtype) if cast else _empty(shape, dtype)
-        step = max(CHUNK // max(math.prod(shape[1:]), 1), 1)
-        for place, part in zip(order.split(step), ids.split(step), strict=True):
-            found.index_copy_(0, place, stored.index_select(0, part))
-        return _empty(shape, dtype).copy_(found) if cast else found
+        found = _empty((len(ids), *stored.shape[1:]), dtype)
+        if stored.dim() > 1:  # the disk is read here, a value a row, and from then on only memory
+            stored[:, 0].index_select(0, ascending)
+        step = max(CHUNK // max(math.prod(stored.shape[1:]), 1), 1)
+        for part, rows in zip(ids.split(step), found.split(step), strict=True):
+            rows.copy_(stored.index_select(0, part))
+        return found
 
     def edges_of(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Sources and destinations, int64, of the edges at positions ``first:last``."""
@@ -258,9 +258,9 @@ class StoredGraph(FeatureStore, GraphStore):
         index = attrs[0].index if attrs else None
         if not isinstance(index, Tensor) or index.dtype == torch.bool or any(a.index is not index for a in attrs):
             return [self._get_tensor(attr) for attr in attrs]
-        ids, order = index.sort()
+        ascending = index.sort().values
         known = [attr.attr_name if attr.attr_name in ("x", "y") else "" for attr in attrs]
-        return [self._sorted_rows(name, ids, order) if name in self._arrays else None for name in known]
+        return [self._rows_at(name, index, ascending) if name in self._arrays else None for name in known]
 
     def _get_tensor_size(self, attr: TensorAttr) -> tuple[int, ...] | None:
         stored = self._arrays.get(attr.attr_name)
