@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
+
+from experiments.processes import from_first, largest
 
 SECONDS = 60.0
 """At most so much training is lost where a process is killed."""
@@ -26,12 +30,17 @@ class InterruptedRunError(BaseException):
     """SIGINT or SIGTERM arrived; what was trained is on disk. Not an Exception, as KeyboardInterrupt is none."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)
         self.number = number
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name
 
 
 class Checkpoint:
     """The state of a seed on disk, replaced in one step by Fabric; the best weights also in safetensors.
+
+    The first process writes and reads; all have to call every method.
 
     Args:
         fabric: which saves and loads.
@@ -50,12 +59,15 @@ class Checkpoint:
         Raises:
             ValueError: it cannot be read.
         """
+        return from_first(self.fabric, self._load)
+
+    def _load(self) -> dict[str, Any] | None:
         path = self.folder / "state.ckpt"
         if not path.exists():
             return None
         try:
-            state = self.fabric.load(path, weights_only=True)
-            return {name: state[name] for name in PARTS}
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            return {name: state[name] for name in PARTS} | {"others": state.get("others", [])}
         except Exception as error:  # torch raises what pickle, zip and its own reader raise
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(f"{path}: cannot be read ({reason}); delete it to begin this seed anew") from error
@@ -63,14 +75,19 @@ class Checkpoint:
     def save(self) -> None:
         """Write the state to a new file that then takes the old one's place."""
         state = self.state()
+        if self.fabric.is_global_zero:
+            self._write(state)
+        self.fabric.barrier()  # or a process might be ended by another that has ended, before it has written
+        self._last = time.monotonic()
+
+    def _write(self, state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         fresh = self.folder / "state.new"
-        self.fabric.save(fresh, state)
+        torch.save(state, fresh)
         best: dict[str, Tensor] = state["best"]
         save_file({name: value.contiguous() for name, value in best.items()}, self.folder / "best.new")
         fresh.replace(self.folder / "state.ckpt")
         (self.folder / "best.new").replace(self.folder / "best.safetensors")
-        self._last = time.monotonic()
 
     def tick(self) -> None:
         """Call it where the state is whole: saves what is older than a minute, or if a signal arrived.
@@ -78,10 +95,11 @@ class Checkpoint:
         Raises:
             InterruptedRunError: a signal arrived; the state is saved.
         """
-        if self.signal is not None:
+        number, is_due = largest(self.signal or 0, time.monotonic() - self._last > SECONDS)
+        if number:
             self.save()
-            raise InterruptedRunError(self.signal)
-        if time.monotonic() - self._last > SECONDS:
+            raise InterruptedRunError(number)
+        if is_due:
             self.save()
 
     @contextmanager
@@ -110,10 +128,11 @@ class Log:
     """A CSV file of one row or several an epoch, on disk at once; rows behind the checkpoint are cut.
 
     Args:
-        path: of the file.
+        path: of the file, which the first process alone writes.
         keep: epochs whose rows stay.
     """
 
+    @rank_zero_only
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +146,7 @@ class Log:
         rows[(epoch < keep) & (epoch >= epoch.cummax())].to_csv(fresh, index=False)  # 12 cut off after a digit is no 1
         fresh.replace(path)
 
+    @rank_zero_only
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows, if there are any; a new file gets their names first."""
         if not rows:

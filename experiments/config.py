@@ -165,6 +165,11 @@ class RunConfig:
     """Refuse NaN and infinity in what the routers see."""
     device: str = "auto"
     """Fabric's accelerator: auto, cpu, cuda, mps."""
+    devices: int = 1
+    """Data parallel: processes on this machine, one a device. The batch size is that of all of them together. Start
+    them by `torchrun --nproc-per-node N -m experiments.train ... --devices N`."""
+    nodes: int = 1
+    """Data parallel: machines, each with as many devices."""
     precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
     """Fabric's precision."""
     compile: bool = False
@@ -184,6 +189,18 @@ class RunConfig:
             if value is not None and not all(part for part in value.partition(":")):
                 names = f"one of {', '.join(get_args(RouterName))}, or " if name == "router" else ""
                 raise ValueError(f"{name}: got {value!r}, expected {names}package.module:name")
+        world = self.devices * self.nodes
+        if world > 1 and getattr(self, "sampling", None) == "full":
+            raise ValueError(
+                f"devices: got {self.devices} x {self.nodes} nodes for {self.dataset} with sampling='full', expected 1: a "
+                "whole graph is one batch, which cannot be split; sample it, or train seeds side by side: python -m "
+                "experiments.sweep grid --jobs N"
+            )
+        if world > 1 and self.batch_size % world:
+            raise ValueError(
+                f"batch_size: got {self.batch_size}, the nodes or images of all processes together, expected a multiple "
+                f"of devices x nodes = {world}"
+            )
         if not self.lr > 0:
             raise ValueError(f"lr: got {self.lr}, expected a number above 0")
         if self.ema and self.options.inference == "threshold":
@@ -220,6 +237,8 @@ class RunConfig:
     def science(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON: all but where it runs and where it is written."""
         values = {name: value for name, value in asdict(self).items() if name not in WHERE}
+        if self.devices * self.nodes == 1:  # with more, draws are others
+            del values["devices"], values["nodes"]
         values["options"] = self.router_options()
         found: dict[str, Any] = json.loads(json.dumps(values))
         return found
@@ -231,6 +250,7 @@ class RunConfig:
         out, and so are digests of the data.
         """
         here = self.science()
+        here |= {name: getattr(self, name) for name in PROCESSES}
         defaults = {option.name: option.default for option in fields(self) if option.default is not MISSING}
         before = {name: there.get(name, json.loads(json.dumps(defaults.get(name), default=str))) for name in here}
         return {name: (before[name], value) for name, value in here.items() if value != before[name]}
@@ -395,9 +415,13 @@ WHERE = frozenset({
     "progress",
 })  # fmt: skip
 """Options that no number depends on."""
+PROCESSES = ("devices", "nodes")
+"""Options that numbers depend on where there is more than one process."""
+RECORDS = ("file", "digest", "extended", "moved")
+"""What ``config.json`` of a run holds beside the options."""
 COUNTS = frozenset({
     "experts", "k", "hidden", "layers", "every", "epochs", "batch_size", "eval_every", "heads", "patch", "dim",
-    "vit_heads", "image_size",
+    "vit_heads", "image_size", "devices", "nodes",
 })  # fmt: skip
 SHARES = frozenset({
     "val_share", "label_smoothing", "warmup", "ema", "dropout", "input_dropout", "label_reuse",
@@ -431,7 +455,7 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
     cls = config_class(science["dataset"])
     own = {option.name for option in fields(cls)}
     everywhere = {option.name for kind in (GraphConfig, HeteroConfig, ImageSetConfig) for option in fields(kind)}
-    unknown = sorted(set(science) - everywhere - {"file", "digest", "extended"})
+    unknown = sorted(set(science) - everywhere - set(RECORDS))
     if unknown:
         raise ValueError(f"config: got {', '.join(unknown)}, expected options of experiments.train")
     values: dict[str, Any] = {
@@ -461,3 +485,34 @@ def _check_fanout(sampling: str, fanout: tuple[int, ...]) -> None:
         raise ValueError(f"fanout: got {fanout} with sampling={sampling!r}, expected 'neighbor'")
     if not fanout or min(fanout) < -1:
         raise ValueError(f"fanout: got {fanout}, expected at least one number, none below -1 (all)")
+
+
+def check_world(config: RunConfig, world: int) -> None:
+    """Refuse a number of processes that is not the run's.
+
+    Args:
+        config: the run.
+        world: how many processes were started, of all machines.
+
+    Raises:
+        ValueError: says what starts it.
+    """
+    if config.devices * config.nodes == world:
+        return
+    if config.devices * config.nodes == 1:
+        raise ValueError(
+            f"devices: got 1 in {world} processes, expected them to be said: --devices N, with --nodes M where there are "
+            "several machines"
+        )
+    raise ValueError(
+        f"devices: got {config.devices} x {config.nodes} nodes in {world} process{'es' if world > 1 else ''}, expected "
+        f"them to be started by: {launcher(config)} -m experiments.train ..."
+    )
+
+
+def launcher(config: RunConfig) -> str:
+    """The command that starts as many processes as a run has."""
+    if config.devices * config.nodes == 1:
+        return "python"
+    machines = "" if config.nodes == 1 else f"--nnodes {config.nodes} "
+    return f"torchrun {machines}--nproc-per-node {config.devices}"

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,15 @@ from torch_geometric.data import Data
 import gmoe
 from experiments.build import build_model, first_flops, init_centroids, matched_ratio, num_parameters
 from experiments.checkpoint import Checkpoint, Log
-from experiments.config import GraphConfig, ImageConfig, RunConfig
+from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig
 from experiments.data import Batch, Split, Task
 from experiments.loggers import Logger, make_loggers
+from experiments.processes import make_fabric, of_all, share
 from experiments.progress import Progress
 from experiments.routing_stats import routing_rows, routing_summary, save_routings
 from experiments.structure import node_properties
 from gmoe import Router, Routing, RoutingStats
+from gmoe.distributed import world_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig, task: Task, seed: int) -> Prepared:
-    """Build the model of a seed and run it once.
+    """Build the model of a seed and run it once; all processes begin with the same.
 
     Raises:
         ValueError: it cannot be built, does not run on the data, or not in the way that it will be evaluated.
@@ -69,6 +71,9 @@ def prepare(config: RunConfig, task: Task, seed: int) -> Prepared:
         "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
         "steps": task.steps(config.batch_size),
     }
+    share(model.state_dict().values())
+    if fabric.world_size > 1:  # from here on each draws its own
+        torch.manual_seed(seed + (fabric.global_rank << 50))
     return Prepared(fabric=fabric, model=model, cost=cost)
 
 
@@ -86,12 +91,12 @@ def train_seed(
         progress: of the whole command (default: of this seed).
 
     Returns:
-        The figures of this seed, as JSON.
+        The figures of this seed, as JSON; those of the routing in the first process alone.
     """
     with set_up(prepared.fabric, prepared.model, config, task) as training:
         state = fit(training, seed, folder, progress)
         test, routings = training.evaluate("test")
-    save_routings(routings, folder.parent / "routing" / f"{folder.name}.safetensors")
+    save_routings(routings, folder.parent / "routing" / f"{folder.name}.safetensors")  # none but of the first process
     return {
         "seed": seed,
         "epochs": config.epochs,
@@ -107,18 +112,6 @@ def train_seed(
     }
 
 
-def make_fabric(config: RunConfig) -> Fabric:
-    """Device and precision.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    try:
-        return Fabric(accelerator=config.device, devices=1, precision=config.precision)
-    except (RuntimeError, ValueError, ImportError) as error:
-        raise ValueError(f"device: got {config.device!r}, expected one that is there ({error})") from error
-
-
 def _check_finite(name: str, value: float, seed: int, epoch: int, config: RunConfig) -> None:
     if not math.isfinite(value):
         raise ValueError(
@@ -128,7 +121,7 @@ def _check_finite(name: str, value: float, seed: int, epoch: int, config: RunCon
 
 
 class Epoch:
-    """What the training steps of an epoch have summed so far; it is part of a checkpoint."""
+    """What the training steps of an epoch have summed so far in this process; it is part of a checkpoint."""
 
     def __init__(self, lr: float) -> None:
         self.lr = lr  # at its start
@@ -149,8 +142,10 @@ class Epoch:
         self.batches += 1
 
     def means(self) -> dict[str, float]:
-        """Means of the task loss, of all auxiliary losses, and of each of them."""
-        return {name: float(value) / self.count for name, value in self.sums.items()}
+        """Means of the task loss, of all auxiliary losses, and of each of them, over all processes."""
+        sums = torch.tensor([self.count, *map(float, self.sums.values())], dtype=torch.float64)
+        count, *totals = world_sum(sums).tolist()
+        return {name: total / count for name, total in zip(self.sums, totals, strict=True)}
 
     def state(self) -> dict[str, Any]:
         """As tensors and numbers."""
@@ -160,15 +155,20 @@ class Epoch:
         return found
 
     @staticmethod
-    def restored(state: dict[str, Any], device: torch.device) -> Epoch:
-        """An epoch from its :meth:`state`."""
-        epoch = Epoch(state["lr"])
-        epoch.batches, epoch.count = state["batches"], state["count"]
-        epoch.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        if "stats" in state:
-            epoch.stats = RoutingStats(state["experts"]).to(device)
-            for name, value in state["stats"].items():
-                setattr(epoch.stats, name, value.to(device))
+    def restored(states: list[dict[str, Any]], fabric: Fabric) -> Epoch:
+        """This process's part of an epoch, from every one's :meth:`state`; they may have been more or fewer than now."""
+        first, mine = states[0], states[fabric.global_rank :: fabric.world_size]
+
+        def total(value: Tensor, of: Callable[[dict[str, Any]], Tensor]) -> Tensor:
+            return sum(map(of, mine), torch.zeros_like(value)).to(fabric.device)
+
+        epoch = Epoch(first["lr"])
+        epoch.batches, epoch.count = first["batches"], sum(state["count"] for state in mine)
+        epoch.sums = {name: total(value, lambda state: state["sums"][name]) for name, value in first["sums"].items()}
+        if "stats" in first:
+            epoch.stats = RoutingStats(first["experts"]).to(fabric.device)
+            for name, value in first["stats"].items():
+                setattr(epoch.stats, name, total(value, lambda state: state["stats"][name]))
             epoch.stats._update_count = epoch.batches  # torchmetrics would warn of a metric without updates
         return epoch
 
@@ -200,33 +200,38 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress | None =
         now = time.perf_counter()
         done["seconds"] += now - mark
         mark = now
-        return {"progress": done, "training": training.state(), "epoch": summed.state(), "best": best}
+        whole = training.state()
+        own = {name: whole[name] for name in ("rng", "cuda_rng")} | {"epoch": summed.state()}
+        others = of_all(own)[1:]
+        return {"progress": done, "training": whole, "epoch": own["epoch"], "best": best, "others": others}
 
     checkpoint = Checkpoint(training.fabric, folder / "checkpoint", state)
     loaded = checkpoint.load()
     if loaded is not None:
         done, best = loaded["progress"], loaded["best"]
-        summed = Epoch.restored(loaded["epoch"], training.fabric.device)
-        training.load(loaded["training"])
+        draws = _draws(loaded, training.fabric)
+        summed = Epoch.restored([loaded["epoch"], *(other["epoch"] for other in loaded["others"])], training.fabric)
+        training.load(loaded["training"], draws)
     steps = task.steps(config.batch_size)
     progress = progress or Progress(config.epochs, config.progress)
     progress.skip(done["epoch"] + summed.batches / steps)
     log, routing_log = Log(folder / "metrics.csv", done["epoch"]), Log(folder / "routing.csv", done["epoch"])
-    loggers = make_loggers(config.logger, folder, config.science(), done["epoch"])
+    loggers = []
+    if training.fabric.is_global_zero:
+        loggers = make_loggers(config.logger, folder, config.science(), done["epoch"])
     name = f"{folder.parent.name} seed {seed}"
     mark = time.perf_counter()
     with checkpoint.watch():
         for epoch in range(done["epoch"], config.epochs):
             training.model.train()
-            batches = iter(task.loader("train", config.batch_size, seed * 100_003 + epoch))
+            batches = iter(training.batches("train", seed * 100_003 + epoch))
             if summed.batches:  # cut off inside this epoch: its batches are drawn again, and not trained on again
                 for _ in itertools.islice(batches, summed.batches):
                     pass
                 assert loaded is not None
-                training.load_rng(loaded["training"])
-            for batch in _drawn(batches, checkpoint):
+                training.load_rng(draws)
+            for batch in _drawn(batches, training, checkpoint):
                 training.step(batch, summed)
-                checkpoint.tick()
                 if steps > 1:
                     figures = f"step {summed.batches} of {steps}"
                     progress.show(name, epoch + summed.batches / steps, config.epochs, figures)
@@ -254,6 +259,7 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress | None =
             _report(loggers, training, row, routed, epoch, better)
             summed = Epoch(training.lr)
             progress.show(name, epoch + 1, config.epochs, f"loss {row['loss']:.3f}, best {done['best_val']:.4f}")
+            training.keep_rng()
             checkpoint.save() if last else checkpoint.tick()
     for logger in loggers:
         logger.close()
@@ -264,17 +270,28 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress | None =
     return done
 
 
-def _drawn(batches: Iterator[Batch], checkpoint: Checkpoint) -> Iterator[Batch]:
-    """The batches; Ctrl-C ends the processes that load them too, which is then no error."""
+def _draws(loaded: dict[str, Any], fabric: Fabric) -> dict[str, Any] | None:
+    """This process's generators of a checkpoint, or ``None`` where that is of another number of processes."""
+    every = [loaded["training"], *loaded["others"]]
+    return every[fabric.global_rank] if len(every) == fabric.world_size else None
+
+
+def _drawn(batches: Iterator[Batch], training: Training, checkpoint: Checkpoint) -> Iterator[Batch]:
+    """The batches, before each of which, and after the last, all processes agree on saving and stopping.
+
+    Ctrl-C ends the processes that load them too, which is then no error.
+    """
     while True:
+        training.keep_rng()  # before the batch is drawn, which will be drawn again
         try:
-            batch = next(batches)
-        except StopIteration:
-            return
+            batch = next(batches, None)
         except RuntimeError:
-            if checkpoint.signal is not None:
-                checkpoint.tick()
-            raise
+            if checkpoint.signal is None:
+                raise
+            batch = None
+        checkpoint.tick()
+        if batch is None:
+            return
         yield batch
 
 
@@ -326,10 +343,22 @@ class Training:
     config: RunConfig
     task: Task
 
+    def __post_init__(self) -> None:
+        self.keep_rng()
+
+    def batches(self, split: Split, seed: int | None) -> Iterable[Batch]:
+        """This process's slices of the batches of an epoch."""
+        shard = (self.fabric.global_rank, self.fabric.world_size)
+        return self.task.loader(split, self.config.batch_size, seed, shard)
+
     def forward(self, inputs: tuple[Any, ...]) -> Tensor:
-        """Logits; ``routings`` are those of this call."""
+        """Logits; ``routings`` are those of this call. At evaluation processes do not wait for each other."""
         self.routings.clear()
-        logits: Tensor = self.model(*inputs)
+        if self.model.training:
+            return self.model(*inputs)
+        precision = self.fabric.strategy.precision
+        with precision.forward_context():
+            logits: Tensor = precision.convert_output(self.model.module(*precision.convert_input(inputs)))
         return logits
 
     @property
@@ -339,11 +368,14 @@ class Training:
 
     def step(self, batch: Batch, summed: Epoch) -> None:
         """One step of the optimizer, whose losses and routings are added to the epoch."""
+        rows = len(batch.target)
+        share_of_mean = rows * self.fabric.world_size / float(world_sum(torch.tensor(float(rows))))
         batch = self.fabric.to_device(batch)
         self.optimizer.zero_grad()
-        loss = self.task.loss(batch.counted(self.forward(batch.inputs)), batch.target)
+        logits = batch.counted(self.forward(batch.inputs))
+        loss = self.task.loss(logits, batch.target) if rows else logits.sum()
         aux = gmoe.aux_loss(self.routings).to(loss.device)
-        self.fabric.backward(loss + aux)
+        self.fabric.backward(share_of_mean * loss + aux)  # DDP takes the mean of the processes' gradients
         if self.config.clip_norm:
             self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
@@ -357,26 +389,39 @@ class Training:
             for layer, routing in enumerate(self.routings)
             for name, value in routing.losses.items()
         }
-        summed.add({"loss": loss, "aux": aux} | losses, self.routings, len(batch.target))
+        summed.add({"loss": loss, "aux": aux} | losses, self.routings, rows)
 
     def train_epoch(self, shuffle_seed: int) -> dict[str, float]:
         """One pass over the training set; see :meth:`Epoch.means`."""
         self.model.train()
         summed = Epoch(self.lr)
-        for batch in self.task.loader("train", self.config.batch_size, shuffle_seed):
+        for batch in self.batches("train", shuffle_seed):
             self.step(batch, summed)
         return summed.means()
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
-        """The metric over a split, and the routings: a list a batch, in it one a layer."""
-        with self._averaged():
-            return self._evaluate(split)
+        """The metric over a split, and the routings: a list a batch, in it one a layer.
 
-    def _evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
+        Of several processes the first one evaluates whole graphs and the test set, whose routings it alone returns; the
+        batches of validation are shared out.
+        """
+        config, fabric = self.config, self.fabric
+        whole_graph = isinstance(config, GraphConfig | HeteroConfig) and config.evaluation != "sampled"
+        alone = whole_graph or split == "test"
+        with self._averaged():
+            share(self.model.module.buffers())  # batch norms have counted what each process saw
+            value, routings = 0.0, list[list[Routing]]()
+            if fabric.is_global_zero or not alone:
+                value, routings = self._evaluate(split, alone)
+        return fabric.broadcast(value), routings
+
+    def _evaluate(self, split: Split, alone: bool) -> tuple[float, list[list[Routing]]]:
         task, config, device = self.task, self.config, self.fabric.device
         self.model.eval()
         metric = task.metric().to(device)
+        if alone:
+            metric.distributed_available_fn = lambda: False
         if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
             assert task.graph is not None
             assert task.split is not None
@@ -390,7 +435,7 @@ class Training:
             metric.update(logits[rows].to(device), task.graph.y[rows].to(device))
             return float(metric.compute()), [routings]
         kept = []
-        for batch in task.loader(split, config.batch_size, None):
+        for batch in task.loader(split, config.batch_size, None) if alone else self.batches(split, None):
             batch = self.fabric.to_device(batch)
             metric.update(batch.counted(self.forward(batch.inputs)), batch.target)
             kept.append(list(self.routings))
@@ -420,31 +465,35 @@ class Training:
             self.averaged.module.load_state_dict(weights)
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the training depends on."""
+        """All that the rest of the training depends on; the generators are this process's at :meth:`keep_rng`."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.scheduler.last_epoch,
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            **self._rng,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+    def load(self, state: dict[str, Any], draws: dict[str, Any] | None) -> None:
+        """Go on from :meth:`state`, and with the generators of ``draws``; without, they stay as they are."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         # anew, since a run that goes on for more epochs has another schedule
         self.scheduler = LambdaLR(self.optimizer.optimizer, self.scheduler.lr_lambdas[0], last_epoch=state["step"] - 1)
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
-        self.load_rng(state)
+        self.load_rng(draws)
+
+    def keep_rng(self) -> None:
+        """Remember the generators for :meth:`state`."""
+        self._rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
 
     @staticmethod
-    def load_rng(state: dict[str, Any]) -> None:
+    def load_rng(draws: dict[str, Any] | None) -> None:
         """Draw on as :meth:`state` would have."""
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if draws is not None:
+            torch.set_rng_state(draws["rng"])
+            torch.cuda.set_rng_state_all(draws["cuda_rng"])
 
 
 @contextmanager

@@ -28,7 +28,8 @@ def routing_summary(
     """
     if not routings or not routings[0]:
         return []
-    stats = RoutingStats([routing.num_experts for routing in routings[0]]).to(routings[0][0].token.device)
+    experts = [routing.num_experts for routing in routings[0]]
+    stats = RoutingStats(experts, sync_on_compute=False).to(routings[0][0].token.device)  # one process has them all
     for batch in routings:
         stats.update(batch)
     layers = []

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.utilities import rank_zero_only
 
-from experiments.config import RunConfig
+from experiments.config import PROCESSES, RunConfig
 from experiments.data import Task, load_tasks
 from experiments.digest import file_digest, images_digest
 from experiments.loggers import check_loggers
-from experiments.loop import make_fabric, prepare, train_seed
+from experiments.loop import prepare, train_seed
+from experiments.processes import from_first, make_fabric
 from experiments.progress import Progress
 from gmoe.metrics import PER_EXPERT
 
@@ -48,48 +51,79 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
 
     What the folder holds of the same run is continued: a finished run is only read; to one of fewer seeds, the others
     are added; one of fewer epochs goes on, which its configuration records as ``extended``, since the schedule is
-    recomputed and the run is not what it would have been in one go.
+    recomputed and the run is not what it would have been in one go; so is another number of processes, as ``moved``.
+
+    Of several processes the first one writes, and all return what it does.
 
     Raises:
         ValueError: the folder holds a run of another configuration, or what is asked for cannot be run.
         InterruptedRunError: SIGINT or SIGTERM in training; the folder holds what was trained.
     """
     folder = config.folder()
-    found = described(config)
-    extended = _same_run(folder / "config.json", config)
-    finished = folder / "summary.json"
-    progress = progress or Progress(len(config.seeds) * config.epochs, config.progress)
-    if finished.exists() and extended is None:
+    fabric = make_fabric(config)  # before data are read
+    found, summary, results = from_first(fabric, lambda: so_far(config))
+    progress = progress or Progress(len(config.seeds) * config.epochs, config.progress and fabric.is_global_zero)
+    if summary is not None:
         progress.skip(len(config.seeds) * config.epochs)
         progress.finish(len(config.seeds) * config.epochs)
-        summary: dict[str, Any] = json.loads(finished.read_text())
         return summary
-    if extended:
-        found["extended"] = extended
+    for _ in results:
+        progress.skip(config.epochs)
+        progress.finish(config.epochs)
+    results |= _train(fabric, config, found, [seed for seed in config.seeds if seed not in results], progress)
+    made: dict[str, Any] = from_first(fabric, lambda: summarize(found, [results[seed] for seed in config.seeds]))
+    write_json(folder / "summary.json", made)
+    return made
+
+
+def train_one(config: RunConfig, seed: int) -> None:
+    """Train a seed of a run, if its folder lacks it; :func:`run` then makes the summary.
+
+    Raises:
+        ValueError, InterruptedRunError: as :func:`run`.
+    """
+    found, summary, results = so_far(config)
+    if summary is None and seed not in results:
+        _train(make_fabric(config), config, found, [seed], Progress(config.epochs, shown=False))
+
+
+def _train(
+    fabric: Fabric, config: RunConfig, found: dict[str, Any], seeds: list[int], progress: Progress
+) -> dict[int, dict[str, Any]]:
+    """The results of seeds, which are written too."""
+    results: dict[int, dict[str, Any]] = {}
+    if not seeds:
+        return results
     check_loggers(config.logger)
-    results = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
-        make_fabric(config)  # before data are read
-        task_of = load_tasks(config)
-        for seed in config.seeds:
-            part = folder / f"seed-{seed}"
-            result = part / "result.json"
-            before = json.loads(result.read_text()) if result.exists() else {}
-            if before and before.get("epochs", config.epochs) == config.epochs:
-                results.append(before)
-                progress.skip(config.epochs)
-                progress.finish(config.epochs)
-                continue
+        with fabric.rank_zero_first(local=True):  # who downloads what is missing
+            task_of = load_tasks(config)
+        for seed in seeds:
             task = task_of(seed)
             prepared = prepare(config, task, seed)  # refuses what cannot be run before anything is written
-            _begin(folder, found, task)
-            results.append(train_seed(config, task, seed, part, prepared, progress))
-            write_json(result, results[-1])
-    summary = summarize(found, results)
-    write_json(finished, summary)
-    return summary
+            part = config.folder() / f"seed-{seed}"
+            _begin(config.folder(), found, task)
+            results[seed] = train_seed(config, task, seed, part, prepared, progress)
+            write_json(part / "result.json", results[seed])
+    return results
+
+
+def so_far(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any] | None, dict[int, dict[str, Any]]]:
+    """What config.json is to hold; the summary of a finished run; and the results of finished seeds."""
+    folder = config.folder()
+    found = described(config)
+    before = _same_run(folder / "config.json", config)
+    if before is None:
+        return found, json.loads((folder / "summary.json").read_text()), {}
+    results = {}
+    for seed in config.seeds:
+        path = folder / f"seed-{seed}" / "result.json"
+        result = json.loads(path.read_text()) if path.exists() else {}
+        if result and result.get("epochs", config.epochs) == config.epochs:
+            results[seed] = result
+    return found | before, None, results
 
 
 def described(config: RunConfig) -> dict[str, Any]:
@@ -109,6 +143,7 @@ def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tup
     return config.differences(there) | {name: pair for name, pair in own.items() if pair[0] != pair[1]}
 
 
+@rank_zero_only
 def _begin(folder: Path, found: dict[str, Any], task: Task) -> None:
     """Write what a run is, before what it gives."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,26 +154,32 @@ def _begin(folder: Path, found: dict[str, Any], task: Task) -> None:
         write_json(folder / "images.json", {name: getattr(task, name) for name in names})
 
 
-def _same_run(path: Path, config: RunConfig) -> list[dict[str, int]] | None:
-    """Refuse a folder of another run. Where there is something to do: how often it was given more epochs."""
+def _same_run(path: Path, config: RunConfig) -> dict[str, list[dict[str, int]]] | None:
+    """Refuse a folder of another run. Where there is something to do: how often it was given more epochs, as
+    ``extended``, or went on with another number of processes, as ``moved``."""
     if not path.exists():
-        return []
+        return {}
     there = json.loads(path.read_text())
     differences = differences_of(config, there)
-    extended: list[dict[str, int]] = there.get("extended", [])
+    found = {name: list(there[name]) for name in ("extended", "moved") if name in there}
+    before, world = there.get("devices", 1) * there.get("nodes", 1), config.devices * config.nodes
+    if before != world:
+        found.setdefault("moved", []).append({"from": before, "to": world})
+    for name in PROCESSES:
+        differences.pop(name, None)
     more = False
     if "seeds" in differences and set(differences["seeds"][0]) < set(config.seeds):
         del differences["seeds"]
         more = True
     if "epochs" in differences and differences["epochs"][0] < config.epochs:
-        extended = [*extended, {"from": differences.pop("epochs")[0], "to": config.epochs}]
+        found.setdefault("extended", []).append({"from": differences.pop("epochs")[0], "to": config.epochs})
         more = True
     for name, (other, here) in sorted(differences.items()):
         raise ValueError(
             f"out: {path.parent} holds a run with {name}={other!r}, expected {here!r}; choose another folder"
         )
     if more or not (path.parent / "summary.json").exists():
-        return extended
+        return found
     return None
 
 
@@ -213,9 +254,10 @@ def _cpu() -> str:
     return platform.processor()
 
 
+@rank_zero_only
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one step."""
+    """Write JSON in one step; of several processes the first one does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
+    fresh = path.with_suffix(f".{os.getpid()}.new")  # seeds of a sweep may be trained side by side
     fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     fresh.replace(path)

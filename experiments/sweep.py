@@ -2,6 +2,7 @@
 
     python -m experiments.sweep mosaic --runs runs/mosaic --results results
     python -m experiments.sweep grid --preset minesweeper --routers token_choice expert_choice --experts 4 8 --ks 1 2
+    python -m experiments.sweep grid --preset cora --routers token_choice --jobs 8
 
 ``grid`` is a study of your own: a preset over routers, numbers of experts and experts per token. Every variant is a run
 folder; finished variants are skipped and an unfinished one goes on, so that a study may be cut off at any time and
@@ -15,9 +16,11 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import torch
@@ -28,6 +31,7 @@ from rich.markup import escape
 from experiments.checkpoint import InterruptedRunError
 from experiments.config import RouterName
 from experiments.grid import grid
+from experiments.jobs import train_apart
 from experiments.progress import Progress, show_progress_of
 from experiments.runs import differences_of, run, write_json
 from experiments.studies import STUDIES, Study
@@ -60,8 +64,10 @@ class SweepConfig:
     """Run only variants whose name contains this."""
     data_root: Path = Path("data")
     """Root folder of the data, in which facebook.npz lies; of a grid over `graph`, your own file."""
+    jobs: int = 1
+    """Processes, one a seed of a variant; results do not depend on how many."""
     threads: int = 0
-    """CPU threads; 0 leaves torch's default."""
+    """CPU threads of each process; 0 divides torch's default among them."""
     progress: bool = True
     """Report progress: a bar, or where the output is a file, a line every few epochs."""
 
@@ -76,8 +82,10 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
         ValueError: an unknown study.
     """
     name, study = _study(config)
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
+    if config.jobs < 1:
+        raise ValueError(f"jobs: got {config.jobs}, expected at least 1")
+    threads = config.threads or max(torch.get_num_threads() // config.jobs, 1)
+    torch.set_num_threads(threads)
     folder = config.runs if config.runs is not None else Path("runs") / name
     path = config.results / f"{name}.json"
     known = (
@@ -101,16 +109,25 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
             variant: found for variant, found in known.items() if variant not in {a.name for a in study.variants}
         } | finished
     failed: dict[str, str] = {}
-    progress = Progress(sum(len(one.seeds) * one.epochs for _, one in todo), config.progress)
-    for variant, run_config in todo:
-        try:
-            finished[variant.name] = {"variant": variant.name, "label": variant.label, **run(run_config, progress)}
-        except (ValueError, OSError) as error:  # of this variant; the others go on
-            failed[variant.name] = str(error)
-            progress.skip(len(run_config.seeds) * run_config.epochs)
-            progress.finish(len(run_config.seeds) * run_config.epochs)
-            continue
-        write_json(path, collect(name, study, finished))
+    apart = config.jobs > 1
+    progress = Progress(sum(len(one.seeds) * one.epochs for _, one in todo), config.progress and not apart)
+    ready: Generator[tuple[int, str | None], None, None] = ((place, None) for place in range(len(todo)))
+    if apart:
+        ready = train_apart([one for _, one in todo], config.jobs, threads, config.progress)
+    with closing(ready):
+        for place, why in ready:
+            variant, run_config = todo[place]
+            try:
+                if why is not None:
+                    raise ValueError(why)
+                summary = run(run_config, progress)
+            except (ValueError, OSError) as error:  # of this variant; the others go on
+                failed[variant.name] = str(error)
+                progress.skip(len(run_config.seeds) * run_config.epochs)
+                progress.finish(len(run_config.seeds) * run_config.epochs)
+                continue
+            finished[variant.name] = {"variant": variant.name, "label": variant.label, **summary}
+            write_json(path, collect(name, study, finished))
     return collect(name, study, finished), failed
 
 
@@ -147,6 +164,11 @@ def main(args: Sequence[str] | None = None) -> None:
     config = tyro.cli(SweepConfig, args=args, prog="python -m experiments.sweep", description=__doc__)
     console = Console(stderr=True, soft_wrap=True)
     show_progress_of("gmoe")
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise InterruptedRunError(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         results, failed = sweep(config)
     except (KeyboardInterrupt, InterruptedRunError) as stopped:
@@ -155,6 +177,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(study_table(results))
     for variant, reason in failed.items():
         console.print(f"[bold red]{variant}:[/] {escape(reason)}", highlight=False)

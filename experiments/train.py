@@ -16,16 +16,17 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.config import RunConfig, restore
+from experiments.config import RunConfig, check_world, launcher, restore
 from experiments.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def read_config_file(path: Path, preset: str | None) -> RunConfig:
             raise ValueError(f"config: {path} is of {given['dataset']}, expected {base['dataset']}, as {preset}")
     preset_root = PRESETS[preset][1].data_root if preset is not None else Path("data")
     root, out = Path(given.pop("data_root", preset_root)), given.pop("out", None)
-    given.pop("extended", None)
+    for name in ("extended", "moved"):
+        given.pop(name, None)
     return replace(restore(base | given, root), out=None if out is None else Path(out))
 
 
@@ -109,49 +111,69 @@ def show(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
     )
     for part in summary["config"].get("extended", []):
         console.print(f"extended from {part['from']} to {part['to']} epochs: not what one run of them would be")
+    for part in summary["config"].get("moved", []):
+        console.print(f"moved from {part['from']} to {part['to']} processes: not what one run on either would be")
 
 
 def resume_command(config: RunConfig, args: Sequence[str]) -> str:
     """What continues the run that ``args`` began."""
     _, rest = _take([arg for arg in args if arg != "--resume"], "--out")
-    return f"{PROG} {shlex.join([*rest, '--out', str(config.folder()), '--resume'])}"
+    return f"{launcher(config)} -m experiments.train {shlex.join([*rest, '--out', str(config.folder()), '--resume'])}"
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = list(sys.argv[1:] if args is None else args)
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
+
+    def fail(error: Exception) -> NoReturn:
+        where = f" (process {rank})" if rank else ""
+        errors.print(f"[bold red]error:[/] {escape(str(error))}{where}", highlight=False)
+        sys.exit(2)
+
     try:
         config = parse(args)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(f"WORLD_SIZE: got {os.environ['WORLD_SIZE']} processes, expected one; {config.dataset} is "
-                             "trained by a single process")  # fmt: skip
+        check_world(config, world)
         from experiments.checkpoint import InterruptedRunError  # and so torch, which --help does without
+        from experiments.processes import from_first, lost_another, make_fabric
         from experiments.progress import show_progress_of
         from experiments.runs import place, run
     except (ValueError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(2)
+        if rank:  # the first one says it
+            sys.exit(2)
+        fail(error)
 
     def stop(number: int, _: FrameType | None) -> None:
         raise InterruptedRunError(number)
 
-    show_progress_of("gmoe")
+    def stopped(why: str, status: int) -> NoReturn:
+        if not rank:
+            kept = (config.folder() / "config.json").exists()
+            then = f"continue with: {resume_command(config, args)}" if kept else "nothing was trained yet"
+            errors.print(f"{why}; {escape(then)}", highlight=False)
+        sys.exit(status)
+
+    if not rank:
+        show_progress_of("gmoe")
     before = signal.signal(signal.SIGTERM, stop)
-    config = replace(config, out=place(config))
     try:
-        summary = run(config)
+        fabric = make_fabric(config)
+        config = replace(config, out=from_first(fabric, lambda: place(config)))
+        with nullcontext() if not rank else redirect_stdout(None):
+            summary = run(config)
     except (ValueError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(2)
-    except (KeyboardInterrupt, InterruptedRunError) as stopped:
-        kept = (config.folder() / "config.json").exists()
-        then = f"continue with: {resume_command(config, args)}" if kept else "nothing was trained yet"
-        errors.print(f"stopped; {escape(then)}", highlight=False)
-        sys.exit(128 + (stopped.number if isinstance(stopped, InterruptedRunError) else signal.SIGINT))
+        fail(error)
+    except (KeyboardInterrupt, InterruptedRunError) as wish:
+        stopped("stopped", 128 + (wish.number if isinstance(wish, InterruptedRunError) else signal.SIGINT))
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        stopped("stopped, since another process has ended", 1)
     finally:
         signal.signal(signal.SIGTERM, before)
-    show(config, summary, console)
+    if not rank:
+        show(config, summary, console)
 
 
 if __name__ == "__main__":

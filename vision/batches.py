@@ -24,11 +24,12 @@ def batches(
     mix: Mix | None = None,
     seed: int | None = None,
     workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images ``index`` once, in batches; the last one may be smaller.
 
-    With a seed they are shuffled and augmented, and all of that follows from the seed, whatever ``workers`` and torch's
-    global generator, which stays as it was. Without, they come in order, neither augmented nor mixed.
+    With a seed they are shuffled and augmented, and all of that follows from the seed, whatever ``workers``, ``shard`` and
+    torch's global generator, which stays as it was. Without, they come in order, neither augmented nor mixed.
 
     Args:
         source: of images and labels.
@@ -39,6 +40,8 @@ def batches(
         mix: mixes the images of a batch, see :func:`vision.augment.make_mix` (default: none).
         seed: of the epoch (default ``None``).
         workers: processes that make batches ahead; 0, the default, makes them here, when they are asked for.
+        shard: (r, W): of each batch the r-th of W slices, as even as can be, the first ones larger; the last batch's
+            may be empty (default: all).
 
     Returns:
         an iterator over (images (B, C, S, S) float32, labels (B,) int64, or (B, C) float32 where they are mixed).
@@ -56,14 +59,15 @@ def batches(
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(source):
         got = f"{int(index.min())}..{int(index.max())}"
         raise ValueError(f"index: got numbers in {got}, expected them in 0..{len(source) - 1}")
-    seeds = None
+    image_seeds = batch_seeds = []
     if seed is None:
         augment = mix = None
     else:
         generator = torch.Generator().manual_seed(seed)
         index = index[torch.randperm(len(index), generator=generator)]
-        seeds = torch.randint(2**62, (-(-len(index) // batch_size),), generator=generator).tolist()
-    epoch = _Epoch(source, index, batch_size, mean, std, augment, mix, seeds)
+        batch_seeds = torch.randint(2**62, (-(-len(index) // batch_size),), generator=generator).tolist()
+        image_seeds = torch.randint(2**62, (len(index),), generator=generator).tolist()
+    epoch = _Epoch(source, index, batch_size, mean, std, augment, mix, image_seeds, batch_seeds, shard)
     return _ahead(epoch, workers) if workers else (epoch.batch(number) for number in range(len(epoch)))
 
 
@@ -76,7 +80,9 @@ class _Epoch(Dataset[tuple[Tensor, Tensor] | ValueError | OSError]):
     std: Channels
     augment: Augment | None
     mix: Mix | None
-    seeds: list[int] | None
+    image_seeds: list[int]
+    batch_seeds: list[int]
+    shard: tuple[int, int]
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)
@@ -91,15 +97,28 @@ class _Epoch(Dataset[tuple[Tensor, Tensor] | ValueError | OSError]):
             return error
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        rows = self.index[number * self.batch_size : (number + 1) * self.batch_size]
+        whole = torch.arange(len(self.index))[number * self.batch_size : (number + 1) * self.batch_size]
+        rank, world = self.shard
+        places = whole.tensor_split(world)[rank]
+        halo = self.mix is not None and world > 1
+        if halo:  # an image is mixed with the one before it, the first with the last
+            before = int(places[0] - whole[0]) - 1 if len(places) else -1
+            places = torch.cat([whole[before].view(1), places])
+        rows = self.index[places]
         images, labels = self.source.get(rows), self.source.labels[rows]
+        seed = torch.default_generator.manual_seed  # torch.manual_seed would seed GPUs as well
         with torch.random.fork_rng(devices=[]):
-            if self.seeds is not None:
-                torch.default_generator.manual_seed(self.seeds[number])  # torch.manual_seed would seed GPUs as well
-            if self.augment is not None:
-                images = torch.stack([self.augment(image) for image in images])
+            if self.augment is not None and len(images):
+                changed = []
+                for place, image in zip(places.tolist(), images, strict=True):
+                    seed(self.image_seeds[place])
+                    changed.append(self.augment(image))
+                images = torch.stack(changed)
             images = normalize(images, self.mean, self.std)
-            return (images, labels) if self.mix is None else self.mix(images, labels)
+            if self.mix is not None:
+                seed(self.batch_seeds[number])
+                images, labels = self.mix(images, labels)
+        return (images[1:], labels[1:]) if halo else (images, labels)
 
 
 def _ahead(epoch: _Epoch, workers: int) -> Iterator[tuple[Tensor, Tensor]]:

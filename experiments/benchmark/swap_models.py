@@ -29,7 +29,8 @@ from experiments.data import load_tasks
 from experiments.data.graph_data import GraphData, Split
 from experiments.data.registry import PYG, load_graph
 from experiments.data.user_graph import user_graph
-from experiments.loop import attention_kernel, fit, make_fabric, make_optimizer, set_up
+from experiments.loop import attention_kernel, fit, make_optimizer, set_up
+from experiments.processes import make_fabric
 from experiments.presets import MOSAIC
 from experiments.studies import SHARED, SMALL_VIT
 

@@ -12,7 +12,7 @@ from sklearn.neighbors import kneighbors_graph
 from torch_geometric.data import Data
 
 from experiments.data.graph_data import GraphData, Split, Splits, make_metric
-from experiments.data.task import Batch, Task, image_task
+from experiments.data.task import Batch, Shard, Task, image_task
 
 
 def _split(labels: np.ndarray) -> Splits:
@@ -33,11 +33,13 @@ def digits(label_smoothing: float = 0.0) -> Task:
     mean, std = float(train.mean()), float(train.std())
     images = (images - mean) / std
 
-    def loader(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+    def loader(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
+        rank, world = shard
         index = split[part]
         if seed is not None:
             index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))]
-        for rows in index.split(batch_size):
+        for whole in index.split(batch_size):
+            rows = whole.tensor_split(world)[rank]
             yield Batch((images[rows],), labels[rows])
 
     names = tuple(str(name) for name in data.target_names)

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric.data import Data, HeteroData
-from torch_geometric.loader import RandomNodeLoader
 from torch_geometric.nn import MessagePassing
 from torch_geometric.transforms import AddRemainingSelfLoops, ToUndirected
 from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
 
 from experiments.config import GraphConfig, HeteroConfig
 from experiments.data.graph_data import GraphData, Split, task_loss
-from experiments.data.task import Batch, Loader, Task
+from experiments.data.task import Batch, Loader, Shard, Task
 from gmoe.conv.kinds import factory_of
 from gmoe.data.loader import neighbor_loader
 
@@ -128,7 +127,7 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: GraphConfig, s
     # a layer then computes only what the later ones hear
     trims = config.layers == len(config.fanout) and not (data.edge_weight is not None and data.edge_attr is not None)
 
-    def full(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
+    def full(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterable[Batch]:
         rows, known = split[part], split["train"]
         if not config.label_reuse:
             return [Batch(whole, data.y[rows], rows)]
@@ -142,32 +141,32 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: GraphConfig, s
         labels[known] = label_rows(data.y[known], graph.num_outputs).to(labels.dtype)
         return [Batch((torch.cat([data.x, labels], dim=1), *whole[1:]), data.y[rows], rows)]
 
-    def neighbors(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
-        for batch in _sampled(data, config, split[part], batch_size, seed):  # seeds come first, and only they count
+    def neighbors(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
+        # seeds come first, and only they count
+        for batch in _sampled(data, config, split[part], batch_size, seed, shard):
             inputs = inputs_of(batch, batch.edge_index)
             if trims:
                 hops = (batch.num_sampled_nodes, batch.num_sampled_edges)
                 inputs += (None,) * (6 - len(inputs)) + hops
             yield Batch(inputs, batch.y[: batch.batch_size], slice(0, batch.batch_size))
 
-    def parts(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+    def parts(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
+        rank, world = shard
         member = torch.zeros(data.num_nodes, dtype=torch.bool)
         member[split[part]] = True
-        marked = copy.copy(data)
-        marked.member = member
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
         count = -(-data.num_nodes // batch_size)
-        for batch in RandomNodeLoader(marked, num_parts=count, shuffle=seed is not None, generator=generator):
-            rows = batch.member.nonzero().view(-1)
-            if len(rows):
+        for whole in _order(data.num_nodes, seed).split(-(-data.num_nodes // count)):
+            if member[whole].any():  # on all processes, or on none
+                nodes = whole.tensor_split(world)[rank]
+                batch, rows = data.subgraph(nodes), member[nodes].nonzero().view(-1)
                 yield Batch(inputs_of(batch, batch.edge_index), batch.y[rows], rows)
 
     loaders: dict[str, Loader] = {"full": full, "neighbor": neighbors, "random_node": parts}
     sampled = loaders[config.sampling]
 
-    def loader(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
+    def loader(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterable[Batch]:
         whole_graph = part != "train" and config.evaluation == "full"
-        return (full if whole_graph else sampled)(part, batch_size, seed)
+        return (full if whole_graph else sampled)(part, batch_size, seed, shard)
 
     counted = {"neighbor": len(split["train"]), "random_node": data.num_nodes}
     return Task(
@@ -196,19 +195,19 @@ def hetero_task(graph: GraphData, data: Data | HeteroData, config: HeteroConfig,
     if config.sampling == "neighbor":  # once, not in every epoch
         data = data.sort(sort_by_row=False)
 
-    def full(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
+    def full(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterable[Batch]:
         return [Batch(whole, data[target].y[split[part]], split[part])]
 
-    def neighbors(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
-        for batch in _sampled(data, config, (target, split[part]), batch_size, seed):
+    def neighbors(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
+        for batch in _sampled(data, config, (target, split[part]), batch_size, seed, shard):
             ids = {kind: batch[kind].n_id for kind in batch.node_types}
             size = batch[target].batch_size
             inputs = (batch.collect("x"), batch.edge_index_dict, ids)
             yield Batch(inputs, batch[target].y[:size], slice(0, size))
 
-    def loader(part: Split, batch_size: int, seed: int | None) -> Iterable[Batch]:
+    def loader(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterable[Batch]:
         whole_graph = config.sampling == "full" or (part != "train" and config.evaluation == "full")
-        return (full if whole_graph else neighbors)(part, batch_size, seed)
+        return (full if whole_graph else neighbors)(part, batch_size, seed, shard)
 
     return Task(
         name=graph.name,
@@ -227,19 +226,34 @@ def hetero_task(graph: GraphData, data: Data | HeteroData, config: HeteroConfig,
 
 
 def _sampled(
-    data: Data | HeteroData, config: GraphConfig | HeteroConfig, nodes: Any, batch_size: int, seed: int | None
+    data: Data | HeteroData,
+    config: GraphConfig | HeteroConfig,
+    nodes: Any,
+    batch_size: int,
+    seed: int | None,
+    shard: Shard,
 ) -> Iterable[Any]:
     """Neighborhoods of nodes, shuffled with a seed; edges of ``data`` are sorted by destination."""
+    rank, world = shard
+    order = _order(len(nodes[1]) if isinstance(nodes, tuple) else len(nodes), seed)
     return neighbor_loader(
         data,
         list(config.fanout),
         input_nodes=nodes,
-        batch_size=batch_size,
-        shuffle=seed is not None,
-        generator=None if seed is None else torch.Generator().manual_seed(seed),
+        batch_sampler=[whole.tensor_split(world)[rank].tolist() for whole in order.split(batch_size)],
+        generator=None if seed is None else torch.Generator().manual_seed(seed + (rank << 50)),  # the workers' draws
         num_workers=config.workers,
         is_sorted=True,
     )
+
+
+def _order(count: int, seed: int | None) -> Tensor:
+    """(count,) a permutation that follows from the seed, on all processes alike."""
+    if seed is None:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(seed)
+    torch.empty((), dtype=torch.int64).random_(generator=generator)  # as DataLoader draws before it shuffles
+    return torch.randperm(count, generator=generator)
 
 
 def conv_class(kind: str) -> type[MessagePassing]:

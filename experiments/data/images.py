@@ -8,7 +8,7 @@ import torch
 
 from experiments.config import ImageSetConfig
 from experiments.data.graph_data import Split
-from experiments.data.task import Batch, Task, image_task
+from experiments.data.task import Batch, Shard, Task, image_task
 from vision.augment import make_augment, make_mix
 from vision.batches import batches
 from vision.images import ImageData, load_images, split_train_val
@@ -61,7 +61,7 @@ def image_set_task(data: ImageData, config: ImageSetConfig) -> Task:
     augment = make_augment(config.augment, data.image_size)
     mix = make_mix(config.mixup, config.cutmix, classes)
 
-    def loader(part: Split, batch_size: int, seed: int | None) -> Iterator[Batch]:
+    def loader(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
         source, index = parts[part]
         training = part == "train"
         for pictures, labels in batches(
@@ -74,6 +74,7 @@ def image_set_task(data: ImageData, config: ImageSetConfig) -> Task:
             mix=mix if training else None,
             seed=seed,
             workers=config.workers,
+            shard=shard,
         ):
             yield Batch((pictures,), labels)
 

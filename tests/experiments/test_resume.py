@@ -192,17 +192,6 @@ def test_the_same_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
-def test_processes_that_would_train_the_same_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as stop:
-        quick(tmp_path / "run")
-    assert stop.value.code == 2
-    assert "WORLD_SIZE: got 2 processes, expected one; digits-graph" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = quick(tmp_path / "run", "--router", "token_choice", "--lr", "0.02")
     own = str(tmp_path / "run" / "config.json")

@@ -1,0 +1,61 @@
+"""What two processes do in ``test_distributed.py``: ``torchrun --nproc-per-node 2 -m tests.experiments.ranks DIR``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.loop import Training
+from experiments.train import main
+
+TINY = ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--experts", "4"]
+EXACT = ["--epochs", "2", "--seeds", "0", "--no-progress", "--precision", "64-true", "--lr", "1e-3"]
+SAMPLED = ["digits-graph", "--sampling", "neighbor", "--conv", "sage", "--hidden", "8", "--router", "token_choice"]
+SAME: dict[str, list[str]] = {
+    "images": ["images", *EXACT, *TINY, "--batch-size", "4", "--augment", "randaugment", "--mixup", "0.5",
+               "--cutmix", "0.5", "--router", "expert_choice", "--ema", "0.9", "--clip-norm", "0.1"],
+    "neighbors": [*SAMPLED, *EXACT, "--fanout", "-1", "-1", "--batch-size", "300", "--weight-decay", "0.1"],
+}  # fmt: skip
+"""Nothing is drawn but what follows from the epoch, so that one process gives the same. Of the 21 images the last batch
+has one, so that the second process has none."""
+DRAWS = [*SAMPLED, "--epochs", "3", "--seeds", "0", "--no-progress", "--fanout", "4", "3", "--batch-size", "300",
+         "--dropout", "0.3", "--noise", "True", "--evaluation", "sampled", "--balance", "bias"]  # fmt: skip
+
+
+def run_until(steps: int, args: list[str], only: int) -> None:
+    """The command, of which one process gets SIGTERM in a step."""
+    step, done = Training.step, list[int]()
+
+    def signalled(*arguments: Any) -> None:
+        done.append(1)
+        if len(done) == steps and os.environ["RANK"] == str(only):
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Training, "step", signalled)
+        main(args)
+    assert stop.value.code == 128 + signal.SIGTERM
+
+
+def all_runs(root: Path) -> None:
+    two = ["--devices", "2"]
+    for name, args in SAME.items():
+        data = ["--data-root", str(root / "data")] if name == "images" else []
+        main([*args, *two, *data, "--out", str(root / "two" / name)])
+    main([*DRAWS, *two, "--out", str(root / "whole")])
+    cut = [*DRAWS, *two, "--resume", "--out", str(root / "cut")]
+    run_until(2, cut, only=1)
+    run_until(2, cut, only=0)
+    main(cut)
+    run_until(5, [*DRAWS, *two, "--out", str(root / "fewer")], only=1)  # to go on with one process
+    main([*DRAWS, *two, "--resume", "--out", str(root / "more")])  # which one process began
+
+
+if __name__ == "__main__":
+    all_runs(Path(sys.argv[1]))

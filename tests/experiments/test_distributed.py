@@ -1,0 +1,207 @@
+"""Two processes train what one does, stop and go on together; what cannot be split is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments.config import RunConfig
+from experiments.data import load_tasks
+from experiments.presets import DIGITS, PRESETS
+from experiments.train import main
+from tests.experiments.command import quick_until
+from tests.experiments.made_graph import make_config, make_task
+from tests.experiments.ranks import DRAWS, SAME, TINY
+from tests.experiments.test_resume import assert_same, rows
+from tests.vision.made_images import write_images
+from vision.augment import make_augment, make_mix
+from vision.batches import batches
+from vision.sources import MemoryImages
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+def start(*args: str, **how: Any) -> subprocess.Popen[bytes]:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*TORCHRUN, *args], cwd=ROOT, env=env, stderr=subprocess.PIPE, **how)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of :func:`tests.experiments.ranks.all_runs`."""
+    root = tmp_path_factory.mktemp("ranks")
+    write_images(root / "data")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        quick_until(4, monkeypatch, root / "more", *DRAWS[1:])
+    process = start("-m", "tests.experiments.ranks", str(root))
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error.decode()
+    return root
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_train_what_one_does(name: str, folder: Path) -> None:
+    data = ["--data-root", str(folder / "data")] if name == "images" else []
+    main([*SAME[name], *data, "--out", str(folder / "one" / name)])
+    one, two = (folder / count / name for count in ("one", "two"))
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
+    for figure in ("val", "test", "steps", "flops", "parameters"):
+        assert summaries[0][figure] == summaries[1][figure], figure
+    for mine, other in zip(rows(one), rows(two), strict=True):
+        assert float(mine["loss"]) == pytest.approx(float(other["loss"]), rel=1e-6)  # of logits in float32
+    weights = [load_file(run / "seed-0" / "checkpoint" / "best.safetensors") for run in (one, two)]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], rtol=1e-9, atol=1e-12)
+    assert "devices" not in summaries[0]["config"]
+    assert summaries[1]["config"]["devices"] == 2
+
+
+def test_two_processes_that_are_stopped_go_on_exactly(folder: Path) -> None:
+    assert_same(folder / "whole", folder / "cut")
+
+
+def test_a_run_goes_on_with_more_or_fewer_processes(folder: Path) -> None:
+    more = json.loads((folder / "more" / "summary.json").read_text())
+    assert more["config"]["moved"] == [{"from": 1, "to": 2}]
+    main([*DRAWS, "--resume", "--out", str(folder / "fewer")])
+    fewer = json.loads((folder / "fewer" / "summary.json").read_text())
+    assert fewer["config"]["moved"] == [{"from": 2, "to": 1}]
+    assert "devices" not in fewer["config"]
+    for name in ("more", "fewer"):
+        found = rows(folder / name, "routing.csv")
+        tokens = [sum(float(row[f"load_{expert}"]) for expert in range(8)) for row in found]
+        assert tokens == pytest.approx([1.0] * len(found), abs=1e-3)
+        assert [row["epoch"] for row in rows(folder / name)] == ["0", "1", "2"]
+    before = rows(folder / "whole")
+    assert float(rows(folder / "fewer")[0]["loss"]) == pytest.approx(float(before[0]["loss"]))  # by two processes
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_slices_of_images_are_those_of_one_process(world: int) -> None:
+    """Seven images in batches of four, each augmented and mixed as if there were one process."""
+    pixels = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    source = MemoryImages(pixels, torch.arange(7), 16)
+
+    def epoch(shard: tuple[int, int]) -> list[Any]:
+        options: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "augment": make_augment("randaugment", 16)}
+        return list(batches(source, torch.arange(7), 4, mix=make_mix(0.5, 1.0, 7), seed=2, shard=shard, **options))
+
+    slices = [epoch((rank, world)) for rank in range(world)]
+    for number, whole in enumerate(epoch((0, 1))):
+        for i in range(2):
+            joined = torch.cat([one[number][i] for one in slices])
+            torch.testing.assert_close(joined, whole[i], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sampling", ["neighbor", "random_node"])
+def test_slices_of_a_graph_are_those_of_one_process(sampling: str) -> None:
+    task = make_task(make_config(sampling=sampling, evaluation="sampled"))
+    for part, seed in (("train", 3), ("val", None)):
+        slices = [list(task.loader(part, 7, seed, (rank, 8))) for rank in range(8)]
+        for number, whole in enumerate(task.loader(part, 7, seed)):
+            targets = torch.cat([one[number].target for one in slices])
+            assert targets.tolist() == whole.target.tolist()
+        assert {len(one) for one in slices} == {number + 1}
+
+
+def test_slices_of_digits_are_those_of_one_process() -> None:
+    task = load_tasks(DIGITS)(0)
+    slices = [list(task.loader("train", 128, 1, (rank, 3))) for rank in range(3)]
+    for number, whole in enumerate(task.loader("train", 128, 1)):
+        assert torch.equal(torch.cat([one[number].target for one in slices]), whole.target)
+    assert [len(one[-1].target) for one in slices] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("world", "args", "message"),
+    [
+        ("2", ["digits"], "devices: got 1 in 2 processes, expected them to be said: --devices N"),
+        ("1", ["digits", "--devices", "2"], "started by: torchrun --nproc-per-node 2 -m experiments.train"),
+        ("4", ["digits", "--devices", "2", "--nodes", "4"], "started by: torchrun --nnodes 4 --nproc-per-node 2 -m"),
+        ("2", ["digits", "--devices", "2", "--batch-size", "33"], "batch_size: got 33"),
+        ("2", ["cora", "--devices", "2"], "a whole graph is one batch, which cannot be split"),
+        ("2", ["ogbn-mag", "--devices", "2"], "for ogbn-mag with sampling='full', expected 1"),
+        ("1", ["digits", "--devices", "0"], "devices: got 0, expected at least 1"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(
+    world: str, args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(SystemExit) as stop:
+        main([*args, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_that_has_batches_may_be_split(preset: str) -> None:
+    config: RunConfig = PRESETS[preset][1]
+    if getattr(config, "sampling", None) == "full":
+        config = replace(config, sampling="neighbor")  # type: ignore[call-arg]
+    size = config.batch_size - config.batch_size % 2
+    assert {"devices", "nodes"} <= set(replace(config, devices=2, batch_size=size).science())
+    assert not {"devices", "nodes"} & set(config.science())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(rank: int, tmp_path: Path) -> None:
+    args = ["-m", "experiments.train", "digits", "--devices", "2", "--epochs", "40", "--seeds", "0", "--layers", "2"]
+    args += ["--no-progress", "--out", str(tmp_path / "run")]
+    process = start(*args)
+    log = tmp_path / "run" / "seed-0" / "metrics.csv"
+    wait_for(log)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (victim,) = (child for child in children if f"RANK={rank}".encode() in environment_of(child))
+    os.kill(int(victim), signal.SIGKILL)
+    began = time.monotonic()
+    _, error = process.communicate(timeout=90)
+    assert time.monotonic() - began < 60
+    assert process.returncode != 0
+    assert b"Signal 9 (SIGKILL)" in error
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    if rank == 1:
+        assert b"since another process has ended; continue with: torchrun --nproc-per-node 2" in error
+    again = start(*args, "--resume", "--epochs", "41")
+    _, error = again.communicate(timeout=300)
+    assert again.returncode == 0, error.decode()
+    assert len(rows(tmp_path / "run")) == 41
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "data", train=40)
+    args = ["-m", "experiments.train", "images", "--devices", "2", *TINY, "--batch-size", "8", "--workers", "1"]
+    args += ["--data-root", str(root), "--epochs", "300", "--no-progress", "--out", str(tmp_path / "run")]
+    process = start(*args, start_new_session=True)
+    wait_for(tmp_path / "run" / "seed-0" / "metrics.csv")
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert b"stopped; continue with: torchrun --nproc-per-node 2 -m experiments.train images" in error
+    assert (tmp_path / "run" / "seed-0" / "checkpoint" / "state.ckpt").exists()
+
+
+def wait_for(path: Path) -> None:
+    give_up = time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) < 2:
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+def environment_of(pid: str) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
