@@ -78,6 +78,7 @@ def image_set_task(data: ImageData, config: ImageSetConfig) -> Task:
         ):
             yield Batch((pictures,), labels)
 
+    split = {part: index for part, (_, index) in parts.items()}
     return image_task(
-        data.name, data.image_size, data.classes, loader, len(train), config.label_smoothing, data.mean, data.std
+        data.name, data.image_size, data.classes, loader, split, config.label_smoothing, data.mean, data.std
     )
