@@ -2,26 +2,25 @@
 
     python -m experiments.plan cifar10 --data-root DIR --devices 2 --json plan.json
 
-Trains one process's share of the batches for half a minute, by the loop of ``python -m experiments.train``, whose
-options it takes; of several processes on this machine's CPU also the network is measured. Prints memory a process,
-bytes moved, steps, and seconds an epoch. A whole graph is evaluated as a whole, however long that takes.
+Trains one process's share of the batches for half a minute, by the loop of ``python -m experiments.train``; of several
+processes it measures the network too. Then it says what memory a process needs, how many bytes are moved, and how long
+an epoch takes. A whole graph is evaluated as a whole, however long that is.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -29,7 +28,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.utils._pytree import tree_leaves
 
@@ -46,27 +45,17 @@ from gmoe import Router
 SECONDS = 24.0
 """Of calibration; a pass over training or validation is cut off after a quarter of it."""
 WARM = 2
-"""Steps before the clock counts."""
+"""Steps that do not count."""
 GIGABYTES = 1.0
-"""A second, between processes, where neither the network nor ``--bandwidth`` says: about 10 Gbit Ethernet."""
+"""A second between processes, where that is neither measured nor given: about 10 Gbit Ethernet."""
 
 
 class EnoughError(Exception):
     """The calibration is over."""
 
 
-@dataclass
-class Pass:
-    """A pass over a split, or a part of it: when it began, seconds, targets and bytes of each batch."""
-
-    began: float
-    laps: list[float] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    bytes: list[int] = field(default_factory=list)
-
-
 class Share:
-    """The loader of the first of several processes, which watches the clock and the memory of whoever asks for batches.
+    """The loader of the first of several processes, which notes what time and memory the use of its batches takes.
 
     Args:
         task: whose batches they are.
@@ -76,47 +65,43 @@ class Share:
 
     def __init__(self, task: Task, world: int, device: torch.device) -> None:
         self.task, self.world, self.device = task, world, device
-        self.passes: dict[Split, list[Pass]] = {"train": [], "val": [], "test": []}
-        self.memory = {"preparation": 0, "start": 0, "step": 0}
+        self.laps: dict[Split, list[tuple[float, int, int]]] = {"train": [], "val": []}  # seconds, targets, bytes
+        self.began, self.ended = list[float](), list[float]()  # passes over training batches
+        self.preparing = self.before = self.stepping = 0  # bytes: peak before the first pass, in use, peak of the pass
 
-    def __call__(
-        self, split: Split, batch_size: int, seed: int | None, shard: tuple[int, int] | None = None
-    ) -> Iterable[Batch]:
+    def __call__(self, split: Split, batch_size: int, seed: int | None, shard: Any = None) -> Iterable[Batch]:
         if shard is None:  # to prepare, and whole graphs, which are not shared out
             return self.task.loader(split, batch_size, seed)
         return self._watched(split, self.task.loader(split, batch_size, seed, (0, self.world)))
 
     def _watched(self, split: Split, batches: Iterable[Batch]) -> Iterator[Batch]:
-        before = self.passes[split]
-        first = split == "train" and not before
-        if first:
-            self.memory |= {"preparation": peak(self.device), "start": in_use(self.device)}
-        one = Pass(time.perf_counter())
-        before.append(one)
-        if split == "train" and one.began - before[0].began > SECONDS:
-            raise EnoughError
-        lap = one.began
-        for batch in batches:
-            one.rows.append(len(batch.target))
-            one.bytes.append(nbytes([batch.inputs, batch.target]))
+        began = lap = time.perf_counter()
+        if split == "train":
+            if not self.began:
+                self.preparing, self.before = peak(self.device), in_use(self.device)
+            self.began.append(began)
+            if began - self.began[0] > SECONDS:
+                raise EnoughError
+        for number, batch in enumerate(batches, 1):
             yield batch  # and here it is used
             now = time.perf_counter()
-            one.laps.append(now - lap)
+            self.laps[split].append((now - lap, len(batch.target), nbytes([batch.inputs, batch.target])))
             lap = now
-            if len(one.laps) > WARM and now - one.began > SECONDS / 4:
+            if number > WARM and now - began > SECONDS / 4:
                 break
-        if first:
-            self.memory["step"] = peak(self.device)
+        if split == "train":
+            self.ended.append(lap)
+            self.stepping = self.stepping or peak(self.device)
 
 
 def nbytes(tree: Any) -> int:
     """Of all tensors in it."""
-    total = 0
+    found = 0
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
-            parts = [leaf.crow_indices(), leaf.col_indices(), leaf.values()] if leaf.is_sparse_csr else [leaf]
-            total += sum(part.nbytes for part in parts)
-    return total
+            sparse = leaf.is_sparse_csr
+            found += nbytes([leaf.crow_indices(), leaf.col_indices(), leaf.values()]) if sparse else leaf.nbytes
+    return found
 
 
 def peak(device: torch.device) -> int:
@@ -132,7 +117,7 @@ def in_use(device: torch.device) -> int:
 
 @contextmanager
 def router_sums() -> Iterator[list[int]]:
-    """Bytes of each sum over tokens for which routers in training ask all processes."""
+    """Bytes of each sum for which routers in training ask all processes."""
     summed, found = Router.summed, list[int]()
 
     def counting(router: Router, parts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,60 +129,29 @@ def router_sums() -> Iterator[list[int]]:
         yield found
 
 
-class Moved(NamedTuple):
-    """What processes exchange in a step: bytes of gradients, buffers and routers' sums, and how many sums there are."""
-
-    gradients: int
-    buffers: int
-    routers: int
-    sums: int
-
-    def by_process(self, world: int) -> dict[str, int]:
-        """Bytes that each sends: a sum goes around the ring twice, buffers come from the first process."""
-        around = 2 * (world - 1) / world
-        found = {"gradients": around * self.gradients, "routers": around * self.routers}
-        return {name: round(value) for name, value in found.items()} | {"buffers": self.buffers if world > 1 else 0}
-
-    def seconds(self, config: RunConfig, device: torch.device, bandwidth: float | None) -> tuple[float, str]:
-        """A step's, none of which is hidden behind the backward pass, and where that is from; see :func:`plan`."""
-        world = config.devices * config.nodes
-        if world == 1:
-            return 0.0, "one process"
-        cores = os.cpu_count() or 1
-        if bandwidth is None and config.nodes == 1 and device.type == "cpu" and world <= cores:
-            with TemporaryDirectory() as folder:
-                spawn(_sum_often, (world, self.gradients, Path(folder)), nprocs=world)
-                large, small = json.loads((Path(folder) / "seconds.json").read_text())
-            return large + (self.sums + 2) * small, f"measured: gloo between {world} processes"
-        given = GIGABYTES if bandwidth is None else bandwidth
-        return sum(self.by_process(world).values()) / (given * 1e9), f"assumed: {given:g} GB/s, no latency"
-
-
-def _sum_often(rank: int, world: int, size: int, folder: Path) -> None:
-    """Measure sums over processes: of as many bytes as gradients have, and of a few."""
+def time_sums(rank: int, world: int, size: int, folder: str) -> None:
+    """One of several gloo processes: write the seconds of an all-reduce of ``size`` bytes, and of one of a few."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    found = []
-    for count in (size // 4, 16):
-        value, laps = torch.zeros(count), list[float]()
-        for _ in range(7):
+    laps: list[list[float]] = [[], []]
+    for _ in range(WARM + 5):
+        for found, value in zip(laps, (torch.zeros(size // 4), torch.zeros(16)), strict=True):
             dist.barrier()
             began = time.perf_counter()
             dist.all_reduce(value)
-            laps.append(time.perf_counter() - began)
-        found.append(statistics.median(laps[WARM:]))
+            found.append(time.perf_counter() - began)
     if rank == 0:
-        (folder / "seconds.json").write_text(json.dumps(found))
+        Path(folder, "sums.json").write_text(json.dumps([median(found[WARM:]) for found in laps]))
     dist.destroy_process_group()
 
 
 def plan(config: RunConfig, bandwidth: float | None = None) -> dict[str, Any]:
-    """Calibrate, and return the figures as JSON: bytes and seconds.
+    """Calibrate, and return the figures as JSON, in bytes and seconds; nothing moved is hidden behind a backward pass.
 
     Args:
         config: of the run, with as many processes as it is to have.
-        bandwidth: GB/s between processes; by default measured over gloo where they are all of this machine's CPU and
-            each has a core, else :data:`GIGABYTES`.
+        bandwidth: GB/s between processes; by default measured, where each has a core of this machine, else
+            :data:`GIGABYTES`.
 
     Raises:
         ValueError: what cannot be run, as in training.
@@ -207,86 +161,95 @@ def plan(config: RunConfig, bandwidth: float | None = None) -> dict[str, Any]:
     world = config.devices * config.nodes
     if world > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as torchrun has it
-    alone = replace(config, devices=1, nodes=1, epochs=10**6, eval_every=1)  # it ends when the time is over
+    alone = replace(config, devices=1, nodes=1, epochs=10**6, eval_every=1)  # ends when the time is over
     device, seed = make_fabric(alone).device, config.seeds[0]
-    memory = {"libraries": in_use(device)}
+    imported = in_use(device)
     task = load_tasks(config)(seed)
-    loading, memory["data"] = peak(device), in_use(device) - memory["libraries"]
+    loading, data = peak(device), in_use(device) - imported
     share = Share(task, world, device)
     own = replace(task, loader=share)
     prepared = prepare(alone, own, seed)
-    with (
-        TemporaryDirectory() as folder,
-        router_sums() as sums,
-        set_up(prepared.fabric, prepared.model, alone, own) as it,
-    ):
-        with suppress(EnoughError):
-            fit(it, seed, Path(folder) / "seed", Progress(1, shown=False))
-        training, states = peak(device), nbytes(it.optimizer.state_dict())
-        last = sum(nbytes(list(vars(routing).values())) for routing in it.routings)
-    *passes, end = share.passes["train"]
-    taken = sum(len(one.laps) for one in passes)
-    weights, gradients = (
-        nbytes([p for p in it.model.parameters() if only in (p.requires_grad, None)]) for only in (None, True)
-    )
-    moved = Moved(gradients, nbytes(list(it.model.buffers())), sum(sums) // taken, len(sums) // taken)
-    between = [then.began - one.began - sum(one.laps) for one, then in itertools.pairwise([*passes, end])]
-    evaluation = statistics.fmean(between[1:] or between)  # and what is written; the first time is slow
-    kept = 0
-    if share.passes[
-        "val"
-    ]:  # in batches: what was not evaluated takes its time too, and all routings of a split are kept
-        assert task.split is not None
-        val = share.passes["val"]
-        rows = sum(sum(one.rows) for one in val)
-        left = len(task.split["val"]) / world - rows / len(val)
-        evaluation += max(left, 0.0) * sum(sum(one.laps) for one in val) / rows
-        kept = round(last * max(len(task.split["test"]) / max(val[-1].rows[-1], 1) - 1, 0))
-    seconds = {"step": statistics.fmean([lap for one in passes for lap in one.laps][WARM:])}
-    seconds["communication"], network = moved.seconds(config, device, bandwidth)
-    seconds["evaluation"] = evaluation / config.eval_every
-    steps = task.steps(config.batch_size)
-    seconds["epoch"] = steps * (seconds["step"] + seconds["communication"]) + seconds["evaluation"]
-    start = share.memory["start"]
-    memory |= {"libraries": start - memory["data"] - weights, "parameters": weights, "gradients": gradients}
-    memory |= {"optimizer": states, "activations": max(share.memory["step"] - start - gradients - states, 0)}
-    memory["buckets"] = gradients if world > 1 else 0  # in which DDP copies gradients
-    top = max(loading, share.memory["preparation"], training + kept) + memory["buckets"]
-    memory |= {"evaluation": top - sum(memory.values()), "peak": top}
-    a_step = moved.by_process(world) | {
-        "batch": round(statistics.fmean(itertools.chain(*(one.bytes for one in passes))))
+    local = config.nodes == 1 and device.type == "cpu" and world <= (os.cpu_count() or 1) and bandwidth is None
+    with TemporaryDirectory() as folder:
+        with router_sums() as sums, set_up(prepared.fabric, prepared.model, alone, own) as trained:
+            with suppress(EnoughError):
+                fit(trained, seed, Path(folder, "seed"), Progress(1, shown=False))
+            training, states = peak(device), nbytes(trained.optimizer.state_dict())
+            routed = nbytes([list(vars(routing).values()) for routing in trained.routings])
+        parameters, buffers = nbytes(list(trained.model.parameters())), nbytes(list(trained.model.buffers()))
+        gradients = nbytes([parameter for parameter in trained.model.parameters() if parameter.requires_grad])
+        if local and world > 1:
+            spawn(time_sums, (world, gradients, folder), nprocs=world)
+            large, small = json.loads(Path(folder, "sums.json").read_text())
+    laps, _, sizes = zip(*share.laps["train"], strict=True)
+    steps, step = task.steps(config.batch_size), fmean(laps[min(WARM, len(laps) - 1) :])
+    around = 2 * (world - 1) / world  # a sum goes around the ring of processes twice
+    moved = {
+        "gradients": round(around * gradients),
+        "routers": round(around * sum(sums) / len(laps)),
+        "buffers": buffers if world > 1 else 0,
     }
+    network = "measured, gloo" if local else f"assumed, {bandwidth or GIGABYTES:g} GB/s"
+    reduce = 0.0
+    if world > 1:  # beside gradients and routers, the counts of targets and the signals are summed
+        assumed = sum(moved.values()) / (bandwidth or GIGABYTES) / 1e9
+        reduce = large + (len(sums) // len(laps) + 2) * small if local else assumed
+
+    between = [later - ended for ended, later in zip(share.ended, share.began[1:], strict=True)]
+    evaluation = fmean(between[1:] or between)  # and what is written; the first time is slow
+    kept = 0  # of the test set's routings, which are kept, what the last call did not give
+    if share.laps["val"]:
+        assert task.split is not None
+        spent, rows, _ = zip(*share.laps["val"], strict=True)
+        left = len(task.split["val"]) / world - sum(rows) / len(between)  # of a pass that was cut off
+        evaluation += max(left, 0.0) * sum(spent) / sum(rows)
+        kept = round(routed * max(len(task.split["test"]) / max(rows[-1], 1) - 1, 0.0))
+    evaluation /= config.eval_every
+
+    buckets = gradients if world > 1 else 0  # to which DDP copies gradients
+    top = max(loading, share.preparing, training + kept) + buckets
+    memory = {
+        "libraries": share.before - data - parameters,
+        "data": data,
+        "parameters": parameters,
+        "gradients": gradients + buckets,
+        "optimizer": states,
+        "activations": max(share.stepping - share.before - gradients - states, 0),
+    }
+    moved["batch"] = round(fmean(sizes))
     return {
         "config": config.science(),
         "processes": world,
         "device": device.type,
         "steps": steps,
-        "memory": memory,
-        "bytes": {"step": a_step, "epoch": {name: steps * value for name, value in a_step.items()}},
-        "seconds": seconds,
-        "network": network,
-        "calibration": {"steps": taken, "seconds": end.began - passes[0].began},
+        "memory": memory | {"evaluation": top - sum(memory.values()), "peak": top},
+        "bytes": {"step": moved, "epoch": {name: steps * value for name, value in moved.items()}},
+        "seconds": {
+            "step": step,
+            "all_reduce": reduce,
+            "evaluation": evaluation,
+            "epoch": steps * (step + reduce) + evaluation,
+        },
+        "network": network if world > 1 else "none",
+        "calibration": {"steps": len(laps), "seconds": share.began[-1] - share.began[0]},
         "environment": environment(),
     }
 
 
 def show(found: dict[str, Any], console: Console) -> None:
     """Print it as a table."""
-    config, calibration = found["config"], found["calibration"]
-    title = f"{config['dataset']}, {found['processes']} of {found['device']}, batches of {config['batch_size']}"
-    table = Table("", "", "", title=title, show_header=False)
+    steps, world, size = found["steps"], found["processes"], found["config"]["batch_size"]
+    table = Table("", "step", "epoch", title=f"{found['config']['dataset']}: {steps:,} steps of {size:,} / {world}")
     for name, value in found["memory"].items():
-        table.add_row("MiB a process" if name == "libraries" else "", name, f"{value / 2**20:,.1f}")
-    for part, figures in found["bytes"].items():
-        for name, value in figures.items():
-            table.add_row(f"MB a process and {part}" if name == "gradients" else "", name, f"{value / 1e6:,.3f}")
-    table.add_row("steps an epoch", "", f"{found['steps']:,}")
+        table.add_row(f"{name}, MiB a process", f"{value / 2**20:,.1f}")
+    for name, value in found["bytes"]["step"].items():
+        table.add_row(f"{name}, MB a process", f"{value / 1e6:,.3f}", f"{steps * value / 1e6:,.1f}")
     for name, value in found["seconds"].items():
-        each = "a step" if name in ("step", "communication") else "an epoch"
-        table.add_row(f"seconds {each}", name, f"{value:,.4g}")
+        each = name in ("step", "all_reduce")
+        table.add_row(f"{name}, s", f"{value:,.4f}" if each else "", f"{value * (steps if each else 1):,.3f}")
     console.print(table)
-    of = f"{calibration['steps']} steps in {calibration['seconds']:.0f} s, {found['environment']['threads']} threads"
-    console.print(f"calibration: {of}; network: {found['network']}")
+    count, threads = found["calibration"]["steps"], found["environment"]["threads"]
+    console.print(f"from {count:,} steps on {found['device']}, {threads} threads; network: {found['network']}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
