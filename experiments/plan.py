@@ -55,13 +55,7 @@ class EnoughError(Exception):
 
 
 class Share:
-    """The loader of the first of several processes, which notes what time and memory the use of its batches takes.
-
-    Args:
-        task: whose batches they are.
-        world: how many processes.
-        device: whose memory counts.
-    """
+    """The loader of the first of ``world`` processes, which notes what time and memory the use of its batches takes."""
 
     def __init__(self, task: Task, world: int, device: torch.device) -> None:
         self.task, self.world, self.device = task, world, device
@@ -169,7 +163,7 @@ def plan(config: RunConfig, bandwidth: float | None = None) -> dict[str, Any]:
     share = Share(task, world, device)
     own = replace(task, loader=share)
     prepared = prepare(alone, own, seed)
-    local = config.nodes == 1 and device.type == "cpu" and world <= (os.cpu_count() or 1) and bandwidth is None
+    local = config.nodes == 1 < world <= (os.cpu_count() or 1) and device.type == "cpu" and bandwidth is None
     with TemporaryDirectory() as folder:
         with router_sums() as sums, set_up(prepared.fabric, prepared.model, alone, own) as trained:
             with suppress(EnoughError):
@@ -178,22 +172,20 @@ def plan(config: RunConfig, bandwidth: float | None = None) -> dict[str, Any]:
             routed = nbytes([list(vars(routing).values()) for routing in trained.routings])
         parameters, buffers = nbytes(list(trained.model.parameters())), nbytes(list(trained.model.buffers()))
         gradients = nbytes([parameter for parameter in trained.model.parameters() if parameter.requires_grad])
-        if local and world > 1:
+        if local:
             spawn(time_sums, (world, gradients, folder), nprocs=world)
             large, small = json.loads(Path(folder, "sums.json").read_text())
     laps, _, sizes = zip(*share.laps["train"], strict=True)
     steps, step = task.steps(config.batch_size), fmean(laps[min(WARM, len(laps) - 1) :])
+
     around = 2 * (world - 1) / world  # a sum goes around the ring of processes twice
-    moved = {
-        "gradients": round(around * gradients),
-        "routers": round(around * sum(sums) / len(laps)),
-        "buffers": buffers if world > 1 else 0,
-    }
-    network = "measured, gloo" if local else f"assumed, {bandwidth or GIGABYTES:g} GB/s"
-    reduce = 0.0
-    if world > 1:  # beside gradients and routers, the counts of targets and the signals are summed
-        assumed = sum(moved.values()) / (bandwidth or GIGABYTES) / 1e9
-        reduce = large + (len(sums) // len(laps) + 2) * small if local else assumed
+    moved = {"gradients": round(around * gradients), "routers": round(around * sum(sums) / len(laps))}
+    moved |= {"buffers": buffers if world > 1 else 0}
+    if local:  # beside gradients and routers' parts, the counts of targets and the signals are summed
+        network, reduce = "measured, gloo", large + (len(sums) // len(laps) + 2) * small
+    else:
+        given = bandwidth or GIGABYTES
+        network, reduce = f"assumed, {given:g} GB/s" if world > 1 else "none", sum(moved.values()) / given / 1e9
 
     between = [later - ended for ended, later in zip(share.ended, share.began[1:], strict=True)]
     evaluation = fmean(between[1:] or between)  # and what is written; the first time is slow
@@ -204,7 +196,7 @@ def plan(config: RunConfig, bandwidth: float | None = None) -> dict[str, Any]:
         left = len(task.split["val"]) / world - sum(rows) / len(between)  # of a pass that was cut off
         evaluation += max(left, 0.0) * sum(spent) / sum(rows)
         kept = round(routed * max(len(task.split["test"]) / max(rows[-1], 1) - 1, 0.0))
-    evaluation /= config.eval_every
+    seconds = {"step": step, "all_reduce": reduce, "evaluation": evaluation / config.eval_every}
 
     buckets = gradients if world > 1 else 0  # to which DDP copies gradients
     top = max(loading, share.preparing, training + kept) + buckets
@@ -224,13 +216,8 @@ def plan(config: RunConfig, bandwidth: float | None = None) -> dict[str, Any]:
         "steps": steps,
         "memory": memory | {"evaluation": top - sum(memory.values()), "peak": top},
         "bytes": {"step": moved, "epoch": {name: steps * value for name, value in moved.items()}},
-        "seconds": {
-            "step": step,
-            "all_reduce": reduce,
-            "evaluation": evaluation,
-            "epoch": steps * (step + reduce) + evaluation,
-        },
-        "network": network if world > 1 else "none",
+        "seconds": seconds | {"epoch": steps * (step + reduce) + seconds["evaluation"]},
+        "network": network,
         "calibration": {"steps": len(laps), "seconds": share.began[-1] - share.began[0]},
         "environment": environment(),
     }
