@@ -192,14 +192,14 @@ class RunConfig:
         world = self.devices * self.nodes
         if world > 1 and getattr(self, "sampling", None) == "full":
             raise ValueError(
-                f"devices: got {self.devices} x {self.nodes} nodes for {self.dataset} with sampling='full', expected 1: a "
-                "whole graph is one batch, which cannot be split; sample it, or train seeds side by side: python -m "
+                f"devices: got {self.devices} x {self.nodes} nodes for {self.dataset} with full batches, expected one: "
+                "a whole graph is one batch, which cannot be split; sample it, or train seeds side by side: python -m "
                 "experiments.sweep grid --jobs N"
             )
         if world > 1 and self.batch_size % world:
             raise ValueError(
-                f"batch_size: got {self.batch_size}, the nodes or images of all processes together, expected a multiple "
-                f"of devices x nodes = {world}"
+                f"batch_size: got {self.batch_size}, that of all processes together, expected a multiple of "
+                f"devices x nodes = {world}"
             )
         if not self.lr > 0:
             raise ValueError(f"lr: got {self.lr}, expected a number above 0")
@@ -501,8 +501,8 @@ def check_world(config: RunConfig, world: int) -> None:
         return
     if config.devices * config.nodes == 1:
         raise ValueError(
-            f"devices: got 1 in {world} processes, expected them to be said: --devices N, with --nodes M where there are "
-            "several machines"
+            f"devices: got 1 in {world} processes, expected them to be said: --devices N, with --nodes M where there "
+            "are several machines"
         )
     raise ValueError(
         f"devices: got {config.devices} x {config.nodes} nodes in {world} process{'es' if world > 1 else ''}, expected "

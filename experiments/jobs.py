@@ -64,6 +64,7 @@ def train_apart(
     progress = Progress(epochs, shown)
     progress.skip(done)
     done = 0
+    last: tuple[str, int] | None = None
     running: dict[int, tuple[int, int, Any, Connection]] = {}
     try:
         while todo or running:
@@ -84,8 +85,10 @@ def train_apart(
             if running:
                 now = done + sum(_epochs(configs[place], seed) for place, seed, *_ in running.values())
                 names = ", ".join(f"{configs[place].folder().name} seed {seed}" for place, seed, *_ in running.values())
-                finished = number - len(todo) - len(running)
-                progress.show(f"{finished} of {number} seeds done", now, epochs, names)
+                where = f"{number - len(todo) - len(running)} of {number} seeds done", now
+                if where != last:
+                    progress.show(*where, epochs, names)
+                    last = where
         progress.finish(epochs)
     finally:
         for _, _, process, _ in running.values():
@@ -102,7 +105,8 @@ def _epochs(config: RunConfig, seed: int) -> int:
 
 def _start(config: RunConfig, seed: int, threads: int) -> tuple[Any, Connection]:
     """A process, and from where it will be said why it failed, or "" if it did not."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.runs"])  # a process then begins in no time
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_job, args=(config, seed, threads, send))
     process.start()

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,19 +156,20 @@ class Epoch:
 
     @staticmethod
     def restored(states: list[dict[str, Any]], fabric: Fabric) -> Epoch:
-        """This process's part of an epoch, from every one's :meth:`state`; they may have been more or fewer than now."""
+        """This process's part of an epoch, of every one's :meth:`state`; they may have been more or fewer than now."""
         first, mine = states[0], states[fabric.global_rank :: fabric.world_size]
 
-        def total(value: Tensor, of: Callable[[dict[str, Any]], Tensor]) -> Tensor:
-            return sum(map(of, mine), torch.zeros_like(value)).to(fabric.device)
+        def total(part: str) -> dict[str, Tensor]:
+            zeros = {name: torch.zeros_like(value, device=fabric.device) for name, value in first[part].items()}
+            return {name: sum((state[part][name].to(zero) for state in mine), zero) for name, zero in zeros.items()}
 
         epoch = Epoch(first["lr"])
         epoch.batches, epoch.count = first["batches"], sum(state["count"] for state in mine)
-        epoch.sums = {name: total(value, lambda state: state["sums"][name]) for name, value in first["sums"].items()}
+        epoch.sums = total("sums")
         if "stats" in first:
             epoch.stats = RoutingStats(first["experts"]).to(fabric.device)
-            for name, value in first["stats"].items():
-                setattr(epoch.stats, name, total(value, lambda state: state["stats"][name]))
+            for name, value in total("stats").items():
+                setattr(epoch.stats, name, value)
             epoch.stats._update_count = epoch.batches  # torchmetrics would warn of a metric without updates
         return epoch
 
@@ -437,7 +438,9 @@ class Training:
         kept = []
         for batch in task.loader(split, config.batch_size, None) if alone else self.batches(split, None):
             batch = self.fabric.to_device(batch)
-            metric.update(batch.counted(self.forward(batch.inputs)), batch.target)
+            logits = batch.counted(self.forward(batch.inputs))
+            if len(logits):
+                metric.update(logits, batch.target)
             kept.append(list(self.routings))
         return float(metric.compute()), kept
 

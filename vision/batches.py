@@ -28,8 +28,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images ``index`` once, in batches; the last one may be smaller.
 
-    With a seed they are shuffled and augmented, and all of that follows from the seed, whatever ``workers``, ``shard`` and
-    torch's global generator, which stays as it was. Without, they come in order, neither augmented nor mixed.
+    With a seed they are shuffled and augmented, and all of that follows from the seed, whatever ``workers``, ``shard``
+    and torch's global generator, which stays as it was. Without, they come in order, neither augmented nor mixed.
 
     Args:
         source: of images and labels.

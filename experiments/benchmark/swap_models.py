@@ -30,8 +30,8 @@ from experiments.data.graph_data import GraphData, Split
 from experiments.data.registry import PYG, load_graph
 from experiments.data.user_graph import user_graph
 from experiments.loop import attention_kernel, fit, make_optimizer, set_up
-from experiments.processes import make_fabric
 from experiments.presets import MOSAIC
+from experiments.processes import make_fabric
 from experiments.studies import SHARED, SMALL_VIT
 
 Arm = Literal["dense", "moe", "dense-flops", "random", "oracle", "k-means", "shared-transform"]

@@ -13,7 +13,7 @@ from torch_geometric.data import Data, HeteroData
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from experiments.data.graph_data import Split, Splits
+from experiments.data.graph_data import Splits
 
 Shard = tuple[int, int]
 """A process's number r and how many there are, W: of each batch it takes the r-th of W slices (``tensor_split``)."""
@@ -43,8 +43,8 @@ class Task:
         num_classes: width of the logits.
         metric_name: of the metric, higher is better, between 0 and 1.
         metric: makes the metric; it is updated with (logits, target).
-        loader: ``loader(split, batch_size, shuffle_seed, shard)`` gives the batches of one epoch; no shuffling without a
-            seed, and without a shard all of each batch. The slices of a small batch may be empty.
+        loader: ``loader(split, batch_size, shuffle_seed, shard)`` gives the batches of one epoch; no shuffling without
+            a seed, and without a shard all of each batch. The slices of a small batch may be empty.
         steps: how many training batches an epoch has, by batch size.
         loss: of (logits, target), in training.
         edge_dim: width of the edge features that inputs hold, or ``None``.

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,8 @@ from experiments.presets import DIGITS, DIGITS_GRAPH, MOSAIC
 from experiments.studies import STUDIES, Study, Variant
 from experiments.sweep import SweepConfig, main, sweep
 from tests.experiments.user_data import write_npz
+
+CLOCK = ("seconds", "peak_memory")
 
 
 @pytest.fixture
@@ -138,9 +145,67 @@ def test_a_variant_that_cannot_be_run_does_not_end_the_sweep(
     assert "dense-4x:" in shown.err
 
 
+@pytest.mark.usefixtures("tiny")
+def test_processes_give_what_one_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A variant that cannot be run is named; of the others all that is written is the same, but for the clock."""
+    dense, wide, moe = STUDIES["tiny"].variants
+    wrong = replace(wide, config=replace(wide.config, kmeans_init=True))
+    several = replace(moe, config=replace(moe.config, seeds=(3, 1)))
+    monkeypatch.setitem(STUDIES, "tiny", replace(STUDIES["tiny"], variants=(dense, wrong, several)))
+    found: list[dict[str, Any]] = []
+    for jobs in ("1", "2"):
+        root = tmp_path / jobs
+        args = ["tiny", "--runs", str(root / "runs"), "--results", str(root), "--threads", "1", "--jobs", jobs]
+        with pytest.raises(SystemExit) as stopped:
+            main(args)
+        assert stopped.value.code == 1
+        shown = capsys.readouterr()
+        assert ("dense-4x: kmeans_init" if jobs == "1" else "dense-4x: seed 0: kmeans_init") in shown.err
+        assert (jobs == "2") is ("of 4 seeds done: epoch" in shown.err)
+        found.append({str(path.relative_to(root)): content_of(path) for path in root.rglob("*") if path.is_file()})
+    assert found[0] == found[1]
+    assert len(found[0]) > 12
+
+
+def content_of(path: Path) -> Any:
+    """Of a file of a run, without the clock and the memory."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text(), object_hook=lambda one: {key: one[key] for key in one if key not in CLOCK})
+    if path.suffix == ".csv":
+        return [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+    return path.read_bytes() if path.suffix == ".safetensors" else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_processes_and_the_same_command_goes_on(number: int, tmp_path: Path) -> None:
+    args = ["grid", "--preset", "digits", "--routers", "token_choice", "--experts", "4", "--ks", "1", "--seeds", "0"]
+    args += ["--epochs", "6", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--jobs", "2"]
+    command = [sys.executable, "-m", "experiments.sweep", *args]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True, stderr=subprocess.PIPE)
+    logs = [tmp_path / "runs" / variant / "seed-0" / "metrics.csv" for variant in ("dense", "dense-4x")]
+    give_up = time.monotonic() + 200
+    while not all(log.exists() for log in logs) and process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.05)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert b"stopped; the same command continues" in error
+    before = [log.read_text() for log in logs]
+    time.sleep(1)
+    assert [log.read_text() for log in logs] == before  # nobody goes on
+    assert all((log.parent / "checkpoint" / "state.ckpt").exists() for log in logs)
+    main([*args, "--no-progress"])
+    assert all(log.read_text().startswith(rows) for log, rows in zip(logs, before, strict=True))
+
+
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["tiny", "--jobs", "0"], "jobs: got 0, expected at least 1"),
         (["grid"], "preset: got none"),
         (["grid", "--preset", "corra"], "preset: got 'corra', expected one of digits"),
         (["grid", "--preset", "digits", "--routers", "random", "--ks", "9"], "ks: got (9,)"),
