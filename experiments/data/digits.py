@@ -43,7 +43,7 @@ def digits(label_smoothing: float = 0.0) -> Task:
             yield Batch((images[rows],), labels[rows])
 
     names = tuple(str(name) for name in data.target_names)
-    return image_task("digits", 8, names, loader, len(split["train"]), label_smoothing, (mean,), (std,))
+    return image_task("digits", 8, names, loader, split, label_smoothing, (mean,), (std,))
 
 
 def digits_graph() -> GraphData:

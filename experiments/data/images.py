@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from experiments.config import ImageSetConfig
-from experiments.data.graph_data import Split
+from experiments.data.graph_data import Split, Splits
 from experiments.data.task import Batch, Shard, Task, image_task
 from vision.augment import make_augment, make_mix
 from vision.batches import batches
@@ -78,6 +78,7 @@ def image_set_task(data: ImageData, config: ImageSetConfig) -> Task:
         ):
             yield Batch((pictures,), labels)
 
+    split: Splits = {"train": train, "val": val, "test": parts["test"][1]}
     return image_task(
-        data.name, data.image_size, data.classes, loader, len(train), config.label_smoothing, data.mean, data.std
+        data.name, data.image_size, data.classes, loader, split, config.label_smoothing, data.mean, data.std
     )

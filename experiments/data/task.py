@@ -49,7 +49,7 @@ class Task:
         loss: of (logits, target), in training.
         edge_dim: width of the edge features that inputs hold, or ``None``.
         graph: the whole graph, for models that need more of it than batches hold.
-        split: the nodes of train, val and test.
+        split: the nodes, or images, of train, val and test.
         target: of a heterogeneous graph, the node type that has labels.
         planted: (T,) the expert that each token should go to, where that is known.
         classes: names of the classes, where they are known.
@@ -80,7 +80,7 @@ def image_task(
     image_size: int,
     classes: tuple[str, ...],
     loader: Loader,
-    num_train: int,
+    split: Splits,
     label_smoothing: float,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -92,7 +92,7 @@ def image_task(
         image_size: height and width, in pixels.
         classes: their names.
         loader: see :class:`Task`; targets are classes, or in training (B, classes) shares of them.
-        num_train: training images.
+        split: the images of train, val and test.
         label_smoothing: of the loss.
         mean, std: see :class:`Task`.
     """
@@ -105,8 +105,9 @@ def image_task(
         metric_name="accuracy",
         metric=partial(MulticlassAccuracy, num_classes=num_classes, average="micro"),
         loader=loader,
-        steps=lambda batch_size: -(-num_train // batch_size),
+        steps=lambda batch_size: -(-len(split["train"]) // batch_size),
         loss=partial(F.cross_entropy, label_smoothing=label_smoothing),
+        split=split,
         classes=classes,
         mean=mean,
         std=std,
