@@ -441,7 +441,7 @@ class Training:
             logits = batch.counted(self.forward(batch.inputs))
             if len(logits):
                 metric.update(logits, batch.target)
-            if split == "test":  # nobody reads those of validation, which may be millions
+            if alone:  # nobody reads those of validation, of which there may be millions
                 kept.append(list(self.routings))
         return float(metric.compute()), kept
 
