@@ -51,10 +51,10 @@ def moefy(
     r"""Add experts to a transformer's MLPs or a GNN's convs; the first forward stays the dense model's.
 
     .. math::
-        y_t = \mathrm{mlp}(x_t) + g \sum_e w_{te} f_e(x_t), \qquad g = 0 \text{ at the start}
+        y_t = \mathrm{mlp}(x_t) + \sum_e w_{te} f_e(x_t), \qquad f_e = 0 \text{ at the start}
 
     The MLP stays as the shared expert, with its hooks, parametrizations, dropout and frozen parameters.
-    Router, experts and the gain g train even if the model is frozen.
+    Router and experts train even if the model is frozen.
 
     - Transformers are changed in place: torchvision's and timm's ViTs and Swins, or any model with blocks in a
       ``ModuleList`` or ``Sequential`` that each hold an ``mlp``. Blocks are numbered across stages.
@@ -74,8 +74,9 @@ def moefy(
         k: K, experts per token (default 1).
         router: a name or factory (default ``"token_choice"``); each layer gets its own router.
         num_experts: E (default 8).
-        upcycle: start the experts as copies of the dense MLP, of its weights as they are now (default; sparse
-            upcycling, `Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_), or afresh.
+        upcycle: start the experts as copies of the dense MLP or conv, of its weights as they are now (default; sparse
+            upcycling, `Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_), or afresh; of an MLP with a
+            dense start, all but the last layer.
         targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1", "conv2"]``, instead
             of the ``mlp`` of all blocks (default ``None``). Modules inside a match go with it.
         blocks: numbers of the blocks, or targets, that become MoE, instead of ``every``; -1 is the last (default
@@ -84,8 +85,8 @@ def moefy(
             of the MLP, and train even if it was frozen. Upcycled, it starts as ``(sum of the token's weights) *
             mlp(x)``: the dense model with routers whose weights sum to 1 (random, uniform, token choice and
             multi-centroid at K >= 2), a scaled one else, and zero for tokens that no expert took.
-        dense_start: start the gain at zero (default); ``False`` adds the experts without a gain. There is none without
-            a shared expert.
+        dense_start: start an expert's last layer at zero, of a conv the gain of :class:`MoEConv` (default); ``False``
+            adds the experts as they are. Without a shared expert there is no dense start.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
 
@@ -201,10 +202,11 @@ def _moe(name: str, mlp: Any, num_experts: int, k: int, router: RouterLike, rout
     if not shared:
         _refuse_what_would_be_lost(name, mlp)
     with torch.device("cpu"):  # whatever the default device, MLPs are tried out here
-        experts = _experts_like(name, mlp, num_experts, options["upcycle"], options["backend"])
+        form = {"zero_init": shared and options["dense_start"], "backend": options["backend"]}
+        experts = _experts_like(name, mlp, num_experts, options["upcycle"], form)
     built = build_router(router, experts.in_features, num_experts, k, router_kwargs)
     stand_in = nn.Identity() if shared else None
-    layer = TokenMoE(built, experts, stand_in, dense_start=options["dense_start"] and shared)
+    layer = TokenMoE(built, experts, stand_in)
     like = experts.down.weight
     layer.to(device=like.device, dtype=like.dtype).train(mlp.training)
     if shared:
@@ -235,7 +237,7 @@ def _is_computed(part: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _experts_like(name: str, mlp: Any, num_experts: int, upcycle: bool, backend: Backend) -> MLPExperts:
+def _experts_like(name: str, mlp: Any, num_experts: int, upcycle: bool, options: Mapping[str, Any]) -> MLPExperts:
     """Experts of the form of a dense MLP, which is found by what its forward calls and settled by what it computes."""
     bare = _bare(mlp)
     called = [part for part in _calls(name, bare) if _kind(bare, part) != "D" or mlp.get_submodule(part).p > 0]
@@ -252,8 +254,7 @@ def _experts_like(name: str, mlp: Any, num_experts: int, upcycle: bool, backend:
                 names = up, down, before, norm, gate_last
                 form = norms | {"activation": activation, "glu": glu, "bias": biased}
                 if _computes(bare, names, form):
-                    form |= {"dropout": dropout, "backend": backend}
-                    return _experts(_layers(mlp, *names), num_experts, upcycle, form)
+                    return _experts(_layers(mlp, *names), num_experts, upcycle, form | {"dropout": dropout, **options})
     kinds = [
         f"Linear {part.weight.size(1)} to {part.weight.size(0)}" if kind == "L" else type(part).__name__
         for part, kind in ((bare.get_submodule(part), _kind(bare, part)) for part in called)
@@ -346,13 +347,14 @@ def _layers(
 
 
 def _experts(layers: Any, num_experts: int, upcycle: bool, form: Mapping[str, Any]) -> MLPExperts:
-    """Experts of that form, with copies of the two layers in each or drawn afresh."""
+    """Experts of that form, with copies of the two layers in each or drawn afresh; what starts at zero stays so."""
     (up, _), (down, _) = layers
     sizes = up.size(1), down.size(1), down.size(0), num_experts
     experts = MLPExperts(*sizes, **copy.deepcopy(dict(form))).to(device=up.device, dtype=up.dtype)
     if upcycle:
         for part, (weight, bias) in zip((experts.up, experts.down), layers, strict=True):
-            part.copy_(slice(None), weight.T, bias)
+            if part is experts.up or not experts.zero_init:
+                part.copy_(slice(None), weight.T, bias)
     return experts
 
 

@@ -109,6 +109,12 @@ class LinearExperts(Experts):
         if self.bias is not None and bias is not None:
             self.bias[expert] = bias
 
+    @torch.no_grad()
+    def zero_(self) -> None:
+        """Let every expert give zero."""
+        for parameter in self.parameters():
+            parameter.zero_()
+
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         return grouped_linear(x_PI, self.weight, self.bias, offsets_E, self.backend)
 
@@ -141,6 +147,8 @@ class MLPExperts(Experts):
         input_norm: a module on the rows (P, I) before the first layer (default ``None``). All experts share it, so
             that it had better have no parameters: an expert's own scale and shift are part of its next layer.
         hidden_norm: the same on the hidden rows (P, H), before the second layer.
+        zero_init: start the second layer at zero, so that the experts add nothing to a shared expert at first; its
+            gradient is not zero, and from the second step on all have one (default ``False``).
         backend: see :func:`gmoe.grouped_linear` (default ``"auto"``).
 
     Raises:
@@ -160,6 +168,7 @@ class MLPExperts(Experts):
         bias: bool = True,
         input_norm: nn.Module | None = None,
         hidden_norm: nn.Module | None = None,
+        zero_init: bool = False,
         backend: Backend = "auto",
     ) -> None:
         super().__init__(in_features, out_features, num_experts)
@@ -179,10 +188,15 @@ class MLPExperts(Experts):
         self.output_dropout = nn.Dropout(of_output)
         self.input_norm = input_norm or nn.Identity()
         self.hidden_norm = hidden_norm or nn.Identity()
+        self.zero_init = zero_init
+        if zero_init:
+            self.down.zero_()
 
     def reset_parameters(self) -> None:
         self.up.reset_parameters()
         self.down.reset_parameters()
+        if self.zero_init:
+            self.down.zero_()
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         u_PU = self.up(self.input_norm(x_PI), offsets_E)

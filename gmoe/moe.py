@@ -99,18 +99,15 @@ class _Mixture(MoELayer):
 
 
 class MoE(_Mixture):
-    r"""Route tokens to experts: :math:`y_t = s(x_t) + g \sum_e w_{te} f_e(x_t)`, with a shared expert s.
+    r"""Route tokens to experts: :math:`y_t = s(x_t) + \sum_e w_{te} f_e(x_t)`, with a shared expert s.
 
-    A token without an expert gets zero from the routed experts; the surrounding model adds the residual. With
-    ``dense_start`` the gain g is learned and starts at zero, so the first forward is the shared expert's; otherwise g
-    is 1.
+    A token without an expert gets zero from the routed experts; the surrounding model adds the residual. Experts that
+    start at zero (``MLPExperts(zero_init=True)``) make the first forward the shared expert's.
 
     Args:
         router: assigns tokens to experts.
         experts: the stacked experts, as many as the router expects.
         shared_expert: a module that runs on every token with weight 1 and is added (default ``None``).
-        dense_start: scale the routed experts' output by a learned gain that starts at zero; needs a shared expert
-            (default ``False``).
 
     Shapes:
         - ``x``: (..., T, D); leading dimensions are groups. ``batch`` and ``edge_index`` as in :class:`Router`.
@@ -118,7 +115,7 @@ class MoE(_Mixture):
           ``loss = task + gmoe.aux_loss(routing)``.
 
     Raises:
-        ValueError: E or D of router and experts differ; ``dense_start`` without a shared expert.
+        ValueError: E or D of router and experts differ.
 
     Example:
         >>> layer = MoE(ExpertChoice(128, 8, k=1), MLPExperts(128, 512, 128, num_experts=8))
@@ -127,21 +124,11 @@ class MoE(_Mixture):
 
     router: Router
 
-    def __init__(
-        self, router: Router, experts: Experts, shared_expert: nn.Module | None = None, *, dense_start: bool = False
-    ) -> None:
+    def __init__(self, router: Router, experts: Experts, shared_expert: nn.Module | None = None) -> None:
         legal = "SoftMoE around it"
         check(not isinstance(router, SoftSlots), "router", "SoftSlots, whose slots are mixtures of tokens", legal)
         super().__init__(router, experts)
         self.shared_expert = shared_expert
-        legal = "False without a shared expert, which the layer could start as"
-        check(not dense_start or shared_expert is not None, "dense_start", dense_start, legal)
-        self.gain = nn.Parameter(torch.zeros(1)) if dense_start else None
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.gain is not None:
-            nn.init.zeros_(self.gain)
 
     def forward(
         self,
@@ -153,8 +140,7 @@ class MoE(_Mixture):
     ) -> Any:
         """Route and run; see the class."""
         routing: Routing = self.router(x, batch, edge_index)
-        gained = routing if self.gain is None else routing.scaled(self.gain)
-        y_TO = self.experts(x.reshape(-1, x.size(-1)), gained)
+        y_TO = self.experts(x.reshape(-1, x.size(-1)), routing)
         y = y_TO.view(*x.shape[:-1], y_TO.size(-1))
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)

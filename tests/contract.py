@@ -182,10 +182,12 @@ def moefied() -> nn.Module:
 
 
 def opened(model: nn.Module) -> Any:
-    """With gains that do not hide the experts, as they do at the start."""
+    """With experts that give more than zero, as they do at the start."""
     for layer in model.modules():
-        if isinstance(layer, MoE | MoEConv) and layer.gain is not None:
+        if isinstance(layer, MoEConv) and layer.gain is not None:
             nn.init.constant_(layer.gain, 0.5)
+        if isinstance(layer, MLPExperts):
+            layer.down.reset_parameters()
     return model
 
 

@@ -27,7 +27,7 @@ from experiments.benchmark.measure import Benchmark, Step, take_turns, told
 from experiments.benchmark.swap_models import ROWS, Arm, Problem, Where, evaluated
 from experiments.build import num_parameters
 from experiments.runs import environment, write_json
-from gmoe import MoELayer
+from gmoe import MLPExperts, MoELayer
 
 LIVE = 0.01
 """An expert lives that takes more than this share of the tokens in evaluation."""
@@ -168,7 +168,7 @@ def train_arm(problem: Problem, arm: Arm, width: int, seed: int, folder: Path, w
 
     Returns:
         As JSON: ``test``, ``val``, ``best_epoch`` (from 1), and of a model with experts ``off``, the test score with
-        all gains at zero, and by layer ``share``, ``live`` and ``gain``, see :func:`routed_part`.
+        the routed experts switched off, and by layer ``share`` and ``live``, see :func:`routed_part`.
     """
     started = time.perf_counter()
     model = drawn(problem, arm, width, seed, where)
@@ -184,29 +184,34 @@ def train_arm(problem: Problem, arm: Arm, width: int, seed: int, folder: Path, w
         "hidden": width,
         "parameters": num_parameters(model),
     }
-    if gains(model):
+    if switches(model):
         result |= routed_part(model, problem.forward)
         with switched_off(model):
             result["off"] = evaluated(problem.score, model, "test")
     return result | {"seconds": round(time.perf_counter() - started, 2), "commit": environment()["commit"]}
 
 
-def gains(model: nn.Module) -> dict[MoELayer, nn.Parameter]:
-    """The layers that start dense, and their gains."""
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
-    return {layer: layer.gain for layer in layers if layer.gain is not None}
+def switches(model: nn.Module) -> dict[MoELayer, list[nn.Parameter]]:
+    """The layers that start dense, and what starts at zero in them: of a conv the gain, of MLPs their last layers."""
+    found: dict[MoELayer, list[nn.Parameter]] = {}
+    for layer in model.modules():
+        if isinstance(layer, gmoe.MoEConv) and layer.gain is not None:
+            found[layer] = [layer.gain]
+        if isinstance(layer, gmoe.MoE) and isinstance(layer.experts, MLPExperts) and layer.experts.zero_init:
+            found[layer] = list(layer.experts.down.parameters())
+    return found
 
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """What the routed experts give is multiplied by zero."""
-    kept = [(gain, gain.detach().clone()) for gain in gains(model).values()]
+    """The routed experts give zero, as they did at the start."""
+    kept = [(part, part.detach().clone()) for parts in switches(model).values() for part in parts]
     with torch.no_grad():
-        for gain, _ in kept:
-            gain.zero_()
+        for part, _ in kept:
+            part.zero_()
         yield
-        for gain, value in kept:
-            gain.copy_(value)
+        for part, value in kept:
+            part.copy_(value)
 
 
 def routed_part(model: nn.Module, forward: Callable[[Any], Any]) -> dict[str, list[float]]:
@@ -214,9 +219,9 @@ def routed_part(model: nn.Module, forward: Callable[[Any], Any]) -> dict[str, li
 
     Returns:
         ``share``, the norm of what they add over the norm of the layer's output; ``live``, how many of them take more
-        than 1 % of the tokens, by decision of a router; ``gain``.
+        than 1 % of the tokens, by decision of a router.
     """
-    found = {layer: [0.0, 0.0] for layer in gains(model)}
+    found = {layer: [0.0, 0.0] for layer in switches(model)}
 
     def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
         with switched_off(layer):
@@ -235,7 +240,6 @@ def routed_part(model: nn.Module, forward: Callable[[Any], Any]) -> dict[str, li
     return {
         "share": [(part / whole) ** 0.5 if whole else 0.0 for part, whole in found.values()],
         "live": live,
-        "gain": [float(gain.detach().abs().mean()) for gain in gains(model).values()],
     }
 
 
@@ -267,4 +271,4 @@ def step_times(
         arm: partial(problem.step, model, problem.optimizer(model)) for arm, model in models.items()
     }
     times = take_turns(steps, repeats, where.device, warmup=3, tell=partial(told, unit="round of steps"))
-    return {**times, "layers": len(gains(models["moe"])), "threads": torch.get_num_threads()}
+    return {**times, "layers": len(switches(models["moe"])), "threads": torch.get_num_threads()}

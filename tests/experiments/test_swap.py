@@ -71,14 +71,14 @@ def test_a_run_gives_all_figures(name: str, root: Path, tmp_path: Path) -> None:
     problem = ROWS[name].load(where)(0)
     result = swap.train_arm(problem, "moe", 4, 0, tmp_path, where)
     assert 0 <= result["off"] <= 1
-    assert len(result["share"]) == len(result["gain"]) > 0
+    assert len(result["share"]) > 0
     assert all(0 < share < 1 for share in result["share"])
     assert all(1 <= live <= 8 for live in result["live"])
     assert (result["val"] is None) == (name == "cora-infomax")
     assert "off" not in swap.train_arm(problem, "dense", 4, 0, tmp_path, where)
 
 
-def test_the_share_is_that_of_the_gain() -> None:
+def test_the_share_is_that_of_what_started_at_zero() -> None:
     x, edges = torch.randn(9, 5), torch.randint(9, (2, 30))
     torch.manual_seed(0)
     dense = GCNConv(5, 4)
@@ -90,7 +90,6 @@ def test_the_share_is_that_of_the_gain() -> None:
         off, y = dense(x, edges), layer(x, edges)
     found = swap.routed_part(layer, lambda model: model(x, edges))
     assert found["share"] == [pytest.approx(float((y - off).norm() / y.norm()), rel=1e-4)]
-    assert found["gain"] == [7.0]
     with swap.switched_off(layer):
         torch.testing.assert_close(layer(x, edges), off)
     torch.testing.assert_close(layer(x, edges), y)

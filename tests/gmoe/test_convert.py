@@ -151,16 +151,17 @@ def stack(*mlp: nn.Module) -> Any:
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("upcycle", [True, False])
 def test_the_first_forward_is_the_dense_one(name: str, router: str, upcycle: bool) -> None:
-    """Whatever the router, in evaluation and in training; and what is new gets a gradient where it can."""
+    """Whatever the router, in evaluation and in training; and the experts' last layers get a gradient."""
     dense = VITS[name]()
     model = moefy(copy.deepcopy(dense), every=1, router=router, num_experts=4, upcycle=upcycle)
     for training in (False, True):
         assert_same(model.train(training)(images()), dense.train(training)(images()), 0)
     model(images()).square().sum().backward()
-    assert all(mlp.gain.grad.any() for mlp in mlps(model))
-    with torch.no_grad():
-        for mlp in mlps(model):
-            mlp.gain.fill_(0.1)
+    assert all(mlp.experts.down.weight.grad.any() and mlp.experts.up.weight.any() for mlp in mlps(model))
+    copies = [torch.equal(*mlp.experts.up.weight[:2]) for mlp in mlps(model)]
+    assert all(copies) if upcycle else not any(copies)
+    for mlp in mlps(model):
+        mlp.experts.down.reset_parameters()
     assert (model(images()) - dense(images())).abs().max() > 1e-3
 
 
@@ -172,13 +173,13 @@ def test_the_mlp_itself_is_the_shared_expert() -> None:
 
 
 @pytest.mark.parametrize("dense_start", [True, False])
-def test_without_a_gain_experts_are_added_from_the_start(dense_start: bool) -> None:
+def test_without_a_dense_start_experts_are_added_from_the_start(dense_start: bool) -> None:
     mlp = plain_mlp()
     x = torch.randn(2, 5, 8)
     straight: Any = {"router_kwargs": STRAIGHT, "dense_start": dense_start}
     layer = moefy(stack(mlp), every=1, num_experts=2, **straight)[0].mlp  # type: ignore[index]
     torch.testing.assert_close(layer(x), mlp(x) if dense_start else 2 * mlp(x))
-    assert (layer.gain is not None) == dense_start
+    assert bool(layer.experts.down.weight.any()) != dense_start
 
 
 @each_vit
@@ -481,7 +482,8 @@ def test_convs_and_mlps_of_a_frozen_gnn() -> None:
     assert {id(p) for p in net.head.shared_expert.parameters()} == before  # type: ignore[union-attr]
     for name in ("conv1", "conv2", "conv3", "head"):
         layer: Any = net.get_submodule(name)
-        assert all(p.requires_grad for p in (*layer.experts.parameters(), *layer.router.parameters(), layer.gain))
+        assert all(p.requires_grad for p in (*layer.experts.parameters(), *layer.router.parameters()))
+        assert name == "head" or layer.gain.requires_grad
     net(torch.randn(9, 8), torch.randint(9, (2, 30))).sum().backward()
 
 
@@ -498,7 +500,7 @@ def test_convs_and_mlps_of_a_frozen_gnn() -> None:
         (lambda: nn.Sequential(GCNConv(-1, 4)), "0", "model: got parameters on the meta device or of lazy layers"),
         (Net, "conv1.lin", r"model: got conv1\.lin, a Linear of \(Linear 8 to 6\)"),
     ],
-    ids=str,
+    ids=lambda value: str(value).partition(" at 0x")[0],
 )
 def test_bad_targets_leave_the_model_alone(build: Any, targets: Any, message: str) -> None:
     model = build()
@@ -544,7 +546,7 @@ def test_the_shared_expert_keeps_its_modes_and_types() -> None:
     assert [part.training for part in mlp] == [True, True, True, False]
     assert mlp.scale.dtype == torch.float32
     assert layer.training
-    assert layer.experts.up.weight.dtype == layer.gain.dtype == torch.bfloat16
+    assert layer.experts.up.weight.dtype == layer.router.gate.weight.dtype == torch.bfloat16
 
 
 def weight_norm(mlp: Any) -> Any:
@@ -575,11 +577,14 @@ def test_the_shared_expert_keeps_parametrizations_and_hooks(change: Any) -> None
     assert seen == []  # not by trying out
     assert_same(found(x), expected)
     assert seen == [found[0].mlp.shared_expert]  # type: ignore[index]
-    copies = found[0].mlp.experts  # type: ignore[index]
-    assert_same(copies.down.weight[1], found[0].mlp.shared_expert[2].weight.T.detach())  # type: ignore[index]
+    mlp = found[0].mlp.shared_expert  # type: ignore[index]
+    model[0].mlp = mlp
+    copies = moefy(model, every=1, num_experts=2, dense_start=False)[0].mlp.experts  # type: ignore[index]
+    assert_same(copies.up.weight[1], mlp[0].weight.T.detach())
+    assert_same(copies.down.weight[1], mlp[2].weight.T.detach())
 
 
-@pytest.mark.parametrize("build", [torchvision_vit, timm_vit, eva, torchvision_swin], ids=str)
+@pytest.mark.parametrize("build", [torchvision_vit, timm_vit, eva, torchvision_swin], ids=lambda build: build.__name__)
 def test_copies_and_state_dicts(build: Any) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, *([16, 16] if build is torchvision_swin else [8, 8]), dtype=torch.float64)

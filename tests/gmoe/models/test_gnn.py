@@ -665,7 +665,7 @@ CHUNKED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-@pytest.mark.parametrize("options", CHUNKED, ids=lambda o: ",".join(map(str, o.values()))[:60])
+@pytest.mark.parametrize("options", CHUNKED, ids=lambda o: ",".join(map(str, o.values()))[:60].partition(" at 0x")[0])
 def test_chunks_of_a_sparse_graph_equal_the_whole(options: dict[str, Any], batch_size: int) -> None:
     """Loops in the data, chunks without an edge, nodes without one: as on the whole graph, layer for layer."""
     gnn = trained(**options)
