@@ -18,7 +18,7 @@ from lightning_fabric.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiments.processes import from_first, largest
+from experiments.processes import from_first, numbers_of_all
 
 SECONDS = 60.0
 """At most so much training is lost where a process is killed."""
@@ -89,18 +89,26 @@ class Checkpoint:
         fresh.replace(self.folder / "state.ckpt")
         (self.folder / "best.new").replace(self.folder / "best.safetensors")
 
-    def tick(self) -> None:
+    def tick(self, rows: int = 0) -> int:
         """Call it where the state is whole: saves what is older than a minute, or if a signal arrived.
+
+        Args:
+            rows: of this process's next batch; each collective more would let processes wait once more a step.
+
+        Returns:
+            the rows of all processes.
 
         Raises:
             InterruptedRunError: a signal arrived; the state is saved.
         """
-        number, is_due = largest(self.signal or 0, time.monotonic() - self._last > SECONDS)
-        if number:
+        is_due = time.monotonic() - self._last > SECONDS
+        signals, due, counts = numbers_of_all(self.signal or 0, is_due, rows)
+        if any(signals):
             self.save()
-            raise InterruptedRunError(number)
-        if is_due:
+            raise InterruptedRunError(max(signals))
+        if any(due):
             self.save()
+        return sum(counts)
 
     @contextmanager
     def watch(self) -> Iterator[None]:

@@ -28,7 +28,7 @@ from experiments.checkpoint import Checkpoint, Log
 from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig
 from experiments.data import Batch, Split, Task
 from experiments.loggers import Logger, make_loggers
-from experiments.processes import make_fabric, of_all, share
+from experiments.processes import make_fabric, numbers_of_all, of_all, share
 from experiments.progress import Progress
 from experiments.routing_stats import routing_rows, routing_summary, save_routings
 from experiments.structure import node_properties
@@ -231,8 +231,8 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress | None =
                     pass
                 assert loaded is not None
                 training.load_rng(draws)
-            for batch in _drawn(batches, training, checkpoint):
-                training.step(batch, summed)
+            for batch, rows in _drawn(batches, training, checkpoint):
+                training.step(batch, summed, rows)
                 if steps > 1:
                     figures = f"step {summed.batches} of {steps}"
                     progress.show(name, epoch + summed.batches / steps, config.epochs, figures)
@@ -277,8 +277,9 @@ def _draws(loaded: dict[str, Any], fabric: Fabric) -> dict[str, Any] | None:
     return every[fabric.global_rank] if len(every) == fabric.world_size else None
 
 
-def _drawn(batches: Iterator[Batch], training: Training, checkpoint: Checkpoint) -> Iterator[Batch]:
-    """The batches, before each of which, and after the last, all processes agree on saving and stopping.
+def _drawn(batches: Iterator[Batch], training: Training, checkpoint: Checkpoint) -> Iterator[tuple[Batch, int]]:
+    """The batches, and how many rows all processes' parts have; before each, and after the last, all processes agree
+    on saving and stopping.
 
     Ctrl-C ends the processes that load them too, which is then no error.
     """
@@ -290,10 +291,10 @@ def _drawn(batches: Iterator[Batch], training: Training, checkpoint: Checkpoint)
             if checkpoint.signal is None:
                 raise
             batch = None
-        checkpoint.tick()
+        rows = checkpoint.tick(0 if batch is None else len(batch.target))
         if batch is None:
             return
-        yield batch
+        yield batch, rows
 
 
 def _report(
@@ -367,10 +368,16 @@ class Training:
         """Of the step to come."""
         return float(self.scheduler.get_last_lr()[0])
 
-    def step(self, batch: Batch, summed: Epoch) -> None:
-        """One step of the optimizer, whose losses and routings are added to the epoch."""
+    def step(self, batch: Batch, summed: Epoch, total: int) -> None:
+        """One step of the optimizer, whose losses and routings are added to the epoch.
+
+        Args:
+            batch: this process's part.
+            summed: the epoch so far.
+            total: the rows of all processes' parts.
+        """
         rows = len(batch.target)
-        share_of_mean = rows * self.fabric.world_size / float(world_sum(torch.tensor(float(rows))))
+        share_of_mean = rows * self.fabric.world_size / total
         batch = self.fabric.to_device(batch)
         self.optimizer.zero_grad()
         logits = batch.counted(self.forward(batch.inputs))
@@ -397,7 +404,7 @@ class Training:
         self.model.train()
         summed = Epoch(self.lr)
         for batch in self.batches("train", shuffle_seed):
-            self.step(batch, summed)
+            self.step(batch, summed, sum(*numbers_of_all(len(batch.target))))
         return summed.means()
 
     @torch.no_grad()

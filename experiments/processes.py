@@ -38,7 +38,7 @@ def make_fabric(config: RunConfig) -> Fabric:
             accelerator=config.device,
             devices=config.devices,
             num_nodes=config.nodes,
-            strategy=DDPStrategy(timeout=TIMEOUT, process_group_backend=backend) if world > 1 else "auto",
+            strategy=_data_parallel(backend) if world > 1 else "auto",
             precision=config.precision,
         )
     except (RuntimeError, ValueError, ImportError) as error:
@@ -47,6 +47,12 @@ def make_fabric(config: RunConfig) -> Fabric:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # every process would say that it is there
         fabric.launch()
     return fabric
+
+
+def _data_parallel(backend: str) -> DDPStrategy:
+    # Buffers need no broadcast a step: those of routers are equal, and evaluation shares those of batch norms.
+    options: Any = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    return DDPStrategy(timeout=TIMEOUT, process_group_backend=backend, **options)
 
 
 def from_first(fabric: Fabric, call: Callable[[], T]) -> T:
@@ -63,13 +69,13 @@ def of_all(value: Any) -> list[Any]:
     return values
 
 
-def largest(*values: int) -> list[int]:
-    """Of each number the largest of all processes; every one has to call it."""
+def numbers_of_all(*numbers: int) -> list[tuple[int, ...]]:
+    """Of each number those of all processes, in one collective; every one has to call it."""
     if world_size() == 1:
-        return list(values)
-    found = torch.tensor(values)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.tolist()
+        return [(number,) for number in numbers]
+    found = torch.empty(world_size() * len(numbers), dtype=torch.int64)
+    dist.all_gather_into_tensor(found, torch.tensor(numbers))
+    return list(zip(*found.view(world_size(), -1).tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -196,13 +196,16 @@ def _train_line(name: str, variant: Mapping[str, Any]) -> Line:
     return line | {f"{part} (%)": f"{100 * share:.1f}" for part, share in variant["share"].items()}
 
 
+CLOCKS = (("wall", "wall"), ("CPU", "cpu"))
+
+
 def _layer_line(name: str, variant: Mapping[str, Any]) -> Line:
     wall, ratio = variant["wall"], variant["ratio"]
     line = {"variant": name}
     line |= {
         column: f"{1000 * wall[key]:,.1f}" for column, key in (("wall (ms)", "median"), ("from", "min"), ("to", "max"))
     }
-    line |= {"× wall": f"{ratio['wall']:.3f}", "× CPU": f"{ratio['cpu']:.3f}"}
+    line |= {f"× {label}": f"{ratio[clock]:.3f}" if clock in ratio else "–" for label, clock in CLOCKS}
     line["× FLOPs"] = "–" if ratio.get("flops") is None else f"{ratio['flops']:.2f}"
     line["MiB"] = f"{variant['memory'] / 2**20:,.0f}" if "memory" in variant else "–"
     return line

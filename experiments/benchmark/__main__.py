@@ -17,6 +17,7 @@ from experiments.benchmark.conv import ConvBenchmark
 from experiments.benchmark.ffn import FFNBenchmark
 from experiments.benchmark.measure import Benchmark
 from experiments.benchmark.order import OrderBenchmark
+from experiments.benchmark.processes import ProcessesBenchmark
 from experiments.benchmark.routers import RouterBenchmark, VoteBenchmark
 from experiments.benchmark.stored import StoredBenchmark
 from experiments.benchmark.swap import SwapBenchmark
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "router": ("The routers' share of a layer.", RouterBenchmark()),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", VoteBenchmark()),
     "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", TrainBenchmark()),
+    "processes": ("Data parallel training beside processes that train alone.", ProcessesBenchmark()),
     "stored": ("Neighbor sampling from disk beside memory.", StoredBenchmark()),
     "swap": ("Dense layers against gmoe's defaults in their place: accuracy and time of a step.", SwapBenchmark()),
     "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", VitBenchmark()),
