@@ -1,4 +1,4 @@
-"""Seeds of many runs side by side, each in a process of its own."""
+"""Seeds of many runs side by side: each in a process of its own, or over several machines as tasks of Ray."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import signal
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,8 +28,28 @@ SECONDS = 1.0
 """Between two looks at how far they are."""
 
 
+class Workers(ABC):
+    """Who trains seeds, several at once."""
+
+    @abstractmethod
+    def start(self, config: RunConfig, seed: int) -> Any:
+        """Begin with a seed; a job, which the other methods take."""
+
+    @abstractmethod
+    def ended(self, jobs: Sequence[Any], seconds: float) -> list[Any]:
+        """Those of the jobs that have ended, after so many seconds at most if none has."""
+
+    @abstractmethod
+    def why(self, job: Any) -> str:
+        """Why an ended job failed, or "" if it did not."""
+
+    @abstractmethod
+    def stop(self, jobs: Sequence[Any]) -> None:
+        """End jobs, which save what was trained."""
+
+
 def train_apart(
-    configs: Sequence[RunConfig], jobs: int, threads: int, shown: bool
+    configs: Sequence[RunConfig], jobs: int, workers: Workers, shown: bool
 ) -> Generator[tuple[int, str | None], None, None]:
     """Train the seeds that runs lack, so many at once.
 
@@ -35,8 +58,8 @@ def train_apart(
 
     Args:
         configs: the runs.
-        jobs: processes.
-        threads: of each.
+        jobs: so many.
+        workers: which train them.
         shown: whether to report progress.
 
     Returns:
@@ -65,36 +88,30 @@ def train_apart(
     progress.skip(done)
     done = 0
     last: tuple[str, int] | None = None
-    running: dict[int, tuple[int, int, Any, Connection]] = {}
+    running: dict[Any, tuple[int, int]] = {}
     try:
         while todo or running:
             while todo and len(running) < jobs:
                 place, seed = todo.pop(0)
-                process, reason = _start(configs[place], seed, threads)
-                running[process.sentinel] = (place, seed, process, reason)
-            wait(list(running), timeout=SECONDS)
-            for sentinel in [one for one, (_, _, process, _) in running.items() if not process.is_alive()]:
-                place, seed, process, reason = running.pop(sentinel)
+                running[workers.start(configs[place], seed)] = (place, seed)
+            for job in workers.ended(list(running), SECONDS):
+                place, seed = running.pop(job)
                 done += configs[place].epochs
-                why = reason.recv() if reason.poll() else f"its process ended with status {process.exitcode}"
-                if why:
+                if why := workers.why(job):
                     failed.setdefault(place, f"seed {seed}: {why}")
                 left[place] -= 1
                 if not left[place]:
                     yield place, failed.get(place)
             if running:
-                now = done + sum(_epochs(configs[place], seed) for place, seed, *_ in running.values())
-                names = ", ".join(f"{configs[place].folder().name} seed {seed}" for place, seed, *_ in running.values())
+                now = done + sum(_epochs(configs[place], seed) for place, seed in running.values())
+                names = ", ".join(f"{configs[place].folder().name} seed {seed}" for place, seed in running.values())
                 where = f"{number - len(todo) - len(running)} of {number} seeds done", now
                 if where != last:
                     progress.show(*where, epochs, names)
                     last = where
         progress.finish(epochs)
     finally:
-        for _, _, process, _ in running.values():
-            process.terminate()
-        for _, _, process, _ in running.values():
-            process.join()
+        workers.stop(list(running))
 
 
 def _epochs(config: RunConfig, seed: int) -> int:
@@ -103,15 +120,52 @@ def _epochs(config: RunConfig, seed: int) -> int:
     return max(log.read_bytes().count(b"\n") - 1, 0) if log.exists() else 0
 
 
-def _start(config: RunConfig, seed: int, threads: int) -> tuple[Any, Connection]:
-    """A process, and from where it will be said why it failed, or "" if it did not."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.runs"])  # a process then begins in no time
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_job, args=(config, seed, threads, send))
-    process.start()
-    send.close()
-    return process, receive
+def train_here(config: RunConfig, seed: int, threads: int) -> str:
+    """Train a seed in this process; why it failed, or "" if it did not."""
+    torch.set_num_threads(threads)
+    try:
+        with redirect_stdout(None):
+            train_one(config, seed)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+class Processes(Workers):
+    """Processes of this machine.
+
+    Args:
+        threads: CPU threads of each.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["experiments.runs"])  # a process then begins in no time
+        self.reasons: dict[Any, Connection] = {}
+
+    def start(self, config: RunConfig, seed: int) -> Any:
+        receive, send = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=_job, args=(config, seed, self.threads, send))
+        process.start()
+        send.close()
+        self.reasons[process] = receive
+        return process
+
+    def ended(self, jobs: Sequence[Any], seconds: float) -> list[Any]:
+        wait([process.sentinel for process in jobs], timeout=seconds)
+        return [process for process in jobs if not process.is_alive()]
+
+    def why(self, job: Any) -> str:
+        reason = self.reasons.pop(job)
+        said: str = reason.recv() if reason.poll() else f"its process ended with status {job.exitcode}"
+        return said
+
+    def stop(self, jobs: Sequence[Any]) -> None:
+        for process in jobs:
+            process.terminate()
+        for process in jobs:
+            process.join()
 
 
 def _job(config: RunConfig, seed: int, threads: int, reason: Connection) -> None:
@@ -121,13 +175,58 @@ def _job(config: RunConfig, seed: int, threads: int, reason: Connection) -> None
         raise InterruptedRunError(number)
 
     signal.signal(signal.SIGTERM, stop)
-    torch.set_num_threads(threads)
     try:
-        with redirect_stdout(None):
-            train_one(config, seed)
-    except (ValueError, OSError) as error:
-        reason.send(str(error))
+        reason.send(train_here(config, seed, threads))
     except InterruptedRunError as stopped:
         sys.exit(128 + stopped.number)
-    else:
-        reason.send("")
+
+
+class RayTasks(Workers):
+    """Tasks of `Ray <https://docs.ray.io>`_, over the machines of a cluster, which have the same folders.
+
+    A seed whose machine ends is begun again on another one, from its checkpoint.
+
+    Args:
+        address: of the cluster, ``"auto"`` for the one of this machine, or ``"local"``, which starts one.
+        threads: CPU threads of each task, which it reserves, with a GPU where the cluster has any.
+
+    Raises:
+        ValueError: Ray is not installed, or there is no such cluster.
+    """
+
+    def __init__(self, address: str, threads: int) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError(f"ray: got {address!r} without Ray, expected pip install 'gmoe[ray]'") from error
+        self.ray, self.threads = ray, threads
+        root = str(Path(__file__).parents[1])
+        env = {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+        try:
+            ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ValueError(f"ray: got {address!r}, expected a cluster that is there ({error})") from error
+        gpus = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {}
+        self.task = ray.remote(num_cpus=threads, **gpus)(train_here)
+
+    def start(self, config: RunConfig, seed: int) -> Any:
+        own = replace(config, out=config.folder().resolve(), data_root=config.data_root.expanduser().resolve())
+        return self.task.remote(own, seed, self.threads)
+
+    def ended(self, jobs: Sequence[Any], seconds: float) -> list[Any]:
+        found: list[Any] = self.ray.wait(jobs, timeout=seconds)[0]
+        return found
+
+    def why(self, job: Any) -> str:
+        try:
+            reason: str = self.ray.get(job)
+        except self.ray.exceptions.RayError as error:
+            return f"its task failed: {str(error).strip().splitlines()[-1]}"
+        return reason
+
+    def stop(self, jobs: Sequence[Any]) -> None:
+        for job in jobs:
+            self.ray.cancel(job)
+        if jobs:
+            self.ray.wait(jobs, num_returns=len(jobs), timeout=60)
+        self.ray.shutdown()

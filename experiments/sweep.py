@@ -3,6 +3,7 @@
     python -m experiments.sweep mosaic --runs runs/mosaic --results results
     python -m experiments.sweep grid --preset minesweeper --routers token_choice expert_choice --experts 4 8 --ks 1 2
     python -m experiments.sweep grid --preset cora --routers token_choice --jobs 8
+    python -m experiments.sweep grid --preset cora --routers token_choice --jobs 64 --ray auto
 
 ``grid`` is a study of your own: a preset over routers, numbers of experts and experts per token. Every variant is a run
 folder; finished variants are skipped and an unfinished one goes on, so that a study may be cut off at any time and
@@ -31,7 +32,7 @@ from rich.markup import escape
 from experiments.checkpoint import InterruptedRunError
 from experiments.config import RouterName
 from experiments.grid import grid
-from experiments.jobs import train_apart
+from experiments.jobs import Processes, RayTasks, train_apart
 from experiments.progress import Progress, show_progress_of
 from experiments.runs import differences_of, run, write_json
 from experiments.studies import STUDIES, Study
@@ -67,7 +68,9 @@ class SweepConfig:
     jobs: int = 1
     """Processes, one a seed of a variant; results do not depend on how many."""
     threads: int = 0
-    """CPU threads of each process; 0 divides torch's default among them."""
+    """CPU threads of each process; 0 divides torch's default among them, and with `--ray` is 1."""
+    ray: str | None = None
+    """Address of a Ray cluster over whose machines the jobs are spread, `auto` or HOST:PORT; `local` starts one."""
     progress: bool = True
     """Report progress: a bar, or where the output is a file, a line every few epochs."""
 
@@ -84,7 +87,7 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
     name, study = _study(config)
     if config.jobs < 1:
         raise ValueError(f"jobs: got {config.jobs}, expected at least 1")
-    threads = config.threads or max(torch.get_num_threads() // config.jobs, 1)
+    threads = config.threads or (1 if config.ray else max(torch.get_num_threads() // config.jobs, 1))
     torch.set_num_threads(threads)
     folder = config.runs if config.runs is not None else Path("runs") / name
     path = config.results / f"{name}.json"
@@ -109,11 +112,12 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
             variant: found for variant, found in known.items() if variant not in {a.name for a in study.variants}
         } | finished
     failed: dict[str, str] = {}
-    apart = config.jobs > 1
+    apart = config.jobs > 1 or config.ray is not None
     progress = Progress(sum(len(one.seeds) * one.epochs for _, one in todo), config.progress and not apart)
     ready: Generator[tuple[int, str | None], None, None] = ((place, None) for place in range(len(todo)))
     if apart:
-        ready = train_apart([one for _, one in todo], config.jobs, threads, config.progress)
+        workers = Processes(threads) if config.ray is None else RayTasks(config.ray, threads)
+        ready = train_apart([one for _, one in todo], config.jobs, workers, config.progress)
     with closing(ready):
         for place, why in ready:
             variant, run_config = todo[place]

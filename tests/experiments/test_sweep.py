@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from experiments.sweep import SweepConfig, main, sweep
 from tests.experiments.user_data import write_npz
 
 CLOCK = ("seconds", "peak_memory")
+NEEDS_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 
 @pytest.fixture
@@ -146,8 +148,9 @@ def test_a_variant_that_cannot_be_run_does_not_end_the_sweep(
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("workers", [[], pytest.param(["--ray", "local"], marks=NEEDS_RAY)], ids=["processes", "ray"])
 def test_processes_give_what_one_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A variant that cannot be run is named; of the others all that is written is the same, but for the clock."""
     dense, wide, moe = STUDIES["tiny"].variants
@@ -158,6 +161,7 @@ def test_processes_give_what_one_gives(
     for jobs in ("1", "2"):
         root = tmp_path / jobs
         args = ["tiny", "--runs", str(root / "runs"), "--results", str(root), "--threads", "1", "--jobs", jobs]
+        args += workers if jobs == "2" else []
         with pytest.raises(SystemExit) as stopped:
             main(args)
         assert stopped.value.code == 1
@@ -178,11 +182,22 @@ def content_of(path: Path) -> Any:
     return path.read_bytes() if path.suffix == ".safetensors" else None
 
 
+def test_ray_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["mosaic", "--ray", "auto"])
+    assert stopped.value.code == 2
+    assert "ray: got 'auto' without Ray, expected pip install 'gmoe[ray]'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [[], pytest.param(["--ray", "local"], marks=NEEDS_RAY)], ids=["processes", "ray"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_processes_and_the_same_command_goes_on(number: int, tmp_path: Path) -> None:
+def test_a_signal_ends_all_processes_and_the_same_command_goes_on(
+    number: int, workers: list[str], tmp_path: Path
+) -> None:
     args = ["grid", "--preset", "digits", "--routers", "token_choice", "--experts", "4", "--ks", "1", "--seeds", "0"]
-    args += ["--epochs", "6", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--jobs", "2"]
+    args += ["--epochs", "6", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--jobs", "2", *workers]
     command = [sys.executable, "-m", "experiments.sweep", *args]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True, stderr=subprocess.PIPE)
     logs = [tmp_path / "runs" / variant / "seed-0" / "metrics.csv" for variant in ("dense", "dense-4x")]
