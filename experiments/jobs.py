@@ -184,8 +184,6 @@ def _job(config: RunConfig, seed: int, threads: int, reason: Connection) -> None
 class RayTasks(Workers):
     """Tasks of `Ray <https://docs.ray.io>`_, over the machines of a cluster, which have the same folders.
 
-    A seed whose machine ends is begun again on another one, from its checkpoint.
-
     Args:
         address: of the cluster, ``"auto"`` for the one of this machine, or ``"local"``, which starts one.
         threads: CPU threads of each task, which it reserves, with a GPU where the cluster has any.
@@ -202,10 +200,12 @@ class RayTasks(Workers):
         self.ray, self.threads = ray, threads
         root = str(Path(__file__).parents[1])
         env = {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+        ours = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"ray: got {address!r}, expected a cluster that is there ({error})") from error
+        signal.signal(signal.SIGTERM, ours)  # Ray's own would end this process before the tasks have saved
         gpus = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {}
         self.task = ray.remote(num_cpus=threads, **gpus)(train_here)
 
@@ -214,7 +214,10 @@ class RayTasks(Workers):
         return self.task.remote(own, seed, self.threads)
 
     def ended(self, jobs: Sequence[Any], seconds: float) -> list[Any]:
-        found: list[Any] = self.ray.wait(jobs, timeout=seconds)[0]
+        try:
+            found: list[Any] = self.ray.wait(jobs, timeout=seconds)[0]
+        except SystemError as error:  # so Ray passes on what a signal's handler raises
+            raise error.__cause__ or error from None
         return found
 
     def why(self, job: Any) -> str:
