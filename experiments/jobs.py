@@ -197,17 +197,18 @@ class RayTasks(Workers):
             import ray
         except ImportError as error:
             raise ValueError(f"ray: got {address!r} without Ray, expected pip install 'gmoe[ray]'") from error
-        self.ray, self.threads = ray, threads
+        self.ray: Any = ray
+        self.threads = threads
         root = str(Path(__file__).parents[1])
         env = {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
         ours = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
+            self.ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"ray: got {address!r}, expected a cluster that is there ({error})") from error
         signal.signal(signal.SIGTERM, ours)  # Ray's own would end this process before the tasks have saved
-        gpus = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {}
-        self.task = ray.remote(num_cpus=threads, **gpus)(train_here)
+        gpus = {"num_gpus": 1} if self.ray.cluster_resources().get("GPU") else {}
+        self.task = self.ray.remote(num_cpus=threads, **gpus)(train_here)
 
     def start(self, config: RunConfig, seed: int) -> Any:
         own = replace(config, out=config.folder().resolve(), data_root=config.data_root.expanduser().resolve())
