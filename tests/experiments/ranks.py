@@ -20,11 +20,18 @@ SAME: dict[str, list[str]] = {
     "images": ["images", *EXACT, *TINY, "--batch-size", "2", "--augment", "randaugment", "--mixup", "0.5",
                "--cutmix", "0.5", "--router", "expert_choice", "--ema", "0.9", "--clip-norm", "0.1"],
     "neighbors": [*SAMPLED, *EXACT, "--fanout", "-1", "-1", "--batch-size", "300", "--weight-decay", "0.1"],
+    "types": ["ogbn-mag", *EXACT, "--sampling", "neighbor", "--evaluation", "sampled", "--fanout", "-1", "-1",
+              "--noise", "False", "--dropout", "0", "--hidden", "8", "--batch-size", "100", "--offline"],
 }  # fmt: skip
 """Nothing is drawn but what follows from the epoch, so that one process gives the same. Of 21 and of 3 images the last
 batch has one, so that the second process has none."""
 DRAWS = [*SAMPLED, "--epochs", "3", "--seeds", "0", "--no-progress", "--fanout", "4", "3", "--batch-size", "300",
          "--dropout", "0.3", "--noise", "True", "--evaluation", "sampled", "--balance", "bias"]  # fmt: skip
+
+
+def data_of(name: str, root: Path) -> list[str]:
+    """Where the data of one of :data:`SAME` are, if it does not bring its own."""
+    return [] if name == "neighbors" else ["--data-root", str(root / "data")]
 
 
 def run_until(steps: int, args: list[str], only: int) -> None:
@@ -47,8 +54,7 @@ def run_until(steps: int, args: list[str], only: int) -> None:
 def all_runs(root: Path) -> None:
     two = ["--devices", "2"]
     for name, args in SAME.items():
-        data = ["--data-root", str(root / "data")] if name == "images" else []
-        main([*args, *two, *data, "--out", str(root / "two" / name)])
+        main([*args, *two, *data_of(name, root), "--out", str(root / "two" / name)])
     main([*DRAWS, *two, "--out", str(root / "whole")])
     cut = [*DRAWS, *two, "--resume", "--out", str(root / "cut")]
     run_until(2, cut, only=1)

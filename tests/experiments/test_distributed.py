@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 from experiments.config import RunConfig
 from experiments.data import load_tasks
+from experiments.planted_ogb import write_planted
 from experiments.presets import DIGITS, PRESETS
 from experiments.train import main
 from tests.experiments.command import quick_until
 from tests.experiments.made_graph import make_config, make_task
-from tests.experiments.ranks import DRAWS, SAME, TINY
+from tests.experiments.ranks import DRAWS, SAME, TINY, data_of
 from tests.experiments.test_resume import assert_same, rows
 from tests.vision.made_images import write_images
 from vision.augment import make_augment, make_mix
@@ -43,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of :func:`tests.experiments.ranks.all_runs`."""
     root = tmp_path_factory.mktemp("ranks")
     write_images(root / "data")
+    write_planted("ogbn-mag", root / "data", nodes=400)
     with pytest.MonkeyPatch.context() as monkeypatch:
         quick_until(4, monkeypatch, root / "more", *DRAWS[1:])
     process = start("-m", "tests.experiments.ranks", str(root))
@@ -53,8 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SAME)
 def test_two_processes_train_what_one_does(name: str, folder: Path) -> None:
-    data = ["--data-root", str(folder / "data")] if name == "images" else []
-    main([*SAME[name], *data, "--out", str(folder / "one" / name)])
+    main([*SAME[name], *data_of(name, folder), "--out", str(folder / "one" / name)])
     one, two = (folder / count / name for count in ("one", "two"))
     summaries = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
     for figure in ("val", "test", "steps", "flops", "parameters"):
