@@ -21,7 +21,7 @@ SAME: dict[str, list[str]] = {
                "--cutmix", "0.5", "--router", "expert_choice", "--ema", "0.9", "--clip-norm", "0.1"],
     "neighbors": [*SAMPLED, *EXACT, "--fanout", "-1", "-1", "--batch-size", "300", "--weight-decay", "0.1"],
     "types": ["ogbn-mag", *EXACT, "--sampling", "neighbor", "--evaluation", "sampled", "--fanout", "-1", "-1",
-              "--noise", "False", "--dropout", "0", "--hidden", "8", "--batch-size", "100", "--offline"],
+              "--noise", "False", "--dropout", "0", "--hidden", "8", "--batch-size", "600", "--offline"],
 }  # fmt: skip
 """Nothing is drawn but what follows from the epoch, so that one process gives the same. Of 21 and of 3 images the last
 batch has one, so that the second process has none."""

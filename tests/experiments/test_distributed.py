@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of :func:`tests.experiments.ranks.all_runs`."""
     root = tmp_path_factory.mktemp("ranks")
     write_images(root / "data")
-    write_planted("ogbn-mag", root / "data", nodes=400)
+    write_planted("ogbn-mag", root / "data", nodes=2000)
     with pytest.MonkeyPatch.context() as monkeypatch:
         quick_until(4, monkeypatch, root / "more", *DRAWS[1:])
     process = start("-m", "tests.experiments.ranks", str(root))
