@@ -3,8 +3,8 @@ Upcycle a timm ViT
 ==================
 
 :func:`gmoe.moefy` puts experts beside the MLP of every second block of a trained ViT. The MLP stays as the shared
-expert; the experts start as its copies, behind a gain of zero, so that the first forward is the dense model's. Both are
-then fine-tuned for the same number of epochs.
+expert; the experts start as copies of its first layer, with last layers of zero, so that the first forward is the
+dense model's. Both are then fine-tuned for the same number of epochs.
 
 .. code-block:: none
 
