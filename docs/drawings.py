@@ -126,7 +126,7 @@ def dense_start() -> list[str]:
     drawn += [box(125, 28, 190, 40, "none", BLUE), text(220, 53, "shared expert: the dense layer", color=BLUE, size=12)]
     drawn += [box(125, 112, 190, 40, "none", RED), text(220, 137, "router and E experts", color=RED)]
     drawn += [line(317, 132, 382, 132, RED, arrow=True), dot(405, 132, r=16), text(405, 137, "× g")]
-    drawn += [text(405, 170, "learned, 0 at the start", size=12)]
+    drawn += [text(405, 170, "of a conv: learned, 0 at the start", size=12)]
     drawn += [line(317, 48, 500, 82, BLUE, arrow=True), line(422, 128, 500, 98, RED, arrow=True)]
     drawn += [dot(520, 90, r=14), text(520, 95, "+"), line(536, 90, 580, 90, arrow=True), text(600, 95, "y")]
     return drawn

@@ -68,28 +68,28 @@ def train_apart(
     todo: list[tuple[int, int]] = []
     failed: dict[int, str] = {}
     known: set[Any] = set()
-    for place, config in enumerate(configs):
-        try:
-            _, summary, results = so_far(config)
-            missing = [] if summary is not None else [seed for seed in config.seeds if seed not in results]
-            data = (config.dataset, config.data, config.data_root)
-            if missing and data not in known:  # or the processes would download and prepare the same at once
-                load_tasks(config)
-                known.add(data)
-        except (ValueError, OSError) as error:
-            failed[place], missing = str(error), []
-        if not missing:
-            yield place, failed.get(place)
-        todo += [(place, seed) for seed in missing]
-    left = Counter(place for place, _ in todo)
-    epochs = sum(configs[place].epochs for place, _ in todo)
-    done, number = sum(_epochs(configs[place], seed) for place, seed in todo), len(todo)
-    progress = Progress(epochs, shown)
-    progress.skip(done)
-    done = 0
-    last: tuple[str, int] | None = None
     running: dict[Any, tuple[int, int]] = {}
     try:
+        for place, config in enumerate(configs):
+            try:
+                _, summary, results = so_far(config)
+                missing = [] if summary is not None else [seed for seed in config.seeds if seed not in results]
+                data = (config.dataset, config.data, config.data_root)
+                if missing and data not in known:  # or the processes would download and prepare the same at once
+                    load_tasks(config)
+                    known.add(data)
+            except (ValueError, OSError) as error:
+                failed[place], missing = str(error), []
+            if not missing:
+                yield place, failed.get(place)
+            todo += [(place, seed) for seed in missing]
+        left = Counter(place for place, _ in todo)
+        epochs = sum(configs[place].epochs for place, _ in todo)
+        done, number = sum(_epochs(configs[place], seed) for place, seed in todo), len(todo)
+        progress = Progress(epochs, shown)
+        progress.skip(done)
+        done = 0
+        last: tuple[str, int] | None = None
         while todo or running:
             while todo and len(running) < jobs:
                 place, seed = todo.pop(0)
@@ -97,7 +97,11 @@ def train_apart(
             for job in workers.ended(list(running), SECONDS):
                 place, seed = running.pop(job)
                 done += configs[place].epochs
-                if why := workers.why(job):
+                why = workers.why(job)
+                result = configs[place].folder() / f"seed-{seed}" / "result.json"
+                if not why and not result.exists():
+                    why = f"{result} is not there; all machines need the same folders"
+                if why:
                     failed.setdefault(place, f"seed {seed}: {why}")
                 left[place] -= 1
                 if not left[place]:
@@ -157,8 +161,11 @@ class Processes(Workers):
         return [process for process in jobs if not process.is_alive()]
 
     def why(self, job: Any) -> str:
-        reason = self.reasons.pop(job)
-        said: str = reason.recv() if reason.poll() else f"its process ended with status {job.exitcode}"
+        with self.reasons.pop(job) as reason:
+            try:
+                said: str = reason.recv()
+            except EOFError:  # it ended without a word
+                return f"its process ended with status {job.exitcode}"
         return said
 
     def stop(self, jobs: Sequence[Any]) -> None:
@@ -189,7 +196,7 @@ class RayTasks(Workers):
         threads: CPU threads of each task, which it reserves, with a GPU where the cluster has any.
 
     Raises:
-        ValueError: Ray is not installed, or there is no such cluster.
+        ValueError: Ray is not installed, there is no such cluster, or no machine of it has as many CPUs.
     """
 
     def __init__(self, address: str, threads: int) -> None:
@@ -207,12 +214,17 @@ class RayTasks(Workers):
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"ray: got {address!r}, expected a cluster that is there ({error})") from error
         signal.signal(signal.SIGTERM, ours)  # Ray's own would end this process before the tasks have saved
-        gpus = {"num_gpus": 1} if self.ray.cluster_resources().get("GPU") else {}
-        self.task = self.ray.remote(num_cpus=threads, **gpus)(train_here)
+        largest = max(int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"])
+        if threads > largest:
+            self.ray.shutdown()
+            raise ValueError(f"threads: got {threads}, expected at most {largest}, the CPUs of the largest machine")
+        self.has_gpus = bool(self.ray.cluster_resources().get("GPU"))
+        self.task = self.ray.remote(num_cpus=threads)(train_here)
 
     def start(self, config: RunConfig, seed: int) -> Any:
-        own = replace(config, out=config.folder().resolve(), data_root=config.data_root.expanduser().resolve())
-        return self.task.remote(own, seed, self.threads)
+        own = replace(config, out=config.folder().absolute(), data_root=config.data_root.absolute())
+        on_gpu = self.has_gpus and config.device not in ("cpu", "mps")
+        return self.task.options(num_gpus=int(on_gpu)).remote(own, seed, self.threads)
 
     def ended(self, jobs: Sequence[Any], seconds: float) -> list[Any]:
         try:
@@ -232,5 +244,5 @@ class RayTasks(Workers):
         for job in jobs:
             self.ray.cancel(job)
         if jobs:
-            self.ray.wait(jobs, num_returns=len(jobs), timeout=60)
+            self.ray.wait(jobs, num_returns=len(jobs))
         self.ray.shutdown()

@@ -38,7 +38,9 @@ def make_fabric(config: RunConfig) -> Fabric:
             accelerator=config.device,
             devices=config.devices,
             num_nodes=config.nodes,
-            strategy=_data_parallel(backend) if world > 1 else "auto",
+            strategy=DDPStrategy(timeout=TIMEOUT, process_group_backend=backend, gradient_as_bucket_view=True)
+            if world > 1
+            else "auto",
             precision=config.precision,
         )
     except (RuntimeError, ValueError, ImportError) as error:
@@ -47,12 +49,6 @@ def make_fabric(config: RunConfig) -> Fabric:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # every process would say that it is there
         fabric.launch()
     return fabric
-
-
-def _data_parallel(backend: str) -> DDPStrategy:
-    # Buffers need no broadcast a step: those of routers are equal, and evaluation shares those of batch norms.
-    options: Any = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    return DDPStrategy(timeout=TIMEOUT, process_group_backend=backend, **options)
 
 
 def from_first(fabric: Fabric, call: Callable[[], T]) -> T:

@@ -66,7 +66,7 @@ class SweepConfig:
     data_root: Path = Path("data")
     """Root folder of the data, in which facebook.npz lies; of a grid over `graph`, your own file."""
     jobs: int = 1
-    """Processes, one a seed of a variant; results do not depend on how many."""
+    """Seeds of variants that are trained at once, each in a process, or a task of Ray; results do not depend on it."""
     threads: int = 0
     """CPU threads of each process; 0 divides torch's default among them, and with `--ray` is 1."""
     ray: str | None = None

@@ -353,7 +353,7 @@ def _experts(layers: Any, num_experts: int, upcycle: bool, form: Mapping[str, An
     experts = MLPExperts(*sizes, **copy.deepcopy(dict(form))).to(device=up.device, dtype=up.dtype)
     if upcycle:
         for part, (weight, bias) in zip((experts.up, experts.down), layers, strict=True):
-            if part is experts.up or not experts.zero_init:
+            if not part.zero_init:
                 part.copy_(slice(None), weight.T, bias)
     return experts
 

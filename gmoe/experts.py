@@ -76,6 +76,7 @@ class LinearExperts(Experts):
         out_features: O.
         num_experts: E.
         bias: learn a bias per expert (default ``True``).
+        zero_init: start at zero instead (default ``False``).
         backend: see :func:`gmoe.grouped_linear` (default ``"auto"``).
 
     Attributes:
@@ -86,10 +87,18 @@ class LinearExperts(Experts):
     bias: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, num_experts: int, *, bias: bool = True, backend: Backend = "auto"
+        self,
+        in_features: int,
+        out_features: int,
+        num_experts: int,
+        *,
+        bias: bool = True,
+        zero_init: bool = False,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(in_features, out_features, num_experts)
         check_choice("backend", backend, get_args(Backend))
+        self.zero_init = zero_init
         self.backend: Backend = backend
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, out_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
@@ -97,6 +106,10 @@ class LinearExperts(Experts):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        if self.zero_init:
+            for parameter in self.parameters():
+                parameter.zero_()
+            return
         for expert in range(self.num_experts):  # a stacked tensor would have another fan-in
             like: Any = {"device": self.weight.device, "dtype": self.weight.dtype}
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, **like)
@@ -108,12 +121,6 @@ class LinearExperts(Experts):
         self.weight[expert] = weight
         if self.bias is not None and bias is not None:
             self.bias[expert] = bias
-
-    @torch.no_grad()
-    def zero_(self) -> None:
-        """Let every expert give zero."""
-        for parameter in self.parameters():
-            parameter.zero_()
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         return grouped_linear(x_PI, self.weight, self.bias, offsets_E, self.backend)
@@ -182,21 +189,17 @@ class MLPExperts(Experts):
         self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else _out_of_place(activation)
         self.glu = glu
         width = 2 * hidden_features if glu else hidden_features
-        self.up = LinearExperts(in_features, width, num_experts, bias=bias, backend=backend)
-        self.down = LinearExperts(hidden_features, out_features, num_experts, bias=bias, backend=backend)
+        like: Any = {"bias": bias, "backend": backend}
+        self.up = LinearExperts(in_features, width, num_experts, **like)
+        self.down = LinearExperts(hidden_features, out_features, num_experts, zero_init=zero_init, **like)
         self.hidden_dropout = nn.Dropout(of_hidden)
         self.output_dropout = nn.Dropout(of_output)
         self.input_norm = input_norm or nn.Identity()
         self.hidden_norm = hidden_norm or nn.Identity()
-        self.zero_init = zero_init
-        if zero_init:
-            self.down.zero_()
 
     def reset_parameters(self) -> None:
         self.up.reset_parameters()
         self.down.reset_parameters()
-        if self.zero_init:
-            self.down.zero_()
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         u_PU = self.up(self.input_norm(x_PI), offsets_E)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gmoe._autograd import untraced
 
 GAIN_SCALE = 0.1
-"""Factor of the gains of layers with a dense start. Adam moves a number by the learning rate a step, however small its
+"""Factor of the gains of convs with a dense start. Adam moves a number by the learning rate a step, however small its
 gradient: the factor keeps the routed experts small where steps and labels are few."""
 
 

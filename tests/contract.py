@@ -187,7 +187,7 @@ def opened(model: nn.Module) -> Any:
         if isinstance(layer, MoEConv) and layer.gain is not None:
             nn.init.constant_(layer.gain, 0.5)
         if isinstance(layer, MLPExperts):
-            layer.down.reset_parameters()
+            nn.init.normal_(layer.down.weight)
     return model
 
 

@@ -45,22 +45,20 @@ class ProcessesBenchmark(Benchmark):
         alone that is left, upside down.
 
         Raises:
-            ValueError: a batch size that the number of processes does not divide, fewer than three epochs, or a run
-                that fails.
+            ValueError: what cannot be run on so many processes, fewer than three epochs, or a run that fails.
         """
-        batch = parse([self.preset, *shlex.split(self.options)]).batch_size
-        for name, got, fine, legal in (
-            ("batch_size", batch, batch % self.processes == 0, f"a multiple of {self.processes} processes"),
-            ("epochs", self.epochs, self.epochs > 2, "at least 3"),
-        ):
-            if not fine:
-                raise ValueError(f"{name}: got {got}, expected {legal}")
+        together = ["--devices", str(self.processes)]
+        config = parse([self.preset, *shlex.split(self.options), *together])
+        batch = config.batch_size // self.processes
+        for name, got, least in (("epochs", self.epochs, 3), ("repeats", self.repeats, 1)):
+            if got < least:
+                raise ValueError(f"{name}: got {got}, expected at least {least}")
         values: dict[str, list[float]] = {"alone": [], "together": []}
         for _ in told(range(self.repeats), "round"):
-            alone = ["--batch-size", str(batch // self.processes)]
+            alone = ["--batch-size", str(batch)]
             values["alone"].append(statistics.mean(self._seconds([(["-m"], alone)] * self.processes)))
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes), "-m"]
-            values["together"] += self._seconds([(launcher, ["--devices", str(self.processes)])])
+            values["together"] += self._seconds([(launcher, together)])
         found: dict[str, Any] = {name: {"wall": spread(seconds)} for name, seconds in values.items()}
         for figures in found.values():
             share = figures["wall"]["median"] / found["alone"]["wall"]["median"]
@@ -73,12 +71,17 @@ class ProcessesBenchmark(Benchmark):
             started = []
             for number, (launcher, own) in enumerate(runs):
                 options = ["--epochs", str(self.epochs), "--eval-every", str(self.epochs), "--seeds", str(self.seed)]
-                rest = [*own, *options, "--no-progress", "--out", f"{root}/{number}", *shlex.split(self.options)]
+                options += ["--device", self.device, "--no-progress", "--out", f"{root}/{number}"]
+                rest = [*shlex.split(self.options), *options, *own]  # of an option that is there twice the last counts
                 command = [sys.executable, *launcher, "experiments.train", self.preset, *rest]
                 env = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
                 pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
                 started.append(subprocess.Popen(command, env=env, **pipes))
-            printed = [process.communicate()[0] for process in started]
+            try:
+                printed = [process.communicate()[0] for process in started]
+            finally:
+                for process in started:
+                    process.terminate()
             for process, text in zip(started, printed, strict=True):
                 if process.returncode:
                     raise ValueError(f"preset: got {self.preset} {self.options}, which failed: {text.strip()[-2000:]}")

@@ -27,7 +27,7 @@ from experiments.benchmark.measure import Benchmark, Step, take_turns, told
 from experiments.benchmark.swap_models import ROWS, Arm, Problem, Where, evaluated
 from experiments.build import num_parameters
 from experiments.runs import environment, write_json
-from gmoe import MLPExperts, MoELayer
+from gmoe import LinearExperts, MoELayer
 
 LIVE = 0.01
 """An expert lives that takes more than this share of the tokens in evaluation."""
@@ -197,9 +197,10 @@ def switches(model: nn.Module) -> dict[MoELayer, list[nn.Parameter]]:
     for layer in model.modules():
         if isinstance(layer, gmoe.MoEConv) and layer.gain is not None:
             found[layer] = [layer.gain]
-        if isinstance(layer, gmoe.MoE) and isinstance(layer.experts, MLPExperts) and layer.experts.zero_init:
-            found[layer] = list(layer.experts.down.parameters())
-    return found
+        if isinstance(layer, gmoe.MoE):
+            linears = [part for part in layer.modules() if isinstance(part, LinearExperts)]
+            found[layer] = [parameter for part in linears if part.zero_init for parameter in part.parameters()]
+    return {layer: parts for layer, parts in found.items() if parts}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torchvision.models import VisionTransformer
 from gmoe._checks import check, check_counts, check_probability
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
-from gmoe.experts import LinearExperts, MLPExperts
+from gmoe.experts import LinearExperts
 from gmoe.hub import HubMixin, recorded
 from gmoe.moe import drawn_apart
 from gmoe.routers import Router, RouterLike
@@ -119,11 +119,12 @@ class ViTMoE(HubMixin, VisionTransformer):
         options |= {"shared_expert": shared_expert, "dense_start": dense_start}
         with drawn_apart() if shared_expert else nullcontext():
             moefy(self, every, k, router, num_experts, upcycle=False, **options)
-            for experts in self.modules():
-                if isinstance(experts, MLPExperts):  # as torchvision initializes its MLPs, and so the dense baseline
-                    _draw(experts.up)
-                    if not experts.zero_init:
-                        _draw(experts.down)
+            for part in self.modules():  # as torchvision initializes its MLPs, and so the dense baseline
+                if isinstance(part, LinearExperts) and not part.zero_init:
+                    for weight in part.weight:
+                        nn.init.xavier_uniform_(weight)
+                    if part.bias is not None:
+                        nn.init.normal_(part.bias, std=1e-6)
 
     @property
     def dense(self) -> bool:
@@ -142,10 +143,3 @@ class ViTMoE(HubMixin, VisionTransformer):
         with record_routing(self.encoder) as routings:
             logits = super().forward(images)
         return logits, routings
-
-
-def _draw(layer: LinearExperts) -> None:
-    for weight in layer.weight:
-        nn.init.xavier_uniform_(weight)
-    if layer.bias is not None:
-        nn.init.normal_(layer.bias, std=1e-6)

@@ -19,6 +19,7 @@ import experiments.runs
 import experiments.sweep
 from experiments.build import build_model, flops, matched_width, num_parameters
 from experiments.data import load_tasks
+from experiments.jobs import Processes
 from experiments.presets import DIGITS, DIGITS_GRAPH, MOSAIC
 from experiments.studies import STUDIES, Study, Variant
 from experiments.sweep import SweepConfig, main, sweep
@@ -180,6 +181,14 @@ def content_of(path: Path) -> Any:
     if path.suffix == ".csv":
         return [line.rpartition(",")[0] for line in path.read_text().splitlines()]
     return path.read_bytes() if path.suffix == ".safetensors" else None
+
+
+def test_a_process_that_is_killed_is_named() -> None:
+    workers = Processes(1)
+    job = workers.start(DIGITS, 0)
+    job.kill()
+    assert workers.ended([job], 60) == [job]
+    assert workers.why(job) == "its process ended with status -9"
 
 
 def test_ray_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
 
 def layer(name: str) -> nn.Module:
     router = ROUTERS[name]()
-    return MoE(router, MLPExperts(D, 7, D, E), nn.Linear(D, D))
+    return MoE(router, MLPExperts(D, 7, D, E, zero_init=name == "switch"), nn.Linear(D, D))
 
 
 def gnn(**kwargs: Any) -> nn.Module:

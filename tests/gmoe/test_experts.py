@@ -294,6 +294,21 @@ def test_reset_parameters_draws_as_the_constructor() -> None:
     assert all(torch.equal(value, first[name]) for name, value in experts.state_dict().items())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_experts_that_start_at_zero(bias: bool) -> None:
+    """Drawn anew too, whether as a whole or part by part, the outer before the inner."""
+    experts = MLPExperts(4, 5, 3, 2, bias=bias, zero_init=True)
+    x, offsets = torch.randn(6, 4), torch.tensor([2, 6])
+    assert not experts(x, offsets).any()
+    for parts in ([experts], [experts, experts.up, experts.down]):
+        for parameter in experts.parameters():
+            nn.init.constant_(parameter, torch.nan)
+        for part in parts:
+            part.reset_parameters()
+        assert experts.up.weight.any()
+        assert not experts(x, offsets).any()
+
+
 def test_dropout_drops_that_share_of_the_outputs() -> None:
     experts = MLPExperts(4, 64, 32, 1, dropout=(0.0, 0.5))
     x, offsets = torch.randn(8, 4), torch.tensor([8], dtype=torch.int32)

@@ -151,9 +151,10 @@ def test_a_dense_start_is_the_shared_expert_and_learns_from_the_second_step(rout
     torch.manual_seed(0)
     shared = nn.Linear(8, 6).double()
     layer = MoE(router(8, 4), MLPExperts(8, 7, 6, 4, zero_init=True), shared).double()
-    layer.experts.reset_parameters()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     x = torch.randn(3, 20, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), shared(x), rtol=0, atol=1e-10)
+    layer.reset_parameters()
     torch.testing.assert_close(layer(x), shared(x), rtol=0, atol=1e-10)
     for _ in range(2):
         optimizer.zero_grad()
