@@ -69,9 +69,9 @@ def numbers_of_all(*numbers: int) -> list[tuple[int, ...]]:
     """Of each number those of all processes, in one collective; every one has to call it."""
     if world_size() == 1:
         return [(number,) for number in numbers]
-    found = torch.empty(world_size() * len(numbers), dtype=torch.int64)
-    dist.all_gather_into_tensor(found, torch.tensor(numbers))
-    return list(zip(*found.view(world_size(), -1).tolist(), strict=True))
+    found = [torch.empty(len(numbers), dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(found, torch.tensor(numbers))
+    return list(zip(*torch.stack(found).tolist(), strict=True))
 
 
 @torch.no_grad()
