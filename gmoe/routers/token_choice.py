@@ -135,7 +135,9 @@ class TokenChoice(Router):
             self.mean_D.copy_(self.next_mean_D)
         clean_TE = float_linear(x_TD, self.gate)
         if self.balance == "bias":  # (x - mean) W, without a copy of the tokens; the next forward moves the mean
-            clean_TE = clean_TE - float_linear(self.mean_D[None].to(x_TD.dtype, copy=True), self.gate)
+            # A sum, since inductor keeps sums: a copy it would read again in the backward, where it is a later step's.
+            mean_1D = torch.stack((self.mean_D, torch.zeros_like(self.mean_D))).sum(dim=0, keepdim=True)
+            clean_TE = clean_TE - float_linear(mean_1D.to(x_TD.dtype), self.gate)
         logits_TE, std_TE = clean_TE, None
         if self.noise is not None:
             std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
