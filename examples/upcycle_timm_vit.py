@@ -13,8 +13,8 @@ dense model's. Both are then fine-tuned for the same number of epochs.
     python examples/upcycle_timm_vit.py --pretrained    # from timm's ImageNet weights, which are downloaded
     python examples/upcycle_timm_vit.py --fast
 
-Ten epochs of each take about four minutes of one core of an Intel Xeon. Other seeds turn the order of the last two
-around: this shows how it is done, not which is better::
+Ten epochs of each take 220 s of one core of an Intel Xeon CPU that does other work too. Other seeds turn the order of
+the last two around: this shows how it is done, not which is better::
 
     dense, 10 epochs: test accuracy 88.7 %
     dense, fine-tuned: test accuracy 95.7 %
