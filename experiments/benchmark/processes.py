@@ -41,8 +41,8 @@ class ProcessesBenchmark(Benchmark):
     """Runs of each variant, in turns."""
 
     def measured(self) -> dict[str, Any]:
-        """Seconds an epoch, ``alone`` and ``together``; ``ratio`` of the latter is the share of the speed of processes
-        alone that is left, upside down.
+        """Seconds an epoch, ``alone`` and ``together``; ``ratio`` of the latter is 1 where nothing is lost, and their
+        number where together they are no faster than one.
 
         Raises:
             ValueError: what cannot be run on so many processes, fewer than three epochs, or a run that fails.
