@@ -134,14 +134,20 @@ def routed_linear(
     """
     device = parts[0].device.type
     full = not torch.is_autocast_enabled(device) and parts[0].dtype == weight_EIO.dtype != torch.bfloat16
-    if routing.num_experts == 1 and routing.token.numel() == routing.num_tokens:  # of all of them: a linear layer
+    if weight_EIO.size(0) == 1 and routing.token.numel() == routing.num_tokens:  # of all of them: a linear layer
         weights = weight_EIO[0].split([part.size(1) for part in parts])
         rows = [part.to(weight_EIO.dtype) for part in parts]
         y_TO = rows[0] @ weights[0] if bias_EO is None else torch.addmm(bias_EO[0], rows[0], weights[0])
         for row, weight_IO in zip(rows[1:], weights[1:], strict=True):
             y_TO = torch.addmm(y_TO, row, weight_IO)
         return y_TO * routing.weight.to(y_TO.dtype)[:, None]
-    if backend not in FUSING or device == "cuda" or (routing.contiguous and full):  # of slices, nothing to fuse
+    if routing.contiguous and full and backend in FUSING:  # of slices, nothing to fuse
+        weights = weight_EIO.split([part.size(1) for part in parts], dim=1)
+        y_TO = grouped_linear(parts[0], weights[0], bias_EO, routing.offsets, backend)
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            y_TO = y_TO + grouped_linear(part, weight, None, routing.offsets, backend)
+        return combine(y_TO, routing)
+    if backend not in FUSING or device == "cuda":
         x_TI = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
         return combine(grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend), routing)
     if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:

@@ -85,9 +85,9 @@ class AggregateOnce(StackedExperts):
         if self.matrix is None or self.prototype.explain:
             return self._by_pyg(graph, x_src)
         matrix = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32))
-        if graph.constant is not False:
-            return matrix.kept(x_src).to(x_src.dtype)
-        return weighted_sum(matrix.weight[:, None], x_src[:, None], matrix.edges).squeeze(1).to(x_src.dtype)
+        if graph.constant is False and not matrix.knows(x_src):
+            return weighted_sum(matrix.weight[:, None], x_src[:, None], matrix.edges).squeeze(1).to(x_src.dtype)
+        return matrix.kept(x_src).to(x_src.dtype)
 
     def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         conv, size = self.prototype, (graph.num_src, graph.num_dst)
@@ -222,17 +222,17 @@ class LinearAggregation(AggregateOnce):
         if COUNTING.get():
             narrower = self.num_experts * self.linear.out_features < self.aggregate_width
             return "transform" if narrower else "aggregate"
-        edges = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32)).edges  # with loops, for GCN
+        matrix = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32))
         return cheapest_order(
             sources=graph.num_src,
             tokens=graph.num_dst,
-            edges=edges.sender.numel(),
+            edges=matrix.edges.sender.numel(),  # with loops, for GCN
             pairs=routing.token.numel(),
             num_experts=self.num_experts,
             width=self.aggregate_width,
             out=self.linear.out_features,
             shared=shared,
-            known=graph.constant is True and not x_src.requires_grad,
+            known=(graph.constant is True and not x_src.requires_grad) or matrix.knows(x_src),
             trains=torch.is_grad_enabled() and self.linear.weight.requires_grad,
             trains_x=torch.is_grad_enabled() and x_src.requires_grad,
         )
@@ -528,7 +528,7 @@ class FilterConv(MessagePassing):
             return out
         exact = torch.promote_types(x.dtype, torch.float32)
         matrix = graph.normalized(False, self.add_self_loops, exact)
-        return (matrix.times if graph.constant is False else matrix.kept)(x).to(x.dtype)
+        return matrix.kept(x).to(x.dtype)
 
     def message(self, x_j: Tensor, edge_weight: Tensor) -> Tensor:
         return edge_weight[:, None] * x_j

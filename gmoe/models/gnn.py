@@ -33,6 +33,10 @@ from gmoe.routing import Routing
 Residual: TypeAlias = Literal["none", "identity", "linear"]
 
 
+RENUMBERED_LAYERS = 5
+"""With fewer, to sort the edges of the renumbered nodes takes longer than to gather and scatter nodes in each layer."""
+
+
 class GNNMoE(HubMixin, BasicGNN):
     r"""A GNN in the manner of PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and residuals.
 
@@ -277,7 +281,8 @@ class GNNMoE(HubMixin, BasicGNN):
                 # not before, since the graph may know the sums of the raw features
                 order = decision.token
                 graph, decision = graph.renumbered(order), decision.in_order()
-                xs = [x := x.index_select(0, order)]
+                x = x.index_select(0, order)
+                xs = [x for _ in xs]
                 batch = None if batch is None else batch.index_select(0, order)
             followed = None if decision is None else decision.first(x.size(0))
             conv = self.convs[layer]
@@ -294,7 +299,8 @@ class GNNMoE(HubMixin, BasicGNN):
             if layer < len(self.residuals):
                 out = out + self.residuals[layer](x)
             x = self._after(layer, out, batch, batch_size)
-            xs.append(x)
+            if hasattr(self, "jk"):  # else nothing holds the layers in between
+                xs.append(x)
         if hasattr(self, "jk"):
             x = self.jk([h[: x.size(0)] for h in xs])  # trimming leaves the later layers fewer nodes
         x = self.lin(x) if hasattr(self, "lin") else x
@@ -304,13 +310,14 @@ class GNNMoE(HubMixin, BasicGNN):
     def _renumbers(self, decision: Routing) -> bool:
         """Whether to sort the nodes by expert once, so that no layer has to gather or scatter them.
 
-        It pays from two layers on, and is right where each node has one expert, all layers but the output conv are MoE
-        layers that read nothing of the graph but its sorted edges, and no hook sees the nodes in between.
+        It pays from :data:`RENUMBERED_LAYERS` on, and is right where each node has one expert, all layers but the
+        output conv are MoE layers that read nothing of the graph but its sorted edges, and no hook sees the nodes in
+        between.
         """
         convs: list[Any] = list(self.convs)[: self.num_layers - (self.jk_mode is None)]
         inner = [module for part in self.children() if part is not self.shared_router for module in part.modules()]
         return (
-            len(convs) > 1
+            len(convs) >= RENUMBERED_LAYERS
             and all(isinstance(conv, MoEConv) and conv.reads_sorted_edges for conv in convs)
             and not any(
                 module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in inner

@@ -194,6 +194,39 @@ def test_routed_mlp_is_the_mixture(
     assert_same(ours, theirs, [*leaves, gate] if share == 1 else leaves)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=20, deadline=None)
+@given(
+    loads=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    widths=st.lists(st.integers(1, 4), min_size=1, max_size=2),
+    kernel=st.sampled_from(["linear", "mlp", "glu"]),
+    bias=st.booleans(),
+    out=st.sampled_from([2, 6]),
+)
+def test_slices_of_tokens_are_a_routing_like_any_other(
+    backend: Backend, loads: list[int], widths: list[int], kernel: str, bias: bool, out: int
+) -> None:
+    """Tokens sorted by expert; and what a caller holds stays as it is."""
+    tokens, experts, hidden = sum(loads), len(loads), out // 2 if kernel == "glu" else out
+    parts, gate_P = [features(tokens, width, seed=i) for i, width in enumerate(widths)], features(tokens, seed=7)
+    up, up_bias = features(experts, sum(widths), out, seed=3), features(experts, out, seed=4)
+    down, down_bias = features(experts, hidden, 2, seed=5), features(experts, 2, seed=6)
+    weights = [up, up_bias, down, down_bias][:: 1 if bias else 2][: 2 * (1 + bias) if kernel != "linear" else 1 + bias]
+    leaves = [leaf.requires_grad_() for leaf in (*parts, gate_P, *weights)]
+    before = [leaf.detach().clone() for leaf in leaves]
+
+    def mixture(contiguous: bool) -> Tensor:
+        token, scores = torch.arange(tokens), torch.zeros(tokens, experts)
+        routing = Routing(token, ends(loads), gate_P, scores, tokens, contiguous=contiguous)
+        if kernel == "linear":
+            return routed_linear(parts, up, up_bias if bias else None, routing, backend)
+        x, biases = torch.cat(parts, dim=1), (up_bias, down_bias) if bias else (None, None)
+        return routed_mlp(x, up, biases[0], down, biases[1], "silu", kernel == "glu", routing)
+
+    assert_same(mixture(True), mixture(False), leaves)
+    assert all(torch.equal(leaf, kept) for leaf, kept in zip(leaves, before, strict=True))
+
+
 @pytest.mark.parametrize("frozen", range(6))
 @pytest.mark.parametrize("kernel", ["linear", "mlp"])
 def test_gradients_are_only_made_where_they_are_needed(kernel: str, frozen: int) -> None:

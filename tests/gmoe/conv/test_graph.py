@@ -6,6 +6,7 @@ import copy
 import pickle
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import GCNConv
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
@@ -22,7 +24,7 @@ from torch_geometric.utils import add_self_loops, remove_self_loops
 from gmoe import GNNMoE, Graph, MoEConv, count_flops
 from gmoe.conv import graph as graph_module
 from gmoe.conv.attention import Messages
-from gmoe.conv.graph import Edges, Matrix, blocks, dot, weighted_sum
+from gmoe.conv.graph import Edges, Matrix, _WeightedSum, blocks, dot, weighted_sum
 from tests.gmoe.conv.masked import GRAPHS, csr, features, mean_of_in_edges, random_graph, routing_of, simple_graph
 
 HEADS, WIDTH = 2, 3
@@ -47,6 +49,22 @@ def operands(fast: Any, edges: Edges, shared: bool) -> tuple[Tensor, Tensor]:
     """Weights or queries, and values or keys that all heads share or that each has of its own."""
     shape = (len(edges.sender), HEADS) if fast is weighted_sum else (edges.num_receivers, HEADS, WIDTH)
     return features(*shape, seed=1), features(edges.num_senders, 1 if shared else HEADS, WIDTH, seed=2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(values=st.lists(st.integers(0, 9), max_size=40), form=st.sampled_from(["plain", "strided", "counted"]))
+def test_messages_of_a_receiver_keep_their_order(values: list[int], form: str) -> None:
+    """Sorted by values packed with their positions, or by torch."""
+    receiver, sender = torch.tensor(values, dtype=torch.long), torch.arange(len(values))
+    given = torch.stack([receiver, receiver], dim=1)[:, 0] if form == "strided" else receiver
+    with FlopCounterMode(display=False) if form == "counted" else nullcontext():
+        edges, order = Edges.sorted(sender, given, max(len(values), 1), 10)
+    expected = receiver.sort(stable=True)
+    assert torch.equal(edges.receiver, expected.values)
+    assert torch.equal(order, expected.indices)
+    assert torch.equal(edges.sender, expected.indices)
+    assert edges.degree.tolist() == receiver.bincount(minlength=10).tolist()
+    assert receiver.tolist() == values
 
 
 @settings(max_examples=50, deadline=None)
@@ -272,32 +290,23 @@ def test_the_other_flow() -> None:
         Graph(csr(edges.unique(dim=1), (6, 6)), 6).in_flow("target_to_source")
 
 
-def counted(patch: pytest.MonkeyPatch, *names: str) -> list[str]:
-    """What of the module is called, from now on."""
-    calls: list[str] = []
-    for name in names:
-        owner: Any = Edges if name == "sorted" else Graph if hasattr(Graph, name) else graph_module
-        plain = getattr(owner, name)
-
-        def watched(*args: Any, _plain: Any = plain, _name: str = name, **kwargs: Any) -> Any:
-            calls.append(_name)
-            return _plain(*args, **kwargs)
-
-        patch.setattr(owner, name, staticmethod(watched) if name == "sorted" else watched)
-    return calls
-
-
 @pytest.mark.parametrize("conv", ["gcn", "sage", "gat", "transformer", "filter"])
-def test_a_graph_sorts_and_normalizes_once_for_all_calls(conv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_sorts_once_for_all_calls(conv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = MoEConv(conv, 4, 4, num_experts=2, shared_expert=False).double()
     x, edges = features(9, 4).requires_grad_(), random_graph(9, 9, 30)
-    calls = counted(monkeypatch, "sorted", "index_sort")
+    calls, plain = list[Any](), Edges.sorted
+
+    def watched(*args: Any) -> Any:
+        calls.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(Edges, "sorted", staticmethod(watched))
     graph = Graph(edges, 9)
     layer(x, graph).sum().backward()
     first = len(calls)
     layer(x, graph).sum().backward()
     again = len(calls) - first
-    per_call = {"gat": 2, "transformer": 2}.get(conv, 0)  # attention's messages follow the routing of the call
+    per_call = {"gat": 1, "transformer": 1}.get(conv, 0)  # attention's messages follow the routing of the call
     assert again <= per_call
     layer(x, edges).sum().backward()
     assert len(calls) - first - again == first
@@ -350,6 +359,23 @@ def test_means_of_the_same_features_are_computed_once(monkeypatch: pytest.Monkey
     for changed in (x, first):
         changed.add_(1)
         torch.testing.assert_close(graph.mean(x), mean_of_in_edges(x, edges))
+
+
+@pytest.mark.parametrize(("form", "sums"), [("edge_index", 1), ("Graph", 1), ("csr, by whose values SAGE weighs", 2)])
+def test_the_first_layer_takes_the_sum_that_the_router_saw(
+    form: str, sums: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gnn = GNNMoE(4, 4, 3, conv="sage", router_input=("node", "neighbors"), shared_router=True).double()
+    edges, x, of_x = random_graph(9, 9, 30).unique(dim=1), features(9, 4), list[Tensor]()
+    plain = _WeightedSum.forward
+
+    def watched(ctx: Any, weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
+        of_x.extend([value_UGC] if value_UGC.data_ptr() == x.data_ptr() else [])
+        return plain(ctx, weight_MH, value_UGC, edges)
+
+    monkeypatch.setattr(_WeightedSum, "forward", staticmethod(watched))
+    gnn(x, Graph(edges, 9) if form == "Graph" else edges if form == "edge_index" else csr(edges, (9, 9)))
+    assert len(of_x) == sums
 
 
 def test_what_needs_gradients_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

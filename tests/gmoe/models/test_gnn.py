@@ -39,6 +39,7 @@ from gmoe import (
     record_routing,
 )
 from gmoe.conv.graph import Edges, parameters_of
+from gmoe.models.gnn import RENUMBERED_LAYERS
 from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv.masked import (
     FORMS,
@@ -54,6 +55,10 @@ from tests.gmoe.conv.masked import (
 
 NODES, IN, HIDDEN, OUT, EXPERTS = 8, 4, 6, 3, 3
 shared_routers = pytest.mark.parametrize("shared_router", [False, True], ids=["own routers", "shared router"])
+
+
+DEEP = RENUMBERED_LAYERS + 1
+"""Layers, with the output conv, from which nodes are renumbered."""
 
 
 def model(**kwargs: Any) -> GNNMoE:
@@ -230,10 +235,11 @@ def test_forms_of_the_edges(form: str, shared_router: bool) -> None:
 def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(
     shared_router: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where nodes are renumbered, once more in each call; the transpose likewise."""
     x, edges = graph()
-    gnn = model(num_layers=4, shared_router=shared_router, router_input=("node", "neighbors"))
+    gnn = model(num_layers=DEEP, shared_router=shared_router, router_input=("node", "neighbors"))
     calls: list[Any] = []
-    plain = Edges.sorted
+    plain, renumbers = Edges.sorted, int(shared_router)
 
     def watched(*args: Any) -> Any:
         calls.append(args)
@@ -241,15 +247,16 @@ def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(
 
     monkeypatch.setattr(Edges, "sorted", staticmethod(watched))
     gnn(x, edges)
-    assert len(calls) == 1
+    assert len(calls) == 1 + renumbers
     built = Graph(edges, NODES)
+    calls.clear()
     for _ in range(3):
         gnn(x, built)
-    assert len(calls) == 2
-    gnn(x, built).sum().backward()  # the transpose
-    after = len(calls)
+    assert len(calls) == 1 + 3 * renumbers
+    gnn(x, built).sum().backward()  # the transpose of the graph's own edges
+    calls.clear()
     gnn(x, built).sum().backward()
-    assert len(calls) == after <= 4
+    assert len(calls) == 2 * renumbers
 
 
 def watched(graph: Graph, calls: list[Tensor], renumbered: Any, order: Tensor) -> Any:
@@ -298,7 +305,7 @@ KINDS_IN_ORDER: dict[str, dict[str, Any]] = {
 def test_renumbered_nodes_change_nothing(kind: str, options: dict[str, Any]) -> None:
     """In training, with edge weights, and with experts that no node chooses."""
     kwargs = {**options, **KINDS_IN_ORDER[kind]}
-    gnn = model(**kwargs, shared_router=True, router_input=("node", "neighbors"))
+    gnn = model(num_layers=DEEP, **kwargs, shared_router=True, router_input=("node", "neighbors"))
     x, edges = features(23, IN), random_graph(23, 23, 70)
     for given in (edges, Graph(edges, 23)):
         ours, plain = both_ways(gnn, x, given, **edge_args(gnn, 70))
@@ -314,7 +321,7 @@ def test_renumbered_nodes_change_nothing(kind: str, options: dict[str, Any]) -> 
 @pytest.mark.parametrize("form", FORMS)
 def test_renumbered_nodes_of_all_forms_of_edges(form: str) -> None:
     ends, x = simple_graph(9, 9, loops=False), features(9, IN)
-    gnn = model(conv="graph", shared_router=True, shared_expert=True)
+    gnn = model(num_layers=DEEP, conv="graph", shared_router=True, shared_expert=True)
     with default_float64():
         given = Graph(FORMS[form](ends, (9, 9)), 9)
         for _ in range(2):  # the second finds the graph's transpose
@@ -326,7 +333,7 @@ def test_renumbered_nodes_of_all_forms_of_edges(form: str) -> None:
 @pytest.mark.parametrize("norm", ["graph_norm", "instance_norm", "pair_norm", "layer_norm", "batch_norm"])
 def test_renumbered_nodes_keep_their_graph(norm: str) -> None:
     x, edges, batch = features(23, IN), random_graph(23, 23, 70), torch.arange(23) // 6
-    gnn = model(conv="gcn", shared_router=True, norm=norm, jk="cat")
+    gnn = model(num_layers=DEEP, conv="gcn", shared_router=True, norm=norm, jk="cat")
     ours, plain = both_ways(gnn, x, edges, batch=batch)
     for a, b in zip(ours, plain, strict=True):
         assert_same(a, b)
@@ -338,8 +345,8 @@ def test_renumbered_nodes_keep_their_graph(norm: str) -> None:
         {"shared_router": False},
         {"k": 2},
         {"router": "expert_choice"},
-        {"num_layers": 2},
-        {"every": 2, "num_layers": 4},
+        {"num_layers": DEEP - 1},
+        {"every": 2},
         {"conv": "gat"},
         {"conv": "sage", "aggr": "max"},
     ],
@@ -347,12 +354,12 @@ def test_renumbered_nodes_keep_their_graph(norm: str) -> None:
 )
 def test_who_keeps_the_nodes_numbers(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Graph, "renumbered")
-    gnn = model(**{"conv": "gcn", "shared_router": True, **options})
+    gnn = model(**{"conv": "gcn", "shared_router": True, "num_layers": DEEP, **options})
     gnn(features(23, IN), random_graph(23, 23, 70))
 
 
 def test_hooks_and_explainers_see_the_nodes_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    gnn, seen = model(conv="gcn", shared_router=True), list[Tensor]()
+    gnn, seen = model(num_layers=DEEP, conv="gcn", shared_router=True), list[Tensor]()
     x, edges = features(23, IN), random_graph(23, 23, 70)
     expected = gnn(x, edges)
     monkeypatch.delattr(Graph, "renumbered")
