@@ -133,7 +133,7 @@ def routed_linear(
         backend: see :func:`grouped_linear`.
     """
     device = parts[0].device.type
-    full = not torch.is_autocast_enabled(device) and parts[0].dtype == weight_EIO.dtype != torch.bfloat16
+    of_one_type = all(part.dtype == weight_EIO.dtype for part in parts) and weight_EIO.dtype != torch.bfloat16
     if weight_EIO.size(0) == 1 and routing.token.numel() == routing.num_tokens:  # of all of them: a linear layer
         weights = weight_EIO[0].split([part.size(1) for part in parts])
         rows = [part.to(weight_EIO.dtype) for part in parts]
@@ -141,8 +141,9 @@ def routed_linear(
         for row, weight_IO in zip(rows[1:], weights[1:], strict=True):
             y_TO = torch.addmm(y_TO, row, weight_IO)
         return y_TO * routing.weight.to(y_TO.dtype)[:, None]
-    if routing.contiguous and full and backend in FUSING:  # of slices, nothing to fuse
-        weights = weight_EIO.split([part.size(1) for part in parts], dim=1)
+    if routing.contiguous and of_one_type and not torch.is_autocast_enabled(device) and backend in FUSING:
+        # slices, with nothing to fuse
+        weights = [weight_EIO] if len(parts) == 1 else weight_EIO.split([part.size(1) for part in parts], dim=1)
         y_TO = grouped_linear(parts[0], weights[0], bias_EO, routing.offsets, backend)
         for part, weight in zip(parts[1:], weights[1:], strict=True):
             y_TO = y_TO + grouped_linear(part, weight, None, routing.offsets, backend)

@@ -232,7 +232,8 @@ class LinearAggregation(AggregateOnce):
             width=self.aggregate_width,
             out=self.linear.out_features,
             shared=shared,
-            known=(graph.constant is True and not x_src.requires_grad) or matrix.knows(x_src),
+            known=not x_src.requires_grad
+            and (matrix.knows(x_src) if graph.constant is False else bool(graph.constant)),
             trains=torch.is_grad_enabled() and self.linear.weight.requires_grad,
             trains_x=torch.is_grad_enabled() and x_src.requires_grad,
         )
@@ -528,7 +529,7 @@ class FilterConv(MessagePassing):
             return out
         exact = torch.promote_types(x.dtype, torch.float32)
         matrix = graph.normalized(False, self.add_self_loops, exact)
-        return matrix.kept(x).to(x.dtype)
+        return (matrix.times if graph.constant is False else matrix.kept)(x).to(x.dtype)
 
     def message(self, x_j: Tensor, edge_weight: Tensor) -> Tensor:
         return edge_weight[:, None] * x_j

@@ -22,7 +22,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import add_self_loops, is_sparse, remove_self_loops, to_edge_index
 
-from gmoe._autograd import first_order, untraced
+from gmoe._autograd import first_order, in_transform, untraced
 
 with warnings.catch_warnings():  # torch says once a process that such matrices are in beta; here it has said so
     warnings.simplefilter("ignore")
@@ -60,12 +60,13 @@ class Edges:
     @staticmethod
     def sorted(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> tuple[Edges, Tensor]:
         """The edges in the order of their receivers, and (M,) which of the given ones each of them is."""
-        bits = receiver.numel().bit_length()
         plain = type(receiver) is Tensor and receiver.device.type == "cpu" and not torch.compiler.is_compiling()
+        plain = plain and not in_transform() and not torch._C._len_torch_dispatch_stack()
+        bits = receiver.numel().bit_length()
         with torch.inference_mode(False):  # what a graph keeps is for training too
-            if plain and not torch._C._len_torch_dispatch_stack() and num_receivers.bit_length() + bits <= 63:
+            if plain and int(num_receivers).bit_length() + bits <= 63:
                 # one integer of receiver and position: NumPy's sort takes a sixth of the time of torch's stable one
-                both = (receiver << bits) + torch.arange(receiver.numel())
+                both = (receiver << bits) + torch.arange(receiver.numel(), device=receiver.device)
                 both.numpy().sort()
                 receiver, order = both >> bits, both & ((1 << bits) - 1)
             else:
@@ -96,7 +97,7 @@ class Edges:
         return torch.arange(len(position), device=receivers.device) + shift.index_select(0, position), position
 
     def renumbered(self, place: Tensor) -> tuple[Edges, Tensor]:
-        """The edges where node ``i`` is node ``place[i]``, and (M,) which of these each of them is."""
+        """The edges where ``place[i]`` is the node that was ``i``, and (M,) which of these each of them is."""
         sender, receiver = place.index_select(0, self.sender), place.index_select(0, self.receiver)
         return Edges.sorted(sender, receiver, self.num_senders, self.num_receivers)
 
@@ -341,8 +342,9 @@ class Graph:
     def _sorted(self) -> tuple[Edges, Tensor]:
         if "edges" not in self._shared and self._before is not None:
             before, _, place = self._before
-            edges, edge = before.edges.renumbered(place)
-            self._shared["edges"] = edges, before._sorted[1].index_select(0, edge)
+            with torch.inference_mode(False):
+                edges, edge = before.edges.renumbered(place)
+                self._shared["edges"] = edges, before._sorted[1].index_select(0, edge)
         if "edges" not in self._shared:
             self._shared["edges"] = Edges.sorted(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
         return self._shared["edges"]
@@ -391,10 +393,16 @@ class Graph:
         """(N_dst,) edges into each destination."""
         return self.edges.degree
 
-    def mean(self, x_src: Tensor) -> Tensor:
-        """(N_dst, D) the mean over in-edges of ``x_src``; zero without any."""
+    def mean(self, x_src: Tensor, keep: bool | None = None) -> Tensor:
+        """(N_dst, D) the mean over in-edges of ``x_src``; zero without any.
+
+        Args:
+            x_src: (N_src, D) features.
+            keep: whether another sum of this ``x_src`` may follow; by default unless :attr:`constant` is ``False``.
+        """
         matrix = self.weighted(None, True, torch.promote_types(x_src.dtype, torch.float32))
-        return matrix.kept(x_src).to(x_src.dtype)
+        keep = self.constant is not False if keep is None else keep
+        return (matrix.kept if keep else matrix.times)(x_src).to(x_src.dtype)
 
     def weighted(self, by: Literal["weight", "values"] | None, mean: bool, dtype: torch.dtype) -> Matrix:
         """The matrix of a sum over in-edges, or of a mean.

@@ -34,7 +34,7 @@ Residual: TypeAlias = Literal["none", "identity", "linear"]
 
 
 RENUMBERED_LAYERS = 5
-"""With fewer, to sort the edges of the renumbered nodes takes longer than to gather and scatter nodes in each layer."""
+"""With fewer hidden layers, to sort the edges of renumbered nodes takes longer than to gather and scatter in each."""
 
 
 class GNNMoE(HubMixin, BasicGNN):
@@ -217,7 +217,8 @@ class GNNMoE(HubMixin, BasicGNN):
         """(N, dim) what a shared router sees: the raw features, their means over in-edges, the in-degrees."""
         graph = self._graph(x, edge_index, None, None)
         graph = graph if graph.is_sparse else graph.in_flow(self.flow)
-        return self._view(x, graph, graph.mean)
+        # of the raw features, since the first layer may sum the same
+        return self._view(x, graph, lambda h: graph.mean(h, keep=True if h is x else None))
 
     def _view(self, x: Tensor, graph: Graph, mean: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, dim) the same, of features averaged over in-edges once, twice, ..."""
@@ -260,10 +261,13 @@ class GNNMoE(HubMixin, BasicGNN):
             raise ValueError("edge_index: got a Graph, expected (2, number of edges) where layers are trimmed")
         self._check_edge_args(edge_weight, edge_attr)
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
+        if graph.constant is False:  # a tensor of this call: sums of it that the graph keeps end with the first layer
+            x = x.view_as(x)
         decision = None if self.shared_router is None else self.decide(x, graph, batch)
         routings = [] if decision is None else [decision]
         order, whole = None, graph
-        given, x = x, self.input_dropout(x)
+        given: Tensor | None = x
+        x = self.input_dropout(x)
         if self.lin_in is not None:
             x = self.lin_in(x)
         xs: list[Tensor] = []
@@ -299,6 +303,7 @@ class GNNMoE(HubMixin, BasicGNN):
             if layer < len(self.residuals):
                 out = out + self.residuals[layer](x)
             x = self._after(layer, out, batch, batch_size)
+            given = None
             if hasattr(self, "jk"):  # else nothing holds the layers in between
                 xs.append(x)
         if hasattr(self, "jk"):
@@ -435,7 +440,8 @@ class GNNMoE(HubMixin, BasicGNN):
                 out = out + rows(self.residuals[layer], x)
             # all nodes at once, since some norms look at all of them
             x = self._after(layer, out.to(own), batch, None).to(home)
-            xs.append(x)
+            if hasattr(self, "jk"):
+                xs.append(x)
         if hasattr(self, "jk"):
             x = self.jk([h.to(own) for h in xs]).to(home)
         x = rows(getattr(self, "lin", None), x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -225,6 +226,14 @@ def test_slices_of_tokens_are_a_routing_like_any_other(
 
     assert_same(mixture(True), mixture(False), leaves)
     assert all(torch.equal(leaf, kept) for leaf, kept in zip(leaves, before, strict=True))
+
+
+def test_slices_of_parts_of_several_types() -> None:
+    routing = Routing(torch.arange(5), ends([2, 3]), features(5), torch.zeros(5, 2), 5, contiguous=True)
+    parts = [features(5, 3), features(5, 2, seed=1).float()]
+    weight = features(2, 5, 4)
+    plain = routed_linear(parts, weight, None, replace(routing, contiguous=False))
+    torch.testing.assert_close(routed_linear(parts, weight, None, routing), plain)
 
 
 @pytest.mark.parametrize("frozen", range(6))

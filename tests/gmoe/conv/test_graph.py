@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import GCNConv
@@ -65,6 +66,23 @@ def test_messages_of_a_receiver_keep_their_order(values: list[int], form: str) -
     assert torch.equal(edges.sender, expected.indices)
     assert edges.degree.tolist() == receiver.bincount(minlength=10).tolist()
     assert receiver.tolist() == values
+
+
+def test_edges_are_sorted_whatever_the_default_device_and_the_type_of_the_counts() -> None:
+    edges = random_graph(6, 6, 15)
+    with torch.device("meta"):
+        degree = Graph(edges, numpy.int64(6)).in_degree
+    assert degree.tolist() == edges[1].bincount(minlength=6).tolist()
+    assert torch.func.grad(lambda x: (x * Graph(edges, 6).in_degree).sum())(features(6)).tolist() == degree.tolist()
+
+
+def test_renumbered_edges_read_in_inference_mode_train() -> None:
+    edges, weight = random_graph(6, 6, 15), features(15).requires_grad_()
+    renumbered = Graph(edges, 6).renumbered(torch.tensor([3, 1, 5, 0, 2, 4]))
+    with torch.inference_mode():
+        assert renumbered.order.numel() == 15
+    renumbered.with_args(weight, None).weighted("weight", False, torch.float64).times(features(6, 2)).sum().backward()
+    assert weight.grad is not None
 
 
 @settings(max_examples=50, deadline=None)
@@ -376,6 +394,31 @@ def test_the_first_layer_takes_the_sum_that_the_router_saw(
     monkeypatch.setattr(_WeightedSum, "forward", staticmethod(watched))
     gnn(x, Graph(edges, 9) if form == "Graph" else edges if form == "edge_index" else csr(edges, (9, 9)))
     assert len(of_x) == sums
+
+
+def test_what_is_known_of_a_call_ends_with_its_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"num_layers": 3, "router_input": ("node", "neighbors"), "router_hops": 2}
+    gnn, kept, plain = GNNMoE(4, 4, 3, conv="gat", shared_router=True, **options).double(), list[Any](), Matrix.kept
+
+    def watched(matrix: Matrix, x: Tensor) -> Tensor:
+        kept.append(weakref.ref(out := plain(matrix, x)))
+        return out
+
+    monkeypatch.setattr(Matrix, "kept", watched)
+    gnn.convs[1].register_forward_pre_hook(lambda *_: kept.append([ref() is None for ref in kept]))
+    with torch.no_grad():
+        gnn(features(9, 4), random_graph(9, 9, 30))
+    assert kept[-1] == [True]
+
+
+def test_the_order_of_a_layer_does_not_follow_from_what_others_asked_the_graph() -> None:
+    """Or a checkpoint's recomputation would take another."""
+    layer, edges, x = MoEConv("sage", 40, 4, num_experts=2).double(), random_graph(20, 20, 2000), features(20, 40)
+    graph = Graph(edges, 20)
+    y = checkpoint(layer, x, graph, use_reentrant=False)
+    graph.mean(x)
+    y.sum().backward()
+    assert torch.equal(layer(x, graph), y)
 
 
 def test_what_needs_gradients_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
