@@ -212,8 +212,8 @@ def _layer_line(name: str, variant: Mapping[str, Any]) -> Line:
 
 
 def swap_line(row: Mapping[str, Any]) -> Line:
-    """Dense and MoE of the seeds that both have, and the other arms; ok is a MoE whose mean is no less than a standard
-    deviation below the dense one's."""
+    """Dense and MoE of the seeds that both have, and the other arms, with how many seeds these have if fewer; ok is a MoE
+    whose mean is no less than a standard deviation below the dense one's."""
     runs: dict[str, dict[int, Any]] = {arm: {run["seed"]: run for run in of} for arm, of in row["runs"].items()}
     both = sorted(set(runs.get("dense", {})) & set(runs.get("moe", {})))
     line = dict.fromkeys(("n", "dense", "moe", "moe − dense", "ok"), "–")
@@ -224,7 +224,8 @@ def swap_line(row: Mapping[str, Any]) -> Line:
         line |= {"moe − dense": f"{difference:+.2f}", "ok": "ok" if difference >= -std else "no"}
     line["moe-off"] = mean_std([100 * run["off"] for run in runs.get("moe", {}).values()])
     for arm in ("dense-flops", "random", "oracle", "k-means", "shared-transform"):
-        line[arm] = mean_std([100 * run["test"] for run in runs.get(arm, {}).values()])
+        tests = [100 * run["test"] for run in runs.get(arm, {}).values()]
+        line[arm] = mean_std(tests) + (f" ({len(tests)})" if 0 < len(tests) < len(both) else "")
     for name, form in (("share", ".2f"), ("live", ".3g")):
         by_layer = zip(*(run[name] for run in runs.get("moe", {}).values()), strict=True)
         means = [statistics.fmean(values) for values in by_layer]

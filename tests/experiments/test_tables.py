@@ -168,10 +168,11 @@ def test_a_swap_compares_the_seeds_that_both_have() -> None:
     moe = [{"seed": seed, "test": 0.83, "off": 0.7, "share": [0.1, 0.3], "live": [8.0, 4.0]} for seed in (0, 1)]
     seconds = {"dense": 0.01, "moe": 0.03, "dense-flops": 0.02, "shared-transform": 0.015}
     time = {arm: {"wall": {"median": value}} for arm, value in seconds.items()} | {"layers": 2}
-    line = swap_line({"runs": {"dense": dense, "moe": moe}, "time": time})
+    line = swap_line({"runs": {"dense": dense, "moe": moe, "random": dense[:1], "oracle": dense[:2]}, "time": time})
     assert (line["n"], line["dense"], line["moe"]) == ("2", "81.00 ± 1.41", "83.00 ± 0.00")
     assert (line["moe − dense"], line["ok"], line["moe-off"]) == ("+2.00", "ok", "70.00 ± 0.00")
-    assert (line["share"], line["live"], line["random"]) == ("0.10 0.30", "8 4", "–")
+    assert (line["share"], line["live"], line["k-means"]) == ("0.10 0.30", "8 4", "–")
+    assert (line["random"], line["oracle"]) == ("80.00 (1)", "81.00 ± 1.41")  # the one has fewer seeds
     assert (line["ms dense / moe / flops"], line["×"], line["+ms a layer"]) == ("10.0 / 30.0 / 20.0", "3.00", "10.0")
     assert line["× shared-transform"] == "1.50"
     assert set(swap_line({"runs": {}, "time": None}).values()) == {"–"}

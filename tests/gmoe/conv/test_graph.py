@@ -87,10 +87,12 @@ def test_renumbered_edges_read_in_inference_mode_train() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
-@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["sparse", "blocks"])
+@pytest.mark.parametrize(
+    ("devices", "narrow"), [(("cpu",), graph_module.NARROW), (("cpu",), 0), ((), 0)], ids=["by MKL", "sparse", "blocks"]
+)
 @pytest.mark.parametrize(("fast", "slow"), [(weighted_sum, slow_sum), (dot, slow_dot)])
 def test_sums_equal_a_row_for_each_message(
-    fast: Callable[..., Tensor], slow: Callable[..., Tensor], devices: tuple[str, ...], data: st.DataObject
+    fast: Callable[..., Tensor], slow: Callable[..., Tensor], devices: Any, narrow: int, data: st.DataObject
 ) -> None:
     """Parallel and missing edges, and more edges than the matrix has cells."""
     senders, receivers = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
@@ -99,6 +101,7 @@ def test_sums_equal_a_row_for_each_message(
     first, second = (v.requires_grad_() for v in operands(fast, edges, data.draw(st.booleans())))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph_module, "SPARSE_DEVICES", devices)
+        patch.setattr(graph_module, "NARROW", narrow)
         patch.setattr(graph_module, "NUMBERS", 20)
         expected, actual = slow(first, second, edges), fast(first, second, edges)
         grad = features(*expected.shape, seed=3)
