@@ -212,7 +212,7 @@ def _layer_line(name: str, variant: Mapping[str, Any]) -> Line:
 
 
 def swap_line(row: Mapping[str, Any]) -> Line:
-    """Dense and MoE of the seeds that both have, and the other arms, with their number of seeds if that is less; ok is a
+    """Dense and MoE of the seeds that both have, and the other arms, with their number of seeds if it is less; ok is a
     MoE whose mean is no less than a standard deviation below the dense one's."""
     runs: dict[str, dict[int, Any]] = {arm: {run["seed"]: run for run in of} for arm, of in row["runs"].items()}
     both = sorted(set(runs.get("dense", {})) & set(runs.get("moe", {})))
