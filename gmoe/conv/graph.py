@@ -617,7 +617,10 @@ class _WeightedSum(torch.autograd.Function):
             if rows.device.type in SPARSE_DEVICES and weight_M.numel():
                 size = (edges.ptr.numel() - 1, rows.size(0))
                 matrix = torch.sparse_csr_tensor(edges.ptr, column, weight_M, size, check_invariants=False)
-                outs.append(torch.mm(matrix, rows) if by_mkl else torch.sparse.mm(matrix, rows, "sum"))
+                if by_mkl:  # with out=, since autocast leaves that alone
+                    outs.append(torch.mm(matrix, rows, out=rows.new_empty(size[0], rows.size(1))))
+                else:
+                    outs.append(torch.sparse.mm(matrix, rows, "sum"))
                 continue
             out = rows.new_zeros(edges.num_receivers, rows.size(1))
             for block in blocks(0, weight_M.numel(), rows.size(1), rows.device):
