@@ -68,7 +68,7 @@ class Edges:
         bits = receiver.numel().bit_length()
         with torch.inference_mode(False):  # what a graph keeps is for training too
             if plain and int(num_receivers).bit_length() + bits <= 63:
-                # one integer of receiver and position: NumPy's sort takes a sixth of the time of torch's stable one
+                # receiver and position in one integer: by NumPy in a quarter of the time of torch's stable sort
                 both = (receiver << bits) + torch.arange(receiver.numel(), device=receiver.device)
                 both.numpy().sort()
                 receiver, order = both >> bits, both & ((1 << bits) - 1)

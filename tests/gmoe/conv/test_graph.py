@@ -416,8 +416,12 @@ def test_what_is_known_of_a_call_ends_with_its_first_layer(monkeypatch: pytest.M
 
 def test_the_order_of_a_layer_does_not_follow_from_what_others_asked_the_graph() -> None:
     """Or a checkpoint's recomputation would take another."""
-    layer, edges, x = MoEConv("sage", 40, 4, num_experts=2).double(), random_graph(20, 20, 2000), features(20, 40)
-    graph = Graph(edges, 20)
+    layer, edges, x = (
+        MoEConv("sage", 400, 40, num_experts=2).double(),
+        random_graph(200, 200, 20_000),
+        features(200, 400),
+    )
+    graph = Graph(edges, 200)
     y = checkpoint(layer, x, graph, use_reentrant=False)
     graph.mean(x)
     y.sum().backward()
