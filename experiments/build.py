@@ -178,6 +178,7 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         "every": config.every,
         "dropout": config.dropout,
         "router_kwargs": router_kwargs,
+        **config.layer_options(),
     }
     if isinstance(config, ImageConfig):
         made = gmoe.ROUTERS[router] if isinstance(router, str) else router
@@ -188,8 +189,6 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
             task.num_classes,
             router,
             blocks=config.moe_blocks or None,
-            shared_expert=config.shared_expert,
-            dense_start=config.dense_start,
             **common,
         )
     assert isinstance(config, GraphConfig | HeteroConfig)
@@ -197,7 +196,6 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         "in_proj": config.in_proj,
         "norm": config.norm,
         "residual": config.residual,
-        "router_input": config.router_input,
         "check_finite": config.check_finite,
     }
     if isinstance(config, HeteroConfig):
@@ -225,8 +223,6 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         shared_router=config.shared_router,
         router_hops=config.router_hops,
         jk=config.jk,
-        shared_expert=config.shared_expert,
-        dense_start=config.dense_start,
         local=None,
         input_dropout=config.input_dropout,
         **common,
@@ -289,7 +285,7 @@ def _conv_kwargs(config: GraphConfig, task: Task) -> dict[str, Any]:
 
 def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., Router] | None, dict[str, Any]]:
     """The router by name or factory, and its options."""
-    given = config.router_options()
+    given = config.options.given()
     if config.router == "dense":
         if given:
             raise ValueError(f"options: got {given} with router='dense', expected none")

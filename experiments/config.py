@@ -28,7 +28,7 @@ FANOUT = (15, 10, 5)
 class RouterOptions:
     """Options of the routers; what a router does not know is an error.
 
-    What is left out takes the value of :func:`pinned` (`weight`, `balance`), or the router's own default.
+    What is left out has the router's own default.
     """
 
     weight: Literal["score", "normalized", "straight_through"] | None = None
@@ -67,28 +67,6 @@ class RouterOptions:
     def given(self) -> dict[str, Any]:
         """The options that were set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-def pinned(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a run's router, with weight and balance written out, whatever the library's defaults.
-
-    Args:
-        run: as JSON, see :meth:`RunConfig.science`.
-    """
-    options: dict[str, Any] = run["options"]
-    router = run["equal_to"] if run["router"] == "dense" and run.get("equal") else run["router"]
-    by_gate = "normalized" if run["k"] > 1 else None
-    token_choice = {"weight": by_gate or "straight_through", "balance": "none"}
-    if run.get("dense_start"):  # which was measured with the library's defaults
-        token_choice = {"weight": by_gate or "score", "balance": "bias"}
-    pins: dict[str, dict[str, Any]] = {
-        "token_choice": token_choice,
-        "random": {"weight": by_gate or "straight_through"},
-        "expert_choice": {"weight": "score"},
-        "attention_vote": {"weight": "score"},
-        "multi_centroid": {"weight": "score" if options.get("choice") == "experts" else by_gate or "score"},
-    }
-    return pins.get(router, {}) | options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,16 +208,17 @@ class RunConfig:
         what = [self.dataset if self.data is None else self.data, self.router if self.model is None else self.model]
         return Path("runs") / "-".join(what).replace(":", ".")
 
-    def router_options(self) -> dict[str, Any]:
-        """The options of the router, see :func:`pinned`."""
-        return pinned({**vars(self), "options": self.options.given()})
+    def layer_options(self) -> dict[str, Any]:
+        """What is asked of the MoE layers; an option that is ``None`` is left to the layer's own default."""
+        values = {name: getattr(self, name, None) for name in ("shared_expert", "dense_start", "router_input")}
+        return {name: value for name, value in values.items() if value is not None}
 
     def science(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON: all but where it runs and where it is written."""
         values = {name: value for name, value in asdict(self).items() if name not in WHERE}
         if self.devices * self.nodes == 1:  # with more, draws are others
             del values["devices"], values["nodes"]
-        values["options"] = self.router_options()
+        values["options"] = self.options.given()
         found: dict[str, Any] = json.loads(json.dumps(values))
         return found
 
@@ -266,16 +245,17 @@ class GraphConfig(RunConfig):
     """Attention heads, of the convs that have them."""
     edge_features: bool = False
     """Give the edge features to convs that take them (GAT, GATv2, Transformer, GINE, ...)."""
-    shared_expert: bool = False
-    """One more expert that runs on every token."""
-    dense_start: bool = False
-    """Beside the shared expert, the others start at zero."""
+    shared_expert: bool | None = None
+    """One more expert that runs on every token; by default the layer's own choice: there is one."""
+    dense_start: bool | None = None
+    """Beside the shared expert, the others start at zero; by default the layer's own choice: they do."""
     in_proj: bool = False
     """Begin with a linear layer."""
     shared_router: bool = False
     """One decision for all layers, not one in each."""
-    router_input: tuple[RouterInput, ...] = ("node",)
-    """What the router sees: the node, the mean of its neighbors, log-degree."""
+    router_input: tuple[RouterInput, ...] | None = None
+    """What the router sees: the node, the mean of its neighbors, log-degree; by default the layer's own choice: the
+    node."""
     router_hops: int = 1
     """Shared router: how far the router sees."""
     residual: Literal["none", "identity", "linear"] = "identity"
@@ -329,8 +309,8 @@ class HeteroConfig(RunConfig):
     """One router for all node types, not one for each."""
     tie_experts: bool = False
     """The experts of all node types have one root weight and bias."""
-    router_input: tuple[RouterInput, ...] = ("node",)
-    """What the router sees: the node, the mean of its neighbors."""
+    router_input: tuple[RouterInput, ...] | None = None
+    """What the router sees: the node, the mean of its neighbors; by default the layer's own choice: the node."""
     residual: Literal["none", "identity", "linear"] = "identity"
     """The residual."""
     norm: str | None = None
@@ -351,7 +331,7 @@ class HeteroConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_fanout(self.sampling, self.fanout)
-        if "degree" in self.router_input:
+        if "degree" in (self.router_input or ()):
             raise ValueError(f"router_input: got {self.router_input}, expected node, neighbors, or both of them")
 
 
@@ -359,12 +339,16 @@ class HeteroConfig(RunConfig):
 class ImageConfig(RunConfig):
     """Patches of images, in a ViT."""
 
+    router: str = "expert_choice"
+    """Who decides, as ViTMoE does by default; otherwise as for graphs, and `dense` is the model without experts."""
+    equal_to: RouterName = "expert_choice"
+    """The router of the MoE that the dense baseline is matched to; experts, K and the rest as given."""
     moe_blocks: tuple[int, ...] = ()
     """The blocks that hold experts, from 0, in place of `every`."""
-    shared_expert: bool = False
-    """One more expert that runs on every token."""
-    dense_start: bool = False
-    """Beside the shared expert, the others start at zero."""
+    shared_expert: bool | None = None
+    """One more expert that runs on every token; by default the layer's own choice: there is one."""
+    dense_start: bool | None = None
+    """Beside the shared expert, the others start at zero; by default the layer's own choice: they do."""
     mlp_scale: float = 1.0
     """Dense: factor of the output of the MLPs in whose place experts would be, which weights by score scale."""
     patch: int | None = None

@@ -1,7 +1,7 @@
 """The presets: one frozen configuration a data set. `python -m experiments.train NAME` runs one.
 
-What they do not name has the default of `experiments.config`, whose `pinned` adds the weights and the balance of the
-router in use: no default of the library changes what they run.
+They name data, widths and recipe. Router, balance, weights, shared expert, dense start and what the router sees are
+the library's defaults.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ DIGITS = ImageConfig(
 
 CIFAR10 = ImageSetConfig(
     dataset="cifar10",
-    router="expert_choice",
     hidden=256,
     layers=6,
     every=2,
@@ -60,15 +59,13 @@ CIFAR100 = replace(CIFAR10, dataset="cifar100")
 IMAGENETTE = replace(CIFAR10, dataset="imagenette", hidden=384, epochs=80, batch_size=64)
 """Imagenette at 160 pixels, random resized crops; a 6-block ViT, 192 wide, 16x16 patches. Run on a sample only."""
 
-IMAGES = replace(CIFAR10, dataset="images", router="token_choice", shared_expert=True, dense_start=True)
+IMAGES = replace(CIFAR10, dataset="images")
 """A folder of the user's own, with the library's default shape: ``python -m experiments.train images --data-root DIR``.
 """
 
 DIGITS_GRAPH = GraphConfig(
     dataset="digits-graph",
-    router="expert_choice",
     undirected=False,
-    router_input=("node", "neighbors"),
     hidden=32,
     epochs=100,
     seeds=(0, 1, 2),
@@ -85,7 +82,6 @@ MOSAIC = GraphConfig(
     conv=("sage",),
     undirected=False,
     adjacency="edge_index",
-    router_input=("node", "neighbors"),
     hidden=16,
     jk="last",
     residual="none",
@@ -126,7 +122,6 @@ PUBMED = replace(CORA, dataset="pubmed")
 HETEROPHILOUS = GraphConfig(
     dataset="roman-empire",
     conv=("sage",),
-    router_input=("node", "neighbors"),
     hidden=512,
     layers=5,
     norm="layer_norm",
@@ -145,7 +140,6 @@ are 5 layers, ReLU and linear residuals. They were run on made-up files only."""
 MINESWEEPER = GraphConfig(
     dataset="minesweeper",
     conv=("sage",),
-    router_input=("node", "neighbors"),
     hidden=64,
     layers=8,
     norm="batch_norm",
@@ -161,7 +155,6 @@ al., 2024) with fewer layers and epochs (300 for 2,000)."""
 
 SMALL = GraphConfig(
     dataset="amazon-photo",
-    router_input=("node", "neighbors"),
     hidden=64,
     dropout=0.5,
     weight_decay=5e-4,
@@ -172,7 +165,6 @@ SMALL = GraphConfig(
 
 ARXIV = GraphConfig(
     dataset="ogbn-arxiv",
-    router_input=("node", "neighbors"),
     hidden=256,
     layers=3,
     norm="batch_norm",
@@ -216,8 +208,6 @@ PAPERS100M = replace(
     lr=0.003,
     epochs=20,
     evaluation="sampled",
-    shared_expert=True,
-    dense_start=True,
     seeds=(0, 1, 2),
 )
 """ogbn-papers100M on disk, sampled SAGE: 3 layers of 256, fan-out 15 10 5, batches of 1,024; evaluated as in training,
@@ -229,7 +219,6 @@ PROTEINS = replace(ARXIV, dataset="ogbn-proteins", norm=None, dropout=0.0, epoch
 
 MAG = HeteroConfig(
     dataset="ogbn-mag",
-    router_input=("node", "neighbors"),
     hidden=64,
     residual="none",
     dropout=0.5,
@@ -255,7 +244,7 @@ FACEBOOK = replace(
 )
 """facebook: 22,470 pages, mutual likes, 4 classes, 10 stratified splits; a user's own graph."""
 
-GRAPH = replace(FACEBOOK, data_root=Path("data"), eval_every=1, shared_expert=True, dense_start=True)
+GRAPH = replace(FACEBOOK, data_root=Path("data"), eval_every=1)
 """A graph of the user's own, with the library's default shape: ``python -m experiments.train graph --data-root FILE``.
 
 It starts as the dense model. SAGE on facebook with its class swapped has 93.5 %, the dense one 93.3, n = 5

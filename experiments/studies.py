@@ -1,4 +1,7 @@
-"""Studies: lists of variants, fixed before the first of them is run. `python -m experiments.sweep NAME` runs one."""
+"""Studies: lists of variants, fixed before the first of them is run. `python -m experiments.sweep NAME` runs one.
+
+Their results are committed, so they say all that the library has a default for: see :func:`_written_out`.
+"""
 
 from __future__ import annotations
 
@@ -410,3 +413,34 @@ STUDIES["minesweeper-500"] = Study(
         if variant.name in LONGER
     ),
 )
+
+
+def _written_out(config: RunConfig) -> RunConfig:
+    """What a variant was measured with where it names nothing else: the plain mixture, each option said."""
+    by_gate = "normalized" if config.k > 1 else None
+    options: dict[str, dict[str, Any]] = {
+        "token_choice": {"weight": by_gate or "straight_through", "balance": "none"},
+        "random": {"weight": by_gate or "straight_through"},
+        "expert_choice": {"weight": "score"},
+        "attention_vote": {"weight": "score"},
+        "multi_centroid": {"weight": "score" if config.options.choice == "experts" else by_gate or "score"},
+    }
+    router = config.equal_to if config.router == "dense" and config.equal else config.router
+    layer: dict[str, Any] = {"shared_expert": False, "dense_start": False}
+    if isinstance(config, GraphConfig):
+        layer["router_input"] = ("node",) if config.dataset in ("cora", "citeseer") else ("node", "neighbors")
+    return replace(
+        config,
+        options=RouterOptions(**options.get(router, {}) | config.options.given()),
+        equal_to="token_choice" if config.equal is None else config.equal_to,
+        **layer | config.layer_options(),
+    )
+
+
+STUDIES = {
+    name: replace(
+        study,
+        variants=tuple(replace(variant, config=_written_out(variant.config)) for variant in study.variants),
+    )
+    for name, study in STUDIES.items()
+}

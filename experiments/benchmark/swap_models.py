@@ -357,14 +357,11 @@ class Infomax(Problem):
         return float(model.test(z[fitted], y[fitted], z[tested], y[tested], max_iter=150))
 
 
-DEFAULTS = RouterOptions(weight="score", balance="bias")
-"""gmoe's, which a configuration of this project pins to older ones where they are not given."""
-
 ROUTERS: dict[Arm, dict[str, Any]] = {
     "dense": {"router": "dense"},
     "dense-flops": {"router": "dense"},
-    "moe": {"router": "token_choice", "options": DEFAULTS},
-    "random": {"router": "random"},
+    "moe": {"router": "token_choice"},
+    "random": {"router": "random", "options": RouterOptions(weight="straight_through")},
     "oracle": {"router": "oracle"},
     "k-means": {"router": "multi_centroid", "options": RouterOptions(num_centroids=1)},
 }
@@ -472,7 +469,7 @@ def configured(kind: type[Configured], config: GraphConfig | ImageConfig, where:
     root = where.data_root / "heterophilous" if config.dataset in PYG else where.data_root
     config = replace(config, data_root=root, offline=where.offline, epochs=where.epochs or config.epochs)
     if isinstance(config, GraphConfig):
-        config = replace(config, adjacency="edge_index", shared_expert=True, dense_start=True, check_finite=False)
+        config = replace(config, adjacency="edge_index", router_input=("node", "neighbors"), check_finite=False)
     return partial(kind, replace(config, device=where.device.type), load_tasks(config))
 
 

@@ -99,7 +99,7 @@ def test_the_studys_variants_are_those_of_the_claims() -> None:
     assert {name for _, names in FIGURES.values() for name in names.split()} <= set(study)
     for name, config in study.items():
         if config.router not in ("dense", "uniform"):  # all variants but one weigh by score
-            assert config.router_options()["weight"] == ("straight_through" if name.endswith("-straight") else "score")
+            assert config.options.weight == ("straight_through" if name.endswith("-straight") else "score")
 
 
 def test_page_and_figures(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def fresh(config: ImageSetConfig, task: Any) -> Any:
         ({}, ["--patch", "0"], "patch: got 0, expected at least 1"),
         ({}, ["--val-share", "0"], "val_share: got 0.0"),
         ({}, ["--router", "oracle"], "router: got 'oracle' for images"),
-        ({}, ["--mlp-scale", "0.5"], "mlp_scale: got 0.5 with router='token_choice', expected 1"),
+        ({}, ["--mlp-scale", "0.5"], "mlp_scale: got 0.5 with router='expert_choice', expected 1"),
     ],
 )
 def test_bad_options(

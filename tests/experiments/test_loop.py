@@ -111,7 +111,20 @@ def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_losses_are_logged_layer_by_layer(tmp_path: Path) -> None:
     args = ["--epochs", "2", "--seeds", "0", "--no-progress", "--balance", "importance_load"]
-    main(["digits", *args, "--balance-coef", "0.1", "--z-coef", "0.01", "--out", str(tmp_path)])
+    main(
+        [
+            "digits",
+            "--router",
+            "token_choice",
+            *args,
+            "--balance-coef",
+            "0.1",
+            "--z-coef",
+            "0.01",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     with (tmp_path / "seed-0" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     named = [name for name in rows[0] if name not in ("epoch", "lr", "loss", "aux", "val", "seconds")]

@@ -58,7 +58,7 @@ def test_one_process_moves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_four_processes_move_gradients_sums_and_buffers(tmp_path: Path) -> None:
     args = ["digits", "--router", "token_choice", "--balance", "switch", "--devices", "2", "--nodes", "2"]
     found = planned(tmp_path, *args, "--bandwidth", "2")
-    config = parse(["digits", "--balance", "switch"])
+    config = parse(["digits", "--router", "token_choice", "--balance", "switch"])
     model = build_model(config, load_tasks(config)(0))
     moved, memory = found["bytes"]["step"], found["memory"]
     assert memory["gradients"] == 2 * memory["parameters"] == 8 * num_parameters(model)

@@ -1,13 +1,12 @@
-"""Presets and variants say all that they rely on: a changed default of the library changes none of them."""
+"""Presets leave to the library what it has a default for; variants of studies say all that they rely on."""
 
 from __future__ import annotations
 
 import inspect
 import json
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -16,20 +15,16 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import gmoe
 from experiments import build
-from experiments.config import HeteroConfig, ImageConfig, RouterName, RunConfig
+from experiments.config import HeteroConfig, ImageConfig, ImageSetConfig, RunConfig
 from experiments.data.task import Task
 from experiments.presets import PRESETS
 from experiments.studies import STUDIES
 from gmoe import Router
 
-RUNS: dict[str, RunConfig] = {name: config for name, (_, config) in PRESETS.items()} | {
+STUDIED: dict[str, RunConfig] = {
     f"{name}/{variant.name}": variant.config for name, study in STUDIES.items() for variant in study.variants
 }
-RUNS |= {
-    f"{name} --router {router} --k {k}": replace(PRESETS[name][1], router=router, k=k)
-    for name, router, k in product(("digits", "cora"), get_args(RouterName), (1, 2))
-}
-PINNED = {"k", "every", "router_input", "shared_expert", "dense_start", "local", "weight", "balance"}
+LEFT_TO_THE_LAYER = {"router_input", "shared_expert", "dense_start", "weight", "balance"}
 EXPECTED = json.loads((Path(__file__).parent / "resolved.json").read_text())
 """Arguments of the models and their routers: ``common`` by class and by router, and what a run has in its place."""
 
@@ -100,9 +95,9 @@ def resolve(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, dic
     return plain
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_models_and_routers_are_built_as_they_were(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = resolve(RUNS[name], monkeypatch)
+@pytest.mark.parametrize("name", STUDIED)
+def test_studies_are_built_as_they_were(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = resolve(STUDIED[name], monkeypatch)
     expected = EXPECTED["runs"][name]
     assert set(found) == set(expected)
     for part, arguments in expected.items():
@@ -110,11 +105,21 @@ def test_models_and_routers_are_built_as_they_were(name: str, monkeypatch: pytes
         assert {argument: found[part].get(argument, "not there") for argument in before} == before
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_nothing_pinned_is_left_to_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for call in calls(RUNS[name], monkeypatch).values():
-        assert PINNED & set(call.signature.parameters) <= set(call.arguments)
+@pytest.mark.parametrize("name", STUDIED)
+def test_studies_leave_nothing_to_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for call in calls(STUDIED[name], monkeypatch).values():
+        assert LEFT_TO_THE_LAYER & set(call.signature.parameters) <= set(call.arguments)
 
 
-def test_all_runs_are_compared() -> None:
-    assert set(EXPECTED["runs"]) == set(RUNS)
+def test_all_studies_are_compared() -> None:
+    assert set(EXPECTED["runs"]) == set(STUDIED)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_leave_routing_to_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PRESETS[name][1]
+    for call in calls(config, monkeypatch).values():
+        assert not LEFT_TO_THE_LAYER & set(call.arguments)
+    model = {ImageConfig: gmoe.ViTMoE, ImageSetConfig: gmoe.ViTMoE, HeteroConfig: gmoe.HeteroGNNMoE}
+    default = inspect.signature(model.get(type(config), gmoe.GNNMoE)).parameters["router"].default
+    assert (config.router, config.equal_to) == (default, default)

@@ -150,7 +150,7 @@ def test_what_is_printed_continues_the_run(
             main(args)
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "continue with" in line)
     main(shlex.split(line.partition("experiments.train ")[2]))
-    assert_same(tmp_path / "runs" / "digits-graph-expert_choice", tmp_path / "a folder" / "b")
+    assert_same(tmp_path / "runs" / "digits-graph-token_choice", tmp_path / "a folder" / "b")
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -184,9 +184,9 @@ def test_the_same_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for _ in range(3):
         main(args)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
-        "digits-graph-expert_choice",
-        "digits-graph-expert_choice-2",
-        "digits-graph-expert_choice-3",
+        "digits-graph-token_choice",
+        "digits-graph-token_choice-2",
+        "digits-graph-token_choice-3",
     ]
     main([*args, "--resume"])  # the last of them, which is finished
     assert len(list((tmp_path / "runs").iterdir())) == 3
@@ -201,7 +201,7 @@ def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     partial.write_text('{"lr": 0.03, "seeds": [4, 5], "options": {"balance": "switch"}}')
     config = parse(["digits", f"--config={partial}", "--epochs", "7"])
     assert (config.lr, config.seeds, config.epochs, config.hidden) == (0.03, (4, 5), 7, 96)
-    assert config.router_options()["balance"] == "switch"
+    assert config.options.balance == "switch"
     for text, message in (("[1]", "holds a list"), ("{", "cannot be read"), ('{"dataset": "cora"}', "is of cora"),
                           ('{"nonsense": 1}', "got nonsense")):  # fmt: skip
         partial.write_text(text)

@@ -115,7 +115,7 @@ def test_missing_data_says_what_how_large_and_where(tmp_path: Path, capsys: pyte
         ),
         (["digits-graph", "--router", "dense", "--weight", "score"], "options: got"),
         (["digits-graph", "--k", "9"], "k: got 9, expected at most num_experts=8"),
-        (["digits-graph", "--equal", "flops"], "equal: got 'flops' with router='expert_choice'"),
+        (["digits-graph", "--equal", "flops"], "equal: got 'flops' with router='token_choice'"),
         (["digits-graph", "--kmeans-init"], "kmeans_init: got True"),
     ],
 )
@@ -215,7 +215,7 @@ def test_every_preset_of_a_graph_runs_on_tiny_files(preset: str, tmp_path: Path,
     "args",
     [
         "--conv low_pass identity high_pass two_hop --experts 4",
-        "--conv gcn mlp --router-input node neighbors degree --shared-expert",
+        "--conv gcn mlp --router-input node neighbors degree --shared-expert False",
         "--conv gat --heads 2 --evaluation layerwise --batch-size 500",
         "--shared-router --router-input node degree --router-hops 2 --jk last",
         "--sampling neighbor --batch-size 400 --fanout -1 2 --evaluation layerwise",
@@ -273,7 +273,7 @@ def test_baselines_of_models_with_heads(equal: str, tmp_path: Path) -> None:
     summary = quick(tmp_path / "run", *args, "--epochs", "1")
     assert summary["hidden"] % 4 == 0
     assert summary["hidden"] > 16
-    assert summary["matched"] == pytest.approx(1, abs=0.15)
+    assert summary["matched"] == pytest.approx(1, abs=0.2)  # a head more or less
 
 
 def test_planted_experts_where_test_nodes_are_sampled(tmp_path: Path) -> None:
