@@ -10,13 +10,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric import EdgeIndex
+from torch_geometric.explain.algorithm.utils import set_masks
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.nn.dense.linear import Linear
@@ -79,10 +79,10 @@ class AggregateOnce(StackedExperts):
 
     @property
     def reads_sorted_edges(self) -> bool:
-        return self.matrix is not None and not self.prototype.explain
+        return self.matrix is not None
 
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Any:
-        if self.matrix is None or self.prototype.explain:
+        if self.matrix is None or graph.mask is not None:
             return self._by_pyg(graph, x_src)
         matrix = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32))
         if graph.constant is False and not matrix.knows(x_src):
@@ -90,10 +90,8 @@ class AggregateOnce(StackedExperts):
         return matrix.kept(x_src).to(x_src.dtype)
 
     def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
-        conv, size = self.prototype, (graph.num_src, graph.num_dst)
-        adj: Any = graph.adj
-        if conv.flow == "target_to_source":  # whose features would have to be a tuple that PyG does not take
-            conv, adj = turned(conv), graph.edge_index
+        conv, adj = self._conv_on(graph)
+        size = (graph.num_src, graph.num_dst)
         if isinstance(adj, EdgeIndex) and None in adj.sparse_size():  # of which alone PyG takes the number of nodes
             adj = EdgeIndex(adj.as_tensor(), sparse_size=size, sort_order=adj.sort_order)
         half = x_src.dtype in (torch.bfloat16, torch.float16) and graph.is_sparse  # which has no kernels for that
@@ -101,6 +99,17 @@ class AggregateOnce(StackedExperts):
             x = x_src.float() if half else x_src
             out: Tensor = conv((x, None), adj, **graph.args_for(conv), size=size)
         return out.to(x_src.dtype)
+
+    def _conv_on(self, graph: Graph) -> tuple[Any, Any]:
+        """The prototype under the graph's mask, and its edges; a copy, since another thread may be running it."""
+        conv, adj = self.prototype, graph.adj
+        if conv.flow == "target_to_source" or graph.mask is not None:
+            conv = copy.copy(conv)
+        if conv.flow == "target_to_source":  # whose features would have to be a tuple that PyG does not take
+            conv.flow, adj = "source_to_target", graph.edge_index
+        if graph.mask is not None:
+            set_masks(conv, graph.mask, graph.edge_index, apply_sigmoid=False)
+        return conv, adj
 
     def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Tensor:
         return chunks.map(lambda x, part, _: self.aggregate(part, x, x), x)
@@ -201,7 +210,7 @@ class LinearAggregation(AggregateOnce):
             linears.append(shared.linear)
         plain = all(type(linear) is LinearExperts and not any(hooks_of(linear)) for linear in linears)
         order: Order = "aggregate"
-        if self.narrows and plain and not self.prototype.explain:
+        if self.narrows and plain and graph.mask is None:
             order = self.order or self.cheapest(graph, x_src, routing, shared is not None)
         if self.matrix is None or order == "aggregate":
             return super().start(graph, x_src, x_dst, routing)
@@ -296,7 +305,8 @@ class GCNExperts(LinearAggregation):
     def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         if graph.is_sparse and graph.edge_weight is not None:
             raise ValueError(WEIGHTS_TWICE)
-        out: Tensor = self.prototype(x_src, graph.adj, **graph.args_for(self.prototype))
+        conv, adj = self._conv_on(graph)
+        out: Tensor = conv(x_src, adj, **graph.args_for(conv))
         return out
 
 
@@ -346,7 +356,7 @@ class GINExperts(AggregateOnce):
     def _without_transform(self, conv: Any) -> MessagePassing:
         conv.nn = nn.Identity()
         del conv.eps
-        conv.register_buffer("eps", torch.zeros(1), persistent=False)
+        conv.eps = 0.0
         return conv
 
     def _build(self, template: Any, backend: Backend) -> None:
@@ -364,7 +374,6 @@ class GINExperts(AggregateOnce):
     @torch.no_grad()
     def fill(self, convs: list[Any]) -> None:
         super().fill(convs)
-        self.prototype.eps.zero_()
         for network, conv in zip(self.nns, convs, strict=True):
             network.load_state_dict(conv.nn.state_dict())
 
@@ -392,7 +401,8 @@ class FilterExperts(GCNExperts):
         super().fill(convs)
 
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Any:
-        return powers(lambda x: self.prototype.hop(x, graph), x_src, self.hops) if self.hops else None
+        conv, _ = self._conv_on(graph)
+        return powers(lambda x: conv.hop(x, graph), x_src, self.hops) if self.hops else None
 
     def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Any:
         def hop(x: Tensor) -> Tensor:
@@ -427,16 +437,6 @@ class MLPConvExperts(StackedExperts):
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         out: Tensor = self.mlp(x_dst, routing)
         return out
-
-
-def turned(conv: MessagePassing) -> Any:
-    """The conv, its parameters shared, in the default flow. A copy: another thread may be running the conv."""
-    other = copy.copy(conv)
-    other.__dict__.pop("propagate", None)  # bound to the conv itself, once an explainer has been there
-    if other.explain and hasattr(other, "_orig_propagate"):  # the class's own is without the explainer's step
-        other.propagate = MethodType(type(other)._orig_propagate, other)
-    other.flow = "source_to_target"
-    return other
 
 
 def has_no_parameters(module: nn.Module) -> bool:

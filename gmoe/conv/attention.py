@@ -152,9 +152,10 @@ class AttentionExperts(StackedExperts):
                 setattr(self, name, nn.Parameter(vector.detach().new_empty(self.num_experts, *vector.shape)))
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
+        mask = graph.mask
         if getattr(self.prototype, "add_self_loops", False):
             graph = graph.with_loops(self.prototype.fill_value)
-        y_PHC = self._attend(x_src, x_dst, Messages(graph, routing))
+        y_PHC = self._attend(x_src, x_dst, Messages(graph.masked(mask), routing))
         y_PO = y_PHC.flatten(1) if self.prototype.concat else y_PHC.mean(dim=1)
         return combine(self._finish(y_PO, x_dst, routing), routing)
 
@@ -193,11 +194,10 @@ class AttentionExperts(StackedExperts):
         exact = torch.promote_types(score_MH.dtype, torch.float32)
         alpha_MH = softmax(score_MH.to(exact), ptr=messages.ptr).to(score_MH.dtype)
         alpha_MH = F.dropout(alpha_MH, self.prototype.dropout, self.training)
-        if not self.prototype.explain:
+        mask = messages.graph.mask
+        if mask is None:
             return alpha_MH
-        mask = self.prototype._edge_mask  # as MessagePassing.explain_message applies it: loops that are added have none
-        if self.prototype._apply_sigmoid:
-            mask = mask.sigmoid()
+        # as MessagePassing.explain_message applies it: loops that are added have none
         origin_M = messages.graph.order.index_select(0, messages.edge)
         mask_M = torch.cat([mask, mask.new_ones(1)])[origin_M]
         return alpha_MH * mask_M[:, None]

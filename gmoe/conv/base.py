@@ -174,6 +174,17 @@ class StackedExperts(ConvExperts):
         self._build(make(0), backend)
         self.fill([make(expert) for expert in range(num_experts)])
 
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Without the prototype: explainers count a hop for each MessagePassing module, and the layer is one already.
+
+        It has no parameters; what goes by children (``to``, ``train``, ``state_dict``) reaches it.
+        """
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if not any(module is part for part in self.prototype.modules()):
+                yield name, module
+
     @staticmethod
     def accepts(conv: Any) -> bool:
         """Whether this conv, with its options, can be run this way."""

@@ -203,6 +203,7 @@ class Graph:
         self.edge_attr = edge_attr
         self.flow = flow
         self.constant: bool | None = None
+        self.mask: Tensor | None = None  # (M,) an explainer's factors on the messages, in the order given
         self._before: Any = None  # the graph that this is with other numbers, and these
         self._parent: Any = None  # the graph that this is a part of, and what :meth:`part` found out
         self.matrix_values: Tensor | None = None
@@ -278,6 +279,14 @@ class Graph:
         self._check_rows(edge_weight, edge_attr)
         return other
 
+    def masked(self, mask: Tensor | None) -> Graph:
+        """The same graph with an explainer's factors (M,) on its messages, in the order of the edges as given."""
+        if mask is None:
+            return self
+        other = copy.copy(self)
+        other.mask = mask
+        return other
+
     def seeing(self, constant: bool) -> Graph:
         """The same graph for features that later calls bring again (``True``), so that their sums cost nothing, or
         that are new in each call (``False``), so that these are not worth keeping; by default neither is known."""
@@ -297,7 +306,7 @@ class Graph:
             if flow not in self._graphs:
                 before, order, _ = self._before
                 self._graphs[flow] = before.in_flow(flow).renumbered(order)
-            return self._graphs[flow]
+            return self._graphs[flow]  # of no explainer, who sees nodes as given
         if self.is_sparse or self._parent is not None:
             got = f"{type(self.adj).__name__} for a conv of flow={flow!r}"
             legal = "plain edges (2, number of edges), or the transposed matrix and the default flow"
@@ -309,7 +318,8 @@ class Graph:
         if flow not in self._graphs:
             weight, attr = self.edge_weight, self.edge_attr
             self._graphs[flow] = Graph(self.adj, self.num_src, edge_weight=weight, edge_attr=attr, flow=flow)
-        return self._graphs[flow] if self.constant is None else self._graphs[flow].seeing(self.constant)
+        other = self._graphs[flow].masked(self.mask)
+        return other if self.constant is None else other.seeing(self.constant)
 
     def renumbered(self, order: Tensor) -> Graph:
         """The graph where node ``i`` is node ``order[i]`` of before, for what reads :attr:`edges`.
@@ -418,7 +428,8 @@ class Graph:
         given = self.edge_weight if by == "weight" and self.edge_weight is not None else self.matrix_values
         by = None if given is None else by
         known = self._matrices if by == "weight" else self._shared
-        if (by, mean, dtype) in known:
+        learned = by is not None and given is not None and given.requires_grad  # so that nothing of it is kept
+        if (by, mean, dtype) in known and not learned:
             return known[by, mean, dtype]
         weight = None if by is None else getattr(self, by)
         if weight is None:
@@ -427,7 +438,7 @@ class Graph:
             degree = self.in_degree.to(torch.promote_types(weight.dtype, dtype))
             weight = weight / degree.index_select(0, self.edges.receiver)
         matrix = Matrix(self.edges, weight)
-        if not weight.requires_grad and not weight.is_inference():
+        if not learned and not weight.is_inference():
             known[by, mean, dtype] = matrix
         return matrix
 
@@ -440,20 +451,23 @@ class Graph:
             dtype: of the entries.
         """
         key = improved, loops, dtype
-        if key in self._matrices:
+        value = self.matrix_values if self.is_sparse else self.edge_weight
+        learned = value is not None and value.requires_grad  # so that nothing of it is kept
+        if key in self._matrices and not learned:
             return self._matrices[key]
         if self._before is not None:
             before = self._before[0].normalized(improved, loops, dtype)
             edges, edge = before.edges.renumbered(self._before[2])
-            return self._matrices.setdefault(key, Matrix(edges, before.weight.index_select(0, edge)))
+            matrix = Matrix(edges, before.weight.index_select(0, edge))
+            return matrix if learned else self._matrices.setdefault(key, matrix)
         if self._parent is not None:
-            return self._matrices.setdefault(key, self._part_of_normalized(improved, loops, dtype))
+            matrix = self._part_of_normalized(improved, loops, dtype)
+            return matrix if learned else self._matrices.setdefault(key, matrix)
         if self.is_sparse and self.edge_weight is not None:
             raise ValueError(WEIGHTS_TWICE)
         if "edges" not in self._shared:
             self._shared["edges"] = Edges.sorted(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
         edges, order = self._shared["edges"]
-        value = self.matrix_values if self.is_sparse else self.edge_weight
         weight = torch.ones_like(edges.sender, dtype=dtype) if value is None else value.index_select(0, order)
         fill = 2.0 if improved and (value is not None or self.is_sparse) else 1.0
         added = weight.new_full((self.num_dst,), fill if loops else 0.0)
@@ -475,7 +489,7 @@ class Graph:
             edges = Edges(ptr, sender, receiver, self.num_src)
             weight = weight.new_zeros(total).index_copy(0, place, weight).index_copy(0, last, scale * added * scale)
         matrix = Matrix(edges, weight)
-        if not weight.requires_grad and not weight.is_inference():
+        if not learned and not weight.is_inference():
             self._matrices[key] = matrix
         return matrix
 
@@ -506,8 +520,10 @@ class Graph:
         Args:
             fill_value: the loops' edge features, see ``torch_geometric.utils.add_self_loops``.
         """
-        key = ("loops", fill_value) if isinstance(fill_value, float | str) else None
-        if key in self._graphs:
+        given = self.matrix_values if self.edge_attr is None else self.edge_attr
+        kept = isinstance(fill_value, float | str) and (given is None or not given.requires_grad)
+        key = "loops", fill_value
+        if kept and key in self._graphs:
             return self._graphs[key]
         nodes = (self.num_src, self.num_dst)
         if self._parent is not None:  # loops' features may follow from edges that a part does not hold
@@ -524,7 +540,7 @@ class Graph:
         looped = Graph(ends.flip(0) if turned else ends, nodes, edge_attr=attr)
         origin = self.order.index_select(0, kept_M)
         looped._origin = torch.cat([origin, origin.new_full((min(nodes),), -1)])
-        if key is not None and not ends.is_inference() and (attr is None or not attr.requires_grad):
+        if kept and not ends.is_inference():
             self._graphs[key] = looped
         return looped
 

@@ -74,6 +74,9 @@ LOCAL = frozenset(CONVS[name] for name in _LOCAL.split())
 """Classes whose output at a node follows from its in-edges and their ends alone, under most options; all the same
 verified for each layer that is built."""
 
+SOURCES_ALONE = frozenset(CONVS[name] for name in ("sage", "graph", "gin", "gine", "gat"))
+"""Classes that take destinations without features, as if these were zeros."""
+
 
 def _gin(cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: Any, **kwargs: Any) -> MessagePassing:
     """GIN(E) around the two-layer MLP that PyG's ``GIN`` model builds, where no other is asked for."""
@@ -111,7 +114,8 @@ class Make:
             got = f"{self.in_channels} for {name_of(factory)}"
             check(not one, "in_channels", got, "one width: it takes no bipartite input (SAGEConv and GraphConv do)")
         try:
-            conv = factory(self.in_channels, self.out_channels, *self.args, **(self.kwargs or {}))
+            args, kwargs = copy.deepcopy((self.args, self.kwargs or {}))  # a module among them is each conv's own
+            conv = factory(self.in_channels, self.out_channels, *args, **kwargs)
         except (TypeError, AttributeError, AssertionError) as error:
             call = f"conv({self.in_channels}, {self.out_channels}, ...)"
             got = f"{name_of(factory)}, which cannot be built as {call} ({error})"

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
+from torch_geometric.utils import is_sparse
 
 from gmoe._autograd import in_transform, refuse_transforms
 from gmoe._checks import check, check_choice, check_count
 from gmoe.conv.base import MixedExperts, NodeChunks
 from gmoe.conv.graph import Graph, check_batch, parameters_of
-from gmoe.conv.kinds import ConvFactory, ConvLike, Make, build_experts, kinds_of, output_width
+from gmoe.conv.kinds import SOURCES_ALONE, ConvFactory, ConvLike, Make, build_experts, kinds_of, output_width
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Scaled, drawn_apart
 from gmoe.routers import Router, RouterLike, build_router
@@ -83,6 +85,8 @@ class MoEConv(MoELayer, MessagePassing):
         - ``edge_index``: (2, M), a :class:`gmoe.Graph`, PyG's ``EdgeIndex``, a ``torch.sparse`` matrix or
           ``SparseTensor`` (N_dst, N_src).
         - ``edge_weight`` (M,), ``edge_attr`` (M, .): where convs take them; also by position, as the conv takes them.
+        - ``size``: (N_src, N_dst), only needed where ``x`` is ``(x_src, None)`` and edges are plain. Destinations
+          without features are zeros to the router: let it see the ``"neighbors"``.
         - ``batch``: (N_dst,) the graph of each node; the graphs of a PyG ``Batch`` are separate groups.
         - returns (N_dst, out), and the :class:`Routing` too with ``return_routing=True``.
 
@@ -210,15 +214,25 @@ class MoEConv(MoELayer, MessagePassing):
         *edge_args: Tensor | None,
         edge_weight: Tensor | None = None,
         edge_attr: Tensor | None = None,
+        size: tuple[int, int] | None = None,
         batch: Tensor | None = None,
         routing: Routing | None = None,
         return_routing: bool = False,
+        return_attention_weights: None = None,
     ) -> Any:
         """Route and run; see the class. ``routing``: a decision made elsewhere, used instead of the router's."""
         tracing = torch._C._is_tracing() or torch.compiler.is_exporting()
         if tracing or (not torch.compiler.is_compiling() and in_transform()):
             refuse_transforms()
-        x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._pair(x)
+        if edge_args:
+            edge_weight, edge_attr, size = self._positional(edge_args, edge_weight, edge_attr, size)
+        x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._pair(x, edge_index, size)
+        if return_attention_weights is not None:
+            got, legal = (
+                return_attention_weights,
+                "None: the shared and the routed experts each have their own attention",
+            )
+            raise ValueError(f"return_attention_weights: got {got}, expected {legal}")
         if not x_src.is_floating_point() or not x_dst.is_floating_point():
             raise ValueError(f"x: got {x_src.dtype} and {x_dst.dtype}, expected floats")
         if self.experts is None:
@@ -226,23 +240,30 @@ class MoEConv(MoELayer, MessagePassing):
         if x_src.dim() != 2 or x_src.size(1) != self._widths[0] or x_dst.dim() != 2 or x_dst.size(1) != self._widths[1]:
             got = f"source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}"
             legal = f"(number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
-            raise ValueError(f"x: got {got}, expected {legal}")
+            raise ValueError(f"x: got {got}, expected {legal}; graphs side by side are one graph, see batch=")
+        if x_src.layout is not torch.strided or x_dst.layout is not torch.strided:
+            raise ValueError(f"x: got a tensor of layout {x_src.layout}, expected a dense one: x.to_dense()")
         if x_src is not x_dst:
             self._check_two_sets()
-        if edge_args:
-            edge_weight, edge_attr = self._positional(edge_args, edge_weight, edge_attr)
-        size = (x_src.size(0), x_dst.size(0))
+        nodes = (x_src.size(0), x_dst.size(0))
+        if size is not None and (not isinstance(size, tuple | list) or tuple(size) != nodes):
+            got = type(size).__name__ if isinstance(size, Tensor) else size
+            raise ValueError(f"size: got {got}, expected {nodes} source and destination nodes, as x has")
         if not isinstance(edge_index, Graph):
-            graph = Graph(edge_index, size, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
+            graph = Graph(edge_index, nodes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
             graph.constant = False  # no later call sees it
         else:
-            if (edge_index.num_src, edge_index.num_dst) != size:
-                raise ValueError(f"edge_index: got {edge_index}, expected {size[0]} sources and {size[1]} destinations")
+            if (edge_index.num_src, edge_index.num_dst) != nodes:
+                raise ValueError(
+                    f"edge_index: got {edge_index}, expected {nodes[0]} sources and {nodes[1]} destinations"
+                )
             graph = edge_index.with_args(edge_weight, edge_attr).in_flow(self.flow)
         if edge_weight is not None or edge_attr is not None:
             self._check_edge_args({"edge_weight": edge_weight, "edge_attr": edge_attr})
         if batch is not None:
-            check_batch(batch, size[1])
+            check_batch(batch, nodes[1])
+        if self.explain:
+            graph = graph.masked(self._explained(graph))
         u_src, u_dst = (x_src, x_dst) if self.transform is None else self._transformed(x_src, x_dst)
         h = None
         if not self.experts.narrows or (routing is None and "neighbors" in self.router_input):
@@ -254,9 +275,9 @@ class MoEConv(MoELayer, MessagePassing):
                 raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
             view = u_dst if self.router_input == ("node",) else self._view(graph, u_src, u_dst, h, graph.mean)
             routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
-        elif (routing.num_tokens, routing.num_experts) != (size[1], self.num_experts):
+        elif (routing.num_tokens, routing.num_experts) != (nodes[1], self.num_experts):
             got = f"{routing.num_tokens} tokens and {routing.num_experts} experts"
-            raise ValueError(f"routing: got {got}, expected {size[1]} and {self.num_experts}")
+            raise ValueError(f"routing: got {got}, expected {nodes[1]} and {self.num_experts}")
         followed = routing if self.gain is None else routing.scaled(self.gain)
         near = h
         if h is None:  # nobody needs the aggregate itself
@@ -318,12 +339,55 @@ class MoEConv(MoELayer, MessagePassing):
             y = y + self.shared_expert.forward_chunked(x, own, near, Routing.everyone(x.size(0), y))
         return y, routing
 
-    def _pair(self, x: Any) -> tuple[Tensor, Tensor]:
-        """Source and destination nodes."""
-        if not isinstance(x, tuple | list) or len(x) != 2 or not all(isinstance(part, Tensor) for part in x):
-            got = [type(part).__name__ for part in x] if isinstance(x, tuple | list) else type(x).__name__
+    def _pair(self, x: Any, edge_index: Any, size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        """Source and destination nodes; of destinations without features zeros, which add nothing to what they get."""
+        pair = tuple(x) if isinstance(x, tuple | list) else ()
+        if len(pair) != 2 or not isinstance(pair[0], Tensor) or not isinstance(pair[1], Tensor | None):
+            got = [type(part).__name__ for part in pair] or type(x).__name__
             raise ValueError(f"x: got {got}, expected a tensor, or a tuple of source and destination nodes")
-        return x[0], x[1]
+        if pair[1] is not None:
+            return pair[0], pair[1]
+        convs = [] if self.experts is None else self._all_convs()
+        others = sorted({type(conv).__name__ for conv in convs if type(conv) not in SOURCES_ALONE})
+        if not convs or others:
+            why = f"{', '.join(others)} reads them" if others else "their width is not known yet"
+            raise ValueError(f"x: got no destination nodes, expected source and destination nodes, since {why}")
+        if size is None and is_sparse(edge_index):
+            size = edge_index.size(1), edge_index.size(0)
+        elif size is None and isinstance(edge_index, Graph):
+            size = edge_index.num_src, edge_index.num_dst
+        elif size is None and isinstance(edge_index, EdgeIndex):
+            size = edge_index.sparse_size()
+        if size is None or size[1] is None:
+            raise ValueError("size: got None, expected (sources, destinations), since x has no destination nodes")
+        return pair[0], pair[0].new_zeros(size[1], self._widths[1])
+
+    def _explained(self, graph: Graph) -> Tensor:
+        """(M,) an explainer's mask, as factors on the messages.
+
+        Raises:
+            ValueError: an explainer that looks at single messages, of which experts that aggregate once have none.
+        """
+        mask = self._edge_mask
+        if not isinstance(mask, Tensor) or mask.shape != (graph.num_edges,):
+            got = f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else "an explainer without a mask"
+            legal = f"one of the {graph.num_edges} edges: GNNExplainer, PGExplainer and CaptumExplainer work"
+            raise ValueError(f"explain: got {got}, expected {legal}")
+        return mask.sigmoid() if self._apply_sigmoid else mask
+
+    def _no_hook(self, hook: Any) -> NoReturn:
+        """Refuse hooks of message passing, such as AttentionExplainer's, which would never be called.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"hook: got {hook}, expected none on a MoEConv, whose experts send no messages of its own")
+
+    register_propagate_forward_pre_hook = register_propagate_forward_hook = _no_hook
+    register_message_forward_pre_hook = register_message_forward_hook = _no_hook
+    register_aggregate_forward_pre_hook = register_aggregate_forward_hook = _no_hook
+    register_message_and_aggregate_forward_pre_hook = register_message_and_aggregate_forward_hook = _no_hook
+    register_edge_update_forward_pre_hook = register_edge_update_forward_hook = _no_hook
 
     def _check_two_sets(self) -> None:
         """Refuse source and destination nodes where a conv takes one set of nodes, or reads edges the other way."""
@@ -349,7 +413,7 @@ class MoEConv(MoELayer, MessagePassing):
     def reads_sorted_edges(self) -> bool:
         """Whether nodes may be renumbered for it; see :class:`gmoe.conv.base.ConvExperts`."""
         parts = [self.experts] if self.shared_expert is None else [self.experts, self.shared_expert]
-        return all(part.reads_sorted_edges for part in parts)
+        return not self.explain and all(part.reads_sorted_edges for part in parts)
 
     def _all_convs(self) -> list[MessagePassing]:
         shared = [] if self.shared_expert is None else self.shared_expert.convs()
@@ -367,21 +431,21 @@ class MoEConv(MoELayer, MessagePassing):
                 raise ValueError(f"{name}: got a tensor, but the conv takes {legal} of edge_weight and edge_attr")
 
     def _positional(
-        self, edge_args: Sequence[Any], edge_weight: Tensor | None, edge_attr: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, edge_args: Sequence[Any], edge_weight: Tensor | None, edge_attr: Tensor | None, size: Any
+    ) -> tuple[Tensor | None, Tensor | None, Any]:
         """What stands behind ``edge_index``, by the names that the conv itself has for it."""
         order, *others = {parameters_of(conv)[2 : 2 + len(edge_args)] for conv in self.experts.convs()}
         if others or len(order) < len(edge_args):
             by_name = "edge_weight= or edge_attr= by name, since the experts' convs disagree about their order"
             legal = by_name if others else f"at most {len(order)}"
             raise ValueError(f"forward: got {len(edge_args)} arguments behind edge_index, expected {legal}")
-        given: dict[str, Any] = {"edge_weight": edge_weight, "edge_attr": edge_attr}
+        given: dict[str, Any] = {"edge_weight": edge_weight, "edge_attr": edge_attr, "size": size}
         for name, value in zip(order, edge_args, strict=True):
             if value is not None and (name not in given or given[name] is not None):
                 got = type(value).__name__
-                raise ValueError(f"{name}: got {got} by position, expected edge_weight or edge_attr, once")
+                raise ValueError(f"{name}: got {got} by position, expected edge_weight, edge_attr or size, once")
             given[name] = given.get(name) if value is None else value
-        return given["edge_weight"], given["edge_attr"]
+        return given["edge_weight"], given["edge_attr"], given["size"]
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)

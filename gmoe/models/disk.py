@@ -5,7 +5,8 @@ Shapes: N nodes, B rows of a block, S nodes that these hear from (they come firs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch_geometric.nn import BatchNorm, GCNConv, LayerNorm, MessagePassing
 from tqdm import tqdm
 
 from gmoe._checks import check
-from gmoe.conv.aggregate import FilterConv, FilterExperts, turned
+from gmoe.conv.aggregate import FilterConv, FilterExperts
 from gmoe.conv.base import NodeChunks, too_far
 from gmoe.conv.graph import Edges, Graph, Matrix
 from gmoe.conv.kinds import looks_one_hop
@@ -41,8 +42,8 @@ def dense_chunked(conv: Any, x: Tensor, chunks: NodeChunks) -> Tensor:
         return chunks.map(lambda x, part, _: conv(x, part), x)
     if not isinstance(conv, GCNConv) or not conv.normalize:
         return chunks.map(lambda x, part, _: conv(x, part.adj, **part.args_for(conv)), x)
-    plain = turned(conv)
-    plain.normalize = False
+    plain = copy.copy(conv)  # another thread may be running the conv itself
+    plain.flow, plain.normalize = "source_to_target", False
 
     def compute(x: Tensor, part: Graph, _: slice) -> Tensor:
         matrix = part.normalized(conv.improved, conv.add_self_loops, x.dtype)
@@ -189,9 +190,18 @@ def _route(model: Any, conv: MoEConv, block: Block, x: Tensor, raw: Callable[[An
 
 def _normalizations(module: nn.Module) -> set[tuple[bool, bool]]:
     """How its convs normalize the graph: ``improved``, and with added self-loops."""
-    gcns = [part for part in module.modules() if isinstance(part, GCNConv) and part.normalize]
-    filters = [part for part in module.modules() if isinstance(part, FilterConv)]
+    gcns = [part for part in _convs(module) if isinstance(part, GCNConv) and part.normalize]
+    filters = [part for part in _convs(module) if isinstance(part, FilterConv)]
     return {(part.improved, part.add_self_loops) for part in gcns} | {(False, part.add_self_loops) for part in filters}
+
+
+def _convs(module: nn.Module) -> Iterator[Any]:
+    """All convs, those whose experts are stacked among them."""
+    for part in module.modules():
+        if isinstance(part, MoEConv):
+            yield from part._all_convs()
+        elif isinstance(part, MessagePassing):
+            yield part
 
 
 def _count_loops(graph: StoredGraph, rows: list[slice], path: Path) -> Tensor:
@@ -220,10 +230,9 @@ def _check_model(model: Any) -> None:
             check(_decides_alone(part), "router", got, legal)
         if isinstance(part, FilterExperts | FilterConv):
             check(part.hops <= 1, "hops", part.hops, "1, where the graph is stored")
-        if isinstance(part, MessagePassing) and part.flow == "target_to_source":
-            check(
-                False, "flow", f"'target_to_source' of {type(part).__name__}", "'source_to_target': in-edges are stored"
-            )
+    for part in _convs(model):
+        got = f"{part.flow!r} of {type(part).__name__}"
+        check(part.flow == "source_to_target", "flow", got, "'source_to_target': in-edges are stored")
     for layer, conv in enumerate(model.convs):
         if not isinstance(conv, MoEConv):
             first = layer == 0 and model.lin_in is None

@@ -115,6 +115,12 @@ class Router(nn.Module, ABC):
             check_edge_index(edge_index, x_TD.size(0), x_TD.size(0))
         with torch.autocast(x.device.type, enabled=False):
             routing = self.route(x_TD.to(torch.promote_types(x.dtype, torch.float32)), group, edge_index)
+        if not isinstance(routing, Routing):
+            raise ValueError(f"route: got {described(routing)}, expected a Routing from {type(self).__name__}.route")
+        if routing.num_tokens != x_TD.size(0) or routing.offsets.numel() != self.num_experts:
+            got = f"{routing.num_tokens} tokens and {routing.offsets.numel()} experts"
+            legal = f"{x_TD.size(0)} and {self.num_experts}"
+            raise ValueError(f"route: got a Routing of {got} from {type(self).__name__}, expected {legal}")
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True)
         # what is compiled, fake or on the meta device has no values to look at

@@ -195,16 +195,18 @@ class ExpertSelection(nn.Module):
 
     @torch.no_grad()
     def move(self, sums: dict[str, Tensor]) -> None:
-        """Move the running means by the mean over the groups of a step; without groups they rest."""
+        """Move the running means by the mean over the groups of a step; without groups, or where that is not finite,
+        they rest."""
         if "groups" not in sums:
             return
-        some = sums["groups"] > 0
+        some = (sums["groups"] > 0) & torch.stack([sum_E.isfinite().all() for sum_E in sums.values()]).all()
         self.steps += some
-        share = (1.0 / self.steps.float().clamp(min=1)).clamp(min=self.momentum) * some
+        share = (1.0 / self.steps.float().clamp(min=1)).clamp(min=self.momentum)
         for mean_E, sum_E in ((self.threshold_E, "last"), (getattr(self, "log_scale_E", None), "log_scale")):
             if mean_E is not None:
                 step_E = sums[sum_E] / sums["groups"].clamp(min=1)
-                mean_E.lerp_(step_E.to(mean_E.dtype), share.to(mean_E.dtype))
+                moved_E = mean_E.lerp(step_E.to(mean_E.dtype), share.to(mean_E.dtype))
+                mean_E.copy_(torch.where(some, moved_E, mean_E))
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize!r}, inference={self.inference!r}, capacity_factor={self.capacity_factor}"

@@ -144,6 +144,7 @@ class TokenChoice(Router):
         std = std_TE
         if self.training and self.by_spread and len(x_TD) > 0:
             std = clean_TE.detach().var(dim=0, unbiased=False).mean().sqrt()
+            std = torch.where(std.isfinite(), std, 0)  # a NaN token is no other token's noise
         if self.training and std is not None:
             logits_TE = clean_TE + torch.randn_like(clean_TE) * std
         log_probs_TE = logits_TE.log_softmax(dim=-1)
@@ -175,17 +176,19 @@ class TokenChoice(Router):
 
     @torch.no_grad()
     def _plan(self, sums: dict[str, Tensor]) -> None:
-        """Set what the next training step starts with."""
+        """Set what the next training step starts with; one whose sums are not finite (a NaN token) changes nothing."""
+        finite = torch.cat((sums["x"], sums["squares"])).isfinite().all()
         tokens, taken_E = sums["tokens"].clamp(min=1), sums["taken"]
         square_E = sums["squares"] / tokens
         var_E = square_E - (sums["logits"] / tokens).square()
         var_E = var_E.where(var_E > ROUNDED * torch.finfo(var_E.dtype).eps * square_E, 0)  # equal logits have no spread
         mean = taken_E.mean()
         step_E = self.bias_rate * var_E.mean().sqrt() * ((mean - taken_E) / mean.clamp(min=1)).clamp(-1, 1)
-        self.next_bias_E.copy_(self.bias_E + step_E)
+        self.next_bias_E.copy_(torch.where(finite, self.bias_E + step_E, self.bias_E))
         first = ~self.mean_D.any()
         rate = (MEAN_RATE + (1 - MEAN_RATE) * first.to(tokens.dtype)) * (sums["tokens"] > 0)
-        self.next_mean_D.copy_(self.mean_D + rate * (sums["x"] / tokens - self.mean_D))
+        mean_D = self.mean_D + rate * (sums["x"] / tokens - self.mean_D)
+        self.next_mean_D.copy_(torch.where(finite, mean_D, self.mean_D))
 
     def _sums(self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, routing: Routing) -> dict[str, Tensor]:
         """What the losses follow from, as sums over tokens."""

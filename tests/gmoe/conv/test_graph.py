@@ -599,3 +599,51 @@ def test_refusals_of_other_forms() -> None:
         MoEConv("gcn", 4, 4, num_experts=2, shared_expert=False).double()(
             features(9, 4), csr(edges, (9, 9)), edge_weight=torch.ones(edges.size(1))
         )
+
+
+@pytest.mark.parametrize("before", [torch.no_grad, torch.inference_mode, None], ids=["no_grad", "inference", "frozen"])
+@pytest.mark.parametrize(
+    ("conv", "name", "kwargs"),
+    [
+        ("gcn", "edge_weight", {}),
+        ("graph", "edge_weight", {}),
+        ("filter", "edge_weight", {}),
+        ("two_hop", "edge_weight", {}),
+        ("gat", "edge_attr", {"edge_dim": 1}),
+        ("gatv2", "edge_attr", {"edge_dim": 1}),
+        ("transformer", "edge_attr", {"edge_dim": 1}),
+        ("gine", "edge_attr", {}),
+    ],
+)
+@pytest.mark.parametrize("form", ["edges", "csr"])
+def test_learned_edge_arguments_keep_their_gradient(
+    conv: str, name: str, kwargs: dict[str, Any], form: str, before: Any
+) -> None:
+    """Also after an evaluation without gradients, and where they are learned only from then on."""
+    edges, x = random_graph(9, 9, 30).unique(dim=1), features(9, 4)
+    value = features(edges.size(1), seed=1).abs()
+    value = value if name == "edge_weight" else value[:, None].expand(-1, 4 if conv == "gine" else 1).clone()
+    if form == "csr" and (name == "edge_attr" or conv in ("filter", "two_hop")):
+        pytest.skip("a matrix of torch has no rows of features")
+    layer = MoEConv(conv, 4, 4, num_experts=2, shared_expert=False, **kwargs).double().eval()
+
+    def graph_of(value: Tensor) -> Graph:
+        if form == "edges":
+            return Graph(edges, 9, **{name: value})
+        return Graph(torch.sparse_coo_tensor(edges.flip(0), value, (9, 9)), 9)
+
+    fresh = value.clone().requires_grad_()
+    layer(x, graph_of(fresh)).square().sum().backward()
+    learned = value.clone()
+    if before is None:
+        graph = graph_of(learned)
+        layer(x, graph)
+        if form == "csr":
+            pytest.skip("the values are a copy")
+        learned.requires_grad_()
+    else:
+        graph = graph_of(learned.requires_grad_())
+        with before():
+            layer(x, graph)
+    layer(x, graph).square().sum().backward()
+    torch.testing.assert_close(learned.grad, fresh.grad, rtol=0, atol=1e-12)

@@ -326,7 +326,12 @@ X = torch.randn(NODES, WIDTH)
         (torch.randn(NODES, 5), {}, r"x: got .*\(8, 5\).*expected \(number of nodes, 4\)"),
         (torch.randn(2, NODES, 4), {}, r"x: got .*\(2, 8, 4\).*expected \(number of nodes, 4\)"),
         (None, {}, "x: got NoneType, expected a tensor"),
-        ((X, None), {}, r"x: got \['Tensor', 'NoneType'\], expected a tensor"),
+        ((X, None), {}, r"x: got no destination nodes, expected|size: got None, expected \(sources, destinations\)"),
+        ((None, X), {}, r"x: got \['NoneType', 'Tensor'\], expected a tensor"),
+        (X.to_sparse(), {}, r"x: got a tensor of layout torch.sparse_coo, expected a dense one"),
+        (X[None], {}, r"x: got source and destination nodes of shapes .* see batch="),
+        (X, {"size": (3, 3)}, r"size: got \(3, 3\), expected"),
+        (X, {"return_attention_weights": True}, r"return_attention_weights: got True, expected None"),
         ([X], {}, r"x: got \['Tensor'\], expected a tensor"),
         (X.long(), {}, "x: got torch.int64 .*expected floats"),
         (

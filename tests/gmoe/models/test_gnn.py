@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
+from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 from torch_geometric.loader import NodeLoader
 from torch_geometric.nn import (
     GAT,
@@ -365,14 +366,9 @@ def test_hooks_and_explainers_see_the_nodes_as_given(monkeypatch: pytest.MonkeyP
     monkeypatch.delattr(Graph, "renumbered")
     with pytest.raises(AttributeError, match="renumbered"):
         gnn(x, edges)
-    gnn.convs[0].experts.prototype.explain = True
-    gnn.convs[0].experts.prototype._edge_mask = torch.zeros(70, dtype=torch.float64)
-    gnn.convs[0].experts.prototype._apply_sigmoid, gnn.convs[0].experts.prototype._loop_mask = (
-        True,
-        edges[0] != edges[1],
-    )
+    set_masks(gnn.convs[0], torch.zeros(70, dtype=torch.float64), edges)
     gnn(x, edges)
-    gnn.convs[0].experts.prototype.explain = False
+    clear_masks(gnn)
     with gnn.convs[1].register_forward_hook(lambda *_: seen.append(_[-1][0])):
         assert_same(gnn(x, edges), expected)
     assert len(seen) == 1
@@ -693,8 +689,8 @@ def test_inference_leaves_the_model_as_it_was() -> None:
     before = {name: value.clone() for name, value in gnn.state_dict().items()}
     assert not gnn.inference(data, batch_size=5).requires_grad
     assert all(torch.equal(before[name], value) for name, value in gnn.state_dict().items())
-    convs: list[Any] = [m for m in gnn.modules() if isinstance(m, GCNConv)]
-    assert len(convs) == 3
+    convs: list[Any] = [conv for layer in gnn.convs[:2] for conv in layer._all_convs()] + [gnn.convs[2]]
+    assert [type(conv) for conv in convs] == [GCNConv] * 3
     assert all(conv.normalize and conv.flow == "source_to_target" for conv in convs)
 
 
