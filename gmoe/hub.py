@@ -18,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from gmoe._checks import check
@@ -27,9 +26,6 @@ from gmoe.flops import active_parameters
 Model = TypeVar("Model", bound="HubMixin")
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-
-FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-"""Precisions that a model may be saved in."""
 
 HINTS: dict[str, set[type]] = {"bool": {bool}, "int": {int}, "float": {int, float}, "str": {str}, "None": {type(None)}}
 """Hints that a saved value is checked by, with the types that JSON gives; constructors check what has other hints."""
@@ -57,8 +53,7 @@ class HubMixin:
         Raises:
             ImportError: ``safetensors`` is not installed.
             ValueError: an argument that JSON cannot hold and no name stands for: a function, a ``partial``, an
-                instance, your own class; a subclass that does not record its arguments; lazy parameters before the
-                first call.
+                instance, your own class; a subclass that does not record its arguments.
         """
         with _imports():
             from safetensors.torch import save_file
@@ -107,13 +102,11 @@ class HubMixin:
         saved = _read_arguments(config, cls)
         try:
             model: Any = cls(**(saved | arguments))
-        except (
-            Exception
-        ) as error:  # constructors, PyG's among them, raise all kinds of errors for values of wrong types
+        except Exception as error:  # PyG's constructors raise all kinds of errors for a value of a wrong type
             got = f"arguments that {cls.__name__} refuses ({type(error).__name__}: {error})"
             raise ValueError(f"{config}: got {got}, expected those of a saved {cls.__name__}") from error
-        # assign: in the dtypes of the file
-        model.load_state_dict(_read_weights(Path(folder) / WEIGHTS, model.state_dict()), assign=True)
+        weights = _read_weights(Path(folder) / WEIGHTS, model.state_dict())
+        model.load_state_dict(weights, assign=True)  # assign: in the dtypes of the file
         found: Model = model.eval()
         return found
 
@@ -198,18 +191,17 @@ def _encoded(value: Any, known: Mapping[str, Any]) -> Any:
         return value
     if isinstance(value, Integral):
         return int(value)
-    if isinstance(value, Real):
-        if not math.isfinite(value):
-            raise ValueError(str(value))
+    if isinstance(value, Real) and math.isfinite(value):
         return float(value)
     if isinstance(value, list | tuple):
         return [_encoded(part, known) for part in value]
     if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
         return {name: _encoded(part, known) for name, part in value.items()}
-    for name, own in known.items():
-        if value is own:
-            return name
-    raise ValueError(getattr(value, "__qualname__", f"an instance of {type(value).__name__}"))
+    found = [name for name, own in known.items() if value is own]
+    if not found:
+        shown = str(value) if isinstance(value, Real) else f"an instance of {type(value).__name__}"
+        raise ValueError(getattr(value, "__qualname__", shown))
+    return found[0]
 
 
 def _checked_arguments(model: Any) -> dict[str, Any]:
@@ -235,16 +227,16 @@ def _read_arguments(path: Path, model: type) -> dict[str, Any]:
         json.dumps(found, allow_nan=False)  # raises for NaN and infinities, 1e999 among them
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: got no JSON ({error}), expected {legal}") from error
-    check(isinstance(found, dict) and found.keys() == {"model", "arguments"}, str(path), "other keys", legal)
+    check(isinstance(found, dict) and found.keys() == {"model", "arguments"}, str(path), "other JSON", legal)
     check(found["model"] == model.__name__, str(path), f"a {found['model']}", f"a {model.__name__}")
-    arguments = found["arguments"]
-    check(isinstance(arguments, dict), str(path), f"arguments {arguments!r}", legal)
+    arguments: Any = found["arguments"]
+    check(isinstance(arguments, dict), str(path), "arguments that are no object", legal)
     for name, parameter in inspect.signature(model).parameters.items():
         hints = str(parameter.annotation).split(" | ")
         if name in arguments and HINTS.keys() >= set(hints):
             valid = any(type(arguments[name]) in HINTS[hint] for hint in hints)
             check(valid, f"{path}: {name}", repr(arguments[name]), parameter.annotation)
-    return arguments
+    return dict(arguments)
 
 
 def _read_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -268,7 +260,8 @@ def _form(tensor: Tensor | None) -> str:
     """What tensors that stand for each other have in common."""
     if tensor is None:
         return "nothing"
-    return f"{'floats' if tensor.dtype in FLOATS else tensor.dtype} of shape {tuple(tensor.shape)}"
+    floats = tensor.is_floating_point() and tensor.element_size() > 1  # no layer computes in those of 8 bits
+    return f"{'floats' if floats else tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 # The card -------------------------------------------------------------------------------------------------------------
