@@ -36,6 +36,7 @@ class HubMixin:
 
     The constructor records its arguments: ``self.config = recorded(locals())`` is its first line. A subclass with a
     constructor of its own does so after ``super().__init__(...)``, with a ``recorded(locals())`` of its first line.
+    Classes are saved by the names that it is told: ``recorded(locals(), router=gmoe.ROUTERS)``.
     """
 
     config: dict[str, Any]
@@ -178,9 +179,7 @@ def recorded(given: Mapping[str, Any], extra: str = "", **names: Mapping[str, An
         try:
             found[name] = _encoded(value, known)
         except ValueError as error:
-            legal = (
-                f"the name or class of {', '.join(known)}" if known else "a name, a number, or lists or dicts of them"
-            )
+            legal = f"the name or class of {', '.join(known)}" if known else "names, numbers, lists or dicts of them"
             found[name] = Refused(f"{name}: got {error}, expected {legal}, to be saved")
     return found
 
@@ -250,18 +249,16 @@ def _read_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: got no tensors ({error}), expected what save_pretrained writes") from error
-    for name in sorted(own.keys() | found.keys()):
-        got, fits = (_form(tensors.get(name)) for tensors in (found, own))
-        check(got == fits, f"{path}: {name}", got, fits)
+    got, legal = _forms(found), _forms(own)
+    for name in sorted(got.keys() | legal.keys()):
+        check(got.get(name) == legal.get(name), f"{path}: {name}", got.get(name), legal.get(name))
     return found
 
 
-def _form(tensor: Tensor | None) -> str:
-    """What tensors that stand for each other have in common."""
-    if tensor is None:
-        return "nothing"
-    floats = tensor.is_floating_point() and tensor.element_size() > 1  # no layer computes in those of 8 bits
-    return f"{'floats' if floats else tensor.dtype} of shape {tuple(tensor.shape)}"
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The shapes of tensors, and the dtypes of those that are no floats of at least 16 bits."""
+    kinds = {n: "floats" if t.is_floating_point() and t.element_size() > 1 else t.dtype for n, t in tensors.items()}
+    return {name: f"{kinds[name]} of shape {tuple(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 # The card -------------------------------------------------------------------------------------------------------------

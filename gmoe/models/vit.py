@@ -103,7 +103,7 @@ class ViTMoE(HubMixin, VisionTransformer):
             size = ViTSize(**size)
         config = recorded(locals() | {"size": asdict(size) if isinstance(size, ViTSize) else size}, router=ROUTERS)
         if not isinstance(size, ViTSize):
-            check(size in SIZES, "size", repr(size), f"a ViTSize, a dict of its sizes, or one of {sorted(SIZES)}")
+            check(size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
             size = SIZES[size]
         has_blocks = router is not None or blocks is None
         check(has_blocks, "blocks", f"{blocks!r} without a router", "None; a dense ViT has no experts")

@@ -140,7 +140,7 @@ def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
         ("an instance of partial", {"router": partial(TokenChoice, balance="switch")}),
         ("<lambda>, .* class of .*gatv2", {"conv": ["gcn", lambda a, b: GCNConv(a, b)]}),
         ("an instance of partial", {"shared_expert": partial(SAGEConv, aggr="max")}),
-        ("relu, expected a name", {"act": nn.functional.relu}),
+        ("relu, expected names", {"act": nn.functional.relu}),
         ("an instance of ReLU", {"act": nn.ReLU()}),
         ("an instance of dict", {"bias": {1: 2}}),
         ("inf", {"improved": float("inf")}),
