@@ -3,37 +3,32 @@
 The files are those of ``huggingface_hub.PyTorchModelHubMixin``: ``config.json``, ``model.safetensors`` and a card,
 ``README.md``. That mixin is not the base class here: it would make ``huggingface_hub`` a requirement of every model,
 and it leaves out what JSON cannot hold (a router's class, a list with a factory) without a word, so that another model
-comes back.
+comes back. Here that is refused when the model is saved, and nothing that a file names is ever imported.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import inspect
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from torch import nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
 from gmoe._checks import check
 from gmoe.flops import active_parameters
 
-TRUSTED = ("gmoe", "torch.nn", "torch_geometric.nn")
-"""Packages whose layers a configuration, which may come from the network, may name. All else the caller has to give."""
-
 Model = TypeVar("Model", bound="HubMixin")
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+HINTS: dict[str, set[type]] = {"bool": {bool}, "int": {int}, "float": {int, float}, "str": {str}, "None": {type(None)}}
+"""Hints that a saved value is checked by, with the types that JSON gives; constructors check what has other hints."""
 
 
 class HubMixin:
@@ -41,6 +36,7 @@ class HubMixin:
 
     The constructor records its arguments: ``self.config = recorded(locals())`` is its first line. A subclass with a
     constructor of its own does so after ``super().__init__(...)``, with a ``recorded(locals())`` of its first line.
+    Classes are saved by the names that it is told: ``recorded(locals(), router=gmoe.ROUTERS)``.
     """
 
     config: dict[str, Any]
@@ -57,21 +53,18 @@ class HubMixin:
 
         Raises:
             ImportError: ``safetensors`` is not installed.
-            ValueError: an argument of the model that no name stands for: a lambda, an instance, a class of a script; a
-                subclass that does not record its arguments; lazy parameters before the first call.
+            ValueError: an argument that JSON cannot hold and no name stands for: a function, a ``partial``, an
+                instance, your own class; a subclass that does not record its arguments.
         """
         with _imports():
             from safetensors.torch import save_file
         model: Any = self
-        check_recorded(model)
-        lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-        check(not lazy, "model", f"{', '.join(lazy)} without values", "a call that fills in lazy widths before")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"model": type(self).__name__, "arguments": self.config}
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
+        config = {"model": type(self).__name__, "arguments": _checked_arguments(self)}
         # clones: safetensors refuses tensors that share their memory, as tied layers do
         state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CARD).write_text(card(model, summary, dense))
         return folder
@@ -92,29 +85,29 @@ class HubMixin:
         Args:
             folder: a folder, or the name of a repository on the Hub, ``"owner/name"``.
             revision, token, cache_dir, local_files_only: as in ``huggingface_hub.snapshot_download``.
-            **arguments: arguments of the constructor in place of the saved ones. A class or function that is neither
-                gmoe's, nor in ``torch.nn`` or ``torch_geometric.nn``, has to be given so: it is never imported because
-                a configuration says so.
+            **arguments: arguments of the constructor in place of the saved ones.
 
         Raises:
             ImportError: ``safetensors`` is not installed, or, for a repository, ``huggingface_hub``.
-            ValueError: another class's folder; a name that may not be imported.
-            RuntimeError: weights that do not fit the configuration.
+            FileNotFoundError: a file is missing.
+            ValueError: a file, by its name, that is damaged or of another class; weights that do not fit the
+                configuration.
         """
-        with _imports():
-            from safetensors.torch import load_file
         if not Path(folder).is_dir():
             with _imports():
                 from huggingface_hub import snapshot_download
             options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
             options |= {"local_files_only": local_files_only, "allow_patterns": [CONFIG, WEIGHTS]}
             folder = snapshot_download(str(folder), **options)
-        folder = Path(folder)
-        config = json.loads((folder / CONFIG).read_text())
-        check(config["model"] == cls.__name__, "folder", f"a {config['model']}", f"a {cls.__name__}")
-        saved = {name: value for name, value in config["arguments"].items() if name not in arguments}
-        model: Any = cls(**{name: _decoded(name, value) for name, value in saved.items()}, **arguments)
-        model.load_state_dict(load_file(folder / WEIGHTS), assign=True)  # assign: in the dtypes of the file
+        config = Path(folder) / CONFIG
+        saved = _read_arguments(config, cls)
+        try:
+            model: Any = cls(**(saved | arguments))
+        except Exception as error:  # PyG's constructors raise all kinds of errors for a value of a wrong type
+            got = f"arguments that {cls.__name__} refuses ({type(error).__name__}: {error})"
+            raise ValueError(f"{config}: got {got}, expected those of a saved {cls.__name__}") from error
+        weights = _read_weights(Path(folder) / WEIGHTS, model.state_dict())
+        model.load_state_dict(weights, assign=True)  # assign: in the dtypes of the file
         found: Model = model.eval()
         return found
 
@@ -165,105 +158,107 @@ def _imports() -> Iterator[None]:
 # Arguments ------------------------------------------------------------------------------------------------------------
 
 
-def recorded(given: Mapping[str, Any], extra: str = "") -> dict[str, Any]:
-    """A constructor's arguments as JSON; what has none is refused only when the model is saved.
+class Refused(str):
+    """Why an argument cannot be saved; what a configuration holds in its place."""
+
+
+def recorded(given: Mapping[str, Any], extra: str = "", **names: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments as JSON, tuples as lists; what has no such form is refused when the model is saved.
 
     Nothing is kept but names and numbers, so that the model stays as light, and as picklable, as it is.
 
     Args:
         given: the constructor's ``locals()`` in its first line.
         extra: the name of its ``**`` argument.
+        **names: for an argument, what may be given in place of a name, by that name: ``router=gmoe.ROUTERS``.
     """
     named = {name: value for name, value in given.items() if name not in ("self", "__class__", extra)}
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in (named | dict(given.get(extra, {}))).items():
+        known = names.get(name, {})
         try:
-            found[name] = _encoded(value)
+            found[name] = _encoded(value, known)
         except ValueError as error:
-            found[name] = {"$refused": str(error)}
+            legal = f"the name or class of {', '.join(known)}" if known else "names, numbers, lists or dicts of them"
+            found[name] = Refused(f"{name}: got {error}, expected {legal}, to be saved")
     return found
 
 
-def check_recorded(model: Any) -> None:
-    """Refuse a model that its configuration would not build again."""
-    for name, value in model.config.items():
-        if isinstance(value, dict) and "$refused" in value:
-            legal = "a name, a class or function that can be imported, a partial of one, or numbers, texts and lists"
-            raise ValueError(f"{name}: got {value['$refused']}, expected {legal}, to be saved")
-    try:
-        inspect.signature(type(model)).bind(**model.config)
-    except TypeError as error:
-        got = f"{type(model).__name__}, whose constructor does not take the recorded arguments ({error})"
-        legal = "one that records its own, see gmoe.hub.HubMixin"
-        raise ValueError(f"model: got {got}, expected {legal}") from error
-
-
-def _encoded(value: Any) -> Any:
-    """A value as JSON; what JSON has no form of is a dictionary of one key, which begins with ``$``."""
+def _encoded(value: Any, known: Mapping[str, Any]) -> Any:
+    """A value as JSON."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
-    if isinstance(value, list):
-        return [_encoded(part) for part in value]
-    if isinstance(value, tuple):
-        return {"$tuple": [_encoded(part) for part in value]}
-    if isinstance(value, Mapping) and all(isinstance(name, str) and name[:1] != "$" for name in value):
-        return {name: _encoded(part) for name, part in value.items()}
-    if isinstance(value, functools.partial):
-        return {"$partial": [_encoded(value.func), _encoded(list(value.args)), _encoded(value.keywords)]}
-    if is_dataclass(value) and not isinstance(value, type):
-        kept = {field.name: _encoded(getattr(value, field.name)) for field in fields(value)}
-        return {"$dataclass": _path(type(value)), "fields": kept}
-    return {"$import": _path(value)}
+    if isinstance(value, list | tuple):
+        return [_encoded(part, known) for part in value]
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: _encoded(part, known) for name, part in value.items()}
+    found = [name for name, own in known.items() if value is own]
+    if not found:
+        shown = str(value) if isinstance(value, Real) else f"an instance of {type(value).__name__}"
+        raise ValueError(getattr(value, "__qualname__", shown))
+    return found[0]
 
 
-def _path(value: Any) -> str:
-    """``module:name`` of a class or function that an import finds there."""
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if not isinstance(module, str) or not isinstance(name, str):
-        shown = repr(value) if isinstance(value, float) else f"an instance of {type(value).__name__}"
-        raise ValueError(shown)
+def _checked_arguments(model: Any) -> dict[str, Any]:
+    """The recorded arguments, if they build the model again."""
+    config: dict[str, Any] = getattr(model, "config", {})
+    for value in config.values():
+        if isinstance(value, Refused):
+            raise ValueError(value)
     try:
-        found: Any = functools.reduce(getattr, name.split("."), sys.modules.get(module))
-    except AttributeError:
-        found = None
-    if found is not value or module == "__main__":
-        raise ValueError(f"{module}.{name}, which no other program can import")
-    return f"{module}:{name}"
+        inspect.signature(type(model)).bind(**config)
+    except TypeError as error:
+        got = f"{type(model).__name__}, whose constructor does not take the recorded arguments ({error})"
+        legal = "one that records its own, see gmoe.hub.HubMixin"
+        raise ValueError(f"model: got {got}, expected {legal}") from error
+    return config
 
 
-def _decoded(argument: str, value: Any) -> Any:
-    """The value that :func:`_encoded` was given."""
-    decode = functools.partial(_decoded, argument)
-    if isinstance(value, list):
-        return [decode(part) for part in value]
-    if not isinstance(value, dict):
-        return value
-    if "$tuple" in value:
-        return tuple(decode(value["$tuple"]))
-    if "$import" in value:
-        return _imported(argument, value["$import"])
-    if "$dataclass" in value:
-        return _imported(argument, value["$dataclass"])(**decode(value["fields"]))
-    if "$partial" in value:
-        func, args, keywords = decode(value["$partial"])
-        return functools.partial(func, *args, **keywords)
-    return {name: decode(part) for name, part in value.items()}
+def _read_arguments(path: Path, model: type) -> dict[str, Any]:
+    """The saved arguments of a model; the file may come from the network, so that nothing in it is taken for code."""
+    legal = f"the JSON that save_pretrained writes of a {model.__name__}"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(found, allow_nan=False)  # raises for NaN and infinities, 1e999 among them
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: got no JSON ({error}), expected {legal}") from error
+    check(isinstance(found, dict) and found.keys() == {"model", "arguments"}, str(path), "other JSON", legal)
+    check(found["model"] == model.__name__, str(path), f"a {found['model']}", f"a {model.__name__}")
+    arguments: Any = found["arguments"]
+    check(isinstance(arguments, dict), str(path), "arguments that are no object", legal)
+    for name, parameter in inspect.signature(model).parameters.items():
+        hints = str(parameter.annotation).split(" | ")
+        if name in arguments and HINTS.keys() >= set(hints):
+            valid = any(type(arguments[name]) in HINTS[hint] for hint in hints)
+            check(valid, f"{path}: {name}", repr(arguments[name]), parameter.annotation)
+    return dict(arguments)
 
 
-def _imported(argument: str, path: str) -> Any:
-    """A class of layers, a dataclass or a function of ``torch.nn.functional``, where it is defined."""
-    module, _, name = path.partition(":")
-    expected = f"{argument}= in the call of from_pretrained: only modules of {', '.join(TRUSTED)} are imported"
-    check(any(f"{module}.".startswith(f"{package}.") for package in TRUSTED), argument, path, expected)
-    found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    is_layer = isinstance(found, type) and (issubclass(found, nn.Module) or is_dataclass(found))
-    own = getattr(found, "__module__", None) == module
-    check(own and (is_layer or module == "torch.nn.functional"), argument, path, expected)
+def _read_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Saved tensors of the names and shapes of the model's own; floating ones may be of other precisions."""
+    with _imports():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: got no tensors ({error}), expected what save_pretrained writes") from error
+    got, legal = _forms(found), _forms(own)
+    for name in sorted(got.keys() | legal.keys()):
+        check(got.get(name) == legal.get(name), f"{path}: {name}", got.get(name), legal.get(name))
     return found
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The shapes of tensors, and the dtypes of those that are no floats of at least 16 bits."""
+    kinds = {n: "floats" if t.is_floating_point() and t.element_size() > 1 else t.dtype for n, t in tensors.items()}
+    return {name: f"{kinds[name]} of shape {tuple(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 # The card -------------------------------------------------------------------------------------------------------------

@@ -20,14 +20,14 @@ from gmoe._checks import check, check_choice, check_count, check_counts
 from gmoe.conv.aggregate import FilterConv
 from gmoe.conv.base import NodeChunks, powers
 from gmoe.conv.graph import Graph, check_batch, parameters_of
-from gmoe.conv.kinds import ConvFactory, ConvLike, CopyOf, Make, kinds_of
+from gmoe.conv.kinds import CONVS, OWN, ConvFactory, ConvLike, CopyOf, Make, kinds_of
 from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view, router_width
 from gmoe.data.stored import StoredGraph
 from gmoe.dispatch import Backend
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.disk import check_one_hop, dense_chunked, inference_on_disk
 from gmoe.moe import drawn_apart
-from gmoe.routers import Router, RouterLike, build_router
+from gmoe.routers import ROUTERS, Router, RouterLike, build_router
 from gmoe.routing import Routing
 
 Residual: TypeAlias = Literal["none", "identity", "linear"]
@@ -127,7 +127,7 @@ class GNNMoE(HubMixin, BasicGNN):
         check_finite: bool = False,
         **conv_kwargs: Any,
     ) -> None:
-        config = recorded(locals(), "conv_kwargs")
+        config = recorded(locals(), "conv_kwargs", conv=CONVS | OWN, shared_expert=CONVS | OWN, router=ROUTERS)
         check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels, every=every)
         check_counts(num_layers=num_layers, router_hops=router_hops)
         nn.Module.__init__(self)
@@ -150,6 +150,7 @@ class GNNMoE(HubMixin, BasicGNN):
         sizes = (hidden_channels if in_proj else in_channels, hidden_channels, num_layers, out_channels)
         of_gnn = (dropout, act, act_first, act_kwargs, norm, norm_kwargs, jk)
         super().__init__(*sizes, *of_gnn, conv=conv, of_moe=of_moe, conv_kwargs=conv_kwargs)
+        check(self.act is None or callable(self.act), "act", repr(act), "a name, a function or None")
         self.in_channels, self.local = in_channels, local
         self.input_dropout = nn.Dropout(input_dropout)
         self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None

@@ -16,7 +16,7 @@ from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.hub import HubMixin, recorded
 from gmoe.moe import drawn_apart
-from gmoe.routers import Router, RouterLike
+from gmoe.routers import ROUTERS, Router, RouterLike
 from gmoe.routing import Routing, record_routing
 
 
@@ -55,7 +55,7 @@ class ViTMoE(HubMixin, VisionTransformer):
     The tokens of one image, the class token included, form a group: they compete for experts only among themselves.
 
     Args:
-        size: a :class:`ViTSize`, or an image size with defaults: 8, 32 or 160.
+        size: a :class:`ViTSize`, a dictionary of its sizes, or an image size with defaults: 8, 32 or 160.
         num_classes: default 10.
         router: a name or factory (default ``"expert_choice"``); ``None`` leaves the dense ViT, the baseline.
         num_experts: E (default 8).
@@ -84,7 +84,7 @@ class ViTMoE(HubMixin, VisionTransformer):
 
     def __init__(
         self,
-        size: ViTSize | int,
+        size: ViTSize | Mapping[str, int] | int,
         num_classes: int = 10,
         router: RouterLike | None = "expert_choice",
         *,
@@ -99,7 +99,9 @@ class ViTMoE(HubMixin, VisionTransformer):
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
-        config = recorded(locals())
+        if isinstance(size, Mapping):
+            size = ViTSize(**size)
+        config = recorded(locals() | {"size": asdict(size) if isinstance(size, ViTSize) else size}, router=ROUTERS)
         if not isinstance(size, ViTSize):
             check(size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
             size = SIZES[size]
