@@ -259,11 +259,13 @@ def _experts_like(name: str, mlp: Any, num_experts: int, upcycle: bool, options:
         f"Linear {part.weight.size(1)} to {part.weight.size(0)}" if kind == "L" else type(part).__name__
         for part, kind in ((bare.get_submodule(part), _kind(bare, part)) for part in called)
     ]
-    raise ValueError(
-        f"model: got {name}, a {type(mlp).__name__} of ({', '.join(kinds)}), expected (Linear, an activation without "
-        "parameters, Linear), gated or not, that computes just that, with norms only before the first and the last "
-        "Linear, dropout only after the activation and at the end"
+    legal = (
+        "(Linear, an activation without parameters, Linear), gated or not, that computes just that, with norms only "
+        "before the first and the last Linear, dropout only after the activation and at the end"
     )
+    if "Conv2d" in kinds:
+        legal = "linear layers: there are no experts of 1 x 1 convolutions; name modules that have them by targets="
+    raise ValueError(f"model: got {name}, a {type(mlp).__name__} of ({', '.join(kinds)}), expected {legal}")
 
 
 def _bare(mlp: nn.Module) -> Any:

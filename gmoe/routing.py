@@ -197,8 +197,10 @@ class Routing:
     @property
     def top_expert(self) -> Tensor:
         """(T,) int64, the expert with the largest weight of each token; E of a token without an expert."""
-        dense_TE = self.to_dense()
-        return torch.where(dense_TE.sum(dim=1) > 0, dense_TE.argmax(dim=1), self.num_experts)
+        flat = self.token * self.num_experts + self.expert
+        weight = torch.full_like(self.scores, -torch.inf, dtype=self.weight.dtype).flatten()
+        best_T, expert_T = weight.index_copy(0, flat, self.weight.detach()).view_as(self.scores).max(dim=1)
+        return torch.where(best_T > -torch.inf, expert_T, self.num_experts)
 
     @property
     def dropped(self) -> Tensor:

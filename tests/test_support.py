@@ -21,7 +21,16 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch_geometric.explain import Explainer, GNNExplainer
+from torch_geometric.explain import (
+    AttentionExplainer,
+    CaptumExplainer,
+    DummyExplainer,
+    Explainer,
+    ExplainerAlgorithm,
+    GNNExplainer,
+    GraphMaskExplainer,
+    PGExplainer,
+)
 from torch_geometric.nn import to_hetero
 
 import gmoe
@@ -109,15 +118,23 @@ def becomes_hetero(case: Case) -> None:
     assert rows(model(*args)).isfinite().all()
 
 
-def explains(case: Case) -> None:
-    layer, call = case.make().eval(), case.call()
+def explains(case: Case, algorithm: Callable[[], ExplainerAlgorithm]) -> None:
+    """On nodes and edges alone. One that is fitted first needs a target, and gives no masks of nodes."""
+    layer, args, node = case.make().eval(), case.call().args[:2], torch.tensor([0])
+    made, before = algorithm(), layer(*args)
+    fitted = isinstance(made, PGExplainer)
     config = {"mode": "multiclass_classification", "task_level": "node", "return_type": "raw"}
-    options = {"explanation_type": "model", "edge_mask_type": "object", "node_mask_type": "attributes"}
-    before = run(layer, call)
-    explained = Explainer(layer, GNNExplainer(epochs=3), model_config=config, **options)(*call.args, **call.kwargs)
+    options: dict[str, Any] = {"explanation_type": "phenomenon" if fitted else "model", "edge_mask_type": "object"}
+    if not isinstance(made, PGExplainer | AttentionExplainer):
+        options["node_mask_type"] = "attributes"
+    explainer = Explainer(layer, made, model_config=config, **options)
+    given = {"target": rows(before).argmax(dim=1)} if fitted else {}
+    if fitted:
+        explainer.algorithm.train(0, layer, *args, index=node, **given)
+    explained = explainer(*args, index=node, **given)
     masks = getattr(explained, "edge_mask_dict", None) or {"": explained.edge_mask}
     assert any(bool(mask.any()) for mask in masks.values())
-    torch.testing.assert_close(run(layer, call), before)
+    torch.testing.assert_close(layer(*args), before)
 
 
 def fills_in_widths(case: Case) -> None:
@@ -156,7 +173,12 @@ PROBES: dict[str, Callable[[Case], None]] = {
     "gradients of gradients": differentiates_twice,
     "dynamic quantization": quantizes,
     "`to_hetero`": becomes_hetero,
-    "explainers": explains,
+    "GNNExplainer": partial(explains, algorithm=partial(GNNExplainer, epochs=3)),
+    "PGExplainer": partial(explains, algorithm=partial(PGExplainer, epochs=1)),
+    "CaptumExplainer": partial(explains, algorithm=partial(CaptumExplainer, "Saliency")),
+    "DummyExplainer": partial(explains, algorithm=DummyExplainer),
+    "GraphMaskExplainer": partial(explains, algorithm=partial(GraphMaskExplainer, 1, epochs=1)),
+    "AttentionExplainer": partial(explains, algorithm=AttentionExplainer),
     "lazy widths (`-1`)": fills_in_widths,
 }
 

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 
-from gmoe._checks import check, check_choice, check_count
+from gmoe._checks import check, check_choice, check_count, nearest
 from gmoe.conv.aggregate import (
     FilterConv,
     FilterExperts,
@@ -81,6 +81,8 @@ SOURCES_ALONE = frozenset(CONVS[name] for name in ("sage", "graph", "gin", "gine
 def _gin(cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: Any, **kwargs: Any) -> MessagePassing:
     """GIN(E) around the two-layer MLP that PyG's ``GIN`` model builds, where no other is asked for."""
     width = in_channels if isinstance(in_channels, int) else in_channels[0]
+    legal = "none: it is made, or a factory (in_channels, out_channels) -> conv with another network for each expert"
+    check("nn" not in kwargs and not any(isinstance(arg, nn.Module) for arg in args), "nn", "a network", legal)
     return cls(pyg.MLP([width, out_channels, out_channels], norm=None), *args, **kwargs)
 
 
@@ -113,14 +115,19 @@ class Make:
             one = name_of(factory) in ("GCNConv", "FilterConv")
             got = f"{self.in_channels} for {name_of(factory)}"
             check(not one, "in_channels", got, "one width: it takes no bipartite input (SAGEConv and GraphConv do)")
+        args, kwargs = copy.deepcopy((self.args, self.kwargs or {}))  # a module among them is each conv's own
         try:
-            args, kwargs = copy.deepcopy((self.args, self.kwargs or {}))  # a module among them is each conv's own
+            takes = inspect.signature(factory).parameters
+            _check_flags(takes, (self.in_channels, self.out_channels, *args), kwargs)
             conv = factory(self.in_channels, self.out_channels, *args, **kwargs)
         except (TypeError, AttributeError, AssertionError) as error:
             call = f"conv({self.in_channels}, {self.out_channels}, ...)"
             got = f"{name_of(factory)}, which cannot be built as {call} ({error})"
             legal = "the rest of its arguments, or a factory (in_channels, out_channels) -> conv"
-            raise ValueError(f"conv: got {got}; expected {legal}") from error
+            if "metadata" in takes or factory is pyg.HeteroConv:
+                legal = "gmoe.HeteroMoEConv for nodes of several types"
+            unknown = next((name for name in kwargs if name not in takes), "")
+            raise ValueError(f"conv: got {got}; expected {legal}{nearest(unknown, (*takes, *OPTIONS))}") from error
         kind = type(conv)
         legal = "one of PyG's MessagePassing layers"
         check(isinstance(conv, MessagePassing), "conv", f"a factory of {kind.__name__}", legal)
@@ -134,6 +141,21 @@ class Make:
         check(usual and not typed, "conv", got, "one of (x, edge_index, edge_weight or edge_attr)")
         return conv
 
+
+def _check_flags(takes: Mapping[str, inspect.Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a number for a flag: whoever gives a conv 8 by position most likely means the number of experts."""
+    for name, value in [*zip(takes, args, strict=False), *kwargs.items()]:
+        flag = name in takes and takes[name].annotation in (bool, "bool")
+        if flag and isinstance(value, int) and not isinstance(value, bool):
+            hint = f"num_experts is given by name, num_experts={value}"
+            raise ValueError(f"{name}: got {value}, expected True or False; {hint}")
+
+
+OPTIONS = (
+    *("num_experts", "router", "k", "router_input", "shared_expert", "dense_start", "shared_transform"),
+    *("router_kwargs", "local", "backend", "check_finite"),
+)
+"""What a :class:`gmoe.MoEConv` takes by name, for those who mistype it."""
 
 KINDS = "a name, a class of PyG's convs, a factory, or a list of those"
 """What may be given as ``conv``."""

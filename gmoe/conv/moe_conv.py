@@ -247,8 +247,8 @@ class MoEConv(MoELayer, MessagePassing):
             self._check_two_sets()
         nodes = (x_src.size(0), x_dst.size(0))
         if size is not None and (not isinstance(size, tuple | list) or tuple(size) != nodes):
-            got = type(size).__name__ if isinstance(size, Tensor) else size
-            raise ValueError(f"size: got {got}, expected {nodes} source and destination nodes, as x has")
+            shown = type(size).__name__ if isinstance(size, Tensor) else size
+            raise ValueError(f"size: got {shown}, expected {nodes} source and destination nodes, as x has")
         if not isinstance(edge_index, Graph):
             graph = Graph(edge_index, nodes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
             graph.constant = False  # no later call sees it

@@ -68,6 +68,8 @@ def build_router(
         ValueError: an unknown name, or an argument that the router does not take; an instance of other ``dim`` or
             ``num_experts``, or with ``kwargs``; K > E.
     """
+    if not isinstance(kwargs, Mapping | None):
+        raise ValueError(f"router_kwargs: got {kwargs!r}, expected a dictionary of arguments")
     kwargs = dict(kwargs or {})
     if router is SoftSlots or isinstance(router, SoftSlots):
         raise ValueError("router: got SoftSlots, expected another router: its slots are for gmoe.SoftMoE")

@@ -28,7 +28,9 @@ KEPT = 4
 
 
 class AttentionVote(Router):
-    r"""Each expert picks the top-C tokens of a group by the attention they get from other tokens.
+    r"""Each expert picks a group's top-C tokens by votes (a PyG ``Batch`` needs ``batch=``: else its graphs compete).
+
+    A token's votes are the attention that it gets from other tokens.
 
     .. math::
         \mathrm{votes}_j^e = \sum_i \mathrm{softmax}_j(q_i^e \cdot k_j^e / \sqrt{d})

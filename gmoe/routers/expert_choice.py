@@ -18,7 +18,9 @@ Inference: TypeAlias = Literal["group", "threshold"]
 
 
 class ExpertChoice(Router):
-    r"""Each expert picks its top-C tokens of a group (Zhou et al., 2022); the load is even by construction.
+    r"""Each expert picks its top-C tokens of a group (a PyG ``Batch`` needs ``batch=``: else its graphs compete).
+
+    From Zhou et al. (2022); the load is even by construction.
 
     .. math::
         g = \mathrm{softmax}(X W), \quad

@@ -377,3 +377,9 @@ def test_parts_of_a_routing_remember_that_its_losses_train_nothing() -> None:
     whole = dataclasses.replace(whole, detached=True)
     for part in (whole.select(torch.tensor([2, 0])), whole.between(1, 3), whole.of_experts([2, 0])):
         assert part.detached
+
+
+def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> None:
+    expert, weight = torch.tensor([[0, 1], [1, 2], [0, 2]]), torch.tensor([[-1.0, -2.0], [-3.0, 0.0], [0.5, 0.7]])
+    assert Routing.from_choices(expert, weight, 4).top_expert.tolist() == [0, 2, 2]
+    assert Routing.from_choices(expert[:, :0], weight[:, :0], 4).top_expert.tolist() == [4, 4, 4]

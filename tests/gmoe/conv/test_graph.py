@@ -629,7 +629,7 @@ def test_learned_edge_arguments_keep_their_gradient(
 
     def graph_of(value: Tensor) -> Graph:
         if form == "edges":
-            return Graph(edges, 9, **{name: value})
+            return Graph(edges, 9, edge_weight=value) if name == "edge_weight" else Graph(edges, 9, edge_attr=value)
         return Graph(torch.sparse_coo_tensor(edges.flip(0), value, (9, 9)), 9)
 
     fresh = value.clone().requires_grad_()

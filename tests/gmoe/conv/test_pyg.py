@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import threading
 from collections.abc import Callable
@@ -13,11 +14,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
-from torch_geometric.explain import Explainer, GNNExplainer
+from torch_geometric.explain import (
+    AttentionExplainer,
+    CaptumExplainer,
+    Explainer,
+    ExplainerAlgorithm,
+    GNNExplainer,
+    GraphMaskExplainer,
+    ModelConfig,
+    PGExplainer,
+)
 from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
-from torch_geometric.nn import GATConv, GCNConv, MessagePassing, SAGEConv, to_hetero
+from torch_geometric.nn import (
+    DegreeScalerAggregation,
+    GATConv,
+    GCNConv,
+    HeteroConv,
+    MessagePassing,
+    MLPAggregation,
+    SAGEConv,
+    to_hetero,
+)
 
 from gmoe import GNNMoE, Graph, MoEConv
+from gmoe.conv.kinds import OPTIONS, SOURCES_ALONE
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph, routing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
@@ -112,6 +132,38 @@ def test_the_convs_own_arguments_come_by_position() -> None:
     assert open_width(x, edge_index).shape == (NODES, 16)
     with pytest.raises(ValueError, match="conv: got GCNConv, which cannot be built as"):
         MoEConv(GCNConv, WIDTH, 8, *[True] * 9)
+    for conv, args, name in ((GCNConv, (8,), "improved"), ("sage", ("mean", 8), "normalize")):
+        with pytest.raises(ValueError, match=rf"{name}: got 8, expected True or False; .* num_experts=8"):
+            MoEConv(conv, WIDTH, 8, *args)
+    with pytest.raises(ValueError, match=r"improved: got 1, expected True or False"):
+        GNNMoE(WIDTH, 8, 3, improved=1)
+
+
+def test_mistyped_and_misplaced_arguments_are_told_what_is_meant() -> None:
+    assert set(OPTIONS) == {
+        name for name, part in inspect.signature(MoEConv).parameters.items() if part.kind is part.KEYWORD_ONLY
+    }
+    for build in (partial(MoEConv, GCNConv, WIDTH, 8), partial(GNNMoE, WIDTH, 8, 3)):
+        with pytest.raises(ValueError, match=r"did you mean 'num_experts'\?"):
+            build(num_expert=3)
+        with pytest.raises(ValueError, match=r"router_kwargs: got \[1\], expected a dictionary"):
+            build(router_kwargs=[1])
+    for conv in ("hgt", "han", HeteroConv):
+        with pytest.raises(ValueError, match=r"conv: got .*; expected gmoe\.HeteroMoEConv"):
+            MoEConv(conv, WIDTH, 8)
+    for arguments in ({"nn": nn.Linear(WIDTH, 8)}, {}):
+        args = () if arguments else (nn.Linear(WIDTH, 8),)
+        with pytest.raises(ValueError, match="nn: got a network, expected none: it is made"):
+            MoEConv("gin", WIDTH, 8, *args, **arguments)
+
+
+def test_a_module_among_the_arguments_is_each_experts_own() -> None:
+    x, edge_index = graph()
+    aggr = MLPAggregation(WIDTH, WIDTH, max_num_elements=9, num_layers=1)
+    moe = MoEConv(SAGEConv, WIDTH, 8, aggr=aggr, num_experts=3, shared_expert=False)
+    weights = [next(moe.expert(index).aggr_module.parameters()) for index in range(3)]
+    assert not torch.equal(weights[0], weights[1])
+    assert moe(x, edge_index).shape == (NODES, 8)
 
 
 def test_forward_takes_what_the_conv_takes_by_position() -> None:
@@ -243,6 +295,118 @@ def test_gnn_explainer_runs_on_a_model(conv: Any, shared_router: bool) -> None:
     assert mask[heard].any()
     assert not mask[~heard].any()
     assert torch.equal(model(x, edge_index), before)  # and the model is as it was
+
+
+@pytest.mark.parametrize("conv", [*KINDS[:7], "filter", "mlp"], ids=str)
+def test_a_stacked_layer_is_one_hop(conv: Any) -> None:
+    model = nn.Sequential(layer(conv), layer(conv))
+    assert ExplainerAlgorithm._num_hops(model) == 2
+    assert [name for name, part in model.named_modules() if isinstance(part, MessagePassing)] == ["0", "1"]
+    assert [part for part in model.modules() if part is model[0].experts.prototype] == []
+
+
+def test_what_explainers_do_not_see_moves_with_the_layer() -> None:
+    """Aggregations may hold buffers."""
+    moe = layer("sage", aggr=DegreeScalerAggregation("mean", "identity", torch.tensor([1, 2, 1])), shared_expert=False)
+    buffer = moe.experts.prototype.aggr_module.avg_deg_lin
+    assert buffer.device.type == "cpu"
+    assert "experts.prototype.aggr_module.avg_deg_lin" in moe.state_dict()
+    assert moe.to("meta").experts.prototype.aggr_module.avg_deg_lin.is_meta
+    assert not moe.to_empty(device="cpu").experts.prototype.aggr_module.avg_deg_lin.is_meta
+    assert moe.double().experts.prototype.aggr_module.avg_deg_lin.dtype == torch.float64
+    assert not moe.eval().experts.prototype.training
+
+
+class Twice(nn.Module):
+    """Two layers, those of experts equal to the dense ones: a gain is zero."""
+
+    def __init__(self, make: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(make() for _ in range(2))
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Any:
+        return self.convs[1](self.convs[0](x, edge_index).relu(), edge_index)
+
+
+@pytest.mark.parametrize("algorithm", ["gnn", "pg", "captum"])
+@pytest.mark.parametrize("conv", [GCNConv, SAGEConv, GATConv])
+def test_explanations_are_those_of_the_dense_model(conv: Any, algorithm: str) -> None:
+    x, edge_index = graph()
+    found = []
+    for make in (lambda: conv(WIDTH, WIDTH), lambda: MoEConv(conv, WIDTH, WIDTH, num_experts=3)):
+        torch.manual_seed(0)
+        model = Twice(make).eval()
+        config = ModelConfig(mode="multiclass_classification", task_level="node", return_type="raw")
+        options: dict[str, Any] = {"edge_mask_type": "object", "model_config": config, "explanation_type": "model"}
+        if algorithm == "gnn":
+            explainer = Explainer(model, GNNExplainer(epochs=3), **options)
+        elif algorithm == "captum":
+            explainer = Explainer(model, CaptumExplainer("Saliency"), **options)
+        else:
+            explainer = Explainer(model, PGExplainer(epochs=3), **{**options, "explanation_type": "phenomenon"})
+            torch.manual_seed(1)
+            target = torch.arange(NODES) % WIDTH
+            for epoch in range(3):
+                explainer.algorithm.train(epoch, model, x, edge_index, target=target, index=torch.tensor([3]))
+        torch.manual_seed(2)
+        target = {"target": torch.arange(NODES) % WIDTH} if algorithm == "pg" else {}
+        found.append(explainer(x, edge_index, index=torch.tensor([3]), **target).edge_mask)
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_explainers_that_look_into_messages_are_refused() -> None:
+    x, edge_index = graph()
+    model = Twice(layer).eval()
+    options: dict[str, Any] = {"explanation_type": "model", "edge_mask_type": "object"}
+    config = ModelConfig(mode="multiclass_classification", task_level="node", return_type="raw")
+    for algorithm, message in (
+        (GraphMaskExplainer(2, epochs=1), r"explain: got an explainer without a mask, expected one of the"),
+        (AttentionExplainer(), r"hook: got .*, expected none on a MoEConv"),
+    ):
+        mask_type = {"node_mask_type": "attributes"} if isinstance(algorithm, GraphMaskExplainer) else {}
+        with pytest.raises(ValueError, match=message):
+            Explainer(model, algorithm, model_config=config, **options, **mask_type)(x, edge_index, index=3)
+        clear_masks(model)
+
+
+# sources alone ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["size", "matrix", "graph", "position"])
+@pytest.mark.parametrize("conv", [*sorted(SOURCES_ALONE, key=str), ["sage", "graph"]], ids=str)
+def test_destinations_without_features_are_those_of_the_dense_conv(conv: Any, by: str) -> None:
+    """Of a new layer, whose gain is zero, and of one of two kinds under a routing that is given."""
+    x, edge_index = features(NODES, WIDTH), torch.tensor([[0, 1, 2, 3, 7], [0, 0, 1, 1, 2]])
+    adj: Any = {"graph": Graph(edge_index, (NODES, 5))}.get(by, edge_index)
+    if by == "matrix":
+        adj = torch.sparse_coo_tensor(
+            edge_index.flip(0), torch.ones(5, dtype=torch.float64), (5, NODES)
+        ).to_sparse_csr()
+    name = conv if isinstance(conv, list) else conv.__name__
+    edge_attr = {"edge_attr": features(5, WIDTH)} if name == "GINEConv" else {}
+    if edge_attr and by == "matrix":
+        pytest.skip("a matrix of torch has no rows of features")
+    moe = layer(conv, shared_expert=not isinstance(conv, list), num_experts=2).double().eval()
+    given: dict[str, Any] = {"size": {"size": (NODES, 5)}}.get(by, {})
+    args = ((NODES, 5),) if by == "position" and name in ("SAGEConv", "GINConv") else ()
+    if by == "position" and not args:
+        given = {"size": (NODES, 5)}
+    weight_TE = torch.eye(2, dtype=torch.float64)[torch.arange(5) % 2]
+    y = moe((x, None), adj, *args, **given, **edge_attr, routing=routing_of(weight_TE))
+    convs = [moe.shared_expert.expert(0)] * 2 if moe.shared_expert is not None else [moe.expert(0), moe.expert(1)]
+    dense = [one((x, None), edge_index, size=(NODES, 5), **edge_attr) for one in convs]
+    torch.testing.assert_close(y, sum(weight_TE[:, e, None] * dense[e] for e in range(2)))
+
+
+def test_destinations_without_features_are_refused_where_a_conv_reads_them() -> None:
+    x, edge_index = features(NODES, WIDTH), torch.tensor([[0, 1], [0, 0]])
+    for conv in ("transformer", "gatv2", "le"):
+        with pytest.raises(ValueError, match=r"x: got no destination nodes, expected .* reads them"):
+            layer(conv, (WIDTH, WIDTH)).double()((x, None), edge_index, size=(NODES, 1))
+    with pytest.raises(ValueError, match=r"x: got no destination nodes, expected .* width is not known"):
+        layer("sage", -1).double()((x, None), edge_index, size=(NODES, 1))
+    with pytest.raises(ValueError, match=r"size: got None, expected \(sources, destinations\)"):
+        layer("sage").double()((x, None), edge_index)
 
 
 # threads and transforms ---------------------------------------------------------------------------------------------

@@ -393,6 +393,73 @@ def test_check_finite_lets_finite_values_pass_whose_sum_is_not() -> None:
     assert router(torch.full((4, D), torch.finfo(torch.float32).max)).coverage == 1
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@each_case
+def test_a_step_with_a_token_that_is_not_finite_moves_no_counter(case: Case, value: float) -> None:
+    """As an overflow in fp16, whose step the scaler skips; the next steps are those without it."""
+    x, batch, edge_index = make_call(case, "ragged")
+    broken = x.clone()
+    broken[3, 2] = value
+    routers = [make_layer(case, len(x)).router for _ in range(2)]
+    for step, router in ((step, router) for step in range(4) for router in routers):
+        torch.manual_seed(step)
+        router(x, batch, edge_index)
+        if step == 1 and router is routers[0]:
+            router(broken, batch, edge_index)
+    for one, other in zip(*(router.state_dict().values() for router in routers), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_the_noise_of_a_token_does_not_follow_from_a_nan_in_another() -> None:
+    x = tokens((11, D)).float()
+    x[3, 2] = math.nan
+    weight = TokenChoice(D, E)(x).to_dense().isfinite().all(dim=1)
+    assert weight.tolist() == [token != 3 for token in range(11)]
+
+
+class Wrong(Router):
+    """Gives what ``answer`` makes of its tokens."""
+
+    answer: Any = None
+
+    def reset_parameters(self) -> None: ...
+
+    def route(self, x_TD: Tensor, group: Any, edge_index: Any) -> Any:
+        return type(self).answer(x_TD)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            lambda x: routing_of(x[:5], E),
+            r"route: got a Routing of 5 tokens and 3 experts from Wrong, expected 30 and 3",
+        ),
+        (
+            lambda x: routing_of(x[:1], E),
+            r"route: got a Routing of 1 tokens and 3 experts from Wrong, expected 30 and 3",
+        ),
+        (lambda x: routing_of(x, 2), r"route: got a Routing of 30 tokens and 2 experts from Wrong, expected 30 and 3"),
+        (lambda x: x, r"route: got shape \(30, 5\) of torch.float32, expected a Routing from Wrong.route"),
+        (lambda _: None, r"route: got NoneType, expected a Routing from Wrong.route"),
+    ],
+)
+def test_what_a_router_of_ones_own_gives_is_checked(answer: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Wrong, "answer", staticmethod(answer))
+    x, edges = torch.randn(30, D), torch.randint(30, (2, 90))
+    for call in (
+        lambda: MoE(Wrong(D, E), LinearExperts(D, 4, E))(x),
+        lambda: gmoe.MoEConv("gcn", D, 4, num_experts=E, router=Wrong)(x, edges),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def routing_of(x: Tensor, num_experts: int) -> gmoe.Routing:
+    expert = torch.arange(len(x))[:, None] % num_experts
+    return gmoe.Routing.from_choices(expert, torch.ones(len(x), 1), num_experts)
+
+
 def test_a_router_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Router(D, E)  # type: ignore[abstract]
