@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from experiments.loop import Training
 from experiments.train import main
@@ -64,5 +66,10 @@ def all_runs(root: Path) -> None:
     main([*DRAWS, *two, "--resume", "--out", str(root / "more")])  # which one process began
 
 
+def say_whether_left(root: Path) -> None:
+    (root / f"left-{os.environ['RANK']}").write_text(str(not dist.is_initialized()))
+
+
 if __name__ == "__main__":
+    atexit.register(say_whether_left, Path(sys.argv[1]))  # the first of them, and so the last to be called
     all_runs(Path(sys.argv[1]))
