@@ -20,8 +20,9 @@ T = TypeVar("T")
 
 def nearest(name: str, known: Iterable[str], before: str, after: str = "") -> str:
     """A part of an error: what was probably meant, or nothing."""
-    near = get_close_matches(name, list(known), n=1)
-    return f"{before}did you mean {near[0]}?{after}" if near else ""
+    dashes = "-" * (len(name) - len(name.lstrip("-")))  # which all options share
+    near = get_close_matches(name.lstrip("-"), [one.lstrip("-") for one in known], n=1, cutoff=0.7)
+    return f"{before}did you mean {dashes}{near[0]}?{after}" if near else ""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str], more: str = "") -> str:
