@@ -6,14 +6,20 @@ Imports nothing heavy: `python -m experiments.train NAME --help` is made of this
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import ModuleType
+from typing import Any, Literal, get_args, get_type_hints
 
 import tyro
+
+from experiments.options import nearest, unknown_name
 
 RouterInput = Literal["node", "neighbors", "degree"]
 
@@ -76,17 +82,18 @@ class RunConfig:
     dataset: str
     """The data set, by the name that its loader knows."""
     data: str | None = None
-    """Your own data: `package.module:function`, which is called without arguments."""
+    """Your own data: `package.module:function` or `FILE.py:function`, which is called without arguments."""
     data_root: Path = Path("data")
     """Root folder of the data, given to the data set's loader as it is."""
 
     # model
     router: str = "token_choice"
     """Who decides: token_choice, expert_choice, attention_vote, multi_centroid, random, uniform, oracle, or your own,
-    `package.module:Class`; `dense` is the model without experts, the baseline."""
+    `package.module:Class` or `FILE.py:Class`; `dense` is the model without experts, the baseline."""
     model: str | None = None
-    """Your own model in place of gmoe's: `package.module:function`, called with the width of the input (of images: the
-    height and width) and the number of outputs. Options of the model and of the router do not apply."""
+    """Your own model in place of gmoe's: `package.module:function` or `FILE.py:function`, called with the width of the
+    input (of images: the height and width) and the number of outputs. Options of the model and of the router do not
+    apply."""
     experts: int = 8
     """Number of experts, E."""
     k: int = 1
@@ -134,9 +141,10 @@ class RunConfig:
 
     # where
     out: Path | None = None
-    """Run folder; by default runs/DATASET-ROUTER. Where it is taken, a number is added."""
+    """Run folder; where it holds a run, only with `--resume`. By default runs/DATASET-ROUTER, with a number where that
+    is taken."""
     resume: bool = False
-    """Continue the last run of that folder; seeds that it lacks are added."""
+    """Continue the run of that folder, by default the last one; seeds that it lacks are added."""
     workers: int = 0
     """Processes that sample (graphs, `neighbor`) or load images while the model computes."""
     check_finite: bool = True
@@ -164,9 +172,11 @@ class RunConfig:
             value = getattr(self, name)
             if name == "router" and value in get_args(RouterName):
                 continue
-            if value is not None and not all(part for part in value.partition(":")):
-                names = f"one of {', '.join(get_args(RouterName))}, or " if name == "router" else ""
-                raise ValueError(f"{name}: got {value!r}, expected {names}package.module:name")
+            if value is not None and not all(part for part in value.rpartition(":")):
+                own = "package.module:name or FILE.py:name"
+                if name == "router":
+                    raise ValueError(unknown_name(name, value, get_args(RouterName), f", or {own}"))
+                raise ValueError(f"{name}: got {value!r}, expected {own}")
         world = self.devices * self.nodes
         if world > 1 and getattr(self, "sampling", None) == "full":
             raise ValueError(
@@ -179,7 +189,10 @@ class RunConfig:
                 f"batch_size: got {self.batch_size}, that of all processes together, expected a multiple of "
                 f"devices x nodes = {world}"
             )
-        if not self.lr > 0:
+        for name, value in (asdict(self) | self.options.given()).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: got {value}, expected a finite number")
+        if self.lr <= 0:
             raise ValueError(f"lr: got {self.lr}, expected a number above 0")
         if self.ema and self.options.inference == "threshold":
             raise ValueError(
@@ -194,7 +207,7 @@ class RunConfig:
                 raise ValueError(f"{option.name}: got {value}, expected at least 1")
             if option.name in SHARES and not 0 <= value < 1:
                 raise ValueError(f"{option.name}: got {value}, expected a number in [0, 1)")
-            if option.name in AMOUNTS and not 0 <= value < math.inf:
+            if option.name in AMOUNTS and value < 0:
                 raise ValueError(f"{option.name}: got {value}, expected a number of at least 0")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: got {self.seeds}, expected at least one, each once")
@@ -206,7 +219,7 @@ class RunConfig:
         if self.out is not None:
             return self.out
         what = [self.dataset if self.data is None else self.data, self.router if self.model is None else self.model]
-        return Path("runs") / "-".join(what).replace(":", ".")
+        return Path("runs") / "-".join(Path(name).name.replace(".py:", ".").replace(":", ".") for name in what)
 
     def layer_options(self) -> dict[str, Any]:
         """What is asked of the MoE layers; an option that is ``None`` is left to the layer's own default."""
@@ -429,7 +442,7 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
 
     Args:
         science: as JSON.
-        data_root: where the data are here; a user's own graph itself, or the folder that holds it.
+        data_root: where the data are here, if it does not say; a user's own graph itself, or the folder that holds it.
 
     Raises:
         ValueError: an option that there is not, or a value that is not legal.
@@ -437,31 +450,66 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
     if "dataset" not in science:
         raise ValueError("config: has no dataset")
     cls = config_class(science["dataset"])
-    own = {option.name for option in fields(cls)}
     everywhere = {option.name for kind in (GraphConfig, HeteroConfig, ImageSetConfig) for option in fields(kind)}
     unknown = sorted(set(science) - everywhere - set(RECORDS))
     if unknown:
         raise ValueError(f"config: got {', '.join(unknown)}, expected options of experiments.train")
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in science.items()
-    }
-    values["options"] = RouterOptions(**values.get("options", {}))
-    if science.get("file") and data_root.name != science["file"]:
-        data_root = data_root / science["file"]
-    return cls(**{name: value for name, value in values.items() if name in own} | {"data_root": data_root})
+    types = get_type_hints(cls) | {"file": str | None}
+    values = {name: _typed(name, value, types[name]) for name, value in science.items() if name in types}
+    root, file = values.pop("data_root", data_root), values.pop("file", None)
+    return cls(**values, data_root=root if file in (None, root.name) else root / file)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value from JSON in the type of its option."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    if kind is RouterOptions:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}: got {value!r}, expected an object of options")
+        types = get_type_hints(kind)
+        for option in value:
+            if option not in types:
+                raise ValueError(f"options: got {option}, which is no option of routers{nearest(option, types, ', ')}")
+        return kind(**{option: _typed(option, given, types[option]) for option, given in value.items()})
+    try:
+        adapter = TypeAdapter[Any](kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+        return adapter.validate_json(json.dumps(value))
+    except ValidationError as error:
+        what = " or ".join(dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in error.errors()))
+        raise ValueError(f"{name}: got {value!r}, expected {what}") from error
 
 
 def load_object(option: str, name: str) -> Any:
-    """What ``package.module:name`` names; modules of the working directory are found too.
+    """What ``package.module:name`` or ``FILE.py:name`` names.
 
     Raises:
         ValueError: it cannot be imported.
     """
-    module, _, attribute = name.partition(":")
+    where, _, attribute = name.rpartition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{option}: got {name!r}, which cannot be imported ({error})") from error
+        return getattr(_load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where), attribute)
+    except (ImportError, AttributeError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{option}: got {name!r}, which cannot be imported ({error}); modules are found in the working directory "
+            f"and in PYTHONPATH, and FILE.py:{attribute} takes a file"
+        ) from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module in a file, which runs once."""
+    name = re.sub(r"\W", "_", str(path.resolve()))
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def _check_fanout(sampling: str, fanout: tuple[int, ...]) -> None:

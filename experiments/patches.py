@@ -8,21 +8,14 @@ Needs the run folder only, not its data. A path may be a folder, whose images ar
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
-from rich.console import Console
-from rich.markup import escape
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from experiments.run_folder import image_task_of, load_model, read_config
-from gmoe.plot import expert_maps
-from vision.sources import decode
+from experiments import options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +32,6 @@ class PatchesConfig:
     """The seed whose weights are used; by default the first."""
 
 
-@torch.no_grad()
 def patches(config: PatchesConfig) -> list[Path]:
     """Draw the maps.
 
@@ -50,6 +42,12 @@ def patches(config: PatchesConfig) -> list[Path]:
         ValueError: the run has no image model with experts or no such seed; or an image cannot be read, or there is
             none.
     """
+    import torch  # and what needs it, which --help does without
+
+    from experiments.run_folder import image_task_of, load_model, read_config
+    from gmoe.plot import expert_maps
+    from vision.sources import decode
+
     paths = [path for given in config.images for path in _images(given)]
     if not paths:
         raise ValueError("images: got none, expected at least one")
@@ -66,7 +64,8 @@ def patches(config: PatchesConfig) -> list[Path]:
     for path in paths:
         picture = decode(str(path), task.in_channels).float() / 255
         image = ((picture.mean(dim=0, keepdim=True) if len(mean) == 1 else picture) - mean) / std
-        guess = task.classes[int(model(image[None]).argmax())]
+        with torch.no_grad():
+            guess = task.classes[int(model(image[None]).argmax())]
         figure = expert_maps(model, image, mean=task.mean, std=task.std, titles=[f"{path.name}\n{guess}?"])
         before = sum(one.stem == path.stem for one in paths[: len(written)])
         config.out.mkdir(parents=True, exist_ok=True)
@@ -77,6 +76,8 @@ def patches(config: PatchesConfig) -> list[Path]:
 
 def _images(path: Path) -> list[Path]:
     """The image, or the images in the folder."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     if not path.is_dir():
         return [path]
     files = (file for file in path.iterdir() if not file.name.startswith("."))
@@ -88,12 +89,10 @@ def _images(path: Path) -> list[Path]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = tyro.cli(PatchesConfig, args=args, prog="python -m experiments.patches", description=__doc__)
     try:
-        written = patches(config)
+        written = patches(options.parse(PatchesConfig, args, "python -m experiments.patches", __doc__))
     except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(2)
+        options.fail(error)
     for path in written:
         print(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -47,8 +48,16 @@ def make_fabric(config: RunConfig) -> Fabric:
         raise ValueError(f"device: got {config.device!r}, expected one that is there ({error})") from error
     if world > 1:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # every process would say that it is there
+        if not dist.is_initialized():
+            atexit.register(_leave)
         fabric.launch()
     return fabric
+
+
+def _leave() -> None:
+    """Join gloo's threads, which end a process by SIGABRT where they are still there as it exits."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def from_first(fabric: Fabric, call: Callable[[], T]) -> T:

@@ -47,7 +47,7 @@ class RunFolder:
     Args:
         folder: where it lies.
         name: by which people know it, at first that of the folder.
-        config: the run; its data root is the one given to :func:`read_run`.
+        config: the run; its data root is that of :func:`read_run`.
         science: config.json.
         summary: summary.json.
         seeds: by seed.
@@ -139,17 +139,17 @@ def read_config(folder: Path, data_root: Path) -> RunConfig:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
-def read_run(folder: Path, data_root: Path) -> RunFolder:
+def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
     """Read a run folder.
 
     Args:
         folder: what ``experiments.train --out`` wrote.
-        data_root: where the data of the run are here.
+        data_root: where the data of the run are here (default: where it was trained on them, or ``data``).
 
     Raises:
         ValueError: the run is not finished, or a file is broken; names the file.
     """
-    config = read_config(folder, data_root)
+    config = read_config(folder, data_root or _trained_on(folder))
     science = _json(folder / "config.json")
     summary = _json(folder / "summary.json", "the run is not finished: go on with --resume")
     missing = [name for name in (*SUMMARY, "config") if name not in summary]
@@ -174,6 +174,13 @@ def read_run(folder: Path, data_root: Path) -> RunFolder:
         summary=summary,
         seeds=seeds,
     )
+
+
+def _trained_on(folder: Path) -> Path:
+    """The data root of a run, if it is there."""
+    path = folder / "where.json"
+    root = Path(str(_json(path).get("data_root"))) if path.exists() else Path("data")
+    return root if root.exists() else Path("data")
 
 
 def _json(path: Path, hint: str = "") -> dict[str, Any]:

@@ -9,12 +9,14 @@ import platform
 import statistics
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from lightning_fabric.utilities import rank_zero_only
 
@@ -29,8 +31,16 @@ from gmoe.metrics import PER_EXPERT
 
 
 def place(config: RunConfig) -> Path:
-    """The folder of a run: with ``resume`` the last of its name, else the first that is free, by number if need be."""
+    """The folder of a run: ``out``; else with ``resume`` the last of its name, or the first that is free, by number.
+
+    Raises:
+        ValueError: ``out`` holds something, and is not to be resumed.
+    """
     base = config.folder()
+    if config.out is not None:
+        if _holds_something(base) and not config.resume:
+            raise ValueError(f"out: got {base}, which holds files; choose another folder, or continue it with --resume")
+        return base
     folders = (base if number == 1 else base.parent / f"{base.name}-{number}" for number in itertools.count(1))
     taken = list(itertools.takewhile(_holds_something, folders))
     if config.resume and taken:
@@ -98,16 +108,39 @@ def _train(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # a class token's, of one image
         with fabric.rank_zero_first(local=True):  # who downloads what is missing
             task_of = load_tasks(config)
         for seed in seeds:
             task = task_of(seed)
             prepared = prepare(config, task, seed)  # refuses what cannot be run before anything is written
             part = config.folder() / f"seed-{seed}"
-            _begin(config.folder(), found, task)
-            results[seed] = train_seed(config, task, seed, part, prepared, progress)
-            write_json(part / "result.json", results[seed])
+            with _locked(fabric, part):
+                _begin(config, found, task)
+                results[seed] = train_seed(config, task, seed, part, prepared, progress)
+                write_json(part / "result.json", results[seed])
     return results
+
+
+@contextmanager
+def _locked(fabric: Fabric, folder: Path) -> Iterator[None]:
+    """Refuse a seed that others are training: seeds of one run may be trained side by side, one seed may not."""
+    lock = FileLock(folder / "lock", timeout=0)
+
+    def is_taken() -> bool:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            return True
+        return False
+
+    if from_first(fabric, is_taken):
+        raise ValueError(f"out: {folder} is being trained by another process; wait for it, or choose another folder")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def so_far(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any] | None, dict[int, dict[str, Any]]]:
@@ -144,11 +177,13 @@ def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tup
 
 
 @rank_zero_only
-def _begin(folder: Path, found: dict[str, Any], task: Task) -> None:
+def _begin(config: RunConfig, found: dict[str, Any], task: Task) -> None:
     """Write what a run is, before what it gives."""
+    folder = config.folder()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)  # before the configuration says that there is more to it
     write_json(folder / "config.json", found)
+    write_json(folder / "where.json", {"data_root": str(config.data_root.absolute())})
     if task.kind == "image":
         names = ("in_channels", "num_classes", "classes", "mean", "std")
         write_json(folder / "images.json", {name: getattr(task, name) for name in names})

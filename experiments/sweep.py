@@ -24,19 +24,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from experiments.checkpoint import InterruptedRunError
+from experiments import options
 from experiments.config import RouterName
 from experiments.grid import grid
-from experiments.jobs import Processes, RayTasks, train_apart
 from experiments.progress import Progress, show_progress_of
-from experiments.runs import differences_of, run, write_json
 from experiments.studies import STUDIES, Study
 from experiments.tables import study_table
+
+ROUTERS: tuple[RouterName, ...] = ("random", "uniform", "token_choice", "expert_choice", "multi_centroid")
+"""Of a grid, by default."""
+OF_GRIDS = ("preset", "routers", "experts", "ks", "seeds", "epochs")
+"""Options that a study has fixed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +49,15 @@ class SweepConfig:
     """Name of the study, or `grid`."""
     preset: str | None = None
     """Of a grid: the preset."""
-    routers: tuple[RouterName, ...] = ("random", "uniform", "token_choice", "expert_choice", "multi_centroid")
-    """Of a grid: the routers; a dense model, and one four times as wide, are always there."""
-    experts: tuple[int, ...] = (8,)
-    """Of a grid: numbers of experts, E."""
-    ks: tuple[int, ...] = (1, 2)
-    """Of a grid: experts per token, K."""
-    seeds: tuple[int, ...] = ()
-    """Of a grid: the seeds; none are those of the preset."""
+    routers: tuple[RouterName, ...] | None = None
+    """Of a grid: the routers; by default random, uniform, token_choice, expert_choice and multi_centroid. A dense
+    model, and one four times as wide, are always there."""
+    experts: tuple[int, ...] | None = None
+    """Of a grid: numbers of experts, E; by default 8."""
+    ks: tuple[int, ...] | None = None
+    """Of a grid: experts per token, K; by default 1 and 2."""
+    seeds: tuple[int, ...] | None = None
+    """Of a grid: the seeds; by default those of the preset."""
     epochs: int | None = None
     """Of a grid: epochs; by default those of the preset."""
     runs: Path | None = None
@@ -82,11 +85,14 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
         The study's results, and by variant why it could not be run.
 
     Raises:
-        ValueError: an unknown study.
+        ValueError: see :func:`check`.
     """
-    name, study = _study(config)
-    if config.jobs < 1:
-        raise ValueError(f"jobs: got {config.jobs}, expected at least 1")
+    name, study = check(config)
+    import torch
+
+    from experiments.jobs import Processes, RayTasks, train_apart
+    from experiments.runs import differences_of, run, write_json
+
     threads = config.threads or (1 if config.ray else max(torch.get_num_threads() // config.jobs, 1))
     torch.set_num_threads(threads)
     folder = config.runs if config.runs is not None else Path("runs") / name
@@ -135,14 +141,26 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
     return collect(name, study, finished), failed
 
 
-def _study(config: SweepConfig) -> tuple[str, Study]:
+def check(config: SweepConfig) -> tuple[str, Study]:
+    """The study, and its name.
+
+    Raises:
+        ValueError: an unknown study, an option that it has fixed, or one out of range.
+    """
+    if config.jobs < 1:
+        raise ValueError(f"jobs: got {config.jobs}, expected at least 1")
     if config.study != "grid":
         if config.study not in STUDIES:
-            raise ValueError(f"study: got {config.study!r}, expected one of {', '.join([*STUDIES, 'grid'])}")
+            raise ValueError(options.unknown_name("study", config.study, [*STUDIES, "grid"]))
+        for name in OF_GRIDS:
+            value = getattr(config, name)
+            if value is not None:
+                raise ValueError(f"{name}: got {value!r} with {config.study}, expected none: only grid takes it")
         return config.study, STUDIES[config.study]
     if config.preset is None:
         raise ValueError("preset: got none, expected --preset NAME for a grid")
-    made = grid(config.preset, config.routers, config.experts, config.ks, config.seeds, config.epochs)
+    sizes = (config.experts or (8,), config.ks or (1, 2), config.seeds or ())
+    made = grid(config.preset, config.routers or ROUTERS, *sizes, config.epochs)
     name = f"grid-{config.preset}"
     if config.seeds:
         name += "-seeds-" + "-".join(map(str, config.seeds))
@@ -165,7 +183,12 @@ def collect(name: str, study: Study, finished: Mapping[str, dict[str, Any]]) -> 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = tyro.cli(SweepConfig, args=args, prog="python -m experiments.sweep", description=__doc__)
+    try:
+        config = options.parse(SweepConfig, args, "python -m experiments.sweep", __doc__)
+        check(config)
+        from experiments.checkpoint import InterruptedRunError  # and so torch, which --help does without
+    except ValueError as error:
+        options.fail(error)
     console = Console(stderr=True, soft_wrap=True)
     show_progress_of("gmoe")
 
@@ -179,8 +202,7 @@ def main(args: Sequence[str] | None = None) -> None:
         console.print("stopped; the same command continues", highlight=False)
         sys.exit(128 + (stopped.number if isinstance(stopped, InterruptedRunError) else signal.SIGINT))
     except (ValueError, OSError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(2)
+        options.fail(error)
     finally:
         signal.signal(signal.SIGTERM, before)
     print(study_table(results))

@@ -17,16 +17,16 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.config import RunConfig, check_world, launcher, restore
+from experiments import options
+from experiments.config import RECORDS, RunConfig, check_world, config_class, launcher, restore
 from experiments.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -39,16 +39,17 @@ def parse(args: Sequence[str] | None = None) -> RunConfig:
     """The configuration from the command line: a preset, a file, and what is changed of them.
 
     Raises:
-        ValueError: the file of ``--config`` cannot be read, or is of another preset.
+        ValueError: a preset or an option that there is not, or the file of ``--config`` cannot be read, or is of
+            another preset.
     """
     args = list(sys.argv[1:] if args is None else args)
     file, args = _take(args, "--config")
     if file is None:
-        description = __doc__.partition("\n\n    ")[0] + "\n\n--config FILE begins with the options of a JSON file."
-        return tyro.extras.overridable_config_cli(PRESETS, args=args, prog=PROG, description=description)
+        about = __doc__.partition("\n\n    ")[0] + "\n\n--config FILE begins with the options of a JSON file."
+        return options.choose(PRESETS, args, PROG, "preset", about)
     preset = args.pop(0) if args and args[0] in PRESETS else None
     base = read_config_file(Path(file), preset)
-    return tyro.cli(type(base), default=base, args=args, prog=f"{PROG} --config {file}")
+    return options.parse(type(base), args, f"{PROG} --config {file}", default=base)
 
 
 def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:
@@ -78,11 +79,13 @@ def read_config_file(path: Path, preset: str | None) -> RunConfig:
         base = PRESETS[preset][1].science()
         if given.get("dataset", base["dataset"]) != base["dataset"]:
             raise ValueError(f"config: {path} is of {given['dataset']}, expected {base['dataset']}, as {preset}")
-    preset_root = PRESETS[preset][1].data_root if preset is not None else Path("data")
-    root, out = Path(given.pop("data_root", preset_root)), given.pop("out", None)
-    for name in ("extended", "moved"):
-        given.pop(name, None)
-    return replace(restore(base | given, root), out=None if out is None else Path(out))
+    science = base | given
+    known = [option.name for option in fields(config_class(science.get("dataset", "")))]
+    for name in given:
+        if name not in (*known, *RECORDS):
+            near = options.nearest(name, known, ", ")
+            raise ValueError(f"config: got {name}, which is no option of {science.get('dataset')}{near}")
+    return restore(science, PRESETS[preset][1].data_root if preset is not None else Path("data"))
 
 
 def show(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
@@ -128,9 +131,7 @@ def main(args: Sequence[str] | None = None) -> None:
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
 
     def fail(error: Exception) -> NoReturn:
-        where = f" (process {rank})" if rank else ""
-        errors.print(f"[bold red]error:[/] {escape(str(error))}{where}", highlight=False)
-        sys.exit(2)
+        options.fail(error, f" (process {rank})" if rank else "")
 
     try:
         config = parse(args)

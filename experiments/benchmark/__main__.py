@@ -6,46 +6,67 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-import pandas as pd
-import torch
-import tyro
-from rich.console import Console
-from rich.markup import escape
+from experiments import options
 
-from experiments.benchmark.conv import ConvBenchmark
-from experiments.benchmark.ffn import FFNBenchmark
-from experiments.benchmark.measure import Benchmark
-from experiments.benchmark.order import OrderBenchmark
-from experiments.benchmark.processes import ProcessesBenchmark
-from experiments.benchmark.routers import RouterBenchmark, VoteBenchmark
-from experiments.benchmark.stored import StoredBenchmark
-from experiments.benchmark.swap import SwapBenchmark
-from experiments.benchmark.train import TrainBenchmark
-from experiments.benchmark.vit import VitBenchmark
-from experiments.benchmark.wide import WideBenchmark
-from experiments.runs import environment
-from experiments.tables import benchmark_lines, measured_on
+if TYPE_CHECKING:
+    from experiments.benchmark.measure import Benchmark
 
-BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
-    "conv": ("A layer of message passing, forward and backward.", ConvBenchmark()),
-    "ffn": ("An MLP layer, forward and backward; ours and others'.", FFNBenchmark()),
-    "order": ("Sum first or transform first: every order, and the one that is chosen.", OrderBenchmark()),
-    "wide": ("Wide inputs: MoEConv against each order as a few lines of bare torch.", WideBenchmark()),
-    "router": ("The routers' share of a layer.", RouterBenchmark()),
-    "vote": ("Attention votes: naive, in blocks, over neighbors.", VoteBenchmark()),
-    "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", TrainBenchmark()),
-    "processes": ("Data parallel training beside processes that train alone.", ProcessesBenchmark()),
-    "stored": ("Neighbor sampling from disk beside memory.", StoredBenchmark()),
-    "swap": ("Dense layers against gmoe's defaults in their place: accuracy and time of a step.", SwapBenchmark()),
-    "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", VitBenchmark()),
+PROG = "python -m experiments.benchmark"
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "conv": ("A layer of message passing, forward and backward.", "conv.ConvBenchmark"),
+    "ffn": ("An MLP layer, forward and backward; ours and others'.", "ffn.FFNBenchmark"),
+    "order": ("Sum first or transform first: every order, and the one that is chosen.", "order.OrderBenchmark"),
+    "wide": ("Wide inputs: MoEConv against each order as a few lines of bare torch.", "wide.WideBenchmark"),
+    "router": ("The routers' share of a layer.", "routers.RouterBenchmark"),
+    "vote": ("Attention votes: naive, in blocks, over neighbors.", "routers.VoteBenchmark"),
+    "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", "train.TrainBenchmark"),
+    "processes": ("Data parallel training beside processes that train alone.", "processes.ProcessesBenchmark"),
+    "stored": ("Neighbor sampling from disk beside memory.", "stored.StoredBenchmark"),
+    "swap": (
+        "Dense layers against gmoe's defaults in their place: accuracy and time of a step.",
+        "swap.SwapBenchmark",
+    ),
+    "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", "vit.VitBenchmark"),
 }
-"""By the name of the command line."""
+"""By the name of the command line: a line of help, and the class, which is imported when it is asked for."""
+
+
+def parse(args: Sequence[str]) -> Benchmark:
+    """The benchmark with its options.
+
+    Raises:
+        ValueError: a name or an option that there is not.
+    """
+    name, *rest = args
+    if name not in BENCHMARKS:
+        raise ValueError(options.unknown_name("benchmark", name, BENCHMARKS))
+    line, where = BENCHMARKS[name]
+    if not {"-h", "--help"} & set(rest):
+        print(f"{name}: {line}", file=sys.stderr, flush=True)  # long before the first figures, and all that is imported
+    module, _, kind = where.partition(".")
+    made: type[Benchmark] = getattr(import_module(f"experiments.benchmark.{module}"), kind)
+    return options.parse(made, rest, f"{PROG} {name}", f"{line}\n\n{made.__doc__}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = tyro.extras.overridable_config_cli(BENCHMARKS, args=args, prog="python -m experiments.benchmark")
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(__doc__, *(f"  {name:<12}{line}" for name, (line, _) in BENCHMARKS.items()), sep="\n")
+        sys.exit(0 if args else 2)
+    try:
+        config = parse(args)
+    except ValueError as error:
+        options.fail(error)
+    import pandas as pd
+    import torch
+
+    from experiments.runs import environment
+    from experiments.tables import benchmark_lines, measured_on
+
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -55,8 +76,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         found = config.run()
     except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(2)
+        options.fail(error)
     print(pd.DataFrame(benchmark_lines(found)).to_string(index=False))
     print(measured_on(environment(), config.device))
 

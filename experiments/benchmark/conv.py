@@ -6,7 +6,7 @@ Shapes: N nodes, D features, E experts, K experts a node.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class ConvBenchmark(Benchmark):
     masked: bool = True
     """Time E convs on the whole graph too, each masked by the routing, and of GCN experts PyG's HeteroLinear on the
     aggregate; and check that the layer equals them."""
+
+    SMALL: ClassVar = {"repeats": 3, "nodes": 5000, "edges": 34_000}
 
     def steps(self) -> Steps:
         if self.width % self.heads:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class FFNBenchmark(Benchmark):
     """How our experts run."""
     peers: bool = True
     """Time others' layers too, where they are installed."""
+
+    SMALL: ClassVar = {"repeats": 3, "tokens": 1024}
 
     def steps(self) -> Steps:
         x, grad = torch.randn(self.tokens, self.width, requires_grad=True), torch.randn(self.tokens, self.width)

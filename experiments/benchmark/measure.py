@@ -9,10 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,11 @@ class Benchmark:
     """Of all that is drawn."""
     json: Path | None = None
     """Where to write the figures."""
+    quick: bool = False
+    """A small case, of less than two minutes on one core: to see that all runs."""
+
+    SMALL: ClassVar[Mapping[str, Any]] = {"repeats": 3}
+    """Values with `quick`, of options that have their defaults."""
 
     def run(self) -> dict[str, Any]:
         """Measure, write the figures if there is where to, and return those of each variant.
@@ -50,10 +55,12 @@ class Benchmark:
             ValueError: an option out of range.
             AssertionError: variants that compute the same thing differ.
         """
-        torch.manual_seed(self.seed)
-        found = self.measured()
-        if self.json is not None:
-            write_json(self.json, self.content(found))
+        small = {name: value for name, value in self.SMALL.items() if getattr(self, name) == getattr(type(self), name)}
+        own = replace(self, **small) if self.quick else self
+        torch.manual_seed(own.seed)
+        found = own.measured()
+        if own.json is not None:
+            write_json(own.json, own.content(found))
         return found
 
     def measured(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class RouterBenchmark(Benchmark):
     """E."""
     ks: tuple[int, ...] = (1,)
     """Experts per token, K."""
+
+    SMALL: ClassVar = {"repeats": 3, "tokens": 2048, "edges": 14_000}
 
     def steps(self) -> Steps:
         convs = self.layer == "conv"
@@ -83,6 +85,8 @@ class VoteBenchmark(Benchmark):
     """Time the (T, T) matrix too, whose memory is E T^2, and check that the others equal it."""
     group: bool = True
     """Time the votes over the group, whose time goes by T^2."""
+
+    SMALL: ClassVar = {"repeats": 3, "tokens": 1024, "edges": 7000}
 
     def steps(self) -> Steps:
         edge_index = power_law_edges(self.tokens, self.edges)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch_geometric.data import Data
@@ -28,6 +28,8 @@ class StoredBenchmark(Benchmark):
     """Batches a run."""
     workers: tuple[int, ...] = (0, 2)
     """Worker processes."""
+
+    SMALL: ClassVar = {"repeats": 2, "batches": 2}
 
     def measured(self) -> dict[str, Any]:
         """By variant ``wall`` and ``cpu`` (of this process), their ratios to memory, and ``seeds`` a second.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -37,6 +37,8 @@ class TrainBenchmark(Benchmark):
     """Timed epochs, after one that is not."""
     data_root: Path = Path("data")
     """Root folder of the data. Nothing is downloaded."""
+
+    SMALL: ClassVar = {"repeats": 1, "batches": 5, "presets": ("digits", "digits-graph", "mosaic")}
 
     def measured(self) -> dict[str, Any]:
         """By preset, ``wall``, and ``parts``: the seconds of the median epoch by part; ``share``, those over the

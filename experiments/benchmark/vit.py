@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class VitBenchmark(Benchmark):
     """By default that of the `cifar10` preset."""
     bf16: bool = False
     """Under bfloat16 autocast, not in float32."""
+
+    SMALL: ClassVar = {"repeats": 3, "batch": 16}
 
     def steps(self) -> Steps:
         images = torch.randn(self.batch, 3, self.size.image_size, self.size.image_size)

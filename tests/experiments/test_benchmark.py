@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from experiments.benchmark import conv, measure, order, routers, wide
-from experiments.benchmark.__main__ import main
+from experiments.benchmark.__main__ import main, parse
 from experiments.benchmark.peers import NonzeroLoop
 from experiments.benchmark.train import Clock
 from experiments.build import build_model
@@ -121,6 +121,21 @@ def test_variants(command: str, variants: list[str], reference: str, tmp_path: P
         assert figures["ratio"]["wall"] == figures["wall"]["median"] / base["wall"]["median"]
         assert figures["ratio"]["memory"] == figures["memory"] / base["memory"]
         assert len(figures["cpu"]["values"]) == 2
+
+
+def test_a_quick_case_is_small_but_for_what_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*f"{ROUTER} --quick --json {tmp_path / 'found.json'}".split()])
+    assert capsys.readouterr().err.startswith("router: The routers' share of a layer.")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["config"]["tokens"], found["config"]["repeats"]) == (40, 3)
+    assert all(len(figures["wall"]["values"]) == 3 for figures in found["variants"].values())
+
+
+@pytest.mark.parametrize("name", ["conv", "ffn", "router", "vote", "train", "vit", "stored"])
+def test_a_quick_case_has_sizes_of_its_own(name: str) -> None:
+    config = parse([name, "--quick"])
+    assert len(config.SMALL) > 1
+    assert all(hasattr(config, option) for option in config.SMALL)
 
 
 def test_ffn_benchmark_with_peers(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process = start("-m", "tests.experiments.ranks", str(root))
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error.decode()
+    (root / "errors").write_bytes(error)
     return root
 
 
@@ -67,6 +68,12 @@ def test_two_processes_train_what_one_does(name: str, folder: Path) -> None:
         torch.testing.assert_close(value, weights[1][key], rtol=1e-9, atol=1e-12)
     assert "devices" not in summaries[0]["config"]
     assert summaries[1]["config"]["devices"] == 2
+
+
+def test_processes_leave_their_group_and_do_not_warn_of_strides(folder: Path) -> None:
+    """One that is in its group as it exits is aborted, at times."""
+    assert [(folder / f"left-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
+    assert "Grad strides" not in (folder / "errors").read_text()
 
 
 def test_two_processes_that_are_stopped_go_on_exactly(folder: Path) -> None:

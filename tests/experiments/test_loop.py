@@ -193,4 +193,4 @@ def test_options_of_other_data_are_unknown(preset: str, option: str, capsys: pyt
     with pytest.raises(SystemExit):
         main([preset, option, "1"])
     captured = capsys.readouterr()
-    assert "Unrecognized options" in captured.err + captured.out
+    assert f"{option}: unknown option of {preset}" in captured.err + captured.out

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from experiments.config import load_object
 from experiments.train import main
-from tests.experiments.command import quick
+from tests.experiments.command import QUICK, quick
 
 SOURCE = """
 import torch
@@ -68,6 +69,18 @@ def test_a_router(preset: str, tmp_path: Path) -> None:
     assert all(layer["experts_per_token"]["mean"] == 1 for layer in summary["routing"])
 
 
+def test_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another folder than the working directory, and with a name that a module has."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "json.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    main(["digits-graph", "--router", "elsewhere/json.py:FirstBits", *QUICK, "--seeds", "0"])
+    summary = json.loads((tmp_path / "runs" / "digits-graph-json.FirstBits" / "summary.json").read_text())
+    assert summary["config"]["router"] == "elsewhere/json.py:FirstBits"
+    assert load_object("model", f"{folder}/json.py:sage") is load_object("model", "elsewhere/json.py:sage")
+
+
 @pytest.mark.parametrize(
     ("preset", "name", "layers"), [("digits-graph", "sage", 0), ("digits-graph", "moe", 1), ("digits", "flat", 0)]
 )
@@ -85,7 +98,12 @@ def test_a_model(preset: str, name: str, layers: int, tmp_path: Path, monkeypatc
         (["--router", "nobodys:Router"], "router: got 'nobodys:Router', which cannot be imported"),
         (["--router", "users_own:Nothing"], "router: got 'users_own:Nothing', which cannot be imported"),
         (["--router", "users_own:sage"], "expected a subclass of gmoe.Router"),
-        (["--router", "token-choice"], "router: got 'token-choice', expected one of dense, token_choice"),
+        (
+            ["--router", "token-choice"],
+            "router: got 'token-choice' (did you mean token_choice?), expected one of dense",
+        ),
+        (["--router", "nobodys:Router"], "in the working directory and in PYTHONPATH, and FILE.py:Router takes a file"),
+        (["--router", "nobodys.py:Router"], "router: got 'nobodys.py:Router', which cannot be imported"),
         (["--router", "users_own:FirstBits", "--balance", "bias"], "balance: got 'bias', but the router"),
         (["--model", "users_own:nothing"], "returns a int, expected an nn.Module"),
         (["--model", "sage"], "model: got 'sage', expected package.module:name"),

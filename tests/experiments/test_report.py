@@ -18,8 +18,9 @@ from torch_geometric.data import Data
 from experiments.presets import DIGITS, DIGITS_GRAPH
 from experiments.presets import GRAPH as GRAPH_PRESET
 from experiments.report import figures
-from experiments.report.__main__ import _by_data, main
+from experiments.report.__main__ import main
 from experiments.report.findings import edges_within, sentence, similarity
+from experiments.report.make import _by_data
 from experiments.report.page import Page
 from experiments.routing_stats import load_routings, save_routings
 from experiments.run_folder import RunFolder, load_model, read_run
@@ -126,7 +127,7 @@ def test_a_broken_run_is_named_and_the_others_are_reported(
     assert "graph-dense" in page.words
 
 
-def test_a_graph_of_ones_own_is_found(tmp_path: Path) -> None:
+def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "own" / "graph.npz"
     path.parent.mkdir()
     part = np.arange(60) % 3
@@ -140,13 +141,20 @@ def test_a_graph_of_ones_own_is_found(tmp_path: Path) -> None:
         test_masks=part == 2,
     )
     small = replace(GRAPH_PRESET, data_root=path, epochs=1, hidden=4, experts=2, seeds=(0,), progress=False)
-    run(replace(small, router="token_choice", out=tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    run(replace(small, data_root=Path("own/graph.npz"), router="token_choice", out=tmp_path / "run"))
     for root in (path, path.parent):
         task = read_run(tmp_path / "run", root).load_task(0)
         assert task.graph is not None
         assert task.graph.num_nodes == 60
+    monkeypatch.chdir(tmp_path / "own")
+    main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])  # where it was trained
+    assert "Not drawn" not in Contents(tmp_path / "report" / "index.html").words
     main([str(tmp_path / "run"), "--data-root", str(tmp_path), "--out", str(tmp_path / "report")])
     assert "give --data-root" in Contents(tmp_path / "report" / "index.html").words
+    path.unlink()
+    main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    assert "Not drawn" in Contents(tmp_path / "report" / "index.html").words
 
 
 @pytest.mark.parametrize(

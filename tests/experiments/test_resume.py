@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from experiments.config import RunConfig
 from experiments.data import Task
 from experiments.loop import Training, train_seed
 from experiments.run_folder import read_run
+from experiments.runs import run
 from experiments.train import main, parse
 from tests.experiments.command import QUICK, quick, quick_until
 from tests.vision.made_images import write_images
@@ -190,6 +192,36 @@ def test_the_same_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     main([*args, "--resume"])  # the last of them, which is finished
     assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_a_folder_that_is_given_is_the_one_that_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = quick(tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        quick(tmp_path / "run")
+    assert stop.value.code == 2
+    assert f"out: got {tmp_path / 'run'}, which holds files" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-2" / "note.txt").write_text("not a run")
+    assert quick(tmp_path / "run", "--resume") == first
+
+
+def test_a_seed_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse(["digits-graph", *QUICK, "--seeds", "0", "--resume", "--out", str(tmp_path / "run")])
+    step, refused = Training.step, list[int]()
+
+    def twice(*arguments: Any) -> None:
+        with pytest.raises(ValueError, match=r"out: .*seed-0 is being trained by another process"):
+            run(config)
+        refused.append(1)
+        step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "step", twice)
+        run(config)
+    assert len(refused) == len(rows(tmp_path / "run")) == 3
+    run(replace(config, epochs=4))  # the lock is let go
+    assert len(rows(tmp_path / "run")) == 4
 
 
 def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 import experiments.runs
-import experiments.sweep
 from experiments.build import build_model, flops, matched_width, num_parameters
 from experiments.data import load_tasks
 from experiments.jobs import Processes
@@ -61,7 +60,7 @@ def test_finished_variants_are_skipped(
         ran.extend([] if finished else [config.folder().name])
         return run(config, progress)
 
-    monkeypatch.setattr(experiments.sweep, "run", watch)
+    monkeypatch.setattr(experiments.runs, "run", watch)
     main(args)
     assert ran == ["moe"]
     assert "| MoE |" in capsys.readouterr().out
@@ -230,8 +229,14 @@ def test_a_signal_ends_all_processes_and_the_same_command_goes_on(
     ("args", "message"),
     [
         (["tiny", "--jobs", "0"], "jobs: got 0, expected at least 1"),
+        (["tiny", "--epochs", "5", "--seeds", "0"], "seeds: got (0,) with tiny, expected none: only grid takes it"),
+        (["tiny", "--epochs", "5"], "epochs: got 5 with tiny, expected none: only grid takes it"),
+        (["tiny", "--preset", "cora"], "preset: got 'cora' with tiny, expected none: only grid takes it"),
+        (["tiny", "--routers", "random"], "routers: got ('random',) with tiny, expected none: only grid takes it"),
+        (["tiny", "--experts", "8"], "experts: got (8,) with tiny, expected none: only grid takes it"),
+        (["tiny", "--ks", "1", "2"], "ks: got (1, 2) with tiny, expected none: only grid takes it"),
         (["grid"], "preset: got none"),
-        (["grid", "--preset", "corra"], "preset: got 'corra', expected one of digits"),
+        (["grid", "--preset", "corra"], "preset: got 'corra' (did you mean cora?), expected one of digits"),
         (["grid", "--preset", "digits", "--routers", "random", "--ks", "9"], "ks: got (9,)"),
         (["grid", "--preset", "digits", "--experts", "2", "--ks", "1", "3"], "ks: got (1, 3), expected none larger"),
     ],

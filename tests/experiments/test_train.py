@@ -89,10 +89,12 @@ def test_same_seed_same_numbers(tmp_path: Path, router: str) -> None:
 
 
 def test_unknown_preset_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["ogbn-arxivv"])
-    error = capsys.readouterr()
-    assert all(name in error.err + error.out for name in PRESETS)
+    with pytest.raises(SystemExit) as stop:
+        main(["ogbn-arxivv"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "did you mean ogbn-arxiv?" in error
+    assert all(name in error for name in PRESETS)
 
 
 def test_missing_data_says_what_how_large_and_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
