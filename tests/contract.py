@@ -184,7 +184,7 @@ def moefied() -> nn.Module:
 def opened(model: nn.Module) -> Any:
     """With experts that give more than zero, as they do at the start."""
     for layer in model.modules():
-        if isinstance(layer, MoEConv) and layer.gain is not None:
+        if isinstance(layer, MoEConv | HeteroMoEConv) and layer.gain is not None:
             nn.init.constant_(layer.gain, 0.5)
         if isinstance(layer, MLPExperts):
             nn.init.normal_(layer.down.weight)
@@ -231,7 +231,7 @@ def gnn(**kwargs: Any) -> GNNMoE:
 
 
 def hetero(**kwargs: Any) -> HeteroMoEConv:
-    return HeteroMoEConv(D, 6, METADATA, num_experts=E, k=K, **kwargs)
+    return opened(HeteroMoEConv(D, 6, METADATA, num_experts=E, k=K, **kwargs))
 
 
 CASES = [
@@ -251,8 +251,8 @@ CASES = [
     Case("HeteroMoEConv tied", partial(hetero, tie_routers=True, tie_experts=True), hetero_graphs, TOLD_APART),
     Case("GNNMoE", partial(gnn, dropout=0.5, norm="batch_norm", jk="cat"), graphs),
     Case("GNNMoE shared router", partial(gnn, shared_router=True, router_input=("node", "neighbors")), graphs),
-    Case("HeteroGNNMoE", lambda: HeteroGNNMoE(D, 6, 5, METADATA, 3, num_experts=E, k=K), hetero_graphs),
-    Case("HeteroGNNMoE target", lambda: HeteroGNNMoE(D, 6, 5, METADATA, 2, target="paper"), hetero_papers),
+    Case("HeteroGNNMoE", lambda: opened(HeteroGNNMoE(D, 6, 5, METADATA, 3, num_experts=E, k=K)), hetero_graphs),
+    Case("HeteroGNNMoE target", lambda: opened(HeteroGNNMoE(D, 6, 5, METADATA, 2, target="paper")), hetero_papers),
     Case("ViTMoE", lambda: opened(with_head(ViTMoE(SMALL_VIT, num_experts=E))), images, NO_RESET),
     Case(
         "moefied ViT", moefied, images, {**NO_RESET, "returns_what_is_recorded": "torchvision's forward returns logits"}

@@ -6,7 +6,7 @@ Shapes: T tokens (the nodes of a type), D, I, O widths, M edges of a relation, E
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
@@ -22,9 +22,9 @@ from gmoe._checks import check, check_choice, check_count, check_counts
 from gmoe.conv.graph import Graph, check_batch
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts
-from gmoe.moe import MoELayer
+from gmoe.moe import MoELayer, drawn_apart
 from gmoe.routers import Router, RouterLike, build_router
-from gmoe.routing import AuxLoss, Routing
+from gmoe.routing import GAIN_SCALE, AuxLoss, Routing
 
 Aggr: TypeAlias = Literal["mean", "sum"]
 HeteroRouterLike: TypeAlias = RouterLike | Mapping[NodeType, RouterLike]
@@ -136,13 +136,17 @@ class HeteroMoEConv(MoELayer):
     r"""Run K of E relational layers per node, on PyG's ``HeteroData``.
 
     .. math::
-        x_i' = \sum_{e \in \mathrm{experts}(i)} w_{ie} \Big( W_{e,\tau(i)} x_i
+        x_i' = \mathrm{conv}_{\mathrm{shared}}(x)_i
+            + g \sum_{e \in \mathrm{experts}(i)} w_{ie} \Big( W_{e,\tau(i)} x_i
             + \sum_r W_{e,r} \, \mathrm{mean}_{j \in N_r(i)} x_j + b_{e,\tau(i)} \Big)
 
     where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it: an expert is an R-GCN
-    layer (:class:`RelationalConv`). Equal, in outputs and gradients, to running E of them on the whole graph and
-    masking. Each relation is aggregated once, and the nodes of a type meet their experts in one grouped product, so
-    that compute scales with K, not E. Parts of ``experts`` may be replaced, as those of :class:`MLPExperts` may.
+    layer (:class:`RelationalConv`). The shared expert runs on every node and the gain g starts at zero, so that with
+    the same seed a new layer equals the ``RelationalConv`` it replaces; ``shared_expert=False`` is the plain mixture.
+
+    Equal, in outputs and gradients, to running E of them on the whole graph and masking. Each relation is aggregated
+    once, and the nodes of a type meet their experts in one grouped product, so that compute scales with K, not E. Parts
+    of ``experts`` may be replaced, as those of :class:`MLPExperts` may.
 
     Each node type has its own router and experts, unless they are tied:
 
@@ -167,6 +171,9 @@ class HeteroMoEConv(MoELayer):
         router_input: what routers see: ``"node"`` (default), ``"neighbors"`` (the aggregates), or both, side by side.
         tie_routers, tie_experts: see above (default ``False``); they need one width for all node types.
         out_types: node types to compute (default all); there are no parameters for others.
+        shared_expert: one more layer that runs on every node (default ``True``).
+        dense_start: with a shared expert, scale the routed experts' output by a learned gain that starts at zero
+            (default ``True``).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
         check_finite: the routers refuse NaN and infinity (default ``False``; costs a host sync).
@@ -205,21 +212,20 @@ class HeteroMoEConv(MoELayer):
         tie_routers: bool = False,
         tie_experts: bool = False,
         out_types: Collection[NodeType] | None = None,
+        shared_expert: bool = True,
+        dense_start: bool = True,
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
         check_finite: bool = False,
     ) -> None:
         check_counts(num_experts=num_experts, k=k)
         check(k <= num_experts, "k", k, f"at most num_experts={num_experts}")
-        experts = RelationalConv(
-            in_channels,
-            out_channels,
-            metadata,
-            aggr=aggr,
-            share_root=tie_experts,
-            out_types=out_types,
-            linear=partial(LinearExperts, num_experts=num_experts, backend=backend),
+        relational = partial(
+            RelationalConv, in_channels, out_channels, metadata, aggr=aggr, share_root=tie_experts, out_types=out_types
         )
+        dense = relational() if shared_expert else None
+        with nullcontext() if dense is None else drawn_apart():
+            experts = relational(linear=partial(LinearExperts, num_experts=num_experts, backend=backend))
         given = {router_input} if isinstance(router_input, str) else set(router_input)
         parts: tuple[RouterPart, ...] = tuple(part for part in get_args(RouterPart) if part in given)
         known = given and len(parts) == len(given)
@@ -227,7 +233,8 @@ class HeteroMoEConv(MoELayer):
         routers: dict[NodeType, Router] = {}
         for name, like in _router_likes(router, list(experts.relations_into), tie_routers).items():
             dim = _router_dim(experts, name, parts, tie_routers)
-            routers[name] = built = build_router(like, dim, num_experts, k, router_kwargs)
+            with nullcontext() if dense is None else drawn_apart():
+                routers[name] = built = build_router(like, dim, num_experts, k, router_kwargs)
             built.check_finite |= check_finite
             expected = "scope='group', since neighbors differ in type"
             check(getattr(built, "scope", None) != "neighbors", "router", "scope='neighbors'", expected)
@@ -241,18 +248,24 @@ class HeteroMoEConv(MoELayer):
         self.backend: Backend = backend
         self.experts = experts
         self.routers = ModuleDict({} if tie_routers else routers)
+        self.shared_expert = dense
+        self.gain = nn.Parameter(torch.zeros(1)) if dense is not None and dense_start else None
 
     def reset_parameters(self) -> None:
-        """Draw routers and experts anew."""
-        for part in self.children():
-            reset(part)
+        """Draw all parameters anew."""
+        reset(self.shared_expert)
+        if self.gain is not None:
+            nn.init.zeros_(self.gain)
+        with nullcontext() if self.shared_expert is None else drawn_apart():
+            for part in (self.experts, self.router, self.routers):
+                reset(part)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()
 
     @torch.no_grad()
     def expert(self, index: int) -> RelationalConv:
-        """A detached copy of expert ``index`` as a dense layer.
+        """A detached copy of expert ``index`` as a dense layer, times the gain where there is one.
 
         Raises:
             ValueError: an index outside 0..E-1.
@@ -265,7 +278,7 @@ class HeteroMoEConv(MoELayer):
         first = next(own.parameters())
         dense.to(device=first.device, dtype=first.dtype)
         for name, parameter in dense.named_parameters():
-            stacked = own.get_parameter(name)[index]
+            stacked = own.get_parameter(name)[index] * (1 if self.gain is None else GAIN_SCALE * self.gain)
             parameter.copy_(stacked.T if stacked.dim() == 2 else stacked)
         return dense.train(self.training)
 
@@ -290,7 +303,12 @@ class HeteroMoEConv(MoELayer):
                 if got != (expected := (size, self.num_experts)):
                     raise ValueError(f"routings[{name!r}]: got {got} tokens and experts, expected {expected}")
             decided = {name: routings[name] for name in parts}
-        out = {name: self._mix(self.experts.maps(name), own, decided[name]) for name, own in parts.items()}
+        out = {}
+        for name, own in parts.items():
+            followed = decided[name] if self.gain is None else decided[name].scaled(self.gain)
+            out[name] = self._mix(self.experts.maps(name), own, followed)
+            if self.shared_expert is not None:
+                out[name] = out[name] + _apply(self.shared_expert.maps(name), own)
         return (out, decided) if return_routing else out
 
     def _mix(self, maps: Sequence[Any], parts: Sequence[Tensor], routing: Routing) -> Tensor:

@@ -57,8 +57,8 @@ class HeteroGNNMoE(nn.Module):
         act, norm, norm_kwargs: as in PyG's ``BasicGNN`` (defaults: relu, no norm). Each node type has its own norms.
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
-        aggr, router_input, tie_routers, tie_experts, router_kwargs, backend, check_finite: see :class:`HeteroMoEConv`.
-            With ``tie_experts`` dense layers share their root weight too.
+        aggr, router_input, tie_routers, tie_experts, shared_expert, dense_start, router_kwargs, backend, check_finite:
+            see :class:`HeteroMoEConv`. With ``tie_experts`` dense layers share their root weight too.
 
     Shapes:
         - ``x_dict``: (N, D) of each type that has features.
@@ -112,6 +112,8 @@ class HeteroGNNMoE(nn.Module):
         router_input: HeteroRouterInput = "node",
         tie_routers: bool = False,
         tie_experts: bool = False,
+        shared_expert: bool = True,
+        dense_start: bool = True,
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
         check_finite: bool = False,
@@ -130,6 +132,7 @@ class HeteroGNNMoE(nn.Module):
         )
         options: dict[str, Any] = {"num_experts": num_experts, "router": router, "k": k, "router_input": router_input}
         options |= {"tie_routers": tie_routers, "tie_experts": tie_experts, "router_kwargs": router_kwargs}
+        options |= {"shared_expert": shared_expert, "dense_start": dense_start}
         moe: Any = partial(HeteroMoEConv, **options, backend=backend, check_finite=check_finite)
         dense: Any = partial(RelationalConv, share_root=tie_experts)
         norm_layer = _norm(norm, hidden_channels, norm_kwargs)

@@ -13,6 +13,7 @@ from torch_geometric.nn import HeteroConv, SAGEConv
 
 from gmoe import Routing, aux_loss
 from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
+from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv.masked import features, gradient, random_graph, routing_of
 
 EdgeType = tuple[str, str, str]
@@ -120,7 +121,10 @@ def assert_equals_masked(
     ``weights``: (T, E) of each type to follow in place of the routers'. ``reference_edges``: for the reference if
     others.
     """
+    gain, shared = conv.gain, conv.shared_expert
+    conv.gain = None
     experts = [conv.expert(index) for index in range(conv.num_experts)]
+    conv.gain = gain
 
     def run(reference: bool) -> Nodes:
         conv.zero_grad(set_to_none=True)
@@ -130,12 +134,19 @@ def assert_equals_masked(
         y_dict, routings = conv(xs, edge_index_dict, routings=follow, return_routing=True, **kwargs)
         if reference:
             y_dict = masked(experts, xs, reference_edges or edge_index_dict, routings)
+            if gain is not None:
+                y_dict = {t: GAIN_SCALE * gain * y for t, y in y_dict.items()}
+            if shared is not None:
+                always = shared(xs, reference_edges or edge_index_dict)
+                y_dict = {t: y + always[t] for t, y in y_dict.items()}
         backward(y_dict, aux_loss(routings.values()))
         found = {f"y.{t}": y.detach() for t, y in y_dict.items()}
         found |= {f"x.{t}": gradient(x) for t, x in xs.items()}
         found |= {f"weight.{t}": gradient(w) * (w != 0) for t, w in given.items()}
         for part in [conv.routers] if conv.router is None else [conv.router]:
             found |= {f"router.{name}": gradient(p) for name, p in part.named_parameters()}
+        beside = [] if shared is None else [*shared.parameters(), *([] if gain is None else [gain])]
+        found |= {f"beside.{index}": gradient(p) for index, p in enumerate(beside)}
         if not reference:
             assert all(p.grad is not None for p in conv.experts.parameters())  # zeros where nothing came
             return found | {f"experts.{name}": gradient(p) for name, p in conv.experts.named_parameters()}

@@ -68,6 +68,7 @@ def layer(widths: Any = WIDTH, **kwargs: Any) -> HeteroMoEConv:
     torch.manual_seed(0)
     if kwargs.get("router", "token_choice") == "token_choice":  # noise would differ from call to call
         kwargs.setdefault("router_kwargs", {"balance": None})
+    kwargs.setdefault("shared_expert", False)
     return HeteroMoEConv(widths, **{"out_channels": OUT, "metadata": METADATA, "num_experts": EXPERTS, **kwargs})
 
 
@@ -192,6 +193,33 @@ def test_equals_masked_layers_with_every_option(out_types: list[str], router_inp
     conv = layer(WIDTHS, aggr="sum", router_input=router_input, out_types=out_types, router_kwargs=options).double()
     assert_equals_masked(conv, nodes(), edges())
     assert list(conv(nodes(), edges())) == out_types
+
+
+@each_tie_of_both
+@pytest.mark.parametrize("dense_start", [False, True])
+def test_equals_masked_layers_beside_a_shared_expert(dense_start: bool, ties: dict[str, bool]) -> None:
+    conv = layer(k=2, shared_expert=True, dense_start=dense_start, **ties).double()
+    if dense_start:
+        nn.init.constant_(conv.gain, 3.0)  # type: ignore[arg-type]
+    assert_equals_masked(conv, nodes(WIDTH), edges())
+
+
+@pytest.mark.parametrize("tie_experts", [False, True])
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice", None])
+def test_a_new_layer_is_the_dense_one(router: Any, tie_experts: bool) -> None:
+    """With one seed, also after ``reset_parameters``; and what is added for an expert is nothing."""
+    conv, plain = (
+        layer(shared_expert=True, router=router, tie_experts=tie_experts),
+        dense(WIDTH, share_root=tie_experts),
+    )
+    follow = None if router else {t: routing_of(torch.ones(n, EXPERTS)) for t, n in COUNTS.items()}
+    for _ in range(2):
+        assert_all_close(conv.double()(nodes(WIDTH), edges(), routings=follow), plain(nodes(WIDTH), edges()))
+        assert not any(parameter.any() for parameter in conv.expert(0).parameters())
+        for module in (conv.float(), plain.float()):
+            torch.manual_seed(3)
+            module.reset_parameters()
+        plain.double()
 
 
 def test_equals_masked_layers_on_sparse_matrices() -> None:
