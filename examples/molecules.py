@@ -35,7 +35,7 @@ from gmoe import MoEConv
 parser = argparse.ArgumentParser()
 parser.add_argument("--data-root", default="data", help="where TUDataset's folders are, or are downloaded to")
 parser.add_argument("--seeds", type=int, default=3)
-parser.add_argument("--epochs", type=int, default=40)
+parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--fast", action="store_true", help="seconds, and no download")
 args = parser.parse_args()
 

@@ -3,7 +3,7 @@
 A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is generated from ``results/STUDY.json``. With
 ``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->``
 compares variants seed by seed. ``<!-- benchmark: NAME -->`` and ``<!-- swap: NAME -->`` are what
-``experiments.benchmark`` wrote.
+``experiments.benchmark`` wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its dense model.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ from typing import Any, TypeAlias
 import tyro
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("results", "when-moe-helps", "claims", "benchmarks", "see-the-routing", "which-settings-first")
+PAGES = (
+    "results",
+    "when-moe-helps",
+    "claims",
+    "benchmarks",
+    "see-the-routing",
+    "which-settings-first",
+    "tutorials/command-line",
+)
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs|benchmark|swap): (?P<study>[\w-]+)(?:: (?P<variants>[\w/ -]+?))? -->\n)"
+    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap): (?P<study>[\w-]+)(?:: (?P<variants>[\w/ -]+?))? -->\n)"
     r".*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -48,7 +56,9 @@ def render(page: str, results: Path) -> str:
     def table(match: re.Match[str]) -> str:
         content = json.loads((results / f"{match['study']}.json").read_text())
         only = (match["variants"] or "").split()
-        if match["kind"] == "table":
+        if match["kind"] == "presets":
+            made = preset_table(content)
+        elif match["kind"] == "table":
             made = study_table(content, only)
         else:
             made = pair_table(content, only) if match["kind"] == "pairs" else benchmark_table(content)
@@ -121,6 +131,35 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
     return markdown(known(lines), left=[routed]) if lines else "No variant is finished."
 
 
+def preset_table(found: dict[str, Any]) -> str:
+    """One line a preset: its dense model, what it trains by default, and how many experts of a layer took a token."""
+    runs = {variant["variant"]: variant for variant in found["variants"]}
+    lines = []
+    for name, moe in ((name.removesuffix("-moe"), run) for name, run in runs.items() if name.endswith("-moe")):
+        dense = runs[f"{name}-dense"]
+        alive = [moe["config"]["experts"] - layer["dead"]["mean"] for layer in moe["routing"]]
+        shown = [min(alive), max(alive)] if min(alive) < max(alive) else alive[:1]
+        line = {
+            "run": moe["label"],
+            "metric": moe["metric"],
+            "n": str(moe["test"]["n"]),
+            "dense": percent(dense["test"]),
+        }
+        line |= {"with experts": percent(moe["test"])}
+        line["difference"] = f"{100 * (moe['test']['mean'] - dense['test']['mean']):+.2f}"
+        line["experts alive, by layer"] = (
+            f"{' to '.join(f'{count:.3g}' for count in shown)} of {moe['config']['experts']}"
+        )
+        for column, ratio in (("× FLOPs", moe["flops"] / dense["flops"]), ("× time", _seconds(moe) / _seconds(dense))):
+            line[column] = f"{ratio:.2f}"
+        lines.append(line)
+    return markdown(lines, left=("metric",))
+
+
+def _seconds(variant: Mapping[str, Any]) -> float:
+    return float(variant["seconds"]["mean"])
+
+
 def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
     """One line a pair of variants: the difference on the test set, seed by seed (or split by split).
 
@@ -169,26 +208,14 @@ def benchmark_table(found: dict[str, Any]) -> str:
 
 def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
     """One line a variant: seconds, ratios to the reference variant, memory; of ``train``, where an epoch's time goes;
-    of ``order`` and ``wide``, milliseconds by order; of ``swap``, accuracies and times by arm."""
+    of ``swap``, accuracies and times by arm."""
     if _is_swap(variants):
         return known([{"": name} | swap_line(row) for name, row in variants.items()])
-    if "wide" in variants:
-        return [{"shape": name} | _order_line(cell) for name, cell in variants["wide"].items()]
-    if "grid" in variants:
-        lines = [{"shape": name} | _order_line(cell) for name, cell in variants["grid"].items()]
-        share = {"shape": "share of choices within 1.1 of the best", "× best": f"{variants['within']:.1%}"}
-        return [*lines, *([dict.fromkeys(lines[0], "") | share] if lines else [])]
     return [_train_line(name, of) if "parts" in of else _layer_line(name, of) for name, of in variants.items()]
 
 
 def _is_swap(variants: Mapping[str, Any]) -> bool:
     return any("runs" in variant for variant in variants.values() if isinstance(variant, dict))
-
-
-def _order_line(cell: Mapping[str, Any]) -> Line:
-    times = {f"{name} (ms)": f"{1000 * cell[name]:,.1f}" for name in cell if name not in ("chosen", "ratio")}
-    chosen = {"chosen": cell["chosen"]} if "chosen" in cell else {}
-    return times | chosen | {"× best": f"{cell['ratio']:.2f}"}
 
 
 def _train_line(name: str, variant: Mapping[str, Any]) -> Line:

@@ -40,9 +40,8 @@ def count_flops(model: Callable[..., Any], *args: Any, backward: bool = False, *
 
     Also counts grouped products, attention on the CPU, and sums over messages (one per element, whether by
     ``index_add``, ``scatter_add`` or a sparse product). If experts can run in several orders, one fixed order is
-    counted, so that the count does not depend on the machine: convs that sum aggregate first, unless all experts'
-    outputs side by side are narrower than the input; attention transforms each (source, expert) pair that an edge
-    needs.
+    counted, so that the count does not depend on the machine: attention transforms each (source, expert) pair that an
+    edge needs.
 
     Args:
         model: what is called as ``model(*args, **kwargs)``.

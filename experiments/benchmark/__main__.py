@@ -18,8 +18,6 @@ PROG = "python -m experiments.benchmark"
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "conv": ("A layer of message passing, forward and backward.", "conv.ConvBenchmark"),
     "ffn": ("An MLP layer, forward and backward; ours and others'.", "ffn.FFNBenchmark"),
-    "order": ("Sum first or transform first: every order, and the one that is chosen.", "order.OrderBenchmark"),
-    "wide": ("Wide inputs: MoEConv against each order as a few lines of bare torch.", "wide.WideBenchmark"),
     "router": ("The routers' share of a layer.", "routers.RouterBenchmark"),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", "routers.VoteBenchmark"),
     "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", "train.TrainBenchmark"),

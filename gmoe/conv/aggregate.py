@@ -6,7 +6,6 @@ Shapes: T tokens (destinations), D, I, O widths, E experts, P pairs.
 from __future__ import annotations
 
 import copy
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -24,13 +23,7 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_count
-from gmoe.conv.attention import Messages
 from gmoe.conv.base import (
-    ADD,
-    CALL,
-    MESSAGE,
-    MOVE,
-    ConvExperts,
     NodeChunks,
     StackedExperts,
     hooks_of,
@@ -39,14 +32,11 @@ from gmoe.conv.base import (
     tokens_of,
 )
 from gmoe.conv.graph import WEIGHTS_TWICE, Graph, Matrix, weighted_sum
-from gmoe.dispatch import COUNTING, Backend, combine, dispatch, grouped_linear, routed_linear
+from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.routing import Routing
 
 FilterName: TypeAlias = Literal["identity", "low_pass", "high_pass"]
-
-Order: TypeAlias = Literal["aggregate", "transform", "pairs"]
-"""Of a sum and a transform, see :class:`LinearAggregation`."""
 
 SUMS = ("add", "sum", "mean")
 """Aggregations that are sparse products."""
@@ -115,69 +105,12 @@ class AggregateOnce(StackedExperts):
         return chunks.map(lambda x, part, _: self.aggregate(part, x, x), x)
 
 
-def cheapest_order(
-    *,
-    sources: int,
-    tokens: int,
-    edges: int,
-    pairs: int,
-    num_experts: int,
-    width: int,
-    out: int,
-    shared: bool,
-    known: bool,
-    trains: bool,
-    trains_x: bool,
-) -> Order:
-    """Pick the order of sum and transform that takes the least time, forward and backward, by a cost model.
-
-    Args:
-        sources, tokens, edges: of the graph, loops included.
-        pairs: (token, expert) pairs, P.
-        num_experts: E.
-        width, out: columns before and after the transform, I and O.
-        shared: whether a shared expert of the same kind runs on every token.
-        known: whether A x costs nothing, since the graph keeps it.
-        trains: whether weights get a gradient.
-        trains_x: whether the features do.
-    """
-    to_weight, to_x = int(trains), int(trains_x)
-    products = 1 + to_weight + to_x
-    columns = (num_experts + shared) * out
-    messages = edges * pairs / max(tokens, 1)
-    every = max(num_experts * sources, 1)
-    heard = every * -math.expm1(-messages / every)  # distinct ones, if experts of neighbors are independent
-    cost: dict[Order, float] = {
-        "aggregate": pairs * width * (out * products + MOVE * (1 + to_weight + 2 * to_x))
-        + shared * tokens * width * out * products
-        + (not known) * edges * width * ADD * (1 + to_x)
-        + CALL * num_experts,
-        "transform": sources * width * columns * products
-        + edges * columns * ADD * (1 + to_weight)
-        + tokens * columns * MOVE * 2 * (1 + to_weight),
-        "pairs": heard * width * (out * products + MOVE * (1 + to_weight + to_x))
-        + messages * (out * ADD * (1 + to_weight) + MESSAGE)
-        + shared * out * (sources * width * products + edges * ADD * (1 + to_weight))
-        + CALL * num_experts,
-    }
-    return min(cost, key=lambda order: cost[order])
-
-
 class LinearAggregation(AggregateOnce):
-    """One linear map per expert of the aggregate and, if the conv uses them, the root's features.
-
-    Three orders give the same, and :func:`cheapest_order` picks one where outputs are narrower than inputs:
-
-    - ``"aggregate"``: A x, of which each row meets its experts;
-    - ``"transform"``: A (x [W_1 ... W_E]), of which each row keeps the columns of its experts;
-    - ``"pairs"``: what each expert hears is transformed by that expert alone, and summed pair by pair.
-    """
+    """One linear map per expert of the aggregate and, if the conv uses them, the root's features."""
 
     linears: tuple[str, ...]
     root: bool = True
     normalize: bool = False
-    order: Order | None = None
-    """Forces one, where the router does not need A x; ``None`` takes the cheapest."""
 
     def _linears(self, conv: Any) -> list[Any]:
         """The linear layers of a conv: of the aggregate, and of the root."""
@@ -193,7 +126,6 @@ class LinearAggregation(AggregateOnce):
         width = sum(int(linear.weight.size(1)) for linear in linears)
         bias = self._bias(template) is not None
         self.linear = LinearExperts(width, out_channels, self.num_experts, bias=bias, backend=backend)
-        self.narrows = out_channels < self.aggregate_width and self.matrix is not None
 
     def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
         own = [linear.weight for linear in self._linears(conv)]
@@ -201,83 +133,14 @@ class LinearAggregation(AggregateOnce):
         weights = zip(stacked, own, strict=True)
         return [*weights] if self.linear.bias is None else [*weights, (self.linear.bias, self._bias(conv))]
 
-    def start(
-        self, graph: Graph, x_src: Tensor, x_dst: Tensor, routing: Routing, shared: ConvExperts | None = None
-    ) -> tuple[Any, Any]:
-        """(T, I) the aggregate; (T, E, O) the sums of what each expert makes of its sources; or nothing yet."""
-        linears: list[Any] = [self.linear]
-        if isinstance(shared, LinearAggregation):
-            linears.append(shared.linear)
-        plain = all(type(linear) is LinearExperts and not any(hooks_of(linear)) for linear in linears)
-        order: Order = "aggregate"
-        if self.narrows and plain and graph.mask is None:
-            order = self.order or self.cheapest(graph, x_src, routing, shared is not None)
-        if self.matrix is None or order == "aggregate":
-            return super().start(graph, x_src, x_dst, routing)
-        if order == "pairs":
-            return None, None
-        weights = [linear.weight for linear in linears]
-        if self.root:
-            weights = [weight[:, : self.aggregate_width] for weight in weights]
-        weight_EIO = torch.cat(weights) if shared is not None else weights[0]
-        x_NC = x_src @ weight_EIO.transpose(0, 1).flatten(1)
-        matrix = self.matrix(graph, dtype=torch.promote_types(x_NC.dtype, torch.float32))
-        h_TEO = matrix.times(x_NC).to(x_NC.dtype).unflatten(1, (len(weight_EIO), -1))
-        return h_TEO, h_TEO[:, self.num_experts :] if shared is not None else None
-
-    def cheapest(self, graph: Graph, x_src: Tensor, routing: Routing, shared: bool) -> Order:
-        """The order that :func:`cheapest_order` picks for these."""
-        assert self.matrix is not None
-        if COUNTING.get():
-            narrower = self.num_experts * self.linear.out_features < self.aggregate_width
-            return "transform" if narrower else "aggregate"
-        matrix = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32))
-        return cheapest_order(
-            sources=graph.num_src,
-            tokens=graph.num_dst,
-            edges=matrix.edges.sender.numel(),  # with loops, for GCN
-            pairs=routing.token.numel(),
-            num_experts=self.num_experts,
-            width=self.aggregate_width,
-            out=self.linear.out_features,
-            shared=shared,
-            known=not x_src.requires_grad
-            and (matrix.knows(x_src) if graph.constant is False else bool(graph.constant)),
-            trains=torch.is_grad_enabled() and self.linear.weight.requires_grad,
-            trains_x=torch.is_grad_enabled() and x_src.requires_grad,
-        )
-
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         linear = self.linear
-        if h is None or h.dim() == 3:
-            return self._transformed(graph, x_src, x_dst, h, routing)
         parts = [h, x_dst] if self.root else [h]
         plain = type(linear) is LinearExperts and not any(hooks_of(linear))  # else what a user put there runs
         if self.normalize or not plain:
             y_PO = linear(dispatch(torch.cat(parts, dim=-1), routing), routing.offsets)
             return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
         return routed_linear(parts, linear.weight, linear.bias, routing, linear.backend)
-
-    def _transformed(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        """The mixture from what was transformed already, or from what each expert hears."""
-        linear, width = self.linear, self.aggregate_width
-        if h is None:
-            assert self.matrix is not None
-            matrix = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32))
-            messages = Messages(graph, routing, matrix.edges)
-            heard_UI = x_src.index_select(0, messages.heard)
-            y_UO = grouped_linear(heard_UI, linear.weight[:, :width], None, messages.heard_offsets, linear.backend)
-            weight_M = matrix.weight.index_select(0, messages.edge)
-            y_PO = Matrix(messages.from_heard, weight_M).times(y_UO).to(y_UO.dtype)
-        else:
-            y_PO = h.flatten(0, 1).index_select(0, routing.token * h.size(1) + routing.expert)
-        if self.root:
-            y_PO = y_PO + grouped_linear(
-                dispatch(x_dst, routing), linear.weight[:, width:], None, routing.offsets, linear.backend
-            )
-        if linear.bias is not None:
-            y_PO = y_PO + linear.bias.to(y_PO.dtype).index_select(0, routing.expert)
-        return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
 
 
 class GCNExperts(LinearAggregation):
@@ -396,7 +259,6 @@ class FilterExperts(GCNExperts):
     def fill(self, convs: list[Any]) -> None:
         self.filters = [(conv.filter, conv.hops) for conv in convs]
         self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
-        self.narrows = False
         self.aggregate_width = max(self.hops, 1) * self.linear.in_features
         super().fill(convs)
 

@@ -31,16 +31,14 @@ class Messages:
     Args:
         graph: the edges, self-loops included.
         routing: the pairs.
-        edges: others than the graph's (default ``None``).
     """
 
-    def __init__(self, graph: Graph, routing: Routing, edges: Edges | None = None) -> None:
+    def __init__(self, graph: Graph, routing: Routing) -> None:
         self.graph = graph
         self.routing = routing
-        edges = graph.edges if edges is None else edges
-        self.edge, self.pair = edges.of(routing.token)
+        self.edge, self.pair = graph.edges.of(routing.token)
         """(M,) the edge that each message runs along, and the pair that hears it, ascending."""
-        self.source = edges.sender.index_select(0, self.edge)
+        self.source = graph.edges.sender.index_select(0, self.edge)
         """(M,) the node that sends it."""
 
     @cached_property

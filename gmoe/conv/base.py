@@ -19,10 +19,9 @@ from gmoe.routing import Routing
 MakeConv = Callable[[int], MessagePassing]
 """Makes a fresh conv for the expert of that index."""
 
-MOVE, ADD, MESSAGE, CALL = 60, 8, 2000, 6e6
-"""What takes as long as so many multiply-adds of a product: a number of a row that is gathered or scattered, one that a
-sparse product adds, a message that is looked up, an expert's turn. Fitted to times on one core of a CPU (``python -m
-experiments.benchmark order`` checks them); not measured on GPUs."""
+MOVE = 60
+"""To gather or scatter a number of a row takes as long as so many multiply-adds of a product; fitted on one core of a
+CPU, not measured on GPUs."""
 
 hooks_of = attrgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """What a user may have hung on a module, which then has to be called."""
@@ -89,9 +88,6 @@ class ConvExperts(nn.Module, ABC):
     out_width: int | None = None
     """O, where it is known before the first call."""
 
-    narrows: bool = False
-    """Whether :meth:`start` may find something cheaper than the aggregate, if the router does not need that."""
-
     takes_two_sets: bool = True
     """Whether sources and destinations may be two sets of nodes."""
 
@@ -102,18 +98,11 @@ class ConvExperts(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        """(T, O) the mixture; ``h`` is what :meth:`aggregate` or :meth:`start` gave."""
+        """(T, O) the mixture; ``h`` is what :meth:`aggregate` gave."""
 
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Any:
         """(T, D) what the convs aggregate, where that is the same for all experts; else ``None``."""
         return None
-
-    def start(
-        self, graph: Graph, x_src: Tensor, x_dst: Tensor, routing: Routing, shared: ConvExperts | None = None
-    ) -> tuple[Any, Any]:
-        """What :meth:`forward` goes on from most cheaply: the experts', and that of a ``shared`` one of their kind."""
-        h = self.aggregate(graph, x_src, x_dst)
-        return h, h
 
     def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Any:
         """:meth:`aggregate` of all nodes of a large graph."""

@@ -42,9 +42,7 @@ class MoEConv(MoELayer, MessagePassing):
     Equal, in outputs and gradients, to running E convs on the whole graph and masking. Compute scales with the K
     experts a node uses, not with the total E:
 
-    - GCN, SAGE, GraphConv and GIN aggregate once, then run each row's experts in one grouped product. If outputs are
-      narrower than inputs, GCN, SAGE and GraphConv may transform first, whichever order a cost model finds cheapest
-      (:func:`gmoe.conv.aggregate.cheapest_order`);
+    - GCN, SAGE, GraphConv and GIN aggregate once, then run each row's experts in one grouped product;
     - GAT, GATv2 and TransformerConv send K messages per edge. They transform each (source, expert) pair that an edge
       needs, at most min(K · edges, E · N): on dense graphs this part grows with E;
     - other local convs (a node's output follows from its in-edges and their ends) run on the in-edges of each expert's
@@ -265,9 +263,7 @@ class MoEConv(MoELayer, MessagePassing):
         if self.explain:
             graph = graph.masked(self._explained(graph))
         u_src, u_dst = (x_src, x_dst) if self.transform is None else self._transformed(x_src, x_dst)
-        h = None
-        if not self.experts.narrows or (routing is None and "neighbors" in self.router_input):
-            h = self.experts.aggregate(graph, u_src, u_dst)
+        h = self.experts.aggregate(graph, u_src, u_dst)
         if routing is not None and not isinstance(routing, Routing):
             raise ValueError(f"routing: got {type(routing).__name__}, expected a Routing, or None to ask the router")
         if routing is None:
@@ -279,13 +275,9 @@ class MoEConv(MoELayer, MessagePassing):
             got = f"{routing.num_tokens} tokens and {routing.num_experts} experts"
             raise ValueError(f"routing: got {got}, expected {nodes[1]} and {self.num_experts}")
         followed = routing if self.gain is None else routing.scaled(self.gain)
-        near = h
-        if h is None:  # nobody needs the aggregate itself
-            alike = self.shared_expert if self._aggregates_alike else None
-            h, near = self.experts.start(graph, u_src, u_dst, followed, alike)
         y = self.experts(graph, u_src, u_dst, h, followed)
         if self.shared_expert is not None:
-            y = y + self._shared(graph, x_src, x_dst, near)
+            y = y + self._shared(graph, x_src, x_dst, h)
         return (y, routing) if return_routing else y
 
     def _transformed(self, x_src: Tensor, x_dst: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,7 +299,7 @@ class MoEConv(MoELayer, MessagePassing):
         if not self._aggregates_alike:
             graph, h = graph.in_flow(self.shared_expert.flow), None
         if h is None:
-            h, _ = self.shared_expert.start(graph, x_src, x_dst, everyone)
+            h = self.shared_expert.aggregate(graph, x_src, x_dst)
         out: Tensor = self.shared_expert(graph, x_src, x_dst, h, everyone)
         return out
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from gmoe._checks import check_at_least, check_choice, check_count, check_positive
 from gmoe.distributed import world_sums
-from gmoe.routers.watch import Watch
 from gmoe.routing import Routing, in_backward
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
@@ -76,7 +75,6 @@ class Router(nn.Module, ABC):
             )
         self.check_finite = check_finite
         self.experts_per_token = float(k)
-        self.watch = Watch()
         self.process_group: Any = None
 
     @abstractmethod
@@ -123,10 +121,6 @@ class Router(nn.Module, ABC):
             raise ValueError(f"route: got a Routing of {got} from {type(self).__name__}, expected {legal}")
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True)
-        # what is compiled, fake or on the meta device has no values to look at
-        watched = not torch.compiler.is_compiling() and type(routing.token) is Tensor and not routing.token.is_meta
-        if watched and self.is_training_step():
-            self.watch.step(type(self).__name__, routing)
         return routing
 
     def _top_k(self, ranked_TE: Tensor, log_gate_TE: Tensor) -> tuple[Tensor, Tensor]:

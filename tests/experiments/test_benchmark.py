@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch_geometric.data import Data
 
-from experiments.benchmark import conv, measure, order, routers, wide
+from experiments.benchmark import conv, measure, routers
 from experiments.benchmark.__main__ import main, parse
 from experiments.benchmark.peers import NonzeroLoop
 from experiments.benchmark.train import Clock
@@ -22,7 +22,7 @@ from experiments.build import build_model
 from experiments.data import load_tasks
 from experiments.loop import set_up
 from experiments.presets import DIGITS
-from gmoe import Graph, MLPExperts, MoE, MoEConv, TokenChoice
+from gmoe import MLPExperts, MoE, MoEConv, TokenChoice
 from tests.gmoe.data.stored_files import store
 
 CPU = torch.device("cpu")
@@ -177,39 +177,6 @@ def test_hetero_linear_equals_the_layer() -> None:
     layer = MoEConv("gcn", 5, 4, num_experts=3, k=2, shared_expert=False, router_kwargs={"balance": None})
     x, edges = torch.randn(9, 5), torch.randint(9, (2, 30))
     torch.testing.assert_close(conv.Grouped(layer)(x, edges), layer(x, edges))
-
-
-def test_order_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = "--nodes 20 --ins 6 9 --outs 8 --degrees 2 --experts 2 --ks 1 3"  # 6 to 8 and K = 3 are left out
-    found = found_by(f"order {sizes}", tmp_path)["variants"]
-    extras = ["", ", shared expert", ", gradient of x", ", gradient of x, shared expert"]
-    assert list(found["grid"]) == [f"9 to 8, degree 2, E=2 K=1{extra}" for extra in extras]
-    for figures in found["grid"].values():
-        assert figures["ratio"] == figures[figures["chosen"]] / min(figures[name] for name in order.ORDERS)
-    assert found["within"] == sum(figures["ratio"] <= 1.1 for figures in found["grid"].values()) / 4
-    assert "cell 4 of 4 (9 8" in capsys.readouterr().err
-
-
-def test_wide_benchmark(tmp_path: Path) -> None:
-    found = found_by("wide --shapes 20 40 9 4", tmp_path)["variants"]["wide"]
-    assert list(found) == [f"20 nodes, 40 edges, 9 to 4{extra}" for extra in ("", ", shared expert")]
-    for figures in found.values():
-        assert figures["ratio"] == figures["MoEConv"] / min(figures[f"bare {name}"] for name in order.ORDERS)
-
-
-@pytest.mark.parametrize("name", order.ORDERS)
-@pytest.mark.parametrize("shared_expert", [False, True])
-@pytest.mark.parametrize("k", [1, 2])
-def test_bare_torch_equals_the_layer_in_every_order(k: int, shared_expert: bool, name: Any) -> None:
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"router_kwargs": {"balance": None}, "dense_start": False}
-    layer = MoEConv("gcn", 5, 4, num_experts=3, k=k, shared_expert=shared_expert, **options).double()
-    graph, x = Graph(torch.randint(9, (2, 30)), 9), torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
-    bare = wide.Bare(layer, graph, name)
-    torch.testing.assert_close(bare(x), layer(x, graph))
-    weights, grad = [x, *layer.parameters()], torch.randn(9, 4, dtype=torch.float64)
-    theirs, ours = (torch.autograd.grad(y, weights, grad) for y in (bare(x), layer(x, graph)))
-    torch.testing.assert_close(theirs, ours)
 
 
 def test_stored_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,6 @@ def test_benchmark_tables() -> None:
     figures = {"median": 0.5, "min": 0.25, "max": 1.0}
     layer = {"wall": figures, "memory": 3 * 2**20, "ratio": {"wall": 1.5, "cpu": 2.0, "flops": None}}
     train = {"batches": 2, "parts": {"data": 1.0, "rest": 3.0}, "share": {"data": 0.25, "rest": 0.75}}
-    order = {"grid": {"cell": {"pairs": 0.001, "chosen": "pairs", "ratio": 1.0}}, "within": 1.0}
     for variants, head, line in (
         (
             {"ours": layer},
@@ -139,7 +138,6 @@ def test_benchmark_tables() -> None:
             "| preset | batches | seconds | data (%) | rest (%) |",
             "| digits | 2 | 4.000 | 25.0 | 75.0 |",
         ),
-        (order, "| shape | pairs (ms) | chosen | × best |", "| cell | 1.0 | pairs | 1.00 |"),
     ):
         found = {"variants": variants, "environment": WHERE, "config": {"device": "cuda"}}
         lines = benchmark_table(found).splitlines()

@@ -243,10 +243,10 @@ def test_counting_changes_nothing() -> None:
 
 def test_what_is_counted_does_not_follow_what_is_quickest(monkeypatch: pytest.MonkeyPatch) -> None:
     x, edges = torch.randn(T, 40), random_graph(T, T, 30)
-    layers = [MoEConv(kind, 40, 3, num_experts=4, router="random").eval() for kind in ("gcn", "sage")]
+    layers = [MoEConv(kind, 40, 3, num_experts=4, router="random").eval() for kind in ("gat", "gatv2")]
     before = [count_flops(layer, x, edges) for layer in layers]
     for move in (0, 10**9):
-        monkeypatch.setattr("gmoe.conv.aggregate.MOVE", move)
+        monkeypatch.setattr("gmoe.conv.attention.MOVE", move)
         assert [count_flops(layer, x, edges) for layer in layers] == before
     with pytest.raises(ValueError, match="x"):
         count_flops(layers[0], x[:, :3], edges)

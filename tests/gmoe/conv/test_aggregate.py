@@ -12,7 +12,7 @@ from torch_geometric.nn import GCNConv
 from torch_geometric.utils import to_dense_adj
 
 from gmoe import FilterConv, Graph, MLPConv, MoEConv
-from gmoe.conv.aggregate import FilterExperts, MLPConvExperts, cheapest_order
+from gmoe.conv.aggregate import FilterExperts, MLPConvExperts
 from tests.gmoe.conv.masked import FORMS, GRAPHS, assert_equals_masked, features, simple_graph, weights
 
 WIDTH = 4
@@ -80,26 +80,6 @@ def test_mlp_conv_ignores_the_graph_and_takes_bipartite_input() -> None:
     assert layer.expert(0).hidden_channels == 7
     plain = MLPConv(WIDTH, 5, bias=False).double()
     torch.testing.assert_close(plain(x[1]), plain.down(plain.up(x[1]).clamp(min=0)))
-
-
-CORA: dict[str, Any] = {"sources": 2708, "tokens": 2708, "edges": 13_264, "pairs": 2708, "num_experts": 8}
-CORA |= {"width": 1433, "out": 8, "shared": False, "known": False, "trains": True, "trains_x": False}
-
-
-@pytest.mark.parametrize(
-    ("change", "order"),
-    [
-        ({}, "transform"),
-        ({"known": True, "num_experts": 32}, "aggregate"),  # a kept sum costs nothing
-        ({"num_experts": 32, "sources": 200_000, "tokens": 200_000, "edges": 800_000, "pairs": 200_000}, "aggregate"),
-        ({"out": 128}, "aggregate"),  # E times the output is wider than the input
-        ({"edges": 200_000, "num_experts": 16}, "transform"),  # sums cost more than products
-        ({"edges": 3000, "pairs": 300, "sources": 100_000, "tokens": 100_000, "num_experts": 32}, "pairs"),  # few hear
-        ({"pairs": 0, "edges": 0, "sources": 0, "tokens": 0}, "transform"),
-    ],
-)
-def test_the_cheapest_order(change: dict[str, Any], order: str) -> None:
-    assert cheapest_order(**CORA | change) == order
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from torch_geometric.nn import (
 from gmoe import ROUTERS, FilterConv, MoEConv
 from gmoe.conv import attention as attention_module
 from gmoe.conv import graph as graph_module
-from gmoe.conv.aggregate import AggregateOnce, FilterExperts, MLPConvExperts, Order
+from gmoe.conv.aggregate import AggregateOnce, FilterExperts, MLPConvExperts
 from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.base import MixedExperts
 from gmoe.conv.graph import Graph
@@ -427,81 +427,6 @@ def test_backends(conv: Any, kwargs: dict[str, Any], backend: str) -> None:
     layer = build(conv, kwargs, backend=backend)
     args = edge_args(layer, edge_index.size(1))
     assert_equals_masked(layer, features(num_nodes, WIDTH), edge_index, weight_TE=weights(num_nodes), **args)
-
-
-def build_in(order: Any, conv: Any, kwargs: dict[str, Any], **options: Any) -> MoEConv:
-    """A layer whose experts are narrower than their input, which run in that order."""
-    layer = build(conv, kwargs, 9, 2, **options)
-    linear = isinstance(kwargs.get("aggr", "mean"), str) and kwargs.get("aggr") != "max"
-    assert layer.experts.narrows is linear
-    for experts in (layer.experts, layer.shared_expert):
-        if experts is not None:
-            experts.order = order
-    return layer
-
-
-@pytest.mark.parametrize("shared_expert", [False, True])
-@pytest.mark.parametrize("order", [*get_args(Order), None])
-@pytest.mark.parametrize(("conv", "kwargs"), LINEAR, ids=ids)
-def test_every_order_of_sum_and_transform(conv: Any, kwargs: dict[str, Any], order: Any, shared_expert: bool) -> None:
-    """Also where an expert is starved, where tokens have no expert, one or two, and where there is no edge."""
-    for router, k in (("token_choice", 1), ("expert_choice", 2)):
-        layer = build_in(order, conv, kwargs, router=router, k=k, shared_expert=shared_expert)
-        for num_nodes, edge_index in (GRAPHS["mixed"], GRAPHS["no edges"]):
-            args = edge_args(layer, edge_index.size(1))
-            assert_equals_masked(layer, features(num_nodes, 9), edge_index, **args)
-            assert_equals_masked(layer, features(num_nodes, 9), edge_index, weight_TE=weights(num_nodes), **args)
-
-
-@pytest.mark.parametrize("order", get_args(Order))
-@pytest.mark.parametrize(("conv", "kwargs"), LINEAR, ids=ids)
-def test_every_order_where_the_router_needs_the_aggregate(conv: Any, kwargs: dict[str, Any], order: Any) -> None:
-    num_nodes, edge_index = GRAPHS["mixed"]
-    layer = build_in(order, conv, kwargs, router="token_choice", router_input=("node", "neighbors"), shared_expert=True)
-    assert_equals_masked(layer, features(num_nodes, 9), edge_index, **edge_args(layer, edge_index.size(1)))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("order", get_args(Order))
-@pytest.mark.parametrize("conv", ["gcn", "sage", "graph"])
-def test_every_order_in_every_form_of_edges(conv: str, order: Any, form: str) -> None:
-    edges = simple_graph(9, 9, loops=False)
-    layer = build_in(order, conv, {}, shared_expert=True)
-    with default_float64():
-        adj = FORMS[form](edges, (9, 9))
-        assert_equals_masked(layer, features(9, 9), adj, reference_adj=edges, weight_TE=weights(9))
-
-
-@pytest.mark.parametrize("order", get_args(Order))
-@pytest.mark.parametrize("conv", ["gcn", "sage", "graph"])
-def test_every_order_under_a_mask_and_in_the_other_flow(conv: str, order: Any) -> None:
-    num_nodes, edge_index = GRAPHS["mixed"]
-    layer = build_in(order, conv, {"flow": "target_to_source"}, shared_expert=True)
-    given: dict[str, Any] = {"weight_TE": weights(num_nodes), **edge_args(layer, edge_index.size(1))}
-    assert_equals_masked(layer, features(num_nodes, 9), edge_index, **given)
-    assert_equals_masked(layer, features(num_nodes, 9), edge_index, mask=features(edge_index.size(1), seed=9), **given)
-
-
-@pytest.mark.parametrize("sizes", [(9, 5), (5, 9)], ids=str)
-@pytest.mark.parametrize("order", get_args(Order))
-@pytest.mark.parametrize("conv", ["sage", "graph"])
-def test_every_order_of_bipartite_graphs(conv: str, order: Any, sizes: tuple[int, int]) -> None:
-    layer = MoEConv(conv, (7, 4), 2, num_experts=3, router=None, shared_expert=True).double()
-    layer.experts.order = layer.shared_expert.order = order
-    x = (features(sizes[0], 7), features(sizes[1], 4, seed=1))
-    assert_equals_masked(layer, x, random_graph(*sizes, 30), weight_TE=weights(sizes[1]))
-
-
-@pytest.mark.parametrize("order", get_args(Order))
-@pytest.mark.parametrize("part", ["experts", "shared_expert"])
-def test_a_hook_runs_in_any_order(part: str, order: Any) -> None:
-    num_nodes, edge_index = GRAPHS["mixed"]
-    layer = build_in(order, "sage", {}, router="random", shared_expert=True)
-    x = features(num_nodes, 9)
-    expected, seen = layer(x, edge_index), list[Tensor]()
-    getattr(layer, part).linear.register_forward_hook(lambda _, __, out: seen.append(out))
-    torch.testing.assert_close(layer(x, edge_index), expected)
-    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("move", [0, 1000])

@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import GCNConv
@@ -412,20 +411,6 @@ def test_what_is_known_of_a_call_ends_with_its_first_layer(monkeypatch: pytest.M
     with torch.no_grad():
         gnn(features(9, 4), random_graph(9, 9, 30))
     assert kept[-1] == [True]
-
-
-def test_the_order_of_a_layer_does_not_follow_from_what_others_asked_the_graph() -> None:
-    """Or a checkpoint's recomputation would take another."""
-    layer, edges, x = (
-        MoEConv("sage", 400, 40, num_experts=2).double(),
-        random_graph(200, 200, 20_000),
-        features(200, 400),
-    )
-    graph = Graph(edges, 200)
-    y = checkpoint(layer, x, graph, use_reentrant=False)
-    graph.mean(x)
-    y.sum().backward()
-    assert torch.equal(layer(x, graph), y)
 
 
 def test_what_needs_gradients_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
