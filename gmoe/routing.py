@@ -45,7 +45,7 @@ class Routing:
         dropped_T: (T,) int64, how many pairs of each token exceeded the capacity; ``None`` if nothing can be dropped.
         detached: whether the losses were computed in training while gradients were off, so that they train nothing.
         contiguous: whether ``token`` is 0, 1, ..., T - 1, so that every expert owns a slice of the tokens and nothing
-            has to be gathered or scattered; see :meth:`in_order`.
+            has to be gathered or scattered.
         checked: the values of ``token`` and ``offsets`` are right by construction: do not read them.
 
     Raises:
@@ -236,26 +236,6 @@ class Routing:
     def scaled(self, gain: Tensor) -> Routing:
         """Scale the weights by ``GAIN_SCALE`` and a learned gain (1,)."""
         return replace(self, weight=self.weight * (GAIN_SCALE * gain).to(self.weight.dtype), checked=True)
-
-    @property
-    def is_partition(self) -> bool:
-        """True if each token has exactly one expert; always ``False`` off the CPU, where values are not read."""
-        if torch.compiler.is_compiling() or type(self.token) is not Tensor or self.token.device.type != "cpu":
-            return False
-        one_each = self.token.numel() == self.num_tokens
-        return one_each and bool((self.token.bincount(minlength=self.num_tokens) == 1).all())
-
-    def in_order(self) -> Routing:
-        """Renumber the tokens expert by expert: token ``i`` was token ``self.token[i]``.
-
-        Only of a routing that :attr:`is_partition`; without the losses.
-        """
-        token = torch.arange(self.num_tokens, device=self.token.device)
-        scores = self.scores.detach().index_select(0, self.token)
-        dropped_T = None if self.dropped_T is None else self.dropped_T.index_select(0, self.token)
-        return Routing(
-            token, self.offsets, self.weight, scores, len(token), {}, dropped_T, contiguous=True, checked=True
-        )
 
     def select(self, tokens: Tensor) -> Routing:
         """Restrict the routing to some tokens, renumbered; the losses stay.

@@ -67,10 +67,6 @@ class AggregateOnce(StackedExperts):
     @abstractmethod
     def _without_transform(self, conv: Any) -> MessagePassing: ...
 
-    @property
-    def reads_sorted_edges(self) -> bool:
-        return self.matrix is not None
-
     def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Any:
         if self.matrix is None or graph.mask is not None:
             return self._by_pyg(graph, x_src)
@@ -283,8 +279,6 @@ class FilterExperts(GCNExperts):
 
 class MLPConvExperts(StackedExperts):
     """E MLPConvs as stacked MLPs."""
-
-    reads_sorted_edges = True
 
     def _build(self, template: Any, backend: Backend) -> None:
         self.prototype = MLPConv(1, 1)

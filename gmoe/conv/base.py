@@ -91,11 +91,6 @@ class ConvExperts(nn.Module, ABC):
     takes_two_sets: bool = True
     """Whether sources and destinations may be two sets of nodes."""
 
-    @property
-    def reads_sorted_edges(self) -> bool:
-        """True if :meth:`forward` uses nothing of the graph but its sorted edges, so that nodes may be renumbered."""
-        return False
-
     @abstractmethod
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         """(T, O) the mixture; ``h`` is what :meth:`aggregate` gave."""

@@ -99,11 +99,6 @@ class Edges:
         shift = self.ptr.index_select(0, receivers) - (degree.cumsum(0) - degree)
         return torch.arange(len(position), device=receivers.device) + shift.index_select(0, position), position
 
-    def renumbered(self, place: Tensor) -> tuple[Edges, Tensor]:
-        """The edges where ``place[i]`` is the node that was ``i``, and (M,) which of these each of them is."""
-        sender, receiver = place.index_select(0, self.sender), place.index_select(0, self.receiver)
-        return Edges.sorted(sender, receiver, self.num_senders, self.num_receivers)
-
 
 @dataclass(eq=False)
 class Matrix:
@@ -204,7 +199,6 @@ class Graph:
         self.flow = flow
         self.constant: bool | None = None
         self.mask: Tensor | None = None  # (M,) an explainer's factors on the messages, in the order given
-        self._before: Any = None  # the graph that this is with other numbers, and these
         self._parent: Any = None  # the graph that this is a part of, and what :meth:`part` found out
         self.matrix_values: Tensor | None = None
         self._origin: Tensor | None = None  # of looped edges, in a graph without loops
@@ -302,11 +296,6 @@ class Graph:
         """
         if flow == self.flow:
             return self
-        if self._before is not None:
-            if flow not in self._graphs:
-                before, order, _ = self._before
-                self._graphs[flow] = before.in_flow(flow).renumbered(order)
-            return self._graphs[flow]  # of no explainer, who sees nodes as given
         if self.is_sparse or self._parent is not None:
             got = f"{type(self.adj).__name__} for a conv of flow={flow!r}"
             legal = "plain edges (2, number of edges), or the transposed matrix and the default flow"
@@ -320,21 +309,6 @@ class Graph:
             self._graphs[flow] = Graph(self.adj, self.num_src, edge_weight=weight, edge_attr=attr, flow=flow)
         other = self._graphs[flow].masked(self.mask)
         return other if self.constant is None else other.seeing(self.constant)
-
-    def renumbered(self, order: Tensor) -> Graph:
-        """The graph where node ``i`` is node ``order[i]`` of before, for what reads :attr:`edges`.
-
-        ``adj`` and ``edge_index`` stay as they are, and so do the edge arguments in the order given.
-
-        Args:
-            order: (N,) all nodes, each once.
-        """
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        other = copy.copy(self)
-        other._before = self, order, place
-        other._shared, other._matrices, other._graphs = {}, {}, {}
-        return other
 
     def to(self, device: torch.device | str) -> Graph:
         """Move the graph to a device; returns itself if it is there already."""
@@ -353,11 +327,6 @@ class Graph:
 
     @property
     def _sorted(self) -> tuple[Edges, Tensor]:
-        if "edges" not in self._shared and self._before is not None:
-            before, _, place = self._before
-            with torch.inference_mode(False):
-                edges, edge = before.edges.renumbered(place)
-                self._shared["edges"] = edges, before._sorted[1].index_select(0, edge)
         if "edges" not in self._shared:
             self._shared["edges"] = Edges.sorted(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
         return self._shared["edges"]
@@ -455,11 +424,6 @@ class Graph:
         learned = value is not None and value.requires_grad  # so that nothing of it is kept
         if key in self._matrices and not learned:
             return self._matrices[key]
-        if self._before is not None:
-            before = self._before[0].normalized(improved, loops, dtype)
-            edges, edge = before.edges.renumbered(self._before[2])
-            matrix = Matrix(edges, before.weight.index_select(0, edge))
-            return matrix if learned else self._matrices.setdefault(key, matrix)
         if self._parent is not None:
             matrix = self._part_of_normalized(improved, loops, dtype)
             return matrix if learned else self._matrices.setdefault(key, matrix)

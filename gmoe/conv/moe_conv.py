@@ -401,12 +401,6 @@ class MoEConv(MoELayer, MessagePassing):
         self._build(self.in_channels)
         self.to(device=x_dst.device, dtype=x_dst.dtype).train(self.training)
 
-    @property
-    def reads_sorted_edges(self) -> bool:
-        """Whether nodes may be renumbered for it; see :class:`gmoe.conv.base.ConvExperts`."""
-        parts = [self.experts] if self.shared_expert is None else [self.experts, self.shared_expert]
-        return not self.explain and all(part.reads_sorted_edges for part in parts)
-
     def _all_convs(self) -> list[MessagePassing]:
         shared = [] if self.shared_expert is None else self.shared_expert.convs()
         return [*self.experts.convs(), *shared]

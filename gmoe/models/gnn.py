@@ -33,10 +33,6 @@ from gmoe.routing import Routing
 Residual: TypeAlias = Literal["none", "identity", "linear"]
 
 
-RENUMBERED_LAYERS = 5
-"""With fewer hidden layers, to sort the edges of renumbered nodes takes longer than to gather and scatter in each."""
-
-
 class GNNMoE(HubMixin, BasicGNN):
     r"""A GNN in the manner of PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and residuals.
 
@@ -266,7 +262,6 @@ class GNNMoE(HubMixin, BasicGNN):
             x = x.view_as(x)
         decision = None if self.shared_router is None else self.decide(x, graph, batch)
         routings = [] if decision is None else [decision]
-        order, whole = None, graph
         given: Tensor | None = x
         x = self.input_dropout(x)
         if self.lin_in is not None:
@@ -282,17 +277,8 @@ class GNNMoE(HubMixin, BasicGNN):
                 graph = Graph(edge_index, x.size(0), **own)
                 graph.constant = False
                 batch = None if batch is None else batch[: x.size(0)]
-            if layer == 1 and decision is not None and not trimmed and self._renumbers(decision):
-                # not before, since the graph may know the sums of the raw features
-                order = decision.token
-                graph, decision = graph.renumbered(order), decision.in_order()
-                x = x.index_select(0, order)
-                xs = [x for _ in xs]
-                batch = None if batch is None else batch.index_select(0, order)
             followed = None if decision is None else decision.first(x.size(0))
             conv = self.convs[layer]
-            if order is not None and not isinstance(conv, MoEConv):  # the output conv: PyG's, on the edges as given
-                x, graph, order = torch.empty_like(x).index_copy(0, order, x), whole, None
             if isinstance(conv, MoEConv):
                 seen = graph.seeing(x is given)
                 out, routing = conv(x, seen, batch=batch, routing=followed, return_routing=True)
@@ -310,26 +296,7 @@ class GNNMoE(HubMixin, BasicGNN):
         if hasattr(self, "jk"):
             x = self.jk([h[: x.size(0)] for h in xs])  # trimming leaves the later layers fewer nodes
         x = self.lin(x) if hasattr(self, "lin") else x
-        x = x if order is None else torch.empty_like(x).index_copy(0, order, x)
         return (x, routings) if return_routing else x
-
-    def _renumbers(self, decision: Routing) -> bool:
-        """Whether to sort the nodes by expert once, so that no layer has to gather or scatter them.
-
-        It pays from :data:`RENUMBERED_LAYERS` on, and is right where each node has one expert, all layers but the
-        output conv are MoE layers that read nothing of the graph but its sorted edges, and no hook sees the nodes in
-        between.
-        """
-        convs: list[Any] = list(self.convs)[: self.num_layers - (self.jk_mode is None)]
-        inner = [module for part in self.children() if part is not self.shared_router for module in part.modules()]
-        return (
-            len(convs) >= RENUMBERED_LAYERS
-            and all(isinstance(conv, MoEConv) and conv.reads_sorted_edges for conv in convs)
-            and not any(
-                module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in inner
-            )
-            and decision.is_partition
-        )
 
     def _check_edge_args(self, edge_weight: Tensor | None, edge_attr: Tensor | None) -> None:
         """Of several kinds of experts, some take less than the others, but some conv of the model takes each."""

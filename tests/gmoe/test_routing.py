@@ -206,31 +206,6 @@ def test_the_check_is_cheap() -> None:
     assert min(times) < 1e-3
 
 
-def test_a_partition_in_order_is_the_selection_of_its_tokens() -> None:
-    weight = torch.rand(5, 1, requires_grad=True)
-    routing = Routing.from_choices(torch.tensor([[2], [0], [2], [0], [3]]), weight, 4, scores=torch.rand(5, 4))
-    assert routing.is_partition
-    assert not routing.contiguous
-    found, expected = routing.in_order(), routing.select(routing.token)
-    assert found.contiguous
-    dataclasses.replace(found)  # its values pass the check
-    for name in ("token", "offsets", "weight", "scores"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    assert found.weight.requires_grad
-
-
-@pytest.mark.parametrize("experts", [[[0], [0], [1]], [[0, 1], [1, 0], [0, 1]]], ids=str)
-def test_who_is_a_partition(experts: list[list[int]]) -> None:
-    expert_TK = torch.tensor(experts)
-    routing = Routing.from_choices(expert_TK, torch.ones(expert_TK.shape), 2)
-    assert routing.is_partition == (expert_TK.size(1) == 1)
-
-
-def test_as_many_pairs_as_tokens_are_no_partition() -> None:
-    ends = torch.tensor([1, 2], dtype=torch.int32)
-    assert not Routing(torch.tensor([0, 0]), ends, torch.ones(2), torch.zeros(2, 2), 2).is_partition
-
-
 def test_contiguous_says_what_is_so() -> None:
     routing = Routing.from_choices(torch.tensor([[1], [0]]), torch.ones(2, 1), 2)
     with pytest.raises(ValueError, match="contiguous"):

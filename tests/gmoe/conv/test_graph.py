@@ -75,17 +75,6 @@ def test_edges_are_sorted_whatever_the_default_device_and_the_type_of_the_counts
     assert torch.func.grad(lambda x: (x * Graph(edges, 6).in_degree).sum())(features(6)).tolist() == degree.tolist()
 
 
-def test_renumbered_edges_read_in_inference_mode_train() -> None:
-    edges, weight = random_graph(6, 6, 15), features(15).requires_grad_()
-    renumbered = Graph(edges, 6).renumbered(torch.tensor([3, 1, 5, 0, 2, 4]))
-    with torch.inference_mode():
-        assert renumbered.order.numel() == 15
-    renumbered.with_args(weight, None).weighted("weight", False, torch.float64).times(features(6, 2)).sum().backward()
-    assert weight.grad is not None
-
-
-@settings(max_examples=50, deadline=None)
-@given(data=st.data())
 @pytest.mark.parametrize(
     ("devices", "narrow"), [(("cpu",), graph_module.NARROW), (("cpu",), 0), ((), 0)], ids=["by MKL", "sparse", "blocks"]
 )

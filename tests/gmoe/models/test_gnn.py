@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial, partialmethod
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
-from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 from torch_geometric.loader import NodeLoader
 from torch_geometric.nn import (
     GAT,
@@ -40,7 +39,6 @@ from gmoe import (
     record_routing,
 )
 from gmoe.conv.graph import Edges, parameters_of
-from gmoe.models.gnn import RENUMBERED_LAYERS
 from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv.masked import (
     FORMS,
@@ -56,10 +54,6 @@ from tests.gmoe.conv.masked import (
 
 NODES, IN, HIDDEN, OUT, EXPERTS = 8, 4, 6, 3, 3
 shared_routers = pytest.mark.parametrize("shared_router", [False, True], ids=["own routers", "shared router"])
-
-
-DEEP = RENUMBERED_LAYERS + 1
-"""Layers, with the output conv, from which nodes are renumbered."""
 
 
 def model(**kwargs: Any) -> GNNMoE:
@@ -236,11 +230,10 @@ def test_forms_of_the_edges(form: str, shared_router: bool) -> None:
 def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(
     shared_router: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nodes are renumbered, once more in each call; the transpose likewise."""
     x, edges = graph()
-    gnn = model(num_layers=DEEP, shared_router=shared_router, router_input=("node", "neighbors"))
+    gnn = model(num_layers=6, shared_router=shared_router, router_input=("node", "neighbors"))
     calls: list[Any] = []
-    plain, renumbers = Edges.sorted, int(shared_router)
+    plain = Edges.sorted
 
     def watched(*args: Any) -> Any:
         calls.append(args)
@@ -248,130 +241,16 @@ def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(
 
     monkeypatch.setattr(Edges, "sorted", staticmethod(watched))
     gnn(x, edges)
-    assert len(calls) == 1 + renumbers
+    assert len(calls) == 1
     built = Graph(edges, NODES)
     calls.clear()
     for _ in range(3):
         gnn(x, built)
-    assert len(calls) == 1 + 3 * renumbers
+    assert len(calls) == 1
     gnn(x, built).sum().backward()  # the transpose of the graph's own edges
     calls.clear()
     gnn(x, built).sum().backward()
-    assert len(calls) == 2 * renumbers
-
-
-def watched(graph: Graph, calls: list[Tensor], renumbered: Any, order: Tensor) -> Any:
-    calls.append(order)
-    return renumbered(graph, order)
-
-
-def both_ways(gnn: GNNMoE, x: Tensor, adj: Any, **kwargs: Any) -> list[list[Tensor]]:
-    """Output, routing and gradients with the nodes renumbered, and without."""
-    found: list[list[Tensor]] = []
-    for renumbers in (True, False):
-        gnn.zero_grad()
-        ours, calls = x.clone().requires_grad_(), list[Tensor]()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Graph, "renumbered", partialmethod(watched, calls, Graph.renumbered))
-            if not renumbers:
-                patch.setattr(GNNMoE, "_renumbers", lambda *_: False)
-            out, [routing] = gnn(ours, adj, **kwargs, return_routing=True)
-        assert bool(calls) == renumbers
-        (out * features(*out.shape, seed=7)).sum().backward()
-        grads = [p.grad for p in (ours, *gnn.parameters()) if p.grad is not None]
-        found.append([out.detach(), routing.to_dense().detach(), *grads])
-    assert len(found[0]) == len(found[1])
-    return found
-
-
-IN_ORDER = (
-    *("gcn", "gcn improved", "gcn without loops", "sage", "sage narrow", "graph", "gin", "mlp", "filters"),
-    *("sage normalized", "the other flow", "a shared expert of another flow"),
-)
-KINDS_IN_ORDER: dict[str, dict[str, Any]] = {
-    **KINDS,
-    "sage normalized": {"conv": "sage", "normalize": True},
-    "the other flow": {"conv": "sage", "flow": "target_to_source"},
-    "a shared expert of another flow": {
-        "conv": "gcn",
-        "shared_expert": partial(SAGEConv, flow="target_to_source"),
-    },
-}
-
-
-@pytest.mark.parametrize(
-    "options", [{"shared_expert": True}, {"jk": "lstm", "norm": "batch_norm"}, {"jk": "last"}], ids=str
-)
-@pytest.mark.parametrize("kind", IN_ORDER)
-def test_renumbered_nodes_change_nothing(kind: str, options: dict[str, Any]) -> None:
-    """In training, with edge weights, and with experts that no node chooses."""
-    kwargs = {**options, **KINDS_IN_ORDER[kind]}
-    gnn = model(num_layers=DEEP, **kwargs, shared_router=True, router_input=("node", "neighbors"))
-    x, edges = features(23, IN), random_graph(23, 23, 70)
-    for given in (edges, Graph(edges, 23)):
-        ours, plain = both_ways(gnn, x, given, **edge_args(gnn, 70))
-        for a, b in zip(ours, plain, strict=True):
-            assert_same(a, b)
-    assert gnn.shared_router is not None
-    gnn.shared_router = OracleRouter(gnn.shared_router.dim, gnn.convs[0].num_experts, assignment=torch.ones(23).long())
-    ours, plain = both_ways(gnn, x, edges)
-    for a, b in zip(ours, plain, strict=True):
-        assert_same(a, b)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_renumbered_nodes_of_all_forms_of_edges(form: str) -> None:
-    ends, x = simple_graph(9, 9, loops=False), features(9, IN)
-    gnn = model(num_layers=DEEP, conv="graph", shared_router=True, shared_expert=True)
-    with default_float64():
-        given = Graph(FORMS[form](ends, (9, 9)), 9)
-        for _ in range(2):  # the second finds the graph's transpose
-            ours, plain = both_ways(gnn, x, given)
-            for a, b in zip(ours, plain, strict=True):
-                assert_same(a, b)
-
-
-@pytest.mark.parametrize("norm", ["graph_norm", "instance_norm", "pair_norm", "layer_norm", "batch_norm"])
-def test_renumbered_nodes_keep_their_graph(norm: str) -> None:
-    x, edges, batch = features(23, IN), random_graph(23, 23, 70), torch.arange(23) // 6
-    gnn = model(num_layers=DEEP, conv="gcn", shared_router=True, norm=norm, jk="cat")
-    ours, plain = both_ways(gnn, x, edges, batch=batch)
-    for a, b in zip(ours, plain, strict=True):
-        assert_same(a, b)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"shared_router": False},
-        {"k": 2},
-        {"router": "expert_choice"},
-        {"num_layers": DEEP - 1},
-        {"every": 2},
-        {"conv": "gat"},
-        {"conv": "sage", "aggr": "max"},
-    ],
-    ids=str,
-)
-def test_who_keeps_the_nodes_numbers(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(Graph, "renumbered")
-    gnn = model(**{"conv": "gcn", "shared_router": True, "num_layers": DEEP, **options})
-    gnn(features(23, IN), random_graph(23, 23, 70))
-
-
-def test_hooks_and_explainers_see_the_nodes_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    gnn, seen = model(num_layers=DEEP, conv="gcn", shared_router=True), list[Tensor]()
-    x, edges = features(23, IN), random_graph(23, 23, 70)
-    expected = gnn(x, edges)
-    monkeypatch.delattr(Graph, "renumbered")
-    with pytest.raises(AttributeError, match="renumbered"):
-        gnn(x, edges)
-    set_masks(gnn.convs[0], torch.zeros(70, dtype=torch.float64), edges)
-    gnn(x, edges)
-    clear_masks(gnn)
-    with gnn.convs[1].register_forward_hook(lambda *_: seen.append(_[-1][0])):
-        assert_same(gnn(x, edges), expected)
-    assert len(seen) == 1
+    assert not calls
 
 
 @pytest.mark.parametrize(
