@@ -75,6 +75,8 @@ def test_edges_are_sorted_whatever_the_default_device_and_the_type_of_the_counts
     assert torch.func.grad(lambda x: (x * Graph(edges, 6).in_degree).sum())(features(6)).tolist() == degree.tolist()
 
 
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
 @pytest.mark.parametrize(
     ("devices", "narrow"), [(("cpu",), graph_module.NARROW), (("cpu",), 0), ((), 0)], ids=["by MKL", "sparse", "blocks"]
 )
