@@ -12,7 +12,12 @@ of all 128 would compete for the same experts, in silence, and a molecule's outp
     python examples/molecules.py --data-root data   # Mutagenicity, 4,337 molecules, downloaded unless it is there
     python examples/molecules.py --fast             # rings and chains made here
 
-RESULT
+On Mutagenicity, three seeds of both take 1,500 s of one core of an AMD EPYC CPU beside other jobs, and print::
+
+    GINEConv test accuracy 74.0 ± 2.7 %, 70 s a seed
+    MoEConv  test accuracy 73.9 ± 1.4 %, 425 s a seed
+
+Experts gain nothing here, and GINE's run one by one, which takes six times as long.
 """
 
 # %%
@@ -27,7 +32,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.datasets import TUDataset
 from torch_geometric.loader import DataLoader
-from torch_geometric.nn import GINEConv, global_add_pool
+from torch_geometric.nn import MLP, GINEConv, global_add_pool
 from torch_geometric.utils import to_undirected
 
 from gmoe import MoEConv
@@ -42,22 +47,18 @@ args = parser.parse_args()
 
 def made(index: int) -> Data:
     """A chain of atoms of two types; the odd ones close a ring of five."""
-    atoms = 8 + index % 7
-    bonds = torch.stack([torch.arange(atoms - 1), torch.arange(1, atoms)])
-    if index % 2:
-        bonds = torch.cat([bonds, torch.tensor([[0], [4]])], dim=1)
-    bonds = to_undirected(bonds)
+    atoms, ring = 8 + index % 7, torch.tensor([[0], [4]])[:, : index % 2]
+    bonds = to_undirected(torch.cat([torch.stack([torch.arange(atoms - 1), torch.arange(1, atoms)]), ring], dim=1))
     types = torch.randint(2, (atoms,)), torch.randint(2, (bonds.size(1),))
     x, edge_attr = (F.one_hot(one, 2).float() for one in types)
     return Data(x=x, edge_index=bonds, edge_attr=edge_attr, y=torch.tensor([index % 2]))
 
 
 if args.fast:
-    args.seeds, args.epochs = 1, 5
-    molecules = [made(index) for index in range(512)]
+    args.seeds, args.epochs = 1, 25
+    molecules = [made(index) for index in range(300)]
 else:
     molecules = list(TUDataset(args.data_root, "Mutagenicity"))
-atom_types, bond_types = molecules[0].x.size(1), molecules[0].edge_attr.size(1)
 
 
 # %%
@@ -65,11 +66,11 @@ atom_types, bond_types = molecules[0].x.size(1), molecules[0].edge_attr.size(1)
 class GINE(nn.Module):
     def __init__(self, experts: bool, width: int = 32) -> None:
         super().__init__()
-        self.atoms, self.bonds = nn.Linear(atom_types, width), nn.Linear(bond_types, width)
+        self.atoms, self.bonds = (nn.Linear(one.size(1), width) for one in (molecules[0].x, molecules[0].edge_attr))
         self.convs = nn.ModuleList(
             MoEConv("gine", width, width, num_experts=4, router="expert_choice")
             if experts
-            else GINEConv(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)))
+            else GINEConv(MLP([width, width, width], norm=None))
             for _ in range(4)
         )
         self.out = nn.Linear(width, 2)
@@ -83,26 +84,24 @@ class GINE(nn.Module):
 
 
 # %%
-# Training, 128 molecules a step. Validation selects the epoch; the test molecules are read once.
+# Training. Validation selects the epoch; the test molecules are read once.
 def train(model: nn.Module, seed: int) -> float:
-    order = torch.randperm(len(molecules), generator=torch.Generator().manual_seed(seed)).tolist()
-    tenth = len(order) // 10
+    tenth, drawn = len(molecules) // 10, torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(molecules), generator=drawn).tolist()
     cuts = {"test": order[:tenth], "val": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
-    loaders = {
-        part: DataLoader([molecules[i] for i in cut], 128, shuffle=part == "train") for part, cut in cuts.items()
-    }
+    train_loader = DataLoader([molecules[i] for i in cuts["train"]], 128, shuffle=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 
     @torch.no_grad()
     def accuracy(part: str) -> float:
         model.eval()
-        right = sum(int((model(batch).argmax(dim=1) == batch.y).sum()) for batch in loaders[part])
-        return 100 * right / len(cuts[part])
+        batches = DataLoader([molecules[i] for i in cuts[part]], 128)
+        return 100 * sum(int((model(one).argmax(dim=1) == one.y).sum()) for one in batches) / len(cuts[part])
 
-    best_val, best = -1.0, model.state_dict()
+    best_val, best = -1.0, {}
     for _ in range(args.epochs):
         model.train()
-        for batch in loaders["train"]:
+        for batch in train_loader:
             optimizer.zero_grad()
             F.cross_entropy(model(batch), batch.y).backward()
             optimizer.step()

@@ -26,8 +26,8 @@ DIGITS = ImageConfig(
 )
 """scikit-learn's 1,797 handwritten digits as 8x8 images; a 4-block ViT with 2x2 patches.
 
-``python -m experiments.train digits --router NAME``, about 15 s a seed on one core (Xeon, AVX-512). Seeds 0 to 2: dense
-92.3 ± 1.6, token choice 90.6 ± 0.7, multi-centroid 93.0 ± 1.1 % (results/digits.json).
+``python -m experiments.train digits``, about 28 s a seed on one core. Seeds 0 to 4: 90.9 ± 0.9 % with
+experts, 90.7 ± 1.9 % dense, all 8 experts of both layers alive (results/presets.json, as for the others below).
 """
 
 CIFAR10 = ImageSetConfig(
@@ -48,8 +48,8 @@ CIFAR10 = ImageSetConfig(
 )
 """CIFAR-10 with crops and flips; a 6-block ViT, 128 wide, 4x4 patches, MLPs of 256, experts in every second block.
 
-``python -m experiments.train cifar10 --data-root DIR --epochs 22 --precision bf16-mixed``, 93 minutes on one core
-(EPYC, AVX-512 with bf16) beside another job, about half as long on two. Seed 0: 75.6 %, on images re-encoded as JPEG
+``python -m experiments.train cifar10 --data-root DIR --epochs 5 --precision bf16-mixed``, one seed, on images
+re-encoded as JPEG: CIFAR. The plain mixture of expert choice (no shared expert) had 75.6 % after 22 epochs
 (results/cifar10.json).
 """
 
@@ -60,8 +60,7 @@ IMAGENETTE = replace(CIFAR10, dataset="imagenette", hidden=384, epochs=80, batch
 """Imagenette at 160 pixels, random resized crops; a 6-block ViT, 192 wide, 16x16 patches. Run on a sample only."""
 
 IMAGES = replace(CIFAR10, dataset="images")
-"""A folder of the user's own, with the library's default shape: ``python -m experiments.train images --data-root DIR``.
-"""
+"""A folder of the user's own: ``python -m experiments.train images --data-root DIR``."""
 
 DIGITS_GRAPH = GraphConfig(
     dataset="digits-graph",
@@ -72,9 +71,8 @@ DIGITS_GRAPH = GraphConfig(
 )
 """The same digits as nodes of a symmetric 10-nearest-neighbor graph; a 2-layer GCN.
 
-``python -m experiments.train digits-graph --router NAME``, about 2 s a seed on one core (Xeon, AVX-512). Seeds 0 to 2:
-dense 98.6 ± 0.1, expert choice 97.9 ± 0.3 %; token choice 98.4 ± 0.4 %, but without a balance loss it leaves six or
-seven of eight experts idle (results/digits-graph.json).
+``python -m experiments.train digits-graph``, about 2 s a seed on one core. Seeds 0 to 4: 98.4 ± 0.3 %
+with experts, 98.5 ± 0.2 % dense, all 8 experts alive.
 """
 
 MOSAIC = GraphConfig(
@@ -90,8 +88,8 @@ MOSAIC = GraphConfig(
 )
 """8 planted regions, in each of which a neighbor's class means something else; a 2-layer SAGE, and a linear output.
 
-``python -m experiments.sweep mosaic``, about 6 s a seed and variant on one core (Xeon, AVX-512). Seeds 5 to 9: dense
-84.6 ± 1.9, k-means centroids with a shared router 94.4 ± 0.7, oracle 93.9 ± 0.2 % (results/mosaic.json).
+``python -m experiments.train mosaic``, about 8 s a seed on one core. Seeds 0 to 4: 91.8 ± 0.6 % with
+experts, 82.6 ± 0.9 % dense, all 8 experts of both layers alive.
 """
 
 CORA = GraphConfig(
@@ -105,15 +103,11 @@ CORA = GraphConfig(
 )
 """Cora, public split; nearly the recipe of the GCN paper (Kipf & Welling, 2017), which decays the first layer only.
 
-``python -m experiments.train cora --router dense --data-root DIR``, about 4 s a seed on one core (Xeon, AVX-512). Seeds
-0 to 9: dense 81.5 ± 0.8 %. With experts this narrow model does worse: token choice at E = 8, K = 1 has 78.9 ± 5.8 %
-(results/cora.json).
+``python -m experiments.train cora --data-root DIR``. Seeds 0 to 9: CORA. 140 labels leave experts nothing to learn.
 """
 
 CITESEER = replace(CORA, dataset="citeseer")
-"""CiteSeer, public split; the recipe of Cora.
-
-``python -m experiments.train citeseer --router dense --data-root DIR``. Seeds 0 to 9: dense 70.9 ± 0.8 %.
+"""CiteSeer, public split; the recipe of Cora. Seeds 0 to 9: CITESEER.
 """
 
 PUBMED = replace(CORA, dataset="pubmed")
@@ -151,7 +145,8 @@ MINESWEEPER = GraphConfig(
     seeds=(0, 1, 2),
 )
 """minesweeper, 10 fixed splits (seed s takes split s): 8 layers of 64, batch norm, residual; the tuned recipe (Luo et
-al., 2024) with fewer layers and epochs (300 for 2,000)."""
+al., 2024) with fewer layers and epochs (300 for 2,000). Splits 0 to 4: 95.0 ± 0.6 % AUC with experts, 95.2 ± 0.5 %
+dense. All 8 experts of six layers are alive, 5.2 of the first one, since all nodes have one of 7 feature rows."""
 
 SMALL = GraphConfig(
     dataset="amazon-photo",
@@ -175,7 +170,11 @@ ARXIV = GraphConfig(
     batch_size=1024,
     seeds=tuple(range(10)),
 )
-"""ogbn-arxiv, the OGB example's recipe (Hu et al., 2020): 3 layers of 256, batch norm, dropout .5, 500 epochs."""
+"""ogbn-arxiv, the OGB example's recipe (Hu et al., 2020): 3 layers of 256, batch norm, dropout .5, 500 epochs.
+
+On a planted graph of 20,000 nodes, 60 epochs, seeds 0 to 2: 84.5 ± 0.1 % with experts, 84.4 ± 0.1 % dense, all 8
+experts alive.
+"""
 
 ARXIV_TUNED = replace(
     ARXIV, hidden=512, layers=5, residual="linear", lr=5e-4, weight_decay=5e-4, input_dropout=0.15, epochs=2000
@@ -185,7 +184,11 @@ ARXIV_TUNED = replace(
 PRODUCTS = replace(
     ARXIV, dataset="ogbn-products", conv=("sage",), norm=None, epochs=300, sampling="neighbor", evaluation="layerwise"
 )
-"""ogbn-products, the OGB example's recipe for sampled SAGE: 3 layers of 256, no norm, dropout .5, lr .01."""
+"""ogbn-products, the OGB example's recipe for sampled SAGE: 3 layers of 256, no norm, dropout .5, lr .01.
+
+On a planted graph of 20,000 nodes, 10 epochs, seeds 0 to 2: 81.1 ± 1.2 % with experts, 78.8 ± 2.7 % dense, all 8
+experts alive.
+"""
 
 PRODUCTS_TUNED = replace(
     PRODUCTS,
@@ -215,7 +218,11 @@ on the labeled nodes. The library's default shape (dense start, balanced by a bi
 only; ``experiments.convert`` makes the folder."""
 
 PROTEINS = replace(ARXIV, dataset="ogbn-proteins", norm=None, dropout=0.0, epochs=1000, eval_every=5)
-"""ogbn-proteins, the OGB example's recipe: 3 layers of 256, 1,000 epochs; x is the mean of incident edge features."""
+"""ogbn-proteins, the OGB example's recipe: 3 layers of 256, 1,000 epochs; x is the mean of incident edge features.
+
+On a planted graph of 2,000 nodes, 300 epochs, seeds 0 to 2: 68.3 ± 2.6 % AUC with experts, 60.8 ± 1.7 % dense; 8 and 7
+of 8 experts alive.
+"""
 
 MAG = HeteroConfig(
     dataset="ogbn-mag",
@@ -227,7 +234,11 @@ MAG = HeteroConfig(
     batch_size=1024,
     seeds=tuple(range(10)),
 )
-"""ogbn-mag, the OGB example's recipe for R-GCN: 2 layers of 64, dropout .5, lr .01, 50 epochs, full-batch."""
+"""ogbn-mag, the OGB example's recipe for R-GCN: 2 layers of 64, dropout .5, lr .01, 50 epochs, full-batch.
+
+On a planted graph of 5,000 papers, seeds 0 to 2: 73.6 ± 2.8 % with experts, 73.1 ± 3.2 % dense, all 8 experts of each
+node type alive.
+"""
 
 HETERO = replace(MAG, dataset="hetero", lr=0.01, epochs=100, seeds=(0, 1, 2))
 """A heterogeneous graph of your own: ``python -m experiments.train hetero --data package.module:function``."""
@@ -242,14 +253,14 @@ FACEBOOK = replace(
     eval_every=5,
     seeds=(0, 1, 2),
 )
-"""facebook: 22,470 pages, mutual likes, 4 classes, 10 stratified splits; a user's own graph."""
+"""facebook: 22,470 pages, mutual likes, 4 classes, 10 stratified splits; a user's own graph.
+
+``python -m experiments.train graph --data-root facebook.npz``. Splits 0 to 4: 93.0 ± 0.4 % with experts, 92.6 ± 0.4 %
+dense, all 8 experts alive.
+"""
 
 GRAPH = replace(FACEBOOK, data_root=Path("data"), eval_every=1)
-"""A graph of the user's own, with the library's default shape: ``python -m experiments.train graph --data-root FILE``.
-
-It starts as the dense model. SAGE on facebook with its class swapped has 93.5 %, the dense one 93.3, n = 5
-(``python -m experiments.benchmark swap --rows facebook-sage``).
-"""
+"""A graph of the user's own: ``python -m experiments.train graph --data-root FILE``. It starts as the dense model."""
 
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "digits": ("Handwritten digits (8x8) as images; a 4-block ViT.", DIGITS),
