@@ -35,18 +35,7 @@ from gmoe.conv import graph as graph_module
 from gmoe.conv.graph import parameters_of
 from gmoe.conv.kinds import CONVS, OWN, SOURCES_ALONE
 from gmoe.routing import GAIN_SCALE
-from tests.gmoe.conv.masked import (
-    FORMS,
-    GRAPHS,
-    as_convs,
-    csr,
-    default_float64,
-    features,
-    gradient,
-    masked,
-    random_graph,
-    routing_of,
-)
+from tests.gmoe.conv import masked as ref
 from tests.gmoe.data.stored_files import store
 
 KNOWN: dict[int, str] = {}
@@ -174,7 +163,9 @@ class Config:
     options: dict[str, Any]
     batch: int
     before: tuple[str, ...]
+    positional: bool
     as_on_gpus: bool
+    low: str
 
 
 class Outcome(NamedTuple):
@@ -200,14 +191,14 @@ def some(random: Random, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]
 def draw_graph(random: Random, way: str) -> dict[str, Any]:
     """The edges and their form; two sets of nodes, the second one perhaps without features."""
     two = way == "layer" and flip(random, 0.2)
-    form = "plain" if way in ("sampled", "disk") else random.choice(["plain"] * 6 + list(FORMS))
+    form = "plain" if way in ("sampled", "disk") else random.choice(["plain"] * 6 + list(ref.FORMS))
     simple = form not in PLAIN or way == "sampled"  # of several loops GCN keeps the last one's weight
     sizes = (random.randint(1, 9), random.randint(1, 9)) if two else (random.randint(2, 14),) * 2
     sizes = (max(sizes), min(sizes)) if form in SPARSE else sizes  # else PyG fails to make loops of a matrix's values
     graph, edges = "simple" if simple else "random", random.choice((0, 5, 20, 30) if not simple else (5, 20, 30))
     if not two and not simple and flip(random, 0.35):
-        graph = random.choice(list(GRAPHS))
-        sizes, edges = (GRAPHS[graph][0],) * 2, GRAPHS[graph][1].size(1)
+        graph = random.choice(list(ref.GRAPHS))
+        sizes, edges = (ref.GRAPHS[graph][0],) * 2, ref.GRAPHS[graph][1].size(1)
     alone = two and flip(random, 0.3)
     return {"two": two, "alone": alone, "form": form, "graph": graph, "sizes": sizes, "edges": edges}
 
@@ -273,12 +264,12 @@ def draw_widths(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def draw_edge_args(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     """Which edge arguments there are, where they are given, and which need gradients."""
-    sparse, wraps = found["form"] in SPARSE, found["way"] not in ("sampled", "disk") and flip(random)
+    sparse, wraps = found["form"] in SPARSE, found["way"] not in ("sampled", "disk") and flip(random, 0.6)
     taken = set() if sparse or found["way"] == "disk" else {KINDS[kind.name].edges for kind in every_kind(found)}
     args = [name for name in ("edge_weight",) if name in taken and flip(random, 0.7)]
     args += ["edge_attr"] if "edge_attr" in taken and found["edge_dim"] is not None else []
     values = "" if not sparse else "rows" if found["edge_dim"] is not None else random.choice(("ones", "some"))
-    in_graph = ("Graph", *(name for name in args if flip(random))) if wraps else ()
+    in_graph = ("Graph", *(name for name in args if flip(random, 0.7))) if wraps else ()
     learned = tuple(name for name in ("x", "edge_weight", "edge_attr") if flip(random, 0.7))
     return {"edge_args": tuple(args), "values": values, "in_graph": in_graph, "learned": learned}
 
@@ -306,6 +297,7 @@ def draw_model(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     layers, local = random.choice((1, 2, 2, 3, 6)), found["way"] in ("sampled", "disk")
     jk = random.choice((None, None, "last", *(() if found["way"] == "disk" else ("cat", "max", "lstm"))))
     norms: list[dict[str, Any]] = [{"norm": "batch_norm"}, {"norm": "layer_norm", "norm_kwargs": {"mode": "node"}}]
+    norms[:1] = [{}] if found["sizes"][0] == 1 else norms[:1]  # one row has no variance
     norms += [{}, {}] if local else [{}, {}, {"norm": "graph_norm"}, {"norm": "layer_norm"}]
     choices = {"residual": ("none", "linear"), "in_proj": (True,), "act": ("elu",), "act_first": (True,)}
     deep = {"every": (2,)} if layers > 2 and flip(random) else {}
@@ -318,7 +310,7 @@ def draw_past(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     """What happened before."""
     known = [name for name in BEFORE if name != "inference_mode" or not found["form"].startswith("Edge")]  # PyG fails
     known = [name for name in known if name != "x changed in place" or found["way"] != "disk"]  # to what float32 holds
-    return {"before": () if flip(random, 0.35) else tuple(random.sample(known, random.choice((1, 1, 2))))}
+    return {"before": () if flip(random, 0.25) else tuple(random.sample(known, random.choice((1, 1, 2))))}
 
 
 def draw(number: int) -> Config:
@@ -336,7 +328,12 @@ def draw(number: int) -> Config:
     found["batch"] = random.choice((1, 3, 7, 100)) * (way in ("sampled", "disk", "inference") or flip(random, 0.3))
     found["alone"] &= all(CONVS.get(kind.name) in SOURCES_ALONE for kind in every_kind(found))
     training = way in ("layer", "forward") and flip(random, 0.6)
-    return Config(**found, options=options, training=training, as_on_gpus=flip(random, 0.25))
+    positional = way == "layer" and found["edge_args"] == (KINDS[found["kinds"][0].name].edges,) and flip(random, 0.3)
+    found |= {"positional": positional and len(found["kinds"]) == 1, "as_on_gpus": flip(random, 0.25)}
+    lowers = way == "layer" and found["form"] in PLAIN and flip(random, 0.15)
+    lowers = lowers and all(kind.name != "mf" for kind in every_kind(found))  # which fails under autocast
+    low = random.choice(("float32", "bfloat16")) if lowers else ""
+    return Config(**found, options=options, training=training, low=low)
 
 
 # Building
@@ -385,9 +382,14 @@ class Given(NamedTuple):
         return ends | self.args | ({} if self.weight_TE is None else {"weight_TE": self.weight_TE})
 
 
-def given_of(c: Config, num_experts: int, seed: int) -> Given:
+def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
     """Fresh leaves of a seed."""
-    edges = GRAPHS[c.graph][1] if c.graph in GRAPHS else random_graph(*c.sizes, c.edges, seed)
+
+    def leaf(*shape: int, of: int = seed) -> Tensor:
+        return ref.features(*shape, seed=of).float().to(dtype)
+
+    num_experts = EXPERTS if len(c.kinds) == 1 else len(c.kinds)
+    edges = ref.GRAPHS[c.graph][1] if c.graph in ref.GRAPHS else ref.random_graph(*c.sizes, c.edges, seed)
     if c.graph == "simple":
         edges = edges.unique(dim=1)
         edges = edges[:, edges[0] != edges[1]] if c.two else edges  # PyG adds to a matrix's loops between two sets
@@ -395,24 +397,23 @@ def given_of(c: Config, num_experts: int, seed: int) -> Given:
     number, width = edges.size(1), c.edge_dim or 1
     adj: Any
     if c.form in SPARSE:
-        value = features(number, *((width,) if c.values == "rows" else ()), seed=seed).abs() + 0.1
-        value = torch.ones(number).double() if c.values == "ones" else value
-        make: Callable[..., Any] = FORMS[c.form]
-        adj, plain = make(edges, c.sizes, value), csr(edges, c.sizes, value)  # PyG writes to coo
+        value = leaf(number, *((width,) if c.values == "rows" else ())).abs() + 0.1
+        value = torch.ones_like(value) if c.values == "ones" else value
+        make: Callable[..., Any] = ref.FORMS[c.form]
+        adj, plain = make(edges, c.sizes, value), ref.csr(edges, c.sizes, value)  # PyG writes to coo
     else:
-        adj = edges if c.form == "plain" else FORMS[c.form](edges, c.sizes)
+        adj = edges if c.form == "plain" else ref.FORMS[c.form](edges, c.sizes)
         plain = (adj.as_tensor() if c.form.startswith("Edge") else adj).long()
-    every = {"edge_weight": features(number, seed=seed).abs() + 0.1, "edge_attr": features(number, width, seed=seed)}
+    every = {"edge_weight": leaf(number).abs() + 0.1, "edge_attr": leaf(number, width)}
     args = {name: every[name].requires_grad_(name in c.learned) for name in c.edge_args}
     of_graph: dict[str, Any] = {name: value for name, value in args.items() if name in c.in_graph}
     adj = Graph(adj, c.sizes, **of_graph) if c.in_graph else adj
-    ends = [features(*shape, seed=seed).float().double() for shape in zip(c.sizes, c.widths[:2], strict=True)]
-    x_src, x_dst = (end.requires_grad_("x" in c.learned) for end in ends)
+    x_src, x_dst = (leaf(*shape).requires_grad_("x" in c.learned) for shape in zip(c.sizes, c.widths[:2], strict=True))
     batch = torch.arange(c.sizes[1]) * 7 % 3 * 2 if c.batch and c.way in ("layer", "forward", "inference") else None
     weight_TE = None
     if c.options["router"] is None:  # all tokens have all experts, some have some, or none has any
-        chosen_TE = features(c.sizes[1], num_experts, seed=4).abs() < Random(seed).choice((0.0, 0.7, 0.7, 9.0))
-        weight_TE = (features(c.sizes[1], num_experts, seed=3) * chosen_TE).requires_grad_()
+        chosen_TE = leaf(c.sizes[1], num_experts, of=4).abs() < Random(seed).choice((0.0, 0.7, 0.7, 9.0))
+        weight_TE = (leaf(c.sizes[1], num_experts, of=3) * chosen_TE).requires_grad_()
     return Given((x_src, None if c.alone else x_dst if c.two else x_src), adj, plain, args, batch, weight_TE)
 
 
@@ -426,9 +427,10 @@ def call(module: Any, c: Config, given: Given) -> tuple[Tensor, list[Routing]]:
     if c.alone:
         options["size"] = c.sizes
     if given.weight_TE is not None:
-        options["routing"] = routing_of(given.weight_TE)
+        options["routing"] = ref.routing_of(given.weight_TE)
     x = given.x if c.two else given.x[0]
-    y, routings = module(x, given.adj, **options, batch=given.batch, return_routing=True)
+    first = [options.pop(name, None) for name in given.args] if c.positional else []
+    y, routings = module(x, given.adj, *first, **options, batch=given.batch, return_routing=True)
     return y, [routings] if isinstance(routings, Routing) else routings
 
 
@@ -436,14 +438,13 @@ def go_through(module: Any, c: Config, given: Given, before: str) -> Any:
     """What happens to module, graph and features; the module after it."""
     mode: Any = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(before, nullcontext)
     counters = {name: value.clone() for name, value in module.named_buffers()}
-    other = given_of(c, EXPERTS if len(c.kinds) == 1 else len(c.kinds), c.number + 1)
     if before == "NaN token":
         x = given.x[0].detach().clone()
         x[-1] = torch.nan
         _, routings = call(module, c, given._replace(x=(x, x if given.x[1] is given.x[0] else given.x[1])))
         _check_rest(module, c, counters, routings[0])
     elif before == "other graph":
-        call(module, c, other)
+        call(module, c, given_of(c, c.number + 1))
     elif before == "other edge arguments" and given.args and c.in_graph:
         args = {name: value.detach() * 1.5 for name, value in given.args.items()}
         graph = given.adj.with_args(args.get("edge_weight"), args.get("edge_attr"))
@@ -496,10 +497,10 @@ def define(layer: MoEConv, c: Config, x: Any, adj: Any, routing: Routing, args: 
         x_dst = pair[0].new_zeros(c.sizes[1], c.widths[1]) if pair[1] is None else pair[1]
         u_dst = layer.transform[-1](x_dst)
         u = (layer.transform[0](pair[0]), u_dst) if isinstance(x, tuple) else u_dst
-    y = masked(convs, u, adj, routing, **args)
+    y = ref.masked(convs, u, adj, routing, **args)
     y = y if layer.gain is None else GAIN_SCALE * layer.gain * y
     if always:
-        y = y + masked(always, x, adj, Routing.everyone(y.size(0), y), **args)
+        y = y + ref.masked(always, x, adj, Routing.everyone(y.size(0), y), **args)
     return y, [*convs, *always]
 
 
@@ -536,19 +537,19 @@ def gradients(module: Any, convs: Mapping[str, list[Any]] | None) -> dict[str, A
     found: dict[str, Any] = {}
     for name, value in module.named_parameters():
         if not re.match(r"(convs\.\d+\.)?(experts|shared_expert)\.", name):
-            found[name] = gradient(value)
+            found[name] = ref.gradient(value)
     for place, layer in module.named_modules():
         if not isinstance(layer, MoEConv):
             continue
-        own = as_convs(layer.experts, layer.num_experts) if convs is None else []
-        own += [] if layer.shared_expert is None or convs is not None else as_convs(layer.shared_expert, 1)
+        own = ref.as_convs(layer.experts, layer.num_experts) if convs is None else []
+        own += [] if layer.shared_expert is None or convs is not None else ref.as_convs(layer.shared_expert, 1)
         for conv in [] if convs is None else convs[place]:
             own.append({name: value.grad for name, value in conv.named_parameters()})
         found |= {f"{place}.{e}.{name}": value for e, part in enumerate(own) for name, value in part.items()}
     return found
 
 
-def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Outcome:
+def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float = TOLERANCE) -> Outcome:
     """What an option leaves unused has no gradient in the definition; NaN is as far as can be."""
     assert ours.keys() == theirs.keys(), f"{sorted(ours)} and {sorted(theirs)}"
     found = Outcome(0.0, "equal")
@@ -557,7 +558,7 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Outcome:
             assert ours[name].shape == expected.shape, name
             difference = float((ours[name] - expected).abs().max()) if expected.numel() else 0.0
             difference = difference if difference == difference else torch.inf
-            kind = "equal" if difference <= TOLERANCE else "failed"
+            kind = "equal" if difference <= tolerance else "failed"
             found = max(found, Outcome(difference, kind, name))
     return found
 
@@ -565,8 +566,7 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Outcome:
 def compute(c: Config) -> Outcome:
     """Build, run, and compare with the definition."""
     module = build(c)
-    num_experts = EXPERTS if len(c.kinds) == 1 else len(c.kinds)
-    twin, given, theirs = copy.deepcopy(module), *(given_of(c, num_experts, c.number) for _ in range(2))
+    twin, given, theirs = copy.deepcopy(module), *(given_of(c, c.number) for _ in range(2))
     gpu: Any = mock.patch.multiple(graph_module, SPARSE_DEVICES=(), NUMBERS=20) if c.as_on_gpus else nullcontext()
     with gpu:
         for before in c.before:
@@ -588,16 +588,34 @@ def compute(c: Config) -> Outcome:
     if found.kind == "equal" and c.way in OTHER_WAYS:
         with torch.no_grad():
             found = max(found, compare({c.way: OTHER_WAYS[c.way](c, module, given)}, {c.way: y.detach()}))
-    return found
+    return max(found, in_low_precision(c, module, routings[0])) if found.kind == "equal" and c.low else found
+
+
+def in_low_precision(c: Config, module: MoEConv, routing: Routing) -> Outcome:
+    """Float32, or autocast to bfloat16, under the same routing; of a sum, whose gradient is expanded."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)  # of what PyG makes; :func:`run` sets it back
+        layer, given = copy.deepcopy(module).to(dtype), given_of(c, c.number, dtype)
+        given = given._replace(weight_TE=routing.to_dense().detach().to(dtype).requires_grad_())
+        half = c.low == "bfloat16" and dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y, _ = call(layer, c, given)
+        y.sum().backward()
+        found = {"low y": y.detach(), **{f"low {name}": ref.gradient(leaf) for name, leaf in given.leaves.items()}}
+        results.append({name: value for name, value in found.items() if c.low == "float32" or name == "low y"})
+    scale = {name: value.abs().max().clamp(min=1) if value.numel() else 1.0 for name, value in results[1].items()}
+    ours, theirs = ({name: value.double() / scale[name] for name, value in one.items()} for one in results)
+    return compare(ours, theirs, {"float32": 1e-4, "bfloat16": 0.1}[c.low])
 
 
 def finish(y: Tensor, routings: list[Routing], given: Given, module: Any, convs: Any) -> dict[str, Any]:
     """Outputs, routings and all gradients."""
-    loss = (y * features(*y.shape, seed=5)).sum() + sum(routing.aux_loss for routing in routings)
+    loss = (y * ref.features(*y.shape, seed=5)).sum() + sum(routing.aux_loss for routing in routings)
     if loss.requires_grad:
         loss.backward()
     found = {"y": y.detach(), **{f"routing {i}": one.to_dense().detach() for i, one in enumerate(routings)}}
-    return found | {name: gradient(leaf) for name, leaf in given.leaves.items()} | gradients(module, convs)
+    return found | {name: ref.gradient(leaf) for name, leaf in given.leaves.items()} | gradients(module, convs)
 
 
 # Other ways to a model's output
@@ -641,7 +659,7 @@ OTHER_WAYS = {"inference": inference, "sampled": sampled, "disk": from_disk}
 
 def run(number: int) -> Outcome:
     """A number's outcome; an error is a refusal only in the library's own words."""
-    with warnings.catch_warnings(), default_float64():
+    with warnings.catch_warnings(), ref.default_float64():
         warnings.simplefilter("ignore")
         try:
             return compute(draw(number))
