@@ -1,7 +1,7 @@
 """One random composer: a number is a configuration, which is built, run, and compared in float64 with its definition.
 
-``python -m tests.compose 4711`` shows a number, ``python -m tests.compose 0 2000`` runs a range. What fails and is not
-in :data:`KNOWN` is a bug, of the library or of this file; refusals in the library's own words count apart.
+``python -m tests.compose 4711`` shows a number, ``python -m tests.compose 0 2000`` runs a range. What fails
+is a bug, of the library or of this file; refusals in the library's own words, and :data:`KNOWN` bugs, count apart.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv import masked as ref
 from tests.gmoe.data.stored_files import store
 
-KNOWN: dict[int, str] = {}
-"""Numbers that fail for a bug that is real and documented, and which."""
+CONVS["sage"](1, 1)  # PyG compiles a class for its first instance: of several aggregations, sparse matrices then fail
 
 TOLERANCE = 1e-10
 EXPERTS, WIDTH, EDGE_DIM = 3, 4, 3
@@ -584,7 +583,7 @@ def compute(c: Config) -> Outcome:
     else:
         y, routings, convs = by_hand(twin, c, theirs)
     results.append(finish(y, routings, theirs, twin, convs))
-    found = compare(*results)
+    found = compare(results[0], results[1])
     if found.kind == "equal" and c.way in OTHER_WAYS:
         with torch.no_grad():
             found = max(found, compare({c.way: OTHER_WAYS[c.way](c, module, given)}, {c.way: y.detach()}))
@@ -657,16 +656,29 @@ OTHER_WAYS = {"inference": inference, "sampled": sampled, "disk": from_disk}
 # Judging
 
 
+def turned_in_inference_mode(c: Config, message: str) -> bool:
+    """``Graph.in_flow`` keeps edges that it flipped in inference mode, and training on that graph then raises."""
+    turned = any(kind.options.get("flow") == "target_to_source" for kind in every_kind(vars(c)))
+    return turned and "inference_mode" in c.before and c.in_graph != () and "Inference tensors cannot" in message
+
+
+KNOWN = (turned_in_inference_mode,)
+"""Bugs of the library that are real, documented, and not yet repaired; their numbers count apart."""
+
+
 def run(number: int) -> Outcome:
     """A number's outcome; an error is a refusal only in the library's own words."""
     with warnings.catch_warnings(), ref.default_float64():
         warnings.simplefilter("ignore")
+        c = draw(number)
         try:
-            return compute(draw(number))
+            return compute(c)
         except Exception as error:
+            message = f"{type(error).__name__}: {error}"
             own = isinstance(error, ValueError | RuntimeError | NotImplementedError)
-            own &= re.match(r"[\w., ]+: got .*(expected|but)|inference: ", str(error), re.DOTALL) is not None
-            return Outcome(torch.inf, "refused" if own else "failed", f"{type(error).__name__}: {error}")
+            own &= re.match(r"\w+: ([\w., ]+: got .*(expected|but)|inference: )", message, re.DOTALL) is not None
+            kind = "refused" if own else "known" if any(bug(c, message) for bug in KNOWN) else "failed"
+            return Outcome(torch.inf, kind, message)
 
 
 def show(number: int) -> str:
@@ -684,7 +696,7 @@ def main(first: int, last: int | None = None) -> int:
     for done, number in enumerate(numbers, 1):
         c, (difference, kind, message) = draw(number), run(number)
         counts.update((name, kind) for name in {c.way, *(part.name for part in c.kinds)} | {"all"})
-        if kind == "failed" and number not in KNOWN:
+        if kind == "failed":
             failures.append(number)
             print(
                 number,
@@ -699,7 +711,7 @@ def main(first: int, last: int | None = None) -> int:
         print(show(first))
         return int(bool(failures))
     for name in sorted({name for name, _ in counts}):
-        print(f"{name:16}", *(f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "failed")))
+        print(f"{name:16}", *(f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "known", "failed")))
     seconds = time.perf_counter() - begin
     print(f"{len(numbers)} numbers, {1000 * seconds / len(numbers):.0f} ms each; failed: {failures or 'none'}")
     return int(bool(failures))
