@@ -33,7 +33,7 @@ from torch_geometric.nn import CGConv, PNAConv
 from gmoe import GNNMoE, Graph, MoEConv, Router, Routing, StoredGraph, neighbor_loader
 from gmoe.conv import graph as graph_module
 from gmoe.conv.graph import parameters_of
-from gmoe.conv.kinds import CONVS, OWN, SOURCES_ALONE
+from gmoe.conv.kinds import CONVS, LOCAL, OWN, SOURCES_ALONE
 from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv import masked as ref
 from tests.gmoe.data.stored_files import store
@@ -332,6 +332,8 @@ def draw(number: int) -> Config:
     lowers = way == "layer" and found["form"] in PLAIN and flip(random, 0.15)
     lowers = lowers and all(kind.name != "mf" for kind in every_kind(found))  # which fails under autocast
     low = random.choice(("float32", "bfloat16")) if lowers else ""
+    if all(CONVS.get(kind.name) in LOCAL for kind in every_kind(found)):  # each conv on its own
+        options |= some(random, {"local": (True, False)})
     return Config(**found, options=options, training=training, low=low)
 
 
@@ -358,7 +360,7 @@ def build(c: Config) -> Any:
             nn.init.constant_(value, 1 if leaf == "steps" else Random(c.number).choice((-1.0, 0.5, 2.0)))
         elif re.match(r"(next_)?(bias_E|mean_D)$|center_D|threshold_E|log_scale_E|running_mean", leaf):
             nn.init.normal_(value, -1.0 if leaf == "threshold_E" else 0.0, std=0.2)
-        elif name.endswith("noise.weight"):
+        elif leaf == "bias" or name.endswith("noise.weight"):
             nn.init.normal_(value, std=0.2)
     return module.train(c.training)
 
