@@ -333,7 +333,7 @@ def draw(number: int) -> Config:
     lowers = lowers and all(kind.name != "mf" for kind in every_kind(found))  # which fails under autocast
     low = random.choice(("float32", "bfloat16")) if lowers else ""
     if all(CONVS.get(kind.name) in LOCAL for kind in every_kind(found)):  # each conv on its own
-        options |= some(random, {"local": (True, False)})
+        options |= some(random, {"local": (True, False) if way in ("layer", "forward") else (True,)})
     return Config(**found, options=options, training=training, low=low)
 
 
