@@ -1,0 +1,723 @@
+"""One random composer: a number is a configuration, which is built, run, and compared in float64 with its definition.
+
+``python -m tests.compose 4711`` shows a number, ``python -m tests.compose 0 2000`` runs a range. What fails
+is a bug, of the library or of this file; refusals in the library's own words, and :data:`KNOWN` bugs, count apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.nn import CGConv, PNAConv
+
+from gmoe import GNNMoE, Graph, MoEConv, Router, Routing, StoredGraph, neighbor_loader
+from gmoe.conv import graph as graph_module
+from gmoe.conv.graph import parameters_of
+from gmoe.conv.kinds import CONVS, LOCAL, OWN, SOURCES_ALONE
+from gmoe.routing import GAIN_SCALE
+from tests.gmoe.conv import masked as ref
+from tests.gmoe.data.stored_files import store
+
+CONVS["sage"](1, 1)  # PyG compiles a class for its first instance: of several aggregations, sparse matrices then fail
+
+TOLERANCE = 1e-10
+EXPERTS, WIDTH, EDGE_DIM = 3, 4, 3
+FLAGS, SPARSE = (False, True), ("coo", "csr")
+PLAIN = ("plain", "int32", "not contiguous")
+HEADS = {"heads": (1, 2), "concat": FLAGS, "bias": FLAGS}
+GAT = {**HEADS, "add_self_loops": FLAGS, "residual": FLAGS, "negative_slope": (0.7,)}
+PNA = {"aggregators": ["mean", "max", "std"], "scalers": ["identity", "amplification"], "deg": torch.tensor([1, 3, 2])}
+BEFORE = (
+    *("no_grad", "inference_mode", "step", "NaN token", "other graph", "other thread", "deepcopy", "pickle"),
+    *("other edge arguments", "x changed in place"),
+)
+"""What a module, its graph and its features may have been through before the call that counts."""
+
+
+class Spec(NamedTuple):
+    """Of a kind of conv: what it takes per edge, two sets of nodes of "any" or "one" width, further options, the
+    name for the width of edge features; whether it takes sparse matrices, and has a place in models."""
+
+    edges: str = ""
+    two: str = ""
+    options: Mapping[str, Sequence[Any]] = {}
+    dim: str = "edge_dim"
+    sparse: bool = True
+    in_models: bool = True
+
+
+KINDS: dict[str, Spec] = {
+    "gcn": Spec("edge_weight", options={"improved": FLAGS, "add_self_loops": FLAGS, "aggr": ("add", "add", "mean")}),
+    "sage": Spec(
+        "", "any", {"aggr": ("mean", "max", "sum", ["mean", "max"]), "root_weight": FLAGS, "normalize": FLAGS}
+    ),
+    "graph": Spec("edge_weight", "any", {"aggr": ("add", "mean", "max"), "bias": FLAGS}),
+    "gin": Spec("", "one", {"train_eps": FLAGS, "eps": (0.5, -0.3), "aggr": ("mean", "max")}),
+    "gine": Spec("edge_attr", "one", {"train_eps": FLAGS, "eps": (0.5, -0.3)}),
+    "gat": Spec("edge_attr", "any", GAT),
+    "gatv2": Spec("edge_attr", "any", {**GAT, "share_weights": FLAGS}),
+    "transformer": Spec("edge_attr", "any", {**HEADS, "beta": FLAGS, "root_weight": FLAGS}),
+    **dict.fromkeys(("low_pass", "high_pass", "two_hop"), Spec("edge_weight", options={"add_self_loops": FLAGS})),
+    "filter": Spec("edge_weight", options={"hops": (1, 3), "filter": ("low_pass", "high_pass"), "bias": FLAGS}),
+    "identity": Spec(),
+    "mlp": Spec("", "any", {"hidden_channels": (3,)}),
+    "le": Spec("edge_weight", "one"),
+    "film": Spec(),
+    "resgatedgraph": Spec("edge_attr", "any", {"root_weight": FLAGS}),
+    "general": Spec("edge_attr", "one", {"attention": FLAGS, "heads": (2,), "l2_normalize": FLAGS}, "in_edge_channels"),
+    "feast": Spec("", "one", sparse=False),
+    "mf": Spec("", "any", sparse=False),
+    "clustergcn": Spec(sparse=False),
+    "simple": Spec("", "one", {"aggr": ("sum", "max")}, in_models=False),
+    "cg": Spec("edge_attr", options={"aggr": ("mean", "max")}, dim="dim", in_models=False),
+    "pna": Spec("edge_attr", in_models=False),
+    **dict.fromkeys(("tag", "sg"), Spec("edge_weight", in_models=False)),
+    "cheb": Spec("edge_weight", sparse=False, in_models=False),
+}
+OFTEN = tuple(KINDS)[: tuple(KINDS).index("le")]
+
+
+class Sigmoids(Router):
+    """A router of somebody else's."""
+
+    def __init__(self, dim: int, num_experts: int, k: int = 1) -> None:
+        super().__init__(dim, num_experts, k)
+        self.lin = nn.Linear(dim, num_experts)
+
+    def reset_parameters(self) -> None:
+        self.lin.reset_parameters()
+
+    def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        weight_TK, expert_TK = self.lin(x_TD).sigmoid().topk(self.k, dim=-1)
+        return Routing.from_choices(expert_TK, weight_TK, self.num_experts)
+
+
+BY_EXPERTS = {"capacity_factor": (0.6, 1.3), "normalize": ("experts", "tokens"), "inference": ("threshold",)}
+ROUTERS: dict[Any, Mapping[str, Sequence[Any]]] = {
+    "token_choice": {
+        **{"balance": ("bias", "importance_load", "switch", None), "noise": (True, "spread"), "z_coef": (0.1,)},
+        **{"capacity_factor": (0.75, 1.5), "init_scale": (1.0,)},
+    },
+    "expert_choice": {**BY_EXPERTS, "z_coef": (0.1,)},
+    "attention_vote": {"shared_queries": (True,), "capacity_factor": (0.6,), "scope": ("neighbors",)},
+    "multi_centroid": {"num_centroids": (1, 2), "reduce": ("logsumexp",), "choice": ("experts",), **BY_EXPERTS},
+    **{"random": {}, "uniform": {}, Sigmoids: {}, None: {}},  # None: weights are given
+}
+
+
+class Kind(NamedTuple):
+    """A kind of conv with options."""
+
+    name: str
+    options: dict[str, Any]
+
+    def build(self) -> Any:
+        """As a layer takes it."""
+        cls: Any = {"cg": CGConv, "pna": PNAConv}.get(self.name) or (OWN | CONVS)[self.name]
+        return partial(cls, **self.options) if self.options else self.name
+
+
+@dataclass(frozen=True)
+class Config:
+    """A MoEConv (``way="layer"``) or a GNNMoE, its input, what happened before, and what it is compared with."""
+
+    number: int
+    way: str
+    training: bool
+    two: bool
+    alone: bool
+    form: str
+    graph: str
+    sizes: tuple[int, int]
+    edges: int
+    edge_dim: int | None
+    kinds: tuple[Kind, ...]
+    shared: Any
+    partials: bool
+    widths: tuple[int, int, int]
+    edge_args: tuple[str, ...]
+    values: str
+    in_graph: tuple[str, ...]
+    learned: tuple[str, ...]
+    options: dict[str, Any]
+    batch: int
+    before: tuple[str, ...]
+    positional: bool
+    as_on_gpus: bool
+    low: str
+
+
+class Outcome(NamedTuple):
+    """``"equal"`` up to a difference, ``"refused"`` or ``"failed"``."""
+
+    difference: float
+    kind: str
+    message: str = ""
+
+
+# Drawing: what would be nonsense is left out
+
+
+def flip(random: Random, probability: float = 0.5) -> bool:
+    return random.random() < probability
+
+
+def some(random: Random, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Some of the options, each with one of its values."""
+    return {name: random.choice(values) for name, values in choices.items() if flip(random)}
+
+
+def draw_graph(random: Random, way: str) -> dict[str, Any]:
+    """The edges and their form; two sets of nodes, the second one perhaps without features."""
+    two = way == "layer" and flip(random, 0.2)
+    form = "plain" if way in ("sampled", "disk") else random.choice(["plain"] * 6 + list(ref.FORMS))
+    simple = form not in PLAIN or way == "sampled"  # of several loops GCN keeps the last one's weight
+    sizes = (random.randint(1, 9), random.randint(1, 9)) if two else (random.randint(2, 14),) * 2
+    sizes = (max(sizes), min(sizes)) if form in SPARSE else sizes  # else PyG fails to make loops of a matrix's values
+    graph, edges = "simple" if simple else "random", random.choice((0, 5, 20, 30) if not simple else (5, 20, 30))
+    if not two and not simple and flip(random, 0.35):
+        graph = random.choice(list(ref.GRAPHS))
+        sizes, edges = (ref.GRAPHS[graph][0],) * 2, ref.GRAPHS[graph][1].size(1)
+    alone = two and flip(random, 0.3)
+    return {"two": two, "alone": alone, "form": form, "graph": graph, "sizes": sizes, "edges": edges}
+
+
+def draw_kind(random: Random, name: str, found: Mapping[str, Any], alike: bool) -> Kind:
+    """One kind; ``alike``: outputs are as wide as asked for."""
+    spec, edge_dim = KINDS[name], found["edge_dim"]
+    options = some(random, spec.options) | (PNA if name == "pna" else {"K": 2} if name in ("cheb", "tag", "sg") else {})
+    if name == "gcn" and flip(random, 0.1):
+        options |= {"normalize": False, "add_self_loops": False}
+    if "concat" in spec.options and alike:
+        options["concat"] = False
+    if spec.edges == "edge_attr" and edge_dim is not None and (name != "gine" or edge_dim == EDGE_DIM):
+        options[spec.dim] = edge_dim
+    if spec.options.get("residual") and edge_dim is not None:
+        few = found["sizes"][0] < found["sizes"][1]  # then PyG fails to reduce
+        options["fill_value"] = random.choice((0.5, 2.0) if few else ("mean", "max", "add", 0.5))
+    if found["form"] in PLAIN and not found["two"] and found["way"] not in ("sampled", "disk") and name not in OWN:
+        options |= {"flow": "target_to_source"} if flip(random, 0.1) else {}
+    return Kind(name, options)
+
+
+def draw_kinds(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A kind for all experts or a list, the shared expert, and edge features for all that take them or for none."""
+    sparse, way = found["form"] in SPARSE, found["way"]
+    edge_dim = None if way == "disk" or flip(random) else random.choice((EDGE_DIM, EDGE_DIM, WIDTH))
+    found = {**found, "edge_dim": edge_dim}
+
+    def fits(name: str) -> bool:
+        spec = KINDS[name]
+        rows = sparse and edge_dim is not None  # of values, which attention takes
+        return (
+            (not found["two"] or spec.two != "")
+            and (not sparse or spec.sparse)
+            and (not rows or "heads" in spec.options)
+            and (not found["alone"] or CONVS.get(name) in SOURCES_ALONE)
+            and (name not in ("gine", "cg") or edge_dim is not None)
+            and (way == "layer" or spec.in_models)
+            and (way != "disk" or name not in ("two_hop", "filter"))
+        )
+
+    pool = [name for name in (OFTEN if flip(random, 0.7) else KINDS) if fits(name)] or ["gat"]
+    names = random.choices(pool, k=random.choice((1, 1, 2, 3)))
+    other, partials = flip(random, 0.15), len(names) > 1 or names == ["mlp"] or flip(random)
+    alike = len(names) > 1 or other or (way != "layer" and partials)
+    kinds = tuple(draw_kind(random, name, found, alike) for name in names)
+    shared = draw_kind(random, random.choice(pool), found, True) if other else flip(random, 0.7)
+    return {"edge_dim": edge_dim, "kinds": kinds, "shared": shared, "partials": partials or other}
+
+
+def every_kind(found: Mapping[str, Any]) -> list[Kind]:
+    return [*found["kinds"], *([found["shared"]] if isinstance(found["shared"], Kind) else [])]
+
+
+def draw_widths(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of sources, destinations and outputs: of a model, of hidden layers."""
+    kinds, width = every_kind(found), random.choice((WIDTH, WIDTH, 9))
+    if any(kind.name in ("simple", "cg", "gine") for kind in kinds):
+        return {"widths": (WIDTH,) * 3}
+    same = any(KINDS[kind.name].two == "one" or kind.options.get("share_weights") for kind in kinds)
+    return {"widths": (width, 6 if found["two"] and not same else width, random.choice((WIDTH, 2, 6)))}
+
+
+def draw_edge_args(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Which edge arguments there are, where they are given, and which need gradients."""
+    sparse, wraps = found["form"] in SPARSE, found["way"] not in ("sampled", "disk") and flip(random, 0.6)
+    taken = set() if sparse or found["way"] == "disk" else {KINDS[kind.name].edges for kind in every_kind(found)}
+    args = [name for name in ("edge_weight",) if name in taken and flip(random, 0.7)]
+    args += ["edge_attr"] if "edge_attr" in taken and found["edge_dim"] is not None else []
+    values = "" if not sparse else "rows" if found["edge_dim"] is not None else random.choice(("ones", "some"))
+    in_graph = ("Graph", *(name for name in args if flip(random, 0.7))) if wraps else ()
+    learned = tuple(name for name in ("x", "edge_weight", "edge_attr") if flip(random, 0.7))
+    return {"edge_args": tuple(args), "values": values, "in_graph": in_graph, "learned": learned}
+
+
+def draw_router(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The router, what it sees, and K."""
+    k = random.randint(1, len(found["kinds"]) if len(found["kinds"]) > 1 else EXPERTS)
+    names = ["token_choice", *ROUTERS]
+    if found["way"] in ("sampled", "disk"):  # where tokens decide alone
+        names = ["token_choice", "token_choice", "multi_centroid", "random", "uniform"]
+    router = random.choice(names if found["way"] == "layer" else [name for name in names if name is not None])
+    options = some(random, ROUTERS[router])
+    if options.get("balance") == "importance_load":
+        options["noise"] = True
+    if found["two"] or found["way"] in ("sampled", "disk"):
+        options = {name: value for name, value in options.items() if name not in ("scope", "choice")}
+    if router not in ("uniform", Sigmoids, None) and flip(random):
+        options["weight"] = random.choice(("score", "straight_through", *(["normalized"] if k > 1 else [])))
+    sees = tuple(part for part in ("node", "neighbors", "degree") if flip(random, 0.4)) or ("node",)
+    return {"k": k, "router": router, "router_kwargs": options, "router_input": sees}
+
+
+def draw_model(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model beside its experts'."""
+    layers, local = random.choice((1, 2, 2, 3, 6)), found["way"] in ("sampled", "disk")
+    jk = random.choice((None, None, "last", *(() if found["way"] == "disk" else ("cat", "max", "lstm"))))
+    norms: list[dict[str, Any]] = [{"norm": "batch_norm"}, {"norm": "layer_norm", "norm_kwargs": {"mode": "node"}}]
+    norms[:1] = [{}] if found["sizes"][0] == 1 else norms[:1]  # one row has no variance
+    norms += [{}, {}] if local else [{}, {}, {"norm": "graph_norm"}, {"norm": "layer_norm"}]
+    choices = {"residual": ("none", "linear"), "in_proj": (True,), "act": ("elu",), "act_first": (True,)}
+    deep = {"every": (2,)} if layers > 2 and flip(random) else {}
+    hops = {} if found["way"] == "disk" else {"router_hops": (2,)}
+    own = {"num_layers": layers, "jk": "last" if layers == 1 else jk, "shared_router": flip(random, 0.4)}
+    return own | random.choice(norms) | some(random, {**choices, **deep, **hops})
+
+
+def draw_past(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What happened before."""
+    known = [name for name in BEFORE if name != "inference_mode" or not found["form"].startswith("Edge")]  # PyG fails
+    known = [name for name in known if name != "x changed in place" or found["way"] != "disk"]  # to what float32 holds
+    return {"before": () if flip(random, 0.25) else tuple(random.sample(known, random.choice((1, 1, 2))))}
+
+
+def draw(number: int) -> Config:
+    """The configuration of a number."""
+    random = Random(number)
+    way = random.choice(("layer",) * 20 + ("forward", "forward", "inference", "sampled", "disk"))
+    found: dict[str, Any] = {"number": number, "way": way}
+    found |= draw_graph(random, way)
+    for dimension in (draw_kinds, draw_widths, draw_edge_args, draw_past):
+        found |= dimension(random, found)
+    backend = random.choice(("auto", "auto", "grouped", "padded", "loop"))
+    options = {**draw_router(random, found), "dense_start": flip(random, 0.7), "backend": backend}
+    keeps = {kind.name for kind in every_kind(found)} & {"simple", "cg", "gine"}
+    options |= {"shared_transform": not keeps and flip(random, 0.15)} if way == "layer" else draw_model(random, found)
+    found["batch"] = random.choice((1, 3, 7, 100)) * (way in ("sampled", "disk", "inference") or flip(random, 0.3))
+    found["alone"] &= all(CONVS.get(kind.name) in SOURCES_ALONE for kind in every_kind(found))
+    training = way in ("layer", "forward") and flip(random, 0.6)
+    positional = way == "layer" and found["edge_args"] == (KINDS[found["kinds"][0].name].edges,) and flip(random, 0.3)
+    found |= {"positional": positional and len(found["kinds"]) == 1, "as_on_gpus": flip(random, 0.25)}
+    lowers = way == "layer" and found["form"] in PLAIN and flip(random, 0.15)
+    lowers = lowers and all(kind.name != "mf" for kind in every_kind(found))  # which fails under autocast
+    low = random.choice(("float32", "bfloat16")) if lowers else ""
+    if all(CONVS.get(kind.name) in LOCAL for kind in every_kind(found)):  # each conv on its own
+        options |= some(random, {"local": (True, False) if way in ("layer", "forward") else (True,)})
+    return Config(**found, options=options, training=training, low=low)
+
+
+# Building
+
+
+def build(c: Config) -> Any:
+    """The layer or model; no option is left without effect: gains, counters and noise are not zero."""
+    torch.manual_seed(c.number)
+    several = len(c.kinds) > 1
+    made = [kind.build() if c.partials else kind.name for kind in c.kinds]
+    options = {"conv": made if several else made[0], "num_experts": None if several else EXPERTS, **c.options}
+    options |= {} if c.partials else c.kinds[0].options
+    options["shared_expert"] = c.shared.build() if isinstance(c.shared, Kind) else c.shared
+    if c.way == "layer":
+        widths: Any = c.widths[:2] if c.two else c.widths[0]
+        module: Any = MoEConv(in_channels=widths, out_channels=c.widths[2], **options)
+    else:
+        module = GNNMoE(in_channels=c.widths[0], hidden_channels=2 * (c.widths[2] // 2), out_channels=3, **options)
+    module.double()
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        leaf = name.rpartition(".")[2]
+        if leaf == "gain" or leaf == "steps":
+            nn.init.constant_(value, 1 if leaf == "steps" else Random(c.number).choice((-1.0, 0.5, 2.0)))
+        elif re.match(r"(next_)?(bias_E|mean_D)$|center_D|threshold_E|log_scale_E|running_mean", leaf):
+            nn.init.normal_(value, -1.0 if leaf == "threshold_E" else 0.0, std=0.2)
+        elif leaf == "bias" or name.endswith("noise.weight"):
+            nn.init.normal_(value, std=0.2)
+    return module.train(c.training)
+
+
+class Given(NamedTuple):
+    """What a call gets: ``adj`` as the module takes it, ``plain`` as PyG does, in the same order."""
+
+    x: tuple[Tensor, Tensor | None]
+    adj: Any
+    plain: Tensor
+    args: dict[str, Tensor]
+    batch: Tensor | None
+    weight_TE: Tensor | None
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """All that may need a gradient."""
+        x_src, x_dst = self.x
+        ends = {"x": x_src} if x_dst is None or x_dst is x_src else {"x": x_src, "x_dst": x_dst}
+        return ends | self.args | ({} if self.weight_TE is None else {"weight_TE": self.weight_TE})
+
+
+def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
+    """Fresh leaves of a seed."""
+
+    def leaf(*shape: int, of: int = seed) -> Tensor:
+        return ref.features(*shape, seed=of).float().to(dtype)
+
+    num_experts = EXPERTS if len(c.kinds) == 1 else len(c.kinds)
+    edges = ref.GRAPHS[c.graph][1] if c.graph in ref.GRAPHS else ref.random_graph(*c.sizes, c.edges, seed)
+    if c.graph == "simple":
+        edges = edges.unique(dim=1)
+        edges = edges[:, edges[0] != edges[1]] if c.two else edges  # PyG adds to a matrix's loops between two sets
+        edges = edges[:, torch.randperm(edges.size(1), generator=torch.Generator().manual_seed(seed))]
+    number, width = edges.size(1), c.edge_dim or 1
+    adj: Any
+    if c.form in SPARSE:
+        value = leaf(number, *((width,) if c.values == "rows" else ())).abs() + 0.1
+        value = torch.ones_like(value) if c.values == "ones" else value
+        make: Callable[..., Any] = ref.FORMS[c.form]
+        adj, plain = make(edges, c.sizes, value), ref.csr(edges, c.sizes, value)  # PyG writes to coo
+    else:
+        adj = edges if c.form == "plain" else ref.FORMS[c.form](edges, c.sizes)
+        plain = (adj.as_tensor() if c.form.startswith("Edge") else adj).long()
+    every = {"edge_weight": leaf(number).abs() + 0.1, "edge_attr": leaf(number, width)}
+    args = {name: every[name].requires_grad_(name in c.learned) for name in c.edge_args}
+    of_graph: dict[str, Any] = {name: value for name, value in args.items() if name in c.in_graph}
+    adj = Graph(adj, c.sizes, **of_graph) if c.in_graph else adj
+    x_src, x_dst = (leaf(*shape).requires_grad_("x" in c.learned) for shape in zip(c.sizes, c.widths[:2], strict=True))
+    batch = torch.arange(c.sizes[1]) * 7 % 3 * 2 if c.batch and c.way in ("layer", "forward", "inference") else None
+    weight_TE = None
+    if c.options["router"] is None:  # all tokens have all experts, some have some, or none has any
+        chosen_TE = leaf(c.sizes[1], num_experts, of=4).abs() < Random(seed).choice((0.0, 0.7, 0.7, 9.0))
+        weight_TE = (leaf(c.sizes[1], num_experts, of=3) * chosen_TE).requires_grad_()
+    return Given((x_src, None if c.alone else x_dst if c.two else x_src), adj, plain, args, batch, weight_TE)
+
+
+# Running
+
+
+def call(module: Any, c: Config, given: Given) -> tuple[Tensor, list[Routing]]:
+    """Output and routings, under the seed of the noise."""
+    torch.manual_seed(c.number)
+    options: dict[str, Any] = {name: value for name, value in given.args.items() if name not in c.in_graph}
+    if c.alone:
+        options["size"] = c.sizes
+    if given.weight_TE is not None:
+        options["routing"] = ref.routing_of(given.weight_TE)
+    x = given.x if c.two else given.x[0]
+    first = [options.pop(name, None) for name in given.args] if c.positional else []
+    y, routings = module(x, given.adj, *first, **options, batch=given.batch, return_routing=True)
+    return y, [routings] if isinstance(routings, Routing) else routings
+
+
+def go_through(module: Any, c: Config, given: Given, before: str) -> Any:
+    """What happens to module, graph and features; the module after it."""
+    mode: Any = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(before, nullcontext)
+    counters = {name: value.clone() for name, value in module.named_buffers()}
+    if before == "NaN token":
+        x = given.x[0].detach().clone()
+        x[-1] = torch.nan
+        _, routings = call(module, c, given._replace(x=(x, x if given.x[1] is given.x[0] else given.x[1])))
+        _check_rest(module, c, counters, routings[0])
+    elif before == "other graph":
+        call(module, c, given_of(c, c.number + 1))
+    elif before == "other edge arguments" and given.args and c.in_graph:
+        args = {name: value.detach() * 1.5 for name, value in given.args.items()}
+        graph = given.adj.with_args(args.get("edge_weight"), args.get("edge_attr"))
+        call(module, c, given._replace(adj=graph, args={}))
+    elif before == "other thread":
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(call, module, c, given).result()
+    else:
+        with mode():
+            y, routings = call(module, c, given)
+        if before == "step" and y.requires_grad:
+            (y.sum() + sum(routing.aux_loss for routing in routings)).backward()
+    if before == "x changed in place":
+        change(given)
+    for leaf in (*given.leaves.values(), *module.parameters()):
+        leaf.grad = None
+    copied: Any = {"deepcopy": copy.deepcopy, "pickle": lambda part: pickle.loads(pickle.dumps(part))}.get(before)
+    return module if copied is None else copied(module)
+
+
+@torch.no_grad()
+def change(given: Given) -> None:
+    for name, value in given.leaves.items():
+        if name.startswith("x"):
+            value.mul_(-1.5)
+
+
+def _check_rest(module: Any, c: Config, before: Mapping[str, Tensor], routing: Routing) -> None:
+    """Raise where a NaN token, the last one, changed what the router had planned, or another token's own decision."""
+    options, seen = c.options["router_kwargs"], c.options["router_input"]
+    if c.way != "layer" or c.two or "node" not in seen:
+        return
+    for name, value in module.named_buffers():
+        planned = name.replace("router.", "router.next_")
+        kept = before[planned if c.training and planned in before else name]
+        if name.startswith("router.") and not torch.equal(value, kept):
+            raise AssertionError(f"{name} changed in a step that was not finite")
+    alone = c.options["router"] == "token_choice" and "capacity_factor" not in options and seen == ("node",)
+    if alone and not routing.to_dense()[:-1].isfinite().all():
+        raise AssertionError("a token's weights are not finite because of another one")
+
+
+def define(layer: MoEConv, c: Config, x: Any, adj: Any, routing: Routing, args: Any) -> tuple[Tensor, list[Any]]:
+    """Each expert a PyG conv on the whole graph, masked by the routing; and these convs."""
+    convs = [layer.experts.expert(index) for index in range(layer.num_experts)]
+    always = [] if layer.shared_expert is None else [layer.shared_expert.expert(0)]
+    args, u = {**args, **({"size": c.sizes} if c.alone else {})}, x
+    if layer.transform is not None:
+        pair = x if isinstance(x, tuple) else (x, x)
+        x_dst = pair[0].new_zeros(c.sizes[1], c.widths[1]) if pair[1] is None else pair[1]
+        u_dst = layer.transform[-1](x_dst)
+        u = (layer.transform[0](pair[0]), u_dst) if isinstance(x, tuple) else u_dst
+    y = ref.masked(convs, u, adj, routing, **args)
+    y = y if layer.gain is None else GAIN_SCALE * layer.gain * y
+    if always:
+        y = y + ref.masked(always, x, adj, Routing.everyone(y.size(0), y), **args)
+    return y, [*convs, *always]
+
+
+def by_hand(model: GNNMoE, c: Config, given: Given) -> tuple[Tensor, list[Routing], dict[str, list[Any]]]:
+    """The definition of a model, layer by layer of its own parts; the routings, and the experts' convs."""
+    torch.manual_seed(c.number)
+    x, convs = given.x[0], {}
+    decision = None if model.shared_router is None else model.decide(x, given.plain, given.batch)
+    routings = [] if decision is None else [decision]
+    x, xs = x if model.lin_in is None else model.lin_in(x), []
+    for layer, conv in enumerate(model.convs):
+        if isinstance(conv, MoEConv):
+            own: Any = {name: value for name, value in given.args.items() if name in conv.edge_names}
+            how = {"batch": given.batch, "routing": decision, "return_routing": True}
+            routing = conv(x, given.plain, **own, **how)[1]
+            out, convs[f"convs.{layer}"] = define(conv, c, x, given.plain, routing, given.args)
+            routings += [routing] if decision is None else []
+        else:
+            own = {name: value for name, value in given.args.items() if name in parameters_of(conv)}
+            out = conv(x, given.plain, **own)
+        out = out + model.residuals[layer](x) if layer < len(model.residuals) else out
+        if layer < model.num_layers - 1 or model.jk_mode is not None:
+            norm = model.norms[layer]
+            groups = (given.batch, None) if "batch" in inspect.signature(norm.forward).parameters else ()
+            out = norm(model.act(out), *groups) if model.act_first else model.act(norm(out, *groups))
+        x = out
+        xs.append(x)
+    x = model.jk(xs) if hasattr(model, "jk") else x
+    return (model.lin(x) if hasattr(model, "lin") else x), routings, convs
+
+
+def gradients(module: Any, convs: Mapping[str, list[Any]] | None) -> dict[str, Any]:
+    """By the names of plain convs' parameters: of ``convs`` by layer, else of the stacked ones of the module."""
+    found: dict[str, Any] = {}
+    for name, value in module.named_parameters():
+        if not re.match(r"(convs\.\d+\.)?(experts|shared_expert)\.", name):
+            found[name] = ref.gradient(value)
+    for place, layer in module.named_modules():
+        if not isinstance(layer, MoEConv):
+            continue
+        own = ref.as_convs(layer.experts, layer.num_experts) if convs is None else []
+        own += [] if layer.shared_expert is None or convs is not None else ref.as_convs(layer.shared_expert, 1)
+        for conv in [] if convs is None else convs[place]:
+            own.append({name: value.grad for name, value in conv.named_parameters()})
+        found |= {f"{place}.{e}.{name}": value for e, part in enumerate(own) for name, value in part.items()}
+    return found
+
+
+def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float = TOLERANCE) -> Outcome:
+    """What an option leaves unused has no gradient in the definition; NaN is as far as can be."""
+    assert ours.keys() == theirs.keys(), f"{sorted(ours)} and {sorted(theirs)}"
+    found = Outcome(0.0, "equal")
+    for name, expected in theirs.items():
+        if expected is not None:
+            assert ours[name].shape == expected.shape, name
+            difference = float((ours[name] - expected).abs().max()) if expected.numel() else 0.0
+            difference = difference if difference == difference else torch.inf
+            kind = "equal" if difference <= tolerance else "failed"
+            found = max(found, Outcome(difference, kind, name))
+    return found
+
+
+def compute(c: Config) -> Outcome:
+    """Build, run, and compare with the definition."""
+    module = build(c)
+    twin, given, theirs = copy.deepcopy(module), *(given_of(c, c.number) for _ in range(2))
+    gpu: Any = mock.patch.multiple(graph_module, SPARSE_DEVICES=(), NUMBERS=20) if c.as_on_gpus else nullcontext()
+    with gpu:
+        for before in c.before:
+            module = go_through(module, c, given, before)
+        twin.load_state_dict(module.state_dict())
+        y, routings = call(module, c, given)
+        results = [finish(y, routings, given, module, None)]
+    if "x changed in place" in c.before:
+        change(theirs)
+    if isinstance(twin, MoEConv):
+        _, routings = call(twin, c, theirs)
+        x = theirs.x if c.two else theirs.x[0]
+        y, experts = define(twin, c, x, theirs.plain, routings[0], theirs.args)
+        convs = {"": experts}
+    else:
+        y, routings, convs = by_hand(twin, c, theirs)
+    results.append(finish(y, routings, theirs, twin, convs))
+    found = compare(results[0], results[1])
+    if found.kind == "equal" and c.way in OTHER_WAYS:
+        with torch.no_grad():
+            found = max(found, compare({c.way: OTHER_WAYS[c.way](c, module, given)}, {c.way: y.detach()}))
+    return max(found, in_low_precision(c, module, routings[0])) if found.kind == "equal" and c.low else found
+
+
+def in_low_precision(c: Config, module: MoEConv, routing: Routing) -> Outcome:
+    """Float32, or autocast to bfloat16, under the same routing; of a sum, whose gradient is expanded."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)  # of what PyG makes; :func:`run` sets it back
+        layer, given = copy.deepcopy(module).to(dtype), given_of(c, c.number, dtype)
+        given = given._replace(weight_TE=routing.to_dense().detach().to(dtype).requires_grad_())
+        half = c.low == "bfloat16" and dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y, _ = call(layer, c, given)
+        y.sum().backward()
+        found = {"low y": y.detach(), **{f"low {name}": ref.gradient(leaf) for name, leaf in given.leaves.items()}}
+        results.append({name: value for name, value in found.items() if c.low == "float32" or name == "low y"})
+    scale = {name: value.abs().max().clamp(min=1) if value.numel() else 1.0 for name, value in results[1].items()}
+    ours, theirs = ({name: value.double() / scale[name] for name, value in one.items()} for one in results)
+    return compare(ours, theirs, {"float32": 1e-4, "bfloat16": 0.1}[c.low])
+
+
+def finish(y: Tensor, routings: list[Routing], given: Given, module: Any, convs: Any) -> dict[str, Any]:
+    """Outputs, routings and all gradients."""
+    loss = (y * ref.features(*y.shape, seed=5)).sum() + sum(routing.aux_loss for routing in routings)
+    if loss.requires_grad:
+        loss.backward()
+    found = {"y": y.detach(), **{f"routing {i}": one.to_dense().detach() for i, one in enumerate(routings)}}
+    return found | {name: ref.gradient(leaf) for name, leaf in given.leaves.items()} | gradients(module, convs)
+
+
+# Other ways to a model's output
+
+
+def inference(c: Config, model: GNNMoE, given: Given) -> Tensor:
+    """Layer by layer in chunks."""
+    args = {name: value for name, value in given.args.items() if name not in c.in_graph}
+    data = Data(x=given.x[0], edge_index=given.adj, **args, **({} if given.batch is None else {"batch": given.batch}))
+    found: Tensor = model.inference(data, batch_size=c.batch)
+    return found
+
+
+def sampled(c: Config, model: GNNMoE, given: Given) -> Tensor:
+    """With all neighbors of so many hops that the degrees of all that count are whole."""
+    data = Data(x=given.x[0], edge_index=given.adj, **given.args)
+    found = []
+    for part in neighbor_loader(data, [-1] * (3 * model.num_layers + 3), batch_size=c.batch, backend="gmoe"):
+        own: Any = {name: part[name] for name in given.args}
+        if c.number % 2 and len(own) < 2:
+            own["num_sampled_nodes_per_hop"] = part.num_sampled_nodes
+            own["num_sampled_edges_per_hop"] = part.num_sampled_edges
+        found.append(model(part.x, part.edge_index, **own)[: part.batch_size])
+    return torch.cat(found)
+
+
+def from_disk(c: Config, model: GNNMoE, given: Given) -> Tensor:
+    """Layer by layer, the graph and the embeddings on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        store(Path(folder, "graph"), Data(x=given.x[0].detach(), edge_index=given.adj))
+        stored = StoredGraph(Path(folder, "graph"))
+        found: Tensor = model.inference(stored, batch_size=c.batch, folder=Path(folder, "out"))
+        return found.clone()
+
+
+OTHER_WAYS = {"inference": inference, "sampled": sampled, "disk": from_disk}
+
+
+# Judging
+
+
+def turned_in_inference_mode(c: Config, message: str) -> bool:
+    """``Graph.in_flow`` keeps edges that it flipped in inference mode, and training on that graph then raises."""
+    turned = any(kind.options.get("flow") == "target_to_source" for kind in every_kind(vars(c)))
+    return turned and "inference_mode" in c.before and c.in_graph != () and "Inference tensors cannot" in message
+
+
+KNOWN = (turned_in_inference_mode,)
+"""Bugs of the library that are real, documented, and not yet repaired; their numbers count apart."""
+
+
+def run(number: int) -> Outcome:
+    """A number's outcome; an error is a refusal only in the library's own words."""
+    with warnings.catch_warnings(), ref.default_float64():
+        warnings.simplefilter("ignore")
+        c = draw(number)
+        try:
+            return compute(c)
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            own = isinstance(error, ValueError | RuntimeError | NotImplementedError)
+            own &= re.match(r"\w+: ([\w., ]+: got .*(expected|but)|inference: )", message, re.DOTALL) is not None
+            kind = "refused" if own else "known" if any(bug(c, message) for bug in KNOWN) else "failed"
+            return Outcome(torch.inf, kind, message)
+
+
+def show(number: int) -> str:
+    """The configuration and its outcome."""
+    c, (difference, kind, message) = draw(number), run(number)
+    lines = [f"{field.name:12} {getattr(c, field.name)}" for field in fields(c)]
+    return "\n".join([*lines, f"{kind:12} {message} ({difference:.1e})"])
+
+
+def main(first: int, last: int | None = None) -> int:
+    """Print a number, or a range's progress and summary; 1 if some number failed."""
+    torch.set_num_threads(1)
+    numbers = range(first, first + 1 if last is None else last)
+    counts, begin, failures = Counter[tuple[str, str]](), time.perf_counter(), []
+    for done, number in enumerate(numbers, 1):
+        c, (difference, kind, message) = draw(number), run(number)
+        counts.update((name, kind) for name in {c.way, *(part.name for part in c.kinds)} | {"all"})
+        if kind == "failed":
+            failures.append(number)
+            print(
+                number,
+                c.way,
+                "+".join(part.name for part in c.kinds),
+                f"{message[:200]} ({difference:.1e})",
+                flush=True,
+            )
+        if done % 500 == 0:
+            print(f"{done} of {len(numbers)}", file=sys.stderr, flush=True)
+    if last is None:
+        print(show(first))
+        return int(bool(failures))
+    for name in sorted({name for name, _ in counts}):
+        print(f"{name:16}", *(f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "known", "failed")))
+    seconds = time.perf_counter() - begin
+    print(f"{len(numbers)} numbers, {1000 * seconds / len(numbers):.0f} ms each; failed: {failures or 'none'}")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*map(int, sys.argv[1:])))

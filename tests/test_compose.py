@@ -1,0 +1,55 @@
+"""Random configurations equal their definition, or are refused in the library's own words."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests import compose
+
+CHUNK = 25
+
+
+def check(first: int) -> None:
+    """25 numbers, of which nearly all compute."""
+    kinds = Counter[str]()
+    for number in range(first, first + CHUNK):
+        found = compose.run(number)
+        kinds[found.kind] += 1
+        assert found.kind != "failed", f"python -m tests.compose {number}: {found.message}"
+    assert kinds["equal"] >= 0.7 * CHUNK
+
+
+@pytest.mark.parametrize("first", range(0, 300, CHUNK))
+def test_numbers(first: int) -> None:
+    check(first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(300, 20_000, CHUNK))
+def test_more_numbers(first: int) -> None:
+    check(first)
+
+
+def test_a_number_is_one_configuration() -> None:
+    """Also in another process, since no number follows from a hash."""
+    assert str(compose.draw(11)) == str(compose.draw(11))
+    assert str(compose.draw(11)) != str(compose.draw(12))
+
+
+def test_an_unequal_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compose, "GAIN_SCALE", 0.123)
+    found = [compose.run(number) for number in range(20)]
+    assert any(outcome.kind == "failed" for outcome in found)
+
+
+def test_a_raw_error_fails_and_a_refusal_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, kind in ((IndexError("3"), "failed"), (ValueError("k: got 9, expected at most 3"), "refused")):
+
+        def raises(c: compose.Config, error: Exception = error) -> compose.Outcome:
+            raise error
+
+        monkeypatch.setattr(compose, "compute", raises)
+        assert compose.run(0).kind == kind
+        assert compose.main(0, 2) == (kind == "failed")
