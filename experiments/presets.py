@@ -49,7 +49,7 @@ CIFAR10 = ImageSetConfig(
 """CIFAR-10 with crops and flips; a 6-block ViT, 128 wide, 4x4 patches, MLPs of 256, experts in every second block.
 
 ``python -m experiments.train cifar10 --data-root DIR --epochs 5 --precision bf16-mixed``, one seed, on images
-re-encoded as JPEG: CIFAR. The plain mixture of expert choice (no shared expert) had 75.6 % after 22 epochs
+re-encoded as JPEG: dense 61.5 %, with experts not finished. The plain mixture of expert choice had 75.6 % after 22 epochs
 (results/cifar10.json).
 """
 
@@ -103,11 +103,13 @@ CORA = GraphConfig(
 )
 """Cora, public split; nearly the recipe of the GCN paper (Kipf & Welling, 2017), which decays the first layer only.
 
-``python -m experiments.train cora --data-root DIR``. Seeds 0 to 9: CORA. 140 labels leave experts nothing to learn.
+``python -m experiments.train cora --data-root DIR``. Seeds 0 to 9: 80.7 ± 0.8 % with experts, 81.3 ± 0.7 %
+dense, all 8 experts alive: 140 labels leave them nothing to learn.
 """
 
 CITESEER = replace(CORA, dataset="citeseer")
-"""CiteSeer, public split; the recipe of Cora. Seeds 0 to 9: CITESEER.
+"""CiteSeer, public split; the recipe of Cora. Seeds 0 to 9: 70.6 ± 0.6 % with experts, 71.2 ± 0.7 % dense, all 8
+experts alive.
 """
 
 PUBMED = replace(CORA, dataset="pubmed")
