@@ -665,7 +665,7 @@ def turned_in_inference_mode(c: Config, message: str) -> bool:
 
 
 def heads_that_are_averaged(c: Config, message: str) -> bool:
-    """``GNNMoE.init_conv`` divides the width by the heads of a GeneralConv too, which does not put them side by side."""
+    """``GNNMoE.init_conv`` divides the width by the heads of a GeneralConv too, which averages them."""
     options = {} if c.partials else c.kinds[0].options
     return c.way != "layer" and "concat" not in KINDS[c.kinds[0].name].options and options.get("heads", 1) > 1
 
