@@ -664,7 +664,13 @@ def turned_in_inference_mode(c: Config, message: str) -> bool:
     return turned and "inference_mode" in c.before and c.in_graph != () and "Inference tensors cannot" in message
 
 
-KNOWN = (turned_in_inference_mode,)
+def heads_that_are_averaged(c: Config, message: str) -> bool:
+    """``GNNMoE.init_conv`` divides the width by the heads of a GeneralConv too, which averages them."""
+    options = {} if c.partials else c.kinds[0].options
+    return c.way != "layer" and "concat" not in KINDS[c.kinds[0].name].options and options.get("heads", 1) > 1
+
+
+KNOWN = (turned_in_inference_mode, heads_that_are_averaged)
 """Bugs of the library that are real, documented, and not yet repaired; their numbers count apart."""
 
 
