@@ -306,7 +306,8 @@ class Graph:
             )
         if flow not in self._graphs:
             weight, attr = self.edge_weight, self.edge_attr
-            self._graphs[flow] = Graph(self.adj, self.num_src, edge_weight=weight, edge_attr=attr, flow=flow)
+            with torch.inference_mode(False):  # what a graph keeps is for training too
+                self._graphs[flow] = Graph(self.adj, self.num_src, edge_weight=weight, edge_attr=attr, flow=flow)
         other = self._graphs[flow].masked(self.mask)
         return other if self.constant is None else other.seeing(self.constant)
 

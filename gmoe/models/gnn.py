@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from gmoe._checks import check, check_choice, check_count, check_counts
 from gmoe.conv.aggregate import FilterConv
 from gmoe.conv.base import NodeChunks, powers
 from gmoe.conv.graph import Graph, check_batch, parameters_of
-from gmoe.conv.kinds import CONVS, OWN, ConvFactory, ConvLike, CopyOf, Make, kinds_of
+from gmoe.conv.kinds import CONVS, OWN, ConvFactory, ConvLike, CopyOf, Make, factory_of, kinds_of
 from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view, router_width
 from gmoe.data.stored import StoredGraph
 from gmoe.dispatch import Backend
@@ -174,7 +175,7 @@ class GNNMoE(HubMixin, BasicGNN):
         if isinstance(conv, DenseLayers):
             conv = conv.of(layer)
         heads = int(conv_kwargs.get("heads", 1))
-        if heads > 1:
+        if heads > 1 and "concat" in inspect.signature(factory_of(kinds_of(conv, None)[0])).parameters:  # not averaged
             if self.jk_mode is None and layer == self.num_layers - 1:
                 conv_kwargs["concat"] = False
             elif conv_kwargs.get("concat", True):

@@ -623,3 +623,11 @@ def test_learned_edge_arguments_keep_their_gradient(
             layer(x, graph)
     layer(x, graph).square().sum().backward()
     torch.testing.assert_close(learned.grad, fresh.grad, rtol=0, atol=1e-12)
+
+
+def test_a_graph_turned_in_inference_mode_trains() -> None:
+    layer = MoEConv("gin", 4, 4, num_experts=2, aggr="max", flow="target_to_source").double()
+    graph, x = Graph(random_graph(9, 9, 30), 9), features(9, 4)
+    with torch.inference_mode():
+        layer(x, graph)
+    layer(x, graph).sum().backward()

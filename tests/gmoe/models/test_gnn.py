@@ -729,3 +729,8 @@ def test_moefy_without_out_channels_and_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="PNAConv runs on the whole graph"):
         gnn = model(conv=PNAConv, **kwargs)
     assert gnn(x, edge_index).shape == (NODES, OUT)
+
+
+def test_heads_that_are_averaged_leave_the_width_alone() -> None:
+    gnn = GNNMoE(IN, 6, OUT, conv="general", heads=4, num_layers=3, num_experts=2).double()
+    assert gnn(features(NODES, IN), random_graph(NODES, NODES, 20)).shape == (NODES, OUT)
