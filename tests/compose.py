@@ -1,7 +1,7 @@
 """One random composer: a number is a configuration, which is built, run, and compared in float64 with its definition.
 
 ``python -m tests.compose 4711`` shows a number, ``python -m tests.compose 0 2000`` runs a range. What fails
-is a bug, of the library or of this file; refusals in the library's own words, and :data:`KNOWN` bugs, count apart.
+is a bug, of the library or of this file; refusals in the library's own words count apart.
 """
 
 from __future__ import annotations
@@ -658,22 +658,6 @@ OTHER_WAYS = {"inference": inference, "sampled": sampled, "disk": from_disk}
 # Judging
 
 
-def turned_in_inference_mode(c: Config, message: str) -> bool:
-    """``Graph.in_flow`` keeps edges that it flipped in inference mode, and training on that graph then raises."""
-    turned = any(kind.options.get("flow") == "target_to_source" for kind in every_kind(vars(c)))
-    return turned and "inference_mode" in c.before and c.in_graph != () and "Inference tensors cannot" in message
-
-
-def heads_that_are_averaged(c: Config, message: str) -> bool:
-    """``GNNMoE.init_conv`` divides the width by the heads of a GeneralConv too, which averages them."""
-    options = {} if c.partials else c.kinds[0].options
-    return c.way != "layer" and "concat" not in KINDS[c.kinds[0].name].options and options.get("heads", 1) > 1
-
-
-KNOWN = (turned_in_inference_mode, heads_that_are_averaged)
-"""Bugs of the library that are real, documented, and not yet repaired; their numbers count apart."""
-
-
 def run(number: int) -> Outcome:
     """A number's outcome; an error is a refusal only in the library's own words."""
     with warnings.catch_warnings(), ref.default_float64():
@@ -685,7 +669,7 @@ def run(number: int) -> Outcome:
             message = f"{type(error).__name__}: {error}"
             own = isinstance(error, ValueError | RuntimeError | NotImplementedError)
             own &= re.match(r"\w+: ([\w., ]+: got .*(expected|but)|inference: )", message, re.DOTALL) is not None
-            kind = "refused" if own else "known" if any(bug(c, message) for bug in KNOWN) else "failed"
+            kind = "refused" if own else "failed"
             return Outcome(torch.inf, kind, message)
 
 
@@ -719,7 +703,7 @@ def main(first: int, last: int | None = None) -> int:
         print(show(first))
         return int(bool(failures))
     for name in sorted({name for name, _ in counts}):
-        print(f"{name:16}", *(f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "known", "failed")))
+        print(f"{name:16}", *(f"{kind} {counts[name, kind]:5}" for kind in ("equal", "refused", "failed")))
     seconds = time.perf_counter() - begin
     print(f"{len(numbers)} numbers, {1000 * seconds / len(numbers):.0f} ms each; failed: {failures or 'none'}")
     return int(bool(failures))

