@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
-from torch_geometric.nn import CGConv, PNAConv
+from torch_geometric.nn import CGConv, LayerNorm, PNAConv
 
 from gmoe import GNNMoE, Graph, MoEConv, Router, Routing, StoredGraph, neighbor_loader
 from gmoe.conv import graph as graph_module
@@ -295,14 +295,13 @@ def draw_model(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a model beside its experts'."""
     layers, local = random.choice((1, 2, 2, 3, 6)), found["way"] in ("sampled", "disk")
     jk = random.choice((None, None, "last", *(() if found["way"] == "disk" else ("cat", "max", "lstm"))))
-    norms: list[dict[str, Any]] = [{"norm": "batch_norm"}, {"norm": "layer_norm", "norm_kwargs": {"mode": "node"}}]
+    norms: list[dict[str, Any]] = [{"norm": "batch_norm"}, {"norm": "by node"}]
     norms[:1] = [{}] if found["sizes"][0] == 1 else norms[:1]  # one row has no variance
     norms += [{}, {}] if local else [{}, {}, {"norm": "graph_norm"}, {"norm": "layer_norm"}]
-    choices = {"residual": ("none", "linear"), "in_proj": (True,), "act": ("elu",), "act_first": (True,)}
+    choices = {"residual": ("none", "linear"), "in_proj": (True,), "act": ("elu",)}
     deep = {"every": (2,)} if layers > 2 and flip(random) else {}
-    hops = {} if found["way"] == "disk" else {"router_hops": (2,)}
     own = {"num_layers": layers, "jk": "last" if layers == 1 else jk, "shared_router": flip(random, 0.4)}
-    return own | random.choice(norms) | some(random, {**choices, **deep, **hops})
+    return own | random.choice(norms) | some(random, {**choices, **deep})
 
 
 def draw_past(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,7 +351,10 @@ def build(c: Config) -> Any:
         widths: Any = c.widths[:2] if c.two else c.widths[0]
         module: Any = MoEConv(in_channels=widths, out_channels=c.widths[2], **options)
     else:
-        module = GNNMoE(in_channels=c.widths[0], hidden_channels=2 * (c.widths[2] // 2), out_channels=3, **options)
+        hidden = 2 * (c.widths[2] // 2)
+        if options.get("norm") == "by node":
+            options["norm"] = LayerNorm(hidden, mode="node")
+        module = GNNMoE(in_channels=c.widths[0], hidden_channels=hidden, out_channels=3, **options)
     module.double()
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         leaf = name.rpartition(".")[2]
@@ -526,7 +528,7 @@ def by_hand(model: GNNMoE, c: Config, given: Given) -> tuple[Tensor, list[Routin
         if layer < model.num_layers - 1 or model.jk_mode is not None:
             norm = model.norms[layer]
             groups = (given.batch, None) if "batch" in inspect.signature(norm.forward).parameters else ()
-            out = norm(model.act(out), *groups) if model.act_first else model.act(norm(out, *groups))
+            out = model.act(norm(out, *groups))
         x = out
         xs.append(x)
     x = model.jk(xs) if hasattr(model, "jk") else x
