@@ -111,9 +111,10 @@ def moefy(
     options |= {"upcycle": upcycle, "shared_expert": shared_expert, "dense_start": dense_start, "backend": backend}
     pyg = sys.modules.get("torch_geometric.nn")  # who has a PyG model has imported it
     if pyg is not None and targets is None and isinstance(model, pyg.models.basic_gnn.BasicGNN):
-        check(blocks is None, "blocks", f"{blocks} for a GNN", "None and `every`, or `targets`")
-        return _moefy_gnn(model, every or 1, **options)
-    found = _mlps(model) if targets is None else _matches(model, targets)
+        every, output_is_conv = every or 1, model.jk_mode is None
+        found = [f"convs.{layer}" for layer in range(model.num_layers - output_is_conv)]
+    else:
+        found = _mlps(model) if targets is None else _matches(model, targets)
     names = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
     chosen = choose_blocks(len(names), every or (2 if targets is None else 1), blocks)
     modules = {names[i]: model.get_submodule(names[i]) for i in chosen}
@@ -407,37 +408,3 @@ def _settle(name: str, layer: Any, conv: nn.Module, upcycle: bool) -> None:
         kept.requires_grad_(False)
     if of_experts and not upcycle:
         layer.experts.reset_parameters()
-
-
-def _moefy_gnn(model: Any, every: int, *, upcycle: bool, **options: Any) -> nn.Module:
-    """A GNNMoE with the options and the parameters of a dense PyG GNN; without residuals, as it."""
-    from gmoe.models.gnn import DenseLayers, GNNMoE
-
-    if not isinstance(model.in_channels, int) or any(p.numel() == 0 for p in model.parameters()):
-        raise ValueError("model: got a GNN with bipartite or lazy layers, expected one with known in_channels")
-    dense = copy.deepcopy(model)
-    dense.convs.requires_grad_(True)  # experts train, also of a frozen model
-    moe = GNNMoE(
-        model.in_channels,
-        model.hidden_channels,
-        model.out_channels,
-        model.num_layers,
-        conv=DenseLayers(dense, True),
-        every=every,
-        router_input="node",
-        dropout=model.dropout.p,
-        act=copy.deepcopy(model.act),
-        act_first=model.act_first,
-        norm=copy.deepcopy(model.norms[0]),
-        jk=model.jk_mode,
-        residual="none",
-        **options,
-    )
-    moe.norms = copy.deepcopy(model.norms)
-    for name in ("jk", "lin"):
-        if hasattr(model, name):
-            setattr(moe, name, copy.deepcopy(getattr(model, name)))
-    for index, (layer, conv) in enumerate(zip(moe.convs, model.convs, strict=True)):
-        _settle(f"convs.{index}", layer, conv, upcycle)
-    first = next(model.parameters())
-    return moe.to(device=first.device, dtype=first.dtype).train(model.training)

@@ -121,8 +121,8 @@ class RelationalConv(nn.Module):
         if relation not in edge_index_dict:  # zeros, so that its weight has a gradient
             return x_src.new_zeros(num_dst, x_src.size(1))
         graph = graph_of(relation, edge_index_dict[relation], (len(x_src), num_dst))
-        matrix = graph.weighted("values", self.aggr == "mean", torch.promote_types(x_src.dtype, torch.float32))
-        return matrix.times(x_src).to(x_src.dtype)
+        exact = torch.promote_types(x_src.dtype, torch.float32)
+        return graph.product(graph.summing(by="values", mean=self.aggr == "mean", dtype=exact), x_src)
 
     def forward(self, x_dict: NodeTensors, edge_index_dict: RelationEdges) -> dict[NodeType, Tensor]:
         """(T, out) of each node type."""

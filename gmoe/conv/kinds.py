@@ -21,6 +21,7 @@ from gmoe.conv.aggregate import (
     FilterConv,
     FilterExperts,
     GCNExperts,
+    GINEExperts,
     GINExperts,
     GraphConvExperts,
     MLPConv,
@@ -30,7 +31,7 @@ from gmoe.conv.aggregate import (
 from gmoe.conv.attention import GATExperts, GATv2Experts, TransformerExperts
 from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, probe_copy
 from gmoe.conv.graph import Graph, parameters_of
-from gmoe.conv.separate import SeparateExperts, run_on_all, run_on_destinations
+from gmoe.conv.separate import SeparateExperts, run, run_on
 from gmoe.dispatch import Backend
 
 ConvFactory: TypeAlias = Callable[..., MessagePassing]
@@ -63,13 +64,14 @@ STACKS: dict[type[MessagePassing], type[StackedExperts]] = {
     pyg.GATv2Conv: GATv2Experts,
     pyg.GCNConv: GCNExperts,
     pyg.GINConv: GINExperts,
+    pyg.GINEConv: GINEExperts,
     pyg.GraphConv: GraphConvExperts,
     pyg.SAGEConv: SAGEExperts,
     pyg.TransformerConv: TransformerExperts,
 }
 """Classes whose experts are stacked; a subclass of one may compute something else."""
 
-_LOCAL = "cg clustergcn feast film gat gatv2 general gin gine graph le mf resgatedgraph sage simple transformer"
+_LOCAL = "cg clustergcn feast film gat gatv2 general gin gine graph le mf pna resgatedgraph sage simple transformer"
 LOCAL = frozenset(CONVS[name] for name in _LOCAL.split())
 """Classes whose output at a node follows from its in-edges and their ends alone, under most options; all the same
 verified for each layer that is built."""
@@ -215,47 +217,76 @@ def kinds_of(conv: Any, num_experts: int | None) -> list[str | ConvFactory]:
     return list(conv)
 
 
-def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExperts:
-    """The experts of a layer, each kind of conv run in the cheapest way that is right for it.
+def build_experts(
+    make: Make, local: bool | None, backend: Backend, convs: Sequence[MessagePassing] | None = None
+) -> tuple[ConvExperts, int | None]:
+    """The experts of a layer, each kind of conv run in the cheapest way that is right for it; and the columns that
+    they give, where that can be told.
+
+    Args:
+        make: makes the conv of an expert.
+        local: see :class:`gmoe.MoEConv`.
+        backend: of the grouped product.
+        convs: those of all experts, if they are made already.
 
     Raises:
-        ValueError: ``local=True`` for a conv that is not; convs that share parameters; output widths that differ.
+        ValueError: ``local=True`` for a conv that is not; convs that share parameters; output widths or flows that
+            differ.
     """
-    num_experts = len(make.kinds)
-    alike = all(kind is make.kinds[0] for kind in make.kinds)
-    samples = [make(expert) for expert in range(min(2, num_experts) if alike else num_experts)]
-    ids = [id(parameter) for conv in samples for parameter in conv.parameters()]
+    convs = [make(expert) for expert in range(len(make.kinds))] if convs is None else convs
+    ids = [id(parameter) for conv in convs for parameter in conv.parameters()]
     check(len(ids) == len(set(ids)), "conv", "a factory whose convs share parameters", "fresh ones at each call")
-    widths = {width for conv in samples if (width := output_width(conv, make.in_channels)) is not None}
+    flows = {conv.flow for conv in convs}
+    check(len(flows) == 1, "conv", f"experts of flows {sorted(flows)}", "one flow for all")
+    groups: dict[Any, list[int]] = {}
+    for expert, conv in enumerate(convs):
+        stack = None if local is not None else STACKS.get(type(conv))
+        stacked = stack is not None and _is_plain(conv) and stack.accepts(conv)
+        groups.setdefault((stack, *_signature(conv)) if stacked else None, []).append(expert)
+    one_a_kind = {id(kind): conv for kind, conv in zip(make.kinds, convs, strict=True)}.values()
+    widths = {width for conv in one_a_kind if (width := output_width(conv, make.in_channels)) is not None}
     check(len(widths) < 2, "conv", f"experts of output widths {sorted(widths)}", "one width for all")
-    got = f"{make.out_channels}, but {name_of(make.kinds[0])} gives {max(widths, default=0)} columns"
-    fits = not any(width % make.out_channels for width in widths)  # heads and powers give multiples
+    width = widths.pop() if widths else None
+    got = f"{make.out_channels}, but {name_of(make.kinds[0])} gives {width} columns"
+    fits = width is None or width % make.out_channels == 0  # heads and powers give multiples
     check(fits, "out_channels", got, "that width, or a multiple of it")
-    samples += samples[-1:] * (num_experts - len(samples))
-    groups: dict[Hashable, list[int]] = {}
-    for expert, (kind, sample) in enumerate(zip(make.kinds, samples, strict=True)):
-        groups.setdefault(_group_of(kind, sample, local), []).append(expert)
     built: list[ConvExperts] = []
-    whole: set[str] = set()
     for key, members in groups.items():
-        made = replace(make, kinds=[make.kinds[expert] for expert in members])
-        if isinstance(key, tuple):
-            built.append(key[0](made, len(members), backend))
+        of_group = [convs[expert] for expert in members]
+        if key is not None:
+            built.append(key[0](of_group, replace(make, kinds=[make.kinds[expert] for expert in members]), backend))
             continue
-        own_convs = [samples[expert] for expert in members]
-        known = {conv: takes_local_path(conv, make.in_channels, local) for conv in dict.fromkeys(own_convs)}
-        flags = [known[conv] for conv in own_convs]
-        whole |= {type(conv).__name__ for conv, flag in known.items() if not flag}
-        built.append(SeparateExperts(made, len(members), flags))
-    if whole and num_experts > 1:
-        warnings.warn(
-            f"{', '.join(sorted(whole))} runs on the whole graph for every expert, so that its cost follows "
-            "num_experts, not k; if its output at a node follows from the node's in-edges alone, pass local=True",
-            stacklevel=4,
-        )
-    experts = built[0] if len(built) == 1 else MixedExperts(built, list(groups.values()))
-    experts.out_width = widths.pop() if widths else None
-    return experts
+        by_kind = {id(make.kinds[expert]): convs[expert] for expert in members}
+        known = {kind: takes_local_path(conv, make.in_channels, local) for kind, conv in by_kind.items()}
+        separate = SeparateExperts(of_group, [known[id(make.kinds[expert])] for expert in members])
+        if separate.too_far and len(convs) > 1:
+            names = ", ".join(sorted({type(conv).__name__ for conv in separate.too_far}))
+            warnings.warn(
+                f"{names} runs on the whole graph for every expert, so that its cost follows num_experts, not k; if "
+                "its output at a node follows from the node's in-edges alone, pass local=True",
+                stacklevel=4,
+            )
+        built.append(separate)
+    return built[0] if len(built) == 1 else MixedExperts(built, list(groups.values())), width
+
+
+def _signature(conv: MessagePassing) -> tuple[Hashable, ...]:
+    """Equal for convs of one class that compute the same but for their parameters; GIN's networks and the filters of
+    FilterConvs may differ."""
+    free = ("filter", "hops") if isinstance(conv, FilterConv) else ()
+    parts = [(name, part) for name, part in conv.named_modules() if name.partition(".")[0] != "nn"]
+    options = [(name, key, _fixed(v)) for name, part in parts for key, v in vars(part).items() if key not in free]
+    shapes = [(name, p.shape) for name, p in conv.named_parameters() if not name.startswith("nn.")]
+    return tuple(options), tuple(shapes)
+
+
+def _fixed(value: Any) -> Hashable:
+    """Equal for values that mean the same, as far as they say what a conv computes."""
+    if isinstance(value, tuple | list):
+        return tuple(_fixed(part) for part in value)
+    if isinstance(value, bool | int | float | str | None):
+        return type(value), value
+    return id(value) if isinstance(value, torch.Tensor) or callable(value) else None
 
 
 def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) -> bool:
@@ -263,26 +294,6 @@ def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) ->
     if isinstance(conv, FilterConv):
         return conv.hops == 1
     return isinstance(conv, pyg.GCNConv | MLPConv) or takes_local_path(conv, in_channels, local)
-
-
-def _group_of(kind: str | ConvFactory, sample: MessagePassing, local: bool | None) -> Hashable:
-    """What experts that can be stacked have in common; the ``flow`` of those that are run one by one."""
-    stack = STACKS.get(type(sample))
-    if stack is None or local is not None or not _is_plain(sample) or not stack.accepts(sample):
-        return str(sample.flow)
-    if isinstance(sample, FilterConv):  # whose filters may differ
-        return stack, sample.add_self_loops, sample.bias is None, sample.flow
-    if isinstance(kind, partial):
-        arguments = (*kind.args, *kind.keywords.items())
-        return stack, kind.func, tuple(_same(value) for value in arguments)
-    return stack, type(sample) if isinstance(kind, str | type) else kind
-
-
-def _same(value: Any) -> Hashable:
-    """Equal for values that are sure to mean the same: plain and equal, or one and the same object."""
-    if isinstance(value, tuple):
-        return tuple(_same(part) for part in value)
-    return (type(value), value) if isinstance(value, bool | int | float | str | None) else id(value)
 
 
 def _is_plain(conv: MessagePassing) -> bool:
@@ -357,8 +368,8 @@ def is_local(conv: MessagePassing, in_channels: Widths) -> bool:
         probe, x_src, x_dst, graph, generator = _tried_out(conv, in_channels)
         for size in (1, 4, 9):
             token = torch.randperm(NODES, generator=generator)[:size].sort().values
-            near = run_on_destinations(probe, x_src, x_dst, graph, token)
-            if not torch.allclose(near, run_on_all(probe, x_src, x_dst, graph, token), atol=1e-9):
+            alone = run_on(probe, graph, x_src, x_dst, token)
+            if not torch.allclose(alone, run(probe, graph, x_src, x_dst)[token], atol=1e-9):
                 return False
     return True
 
@@ -366,12 +377,12 @@ def is_local(conv: MessagePassing, in_channels: Widths) -> bool:
 @torch.no_grad()
 def output_width(conv: Any, in_channels: Widths) -> int | None:
     """The columns that a conv gives; ``None`` for one that does not run on a small random graph."""
-    if type(conv) in STACKS and type(conv) is not pyg.GINConv:
+    if type(conv) in STACKS and not isinstance(conv, pyg.GINConv | pyg.GINEConv):
         return int(conv.out_channels * (conv.heads if getattr(conv, "concat", False) else 1))
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             probe, x_src, x_dst, graph, _ = _tried_out(conv, in_channels)
-            return int(run_on_all(probe, x_src, x_dst, graph, torch.arange(NODES)).size(1))
+            return run(probe, graph, x_src, x_dst).size(1)
     except Exception:  # a conv may ask for anything: edge features, regular graphs, other packages
         return None
 

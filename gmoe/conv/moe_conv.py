@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
@@ -14,9 +14,8 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
 
-from gmoe._autograd import in_transform, refuse_transforms
+from gmoe._autograd import refuse_transforms
 from gmoe._checks import check, check_choice, check_count
-from gmoe.conv.base import MixedExperts, NodeChunks
 from gmoe.conv.graph import Graph, check_batch, parameters_of
 from gmoe.conv.kinds import SOURCES_ALONE, ConvFactory, ConvLike, Make, build_experts, kinds_of, output_width
 from gmoe.dispatch import Backend
@@ -150,17 +149,17 @@ class MoEConv(MoELayer, MessagePassing):
         local, backend, check_finite = self._how
         make = replace(self._make, in_channels=in_channels)
         self._widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
-        own = replace(make, kinds=[make.kinds[0] if isinstance(shared_expert, bool) else shared_expert])
-        dense = own(0) if shared_expert is not False else None
+        alone = replace(make, kinds=[make.kinds[0] if isinstance(shared_expert, bool) else shared_expert])
+        dense = alone(0) if shared_expert is not False else None
         with nullcontext() if dense is None else drawn_apart():
             seen, routed = self._widths, make
             if shared_transform:
-                width = output_width(make(0), in_channels) or self.out_channels
+                width = output_width(dense or make(0), in_channels) or self.out_channels
                 self.transform = nn.ModuleList(nn.Linear(wide, width) for wide in dict.fromkeys(self._widths))
                 seen = (width, width)
                 routed = replace(make, in_channels=width if isinstance(in_channels, int) else seen)
-            self.experts = build_experts(routed, local, backend)
-            self.flow = self.experts.flow
+            self.experts, out = build_experts(routed, local, backend)
+            self.flow = self.experts.convs()[0].flow
             if router is not None:
                 # filters, and several aggregations, give several aggregates side by side
                 neighbors = getattr(self.experts, "aggregate_width", seen[0])
@@ -169,16 +168,15 @@ class MoEConv(MoELayer, MessagePassing):
                 self.router.check_finite |= check_finite
                 self.k, self.experts_per_token = self.router.k, self.router.experts_per_token
             if dense is not None:
-                self.shared_expert = build_experts(own, local, backend)
-                self.shared_expert.fill([dense])
+                self.shared_expert, shared_out = build_experts(alone, local, backend, [dense])
         if dense is not None:
-            widths = self.experts.out_width, self.shared_expert.out_width
-            fits = None in widths or widths[0] == widths[1]
-            check(fits, "shared_expert", f"{widths[1]} columns", f"{widths[0]}, as the experts give")
+            fits = None in (out, shared_out) or out == shared_out
+            check(fits, "shared_expert", f"{shared_out} columns", f"{out}, as the experts give")
+            check(dense.flow == self.flow, "shared_expert", f"a conv of flow={dense.flow!r}", repr(self.flow))
             self.gain = nn.Parameter(torch.zeros(1)) if dense_start else None
         self._router_sees_edges = getattr(self.router, "scope", None) == "neighbors"
-        mixed = isinstance(self.experts, MixedExperts)
-        self._aggregates_alike = shared_expert is True and not mixed and not shared_transform
+        # the shared expert is of the experts' kind, and can share their aggregate
+        self._aggregates_alike = shared_expert is True and not shared_transform
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -219,66 +217,80 @@ class MoEConv(MoELayer, MessagePassing):
         return_attention_weights: None = None,
     ) -> Any:
         """Route and run; see the class. ``routing``: a decision made elsewhere, used instead of the router's."""
-        tracing = torch._C._is_tracing() or torch.compiler.is_exporting()
-        if tracing or (not torch.compiler.is_compiling() and in_transform()):
-            refuse_transforms()
+        refuse_transforms()
         if edge_args:
             edge_weight, edge_attr, size = self._positional(edge_args, edge_weight, edge_attr, size)
-        x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._pair(x, edge_index, size)
         if return_attention_weights is not None:
-            got, legal = (
-                return_attention_weights,
-                "None: the shared and the routed experts each have their own attention",
-            )
-            raise ValueError(f"return_attention_weights: got {got}, expected {legal}")
-        if not x_src.is_floating_point() or not x_dst.is_floating_point():
-            raise ValueError(f"x: got {x_src.dtype} and {x_dst.dtype}, expected floats")
+            legal = "None: the shared and the routed experts each have their own attention"
+            raise ValueError(f"return_attention_weights: got {return_attention_weights}, expected {legal}")
+        x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._pair(x, edge_index, size)
+        nodes = (x_src.size(0), x_dst.size(0))
         if self.experts is None:
             self._complete(x_src, x_dst, x_src is x_dst)
-        if x_src.dim() != 2 or x_src.size(1) != self._widths[0] or x_dst.dim() != 2 or x_dst.size(1) != self._widths[1]:
-            got = f"source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}"
+        self._check_x(x_src, x_dst, size)
+        if not isinstance(edge_index, Graph):
+            graph = Graph(edge_index, nodes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
+        else:
+            graph = edge_index.with_args(edge_weight, edge_attr)
+            if graph.num_src != nodes[0] or graph.num_rows != nodes[1]:
+                raise ValueError(f"edge_index: got {graph}, expected {nodes[0]} sources and {nodes[1]} destinations")
+            if graph.flow != self.flow:
+                raise ValueError(f"flow: got a Graph of {graph.flow!r}, expected {self.flow!r}, as the conv has")
+            if graph.num_dst < nodes[1]:  # a part of a larger one, of which the last nodes are sources only
+                x_dst = x_src[: graph.num_dst]
+        if edge_weight is not None or edge_attr is not None:
+            self._check_edge_args({"edge_weight": edge_weight, "edge_attr": edge_attr})
+        if batch is not None:
+            check_batch(batch, graph.num_dst)
+        if self.explain:
+            graph = graph.masked(self._explained(graph))
+        u_src, u_dst = (x_src, x_dst) if self.transform is None else self._transformed(x_src, x_dst)
+        h = self.experts.aggregate(graph, u_src)
+        if routing is None:
+            if self.router is None:
+                legal = "a Routing, since the layer was built with router=None"
+                raise ValueError(f"routing: got None, expected {legal}")
+            view = u_dst if self.router_input == ("node",) else self._view(graph, u_src, u_dst, h)
+            routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
+        elif (routing.num_tokens, routing.num_experts) != (graph.num_dst, self.num_experts):
+            got = f"{routing.num_tokens} tokens and {routing.num_experts} experts"
+            raise ValueError(f"routing: got {got}, expected {graph.num_dst} and {self.num_experts}")
+        y = self.experts(graph, u_src, u_dst, h, routing)
+        if self.gain is not None:
+            y = y * (GAIN_SCALE * self.gain).to(y.dtype)
+        if self.shared_expert is not None:
+            h = h if self._aggregates_alike and h is not None else self.shared_expert.aggregate(graph, x_src)
+            y = y + self.shared_expert.on_all(graph, x_src, x_dst, h)
+        return (y, routing) if return_routing else y
+
+    def _check_x(self, x_src: Tensor, x_dst: Tensor, size: Any) -> None:
+        """Refuse features that do not fit."""
+        shapes = tuple(x_src.shape), tuple(x_dst.shape)
+        if len(shapes[0]) != 2 or len(shapes[1]) != 2 or (shapes[0][1], shapes[1][1]) != self._widths:
+            got = f"source and destination nodes of shapes {shapes[0]} and {shapes[1]}"
             legal = f"(number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
             raise ValueError(f"x: got {got}, expected {legal}; graphs side by side are one graph, see batch=")
+        if not x_src.is_floating_point() or not x_dst.is_floating_point():
+            raise ValueError(f"x: got {x_src.dtype} and {x_dst.dtype}, expected floats")
         if x_src.layout is not torch.strided or x_dst.layout is not torch.strided:
             raise ValueError(f"x: got a tensor of layout {x_src.layout}, expected a dense one: x.to_dense()")
         if x_src is not x_dst:
             self._check_two_sets()
-        nodes = (x_src.size(0), x_dst.size(0))
+        nodes = shapes[0][0], shapes[1][0]
         if size is not None and (not isinstance(size, tuple | list) or tuple(size) != nodes):
             shown = type(size).__name__ if isinstance(size, Tensor) else size
             raise ValueError(f"size: got {shown}, expected {nodes} source and destination nodes, as x has")
-        if not isinstance(edge_index, Graph):
-            graph = Graph(edge_index, nodes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
-            graph.constant = False  # no later call sees it
-        else:
-            if (edge_index.num_src, edge_index.num_dst) != nodes:
-                raise ValueError(
-                    f"edge_index: got {edge_index}, expected {nodes[0]} sources and {nodes[1]} destinations"
-                )
-            graph = edge_index.with_args(edge_weight, edge_attr).in_flow(self.flow)
-        if edge_weight is not None or edge_attr is not None:
-            self._check_edge_args({"edge_weight": edge_weight, "edge_attr": edge_attr})
-        if batch is not None:
-            check_batch(batch, nodes[1])
-        if self.explain:
-            graph = graph.masked(self._explained(graph))
-        u_src, u_dst = (x_src, x_dst) if self.transform is None else self._transformed(x_src, x_dst)
-        h = self.experts.aggregate(graph, u_src, u_dst)
-        if routing is not None and not isinstance(routing, Routing):
-            raise ValueError(f"routing: got {type(routing).__name__}, expected a Routing, or None to ask the router")
-        if routing is None:
-            if self.router is None:
-                raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
-            view = u_dst if self.router_input == ("node",) else self._view(graph, u_src, u_dst, h, graph.mean)
-            routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
-        elif (routing.num_tokens, routing.num_experts) != (nodes[1], self.num_experts):
-            got = f"{routing.num_tokens} tokens and {routing.num_experts} experts"
-            raise ValueError(f"routing: got {got}, expected {nodes[1]} and {self.num_experts}")
-        followed = routing if self.gain is None else routing.scaled(self.gain)
-        y = self.experts(graph, u_src, u_dst, h, followed)
-        if self.shared_expert is not None:
-            y = y + self._shared(graph, x_src, x_dst, h)
-        return (y, routing) if return_routing else y
+
+    def view(self, x: Tensor, graph: Graph) -> Tensor:
+        """(T, dim) what the router sees of a graph's destinations."""
+        u_src, u_dst = (x, x[: graph.num_dst]) if self.transform is None else self._transformed(x, x[: graph.num_dst])
+        h = self.experts.aggregate(graph, u_src) if "neighbors" in self.router_input else None
+        return self._view(graph, u_src, u_dst, h)
+
+    def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None) -> Tensor:
+        if "neighbors" in self.router_input and h is None:
+            h = graph.mean(x_src)
+        return router_view(self.router_input, x_dst, h, graph)
 
     def _transformed(self, x_src: Tensor, x_dst: Tensor) -> tuple[Tensor, Tensor]:
         """What router and routed experts see of sources and destinations."""
@@ -286,50 +298,6 @@ class MoEConv(MoELayer, MessagePassing):
         of_dst = self.transform[-1]  # the other one's too, where they are as wide
         u_dst = of_dst(x_dst)
         return (u_dst if x_src is x_dst else self.transform[0](x_src)), u_dst
-
-    def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        """(T, dim) what the router sees of each node."""
-        if "neighbors" in self.router_input and not isinstance(h, Tensor):
-            h = mean(x_src)
-        return router_view(self.router_input, x_dst, h, graph)
-
-    def _shared(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        """(T, O) what the shared expert adds."""
-        everyone = Routing.everyone(x_dst.size(0), x_dst)
-        if not self._aggregates_alike:
-            graph, h = graph.in_flow(self.shared_expert.flow), None
-        if h is None:
-            h = self.shared_expert.aggregate(graph, x_src, x_dst)
-        out: Tensor = self.shared_expert(graph, x_src, x_dst, h, everyone)
-        return out
-
-    @torch.no_grad()
-    def forward_chunked(
-        self, x: Tensor, chunks: NodeChunks, batch: Tensor | None = None, routing: Routing | None = None
-    ) -> tuple[Tensor, Routing]:
-        """(N, O) the output of all nodes of a large graph, routed at once and computed in chunks; and the routing.
-
-        Raises:
-            RuntimeError: a conv looks further than one hop.
-        """
-        chunks = chunks.in_flow(self.flow)
-        u = x
-        if self.transform is not None:
-            parts = [part.to(chunks.device) for part in x.split(chunks.size)]
-            u = torch.cat([self._transformed(part, part)[0].to(x.device) for part in parts])
-        h = self.experts.aggregate_chunked(u, chunks)
-        if routing is None:
-            assert self.router is not None
-            view = self._view(chunks.graph, u, u, h, chunks.mean).to(chunks.device)
-            edges = chunks.graph.edge_index.to(chunks.device) if self._router_sees_edges else None
-            routing = self.router(view, batch, edges)
-        assert routing is not None
-        y = self.experts.forward_chunked(u, chunks, h, routing if self.gain is None else routing.scaled(self.gain))
-        if self.shared_expert is not None:
-            own = chunks.in_flow(self.shared_expert.flow)
-            near = h if self._aggregates_alike else self.shared_expert.aggregate_chunked(x, own)
-            y = y + self.shared_expert.forward_chunked(x, own, near, Routing.everyone(x.size(0), y))
-        return y, routing
 
     def _pair(self, x: Any, edge_index: Any, size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         """Source and destination nodes; of destinations without features zeros, which add nothing to what they get."""
@@ -390,7 +358,7 @@ class MoEConv(MoELayer, MessagePassing):
                 raise ValueError(f"{got}, {one}, since {name} takes no bipartite input (SAGEConv and GraphConv do)")
         if self._router_sees_edges:
             raise ValueError(f"x: got bipartite input, {one}, since the router votes along the edges")
-        if any(conv.flow == "target_to_source" for conv in self._all_convs()):
+        if self.flow == "target_to_source":
             raise ValueError(f"{got} with flow='target_to_source', {one}, or flipped edges and the default flow")
 
     def _complete(self, x_src: Tensor, x_dst: Tensor, one_set: bool) -> None:
