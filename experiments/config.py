@@ -269,8 +269,6 @@ class GraphConfig(RunConfig):
     router_input: tuple[RouterInput, ...] | None = None
     """What the router sees: the node, the mean of its neighbors, log-degree; by default the layer's own choice: the
     node."""
-    router_hops: int = 1
-    """Shared router: how far the router sees."""
     residual: Literal["none", "identity", "linear"] = "identity"
     """The residual."""
     norm: str | None = None
