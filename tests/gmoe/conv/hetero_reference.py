@@ -14,7 +14,7 @@ from torch_geometric.nn import HeteroConv, SAGEConv
 from gmoe import Routing, aux_loss
 from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
 from gmoe.routing import GAIN_SCALE
-from tests.gmoe.conv.masked import features, gradient, random_graph, routing_of
+from tests.gmoe.conv.masked import features, gradient, random_graph
 
 EdgeType = tuple[str, str, str]
 Nodes = dict[str, Tensor]
@@ -61,15 +61,12 @@ class Plain(nn.Module):
 
     def __init__(self, dense: RelationalConv) -> None:
         super().__init__()
-        types = list(dense.relations_into)
-        roots: Any = copy.deepcopy(dense.root)
-        self.shared = dense.share_root
-        self.root = nn.ModuleDict({t: roots if self.shared else roots[t] for t in types})
+        self.root = copy.deepcopy(dense.root)
         convs = {}
         for relation in (r for into in dense.relations_into.values() for r in into):
             linear: Any = dense.relation[relation]
             width = (dense.in_channels[relation[0]], dense.in_channels[relation[-1]])
-            conv = SAGEConv(width, linear.out_features, aggr=dense.aggr, root_weight=False, bias=False)
+            conv = SAGEConv(width, linear.out_features, root_weight=False, bias=False)
             convs[relation] = conv.to(linear.weight.dtype)
             conv.lin_l.weight.data.copy_(linear.weight)
         with warnings.catch_warnings():
@@ -81,13 +78,11 @@ class Plain(nn.Module):
         summed = self.convs(x_dict, used)
         return {t: root(x_dict[t]) + summed.get(t, 0.0) for t, root in self.root.items()}
 
-    def named(self, of: Any) -> Nodes:
-        """What ``of`` gives for each parameter, under the names of a RelationalConv's."""
-        found = {f"root.{p}": of(v) for p, v in self.root.named_parameters()}
-        if self.shared:
-            found = {f"root.{p}": of(v) for p, v in next(iter(self.root.values())).named_parameters()}
+    def gradients(self) -> Nodes:
+        """Under the names of a RelationalConv's parameters."""
+        found = {f"root.{name}": gradient(value) for name, value in self.root.named_parameters()}
         for relation, conv in self.convs.convs.items():
-            found[f"relation.<{'___'.join(relation)}>.weight"] = of(conv.lin_l.weight)
+            found[f"relation.<{'___'.join(relation)}>.weight"] = gradient(conv.lin_l.weight)
         return found
 
 
@@ -108,18 +103,11 @@ def backward(y_dict: Nodes, extra: Tensor | None = None) -> None:
 
 
 def assert_equals_masked(
-    conv: HeteroMoEConv,
-    x_dict: Nodes,
-    edge_index_dict: Edges,
-    *,
-    reference_edges: Edges | None = None,
-    weights: Nodes | None = None,
-    **kwargs: Any,
+    conv: HeteroMoEConv, x_dict: Nodes, edge_index_dict: Edges, reference_edges: Edges | None = None
 ) -> None:
-    """Outputs and gradients of inputs, routers, experts and given weights equal those of the masked reference.
+    """Outputs and gradients of inputs, routers and experts equal those of the masked reference.
 
-    ``weights``: (T, E) of each type to follow in place of the routers'. ``reference_edges``: for the reference if
-    others.
+    ``reference_edges``: for the reference if others.
     """
     gain, shared = conv.gain, conv.shared_expert
     conv.gain = None
@@ -129,9 +117,7 @@ def assert_equals_masked(
     def run(reference: bool) -> Nodes:
         conv.zero_grad(set_to_none=True)
         xs = {t: x.detach().clone().requires_grad_() for t, x in x_dict.items()}
-        given = {t: w.detach().clone().requires_grad_() for t, w in (weights or {}).items()}
-        follow = None if weights is None else {t: routing_of(w) for t, w in given.items()}
-        y_dict, routings = conv(xs, edge_index_dict, routings=follow, return_routing=True, **kwargs)
+        y_dict, routings = conv(xs, edge_index_dict, return_routing=True)
         if reference:
             y_dict = masked(experts, xs, reference_edges or edge_index_dict, routings)
             if gain is not None:
@@ -142,11 +128,7 @@ def assert_equals_masked(
         backward(y_dict, aux_loss(routings.values()))
         found = {f"y.{t}": y.detach() for t, y in y_dict.items()}
         found |= {f"x.{t}": gradient(x) for t, x in xs.items()}
-        found |= {f"weight.{t}": gradient(w) * (w != 0) for t, w in given.items()}
-        for part in [conv.routers] if conv.router is None else [conv.router]:
-            found |= {f"router.{name}": gradient(p) for name, p in part.named_parameters()}
-        beside = [] if shared is None else [*shared.parameters(), *([] if gain is None else [gain])]
-        found |= {f"beside.{index}": gradient(p) for index, p in enumerate(beside)}
+        found |= {name: gradient(p) for name, p in conv.named_parameters() if not name.startswith("experts.")}
         if not reference:
             assert all(p.grad is not None for p in conv.experts.parameters())  # zeros where nothing came
             return found | {f"experts.{name}": gradient(p) for name, p in conv.experts.named_parameters()}
