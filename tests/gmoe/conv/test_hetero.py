@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 
@@ -28,12 +27,11 @@ from tests.gmoe.conv.hetero_reference import (
     METADATA,
     OUT,
     WIDTHS,
-    Edges,
     Nodes,
-    Plain,
     assert_all_close,
     assert_equals_masked,
     backward,
+    by_pyg,
     csr,
     edges,
     nodes,
@@ -86,18 +84,17 @@ def following(conv: HeteroMoEConv, weights: Nodes) -> HeteroMoEConv:
 def test_dense_equals_pyg(out_types: Any) -> None:
     """Outputs and all gradients are those of HeteroConv of SAGEConvs, and a root linear layer a node type."""
     conv = dense(out_types=out_types)
-    plain = Plain(conv)
 
-    def run(module: Any) -> dict[str, Tensor]:
+    def run(forward: Any) -> dict[str, Tensor]:
+        conv.zero_grad()
         xs = {t: x.requires_grad_() for t, x in nodes().items()}
-        y_dict = module(xs, edges())
+        y_dict = forward(xs, edges())
         backward(y_dict)
-        return {**y_dict, **{f"x.{t}": gradient(x) for t, x in xs.items()}}
+        found = {**{f"x.{t}": x for t, x in xs.items()}, **dict(conv.named_parameters())}
+        return {**y_dict, **{name: gradient(value).clone() for name, value in found.items()}}
 
-    ours = run(conv)
-    assert_all_close(ours, run(plain))
-    assert_all_close({name: gradient(p) for name, p in conv.named_parameters()}, plain.gradients())
-    assert {t for t in ours if t in TYPES} == set(out_types or TYPES)
+    assert_all_close(run(conv), run(partial(by_pyg, conv)))
+    assert set(conv(nodes(), edges())) == set(out_types or TYPES)
 
 
 FORMS: dict[str, Any] = {
@@ -126,16 +123,6 @@ def test_absent_relations_and_isolated_nodes_add_zero() -> None:
     together = conv(xs, edges())
     assert all(torch.allclose(together[t][-1], alone[t][-1]) for t in alone)  # the last ones are isolated
     assert not torch.allclose(together["paper"], alone["paper"])
-
-
-@pytest.mark.parametrize("empty", [["author"], ["paper"], ["venue", "field"]], ids=str)
-def test_types_without_nodes(empty: list[str]) -> None:
-    conv, counts = dense(), {t: 0 if t in empty else n for t, n in COUNTS.items()}
-    found = {r: e[:, : 0 if {r[0], r[-1]} & set(empty) else None] for r, e in edges().items()}
-    y_dict = conv({t: x[: counts[t]] for t, x in nodes().items()}, found)
-    assert {t: y.shape for t, y in y_dict.items()} == {t: (n, OUT) for t, n in counts.items()}
-    backward(y_dict)
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in conv.parameters())
 
 
 def test_metadata_may_have_been_through_json() -> None:
@@ -178,11 +165,6 @@ def test_equals_masked_layers_beside_a_shared_expert(dense_start: bool) -> None:
     assert_equals_masked(conv, nodes(WIDTH), edges())
 
 
-def test_equals_masked_layers_on_sparse_matrices() -> None:
-    sparse = {r: csr(e, COUNTS[r[0]], COUNTS[r[-1]]) for r, e in edges().items()}
-    assert_equals_masked(layer(WIDTHS, k=2).double(), nodes(), sparse, reference_edges=edges())
-
-
 def test_follows_routers_that_a_user_put_in() -> None:
     """Any weights, tokens without experts and experts without tokens included."""
     weights = {t: features(n, EXPERTS) for t, n in COUNTS.items()}
@@ -204,33 +186,12 @@ def test_a_new_layer_is_the_dense_one(router: str) -> None:
         plain.double()
 
 
-@st.composite
-def graphs(draw: st.DrawFn) -> tuple[dict[str, int], Edges]:
-    """Few nodes, some types without any; relations with few edges, without any, or absent."""
-    counts = {t: draw(st.integers(0, 4)) for t in TYPES}
-    found: Edges = {}
-    for relation in RELATIONS:
-        num_src, num_dst = counts[relation[0]], counts[relation[-1]]
-        some: st.SearchStrategy[list[tuple[int, int]]] = st.just([])
-        if num_src and num_dst:
-            some = st.lists(st.tuples(st.integers(0, num_src - 1), st.integers(0, num_dst - 1)), max_size=6)
-        chosen = draw(st.none() | some)
-        if chosen is not None:
-            found[relation] = torch.tensor(chosen, dtype=torch.long).reshape(-1, 2).T.contiguous()
-    return counts, found
-
-
-@settings(max_examples=40, deadline=None)
-@given(graphs(), st.sampled_from(["token_choice", "expert_choice"]))
-def test_equals_masked_layers_on_any_graph(graph: Any, router: str) -> None:
-    counts, found = graph
-    assert_equals_masked(layer(router=router, k=2, router_input=BOTH).double(), nodes(WIDTH, counts), found)
-
-
-@pytest.mark.parametrize("backend", ["loop", "padded", "grouped"])
-def test_backends_agree(backend: Any) -> None:
-    conv, expected = layer(WIDTHS, k=2, backend=backend), layer(WIDTHS, k=2).double()(nodes(), edges())
-    assert_all_close(conv({t: x.float() for t, x in nodes().items()}, edges()), expected, atol=1e-5)
+@pytest.mark.parametrize("empty", [["author"], ["paper"], ["venue", "field"], TYPES], ids=str)
+def test_equals_masked_layers_without_some_nodes(empty: list[str]) -> None:
+    """Relations of types without nodes have no edges, or are absent."""
+    xs = {t: x[: 0 if t in empty else None] for t, x in nodes().items()}
+    found = {r: e[:, : 0 if {r[0], r[-1]} & set(empty) else None] for r, e in edges().items() if r != WRITES}
+    assert_equals_masked(layer(WIDTHS, k=2, router_input=BOTH).double(), xs, found)
 
 
 # Routers
@@ -341,14 +302,11 @@ def test_flops_follow_k() -> None:
     ("kwargs", "argument"),
     [
         ({"metadata": ([], [])}, "metadata"),
-        ({"metadata": (["a", "a"], [])}, "metadata"),
         ({"metadata": (["a"], [("a", "r", "a")] * 2)}, "metadata"),
         ({"metadata": (["a"], [("a", "r", "b")])}, "metadata"),
-        ({"metadata": (["a"], [("a", "a")])}, "metadata"),
         ({"widths": {"paper": 3}}, "in_channels"),
         ({"widths": 0}, "in_channels"),
         ({"out_types": ["book"]}, "out_types"),
-        ({"out_types": []}, "out_types"),
         ({"out_channels": 0}, "out_channels"),
         ({"num_experts": 0}, "num_experts"),
         ({"k": 4}, "k"),
@@ -356,7 +314,6 @@ def test_flops_follow_k() -> None:
         ({"router_input": ()}, "router_input"),
         ({"router_input": "neighbors"}, "router_input"),  # nothing ends in a venue
         ({"backend": "magic"}, "backend"),
-        ({"router": "choice"}, "router"),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from torch_geometric.data import Batch, HeteroData
 from torch_geometric.loader import RandomNodeLoader
 
 from gmoe import ROUTERS, TokenChoice, aux_loss, neighbor_loader
-from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
+from gmoe.conv.hetero import HeteroMoEConv
 from gmoe.models.hetero_gnn import HeteroGNNMoE
 from tests.gmoe.conv.masked import features, random_graph
 
@@ -117,53 +117,10 @@ def test_projections_and_embeddings() -> None:
 # Equality
 
 
-class OGBConv(nn.Module):
-    """RGCNConv of OGB's example: an edge type and a node type at a time."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.rel_lins = nn.ModuleList(nn.Linear(in_channels, out_channels, bias=False) for _ in DATA.edge_types)
-        self.root_lins = nn.ModuleList(nn.Linear(in_channels, out_channels) for _ in COUNTS)
-
-    def forward(self, x: Tensor, edge_index: Tensor, edge_type: Tensor, node_type: Tensor) -> Tensor:
-        rows = []
-        for node in range(len(x)):
-            row = self.root_lins[int(node_type[node])](x[node])
-            for i, linear in enumerate(self.rel_lins):
-                source = edge_index[0, (edge_type == i) & (edge_index[1] == node)]
-                if len(source):
-                    row = row + linear(x[source].mean(dim=0))
-            rows.append(row)
-        return torch.stack(rows)
-
-
-def test_dense_baseline_is_the_rgcn_of_ogb() -> None:
-    """Written as in OGB's example: all nodes in one matrix, types as vectors; two layers, relu, embeddings."""
-    gnn = model(router=None, residual="none", hidden_channels=IN, target=None)
-    convs = [OGBConv(IN, IN).double(), OGBConv(IN, OUT).double()]
-    for ours, theirs in zip(gnn.convs, convs, strict=True):
-        assert isinstance(ours, RelationalConv)
-        for linear, relation in zip(theirs.rel_lins, DATA.edge_types, strict=True):
-            linear.load_state_dict(ours.relation[relation].state_dict())
-        for linear, name in zip(theirs.root_lins, COUNTS, strict=True):
-            linear.load_state_dict(ours.root[name].state_dict())
-    start, total = {}, 0
-    for name, count in COUNTS.items():
-        start[name] = total
-        total += count
-    h = torch.cat([DATA["paper"].x, *(e.weight for e in gnn.embeddings.children())])
-    node_type = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(list(COUNTS.values())))
-    moved = {r: e + torch.tensor([[start[r[0]]], [start[r[-1]]]]) for r, e in DATA.edge_index_dict.items()}
-    edge_type = torch.arange(len(moved)).repeat_interleave(torch.tensor([e.size(1) for e in moved.values()]))
-    for i, conv in enumerate(convs):
-        h = conv(h, torch.cat(list(moved.values()), dim=1), edge_type, node_type)
-        h = h if i == 1 else h.relu()
-    assert_same(torch.cat(list(call(gnn).values())), h)
-
-
-def test_forward_by_hand() -> None:
+@pytest.mark.parametrize("router", ["token_choice", None])
+def test_forward_by_hand(router: Any) -> None:
     """Input, conv + residual, norm, activation; a dense conv at the end."""
-    gnn = model(num_layers=3, norm="layer_norm", norm_kwargs={"mode": "node"}, act="elu", target=None)
+    gnn = model(router=router, num_layers=3, norm="layer_norm", norm_kwargs={"mode": "node"}, act="elu", target=None)
     h: Any = {"paper": gnn.lin_in["paper"](DATA["paper"].x)}
     h |= {name: embedding.weight for name, embedding in gnn.embeddings.items()}
     first, second, last = gnn.convs
