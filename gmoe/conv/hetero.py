@@ -148,8 +148,8 @@ class HeteroMoEConv(MoELayer):
     Shapes:
         - ``x_dict``: (T, D) of each node type that is computed, or that a relation into those starts in; T may be 0.
         - ``edge_index_dict``: of each edge type (2, M), PyG's ``EdgeIndex``, a ``torch.sparse`` matrix or
-          ``SparseTensor`` (T_dst, T_src), or a :class:`gmoe.Graph`, which is sorted once for all calls. No (M, D)
-          messages are stored.
+          ``SparseTensor`` (T_dst, T_src), whose values are not read, or a :class:`gmoe.Graph`, which is sorted once for
+          all calls. No (M, D) messages are stored.
         - ``batch_dict``: (T,) the graph of each node; the graphs of a PyG ``Batch`` are separate groups.
         - returns (T, O) of each node type, and with ``return_routing=True`` the :class:`Routing` of each.
 

@@ -112,15 +112,13 @@ class HeteroGNNMoE(nn.Module):
         moe_layers = range(every - 1, num_layers - 1, every) if router is not None else []
         check(router is None or moe_layers, "every", every, f"less than num_layers={num_layers}, or router=None")
         super().__init__()
-        self.target = target
         inputs, *types_of = _types_by_depth(metadata, target, num_layers)
-        self.routed = [(layer, name) for layer in moe_layers for name in types_of[layer]]
+        self.target, self.routed = target, [(layer, name) for layer in moe_layers for name in types_of[layer]]
         given = in_channels if isinstance(in_channels, Mapping) else dict.fromkeys(inputs, in_channels)
         self.widths = {name: given.get(name, hidden_channels) for name in inputs}
         embedded = [name for name in inputs if name not in given]
         self.num_nodes_dict = dict(num_nodes_dict or {}) if embedded else {}
-        known = self.num_nodes_dict.keys() >= set(embedded)
-        check(known, "num_nodes_dict", num_nodes_dict, f"the numbers of {embedded}, which have no in_channels")
+        check(self.num_nodes_dict.keys() >= set(embedded), "num_nodes_dict", num_nodes_dict, f"those of {embedded} too")
         check_counts(**{f"in_channels[{name!r}]": size for name, size in self.widths.items()})
         self.embeddings = ModuleDict({t: NodeEmbedding(self.num_nodes_dict[t], hidden_channels) for t in embedded})
         projects = in_proj or len(set(self.widths.values())) > 1
@@ -140,8 +138,7 @@ class HeteroGNNMoE(nn.Module):
             self.norms.append(ModuleDict({t: make_norm() for t in types}))
             width = hidden_channels
         self.convs.append(RelationalConv(width, out_channels, metadata, out_types=types_of[-1]))
-        self.act = nn.Identity() if act is None else activation_resolver(act)
-        self.dropout = nn.Dropout(dropout)
+        self.act, self.dropout = nn.Identity() if act is None else activation_resolver(act), nn.Dropout(dropout)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""

@@ -46,13 +46,13 @@ def edges(counts: Mapping[str, int] = COUNTS, seed: int = 0) -> Edges:
     }
 
 
-def csr(edge_index: Tensor, num_src: int, num_dst: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The transposed adjacency, a parallel edge being a value of its own."""
+def csr(edge_index: Tensor, size: tuple[int, int]) -> Tensor:
+    """The transposed adjacency, each parallel edge a value."""
     order = edge_index[1].argsort(stable=True)
     source, destination = edge_index[:, order]
-    start = torch.zeros(num_dst + 1, dtype=torch.long)
-    start[1:] = torch.bincount(destination, minlength=num_dst).cumsum(0)
-    return torch.sparse_csr_tensor(start, source, torch.ones(len(source), dtype=dtype), (num_dst, num_src))
+    start = torch.zeros(size[1] + 1, dtype=torch.long)
+    start[1:] = torch.bincount(destination, minlength=size[1]).cumsum(0)
+    return torch.sparse_csr_tensor(start, source, torch.ones(len(source), dtype=torch.float64), size[::-1])
 
 
 def by_pyg(dense: RelationalConv, x_dict: Nodes, edge_index_dict: Edges) -> Nodes:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric import transforms as T
 from torch_geometric.data import Batch, HeteroData
-from torch_geometric.loader import RandomNodeLoader
 
 from gmoe import ROUTERS, TokenChoice, aux_loss, neighbor_loader
 from gmoe.conv.hetero import HeteroMoEConv
@@ -159,34 +158,11 @@ def test_every_router(router: str) -> None:
 # Mini-batches
 
 
-def test_embeddings_are_looked_up_by_n_id() -> None:
-    gnn = model()
-    assert_same(call(gnn, n_id_dict=DATA.n_id_dict), call(gnn))
-    seen = 0
-    for batch in RandomNodeLoader(DATA, num_parts=3, shuffle=True):
-        gnn.zero_grad(set_to_none=True)
-        logits, routings = call(gnn, batch, n_id_dict=batch.n_id_dict, return_routing=True)
-        assert logits.shape == (batch["paper"].num_nodes, OUT)
-        (F.cross_entropy(logits, batch["paper"].y, reduction="sum") + aux_loss(routings)).backward()
-        # the same from a model of this part alone, with the embeddings of its nodes
-        part = model(batch)
-        state = {
-            name: value[batch[name.split(".")[1]].n_id] if name.startswith("embeddings") else value
-            for name, value in gnn.state_dict().items()
-        }
-        part.load_state_dict(state)
-        assert_same(call(part, batch), logits)
-        for name, embedding in gnn.embeddings.items():
-            touched = embedding.weight.grad.ne(0).any(dim=1).nonzero().view(-1)
-            assert set(touched.tolist()) <= set(batch[name].n_id.tolist())
-        seen += batch.num_nodes
-    assert seen == DATA.num_nodes
-
-
 def test_seeds_with_all_their_neighbors_get_the_logits_of_the_whole_graph() -> None:
     data = mag({name: 5 * n for name, n in COUNTS.items()})
     gnn = model(data, num_layers=3, k=2).eval()
     whole = call(gnn, data)
+    assert_same(call(gnn, data, n_id_dict=data.n_id_dict), whole)
     for batch in neighbor_loader(data, [-1] * 3, "paper", batch_size=16):
         seeds = batch["paper"].n_id[: batch["paper"].batch_size]
         assert_same(call(gnn, batch, n_id_dict=batch.n_id_dict)[: len(seeds)], whole[seeds])
