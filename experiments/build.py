@@ -209,9 +209,7 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
             router,
             target=task.target,
             num_nodes_dict=task.graph.num_nodes_dict,
-            tie_routers=config.tie_routers,
-            tie_experts=config.tie_experts,
-            **common | {"in_proj": config.in_proj or None},  # node types of other widths have one all the same
+            **common,
         )
     return gmoe.GNNMoE(
         task.in_channels,

@@ -317,10 +317,10 @@ class Graph:
         """(N_dst,) edges into each destination."""
         return self.edges.degree
 
-    def mean(self, x_src: Tensor) -> Tensor:
-        """(N_dst, D) the mean over in-edges of (N_src, D) features; zero without any."""
+    def mean(self, x_src: Tensor, by: Literal["values"] | None = None) -> Tensor:
+        """(N_dst, D) the mean over in-edges of (N_src, D) features, see :meth:`summing`; zero without any."""
         exact = torch.promote_types(x_src.dtype, torch.float32)
-        return self.product(self.summing(by=None, mean=True, dtype=exact), x_src)
+        return self.product(self.summing(by=by, mean=True, dtype=exact), x_src)
 
     @untraced
     def product(self, matrix: Matrix, x_src: Tensor) -> Tensor:
