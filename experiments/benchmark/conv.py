@@ -112,7 +112,10 @@ class MoleculesBenchmark(Benchmark):
         with_bonds = "edge_attr" in parameters_of(factory_of(self.conv)(self.width, self.width))
         attr = (torch.randn(edge_index.size(1), self.width),) if with_bonds else ()
         x, grad = torch.randn(atoms, self.width, requires_grad=True), torch.randn(atoms, self.width)
-        kinds = {"dense": factory_of(self.conv), "MoEConv": partial(MoEConv, self.conv, num_experts=self.experts)}
+        kinds: dict[str, Any] = {
+            "dense": factory_of(self.conv),
+            "MoEConv": partial(MoEConv, self.conv, num_experts=self.experts),
+        }
         stacks = {name: Stack(kind(self.width, self.width) for _ in range(self.layers)) for name, kind in kinds.items()}
         return {name: layer_step(stack, (x, edge_index, *attr), grad) for name, stack in stacks.items()}
 

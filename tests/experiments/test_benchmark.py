@@ -190,8 +190,8 @@ def test_stored_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_molecules_benchmark(tmp_path: Path) -> None:
-    for conv in ("gine", "gcn"):
-        found = found_by(f"molecules --quick --conv {conv}", tmp_path)["variants"]
+    for kind in ("gine", "gcn"):
+        found = found_by(f"molecules --quick --conv {kind}", tmp_path)["variants"]
         assert found["MoEConv"]["ratio"]["wall"] > 0
 
 
