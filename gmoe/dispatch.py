@@ -120,8 +120,9 @@ def _operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
         operator.register_fake(fake)
 
         def run(x: Tensor, *inputs: Any) -> Any:
-            traced = torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter)
-            return (operator if traced else kernel)(x, *inputs)
+            plain = type(x) in (Tensor, nn.Parameter) and not x.is_meta
+            traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+            return (kernel if plain and not traced else operator)(x, *inputs)
 
         return run
 
