@@ -2,8 +2,9 @@
 
 Shapes: T tokens, E experts, P pairs sorted by expert, I in, O out features.
 
-A layer calls :func:`dispatch`, products of rows by :func:`grouped_linear`, and :func:`combine`; or all three in one,
-:func:`routed_linear`, which experts on graphs use. The kernels are operators of torch (``torch.ops.gmoe``), opaque to ``torch.compile``.
+A layer calls :func:`dispatch`, :func:`grouped_linear` on the rows, and :func:`combine`; or all three in one,
+:func:`routed_linear`, as experts on graphs do. The kernels are operators of torch (``torch.ops.gmoe``), opaque to
+``torch.compile``.
 """
 
 from __future__ import annotations
