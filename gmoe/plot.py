@@ -29,13 +29,11 @@ except ModuleNotFoundError as error:
 
 __all__ = ["expert_load", "expert_maps", "palette", "patch_weights"]
 
-Color: TypeAlias = tuple[float, float, float]
-
 MOST_PREFIX_TOKENS = 16
 """More tokens before an image's patches are no class and register tokens, but a sign of another patch size."""
 
 
-def palette(num_experts: int) -> list[Color]:
+def palette(num_experts: int) -> list[tuple[float, float, float]]:
     """Give each expert an RGB color: Tableau's ten, their twenty, or hues at equal distances.
 
     Example:
@@ -259,8 +257,7 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
             axis.set(xlabel="step", xlim=(1, len(steps)), ylim=(0, 1))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(f"MoE layer {number + 1}", fontsize="medium")
-        if number % 2 == 0:
-            axis.set(ylabel="load (share of pairs)")
+        axis.set_ylabel("load (share of pairs)")
     if len(steps) > 1:
         _legend(figure, max(load_SE.size(1) for load_SE in loads))
     return figure
