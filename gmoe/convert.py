@@ -260,7 +260,7 @@ def _read(name: str, mlp: nn.Module) -> tuple[list[nn.Linear], nn.Linear, bool, 
     *up, down = sorted(linears, key=lambda linear: -shapes.count(linear.weight.shape))  # of three, two are of one shape
     width, hidden = sum(len(linear.weight) for linear in up), down.weight.size(1)
     glu, gate_last = width == 2 * hidden, getattr(mlp, "gate_last", False)
-    activations: list[Any] = others or functions or [F.silu] * glu  # which Llama calls by no name of its own
+    activations: list[Any] = others or functions or [F.silu] * glu  # Llama's calls it without naming it
     start, end = parts.index(linears[0]), parts.index(down)
     input_norms, hidden_norms = ([n for n in norms if (n in parts[:start]) == first] for first in (True, False))
     fits = len({linear.weight.shape for linear in up}) == 1 and (glu or width == hidden)

@@ -48,12 +48,9 @@ class Forgetful(gmoe.GNNMoE):
 
 
 GNNS: dict[str, dict[str, Any]] = {
-    "defaults": {},
     "kinds": {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2},
     "router class": {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold", "normalize": "tokens"}},
     "shared router": {"shared_router": True, "router_input": ("node", "neighbors", "degree"), "num_layers": 3},
-    "centroids": {"router": "multi_centroid", "router_kwargs": {"num_centroids": 2}, "shared_expert": False},
-    "votes": {"router": "attention_vote", "router_kwargs": {"scope": "neighbors"}},
     "conv options": {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "jk": "cat", "act": None},
     "shared conv": {"conv": "gcn", "shared_expert": SAGEConv, "in_proj": True, "act": "leaky_relu"},
     "dense": {"router": None, "residual": "linear"},
@@ -104,23 +101,6 @@ def test_a_vit_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
     check_same(model, gmoe.ViTMoE.from_pretrained(str(tmp_path)), IMAGES)
 
 
-def test_counters_come_back_too(tmp_path: Path) -> None:
-    """The balance of token choice and the thresholds of expert choice have moved, and training goes on from there."""
-    for router, kwargs, buffer in (
-        ("token_choice", {}, "bias"),
-        ("expert_choice", {"inference": "threshold"}, "thresh"),
-    ):
-        model = moved(gmoe.GNNMoE(16, 8, 3, router=router, router_kwargs=kwargs).double(), X, EDGES)
-        model.save_pretrained(tmp_path)
-        assert any(value.abs().sum() > 0 for name, value in model.named_buffers() if buffer in name)
-        loaded = gmoe.GNNMoE.from_pretrained(tmp_path)
-        goes_on: list[Tensor] = []
-        for each in (model, loaded):
-            torch.manual_seed(1)
-            goes_on.append(moved(each.train(), X, EDGES)(X, EDGES))
-        assert torch.equal(*goes_on)
-
-
 def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
     model = gmoe.GNNMoE(16, 8, 3).bfloat16().eval()
     assert len({value.dtype for value in model.state_dict().values() if value.is_floating_point()}) == 2
@@ -136,10 +116,8 @@ def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
     [
         {"router": MyRouter},
         {"router": TokenChoice(16, 8)},
-        {"router": partial(TokenChoice, balance="switch")},
         {"conv": ["gcn", lambda a, b: GCNConv(a, b)]},
         {"shared_expert": partial(SAGEConv, aggr="max")},
-        {"act": nn.functional.relu},
         {"act": nn.ReLU()},
         {"improved": float("inf")},
         {"normalize": torch.tensor(1)},
@@ -150,14 +128,6 @@ def test_an_argument_without_a_name_is_refused(options: dict[str, Any], tmp_path
     with pytest.raises(ValueError, match=f"^{min(options)}: got"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
-
-
-def test_a_converted_gnn_is_refused(tmp_path: Path) -> None:
-    from torch_geometric.nn import GCN
-
-    model: Any = gmoe.moefy(GCN(16, 8, 2, 3))
-    with pytest.raises(ValueError, match=r"^conv: got"):
-        model.save_pretrained(tmp_path)
 
 
 def test_recording_keeps_a_model_picklable() -> None:
@@ -222,32 +192,29 @@ TEXTS = [
     *(CONFIG.replace('"GNNMoE"', wrong) for wrong in ('"ViTMoE"', "null", "[]", '"os:system"')),
 ]
 VALUES: dict[str, list[Any]] = {
-    "num_experts": ["2", 0, 2.0],
-    "dropout": [2.0, "0.5"],
-    "conv": ["gnc", {}, 3, ["gcn", 3], "os:system"],
-    "router": ["token", {}, 3, "oracle"],
-    "router_kwargs": [{"balanced": 1}, [1], "x"],
-    "act": ["relo", {}],
-    **{name: ["x", 3] for name in ("norm", "jk", "residual", "backend", "more", "self", "__class__")},
+    "num_experts": ["2", 0],
+    "conv": ["gnc", {}, ["gcn", 3], "os:system"],
+    "router": ["token", {}, "oracle"],
+    "router_kwargs": [{"balanced": 1}, "x"],
+    **{name: ["x"] for name in ("act", "norm", "jk", "more", "self", "__class__")},
 }
 TEXTS += [CONFIG[:-2] + f', "{name}": {json.dumps(value)}}}}}' for name, values in VALUES.items() for value in values]
 
 
-def changed(raw: bytes, of: Callable[[Tensor], Tensor], *names: str) -> bytes:
-    """The tensors in a file, the first one in the place of itself under other names, or dropped."""
+def changed(raw: bytes, of: Callable[[Tensor], Tensor]) -> bytes:
+    """The tensors in a file, the first one changed."""
     tensors = load(raw)
-    value = tensors.pop(name := min(tensors))
-    return save(tensors | {new or name: of(value).clone() for new in names})
+    return save(tensors | {min(tensors): of(tensors[min(tensors)]).clone()})
 
 
 WEIGHTS: list[Callable[[bytes], bytes]] = [
     lambda raw: bytes(len(raw)),
     lambda raw: raw[: len(raw) // 2],
     lambda raw: pickle.dumps(raw),
-    lambda raw: changed(raw, torch.clone),
-    lambda raw: changed(raw, torch.clone, "", "x"),
-    lambda raw: changed(raw, lambda value: value[None], ""),
-    lambda raw: changed(raw, torch.Tensor.long, ""),
+    lambda raw: save(load(raw) | {"x": torch.zeros(1)}),
+    lambda raw: save(dict(list(load(raw).items())[1:])),
+    lambda raw: changed(raw, lambda value: value[None]),
+    lambda raw: changed(raw, Tensor.long),
 ]
 DAMAGE: list[Any] = [("config.json", lambda _, text=text: text.encode("latin-1")) for text in TEXTS]
 DAMAGE += [("model.safetensors", damage) for damage in WEIGHTS]
