@@ -113,7 +113,7 @@ class ConvExperts(nn.Module, ABC):
         def compute(x: Tensor, part: Graph, rows: slice) -> Tensor:
             near = None if h is None else h[rows].to(chunks.device)
             x_dst = x if near is None else x[: len(near)]
-            out: Tensor = self(part, x, x_dst, near, routing.between(rows.start, rows.stop))
+            out: Tensor = self(part, x, x_dst, near, routing.select(rows))
             return out
 
         return chunks.map(compute, x)
@@ -258,13 +258,13 @@ class MixedExperts(ConvExperts):
 
     def forward_chunked(self, x: Tensor, chunks: NodeChunks, h: Any, routing: Routing) -> Tensor:
         return self._sum(
-            group.forward_chunked(x, chunks.in_flow(group.flow), own, routing.of_experts(indices))
+            group.forward_chunked(x, chunks.in_flow(group.flow), own, routing.select(experts=indices))
             for group, indices, own in zip(self.groups, self.members, h, strict=True)
         )
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         return self._sum(
-            group(graph.in_flow(group.flow), x_src, x_dst, own, routing.of_experts(indices))
+            group(graph.in_flow(group.flow), x_src, x_dst, own, routing.select(experts=indices))
             for group, indices, own in zip(self.groups, self.members, h, strict=True)
         )
 

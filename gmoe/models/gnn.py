@@ -278,7 +278,7 @@ class GNNMoE(HubMixin, BasicGNN):
                 graph = Graph(edge_index, x.size(0), **own)
                 graph.constant = False
                 batch = None if batch is None else batch[: x.size(0)]
-            followed = None if decision is None else decision.first(x.size(0))
+            followed = None if decision is None else decision.select(slice(x.size(0)))
             conv = self.convs[layer]
             if isinstance(conv, MoEConv):
                 seen = graph.seeing(x is given)

@@ -96,22 +96,6 @@ def test_top_tokens_with_ties(ids: list[int], factor: float, data: st.DataObject
 
 
 @SETTINGS
-@given(ids=segments, seed=st.integers(0, 99))
-def test_gates_along_tokens_are_divided_by_their_mean(ids: list[int], seed: int) -> None:
-    gate = torch.rand(len(ids), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.1
-    groups = of(ids)
-    found = {
-        along: groups.best_pairs(gate, gate.log(), groups.capacity(1, 2, 1.0), along, rounded=False)
-        for along in (True, False)
-    }
-    token, _, log_gate = found[False]
-    chosen = log_gate.exp().tolist()
-    for position, scaled in enumerate(found[True][2].exp().tolist()):
-        same = [g for g, t in zip(chosen, token.tolist(), strict=True) if ids[t] == ids[int(token[position])]]
-        assert scaled == pytest.approx(chosen[position] / (sum(same) / len(same)), abs=1e-12)
-
-
-@SETTINGS
 @given(ids=segments)
 def test_batches_hold_each_token_once_and_give_it_back(ids: list[int]) -> None:
     groups = of(ids)
