@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gmoe._autograd import first_order, untraced
 from gmoe._checks import check_choice, check_count, check_positive
-from gmoe.routers.base import Router, Weighting, float_linear, pair_weights
+from gmoe.routers.base import Router, Weighting, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
 
@@ -91,10 +91,8 @@ class AttentionVote(Router):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.query.reset_parameters()
+        reset_linear(self.query, self.init_scale)
         self.key.reset_parameters()
-        with torch.no_grad():
-            self.query.weight.mul_(self.init_scale)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         groups = Groups.of(group, len(x_TD))

@@ -181,6 +181,13 @@ def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
     return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
 
 
+def reset_linear(linear: nn.Linear, scale: float) -> None:
+    """Draw the weights as ``nn.Linear`` does, times ``scale``."""
+    linear.reset_parameters()
+    with torch.no_grad():
+        linear.weight.mul_(scale)
+
+
 def check_edge_index(edge_index: Tensor, num_src: int, num_dst: int) -> None:
     """Refuse edges that point outside the nodes. CPU tensors only: elsewhere it would cost a host sync."""
     if edge_index.dtype not in INTEGERS or edge_index.dim() != 2 or edge_index.size(0) != 2:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gmoe._checks import check, check_at_least, check_choice, check_positive
 from gmoe.losses import square_sum
-from gmoe.routers.base import Router, Weighting, float_linear, pair_weights
+from gmoe.routers.base import Router, Weighting, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups, gather_pairs, pairs_of_mask
 from gmoe.routing import AuxLoss, Routing
 
@@ -80,9 +80,7 @@ class ExpertChoice(Router):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.gate.reset_parameters()
-        with torch.no_grad():
-            self.gate.weight.mul_(self.init_scale)
+        reset_linear(self.gate, self.init_scale)
         self.selection.reset_parameters()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:

@@ -116,12 +116,7 @@ class MultiCentroid(Router):
             ValueError: a width that does not fit, fewer tokens than experts, or values that are not finite.
         """
         fits = x.size(-1) == self.dim and x.numel() >= self.dim * self.num_experts
-        check(
-            fits,
-            "x",
-            f"shape {tuple(x.shape)}",
-            f"(..., dim={self.dim}), at least num_experts={self.num_experts} tokens",
-        )
+        check(fits, "x", f"shape {tuple(x.shape)}", f"at least {self.num_experts} tokens of width {self.dim}")
         check(x.isfinite().all(), "x", "values that are NaN or infinite", "none")
         dtype = torch.promote_types(self.centroid.dtype, torch.float32)
         x_TD = x.reshape(-1, self.dim).to(device=self.centroid.device, dtype=dtype)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from gmoe._checks import check, check_at_least, check_choice, check_positive
 from gmoe.losses import cv_squared, expected_load, square_sum, switch_of
 from gmoe.routers.balance import BalancedRouter
-from gmoe.routers.base import Weighting, float_linear, pair_weights
+from gmoe.routers.base import Weighting, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
 from gmoe.routing import AuxLoss, Routing
 
@@ -105,9 +105,7 @@ class TokenChoice(BalancedRouter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.gate.reset_parameters()
-        with torch.no_grad():
-            self.gate.weight.mul_(self.init_scale)
+        reset_linear(self.gate, self.init_scale)
         if self.noise is not None:
             nn.init.zeros_(self.noise.weight)
         for buffer in self.buffers(recurse=False):

@@ -178,7 +178,7 @@ def node_colors(figure: Figure, panel: int = 0) -> list[Any]:
 
 
 def test_nodes_have_the_colors_of_their_experts_and_classes() -> None:
-    half = build_router("expert_choice", 4, 3, 1)(torch.randn(12, 4)).of_experts([1])
+    half = build_router("expert_choice", 4, 3, 1)(torch.randn(12, 4)).select(experts=[1])
     labels = torch.tensor([-1, *[0, 1] * 5, 3])
     figure = expert_graph([of_assignment(torch.arange(12) % 3, 3), half], ring(12), labels=labels)
     experts = [to_rgba(color) for color in palette(3)]

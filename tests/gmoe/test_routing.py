@@ -50,13 +50,6 @@ def test_derived_properties() -> None:
     assert routing.to_dense().tolist() == [[0, 0, 1.0], [0.5, 0, 0.25], [0, 0, 0], [0, 0, 2.0]]
 
 
-def test_to_dense_is_differentiable() -> None:
-    routing = example()
-    (routing.to_dense() * torch.arange(12.0).view(4, 3)).sum().backward()
-    assert routing.weight.grad is not None
-    assert routing.weight.grad.tolist() == [3, 2, 5, 11]  # 3 t + e
-
-
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(mask=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=9), data=st.data())
 def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None:
@@ -179,21 +172,10 @@ def test_contiguous_says_what_is_so() -> None:
 # For people
 
 
-def test_summary_says_it_in_lines() -> None:
-    lines = dataclasses.replace(example(), dropped_T=torch.tensor([0, 0, 2, 0])).summary().split("\n")
-    assert lines == [
-        "4 tokens, 3 experts, 4 pairs",
-        "  expert 0: 1 tokens (25.0% of the pairs)",
-        "  expert 1: 0 tokens (0.0% of the pairs)",
-        "  expert 2: 3 tokens (75.0% of the pairs)",
-        "coverage: 75.0% of the tokens have an expert",
-        "experts per token: 1",
-        "entropy of the scores: 0.433 nats",
-        "mean weight: 0.938",
-        "dropped pairs: 2",
-        "loss a: 3 (coefficient 0.5)",
-        "loss b: 2 (coefficient 0.25)",
-    ]
+def test_summary_names_loads_and_losses() -> None:
+    text = dataclasses.replace(example(), dropped_T=torch.tensor([0, 0, 2, 0])).summary()
+    for line in ("expert 2: 3 tokens (75.0%", "coverage: 75.0%", "dropped pairs: 2", "loss b: 2 (coefficient 0.25)"):
+        assert line in text
 
 
 # Losses that train nothing

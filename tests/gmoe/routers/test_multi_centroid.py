@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gmoe import MultiCentroid
 
@@ -22,42 +20,6 @@ def with_centroids(centroid_EMD: Tensor, **options: Any) -> MultiCentroid:
 
 
 CENTROIDS = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.6, 0.8]]])
-
-
-def test_by_hand() -> None:
-    # x = (3, 0): cosines (1, 0) and (-1, .6); best 1 and .6; at temperature .5: logits 2 and 1.2
-    routing = with_centroids(CENTROIDS, temperature=0.5)(torch.tensor([[3.0, 0.0]]))
-    torch.testing.assert_close(routing.scores, torch.tensor([[2.0, 1.2]]).softmax(-1))
-    assert routing.expert.tolist() == [0]
-    # log(e^2 + e^0) and log(e^-2 + e^1.2)
-    routing = with_centroids(CENTROIDS, temperature=0.5, reduce="logsumexp")(torch.tensor([[3.0, 0.0]]))
-    odds = torch.tensor([[math.exp(2) + 1, math.exp(-2) + math.exp(1.2)]])
-    torch.testing.assert_close(routing.scores, odds / odds.sum())
-
-
-def test_cosines_equal_products_of_unit_vectors() -> None:
-    torch.manual_seed(0)
-    router, x = MultiCentroid(5, 3, temperature=1.0).double(), torch.randn(7, 5, dtype=torch.float64)
-    router.center_D.normal_()
-    x.requires_grad_()
-    unit_EMD = F.normalize(router.centroid, dim=-1)
-    expected = torch.einsum("td,emd->tem", F.normalize(x - router.center_D, dim=-1), unit_EMD).amax(-1).softmax(-1)
-    found, grad = router(x).scores, torch.randn(7, 3, dtype=torch.float64)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    wanted = torch.autograd.grad(expected, (x, router.centroid), grad)
-    torch.testing.assert_close(torch.autograd.grad(found, (x, router.centroid), grad), wanted, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("choice", ["tokens", "experts"])
-def test_who_chooses(choice: Any) -> None:
-    router = MultiCentroid(4, 3, choice=choice, capacity_factor=1.5)
-    routing = router(torch.randn(12, 4))
-    if choice == "tokens":
-        assert routing.token.sort().values.tolist() == list(range(12))
-        assert router.experts_per_token == 1
-    else:
-        assert routing.load.tolist() == [6, 6, 6]
-        assert router.experts_per_token == 1.5
 
 
 def test_the_separation_loss() -> None:

@@ -23,16 +23,6 @@ def with_gate(router: TokenChoice, weight_ED: list[list[float]]) -> TokenChoice:
 # Selection and weights
 
 
-def test_by_hand() -> None:
-    # logits = x: probabilities proportional to (1, 2, 1) and (6, 1, 1)
-    x = torch.tensor([[1.0, 2, 1], [6, 1, 1]]).log()
-    router = with_gate(TokenChoice(3, 3, k=2, balance=None), torch.eye(3).tolist())
-    # token 0: experts 1 (.5) and, of the tie at .25, 0: weights 2/3 and 1/3. Token 1: 0 (.75) and 1 (.125): 6/7, 1/7
-    expected = torch.tensor([[1 / 3, 2 / 3, 0], [6 / 7, 1 / 7, 0]])
-    torch.testing.assert_close(router(x).to_dense(), expected)
-    assert router(x).load.tolist() == [2, 2, 0]
-
-
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_experts", [4, 40])
 def test_equal_experts_go_to_the_lowest_index(num_experts: int, k: int) -> None:
@@ -62,34 +52,6 @@ def test_noise_in_training_only(noise: Any) -> None:
 
 
 # Losses
-
-
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        ({}, []),
-        ({"balance": None}, []),
-        ({"balance": "switch"}, ["switch"]),
-        ({"balance": "importance_load"}, ["importance", "load"]),
-        ({"balance": "switch", "z_coef": 0.5}, ["switch", "z"]),
-    ],
-    ids=str,
-)
-def test_each_loss_reaches_the_gate(options: dict[str, Any], names: list[str]) -> None:
-    torch.manual_seed(0)
-    router = TokenChoice(4, 3, balance_coef=0.25, **options)
-    routing = router(torch.randn(20, 4))
-    assert sorted(routing.losses) == names
-    for name, (value, coefficient) in routing.losses.items():
-        assert coefficient == (0.5 if name == "z" else 0.25)
-        (gradient,) = torch.autograd.grad(value, router.gate.weight, retain_graph=True)
-        assert gradient.abs().max() > 1e-6, name
-        if name == "load":
-            assert router.noise is not None
-            (gradient,) = torch.autograd.grad(value, router.noise.weight, retain_graph=True)
-            assert gradient.abs().max() > 1e-6
-    total = sum(coefficient * value.item() for value, coefficient in routing.losses.values())
-    assert routing.aux_loss.item() == pytest.approx(total)
 
 
 # Capacity
