@@ -16,7 +16,7 @@ Group = Any
 
 
 def world_size(group: Group = None) -> int:
-    """How many processes there are: 1 where ``torch.distributed`` was not initialized."""
+    """The number of processes: 1 where ``torch.distributed`` was not initialized."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -267,7 +267,7 @@ class Routing:
 
 
 def described(value: object) -> str:
-    """What a caller gave, for an error."""
+    """Describe an argument for an error."""
     return f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
@@ -340,6 +340,6 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
 
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward pass, as when activation checkpointing recomputes a forward."""
+    """True while autograd runs a backward pass, as when activation checkpointing recomputes a forward."""
     # what torch.utils.checkpoint itself asks; a compiled checkpoint recomputes without Python
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -63,8 +63,7 @@ class Groups:
 
     @classmethod
     def of(cls, group: Tensor | int, num_tokens: int) -> Groups:
-        """What a router's ``route`` is given: (T,) group ids, which may be unsorted and have gaps; or the number of
-        tokens in each of equal groups."""
+        """Read what ``route`` is given: (T,) group ids, unsorted and with gaps allowed; or the size of equal groups."""
         if not isinstance(group, Tensor) or group.dim() == 0 or num_tokens == 0:  # jit.trace makes tensors of sizes
             size = int(group) if num_tokens else 0
             return cls(num_tokens, num_tokens // max(size, 1), size)

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, multiprocessing, nn
 
 import gmoe
-from gmoe import MLPExperts, MoE, Router, Routing, RoutingStats, build_router
-
-ROUTERS = ("token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform")
+from gmoe import ROUTERS, MLPExperts, MoE, Router, Routing, RoutingStats, build_router
 
 
 def counted_slowly(routings: list[Routing]) -> dict[str, Any]:

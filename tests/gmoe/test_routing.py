@@ -1,4 +1,4 @@
-"""What a router returns, its losses, and recording. Shapes: T tokens, E experts, K experts a token, P pairs."""
+"""Routings, their losses, and recording. Shapes: T tokens, E experts, K experts a token, P pairs."""
 
 from __future__ import annotations
 

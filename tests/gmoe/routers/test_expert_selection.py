@@ -47,7 +47,7 @@ def test_the_threshold_by_hand() -> None:
 
 
 def test_the_scale_by_hand() -> None:
-    """What divides exp(logit): the sum over the group times the mean of the selected shares."""
+    """The divisor of exp(logit): the sum over the group times the mean of the selected shares."""
     step, router = chooser()
     step(logs(4, 1, 3, 2))  # sum 10; shares .4 and .3, mean .35: scale 3.5
     assert router.log_scale_E.exp().item() == pytest.approx(3.5)

@@ -1,4 +1,4 @@
-"""What all routers have in common. Shapes: T tokens, D width, E experts."""
+"""The common behavior of all routers. Shapes: T tokens, D width, E experts."""
 
 from __future__ import annotations
 
