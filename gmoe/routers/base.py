@@ -43,10 +43,10 @@ class Router(nn.Module, ABC):
     Attributes:
         experts_per_token: average number of experts per token; compute scales with it.
         process_group: under ``torch.distributed``, losses and counters are those of the tokens of all processes of this
-            group, ``None`` (default) for all there are. One collective a forward in training with gradients (two
-            for a bias with a z-loss), so that every process has to call the router; not in the forward of a reentrant checkpoint, which has none. Where
-            tokens compete (expert choice, votes, capacities), they do so inside a process. A router with a group of
-            its own can be neither copied nor pickled.
+            group, ``None`` (default) for all there are. One collective a forward in training with gradients (two for a
+            bias beside a z-loss), so that every process has to call the router; not in the forward of a reentrant
+            checkpoint, which has none. Where tokens compete (expert choice, votes, capacities), they do so inside a
+            process. A router with a group of its own can be neither copied nor pickled.
 
     Shapes:
         - ``x``: (..., T, D); leading dimensions are groups, without them all tokens are one group.
