@@ -176,7 +176,7 @@ def test_flops_of_votes_of_neighbors() -> None:
     edges = torch.stack([torch.arange(T - 1), torch.arange(1, T)])
     scores = 2 * (2 * T - 1) * 3 * 4  # with a self-loop a node
     assert count_flops(neighbor_votes, q, k, edges) == scores
-    sums = 2 * (scores // 2)  # for queries and keys
+    sums = 2 * (scores // 2) + 2 * (2 * T - 1) * 3  # for queries and keys, and the softmax's two by source
     assert count_flops(neighbor_votes, q, k, edges, backward=True) == scores + sums
 
 
