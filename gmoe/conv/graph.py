@@ -587,8 +587,8 @@ def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
 
 
 weighted_sum: Callable[[Tensor, Tensor, Edges], Tensor] = untraced(partial(_WeightedSum.apply))
-r"""(R, H, C) the sum of each receiver's messages, :math:`y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}`, of weights (M, H) and values
-(U, H, C), or (U, 1, C) where all heads hear the same. Can be differentiated once."""
+r"""(R, H, C) the sum of each receiver's messages, :math:`y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}`, of weights (M, H)
+and values (U, H, C), or (U, 1, C) where all heads share them. Can be differentiated once."""
 
 dot: Callable[[Tensor, Tensor, Edges], Tensor] = untraced(partial(_Dot.apply))
 r"""(M, H) the products of the two ends, :math:`s_{mh} = q_{r(m) h} \cdot k_{u(m) h}`, of queries (R, H, C) and keys
