@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from gmoe._checks import check_count, check_positive
-from gmoe.dispatch import COUNTING, KERNELS
-from gmoe.moe import MoELayer  # and so the operators of gmoe.dispatch
+from gmoe.dispatch import COUNTING
+from gmoe.moe import MoELayer
 
 aten = torch.ops.aten
 
@@ -127,16 +127,6 @@ def _scatter_add(self: Any, dim: int, index: Any, *_: Any, **__: Any) -> int:
     return math.prod(index)
 
 
-def _inside(kernel: Callable[..., Any]) -> Callable[..., int]:
-    """What happens inside an operator of :mod:`gmoe.dispatch`, counted by running its kernel once more."""
-
-    @_raw
-    def count(*args: Any, out_val: Any, **kwargs: Any) -> int:
-        return count_flops(kernel, *args, **kwargs)
-
-    return count
-
-
 _EXTRA_FLOPS: dict[Any, Any] = {
     aten.mm: _mm,
     aten.addmm: _addmm,
@@ -154,5 +144,4 @@ _EXTRA_FLOPS: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
         *shapes[:4]
     ),
-    **{getattr(torch.ops.gmoe, name): _inside(kernel) for name, kernel in KERNELS.items()},
 }

@@ -32,6 +32,8 @@ with warnings.catch_warnings():  # torch says once a process that such matrices 
 SPARSE_DEVICES = ("cpu",)
 """Where torch's sparse products beat gathered blocks of messages."""
 
+FLOWS = ("source_to_target", "target_to_source")
+
 NUMBERS = 2**21
 """How many numbers a block of messages holds: few enough for a CPU's caches, and for memory without fresh pages."""
 
@@ -182,7 +184,8 @@ class Graph:
         edge_attr: Tensor | None = None,
         flow: str = "source_to_target",
     ) -> None:
-        check_choice("flow", flow, ("source_to_target", "target_to_source"))
+        if flow not in FLOWS:
+            check_choice("flow", flow, FLOWS)
         nodes = num_nodes if isinstance(num_nodes, tuple | list) else (num_nodes, num_nodes)
         whole = int | Integral | torch.SymInt  # NumPy's too
         if len(nodes) != 2 or not isinstance(nodes[0], whole) or not isinstance(nodes[1], whole):
@@ -202,33 +205,26 @@ class Graph:
         if self.is_sparse:
             self._read_sparse(edge_index)
         else:
-            self._read_edges(edge_index)
+            if edge_index.dim() != 2 or edge_index.size(0) != 2:
+                raise ValueError(f"edge_index: got shape {tuple(edge_index.shape)}, expected (2, number of edges)")
+            if edge_index.is_floating_point() or edge_index.is_complex() or edge_index.dtype == torch.bool:
+                raise ValueError(f"edge_index: got {edge_index.dtype}, expected integers")
+            # torch's gather on the CPU misreads expanded int32 indices, so that gradients would be silently wrong
+            plain = edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index
+            self.adj = edge_index if edge_index.dtype == torch.long else plain.long()
+            self.edge_index = plain.long() if flow == "source_to_target" else plain.long().flip(0)
+            given = edge_index.sparse_size() if isinstance(edge_index, EdgeIndex) else (None, None)
+            given = given if flow == "source_to_target" else given[::-1]
+            for row, size, said in zip(self.edge_index, nodes, given, strict=True):
+                if said is not None and said != size:
+                    raise ValueError(f"edge_index: got an EdgeIndex of {said} nodes, expected {size}")
+                if row.device.type == "cpu" and row.numel():  # elsewhere it would cost a host sync
+                    low, high = row.aminmax()
+                    if low < 0 or high >= size:
+                        bad = int(low) if low < 0 else int(high)
+                        raise ValueError(f"edge_index: got node {bad}, expected values in 0..{size - 1}")
         if edge_weight is not None or edge_attr is not None:
             self._check_args()
-
-    def _read_edges(self, edge_index: Tensor) -> None:
-        """Sources and destinations of plain edges."""
-        if edge_index.dim() != 2 or edge_index.size(0) != 2:
-            raise ValueError(f"edge_index: got shape {tuple(edge_index.shape)}, expected (2, number of edges)")
-        if edge_index.is_floating_point() or edge_index.is_complex() or edge_index.dtype == torch.bool:
-            raise ValueError(f"edge_index: got {edge_index.dtype}, expected integers")
-        # torch's gather on the CPU misreads expanded int32 indices, so that gradients would be silently wrong
-        plain = edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index
-        self.adj = edge_index if edge_index.dtype == torch.long else plain.long()
-        plain = plain.long()
-        turned = self.flow == "target_to_source"
-        self.edge_index = plain.flip(0) if turned else plain
-        sizes = (self.num_dst, self.num_src) if turned else (self.num_src, self.num_dst)
-        if isinstance(edge_index, EdgeIndex):
-            for name, size, legal in zip(("first", "second"), edge_index.sparse_size(), sizes, strict=True):
-                if size is not None and size != legal:
-                    raise ValueError(f"edge_index: got an EdgeIndex of {size} {name} nodes, expected {legal}")
-        if plain.device.type == "cpu" and plain.numel():  # elsewhere it would cost a host sync
-            for row, size in zip(plain, sizes, strict=True):
-                low, high = row.aminmax()
-                if low < 0 or high >= size:
-                    bad = int(low) if low < 0 else int(high)
-                    raise ValueError(f"edge_index: got node {bad}, expected values in 0..{size - 1}")
 
     def _read_sparse(self, matrix: Any) -> None:
         """Edges and values of a matrix; CSR is sorted already."""
@@ -317,10 +313,10 @@ class Graph:
         """(N_dst,) edges into each destination."""
         return self.edges.degree
 
-    def mean(self, x_src: Tensor) -> Tensor:
-        """(N_dst, D) the mean over in-edges of (N_src, D) features; zero without any."""
+    def mean(self, x_src: Tensor, by: Literal["values"] | None = None) -> Tensor:
+        """(N_dst, D) the mean over in-edges of (N_src, D) features, see :meth:`summing`; zero without any."""
         exact = torch.promote_types(x_src.dtype, torch.float32)
-        return self.product(self.summing(by=None, mean=True, dtype=exact), x_src)
+        return self.product(self.summing(by=by, mean=True, dtype=exact), x_src)
 
     @untraced
     def product(self, matrix: Matrix, x_src: Tensor) -> Tensor:

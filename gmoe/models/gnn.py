@@ -117,47 +117,37 @@ class GNNMoE(HubMixin, nn.Module):
         self.router_input = router_parts(router_input)
         self.moe_layers = _moe_layers(num_layers, every, jk) if router is not None else []
         of_moe = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
-        router_kwargs, self.local = of_moe.pop("router_kwargs", None), of_moe.get("local")
-        of_moe |= {"num_experts": len(kinds_of(conv, num_experts)), "k": k}
-        self.shared_router: Router | None = None
-        if shared_router and router is not None:
-            dim = router_width(self.router_input, in_channels, in_channels)
-            with nullcontext() if of_moe.get("shared_expert") is False else drawn_apart():
-                self.shared_router = build_router(router, dim, of_moe["num_experts"], k, router_kwargs)
-            self.shared_router.check_finite |= of_moe.get("check_finite", False)
-            of_moe["router"] = None
-        else:
-            several = isinstance(router, Router) and len(self.moe_layers) > 1
-            check(not several, "router", "an instance for several layers", "a name or a factory")
-            of_moe |= {"router": router, "router_input": self.router_input, "router_kwargs": router_kwargs}
-        self.act = activation_resolver(act) if isinstance(act, str) else act
-        check(self.act is None or callable(self.act), "act", repr(act), "a name, a function or None")
-        self.dropout, self.input_dropout = nn.Dropout(dropout), nn.Dropout(input_dropout)
+        self.local = of_moe.get("local")
+        of_moe |= {"num_experts": len(kinds_of(conv, num_experts)), "k": k, "router_input": self.router_input}
+        several = isinstance(router, Router) and len(self.moe_layers) > 1 and not shared_router
+        check(not several, "router", "an instance for several layers", "a name or a factory")
+        self.shared_router = _shared_router(router, in_channels, of_moe) if shared_router and self.moe_layers else None
+        of_moe["router"] = None if shared_router else router
         widths = [hidden_channels if in_proj else in_channels, *[hidden_channels] * (num_layers - 1)]
         outs = [*[hidden_channels] * (num_layers - 1), out_channels if jk is None else hidden_channels]
         self.convs = nn.ModuleList()
         for layer, (width, out) in enumerate(zip(widths, outs, strict=True)):
-            made = _conv(conv, width, out, layer in self.moe_layers, of_moe, conv_kwargs, jk or layer < num_layers - 1)
+            hidden, options = jk is not None or layer < num_layers - 1, of_moe if layer in self.moe_layers else None
+            made = _conv(conv, width, out, hidden, options, conv_kwargs)
             self.convs.append(made)
+            if isinstance(made, MoEConv) and self.shared_router is not None:  # what it costs follows from the router
+                made.k, made.experts_per_token = self.shared_router.k, self.shared_router.experts_per_token
         self.flow = str(self.convs[0].flow)
-        hidden = num_layers - (jk is None)
-        norm_layer = normalization_resolver(norm, hidden_channels) if norm is not None else nn.Identity()
-        self.norms = nn.ModuleList(copy.deepcopy(norm_layer) for _ in range(hidden))
+        self.act = activation_resolver(act)
+        check(self.act is None or callable(self.act), "act", repr(act), "a name, a function or None")
+        norm_layer = normalization_resolver(norm, hidden_channels) or nn.Identity()
+        self.norms = nn.ModuleList(copy.deepcopy(norm_layer) for _ in range(num_layers - (jk is None)))
         self.norm_takes_batch = "batch" in inspect.signature(norm_layer.forward).parameters
+        self.dropout, self.input_dropout = nn.Dropout(dropout), nn.Dropout(input_dropout)
         if jk is not None:
             if jk != "last":
                 self.jk = JumpingKnowledge(jk, hidden_channels, num_layers)
             self.lin = nn.Linear(num_layers * hidden_channels if jk == "cat" else hidden_channels, out_channels)
         self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None
-        plain = [residual == "identity" and width == hidden_channels for width in widths[:hidden]]
-        pairs = zip(plain, widths, strict=False)
-        linears = [nn.Identity() if same else nn.Linear(width, hidden_channels) for same, width in pairs]
-        self.residuals = nn.ModuleList([] if residual == "none" else linears)
-        if self.shared_router is not None:
-            for layer in self.moe_layers:  # what the convs cost follows from a router that they do not hold
-                of = self.shared_router
-                moe: Any = self.convs[layer]
-                moe.k, moe.experts_per_token = of.k, of.experts_per_token
+        self.residuals = nn.ModuleList()
+        for width in widths[: 0 if residual == "none" else len(self.norms)]:
+            same = residual == "identity" and width == hidden_channels
+            self.residuals.append(nn.Identity() if same else nn.Linear(width, hidden_channels))
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -345,20 +335,29 @@ def _moe_layers(num_layers: int, every: int, jk: str | None) -> list[int]:
     return found
 
 
+def _shared_router(router: Any, in_channels: int, of_moe: dict[str, Any]) -> Router:
+    """A router of raw features for all layers."""
+    dim = router_width(of_moe["router_input"], in_channels, in_channels)
+    with nullcontext() if of_moe.get("shared_expert") is False else drawn_apart():
+        made = build_router(router, dim, of_moe["num_experts"], of_moe["k"], of_moe.get("router_kwargs"))
+    made.check_finite |= of_moe.get("check_finite", False)
+    return made
+
+
 def _conv(
-    kind: ConvLike, width: int, out: int, moe: bool, of_moe: dict[str, Any], conv_kwargs: dict[str, Any], hidden: Any
+    kind: ConvLike, width: int, out: int, hidden: bool, of_moe: dict[str, Any] | None, conv_kwargs: dict[str, Any]
 ) -> nn.Module:
-    """The conv of a layer, whose heads share the width of a hidden layer, and are averaged in an output layer."""
-    options, heads = dict(conv_kwargs), int(conv_kwargs.get("heads", 1))
-    if heads > 1 and "concat" in inspect.signature(factory_of(kinds_of(kind, None)[0])).parameters:  # not averaged
-        if not hidden:
-            options["concat"] = False
-        elif options.get("concat", True):
+    """The conv of a layer, with experts or plain. Heads share the width of a hidden layer, else they are averaged."""
+    first, options, heads = kinds_of(kind, None)[:1], dict(conv_kwargs), int(conv_kwargs.get("heads", 1))
+    if heads > 1 and "concat" in inspect.signature(factory_of(first[0])).parameters:
+        options.setdefault("concat", hidden)
+        options["concat"] &= hidden
+        if options["concat"]:
             check(out % heads == 0, "hidden_channels", out, f"a multiple of heads={heads}")
             out //= heads
-    if moe:
+    if of_moe is not None:
         return MoEConv(kind, width, out, **of_moe, **options)
-    return Make(kinds_of(kind, None)[:1], width, out, (), options)(0)  # of several kinds, the first is the dense one
+    return Make(first, width, out, (), options)(0)  # of several kinds, the first is the dense one
 
 
 def dense(conv: Any, x: Tensor, graph: Graph) -> Tensor:
