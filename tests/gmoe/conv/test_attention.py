@@ -6,41 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch_geometric.nn import GATConv, GATv2Conv, TransformerConv
 
 from gmoe import MoEConv
-from gmoe.conv.attention import Messages
 from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, routing_of, weights
 from tests.gmoe.conv.test_experts import ATTENTION, build, edge_args, ids
 
 IN, EDGE_DIM = 6, 3
 CONVS = ["gat", "gatv2", "transformer"]
-
-
-@pytest.mark.parametrize("conv", CONVS)
-def test_messages_run_along_the_in_edges_of_the_chosen(conv: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K messages an edge, and no source is transformed for an expert that does not need it."""
-    edge_index = torch.tensor([[0, 2, 4, 2, 2], [1, 3, 5, 5, 1]])
-    seen: list[Messages] = []
-    layer = build(conv, {"heads": 2, **({"add_self_loops": False} if conv != "transformer" else {})})
-    kind: Any = type(layer.experts)
-    attend = kind._attend
-
-    def watched(self: Any, x_src: Tensor, x_PI: Tensor, messages: Messages) -> Tensor:
-        seen.append(messages)
-        return attend(self, x_src, x_PI, messages)
-
-    monkeypatch.setattr(kind, "_attend", watched)
-    weight_TE = torch.zeros(6, 3, dtype=torch.float64)
-    weight_TE[1, 0], weight_TE[3, 2], weight_TE[5, 2] = 1.0, 1.0, 1.0
-    layer(features(6, 4), edge_index, routing=routing_of(weight_TE))
-    (messages,) = seen
-    assert messages.graph.edges.order[messages.edge].tolist() == [0, 4, 1, 2, 3]
-    assert messages.pair.tolist() == [0, 0, 1, 2, 2]
-    assert messages.row_source.tolist() == [0, 2, 2, 4]  # 0 and 2 for expert 0, 2 and 4 for expert 2
-    assert messages.offsets.tolist() == [2, 2, 5]
 
 
 @pytest.mark.parametrize("conv", CONVS)

@@ -17,14 +17,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import GCNConv
-from torch_geometric.nn.conv.gcn_conv import gcn_norm
-from torch_geometric.utils import add_self_loops, remove_self_loops
 
 from gmoe import GNNMoE, Graph, MoEConv, count_flops
 from gmoe.conv import graph as graph_module
 from gmoe.conv.attention import Messages
-from gmoe.conv.graph import Edges, Matrix, _WeightedSum, blocks, dot, weighted_sum
-from tests.gmoe.conv.masked import GRAPHS, csr, features, mean_of_in_edges, random_graph, routing_of, simple_graph
+from gmoe.conv.graph import Edges, _WeightedSum, blocks, dot, weighted_sum
+from tests.gmoe.conv.masked import csr, features, mean_of_in_edges, random_graph, routing_of, simple_graph
 
 HEADS, WIDTH = 2, 3
 
@@ -184,22 +182,6 @@ def test_edges_are_sorted_by_destination_and_remember_their_order() -> None:
     assert torch.equal(back.sender, edges.receiver[back.order])
 
 
-@pytest.mark.parametrize("sizes", [(9, 9), (9, 5), (5, 9)], ids=str)
-def test_sum_and_mean(sizes: tuple[int, int]) -> None:
-    edges, x = random_graph(*sizes, 30), features(sizes[0], WIDTH)
-    weight = features(30, seed=1)
-    graph = Graph(edges, sizes, edge_weight=weight)
-    degree = edges[1].bincount(minlength=sizes[1]).clamp(min=1)[:, None]
-    for mean in (False, True):
-        matrix = graph.summing(by="weight", mean=mean, dtype=x.dtype)
-        expected = x.new_zeros(sizes[1], WIDTH).index_add(0, edges[1], weight[:, None] * x[edges[0]])
-        torch.testing.assert_close(graph.product(matrix, x), expected / degree if mean else expected)
-    if sizes[0] == sizes[1]:
-        torch.testing.assert_close(graph.mean(x), mean_of_in_edges(x, edges))
-    assert not graph.mean(x)[-1].any()  # isolated
-    assert graph.mean(x.float()).dtype == torch.float32
-
-
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_parts_hold_the_in_edges_of_their_destinations(data: st.DataObject) -> None:
@@ -232,57 +214,6 @@ def test_parts_hold_the_in_edges_of_their_destinations(data: st.DataObject) -> N
     assert found == sorted((s, d, edge) for edge, (s, d) in enumerate(ends) if d in token.tolist())
 
 
-def dense(matrix: Matrix) -> Tensor:
-    """As a matrix of destinations and sources."""
-    found = torch.zeros(matrix.edges.num_receivers, matrix.edges.num_senders).double()
-    found.index_put_((matrix.edges.receiver, matrix.edges.sender), matrix.weight, accumulate=True)
-    if matrix.diagonal is not None:
-        found.diagonal().add_(matrix.diagonal)
-    return found
-
-
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("form", ["plain", "csr"])
-@pytest.mark.parametrize("graph", GRAPHS)
-def test_normalized_is_pygs(graph: str, form: str, weighted: bool) -> None:
-    """And each part has the weights of the whole."""
-    nodes, ends = GRAPHS[graph]
-    ends = ends if form == "plain" else ends.unique(dim=1)
-    weight = features(ends.size(1), seed=1).abs() + 0.1 if weighted else None
-    adj: Any = ends if form == "plain" else csr(ends, (nodes, nodes), weight)
-    own = Graph(adj, nodes, edge_weight=weight if form == "plain" else None)
-    for improved, loops in ((False, True), (True, True), (False, False)):
-        how: dict[str, Any] = {"improved": improved, "loops": loops, "dtype": torch.float64}
-        if form == "plain":
-            (src, dst), values = gcn_norm(ends, weight, nodes, improved, loops, dtype=torch.float64)
-            expected = torch.zeros(nodes, nodes).double().index_put((dst, src), values, accumulate=True)
-        else:
-            expected = gcn_norm(adj, None, nodes, improved, loops, dtype=torch.float64)[0].to_dense()
-        torch.testing.assert_close(dense(own.normalized(**how)), expected)
-        for token in torch.arange(nodes).split(2):
-            kept, part = own.part(token)
-            torch.testing.assert_close(dense(part.normalized(**how)), expected[token][:, kept])
-            if weighted:
-                continue
-            moved = part.to("meta").normalized(**how).weight
-            assert (moved.device.type, moved.shape) == ("meta", part.normalized(**how).weight.shape)
-
-
-@pytest.mark.parametrize("fill_value", ["mean", "max", 0.5, torch.tensor([1.0, 2.0])])
-@pytest.mark.parametrize("sizes", [(7, 7), (7, 4)], ids=str)
-def test_loops_are_those_of_pyg(sizes: tuple[int, int], fill_value: Any) -> None:
-    edge_index, attr = random_graph(*sizes, 20), features(20, 2)
-    graph = Graph(edge_index, sizes, edge_attr=attr).with_loops(fill_value=fill_value)
-    ends, filled = add_self_loops(*remove_self_loops(edge_index, attr), fill_value, min(sizes))
-    assert filled is not None
-    assert graph.attr is not None
-    found = torch.stack([graph.edges.sender, graph.edges.receiver]).T.tolist()
-    mine = sorted((*ends, *row) for ends, row in zip(found, graph.attr.tolist(), strict=True))
-    theirs = sorted((*ends, *row) for ends, row in zip(ends.T.tolist(), filled.tolist(), strict=True))
-    torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs))
-    assert Graph(edge_index, sizes).with_loops(fill_value=fill_value).attr is None
-
-
 def test_the_other_flow() -> None:
     edges, x = random_graph(9, 9, 30), features(9, 4)
     turned = Graph(edges, 9, flow="target_to_source")
@@ -295,16 +226,6 @@ def test_the_other_flow() -> None:
             MoEConv("gcn", 4, 4, num_experts=2, flow=flow).double()(x, graph)
     with pytest.raises(ValueError, match="edge_index: got Tensor for flow='target_to_source'"):
         Graph(csr(edges.unique(dim=1), (9, 9)), 9, flow="target_to_source")
-
-
-def test_the_first_nodes_and_edges() -> None:
-    edges = torch.tensor([[3, 1, 2, 0], [0, 0, 1, 3]])
-    graph = Graph(edges[:, [1, 2, 0, 3]], 4, edge_weight=features(4), edge_attr=features(4, 2)).first(3, 2)
-    assert repr(graph) == "Graph(3 sources, 3 destinations, 2 edges)"
-    assert torch.equal(graph.edge_index, torch.tensor([[1, 2], [0, 1]]))
-    assert torch.equal(graph.edge_weight, features(4)[:2])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="edge_index: got a sparse matrix"):
-        Graph(csr(edges, (4, 4)), 4).first(3, 2)
 
 
 # what is computed once
@@ -322,37 +243,19 @@ def watched(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
     return calls
 
 
-@pytest.mark.parametrize("conv", ["gcn", "sage", "gat", "transformer", "filter"])
-def test_a_graph_sorts_once_for_all_calls(conv: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = MoEConv(conv, 4, 4, num_experts=2, shared_expert=False).double()
-    x, edges = features(9, 4).requires_grad_(), random_graph(9, 9, 30)
-    calls, graph = watched(monkeypatch, Edges, "sorted"), Graph(edges, 9)
-    layer(x, graph).sum().backward()
-    first = len(calls)
-    layer(x, graph).sum().backward()
-    again = len(calls) - first
-    # attention's messages follow the routing of the call
-    assert again <= {"gat": 1, "transformer": 1}.get(conv, 0)
-    layer(x, edges).sum().backward()
-    assert len(calls) - first - again == first
-
-
-def test_what_is_kept_does_not_outlive_its_weights() -> None:
-    edges, weight, attr = random_graph(6, 6, 15), features(15).abs(), features(15, 2)
-    graph = Graph(edges, 6, edge_attr=attr)
+def test_what_is_kept_is_of_these_edge_arguments() -> None:
+    edges, weight = random_graph(6, 6, 15), features(15).abs()
+    graph = Graph(edges, 6)
 
     def entries(graph: Graph, improved: bool = False, dtype: torch.dtype = torch.float64) -> Tensor:
         return graph.normalized(improved=improved, loops=True, dtype=dtype).weight
 
-    kept = entries(graph)
-    assert entries(graph) is kept
-    other, fresh = graph.with_args(weight, 7 * attr), Graph(edges, 6, edge_weight=weight, edge_attr=7 * attr)
+    kept, other = entries(graph), graph.with_args(weight, None)
     assert other.edges is graph.edges  # the order is shared
-    assert graph.with_args(None, None) is graph
-    torch.testing.assert_close(entries(other), entries(fresh))
-    torch.testing.assert_close(other.with_loops(fill_value="mean").attr, fresh.with_loops(fill_value="mean").attr)
+    torch.testing.assert_close(entries(other), entries(Graph(edges, 6, edge_weight=weight)))
     assert not torch.equal(entries(other, improved=True), entries(other))
     assert entries(graph) is kept
+    assert graph.with_args(None, None) is graph
     assert entries(graph, dtype=torch.float32).dtype == torch.float32
     learned = graph.with_args(weight.clone().requires_grad_(), None)
     for _ in range(2):  # a second backward pass needs a graph of its own
@@ -470,7 +373,7 @@ PLAIN = torch.tensor([[0, 1], [1, 0]])
         *((wrong, 3, {}, "edge_index: got") for wrong in (None, [[0], [1]], "edges")),
         (csr(PLAIN, (9, 9)), (9, 8), {}, r"edge_index: got a sparse matrix of shape \(9, 9\)"),
         (csr(PLAIN, (9, 9)), 9, {"edge_weight": torch.ones(2)}, "edge_weight: got a tensor beside a sparse matrix"),
-        (EdgeIndex(PLAIN, sparse_size=(9, 9)), 10, {}, "edge_index: got an EdgeIndex of 9 first nodes, expected 10"),
+        (EdgeIndex(PLAIN, sparse_size=(9, 9)), 10, {}, "edge_index: got an EdgeIndex of 9 nodes"),
     ],
 )
 def test_refusals(edges: Any, sizes: Any, kwargs: dict[str, Any], message: str) -> None:

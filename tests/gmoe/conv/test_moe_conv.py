@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch_geometric.nn import GraphConv, SAGEConv
 from torch_geometric.utils import to_torch_csr_tensor
 
-from gmoe import MoEConv, TokenChoice, active_parameters, aux_loss, count_flops, record_routing
-from tests.gmoe.conv.masked import GRAPHS, features, mean_of_in_edges, random_graph, routing_of
+from gmoe import MoEConv, TokenChoice, active_parameters, count_flops
+from tests.gmoe.conv.masked import GRAPHS, features, mean_of_in_edges, routing_of
 from tests.gmoe.conv.test_experts import AGGREGATE_ONCE, ATTENTION, SOME, ids
 
 NODES, WIDTH, EXPERTS = 8, 4, 3
@@ -27,14 +27,6 @@ def layer(conv: Any = "gcn", **kwargs: Any) -> MoEConv:
 
 def graph() -> tuple[Tensor, Tensor]:
     return features(NODES, WIDTH).float(), GRAPHS["mixed"][1]
-
-
-def test_batch_makes_groups() -> None:
-    x, edge_index = graph()
-    batch = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
-    load = layer(router="expert_choice")(x, edge_index, batch=batch, return_routing=True)[1].to_dense() != 0
-    assert load[:3].sum(0).tolist() == [1, 1, 1]  # ceil(3 / 3)
-    assert load[3:].sum(0).tolist() == [2, 2, 2]  # ceil(5 / 3)
 
 
 def test_neighbors_vote_along_the_edges() -> None:
@@ -131,17 +123,6 @@ def test_gin_is_initialized_as_separate_convs() -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize(("conv", "kwargs"), [*SOME, ("mlp", {})], ids=ids)
-def test_reset_parameters_draws_all_anew(conv: Any, kwargs: dict[str, Any]) -> None:
-    moe = MoEConv(conv, WIDTH, WIDTH, **kwargs)
-    with torch.no_grad():
-        for parameter in moe.parameters():
-            parameter.fill_(9.0)
-    moe.reset_parameters()
-    assert not any((parameter == 9.0).any() for parameter in moe.parameters())
-
-
 @pytest.mark.parametrize("csr", [False, True])
 @pytest.mark.parametrize("conv", ["gcn", "gat", "general", "two_hop", partial(SAGEConv, aggr="max")], ids=str)
 def test_a_model_in_bfloat16_scores_in_float32(conv: Any, csr: bool) -> None:
@@ -158,13 +139,6 @@ def test_a_model_in_bfloat16_scores_in_float32(conv: Any, csr: bool) -> None:
     torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)
 
 
-def test_autocast_gives_bfloat16() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, routing = layer()(*graph(), return_routing=True)
-    assert y.dtype == torch.bfloat16
-    assert routing.scores.dtype == routing.weight.dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     ("conv", "backend"), [("gcn", "eager"), pytest.param("gatv2", "aot_eager", marks=pytest.mark.slow)]
 )
@@ -179,18 +153,6 @@ def test_compiled_equals_eager(conv: str, backend: str) -> None:
     pairs = zip(outs, leaves, strict=True)
     gradients = [torch.autograd.grad(out.square().sum(), [leaf, *moe.parameters()]) for out, leaf in pairs]
     torch.testing.assert_close(gradients[1], gradients[0])
-
-
-def test_losses_come_back_and_reach_the_router() -> None:
-    x, edge_index = graph()
-    moe: Any = layer(router_kwargs={"balance": "switch", "z_coef": 0.1})
-    _, routing = moe(x, edge_index, return_routing=True)
-    assert set(routing.losses) == {"switch", "z"}
-    aux_loss(routing).backward()
-    assert all(p.grad is not None and p.grad.any() for p in moe.router.parameters())
-    with record_routing(moe) as routings:
-        moe(x, edge_index)
-    torch.testing.assert_close(aux_loss(routings), aux_loss(routing))
 
 
 def test_a_given_routing_is_followed_without_the_router() -> None:
@@ -226,14 +188,6 @@ def test_repr() -> None:
     assert text.startswith("MoEConv(\n  4, 4, num_experts=3, router_input=('node',)")
     assert "TokenChoice(" in text
     assert "GATConv(4, 4, heads=1)" in text
-
-
-def test_on_a_graph_of_realistic_width() -> None:
-    """Cora's 1,433 features and 7 classes, which grouped_mm refuses."""
-    for backend in ("auto", "grouped", "padded", "loop"):
-        moe = MoEConv("gcn", 1433, 7, num_experts=4, router="expert_choice", backend=backend)
-        moe(torch.randn(20, 1433), random_graph(20, 20, 60)).sum().backward()
-        assert all(p.grad is not None for p in moe.experts.parameters())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch_geometric.data import Data
 from torch_geometric.loader import NodeLoader
 from torch_geometric.nn import GCNConv, MessagePassing
 
-from gmoe import GNNMoE, Graph, NeighborSampler, StoredGraph, neighbor_loader
+from gmoe import GNNMoE, NeighborSampler, StoredGraph, neighbor_loader
 from tests.gmoe.data.sampled import graph
 from tests.gmoe.data.stored_files import store
 
@@ -71,14 +71,6 @@ def test_no_edges_and_no_nodes(nodes: int) -> None:
     data = Data(x=torch.randn(nodes, 4).double(), edge_index=torch.empty(2, 0, dtype=torch.long))
     model = GNNMoE(4, 8, OUT, router="expert_choice").double().eval()
     assert_same(model.inference(data, batch_size=7), model(data.x, data.edge_index))
-
-
-@pytest.mark.parametrize("scope", ["group", "neighbors"])
-def test_votes_along_the_edges_of_a_graph_that_is_given(scope: str) -> None:
-    data = made_graph()
-    model = trained(data, router="attention_vote", router_kwargs={"scope": scope}, shared_router=scope == "group")
-    given = Data(x=data.x, edge_index=Graph(data.edge_index, NODES))
-    assert_same(model.inference(given, batch_size=7), model(data.x, data.edge_index))
 
 
 class OneHop(MessagePassing):
