@@ -130,88 +130,41 @@ def test_blocks_cover_all_once(start: int, length: int, width: int) -> None:
     assert all((block.stop - block.start) * width <= max(100, width) for block in found)
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_messages_are_the_in_edges_of_the_pairs(data: st.DataObject) -> None:
-    num_src, num_dst, num_experts = (data.draw(st.integers(1, 5), label=n) for n in ("sources", "tokens", "experts"))
-    end = st.tuples(st.integers(0, num_src - 1), st.integers(0, num_dst - 1))
-    edges = data.draw(st.lists(end, max_size=10), label="edges")
-    row = st.lists(st.sampled_from([0.0, 1.0]), min_size=num_experts, max_size=num_experts)
-    routing = routing_of(torch.tensor(data.draw(st.lists(row, min_size=num_dst, max_size=num_dst), label="weights")))
-    graph = Graph(torch.tensor(edges, dtype=torch.long).reshape(-1, 2).T, (num_src, num_dst))
-    found = Messages(graph, routing)
-
-    ends = list(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))
-    expected = [
-        (pair, expert, edge, source)
-        for pair, (token, expert) in enumerate(ends)
-        for edge, (source, destination) in enumerate(edges)
-        if destination == token
-    ]
-    given_edge = graph.edges.order[found.edge]
-    parts = (found.pair, found.expert, given_edge, found.source)
-    assert list(zip(*(part.tolist() for part in parts), strict=True)) == expected
-    rows = sorted({(expert, source) for _, expert, _, source in expected})
-    assert found.row_source.tolist() == [source for _, source in rows]
-    assert found.row_expert.tolist() == [expert for expert, _ in rows]
-    assert found.row_offsets.tolist() == [sum(e <= expert for e, _ in rows) for expert in range(num_experts)]
-    assert found.offsets.tolist() == [sum(e <= expert for _, e, *_ in expected) for expert in range(num_experts)]
-    assert found.ptr.tolist() == [sum(p < pair for p, *_ in expected) for pair in range(len(ends) + 1)]
-    senders = (found.from_rows, found.from_nodes, found.from_edges)
-    assert senders[0].sender.tolist() == [rows.index((expert, source)) for _, expert, _, source in expected]
-    assert senders[1].sender.tolist() == found.source.tolist()
-    assert senders[2].sender.tolist() == list(range(len(expected)))
-    assert all(part.receiver.tolist() == [pair for pair, *_ in expected] for part in senders)
+def test_messages_are_the_in_edges_of_the_pairs() -> None:
+    """K messages an edge, and a row for each (expert, source) that has one."""
+    edges, weight_TE = torch.tensor([[0, 2, 4, 2, 2, 1], [1, 3, 5, 5, 1, 0]]), torch.zeros(6, 3)
+    weight_TE[1, 0] = weight_TE[3, 2] = weight_TE[5, 2] = 1.0
+    found = Messages(Graph(edges, 6), routing_of(weight_TE))
+    assert found.graph.edges.order[found.edge].tolist() == [0, 4, 1, 2, 3]
+    assert found.pair.tolist() == [0, 0, 1, 2, 2]
+    assert found.source.tolist() == found.from_nodes.sender.tolist() == [0, 2, 2, 4, 2]
+    assert found.ptr.tolist() == [0, 2, 3, 5]
+    assert found.offsets.tolist() == [2, 2, 5]
+    assert (found.row_expert.tolist(), found.row_source.tolist()) == ([0, 0, 2, 2], [0, 2, 2, 4])
+    assert found.row_offsets.tolist() == [2, 2, 4]
+    assert found.from_rows.sender.tolist() == [0, 1, 2, 3, 2]
+    assert found.from_edges.sender.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_edges_are_sorted_by_destination_and_remember_their_order() -> None:
+def test_the_edges_of_a_graph_and_of_some_of_its_nodes() -> None:
     edge_index, attr = torch.tensor([[3, 0, 1, 2, 0], [1, 2, 1, 0, 1]]), features(5, 2)
-    graph = Graph(edge_index, 4, edge_attr=attr)
-    edges = graph.edges
-    assert edges.order.tolist() == [3, 0, 2, 4, 1]  # stable
-    assert edges.sender.tolist() == [2, 3, 1, 0, 0]
-    assert edges.ptr.tolist() == [0, 1, 4, 5, 5]
-    assert graph.in_degree.tolist() == [1, 3, 1, 0]
-    assert graph.attr is not None
-    assert torch.equal(graph.attr, attr[edges.order])
-    edge, position = edges.of(torch.tensor([3, 1, 0]))
-    assert edges.order[edge].tolist() == [0, 2, 4, 3]
-    assert position.tolist() == [1, 1, 1, 2]
-    back = edges.transpose
-    assert back.receiver.tolist() == [0, 0, 1, 2, 3]
-    assert torch.equal(back.sender, edges.receiver[back.order])
-
-
-@settings(max_examples=80, deadline=None)
-@given(data=st.data())
-def test_parts_hold_the_in_edges_of_their_destinations(data: st.DataObject) -> None:
-    num_src, num_dst = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
-    end = st.tuples(st.integers(0, num_src - 1), st.integers(0, num_dst - 1))
-    ends = data.draw(st.lists(end, max_size=12))
-    flow = data.draw(st.sampled_from(["source_to_target", "target_to_source"]))
-    plain = torch.tensor(ends, dtype=torch.long).reshape(-1, 2).T
-    attr = torch.arange(len(ends))[:, None].float()
-    adj = plain if flow == "source_to_target" else plain.flip(0)
-    graph = Graph(adj, (num_src, num_dst), edge_attr=attr, edge_weight=attr[:, 0], flow=flow)
-    token = torch.tensor(data.draw(st.permutations(range(num_dst)))[: data.draw(st.integers(0, num_dst))]).long()
-    nodes, part = graph.part(token)
-    assert part.num_dst == len(token)
-    reached = [d for _, d in ends if d in token.tolist()]
-    if ends and not reached:  # never without an edge, where the graph has some
-        assert part.num_edges > 0
-        token = torch.cat([token, part.destinations[-1:]])
-    assert torch.equal(part.destinations, token)
-    among = [t for t in token.tolist() if t < num_src]
-    assert nodes[: len(among)].tolist() == among
-    assert len(set(nodes.tolist())) == len(nodes) == part.num_src
-    assert part.num_rows == (len(nodes) if num_src == num_dst else len(token))
-    assert part.edges.num_receivers == part.in_degree.numel() == part.num_dst
-    assert len(part.edges.sender) == len(reached)
-    assert torch.equal(part.edge_attr[:, 0], part.edge_weight)  # type: ignore[index, arg-type]
-    assert torch.equal(torch.as_tensor(part.adj), part.edge_index if adj is plain else part.edge_index.flip(0))
-    rows = zip(*part.edge_index.tolist(), part.edge_weight.tolist(), strict=True)  # type: ignore[union-attr]
-    found = sorted((int(nodes[source]), int(token[receiver]), int(edge)) for source, receiver, edge in rows)
-    assert found == sorted((s, d, edge) for edge, (s, d) in enumerate(ends) if d in token.tolist())
+    for flow, given_edges in (("source_to_target", edge_index), ("target_to_source", edge_index.flip(0))):
+        graph = Graph(given_edges, 4, edge_attr=attr, flow=flow)
+        edges, back = graph.edges, graph.edges.transpose
+        assert (edges.order.tolist(), edges.ptr.tolist()) == ([3, 0, 2, 4, 1], [0, 1, 4, 5, 5])  # stable
+        assert torch.equal(graph.attr, attr[edges.order])  # type: ignore[arg-type]
+        assert back.receiver.tolist() == [0, 0, 1, 2, 3]
+        assert torch.equal(back.sender, edges.receiver[back.order])
+        edge, position = edges.of(torch.tensor([3, 1, 0]))
+        assert (edges.order[edge].tolist(), position.tolist()) == ([0, 2, 4, 3], [1, 1, 1, 2])
+        nodes, part = graph.part(torch.tensor([2, 1]))
+        assert nodes.tolist() == [2, 1, 0, 3]
+        assert (part.num_src, part.num_rows, part.num_dst) == (4, 4, 2)
+        assert part.edge_index.tolist() == [[2, 3, 1, 2], [0, 1, 1, 1]]
+        assert torch.equal(part.edge_attr, attr[[1, 0, 2, 4]])  # type: ignore[arg-type]
+        assert torch.equal(part.adj, part.edge_index if given_edges is edge_index else part.edge_index.flip(0))
+        _, part = graph.part(torch.tensor([3]))  # never without an edge, where the graph has some
+        assert (part.num_dst, part.num_edges, len(part.edges.sender)) == (1, 1, 0)
 
 
 def test_the_other_flow() -> None:

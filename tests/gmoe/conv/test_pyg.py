@@ -107,40 +107,33 @@ def test_an_open_layer_is_copied_and_takes_a_state_once_it_is_built() -> None:
 
 
 def test_the_convs_own_arguments_come_by_position() -> None:
-    x, edge_index = graph()
     gat: Any = MoEConv(GATConv, WIDTH, 8, 8, num_experts=2, shared_expert=False)
     assert (gat.num_experts, gat.expert(0).heads) == (2, 8)
-    assert gat(x, edge_index).shape == (NODES, 64)
-    assert MoEConv(GATConv, WIDTH, 8, 2, False)(x, edge_index).shape == (NODES, 8)
-    assert MoEConv("sage", WIDTH, 8, "max", shared_expert=False).expert(0).aggr == "max"
-    open_width = MoEConv(GATConv, -1, 8, 2)
-    assert open_width(x, edge_index).shape == (NODES, 16)
+    assert MoEConv(GATConv, -1, 8, 2)(*graph()).shape == (NODES, 16)
     with pytest.raises(ValueError, match="conv: got GCNConv, which cannot be built as"):
         MoEConv(GCNConv, WIDTH, 8, *[True] * 9)
     for conv, args, name in ((GCNConv, (8,), "improved"), ("sage", ("mean", 8), "normalize")):
-        with pytest.raises(ValueError, match=rf"{name}: got 8, expected True or False; .* num_experts=8"):
+        with pytest.raises(ValueError, match=f"{name}: got 8, .* num_experts=8"):
             MoEConv(conv, WIDTH, 8, *args)
-    with pytest.raises(ValueError, match=r"improved: got 1, expected True or False"):
+    with pytest.raises(ValueError, match="improved: got 1"):
         GNNMoE(WIDTH, 8, 3, improved=1)
 
 
 def test_mistyped_and_misplaced_arguments_are_told_what_is_meant() -> None:
-    assert set(OPTIONS) == {
-        name for name, part in inspect.signature(MoEConv).parameters.items() if part.kind is part.KEYWORD_ONLY
-    }
-    builds: list[Callable[..., Any]] = [partial(MoEConv, GCNConv, WIDTH, 8), partial(GNNMoE, WIDTH, 8, 3)]
-    for build in builds:
-        with pytest.raises(ValueError, match=r"did you mean 'num_experts'\?"):
-            build(num_expert=3)
-        with pytest.raises(ValueError, match=r"router_kwargs: got \[1\], expected a dictionary"):
-            build(router_kwargs=[1])
-    for conv in ("hgt", "han", HeteroConv):
-        with pytest.raises(ValueError, match=r"conv: got .*; expected gmoe\.HeteroMoEConv"):
-            MoEConv(conv, WIDTH, 8)
-    by_name: Any = {"nn": nn.Linear(WIDTH, 8)}
-    for build in (partial(MoEConv, "gin", WIDTH, 8, **by_name), partial(MoEConv, "gin", WIDTH, 8, nn.Linear(WIDTH, 8))):
-        with pytest.raises(ValueError, match="nn: got a network, expected none: it is made"):
-            build()
+    by_name = {name for name, part in inspect.signature(MoEConv).parameters.items() if part.kind is part.KEYWORD_ONLY}
+    assert set(OPTIONS) == by_name
+    network: Any = nn.Linear(WIDTH, 8)
+    moe, gnn = partial(MoEConv, GCNConv, WIDTH, 8), partial(GNNMoE, WIDTH, 8, 3)
+    calls: list[tuple[Callable[[], Any], str]] = [
+        *((partial(build, num_expert=3), r"did you mean 'num_experts'\?") for build in (moe, gnn)),
+        *((partial(build, router_kwargs=[1]), r"router_kwargs: got \[1\]") for build in (moe, gnn)),
+        *((partial(MoEConv, conv, WIDTH, 8), r"gmoe\.HeteroMoEConv") for conv in ("hgt", "han", HeteroConv)),
+        (partial(MoEConv, "gin", WIDTH, 8, network), "nn: got a network"),
+        (partial(MoEConv, "gin", WIDTH, 8, nn=network), "nn: got a network"),
+    ]
+    for call, message in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_a_module_among_the_arguments_is_each_experts_own() -> None:
@@ -228,17 +221,13 @@ def explained(model: nn.Module, algorithm: Any, kind: Any = "model", **options: 
     return Explainer(model, algorithm, explanation_type=kind, edge_mask_type="object", model_config=CONFIG, **options)
 
 
-@pytest.mark.parametrize("conv", ["sage", ["gcn", "gat", "le"]], ids=str)
 @pytest.mark.parametrize("shared_router", [False, True])
-def test_gnn_explainer_runs_on_a_model(conv: Any, shared_router: bool) -> None:
+def test_gnn_explainer_runs_on_a_model(shared_router: bool) -> None:
     torch.manual_seed(0)
     x, edge_index = graph()
-    experts = None if isinstance(conv, list) else 3
-    model = GNNMoE(WIDTH, 8, 3, 3, conv=conv, num_experts=experts, shared_router=shared_router).eval()
+    model = GNNMoE(WIDTH, 8, 3, 3, conv=["gcn", "gat", "le"], shared_router=shared_router).eval()
     before = model(x, edge_index)
-    explainer = explained(model, GNNExplainer(epochs=5), node_mask_type="attributes")
-    mask = explainer(x, edge_index, index=3).edge_mask
-    assert mask.shape == (edge_index.size(1),)
+    mask = explained(model, GNNExplainer(epochs=5), node_mask_type="attributes")(x, edge_index, index=3).edge_mask
     reached = {3}
     for _ in range(3):
         reached |= {int(s) for s, d in edge_index.T.tolist() if d in reached}
@@ -316,14 +305,13 @@ def test_destinations_without_features_are_those_of_the_dense_conv(by: str) -> N
 
 
 def test_destinations_without_features_are_refused_where_a_conv_reads_them() -> None:
-    x, edge_index = features(NODES, WIDTH), torch.tensor([[0, 1], [0, 0]])
-    for conv in ("transformer", "gatv2", "le"):
-        with pytest.raises(ValueError, match=r"x: got no destination nodes, expected .* reads them"):
-            layer(conv, (WIDTH, WIDTH)).double()((x, None), edge_index, size=(NODES, 1))
-    with pytest.raises(ValueError, match=r"x: got no destination nodes, expected .* width is not known"):
-        layer("sage", -1).double()((x, None), edge_index, size=(NODES, 1))
-    with pytest.raises(ValueError, match="size: got None"):
-        layer("sage").double()((x, None), edge_index)
+    for conv, width, given, message in (
+        ("transformer", (WIDTH, WIDTH), {"size": (NODES, 1)}, "x: got no destination nodes, expected .* reads them"),
+        ("sage", -1, {"size": (NODES, 1)}, "x: got no destination nodes, expected .* width is not known"),
+        ("sage", WIDTH, {}, "size: got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(conv, width)((graph()[0], None), torch.tensor([[0, 1], [0, 0]]), **given)
 
 
 # threads and transforms

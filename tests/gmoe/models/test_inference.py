@@ -102,38 +102,41 @@ def test_of_a_users_own_conv_and_what_is_refused() -> None:
 
 # on disk
 
-MODELS: dict[str, dict[str, Any]] = {
-    "gcn": {"conv": "gcn", "k": 2},
-    "gcn dense, without loops": {"conv": "gcn", "router": None, "add_self_loops": False},
-    "sage": {"conv": "sage", "norm": "batch_norm", "in_proj": True, "jk": "last"},
-    "gat": {"conv": "gat", "heads": 2, "router_input": ("node", "neighbors", "degree")},
-    "mixed": {"conv": ["sage", "gcn", "mlp"], "num_experts": None, "shared_router": True},
-    "threshold": {"router": "expert_choice", "router_kwargs": {"inference": "threshold"}},
-}
 
-
-@pytest.mark.parametrize("name", MODELS)
-def test_it_equals_the_forward_on_the_whole_graph(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 2, "router_input": ("node", "neighbors", "degree"), "norm": "batch_norm"},
+        {"conv": ["sage", "gcn", "mlp"], "num_experts": None, "shared_router": True, "in_proj": True, "jk": "last"},
+    ],
+    ids=["own routers", "shared router"],
+)
+def test_it_equals_the_forward_on_the_whole_graph(tmp_path: Path, options: dict[str, Any]) -> None:
     """Whatever the size of the parts; features in half precision."""
     data = made_graph()
     store(tmp_path / "graph", data, half=True)
-    model = trained(data, **MODELS[name])
+    model = trained(data, **options)
     expected, stored, out = model(data.x, data.edge_index), StoredGraph(tmp_path / "graph"), tmp_path / "out"
     for batch_size in (1, 7, NODES):  # the next run replaces the file of the last
         found = model.inference(stored, batch_size=batch_size, folder=out)
         assert_same(found, expected)
         assert [path.name for path in out.iterdir()] == ["logits.npy"]
         assert np.array_equal(np.load(out / "logits.npy"), found.numpy())
-
-
-def test_of_a_loader_over_a_stored_graph(tmp_path: Path) -> None:
-    data = made_graph()
-    store(tmp_path / "graph", data)
-    model = trained(data)
-    expected = model(data.x, data.edge_index)
-    loader = neighbor_loader(StoredGraph(tmp_path / "graph"), [2, 2], batch_size=9)
-    found = model.float().inference(loader, folder=str(tmp_path / "out"), progress_bar=True)
+    loader = neighbor_loader(stored, [2, 2], batch_size=9)
+    found = model.float().inference(loader, folder=str(out), progress_bar=True)
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("conv", ["gcn", "gat", ["sage", "le"]], ids=str)
+def test_on_a_gpu_with_the_graph_in_main_memory_or_on_disk(tmp_path: Path, conv: Any) -> None:
+    data = made_graph()
+    store(tmp_path / "graph", data, half=True)
+    model = trained(data, conv=conv, num_experts=None if isinstance(conv, list) else 3)
+    expected = model(data.x, data.edge_index)
+    assert_same(model.cuda().inference(data, batch_size=7), expected)
+    assert_same(model.inference(StoredGraph(tmp_path / "graph"), batch_size=7, folder=tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize(
