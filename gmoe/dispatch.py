@@ -2,8 +2,9 @@
 
 Shapes: T tokens, E experts, P pairs sorted by expert, I in, O out features.
 
-A layer calls :func:`dispatch`, products of rows by :func:`grouped_linear`, and :func:`combine`; or all three in one,
-:func:`routed_linear`. The kernels are operators of torch (``torch.ops.gmoe``), opaque to ``torch.compile``.
+A layer calls :func:`dispatch`, :func:`grouped_linear` on the rows, and :func:`combine`; or all three in one,
+:func:`routed_linear`, as experts on graphs do. The kernels are operators of torch (``torch.ops.gmoe``), opaque to
+``torch.compile``.
 """
 
 from __future__ import annotations
@@ -120,8 +121,9 @@ def _operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
         operator.register_fake(fake)
 
         def run(x: Tensor, *inputs: Any) -> Any:
-            traced = torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter)
-            return (operator if traced else kernel)(x, *inputs)
+            plain = type(x) in (Tensor, nn.Parameter) and not x.is_meta
+            traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+            return (kernel if plain and not traced else operator)(x, *inputs)
 
         return run
 
@@ -202,18 +204,16 @@ def _owner(offsets_E: Tensor, x_PI: Tensor) -> Tensor:
     return torch.repeat_interleave(_load(offsets_E), output_size=x_PI.size(0))
 
 
-def _padded(x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-    """(E, C, I) the rows of each expert, padded to the largest load C. One host sync."""
-    return pad_sequence([*x_PI.tensor_split(offsets_E[:-1].tolist())], batch_first=True)
-
-
 def _padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
-    y_ECO = torch.bmm(_padded(x_PI, offsets_E), weight_EIO)
-    return torch.cat([y_CO[:load] for y_CO, load in zip(y_ECO, _load(offsets_E).tolist(), strict=True)])
+    rows = [*x_PI.tensor_split(offsets_E[:-1].tolist())]  # one host sync
+    y_ECO = torch.bmm(pad_sequence(rows, batch_first=True), weight_EIO)
+    return torch.cat([y_CO[: len(row)] for y_CO, row in zip(y_ECO, rows, strict=True)])
 
 
 def _padded_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
-    return torch.bmm(_padded(x_PI, offsets_E).transpose(1, 2), _padded(grad_PO, offsets_E))
+    ends = offsets_E[:-1].tolist()
+    x_ECI, grad_ECO = (pad_sequence([*rows.tensor_split(ends)], batch_first=True) for rows in (x_PI, grad_PO))
+    return torch.bmm(x_ECI.transpose(1, 2), grad_ECO)
 
 
 def _grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:

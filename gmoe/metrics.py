@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +31,8 @@ class RoutingStats(Metric):
           ``return_routing=True`` and :func:`gmoe.record_routing` give them.
         - ``compute()``: a list with one dictionary per layer:
 
-          - ``load`` (E,): the expert's share of all pairs; 0 without pairs.
+          - ``load`` (E,): the expert's share of all pairs; 0 without pairs. torchmetrics makes a
+            scalar of one expert's figures.
           - ``weight`` (E,): mean weight of the expert's pairs; 0 if it has none.
           - ``coverage``: share of tokens with at least one expert; 1 without tokens.
           - ``experts_per_token``: pairs over tokens.
@@ -73,16 +73,6 @@ class RoutingStats(Metric):
             shape = (layers, most) if name in PER_EXPERT else (layers,)
             dtype = torch.double if name in ("weight", "entropy") else torch.long
             self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
-
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        """torchmetrics takes the dimension off tensors of one element, and so off the figures of one expert."""
-        wrapped = super()._wrap_compute(compute)
-
-        @functools.wraps(wrapped)
-        def shaped() -> list[dict[str, Tensor]]:
-            return [layer | {name: layer[name].view(-1) for name in PER_EXPERT} for layer in wrapped()]
-
-        return shaped
 
     @classmethod
     def of(cls, model: nn.Module, **kwargs: Any) -> RoutingStats:

@@ -186,7 +186,7 @@ class MixedExperts(ConvExperts):
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None, routing: Routing) -> Tensor:
         outs = []
         for group, indices in zip(self.groups, self.members, strict=True):
-            outs.append(group(graph, x_src, x_dst, group.aggregate(graph, x_src), routing.of_experts(indices)))
+            outs.append(group(graph, x_src, x_dst, group.aggregate(graph, x_src), routing.select(experts=indices)))
         first, *others = of_one_width(outs)  # others would be broadcast
         return sum(others, first)
 

@@ -389,18 +389,9 @@ def output_width(conv: Any, in_channels: Widths) -> int | None:
 
 @dataclass(frozen=True)
 class CopyOf:
-    """A factory of copies of one conv, whatever sizes it is asked for.
-
-    Args:
-        conv: the conv.
-        upcycle: copy the parameters too.
-    """
+    """A factory of copies of one conv, whatever sizes it is asked for."""
 
     conv: MessagePassing
-    upcycle: bool
 
     def __call__(self, in_channels: Any, out_channels: int) -> MessagePassing:
-        conv = copy.deepcopy(self.conv)
-        if not self.upcycle:
-            conv.reset_parameters()
-        return conv
+        return copy.deepcopy(self.conv)

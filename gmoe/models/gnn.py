@@ -219,7 +219,7 @@ class GNNMoE(HubMixin, nn.Module):
                 x = x[: sum(num_sampled_nodes_per_hop[:-layer])]
                 part = graph.first(len(x), sum(num_sampled_edges_per_hop[:-layer]))
                 groups = None if batch is None else batch[: len(x)]
-                followed = None if decision is None else decision.first(len(x))
+                followed = None if decision is None else decision.select(slice(0, len(x)))
             out, routing = self.layer(layer, x, part, groups, followed, batch_size)
             routings.extend([] if routing is None or decision is not None else [routing])
             return out

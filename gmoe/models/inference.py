@@ -133,7 +133,7 @@ class PartByPart:
 
         def computed() -> Iterator[tuple[slice, Tensor]]:
             for rows, nodes, part in self.parts(f"Layer {layer + 1}"):
-                followed = None if routing is None else routing.between(rows.start, rows.stop)
+                followed = None if routing is None else routing.select(rows)
                 if self.model.shared_router is not None and isinstance(conv, MoEConv) and routing is None:
                     followed = self.model.shared_router(self.model.view(self.raw[nodes].to(self.device), part))
                 out, _ = self.model.conv(layer, x[nodes].to(self.device), part, None, followed)

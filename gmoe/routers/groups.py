@@ -63,10 +63,8 @@ class Groups:
 
     @classmethod
     def of(cls, group: Tensor | int, num_tokens: int) -> Groups:
-        """What a router's ``route`` is given: (T,) group ids, which may be unsorted and have gaps; or the number of
-        tokens in each of equal groups."""
-        # torch.jit.trace makes tensors of sizes
-        if not isinstance(group, Tensor) or group.dim() == 0 or num_tokens == 0:
+        """Read what ``route`` is given: (T,) group ids, unsorted and with gaps allowed; or the size of equal groups."""
+        if not isinstance(group, Tensor) or group.dim() == 0 or num_tokens == 0:  # jit.trace makes tensors of sizes
             size = int(group) if num_tokens else 0
             return cls(num_tokens, num_tokens // max(size, 1), size)
         if torch._C._get_tracing_state() is not None:
@@ -122,7 +120,7 @@ class Groups:
             return lse_BE.repeat_interleave(self.size, dim=0, output_size=self.num_tokens)
         return lse_BE.index_select(0, self.index)
 
-    def top_tokens(self, scores_TE: Tensor, capacity: int | Tensor, tolerance: float = 0.0) -> Tensor:
+    def top_tokens(self, scores_TE: Tensor, capacity: int | Tensor) -> Tensor:
         """(E, sum of C) the ``capacity`` best tokens of each group for each expert, ascending in token index.
 
         Ties go to the lowest token index. Every expert gets the same number of tokens.
@@ -130,20 +128,17 @@ class Groups:
         Args:
             scores_TE: the scores.
             capacity: C, for all groups or (B,).
-            tolerance: runs of the ranking whose scores differ relatively by at most this are ties (default 0).
         """
         token_T = torch.arange(self.num_tokens, device=scores_TE.device)
         chosen = []
         for part in self.batches():
             scores_BSE = part.take(scores_TE, padding=-torch.inf)
-            if tolerance == 0 and isinstance(capacity, int) and scores_TE.device.type == "cpu" and self.num_tokens:
+            if isinstance(capacity, int) and scores_TE.device.type == "cpu" and self.num_tokens:
                 chosen_ET = _largest(scores_BSE, capacity).transpose(0, 1).flatten(1)
                 if part.token is not None:
                     chosen_ET = torch.zeros_like(chosen_ET).index_copy(1, part.token, chosen_ET)
                 return chosen_ET.nonzero()[:, 1].view(len(chosen_ET), -1)
             slot_BSE = scores_BSE.argsort(dim=1, descending=True, stable=True)
-            if tolerance > 0:
-                slot_BSE = _order_ties(slot_BSE, scores_BSE.gather(1, slot_BSE), tolerance)
             if isinstance(capacity, int):
                 slot_BSE = slot_BSE[:, :capacity]
             token_EBS = part.take(token_T)[..., None].expand_as(scores_BSE).gather(1, slot_BSE).permute(2, 0, 1)
@@ -154,15 +149,13 @@ class Groups:
         return torch.cat(chosen, dim=1).sort(dim=1).values
 
     def best_pairs(
-        self, scores_TE: Tensor, log_gate_TE: Tensor, capacity: int | Tensor, along_tokens: bool, rounded: bool
+        self, scores_TE: Tensor, log_gate_TE: Tensor, capacity: int | Tensor, along_tokens: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs of each expert's :meth:`top_tokens`, and (P,) the logarithms of their gates.
 
         Gates that run along tokens are divided by their mean over the pairs of the group, which has no gradient.
-        ``rounded`` scores are ties where they differ by rounding only.
         """
-        tolerance = 8 * torch.finfo(scores_TE.dtype).eps if rounded else 0.0
-        token_P, offsets_E = pairs_of_experts(self.top_tokens(scores_TE.detach(), capacity, tolerance))
+        token_P, offsets_E = pairs_of_experts(self.top_tokens(scores_TE.detach(), capacity))
         log_gate_P = gather_pairs(log_gate_TE, token_P, offsets_E)
         if not along_tokens:
             return token_P, offsets_E, log_gate_P
@@ -184,25 +177,6 @@ def _largest(scores_BSE: Tensor, capacity: int) -> Tensor:
     above_BES, tie_BES = scores_BES > cut_BE1, scores_BES == cut_BE1
     missing_BE1 = capacity - above_BES.sum(dim=2, keepdim=True)
     return above_BES | (tie_BES & (tie_BES.cumsum(dim=2) <= missing_BE1))
-
-
-def _order_ties(slot_BSE: Tensor, score_BSE: Tensor, tolerance: float) -> Tensor:
-    """Slots that are sorted by score, best first, with runs of nearly equal scores sorted by slot.
-
-    Args:
-        slot_BSE: the slots.
-        score_BSE: their scores.
-        tolerance: relative difference up to which neighbors belong to one run, and a run as a whole is a tie.
-    """
-    before, after = score_BSE[:, :-1], score_BSE[:, 1:]
-    run_BSE = torch.zeros_like(slot_BSE)
-    run_BSE[:, 1:] = ((before - after) > tolerance * before.abs()).cumsum(dim=1)
-    # a run is a tie only as a whole: where scores lie densely, neighbors are near each other but the ends are not
-    worst_BSE = torch.full_like(score_BSE, torch.inf).scatter_reduce(1, run_BSE, score_BSE, "amin").gather(1, run_BSE)
-    best_BSE = torch.full_like(score_BSE, -torch.inf).scatter_reduce(1, run_BSE, score_BSE, "amax").gather(1, run_BSE)
-    place_S1 = torch.arange(slot_BSE.size(1), device=slot_BSE.device)[:, None]
-    within_BSE = torch.where(best_BSE - worst_BSE <= tolerance * best_BSE.abs(), slot_BSE, place_S1)
-    return slot_BSE.gather(1, (run_BSE * len(place_S1) + within_BSE).argsort(dim=1))
 
 
 def drop_over_capacity(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gmoe.routers.base import Router, legal
+from gmoe._checks import check_count
+from gmoe.routers.base import Router
 from gmoe.routers.groups import Groups, pairs_of_experts
 from gmoe.routing import Routing
 
@@ -89,7 +90,8 @@ class SoftSlots(Router):
         self, dim: int, num_experts: int, slots: int = 1, *, normalize: bool = True, check_finite: bool = False
     ) -> None:
         super().__init__(dim, num_experts, k=num_experts, weight="score", check_finite=check_finite)
-        self.slots = legal("slots", slots)
+        check_count("slots", slots)
+        self.slots = slots
         self.phi = nn.Parameter(torch.empty(num_experts, slots, dim))
         self.scale = nn.Parameter(torch.empty(1)) if normalize else None
         self.reset_parameters()
@@ -111,16 +113,9 @@ class SoftSlots(Router):
         dispatch_TN = (logits_TN - groups.logsumexp(logits_TN)).exp()
         weight_TE = combine_TES.sum(dim=-1)
         token_P, offsets_E = pairs_of_experts(torch.arange(len(x_TD), device=x_TD.device).expand(self.num_experts, -1))
-        return SoftRouting(
-            token=token_P,
-            offsets=offsets_E,
-            weight=weight_TE.T.reshape(-1),
-            scores=weight_TE,
-            num_tokens=len(x_TD),
-            dispatch_TES=dispatch_TN.view_as(combine_TES),
-            combine_TES=combine_TES,
-            groups=groups,
-        )
+        pairs = {"token": token_P, "offsets": offsets_E, "weight": weight_TE.T.reshape(-1), "scores": weight_TE}
+        shares = {"dispatch_TES": dispatch_TN.view_as(combine_TES), "combine_TES": combine_TES, "groups": groups}
+        return SoftRouting(num_tokens=len(x_TD), checked=True, **pairs, **shares)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, slots={self.slots}, normalize={self.scale is not None}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import GCNConv, SAGEConv
 
 import gmoe
-from gmoe.hub import card, recorded
+from gmoe.hub import recorded
 from gmoe.routers import TokenChoice
 
 X, EDGES = torch.randn(40, 16, dtype=torch.float64), torch.randint(40, (2, 160))
@@ -48,12 +48,9 @@ class Forgetful(gmoe.GNNMoE):
 
 
 GNNS: dict[str, dict[str, Any]] = {
-    "defaults": {},
     "kinds": {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2},
     "router class": {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold", "normalize": "tokens"}},
     "shared router": {"shared_router": True, "router_input": ("node", "neighbors", "degree"), "num_layers": 3},
-    "centroids": {"router": "multi_centroid", "router_kwargs": {"num_centroids": 2}, "shared_expert": False},
-    "votes": {"router": "attention_vote", "router_kwargs": {"scope": "neighbors"}},
     "conv options": {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "jk": "cat", "act": None},
     "shared conv": {"conv": "gcn", "shared_expert": SAGEConv, "in_proj": True, "act": "leaky_relu"},
     "dense": {"router": None, "residual": "linear"},
@@ -104,23 +101,6 @@ def test_a_vit_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
     check_same(model, gmoe.ViTMoE.from_pretrained(str(tmp_path)), IMAGES)
 
 
-def test_counters_come_back_too(tmp_path: Path) -> None:
-    """The balance of token choice and the thresholds of expert choice have moved, and training goes on from there."""
-    for router, kwargs, buffer in (
-        ("token_choice", {}, "bias"),
-        ("expert_choice", {"inference": "threshold"}, "thresh"),
-    ):
-        model = moved(gmoe.GNNMoE(16, 8, 3, router=router, router_kwargs=kwargs).double(), X, EDGES)
-        model.save_pretrained(tmp_path)
-        assert any(value.abs().sum() > 0 for name, value in model.named_buffers() if buffer in name)
-        loaded = gmoe.GNNMoE.from_pretrained(tmp_path)
-        goes_on: list[Tensor] = []
-        for each in (model, loaded):
-            torch.manual_seed(1)
-            goes_on.append(moved(each.train(), X, EDGES)(X, EDGES))
-        assert torch.equal(*goes_on)
-
-
 def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
     model = gmoe.GNNMoE(16, 8, 3).bfloat16().eval()
     assert len({value.dtype for value in model.state_dict().values() if value.is_floating_point()}) == 2
@@ -132,34 +112,22 @@ def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("got", "options"),
+    "options",
     [
-        ("<lambda>, .* class of token_choice", {"router": lambda *args, **kwargs: TokenChoice(*args, **kwargs)}),
-        ("MyRouter", {"router": MyRouter}),
-        ("an instance of TokenChoice", {"router": TokenChoice(16, 8)}),
-        ("an instance of partial", {"router": partial(TokenChoice, balance="switch")}),
-        ("<lambda>, .* class of .*gatv2", {"conv": ["gcn", lambda a, b: GCNConv(a, b)]}),
-        ("an instance of partial", {"shared_expert": partial(SAGEConv, aggr="max")}),
-        ("relu, expected names", {"act": nn.functional.relu}),
-        ("an instance of ReLU", {"act": nn.ReLU()}),
-        ("an instance of dict", {"bias": {1: 2}}),
-        ("inf", {"improved": float("inf")}),
-        ("an instance of Tensor", {"normalize": torch.tensor(1)}),
+        {"router": MyRouter},
+        {"router": TokenChoice(16, 8)},
+        {"conv": ["gcn", lambda a, b: GCNConv(a, b)]},
+        {"shared_expert": partial(SAGEConv, aggr="max")},
+        {"act": nn.ReLU()},
+        {"improved": float("inf")},
+        {"normalize": torch.tensor(1)},
     ],
 )
-def test_an_argument_without_a_name_is_refused(got: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_an_argument_without_a_name_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     model = gmoe.GNNMoE(16, 8, 3, **options)
-    with pytest.raises(ValueError, match=f"^{min(options)}: got {got}.*, to be saved$"):
+    with pytest.raises(ValueError, match=f"^{min(options)}: got"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
-
-
-def test_a_converted_gnn_is_refused(tmp_path: Path) -> None:
-    from torch_geometric.nn import GCN
-
-    model: Any = gmoe.moefy(GCN(16, 8, 2, 3))
-    with pytest.raises(ValueError, match=r"^conv: got an instance of DenseLayers"):
-        model.save_pretrained(tmp_path)
 
 
 def test_recording_keeps_a_model_picklable() -> None:
@@ -171,16 +139,16 @@ def test_a_subclass_records_its_own_arguments(tmp_path: Path) -> None:
     model = Narrow(16, conv="sage").double().eval()
     model.save_pretrained(tmp_path)
     check_same(model, Narrow.from_pretrained(tmp_path), X, EDGES)
-    with pytest.raises(ValueError, match=r"config.json: got a Narrow, expected a GNNMoE"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         gmoe.GNNMoE.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model: got Forgetful"):
+    with pytest.raises(ValueError, match="model"):
         Forgetful(16).save_pretrained(tmp_path)
 
 
 def test_arguments_may_take_the_place_of_saved_ones(tmp_path: Path) -> None:
     gmoe.GNNMoE(16, 8, 3).save_pretrained(tmp_path)
     assert gmoe.GNNMoE.from_pretrained(tmp_path, dropout=0.5).dropout.p == 0.5
-    with pytest.raises(ValueError, match=r"safetensors: convs.*: got floats of shape .*8\b.*, expected .*12"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         gmoe.GNNMoE.from_pretrained(tmp_path, hidden_channels=12)
 
 
@@ -205,65 +173,48 @@ OF_GNN = ("conv", "router", "shared_expert", "act", "norm", "jk", "router_kwargs
 
 
 @pytest.mark.parametrize("argument", [*OF_GNN, "size", "blocks"])
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x, x], lambda x: {"p": x}], ids=["plain", "list", "dict"])
-def test_no_code_of_a_file_runs(argument: str, wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+def test_no_code_of_a_file_runs(argument: str, tmp_path: Path) -> None:
     model: Any = gmoe.GNNMoE(4, 4, 2, num_experts=2) if argument in OF_GNN else gmoe.ViTMoE(8)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for attack in attacks(str(tmp_path / "ran")):
-        config["arguments"][argument] = wrap(attack)
+    values = [value for x in attacks(str(tmp_path / "ran")) for value in (x, [x, x], {"p": x})]
+    for value in values:
+        config["arguments"][argument] = value
         (tmp_path / "config.json").write_text(json.dumps(config))
         check_refused(tmp_path, type(model), "config.json")
         assert not (tmp_path / "ran").exists()
 
 
-OF = '{"model": "GNNMoE", "arguments": '
-CONFIG = OF + '{"in_channels": 4, "hidden_channels": 4, "out_channels": 2, "num_experts": 2}}'
+CONFIG = '{"model": "GNNMoE", "arguments": {"in_channels": 4, "hidden_channels": 4, "out_channels": 2}}'
 TEXTS = [
-    *(CONFIG[:cut] for cut in range(0, len(CONFIG), 9)),
-    *("\xff", "\0", "not JSON", "[" * 100_000, "[]", "1", "null", '"GNNMoE"', "{}", CONFIG + CONFIG, "9" * 5000),
-    *(OF[:-15] + "}", '{"arguments": {}}', CONFIG[:-1] + ', "more": 1}'),
-    *(OF + wrong + "}" for wrong in ("{}", "[]", "null", '"x"', "4")),
-    *(CONFIG.replace('"GNNMoE"', wrong) for wrong in ('"ViTMoE"', "null", "[]", "{}", "1", '"os:system"')),
+    *(CONFIG[:cut] for cut in range(0, len(CONFIG), 40)),
+    *("\xff", "not JSON", "[" * 100_000, "[]", "null", "{}", '{"model": "GNNMoE"}', '{"arguments": {}}'),
+    *(CONFIG.replace('"GNNMoE"', wrong) for wrong in ('"ViTMoE"', "null", "[]", '"os:system"')),
 ]
 VALUES: dict[str, list[Any]] = {
-    "num_experts": ["2", 0, -1, 2.0, True, [2], {"a": 2}, 10**30],
-    "in_channels": [None, 0, 1e3, [4]],
-    "shared_router": ["no", 1, 0, None, []],
-    "dropout": [2.0, "0.5", True, None],
-    "conv": ["gnc", [], {}, None, 3, ["gcn"], ["gcn", 3], "os:system", "hetero"],
-    "router": ["token", [], {}, 3, True, "oracle"],
-    "router_kwargs": [{"balanced": 1}, {"balance": "x"}, {"self": 1}, [1], "x", 5],
-    "router_input": [{"noise": float(wrong)} for wrong in ("nan", "inf", "-inf")],
-    "act": ["relo", 3, [], {}],
-    "norm": ["nrom", 3, [], {}],
-    **{name: ["x", 3] for name in ("jk", "residual", "backend", "local", "act_kwargs", "more", "self", "__class__")},
+    "num_experts": ["2", 0],
+    "conv": ["gnc", {}, ["gcn", 3], "os:system"],
+    "router": ["token", {}, "oracle"],
+    "router_kwargs": [{"balanced": 1}, "x"],
+    **{name: ["x"] for name in ("act", "norm", "jk", "more", "self", "__class__")},
 }
 TEXTS += [CONFIG[:-2] + f', "{name}": {json.dumps(value)}}}}}' for name, values in VALUES.items() for value in values]
-TEXTS += [CONFIG.replace("2}}", "1e999}}")]
 
 
-def changed(raw: bytes, of: Callable[[Tensor], Tensor], *names: str) -> bytes:
-    """The tensors in a file, the first one in the place of itself under other names, or dropped."""
+def changed(raw: bytes, of: Callable[[Tensor], Tensor]) -> bytes:
+    """The tensors in a file, the first one changed."""
     tensors = load(raw)
-    value = tensors.pop(name := min(tensors))
-    return save(tensors | {new or name: of(value).clone() for new in names})
+    return save(tensors | {min(tensors): of(tensors[min(tensors)]).clone()})
 
 
-DTYPES = (torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
 WEIGHTS: list[Callable[[bytes], bytes]] = [
-    lambda raw: raw[::-1],
     lambda raw: bytes(len(raw)),
-    lambda raw: b"\xff" * 8 + raw[8:],
-    lambda raw: raw + b"\0",
+    lambda raw: raw[: len(raw) // 2],
     lambda raw: pickle.dumps(raw),
-    lambda raw: changed(raw, torch.clone),
-    lambda raw: changed(raw, torch.clone, "x"),
-    lambda raw: changed(raw, torch.clone, "", "x"),
-    lambda raw: changed(raw, lambda value: value[None], ""),
-    lambda raw: changed(raw, lambda value: value.flatten()[:0], ""),
-    *(lambda raw, dtype=dtype: changed(raw, lambda value: value.to(dtype), "") for dtype in DTYPES),
-    *(lambda raw, part=part: raw[: part * len(raw) // 16] for part in range(16)),
+    lambda raw: save(load(raw) | {"x": torch.zeros(1)}),
+    lambda raw: save(dict(list(load(raw).items())[1:])),
+    lambda raw: changed(raw, lambda value: value[None]),
+    lambda raw: changed(raw, Tensor.long),
 ]
 DAMAGE: list[Any] = [("config.json", lambda _, text=text: text.encode("latin-1")) for text in TEXTS]
 DAMAGE += [("model.safetensors", damage) for damage in WEIGHTS]
@@ -316,51 +267,3 @@ def test_a_repository_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert isinstance(gmoe.ViTMoE.from_pretrained("me/digits", revision="v1"), gmoe.ViTMoE)
-
-
-# The card
-
-
-def figures(mean: float, std: float | None = 0.01, n: int = 3) -> dict[str, Any]:
-    return {"mean": mean, "std": std, "n": n, "values": [mean] * n}
-
-
-def summary_of(router: str, test: float, **changes: Any) -> dict[str, Any]:
-    config = {"dataset": "cifar10", "router": router, "experts": 8, "k": 1, "seeds": [0, 1, 2], "epochs": 5}
-    config |= {"val_share": 0.1, "split_seed": 7}
-    found = {"metric": "accuracy", "val": figures(0.5), "test": figures(test), "flops": 123_456}
-    found |= {"parameters": 2000, "active_parameters": 1000, "config": config}
-    return found | {"environment": {"commit": "abc", "versions": {"torch": "2"}, "gpu": None, "cpu": "CPU"}} | changes
-
-
-def test_the_card_tells_what_the_run_came_to(tmp_path: Path) -> None:
-    summary, dense = summary_of("token_choice", 0.8125), summary_of("dense", 0.75)
-    dense["test"] = figures(0.75, None, 1)
-    gmoe.ViTMoE(8).save_pretrained(tmp_path, summary=summary, dense=dense)
-    text = (tmp_path / "README.md").read_text()
-    metadata: Any = huggingface_hub.ModelCard(text).data
-    assert metadata.library_name == "gmoe"
-    for expected in (
-        'gmoe.ViTMoE.from_pretrained("',
-        "| | this model | dense baseline |",
-        "| test accuracy (%) | 81.25 ± 1.00 (n = 3) | 75.00 (n = 1) |",
-        "| active FLOPs of a forward | 123,456 | 123,456 |",
-        "cifar10; split: 10% of the training images validate (seed 7)",
-        "Seeds: 0, 1, 2; epochs: 5.",
-    ):
-        assert expected in text
-
-
-@pytest.mark.parametrize("study", ["cifar10", "digits-graph"])
-def test_the_card_reads_what_runs_write(study: str) -> None:
-    results = json.loads((Path(__file__).parents[2] / "results" / f"{study}.json").read_text())
-    summary, dense = results["variants"][-1], results["variants"][0]
-    assert f"Data: {study}; split" in card(gmoe.ViTMoE(8), summary, dense)
-
-
-def test_the_card_refuses_another_kind_of_baseline() -> None:
-    model, summary = gmoe.ViTMoE(8), summary_of("token_choice", 0.8)
-    with pytest.raises(ValueError, match=r"^dense: got a run of metric roc_auc"):
-        card(model, summary, summary_of("dense", 0.7, metric="roc_auc"))
-    with pytest.raises(ValueError, match=r"^summary: got None"):
-        card(model, dense=summary)

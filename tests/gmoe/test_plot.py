@@ -1,4 +1,4 @@
-"""Figures of routings: read back from what matplotlib holds. Shapes: B images, h x w patches, N nodes, E experts."""
+"""Figures of routings: read back from what matplotlib holds. Shapes: B images, h x w patches, E experts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.tensorboard.writer import SummaryWriter
 from torchvision.models import SwinTransformer
 
 import gmoe
 from gmoe import OracleRouter, Routing, RoutingStats, ViTMoE, ViTSize, build_router, moefy, record_routing
-from gmoe.plot import NOBODY, expert_graph, expert_load, expert_maps, palette, patch_weights
+from gmoe.plot import expert_load, expert_maps, palette, patch_weights
 
 SIZE = ViTSize(image_size=12, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8)
 
@@ -36,27 +35,20 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = {"gmoe": gmoe, "torch": torch, "timm": timm, "model": ViTMoE(SIZE), "images": torch.rand(2, 3, 12, 12)}
     found = doctest.testmod(gmoe.plot, extraglobs=names)
-    assert found.attempted >= 10
+    assert found.attempted >= 8
     assert found.failed == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"maps.png", "graph.png", "load.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"maps.png", "load.png"}
 
 
 def test_pyplot_is_left_alone() -> None:
-    script = "import sys, gmoe.plot as p; p.expert_load([{'epoch': 0, 'layer': 0, 'load_0': 1.0}]).savefig(sys.argv[1])"
+    script = "import sys, torch, gmoe.plot as p; p.expert_load([[{'load': torch.ones(2)}]]).savefig(sys.argv[1])"
     script += "; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", script, "/dev/null"], check=True)
 
 
-def test_what_is_missing_is_named() -> None:
-    script = "import sys; sys.modules['networkx'] = None\nimport gmoe.plot"
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert 'ImportError: gmoe.plot needs networkx: pip install "gmoe[plot]"' in found.stderr
-
-
-@pytest.mark.parametrize("experts", [1, 2, 10, 11, 20, 21, 64])
+@pytest.mark.parametrize("experts", [1, 10, 20, 64])
 def test_colors_differ(experts: int) -> None:
     assert len(set(palette(experts))) == experts
-    assert NOBODY not in palette(experts)
 
 
 # Images
@@ -158,86 +150,18 @@ def test_tints_by_hand() -> None:
     assert np.allclose(pixels(stretched, 1)[..., 0].ravel(), np.arange(16) / 15)
 
 
-def test_figures_go_to_tensorboard(tmp_path: Path) -> None:
-    with SummaryWriter(str(tmp_path)) as writer:
-        writer.add_figure("experts", expert_maps(Fixed(), torch.zeros(1, 4, 4)), global_step=1)
-    assert next(tmp_path.iterdir()).stat().st_size > 2000
-
-
-# Graphs
-
-
-def ring(size: int) -> Tensor:
-    place = torch.arange(size)
-    return torch.stack([place, (place + 1) % size])
-
-
-def node_colors(figure: Figure, panel: int = 0) -> list[Any]:
-    _, dots = figure.axes[panel].collections
-    return [tuple(color) for color in np.asarray(dots.get_facecolors()).tolist()]  # type: ignore[attr-defined]
-
-
-def test_nodes_have_the_colors_of_their_experts_and_classes() -> None:
-    half = build_router("expert_choice", 4, 3, 1)(torch.randn(12, 4)).of_experts([1])
-    labels = torch.tensor([-1, *[0, 1] * 5, 3])
-    figure = expert_graph([of_assignment(torch.arange(12) % 3, 3), half], ring(12), labels=labels)
-    experts = [to_rgba(color) for color in palette(3)]
-    assert node_colors(figure) == [experts[node % 3] for node in range(12)]
-    assert node_colors(figure, 1).count(to_rgba(NOBODY)) == 8
-    classes = [to_rgba(color) for color in (*palette(4), NOBODY)]
-    assert node_colors(figure, 2) == [classes[label] for label in labels.tolist()]
-    assert figure.get_suptitle() == ""
-
-
-@pytest.mark.parametrize("most", [1, 3, 40, 41])
-def test_of_a_large_graph_every_expert_has_a_neighborhood(most: int) -> None:
-    routing = of_assignment(torch.arange(400) // 100, 4)
-    figure = expert_graph(routing, ring(400), max_nodes=most)
-    assert figure.get_suptitle().startswith(f"{most} of 400 nodes")
-    colors = node_colors(figure)
-    assert len(colors) == most
-    assert len(set(colors)) == min(most, 4)
-    edges, _ = figure.axes[0].collections
-    assert len(edges.get_paths()) >= most - 4  # arcs of the ring
-    assert colors == node_colors(expert_graph(routing, ring(400), max_nodes=most))
-
-
-def test_nodes_without_edges_and_a_model() -> None:
-    lonely = expert_graph(of_assignment(torch.arange(30) // 15, 2), torch.zeros(2, 0, dtype=torch.long), max_nodes=9)
-    assert len(node_colors(lonely)) == 2
-    model = gmoe.GNNMoE(4, 8, 2, num_layers=3, num_experts=2)
-    assert len(expert_graph(model, ring(20), torch.randn(20, 4)).axes) == 2
-
-
-def test_bad_graphs_are_refused() -> None:
-    routing = of_assignment(torch.zeros(5, dtype=torch.long), 2)
-    for arguments, options, name in (
-        ((routing, ring(6)), {}, "edge_index: got node 5"),
-        ((routing, torch.zeros(3, 2).long()), {}, "edge_index: got shape"),
-        ((routing, ring(5), torch.zeros(5, 4)), {}, "x: got Tensor"),
-        ((nn.Identity(), ring(5)), {}, "x: got NoneType"),
-        (([], ring(5)), {}, "routing: got layers of"),
-        ((routing, ring(5)), {"labels": torch.zeros(4).long()}, "labels: got shape"),
-        ((routing, ring(5)), {"max_nodes": 0}, "max_nodes: got 0"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            expert_graph(*arguments, **options)
-
-
 # Load
 
 
-def test_loads_of_routings_stats_and_rows_are_the_same() -> None:
-    steps, rows, stats = [], [], []
+def test_loads_of_routings_and_of_stats_are_the_same() -> None:
+    steps, stats = [], []
     for step in range(3):
         layers = [of_assignment(torch.tensor([0] * (step + 1) + [1] * (4 - step)), 2) for _ in range(2)]
         steps.append(layers)
         counted = RoutingStats([2, 2])
         counted.update(layers)
         stats.append(counted.compute())
-        load = {"load_0": (step + 1) / 5, "load_1": (4 - step) / 5, "load_2": float("nan")}
-        rows += [{"epoch": step, "layer": layer, "weight_0": 1.0} | load for layer in range(2)]
-    for history in (steps, stats, rows):
+    for history in (steps, stats):
         for axis in expert_load(history).axes[:2]:
             first, second = axis.collections
             points = {tuple(point) for point in np.round(np.asarray(first.get_paths()[0].vertices), 4).tolist()}
@@ -252,7 +176,7 @@ def test_one_step_is_drawn_as_bars() -> None:
 
 def test_bad_histories_are_refused() -> None:
     one, other = of_assignment(torch.zeros(5).long(), 2), of_assignment(torch.zeros(5).long(), 3)
-    row = {"epoch": 0, "layer": 0, "load_0": 1.0}
-    for history in ([], [one, other], [[one], [one, one]], [row, {**row, "layer": 1}, {**row, "epoch": 1}]):
+    histories: list[Any] = [[], [[]], [one, other], [[one], [one, one]]]
+    for history in histories:
         with pytest.raises(ValueError, match="history"):
             expert_load(history)
