@@ -72,7 +72,7 @@ def test_mlp_conv_is_an_mlp_of_the_destinations() -> None:
     torch.testing.assert_close(plain((features(6, 3), x)), plain.down(plain.up(x).clamp(min=0)))
     layer = MoEConv(MLPConv, (3, WIDTH), 5, num_experts=3, hidden_channels=7)
     assert isinstance(layer.experts, MLPConvExperts)
-    assert layer.experts.expert(0).hidden_channels == 7  # type: ignore[union-attr]
+    assert layer.experts.expert(0).hidden_channels == 7
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_equals_masked(conv: Any, kwargs: dict[str, Any], device: str) -> None:
     layer = build(conv, kwargs)
     args = {name: value.to(device) for name, value in edge_args(layer, EDGES.size(1)).items()}
     x, edges, weight_TE, mask = features(NODES, WIDTH), EDGES, weights(NODES), features(EDGES.size(1), seed=9)
-    layer, x, edges, weight_TE, mask = (value.to(device) for value in (layer, x, edges, weight_TE, mask))
+    layer, (x, edges, weight_TE, mask) = layer.to(device), (value.to(device) for value in (x, edges, weight_TE, mask))
     masks = [None] if (conv, kwargs) == FULL[-1] else [None, mask, None]
     for shown in masks:
         assert_equals_masked(layer, x, edges, weight_TE=weight_TE, mask=shown, **args)

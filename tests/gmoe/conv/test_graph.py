@@ -274,7 +274,8 @@ def test_flops_are_those_of_a_first_call() -> None:
 @pytest.mark.parametrize(("conv", "name", "width"), [("gcn", "edge_weight", ()), ("gat", "edge_attr", (2,))])
 def test_edge_arguments_may_be_learned_later(conv: str, name: str, width: tuple[int, ...]) -> None:
     edges, x, frozen = random_graph(9, 9, 30), features(9, 4), features(30, *width, seed=1).abs()
-    layer = MoEConv(conv, 4, 4, num_experts=2, **({"edge_dim": 2} if width else {})).double().eval()
+    options: dict[str, Any] = {"edge_dim": 2} if width else {}
+    layer = MoEConv(conv, 4, 4, num_experts=2, **options).double().eval()
     fresh, graph = frozen.clone().requires_grad_(), Graph(edges, 9, **{name: frozen})  # type: ignore[arg-type]
     layer(x, graph)
     frozen.requires_grad_()

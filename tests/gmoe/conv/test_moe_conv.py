@@ -46,7 +46,8 @@ def test_neighbors_vote_along_the_edges() -> None:
 @pytest.mark.parametrize("conv", ["gcn", ["mean", "max"], "gat", "tag", ["gcn", "gat", "mlp"]], ids=str)
 def test_router_input(conv: Any, router_input: Any) -> None:
     """Node, the conv's own aggregate (else the mean over in-edges) and degree, in this order whatever the given one."""
-    (x, edge_index), aggregate, kwargs = graph(), mean_of_in_edges, {}
+    (x, edge_index), kwargs = graph(), dict[str, Any]()
+    aggregate: Any = mean_of_in_edges
     if conv == "gcn":
         aggregate = lambda x, e: GraphConv(1, 1).propagate(e, x=(x, x), edge_weight=None)  # noqa: E731
         kwargs = {"normalize": False}
@@ -113,14 +114,6 @@ def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> Non
         assert all(torch.equal(value, mine[name]) for name, value in plain.state_dict().items() if name not in unused)
     in_use = sum(p.numel() for name, p in separate[0].named_parameters() if name not in unused)
     assert sum(p.numel() for p in moe.parameters()) == EXPERTS * in_use
-
-
-def test_gin_is_initialized_as_separate_convs() -> None:
-    """By statistics: uniform in +-1/sqrt(fan in), E different draws."""
-    moe = MoEConv("gin", 400, 100, num_experts=2, shared_expert=False)
-    first, second = (moe.experts.expert(index).nn.lins[0].weight for index in range(2))
-    assert float(first.detach().abs().max()) == pytest.approx(400**-0.5, rel=0.01)
-    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("csr", [False, True])
@@ -226,12 +219,7 @@ WEIGHT, ATTR = torch.ones(13), torch.ones(13, 1)
         ("gcn", X, {"batch": torch.zeros(3, dtype=torch.long)}, r"batch: got shape \(3,\) of torch.int64"),
         ("gcn", X, {"batch": [0] * NODES}, "batch: got list"),
         ("sage", X, {"edge_weight": WEIGHT}, "edge_weight: got a tensor, but the conv takes none"),
-        (
-            ["gcn", "mlp", "le"],
-            X,
-            {"edge_attr": ATTR},
-            r"edge_attr: got a tensor, but the conv takes \['edge_weight'\]",
-        ),
+        (["gcn", "mlp", "le"], X, {"edge_attr": ATTR}, r"edge_attr: got a tensor, .* takes \['edge_weight'\]"),
     ],
 )
 def test_bad_input(conv: Any, x: Any, kwargs: dict[str, Any], message: str) -> None:

@@ -26,7 +26,7 @@ def made_graph() -> Data:
     data = graph(NODES, 150)
     data.edge_index = data.edge_index[:, data.edge_index[1] % 6 != 2]
     loops = torch.tensor([[4, 4, 7, 2], [4, 4, 7, 3]])
-    return Data(x=data.x.half().double(), edge_index=torch.cat([data.edge_index, loops], 1))  # type: ignore[union-attr]
+    return Data(x=data.x.half().double(), edge_index=torch.cat([data.edge_index, loops], 1))
 
 
 def trained(data: Data, **kwargs: Any) -> GNNMoE:
@@ -61,7 +61,8 @@ def test_of_a_loader_the_graph_and_the_batch_size_are_taken() -> None:
         assert_same(one.to_dense(), other.to_dense())
     assert not found.requires_grad
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    convs: list[Any] = [conv for layer in model.convs[:2] for conv in layer._all_convs()] + [model.convs[2]]
+    layers: list[Any] = list(model.convs)
+    convs = [conv for layer in layers[:2] for conv in layer._all_convs()] + [layers[2]]
     assert [type(conv) for conv in convs] == [GCNConv] * 5
     assert all(conv.normalize and conv.flow == "source_to_target" for conv in convs)
 
