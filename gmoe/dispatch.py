@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from gmoe._autograd import first_order
+from gmoe._autograd import first_order, untraced
 from gmoe._checks import check_choice
 from gmoe.routing import Routing
 
@@ -79,6 +79,7 @@ def grouped_linear(
     return _GroupedLinear.apply(backend, offsets_E, x_PI, weight_EIO, bias_EO)
 
 
+@untraced  # the number of rows of an expert depends on the data
 def routed_linear(
     parts: Sequence[Tensor], weight_EIO: Tensor, bias_EO: Tensor | None, routing: Routing, backend: Backend = "auto"
 ) -> Tensor:
@@ -237,87 +238,50 @@ def _aligned(x: Tensor, dims: int = 1) -> Tensor:
 # from tokens to tokens, one expert after the other --------------------------------------------------------------------
 
 
-def _empty_outputs(*inputs: Any) -> tuple[Tensor, Tensor]:
-    gate, weight, _, _, token, _, num_tokens, keep = inputs
-    return gate.new_empty(num_tokens, weight.size(2)), gate.new_empty(token.size(0) if keep else 0, weight.size(2))
-
-
-@_operator(fake=_empty_outputs)
-def _routed_linear(
-    gate: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    parts: Sequence[Tensor],
-    token: Tensor,
-    offsets: Tensor,
-    num_tokens: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """(T, O) the output, and (P, O) the experts' outputs before they are weighted, or nothing."""
-    out_TO = gate.new_zeros(num_tokens, weight.size(2))
-    kept_PO = gate.new_empty(token.size(0) if keep else 0, weight.size(2))
-    ends = offsets[:-1].tolist()  # one host sync
-    kept = kept_PO.tensor_split(ends) if keep else [None] * len(weight)
-    weights = zip(*(columns.unbind() for columns in weight.split([part.size(1) for part in parts], dim=1)), strict=True)
-    by_expert = zip(token.tensor_split(ends), gate[:, None].tensor_split(ends), kept, weights, strict=True)
-    for expert, (token, gate, y, (first, *others)) in enumerate(by_expert):
-        x = parts[0].index_select(0, token)
-        y = torch.mm(x, first, out=y) if bias is None else torch.addmm(bias[expert], x, first, out=y)
-        for part, columns in zip(parts[1:], others, strict=True):
-            y.addmm_(part.index_select(0, token), columns)
-        out_TO.index_add_(0, token, y * gate)
-    return out_TO, kept_PO
-
-
-@_operator(fake=lambda *inputs: _empty_like(*inputs[1:4], *inputs[4]))
-def _routed_linear_backward(
-    grad: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    parts: Sequence[Tensor],
-    token: Tensor,
-    offsets: Tensor,
-    y: Tensor,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    needs_gate, needs_weight, needs_bias, *needs_parts = needs
-    grad_gate, grad_weight, grad_bias, *grad_parts = grads = _empty_like(gate, weight, bias, *parts)
-    for grad_part in grad_parts:
-        grad_part.zero_()
-    widths = [part.size(1) for part in parts]
-    rows = [columns.mT.unbind() for columns in weight.split(widths, dim=1)]
-    grad_weights = [columns.unbind() for columns in grad_weight.split(widths, dim=1)]
-    ends = offsets[:-1].tolist()
-    by_expert = zip(*(value.tensor_split(ends) for value in (token, gate[:, None], y, grad_gate)), strict=True)
-    for expert, (token, gate, y, at_gate) in enumerate(by_expert):
-        grad_y = grad.index_select(0, token)
-        if needs_gate:
-            torch.linalg.vecdot(grad_y, y, out=at_gate)
-        grad_y.mul_(gate)
-        if needs_bias:
-            torch.sum(grad_y, dim=0, out=grad_bias[expert])
-        for i, part in enumerate(parts):
-            if needs_weight:
-                torch.mm(part.index_select(0, token).T, grad_y, out=grad_weights[i][expert])
-            if needs_parts[i]:
-                grad_parts[i].index_add_(0, token, grad_y @ rows[i][expert])
-    return grads
-
-
 class _RoutedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, num_tokens: int, token: Tensor, offsets: Tensor, *values: Any) -> Tensor:
         gate, weight, bias, *parts = values
-        keep = ctx.needs_input_grad[3]  # of the gate, which is that of the experts' outputs
-        out_TO, y_PO = _routed_linear(gate, weight, bias, parts, token, offsets, num_tokens, keep)
+        out_TO = gate.new_zeros(num_tokens, weight.size(2))
+        # of the gate, whose gradient is that of the experts' outputs before they are weighted
+        y_PO = gate.new_empty(token.size(0) if ctx.needs_input_grad[3] else 0, weight.size(2))
         ctx.save_for_backward(token, offsets, y_PO, *values)
+        ends = offsets[:-1].tolist()  # one host sync
+        outs = y_PO.tensor_split(ends) if len(y_PO) else [None] * len(weight)
+        columns = weight.split([part.size(1) for part in parts], dim=1)
+        weights = zip(*(of_part.unbind() for of_part in columns), strict=True)
+        by_expert = zip(token.tensor_split(ends), gate[:, None].tensor_split(ends), outs, weights, strict=True)
+        for expert, (token, gate, y, (first, *others)) in enumerate(by_expert):
+            x = parts[0].index_select(0, token)
+            y = torch.mm(x, first, out=y) if bias is None else torch.addmm(bias[expert], x, first, out=y)
+            for part, of_part in zip(parts[1:], others, strict=True):
+                y.addmm_(part.index_select(0, token), of_part)
+            out_TO.index_add_(0, token, y * gate)
         return out_TO
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
         token, offsets, y_PO, gate, weight, bias, *parts = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
-        grads = _routed_linear_backward(grad, gate, weight, bias, parts, token, offsets, y_PO, needs)
+        needs_gate, needs_weight, needs_bias, *needs_parts = needs = ctx.needs_input_grad[3:]
+        grad_gate, grad_weight, grad_bias, *grad_parts = grads = _empty_like(gate, weight, bias, *parts)
+        for grad_part in grad_parts:
+            grad_part.zero_()
+        widths = [part.size(1) for part in parts]
+        rows = [columns.mT.unbind() for columns in weight.split(widths, dim=1)]
+        grad_weights = [columns.unbind() for columns in grad_weight.split(widths, dim=1)]
+        ends = offsets[:-1].tolist()
+        by_expert = zip(*(value.tensor_split(ends) for value in (token, gate[:, None], y_PO, grad_gate)), strict=True)
+        for expert, (token, gate, y, at_gate) in enumerate(by_expert):
+            grad_y = grad.index_select(0, token)
+            if needs_gate:
+                torch.linalg.vecdot(grad_y, y, out=at_gate)
+            grad_y.mul_(gate)
+            if needs_bias:
+                torch.sum(grad_y, dim=0, out=grad_bias[expert])
+            for i, part in enumerate(parts):
+                if needs_weight:
+                    torch.mm(part.index_select(0, token).T, grad_y, out=grad_weights[i][expert])
+                if needs_parts[i]:
+                    grad_parts[i].index_add_(0, token, grad_y @ rows[i][expert])
         return None, None, None, *(value if needed else None for value, needed in zip(grads, needs, strict=True))

@@ -39,7 +39,7 @@ class AggregateOnce(StackedExperts):
     """
 
     weighted_by: Literal["weight", "values"] = "values"
-    """What messages are multiplied by, see :meth:`Graph.summing`."""
+    """The factors of messages, see :meth:`Graph.summing`."""
 
     matrix: Callable[..., Matrix] | None
     """From a graph and a dtype to the A of A x; ``None`` where the aggregation is no such product."""

@@ -30,12 +30,12 @@ with warnings.catch_warnings():  # torch says once a process that such matrices 
     torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
 
 SPARSE_DEVICES = ("cpu",)
-"""Where torch's sparse products beat gathered blocks of messages."""
+"""Devices on which torch's sparse products beat gathered blocks of messages."""
 
 FLOWS = ("source_to_target", "target_to_source")
 
 NUMBERS = 2**21
-"""How many numbers a block of messages holds: few enough for a CPU's caches, and for memory without fresh pages."""
+"""Numbers in a block of messages: few enough for a CPU's caches, and for memory without fresh pages."""
 
 NUMBERS_ON_GPU = 2**26
 """The same there: enough to fill it."""
@@ -43,7 +43,7 @@ NUMBERS_ON_GPU = 2**26
 
 @dataclass(eq=False)
 class Edges:
-    """Who sends a message to whom, sorted by receiver: the structure of a CSR matrix.
+    """Messages sorted by receiver: the structure of a CSR matrix.
 
     Args:
         ptr: (R + 1,) where the messages of each receiver start.
@@ -400,7 +400,7 @@ class Graph:
         return looped
 
     def args_for(self, conv: MessagePassing) -> dict[str, Tensor]:
-        """What this conv takes of the edge arguments, in the order of the edges as given."""
+        """The edge arguments that this conv takes, in the order of the edges as given."""
         given = {"edge_weight": self.edge_weight, "edge_attr": self.edge_attr}
         return {name: v for name, v in given.items() if v is not None and name in parameters_of(conv)}
 
@@ -587,7 +587,7 @@ def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
 
 
 weighted_sum: Callable[[Tensor, Tensor, Edges], Tensor] = untraced(partial(_WeightedSum.apply))
-r"""(R, H, C) what each receiver hears, :math:`y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}`, of weights (M, H) and values
+r"""(R, H, C) the sum of each receiver's messages, :math:`y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}`, of weights (M, H) and values
 (U, H, C), or (U, 1, C) where all heads hear the same. Can be differentiated once."""
 
 dot: Callable[[Tensor, Tensor, Edges], Tensor] = untraced(partial(_Dot.apply))
