@@ -322,6 +322,7 @@ class Graph:
     def product(self, matrix: Matrix, x_src: Tensor) -> Tensor:
         """(N_dst, D) A x, in the type of ``x_src``; computed once of the ``x`` that the graph was given."""
         constant = x_src is self.x and not (x_src.requires_grad or matrix.weight.requires_grad)
+        constant = constant and not torch._C._len_torch_dispatch_stack()  # neither fake nor counted
         if constant and matrix.product is not None and matrix.product[0] == x_src._version:
             return matrix.product[1]
         with torch.inference_mode(False) if constant else nullcontext():  # for training too
