@@ -1,4 +1,4 @@
-"""Graphs to sample from, and what a sampled subgraph must be."""
+"""Graphs to sample from, and the definition of a sampled subgraph."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def expected_count(degree: int, k: int, replace: bool) -> int:
 
 
 def check(data: Any, out: Any, fanouts: Any, seeds: Any, replace: bool) -> None:
-    """All that a sampled subgraph must be, one node and one edge at a time."""
+    """Compare with the definition, one node and one edge at a time."""
     if isinstance(data, Data):  # as a graph of one type of nodes and of edges
         whole, kind = HeteroData(), ("node", "to", "node")
         whole["node"].num_nodes, whole[kind].edge_index = data.num_nodes, data.edge_index

@@ -16,11 +16,11 @@ from tests.gmoe.data.sampled import draw, graph, hetero_graph, hetero_sample, sa
 
 
 def within(count: Tensor | int, trials: int, share: float) -> Tensor:
-    """Whether a binomial count is within 5 standard deviations of its mean."""
+    """True where a binomial count is within 5 standard deviations of its mean."""
     return (torch.as_tensor(count) - trials * share).abs() <= 5 * math.sqrt(trials * share * (1 - share)) + 1e-9
 
 
-@pytest.mark.parametrize(("degree", "k"), [(5, 1), (5, 2), (5, 3), (5, 4), (6, 3)])
+@pytest.mark.parametrize(("degree", "k"), [(5, 1), (5, 4), (6, 3)])
 def test_subsets_are_equally_likely(degree: int, k: int) -> None:
     trials = 20_000
     torch.manual_seed(0)
@@ -31,7 +31,7 @@ def test_subsets_are_equally_likely(degree: int, k: int) -> None:
     assert within(torch.tensor(list(subsets.values())), trials, 1 / math.comb(degree, k)).all()
 
 
-@pytest.mark.parametrize("k", [1, 3, 10, 20])
+@pytest.mark.parametrize("k", [1, 10])
 def test_each_edge_is_included_with_probability_k_over_degree(k: int) -> None:
     """On a graph with nodes of many degrees, in both hops."""
     data = graph(10, 120)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch_geometric.typing
-from torch import Tensor, distributed
 from torch_geometric.data import Data, EdgeAttr, TensorAttr
 from torch_geometric.loader import NeighborLoader
 from torch_geometric.sampler import NodeSamplerInput
 
 import gmoe.data.stored
 from gmoe import NeighborSampler, StoredGraph, neighbor_loader
-from tests.gmoe.data.sampled import graph
+from tests.gmoe.data.sampled import draw, graph
 from tests.gmoe.data.stored_files import store, write
 
 NODES, EDGES = 60, 400
@@ -42,18 +39,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# what it hands out
-
-
 @pytest.mark.parametrize("half", [False, True])
 def test_it_hands_out_what_was_stored(tmp_path: Path, half: bool) -> None:
     data = store(tmp_path, made_graph(), half, train=torch.tensor([5, 3]))
     stored = StoredGraph(tmp_path)
     assert (stored.num_nodes, stored.num_edges, stored.x_dim) == (NODES, data.num_edges, 4)
-    assert stored.info["name"] == "test"
+    assert (stored.info["name"], stored.val) == ("test", None)
     assert stored.train is not None
     assert stored.train.tolist() == [5, 3]
-    assert stored.val is None
     assert repr(stored) == f"StoredGraph('{tmp_path}': {NODES} nodes, {data.num_edges} edges, x 4)"
     index = torch.tensor([7, 0, 7, 59, 3])
     for name in ("x", "y"):
@@ -69,8 +62,9 @@ def test_it_hands_out_what_was_stored(tmp_path: Path, half: bool) -> None:
     row, start = stored.get_edge_index(None, "csc")
     assert torch.equal(row, data.edge_index[0])
     assert torch.equal(torch.arange(NODES).repeat_interleave(start.diff()), data.edge_index[1])
-    for first, last in [(0, data.num_edges), (0, 0), (3, 50), (data.num_edges, data.num_edges), (17, 18)]:
-        assert torch.equal(torch.stack(stored.edges_of(first, last)), data.edge_index[:, first:last])
+    for nodes in (slice(None), slice(0, 0), slice(3, 20), slice(NODES, NODES), slice(9, 10)):
+        into = torch.isin(data.edge_index[1], torch.arange(NODES)[nodes])
+        assert torch.equal(torch.stack(stored.in_edges(nodes)), data.edge_index[:, into])
 
 
 def test_labels_of_several_tasks(tmp_path: Path) -> None:
@@ -81,7 +75,7 @@ def test_labels_of_several_tasks(tmp_path: Path) -> None:
 
 def test_it_is_read_only(folder: Path) -> None:
     stored = StoredGraph(folder)
-    with pytest.raises(TypeError, match="StoredGraph is read-only"):
+    with pytest.raises(TypeError, match="read-only"):
         stored.put_tensor(torch.zeros(NODES), TensorAttr(None, "z", None))
     with pytest.raises(TypeError, match="read-only"):
         stored.remove_edge_index(EdgeAttr(None, "csc"))
@@ -92,74 +86,71 @@ def test_it_is_read_only(folder: Path) -> None:
 def test_a_pickle_is_a_path(folder: Path) -> None:
     stored = StoredGraph(folder)
     sampler = NeighborSampler(stored, [3, 2])
+    sampler.sample_from_nodes(NodeSamplerInput(None, torch.arange(10)))
     for thing in (stored, sampler):
         assert len(pickle.dumps(thing)) < 1024
     assert str(pickle.loads(pickle.dumps(stored))) == str(stored)
-    seeds = NodeSamplerInput(None, torch.arange(10))
-    outs = []
-    for each in (sampler, pickle.loads(pickle.dumps(sampler))):
-        torch.manual_seed(0)
-        outs.append(each.sample_from_nodes(seeds))
-    assert torch.equal(outs[0].edge, outs[1].edge)
+    edges = [draw(each, range(10), 0).edge for each in (sampler, pickle.loads(pickle.dumps(sampler)))]
+    assert edges[0] is not None
+    assert edges[1] is not None
+    assert torch.equal(edges[0], edges[1])
 
 
 # what it refuses
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": 2}, "graph.json: got format 2, expected 1"),
-        ({"num_nodes": -1}, "graph.json: got num_nodes -1, expected a whole number"),
-        ({"arrays": [1]}, r"graph.json: got arrays \[1\], expected an object"),
-        ({"arrays": {"start": 1, "source": 2, "x": 3}}, "graph.json: got array 'start' 1, expected an object"),
-        ({"arrays": {}}, r"graph.json: got arrays \[\], expected 'start' among them"),
-        ({"num_nodes": NODES + 1}, rf"start.npy: got shape \({NODES + 1},\), expected \({NODES + 2}\)"),
-        ({"num_edges": 3}, r"source.npy: got shape .*, expected \(3\)"),
-    ],
-)
-def test_what_the_description_must_be(folder: Path, change: dict[str, Any], message: str) -> None:
+def test_what_the_description_must_be(folder: Path) -> None:
     path = folder / "graph.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=message):
-        StoredGraph(folder)
+    said = json.loads(path.read_text())
+    arrays = said["arrays"]
+    for change, name in [
+        *(({"format": 2}, "graph"), ({"num_nodes": -1}, "graph"), ({"num_edges": 0.5}, "graph")),
+        *(({"arrays": bad}, "graph") for bad in ([1], {}, dict.fromkeys(arrays, 1), arrays | {"year": arrays["y"]})),
+        *(({"num_nodes": NODES + 1}, "start"), ({"num_edges": 3}, "source")),
+        ({"arrays": arrays | {"y": arrays["y"] | {"dtype": "int8"}}}, "y"),
+    ]:
+        path.write_text(json.dumps(said | change))
+        with pytest.raises(ValueError, match=rf"/{name}\.\w+: got"):
+            StoredGraph(folder)
+    for text in ("no JSON", "[1]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"/graph\.json: got"):
+            StoredGraph(folder)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value"),
     [
-        ("start", np.arange(NODES + 1, dtype=np.int32), "start.npy: got <i4, expected int64"),
-        ("start", np.arange(NODES + 1), rf"start.npy: got ends \[0, {NODES}\], expected \[0, "),
-        ("source", np.zeros(5), "source.npy: got <f8, expected int32"),
-        ("x", np.zeros((NODES, 2)), "x.npy: got <f8, expected float16 or float32"),
-        ("x", np.zeros(NODES, np.float32), r"x.npy: got shape \(60,\), expected \(60, any\)"),
-        ("x", np.zeros((2, NODES), np.float32).T, r"x.npy: got shape \(60, 2\), expected \(60, any\) in C order"),
-        ("y", np.zeros(3, np.int64), r"y.npy: got shape \(3,\), expected \(60\)"),
-        ("train", np.zeros(3, np.int16), "train.npy: got <i2, expected int64"),
-        ("year", np.zeros(NODES, np.int64), "graph.json: got array 'year', expected one of start, source, x, y"),
+        ("start", np.arange(NODES + 1, dtype=np.int32)),
+        ("start", np.arange(NODES + 1)),  # ends before the last edge
+        ("source", np.zeros(5)),
+        ("x", np.zeros((NODES, 2))),
+        ("x", np.zeros(NODES, np.float32)),
+        ("x", np.zeros((2, NODES), np.float32).T),
+        ("x", np.zeros((NODES, 2), ">f4")),
+        ("y", np.zeros(3, np.int64)),
+        ("train", np.zeros(3, np.int16)),
     ],
 )
-def test_what_the_arrays_must_be(folder: Path, name: str, value: np.ndarray, message: str) -> None:
+def test_what_the_arrays_must_be(folder: Path, name: str, value: np.ndarray) -> None:
     arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")} | {name: value}
     if name == "source":
         arrays["start"][:] = 0
         arrays["start"][-1] = len(value)
     write(folder, arrays)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"/{name}\.npy: got"):
         StoredGraph(folder)
 
 
 def test_files_that_are_cut_or_gone_or_others(folder: Path) -> None:
     path = folder / "x.npy"
     whole = path.read_bytes()
-    path.write_bytes(whole[:-4])
-    with pytest.raises(ValueError, match=r"x.npy: got .*, expected a whole .npy file"):
-        StoredGraph(folder)
-    path.write_bytes(whole + b"more")
-    with pytest.raises(ValueError, match=rf"x.npy: got {len(whole) + 4} bytes, expected {len(whole)}"):
-        StoredGraph(folder)
+    for content in (whole[:-4], whole + b"more", b"", b"PK"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.npy: got"):
+            StoredGraph(folder)
     np.save(path, np.zeros((NODES, 7), np.float16))
-    with pytest.raises(ValueError, match=r"x.npy: got .*'float16'.*, expected .*'float32'.*, as graph.json says"):
+    with pytest.raises(ValueError, match=r"x\.npy: got .*, as graph.json says"):
         StoredGraph(folder)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"x\.npy"):
@@ -174,39 +165,38 @@ def test_verify_reads_everything(folder: Path, block: int, monkeypatch: pytest.M
     StoredGraph(folder).verify()
     arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
     start, node = arrays["start"], int(np.diff(arrays["start"]).argmax())
-    for name, change, message in [
-        ("source", (start[node] + 1, NODES), f"source.npy: got .*{NODES}, expected node ids in 0..{NODES - 1}"),
-        ("source", (start[node], NODES - 1), f"source.npy, in-edges of node {node}: got falling sources"),
-        ("start", (node, start[-1]), "start.npy: got falling values"),
-        ("val", (1, -1), r"val.npy: got -1\.\..*, expected node ids"),
+    for name, place, value, message in [
+        ("source", start[node] + 1, NODES, "node ids"),
+        ("source", start[node], NODES - 1, "falling sources"),
+        ("start", node, start[-1], "falling values"),
+        ("val", 1, -1, "node ids"),
     ]:
         bad = arrays[name].copy()
-        bad[change[0]] = change[1]
+        bad[place] = value
         write(folder, arrays | {name: bad})
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=rf"{name}\.npy: got .*{message}"):
             StoredGraph(folder).verify()
     write(folder, arrays)
     with (folder / "x.npy").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"!")
-    with pytest.raises(ValueError, match=r"x.npy: got SHA-256 .*, expected "):
+    with pytest.raises(ValueError, match=r"x\.npy: got SHA-256"):
         StoredGraph(folder).verify()
 
 
 # its batches
 
 
-def batches_of(data: Data | StoredGraph, fanouts: list[int], seeds: Any, **kwargs: Any) -> list[Data]:
-    torch.manual_seed(3)
-    loader = neighbor_loader(data, fanouts, seeds, batch_size=7, backend="gmoe", is_sorted=True, **kwargs)
-    batches = list(loader)
-    loader._iterator = None
-    return batches
-
-
-def assert_same_batches(found: list[Data], expected: list[Data]) -> None:
-    assert len(found) == len(expected) > 0
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_same_batches(folder: Path, data: Data, fanouts: list[int], seeds: Any, **kwargs: Any) -> None:
+    """Of the stored graph and the one in memory."""
+    found = []
+    for given in (StoredGraph(folder), data):
+        torch.manual_seed(3)
+        loader = neighbor_loader(given, fanouts, seeds, 7, backend="gmoe", shuffle=True, is_sorted=True, **kwargs)
+        found.append(list(loader))
+        loader._iterator = None
+    assert len(found[0]) > 0
+    for ours, theirs in zip(*found, strict=True):
         for name in ("x", "y", "edge_index", "n_id", "e_id", "input_id"):
             assert torch.equal(ours[name], theirs[name]), name
             assert ours[name].dtype == theirs[name].dtype
@@ -214,16 +204,13 @@ def assert_same_batches(found: list[Data], expected: list[Data]) -> None:
             assert getattr(ours, name) == getattr(theirs, name)
 
 
-@pytest.mark.parametrize("fanouts", [[4, 3], [-1, 2], []], ids=str)
-@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize(("fanouts", "replace"), [([4, 3], False), ([-1, 2], True), ([], False)], ids=str)
 @pytest.mark.parametrize("half", [False, True])
 def test_batches_are_those_in_memory(tmp_path: Path, half: bool, replace: bool, fanouts: list[int]) -> None:
     data = store(tmp_path, made_graph(), half)
     ids = torch.randperm(NODES, generator=torch.Generator().manual_seed(1))
     for seeds in (ids, None, ids[:20] % 7, data.y > 1):
-        kwargs: Any = {"replace": replace, "shuffle": True}
-        found = batches_of(StoredGraph(tmp_path), fanouts, seeds, **kwargs)
-        assert_same_batches(found, batches_of(data, fanouts, seeds, **kwargs))
+        assert_same_batches(tmp_path, data, fanouts, seeds, replace=replace)
 
 
 @pytest.mark.parametrize(
@@ -232,9 +219,7 @@ def test_batches_are_those_in_memory(tmp_path: Path, half: bool, replace: bool, 
 )
 def test_batches_of_two_workers_are_those_in_memory(tmp_path: Path, context: str) -> None:
     data = store(tmp_path, made_graph(), half=True)
-    kwargs: Any = {"shuffle": True, "num_workers": 2, "multiprocessing_context": context}
-    found = batches_of(StoredGraph(tmp_path), [4, 3], None, **kwargs)
-    assert_same_batches(found, batches_of(data, [4, 3], None, **kwargs))
+    assert_same_batches(tmp_path, data, [4, 3], None, num_workers=2, multiprocessing_context=context)
 
 
 def test_a_graph_without_edges(tmp_path: Path) -> None:
@@ -244,7 +229,7 @@ def test_a_graph_without_edges(tmp_path: Path) -> None:
     stored.verify()
     assert stored.train is not None
     assert stored.train.tolist() == []
-    assert_same_batches(batches_of(stored, [2, 2], None), batches_of(data, [2, 2], None))
+    assert_same_batches(tmp_path, data, [2, 2], None)
 
 
 def test_pyg_reads_it_where_pyg_can_sample(folder: Path) -> None:
@@ -255,72 +240,6 @@ def test_pyg_reads_it_where_pyg_can_sample(folder: Path) -> None:
     assert sampler.num_nodes == NODES
     assert torch.equal(sampler.row, stored.source.long())
     assert torch.equal(sampler.colptr, stored.start)
-    if not (torch_geometric.typing.WITH_PYG_LIB or torch_geometric.typing.WITH_TORCH_SPARSE):
-        with pytest.raises(ImportError, match="pyg-lib"):
-            next(iter(loader))
-        with pytest.raises(ImportError, match="backend: got 'pyg'"):
-            neighbor_loader(stored, [3], backend="pyg")
-        return
-    batch = next(iter(loader))
-    assert torch.equal(batch.x, stored.rows("x", batch.n_id))
-
-
-# cuGraph
-
-
-def test_cugraph_is_named_where_it_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cugraph_pyg", None)
-    with pytest.raises(
-        ImportError, match=r"'cugraph' without cugraph_pyg.* installed, expected pip install cugraph-pyg"
-    ):
-        neighbor_loader(StoredGraph(folder), [3], backend="cugraph")
-    with pytest.raises(ValueError, match="data: got Data with backend='cugraph', expected a StoredGraph"):
-        neighbor_loader(made_graph(), [3], backend="cugraph")
-
-
-@pytest.fixture
-def fake_cugraph(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Modules that record what they are called with."""
-    calls: list[Any] = []
-
-    class Store(dict):
-        pass
-
-    modules = {name: types.ModuleType(name) for name in ("cugraph_pyg", "cugraph_pyg.data", "cugraph_pyg.loader")}
-    modules["cugraph_pyg.data"].FeatureStore = modules["cugraph_pyg.data"].GraphStore = Store  # type: ignore[attr-defined]
-    modules["cugraph_pyg.loader"].NeighborLoader = lambda *args, **kwargs: calls.append((args, kwargs))  # type: ignore[attr-defined]
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return calls
-
-
-@pytest.mark.parametrize("world", [1, 3, NODES + 1])
-def test_each_process_gives_cugraph_its_slice(
-    folder: Path, fake_cugraph: list[Any], world: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stored = StoredGraph(folder)
-    with pytest.raises(RuntimeError, match="backend: got 'cugraph' without a process group"):
-        neighbor_loader(stored, [3, 2], backend="cugraph")
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: world)
-    monkeypatch.setattr(Tensor, "cuda", lambda self: self)
-    edges = torch.stack(stored.edges_of(0, stored.num_edges))
-    parts: list[tuple[Tensor, ...]] = []
-    for rank in range(world):
-        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
-        neighbor_loader(stored, [3, 2], [4, 1], batch_size=2, replace=True, backend="cugraph", shuffle=True)
-        ((features, graph), fanouts), kwargs = fake_cugraph[-1]
-        assert fanouts == [3, 2]
-        assert kwargs.pop("input_nodes").tolist() == [4, 1]
-        assert kwargs == {"batch_size": 2, "replace": True, "shuffle": True}
-        assert set(features) == {("node", "x", None), ("node", "y", None)}
-        ((key, own),) = graph.items()
-        assert key == (("node", "to", "node"), "coo", False, (NODES, NODES))
-        parts.append((features["node", "x", None], features["node", "y", None], own))
-    for whole, dim, column in (
-        (stored.rows("x", slice(None)), 0, 0),
-        (stored.rows("y", slice(None)), 0, 1),
-        (edges, 1, 2),
-    ):
-        for found, expected in zip(parts, whole.tensor_split(world, dim), strict=True):
-            assert torch.equal(found[column], expected)
+    if torch_geometric.typing.WITH_PYG_LIB or torch_geometric.typing.WITH_TORCH_SPARSE:
+        batch = next(iter(loader))
+        assert torch.equal(batch.x, stored.rows("x", batch.n_id))
