@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from torch_geometric.loader import NeighborLoader
 from torch_geometric.sampler import NodeSamplerInput
 
 import gmoe.data.stored
-from gmoe import NeighborSampler, StoredGraph, neighbor_loader
+from gmoe import GNNMoE, NeighborSampler, StoredGraph, neighbor_loader
 from tests.gmoe.data.sampled import draw, graph
 from tests.gmoe.data.stored_files import store, write
 
-NODES, EDGES = 60, 400
+NODES, EDGES, LARGE, WIDTH = 60, 400, 500_000, 128
+
+
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
 
 def made_graph(labels: Any = None) -> Data:
@@ -41,7 +45,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("half", [False, True])
 def test_it_hands_out_what_was_stored(tmp_path: Path, half: bool) -> None:
-    data = store(tmp_path, made_graph(), half, train=torch.tensor([5, 3]))
+    data = made_graph(torch.rand(NODES, 3) if half else None)  # labels of several tasks
+    data = store(tmp_path, data, half, train=torch.tensor([5, 3]))
     stored = StoredGraph(tmp_path)
     assert (stored.num_nodes, stored.num_edges, stored.x_dim) == (NODES, data.num_edges, 4)
     assert (stored.info["name"], stored.val) == ("test", None)
@@ -67,12 +72,6 @@ def test_it_hands_out_what_was_stored(tmp_path: Path, half: bool) -> None:
         assert torch.equal(torch.stack(stored.in_edges(nodes)), data.edge_index[:, into])
 
 
-def test_labels_of_several_tasks(tmp_path: Path) -> None:
-    labels = torch.rand(NODES, 3).half()
-    store(tmp_path, made_graph(labels))
-    assert torch.equal(StoredGraph(tmp_path).rows("y", torch.tensor([4, 2])), labels[[4, 2]].float())
-
-
 def test_it_is_read_only(folder: Path) -> None:
     stored = StoredGraph(folder)
     with pytest.raises(TypeError, match="read-only"):
@@ -90,10 +89,8 @@ def test_a_pickle_is_a_path(folder: Path) -> None:
     for thing in (stored, sampler):
         assert len(pickle.dumps(thing)) < 1024
     assert str(pickle.loads(pickle.dumps(stored))) == str(stored)
-    edges = [draw(each, range(10), 0).edge for each in (sampler, pickle.loads(pickle.dumps(sampler)))]
-    assert edges[0] is not None
-    assert edges[1] is not None
-    assert torch.equal(edges[0], edges[1])
+    edges: list[Any] = [draw(each, range(10), 0).edge for each in (sampler, pickle.loads(pickle.dumps(sampler)))]
+    assert torch.equal(*edges)
 
 
 # what it refuses
@@ -118,28 +115,20 @@ def test_what_the_description_must_be(folder: Path) -> None:
             StoredGraph(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("start", np.arange(NODES + 1, dtype=np.int32)),
+def test_what_the_arrays_must_be(folder: Path) -> None:
+    arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
+    for name, value in [
+        ("start", arrays["start"].astype(np.int32)),
         ("start", np.arange(NODES + 1)),  # ends before the last edge
-        ("source", np.zeros(5)),
-        ("x", np.zeros((NODES, 2))),
-        ("x", np.zeros(NODES, np.float32)),
+        ("source", arrays["source"].astype(np.int64)),
+        *(("x", np.zeros(shape, dtype)) for shape, dtype in (((NODES, 2), "f8"), (NODES, "f4"), ((NODES, 2), ">f4"))),
         ("x", np.zeros((2, NODES), np.float32).T),
-        ("x", np.zeros((NODES, 2), ">f4")),
         ("y", np.zeros(3, np.int64)),
         ("train", np.zeros(3, np.int16)),
-    ],
-)
-def test_what_the_arrays_must_be(folder: Path, name: str, value: np.ndarray) -> None:
-    arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")} | {name: value}
-    if name == "source":
-        arrays["start"][:] = 0
-        arrays["start"][-1] = len(value)
-    write(folder, arrays)
-    with pytest.raises(ValueError, match=rf"/{name}\.npy: got"):
-        StoredGraph(folder)
+    ]:
+        write(folder, arrays | {name: value})
+        with pytest.raises(ValueError, match=rf"/{name}\.npy: got"):
+            StoredGraph(folder)
 
 
 def test_files_that_are_cut_or_gone_or_others(folder: Path) -> None:
@@ -188,7 +177,7 @@ def test_verify_reads_everything(folder: Path, block: int, monkeypatch: pytest.M
 
 
 def assert_same_batches(folder: Path, data: Data, fanouts: list[int], seeds: Any, **kwargs: Any) -> None:
-    """Of the stored graph and the one in memory."""
+    """The loaders of the stored graph and of the one in memory agree."""
     found = []
     for given in (StoredGraph(folder), data):
         torch.manual_seed(3)
@@ -214,8 +203,7 @@ def test_batches_are_those_in_memory(tmp_path: Path, half: bool, replace: bool, 
 
 
 @pytest.mark.parametrize(
-    "context",
-    ["fork", pytest.param("spawn", marks=pytest.mark.slow), pytest.param("forkserver", marks=pytest.mark.slow)],
+    "context", ["fork", *(pytest.param(c, marks=pytest.mark.slow) for c in ("spawn", "forkserver"))]
 )
 def test_batches_of_two_workers_are_those_in_memory(tmp_path: Path, context: str) -> None:
     data = store(tmp_path, made_graph(), half=True)
@@ -225,10 +213,7 @@ def test_batches_of_two_workers_are_those_in_memory(tmp_path: Path, context: str
 def test_a_graph_without_edges(tmp_path: Path) -> None:
     data = Data(x=torch.rand(5, 2), edge_index=torch.empty(2, 0, dtype=torch.int64), y=torch.arange(5))
     data = store(tmp_path, data, train=torch.empty(0, dtype=torch.int64))
-    stored = StoredGraph(tmp_path)
-    stored.verify()
-    assert stored.train is not None
-    assert stored.train.tolist() == []
+    StoredGraph(tmp_path).verify()
     assert_same_batches(tmp_path, data, [2, 2], None)
 
 
@@ -243,3 +228,54 @@ def test_pyg_reads_it_where_pyg_can_sample(folder: Path) -> None:
     if torch_geometric.typing.WITH_PYG_LIB or torch_geometric.typing.WITH_TORCH_SPARSE:
         batch = next(iter(loader))
         assert torch.equal(batch.x, stored.rows("x", batch.n_id))
+
+
+# its memory
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 M edges, in-degrees from 0 to thousands; files of 160 MB."""
+    generator = np.random.default_rng(0)
+    degree = np.minimum(generator.pareto(1.5, LARGE) * 8, 5_000).astype(np.int64)
+    node = np.repeat(np.arange(LARGE), degree)
+    source = generator.integers(LARGE, size=len(node))
+    source = source[np.lexsort((source, node))].astype(np.int32)
+    x = generator.standard_normal((LARGE, WIDTH), dtype=np.float32).astype(np.float16)
+    start = np.concatenate([[0], degree.cumsum()])
+    path = tmp_path_factory.mktemp("large")
+    write(path, {"start": start, "source": source, "x": x, "y": np.arange(LARGE) % 10})
+    return path
+
+
+def anonymous() -> float:
+    """MB of memory that is not of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
+
+
+@needs_proc
+@pytest.mark.slow
+def test_memory_is_flat_while_sampling(large: Path) -> None:
+    before = anonymous()
+    graph = StoredGraph(large)
+    opened, used = anonymous(), list[float]()
+    for batch, _ in zip(neighbor_loader(graph, [10, 5], batch_size=256, shuffle=True), range(400), strict=False):
+        assert batch.x.dtype == torch.float32
+        used.append(anonymous())
+    assert opened - before < 1
+    assert max(used[100:]) - max(used[:100]) < 8
+    assert max(used) - before < 40
+
+
+@needs_proc
+@pytest.mark.slow
+def test_memory_of_inference_is_that_of_a_block(large: Path, tmp_path: Path) -> None:
+    model, peaks = GNNMoE(WIDTH, 64, 10, num_experts=4).eval(), list[float]()
+    assert model.convs[0].router is not None
+    for module in (*model.convs, model.convs[0].router):
+        module.register_forward_hook(lambda *_: peaks.append(anonymous()))
+    before = anonymous()
+    logits = model.inference(StoredGraph(large), batch_size=4_096, folder=tmp_path)
+    assert logits.shape == (LARGE, 10)
+    assert max(peaks) - before < 80
