@@ -32,7 +32,6 @@ ROOMS: dict[str, frozenset[str]] = {
 LAZY = {
     "gmoe": tuple(ROOMS),
     "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn"),
-    "gmoe.data.loader": ("cugraph_pyg",),
     "gmoe.hub": ("huggingface_hub", "safetensors"),
 }
 """Who may import what of it inside of functions, or for the type checker."""

@@ -181,7 +181,7 @@ class PartByPart:
 
     def stored_part(self, graph: StoredGraph, rows: slice) -> tuple[Tensor, Graph]:
         """:meth:`Graph.part` of a stored graph."""
-        source, destination = graph.edges_of(int(graph.start[rows.start]), int(graph.start[rows.stop]))
+        source, destination = graph.in_edges(rows)
         nodes, source = numbered(torch.arange(rows.start, rows.stop), source)
         edge_index, size = torch.stack([source, destination - rows.start]), rows.stop - rows.start
         if not len(source):
@@ -205,9 +205,9 @@ class PartByPart:
         """(N,) the self-loops of each node of a stored graph, in a file."""
         assert isinstance(self.graph, StoredGraph)
         assert self.folder is not None
-        start, loops = self.graph.start, create_npy(self.folder / "loops.npy", torch.int32, (self.num_nodes,))
+        loops = create_npy(self.folder / "loops.npy", torch.int32, (self.num_nodes,))
         for rows in self.ranges("Loops"):
-            source, node = self.graph.edges_of(int(start[rows.start]), int(start[rows.stop]))
+            source, node = self.graph.in_edges(rows)
             loops[rows] = (node[source == node] - rows.start).bincount(minlength=rows.stop - rows.start).int()
         return loops
 
