@@ -470,7 +470,7 @@ def numbered(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     return nodes, place[inverse[len(first) :]]
 
 
-def parameters_of(conv: MessagePassing) -> tuple[str, ...]:
+def parameters_of(conv: torch.nn.Module) -> tuple[str, ...]:
     """The arguments of the conv's forward, in order."""
     return _parameters_of(type(conv).forward)
 

@@ -18,9 +18,9 @@ from torch_geometric.nn.resolver import activation_resolver, normalization_resol
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check, check_choice, check_count, check_counts
+from gmoe._checks import check, check_choice, check_counts
 from gmoe.conv.aggregate import FilterConv
-from gmoe.conv.graph import Graph, check_batch, parameters_of
+from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.kinds import CONVS, OPTIONS, OWN, ConvLike, Make, factory_of, kinds_of
 from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view, router_width
 from gmoe.conv.separate import run
@@ -106,9 +106,8 @@ class GNNMoE(HubMixin, nn.Module):
         **conv_kwargs: Any,
     ) -> None:
         config = recorded(locals(), "conv_kwargs", conv=CONVS | OWN, shared_expert=CONVS | OWN, router=ROUTERS)
-        check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels, every=every)
-        check_count("num_layers", num_layers)
-        check_choice("residual", residual, get_args(Residual))
+        check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
+        check_counts(num_layers=num_layers, every=every)
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
         super().__init__()
         self.config = config
@@ -119,16 +118,15 @@ class GNNMoE(HubMixin, nn.Module):
         of_moe = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
         self.local = of_moe.get("local")
         of_moe |= {"num_experts": len(kinds_of(conv, num_experts)), "k": k, "router_input": self.router_input}
-        several = isinstance(router, Router) and len(self.moe_layers) > 1 and not shared_router
-        check(not several, "router", "an instance for several layers", "a name or a factory")
+        fits = not isinstance(router, Router) or len(self.moe_layers) < 2 or shared_router
+        check(fits, "router", "an instance for several layers", "a name or a factory")
         self.shared_router = _shared_router(router, in_channels, of_moe) if shared_router and self.moe_layers else None
         of_moe["router"] = None if shared_router else router
         widths = [hidden_channels if in_proj else in_channels, *[hidden_channels] * (num_layers - 1)]
-        outs = [*[hidden_channels] * (num_layers - 1), out_channels if jk is None else hidden_channels]
         self.convs = nn.ModuleList()
-        for layer, (width, out) in enumerate(zip(widths, outs, strict=True)):
+        for layer, width in enumerate(widths):
             hidden, options = jk is not None or layer < num_layers - 1, of_moe if layer in self.moe_layers else None
-            made = _conv(conv, width, out, hidden, options, conv_kwargs)
+            made = _conv(conv, width, hidden_channels if hidden else out_channels, hidden, options, conv_kwargs)
             self.convs.append(made)
             if isinstance(made, MoEConv) and self.shared_router is not None:  # what it costs follows from the router
                 made.k, made.experts_per_token = self.shared_router.k, self.shared_router.experts_per_token
@@ -137,17 +135,14 @@ class GNNMoE(HubMixin, nn.Module):
         check(self.act is None or callable(self.act), "act", repr(act), "a name, a function or None")
         norm_layer = normalization_resolver(norm, hidden_channels) or nn.Identity()
         self.norms = nn.ModuleList(copy.deepcopy(norm_layer) for _ in range(num_layers - (jk is None)))
-        self.norm_takes_batch = "batch" in inspect.signature(norm_layer.forward).parameters
+        self.norm_takes_batch = "batch" in parameters_of(norm_layer)
         self.dropout, self.input_dropout = nn.Dropout(dropout), nn.Dropout(input_dropout)
         if jk is not None:
             if jk != "last":
                 self.jk = JumpingKnowledge(jk, hidden_channels, num_layers)
-            self.lin = nn.Linear(num_layers * hidden_channels if jk == "cat" else hidden_channels, out_channels)
+            self.lin = nn.Linear(hidden_channels * (num_layers if jk == "cat" else 1), out_channels)
         self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None
-        self.residuals = nn.ModuleList()
-        for width in widths[: 0 if residual == "none" else len(self.norms)]:
-            same = residual == "identity" and width == hidden_channels
-            self.residuals.append(nn.Identity() if same else nn.Linear(width, hidden_channels))
+        self.residuals = _residuals(residual, widths[: len(self.norms)], hidden_channels)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -167,7 +162,6 @@ class GNNMoE(HubMixin, nn.Module):
         if self.shared_router is None:
             raise ValueError("shared_router: got False, expected True to decide once")
         graph = self._graph(x, edge_index, None, None)
-        check_batch(batch, x.size(0))
         routing: Routing = self.shared_router(self.view(x, graph), batch, graph.edge_index)
         return routing
 
@@ -333,6 +327,14 @@ def _moe_layers(num_layers: int, every: int, jk: str | None) -> list[int]:
     got = f"{every} with num_layers={num_layers} and jk={jk!r}, which leaves no hidden layer for a MoE"
     check(found, "every", got, "more layers, a smaller every, or jk='last'")
     return found
+
+
+def _residuals(residual: Residual, widths: list[int], hidden_channels: int) -> nn.ModuleList:
+    """The maps of what is added to each hidden conv."""
+    check_choice("residual", residual, get_args(Residual))
+    same = [residual == "identity" and width == hidden_channels for width in widths]
+    made = [nn.Identity() if s else nn.Linear(w, hidden_channels) for s, w in zip(same, widths, strict=True)]
+    return nn.ModuleList([] if residual == "none" else made)
 
 
 def _shared_router(router: Any, in_channels: int, of_moe: dict[str, Any]) -> Router:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gmoe._checks import check, check_count
 from gmoe.conv.base import refuse_far
-from gmoe.conv.graph import Graph, check_batch, numbered
+from gmoe.conv.graph import Graph, numbered
 from gmoe.conv.kinds import looks_one_hop
 from gmoe.conv.moe_conv import MoEConv
 from gmoe.data.stored import StoredGraph, create_npy
@@ -62,7 +62,6 @@ def inference(
         raise ValueError(f"loader: got one over {type(data).__name__}, expected a Data with x and edge_index")
     x, batch, home = data.x, data.get("batch"), torch.device(embedding_device)
     graph = model._graph(x, data.edge_index, data.get("edge_weight"), data.get("edge_attr"))
-    check_batch(batch, x.size(0))
     way = PartByPart(model, graph, device, batch_size, progress_bar, home, batch=batch)
     logits = way.run(x.to(home))
     return (logits, way.routings) if return_routing else logits
