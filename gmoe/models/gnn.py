@@ -112,8 +112,7 @@ class GNNMoE(HubMixin, nn.Module):
         super().__init__()
         self.config = config
         self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
-        self.num_layers, self.jk_mode = num_layers, jk
-        self.router_input = router_parts(router_input)
+        self.num_layers, self.jk_mode, self.router_input = num_layers, jk, router_parts(router_input)
         self.moe_layers = _moe_layers(num_layers, every, jk) if router is not None else []
         of_moe = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
         self.local = of_moe.get("local")
