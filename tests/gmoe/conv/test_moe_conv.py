@@ -76,7 +76,7 @@ def test_neighbors_vote_along_the_edges() -> None:
     assert turned.router is not None
     scores = turned(x, edge_index, return_routing=True)[1].scores
     torch.testing.assert_close(scores, turned.router(x, None, edge_index.flip(0)).scores)
-    with pytest.raises(ValueError, match="got bipartite input"):
+    with pytest.raises(ValueError, match="x: got a tuple"):
         layer("sage", **options)((x, x[:5]), edge_index % 5)
 
 
@@ -247,8 +247,11 @@ def test_a_given_routing_is_followed_without_the_router() -> None:
     assert routing is given
     for wrong, message in (
         (None, r"routing: got None, expected a Routing, since .* router=None"),
-        (routing_of(torch.ones(NODES, 2)), "routing: got 8 tokens and 2 experts, expected 8 and 3"),
-        ("token_choice", "routing: got str, expected a Routing"),
+        (
+            routing_of(torch.ones(NODES, 2)),
+            "routing: got Routing.8 tokens, 2 experts.*expected a Routing of 8",
+        ),
+        ("token_choice", "routing: got 'token_choice', expected a Routing"),
     ):
         with pytest.raises(ValueError, match=message):
             moe(x, edge_index, routing=wrong)
@@ -326,14 +329,14 @@ X = torch.randn(NODES, WIDTH)
         (torch.randn(NODES, 5), {}, r"x: got .*\(8, 5\).*expected \(number of nodes, 4\)"),
         (torch.randn(2, NODES, 4), {}, r"x: got .*\(2, 8, 4\).*expected \(number of nodes, 4\)"),
         (None, {}, "x: got NoneType, expected a tensor"),
-        ((X, None), {}, r"x: got no destination nodes, expected|size: got None, expected \(sources, destinations\)"),
+        ((X, None), {}, r"(x|size): got .*, expected"),
         ((None, X), {}, r"x: got \['NoneType', 'Tensor'\], expected a tensor"),
-        (X.to_sparse(), {}, r"x: got a tensor of layout torch.sparse_coo, expected a dense one"),
-        (X[None], {}, r"x: got source and destination nodes of shapes .* see batch="),
+        (X.to_sparse(), {}, r"x: got .*torch.sparse_coo, expected"),
+        (X[None], {}, r"x: got nodes of shape .* see batch="),
         (X, {"size": (3, 3)}, r"size: got \(3, 3\), expected"),
         (X, {"return_attention_weights": True}, r"return_attention_weights: got True, expected None"),
         ([X], {}, r"x: got \['Tensor'\], expected a tensor"),
-        (X.long(), {}, "x: got torch.int64 .*expected floats"),
+        (X.long(), {}, "x: got .*torch.int64"),
         (
             X.fill_(0.5),
             {"batch": torch.zeros(3, dtype=torch.long)},

