@@ -18,18 +18,8 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 
 from gmoe._checks import check, check_choice, check_count, nearest
-from gmoe.conv.aggregate import (
-    FilterConv,
-    FilterExperts,
-    GCNExperts,
-    GINEExperts,
-    GINExperts,
-    GraphConvExperts,
-    MLPConv,
-    MLPConvExperts,
-    SAGEExperts,
-)
-from gmoe.conv.attention import GATExperts, GATv2Experts, TransformerExperts
+from gmoe.conv import aggregate, attention
+from gmoe.conv.aggregate import FilterConv, MLPConv
 from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, probe_copy
 from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.separate import SeparateExperts, run, run_on
@@ -59,16 +49,16 @@ OWN: dict[str, ConvFactory] = {
 """Kinds of experts beside PyG's."""
 
 STACKS: dict[type[MessagePassing], type[StackedExperts]] = {
-    FilterConv: FilterExperts,
-    MLPConv: MLPConvExperts,
-    pyg.GATConv: GATExperts,
-    pyg.GATv2Conv: GATv2Experts,
-    pyg.GCNConv: GCNExperts,
-    pyg.GINConv: GINExperts,
-    pyg.GINEConv: GINEExperts,
-    pyg.GraphConv: GraphConvExperts,
-    pyg.SAGEConv: SAGEExperts,
-    pyg.TransformerConv: TransformerExperts,
+    FilterConv: aggregate.FilterExperts,
+    MLPConv: aggregate.MLPConvExperts,
+    pyg.GATConv: attention.GATExperts,
+    pyg.GATv2Conv: attention.GATv2Experts,
+    pyg.GCNConv: aggregate.GCNExperts,
+    pyg.GINConv: aggregate.GINExperts,
+    pyg.GINEConv: aggregate.GINEExperts,
+    pyg.GraphConv: aggregate.GraphConvExperts,
+    pyg.SAGEConv: aggregate.SAGEExperts,
+    pyg.TransformerConv: attention.TransformerExperts,
 }
 """Classes whose experts are stacked; a subclass of one may compute something else."""
 
@@ -80,24 +70,20 @@ verified for each layer that is built."""
 SOURCES_ALONE = frozenset(CONVS[name] for name in ("sage", "graph", "gin", "gine", "gat"))
 """Classes that take destinations without features, as if these were zeros."""
 
-
 ADAPTED = (pyg.GINConv, pyg.GINEConv, pyg.CGConv, pyg.SimpleConv)
 """Classes not built as ``(in_channels, out_channels)`` that are made to."""
 
 
-def _adapted(cls: Any, in_channels: Any, out_channels: int, *args: Any, **kwargs: Any) -> MessagePassing:
+def _adapted(cls: ConvFactory, in_channels: Any, out_channels: int, *args: Any, **kwargs: Any) -> MessagePassing:
     """GIN(E) around the two-layer MLP of PyG's ``GIN`` model; the others of :data:`ADAPTED` keep the width."""
     widths = [in_channels] if isinstance(in_channels, int) else list(in_channels)
-    made: MessagePassing
     if cls is pyg.GINConv or cls is pyg.GINEConv:
         legal = "none: it is made, or a factory (in_channels, out_channels) -> conv with another one for each expert"
         check("nn" not in kwargs and not any(isinstance(arg, nn.Module) for arg in args), "nn", "a network", legal)
-        made = cls(pyg.MLP([widths[0], out_channels, out_channels], norm=None), *args, **kwargs)
-        return made
+        return cls(pyg.MLP([widths[0], out_channels, out_channels], norm=None), *args, **kwargs)
     same = set(widths) == {out_channels}
-    check(same, "out_channels", f"{out_channels} for {cls.__name__}", f"in_channels={in_channels}")
-    made = cls(*args, **kwargs) if cls is pyg.SimpleConv else cls(in_channels, *args, **kwargs)
-    return made
+    check(same, "out_channels", f"{out_channels} for {name_of(cls)}", f"in_channels={in_channels}")
+    return cls(*args, **kwargs) if cls is pyg.SimpleConv else cls(in_channels, *args, **kwargs)
 
 
 OPTIONS = (

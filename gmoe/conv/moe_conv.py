@@ -136,7 +136,7 @@ class MoEConv(MoELayer, MessagePassing):
         self.router: Router | None = None
         self.experts: Any = None
         self.shared_expert: Any = None
-        self.transform: nn.ModuleList | None = None
+        self.transform: Any = None
         self.gain: nn.Parameter | None = None
         if -1 in widths:
             self.register_load_state_dict_pre_hook(_needs_widths)
@@ -185,7 +185,7 @@ class MoEConv(MoELayer, MessagePassing):
             shared.reset_parameters()
         if self.gain is not None:
             nn.init.zeros_(self.gain)
-        routed: list[Any] = [*(self.transform or ()), self.experts, self.router]
+        routed = [*(self.transform or ()), self.experts, self.router]
         with nullcontext() if shared is None else drawn_apart():
             for part in routed:
                 if part is not None:
@@ -282,7 +282,6 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _transformed(self, x_src: Tensor, x_dst: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes as router and routed experts get them."""
-        assert self.transform is not None
         u_dst = self.transform[-1](x_dst)  # that of the sources too, where they are as wide
         return (u_dst if x_src is x_dst else self.transform[0](x_src)), u_dst
 
