@@ -291,12 +291,12 @@ def _folded(linears: list[nn.Linear], norm: nn.Module | None) -> tuple[Tensor, T
 
 def _moe_conv(name: str, conv: Any, *, upcycle: bool, **options: Any) -> Any:
     """The layer in place of a PyG conv: copies of it as its experts and, frozen if it is, as the shared one."""
-    from gmoe.conv.kinds import CopyOf, output_width
+    from gmoe.conv.kinds import CopyOf, Trial
     from gmoe.conv.moe_conv import MoEConv
 
     matrices = [parameter for parameter in conv.parameters() if parameter.dim() == 2]  # of a GIN, which has no widths
     width = getattr(conv, "in_channels", None) or next((matrix.size(1) for matrix in matrices), 0)
-    out: Any = getattr(conv, "out_channels", None) or (width and output_width(conv, width))
+    out: Any = getattr(conv, "out_channels", None) or (width and Trial(conv, width).width)
     legal = "a conv with in_channels and out_channels"
     check(out, "model", f"{name}, a {type(conv).__name__} of unknown widths", legal)
     frozen = {not parameter.requires_grad for parameter in conv.parameters()}

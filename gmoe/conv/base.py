@@ -207,10 +207,8 @@ def refuse_far(convs: Iterable[MessagePassing]) -> None:
     """
     names = ", ".join(sorted({type(conv).__name__ for conv in convs}))
     if names:
-        raise RuntimeError(
-            f"inference: {names} looks further than one hop, or is not known not to, so that it has no "
-            "layer-wise inference; call the model on the whole graph, or say local=True of a conv of your own"
-        )
+        way = "call the model on the whole graph, or say local=True of your conv"
+        raise RuntimeError(f"inference: {names} looks further than one hop, or is not known not to; {way}")
 
 
 def is_plain(linear: LinearExperts) -> bool:
@@ -226,22 +224,18 @@ def tokens_of(routing: Routing) -> Iterator[Tensor]:
 
 def probe_copy(module: nn.Module) -> Any:
     """A float64 copy on the CPU, in training mode and without dropout, to be tried out; random if it has no values."""
-    probe = copy.deepcopy(module)
+    probe: Any = copy.deepcopy(module)
     if any(value.is_meta for value in (*probe.parameters(), *probe.buffers())):
-        probe = probe.to_empty(device="cpu")
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in probe.parameters():
-                parameter.normal_(generator=generator)
-            for buffer in probe.buffers():
-                buffer.fill_(1)
+        probe, generator = probe.to_empty(device="cpu"), torch.Generator().manual_seed(0)
+        for parameter in probe.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        for buffer in probe.buffers():
+            buffer.fill_(1)
     probe = probe.cpu().double().train()
     for part in probe.modules():
-        rate: Any = getattr(part, "dropout", None)  # as PyG's layers call it: a number, or one for each layer
+        rate = getattr(part, "dropout", None)  # of PyG's layers: a number, or one for each layer
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        elif isinstance(rate, float):
-            setattr(part, "dropout", 0.0)  # noqa: B010
-        elif isinstance(rate, list):
-            setattr(part, "dropout", [0.0] * len(rate))  # noqa: B010
+        elif isinstance(rate, float | list):
+            part.dropout = 0.0 if isinstance(rate, float) else [0.0] * len(rate)
     return probe

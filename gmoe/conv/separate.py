@@ -21,7 +21,7 @@ class SeparateExperts(ConvExperts):
 
     Args:
         convs: the E convs.
-        local: for each of them, whether it is local.
+        local: for each of them, if it is local.
     """
 
     def __init__(self, convs: Sequence[MessagePassing], local: Sequence[bool]) -> None:
@@ -49,29 +49,23 @@ class SeparateExperts(ConvExperts):
         return list(self.members)
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        tokens = list(tokens_of(routing))
-        outs: list[Tensor | None] = [None] * len(tokens)
-        for index, (conv, token) in enumerate(zip(self.members, tokens, strict=True)):
-            if token.numel():
-                outs[index] = self._run(index, conv, graph, x_src, x_dst, token)
-        done = [out for out in outs if out is not None]
-        if not done:
-            done = [run(self.members[0], graph, x_src, x_dst)[:0]]
-        y = combine(torch.cat(of_one_width(done)), routing)
+        outs, idle = list[Tensor](), list[Tensor]()
+        for conv, local, token in zip(self.members, self.is_local, tokens_of(routing), strict=True):
+            # loops of a bipartite graph join nodes of equal index, which a part keeps only where N_src >= N_dst
+            misaligned = getattr(conv, "add_self_loops", False) and graph.num_src < graph.num_dst
+            if not token.numel():
+                idle += conv.parameters()
+            elif not local or conv.explain or misaligned:  # a mask is of the whole graph's edges
+                outs.append(run(conv, graph, x_src, x_dst).index_select(0, token))
+            else:
+                outs.append(run_on(conv, graph, x_src, x_dst, token))
+        outs = outs or [run(self.members[0], graph, x_src, x_dst)[:0]]
+        y = combine(torch.cat(of_one_width(outs)), routing)
         # experts without a token get zero gradients, not None, or DDP would wait for them
-        idle = [p for out, conv in zip(outs, self.members, strict=True) if out is None for p in conv.parameters()]
         return y + sum(((p * 0).sum() for p in idle), y.new_zeros(())).to(y.dtype) if idle else y
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
         return run(self.members[0], graph, x_src, x_dst)
-
-    def _run(self, index: int, conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor) -> Tensor:
-        """The conv's rows of ``token``."""
-        # loops of a bipartite graph join nodes of equal index, which a part keeps only where N_src >= N_dst
-        misaligned = getattr(conv, "add_self_loops", False) and graph.num_src < graph.num_dst
-        if not self.is_local[index] or conv.explain or misaligned:  # a mask is of the whole graph's edges
-            return run(conv, graph, x_src, x_dst).index_select(0, token)
-        return run_on(conv, graph, x_src, x_dst, token)
 
 
 def run(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
