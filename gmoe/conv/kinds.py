@@ -283,7 +283,9 @@ def _fixed(value: Any) -> Hashable:
         return tuple(_fixed(part) for part in value)
     if isinstance(value, bool | int | float | str | None):
         return type(value), value
-    return id(value) if isinstance(value, torch.Tensor) or callable(value) else None
+    if isinstance(value, torch.Tensor):
+        return _fixed(value.tolist())
+    return id(value) if callable(value) else None
 
 
 def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) -> bool:

@@ -235,7 +235,8 @@ class MoEConv(MoELayer, MessagePassing):
                 raise ValueError(f"x: got {got}, expected {legal}")
         sizes = (x_src.size(0), x_dst.size(0))
         if size is not None and (not isinstance(size, tuple | list) or tuple(size) != sizes):
-            raise ValueError(f"size: got {size}, expected {sizes} source and destination nodes, as x has")
+            got = type(size).__name__ if isinstance(size, Tensor) else size
+            raise ValueError(f"size: got {got}, expected {sizes} source and destination nodes, as x has")
         for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
             if value is not None and name not in self.edge_names:
                 raise ValueError(f"{name}: got a tensor, but the conv takes {sorted(self.edge_names) or 'none'}")

@@ -16,7 +16,7 @@ from torch_geometric.utils import degree
 from gmoe import FilterConv, GNNMoE, MoEConv
 from gmoe.conv.aggregate import GCNExperts
 from gmoe.conv.base import StackedExperts
-from gmoe.conv.kinds import CONVS, LOCAL, factory_of, is_local, output_width
+from gmoe.conv.kinds import CONVS, LOCAL, Trial, factory_of
 from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph
 
@@ -164,11 +164,11 @@ def test_bad_widths(value: Any) -> None:
 
 
 def test_output_widths() -> None:
-    assert output_width(FACTORIES["nn"](WIDTH, 5), WIDTH) is None  # asks for edge features
+    assert Trial(FACTORIES["nn"](WIDTH, 5), WIDTH).width is None  # asks for edge features
     for heads, concat, width in ((3, True, 15), (3, False, 5), (1, True, 5)):
-        assert output_width(pyg.GATConv(4, 5, heads=heads, concat=concat), 4) == width
-    assert output_width(pyg.GINConv(nn.Linear(4, 7)), 4) == 7
-    assert output_width(pyg.SuperGATConv(4, 5, heads=2), 4) == 10
+        assert Trial(pyg.GATConv(4, 5, heads=heads, concat=concat), 4).width == width
+    assert Trial(pyg.GINConv(nn.Linear(4, 7)), 4).width == 7
+    assert Trial(pyg.SuperGATConv(4, 5, heads=2), 4).width == 10
 
 
 def test_how_many_experts_there_are() -> None:
@@ -256,7 +256,7 @@ class CenteredWhereNegative(GatedSum):
 def test_local_is_refused_where_it_is_not_true(cls: Any) -> None:
     with pytest.raises(ValueError, match=f"local: got True, but {cls.__name__} .*expected None or False"):
         MoEConv(cls, 4, 4, local=True, shared_expert=False)
-    assert not is_local(cls(4, 4), 4)
+    assert not Trial(cls(4, 4), 4).is_local
 
 
 def test_a_conv_of_ones_own_that_is_local_takes_the_local_path() -> None:
@@ -292,10 +292,10 @@ def test_trying_a_conv_out_leaves_it_alone_and_draws_nothing() -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     gin, gat = pyg.GINConv(network).eval(), pyg.GATConv(4, 4, dropout=0.6)
     before, drawn = {name: value.clone() for name, value in gin.state_dict().items()}, torch.get_rng_state()
-    assert (is_local(gin, 4), is_local(gat, 4)) == (False, True)
-    assert (output_width(gin, 4), output_width(gat, 4)) == (4, 4)
+    assert (Trial(gin, 4).is_local, Trial(gat, 4).is_local) == (False, True)
+    assert (Trial(gin, 4).width, Trial(gat, 4).width) == (4, 4)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert [gin.training, network[2].p, gat.dropout] == [False, 0.5, 0.6]
     assert all(torch.equal(value, before[name]) for name, value in gin.state_dict().items())
-    assert is_local(pyg.GATConv(4, 4, edge_dim=3), 4)
-    assert is_local(pyg.SAGEConv((3, 5), 4), (3, 5))
+    assert Trial(pyg.GATConv(4, 4, edge_dim=3), 4).is_local
+    assert Trial(pyg.SAGEConv((3, 5), 4), (3, 5)).is_local
