@@ -175,7 +175,7 @@ def test_the_other_flow() -> None:
     layer = MoEConv("gcn", 4, 4, num_experts=2, flow="target_to_source").double()
     assert torch.equal(layer(x, turned), layer(x, edges))
     for flow, graph in (("source_to_target", turned), ("target_to_source", Graph(edges, 9))):
-        with pytest.raises(ValueError, match="edge_index: got Graph.* of flow"):
+        with pytest.raises(ValueError, match=r"edge_index: got Graph.* of flow"):
             MoEConv("gcn", 4, 4, num_experts=2, flow=flow).double()(x, graph)
     with pytest.raises(ValueError, match="edge_index: got Tensor for flow='target_to_source'"):
         Graph(csr(edges.unique(dim=1), (9, 9)), 9, flow="target_to_source")
