@@ -84,8 +84,7 @@ def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     notebook = nbformat.reads(json.dumps(jupyter_notebook(blocks, config, str(path.parent))), as_version=4)
     for key, value in environment().items():
         monkeypatch.setenv(key, value)
-    done = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-    ).execute()
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    done = client.execute()
     printed = "".join(out.get("text", "") for cell in done.cells for out in cell.get("outputs", []))
     assert re.search(r"test accuracy +\d+\.\d", printed), printed
