@@ -139,7 +139,7 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "Mlp with a norm": partial(Mlp, 8, 12, norm_layer=nn.LayerNorm, bias=(False, True)),
     "Llama, no activation of its own": Llama,
     "Llama, tanh-GELU": partial(Llama, partial(F.gelu, approximate="tanh")),
-    "an activation in place": partial(Mlp, 8, 12, act_layer=partial(nn.ReLU, inplace=True)),
+    "an activation in place": lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(inplace=True), nn.Linear(12, 8)),
     "nn.GLU": lambda: nn.Sequential(nn.Linear(8, 24), nn.GLU(), nn.Linear(12, 8)),
     "a norm first (MaxViT)": lambda: nn.Sequential(nn.LayerNorm(8), *plain_mlp()),
     "narrower at the end": lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8, bias=False)),

@@ -24,6 +24,7 @@ from gmoe import OracleRouter, Routing, RoutingStats, ViTMoE, ViTSize, build_rou
 from gmoe.plot import expert_load, expert_maps, palette, patch_weights
 
 SIZE = ViTSize(image_size=12, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8)
+IMAGE = torch.zeros(3, 12, 12)
 
 
 def of_assignment(assignment: Tensor, experts: int) -> Routing:
@@ -46,9 +47,8 @@ def test_pyplot_is_left_alone() -> None:
     subprocess.run([sys.executable, "-c", script, "/dev/null"], check=True)
 
 
-@pytest.mark.parametrize("experts", [1, 10, 20, 64])
-def test_colors_differ(experts: int) -> None:
-    assert len(set(palette(experts))) == experts
+def test_colors_differ() -> None:
+    assert len(set(palette(64))) == 64
 
 
 # Images
@@ -66,13 +66,11 @@ def swin() -> nn.Module:
     ("build", "shape", "grids", "prefix"),
     [
         (partial(ViTMoE, SIZE, router=None), (12, 12), [(3, 3)], 1),
-        (timm_vit, (8, 16), [(2, 4)], 1),
         (partial(timm_vit, reg_tokens=4), (8, 16), [(2, 4)], 5),
         (partial(timm_vit, class_token=False, global_pool="avg"), (8, 16), [(2, 4)], 0),
-        (swin, (16, 24), [(4, 6), (2, 3)], 0),
         (swin, (20, 22), [(5, 5), (3, 3)], 0),  # the last columns are of no patch
     ],
-    ids=["ViTMoE", "timm", "registers", "no class token", "Swin", "padded Swin"],
+    ids=["ViTMoE", "registers", "no class token", "padded Swin"],
 )
 def test_weights_are_those_of_the_patches(
     build: Any, shape: tuple[int, int], grids: list[tuple[int, int]], prefix: int
@@ -99,17 +97,20 @@ def test_compiled_models_of_any_dtype_are_drawn() -> None:
     assert [weight.shape for weight in patch_weights(model, torch.zeros(3, 12, 12))] == [(1, 3, 3, 8)]
 
 
-def test_bad_images_are_refused() -> None:
-    model = ViTMoE(SIZE)
-    with pytest.raises(ValueError, match="images: got shape"):
-        patch_weights(model, torch.zeros(2, 2, 12, 12))
-    with pytest.raises(ValueError, match=r"images: got 10 tokens of 1 images in MoE layer 1.*give patch_size"):
-        patch_weights(ViTMoE(SIZE), torch.zeros(3, 12, 12), patch_size=3)
-    with pytest.raises(ValueError, match="model: got Identity without a patch embedding"):
-        patch_weights(nn.Identity(), torch.zeros(3, 12, 12))
-    for options in ({"strength": 1.5}, {"mean": (0.5,)}, {"titles": ["one", "two"]}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            expert_maps(model, torch.zeros(3, 12, 12), **options)
+@pytest.mark.parametrize(
+    ("model", "images", "options", "argument"),
+    [
+        (ViTMoE(SIZE), torch.zeros(2, 2, 12, 12), {}, "images"),
+        (ViTMoE(SIZE), IMAGE, {"patch_size": 3}, "images.*patch_size"),
+        (nn.Identity(), IMAGE, {}, "model"),
+        (ViTMoE(SIZE), IMAGE, {"strength": 1.5}, "strength"),
+        (ViTMoE(SIZE), IMAGE, {"mean": (0.5,)}, "mean"),
+        (ViTMoE(SIZE), IMAGE, {"titles": ["one", "two"]}, "titles"),
+    ],
+)
+def test_bad_images_are_refused(model: nn.Module, images: Tensor, options: dict[str, Any], argument: str) -> None:
+    with pytest.raises(ValueError, match=argument):
+        expert_maps(model, images, **options)
 
 
 class Fixed(nn.Module):
