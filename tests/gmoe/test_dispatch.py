@@ -157,35 +157,25 @@ def test_routed_linear_follows_autocast_and_takes_mixed_parts() -> None:
 # torch's rules
 
 
-def calls() -> dict[str, tuple[Any, list[Tensor]]]:
-    """Each product as a function of tensors."""
+def mixture(backend: Backend) -> tuple[Any, list[Tensor]]:
+    """The product as a function of tensors."""
     chosen = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) < 0.4
     routing = routing_of(features(6, 4) * chosen)
-    shapes = [(6, 3), (4, 3, 5), (4, 5)]
-    x, weight, bias = (features(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
-    rows = features(routing.token.numel(), 3).requires_grad_()
-
-    def grouped(backend: Backend) -> Any:
-        return lambda x, w, b: grouped_linear(x, w, b, routing.offsets, backend)
-
-    return {
-        "loop": (grouped("loop"), [rows, weight, bias]),
-        "padded": (grouped("padded"), [rows, weight, bias]),
-        "routed": (lambda x, w, b: routed_linear([x[:, :1], x[:, 1:]], w, b, routing), [x, weight, bias]),
-    }
+    leaves = [features(*shape, seed=i).requires_grad_() for i, shape in enumerate([(6, 3), (4, 3, 5), (4, 5)])]
+    return lambda x, weight, bias: routed_linear([x[:, :1], x[:, 1:]], weight, bias, routing, backend), leaves
 
 
-@pytest.mark.parametrize("name", calls())
-def test_second_order_gradients_are_refused(name: str) -> None:
+@each_backend
+def test_second_order_gradients_are_refused(backend: Backend) -> None:
     """Rather than some of their terms lost in silence."""
-    function, leaves = calls()[name]
+    function, leaves = mixture(backend)
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
 
 
-@pytest.mark.parametrize("name", calls())
-def test_compiles_in_one_graph(name: str) -> None:
-    function, leaves = calls()[name]
+@each_backend
+def test_compiles_in_one_graph(backend: Backend) -> None:
+    function, leaves = mixture(backend)
     torch.compiler.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     found, expected = compiled(*leaves), function(*leaves)

@@ -75,9 +75,8 @@ def test_active_parameters_of_a_dense_model_with_a_shared_layer() -> None:
 @pytest.mark.parametrize("shared_router", [False, True])
 def test_active_parameters_of_gnn_moe(shared_router: bool) -> None:
     """Two MoE layers of (D, D), a dense (D, O), identity residuals."""
-    kwargs: Any = {"router": "expert_choice", "router_kwargs": {"capacity_factor": 1.5}, "shared_expert": False}
-    model = GNNMoE(D, D, O, 3, num_experts=E, shared_router=shared_router, **kwargs)
-    assert active_parameters(model) == (1 if shared_router else 2) * D * E + 2 * 1.5 * (D * D + D) + LINEAR
+    model = GNNMoE(D, D, O, 3, num_experts=E, k=2, shared_router=shared_router, shared_expert=False)
+    assert active_parameters(model) == (1 if shared_router else 2) * D * E + 2 * 2 * (D * D + D) + LINEAR
 
 
 ASSIGNMENT = torch.tensor([0, 0, 0, 0, 0, 1, 1, 3, 3, 3])  # loads 5, 2, 0, 3
@@ -92,12 +91,14 @@ def planted(experts: nn.Module) -> MoE:
     [("loop", T), ("grouped", T), ("padded", E * 5), ("auto", T)],  # padded: to the largest load
 )
 def test_flops_of_moe(backend: Any, rows: int) -> None:
-    x = torch.randn(T, D)
-    layer = planted(LinearExperts(D, O, E, backend=backend))
+    layer = planted(MLPExperts(D, 16, O, E, backend=backend))
     added = T * O  # the weighted sum, one add an element
-    assert count_flops(layer, x) == 2 * rows * D * O + added
-    hidden = planted(MLPExperts(D, 16, O, E, backend=backend))
-    assert count_flops(hidden, x) == 2 * rows * (D * 16 + 16 * O) + added
+    assert count_flops(layer, torch.randn(T, D)) == 2 * rows * (D * 16 + 16 * O) + added
+
+
+def test_flops_of_the_router() -> None:
+    gate, product = 2 * T * D * E, 2 * 2 * T * D * O
+    assert count_flops(moe(k=2), torch.randn(T, D)) == gate + product + 2 * T * O
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
@@ -110,17 +111,11 @@ def test_flops_of_the_backward_pass(backend: Any) -> None:
     assert count_flops(planted(experts.requires_grad_(False)), x, backward=True) == 2 * products + sums
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_flops_of_the_router(k: int) -> None:
-    gate, product = 2 * T * D * E, 2 * k * T * D * O
-    assert count_flops(moe(k=k), torch.randn(T, D)) == gate + product + k * T * O
-
-
 def sparse_graph() -> tuple[Tensor, Tensor, int]:
     """Edges, the same as a sparse matrix, and their number."""
     edge_index = random_graph(T, T, 30).unique(dim=1)
     adj = torch.sparse_coo_tensor(edge_index.flip(0), torch.ones(edge_index.size(1)), (T, T), check_invariants=True)
-    return edge_index, adj.coalesce(), edge_index.size(1)
+    return edge_index, adj.to_sparse_csr(), edge_index.size(1)
 
 
 PRODUCTS = [torch.sparse.mm, lambda adj, x: adj @ x, partial(spmm, reduce="sum"), partial(spmm, reduce="mean")]
@@ -131,15 +126,15 @@ def test_flops_of_a_sparse_product(product: Any) -> None:
     """One an edge and channel, as for gathered messages; and as much again for the gradient of the dense side."""
     _, adj, edges = sparse_graph()
     x = torch.randn(T, D, requires_grad=True)
-    call = partial(product, adj.to_sparse_csr())
+    call = partial(product, adj)
     assert count_flops(call, x) == edges * D
     assert count_flops(call, x, backward=True) == 2 * edges * D
 
 
-@pytest.mark.parametrize("form", ["edges", "coo", "csr"])
-def test_flops_of_aggregation(form: str) -> None:
-    edge_index, adj, edges = sparse_graph()
-    graph = {"edges": edge_index, "coo": adj, "csr": adj.to_sparse_csr()}[form]
+@pytest.mark.parametrize("form", [0, 1], ids=["edges", "csr"])
+def test_flops_of_aggregation(form: int) -> None:
+    *forms, edges = sparse_graph()
+    graph = forms[form]
     x = torch.randn(T, D)
     assert count_flops(GCNConv(D, O, normalize=False), x, graph) == 2 * T * D * O + edges * O
     # aggregated once, D wide, for two experts a node
@@ -172,8 +167,6 @@ def test_flops_take_keywords_and_tuples() -> None:
     x = torch.randn(T, D, requires_grad=True)
     plain = count_flops(layer, x, backward=True)
     assert count_flops(layer, x, batch=None, return_routing=True, backward=True) == plain
-    model = GNNMoE(D, D, O, 2, num_experts=E, shared_expert=False)
-    assert count_flops(model, x, random_graph(T, T, 20), return_routing=True, backward=True) > 0
 
 
 def test_match_width() -> None:
@@ -196,15 +189,6 @@ def test_match_width() -> None:
 def test_match_width_refuses_and_names_the_nearest(target: float, kwargs: dict[str, Any], argument: str) -> None:
     with pytest.raises(ValueError, match=f"^{argument}"):
         match_width(lambda width: width**2, target, tolerance=0.01, **kwargs)
-
-
-def test_counting_changes_nothing() -> None:
-    layer, x = moe(), torch.randn(T, D)
-    expected: Tensor = layer(x)
-    count_flops(layer, x, backward=False)
-    active_parameters(layer)
-    assert torch.equal(layer(x), expected)
-    assert all(p.grad is None for p in layer.parameters())
 
 
 def test_counts_do_not_depend_on_the_quickest_order(monkeypatch: pytest.MonkeyPatch) -> None:
