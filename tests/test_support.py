@@ -1,7 +1,7 @@
 """Every cell of the table in ``docs/support.md`` is a test: what is put into what, and whether it works.
 
 ``yes``: outputs and, where it trains, gradients are those without. ``refused``: an error of gmoe's own, which says what
-to use instead. ``no``: torch's or PyG's. ``contract.py`` tests more layers of each kind.
+to use instead. ``no``: torch's or PyG's. ``test_contract.py`` runs the clauses of the contract.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def differentiates_twice(case: Case) -> None:
     torch.stack([gradient.square().sum() for gradient in gradients]).sum().backward()
 
 
-class Conv(nn.Module):
+class Wrapped(nn.Module):
     """A model of one conv of open widths."""
 
     def __init__(self) -> None:
@@ -113,8 +113,7 @@ class Conv(nn.Module):
 
 
 def becomes_hetero(case: Case) -> None:
-    layer = case.make()
-    model = to_hetero(layer if isinstance(layer, gmoe.GNNMoE) else Conv(), METADATA)
+    model = to_hetero(case.make() if case.name.startswith("GNNMoE") else Wrapped(), METADATA)
     args, _ = contract.relations(contract.GROUPS)
     assert rows(model(*args)).isfinite().all()
 
@@ -156,11 +155,10 @@ def keeps(*clauses: Callable[[Case, str], None]) -> Callable[[Case], None]:
     return check
 
 
+COPIES = (contract.is_copied, contract.is_pickled, contract.is_restored_from_its_state_dict)
 PROBES: dict[str, Callable[[Case], None]] = {
     "autocast, float64": keeps(contract.trains_under_autocast, contract.computes_in_float64),
-    "deep copies, pickle, state dicts": keeps(
-        contract.is_copied, contract.is_pickled, contract.is_restored_from_its_state_dict
-    ),
+    "deep copies, pickle, state dicts": keeps(*COPIES),
     "the meta device, then `reset_parameters`": keeps(contract.starts_on_the_meta_device),
     "activation checkpointing": keeps(contract.is_checkpointed),
     "`inference_mode`, several threads": keeps(contract.runs_without_gradients, contract.serves_two_threads),

@@ -40,13 +40,18 @@ class Narrow(gmoe.GNNMoE):
         self.config = config
 
 
-GNNS: dict[str, dict[str, Any]] = {
-    "kinds": {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2},
-    "router class": {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold", "normalize": "tokens"}},
-    "shared router": {"shared_router": True, "router_input": ("node", "neighbors", "degree"), "num_layers": 3},
-    "conv options": {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "jk": "cat", "act": None},
-    "shared conv": {"conv": "gcn", "shared_expert": SAGEConv, "in_proj": True, "act": "leaky_relu"},
-    "dense": {"router": None, "residual": "linear"},
+GNN, VIT = partial(gmoe.GNNMoE, 16, 8, 3), partial(gmoe.ViTMoE, 8)
+SIZE = gmoe.ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "kinds": (GNN, {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2}),
+    "router class": (GNN, {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold"}}),
+    "shared router": (GNN, {"shared_router": True, "router_input": ("node", "degree"), "num_layers": 3}),
+    "conv options": (GNN, {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "act": None}),
+    "shared conv": (GNN, {"conv": "gcn", "shared_expert": SAGEConv, "in_proj": True, "act": "leaky_relu"}),
+    "dense": (GNN, {"router": None, "residual": "linear"}),
+    "size": (gmoe.ViTMoE, {"size": SIZE}),
+    "blocks": (VIT, {"router": "token_choice", "k": 2, "blocks": (0, -1), "router_kwargs": {"balance": "switch"}}),
+    "dense ViT": (VIT, {"router": None, "dropout": 0.1}),
 }
 
 
@@ -72,25 +77,13 @@ def check_same(model: Any, loaded: Any, *inputs: Any) -> None:
     assert not loaded.training
 
 
-@pytest.mark.parametrize("options", GNNS.values(), ids=GNNS)
-def test_a_gnn_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
-    model = moved(gmoe.GNNMoE(16, 8, 3, **options).double(), X, EDGES)
+@pytest.mark.parametrize(("build", "options"), MODELS.values(), ids=MODELS)
+def test_a_model_comes_back(build: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    model = build(**options).double()
+    inputs = (X, EDGES) if isinstance(model, gmoe.GNNMoE) else (IMAGES,)
+    moved(model, *inputs)
     assert model.save_pretrained(tmp_path / "model") == tmp_path / "model"
-    check_same(model, gmoe.GNNMoE.from_pretrained(tmp_path / "model"), X, EDGES)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"size": gmoe.ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)},
-        {"size": 8, "router": "token_choice", "k": 2, "blocks": (0, -1), "router_kwargs": {"balance": "switch"}},
-        {"size": 8, "router": None, "dropout": 0.1},
-    ],
-)
-def test_a_vit_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
-    model = moved(gmoe.ViTMoE(**options).double(), IMAGES)
-    model.save_pretrained(tmp_path)
-    check_same(model, gmoe.ViTMoE.from_pretrained(str(tmp_path)), IMAGES)
+    check_same(model, type(model).from_pretrained(tmp_path / "model"), *inputs)
 
 
 def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
@@ -104,21 +97,19 @@ def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("argument", "value"),
     [
-        {"router": MyRouter},
-        {"router": TokenChoice(16, 8)},
-        {"conv": ["gcn", lambda a, b: GCNConv(a, b)]},
-        {"shared_expert": partial(SAGEConv, aggr="max")},
-        {"act": nn.ReLU()},
-        {"improved": float("inf")},
-        {"normalize": torch.tensor(1)},
+        ("router", MyRouter),
+        ("router", TokenChoice(16, 8)),
+        ("conv", ["gcn", lambda a, b: GCNConv(a, b)]),
+        ("shared_expert", partial(SAGEConv, aggr="max")),
+        ("act", nn.ReLU()),
+        ("improved", float("inf")),
     ],
 )
-def test_an_argument_without_a_name_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
-    model = gmoe.GNNMoE(16, 8, 3, **options)
-    with pytest.raises(ValueError, match=f"^{min(options)}: got"):
-        model.save_pretrained(tmp_path / "model")
+def test_an_argument_without_a_name_is_refused(argument: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: got"):
+        GNN(**{argument: value}).save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
@@ -187,18 +178,16 @@ def changed(raw: bytes, of: Callable[[Tensor], Tensor]) -> bytes:
     return save(tensors | {min(tensors): of(tensors[min(tensors)]).clone()})
 
 
-WEIGHTS: list[Callable[[bytes], bytes]] = [
-    lambda raw: bytes(len(raw)),
-    lambda raw: raw[: len(raw) // 2],
-    lambda raw: pickle.dumps(raw),
-    lambda raw: save(load(raw) | {"x": torch.zeros(1)}),
-    lambda raw: save(dict(list(load(raw).items())[1:])),
-    lambda raw: changed(raw, lambda value: value[None]),
-    lambda raw: changed(raw, Tensor.long),
+DAMAGE: list[Any] = [("config.json", lambda _, text=text: text.encode("latin-1")) for text in TEXTS] + [
+    ("config.json", None),
+    ("model.safetensors", None),
+    ("model.safetensors", lambda raw: bytes(len(raw))),
+    ("model.safetensors", lambda raw: raw[: len(raw) // 2]),
+    ("model.safetensors", pickle.dumps),
+    ("model.safetensors", lambda raw: save(load(raw) | {"x": torch.zeros(1)})),
+    ("model.safetensors", lambda raw: changed(raw, lambda value: value[None])),
+    ("model.safetensors", lambda raw: changed(raw, Tensor.long)),
 ]
-DAMAGE: list[Any] = [("config.json", lambda _, text=text: text.encode("latin-1")) for text in TEXTS]
-DAMAGE += [("model.safetensors", damage) for damage in WEIGHTS]
-DAMAGE += [("config.json", None), ("model.safetensors", None)]
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE, ids=range(len(DAMAGE)))

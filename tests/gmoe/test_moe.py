@@ -1,11 +1,10 @@
-"""MoE equals the definition, whatever router, experts and backend. Shapes: T tokens, D width, E experts, K a token."""
+"""MoE equals the definition, whatever router and experts. Shapes: T tokens, D width, E experts, K a token."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable
-from typing import get_args
 
 import pytest
 import torch
@@ -24,11 +23,9 @@ from gmoe import (
     SoftSlots,
     TokenChoice,
 )
-from gmoe.dispatch import Backend
 from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, graph_edges, group_lists
 
 D, E = 5, 3
-each_backend = pytest.mark.parametrize("backend", get_args(Backend))
 
 
 def test_equals_naive() -> None:

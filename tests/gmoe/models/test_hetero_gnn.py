@@ -64,20 +64,13 @@ def assert_same(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "moe_layers"),
-    [
-        ({}, [0]),
-        ({"num_layers": 5, "every": 2}, [1, 3]),
-        ({"num_layers": 1, "router": None}, []),
-    ],
-    ids=str,
+    ("kwargs", "moe_layers"), [({}, [0]), ({"num_layers": 5, "every": 2}, [1, 3]), ({"router": None}, [])], ids=str
 )
 def test_which_layers_are_moe(kwargs: dict[str, Any], moe_layers: list[int]) -> None:
     gnn = model(**kwargs)
     assert [i for i, conv in enumerate(gnn.convs) if isinstance(conv, HeteroMoEConv)] == moe_layers
     logits, routings = call(gnn, return_routing=True)
     assert logits.shape == (COUNTS["paper"], OUT)
-    assert len(routings) == len(gnn.routed)
     assert sorted({layer for layer, _ in gnn.routed}) == moe_layers
     assert [r.num_tokens for r in routings] == [COUNTS[name] for _, name in gnn.routed]
 
@@ -86,20 +79,20 @@ def test_a_target_prunes_what_its_logits_do_not_follow_from() -> None:
     """The same logits as of the whole model, by fewer parameters, each of which gets a gradient."""
     pruned, whole = model(num_layers=3), model(num_layers=3, target=None)
     assert pruned.routed == [(0, name) for name in COUNTS] + [(1, n) for n in ("paper", "author", "field_of_study")]
-    assert whole.routed == [(layer, name) for layer in (0, 1) for name in COUNTS]
     missing, unexpected = whole.load_state_dict(pruned.state_dict(), strict=False)
     assert missing
     assert not unexpected
-    logits, every = call(pruned), call(whole)
-    assert_same(every["paper"], logits)
-    assert {name: y.shape for name, y in every.items()} == {name: (n, OUT) for name, n in COUNTS.items()}
-    logits.square().sum().backward()
+    assert_same(call(whole)["paper"], call(pruned))
+    assert {name: y.shape for name, y in call(whole).items()} == {name: (n, OUT) for name, n in COUNTS.items()}
+    call(pruned).square().sum().backward()
     assert [name for name, p in pruned.named_parameters() if p.grad is None] == []
     assert "institution" not in model(num_layers=1, router=None).embeddings  # it is two steps away
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "projected"), [({}, ["paper"]), ({"hidden_channels": IN}, []), ({"in_proj": True}, ["paper"])], ids=str
+    ("kwargs", "projected"),
+    [({}, ["paper"]), ({"hidden_channels": IN}, []), ({"hidden_channels": IN, "in_proj": True}, ["paper"])],
+    ids=str,
 )
 def test_projections_and_embeddings(kwargs: dict[str, Any], projected: list[str]) -> None:
     gnn = model(**kwargs)
@@ -125,13 +118,10 @@ def test_forward_by_hand() -> None:
         assert_same(actual[name], expected[name])
 
 
-@pytest.mark.parametrize(
-    ("residual", "kinds"),
-    [("identity", [{nn.Linear}, {nn.Identity}]), ("linear", [{nn.Linear}] * 2), ("none", [set(), set()])],
-)
-def test_residuals(residual: Any, kinds: list[set[type]]) -> None:
-    gnn = HeteroGNNMoE(IN, HIDDEN, OUT, DATA.metadata(), num_layers=3, residual=residual)  # 4 features, 6 hidden
-    assert [{type(part) for part in parts.children()} for parts in gnn.residuals] == kinds
+def test_identity_residuals_project_where_widths_differ() -> None:
+    gnn = HeteroGNNMoE(IN, HIDDEN, OUT, DATA.metadata(), num_layers=3, residual="identity")
+    first, second = ({type(part) for part in parts.children()} for parts in gnn.residuals)
+    assert (first, second) == ({nn.Linear}, {nn.Identity})
 
 
 # Mini-batches
