@@ -333,10 +333,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: nn.Sequential(GCNConv(-1, 4)), {"targets": "0"}, "model"),
     (partly_frozen, {"targets": CONVS}, "model"),
     *((timm_vit, {"every": every}, "every") for every in (0, 4)),
-    (timm_vit, {"k": 9}, "k"),
-    *((timm_vit, {"router": router}, "router") for router in ("nobody", TokenChoice(16, 8))),
-    (timm_vit, {"router_kwargs": {"foo": 1}}, "router_kwargs"),
-    (timm_vit, {"backend": "cuda"}, "backend"),
+    (timm_vit, {"router": TokenChoice(16, 8)}, "router"),
     *((timm_vit, {"blocks": blocks}, "blocks") for blocks in (3, [], [0, 0], [0, -3], [3], [1.0])),
 ]
 
