@@ -118,10 +118,13 @@ def test_forward_by_hand() -> None:
         assert_same(actual[name], expected[name])
 
 
-def test_identity_residuals_project_where_widths_differ() -> None:
-    gnn = HeteroGNNMoE(IN, HIDDEN, OUT, DATA.metadata(), num_layers=3, residual="identity")
-    first, second = ({type(part) for part in parts.children()} for parts in gnn.residuals)
-    assert (first, second) == ({nn.Linear}, {nn.Identity})
+@pytest.mark.parametrize(
+    ("residual", "kinds"),
+    [("identity", [{nn.Linear}, {nn.Identity}]), ("linear", [{nn.Linear}] * 2), ("none", [set(), set()])],
+)
+def test_residuals(residual: Any, kinds: list[set[type]]) -> None:
+    gnn = HeteroGNNMoE(IN, HIDDEN, OUT, DATA.metadata(), num_layers=3, residual=residual)  # 4 features, 6 hidden
+    assert [{type(part) for part in parts.children()} for parts in gnn.residuals] == kinds
 
 
 # Mini-batches
