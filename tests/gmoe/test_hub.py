@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import pickle
 import re
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import huggingface_hub
 import pytest
@@ -40,20 +40,18 @@ class Narrow(gmoe.GNNMoE):
         self.config = config
 
 
-class Forgetful(gmoe.GNNMoE):
-    """One that does not."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, 8, 3)
-
-
-GNNS: dict[str, dict[str, Any]] = {
-    "kinds": {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2},
-    "router class": {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold", "normalize": "tokens"}},
-    "shared router": {"shared_router": True, "router_input": ("node", "neighbors", "degree"), "num_layers": 3},
-    "conv options": {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "jk": "cat", "act": None},
-    "shared conv": {"conv": "gcn", "shared_expert": SAGEConv, "in_proj": True, "act": "leaky_relu"},
-    "dense": {"router": None, "residual": "linear"},
+GNN, VIT = partial(gmoe.GNNMoE, 16, 8, 3), partial(gmoe.ViTMoE, 8)
+SIZE = gmoe.ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "kinds": (GNN, {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2}),
+    "router class": (GNN, {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold"}}),
+    "shared router": (GNN, {"shared_router": True, "router_input": ("node", "degree"), "num_layers": 3}),
+    "conv options": (GNN, {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "act": None}),
+    "shared conv": (GNN, {"conv": "gcn", "shared_expert": SAGEConv, "in_proj": True, "act": "leaky_relu"}),
+    "dense": (GNN, {"router": None, "residual": "linear"}),
+    "size": (gmoe.ViTMoE, {"size": SIZE}),
+    "blocks": (VIT, {"router": "token_choice", "k": 2, "blocks": (0, -1), "router_kwargs": {"balance": "switch"}}),
+    "dense ViT": (VIT, {"router": None, "dropout": 0.1}),
 }
 
 
@@ -79,26 +77,13 @@ def check_same(model: Any, loaded: Any, *inputs: Any) -> None:
     assert not loaded.training
 
 
-@pytest.mark.parametrize("options", GNNS.values(), ids=GNNS)
-def test_a_gnn_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
-    model = moved(gmoe.GNNMoE(16, 8, 3, **options).double(), X, EDGES)
+@pytest.mark.parametrize(("build", "options"), MODELS.values(), ids=MODELS)
+def test_a_model_comes_back(build: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    model = build(**options).double()
+    inputs = (X, EDGES) if isinstance(model, gmoe.GNNMoE) else (IMAGES,)
+    moved(model, *inputs)
     assert model.save_pretrained(tmp_path / "model") == tmp_path / "model"
-    check_same(model, gmoe.GNNMoE.from_pretrained(tmp_path / "model"), X, EDGES)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"size": 8},
-        {"size": gmoe.ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)},
-        {"size": 8, "router": "token_choice", "k": 2, "blocks": (0, -1), "router_kwargs": {"balance": "switch"}},
-        {"size": 8, "router": None, "dropout": 0.1},
-    ],
-)
-def test_a_vit_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
-    model = moved(gmoe.ViTMoE(**options).double(), IMAGES)
-    model.save_pretrained(tmp_path)
-    check_same(model, gmoe.ViTMoE.from_pretrained(str(tmp_path)), IMAGES)
+    check_same(model, type(model).from_pretrained(tmp_path / "model"), *inputs)
 
 
 def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
@@ -112,27 +97,25 @@ def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("argument", "value"),
     [
-        {"router": MyRouter},
-        {"router": TokenChoice(16, 8)},
-        {"conv": ["gcn", lambda a, b: GCNConv(a, b)]},
-        {"shared_expert": partial(SAGEConv, aggr="max")},
-        {"act": nn.ReLU()},
-        {"improved": float("inf")},
-        {"normalize": torch.tensor(1)},
+        ("router", MyRouter),
+        ("router", TokenChoice(16, 8)),
+        ("conv", ["gcn", lambda a, b: GCNConv(a, b)]),
+        ("shared_expert", partial(SAGEConv, aggr="max")),
+        ("act", nn.ReLU()),
+        ("improved", float("inf")),
     ],
 )
-def test_an_argument_without_a_name_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
-    model = gmoe.GNNMoE(16, 8, 3, **options)
-    with pytest.raises(ValueError, match=f"^{min(options)}: got"):
-        model.save_pretrained(tmp_path / "model")
+def test_an_argument_without_a_name_is_refused(argument: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: got"):
+        GNN(**{argument: value}).save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-def test_recording_keeps_a_model_picklable() -> None:
+def test_a_model_without_a_name_for_its_router_is_picklable() -> None:
     model = gmoe.ViTMoE(8, router=lambda *args, **kwargs: TokenChoice(*args, **kwargs))
-    assert pickle.loads(pickle.dumps(model)).config == copy.deepcopy(model).config == model.config
+    assert pickle.loads(pickle.dumps(model)).config == model.config
 
 
 def test_a_subclass_records_its_own_arguments(tmp_path: Path) -> None:
@@ -141,8 +124,6 @@ def test_a_subclass_records_its_own_arguments(tmp_path: Path) -> None:
     check_same(model, Narrow.from_pretrained(tmp_path), X, EDGES)
     with pytest.raises(ValueError, match=r"config\.json"):
         gmoe.GNNMoE.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model"):
-        Forgetful(16).save_pretrained(tmp_path)
 
 
 def test_arguments_may_take_the_place_of_saved_ones(tmp_path: Path) -> None:
@@ -161,44 +142,25 @@ def check_refused(folder: Path, model: Any, name: str) -> None:
         model.from_pretrained(folder)
 
 
-def attacks(path: str) -> list[Any]:
-    """Values that once ran code, which made a file, or might."""
-    code, name = f"x: open({path!r}, 'w')", "torch_geometric.nn.sequential:Sequential"
-    sequential = {"$dataclass": name, "fields": {"input_args": code, "modules": []}}
-    partials = [[{"$import": name}, [code, []], {}], [{"$import": "builtins:open"}, [path, "w"], {}]]
-    return [sequential, {"$tuple": [sequential]}, {"$import": name}, name, code, *({"$partial": p} for p in partials)]
-
-
-OF_GNN = ("conv", "router", "shared_expert", "act", "norm", "jk", "router_kwargs", "num_layers", "heads", "more")
-
-
-@pytest.mark.parametrize("argument", [*OF_GNN, "size", "blocks"])
+@pytest.mark.parametrize("argument", ["conv", "router", "shared_expert", "act", "norm", "jk", "router_kwargs", "more"])
 def test_no_code_of_a_file_runs(argument: str, tmp_path: Path) -> None:
-    model: Any = gmoe.GNNMoE(4, 4, 2, num_experts=2) if argument in OF_GNN else gmoe.ViTMoE(8)
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    values = [value for x in attacks(str(tmp_path / "ran")) for value in (x, [x, x], {"p": x})]
-    for value in values:
+    GNN().save_pretrained(tmp_path)
+    config, code = json.loads((tmp_path / "config.json").read_text()), f"open({str(tmp_path / 'ran')!r}, 'w')"
+    for value in (code, [code, f"x: {code}"], {"p": code}, {"$partial": [{"$import": "builtins:open"}, ["ran", "w"]]}):
         config["arguments"][argument] = value
         (tmp_path / "config.json").write_text(json.dumps(config))
-        check_refused(tmp_path, type(model), "config.json")
+        check_refused(tmp_path, gmoe.GNNMoE, "config.json")
         assert not (tmp_path / "ran").exists()
 
 
 CONFIG = '{"model": "GNNMoE", "arguments": {"in_channels": 4, "hidden_channels": 4, "out_channels": 2}}'
 TEXTS = [
     *(CONFIG[:cut] for cut in range(0, len(CONFIG), 40)),
-    *("\xff", "not JSON", "[" * 100_000, "[]", "null", "{}", '{"model": "GNNMoE"}', '{"arguments": {}}'),
-    *(CONFIG.replace('"GNNMoE"', wrong) for wrong in ('"ViTMoE"', "null", "[]", '"os:system"')),
+    *("\xff", "[" * 100_000, "[]", "null", '{"model": "GNNMoE"}', '{"arguments": {}}'),
+    *(CONFIG.replace('"GNNMoE"', wrong) for wrong in ('"ViTMoE"', "null", '"os:system"')),
 ]
-VALUES: dict[str, list[Any]] = {
-    "num_experts": ["2", 0],
-    "conv": ["gnc", {}, ["gcn", 3], "os:system"],
-    "router": ["token", {}, "oracle"],
-    "router_kwargs": [{"balanced": 1}, "x"],
-    **{name: ["x"] for name in ("act", "norm", "jk", "more", "self", "__class__")},
-}
-TEXTS += [CONFIG[:-2] + f', "{name}": {json.dumps(value)}}}}}' for name, values in VALUES.items() for value in values]
+WRONG = ('"num_experts": "2"', '"conv": ["gcn", 3]', '"router": {}', '"router_kwargs": "x"', '"self": 1')
+TEXTS += [f"{CONFIG[:-2]}, {wrong}}}}}" for wrong in WRONG]
 
 
 def changed(raw: bytes, of: Callable[[Tensor], Tensor]) -> bytes:
@@ -207,18 +169,16 @@ def changed(raw: bytes, of: Callable[[Tensor], Tensor]) -> bytes:
     return save(tensors | {min(tensors): of(tensors[min(tensors)]).clone()})
 
 
-WEIGHTS: list[Callable[[bytes], bytes]] = [
-    lambda raw: bytes(len(raw)),
-    lambda raw: raw[: len(raw) // 2],
-    lambda raw: pickle.dumps(raw),
-    lambda raw: save(load(raw) | {"x": torch.zeros(1)}),
-    lambda raw: save(dict(list(load(raw).items())[1:])),
-    lambda raw: changed(raw, lambda value: value[None]),
-    lambda raw: changed(raw, Tensor.long),
+DAMAGE: list[Any] = [("config.json", lambda _, text=text: text.encode("latin-1")) for text in TEXTS] + [
+    ("config.json", None),
+    ("model.safetensors", None),
+    ("model.safetensors", lambda raw: bytes(len(raw))),
+    ("model.safetensors", lambda raw: raw[: len(raw) // 2]),
+    ("model.safetensors", pickle.dumps),
+    ("model.safetensors", lambda raw: save(load(raw) | {"x": torch.zeros(1)})),
+    ("model.safetensors", lambda raw: changed(raw, lambda value: value[None])),
+    ("model.safetensors", lambda raw: changed(raw, Tensor.long)),
 ]
-DAMAGE: list[Any] = [("config.json", lambda _, text=text: text.encode("latin-1")) for text in TEXTS]
-DAMAGE += [("model.safetensors", damage) for damage in WEIGHTS]
-DAMAGE += [("config.json", None), ("model.safetensors", None)]
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE, ids=range(len(DAMAGE)))
@@ -235,27 +195,22 @@ def test_a_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes] | N
 
 
 def test_push_uploads_what_save_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
+    api = MagicMock()
+    api.return_value.create_repo.return_value.repo_id = "me/digits"
+    files = set[str]()
 
-    class Api:
-        def __init__(self, token: str | None) -> None:
-            seen["token"] = token
+    def upload(folder_path: str, **_: Any) -> Any:
+        files.update(path.name for path in Path(folder_path).iterdir())
+        return SimpleNamespace(commit_url="the commit")
 
-        def create_repo(self, repo_id: str, **options: Any) -> Any:
-            seen["create"] = options
-            return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-        def upload_folder(self, *, folder_path: str, **options: Any) -> Any:
-            seen["files"] = {path.name for path in Path(folder_path).iterdir()}
-            seen["upload"] = options
-            return SimpleNamespace(commit_url="the commit")
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert gmoe.ViTMoE(8).push_to_hub("digits", private=True, token="secret") == "the commit"
-    assert seen["files"] == {"config.json", "model.safetensors", "README.md"}
-    assert seen["create"] == {"private": True, "exist_ok": True}
-    assert seen["upload"] == {"repo_id": "me/digits", "commit_message": "Push model", "revision": None}
-    assert seen["token"] == "secret"
+    api.return_value.upload_folder.side_effect = upload
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    assert gmoe.ViTMoE(8).push_to_hub("digits", private=True, token="secret", revision="v1") == "the commit"
+    assert files == {"config.json", "model.safetensors", "README.md"}
+    api.assert_called_once_with(token="secret")
+    api.return_value.create_repo.assert_called_once_with("digits", private=True, exist_ok=True)
+    sent = api.return_value.upload_folder.call_args.kwargs
+    assert (sent["repo_id"], sent["revision"]) == ("me/digits", "v1")
 
 
 def test_a_repository_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
