@@ -480,14 +480,6 @@ def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def check_batch(batch: Tensor | None, num_nodes: int) -> None:
-    """Refuse a ``batch`` vector that does not say for each node which graph it belongs to."""
-    fits = isinstance(batch, Tensor) and batch.shape == (num_nodes,) and not batch.is_floating_point()
-    if batch is not None and not fits:
-        got = f"shape {tuple(batch.shape)} of {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
-        raise ValueError(f"batch: got {got}, expected one integer for each of {num_nodes} nodes")
-
-
 def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:
     """Slices of the messages ``start:end``, to be worked on one after the other with a row of that width for each."""
     step = max((NUMBERS if device.type == "cpu" else NUMBERS_ON_GPU) // max(width, 1), 1)

@@ -16,7 +16,7 @@ from torch_geometric.utils import is_sparse
 
 from gmoe._autograd import refuse_transforms
 from gmoe._checks import check, check_choice, check_count
-from gmoe.conv.graph import Graph, check_batch, parameters_of
+from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.kinds import SOURCES_ALONE, ConvFactory, ConvLike, Make, Trial, build_experts, kinds_of
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Scaled, drawn_apart
@@ -235,8 +235,8 @@ class MoEConv(MoELayer, MessagePassing):
                 raise ValueError(f"x: got {got}, expected {legal}")
         sizes = (x_src.size(0), x_dst.size(0))
         if size is not None and (not isinstance(size, tuple | list) or tuple(size) != sizes):
-            got = type(size).__name__ if isinstance(size, Tensor) else size
-            raise ValueError(f"size: got {got}, expected {sizes} source and destination nodes, as x has")
+            shown = type(size).__name__ if isinstance(size, Tensor) else size
+            raise ValueError(f"size: got {shown}, expected {sizes} source and destination nodes, as x has")
         for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
             if value is not None and name not in self.edge_names:
                 raise ValueError(f"{name}: got a tensor, but the conv takes {sorted(self.edge_names) or 'none'}")
@@ -246,8 +246,6 @@ class MoEConv(MoELayer, MessagePassing):
                 x_dst = x_src[: graph.num_dst]
         else:
             graph = Graph(edge_index, sizes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
-        if batch is not None:
-            check_batch(batch, graph.num_dst)
         if self.explain:
             graph = graph.masked(self._explained(graph))
 
