@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -143,7 +142,7 @@ class MultiCentroid(Router):
             expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
             probs_TE = log_probs_TE.exp()
             return Routing.from_choices(expert_TK, weight_TK, self.num_experts, probs_TE, losses, checked=True)
-        return replace(self.selection(self, logits_TE, group, {})[0], losses=losses, checked=True)
+        return self.selection(self, logits_TE, group, losses)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
