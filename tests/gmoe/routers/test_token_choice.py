@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gmoe import LinearExperts, MLPExperts, MoE, TokenChoice
@@ -49,9 +48,6 @@ def test_noise_in_training_only(noise: Any) -> None:
     assert not torch.equal(router(x).scores, router(x).scores)
     plain.load_state_dict(router.state_dict(), strict=False)
     assert torch.equal(router.eval()(x).scores, plain(x).scores)
-
-
-# Losses
 
 
 # Capacity
@@ -187,32 +183,6 @@ def test_bias_of_one_token_and_of_equal_tokens_rests() -> None:
         for _ in range(3):
             assert torch.isfinite(router(x).weight).all()
         assert not router.bias_E.any()
-
-
-def step(layer: MoE, x: Tensor, use_reentrant: bool | None) -> Tensor:
-    """The gradient of the tokens, and the layer's gradients and counters moved."""
-    x = x.clone().requires_grad_()
-    y = layer(x) if use_reentrant is None else checkpoint(layer, x, use_reentrant=use_reentrant)
-    assert isinstance(y, Tensor)
-    y.square().sum().backward()
-    assert x.grad is not None
-    return x.grad
-
-
-@pytest.mark.parametrize("options", [{}, {"k": 2, "bias_rate": 0.2, "noise": True, "capacity_factor": 1.0}], ids=str)
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_counts_once_and_selects_the_same(use_reentrant: bool, options: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    router = TokenChoice(4, 3, **options)
-    plain = MoE(router, LinearExperts(4, 4, 3)).double()
-    saved = copy.deepcopy(plain)
-    for seed in range(4):
-        x, gradients = torch.randn(12, 4, dtype=torch.float64), []
-        for layer, how in ((plain, None), (saved, use_reentrant)):
-            torch.manual_seed(seed)
-            gradients.append([step(layer, x, how), *(parameter.grad for parameter in layer.parameters())])
-        torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
-        assert all(map(torch.equal, plain.buffers(), saved.buffers()))
 
 
 @pytest.mark.xfail(strict=True, reason="the second forward moves the bias before the first is recomputed")
