@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -48,10 +48,8 @@ class Routing:
         num_tokens: T.
         losses: auxiliary losses by name, each with its coefficient.
         dropped_T: (T,) int64, how many pairs of each token exceeded the capacity; ``None`` if nothing can be dropped.
-        detached: whether the losses were computed in training while gradients were off, so that they train nothing.
-        contiguous: whether ``token`` is 0, 1, ..., T - 1, so that every expert owns a slice of the tokens and nothing
-            has to be gathered or scattered.
-        checked: the values of ``token`` and ``offsets`` are right by construction: do not read them.
+        detached: the losses were computed in training while gradients were off, so that they train nothing.
+        checked: everything is right by construction: check nothing.
 
     Raises:
         ValueError: a tensor of another shape or dtype; on the CPU also offsets that are not cumulative, tokens out of
@@ -66,31 +64,29 @@ class Routing:
     losses: Mapping[str, AuxLoss] = field(default_factory=dict)
     dropped_T: Tensor | None = None
     detached: bool = False
-    contiguous: bool = False
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
-        token, offsets, weight, scores = self.token, self.offsets, self.weight, self.scores
-        shape = (self.num_tokens, offsets.numel())
-        for name, value, fits, expected in (
-            ("token", token, token.dim() == 1 and token.dtype == torch.int64, "(P,) int64"),
-            ("offsets", offsets, offsets.dim() == 1 and offsets.dtype == torch.int32 and offsets.numel(), "(E,) int32"),
-            ("weight", weight, weight.shape == token.shape and weight.is_floating_point(), "(P,) floats"),
-            ("scores", scores, scores.shape == shape, f"(num_tokens={shape[0]}, E={shape[1]})"),
+        if not checked:
+            self._check()
+
+    def _check(self) -> None:
+        token, offsets, weight = self.token, self.offsets, self.weight
+        for name, fits, expected in (
+            ("token", token.dim() == 1 and token.dtype == torch.int64, "(P,) int64"),
+            ("offsets", offsets.dim() == 1 and offsets.dtype == torch.int32 and offsets.numel(), "(E,) int32"),
+            ("weight", weight.shape == token.shape and weight.is_floating_point(), "(P,) floats"),
+            ("scores", self.scores.shape == (self.num_tokens, offsets.numel()), "(num_tokens, E)"),
         ):
             if not fits:
-                raise ValueError(f"{name}: got {described(value)}, expected {expected}")
-        if checked or not _readable(token):
-            return
-        ends, legal = offsets.tolist(), f"0..num_tokens-1={self.num_tokens - 1}"
-        cumulative = ends == sorted(ends) and ends[0] >= 0 and ends[-1] == len(token)
-        check(cumulative, "offsets", ends, f"cumulative ends (load.cumsum(0), not the load), up to P={len(token)}")
-        low, high = (int(value) for value in token.aminmax()) if len(token) else (0, self.num_tokens - 1)
-        check(0 <= low <= high < max(self.num_tokens, 1) or not len(token), "token", f"{low}..{high}", legal)
-        ascending = (self.expert * self.num_tokens + token).diff() > 0
-        check(ascending.all(), "token", "pairs out of order or twice", "each expert's tokens strictly ascending")
-        whole = not self.contiguous or torch.equal(token, torch.arange(self.num_tokens))
-        check(whole, "contiguous", True, "False, since token is not 0, 1, ..., num_tokens - 1")
+                raise ValueError(f"{name}: got {described(getattr(self, name))}, expected {expected}")
+        check_range("token", token, self.num_tokens)
+        if readable(token):
+            ends, num_pairs = offsets.tolist(), len(token)
+            cumulative = ends == sorted(ends) and ends[0] >= 0 and ends[-1] == num_pairs
+            check(cumulative, "offsets", ends, f"cumulative ends (load.cumsum(0), not the load), up to P={num_pairs}")
+            ascending = (self.expert * self.num_tokens + token).diff() > 0
+            check(ascending.all(), "token", "pairs out of order or twice", "each expert's tokens strictly ascending")
 
     @staticmethod
     def from_choices(
@@ -123,19 +119,17 @@ class Routing:
             raise ValueError(f"expert_TK: got {described(expert_TK)}, expected (T, K) integers")
         if not isinstance(weight_TK, Tensor) or weight_TK.shape != expert_TK.shape:
             raise ValueError(f"weight_TK: got {described(weight_TK)}, expected a tensor of {tuple(expert_TK.shape)}")
-        num_tokens, k = expert_TK.shape
-        expert_P, slot_P = expert_TK.long().reshape(-1).sort(stable=True)
-        if not checked and _readable(expert_P) and len(expert_P):
-            low, high = int(expert_P[0]), int(expert_P[-1])
-            check(0 <= low <= high < num_experts, "expert_TK", f"{low}..{high}", f"0..num_experts-1={num_experts - 1}")
+        if not checked:
+            check_range("expert_TK", expert_TK, num_experts)
+        (num_tokens, k), expert_TK = expert_TK.shape, expert_TK.long()
         if scores is None:
             none_TE = weight_TK.detach().new_zeros(num_tokens, num_experts)
-            scores = none_TE.scatter(1, expert_TK.long(), weight_TK.detach())
+            scores = none_TE.scatter(1, expert_TK, weight_TK.detach())
+        expert_P, slot_P = expert_TK.reshape(-1).sort(stable=True)
         experts_E = torch.arange(num_experts, device=expert_P.device)
         offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
         weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
-        token_P = slot_P if k == 1 else slot_P // max(k, 1)
-        return Routing(token_P, offsets_E, weight_P, scores, num_tokens, losses or {}, checked=checked or k == 1)
+        return Routing(slot_P // max(k, 1), offsets_E, weight_P, scores, num_tokens, losses or {}, checked=checked)
 
     @staticmethod
     def everyone(num_tokens: int, like: Tensor) -> Routing:
@@ -143,7 +137,7 @@ class Routing:
         token = torch.arange(num_tokens, device=like.device)
         offsets = torch.full((1,), num_tokens, dtype=torch.int32, device=like.device)
         ones = like.new_ones(num_tokens)
-        return Routing(token, offsets, ones, ones[:, None], num_tokens, contiguous=True, checked=True)
+        return Routing(token, offsets, ones, ones[:, None], num_tokens, checked=True)
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__}({self.num_tokens} tokens, {self.num_experts} experts"
@@ -154,22 +148,18 @@ class Routing:
 
     def summary(self) -> str:
         """Describe it in several lines: load per expert, coverage, entropy, weights, dropped pairs, losses."""
-        pairs, load = self.token.numel(), self.load.tolist()
-        return "\n".join(
-            (
-                f"{self.num_tokens} tokens, {self.num_experts} experts, {pairs} pairs",
-                *(f"  expert {e}: {n} tokens ({n / max(pairs, 1):.1%} of the pairs)" for e, n in enumerate(load)),
-                f"coverage: {float(self.coverage):.1%} of the tokens have an expert",
-                f"experts per token: {pairs / max(self.num_tokens, 1):.3g}",
-                f"entropy of the scores: {float(self.entropy):.3g} nats",
-                f"mean weight: {float(self.weight.detach().sum()) / max(pairs, 1):.3g}",
-                f"dropped pairs: {int(self.dropped)}",
-                *(
-                    f"loss {name}: {float(value):.3g} (coefficient {coef:g})"
-                    for name, (value, coef) in self.losses.items()
-                ),
-            )
-        )
+        pairs, weight = self.token.numel(), float(self.weight.detach().sum())
+        lines = [f"{self.num_tokens} tokens, {self.num_experts} experts, {pairs} pairs"]
+        for expert, load in enumerate(self.load.tolist()):
+            lines.append(f"  expert {expert}: {load} tokens ({load / max(pairs, 1):.1%} of the pairs)")
+        lines.append(f"coverage: {float(self.coverage):.1%} of the tokens have an expert")
+        lines.append(f"experts per token: {pairs / max(self.num_tokens, 1):.3g}")
+        lines.append(f"entropy of the scores: {float(self.entropy):.3g} nats")
+        lines.append(f"mean weight: {weight / max(pairs, 1):.3g}")
+        lines.append(f"dropped pairs: {int(self.dropped)}")
+        for name, (value, coefficient) in self.losses.items():
+            lines.append(f"loss {name}: {float(value):.3g} (coefficient {coefficient:g})")
+        return "\n".join(lines)
 
     @property
     def num_experts(self) -> int:
@@ -184,8 +174,7 @@ class Routing:
     @property
     def expert(self) -> Tensor:
         """(P,) int64, the expert of each pair."""
-        experts = torch.arange(self.num_experts, device=self.token.device)
-        return experts.repeat_interleave(self.load, output_size=self.token.numel())
+        return torch.repeat_interleave(self.load, output_size=self.token.numel())
 
     @property
     def top_expert(self) -> Tensor:
@@ -224,46 +213,31 @@ class Routing:
         dense = self.weight.new_zeros(self.num_tokens * self.num_experts).index_add(0, flat, self.weight)
         return dense.view(self.num_tokens, self.num_experts)
 
-    def scaled(self, gain: Tensor) -> Routing:
-        """Scale the weights by ``GAIN_SCALE`` and a learned gain (1,)."""
-        return replace(self, weight=self.weight * (GAIN_SCALE * gain).to(self.weight.dtype), checked=True)
-
-    def select(self, tokens: Tensor | slice | None = None, experts: Sequence[int] | None = None) -> Routing:
+    def select(self, tokens: slice | None = None, experts: Sequence[int] | None = None) -> Routing:
         """Restrict the routing to some tokens, some experts, or both, renumbered; the losses stay. Host syncs.
 
         Args:
-            tokens: (t,) distinct tokens, of which ``tokens[i]`` becomes token ``i``; or a slice of step 1, whose cost
-                is that of the pairs it holds. ``None`` for all.
+            tokens: a slice of step 1, whose cost is that of the pairs it holds; ``None`` for all.
             experts: distinct experts; ``experts[i]`` becomes expert ``i``. ``None`` for all.
         """
         rows = slice(None) if tokens is None else tokens
-        start, stop = rows.indices(self.num_tokens)[:2] if isinstance(rows, slice) else (0, self.num_tokens)
-        cut = (start, stop) != (0, self.num_tokens)
-        if isinstance(rows, slice) and not cut and experts is None:
+        start, stop, _ = rows.indices(self.num_tokens)
+        whole = (start, stop) == (0, self.num_tokens)
+        if whole and experts is None:
             return self
         ends, scores = self.offsets.tolist(), self.scores[rows]
         spans = list(zip([0, *ends], ends, strict=False))
         if experts is not None:
             spans, scores = [spans[expert] for expert in experts], scores[:, list(experts)]
-        if cut:  # an expert's pairs lie in the order of their tokens
+        if not whole:  # an expert's pairs lie in the order of their tokens
             bounds = torch.tensor([start, stop], device=self.token.device)
-            spans = [
-                (low + i, low + j)
-                for low, high in spans
-                for i, j in [torch.searchsorted(self.token[low:high], bounds).tolist()]
-            ]
+            inside = [torch.searchsorted(self.token[low:high], bounds).tolist() for low, high in spans]
+            spans = [(low + first, low + end) for (low, _), (first, end) in zip(spans, inside, strict=True)]
         token, weight = (torch.cat([value[low:high] for low, high in spans]) for value in (self.token, self.weight))
         load = torch.tensor([high - low for low, high in spans], device=token.device)
-        token = token - start
-        if isinstance(rows, Tensor):
-            place = token.new_full((self.num_tokens,), -1)
-            place[rows] = torch.arange(len(rows), device=token.device)
-            expert, token = torch.arange(len(load), device=token.device).repeat_interleave(load), place[token]
-            kept = (token >= 0).nonzero().view(-1)
-            kept = kept[(expert[kept] * len(rows) + token[kept]).argsort()]
-            token, weight, load = token[kept], weight[kept], expert[kept].bincount(minlength=len(load))
         offsets, dropped_T = load.cumsum(0).to(torch.int32), None if self.dropped_T is None else self.dropped_T[rows]
-        return Routing(token, offsets, weight, scores, len(scores), self.losses, dropped_T, self.detached, checked=True)
+        rest = (weight, scores, len(scores), self.losses, dropped_T, self.detached)
+        return Routing(token - start, offsets, *rest, checked=True)
 
 
 def described(value: object) -> str:
@@ -271,9 +245,16 @@ def described(value: object) -> str:
     return f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _readable(value: Tensor) -> bool:
+def readable(value: Tensor) -> bool:
     """True for values that can be read without a host sync: not on a GPU, compiled or fake."""
     return type(value) is Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_range(name: str, index: Tensor, end: int) -> None:
+    """Refuse indices outside 0..end-1, where they can be read without a host sync."""
+    if readable(index):
+        outside = index[(index.long() < 0) | (index.long() >= end)]
+        check(not len(outside), name, outside[:3].tolist(), f"values in 0..{end - 1}")
 
 
 def aux_loss(routings: Routing | Iterable[Routing]) -> Tensor:
@@ -324,7 +305,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
 
     @untraced
     def keep(_: nn.Module, __: Any, routing: Routing) -> None:
-        if threading.get_ident() == thread and not in_backward():
+        if threading.get_ident() == thread and torch._C._current_graph_task_id() == -1:  # not in a backward pass
             routings.append(routing)
 
     with ExitStack() as stack:
@@ -337,9 +318,3 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
                 "record_routing: nothing was recorded; run a model that holds MoE layers inside the block (one that "
                 "was compiled and called before the block does not see the hooks: enter the block first)"
             )
-
-
-def in_backward() -> bool:
-    """True while autograd runs a backward pass, as when activation checkpointing recomputes a forward."""
-    # what torch.utils.checkpoint itself asks; a compiled checkpoint recomputes without Python
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -104,7 +104,7 @@ class AttentionVote(Router):
             votes_TE = neighbor_votes(q_THd, k_TEd, edge_index)
         else:
             votes_TE = k_TEd.new_zeros(k_TEd.shape[:2])
-            for part in groups.batches():
+            for part in groups.batches(x_TD.device):
                 votes_BES = group_votes(part.take(q_THd).transpose(1, 2), part.take(k_TEd).transpose(1, 2), part.mask)
                 votes_TE = part.add(votes_TE, votes_BES.transpose(1, 2))
         capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)

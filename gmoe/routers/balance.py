@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from gmoe._checks import check_at_least
 from gmoe.routers.base import Router, float_linear
-from gmoe.routing import in_backward
 
 MEAN_RATE = 0.1
 """Share of a step's mean token in the running mean."""
@@ -45,7 +44,7 @@ class BalancedRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, k: int, *, bias_rate: float | None, **kwargs: Any) -> None:
         super().__init__(dim, num_experts, k, **kwargs)
-        self.bias_rate = bias_rate
+        self.bias_rate = bias_rate or 0.0
         if bias_rate is None:
             return
         check_at_least("bias_rate", bias_rate, 0)
@@ -59,7 +58,7 @@ class BalancedRouter(Router):
         A training step first applies what the last one counted, then stores what this one counts; one whose sums are
         not finite (a NaN token) changes nothing.
         """
-        is_step = self.training and not in_backward()
+        is_step = self.is_training_step()
         if is_step:
             self.bias_E.copy_(self.next_bias_E)
             self.mean_D.copy_(self.next_mean_D)
@@ -68,22 +67,19 @@ class BalancedRouter(Router):
         logits_TE = float_linear(x_TD, gate) - float_linear(mean_1D.to(x_TD.dtype), gate)
         if not is_step:
             return logits_TE
-        x_TD, clean_TE = x_TD.detach(), logits_TE.detach()
-        ranked_TE = clean_TE + self.bias_E
-        expert_TK = ranked_TE.argmax(dim=-1) if self.k == 1 else ranked_TE.topk(self.k, dim=-1).indices
-        load_E = torch.zeros_like(self.bias_E, dtype=clean_TE.dtype)
-        load_E.index_add_(0, expert_TK.view(-1), load_E.new_ones(expert_TK.numel()))
-        parts = load_E, x_TD.sum(dim=0), clean_TE.sum(dim=0), clean_TE.square().sum(dim=0)
-        sums = self.summed({"bias": torch.cat(parts)})["bias"]
-        load_E = sums[: self.num_experts]
-        fair = load_E.mean()
-        means = sums / (fair * (self.num_experts / self.k)).clamp(min=1)
-        _, mean_D, logit_E, square_E = means.split((self.num_experts, self.dim, self.num_experts, self.num_experts))
+        clean_TE = logits_TE.detach()
+        expert_TK = (clean_TE + self.bias_E).topk(self.k, dim=-1).indices
+        load_TE = torch.zeros_like(clean_TE).scatter(1, expert_TK, 1.0)
+        parts = {"load": load_TE, "mean": x_TD.detach(), "logit": clean_TE, "square": clean_TE.square()}
+        sums = self.summed({name: part.sum(dim=0) for name, part in parts.items()})
+        load_E, fair = sums["load"], sums["load"].mean()
+        tokens = (fair * (self.num_experts / self.k)).clamp(min=1)
+        mean_D, logit_E, square_E = (sums[name] / tokens for name in ("mean", "logit", "square"))
         var_E = square_E - logit_E.square()
         var_E = var_E.where(var_E > ROUNDED * torch.finfo(var_E.dtype).eps * square_E, 0)  # equal logits have no spread
         bias_E = self.bias_E + self.bias_rate * var_E.mean().sqrt() * ((fair - load_E) / fair.clamp(min=1)).clamp(-1, 1)
         mean_D = torch.where(self.mean_D.any(), self.mean_D + MEAN_RATE * (mean_D - self.mean_D), mean_D)
-        counted = sums.isfinite().all() & (fair > 0)
+        counted = torch.cat([*sums.values()]).isfinite().all() & (fair > 0)
         self.next_bias_E.copy_(torch.where(counted, bias_E, self.bias_E))
         self.next_mean_D.copy_(torch.where(counted, mean_D, self.mean_D))
         return logits_TE

@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gmoe._autograd import in_transform
 from gmoe._checks import check, check_choice, check_counts
-from gmoe.distributed import world_size, world_sum
-from gmoe.routing import INTEGERS, Routing, described, in_backward
+from gmoe.distributed import world_sum
+from gmoe.losses import square_sum
+from gmoe.routing import INTEGERS, AuxLoss, Routing, check_range, described
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
 
@@ -43,8 +45,8 @@ class Router(nn.Module, ABC):
     Attributes:
         experts_per_token: average number of experts per token; compute scales with it.
         process_group: under ``torch.distributed``, losses and counters are those of the tokens of all processes of this
-            group, ``None`` (default) for all there are. One collective a forward in training with gradients (two for a
-            bias beside a z-loss), so that every process has to call the router; not in the forward of a reentrant
+            group, ``None`` (default) for all there are. One collective a forward in training with gradients (one more
+            for a z-loss), so that every process has to call the router; not in the forward of a reentrant
             checkpoint, which has none. Where tokens compete (expert choice, votes, capacities), they do so inside a
             process. A router with a group of its own can be neither copied nor pickled.
 
@@ -97,13 +99,12 @@ class Router(nn.Module, ABC):
             raise RuntimeError("torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers")
         if not isinstance(x, Tensor) or x.dim() < 2 or x.size(-1) != self.dim or not x.is_floating_point():
             raise ValueError(f"x: got {described(x)}, expected (..., T, dim={self.dim}), a tensor of floats")
-        x_TD = x.reshape(-1, self.dim)
         if batch is not None and (getattr(batch, "dtype", None) not in INTEGERS or batch.shape != x.shape[:-1]):
             raise ValueError(f"batch: got {described(batch)}, expected integers, a tensor of {tuple(x.shape[:-1])}")
+        x_TD = x.reshape(-1, self.dim)
         if edge_index is not None:
             check_edge_index(edge_index, x_TD.size(0), x_TD.size(0))
-        # a finite sum has finite terms, and is cheaper to have; one that is not may have overflowed
-        if self.check_finite and not bool(x_TD.detach().sum().isfinite()) and not bool(x_TD.isfinite().all()):
+        if self.check_finite and not bool(x_TD.isfinite().all()):
             raise ValueError(f"x: got {int((~x_TD.isfinite()).sum())} values that are NaN or infinite, expected none")
         group = x.size(-2) if batch is None else batch.reshape(-1)
         with torch.autocast(x.device.type, enabled=False):
@@ -134,15 +135,23 @@ class Router(nn.Module, ABC):
 
         Every process has to come here, also one without tokens.
         """
-        if not parts or not self.training or not torch.is_grad_enabled() or world_size(self.process_group) == 1:
+        if not (self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
             return parts
         total = world_sum(torch.cat([part.view(-1) for part in parts.values()]), self.process_group)
         sums = total.split([part.numel() for part in parts.values()])
         return {name: one.view_as(part) for (name, part), one in zip(parts.items(), sums, strict=True)}
 
+    def z_loss(self, logits_TE: Tensor, coefficient: float) -> dict[str, AuxLoss]:
+        """The router z-loss over the tokens of all processes by name; nothing at a coefficient of 0."""
+        if coefficient == 0:
+            return {}
+        sums = self.summed({"z": square_sum(logits_TE), "tokens": logits_TE.new_tensor(len(logits_TE))})
+        return {"z": AuxLoss(sums["z"] / sums["tokens"].clamp(min=1), coefficient)}
+
     def is_training_step(self) -> bool:
         """True if this forward moves the counters: not in evaluation, nor when a checkpoint recomputes it."""
-        return self.training and not in_backward()
+        # what torch.utils.checkpoint itself asks; a compiled checkpoint recomputes without Python
+        return self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """Keep counters and frozen projections in float32 at least: in bfloat16 a bias's steps would round away."""
@@ -192,8 +201,5 @@ def check_edge_index(edge_index: Tensor, num_src: int, num_dst: int) -> None:
     """Refuse edges that point outside the nodes. CPU tensors only: elsewhere it would cost a host sync."""
     if edge_index.dtype not in INTEGERS or edge_index.dim() != 2 or edge_index.size(0) != 2:
         raise ValueError(f"edge_index: got {described(edge_index)}, expected (2, number of edges), integers")
-    if edge_index.device.type != "cpu" or edge_index.size(1) == 0:
-        return
-    for name, row_M, bound in zip(("source", "destination"), edge_index, (num_src, num_dst), strict=True):
-        for node in torch.as_tensor(row_M).aminmax():
-            check(0 <= node < bound, "edge_index", f"{name} node {int(node)}", f"values in 0..{bound - 1}")
+    for row_M, bound in zip(edge_index, (num_src, num_dst), strict=True):
+        check_range("edge_index", torch.as_tensor(row_M), bound)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gmoe._checks import check
 from gmoe.routers.base import Router, Weighting
-from gmoe.routing import INTEGERS, Routing, described
+from gmoe.routing import INTEGERS, Routing, check_range, described
 
 
 class RandomRouter(Router):
@@ -96,8 +96,7 @@ class OracleRouter(Router):
         super().__init__(dim, num_experts, k=1, check_finite=check_finite)
         fits = assignment.dim() == 1 and assignment.dtype in INTEGERS
         check(fits, "assignment", described(assignment), "(T,) integers")
-        low, high = (int(value) for value in assignment.aminmax()) if assignment.numel() else (0, 0)
-        check(0 <= low <= high < num_experts, "assignment", f"values in {low}..{high}", f"0..{num_experts - 1}")
+        check_range("assignment", assignment, num_experts)
         self.assignment = assignment  # what a buffer that went through the meta device is restored from
         self.register_buffer("assignment_T", assignment.long())
 
@@ -105,8 +104,7 @@ class OracleRouter(Router):
         self.assignment_T.copy_(self.assignment)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        check(
-            len(x_TD) == len(self.assignment_T), "x", f"{len(x_TD)} tokens", f"{len(self.assignment_T)} assigned ones"
-        )
+        num_tokens, assigned = len(x_TD), len(self.assignment_T)
+        check(num_tokens == assigned, "x", f"{num_tokens} tokens", f"{assigned} assigned ones")
         expert_T1 = self.assignment_T[:, None]
         return Routing.from_choices(expert_T1, x_TD.new_ones(expert_T1.shape), self.num_experts)

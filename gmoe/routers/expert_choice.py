@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gmoe._checks import check, check_at_least, check_choice, check_positive
-from gmoe.losses import square_sum
 from gmoe.routers.base import Router, Weighting, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups, gather_pairs, pairs_of_mask
 from gmoe.routing import AuxLoss, Routing
@@ -85,12 +84,7 @@ class ExpertChoice(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TE = float_linear(x_TD, self.gate)
-        if self.z_coef == 0:
-            return self.selection(self, logits_TE, group, {})[0]
-        sums = {"tokens": logits_TE.new_tensor(len(logits_TE)), "z": square_sum(logits_TE)}
-        routing, sums = self.selection(self, logits_TE, group, sums)
-        z = AuxLoss(sums["z"] / sums["tokens"].clamp(min=1), self.z_coef)
-        return replace(routing, losses={"z": z}, checked=True)
+        return self.selection(self, logits_TE, group, self.z_loss(logits_TE, self.z_coef))
 
 
 class ExpertSelection(nn.Module):
@@ -134,16 +128,14 @@ class ExpertSelection(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
-    def forward(
-        self, router: Router, logits_TE: Tensor, group: Tensor | int, sums: dict[str, Tensor]
-    ) -> tuple[Routing, dict[str, Tensor]]:
+    def forward(self, router: Router, logits_TE: Tensor, group: Tensor | int, losses: Mapping[str, AuxLoss]) -> Routing:
         """Select the pairs, and move the running means.
 
         Args:
-            router: whose weights and process group are used.
+            router: the router, whose weights and process group are used.
             logits_TE: the logits.
-            group: which tokens compete, see :meth:`gmoe.routers.Router.route`.
-            sums: further sums over tokens, which are returned for all processes.
+            group: the tokens that compete, see :meth:`gmoe.routers.Router.route`.
+            losses: those of the routing.
         """
         along_tokens, num_tokens = self.normalize == "tokens", len(logits_TE)
         # inside a group the softmax along tokens ranks as the logits do
@@ -153,7 +145,7 @@ class ExpertSelection(nn.Module):
                 raise RuntimeError("inference='threshold' has no thresholds yet: run a training step or load a state")
             if along_tokens:
                 log_scores_TE = logits_TE - self.log_scale_E
-            token_P, offsets_E = pairs_of_mask(ranked_TE >= self.threshold_E)
+            token_P, offsets_E = pairs_of_mask((ranked_TE >= self.threshold_E).T)
             log_gate_P = gather_pairs(log_scores_TE, token_P, offsets_E)
         else:
             groups = Groups.of(group, num_tokens)
@@ -161,36 +153,28 @@ class ExpertSelection(nn.Module):
                 log_scores_TE = logits_TE - groups.logsumexp(logits_TE)
             capacity = groups.capacity(router.k, router.num_experts, self.capacity_factor)
             token_P, offsets_E, log_gate_P = groups.best_pairs(ranked_TE, log_scores_TE, capacity, along_tokens)
-        is_step = self.inference == "threshold" and router.is_training_step()
-        if is_step:
-            token_EC = token_P.view(router.num_experts, -1)
-            sums = sums | self._last(ranked_TE.detach(), log_gate_P.detach().view_as(token_EC), token_EC, groups)
-        sums = router.summed(sums)
-        if is_step:
-            self._move(sums)
+            if self.inference == "threshold" and router.is_training_step():
+                self._move(router, ranked_TE.detach(), log_gate_P.detach(), token_P, groups)
         weight_P = pair_weights(router.weight, log_gate_P, token_P, num_tokens)
-        return Routing(token_P, offsets_E, weight_P, log_scores_TE.exp(), num_tokens, checked=True), sums
+        return Routing(token_P, offsets_E, weight_P, log_scores_TE.exp(), num_tokens, losses, checked=True)
 
-    def _last(self, ranked_TE: Tensor, log_gate_EC: Tensor, token_EC: Tensor, groups: Groups) -> dict[str, Tensor]:
-        """Sums over the groups of the score of the last token taken and of the scale, and the number of groups."""
-        num_groups = groups.num_groups if token_EC.numel() else 0
-        group_EC, ranked_EC = groups.of_tokens(token_EC.flatten()).view_as(token_EC), ranked_TE.T.gather(1, token_EC)
+    def _move(self, router: Router, ranked_TE: Tensor, log_gate_P: Tensor, token_P: Tensor, groups: Groups) -> None:
+        """Move the running means by a step's mean over its groups, unless there are none or it is not finite."""
+        token_EC, num_groups = token_P.view(router.num_experts, -1), groups.num_groups if len(token_P) else 0
+        group_EC, ranked_EC = groups.of_tokens(token_P).view_as(token_EC), ranked_TE.T.gather(1, token_EC)
         last_EB = ranked_EC.new_full((len(token_EC), num_groups), torch.inf)
         last_EB = last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin")
         sums = {"groups": last_EB.new_tensor(num_groups), "threshold_E": last_EB.sum(dim=1)}
         if self.normalize == "tokens":  # gate = exp(logit) / scale, the same scale in all of a group
-            sums["log_scale_E"] = last_EB.scatter(1, group_EC, ranked_EC - log_gate_EC).sum(dim=1)
-        return sums
-
-    def _move(self, sums: dict[str, Tensor]) -> None:
-        """Move the running means by a step's mean over its groups, unless there are none or it is not finite."""
-        groups = sums["groups"].clamp(min=1)
-        steps = {name: sums[name] / groups for name, _ in self.named_buffers() if name != "steps"}
-        some = (sums["groups"] > 0) & torch.cat([*steps.values()]).isfinite().all()
+            scale_EC = ranked_EC - log_gate_P.view_as(token_EC)
+            sums["log_scale_E"] = last_EB.scatter(1, group_EC, scale_EC).sum(dim=1)
+        sums = router.summed(sums)
+        num_groups_all = sums.pop("groups")
+        some = (num_groups_all > 0) & torch.cat([*sums.values()]).isfinite().all()
         self.steps += some
         share = (1.0 / self.steps.clamp(min=1)).clamp(min=self.momentum)
-        for name, step_E in steps.items():
-            mean_E = self.get_buffer(name)
+        for name, sum_E in sums.items():
+            mean_E, step_E = self.get_buffer(name), sum_E / num_groups_all.clamp(min=1)
             mean_E.copy_(torch.where(some, mean_E + share.to(mean_E.dtype) * (step_E - mean_E), mean_E))
 
     def extra_repr(self) -> str:

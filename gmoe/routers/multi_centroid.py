@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -138,12 +137,11 @@ class MultiCentroid(Router):
         losses = {}
         if self.separation_coef > 0:
             losses["separation"] = AuxLoss(separation_loss(self.centroid), self.separation_coef)
-        if self.selection is None:
-            log_probs_TE = logits_TE.log_softmax(dim=-1)
-            expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
-            probs_TE = log_probs_TE.exp()
-            return Routing.from_choices(expert_TK, weight_TK, self.num_experts, probs_TE, losses, checked=True)
-        return replace(self.selection(self, logits_TE, group, {})[0], losses=losses, checked=True)
+        if self.selection is not None:
+            return self.selection(self, logits_TE, group, losses)
+        log_probs_TE = logits_TE.log_softmax(dim=-1)
+        choices = self._top_k(logits_TE, log_probs_TE)
+        return Routing.from_choices(*choices, self.num_experts, log_probs_TE.exp(), losses, checked=True)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)

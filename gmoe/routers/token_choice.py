@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmoe._checks import check, check_at_least, check_choice, check_positive
-from gmoe.losses import cv_squared, expected_load, square_sum, switch_of
+from gmoe.losses import cv_squared, expected_load, switch_of
 from gmoe.routers.balance import BalancedRouter
 from gmoe.routers.base import Weighting, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
@@ -118,47 +118,43 @@ class TokenChoice(BalancedRouter):
         if self.noise is not None:
             std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
         elif self.by_spread and self.training and len(x_TD) > 0:
-            off_TE = clean_TE.detach() - clean_TE.detach().mean(dim=0)
-            std_TE = off_TE.square().mean().sqrt().nan_to_num(posinf=0.0)  # a NaN token is no other token's noise
+            spread = clean_TE.detach().var(dim=0, correction=0).mean().sqrt()
+            std_TE = spread.nan_to_num(posinf=0.0)  # a NaN token is no other token's noise
         if self.training and std_TE is not None:
             logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
         log_probs_TE = logits_TE.log_softmax(dim=-1)
-        probs_TE = log_probs_TE.exp()
         # not by probabilities, which may underflow to ties
         expert_TK, weight_TK = self._top_k(logits_TE + self.bias_E if biased else logits_TE, log_probs_TE)
-        sums = {}
-        if self.balance in ("importance_load", "switch"):
-            sums["importance"] = probs_TE.sum(dim=0)
-        if self.balance == "importance_load" and std_TE is not None:
-            sums["load"] = expected_load(clean_TE, logits_TE, std_TE, self.k)
-        if self.balance == "switch":
-            sums["load"] = F.one_hot(expert_TK, self.num_experts).sum(dim=(0, 1)).to(probs_TE.dtype)
-        if self.z_coef > 0:
-            sums["z"] = square_sum(logits_TE)
-        losses = self._losses(sums, len(x_TD)) if sums else {}
-        if not self.training or self.capacity_factor is None:
-            return Routing.from_choices(expert_TK, weight_TK, self.num_experts, probs_TE, losses, checked=True)
-        groups = Groups.of(group, len(x_TD))
-        capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
-        token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, capacity)
-        log_gate_P = gather_pairs(log_probs_TE, token_P, offsets_E)
-        weight_P = pair_weights(self.weight, log_gate_P, token_P, len(x_TD))  # those of what is left
-        dropped_T = self.k - token_P.bincount(minlength=len(x_TD))
-        return Routing(token_P, offsets_E, weight_P, probs_TE, len(x_TD), losses, dropped_T, checked=True)
-
-    def _losses(self, sums: dict[str, Tensor], num_tokens: int) -> dict[str, AuxLoss]:
-        """Compute the losses from sums over tokens, for which all processes are asked."""
-        sums = self.summed(sums | {"tokens": next(iter(sums.values())).new_tensor(num_tokens)})
         losses = {}
-        if self.balance == "importance_load":
-            losses["importance"] = AuxLoss(cv_squared(sums["importance"]), self.balance_coef)
-            losses["load"] = AuxLoss(cv_squared(sums["load"]), self.balance_coef)
+        if self.z_coef > 0 or self.balance in ("importance_load", "switch"):
+            losses = self._losses(clean_TE, logits_TE, std_TE, expert_TK) | self.z_loss(logits_TE, self.z_coef)
+        if self.training and self.capacity_factor is not None:
+            return self._dropped(expert_TK, log_probs_TE, Groups.of(group, len(x_TD)), losses)
+        return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, checked=True)
+
+    def _dropped(self, expert_TK: Tensor, log_probs_TE: Tensor, groups: Groups, losses: dict[str, AuxLoss]) -> Routing:
+        """Route without the pairs over capacity; the weights are those of what is left."""
+        probs_TE, num_tokens = log_probs_TE.exp(), len(log_probs_TE)
+        capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor or 1.0)
+        token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, capacity)
+        weight_P = pair_weights(self.weight, gather_pairs(log_probs_TE, token_P, offsets_E), token_P, num_tokens)
+        dropped_T = self.k - token_P.bincount(minlength=num_tokens)
+        return Routing(token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, dropped_T, checked=True)
+
+    def _losses(
+        self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, expert_TK: Tensor
+    ) -> dict[str, AuxLoss]:
+        """Compute the balance losses from sums over tokens, for which all processes are asked."""
+        probs_TE = logits_TE.softmax(dim=-1)
+        sums = {"tokens": probs_TE.new_tensor(len(probs_TE)), "importance": probs_TE.sum(dim=0)}
+        if self.balance == "importance_load" and std_TE is not None:
+            sums = self.summed(sums | {"load": expected_load(clean_TE, logits_TE, std_TE, self.k)})
+            return {name: AuxLoss(cv_squared(sums[name]), self.balance_coef) for name in ("importance", "load")}
         if self.balance == "switch":
+            sums = self.summed(sums | {"load": torch.zeros_like(probs_TE).scatter(1, expert_TK, 1.0).sum(dim=0)})
             switch = switch_of(sums["importance"], sums["load"], sums["tokens"])
-            losses["switch"] = AuxLoss(switch, self.balance_coef)
-        if self.z_coef > 0:
-            losses["z"] = AuxLoss(sums["z"] / sums["tokens"].clamp(min=1), self.z_coef)
-        return losses
+            return {"switch": AuxLoss(switch, self.balance_coef)}
+        return {}
 
     def extra_repr(self) -> str:
         capacity = [] if self.capacity_factor is None else [f"capacity_factor={self.capacity_factor!r}"]

@@ -5,14 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gmoe import LinearExperts, MoE, OracleRouter, RandomRouter, UniformRouter
-
-
-def test_random_is_a_frozen_function_of_the_token() -> None:
-    router, x = RandomRouter(6, 5), torch.randn(40, 6)
-    assert not list(router.parameters())
-    assert "projection_DE" in router.state_dict()
-    assert torch.equal(router(torch.cat([x, x])).to_dense(), router(x).to_dense().repeat(2, 1))
+from gmoe import LinearExperts, MoE, OracleRouter, UniformRouter
 
 
 @pytest.mark.parametrize("num_experts", [1, 3])
