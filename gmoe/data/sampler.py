@@ -39,8 +39,8 @@ NO_TIMES = ("time", "times of the seeds", "None: sampling by time needs pyg-lib"
 class NeighborSampler(BaseSampler):
     r"""Uniform neighbor sampling (GraphSAGE, Hamilton et al., 2017) with torch alone.
 
-    What ``pyg-lib`` is to PyG's ``NeighborLoader``, behind the same interface: give it to PyG's ``NodeLoader`` or
-    ``LinkLoader``, or call :func:`gmoe.neighbor_loader`. Hop by hop, each node that the last hop found draws
+    It replaces ``pyg-lib`` behind PyG's interface: give it to PyG's ``NodeLoader`` or ``LinkLoader``, or call
+    :func:`gmoe.neighbor_loader`. Hop by hop, each node that the last hop found draws
 
     .. math::
         S_v \sim \mathrm{Uniform}\{S \subseteq \mathrm{in}(v) : |S| = \min(k, |\mathrm{in}(v)|)\}
