@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch_geometric import Index
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.sampler import (
     BaseSampler,
@@ -40,8 +39,8 @@ NO_TIMES = ("time", "times of the seeds", "None: sampling by time needs pyg-lib"
 class NeighborSampler(BaseSampler):
     r"""Uniform neighbor sampling (GraphSAGE, Hamilton et al., 2017) with torch alone.
 
-    What ``pyg-lib`` is to PyG's ``NeighborLoader``, behind the same interface: give it to PyG's ``NodeLoader`` or
-    ``LinkLoader``, or call :func:`gmoe.neighbor_loader`. Hop by hop, each node that the last hop found draws
+    It replaces ``pyg-lib`` behind PyG's interface: give it to PyG's ``NodeLoader`` or ``LinkLoader``, or call
+    :func:`gmoe.neighbor_loader`. Hop by hop, each node that the last hop found draws
 
     .. math::
         S_v \sim \mathrm{Uniform}\{S \subseteq \mathrm{in}(v) : |S| = \min(k, |\mathrm{in}(v)|)\}
@@ -192,7 +191,6 @@ class NeighborSampler(BaseSampler):
             got = f"{name} of type {type(store[name]).__name__}"
             check(isinstance(store[name], SparseTensor), "data", got, "a SparseTensor, or edge_index alone")
         start, source, ids = to_csc(store, device=torch.device("cpu"), is_sorted=is_sorted)
-        source = source.as_tensor() if isinstance(source, Index) else source
         return start.to(self._dtype), source.to(self._dtype), None if ids is None else ids.to(self._dtype)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def create_npy(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """In a loader's worker in shared memory, or it would be copied there."""
+    """An empty tensor; in a loader's worker in shared memory, or it would be copied there."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)

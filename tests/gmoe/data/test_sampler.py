@@ -177,7 +177,9 @@ def test_forms_of_edges(form: str) -> None:
         "is_sorted": by_destination,
         "int32": data.edge_index.int(),
     }[form]
-    out = sample(Data(x=data.x, edge_index=edges), [4, 3], [5, 2, 8], is_sorted=form == "is_sorted")
+    out = sample(
+        Data(x=data.x, edge_index=edges), [4, 3], [5, 2, 8], is_sorted=form in ("EdgeIndex by col", "is_sorted")
+    )
     assert {type(value) for value in (out.node, out.row, out.col, out.edge)} == {torch.Tensor}
     check(Data(edge_index=torch.as_tensor(edges), num_nodes=30), out, [4, 3], [5, 2, 8], replace=False)
 

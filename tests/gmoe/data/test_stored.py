@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch_geometric.typing
 from torch_geometric.data import Data, EdgeAttr, TensorAttr
-from torch_geometric.loader import NeighborLoader
+from torch_geometric.loader import NeighborLoader, NodeLoader
 from torch_geometric.sampler import NodeSamplerInput
 
 import gmoe.data.stored
@@ -148,7 +148,7 @@ def test_files_that_are_cut_or_gone_or_others(folder: Path) -> None:
         StoredGraph(folder / "nowhere")
 
 
-@pytest.mark.parametrize("block", [2**22, 7])
+@pytest.mark.parametrize("block", [2**22, 1])
 def test_verify_reads_everything(folder: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gmoe.data.stored, "BLOCK", block)
     StoredGraph(folder).verify()
@@ -217,9 +217,12 @@ def test_a_graph_without_edges(tmp_path: Path) -> None:
     assert_same_batches(tmp_path, data, [2, 2], None)
 
 
-def test_pyg_reads_it_where_pyg_can_sample(folder: Path) -> None:
-    """PyG's own loader takes the stores, and then needs its extension as for any graph."""
+def test_pyg_reads_it_where_pyg_can_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyG's own loader takes the stores, and then needs its extension as for any graph. Ours is the default."""
     stored = StoredGraph(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_geometric.typing, "WITH_PYG_LIB", True)
+        assert type(neighbor_loader(stored, [3])) is NodeLoader
     loader = NeighborLoader((stored, stored), [3, 2], torch.arange(10), batch_size=5)
     sampler = loader.node_sampler
     assert sampler.num_nodes == NODES
