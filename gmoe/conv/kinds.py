@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -300,49 +300,61 @@ NODES, EDGES = 14, 60
 
 
 class Trial:
-    """A float64 copy of a conv, without dropout and in training mode (so that batch norm shows), run on a small random
-    graph with self-loops, parallel edges and isolated nodes.
+    """Runs a float64 copy of a conv, without dropout and in training mode (so that batch norm shows), on a small random
+    graph with self-loops, parallel edges and isolated nodes; once, where its outcome is asked for.
 
     Args:
         conv: the conv, which is left alone.
         in_channels: its widths.
 
-    Attributes:
-        width: columns of its output; ``None`` if it does not run there.
-        is_local: its output at a node follows from the node's in-edges and their ends alone.
-        error: what it raised.
     """
 
-    def __init__(self, conv: MessagePassing, in_channels: Widths) -> None:
-        self.cls, self.error = type(conv), ""
-        self.width: int | None = None
-        self.is_local = False
+    def __init__(self, conv: Any, in_channels: Widths) -> None:
+        self.conv, self.in_channels = conv, in_channels
+
+    @cached_property
+    def outcome(self) -> tuple[int | None, bool, str]:
+        """Columns of the output, if it runs; locality; and what it raised."""
+        width = None
         try:
             with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
-                self._run(probe_copy(conv), in_channels)
+                conv, generator = probe_copy(self.conv), torch.Generator().manual_seed(0)
+                graph, x_src, x_dst = self._inputs(generator)
+                out = run(conv, graph, x_src, x_dst)
+                width = out.size(1)
+                tokens = [torch.randperm(NODES, generator=generator)[:size].sort().values for size in (1, 4, 9)]
+                parts = [(run_on(conv, graph, x_src, x_dst, token), out[token]) for token in tokens]
+                return width, all(torch.allclose(alone, expected, atol=1e-9) for alone, expected in parts), ""
         except Exception as error:  # a conv may ask for anything: edge features, regular graphs, other packages
-            self.error = f"fails on a small random graph: {error}"
+            return width, False, f"fails on a small random graph: {error}"
 
-    def _run(self, conv: Any, in_channels: Widths) -> None:
-        generator, takes = torch.Generator().manual_seed(0), parameters_of(conv)
+    def _inputs(self, generator: torch.Generator) -> tuple[Graph, torch.Tensor, torch.Tensor]:
+        conv, takes = self.conv, parameters_of(self.conv)
         random = partial(torch.randn, dtype=torch.float64, generator=generator)
         edge_index = torch.randint(NODES - 2, (2, EDGES), generator=generator)  # the last two nodes are isolated
         edge_index[:, :3] = torch.tensor([[0, 1, 1], [0, 2, 2]])
         weight = random(EDGES).abs() + 0.1 if "edge_weight" in takes else None
         edge_dim = getattr(conv, "edge_dim", None) or getattr(conv, "dim", None)
         if isinstance(conv, pyg.GINEConv):
-            edge_dim = in_channels if conv.lin is None else conv.lin.in_channels
+            edge_dim = self.in_channels if conv.lin is None else conv.lin.in_channels
         wanted = "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0
         attr = random(EDGES, edge_dim) if wanted else None
-        source, destination = (in_channels, 0) if isinstance(in_channels, int) else in_channels
+        source, destination = (self.in_channels, 0) if isinstance(self.in_channels, int) else self.in_channels
         x_src = random(NODES, source)
-        x_dst = random(NODES, destination) if destination else x_src
         graph = Graph(edge_index, NODES, edge_weight=weight, edge_attr=attr, flow=conv.flow)
-        out = run(conv, graph, x_src, x_dst)
-        self.width = out.size(1)
-        tokens = [torch.randperm(NODES, generator=generator)[:size].sort().values for size in (1, 4, 9)]
-        parts = [(run_on(conv, graph, x_src, x_dst, token), out[token]) for token in tokens]
-        self.is_local = all(torch.allclose(alone, expected, atol=1e-9) for alone, expected in parts)
+        return graph, x_src, random(NODES, destination) if destination else x_src
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the output; ``None`` if unknown."""
+        if type(self.conv) in STACKS and not isinstance(self.conv, pyg.GINConv | pyg.GINEConv):
+            return int(self.conv.out_channels * (self.conv.heads if getattr(self.conv, "concat", False) else 1))
+        return self.outcome[0]
+
+    @property
+    def is_local(self) -> bool:
+        """True if the output at a node follows from the node's in-edges and their ends alone."""
+        return self.outcome[1]
 
     def takes_local_path(self, local: bool | None) -> bool:
         """True if the conv is run on the in-edges of its destinations.
@@ -350,9 +362,12 @@ class Trial:
         Raises:
             ValueError: ``local=True`` for a conv that is not local.
         """
-        why = self.error or "gives another output on a node's in-edges than on the whole graph"
-        check(self.is_local or not local, "local", f"True, but {self.cls.__name__} {why}", "None or False")
-        return self.is_local and (bool(local) or (local is None and self.cls in LOCAL))
+        if local is False or (local is None and type(self.conv) not in LOCAL):
+            return False
+        why = self.outcome[2] or "gives another output on a node's in-edges than on the whole graph"
+        got = f"True, but {type(self.conv).__name__} {why}"
+        check(self.is_local or not local, "local", got, "None or False")
+        return self.is_local
 
 
 @dataclass(frozen=True)

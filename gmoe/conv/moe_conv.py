@@ -309,12 +309,8 @@ class MoEConv(MoELayer, MessagePassing):
         takers += [("a router that votes along edges", not self._router_sees_edges)]
         takers += [("flow='target_to_source'", self.flow == "source_to_target")]
         for name, fits in takers:
-            check(
-                fits or x_src is x_dst,
-                "x",
-                "a tuple of source and destination nodes",
-                f"one tensor: {name} takes no bipartite input",
-            )
+            legal = f"one tensor: {name} takes no bipartite input"
+            check(fits or x_src is x_dst, "x", "a tuple of source and destination nodes", legal)
         if x_dst is not None:
             return x_src, x_dst
         readers = sorted({type(conv).__name__ for conv in self._all_convs() if type(conv) not in SOURCES_ALONE})
