@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
 from gmoe._autograd import first_order, untraced
-from gmoe.conv.base import StackedExperts, is_plain
+from gmoe.conv.aggregate import is_plain
+from gmoe.conv.base import StackedExperts
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
 from gmoe.dispatch import COUNTING, Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts

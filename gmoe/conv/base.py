@@ -211,12 +211,6 @@ def refuse_far(convs: Iterable[MessagePassing]) -> None:
         raise RuntimeError(f"inference: {names} looks further than one hop, or is not known not to; {way}")
 
 
-def is_plain(linear: LinearExperts) -> bool:
-    """True if a kernel may stand in for the module: nobody replaced it or hung something on it."""
-    hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
-    return type(linear) is LinearExperts and not any(hooks)
-
-
 def tokens_of(routing: Routing) -> Iterator[Tensor]:
     """The tokens of each expert, in order."""
     return iter(routing.token.split(routing.load.tolist()))

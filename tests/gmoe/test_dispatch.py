@@ -175,7 +175,11 @@ def test_second_order_gradients_are_refused(backend: Backend) -> None:
 
 @each_backend
 def test_compiles_in_one_graph(backend: Backend) -> None:
-    function, leaves = mixture(backend)
+    routing, leaves = routing_of(features(6, 4)), mixture(backend)[1]
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return combine(grouped_linear(dispatch(x, routing), weight, bias, routing.offsets, backend), routing)
+
     torch.compiler.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     found, expected = compiled(*leaves), function(*leaves)
@@ -186,13 +190,10 @@ def test_compiles_in_one_graph(backend: Backend) -> None:
 def test_operators_keep_torchs_rules() -> None:
     """Schema, fake kernel, tracing."""
     routing = routing_of(features(6, 4))
-    token, offsets, gate = routing.token, routing.offsets, routing.weight
-    x, weight, bias, rows, y = features(6, 3), features(4, 3, 5), features(4, 5), features(24, 3), features(24, 5)
-    parts = [x[:, :1], x[:, 1:]]
+    offsets, weight, bias = routing.offsets, features(4, 3, 5), features(4, 5)
+    rows, y = features(24, 3), features(24, 5)
     for name, inputs in {
         "grouped_linear": (rows, weight, bias, offsets, "loop"),
         "grouped_linear_backward": (y, rows, weight, bias, offsets, "loop", [True] * 3),
-        "routed_linear": (gate, weight, bias, parts, token, offsets, 6, True),
-        "routed_linear_backward": (features(6, 5), gate, weight, bias, parts, token, offsets, y, [True] * 5),
     }.items():
         torch.library.opcheck(getattr(torch.ops.gmoe, name).default, inputs)
