@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
 
-from gmoe._checks import check, check_count
+from gmoe._checks import check, check_counts
 from gmoe.dispatch import Backend
 from gmoe.experts import MLPExperts
 from gmoe.moe import MoE, MoELayer
@@ -96,7 +96,7 @@ def moefy(
         >>> gnn = moefy(gnn, targets="conv*")
     """
     check(isinstance(model, nn.Module), "model", type(model).__name__, "a transformer or a PyG GNN")
-    check_count("every", 1 if every is None else every)
+    check_counts(every=1 if every is None else every)
     check(
         not isinstance(router, Router), "router", "an instance", "a name or a factory, since several layers are built"
     )

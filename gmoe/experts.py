@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_choice, check_count, check_counts, check_probability
+from gmoe._checks import check_choice, check_counts, check_probability
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.routing import Routing
 
@@ -172,7 +172,7 @@ class MLPExperts(Experts):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(in_features, out_features, num_experts)
-        check_count("hidden_features", hidden_features)
+        check_counts(hidden_features=hidden_features)
         if isinstance(activation, str):
             check_choice("activation", activation, ACTIVATIONS)
         dropouts = dropout if isinstance(dropout, tuple) else (dropout, dropout)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from gmoe._checks import check_count, check_positive
+from gmoe._checks import check_counts, check_positive
 from gmoe.dispatch import COUNTING
 from gmoe.moe import MoELayer  # and so the operators of gmoe.dispatch
 
@@ -74,7 +74,7 @@ def match_width(
         ValueError: no width in range comes within ``tolerance``; the message says which is nearest.
     """
     check_positive("target", target)
-    check_count("start", start)
+    check_counts(start=start)
     low, high = start, start
     # double first, since wide models are slow to measure; not by powers of two, at which a model may have a special
     # case (a residual without a projection where input and hidden width agree)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from gmoe._checks import check, check_count
+from gmoe._checks import check, check_counts
 from gmoe.routers import Router
 from gmoe.routing import Routing
 
@@ -67,7 +67,7 @@ class RoutingStats(Metric):
         self.num_experts = (num_experts,) if isinstance(num_experts, int) else tuple(num_experts)
         check(self.num_experts, "num_experts", "no layers", "at least one")
         for number in self.num_experts:
-            check_count("num_experts", number)
+            check_counts(num_experts=number)
         layers, most = len(self.num_experts), max(self.num_experts)
         for name in ("load", "weight", "tokens", "covered", "entropy", "dropped"):
             shape = (layers, most) if name in PER_EXPERT else (layers,)

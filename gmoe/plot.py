@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_count, check_probability
+from gmoe._checks import check, check_counts, check_probability
 from gmoe.routing import Routing, record_routing
 
 try:
@@ -39,7 +39,7 @@ def palette(num_experts: int) -> list[tuple[float, float, float]]:
     Example:
         >>> red, green, blue = palette(8)[3]
     """
-    check_count("num_experts", num_experts)
+    check_counts(num_experts=num_experts)
     if num_experts > 20:
         colors = colormaps["hsv"]([expert / num_experts for expert in range(num_experts)])
     else:

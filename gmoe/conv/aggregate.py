@@ -21,7 +21,7 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
-from gmoe._checks import check_choice, check_count
+from gmoe._checks import check_choice, check_counts
 from gmoe.conv.base import StackedExperts, probe_copy, tokens_of
 from gmoe.conv.graph import Graph, Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
@@ -344,7 +344,7 @@ class FilterConv(MessagePassing):
         bias: bool = True,
     ) -> None:
         check_choice("filter", filter, get_args(FilterName))
-        check_count("hops", hops)
+        check_counts(hops=hops)
         if filter == "identity" and hops > 1:
             raise ValueError(f"hops: got {hops} with filter='identity', expected 1")
         super().__init__(aggr="add")

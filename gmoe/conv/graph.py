@@ -308,11 +308,6 @@ class Graph:
         given = of_matrix if self.edge_attr is None else self.edge_attr
         return None if given is None else (given if given.dim() > 1 else given[:, None])[self.edges.order]
 
-    @property
-    def in_degree(self) -> Tensor:
-        """(N_dst,) edges into each destination."""
-        return self.edges.degree
-
     def mean(self, x_src: Tensor, by: Literal["values"] | None = None) -> Tensor:
         """(N_dst, D) the mean over in-edges of (N_src, D) features, see :meth:`summing`; zero without any."""
         exact = torch.promote_types(x_src.dtype, torch.float32)

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 
-from gmoe._checks import check, check_choice, check_count, nearest
+from gmoe._checks import check, check_choice, check_counts, nearest
 from gmoe.conv import aggregate, attention
 from gmoe.conv.aggregate import FilterConv, MLPConv
 from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, probe_copy
@@ -192,7 +192,7 @@ def kinds_of(conv: Any, num_experts: int | None) -> list[str | ConvFactory]:
         ValueError: no kind, or a list of another length than ``num_experts``.
     """
     if num_experts is not None:
-        check_count("num_experts", num_experts)
+        check_counts(num_experts=num_experts)
     if isinstance(conv, str) or callable(conv):
         return [conv] * (8 if num_experts is None else num_experts)
     check(isinstance(conv, Sequence) and len(conv) > 0, "conv", repr(conv), KINDS)

@@ -15,7 +15,7 @@ from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check, check_choice, check_count
+from gmoe._checks import check, check_choice, check_counts
 from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.kinds import SOURCES_ALONE, ConvFactory, ConvLike, Make, Trial, build_experts, kinds_of
 from gmoe.dispatch import Backend
@@ -116,16 +116,16 @@ class MoEConv(MoELayer, MessagePassing):
         **conv_kwargs: Any,
     ) -> None:
         kinds = kinds_of(conv, num_experts)
-        check_count("k", k)
+        check_counts(k=k)
         check(k <= len(kinds), "k", k, f"at most num_experts={len(kinds)}")
         check_choice("backend", backend, get_args(Backend))
-        check_count("out_channels", out_channels)
+        check_counts(out_channels=out_channels)
         widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
         two = isinstance(widths, tuple | list) and len(widths) == 2
         check(two, "in_channels", repr(in_channels), "a whole number, or two of them")
         for width in widths:
             if width != -1 or isinstance(width, float):
-                check_count("in_channels", width)
+                check_counts(in_channels=width)
         super().__init__(len(kinds), k)
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -423,5 +423,5 @@ def router_view(parts: Sequence[RouterPart], x_dst: Tensor, neighbors: Tensor | 
     """(T, dim) the parts side by side."""
     columns: dict[str, Any] = {"node": x_dst, "neighbors": neighbors}
     if "degree" in parts:
-        columns["degree"] = graph.in_degree.to(x_dst.device, x_dst.dtype).log1p()[:, None]
+        columns["degree"] = graph.edges.degree.to(x_dst.device, x_dst.dtype).log1p()[:, None]
     return columns[parts[0]] if len(parts) == 1 else torch.cat([columns[part] for part in parts], dim=-1)

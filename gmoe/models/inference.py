@@ -17,7 +17,7 @@ from torch_geometric.loader import NodeLoader
 from torch_geometric.nn import BatchNorm, LayerNorm
 from tqdm import tqdm
 
-from gmoe._checks import check, check_count
+from gmoe._checks import check, check_counts
 from gmoe.conv.base import refuse_far
 from gmoe.conv.graph import Graph, numbered
 from gmoe.conv.kinds import looks_one_hop
@@ -42,7 +42,7 @@ def inference(
     data = data[0] if isinstance(data, tuple) else data
     if batch_size is None:
         batch_size = 1024 if isinstance(loader, Data | StoredGraph) else int(loader.batch_size or 1)
-    check_count("batch_size", batch_size)
+    check_counts(batch_size=batch_size)
     device = next(model.parameters()).device if device is None else torch.device(device)
     for layer, conv in enumerate(model.convs):
         width = model.in_channels if layer == 0 and model.lin_in is None else model.hidden_channels

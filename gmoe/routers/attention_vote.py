@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmoe._autograd import first_order, untraced
-from gmoe._checks import check_choice, check_count, check_positive
+from gmoe._checks import check_choice, check_counts, check_positive
 from gmoe.routers.base import Router, Weighting, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
@@ -81,7 +81,7 @@ class AttentionVote(Router):
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
         check_positive("capacity_factor", capacity_factor)
         check_choice("scope", scope, get_args(Scope))
-        check_count("head_dim", head_dim)
+        check_counts(head_dim=head_dim)
         check_positive("init_scale", init_scale)
         self.capacity_factor, self.scope, self.shared_queries = capacity_factor, scope, shared_queries
         self.head_dim, self.init_scale = head_dim, init_scale

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check, check_at_least, check_choice, check_count, check_positive
+from gmoe._checks import check, check_at_least, check_choice, check_counts, check_positive
 from gmoe.losses import separation_loss
 from gmoe.routers.base import Router, Weighting
 from gmoe.routers.expert_choice import ExpertSelection, Inference, Normalize
@@ -82,7 +82,7 @@ class MultiCentroid(Router):
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
         check_choice("choice", choice, get_args(Choice))
         check_choice("reduce", reduce, get_args(Reduce))
-        check_count("num_centroids", num_centroids)
+        check_counts(num_centroids=num_centroids)
         check_positive("temperature", temperature)
         check_at_least("separation_coef", separation_coef, 0)
         self.choice, self.reduce, self.num_centroids = choice, reduce, num_centroids

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check_count
+from gmoe._checks import check_counts
 from gmoe.routers.base import Router
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
@@ -89,7 +89,7 @@ class SoftSlots(Router):
         self, dim: int, num_experts: int, slots: int = 1, *, normalize: bool = True, check_finite: bool = False
     ) -> None:
         super().__init__(dim, num_experts, k=num_experts, weight="score", check_finite=check_finite)
-        check_count("slots", slots)
+        check_counts(slots=slots)
         self.slots = slots
         self.phi = nn.Parameter(torch.empty(num_experts, slots, dim))
         self.scale = nn.Parameter(torch.empty(1)) if normalize else None

@@ -67,9 +67,9 @@ def test_messages_of_a_receiver_keep_their_order(values: list[int], form: str) -
 def test_edges_are_sorted_whatever_the_default_device_and_the_type_of_the_counts() -> None:
     edges = random_graph(6, 6, 15)
     with torch.device("meta"):
-        degree = Graph(edges, numpy.int64(6)).in_degree
+        degree = Graph(edges, numpy.int64(6)).edges.degree
     assert degree.tolist() == edges[1].bincount(minlength=6).tolist()
-    assert torch.func.grad(lambda x: (x * Graph(edges, 6).in_degree).sum())(features(6)).tolist() == degree.tolist()
+    assert torch.func.grad(lambda x: (x * Graph(edges, 6).edges.degree).sum())(features(6)).tolist() == degree.tolist()
 
 
 @settings(max_examples=50, deadline=None)
