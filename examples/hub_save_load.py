@@ -50,8 +50,7 @@ for _ in range(args.epochs):
         optimizer.step()
 
 # %%
-# Save it. The card also takes the ``summary.json`` of a run and of its dense baseline: ``save_pretrained(folder,
-# summary=..., dense=...)``.
+# Save it.
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
     for path in sorted(Path(folder).iterdir()):

@@ -269,8 +269,6 @@ class GraphConfig(RunConfig):
     router_input: tuple[RouterInput, ...] | None = None
     """What the router sees: the node, the mean of its neighbors, log-degree; by default the layer's own choice: the
     node."""
-    router_hops: int = 1
-    """Shared router: how far the router sees."""
     residual: Literal["none", "identity", "linear"] = "identity"
     """The residual."""
     norm: str | None = None
@@ -317,11 +315,7 @@ class HeteroConfig(RunConfig):
     """Nodes of one type in a heterogeneous graph, in a relational GNN."""
 
     in_proj: bool = False
-    """Begin with a linear layer a node type."""
-    tie_routers: bool = False
-    """One router for all node types, not one for each."""
-    tie_experts: bool = False
-    """The experts of all node types have one root weight and bias."""
+    """Begin with a linear layer for each node type with features; where their widths differ there is one anyway."""
     router_input: tuple[RouterInput, ...] | None = None
     """What the router sees: the node, the mean of its neighbors; by default the layer's own choice: the node."""
     residual: Literal["none", "identity", "linear"] = "identity"

@@ -13,6 +13,7 @@ from torchmetrics.functional.clustering import normalized_mutual_info_score
 
 from experiments.structure import alignment
 from gmoe import Routing, RoutingStats
+from gmoe.metrics import PER_EXPERT
 
 
 def routing_summary(
@@ -95,7 +96,11 @@ def _rounded(stats: RoutingStats) -> list[dict[str, Any]]:
         found = value.tolist()
         return [round(one, 4) for one in found] if isinstance(found, list) else round(found, 4)
 
-    return [{name: plain(value) for name, value in layer.items()} for layer in stats.compute()]
+    return [
+        # torchmetrics makes scalars of one expert's figures
+        {name: plain(value.view(-1) if name in PER_EXPERT else value) for name, value in layer.items()}
+        for layer in stats.compute()
+    ]
 
 
 def save_routings(routings: list[list[Routing]], path: Path) -> None:

@@ -1,5 +1,10 @@
 """Mixture-of-Experts for graphs and images over one shared router core.
 
+To read it, in this order: ``routing`` (which expert handles which token), ``dispatch`` (where tokens move),
+``experts``, ``moe`` (the layer), ``routers`` (from ``base`` and ``token_choice``), ``conv.graph``, ``conv.aggregate``,
+``conv.moe_conv`` (the layer on graphs), ``models.gnn``; then ``convert`` and ``models.vit`` for images. ``losses``,
+``metrics``, ``flops``, ``distributed``, ``plot`` and ``hub`` each stand alone.
+
 Importing it takes torch alone. What needs torch_geometric, torchvision, torchmetrics or matplotlib is imported where it
 is first used.
 """
@@ -44,8 +49,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
-__all__ += ["Experts", "LinearExperts", "MLPExperts", "MoE", "MoELayer", "SoftMoE"]
+__all__ = ["Experts", "LinearExperts", "MLPExperts", "MoE", "MoELayer", "SoftMoE", "__version__"]
 __all__ += ["AuxLoss", "Routing", "aux_loss", "combine", "dispatch", "grouped_linear", "record_routing"]
 __all__ += ["ROUTERS", "AttentionVote", "ExpertChoice", "MultiCentroid", "Router", "TokenChoice", "build_router"]
 __all__ += ["OracleRouter", "RandomRouter", "SoftSlots", "UniformRouter"]
@@ -67,7 +71,7 @@ _LAZY = {
     "gmoe.models.hetero_gnn": ("HeteroGNNMoE",),
     "gmoe.models.vit": ("ViTMoE", "ViTSize"),
 }
-"""The names above that are imported on first use, by module."""
+"""The names above that are imported on first use, by module (PEP 562)."""
 
 _EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", "torchvision": "vision"}
 """The extra that brings what they need."""

@@ -1,4 +1,4 @@
-"""What our autograd functions have in common."""
+"""Helpers of the autograd functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ["first_order", "in_transform", "refuse_transforms", "untraced"]
 
 in_transform = torch._C._are_functorch_transforms_active
-"""Whether a transform of ``torch.func`` is at work."""
+"""True inside a transform of ``torch.func``."""
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,17 +19,12 @@ def check_at_least(name: str, value: float, least: float) -> None:
     check(value >= least, name, value, f"at least {least}")
 
 
-def check_count(name: str, value: int) -> None:
-    """Refuse what is not a whole number of at least 1."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's too
-    check(whole, name, repr(value), "a whole number")
-    check_at_least(name, value, 1)
-
-
 def check_counts(**values: int) -> None:
-    """:func:`check_count` of several arguments, by name."""
+    """Refuse arguments, by name, that are no whole numbers of at least 1."""
     for name, value in values.items():
-        check_count(name, value)
+        whole = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's too
+        check(whole, name, repr(value), "a whole number")
+        check_at_least(name, value, 1)
 
 
 def check_positive(name: str, value: float) -> None:

@@ -6,10 +6,8 @@ from sums over tokens, so that the sums over processes give what one process wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,7 +16,7 @@ Group = Any
 
 
 def world_size(group: Group = None) -> int:
-    """How many processes there are: 1 where ``torch.distributed`` was not initialized."""
+    """The number of processes: 1 where ``torch.distributed`` was not initialized."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -38,15 +36,3 @@ def world_sum(x: Tensor, group: Group = None) -> Tensor:
     total = x.detach().clone()
     dist.all_reduce(total, group=group)
     return total + size * (x - x.detach()) if x.requires_grad else total
-
-
-def world_sums(parts: Sequence[Tensor], group: Group = None) -> list[Tensor]:
-    """:func:`world_sum` of several tensors in one collective, in the widest of their dtypes."""
-    if world_size(group) == 1:
-        return list(parts)
-    dtype = parts[0].dtype
-    for part in parts[1:]:
-        dtype = torch.promote_types(dtype, part.dtype)
-    total = world_sum(torch.cat([part.to(dtype).reshape(-1) for part in parts]), group)
-    split = total.split([part.numel() for part in parts])
-    return [one.view_as(part).to(part.dtype) for one, part in zip(split, parts, strict=True)]

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeAlias, get_args
+from functools import partial
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_choice, check_count, check_counts, check_probability
-from gmoe.dispatch import FUSED, FUSING, Backend, combine, dispatch, grouped_linear, routed_linear, routed_mlp
+from gmoe._checks import check_choice, check_counts, check_probability
+from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.routing import Routing
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    **{name: function for name, (function, _) in FUSED.items()},
     "elu": F.elu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "identity": torch.positive,
     "leaky_relu": F.leaky_relu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
 }
-
-FUSED_NAMES: dict[Any, str] = {
-    **{function: name for name, (function, _) in FUSED.items()},
-    **{nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"},
-}
-"""Names of the activations that the fused kernel knows, by function or class of module."""
 
 
 class Experts(nn.Module, ABC):
@@ -110,9 +109,9 @@ class LinearExperts(Experts):
             for parameter in self.parameters():
                 parameter.zero_()
             return
+        sizes, bias = (self.in_features, self.out_features), self.bias is not None
         for expert in range(self.num_experts):  # a stacked tensor would have another fan-in
-            like: Any = {"device": self.weight.device, "dtype": self.weight.dtype}
-            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, **like)
+            linear = nn.Linear(*sizes, bias, device=self.weight.device, dtype=self.weight.dtype)
             self.copy_(expert, linear.weight.T, linear.bias)
 
     @torch.no_grad()
@@ -124,11 +123,6 @@ class LinearExperts(Experts):
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         return grouped_linear(x_PI, self.weight, self.bias, offsets_E, self.backend)
-
-    def forward(self, x: Tensor, routing: Routing | Tensor) -> Tensor:
-        if isinstance(routing, Tensor) or type(self).rows is not LinearExperts.rows:
-            return super().forward(x, routing)
-        return routed_linear([x], self.weight, self.bias, routing, self.backend)
 
 
 class MLPExperts(Experts):
@@ -146,8 +140,7 @@ class MLPExperts(Experts):
         out_features: O.
         num_experts: E.
         activation: a name (``"gelu"`` is the default; also elu, gelu_tanh, identity, leaky_relu, relu, silu, tanh) or
-            an elementwise function of a tensor. Of a module that works in place, a copy that does not is taken: what
-            it would overwrite is needed for the gradient.
+            an elementwise function or module.
         glu: gate the hidden layer (default ``False``).
         dropout: probability of dropping a hidden unit, and an output; or the two of them (default 0).
         bias: learn biases (default ``True``).
@@ -179,21 +172,19 @@ class MLPExperts(Experts):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(in_features, out_features, num_experts)
-        check_count("hidden_features", hidden_features)
+        check_counts(hidden_features=hidden_features)
         if isinstance(activation, str):
             check_choice("activation", activation, ACTIVATIONS)
-        of_hidden, of_output = dropout if isinstance(dropout, tuple) else (dropout, dropout)
-        for probability in (of_hidden, of_output):
+        dropouts = dropout if isinstance(dropout, tuple) else (dropout, dropout)
+        for probability in dropouts:
             check_probability("dropout", probability)
         self.hidden_features = hidden_features
-        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else _out_of_place(activation)
+        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self.glu = glu
-        width = 2 * hidden_features if glu else hidden_features
-        like: Any = {"bias": bias, "backend": backend}
-        self.up = LinearExperts(in_features, width, num_experts, **like)
-        self.down = LinearExperts(hidden_features, out_features, num_experts, zero_init=zero_init, **like)
-        self.hidden_dropout = nn.Dropout(of_hidden)
-        self.output_dropout = nn.Dropout(of_output)
+        linear = partial(LinearExperts, num_experts=num_experts, bias=bias, backend=backend)
+        self.up = linear(in_features, 2 * hidden_features if glu else hidden_features)
+        self.down = linear(hidden_features, out_features, zero_init=zero_init)
+        self.hidden_dropout, self.output_dropout = map(nn.Dropout, dropouts)
         self.input_norm = input_norm or nn.Identity()
         self.hidden_norm = hidden_norm or nn.Identity()
 
@@ -203,49 +194,6 @@ class MLPExperts(Experts):
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         u_PU = self.up(self.input_norm(x_PI), offsets_E)
-        if self.glu:
-            gate, u = u_PU.chunk(2, dim=-1)
-            h_PH = self.activation(gate) * u
-        else:
-            h_PH = self.activation(u_PU)
+        half = u_PU.size(1) // 2  # slices, which an activation may overwrite
+        h_PH = self.activation(u_PU[:, :half]) * u_PU[:, half:] if self.glu else self.activation(u_PU)
         return self.output_dropout(self.down(self.hidden_norm(self.hidden_dropout(h_PH)), offsets_E))
-
-    def forward(self, x: Tensor, routing: Routing | Tensor) -> Tensor:
-        name = self._fused(x)
-        if isinstance(routing, Tensor) or name is None:
-            return super().forward(x, routing)
-        up, down = self.up, self.down
-        return routed_mlp(x, up.weight, up.bias, down.weight, down.bias, name, self.glu, routing)
-
-    def _fused(self, x: Tensor) -> str | None:
-        """The activation's name if the fused kernel does what :meth:`rows` does: no part replaced, hooked or random."""
-        if type(self).rows is not MLPExperts.rows or x.is_cuda:
-            return None
-        activation = self.activation
-        for part in self.children():
-            known = part is activation or type(part) in (LinearExperts, nn.Dropout, nn.Identity)
-            other_backend = type(part) is LinearExperts and part.backend not in FUSING
-            random = type(part) is nn.Dropout and part.training and part.p > 0
-            hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-            if not known or other_backend or random or hooks or "forward" in part.__dict__:
-                return None
-        if type(activation) is nn.GELU:
-            return "gelu" if activation.approximate == "none" else "gelu_tanh"
-        return FUSED_NAMES.get(type(activation) if isinstance(activation, nn.Module) else activation)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.hidden_features}, {self.out_features}, num_experts={self.num_experts}"
-
-
-def _out_of_place(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The activation itself, or where it works in place a copy that does not."""
-
-    def in_place(module: nn.Module) -> list[Any]:
-        return [part for part in module.modules() if getattr(part, "inplace", False)]
-
-    if not isinstance(activation, nn.Module) or not in_place(activation):
-        return activation
-    activation = copy.deepcopy(activation)
-    for part in in_place(activation):
-        part.inplace = False
-    return activation

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from gmoe._checks import check_count, check_positive
-from gmoe.dispatch import COUNTING, KERNELS
+from gmoe._checks import check_counts, check_positive
+from gmoe.dispatch import COUNTING
 from gmoe.moe import MoELayer  # and so the operators of gmoe.dispatch
 
 aten = torch.ops.aten
@@ -75,7 +74,7 @@ def match_width(
         ValueError: no width in range comes within ``tolerance``; the message says which is nearest.
     """
     check_positive("target", target)
-    check_count("start", start)
+    check_counts(start=start)
     low, high = start, start
     # double first, since wide models are slow to measure; not by powers of two, at which a model may have a special
     # case (a residual without a projection where input and hidden width agree)
@@ -91,68 +90,34 @@ def match_width(
     return width
 
 
-def _raw(formula: Callable[..., int]) -> Callable[..., int]:
-    formula._get_raw = True  # type: ignore[attr-defined]  # how FlopCounterMode hands over tensors in place of shapes
-    return formula
+def _product(a: Tensor, b: Tensor) -> int:
+    """(N, M) x (M, D): a multiply-add an element of ``a`` and column of ``b``; an add where ``a`` is sparse, as for
+    messages that are gathered and scattered."""
+    return (2 * a.numel() if a.layout == torch.strided else a._nnz()) * b.size(-1)
 
 
-@_raw
-def _mm(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
-    """(N, M) x (M, D): a multiply-add for each number of the first, and column; of a sparse matrix, which sums
-    messages, an add, as for messages that are gathered and scattered."""
-    return int((2 * a.numel() if a.layout == torch.strided else a._nnz()) * b.size(-1))
+_FORMULAS: dict[tuple[Any, ...], Callable[..., int]] = {
+    (aten.mm, aten._sparse_mm_reduce_impl, aten._sparse_mm_reduce_impl_backward): lambda a, b, *_: _product(a, b),
+    (aten.addmm, aten.addmm_, aten._sparse_addmm): lambda _, a, b, *__: _product(a, b),
+    (aten._grouped_mm,): lambda a, b, *_: _product(a, b),  # each row meets one expert; so in the weight's gradient
+    (aten.sparse_sampled_addmm,): lambda pattern, a, *_: 2 * pattern._nnz() * a.size(-1),
+    (aten.index_add, aten.index_add_): lambda *args: args[3].numel(),  # self, dim, index, source
+    (aten.scatter_add, aten.scatter_add_): lambda *args: args[2].numel(),
+    (aten._scaled_dot_product_flash_attention_for_cpu,): lambda q, k, v, *_: sdpa_flop_count(q.shape, k.shape, v.shape),
+    (aten._scaled_dot_product_flash_attention_for_cpu_backward,): lambda grad, q, k, v, *_: sdpa_backward_flop_count(
+        grad.shape, q.shape, k.shape, v.shape
+    ),
+}
 
 
-@_raw
-def _addmm(_: Any, a: torch.Tensor, b: torch.Tensor, *__: Any, **___: Any) -> int:
-    return _mm(a, b)
+def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
+    """A formula that FlopCounterMode gives the tensors themselves, in place of their shapes."""
 
+    def count(*args: Any, **_: Any) -> int:
+        return formula(*args)
 
-@_raw
-def _sampled(pattern: torch.Tensor, a: torch.Tensor, *_: Any, **__: Any) -> int:
-    """A product of two rows for each entry of the pattern."""
-    return int(2 * pattern._nnz() * a.size(-1))
-
-
-def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    """(P, I) x (E, I, O), or the weight's gradient (I, P) x (P, O): each row meets one expert."""
-    return int(2 * a[0] * a[1] * b[-1])
-
-
-def _index_add(self: Any, dim: int, index: Any, source: Any, *_: Any, **__: Any) -> int:
-    return math.prod(source)
-
-
-def _scatter_add(self: Any, dim: int, index: Any, *_: Any, **__: Any) -> int:
-    return math.prod(index)
-
-
-def _inside(kernel: Callable[..., Any]) -> Callable[..., int]:
-    """What happens inside an operator of :mod:`gmoe.dispatch`, counted by running its kernel once more."""
-
-    @_raw
-    def count(*args: Any, out_val: Any, **kwargs: Any) -> int:
-        return count_flops(kernel, *args, **kwargs)
-
+    count._get_raw = True  # type: ignore[attr-defined]  # by this name: it has no public one for a mapping
     return count
 
 
-_EXTRA_FLOPS: dict[Any, Any] = {
-    aten.mm: _mm,
-    aten.addmm: _addmm,
-    aten.addmm_: _addmm,
-    aten._sparse_addmm: _addmm,
-    aten.sparse_sampled_addmm: _sampled,
-    aten._sparse_mm_reduce_impl: _mm,
-    aten._sparse_mm_reduce_impl_backward: _mm,
-    aten._grouped_mm: _grouped_mm,
-    aten.index_add: _index_add,
-    aten.index_add_: _index_add,
-    aten.scatter_add: _scatter_add,
-    aten.scatter_add_: _scatter_add,
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
-        *shapes[:4]
-    ),
-    **{getattr(torch.ops.gmoe, name): _inside(kernel) for name, kernel in KERNELS.items()},
-}
+_EXTRA_FLOPS = {operator: _of_tensors(formula) for operators, formula in _FORMULAS.items() for operator in operators}

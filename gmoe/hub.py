@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -18,17 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from gmoe._checks import check
 from gmoe.flops import active_parameters
 
 Model = TypeVar("Model", bound="HubMixin")
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-
-HINTS: dict[str, set[type]] = {"bool": {bool}, "int": {int}, "float": {int, float}, "str": {str}, "None": {type(None)}}
-"""Hints that a saved value is checked by, with the types that JSON gives; constructors check what has other hints."""
 
 
 class HubMixin:
@@ -42,14 +36,11 @@ class HubMixin:
     config: dict[str, Any]
     """The arguments of the constructor, as in ``config.json``."""
 
-    def save_pretrained(
-        self, folder: str | Path, *, summary: Mapping[str, Any] | None = None, dense: Mapping[str, Any] | None = None
-    ) -> Path:
+    def save_pretrained(self, folder: str | Path) -> Path:
         """Write configuration, weights and card, and return the folder.
 
         Args:
             folder: where to; made if it is not there.
-            summary, dense: what the card says of a run and of its dense baseline; see :func:`card`.
 
         Raises:
             ImportError: ``safetensors`` is not installed.
@@ -59,14 +50,26 @@ class HubMixin:
         with _imports():
             from safetensors.torch import save_file
         model: Any = self
-        config = {"model": type(self).__name__, "arguments": _checked_arguments(self)}
+        name = type(self).__name__
+        for value in self.config.values():
+            if isinstance(value, Refused):
+                raise ValueError(value)
+        try:
+            inspect.signature(type(self)).bind(**self.config)
+        except TypeError as error:
+            raise ValueError(f"model: got a {name} ({error}), expected one that records its own arguments") from error
         # clones: safetensors refuses tensors that share their memory, as tied layers do
         state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
+        (folder / CONFIG).write_text(json.dumps({"model": name, "arguments": self.config}, indent=2) + "\n")
+        total = sum(parameter.numel() for parameter in model.parameters())
+        (folder / CARD).write_text(
+            f"---\nlibrary_name: gmoe\ntags: [mixture-of-experts, pytorch]\n---\n\n# {name}\n\n"
+            f"{total:,} parameters, of which an average token uses {active_parameters(model):,}.\n\n"
+            f'```python\nimport gmoe\n\nmodel = gmoe.{name}.from_pretrained("THIS FOLDER OR REPOSITORY")\n```\n'
+        )
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CARD).write_text(card(model, summary, dense))
         return folder
 
     @classmethod
@@ -93,23 +96,32 @@ class HubMixin:
             ValueError: a file, by its name, that is damaged or of another class; weights that do not fit the
                 configuration.
         """
+        with _imports():
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
         if not Path(folder).is_dir():
             with _imports():
                 from huggingface_hub import snapshot_download
             options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
             options |= {"local_files_only": local_files_only, "allow_patterns": [CONFIG, WEIGHTS]}
             folder = snapshot_download(str(folder), **options)
-        config = Path(folder) / CONFIG
-        saved = _read_arguments(config, cls)
+        config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+        text = config.read_bytes()
+        try:  # whatever is wrong with a file from the network; PyG's constructors raise all kinds of errors
+            saved = json.loads(text)
+            check(saved["model"] == cls.__name__, "model", saved["model"], cls.__name__)
+            model: Any = cls(**(saved["arguments"] | arguments))
+        except Exception as error:
+            got = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{config}: got {got}, expected what save_pretrained writes of a {cls.__name__}"
+            ) from error
         try:
-            model: Any = cls(**(saved | arguments))
-        except Exception as error:  # PyG's constructors raise all kinds of errors for a value of a wrong type
-            got = f"arguments that {cls.__name__} refuses ({type(error).__name__}: {error})"
-            raise ValueError(f"{config}: got {got}, expected those of a saved {cls.__name__}") from error
-        weights = _read_weights(Path(folder) / WEIGHTS, model.state_dict())
-        model.load_state_dict(weights, assign=True)  # assign: in the dtypes of the file
-        found: Model = model.eval()
-        return found
+            model.load_state_dict(load_file(weights), assign=True)  # assign: in the dtypes of the file
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{weights}: got {error}, expected the weights of the model in {CONFIG}") from error
+        loaded: Model = model.eval()
+        return loaded
 
     def push_to_hub(
         self,
@@ -119,15 +131,12 @@ class HubMixin:
         token: str | bool | None = None,
         commit_message: str = "Push model",
         revision: str | None = None,
-        summary: Mapping[str, Any] | None = None,
-        dense: Mapping[str, Any] | None = None,
     ) -> str:
         """Make the repository if it is not there, upload what :meth:`save_pretrained` writes, return the commit's URL.
 
         Args:
             repo_id: the repository's name, ``"owner/name"``.
             private, token, commit_message, revision: as in ``huggingface_hub.HfApi``.
-            summary, dense: see :func:`card`.
 
         Raises:
             ImportError: ``huggingface_hub`` or ``safetensors`` is not installed.
@@ -137,7 +146,7 @@ class HubMixin:
             from huggingface_hub import HfApi
         api = HfApi(token=token)
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, summary=summary, dense=dense)
+            self.save_pretrained(folder)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             done = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
@@ -155,9 +164,6 @@ def _imports() -> Iterator[None]:
         raise ImportError(f'gmoe.hub needs {name}: pip install "gmoe[hub]"') from error
 
 
-# Arguments ------------------------------------------------------------------------------------------------------------
-
-
 class Refused(str):
     """Why an argument cannot be saved; what a configuration holds in its place."""
 
@@ -172,161 +178,21 @@ def recorded(given: Mapping[str, Any], extra: str = "", **names: Mapping[str, An
         extra: the name of its ``**`` argument.
         **names: for an argument, what may be given in place of a name, by that name: ``router=gmoe.ROUTERS``.
     """
-    named = {name: value for name, value in given.items() if name not in ("self", "__class__", extra)}
-    found: dict[str, Any] = {}
-    for name, value in (named | dict(given.get(extra, {}))).items():
+    arguments = {name: value for name, value in given.items() if name not in ("self", "__class__", extra)}
+    config: dict[str, Any] = {}
+    for name, value in (arguments | dict(given.get(extra, {}))).items():
         known = names.get(name, {})
+
+        def encode(part: Any, known: Mapping[str, Any] = known) -> Any:
+            if isinstance(part, Real):  # NumPy's
+                return int(part) if isinstance(part, Integral) else float(part)
+            if found := [name for name, registered in known.items() if part is registered]:
+                return found[0]
+            raise TypeError(getattr(part, "__qualname__", f"an instance of {type(part).__name__}"))
+
         try:
-            found[name] = _encoded(value, known)
-        except ValueError as error:
+            config[name] = json.loads(json.dumps(value, default=encode, allow_nan=False))
+        except (TypeError, ValueError) as error:
             legal = f"the name or class of {', '.join(known)}" if known else "names, numbers, lists or dicts of them"
-            found[name] = Refused(f"{name}: got {error}, expected {legal}, to be saved")
-    return found
-
-
-def _encoded(value: Any, known: Mapping[str, Any]) -> Any:
-    """A value as JSON."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real) and math.isfinite(value):
-        return float(value)
-    if isinstance(value, list | tuple):
-        return [_encoded(part, known) for part in value]
-    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return {name: _encoded(part, known) for name, part in value.items()}
-    found = [name for name, own in known.items() if value is own]
-    if not found:
-        shown = str(value) if isinstance(value, Real) else f"an instance of {type(value).__name__}"
-        raise ValueError(getattr(value, "__qualname__", shown))
-    return found[0]
-
-
-def _checked_arguments(model: Any) -> dict[str, Any]:
-    """The recorded arguments, if they build the model again."""
-    config: dict[str, Any] = getattr(model, "config", {})
-    for value in config.values():
-        if isinstance(value, Refused):
-            raise ValueError(value)
-    try:
-        inspect.signature(type(model)).bind(**config)
-    except TypeError as error:
-        got = f"{type(model).__name__}, whose constructor does not take the recorded arguments ({error})"
-        legal = "one that records its own, see gmoe.hub.HubMixin"
-        raise ValueError(f"model: got {got}, expected {legal}") from error
+            config[name] = Refused(f"{name}: got {error}, expected {legal}, to be saved")
     return config
-
-
-def _read_arguments(path: Path, model: type) -> dict[str, Any]:
-    """The saved arguments of a model; the file may come from the network, so that nothing in it is taken for code."""
-    legal = f"the JSON that save_pretrained writes of a {model.__name__}"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(found, allow_nan=False)  # raises for NaN and infinities, 1e999 among them
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: got no JSON ({error}), expected {legal}") from error
-    check(isinstance(found, dict) and found.keys() == {"model", "arguments"}, str(path), "other JSON", legal)
-    check(found["model"] == model.__name__, str(path), f"a {found['model']}", f"a {model.__name__}")
-    arguments: Any = found["arguments"]
-    check(isinstance(arguments, dict), str(path), "arguments that are no object", legal)
-    for name, parameter in inspect.signature(model).parameters.items():
-        hints = str(parameter.annotation).split(" | ")
-        if name in arguments and HINTS.keys() >= set(hints):
-            valid = any(type(arguments[name]) in HINTS[hint] for hint in hints)
-            check(valid, f"{path}: {name}", repr(arguments[name]), parameter.annotation)
-    return dict(arguments)
-
-
-def _read_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Saved tensors of the names and shapes of the model's own; floating ones may be of other precisions."""
-    with _imports():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    try:
-        found: dict[str, Tensor] = load_file(path)
-    except FileNotFoundError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: got no tensors ({error}), expected what save_pretrained writes") from error
-    got, legal = _forms(found), _forms(own)
-    for name in sorted(got.keys() | legal.keys()):
-        check(got.get(name) == legal.get(name), f"{path}: {name}", got.get(name), legal.get(name))
-    return found
-
-
-def _forms(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The shapes of tensors, and the dtypes of those that are no floats of at least 16 bits."""
-    kinds = {n: "floats" if t.is_floating_point() and t.element_size() > 1 else t.dtype for n, t in tensors.items()}
-    return {name: f"{kinds[name]} of shape {tuple(tensor.shape)}" for name, tensor in tensors.items()}
-
-
-# The card -------------------------------------------------------------------------------------------------------------
-
-
-def card(model: HubMixin, summary: Mapping[str, Any] | None = None, dense: Mapping[str, Any] | None = None) -> str:
-    """Write a model card: how to load the model, and what a run and its dense baseline came to.
-
-    Args:
-        model: the model.
-        summary: the ``summary.json`` of the run it comes from, as a dictionary (default: no results).
-        dense: the ``summary.json`` of the dense baseline.
-
-    Raises:
-        ValueError: a baseline on other data or by another metric, or without the run that it is the baseline of.
-    """
-    of: Any = model
-    name, total = type(model).__name__, sum(parameter.numel() for parameter in of.parameters())
-    tags = "library_name: gmoe\ntags: [mixture-of-experts, pytorch]"
-    about = f"{total:,} parameters, of which an average token meets {active_parameters(of):,}."
-    use = f'import gmoe\n\nmodel = gmoe.{name}.from_pretrained("THIS FOLDER OR REPOSITORY")'
-    parts = [f"---\n{tags}\n---\n", f"# {name}\n", f"{about}\n", f"```python\n{use}\n```\n"]
-    if summary is not None:
-        parts.append(_results(summary, dense))
-    check(summary is not None or dense is None, "summary", None, "the run that `dense` is the baseline of")
-    return "\n".join(parts)
-
-
-def _results(summary: Mapping[str, Any], dense: Mapping[str, Any] | None) -> str:
-    """What was measured, on what, and how."""
-    config, made = summary["config"], summary["environment"]
-    runs = {"this model": summary}
-    if dense is not None:
-        for what, here, there in (
-            ("data", config["dataset"], dense["config"]["dataset"]),
-            ("metric", summary["metric"], dense["metric"]),
-        ):
-            check(here == there, "dense", f"a run of {what} {there}", f"{what} {here}")
-        runs["dense baseline"] = dense
-    rows = {
-        f"{part} {summary['metric']} (%)": [_spread(run[part]) for run in runs.values()] for part in ("test", "val")
-    }
-    rows["active FLOPs of a forward"] = [f"{run['flops']:,}" for run in runs.values()]
-    rows["active parameters"] = [f"{run['active_parameters']:,}" for run in runs.values()]
-    rows["parameters"] = [f"{run['parameters']:,}" for run in runs.values()]
-    split = "the data set's own"
-    if "val_share" in config:  # image sets, whose validation images are drawn
-        split = f"{config['val_share']:.0%} of the training images validate (seed {config['split_seed']})"
-    hardware = made["gpu"] or made["cpu"]
-    return "\n".join(
-        [
-            "## Results\n",
-            f"| | {' | '.join(runs)} |",
-            f"|---|{'---:|' * len(runs)}",
-            *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
-            "",
-            "Mean ± sample standard deviation over seeds. Validation selects the epoch; the test set is read once.",
-            "",
-            f"- Data: {config['dataset']}; split: {split}.",
-            f"- Router: {config['router']}; experts: {config['experts']}; K = {config['k']}.",
-            f"- Seeds: {', '.join(map(str, config['seeds']))}; epochs: {config['epochs']}.",
-            f"- Commit {made['commit']}; torch {made['versions']['torch']}; {hardware}.",
-            "",
-        ]
-    )
-
-
-def _spread(figure: Mapping[str, Any]) -> str:
-    """Mean ± standard deviation of shares, in percent, and n."""
-    std = "" if figure["std"] is None else f" ± {100 * figure['std']:.2f}"
-    return f"{100 * figure['mean']:.2f}{std} (n = {figure['n']})"

@@ -68,7 +68,7 @@ def square_sum(logits_TE: Tensor) -> Tensor:
 
 
 def separation_loss(centroids_EMD: Tensor) -> Tensor:
-    """How alike the centroids are: mean of ``max(0, cos)^2`` over the pairs within an expert, plus that across experts.
+    """Similarity of the centroids: mean of ``max(0, cos)^2`` over the pairs within an expert, plus that across experts.
 
     0 where no two centroids have a positive cosine; 2 where all are the same. Either part is 0 where it has no pair.
     """

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from gmoe._checks import check, check_count
+from gmoe._checks import check, check_counts
 from gmoe.routers import Router
 from gmoe.routing import Routing
 
@@ -32,7 +31,8 @@ class RoutingStats(Metric):
           ``return_routing=True`` and :func:`gmoe.record_routing` give them.
         - ``compute()``: a list with one dictionary per layer:
 
-          - ``load`` (E,): the expert's share of all pairs; 0 without pairs.
+          - ``load`` (E,): the expert's share of all pairs; 0 without pairs. torchmetrics makes a
+            scalar of one expert's figures.
           - ``weight`` (E,): mean weight of the expert's pairs; 0 if it has none.
           - ``coverage``: share of tokens with at least one expert; 1 without tokens.
           - ``experts_per_token``: pairs over tokens.
@@ -67,22 +67,12 @@ class RoutingStats(Metric):
         self.num_experts = (num_experts,) if isinstance(num_experts, int) else tuple(num_experts)
         check(self.num_experts, "num_experts", "no layers", "at least one")
         for number in self.num_experts:
-            check_count("num_experts", number)
+            check_counts(num_experts=number)
         layers, most = len(self.num_experts), max(self.num_experts)
         for name in ("load", "weight", "tokens", "covered", "entropy", "dropped"):
             shape = (layers, most) if name in PER_EXPERT else (layers,)
             dtype = torch.double if name in ("weight", "entropy") else torch.long
             self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
-
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        """torchmetrics takes the dimension off tensors of one element, and so off the figures of one expert."""
-        wrapped = super()._wrap_compute(compute)
-
-        @functools.wraps(wrapped)
-        def shaped() -> list[dict[str, Tensor]]:
-            return [layer | {name: layer[name].view(-1) for name in PER_EXPERT} for layer in wrapped()]
-
-        return shaped
 
     @classmethod
     def of(cls, model: nn.Module, **kwargs: Any) -> RoutingStats:

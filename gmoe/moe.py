@@ -131,12 +131,7 @@ class MoE(_Mixture):
         self.shared_expert = shared_expert
 
     def forward(
-        self,
-        x: Tensor,
-        batch: Tensor | None = None,
-        edge_index: Tensor | None = None,
-        *,
-        return_routing: bool = False,
+        self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None, *, return_routing: bool = False
     ) -> Any:
         """Route and run; see the class."""
         routing: Routing = self.router(x, batch, edge_index)

@@ -268,7 +268,7 @@ def draw_edge_args(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     args = [name for name in ("edge_weight",) if name in taken and flip(random, 0.7)]
     args += ["edge_attr"] if "edge_attr" in taken and found["edge_dim"] is not None else []
     values = "" if not sparse else "rows" if found["edge_dim"] is not None else random.choice(("ones", "some"))
-    in_graph = ("Graph", *(name for name in args if flip(random, 0.7))) if wraps else ()
+    in_graph = ("Graph", *(name for name in ("x", *args) if flip(random, 0.7))) if wraps else ()
     learned = tuple(name for name in ("x", "edge_weight", "edge_attr") if flip(random, 0.7))
     return {"edge_args": tuple(args), "values": values, "in_graph": in_graph, "learned": learned}
 
@@ -409,9 +409,9 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
         plain = (adj.as_tensor() if c.form.startswith("Edge") else adj).long()
     every = {"edge_weight": leaf(number).abs() + 0.1, "edge_attr": leaf(number, width)}
     args = {name: every[name].requires_grad_(name in c.learned) for name in c.edge_args}
-    of_graph: dict[str, Any] = {name: value for name, value in args.items() if name in c.in_graph}
-    adj = Graph(adj, c.sizes, **of_graph) if c.in_graph else adj
     x_src, x_dst = (leaf(*shape).requires_grad_("x" in c.learned) for shape in zip(c.sizes, c.widths[:2], strict=True))
+    of_graph: dict[str, Any] = {name: value for name, value in {"x": x_src, **args}.items() if name in c.in_graph}
+    adj = Graph(adj, c.sizes, **of_graph) if c.in_graph else adj
     batch = torch.arange(c.sizes[1]) * 7 % 3 * 2 if c.batch and c.way in ("layer", "forward", "inference") else None
     weight_TE = None
     if c.options["router"] is None:  # all tokens have all experts, some have some, or none has any

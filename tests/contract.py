@@ -197,7 +197,6 @@ def soft() -> SoftMoE:
 
 SMALL_VIT = ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
 NO_RESET = {"starts_on_the_meta_device": "torchvision's models are built with values; see reset_parameters"}
-TOLD_APART = {"returns_what_is_recorded": "one recorded decision for all node types is returned type by type"}
 
 ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "token_choice": ("token_choice", {}),
@@ -248,7 +247,6 @@ CASES = [
     Case("MoEConv sage narrow", lambda: opened(MoEConv("sage", D, 2, num_experts=3, k=K)), graphs),
     Case("MoEConv sage expert_choice", partial(conv, "sage", router="expert_choice"), graphs),
     Case("HeteroMoEConv", hetero, hetero_graphs),
-    Case("HeteroMoEConv tied", partial(hetero, tie_routers=True, tie_experts=True), hetero_graphs, TOLD_APART),
     Case("GNNMoE", partial(gnn, dropout=0.5, norm="batch_norm", jk="cat"), graphs),
     Case("GNNMoE shared router", partial(gnn, shared_router=True, router_input=("node", "neighbors")), graphs),
     Case("HeteroGNNMoE", lambda: opened(HeteroGNNMoE(D, 6, 5, METADATA, 3, num_experts=E, k=K)), hetero_graphs),
@@ -283,7 +281,7 @@ def train(layer: nn.Module, call: Call, forward: Callable[..., Any] | None = Non
         return leaves[-1]
 
     args, kwargs = tree_map_only(Tensor, leaf, (call.args, call.kwargs))
-    torch.manual_seed(1)
+    torch.manual_seed(3)
     y = run(layer if forward is None else forward, Call(args, kwargs, call.group))
     y.float().square().sum().backward()
     inputs = {f"input {i}": value.grad for i, value in enumerate(leaves)}

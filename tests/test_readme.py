@@ -12,11 +12,6 @@ README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_there_are_two_snippets_and_two_set_up_commands() -> None:
-    assert len(SNIPPETS) == 2
-    assert len(re.findall(r"^pip install -e ", README, re.MULTILINE)) == 2
-
-
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["swap", "upcycle"])
 def test_snippet_runs_and_prints_what_it_says(snippet: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(snippet, "README.md", "exec"), {})

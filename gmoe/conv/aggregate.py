@@ -1,4 +1,4 @@
-"""Experts that share one aggregation: GCN, SAGE, GraphConv, GIN, filters, and MLPs that look at no neighbor.
+"""Experts that share one aggregation: GCN, SAGE, GraphConv, GIN, GINE, filters, and MLPs that look at no neighbor.
 
 Shapes: T tokens (destinations), D, I, O widths, E experts, P pairs.
 """
@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_geometric import EdgeIndex
 from torch_geometric.explain.algorithm.utils import set_masks
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
@@ -22,24 +21,14 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
-from gmoe._checks import check_choice, check_count
-from gmoe.conv.base import (
-    NodeChunks,
-    StackedExperts,
-    hooks_of,
-    powers,
-    probe_copy,
-    tokens_of,
-)
-from gmoe.conv.graph import WEIGHTS_TWICE, Graph, Matrix, weighted_sum
+from gmoe._checks import check_choice, check_counts
+from gmoe.conv.base import StackedExperts, probe_copy, tokens_of
+from gmoe.conv.graph import Graph, Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts, MLPExperts
 from gmoe.routing import Routing
 
 FilterName: TypeAlias = Literal["identity", "low_pass", "high_pass"]
-
-SUMS = ("add", "sum", "mean")
-"""Aggregations that are sparse products."""
 
 
 class AggregateOnce(StackedExperts):
@@ -50,55 +39,49 @@ class AggregateOnce(StackedExperts):
     """
 
     weighted_by: Literal["weight", "values"] = "values"
-    """What this conv multiplies messages by: of one without edge weights, the values of a sparse matrix."""
+    """The factors of messages, see :meth:`Graph.summing`."""
 
     matrix: Callable[..., Matrix] | None
     """From a graph and a dtype to the A of A x; ``None`` where the aggregation is no such product."""
 
-    def _build(self, template: Any, backend: Backend) -> None:
-        mean = template.aggr == "mean"
-        linear = isinstance(template.aggr, str) and template.aggr in SUMS
-        self.matrix = partial(Graph.weighted, by=self.weighted_by, mean=mean) if linear else None
-        self.prototype = self._without_transform(copy.deepcopy(template))
+    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+        self.prototype = conv = copy.deepcopy(convs[0])
+        linear = isinstance(conv.aggr, str) and conv.aggr in ("add", "sum", "mean")
+        self.matrix = partial(Graph.summing, by=self.weighted_by, mean=conv.aggr == "mean") if linear else None
+        self.strip(conv)
         for name in ("cached", "_cached_edge_index", "_cached_adj_t"):
             if hasattr(self.prototype, name):  # one graph for all time: here a Graph holds what is constant
                 setattr(self.prototype, name, False if name == "cached" else None)
 
     @abstractmethod
-    def _without_transform(self, conv: Any) -> MessagePassing: ...
+    def strip(self, conv: Any) -> None:
+        """Take the transform out of a conv, and leave its aggregation."""
 
-    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Any:
+    def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
+        exact = torch.promote_types(x_src.dtype, torch.float32)
         if self.matrix is None or graph.mask is not None:
-            return self._by_pyg(graph, x_src)
-        matrix = self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32))
-        if graph.constant is False and not matrix.knows(x_src):
-            return weighted_sum(matrix.weight[:, None], x_src[:, None], matrix.edges).squeeze(1).to(x_src.dtype)
-        return matrix.kept(x_src).to(x_src.dtype)
+            return self.by_pyg(graph, x_src)
+        return graph.product(self.matrix(graph, dtype=exact), x_src)
 
-    def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
-        conv, adj = self._conv_on(graph)
-        size = (graph.num_src, graph.num_dst)
-        if isinstance(adj, EdgeIndex) and None in adj.sparse_size():  # of which alone PyG takes the number of nodes
-            adj = EdgeIndex(adj.as_tensor(), sparse_size=size, sort_order=adj.sort_order)
+    def by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
+        """(T, D) what the stripped conv itself aggregates."""
+        conv, size = self.of_pyg(graph), (graph.num_src, graph.num_rows)
+        adj = graph.adj if graph.is_sparse else graph.edge_index
         half = x_src.dtype in (torch.bfloat16, torch.float16) and graph.is_sparse  # which has no kernels for that
         with torch.autocast(x_src.device.type, enabled=not graph.is_sparse and torch.is_autocast_enabled()):
             x = x_src.float() if half else x_src
             out: Tensor = conv((x, None), adj, **graph.args_for(conv), size=size)
-        return out.to(x_src.dtype)
+        return out[: graph.num_dst].to(x_src.dtype)
 
-    def _conv_on(self, graph: Graph) -> tuple[Any, Any]:
-        """The prototype under the graph's mask, and its edges; a copy, since another thread may be running it."""
-        conv, adj = self.prototype, graph.adj
-        if conv.flow == "target_to_source" or graph.mask is not None:
-            conv = copy.copy(conv)
-        if conv.flow == "target_to_source":  # whose features would have to be a tuple that PyG does not take
-            conv.flow, adj = "source_to_target", graph.edge_index
+    def of_pyg(self, graph: Graph) -> Any:
+        """The prototype for edges from source to target, under the graph's mask."""
+        if graph.mask is None and graph.flow == "source_to_target":
+            return self.prototype
+        conv = copy.copy(self.prototype)  # another thread may be running it
+        conv.flow = "source_to_target"
         if graph.mask is not None:
             set_masks(conv, graph.mask, graph.edge_index, apply_sigmoid=False)
-        return conv, adj
-
-    def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Tensor:
-        return chunks.map(lambda x, part, _: self.aggregate(part, x, x), x)
+        return conv
 
 
 class LinearAggregation(AggregateOnce):
@@ -108,35 +91,42 @@ class LinearAggregation(AggregateOnce):
     root: bool = True
     normalize: bool = False
 
-    def _linears(self, conv: Any) -> list[Any]:
+    def transforms(self, conv: Any) -> list[Any]:
         """The linear layers of a conv: of the aggregate, and of the root."""
         return [getattr(conv, name) for name in self.linears[: 1 + self.root]]
 
-    def _bias(self, conv: Any) -> Any:
-        return self._linears(conv)[0].bias
+    def bias(self, conv: Any) -> Tensor | None:
+        """The bias of a conv."""
+        found: Tensor | None = getattr(conv, self.linears[0]).bias
+        return found
 
-    def _build(self, template: Any, backend: Backend) -> None:
-        super()._build(template, backend)
-        linears = self._linears(template)
-        out_channels, self.aggregate_width = (int(n) for n in linears[0].weight.shape)
-        width = sum(int(linear.weight.size(1)) for linear in linears)
-        bias = self._bias(template) is not None
-        self.linear = LinearExperts(width, out_channels, self.num_experts, bias=bias, backend=backend)
+    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+        super().build(convs, backend)
+        weights = [linear.weight for linear in self.transforms(convs[0])]
+        out_channels, self.aggregate_width = weights[0].shape
+        width, bias = sum(weight.size(1) for weight in weights), self.bias(convs[0]) is not None
+        self.linear = LinearExperts(width, out_channels, len(convs), bias=bias, backend=backend)
 
-    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        own = [linear.weight for linear in self._linears(conv)]
-        stacked = self.linear.weight.transpose(1, 2).split([weight.size(1) for weight in own], dim=2)
-        weights = zip(stacked, own, strict=True)
-        return [*weights] if self.linear.bias is None else [*weights, (self.linear.bias, self._bias(conv))]
+    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
+        weights = [linear.weight for linear in self.transforms(conv)]
+        stacked = self.linear.weight.transpose(1, 2).split([weight.size(1) for weight in weights], dim=2)
+        biases = [] if self.linear.bias is None else [(self.linear.bias, self.bias(conv))]
+        return [*zip(stacked, weights, strict=True), *biases]
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
+        parts, linear = [h, x_dst] if self.root else [h], self.linear
+        if not self.normalize and is_plain(linear):
+            return routed_linear(parts, linear.weight, linear.bias, routing, linear.backend)
+        y_PO = linear(dispatch(torch.cat(parts, dim=-1), routing), routing.offsets)
+        return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
+
+    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
         linear = self.linear
-        parts = [h, x_dst] if self.root else [h]
-        plain = type(linear) is LinearExperts and not any(hooks_of(linear))  # else what a user put there runs
-        if self.normalize or not plain:
-            y_PO = linear(dispatch(torch.cat(parts, dim=-1), routing), routing.offsets)
-            return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
-        return routed_linear(parts, linear.weight, linear.bias, routing, linear.backend)
+        if self.normalize or not is_plain(linear):
+            return super().on_all(graph, x_src, x_dst, h)
+        bias, dtype = None if linear.bias is None else linear.bias[0], linear.weight.dtype
+        y_TO = F.linear(h.to(dtype), linear.weight[0, : h.size(1)].T, bias)
+        return torch.addmm(y_TO, x_dst.to(dtype), linear.weight[0, h.size(1) :]) if self.root else y_TO
 
 
 class GCNExperts(LinearAggregation):
@@ -151,21 +141,19 @@ class GCNExperts(LinearAggregation):
     def accepts(conv: Any) -> bool:
         return conv.aggr in ("add", "sum")  # transforms before it aggregates, so that has to be linear
 
-    def _without_transform(self, conv: Any) -> MessagePassing:
+    def strip(self, conv: Any) -> None:
         if getattr(conv, "normalize", False):  # not a FilterConv, which holds its own product
             self.matrix = partial(Graph.normalized, improved=conv.improved, loops=conv.add_self_loops)
         conv.lin = nn.Identity()
         conv.bias = None
-        return conv
 
-    def _bias(self, conv: Any) -> Any:
-        return conv.bias
+    def bias(self, conv: Any) -> Tensor | None:
+        found: Tensor | None = conv.bias
+        return found
 
-    def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
-        if graph.is_sparse and graph.edge_weight is not None:
-            raise ValueError(WEIGHTS_TWICE)
-        conv, adj = self._conv_on(graph)
-        out: Tensor = conv(x_src, adj, **graph.args_for(conv))
+    def by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
+        conv = self.of_pyg(graph)
+        out: Tensor = conv(x_src, graph.adj if graph.is_sparse else graph.edge_index, **graph.args_for(conv))
         return out
 
 
@@ -178,13 +166,12 @@ class SAGEExperts(LinearAggregation):
     def accepts(conv: Any) -> bool:
         return not conv.project and has_no_parameters(conv.aggr_module)
 
-    def _without_transform(self, conv: Any) -> MessagePassing:
+    def strip(self, conv: Any) -> None:
         self.root, self.normalize = conv.root_weight, conv.normalize
         conv.lin_l = nn.Identity()
         conv.root_weight, conv.normalize = False, False
         if self.root:
             del conv.lin_r
-        return conv
 
 
 class GraphConvExperts(LinearAggregation):
@@ -197,76 +184,78 @@ class GraphConvExperts(LinearAggregation):
     def accepts(conv: Any) -> bool:
         return has_no_parameters(conv.aggr_module)
 
-    def _without_transform(self, conv: Any) -> MessagePassing:
+    def strip(self, conv: Any) -> None:
         conv.lin_rel = nn.Identity()
         del conv.lin_root
-        return conv
 
 
 class GINExperts(AggregateOnce):
     """GIN: x' = nn_e((1 + eps_e) x_i + aggr_j(x_j)), for networks that treat each row by itself."""
 
-    eps_E: Tensor
+    eps_E1: Tensor
 
     @staticmethod
     def accepts(conv: Any) -> bool:
         return has_no_parameters(conv.aggr_module) and isinstance(conv.nn, nn.Module) and _row_wise(conv.nn)
 
-    def _without_transform(self, conv: Any) -> MessagePassing:
+    def strip(self, conv: Any) -> None:
         conv.nn = nn.Identity()
         del conv.eps
         conv.eps = 0.0
-        return conv
 
-    def _build(self, template: Any, backend: Backend) -> None:
-        super()._build(template, backend)
-        self.nns = nn.ModuleList(self.make(expert).nn for expert in range(self.num_experts))
-        eps = template.eps.detach().expand(self.num_experts).clone()
-        if isinstance(template.eps, nn.Parameter):
-            self.eps_E = nn.Parameter(eps)
+    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+        super().build(convs, backend)
+        self.nns = nn.ModuleList(copy.deepcopy(conv.nn) for conv in convs)
+        eps = torch.stack([conv.eps.detach().view(1) for conv in convs])
+        if isinstance(convs[0].eps, nn.Parameter):
+            self.eps_E1 = nn.Parameter(eps)
         else:
-            self.register_buffer("eps_E", eps)
+            self.register_buffer("eps_E1", eps)
 
-    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        return [(self.eps_E, conv.eps)]
-
-    @torch.no_grad()
-    def fill(self, convs: list[Any]) -> None:
-        super().fill(convs)
-        for network, conv in zip(self.nns, convs, strict=True):
-            network.load_state_dict(conv.nn.state_dict())
-
-    def expert(self, index: int) -> MessagePassing:
-        conv: Any = super().expert(index)
-        conv.nn.load_state_dict(self.nns[index].state_dict())
-        return conv
+    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
+        return [(self.eps_E1, conv.eps), (self.nns, conv.nn)]
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         outs = []
-        for index, token in enumerate(tokens_of(routing)):
-            rows = h.index_select(0, token) + (1 + self.eps_E[index]) * x_dst.index_select(0, token)
-            outs.append(self.nns[index](rows))
+        for network, eps, token in zip(self.nns, self.eps_E1, tokens_of(routing), strict=True):
+            outs.append(network(h.index_select(0, token) + (1 + eps) * x_dst.index_select(0, token)))
         return combine(torch.cat(outs), routing)
+
+    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+        out: Tensor = self.nns[0](h + (1 + self.eps_E1[0]) * x_dst)
+        return out
+
+
+class GINEExperts(GINExperts):
+    """GINE without a transform of edge features: x' = nn_e((1 + eps_e) x_i + sum_j relu(x_j + e_ji))."""
+
+    @staticmethod
+    def accepts(conv: Any) -> bool:
+        return conv.lin is None and GINExperts.accepts(conv)
+
+    def strip(self, conv: Any) -> None:
+        super().strip(conv)
+        self.matrix = None
 
 
 class FilterExperts(GCNExperts):
     """E FilterConvs, whose filters may differ: every power of the adjacency is applied once, whoever looks at it."""
 
-    def fill(self, convs: list[Any]) -> None:
+    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+        super().build(convs, backend)
         self.filters = [(conv.filter, conv.hops) for conv in convs]
         self.hops = max((hops for name, hops in self.filters if name != "identity"), default=0)
         self.aggregate_width = max(self.hops, 1) * self.linear.in_features
-        super().fill(convs)
 
-    def aggregate(self, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Any:
-        conv, _ = self._conv_on(graph)
-        return powers(lambda x: conv.hop(x, graph), x_src, self.hops) if self.hops else None
+    @property
+    def too_far(self) -> list[MessagePassing]:
+        return [self.prototype] if self.hops > 1 else []
 
-    def aggregate_chunked(self, x: Tensor, chunks: NodeChunks) -> Any:
-        def hop(x: Tensor) -> Tensor:
-            return chunks.map(lambda x, part, _: self.prototype.hop(x, part), x)
-
-        return powers(hop, x, self.hops) if self.hops else None
+    def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
+        conv, powers = self.of_pyg(graph), [x_src]
+        for _ in range(self.hops):
+            powers.append(conv.hop(powers[-1], graph))
+        return torch.cat(powers[1:], dim=-1) if self.hops else None
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         after = [x_dst] if h is None else [x_dst, *h.split(x_dst.size(1), dim=1)]
@@ -276,18 +265,20 @@ class FilterExperts(GCNExperts):
             rows.append(x_dst.index_select(0, token) - row if name == "high_pass" else row)
         return combine(self.linear(torch.cat(rows), routing.offsets), routing)
 
+    on_all = StackedExperts.on_all  # not the linear map of h
+
 
 class MLPConvExperts(StackedExperts):
     """E MLPConvs as stacked MLPs."""
 
-    def _build(self, template: Any, backend: Backend) -> None:
+    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+        first = convs[0]
         self.prototype = MLPConv(1, 1)
         self.prototype.up = self.prototype.down = nn.Identity()
-        sizes = (template.up.in_features, template.hidden_channels, template.out_channels, self.num_experts)
-        bias = template.up.bias is not None
-        self.mlp = MLPExperts(*sizes, activation="relu", bias=bias, backend=backend)
+        sizes, bias = (first.up.in_features, first.hidden_channels, first.out_channels), first.up.bias is not None
+        self.mlp = MLPExperts(*sizes, len(convs), activation="relu", bias=bias, backend=backend)
 
-    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
+    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
         return [(self.mlp.up, conv.up), (self.mlp.down, conv.down)]
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
@@ -295,14 +286,20 @@ class MLPConvExperts(StackedExperts):
         return out
 
 
+def is_plain(linear: LinearExperts) -> bool:
+    """True if a kernel may stand in for the module: nobody replaced it or hung something on it."""
+    hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
+    return type(linear) is LinearExperts and not any(hooks)
+
+
 def has_no_parameters(module: nn.Module) -> bool:
-    """Whether there is nothing to learn in it."""
+    """True if there is nothing to learn in it."""
     return next(module.parameters(), None) is None
 
 
 @torch.no_grad()
 def _row_wise(network: nn.Module) -> bool:
-    """Whether each row's output depends on that row alone, which batch norm in training breaks."""
+    """True if each row's output depends on that row alone, which batch norm in training breaks."""
     first = next(network.parameters(), None)
     if first is None:
         return False
@@ -347,7 +344,7 @@ class FilterConv(MessagePassing):
         bias: bool = True,
     ) -> None:
         check_choice("filter", filter, get_args(FilterName))
-        check_count("hops", hops)
+        check_counts(hops=hops)
         if filter == "identity" and hops > 1:
             raise ValueError(f"hops: got {hops} with filter='identity', expected 1")
         super().__init__(aggr="add")
@@ -372,7 +369,7 @@ class FilterConv(MessagePassing):
             low = x
             for _ in range(self.hops):
                 low = self.hop(low, graph)
-            x = low if self.filter == "low_pass" else x - low
+            x = low if self.filter == "low_pass" else x[: len(low)] - low
         out: Tensor = self.lin(x)
         return out if self.bias is None else out + self.bias
 
@@ -384,8 +381,8 @@ class FilterConv(MessagePassing):
             out: Tensor = self.propagate(ends, x=x, edge_weight=weight)
             return out
         exact = torch.promote_types(x.dtype, torch.float32)
-        matrix = graph.normalized(False, self.add_self_loops, exact)
-        return (matrix.times if graph.constant is False else matrix.kept)(x).to(x.dtype)
+        matrix = graph.normalized(improved=False, loops=self.add_self_loops, dtype=exact)
+        return graph.product(matrix, x)
 
     def message(self, x_j: Tensor, edge_weight: Tensor) -> Tensor:
         return edge_weight[:, None] * x_j

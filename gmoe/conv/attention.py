@@ -1,6 +1,6 @@
 """Attention experts: GAT, GATv2, TransformerConv.
 
-Shapes: N sources, I in, O out, F edge features, E experts, P pairs, M messages, U heard rows, H heads of width C.
+Shapes: N sources, I in, O out, F edge features, E experts, P pairs, M messages, U rows, H heads of width C.
 """
 
 from __future__ import annotations
@@ -18,15 +18,22 @@ from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
 from gmoe._autograd import first_order, untraced
-from gmoe.conv.base import MOVE, StackedExperts, hooks_of
+from gmoe.conv.aggregate import is_plain
+from gmoe.conv.base import StackedExperts
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
 from gmoe.dispatch import COUNTING, Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
 
+MOVE = 60
+"""To gather or scatter a number of a row takes as long as so many multiply-adds of a product; fitted on one core of a
+CPU, not measured on GPUs."""
+
 
 class Messages:
     """The in-edges of each pair of a routing, pair by pair: one message an edge and expert of its destination.
+
+    Each expert transforms the sources that it needs: U rows, one for each (expert, source) with a message.
 
     Args:
         graph: the edges, self-loops included.
@@ -37,79 +44,70 @@ class Messages:
         self.graph = graph
         self.routing = routing
         self.edge, self.pair = graph.edges.of(routing.token)
-        """(M,) the edge that each message runs along, and the pair that hears it, ascending."""
+        """(M,) the edge that each message runs along, and the pair that receives it, ascending."""
         self.source = graph.edges.sender.index_select(0, self.edge)
         """(M,) the node that sends it."""
-
-    @cached_property
-    def ptr(self) -> Tensor:
+        self.ptr = torch._convert_indices_from_coo_to_csr(self.pair, len(routing.token))
         """(P + 1,) where the messages of each pair start."""
-        return torch._convert_indices_from_coo_to_csr(self.pair, len(self.routing.token))
+        self.offsets = self.ptr[routing.offsets.long()].to(torch.int32)
+        """(E,) cumulative ends of each expert's messages."""
 
     @cached_property
     def expert(self) -> Tensor:
-        """(M,) the expert of that pair, ascending."""
+        """(M,) the expert of the pair, ascending."""
         return self.routing.expert.index_select(0, self.pair)
 
     @cached_property
-    def offsets(self) -> Tensor:
-        """(E,) int32, cumulative ends of each expert's messages."""
-        return self.ptr[self.routing.offsets.long()].to(torch.int32)
+    def _is_row(self) -> Tensor:
+        """(E N,) True for each (expert, source) with a message."""
+        needed = self.pair.new_zeros(self.routing.num_experts * self.graph.num_src, dtype=torch.bool)
+        needed[self.expert * self.graph.num_src + self.source] = True
+        return needed
 
     @cached_property
-    def edge_attr(self) -> Tensor | None:
-        """(M, F) the features of the edge of each message, where the graph has some."""
-        attr = self.graph.attr
-        return None if attr is None else attr.index_select(0, self.edge)
+    def row(self) -> Tensor:
+        """(U,) expert * N + source of each row, ascending."""
+        return self._is_row.nonzero().view(-1)
 
     @cached_property
-    def _is_heard(self) -> Tensor:
-        """(E N,) whether some token of the expert has an edge from the source."""
-        heard = self.pair.new_zeros(self.routing.num_experts * self.graph.num_src, dtype=torch.bool)
-        heard[self.expert * self.graph.num_src + self.source] = True
-        return heard
+    def row_source(self) -> Tensor:
+        """(U,)"""
+        return self.row % max(self.graph.num_src, 1)
 
     @cached_property
-    def heard(self) -> Tensor:
-        """(U,) the sources that each expert hears, in order, expert by expert."""
-        return self._is_heard.nonzero().view(-1) % max(self.graph.num_src, 1)
+    def row_expert(self) -> Tensor:
+        """(U,)"""
+        return self.row // max(self.graph.num_src, 1)
 
     @cached_property
-    def heard_by(self) -> Tensor:
-        """(U,) the expert that hears it."""
-        return self._is_heard.nonzero().view(-1) // max(self.graph.num_src, 1)
+    def row_offsets(self) -> Tensor:
+        """(E,) int32, cumulative ends of each expert's rows."""
+        return self._is_row.view(self.routing.num_experts, -1).sum(dim=1).cumsum(0).to(torch.int32)
 
     @cached_property
-    def heard_offsets(self) -> Tensor:
-        """(E,) int32, cumulative ends of what each expert hears."""
-        return self._is_heard.view(self.routing.num_experts, -1).sum(dim=1).cumsum(0).to(torch.int32)
-
-    @cached_property
-    def from_heard(self) -> Edges:
-        """From the heard rows to the pairs."""
-        sender = self.place.index_select(0, self.expert * self.graph.num_src + self.source)
-        return Edges(self.ptr, sender, self.pair, len(self.heard))
-
-    @cached_property
-    def place(self) -> Tensor:
-        """(E N,) where what an expert hears of a source lies among :attr:`heard`, if it is heard."""
-        return self._is_heard.cumsum(0) - 1
+    def from_rows(self) -> Edges:
+        """From the rows to the pairs."""
+        place = self._is_row.cumsum(0) - 1
+        return self._from(place.index_select(0, self.expert * self.graph.num_src + self.source), len(self.row))
 
     @cached_property
     def from_nodes(self) -> Edges:
         """From the nodes to the pairs."""
-        return Edges(self.ptr, self.source, self.pair, self.graph.num_src)
+        return self._from(self.source, self.graph.num_src)
 
     @cached_property
     def from_edges(self) -> Edges:
-        """To each pair, from its edges, in the order of :attr:`edge_attr`."""
-        return Edges(self.ptr, torch.arange(len(self.pair), device=self.pair.device), self.pair, len(self.pair))
+        """To each pair, from its messages."""
+        return self._from(torch.arange(len(self.pair), device=self.pair.device), len(self.pair))
+
+    def _from(self, sender: Tensor, num_senders: int) -> Edges:
+        return Edges(self.ptr, sender, self.pair, num_senders, self.edge)
 
 
 class AttentionExperts(StackedExperts):
-    r"""E attention convs of which each token runs its own: messages along K times the edges, not E times.
+    r"""E attention convs of which each token runs its expert's: messages along K times the edges, not E times.
 
-    A source is transformed once for each expert that hears it, all in one grouped product; scores, softmax and sums
+    A source is transformed once for each expert that needs it, all in one grouped product; scores, softmax and sums
     run over the in-edges of each (token, expert) pair.
 
     The linear layers of the PyG class are :class:`LinearExperts` under PyG's names, its other parameters are stacked,
@@ -124,59 +122,60 @@ class AttentionExperts(StackedExperts):
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return conv.aggr in ("add", "sum") and conv.decomposed_layers == 1
+        # PyG reduces features of loops over the second row of edge_index, whatever the flow
+        turned = conv.flow == "target_to_source" and conv.edge_dim is not None
+        return conv.aggr in ("add", "sum") and conv.decomposed_layers == 1 and not turned
 
-    def _layers(self, conv: Any) -> dict[str, Any]:
+    def linears(self, conv: Any) -> dict[str, Any]:
         """The linear layers that the options of a conv leave in use."""
         return {name: layer for name in self.layers if (layer := getattr(conv, name, None)) is not None}
 
-    def _parts(self, conv: Any) -> list[tuple[Any, Any]]:
+    def parts(self, conv: Any) -> list[tuple[Any, Any]]:
         vectors = [(getattr(self, name), getattr(conv, name)) for name in self.vectors]
-        linears = [(getattr(self, name), layer) for name, layer in self._layers(conv).items()]
-        return [*linears, *((stacked, own) for stacked, own in vectors if stacked is not None)]
+        linears = [(getattr(self, name), layer) for name, layer in self.linears(conv).items()]
+        return [*linears, *(pair for pair in vectors if pair[0] is not None)]
 
-    def _build(self, template: Any, backend: Backend) -> None:
+    def build(self, convs: Sequence[Any], backend: Backend) -> None:
+        first = convs[0]
         self.backend: Backend = backend
-        self.heads, self.width = template.heads, template.out_channels
-        self.prototype = copy.deepcopy(template)
+        self.heads, self.width = first.heads, first.out_channels
+        self.prototype = copy.deepcopy(first)
         for name in (*self.layers, *self.vectors):
             setattr(self.prototype, name, None)
             setattr(self, name, None)
-        for name, layer in self._layers(template).items():
-            sizes = (layer.in_channels, layer.out_channels, self.num_experts)
+        for name, layer in self.linears(first).items():
+            sizes = (layer.in_channels, layer.out_channels, len(convs))
             setattr(self, name, LinearExperts(*sizes, bias=layer.bias is not None, backend=backend))
         for name in self.vectors:
-            if (vector := getattr(template, name)) is not None:
-                setattr(self, name, nn.Parameter(vector.detach().new_empty(self.num_experts, *vector.shape)))
+            if (vector := getattr(first, name)) is not None:
+                setattr(self, name, nn.Parameter(vector.detach().new_empty(len(convs), *vector.shape)))
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        mask = graph.mask
         if getattr(self.prototype, "add_self_loops", False):
-            graph = graph.with_loops(self.prototype.fill_value)
-        y_PHC = self._attend(x_src, x_dst, Messages(graph.masked(mask), routing))
+            graph = graph.with_loops(fill_value=self.prototype.fill_value)
+        y_PHC = self._attend(x_src, x_dst, Messages(graph, routing))
         y_PO = y_PHC.flatten(1) if self.prototype.concat else y_PHC.mean(dim=1)
         return combine(self._finish(y_PO, x_dst, routing), routing)
 
     @abstractmethod
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
-        """(P, H, C) what each pair hears, weighted by attention."""
+        """(P, H, C) the sum of each pair's messages, weighted by attention."""
 
     def _finish(self, y_PO: Tensor, x_dst: Tensor, routing: Routing) -> Tensor:
-        """What the conv does to that: residual and bias."""
+        """(P, O) with the residual and the bias."""
         if self.res is not None:
             y_PO = y_PO + self.res(dispatch(x_dst, routing), routing.offsets)
         return y_PO if self.bias is None else y_PO + self.bias.index_select(0, routing.expert)
 
-    def _of_heard(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
-        """(U, O) what each expert makes of the sources that it hears."""
-        heard, (sources, experts, out) = messages.heard, (len(x_src), self.num_experts, linear.out_features)
-        plain = type(linear) is LinearExperts and not any(hooks_of(linear))  # else what a user put there runs
-        if COUNTING.get() or not plain or len(heard) * (out + MOVE) <= sources * experts * out:
-            return linear(x_src.index_select(0, heard), messages.heard_offsets)
+    def _rows(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
+        """(U, O) each row, transformed by its expert."""
+        row, (sources, experts, out) = messages.row_source, (len(x_src), self.num_experts, linear.out_features)
+        if COUNTING.get() or not is_plain(linear) or len(row) * (out + MOVE) <= sources * experts * out:
+            return linear(x_src.index_select(0, row), messages.row_offsets)
         # all experts' of all sources: more products, but no row of the input is moved
         weight_IC = linear.weight.transpose(0, 1).flatten(1)
         y_NC = x_src @ weight_IC if linear.bias is None else torch.addmm(linear.bias.flatten(), x_src, weight_IC)
-        return y_NC.view(-1, out).index_select(0, heard * experts + messages.heard_by)
+        return y_NC.view(-1, out).index_select(0, row * experts + messages.row_expert)
 
     def _by_head(self, row_UO: Tensor) -> Tensor:
         """(U, H, C)"""
@@ -188,17 +187,12 @@ class AttentionExperts(StackedExperts):
         return torch.stack([grouped_linear(row, w, None, offsets_E, self.backend) for row, w in heads], dim=1)
 
     def _attention(self, score_MH: Tensor, messages: Messages) -> Tensor:
-        """(M, H) the softmax over what each pair hears, with dropout in training and under an explainer's mask."""
+        """(M, H) the softmax over each pair's messages, with dropout in training and under an explainer's mask."""
         exact = torch.promote_types(score_MH.dtype, torch.float32)
         alpha_MH = softmax(score_MH.to(exact), ptr=messages.ptr).to(score_MH.dtype)
         alpha_MH = F.dropout(alpha_MH, self.prototype.dropout, self.training)
-        mask = messages.graph.mask
-        if mask is None:
-            return alpha_MH
-        # as MessagePassing.explain_message applies it: loops that are added have none
-        origin_M = messages.graph.order.index_select(0, messages.edge)
-        mask_M = torch.cat([mask, mask.new_ones(1)])[origin_M]
-        return alpha_MH * mask_M[:, None]
+        mask = messages.graph.mask  # as MessagePassing.explain_message applies it
+        return alpha_MH if mask is None else alpha_MH * mask[messages.graph.edges.order[messages.edge]][:, None]
 
     def _edge_attr(self, messages: Messages) -> Tensor | None:
         """(M, F) the edge features, where there are some.
@@ -206,10 +200,11 @@ class AttentionExperts(StackedExperts):
         Raises:
             ValueError: edge features for convs that were built without ``edge_dim``.
         """
-        if messages.edge_attr is not None and self.lin_edge is None:
+        attr = messages.graph.attr
+        if attr is not None and self.lin_edge is None:
             name = type(self.prototype).__name__
             raise ValueError(f"edge_attr: got a tensor, expected None, since {name} was built with edge_dim=None")
-        return messages.edge_attr
+        return None if attr is None else attr.index_select(0, messages.edge)
 
 
 class GATExperts(AttentionExperts):
@@ -217,7 +212,7 @@ class GATExperts(AttentionExperts):
     :math:`W x_j`.
 
     The scores follow from the inputs, :math:`a \cdot W x = W^\top a \cdot x`, so that only values are transformed: of
-    each source that an expert hears, or, where a head is no narrower than the input, of the sum that a head hears.
+    each row, or, where a head is no narrower than the input, of the sum that a head receives.
     """
 
     layers = ("lin", "lin_src", "lin_dst", "lin_edge", "res")
@@ -231,44 +226,35 @@ class GATExperts(AttentionExperts):
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         lin_src, lin_dst = (self.lin_src, self.lin_dst) if self.lin is None else (self.lin, self.lin)
-        offsets = messages.routing.offsets
-        raw, pairs = lin_src.in_features <= self.width, messages.routing
+        pairs, offsets = messages.routing, messages.routing.offsets
+        raw = lin_src.in_features <= self.width
         if raw:
             at_source = self._of_all(x_src, self._folded(lin_src, self.att_src))
             score_MH = at_source.index_select(0, messages.source * self.num_experts + messages.expert)
         else:
-            value_UHC = self._by_head(self._of_heard(lin_src, x_src, messages))
-            at_heard = self._of_rows(value_UHC, self.att_src, messages)
-            score_MH = at_heard.index_select(0, messages.from_heard.sender)
+            value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
+            at_row = (value_UHC * self.att_src.squeeze(1).index_select(0, messages.row_expert)).sum(dim=-1)
+            score_MH = at_row.index_select(0, messages.from_rows.sender)
         target_EIH = self._folded(lin_dst, self.att_dst)
-        if not raw and x_src is x_dst and lin_src is lin_dst and self.prototype.add_self_loops:  # which hear themselves
-            place_P = messages.place.index_select(0, pairs.expert * messages.graph.num_src + pairs.token)
-            at_target = self._of_rows(value_UHC, self.att_dst, messages).index_select(0, place_P)
-        elif (self.num_experts - 1) * self.heads <= MOVE:  # no row of the input is moved
-            place_P = pairs.token * self.num_experts + pairs.expert
-            at_target = self._of_all(x_dst, target_EIH).index_select(0, place_P)
+        if (self.num_experts - 1) * self.heads <= MOVE:  # no row of the input is moved
+            at_target = self._of_all(x_dst, target_EIH).index_select(0, pairs.token * self.num_experts + pairs.expert)
         else:
             at_target = grouped_linear(dispatch(x_dst, pairs), target_EIH, None, offsets, self.backend)
         score_MH = score_MH + at_target.index_select(0, messages.pair)
-        if self.lin_edge is not None and messages.edge_attr is not None:
-            edge_EFH = self._folded(self.lin_edge, self.att_edge)
-            score_MH = score_MH + grouped_linear(messages.edge_attr, edge_EFH, None, messages.offsets, self.backend)
+        attr = messages.graph.attr
+        if self.lin_edge is not None and attr is not None:
+            edge_EFH, edge_MF = self._folded(self.lin_edge, self.att_edge), attr.index_select(0, messages.edge)
+            score_MH = score_MH + grouped_linear(edge_MF, edge_EFH, None, messages.offsets, self.backend)
         score_MH = F.leaky_relu(score_MH.to(self.att_src.dtype), self.prototype.negative_slope)
         alpha_MH = self._attention(score_MH, messages)
         if raw:
-            heard_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_nodes)
+            sum_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_nodes)
             weight_EIHC = lin_src.weight.unflatten(2, (self.heads, self.width))
-            return self._head_by_head(heard_PHI, weight_EIHC, offsets).to(alpha_MH.dtype)
-        return weighted_sum(alpha_MH, value_UHC, messages.from_heard)
-
-    def _of_rows(self, value_UHC: Tensor, att_E1HC: Tensor, messages: Messages) -> Tensor:
-        """(U, H) what the attention vector of the expert that hears a row makes of it."""
-        att_EHC = att_E1HC.squeeze(1)
-        att_UHC = att_EHC if self.num_experts == 1 else att_EHC.index_select(0, messages.heard_by)
-        return (value_UHC * att_UHC).sum(dim=-1)
+            return self._head_by_head(sum_PHI, weight_EIHC, offsets).to(alpha_MH.dtype)
+        return weighted_sum(alpha_MH, value_UHC, messages.from_rows)
 
     def _of_all(self, x_NI: Tensor, folded_EIH: Tensor) -> Tensor:
-        """(N E, H) what each expert's attention vector makes of every node."""
+        """(N E, H) each expert's attention vector times every node."""
         return (x_NI @ folded_EIH.transpose(0, 1).flatten(1)).view(-1, self.heads)
 
     def _folded(self, layer: LinearExperts, att_E1HC: Tensor) -> Tensor:
@@ -291,8 +277,8 @@ class TransformerExperts(AttentionExperts):
     lin_skip: LinearExperts | None
     lin_beta: LinearExperts | None
 
-    def _layers(self, conv: Any) -> dict[str, Any]:
-        found = super()._layers(conv)
+    def linears(self, conv: Any) -> dict[str, Any]:
+        found = super().linears(conv)
         if not conv.root_weight:
             del found["lin_skip"]
         return found
@@ -300,22 +286,22 @@ class TransformerExperts(AttentionExperts):
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         offsets = messages.routing.offsets
         query_PHC = self._by_head(self.lin_query(dispatch(x_dst, messages.routing), offsets)) / math.sqrt(self.width)
-        key_UHC = self._by_head(self._of_heard(self.lin_key, x_src, messages))
-        value_UHC = self._by_head(self._of_heard(self.lin_value, x_src, messages))
-        score_MH = dot(query_PHC, key_UHC, messages.from_heard)
+        key_UHC = self._by_head(self._rows(self.lin_key, x_src, messages))
+        value_UHC = self._by_head(self._rows(self.lin_value, x_src, messages))
+        score_MH = dot(query_PHC, key_UHC, messages.from_rows)
         edge_MF = self._edge_attr(messages)
         if self.lin_edge is None or edge_MF is None:
-            return weighted_sum(self._attention(score_MH, messages), value_UHC, messages.from_heard)
+            return weighted_sum(self._attention(score_MH, messages), value_UHC, messages.from_rows)
         edge_EFHC = self.lin_edge.weight.unflatten(2, (self.heads, self.width))
         edge_M1F = edge_MF[:, None].to(query_PHC.dtype)
         asked_PHF = self._head_by_head(query_PHC, edge_EFHC.transpose(1, 3), offsets)
         alpha_MH = self._attention(score_MH + dot(asked_PHF, edge_M1F, messages.from_edges), messages)
         edges_PHF = weighted_sum(alpha_MH, edge_M1F, messages.from_edges)
-        heard_PHC = weighted_sum(alpha_MH, value_UHC, messages.from_heard)
-        return heard_PHC + self._head_by_head(edges_PHF, edge_EFHC, offsets)
+        sum_PHC = weighted_sum(alpha_MH, value_UHC, messages.from_rows)
+        return sum_PHC + self._head_by_head(edges_PHF, edge_EFHC, offsets)
 
     def _edge_attr(self, messages: Messages) -> Tensor | None:
-        if messages.edge_attr is None and self.lin_edge is not None:
+        if messages.graph.attr is None and self.lin_edge is not None:
             shape = f"(edges, {self.lin_edge.in_features})"
             legal = f"a tensor of shape {shape}, since TransformerConv was built with an edge_dim"
             raise ValueError(f"edge_attr: got None, expected {legal}")
@@ -340,14 +326,14 @@ class GATv2Experts(AttentionExperts):
     lin_r: LinearExperts | None
     att: nn.Parameter
 
-    def _layers(self, conv: Any) -> dict[str, Any]:
-        found = super()._layers(conv)
+    def linears(self, conv: Any) -> dict[str, Any]:
+        found = super().linears(conv)
         if conv.share_weights:
             del found["lin_r"]  # lin_l again
         return found
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
-        source_UO = self._of_heard(self.lin_l, x_src, messages)
+        source_UO = self._rows(self.lin_l, x_src, messages)
         target_PO = (self.lin_l if self.lin_r is None else self.lin_r)(
             dispatch(x_dst, messages.routing), messages.routing.offsets
         )
@@ -359,7 +345,7 @@ class GATv2Experts(AttentionExperts):
         slope = self.prototype.negative_slope
         score_MH = additive_scores((source_UO, target_PO, edge_MF, edge_EFO), att_EOH, slope, messages)
         alpha_MH = self._attention(score_MH, messages)
-        return weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_heard)
+        return weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_rows)
 
 
 @untraced  # the sizes depend on the data
@@ -374,11 +360,11 @@ def additive_scores(
             layer, or ``None`` twice.
         att_EOH: attention vectors of the experts, a column a head.
         negative_slope: of the leaky ReLU.
-        messages: who hears whom.
+        messages: from whom to whom.
     """
     tensors = (*rows, att_EOH)
     exact = [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    out: Tensor = _AdditiveScores.apply(*exact, negative_slope, messages.from_heard, messages.offsets.tolist())
+    out: Tensor = _AdditiveScores.apply(*exact, negative_slope, messages.from_rows, messages.offsets.tolist())
     return out.to(att_EOH.dtype)
 
 
@@ -425,7 +411,7 @@ def _blocks(ends: list[int], att_EOH: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _sums(rows: Sequence[Any], edges: Edges, expert: int, block: slice) -> Tensor:
-    """(B, O) what the leaky ReLU meets, of a block of messages."""
+    """(B, O) the sums before the leaky ReLU, of a block of messages."""
     source_UO, target_PO, edge_MF, edge_EFO = rows
     sum_BO: Tensor = source_UO.index_select(0, edges.sender[block])
     sum_BO += target_PO.index_select(0, edges.receiver[block])

@@ -7,30 +7,22 @@ import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 
-from gmoe._checks import check, check_choice, check_count, nearest
-from gmoe.conv.aggregate import (
-    FilterConv,
-    FilterExperts,
-    GCNExperts,
-    GINExperts,
-    GraphConvExperts,
-    MLPConv,
-    MLPConvExperts,
-    SAGEExperts,
-)
-from gmoe.conv.attention import GATExperts, GATv2Experts, TransformerExperts
+from gmoe._checks import check, check_choice, check_counts, nearest
+from gmoe.conv import aggregate, attention
+from gmoe.conv.aggregate import FilterConv, MLPConv
 from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, probe_copy
 from gmoe.conv.graph import Graph, parameters_of
-from gmoe.conv.separate import SeparateExperts, run_on_all, run_on_destinations
+from gmoe.conv.separate import SeparateExperts, run, run_on
 from gmoe.dispatch import Backend
 
 ConvFactory: TypeAlias = Callable[..., MessagePassing]
@@ -54,22 +46,23 @@ OWN: dict[str, ConvFactory] = {
     "high_pass": partial(FilterConv, filter="high_pass"),
     "two_hop": partial(FilterConv, hops=2),
 }
-"""Kinds of experts that are not PyG's."""
+"""Kinds of experts beside PyG's."""
 
 STACKS: dict[type[MessagePassing], type[StackedExperts]] = {
-    FilterConv: FilterExperts,
-    MLPConv: MLPConvExperts,
-    pyg.GATConv: GATExperts,
-    pyg.GATv2Conv: GATv2Experts,
-    pyg.GCNConv: GCNExperts,
-    pyg.GINConv: GINExperts,
-    pyg.GraphConv: GraphConvExperts,
-    pyg.SAGEConv: SAGEExperts,
-    pyg.TransformerConv: TransformerExperts,
+    FilterConv: aggregate.FilterExperts,
+    MLPConv: aggregate.MLPConvExperts,
+    pyg.GATConv: attention.GATExperts,
+    pyg.GATv2Conv: attention.GATv2Experts,
+    pyg.GCNConv: aggregate.GCNExperts,
+    pyg.GINConv: aggregate.GINExperts,
+    pyg.GINEConv: aggregate.GINEExperts,
+    pyg.GraphConv: aggregate.GraphConvExperts,
+    pyg.SAGEConv: aggregate.SAGEExperts,
+    pyg.TransformerConv: attention.TransformerExperts,
 }
 """Classes whose experts are stacked; a subclass of one may compute something else."""
 
-_LOCAL = "cg clustergcn feast film gat gatv2 general gin gine graph le mf resgatedgraph sage simple transformer"
+_LOCAL = "cg clustergcn feast film gat gatv2 general gin gine graph le mf pna resgatedgraph sage simple transformer"
 LOCAL = frozenset(CONVS[name] for name in _LOCAL.split())
 """Classes whose output at a node follows from its in-edges and their ends alone, under most options; all the same
 verified for each layer that is built."""
@@ -77,22 +70,30 @@ verified for each layer that is built."""
 SOURCES_ALONE = frozenset(CONVS[name] for name in ("sage", "graph", "gin", "gine", "gat"))
 """Classes that take destinations without features, as if these were zeros."""
 
-
-def _gin(cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: Any, **kwargs: Any) -> MessagePassing:
-    """GIN(E) around the two-layer MLP that PyG's ``GIN`` model builds, where no other is asked for."""
-    width = in_channels if isinstance(in_channels, int) else in_channels[0]
-    legal = "none: it is made, or a factory (in_channels, out_channels) -> conv with another network for each expert"
-    check("nn" not in kwargs and not any(isinstance(arg, nn.Module) for arg in args), "nn", "a network", legal)
-    return cls(pyg.MLP([width, out_channels, out_channels], norm=None), *args, **kwargs)
+ADAPTED = (pyg.GINConv, pyg.GINEConv, pyg.CGConv, pyg.SimpleConv)
+"""Classes not built as ``(in_channels, out_channels)`` that are made to."""
 
 
-def _one_width(
-    cls: type[MessagePassing], in_channels: Any, out_channels: int, *args: Any, **kwargs: Any
-) -> MessagePassing:
-    """A conv that keeps the width."""
-    widths = {in_channels} if isinstance(in_channels, int) else set(in_channels)
-    check(widths == {out_channels}, "out_channels", f"{out_channels} for {cls.__name__}", f"in_channels={in_channels}")
+def _adapted(cls: ConvFactory, in_channels: Any, out_channels: int, *args: Any, **kwargs: Any) -> MessagePassing:
+    """GIN(E) around the two-layer MLP of PyG's ``GIN`` model; the others of :data:`ADAPTED` keep the width."""
+    widths = [in_channels] if isinstance(in_channels, int) else list(in_channels)
+    if cls is pyg.GINConv or cls is pyg.GINEConv:
+        legal = "none: it is made, or a factory (in_channels, out_channels) -> conv with another one for each expert"
+        check("nn" not in kwargs and not any(isinstance(arg, nn.Module) for arg in args), "nn", "a network", legal)
+        return cls(pyg.MLP([widths[0], out_channels, out_channels], norm=None), *args, **kwargs)
+    same = set(widths) == {out_channels}
+    check(same, "out_channels", f"{out_channels} for {name_of(cls)}", f"in_channels={in_channels}")
     return cls(*args, **kwargs) if cls is pyg.SimpleConv else cls(in_channels, *args, **kwargs)
+
+
+OPTIONS = (
+    *("num_experts", "router", "k", "router_input", "shared_expert", "dense_start", "shared_transform"),
+    *("router_kwargs", "local", "backend", "check_finite"),
+)
+"""The keyword arguments of a :class:`gmoe.MoEConv`, suggested where one is mistyped."""
+
+KINDS = "a name, a class of PyG's convs, a factory, or a list of those"
+"""Legal values of ``conv``."""
 
 
 @dataclass(frozen=True)
@@ -111,93 +112,77 @@ class Make:
 
     def __call__(self, expert: int) -> MessagePassing:
         factory = factory_of(self.kinds[expert])
-        if not isinstance(self.in_channels, int):
-            one = name_of(factory) in ("GCNConv", "FilterConv")
-            got = f"{self.in_channels} for {name_of(factory)}"
-            check(not one, "in_channels", got, "one width: it takes no bipartite input (SAGEConv and GraphConv do)")
-        args, kwargs = copy.deepcopy((self.args, self.kwargs or {}))  # a module among them is each conv's own
+        name, takes = name_of(factory), inspect.signature(factory).parameters
+        one = isinstance(self.in_channels, int) or name not in ("GCNConv", "FilterConv")
+        legal = "one width: it takes no bipartite input (SAGEConv and GraphConv do)"
+        check(one, "in_channels", f"{self.in_channels} for {name}", legal)
+        args, kwargs = copy.deepcopy((self.args, self.kwargs or {}))  # a module among them is not shared by the convs
+        args = (self.in_channels, self.out_channels, *args)
+        for option, value in [*zip(takes, args, strict=False), *kwargs.items()]:
+            flag = option in takes and takes[option].annotation in (bool, "bool")
+            legal = f"True or False; num_experts is given by name, num_experts={value}"  # most likely meant by a number
+            check(not flag or type(value) is not int, option, value, legal)
         try:
-            takes = inspect.signature(factory).parameters
-            _check_flags(takes, (self.in_channels, self.out_channels, *args), kwargs)
-            conv = factory(self.in_channels, self.out_channels, *args, **kwargs)
+            conv = factory(*args, **kwargs)
         except (TypeError, AttributeError, AssertionError) as error:
-            call = f"conv({self.in_channels}, {self.out_channels}, ...)"
-            got = f"{name_of(factory)}, which cannot be built as {call} ({error})"
+            got = f"{name}, which cannot be built as conv({args[0]}, {args[1]}, ...) ({error})"
+            hetero = "metadata" in takes or factory is pyg.HeteroConv
             legal = "the rest of its arguments, or a factory (in_channels, out_channels) -> conv"
-            if "metadata" in takes or factory is pyg.HeteroConv:
-                legal = "gmoe.HeteroMoEConv for nodes of several types"
-            unknown = next((name for name in kwargs if name not in takes), "")
-            raise ValueError(f"conv: got {got}; expected {legal}{nearest(unknown, (*takes, *OPTIONS))}") from error
-        kind = type(conv)
-        legal = "one of PyG's MessagePassing layers"
-        check(isinstance(conv, MessagePassing), "conv", f"a factory of {kind.__name__}", legal)
-        takes = inspect.signature(conv.forward).parameters
-        names, free = list(takes), inspect.Parameter.POSITIONAL_OR_KEYWORD
-        needed = {n for n in names[2:] if takes[n].kind is free and takes[n].default is inspect.Parameter.empty}
-        usual = names[:2] == ["x", "edge_index"] or (len(names) >= 2 and not of_pyg(kind))  # others name them otherwise
-        usual &= needed <= {"edge_weight", "edge_attr"}
-        typed = "edge_type" in takes and getattr(conv, "num_relations", 1) > 1
-        got = f"{kind.__name__}, whose forward takes ({', '.join(takes)})"
-        check(usual and not typed, "conv", got, "one of (x, edge_index, edge_weight or edge_attr)")
+            legal = "gmoe.HeteroMoEConv for nodes of several types" if hetero else legal
+            hint = nearest(next((option for option in kwargs if option not in takes), ""), (*takes, *OPTIONS))
+            raise ValueError(f"conv: got {got}; expected {legal}{hint}") from error
+        _check_forward(conv)
         return conv
 
 
-def _check_flags(takes: Mapping[str, inspect.Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse a number for a flag: whoever gives a conv 8 by position most likely means the number of experts."""
-    for name, value in [*zip(takes, args, strict=False), *kwargs.items()]:
-        flag = name in takes and takes[name].annotation in (bool, "bool")
-        if flag and isinstance(value, int) and not isinstance(value, bool):
-            hint = f"num_experts is given by name, num_experts={value}"
-            raise ValueError(f"{name}: got {value}, expected True or False; {hint}")
-
-
-OPTIONS = (
-    *("num_experts", "router", "k", "router_input", "shared_expert", "dense_start", "shared_transform"),
-    *("router_kwargs", "local", "backend", "check_finite"),
-)
-"""What a :class:`gmoe.MoEConv` takes by name, for those who mistype it."""
-
-KINDS = "a name, a class of PyG's convs, a factory, or a list of those"
-"""What may be given as ``conv``."""
+def _check_forward(conv: Any) -> None:
+    """Refuse a module that is called otherwise than ``conv(x, edge_index)`` with edge weights or features."""
+    name = type(conv).__name__
+    check(isinstance(conv, MessagePassing), "conv", f"a factory of {name}", "one of PyG's MessagePassing layers")
+    takes = inspect.signature(conv.forward).parameters
+    first, others = list(takes)[:2], list(takes.values())[2:]
+    usual = first == ["x", "edge_index"] or (len(first) == 2 and not of_pyg(type(conv)))  # users name them as they like
+    needed = {p.name for p in others if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty}
+    typed = "edge_type" in takes and getattr(conv, "num_relations", 1) > 1
+    fits = usual and not typed and needed <= {"edge_weight", "edge_attr"}
+    legal = "one of (x, edge_index, edge_weight or edge_attr)"
+    check(fits, "conv", f"{name}, whose forward takes ({', '.join(takes)})", legal)
 
 
 def of_pyg(code: Any) -> bool:
-    """Whether a class or function is PyG's own."""
+    """True for a class or function of PyG."""
     return str(getattr(code, "__module__", "")).startswith("torch_geometric.")
 
 
 def name_of(factory: Any) -> str:
-    """Of a class or function, wrapped in partials or not."""
+    """The name of a class or function, wrapped in partials or not."""
     while isinstance(factory, partial):
-        factory = factory.args[0] if factory.func in (_gin, _one_width) else factory.func
+        factory = factory.args[0] if factory.func is _adapted else factory.func
     return str(getattr(factory, "__name__", type(factory).__name__))
 
 
-def factory_of(conv: Any) -> ConvFactory:
+def factory_of(conv: str | ConvFactory) -> ConvFactory:
     """A factory ``(in_channels, out_channels, *args, **kwargs) -> conv`` from a name, class or factory.
 
     Raises:
         ValueError: an unknown name; a class of PyG whose first two arguments are other than widths.
     """
     if isinstance(conv, str):
+        known = {name.replace("_", ""): factory for name, factory in (CONVS | OWN).items()}
         name = conv.lower().replace("_", "").removesuffix("conv")
-        known = CONVS | {own.replace("_", ""): factory for own, factory in OWN.items()}
         if name not in known:
             check_choice("conv", conv, sorted([*CONVS, *OWN]))
         conv = known[name]
+    check(callable(conv), "conv", repr(conv), KINDS)
     cls, options = (conv.func, conv.keywords) if isinstance(conv, partial) and not conv.args else (conv, {})
-    if cls is pyg.GINConv or cls is pyg.GINEConv:
-        return partial(_gin, cls, **options)
-    if cls is pyg.CGConv or cls is pyg.SimpleConv:
-        return partial(_one_width, cls, **options)
-    if isinstance(cls, type) and issubclass(cls, MessagePassing):
+    if cls in ADAPTED:
+        return partial(_adapted, cls, **options)
+    if isinstance(cls, type) and issubclass(cls, MessagePassing) and of_pyg(cls):
         first = list(inspect.signature(cls).parameters)[:2]
         got = f"{cls.__name__}, which is built with ({', '.join(first)})"
-        usual = first == ["in_channels", "out_channels"] or not of_pyg(cls)
-        check(usual, "conv", got, "a class built with (in_channels, out_channels), or a factory of those")
-    check(callable(conv), "conv", repr(conv), KINDS)
-    found: ConvFactory = conv
-    return found
+        legal = "a class built with (in_channels, out_channels), or a factory of those"
+        check(first == ["in_channels", "out_channels"], "conv", got, legal)
+    return conv
 
 
 def kinds_of(conv: Any, num_experts: int | None) -> list[str | ConvFactory]:
@@ -207,7 +192,7 @@ def kinds_of(conv: Any, num_experts: int | None) -> list[str | ConvFactory]:
         ValueError: no kind, or a list of another length than ``num_experts``.
     """
     if num_experts is not None:
-        check_count("num_experts", num_experts)
+        check_counts(num_experts=num_experts)
     if isinstance(conv, str) or callable(conv):
         return [conv] * (8 if num_experts is None else num_experts)
     check(isinstance(conv, Sequence) and len(conv) > 0, "conv", repr(conv), KINDS)
@@ -215,181 +200,181 @@ def kinds_of(conv: Any, num_experts: int | None) -> list[str | ConvFactory]:
     return list(conv)
 
 
-def build_experts(make: Make, local: bool | None, backend: Backend) -> ConvExperts:
-    """The experts of a layer, each kind of conv run in the cheapest way that is right for it.
+def build_experts(
+    make: Make, local: bool | None, backend: Backend, convs: Sequence[MessagePassing] | None = None
+) -> tuple[ConvExperts, int | None]:
+    """The experts of a layer, each kind of conv run in the cheapest way that is right for it; and the columns of their
+    output, if known.
+
+    Args:
+        make: makes the conv of an expert.
+        local: see :class:`gmoe.MoEConv`.
+        backend: of the grouped product.
+        convs: those of all experts, if they are made already.
 
     Raises:
-        ValueError: ``local=True`` for a conv that is not; convs that share parameters; output widths that differ.
+        ValueError: ``local=True`` for a conv that is not; convs that share parameters; output widths or flows that
+            differ.
     """
-    num_experts = len(make.kinds)
-    alike = all(kind is make.kinds[0] for kind in make.kinds)
-    samples = [make(expert) for expert in range(min(2, num_experts) if alike else num_experts)]
-    ids = [id(parameter) for conv in samples for parameter in conv.parameters()]
-    check(len(ids) == len(set(ids)), "conv", "a factory whose convs share parameters", "fresh ones at each call")
-    widths = {width for conv in samples if (width := output_width(conv, make.in_channels)) is not None}
-    check(len(widths) < 2, "conv", f"experts of output widths {sorted(widths)}", "one width for all")
-    got = f"{make.out_channels}, but {name_of(make.kinds[0])} gives {max(widths, default=0)} columns"
-    fits = not any(width % make.out_channels for width in widths)  # heads and powers give multiples
-    check(fits, "out_channels", got, "that width, or a multiple of it")
-    samples += samples[-1:] * (num_experts - len(samples))
-    groups: dict[Hashable, list[int]] = {}
-    for expert, (kind, sample) in enumerate(zip(make.kinds, samples, strict=True)):
-        groups.setdefault(_group_of(kind, sample, local), []).append(expert)
+    convs = [make(expert) for expert in range(len(make.kinds))] if convs is None else convs
+    one_a_kind = {id(kind): conv for kind, conv in zip(make.kinds, convs, strict=True)}
+    trials = {kind: Trial(conv, make.in_channels) for kind, conv in one_a_kind.items()}
+    width = _common_width(make, convs, [trial.width for trial in trials.values() if trial.width is not None])
+    groups: dict[Any, list[int]] = {}
+    for expert, conv in enumerate(convs):
+        groups.setdefault(_stack_of(conv) if local is None else None, []).append(expert)
     built: list[ConvExperts] = []
-    whole: set[str] = set()
-    for key, members in groups.items():
-        made = replace(make, kinds=[make.kinds[expert] for expert in members])
-        if isinstance(key, tuple):
-            built.append(key[0](made, len(members), backend))
+    for stack, members in groups.items():
+        of_group, kinds = [convs[expert] for expert in members], [make.kinds[expert] for expert in members]
+        if stack is not None:
+            built.append(stack[0](of_group, replace(make, kinds=kinds), backend))
             continue
-        own_convs = [samples[expert] for expert in members]
-        known = {conv: takes_local_path(conv, make.in_channels, local) for conv in dict.fromkeys(own_convs)}
-        flags = [known[conv] for conv in own_convs]
-        whole |= {type(conv).__name__ for conv, flag in known.items() if not flag}
-        built.append(SeparateExperts(made, len(members), flags))
-    if whole and num_experts > 1:
-        warnings.warn(
-            f"{', '.join(sorted(whole))} runs on the whole graph for every expert, so that its cost follows "
-            "num_experts, not k; if its output at a node follows from the node's in-edges alone, pass local=True",
-            stacklevel=4,
-        )
-    experts = built[0] if len(built) == 1 else MixedExperts(built, list(groups.values()))
-    experts.out_width = widths.pop() if widths else None
-    return experts
+        separate = SeparateExperts(of_group, [trials[id(kind)].takes_local_path(local) for kind in kinds])
+        built.append(separate)
+        if separate.too_far and len(convs) > 1:
+            names = ", ".join(sorted({type(conv).__name__ for conv in separate.too_far}))
+            warnings.warn(
+                f"{names} runs on the whole graph for every expert, so that its cost follows num_experts, not k; if "
+                "its output at a node follows from the node's in-edges alone, pass local=True",
+                stacklevel=4,
+            )
+    return built[0] if len(built) == 1 else MixedExperts(built, list(groups.values())), width
+
+
+def _common_width(make: Make, convs: Sequence[MessagePassing], widths: Sequence[int]) -> int | None:
+    """The one output width, if it is known; refuses convs that do not go together."""
+    ids = [id(parameter) for conv in convs for parameter in conv.parameters()]
+    check(len(ids) == len(set(ids)), "conv", "a factory whose convs share parameters", "fresh ones at each call")
+    flows = sorted({conv.flow for conv in convs})
+    check(len(flows) == 1, "conv", f"experts of flows {flows}", "one flow for all")
+    check(len(set(widths)) < 2, "conv", f"experts of output widths {sorted(set(widths))}", "one width for all")
+    if not widths:
+        return None
+    got = f"{make.out_channels}, but {name_of(make.kinds[0])} gives {widths[0]} columns"
+    fits = widths[0] % make.out_channels == 0  # heads and powers give multiples
+    check(fits, "out_channels", got, "that width, or a multiple of it")
+    return widths[0]
+
+
+def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
+    """A class of stacked experts and all that has to be equal in a stack; ``None`` if the conv is in none.
+
+    GIN's networks and the filters of FilterConvs may differ. Stacking must not lose what somebody put there: hooks,
+    parametrizations, frozen or lazy parameters.
+    """
+    stack, parts = STACKS.get(type(conv)), list(conv.named_modules())
+    if stack is None or any(isinstance(p, UninitializedParameter) or not p.requires_grad for p in conv.parameters()):
+        return None
+    tables = [t for _, part in parts for name, t in part.__dict__.items() if name.endswith("_hooks")]
+    hooks = [getattr(hook, "hook", hook) for table in tables if isinstance(table, dict) for hook in table.values()]
+    plain = all(map(of_pyg, hooks)) and not any(is_parametrized(part) for _, part in parts)  # PyG has hooks of states
+    if not plain or not stack.accepts(conv):
+        return None
+    free = ("filter", "hops") if isinstance(conv, FilterConv) else ()
+    parts = [(name, part) for name, part in parts if name.partition(".")[0] != "nn"]
+    options = [(name, key, _fixed(v)) for name, part in parts for key, v in vars(part).items() if key not in free]
+    shapes = [(name, p.shape) for name, p in conv.named_parameters() if not name.startswith("nn.")]
+    return stack, tuple(options), tuple(shapes)
+
+
+def _fixed(value: Any) -> Hashable:
+    """Equal for values that mean the same, as far as they say what a conv computes."""
+    if isinstance(value, tuple | list):
+        return tuple(_fixed(part) for part in value)
+    if isinstance(value, bool | int | float | str | None):
+        return type(value), value
+    if isinstance(value, torch.Tensor):
+        return _fixed(value.tolist())
+    return id(value) if callable(value) else None
 
 
 def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) -> bool:
-    """Whether the conv's output follows from in-edges, their ends, and the degrees of the whole graph."""
+    """True if the conv's output follows from in-edges, their ends, and the degrees of the whole graph."""
     if isinstance(conv, FilterConv):
         return conv.hops == 1
-    return isinstance(conv, pyg.GCNConv | MLPConv) or takes_local_path(conv, in_channels, local)
-
-
-def _group_of(kind: str | ConvFactory, sample: MessagePassing, local: bool | None) -> Hashable:
-    """What experts that can be stacked have in common; the ``flow`` of those that are run one by one."""
-    stack = STACKS.get(type(sample))
-    if stack is None or local is not None or not _is_plain(sample) or not stack.accepts(sample):
-        return str(sample.flow)
-    if isinstance(sample, FilterConv):  # whose filters may differ
-        return stack, sample.add_self_loops, sample.bias is None, sample.flow
-    if isinstance(kind, partial):
-        arguments = (*kind.args, *kind.keywords.items())
-        return stack, kind.func, tuple(_same(value) for value in arguments)
-    return stack, type(sample) if isinstance(kind, str | type) else kind
-
-
-def _same(value: Any) -> Hashable:
-    """Equal for values that are sure to mean the same: plain and equal, or one and the same object."""
-    if isinstance(value, tuple):
-        return tuple(_same(part) for part in value)
-    return (type(value), value) if isinstance(value, bool | int | float | str | None) else id(value)
-
-
-def _is_plain(conv: MessagePassing) -> bool:
-    """Whether stacking loses nothing that somebody put there: hooks, parametrizations, frozen or lazy parameters."""
-    if any(isinstance(p, nn.parameter.UninitializedParameter) or not p.requires_grad for p in conv.parameters()):
-        return False
-    parts = list(conv.modules())
-    tables = [t for part in parts for name, t in part.__dict__.items() if name.endswith("_hooks")]
-    hooks = [getattr(hook, "hook", hook) for table in tables if isinstance(table, dict) for hook in table.values()]
-    # PyG's own layers register hooks of state dicts
-    return not any(map(is_parametrized, parts)) and all(map(of_pyg, hooks))
-
-
-def takes_local_path(conv: MessagePassing, in_channels: Widths, local: bool | None) -> bool:
-    """Whether the conv is run on the in-edges of its destinations.
-
-    Raises:
-        ValueError: ``local=True`` for a conv that is not local.
-    """
-    if local is False or (local is None and type(conv) not in LOCAL):
-        return False
-    name = type(conv).__name__
-    try:
-        verified = is_local(conv, in_channels)
-    except Exception as error:
-        if local is None:
-            return False
-        raise ValueError(f"local: got True, but {name} fails on a small random graph: {error}") from error
-    got = f"True, but {name} gives another output on a node's in-edges than on the whole graph"
-    check(verified or not local, "local", got, "None or False")
-    return verified
+    return isinstance(conv, pyg.GCNConv | MLPConv) or Trial(conv, in_channels).takes_local_path(local)
 
 
 NODES, EDGES = 14, 60
-"""Of the graph that convs are tried on."""
+"""Sizes of the graph that convs are tried on."""
 
 
-def _tried_out(conv: MessagePassing, in_channels: Widths) -> tuple[Any, Any, Any, Graph, torch.Generator]:
-    """A float64 copy without dropout, in training mode (so that batch norm shows); nodes, and a graph with self-loops,
-    parallel edges and isolated nodes to run it on."""
-    probe = probe_copy(conv)
-    generator = torch.Generator().manual_seed(0)
+class Trial:
+    """Runs a float64 copy of a conv, without dropout and in training mode (so that batch norm shows), on a small random
+    graph with self-loops, parallel edges and isolated nodes; once, where its outcome is asked for.
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+    Args:
+        conv: the conv, which is left alone.
+        in_channels: its widths.
 
-    edge_index = torch.randint(NODES - 2, (2, EDGES), generator=generator)  # the last two nodes are isolated
-    edge_index[:, :3] = torch.tensor([[0, 1, 1], [0, 2, 2]])
-    takes = parameters_of(probe)
-    weight = random(EDGES).abs() + 0.1 if "edge_weight" in takes else None
-    edge_dim: Any = getattr(probe, "edge_dim", None) or getattr(probe, "dim", None)
-    if isinstance(probe, pyg.GINEConv):
-        edge_dim = in_channels if probe.lin is None else probe.lin.in_channels
-    wanted = "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0
-    attr = random(EDGES, edge_dim) if wanted else None
-    widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
-    x_src = random(NODES, widths[0])
-    x_dst = x_src if isinstance(in_channels, int) else random(NODES, widths[1])
-    graph = Graph(edge_index, NODES, edge_weight=weight, edge_attr=attr, flow=probe.flow)
-    return probe, x_src, x_dst, graph, generator
-
-
-@torch.no_grad()
-def is_local(conv: MessagePassing, in_channels: Widths) -> bool:
-    """Whether the conv's output at a node follows from the node's in-edges and their ends alone: tried out for several
-    sets of destinations.
-
-    Raises:
-        Exception: whatever the conv raises on a small random graph.
     """
-    with torch.device("cpu"):
-        probe, x_src, x_dst, graph, generator = _tried_out(conv, in_channels)
-        for size in (1, 4, 9):
-            token = torch.randperm(NODES, generator=generator)[:size].sort().values
-            near = run_on_destinations(probe, x_src, x_dst, graph, token)
-            if not torch.allclose(near, run_on_all(probe, x_src, x_dst, graph, token), atol=1e-9):
-                return False
-    return True
 
+    def __init__(self, conv: Any, in_channels: Widths) -> None:
+        self.conv, self.in_channels = conv, in_channels
 
-@torch.no_grad()
-def output_width(conv: Any, in_channels: Widths) -> int | None:
-    """The columns that a conv gives; ``None`` for one that does not run on a small random graph."""
-    if type(conv) in STACKS and type(conv) is not pyg.GINConv:
-        return int(conv.out_channels * (conv.heads if getattr(conv, "concat", False) else 1))
-    try:
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            probe, x_src, x_dst, graph, _ = _tried_out(conv, in_channels)
-            return int(run_on_all(probe, x_src, x_dst, graph, torch.arange(NODES)).size(1))
-    except Exception:  # a conv may ask for anything: edge features, regular graphs, other packages
-        return None
+    @cached_property
+    def outcome(self) -> tuple[int | None, bool, str]:
+        """Columns of the output, if it runs; locality; and what it raised."""
+        width = None
+        try:
+            with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                conv, generator = probe_copy(self.conv), torch.Generator().manual_seed(0)
+                graph, x_src, x_dst = self._inputs(generator)
+                out = run(conv, graph, x_src, x_dst)
+                width = out.size(1)
+                tokens = [torch.randperm(NODES, generator=generator)[:size].sort().values for size in (1, 4, 9)]
+                parts = [(run_on(conv, graph, x_src, x_dst, token), out[token]) for token in tokens]
+                return width, all(torch.allclose(alone, expected, atol=1e-9) for alone, expected in parts), ""
+        except Exception as error:  # a conv may ask for anything: edge features, regular graphs, other packages
+            return width, False, f"fails on a small random graph: {error}"
+
+    def _inputs(self, generator: torch.Generator) -> tuple[Graph, torch.Tensor, torch.Tensor]:
+        conv, takes = self.conv, parameters_of(self.conv)
+        random = partial(torch.randn, dtype=torch.float64, generator=generator)
+        edge_index = torch.randint(NODES - 2, (2, EDGES), generator=generator)  # the last two nodes are isolated
+        edge_index[:, :3] = torch.tensor([[0, 1, 1], [0, 2, 2]])
+        weight = random(EDGES).abs() + 0.1 if "edge_weight" in takes else None
+        edge_dim = getattr(conv, "edge_dim", None) or getattr(conv, "dim", None)
+        if isinstance(conv, pyg.GINEConv):
+            edge_dim = self.in_channels if conv.lin is None else conv.lin.in_channels
+        wanted = "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0
+        attr = random(EDGES, edge_dim) if wanted else None
+        source, destination = (self.in_channels, 0) if isinstance(self.in_channels, int) else self.in_channels
+        x_src = random(NODES, source)
+        graph = Graph(edge_index, NODES, edge_weight=weight, edge_attr=attr, flow=conv.flow)
+        return graph, x_src, random(NODES, destination) if destination else x_src
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the output; ``None`` if unknown."""
+        if type(self.conv) in STACKS and not isinstance(self.conv, pyg.GINConv | pyg.GINEConv):
+            return int(self.conv.out_channels * (self.conv.heads if getattr(self.conv, "concat", False) else 1))
+        return self.outcome[0]
+
+    @property
+    def is_local(self) -> bool:
+        """True if the output at a node follows from the node's in-edges and their ends alone."""
+        return self.outcome[1]
+
+    def takes_local_path(self, local: bool | None) -> bool:
+        """True if the conv is run on the in-edges of its destinations.
+
+        Raises:
+            ValueError: ``local=True`` for a conv that is not local.
+        """
+        if local is False or (local is None and type(self.conv) not in LOCAL):
+            return False
+        why = self.outcome[2] or "gives another output on a node's in-edges than on the whole graph"
+        got = f"True, but {type(self.conv).__name__} {why}"
+        check(self.is_local or not local, "local", got, "None or False")
+        return self.is_local
 
 
 @dataclass(frozen=True)
 class CopyOf:
-    """A factory of copies of one conv, whatever sizes it is asked for.
-
-    Args:
-        conv: the conv.
-        upcycle: copy the parameters too.
-    """
+    """A factory of copies of one conv, whatever sizes it is asked for."""
 
     conv: MessagePassing
-    upcycle: bool
 
     def __call__(self, in_channels: Any, out_channels: int) -> MessagePassing:
-        conv = copy.deepcopy(self.conv)
-        if not self.upcycle:
-            conv.reset_parameters()
-        return conv
+        return copy.deepcopy(self.conv)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
@@ -14,11 +14,10 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
 
-from gmoe._autograd import in_transform, refuse_transforms
-from gmoe._checks import check, check_choice, check_count
-from gmoe.conv.base import MixedExperts, NodeChunks
-from gmoe.conv.graph import Graph, check_batch, parameters_of
-from gmoe.conv.kinds import SOURCES_ALONE, ConvFactory, ConvLike, Make, build_experts, kinds_of, output_width
+from gmoe._autograd import refuse_transforms
+from gmoe._checks import check, check_choice, check_counts
+from gmoe.conv.graph import Graph, parameters_of
+from gmoe.conv.kinds import SOURCES_ALONE, ConvFactory, ConvLike, Make, Trial, build_experts, kinds_of
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Scaled, drawn_apart
 from gmoe.routers import Router, RouterLike, build_router
@@ -117,27 +116,27 @@ class MoEConv(MoELayer, MessagePassing):
         **conv_kwargs: Any,
     ) -> None:
         kinds = kinds_of(conv, num_experts)
-        check_count("k", k)
+        check_counts(k=k)
         check(k <= len(kinds), "k", k, f"at most num_experts={len(kinds)}")
         check_choice("backend", backend, get_args(Backend))
-        check_count("out_channels", out_channels)
+        check_counts(out_channels=out_channels)
         widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
         two = isinstance(widths, tuple | list) and len(widths) == 2
         check(two, "in_channels", repr(in_channels), "a whole number, or two of them")
         for width in widths:
             if width != -1 or isinstance(width, float):
-                check_count("in_channels", width)
+                check_counts(in_channels=width)
         super().__init__(len(kinds), k)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.router_input = router_parts(router_input)
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
-        self._options = (router, router_kwargs, shared_expert, dense_start, shared_transform)
-        self._how = (local, backend, check_finite)
+        self._shape = (shared_expert, dense_start, shared_transform, local, backend)
+        self._routing = (router, router_kwargs, check_finite)
         self.router: Router | None = None
         self.experts: Any = None
         self.shared_expert: Any = None
-        self.transform: nn.ModuleList | None = None
+        self.transform: Any = None
         self.gain: nn.Parameter | None = None
         if -1 in widths:
             self.register_load_state_dict_pre_hook(_needs_widths)
@@ -146,21 +145,21 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _build(self, in_channels: Any) -> None:
         """Shared expert, experts and router, once the widths are known."""
-        router, router_kwargs, shared_expert, dense_start, shared_transform = self._options
-        local, backend, check_finite = self._how
+        shared_expert, dense_start, shared_transform, local, backend = self._shape
+        router, router_kwargs, check_finite = self._routing
         make = replace(self._make, in_channels=in_channels)
         self._widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
-        own = replace(make, kinds=[make.kinds[0] if isinstance(shared_expert, bool) else shared_expert])
-        dense = own(0) if shared_expert is not False else None
+        alone = replace(make, kinds=[make.kinds[0] if isinstance(shared_expert, bool) else shared_expert])
+        dense = alone(0) if shared_expert is not False else None
         with nullcontext() if dense is None else drawn_apart():
             seen, routed = self._widths, make
             if shared_transform:
-                width = output_width(make(0), in_channels) or self.out_channels
+                width = Trial(dense or make(0), in_channels).width or self.out_channels
                 self.transform = nn.ModuleList(nn.Linear(wide, width) for wide in dict.fromkeys(self._widths))
                 seen = (width, width)
                 routed = replace(make, in_channels=width if isinstance(in_channels, int) else seen)
-            self.experts = build_experts(routed, local, backend)
-            self.flow = self.experts.flow
+            self.experts, out = build_experts(routed, local, backend)
+            self.flow = self.experts.convs()[0].flow
             if router is not None:
                 # filters, and several aggregations, give several aggregates side by side
                 neighbors = getattr(self.experts, "aggregate_width", seen[0])
@@ -169,28 +168,28 @@ class MoEConv(MoELayer, MessagePassing):
                 self.router.check_finite |= check_finite
                 self.k, self.experts_per_token = self.router.k, self.router.experts_per_token
             if dense is not None:
-                self.shared_expert = build_experts(own, local, backend)
-                self.shared_expert.fill([dense])
+                self.shared_expert, shared_out = build_experts(alone, local, backend, [dense])
         if dense is not None:
-            widths = self.experts.out_width, self.shared_expert.out_width
-            fits = None in widths or widths[0] == widths[1]
-            check(fits, "shared_expert", f"{widths[1]} columns", f"{widths[0]}, as the experts give")
+            fits = None in (out, shared_out) or out == shared_out
+            check(fits, "shared_expert", f"{shared_out} columns", f"{out}, as the experts give")
+            check(dense.flow == self.flow, "shared_expert", f"a conv of flow={dense.flow!r}", repr(self.flow))
             self.gain = nn.Parameter(torch.zeros(1)) if dense_start else None
         self._router_sees_edges = getattr(self.router, "scope", None) == "neighbors"
-        mixed = isinstance(self.experts, MixedExperts)
-        self._aggregates_alike = shared_expert is True and not mixed and not shared_transform
+        # the shared expert is of the experts' kind, and can share their aggregate
+        self._aggregates_alike = shared_expert is True and not shared_transform
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        shared, linears = self.shared_expert, list(self.transform or [])
-        others: list[Any] = [part for part in (*linears, self.experts, self.router) if part is not None]
+        shared: Any = self.shared_expert
         if shared is not None:
             shared.reset_parameters()
         if self.gain is not None:
             nn.init.zeros_(self.gain)
+        routed = [*(self.transform or ()), self.experts, self.router]
         with nullcontext() if shared is None else drawn_apart():
-            for part in others:
-                part.reset_parameters()
+            for part in routed:
+                if part is not None:
+                    part.reset_parameters()
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return iter(()) if self.experts is None else self.experts.parameters()
@@ -219,140 +218,120 @@ class MoEConv(MoELayer, MessagePassing):
         return_attention_weights: None = None,
     ) -> Any:
         """Route and run; see the class. ``routing``: a decision made elsewhere, used instead of the router's."""
-        tracing = torch._C._is_tracing() or torch.compiler.is_exporting()
-        if tracing or (not torch.compiler.is_compiling() and in_transform()):
-            refuse_transforms()
+        refuse_transforms()
+        if return_attention_weights is not None:
+            # shared and routed experts each have their own
+            raise ValueError(f"return_attention_weights: got {return_attention_weights}, expected None")
+        if self.experts is None:
+            self._complete(x)
         if edge_args:
             edge_weight, edge_attr, size = self._positional(edge_args, edge_weight, edge_attr, size)
-        x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._pair(x, edge_index, size)
-        if return_attention_weights is not None:
-            got, legal = (
-                return_attention_weights,
-                "None: the shared and the routed experts each have their own attention",
-            )
-            raise ValueError(f"return_attention_weights: got {got}, expected {legal}")
-        if not x_src.is_floating_point() or not x_dst.is_floating_point():
-            raise ValueError(f"x: got {x_src.dtype} and {x_dst.dtype}, expected floats")
-        if self.experts is None:
-            self._complete(x_src, x_dst, x_src is x_dst)
-        if x_src.dim() != 2 or x_src.size(1) != self._widths[0] or x_dst.dim() != 2 or x_dst.size(1) != self._widths[1]:
-            got = f"source and destination nodes of shapes {tuple(x_src.shape)} and {tuple(x_dst.shape)}"
-            legal = f"(number of nodes, {self._widths[0]}) and (number of nodes, {self._widths[1]})"
-            raise ValueError(f"x: got {got}, expected {legal}; graphs side by side are one graph, see batch=")
-        if x_src.layout is not torch.strided or x_dst.layout is not torch.strided:
-            raise ValueError(f"x: got a tensor of layout {x_src.layout}, expected a dense one: x.to_dense()")
-        if x_src is not x_dst:
-            self._check_two_sets()
-        nodes = (x_src.size(0), x_dst.size(0))
-        if size is not None and (not isinstance(size, tuple | list) or tuple(size) != nodes):
+        x_src, x_dst = (x, x) if isinstance(x, Tensor) else self._two_sets(x, edge_index, size)
+        for nodes, width in zip((x_src, x_dst), self._widths, strict=True):
+            dense = nodes.is_floating_point() and nodes.layout is torch.strided
+            if nodes.dim() != 2 or nodes.size(1) != width or not dense:
+                got = f"nodes of shape {tuple(nodes.shape)}, {nodes.dtype}, {nodes.layout}"
+                legal = f"(number of nodes, {width}), dense floats; graphs side by side are one graph, see batch="
+                raise ValueError(f"x: got {got}, expected {legal}")
+        sizes = (x_src.size(0), x_dst.size(0))
+        if size is not None and (not isinstance(size, tuple | list) or tuple(size) != sizes):
             shown = type(size).__name__ if isinstance(size, Tensor) else size
-            raise ValueError(f"size: got {shown}, expected {nodes} source and destination nodes, as x has")
-        if not isinstance(edge_index, Graph):
-            graph = Graph(edge_index, nodes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
-            graph.constant = False  # no later call sees it
+            raise ValueError(f"size: got {shown}, expected {sizes} source and destination nodes, as x has")
+        for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
+            if value is not None and name not in self.edge_names:
+                raise ValueError(f"{name}: got a tensor, but the conv takes {sorted(self.edge_names) or 'none'}")
+        if isinstance(edge_index, Graph):
+            graph = self._fitting(edge_index, sizes).with_args(edge_weight, edge_attr)
+            if graph.num_dst < sizes[1]:  # a part of a larger one, of which the last nodes are sources only
+                x_dst = x_src[: graph.num_dst]
         else:
-            if (edge_index.num_src, edge_index.num_dst) != nodes:
-                raise ValueError(
-                    f"edge_index: got {edge_index}, expected {nodes[0]} sources and {nodes[1]} destinations"
-                )
-            graph = edge_index.with_args(edge_weight, edge_attr).in_flow(self.flow)
-        if edge_weight is not None or edge_attr is not None:
-            self._check_edge_args({"edge_weight": edge_weight, "edge_attr": edge_attr})
-        if batch is not None:
-            check_batch(batch, nodes[1])
+            graph = Graph(edge_index, sizes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
         if self.explain:
             graph = graph.masked(self._explained(graph))
+
         u_src, u_dst = (x_src, x_dst) if self.transform is None else self._transformed(x_src, x_dst)
-        h = self.experts.aggregate(graph, u_src, u_dst)
-        if routing is not None and not isinstance(routing, Routing):
-            raise ValueError(f"routing: got {type(routing).__name__}, expected a Routing, or None to ask the router")
+        h = self.experts.aggregate(graph, u_src)
         if routing is None:
             if self.router is None:
                 raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
-            view = u_dst if self.router_input == ("node",) else self._view(graph, u_src, u_dst, h, graph.mean)
+            view = u_dst if self.router_input == ("node",) else self._view(graph, u_src, u_dst, h)
             routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
-        elif (routing.num_tokens, routing.num_experts) != (nodes[1], self.num_experts):
-            got = f"{routing.num_tokens} tokens and {routing.num_experts} experts"
-            raise ValueError(f"routing: got {got}, expected {nodes[1]} and {self.num_experts}")
-        followed = routing if self.gain is None else routing.scaled(self.gain)
-        y = self.experts(graph, u_src, u_dst, h, followed)
+        elif getattr(routing, "num_tokens", None) != graph.num_dst or routing.num_experts != self.num_experts:
+            legal = f"a Routing of {graph.num_dst} tokens and {self.num_experts} experts"
+            raise ValueError(f"routing: got {routing!r}, expected {legal}")
+        y = self.experts(graph, u_src, u_dst, h, routing)
+        if self.gain is not None:
+            y = y * (GAIN_SCALE * self.gain).to(y.dtype)
         if self.shared_expert is not None:
-            y = y + self._shared(graph, x_src, x_dst, h)
+            h = h if self._aggregates_alike and h is not None else self.shared_expert.aggregate(graph, x_src)
+            y = y + self.shared_expert.on_all(graph, x_src, x_dst, h)
         return (y, routing) if return_routing else y
 
-    def _transformed(self, x_src: Tensor, x_dst: Tensor) -> tuple[Tensor, Tensor]:
-        """What router and routed experts see of sources and destinations."""
-        assert self.transform is not None
-        of_dst = self.transform[-1]  # the other one's too, where they are as wide
-        u_dst = of_dst(x_dst)
-        return (u_dst if x_src is x_dst else self.transform[0](x_src)), u_dst
+    def view(self, x: Tensor, graph: Graph) -> Tensor:
+        """(T, dim) the router's input at a graph's destinations."""
+        x_dst = x[: graph.num_dst]
+        u_src, u_dst = (x, x_dst) if self.transform is None else self._transformed(x, x_dst)
+        h = self.experts.aggregate(graph, u_src) if "neighbors" in self.router_input else None
+        return self._view(graph, u_src, u_dst, h)
 
-    def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        """(T, dim) what the router sees of each node."""
-        if "neighbors" in self.router_input and not isinstance(h, Tensor):
-            h = mean(x_src)
+    def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None) -> Tensor:
+        if "neighbors" in self.router_input and h is None:
+            h = graph.mean(x_src)
         return router_view(self.router_input, x_dst, h, graph)
 
-    def _shared(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        """(T, O) what the shared expert adds."""
-        everyone = Routing.everyone(x_dst.size(0), x_dst)
-        if not self._aggregates_alike:
-            graph, h = graph.in_flow(self.shared_expert.flow), None
-        if h is None:
-            h = self.shared_expert.aggregate(graph, x_src, x_dst)
-        out: Tensor = self.shared_expert(graph, x_src, x_dst, h, everyone)
-        return out
+    def _transformed(self, x_src: Tensor, x_dst: Tensor) -> tuple[Tensor, Tensor]:
+        """The nodes as router and routed experts get them."""
+        u_dst = self.transform[-1](x_dst)  # that of the sources too, where they are as wide
+        return (u_dst if x_src is x_dst else self.transform[0](x_src)), u_dst
 
-    @torch.no_grad()
-    def forward_chunked(
-        self, x: Tensor, chunks: NodeChunks, batch: Tensor | None = None, routing: Routing | None = None
-    ) -> tuple[Tensor, Routing]:
-        """(N, O) the output of all nodes of a large graph, routed at once and computed in chunks; and the routing.
+    def _complete(self, x: Any) -> None:
+        """Fill in the widths that were left open, and build."""
+        pair = tuple(x) if isinstance(x, tuple | list) else (x, x)
+        known = len(pair) == 2 and all(isinstance(nodes, Tensor) and nodes.dim() == 2 for nodes in pair)
+        got, legal = [type(nodes).__name__ for nodes in pair], "source and destination nodes, since widths are open"
+        check(known, "x", got, legal)
+        given = (self.in_channels,) * 2 if isinstance(self.in_channels, int) else self.in_channels
+        source, destination = (x.size(-1) if w == -1 else w for w, x in zip(given, pair, strict=True))
+        one = isinstance(self.in_channels, int) and pair[0] is pair[1]
+        self.in_channels = source if one else (source, destination)
+        self._build(self.in_channels)
+        self.to(device=pair[1].device, dtype=pair[1].dtype).train(self.training)
 
-        Raises:
-            RuntimeError: a conv looks further than one hop.
-        """
-        chunks = chunks.in_flow(self.flow)
-        u = x
-        if self.transform is not None:
-            parts = [part.to(chunks.device) for part in x.split(chunks.size)]
-            u = torch.cat([self._transformed(part, part)[0].to(x.device) for part in parts])
-        h = self.experts.aggregate_chunked(u, chunks)
-        if routing is None:
-            assert self.router is not None
-            view = self._view(chunks.graph, u, u, h, chunks.mean).to(chunks.device)
-            edges = chunks.graph.edge_index.to(chunks.device) if self._router_sees_edges else None
-            routing = self.router(view, batch, edges)
-        assert routing is not None
-        y = self.experts.forward_chunked(u, chunks, h, routing if self.gain is None else routing.scaled(self.gain))
-        if self.shared_expert is not None:
-            own = chunks.in_flow(self.shared_expert.flow)
-            near = h if self._aggregates_alike else self.shared_expert.aggregate_chunked(x, own)
-            y = y + self.shared_expert.forward_chunked(x, own, near, Routing.everyone(x.size(0), y))
-        return y, routing
-
-    def _pair(self, x: Any, edge_index: Any, size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-        """Source and destination nodes; of destinations without features zeros, which add nothing to what they get."""
+    def _two_sets(self, x: Any, edge_index: Any, size: Any) -> tuple[Tensor, Tensor]:
+        """Source and destination nodes; destinations without features are zeros, which add nothing to the output."""
         pair = tuple(x) if isinstance(x, tuple | list) else ()
-        if len(pair) != 2 or not isinstance(pair[0], Tensor) or not isinstance(pair[1], Tensor | None):
-            got = [type(part).__name__ for part in pair] or type(x).__name__
-            raise ValueError(f"x: got {got}, expected a tensor, or a tuple of source and destination nodes")
-        if pair[1] is not None:
-            return pair[0], pair[1]
-        convs = [] if self.experts is None else self._all_convs()
-        others = sorted({type(conv).__name__ for conv in convs if type(conv) not in SOURCES_ALONE})
-        if not convs or others:
-            why = f"{', '.join(others)} reads them" if others else "their width is not known yet"
-            raise ValueError(f"x: got no destination nodes, expected source and destination nodes, since {why}")
-        if size is None and is_sparse(edge_index):
-            size = edge_index.size(1), edge_index.size(0)
-        elif size is None and isinstance(edge_index, Graph):
+        known = len(pair) == 2 and isinstance(pair[0], Tensor) and isinstance(pair[1], Tensor | None)
+        got = [type(nodes).__name__ for nodes in pair] or type(x).__name__
+        check(known, "x", got, "a tensor, or a tuple of source and destination nodes")
+        x_src, x_dst = pair
+        parts = [part for part in (self.experts, self.shared_expert) if part is not None]
+        takers = [(type(part.convs()[0]).__name__, part.takes_two_sets) for part in parts]
+        takers += [("a router that votes along edges", not self._router_sees_edges)]
+        takers += [("flow='target_to_source'", self.flow == "source_to_target")]
+        for name, fits in takers:
+            legal = f"one tensor: {name} takes no bipartite input"
+            check(fits or x_src is x_dst, "x", "a tuple of source and destination nodes", legal)
+        if x_dst is not None:
+            return x_src, x_dst
+        readers = sorted({type(conv).__name__ for conv in self._all_convs() if type(conv) not in SOURCES_ALONE})
+        legal = f"source and destination nodes, since {', '.join(readers)} reads them"
+        check(not readers, "x", "no destination nodes", legal)
+        if size is None and isinstance(edge_index, Graph):
             size = edge_index.num_src, edge_index.num_dst
+        elif size is None and is_sparse(edge_index):
+            size = edge_index.size(1), edge_index.size(0)
         elif size is None and isinstance(edge_index, EdgeIndex):
             size = edge_index.sparse_size()
         if size is None or size[1] is None:
             raise ValueError("size: got None, expected (sources, destinations), since x has no destination nodes")
-        return pair[0], pair[0].new_zeros(size[1], self._widths[1])
+        return x_src, x_src.new_zeros(size[1], self._widths[1])
+
+    def _fitting(self, graph: Graph, sizes: tuple[int, int]) -> Graph:
+        """Refuse a graph of other nodes."""
+        if (graph.num_src, graph.num_rows, graph.flow) != (*sizes, self.flow):
+            legal = f"{sizes[0]} sources, {sizes[1]} destinations and flow {self.flow!r}"
+            raise ValueError(f"edge_index: got {graph} of flow {graph.flow!r}, expected {legal}")
+        return graph
 
     def _explained(self, graph: Graph) -> Tensor:
         """(M,) an explainer's mask, as factors on the messages.
@@ -362,7 +341,7 @@ class MoEConv(MoELayer, MessagePassing):
         """
         mask = self._edge_mask
         if not isinstance(mask, Tensor) or mask.shape != (graph.num_edges,):
-            got = f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else "an explainer without a mask"
+            got = getattr(mask, "shape", "an explainer without a mask")
             legal = f"one of the {graph.num_edges} edges: GNNExplainer, PGExplainer and CaptumExplainer work"
             raise ValueError(f"explain: got {got}, expected {legal}")
         return mask.sigmoid() if self._apply_sigmoid else mask
@@ -373,7 +352,7 @@ class MoEConv(MoELayer, MessagePassing):
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"hook: got {hook}, expected none on a MoEConv, whose experts send no messages of its own")
+        raise ValueError(f"hook: got {hook}, expected none on a MoEConv, which sends no messages itself")
 
     register_propagate_forward_pre_hook = register_propagate_forward_hook = _no_hook
     register_message_forward_pre_hook = register_message_forward_hook = _no_hook
@@ -381,45 +360,19 @@ class MoEConv(MoELayer, MessagePassing):
     register_message_and_aggregate_forward_pre_hook = register_message_and_aggregate_forward_hook = _no_hook
     register_edge_update_forward_pre_hook = register_edge_update_forward_hook = _no_hook
 
-    def _check_two_sets(self) -> None:
-        """Refuse source and destination nodes where a conv takes one set of nodes, or reads edges the other way."""
-        got, one = "x: got a tuple of source and destination nodes", "expected one tensor"
-        for experts in (self.experts, self.shared_expert):
-            if experts is not None and not experts.takes_two_sets:
-                name = type(experts.convs()[0]).__name__
-                raise ValueError(f"{got}, {one}, since {name} takes no bipartite input (SAGEConv and GraphConv do)")
-        if self._router_sees_edges:
-            raise ValueError(f"x: got bipartite input, {one}, since the router votes along the edges")
-        if any(conv.flow == "target_to_source" for conv in self._all_convs()):
-            raise ValueError(f"{got} with flow='target_to_source', {one}, or flipped edges and the default flow")
-
-    def _complete(self, x_src: Tensor, x_dst: Tensor, one_set: bool) -> None:
-        """Fill in the widths that were left open, and build."""
-        given = (self.in_channels,) * 2 if isinstance(self.in_channels, int) else self.in_channels
-        source, destination = (x.size(-1) if w == -1 else w for w, x in zip(given, (x_src, x_dst), strict=True))
-        self.in_channels = source if one_set and isinstance(self.in_channels, int) else (source, destination)
-        self._build(self.in_channels)
-        self.to(device=x_dst.device, dtype=x_dst.dtype).train(self.training)
-
     def _all_convs(self) -> list[MessagePassing]:
         shared = [] if self.shared_expert is None else self.shared_expert.convs()
         return [*self.experts.convs(), *shared]
 
     @property
     def edge_names(self) -> frozenset[str]:
-        """What some of the experts take per edge, of ``edge_weight`` and ``edge_attr``."""
+        """The edge arguments that some of the experts take, of ``edge_weight`` and ``edge_attr``."""
         return frozenset().union(*map(parameters_of, self._all_convs())) & {"edge_weight", "edge_attr"}
-
-    def _check_edge_args(self, given: Mapping[str, Tensor | None]) -> None:
-        for name, value in given.items():
-            if value is not None and name not in self.edge_names:
-                legal = sorted(self.edge_names) or "none"
-                raise ValueError(f"{name}: got a tensor, but the conv takes {legal} of edge_weight and edge_attr")
 
     def _positional(
         self, edge_args: Sequence[Any], edge_weight: Tensor | None, edge_attr: Tensor | None, size: Any
-    ) -> tuple[Tensor | None, Tensor | None, Any]:
-        """What stands behind ``edge_index``, by the names that the conv itself has for it."""
+    ) -> tuple[Any, ...]:
+        """Edge weights, edge features and size, with the arguments behind ``edge_index`` in the conv's order."""
         order, *others = {parameters_of(conv)[2 : 2 + len(edge_args)] for conv in self.experts.convs()}
         if others or len(order) < len(edge_args):
             by_name = "edge_weight= or edge_attr= by name, since the experts' convs disagree about their order"
@@ -427,11 +380,11 @@ class MoEConv(MoELayer, MessagePassing):
             raise ValueError(f"forward: got {len(edge_args)} arguments behind edge_index, expected {legal}")
         given: dict[str, Any] = {"edge_weight": edge_weight, "edge_attr": edge_attr, "size": size}
         for name, value in zip(order, edge_args, strict=True):
-            if value is not None and (name not in given or given[name] is not None):
-                got = type(value).__name__
-                raise ValueError(f"{name}: got {got} by position, expected edge_weight, edge_attr or size, once")
-            given[name] = given.get(name) if value is None else value
-        return given["edge_weight"], given["edge_attr"], given["size"]
+            if value is not None:
+                got, legal = f"{type(value).__name__} by position", "edge_weight, edge_attr or size, once"
+                check(given.get(name, "unknown") is None, name, got, legal)
+                given[name] = value
+        return tuple(given.values())
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
@@ -470,5 +423,5 @@ def router_view(parts: Sequence[RouterPart], x_dst: Tensor, neighbors: Tensor | 
     """(T, dim) the parts side by side."""
     columns: dict[str, Any] = {"node": x_dst, "neighbors": neighbors}
     if "degree" in parts:
-        columns["degree"] = graph.in_degree.to(x_dst.device, x_dst.dtype).log1p()[:, None]
+        columns["degree"] = graph.edges.degree.to(x_dst.device, x_dst.dtype).log1p()[:, None]
     return columns[parts[0]] if len(parts) == 1 else torch.cat([columns[part] for part in parts], dim=-1)

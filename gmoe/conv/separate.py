@@ -1,15 +1,16 @@
-"""Experts that are run one by one. Shapes: T tokens (destinations), O width, E experts."""
+"""Experts that are run one by one. Shapes: T tokens (destinations), S sources, O width, E experts."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
-from gmoe.conv.base import ConvExperts, MakeConv, NodeChunks, of_one_width, tokens_of, too_far
+from gmoe.conv.base import ConvExperts, of_one_width, tokens_of
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import combine
 from gmoe.routing import Routing
@@ -19,17 +20,20 @@ class SeparateExperts(ConvExperts):
     """E convs run one by one, each on the in-edges of its own destinations where it is local, else on the whole graph.
 
     Args:
-        make: makes the conv of an expert.
-        num_experts: E.
-        local: for each expert, whether its conv is local.
+        convs: the E convs.
+        local: for each of them, if it is local.
     """
 
-    def __init__(self, make: MakeConv, num_experts: int, local: list[bool]) -> None:
+    def __init__(self, convs: Sequence[MessagePassing], local: Sequence[bool]) -> None:
         super().__init__()
-        self.members: Any = nn.ModuleList(make(expert) for expert in range(num_experts))
-        self.is_local = local
+        self.members: Any = nn.ModuleList(convs)
+        self.is_local = list(local)
 
-    def fill(self, convs: list[Any]) -> None:
+    @property
+    def too_far(self) -> list[MessagePassing]:
+        return [conv for conv, local in zip(self.members, self.is_local, strict=True) if not local]
+
+    def fill(self, convs: Sequence[MessagePassing]) -> None:
         self.members = nn.ModuleList(convs)
 
     def reset_parameters(self) -> None:
@@ -44,45 +48,43 @@ class SeparateExperts(ConvExperts):
     def convs(self) -> list[MessagePassing]:
         return list(self.members)
 
-    def forward_chunked(self, x: Tensor, chunks: NodeChunks, h: Any, routing: Routing) -> Tensor:
-        if not all(self.is_local):
-            raise too_far(conv for conv, local in zip(self.members, self.is_local, strict=True) if not local)
-        return super().forward_chunked(x, chunks, h, routing)
-
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        tokens = list(tokens_of(routing))
-        outs: list[Tensor | None] = [None] * len(tokens)
-        for index, (conv, token) in enumerate(zip(self.members, tokens, strict=True)):
-            if token.numel():
-                # a mask is of the whole graph's edges
-                near = self.is_local[index] and not conv.explain and not _loops_misalign(conv, graph)
-                outs[index] = (run_on_destinations if near else run_on_all)(conv, x_src, x_dst, graph, token)
-        done = [out for out in outs if out is not None]
-        if not done:
-            done = [run_on_all(self.members[0], x_src, x_dst, graph, tokens[0])]
-        y = combine(torch.cat(of_one_width(done)), routing)
+        outs, idle = list[Tensor](), list[Tensor]()
+        for conv, local, token in zip(self.members, self.is_local, tokens_of(routing), strict=True):
+            # loops of a bipartite graph join nodes of equal index, which a part keeps only where N_src >= N_dst
+            misaligned = getattr(conv, "add_self_loops", False) and graph.num_src < graph.num_dst
+            if not token.numel():
+                idle += conv.parameters()
+            elif not local or conv.explain or misaligned:  # a mask is of the whole graph's edges
+                outs.append(run(conv, graph, x_src, x_dst).index_select(0, token))
+            else:
+                outs.append(run_on(conv, graph, x_src, x_dst, token))
+        outs = outs or [run(self.members[0], graph, x_src, x_dst)[:0]]
+        y = combine(torch.cat(of_one_width(outs)), routing)
         # experts without a token get zero gradients, not None, or DDP would wait for them
-        idle = [p for out, conv in zip(outs, self.members, strict=True) if out is None for p in conv.parameters()]
         return y + sum(((p * 0).sum() for p in idle), y.new_zeros(())).to(y.dtype) if idle else y
 
+    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+        return run(self.members[0], graph, x_src, x_dst)
 
-def run_on_all(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Tensor) -> Tensor:
-    """The conv on the whole graph, and of its output the rows of ``token``."""
-    x = x_src if x_src is x_dst else (x_src, x_dst)
+
+def run(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
+    """(T, O) PyG's conv on a graph."""
+    x = (x_src, x_dst) if _are_two(graph, x_src, x_dst) else x_src
     out: Tensor = conv(x, graph.adj, **graph.args_for(conv))
-    return out.index_select(0, token)
+    return out[: graph.num_dst]
 
 
-def run_on_destinations(conv: Any, x_src: Tensor, x_dst: Tensor, graph: Graph, token: Tensor) -> Tensor:
-    """The conv on the in-edges of ``token`` only, its destinations first among the sources."""
+def run_on(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor) -> Tensor:
+    """(n, O) PyG's conv on the in-edges of ``token`` only, the destinations first among the sources."""
     nodes, part = graph.part(token)
     x: Any = x_src.index_select(0, nodes)
-    if x_src is not x_dst:
-        x = x, x_dst.index_select(0, nodes if graph.num_src == graph.num_dst else part.destinations)
+    if _are_two(graph, x_src, x_dst):
+        x = x, x_dst.index_select(0, nodes if graph.num_src == graph.num_rows else part.destinations)
     out: Tensor = conv(x, part.adj, **part.args_for(conv))
     return out[: token.numel()]
 
 
-def _loops_misalign(conv: Any, graph: Graph) -> bool:
-    """Self-loops of a bipartite graph join nodes of equal index, which a sub-graph keeps only where N_src >= N_dst."""
-    return bool(getattr(conv, "add_self_loops", False)) and graph.num_src < graph.num_dst
+def _are_two(graph: Graph, x_src: Tensor, x_dst: Tensor) -> bool:
+    """False where the destinations are the first of the sources."""
+    return x_src is not x_dst and graph.num_rows == graph.num_dst

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch_geometric import Index
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.sampler import (
     BaseSampler,
@@ -27,6 +26,8 @@ from gmoe.data.stored import StoredGraph
 from gmoe.routers.base import check_edge_index
 
 Fanouts: TypeAlias = Sequence[int] | Mapping[EdgeType, Sequence[int]] | NumNeighbors
+InEdges: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""PyG's ``to_csc``: where the in-edges of each node start, their sources, and their ids (``None``: their positions)."""
 
 NODES: NodeType = ""
 EDGES: EdgeType = (NODES, "", NODES)
@@ -35,23 +36,11 @@ EDGES: EdgeType = (NODES, "", NODES)
 NO_TIMES = ("time", "times of the seeds", "None: sampling by time needs pyg-lib")
 
 
-class InEdges(NamedTuple):
-    """Edges by destination: where each node's begin, their sources, and their ids (``None`` where not reordered)."""
-
-    start: Tensor
-    source: Tensor
-    edge: Tensor | None
-
-    def to(self, dtype: torch.dtype) -> InEdges:
-        edge = None if self.edge is None else self.edge.to(dtype)
-        return InEdges(self.start.to(dtype), self.source.to(dtype), edge)
-
-
 class NeighborSampler(BaseSampler):
     r"""Uniform neighbor sampling (GraphSAGE, Hamilton et al., 2017) with torch alone.
 
-    What ``pyg-lib`` is to PyG's ``NeighborLoader``, behind the same interface: give it to PyG's ``NodeLoader`` or
-    ``LinkLoader``, or call :func:`gmoe.neighbor_loader`. Hop by hop, each node that the last hop found draws
+    It replaces ``pyg-lib`` behind PyG's interface: give it to PyG's ``NodeLoader`` or ``LinkLoader``, or call
+    :func:`gmoe.neighbor_loader`. Hop by hop, each node that the last hop found draws
 
     .. math::
         S_v \sim \mathrm{Uniform}\{S \subseteq \mathrm{in}(v) : |S| = \min(k, |\mathrm{in}(v)|)\}
@@ -93,19 +82,17 @@ class NeighborSampler(BaseSampler):
         check(isinstance(data, Data | HeteroData | StoredGraph), "data", type(data).__name__, legal)
         self.is_hetero = isinstance(data, HeteroData)
         self.replace = replace
-        self._stored = data if isinstance(data, StoredGraph) else None
+        nodes = data.node_items() if isinstance(data, HeteroData) else [(NODES, data)]
+        self._sizes: dict[NodeType, int] = {kind: count_nodes(store) for kind, store in nodes}
+        self._graph: dict[EdgeType, InEdges | StoredGraph]
         if isinstance(data, StoredGraph):  # as it lies on disk: nothing is checked, converted or copied
-            self._sizes = {NODES: data.num_nodes}
-            self._dtype = data.source.dtype
-            self._graph = {EDGES: InEdges(data.start, data.source, None)}
+            self._dtype, self._graph = data.source.dtype, {EDGES: data}
         else:
-            stores: dict[EdgeType, Any] = dict(data.edge_items()) if self.is_hetero else {EDGES: data}
-            self._sizes = _sizes(data, list(stores))
-            graph = {kind: _in_edges(store, kind, self._sizes, is_sorted) for kind, store in stores.items()}
-            largest = max([*self._sizes.values(), *(len(edges.source) for edges in graph.values())], default=0)
+            largest = max([*self._sizes.values(), data.num_edges])
             # half the memory traffic
             self._dtype = torch.int32 if largest < torch.iinfo(torch.int32).max else torch.int64
-            self._graph = {kind: edges.to(self._dtype) for kind, edges in graph.items()}
+            edges = data.edge_items() if isinstance(data, HeteroData) else [(EDGES, data)]
+            self._graph = {kind: self._in_edges(store, kind, is_sorted) for kind, store in edges}
         self._maps: list[dict[NodeType, Tensor]] = []
         self.num_neighbors = num_neighbors
 
@@ -116,18 +103,12 @@ class NeighborSampler(BaseSampler):
 
     @num_neighbors.setter
     def num_neighbors(self, num_neighbors: Fanouts) -> None:
-        if not isinstance(num_neighbors, NumNeighbors | Sequence | Mapping):
-            raise ValueError(f"num_neighbors: got {num_neighbors!r}, expected a list, one number a hop")
+        is_legal = isinstance(num_neighbors, NumNeighbors | list | tuple | dict)
+        check(is_legal, "num_neighbors", repr(num_neighbors), "a list, one number a hop")
         given = num_neighbors if isinstance(num_neighbors, NumNeighbors) else NumNeighbors(num_neighbors)
-        if self.is_hetero:
-            fanouts = given.get_values(list(self._graph))
-        elif isinstance(given.values, dict):
-            raise ValueError(f"num_neighbors: got {num_neighbors}, expected a list for homogeneous Data")
-        else:
-            fanouts = {EDGES: given.values}
-        for fanout in fanouts.values():
-            whole = all(isinstance(k, int) and k >= -1 for k in fanout)
-            check(whole, "num_neighbors", list(fanout), "whole numbers of at least -1 (all)")
+        fanouts = given.get_values(list(self._graph))
+        whole = all(isinstance(k, int) and k >= -1 for fanout in fanouts.values() for k in fanout)
+        check(whole, "num_neighbors", num_neighbors, "whole numbers of at least -1 (all)")
         self._num_neighbors, self._fanouts = given, fanouts
 
     @property
@@ -148,21 +129,21 @@ class NeighborSampler(BaseSampler):
         return edge_sample(index, self._sample, self.num_nodes, disjoint=False, neg_sampling=neg_sampling)
 
     def _sample(self, seed: Tensor | dict[NodeType, Tensor], seed_time: None) -> SamplerOutput | HeteroSamplerOutput:
-        """What PyG's ``node_sample`` and ``edge_sample`` call."""
+        """The function that PyG's ``node_sample`` and ``edge_sample`` call."""
         seeds = seed if isinstance(seed, dict) else {NODES: seed}
         for kind, nodes in seeds.items():
-            legal = ", ".join(repr(name or None) for name in self._sizes)
+            legal = [name or None for name in self._sizes]
             check(kind in self._sizes, "input_type", repr(kind or None), f"one of {legal}")
             check_nodes("node", nodes, self._sizes[kind])
+        unseen = torch.iinfo(self._dtype).max
         try:
             local = self._maps.pop()  # taken, not shared: threads have their own, and an error leaves no dirty one
         except IndexError:
             with torch.inference_mode(False):  # or it could not be written to outside of that mode
-                unseen = torch.iinfo(self._dtype).max
                 local = {t: torch.full((size,), unseen, dtype=self._dtype) for t, size in self._sizes.items()}
-        fields = self._expand({kind: nodes.long() for kind, nodes in seeds.items()}, local)
+        fields = self._expand(seeds, local)
         for kind, nodes in fields["node"].items():
-            local[kind].index_fill_(0, nodes, torch.iinfo(self._dtype).max)
+            local[kind].index_fill_(0, nodes, unseen)
         self._maps.append(local)
         if self.is_hetero:
             return HeteroSamplerOutput(**fields)
@@ -171,43 +152,50 @@ class NeighborSampler(BaseSampler):
     def _expand(self, seeds: dict[NodeType, Tensor], local: dict[NodeType, Tensor]) -> dict[str, dict[Any, Any]]:
         """The output's fields by type. ``local``: each node's position in the output, huge where it has none yet."""
         none = torch.empty(0, dtype=torch.int64)
-        nodes = {kind: [seeds.get(kind, none)] for kind in self._sizes}  # a tensor a hop
+        node = {kind: [seeds.get(kind, none).long()] for kind in self._sizes}  # the seeds, then a tensor a hop
         row, col, edge = ({kind: [none] for kind in self._graph} for _ in range(3))
-        total = {kind: parts[0].numel() for kind, parts in nodes.items()}
-        for kind, (given,) in nodes.items():
+        for kind, (given,) in node.items():
             local[kind].scatter_reduce_(0, given, torch.arange(len(given), dtype=self._dtype), "amin")
         for hop in range(self.num_neighbors.num_hops):
-            frontier = {kind: (total[kind] - parts[-1].numel(), parts[-1]) for kind, parts in nodes.items()}
-            found: dict[NodeType, list[Tensor]] = {kind: [none] for kind in nodes}
+            for parts in node.values():
+                parts.append(none)
             for kind, edges in self._graph.items():
-                sources, _, destinations = kind
-                begin, frontier_F = frontier[destinations]
-                position_S, index_S = _draw(edges.start, frontier_F, self._fanouts[kind][hop], self.replace)
-                source_S = edges.source.index_select(0, position_S).long()
-                edge_S = position_S if edges.edge is None else edges.edge.index_select(0, position_S)
-                found[sources].append(_number(local[sources], source_S, total[sources]))
-                total[sources] += found[sources][-1].numel()
-                row[kind].append(local[sources].index_select(0, source_S).long())
-                col[kind].append(index_S + begin)
-                edge[kind].append(edge_S.long())
-            for kind, new in found.items():
-                nodes[kind].append(torch.cat(new))
-        joined = {"node": nodes, "row": row, "col": col, "edge": edge}
+                start, source, ids = (edges.start, edges.source, None) if isinstance(edges, StoredGraph) else edges
+                src, _, dst = kind
+                position_S, index_S = _draw(start, node[dst][hop], self._fanouts[kind][hop], self.replace)
+                source_S = source.index_select(0, position_S).long()
+                new = _number(local[src], source_S, sum(map(len, node[src])))
+                node[src][-1] = torch.cat([node[src][-1], new])
+                row[kind].append(local[src].index_select(0, source_S).long())
+                col[kind].append(index_S + sum(map(len, node[dst][:hop])))
+                edge[kind].append((position_S if ids is None else ids.index_select(0, position_S)).long())
+        joined = {"node": node, "row": row, "col": col, "edge": edge}
         return {
             **{name: {kind: torch.cat(parts) for kind, parts in value.items()} for name, value in joined.items()},
-            "num_sampled_nodes": {kind: [part.numel() for part in parts] for kind, parts in nodes.items()},
-            "num_sampled_edges": {kind: [part.numel() for part in parts[1:]] for kind, parts in edge.items()},
+            "num_sampled_nodes": {kind: [len(part) for part in parts] for kind, parts in node.items()},
+            "num_sampled_edges": {kind: [len(part) for part in parts[1:]] for kind, parts in edge.items()},
         }
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the maps: spawned workers share the memory of pickled tensors, and would all write into one map.
-        Of a stored graph without its edges too, which would be copied: the graph itself travels as its path."""
-        return {**self.__dict__, "_maps": []} | ({} if self._stored is None else {"_graph": {}})
+    def _in_edges(self, store: Any, kind: EdgeType, is_sorted: bool) -> InEdges:
+        """The edges of one type, checked, on the CPU."""
+        src, _, dst = kind
+        check({src, dst} <= self._sizes.keys(), "data", f"edges {kind}", f"edges between nodes {list(self._sizes)}")
+        name = next((name for name in ("adj", "adj_t", "edge_index") if name in store), None)  # in the order of to_csc
+        check(name or kind == EDGES, "data", f"no edge_index of {kind}", "one")
+        if name == "edge_index":
+            edge_index = store.edge_index.cpu()
+            check_edge_index(edge_index, self._sizes[src], self._sizes[dst])
+            in_order = not is_sorted or bool((edge_index[1].diff() >= 0).all())
+            check(in_order, "is_sorted", "True with edges in another order", "them by destination, or False")
+        elif name:
+            got = f"{name} of type {type(store[name]).__name__}"
+            check(isinstance(store[name], SparseTensor), "data", got, "a SparseTensor, or edge_index alone")
+        start, source, ids = to_csc(store, device=torch.device("cpu"), is_sorted=is_sorted)
+        return start.to(self._dtype), source.to(self._dtype), None if ids is None else ids.to(self._dtype)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._stored is not None:
-            self._graph = {EDGES: InEdges(self._stored.start, self._stored.source, None)}
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the maps: spawned workers share the memory of pickled tensors, and would all write into one map."""
+        return {**self.__dict__, "_maps": []}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_neighbors={self.num_neighbors.values}, replace={self.replace})"
@@ -254,41 +242,16 @@ def _number(local: Tensor, nodes: Tensor, first: int) -> Tensor:
     return new
 
 
-def _sizes(data: Data | HeteroData, edge_types: list[EdgeType]) -> dict[NodeType, int]:
-    """Nodes of each type."""
-    if isinstance(data, Data):
-        sizes = {NODES: data.num_nodes}
-    else:
-        sizes = {kind: store.num_nodes for kind, store in data.node_items()}
-        for source, relation, destination in edge_types:
-            got = f"edges {(source, relation, destination)} and nodes {', '.join(map(repr, sizes))}"
-            check({source, destination} <= set(sizes), "data", got, "the nodes of both ends")
-    for kind, size in sizes.items():
-        check(size is not None, "data", f"no number of nodes{f' {kind!r}' if kind else ''}", "num_nodes")
-    return sizes
-
-
-def _in_edges(store: Any, kind: EdgeType, sizes: Mapping[NodeType, int], is_sorted: bool) -> InEdges:
-    """The edges of one type, by destination, on the CPU."""
-    names = [name for name in ("adj", "adj_t", "edge_index") if name in store]  # in the order of to_csc
-    check(names or kind == EDGES, "data", f"no edge_index of {kind}", "one")
-    if names[:1] == ["edge_index"]:
-        edge_index = store["edge_index"].cpu()
-        check_edge_index(edge_index, sizes[kind[0]], sizes[kind[2]])
-        in_order = not is_sorted or bool((edge_index[1].diff() >= 0).all())
-        check(in_order, "is_sorted", "True with edges in another order", "them by destination, or False")
-    elif names:
-        got = f"{names[0]} of type {type(store[names[0]]).__name__}"
-        check(isinstance(store[names[0]], SparseTensor), "data", got, "a SparseTensor, or edge_index alone")
-    start, source, edge = to_csc(store, device=torch.device("cpu"), is_sorted=is_sorted)
-    return InEdges(start, source.as_tensor() if isinstance(source, Index) else source, edge)
+def count_nodes(store: Any) -> int:
+    """The number of nodes of a graph or a type, which PyG cannot always tell."""
+    check(store.num_nodes is not None, "data", f"{store} without a number of nodes", "num_nodes")
+    return int(store.num_nodes)
 
 
 def check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:
     """Refuse what is no vector of node ids."""
-    if nodes.dim() != 1 or nodes.is_floating_point() or nodes.is_complex() or nodes.dtype == torch.bool:
-        raise ValueError(f"{name}: got shape {tuple(nodes.shape)} of {nodes.dtype}, expected a vector of node ids")
-    if nodes.numel():
-        low, high = (int(value) for value in nodes.aminmax())
-        if low < 0 or high >= num_nodes:
-            raise ValueError(f"{name}: got {low if low < 0 else high}, expected values in 0..{num_nodes - 1}")
+    is_index = not (nodes.is_floating_point() or nodes.is_complex() or nodes.dtype == torch.bool)
+    got = f"shape {tuple(nodes.shape)} of {nodes.dtype}"
+    check(nodes.dim() == 1 and is_index, name, got, "a vector of node ids")
+    low, high = map(int, nodes.aminmax()) if nodes.numel() else (0, -1)
+    check(low >= 0 and high < num_nodes, name, low if low < 0 else high, f"values in 0..{num_nodes - 1}")

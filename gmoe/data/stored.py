@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch_geometric.data.graph_store import EdgeLayout
 from gmoe._checks import check
 
 SPLITS = ("train", "val", "test")
-INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
+FEATURES = ("float16", "float32")
+LABELS = ("int8", "uint8", "int16", "int32", "int64", *FEATURES, "float64")
 
 BLOCK = 2**22
 """Values that :meth:`StoredGraph.verify` holds at once."""
@@ -30,16 +32,16 @@ CHUNK = 2**20
 
 
 def create_npy(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A new ``.npy`` file, mapped as a tensor: what is written to this is written to the file."""
+    """Create a ``.npy`` file, mapped as a tensor: writing to the tensor writes to the file."""
     name = str(dtype).removeprefix("torch.")
     return torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.dtype(name), shape))
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """In a loader's worker in shared memory, or it would be copied there."""
+    """An empty tensor; in a loader's worker in shared memory, or it would be copied there."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
-    storage = torch.empty(0, dtype=dtype).untyped_storage()._new_shared(math.prod(shape) * dtype.itemsize)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
@@ -64,6 +66,7 @@ class StoredGraph(FeatureStore, GraphStore):
     Attributes:
         folder: its absolute path.
         info: the content of ``graph.json``.
+        num_nodes, num_edges, x_dim: N, M and D.
         start, source: the mapped in-edges; read-only: writing to them ends the process.
 
     Raises:
@@ -83,76 +86,51 @@ class StoredGraph(FeatureStore, GraphStore):
             self.info: dict[str, Any] = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: got {error}, expected JSON") from error
-        is_format = isinstance(self.info, dict) and self.info.get("format") == 1
-        check(
-            is_format,
-            str(path),
-            f"format {self.info.get('format')!r}" if isinstance(self.info, dict) else "no object",
-            1,
-        )
+        version = self.info.get("format") if isinstance(self.info, dict) else None
+        check(version == 1, str(path), f"format {version!r}", 1)
         for key in ("num_nodes", "num_edges"):
             value = self.info.get(key)
             check(isinstance(value, int) and value >= 0, str(path), f"{key} {value!r}", "a whole number of at least 0")
+        self.num_nodes, self.num_edges = self.info["num_nodes"], self.info["num_edges"]
+        legal: dict[str, tuple[tuple[str, ...], int | None, tuple[int, ...]]] = {
+            # dtypes, rows (None: any number), numbers of dimensions
+            "start": (("int64",), self.num_nodes + 1, (1,)),
+            "source": (("int32" if self.num_nodes < 2**31 else "int64",), self.num_edges, (1,)),
+            "x": (FEATURES, self.num_nodes, (2,)),
+            "y": (LABELS, self.num_nodes, (1, 2)),
+            **dict.fromkeys(SPLITS, (("int64",), None, (1,))),
+        }
         listed = self.info.get("arrays")
-        if not isinstance(listed, dict):
-            raise ValueError(f"{path}: got arrays {listed!r}, expected an object")
-        self.num_nodes: int = self.info["num_nodes"]
-        self.num_edges: int = self.info["num_edges"]
-        legal = self._legal()
-        for name in ("start", "source", "x"):
-            check(name in listed, str(path), f"arrays {sorted(listed)}", f"{name!r} among them")
-        for name, said in listed.items():
-            check(isinstance(said, dict), str(path), f"array {name!r} {said!r}", "an object")
-            check(name in legal, str(path), f"array {name!r}", f"one of {', '.join(legal)}")
+        are_objects = isinstance(listed, dict) and all(isinstance(said, dict) for said in listed.values())
+        fits = are_objects and {"start", "source", "x"} <= listed.keys() <= legal.keys()
+        check(fits, str(path), f"arrays {listed}", f"objects of {', '.join(legal)}, the first three always")
         self._arrays = {name: self._open(name, *legal[name]) for name in listed}
-        self.start, self.source = self._arrays["start"], self._arrays["source"]
+        self.start, self.source, self.x_dim = self._arrays["start"], self._arrays["source"], self._arrays["x"].size(1)
         ends = [int(self.start[0]), int(self.start[-1])]
         check(ends == [0, self.num_edges], str(self._file("start")), f"ends {ends}", [0, self.num_edges])
-
-    def _legal(self) -> dict[str, tuple[tuple[str, ...], tuple[int | None, ...], int]]:
-        """Of each array the dtypes, the shape (``None``: any length), and how many dimensions may follow it."""
-        ids = "int32" if self.num_nodes < 2**31 else "int64"
-        found: dict[str, Any] = {
-            "start": (("int64",), (self.num_nodes + 1,), 0),
-            "source": ((ids,), (self.num_edges,), 0),
-            "x": (("float16", "float32"), (self.num_nodes, None), 0),
-            "y": ((*INTEGERS, "float16", "float32", "float64"), (self.num_nodes,), 1),
-        }
-        return found | dict.fromkeys(SPLITS, (("int64",), (None,), 0))
 
     def _file(self, name: str) -> Path:
         return self.folder / str(self.info["arrays"][name].get("file"))
 
-    def _open(self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...], more: int) -> Tensor:
+    def _open(self, name: str, dtypes: tuple[str, ...], rows: int | None, dims: tuple[int, ...]) -> Tensor:
         """The array as a mapped tensor, if header and size are as they should be."""
         path, said = self._file(name), self.info["arrays"][name]
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError) as error:
+            array: Any = np.lib.format.open_memmap(path, mode="r")
+        except ValueError as error:
             raise ValueError(f"{path}: got {error}, expected a whole .npy file") from error
-        check(isinstance(array, np.memmap), str(path), "an archive", "a .npy file")
-        check(array.dtype.name in dtypes and array.dtype.isnative, str(path), array.dtype.str, " or ".join(dtypes))
-        fits = len(shape) <= array.ndim <= len(shape) + more and array.flags.c_contiguous
-        fits = fits and all(want in (None, size) for want, size in zip(shape, array.shape, strict=False))
-        legal = f"({', '.join('any' if size is None else str(size) for size in shape)})"
-        check(fits, str(path), f"shape {array.shape}", f"{legal} in C order")
+        is_typed = array.dtype.name in dtypes and array.dtype.isnative and array.flags.c_contiguous
+        is_shaped = array.ndim in dims and rows in (None, len(array))
+        legal = f"native {' or '.join(dtypes)} in C order, {'any number of' if rows is None else rows} rows"
         got = {"dtype": array.dtype.name, "shape": list(array.shape)}
-        want = {key: said.get(key) for key in got}
-        check(got == want, str(path), got, f"{want}, as graph.json says")
+        check(is_typed and is_shaped and said | got == said, str(path), got, f"{legal}, as graph.json says: {said}")
         size, expected = path.stat().st_size, array.offset + array.nbytes
-        check(size == expected, str(path), f"{size} bytes", f"{expected}")
+        check(size == expected, str(path), f"{size} bytes", expected)
         if name in ("x", "y") and hasattr(mmap, "MADV_RANDOM"):  # rows are read here and there: no readahead
             array.base.madvise(mmap.MADV_RANDOM)
         with warnings.catch_warnings():  # of memory that must not be written to
             warnings.simplefilter("ignore")
             return torch.from_numpy(array)
-
-    @property
-    def x_dim(self) -> int:
-        """D."""
-        return self._arrays["x"].size(1)
 
     @property
     def train(self) -> Tensor | None:
@@ -173,42 +151,33 @@ class StoredGraph(FeatureStore, GraphStore):
         ids = self._arrays.get(name)
         return None if ids is None else ids.clone()
 
-    def rows(self, name: str, index: Tensor | slice) -> Tensor:
+    def rows(self, name: str, index: Any) -> Tensor:
         """Rows of ``"x"`` or ``"y"``, in memory; read from disk in ascending order, whatever that of ``index``.
 
         Args:
             name: of the array.
-            index: node ids, or a slice of them.
+            index: node ids, a boolean mask, or a slice.
         """
+        stored = self._arrays[name]
+        dtype = torch.promote_types(stored.dtype, torch.float32 if stored.is_floating_point() else torch.int64)
         if isinstance(index, slice):
-            return self._arrays[name][index].to(self._handed(name), copy=True)
-        return self._rows_at(name, index, index.sort().values)
-
-    def _handed(self, name: str) -> torch.dtype:
-        """The dtype that rows are handed out in."""
-        dtype = self._arrays[name].dtype
-        if not dtype.is_floating_point:
-            return torch.int64
-        return torch.float32 if dtype == torch.float16 else dtype
-
-    def _rows_at(self, name: str, ids: Tensor, ascending: Tensor) -> Tensor:
-        """The rows of ``ids``; ``ascending`` are the same in order."""
-        stored, dtype = self._arrays[name], self._handed(name)
-        found = _empty((len(ids), *stored.shape[1:]), dtype)
+            return stored[index].to(dtype, copy=True)
+        index = torch.as_tensor(index)
+        index = (index.nonzero() if index.dtype == torch.bool else index).view(-1)
         if stored.dim() > 1:  # the disk is read here, a value a row, and from then on only memory
-            stored[:, 0].index_select(0, ascending)
+            stored[:, 0].index_select(0, index.sort().values)
+        found = _empty((len(index), *stored.shape[1:]), dtype)
         step = max(CHUNK // max(math.prod(stored.shape[1:]), 1), 1)
-        for part, rows in zip(ids.split(step), found.split(step), strict=True):
+        for part, rows in zip(index.split(step), found.split(step), strict=True):
             rows.copy_(stored.index_select(0, part))
         return found
 
-    def edges_of(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Sources and destinations, int64, of the edges at positions ``first:last``."""
-        bounds = torch.tensor([first, last])
-        low = int(torch.searchsorted(self.start, bounds[:1], right=True)) - 1
-        high = max(int(torch.searchsorted(self.start, bounds[1:])), low)
-        degree = self.start[low : high + 1].clamp(first, last).diff()
-        return self.source[first:last].long(), torch.arange(low, high).repeat_interleave(degree)
+    def in_edges(self, nodes: slice) -> tuple[Tensor, Tensor]:
+        """Sources and destinations, int64, of all in-edges of a range of nodes."""
+        first, last, _ = nodes.indices(self.num_nodes)
+        start = self.start[first : last + 1]
+        source = self.source[int(start[0]) : int(start[-1])].long()
+        return source, torch.arange(first, last).repeat_interleave(start.diff())
 
     def verify(self) -> None:
         """Read everything once, in bounded memory: SHA-256, the order of the edges, and that ids are in range.
@@ -219,48 +188,33 @@ class StoredGraph(FeatureStore, GraphStore):
         for name, said in self.info["arrays"].items():
             digest = hashlib.sha256()
             with self._file(name).open("rb") as file:
-                while part := file.read(BLOCK):
-                    digest.update(part)
+                while read := file.read(BLOCK):
+                    digest.update(read)
             found = digest.hexdigest()
             check(found == said.get("sha256"), str(self._file(name)), f"SHA-256 {found}", said.get("sha256"))
-        for part in self._blocks("start", overlap=1):
+        for _, part in self._blocks("start"):
             check(bool((part.diff() >= 0).all()), str(self._file("start")), "falling values", "values that never fall")
-        for name in ("source", *(split for split in SPLITS if split in self._arrays)):
-            for part in self._blocks(name):
-                low, high = part.aminmax()
+        for name in ("source", *SPLITS):
+            for _, part in self._blocks(name):
+                low, high = map(int, part.aminmax())
                 legal = f"node ids in 0..{self.num_nodes - 1}"
-                check(low >= 0 and high < self.num_nodes, str(self._file(name)), f"{int(low)}..{int(high)}", legal)
-        for first in range(0, self.num_edges, BLOCK):
-            source, node = self.edges_of(first, min(first + BLOCK + 1, self.num_edges))
-            falls = (source.diff() < 0) & (node.diff() == 0)
-            where = f"{self._file('source')}, in-edges of node {int(node[:-1][falls][0])}" if bool(falls.any()) else ""
-            check(not where, where, "falling sources", "ascending ones")
+                check(low >= 0 and high < self.num_nodes, str(self._file(name)), f"{low}..{high}", legal)
+        for first, part in self._blocks("source"):
+            fall = (part.diff() < 0).nonzero().view(-1) + first + 1  # legal where the next node's in-edges begin
+            bad = fall[self.start[torch.searchsorted(self.start, fall)] != fall].tolist()
+            check(not bad, str(self._file("source")), f"falling sources at {bad[:1]}", "each node's in ascending order")
 
-    def _blocks(self, name: str, overlap: int = 0) -> Any:
-        stored = self._arrays[name]
-        return (stored[first : first + BLOCK + overlap] for first in range(0, len(stored), BLOCK))
+    def _blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Some values of an array at a time, the next block's first value among them, and where they begin."""
+        stored = self._arrays.get(name, torch.empty(0))
+        return ((first, stored[first : first + BLOCK + 1]) for first in range(0, len(stored), BLOCK))
 
     # PyG's interfaces
 
     def _get_tensor(self, attr: TensorAttr) -> Tensor | None:
         if attr.attr_name not in ("x", "y") or attr.attr_name not in self._arrays:
             return None
-        index: Any = slice(None) if attr.index is None else attr.index
-        if isinstance(index, int):
-            return self.rows(attr.attr_name, slice(index, index + 1))
-        if not isinstance(index, slice):
-            index = torch.as_tensor(index)
-            index = index.nonzero().view(-1) if index.dtype == torch.bool else index
-        return self.rows(attr.attr_name, index)
-
-    def _multi_get_tensor(self, attrs: list[TensorAttr]) -> list[Tensor | None]:
-        """Ids that are asked for of several arrays, as loaders do, are sorted once."""
-        index = attrs[0].index if attrs else None
-        if not isinstance(index, Tensor) or index.dtype == torch.bool or any(a.index is not index for a in attrs):
-            return [self._get_tensor(attr) for attr in attrs]
-        ascending = index.sort().values
-        known = [attr.attr_name if attr.attr_name in ("x", "y") else "" for attr in attrs]
-        return [self._rows_at(name, index, ascending) if name in self._arrays else None for name in known]
+        return self.rows(attr.attr_name, slice(None) if attr.index is None else attr.index)
 
     def _get_tensor_size(self, attr: TensorAttr) -> tuple[int, ...] | None:
         stored = self._arrays.get(attr.attr_name)
@@ -289,5 +243,4 @@ class StoredGraph(FeatureStore, GraphStore):
         return type(self), (str(self.folder),)
 
     def __repr__(self) -> str:
-        sizes = f"{self.num_nodes} nodes, {self.num_edges} edges, x {self.x_dim}"
-        return f"{type(self).__name__}({str(self.folder)!r}: {sizes})"
+        return f"StoredGraph({str(self.folder)!r}: {self.num_nodes} nodes, {self.num_edges} edges, x {self.x_dim})"

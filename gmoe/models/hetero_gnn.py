@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -18,7 +17,7 @@ from torch_geometric.typing import Metadata, NodeType
 from gmoe._autograd import refuse_transforms
 from gmoe._checks import check, check_choice, check_counts
 from gmoe.conv import hetero
-from gmoe.conv.hetero import Aggr, HeteroMoEConv, HeteroRouterInput, NodeTensors, RelationalConv, RelationEdges
+from gmoe.conv.hetero import HeteroMoEConv, HeteroRouterInput, NodeTensors, RelationalConv, RelationEdges
 from gmoe.dispatch import Backend
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
@@ -27,7 +26,7 @@ HeteroResidual: TypeAlias = Literal["none", "identity", "linear"]
 
 
 class HeteroGNNMoE(nn.Module):
-    r"""A GNN of :class:`HeteroMoEConv` layers on PyG's ``HeteroData``: what :class:`GNNMoE` is on ``Data``.
+    r"""A GNN of :class:`HeteroMoEConv` layers on PyG's ``HeteroData``, as :class:`GNNMoE` is on ``Data``.
 
     .. math::
         h^{(l+1)}_t = \mathrm{dropout}(\phi(\mathrm{norm}_t(\mathrm{HeteroMoEConv}_l(h^{(l)})_t
@@ -38,7 +37,7 @@ class HeteroGNNMoE(nn.Module):
 
     Args:
         in_channels: width of the features, of all node types, or of each that has some: every other type gets an
-            embedding, learned for each of its nodes.
+            embedding of width ``hidden_channels``, learned for each of its nodes.
         hidden_channels: width of the hidden layers.
         out_channels: width of the output, such as the number of classes.
         metadata: node types and edge types, ``data.metadata()``.
@@ -47,18 +46,15 @@ class HeteroGNNMoE(nn.Module):
             :class:`RelationalConv` in all layers.
         target: the node type whose logits are wanted; ``None`` (default) is all of them.
         num_nodes_dict: number of nodes of every type, ``data.num_nodes_dict``; needed where a type has an embedding.
-        embedding_channels: width of the embeddings (default ``hidden_channels``).
-        num_experts: E (default 8).
-        k: K, experts per node (default 1).
         every: layer ``i`` is a MoE where ``i % every == every - 1`` (default 1), the output layer excepted.
-        in_proj: begin with a linear layer to ``hidden_channels`` for each node type, embeddings of that width
-            excepted. ``None`` (default): just where the widths of the types differ.
+        in_proj: begin with a linear layer to ``hidden_channels`` for each node type with features (default ``False``:
+            only where the widths of the types differ).
         dropout: default 0.
         act, norm, norm_kwargs: as in PyG's ``BasicGNN`` (defaults: relu, no norm). Each node type has its own norms.
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
-        aggr, router_input, tie_routers, tie_experts, shared_expert, dense_start, router_kwargs, backend, check_finite:
-            see :class:`HeteroMoEConv`. With ``tie_experts`` dense layers share their root weight too.
+        num_experts, k, router_input, shared_expert, dense_start, router_kwargs, backend, check_finite: see
+            :class:`HeteroMoEConv`.
 
     Shapes:
         - ``x_dict``: (N, D) of each type that has features.
@@ -81,10 +77,6 @@ class HeteroGNNMoE(nn.Module):
         ... )
         >>> logits, routings = model(data.x_dict, data.edge_index_dict, return_routing=True)
         >>> loss = F.cross_entropy(logits, data["paper"].y) + gmoe.aux_loss(routings)
-
-        OGB's R-GCN for ogbn-mag:
-
-        >>> HeteroGNNMoE(..., router=None, embedding_channels=128, residual="none", dropout=0.5)
     """
 
     def __init__(
@@ -98,56 +90,55 @@ class HeteroGNNMoE(nn.Module):
         *,
         target: NodeType | None = None,
         num_nodes_dict: Mapping[NodeType, int] | None = None,
-        embedding_channels: int | None = None,
         num_experts: int = 8,
         k: int = 1,
+        router_input: HeteroRouterInput = "node",
         every: int = 1,
-        in_proj: bool | None = None,
         dropout: float = 0.0,
         act: Any = "relu",
         norm: Any = None,
         norm_kwargs: Mapping[str, Any] | None = None,
         residual: HeteroResidual = "identity",
-        aggr: Aggr = "mean",
-        router_input: HeteroRouterInput = "node",
-        tie_routers: bool = False,
-        tie_experts: bool = False,
         shared_expert: bool = True,
         dense_start: bool = True,
+        in_proj: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
         check_finite: bool = False,
     ) -> None:
-        check_counts(hidden_channels=hidden_channels, out_channels=out_channels, num_layers=num_layers, every=every)
+        check_counts(hidden_channels=hidden_channels, num_layers=num_layers, every=every)
         check_choice("residual", residual, get_args(HeteroResidual))
-        metadata = hetero.checked_metadata(metadata)
-        moe_layers = _moe_layers(router, num_layers, every)
+        check(not isinstance(router, Router), "router", "an instance for several layers", "a name or a factory")
+        moe_layers = range(every - 1, num_layers - 1, every) if router is not None else []
+        check(router is None or moe_layers, "every", every, f"less than num_layers={num_layers}, or router=None")
         super().__init__()
-        self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
-        self.num_layers, self.target = num_layers, target
         inputs, *types_of = _types_by_depth(metadata, target, num_layers)
-        self.routed = [(layer, name) for layer in moe_layers for name in types_of[layer]]
-        self.input = HeteroInput(
-            in_channels, hidden_channels, inputs, metadata[0], num_nodes_dict, embedding_channels, in_proj
-        )
+        self.target, self.routed = target, [(layer, name) for layer in moe_layers for name in types_of[layer]]
+        given = in_channels if isinstance(in_channels, Mapping) else dict.fromkeys(inputs, in_channels)
+        self.widths = {name: given.get(name, hidden_channels) for name in inputs}
+        embedded = [name for name in inputs if name not in given]
+        self.num_nodes_dict = dict(num_nodes_dict or {}) if embedded else {}
+        check(self.num_nodes_dict.keys() >= set(embedded), "num_nodes_dict", num_nodes_dict, f"those of {embedded} too")
+        check_counts(**{f"in_channels[{name!r}]": size for name, size in self.widths.items()})
+        self.embeddings = ModuleDict({t: NodeEmbedding(self.num_nodes_dict[t], hidden_channels) for t in embedded})
+        projects = in_proj or len(set(self.widths.values())) > 1
+        width = hidden_channels if projects else self.widths[inputs[0]]
+        self.lin_in = ModuleDict({t: nn.Linear(d, width) for t, d in self.widths.items() if projects and t in given})
         options: dict[str, Any] = {"num_experts": num_experts, "router": router, "k": k, "router_input": router_input}
-        options |= {"tie_routers": tie_routers, "tie_experts": tie_experts, "router_kwargs": router_kwargs}
-        options |= {"shared_expert": shared_expert, "dense_start": dense_start}
+        options |= {"shared_expert": shared_expert, "dense_start": dense_start, "router_kwargs": router_kwargs}
         moe: Any = partial(HeteroMoEConv, **options, backend=backend, check_finite=check_finite)
-        dense: Any = partial(RelationalConv, share_root=tie_experts)
-        norm_layer = _norm(norm, hidden_channels, norm_kwargs)
-        self.norm_takes_batch = "batch" in inspect.signature(norm_layer.forward).parameters
+        make_norm = partial(_norm, norm, hidden_channels, norm_kwargs)
+        self.norm_takes_batch = "batch" in inspect.signature(make_norm().forward).parameters
         self.convs, self.residuals, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        widths = self.input.out_channels
         for layer, types in enumerate(types_of[:-1]):
-            conv = moe if layer in moe_layers else dense
-            self.convs.append(conv(widths, hidden_channels, metadata, aggr=aggr, out_types=types))
-            self.residuals.append(_residuals(residual, {name: widths[name] for name in types}, hidden_channels))
-            self.norms.append(ModuleDict({name: copy.deepcopy(norm_layer) for name in types}))
-            widths = dict.fromkeys(types, hidden_channels)
-        self.convs.append(dense(widths, out_channels, metadata, aggr=aggr, out_types=types_of[-1]))
-        self.act = nn.Identity() if act is None else activation_resolver(act)
-        self.dropout = nn.Dropout(dropout)
+            conv = moe if layer in moe_layers else RelationalConv
+            self.convs.append(conv(width, hidden_channels, metadata, out_types=types))
+            added = partial(nn.Linear, width) if residual == "linear" or width != hidden_channels else nn.Identity
+            self.residuals.append(ModuleDict({t: added(hidden_channels) for t in types if residual != "none"}))
+            self.norms.append(ModuleDict({t: make_norm() for t in types}))
+            width = hidden_channels
+        self.convs.append(RelationalConv(width, out_channels, metadata, out_types=types_of[-1]))
+        self.act, self.dropout = nn.Identity() if act is None else activation_resolver(act), nn.Dropout(dropout)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -165,150 +156,67 @@ class HeteroGNNMoE(nn.Module):
     ) -> Any:
         """Logits of the target, (N, out_channels), or of all types, a dict; see the class."""
         refuse_transforms()
-        h_dict: dict[NodeType, Tensor] = self.input(x_dict, n_id_dict)
+        h_dict = self._inputs(x_dict, n_id_dict)
         graphs = {  # sorted once for all layers
-            r: hetero.graph_of(r, adj, (len(h_dict[r[0]]), len(h_dict[r[-1]])))
-            if {r[0], r[-1]} <= h_dict.keys()
-            else adj
+            r: hetero.graph_of(r, adj, h_dict) if {r[0], r[-1]} <= h_dict.keys() else adj
             for r, adj in edge_index_dict.items()
         }
         routings: list[Routing] = []
-        for layer, conv in enumerate(self.convs):
-            before = h_dict
+        layers: Any = zip(self.convs, self.residuals, self.norms, strict=False)  # the output layer follows
+        for conv, residuals, norms in layers:
             if isinstance(conv, HeteroMoEConv):
-                h_dict, decided = conv(before, graphs, batch_dict=batch_dict, return_routing=True)
+                out, decided = conv(h_dict, graphs, batch_dict=batch_dict, return_routing=True)
                 routings.extend(decided.values())
             else:
-                h_dict = conv(before, graphs)
-            if layer < self.num_layers - 1:
-                h_dict = {name: self._after(layer, name, before, h, batch_dict or {}) for name, h in h_dict.items()}
-        out = h_dict if self.target is None else h_dict[self.target]
-        return (out, routings) if return_routing else out
+                out = conv(h_dict, graphs)
+            for name, norm in norms.items():
+                h = out[name] + residuals[name](h_dict[name]) if name in residuals else out[name]
+                h = norm(h, (batch_dict or {}).get(name)) if self.norm_takes_batch else norm(h)
+                out[name] = self.dropout(self.act(h))
+            h_dict = out
+        logits = self.convs[-1](h_dict, graphs)
+        logits = logits if self.target is None else logits[self.target]
+        return (logits, routings) if return_routing else logits
 
-    def _after(
-        self, layer: int, node_type: NodeType, before: NodeTensors, h: Tensor, batch_dict: NodeTensors
-    ) -> Tensor:
-        """Residual, normalization, activation and dropout of a hidden layer."""
-        residuals: Any = self.residuals[layer]
-        norms: Any = self.norms[layer]
-        if node_type in residuals:
-            h = h + residuals[node_type](before[node_type])
-        h = norms[node_type](h, batch_dict.get(node_type)) if self.norm_takes_batch else norms[node_type](h)
-        out: Tensor = self.dropout(self.act(h))
-        return out
+    def _inputs(self, x_dict: NodeTensors, n_id_dict: NodeTensors | None) -> dict[NodeType, Tensor]:
+        """(N, D) of each node type its features, projected where they are, or its embeddings."""
+        h_dict: dict[NodeType, Tensor] = {}
+        for name, width in self.widths.items():
+            if name in self.embeddings:
+                known = n_id_dict is None or name in n_id_dict
+                check(known, "n_id_dict", f"no {name!r}", "numbers in the whole graph")
+                check(name not in x_dict, f"x_dict[{name!r}]", "features", "none: in_channels has no width of them")
+                embedding: Any = self.embeddings[name]
+                h_dict[name] = embedding.weight if n_id_dict is None else embedding(n_id_dict[name])
+                continue
+            hetero.check_features(name, x_dict.get(name), width)
+            x = x_dict[name]
+            whole = n_id_dict is not None or len(x) == self.num_nodes_dict.get(name, len(x))
+            check(whole, "n_id_dict", f"None for some of the {name!r} nodes", "numbers in the whole graph")
+            h_dict[name] = self.lin_in[name](x) if name in self.lin_in else x
+        return h_dict
 
-    def __repr__(self) -> str:
-        sizes = f"{self.in_channels}, {self.hidden_channels}, {self.out_channels}, num_layers={self.num_layers}"
-        return f"{type(self).__name__}({sizes}, target={self.target!r})"
 
-
-class HeteroInput(nn.Module):
-    """The input of each node type: its features, or an embedding for each node, and a projection where asked for.
-
-    Args:
-        in_channels, hidden_channels, num_nodes_dict, embedding_channels, in_proj: see :class:`HeteroGNNMoE`.
-        node_types: those that the model looks at.
-        all_types: of the graph.
-
-    Attributes:
-        out_channels: width of what comes out, by node type.
-    """
-
-    def __init__(
-        self,
-        in_channels: int | Mapping[NodeType, int],
-        hidden_channels: int,
-        node_types: Sequence[NodeType],
-        all_types: Sequence[NodeType],
-        num_nodes_dict: Mapping[NodeType, int] | None,
-        embedding_channels: int | None,
-        in_proj: bool | None,
-    ) -> None:
-        super().__init__()
-        given = in_channels if isinstance(in_channels, Mapping) else dict.fromkeys(all_types, in_channels)
-        width = hidden_channels if embedding_channels is None else embedding_channels
-        check_counts(embedding_channels=width, **{f"in_channels[{name!r}]": value for name, value in given.items()})
-        widths = {name: given.get(name, width) for name in node_types}
-        self.in_channels = {name: given[name] for name in node_types if name in given}
-        self.num_nodes_dict = dict(num_nodes_dict or {})
-        self.embedded = [name for name in node_types if name not in given]
-        missing = [name for name in all_types if name not in self.num_nodes_dict]
-        because = f"since {self.embedded} have no in_channels and so get embeddings"
-        known = not (self.embedded and missing)
-        check(known, "num_nodes_dict", num_nodes_dict, f"the number of nodes of {missing} too, {because}")
-        self.embeddings = ModuleDict({name: nn.Embedding(self.num_nodes_dict[name], width) for name in self.embedded})
-        self.lin = ModuleDict()
-        if len(set(widths.values())) > 1 if in_proj is None else in_proj:
-            for name in node_types:
-                if name in given or width != hidden_channels:
-                    self.lin[name] = nn.Linear(widths[name], hidden_channels)
-            widths = dict.fromkeys(node_types, hidden_channels)
-        self.out_channels = widths
-        self.reset_parameters()
+class NodeEmbedding(nn.Embedding):
+    """A learned row for each node of a type, drawn as in OGB's example."""
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew; embeddings as in OGB's example."""
-        for embedding in self.embeddings.children():
-            nn.init.xavier_uniform_(embedding.weight)
-        reset(self.lin)
-
-    def forward(self, x_dict: NodeTensors, n_id_dict: NodeTensors | None) -> dict[NodeType, Tensor]:
-        """(N, out_channels) of each node type."""
-        h_dict: dict[NodeType, Tensor] = {}
-        for name, width in self.in_channels.items():
-            hetero.check_features(name, x_dict.get(name), width)
-            h_dict[name], size = x_dict[name], len(x_dict[name])
-            if self.embedded and n_id_dict is None and size != self.num_nodes_dict[name]:
-                raise ValueError(
-                    f"n_id_dict: got None with {size} of the {self.num_nodes_dict[name]} {name!r} nodes, expected the "
-                    "numbers of the mini-batch's nodes, which say whose embeddings to take"
-                )
-        for name in self.embedded:
-            expected = "none, since in_channels has no width for it"
-            check(name not in x_dict, f"x_dict[{name!r}]", "features", expected)
-            expected = "the numbers of the nodes in the whole graph"
-            check(n_id_dict is None or name in n_id_dict, f"n_id_dict[{name!r}]", None, expected)
-            embedding: Any = self.embeddings[name]
-            h_dict[name] = embedding.weight if n_id_dict is None else embedding(n_id_dict[name])
-        return {name: self.lin[name](h) if name in self.lin else h for name, h in h_dict.items()}
-
-
-def _moe_layers(router: RouterLike | None, num_layers: int, every: int) -> list[int]:
-    """The layers that are a MoE: every n-th, the output layer excepted."""
-    if router is None:
-        return []
-    instance = isinstance(router, Router)
-    check(not instance, "router", "an instance for several node types", "a name or a factory")
-    layers = list(range(every - 1, num_layers - 1, every))
-    got = f"{every} with num_layers={num_layers}, which leaves no hidden layer for a MoE"
-    check(layers, "every", got, "more layers or a smaller every")
-    return layers
+        nn.init.xavier_uniform_(self.weight)
 
 
 def _types_by_depth(metadata: Metadata, target: NodeType | None, num_layers: int) -> list[list[NodeType]]:
     """The node types that are needed as input, and after each layer."""
-    node_types, edge_types = metadata
-    if target is not None:
-        check_choice("target", target, node_types)
-    needed = [list(node_types) if target is None else [target]]
+    node_types, edge_types = hetero.checked_metadata(metadata)
+    check(target in (None, *node_types), "target", repr(target), f"one of {node_types}")
+    needed = [node_types if target is None else [target]]
     for _ in range(num_layers):
-        met = {*needed[0], *(source for source, _, end in edge_types if end in needed[0])}
-        needed.insert(0, [name for name in node_types if name in met])
+        found = {*needed[0], *(source for source, _, end in edge_types if end in needed[0])}
+        needed.insert(0, [name for name in node_types if name in found])
     return needed
 
 
-def _residuals(residual: HeteroResidual, widths: Mapping[NodeType, int], hidden_channels: int) -> ModuleDict:
-    def build(width: int) -> nn.Module:
-        same = residual == "identity" and width == hidden_channels
-        return nn.Identity() if same else nn.Linear(width, hidden_channels)
-
-    return ModuleDict({} if residual == "none" else {name: build(width) for name, width in widths.items()})
-
-
 def _norm(norm: Any, width: int, norm_kwargs: Mapping[str, Any] | None) -> nn.Module:
-    if norm is None:
-        return nn.Identity()
-    built: nn.Module = normalization_resolver(norm, width, **(norm_kwargs or {}))
+    built: nn.Module = nn.Identity() if norm is None else normalization_resolver(norm, width, **(norm_kwargs or {}))
     if isinstance(built, BatchNorm) and built.module.track_running_stats:
         built.allow_single_element = True  # a mini-batch may hold one node of a type
     return built

@@ -99,14 +99,13 @@ class ViTMoE(HubMixin, VisionTransformer):
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
+        config = recorded(locals() | {"size": asdict(size) if isinstance(size, ViTSize) else size}, router=ROUTERS)
         if isinstance(size, Mapping):
             size = ViTSize(**size)
-        config = recorded(locals() | {"size": asdict(size) if isinstance(size, ViTSize) else size}, router=ROUTERS)
-        if not isinstance(size, ViTSize):
+        elif not isinstance(size, ViTSize):
             check(size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
             size = SIZES[size]
-        has_blocks = router is not None or blocks is None
-        check(has_blocks, "blocks", f"{blocks!r} without a router", "None; a dense ViT has no experts")
+        check(router is not None or blocks is None, "blocks", f"{blocks!r} without a router", "None, for a dense ViT")
         check_probability("dropout", dropout)
         check_probability("attention_dropout", attention_dropout)
         sizes = asdict(size)
@@ -117,31 +116,22 @@ class ViTMoE(HubMixin, VisionTransformer):
         self.size, self.config = size, config
         if router is None:
             return
-        options: Any = {"blocks": blocks, "router_kwargs": router_kwargs, "backend": backend}
-        options |= {"shared_expert": shared_expert, "dense_start": dense_start}
+        options: Any = {"upcycle": False, "blocks": blocks, "shared_expert": shared_expert, "dense_start": dense_start}
         with drawn_apart() if shared_expert else nullcontext():
-            moefy(self, every, k, router, num_experts, upcycle=False, **options)
+            moefy(self, every, k, router, num_experts, router_kwargs=router_kwargs, backend=backend, **options)
             for part in self.modules():  # as torchvision initializes its MLPs, and so the dense baseline
-                if isinstance(part, LinearExperts) and not part.zero_init:
+                if isinstance(part, LinearExperts) and part.bias is not None and not part.zero_init:
                     for weight in part.weight:
                         nn.init.xavier_uniform_(weight)
-                    if part.bias is not None:
-                        nn.init.normal_(part.bias, std=1e-6)
-
-    @property
-    def dense(self) -> bool:
-        """Whether no block has experts."""
-        return not any(isinstance(module, Router) for module in self.modules())
+                    nn.init.normal_(part.bias, std=1e-6)
 
     def forward(self, images: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, list[Routing]]:
         """Logits of the images; see the class."""
         side = self.size.image_size
         if images.dim() != 4 or images.size(1) not in (1, 3) or images.shape[2:] != (side, side):
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})")
-        images = images.expand(-1, 3, -1, -1)
-        if self.dense or not return_routing:
-            logits = super().forward(images)
-            return (logits, []) if return_routing else logits
-        with record_routing(self.encoder) as routings:
-            logits = super().forward(images)
-        return logits, routings
+        routed = any(isinstance(module, Router) for module in self.modules())
+        recording: Any = record_routing(self.encoder) if return_routing and routed else nullcontext([])
+        with recording as routings:
+            logits = super().forward(images.expand(-1, 3, -1, -1))
+        return (logits, routings) if return_routing else logits

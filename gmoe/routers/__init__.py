@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
-from gmoe._checks import check_choice, check_count, nearest
+from gmoe._checks import check, check_choice, nearest
 from gmoe.routers.attention_vote import AttentionVote
 from gmoe.routers.base import Router, Weighting
 from gmoe.routers.baselines import OracleRouter, RandomRouter, UniformRouter
@@ -17,23 +17,9 @@ from gmoe.routers.multi_centroid import MultiCentroid
 from gmoe.routers.soft import SoftRouting, SoftSlots
 from gmoe.routers.token_choice import TokenChoice
 
-__all__ = [
-    "ROUTERS",
-    "AttentionVote",
-    "ExpertChoice",
-    "Groups",
-    "MultiCentroid",
-    "OracleRouter",
-    "RandomRouter",
-    "Router",
-    "RouterLike",
-    "SoftRouting",
-    "SoftSlots",
-    "TokenChoice",
-    "UniformRouter",
-    "Weighting",
-    "build_router",
-]
+__all__ = ["ROUTERS", "Groups", "Router", "RouterLike", "SoftRouting", "SoftSlots", "Weighting", "build_router"]
+__all__ += ["AttentionVote", "ExpertChoice", "MultiCentroid", "TokenChoice"]
+__all__ += ["OracleRouter", "RandomRouter", "UniformRouter"]
 
 RouterLike: TypeAlias = str | Router | Callable[..., Router]
 """A name of :data:`ROUTERS`; a class or factory ``router(dim, num_experts, k=k, **kwargs)``; an instance."""
@@ -68,39 +54,30 @@ def build_router(
         ValueError: an unknown name, or an argument that the router does not take; an instance of other ``dim`` or
             ``num_experts``, or with ``kwargs``; K > E.
     """
-    if not isinstance(kwargs, Mapping | None):
-        raise ValueError(f"router_kwargs: got {kwargs!r}, expected a dictionary of arguments")
+    check(isinstance(kwargs, Mapping | None), "router_kwargs", repr(kwargs), "a dictionary of arguments")
     kwargs = dict(kwargs or {})
-    if router is SoftSlots or isinstance(router, SoftSlots):
-        raise ValueError("router: got SoftSlots, expected another router: its slots are for gmoe.SoftMoE")
+    check(SoftSlots not in (router, type(router)), "router", "SoftSlots", "another: its slots are for gmoe.SoftMoE")
     if isinstance(router, Router):
-        if kwargs:
-            raise ValueError(f"router_kwargs: got {kwargs!r} beside a router instance, expected none")
-        if (router.dim, router.num_experts) != (dim, num_experts):
-            got = f"an instance for dim={router.dim}, num_experts={router.num_experts}"
-            raise ValueError(f"router: got {got}, expected dim={dim}, num_experts={num_experts}")
+        check(not kwargs, "router_kwargs", f"{kwargs} beside a router instance", "none")
+        got = f"an instance for dim={router.dim}, num_experts={router.num_experts}"
+        fits = (router.dim, router.num_experts) == (dim, num_experts)
+        check(fits, "router", got, f"dim={dim}, num_experts={num_experts}")
         return router
     if isinstance(router, str):
         check_choice("router", router, ROUTERS)
         router = ROUTERS[router]
     if not callable(router):
         raise ValueError(f"router: got {router!r}, expected a name, a factory or an instance")
-    check_count("k", k)
-    if k > num_experts:
-        raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
-    signature = inspect.signature(router)
-    own_k = isinstance(router, partial) and "k" in router.keywords
-    # uniform and oracle fix their own
-    takes_k = any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    own = {"k": k} if takes_k and not own_k else {}
+    parameters = inspect.signature(router).parameters
+    takes_k = any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in parameters.values())  # uniform and oracle do not
+    bound = isinstance(router, partial) and "k" in router.keywords
+    given = {"k": k} if takes_k and not bound else {}
     try:
-        signature.bind(dim, num_experts, **own, **kwargs)
+        inspect.signature(router).bind(dim, num_experts, **given, **kwargs)
     except TypeError as error:
-        known = [name for name in signature.parameters if name not in ("dim", "num_experts", "k")]
+        known = [name for name in parameters if name not in ("dim", "num_experts", "k")]
         hint = nearest(next((name for name in kwargs if name not in known), ""), known)
-        expected = f"some of {', '.join(known)} ({error}){hint}"
-        raise ValueError(f"router_kwargs: got {kwargs!r}, expected {expected}") from error
-    built = router(dim, num_experts, **own, **kwargs)
-    if not isinstance(built, Router):
-        raise ValueError(f"router: got a factory that returned {type(built).__name__}, expected a Router")
+        raise ValueError(f"router_kwargs: got {kwargs!r}, expected some of {', '.join(known)}{hint}") from error
+    built = router(dim, num_experts, **given, **kwargs)
+    check(isinstance(built, Router), "router", f"a factory that returned {type(built).__name__}", "a Router")
     return built

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gmoe._autograd import first_order, untraced
-from gmoe.routers.base import Router, Weighting, float_linear, legal, pair_weights
+from gmoe._checks import check_choice, check_counts, check_positive
+from gmoe.routers.base import Router, Weighting, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
 
@@ -35,8 +37,8 @@ class AttentionVote(Router):
     .. math::
         \mathrm{votes}_j^e = \sum_i \mathrm{softmax}_j(q_i^e \cdot k_j^e / \sqrt{d})
 
-    Every token has one vote per expert, so votes average 1. Capacity and ties are those of :class:`ExpertChoice`; votes
-    that differ only by rounding are ties. Votes run along tokens: with ``weight="score"`` they are divided by the
+    Every token has one vote per expert, so votes average 1. Capacity and ties are those of :class:`ExpertChoice`. Votes
+    run along tokens: with ``weight="score"`` they are divided by the
     detached mean of the group's selected votes and capped at 10.
 
     Args:
@@ -77,19 +79,20 @@ class AttentionVote(Router):
         check_finite: bool = False,
     ) -> None:
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        self.capacity_factor = legal("capacity_factor", capacity_factor)
-        self.scope, self.shared_queries = legal("scope", scope, Scope), shared_queries
-        self.head_dim, self.init_scale = legal("head_dim", head_dim), legal("init_scale", init_scale)
+        check_positive("capacity_factor", capacity_factor)
+        check_choice("scope", scope, get_args(Scope))
+        check_counts(head_dim=head_dim)
+        check_positive("init_scale", init_scale)
+        self.capacity_factor, self.scope, self.shared_queries = capacity_factor, scope, shared_queries
+        self.head_dim, self.init_scale = head_dim, init_scale
         self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.query = nn.Linear(dim, (1 if shared_queries else num_experts) * head_dim, bias=False)
         self.key = nn.Linear(dim, num_experts * head_dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.query.reset_parameters()
+        reset_linear(self.query, self.init_scale)
         self.key.reset_parameters()
-        with torch.no_grad():
-            self.query.weight.mul_(self.init_scale)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         groups = Groups.of(group, len(x_TD))
@@ -97,25 +100,24 @@ class AttentionVote(Router):
         k_TEd = float_linear(x_TD, self.key).unflatten(-1, (self.num_experts, self.head_dim))
         if self.scope == "neighbors":
             if edge_index is None:
-                raise ValueError("edge_index: got None with scope='neighbors', expected the (2, num_edges) edges")
+                raise ValueError("edge_index: got None with scope='neighbors', expected (2, number of edges)")
             votes_TE = neighbor_votes(q_THd, k_TEd, edge_index)
         else:
             votes_TE = k_TEd.new_zeros(k_TEd.shape[:2])
-            for part in groups.batches():
+            for part in groups.batches(x_TD.device):
                 votes_BES = group_votes(part.take(q_THd).transpose(1, 2), part.take(k_TEd).transpose(1, 2), part.mask)
                 votes_TE = part.add(votes_TE, votes_BES.transpose(1, 2))
         capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
         log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
-        # a vote is a sum over voters: equal tokens come out equal up to rounding only
-        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, capacity, True, rounded=True)
+        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, capacity, along_tokens=True)
         weight_P = pair_weights(self.weight, log_gate_P, token_P, len(x_TD))
-        return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD))
+        return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD), checked=True)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shared_queries={self.shared_queries}, scope={self.scope!r}"
 
 
-def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None, block: int | None = None) -> Tensor:
+def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -> Tensor:
     """(B, H, S) how much each token is voted for by the tokens of its group; exact, in O(S) memory.
 
     A block of voters at a time, whose softmax the backward pass computes again; the softmax of small groups is kept.
@@ -124,54 +126,26 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None, b
         q_BHSd: queries, already divided by sqrt(d); H may be 1 where all heads share them.
         k_BHSd: keys.
         mask_BS: which slots hold a token; ``None`` for all.
-        block: voters at a time; by default all of a small group, else as many as fit ``BLOCK_ELEMENTS``.
     """
     size = k_BHSd.size(2)
-    small = size <= KEPT * k_BHSd.size(3)
-    if block is None:
-        block = size if small else BLOCK_ELEMENTS // max(k_BHSd.shape[:-1].numel(), 1)
-    if small and block >= size:
-        return _shares(q_BHSd, k_BHSd, mask_BS, slice(None)).sum(dim=2)
-    block = math.ceil(size / math.ceil(size / max(block, 1)))  # as many as fit, of nearly equal length
-    votes_BHS: Tensor = _BlockedVotes.apply(q_BHSd, k_BHSd, mask_BS, block)
+    if size <= KEPT * k_BHSd.size(3):
+        return _votes(q_BHSd, k_BHSd, mask_BS, slice(None))
+    at_once = max(BLOCK_ELEMENTS // max(k_BHSd.shape[:-1].numel(), 1), 1)
+    block = math.ceil(size / math.ceil(size / at_once))  # as many as fit, of nearly equal length
+    votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
+    for start, q_BHbd in zip(range(0, size, block), q_BHSd.split(block, dim=2), strict=True):
+        args = q_BHbd, k_BHSd, mask_BS, slice(start, start + block)
+        votes_BHS = votes_BHS + checkpoint(_votes, *args, use_reentrant=False, preserve_rng_state=False)
     return votes_BHS
 
 
-class _BlockedVotes(torch.autograd.Function):
-    """votes_j = sum_i p_ij with p_ij the softmax of s_ij = q_i . k_j, of which a block of voters is held at a time.
-
-    With g_j the gradient of votes_j, that of s_ij is p_ij (g_j - sum_l p_il g_l).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, block: int) -> Tensor:
-        ctx.save_for_backward(q_BHSd, k_BHSd, mask_BS)
-        ctx.blocks = [slice(start, start + block) for start in range(0, k_BHSd.size(2), block)]
-        votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
-        for rows in ctx.blocks:
-            votes_BHS += _shares(q_BHSd, k_BHSd, mask_BS, rows).sum(dim=2)
-        return votes_BHS
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        q_BHSd, k_BHSd, mask_BS = ctx.saved_tensors
-        grad_q, grad_k = torch.empty_like(q_BHSd), torch.zeros_like(k_BHSd)
-        for rows in ctx.blocks:
-            p_BHbS = _shares(q_BHSd, k_BHSd, mask_BS, rows)
-            grad_s = (grad_BHS[:, :, None] - p_BHbS @ grad_BHS[..., None]).mul_(p_BHbS)
-            grad_q[:, :, rows] = (grad_s @ k_BHSd).sum_to_size(q_BHSd[:, :, rows].shape)
-            grad_k += grad_s.transpose(-1, -2) @ q_BHSd[:, :, rows]
-        return grad_q, grad_k, None, None
-
-
-def _shares(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, rows: slice) -> Tensor:
-    """(B, H, b, S) how the voters in ``rows`` spread their votes; padding neither votes nor is voted for."""
-    scores_BHbS = q_BHSd[:, :, rows] @ k_BHSd.transpose(-1, -2)
+def _votes(q_BHbd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, voters: slice) -> Tensor:
+    """(B, H, S) the votes of some voters; padding neither votes nor is voted for."""
+    scores_BHbS = q_BHbd @ k_BHSd.transpose(-1, -2)
     if mask_BS is None:
-        return scores_BHbS.softmax(dim=-1)
+        return scores_BHbS.softmax(dim=-1).sum(dim=2)
     shares_BHbS = scores_BHbS.masked_fill_(~mask_BS[:, None, None], -torch.inf).softmax(dim=-1)
-    return shares_BHbS * mask_BS[:, None, rows, None]
+    return (shares_BHbS * mask_BS[:, None, voters, None]).sum(dim=2)
 
 
 @untraced  # which knows no sparse tensors
@@ -186,93 +160,58 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
         k_THd: keys.
         edge_index: (2, num_edges) from voters to those they vote for.
     """
-    graph = _sorted(edge_index, k_THd.size(0))
-    with torch.autocast(k_THd.device.type, enabled=False):
-        votes: Tensor = _NeighborVotes.apply(q_THd, k_THd, graph)
-    return votes
-
-
-class _Edges(NamedTuple):
-    """Edges sorted by source (a row a voter), and how they are sorted by destination.
-
-    ``ends`` (T + 1,) are the ends of the voters' rows, ``by_dst_M`` the edges in the order of their destinations, and
-    ``dst_ends`` and ``dst_src_M`` the ends of those rows and their sources.
-    """
-
-    ends: Tensor
-    src_M: Tensor
-    dst_M: Tensor
-    by_dst_M: Tensor
-    dst_ends: Tensor
-    dst_src_M: Tensor
-
-
-class _NeighborVotes(torch.autograd.Function):
-    """votes_j = sum_i p_ij with p_ij the softmax of s_ij = q_i . k_j over the out-neighbors j of i.
-
-    With g_j the gradient of votes_j, that of s_ij is p_ij (g_j - sum_l p_il g_l).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q_THd: Tensor, k_THd: Tensor, graph: _Edges) -> Tensor:
-        votes_HT, shares = k_THd.new_empty(k_THd.size(1), k_THd.size(0)), []
-        for head in range(k_THd.size(1)):
-            p_M = _scores(_head(q_THd, head), _head(k_THd, head), graph)
-            p_M -= _reduce(p_M, "max", graph.ends).index_select(0, graph.src_M)
-            p_M.exp_()
-            p_M /= _reduce(p_M, "sum", graph.ends).index_select(0, graph.src_M)
-            votes_HT[head] = _reduce(p_M.index_select(0, graph.by_dst_M), "sum", graph.dst_ends)
-            shares.append(p_M)
-        ctx.graph = graph
-        ctx.save_for_backward(q_THd, k_THd, *shares)
-        return votes_HT.T
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
-        q_THd, k_THd, *shares = ctx.saved_tensors
-        graph: _Edges = ctx.graph
-        grad_q, grad_k = torch.zeros_like(q_THd), torch.empty_like(k_THd)
-        with torch.autocast(k_THd.device.type, enabled=False):
-            for head, p_M in enumerate(shares):
-                grad_M = grad_TH[:, head].contiguous().index_select(0, graph.dst_M)
-                mean_T = _reduce(p_M * grad_M, "sum", graph.ends)
-                grad_M.sub_(mean_T.index_select(0, graph.src_M)).mul_(p_M)
-                forth = _matrix(graph.ends, graph.dst_M, grad_M)
-                back = _matrix(graph.dst_ends, graph.dst_src_M, grad_M.index_select(0, graph.by_dst_M))
-                grad_q[:, min(head, q_THd.size(1) - 1)] += _product(forth, _head(k_THd, head))
-                grad_k[:, head] = _product(back, _head(q_THd, head))
-        return grad_q, grad_k, None
-
-
-def _sorted(edge_index: Tensor, num_tokens: int) -> _Edges:
-    itself_T = torch.arange(num_tokens, device=edge_index.device)
-    proper = edge_index[:, edge_index[0] != edge_index[1]]
-    src_M, dst_M = torch.cat([proper, itself_T.expand(2, -1)], dim=1)
+    num_tokens, heads = k_THd.shape[:2]
+    self_loops = torch.arange(num_tokens, device=edge_index.device).expand(2, -1)
+    src_M, dst_M = torch.cat([edge_index[:, edge_index[0] != edge_index[1]], self_loops], dim=1)
     src_M, by_src_M = src_M.sort(stable=True)
     dst_M = dst_M.index_select(0, by_src_M)
     sorted_dst_M, by_dst_M = dst_M.sort(stable=True)
     starts = torch.arange(num_tokens + 1, device=src_M.device)
     ends, dst_ends = torch.searchsorted(src_M, starts), torch.searchsorted(sorted_dst_M, starts)
-    return _Edges(ends, src_M, dst_M, by_dst_M, dst_ends, src_M.index_select(0, by_dst_M))
+    graph = _Edges(ends, src_M, dst_M, dst_ends, src_M.index_select(0, by_dst_M), by_dst_M)
+    votes = []
+    with torch.autocast(k_THd.device.type, enabled=False):
+        for q_Td, k_Td in zip(q_THd.expand(-1, heads, -1).unbind(1), k_THd.unbind(1), strict=True):
+            score_M: Tensor = _Scores.apply(q_Td.contiguous(), k_Td.contiguous(), graph)
+            best_T = torch.segment_reduce(score_M.detach(), "max", offsets=ends, unsafe=True)
+            share_M = (score_M - best_T.index_select(0, src_M)).exp()
+            total_T = torch.segment_reduce(share_M, "sum", offsets=ends, unsafe=True)
+            share_M = share_M / total_T.index_select(0, src_M)
+            share_M = share_M.index_select(0, by_dst_M)
+            votes.append(torch.segment_reduce(share_M, "sum", offsets=dst_ends, unsafe=True))
+    return torch.stack(votes, dim=1)
 
 
-def _head(value_THd: Tensor, head: int) -> Tensor:
-    """(T, d), of the only one where heads share it."""
-    return value_THd[:, min(head, value_THd.size(1) - 1)].contiguous()
+class _Edges(NamedTuple):
+    """Edges sorted by source, and how they are sorted by destination; ends (T + 1,) are those of each token's rows."""
+
+    ends: Tensor
+    src_M: Tensor
+    dst_M: Tensor
+    dst_ends: Tensor
+    src_by_dst_M: Tensor
+    by_dst_M: Tensor
 
 
-def _scores(q_Td: Tensor, k_Td: Tensor, graph: _Edges) -> Tensor:
-    """(M,) the product of each edge's query and key."""
-    if len(graph.dst_M) > len(q_Td) ** 2:  # a small graph with parallel edges, for which sampled_addmm has no room
-        return torch.linalg.vecdot(q_Td.index_select(0, graph.src_M), k_Td.index_select(0, graph.dst_M))
-    pattern = _matrix(graph.ends, graph.dst_M, torch.zeros_like(graph.dst_M, dtype=k_Td.dtype))
-    return torch.sparse.sampled_addmm(pattern, q_Td, k_Td.T, beta=0.0).values()
+class _Scores(torch.autograd.Function):
+    """(M,) the product of each edge's query and key, whose gradients are sparse products too."""
 
+    @staticmethod
+    def forward(ctx: Any, q_Td: Tensor, k_Td: Tensor, graph: _Edges) -> Tensor:
+        ctx.graph = graph
+        ctx.save_for_backward(q_Td, k_Td)
+        if len(graph.dst_M) > len(q_Td) ** 2:  # parallel edges of a small graph, for which sampled_addmm has no room
+            return torch.linalg.vecdot(q_Td.index_select(0, graph.src_M), k_Td.index_select(0, graph.dst_M))
+        pattern = _matrix(graph.ends, graph.dst_M, torch.zeros_like(graph.dst_M, dtype=k_Td.dtype))
+        return torch.sparse.sampled_addmm(pattern, q_Td, k_Td.T, beta=0.0).values()
 
-def _reduce(value_M: Tensor, how: str, ends: Tensor) -> Tensor:
-    """(T,) of each token's stretch of edges, which always has its self-loop."""
-    return torch.segment_reduce(value_M, how, offsets=ends, unsafe=True)
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, Tensor, None]:
+        (q_Td, k_Td), graph = ctx.saved_tensors, ctx.graph
+        forth = _matrix(graph.ends, graph.dst_M, grad_M)
+        back = _matrix(graph.dst_ends, graph.src_by_dst_M, grad_M.index_select(0, graph.by_dst_M))
+        return _product(forth, k_Td), _product(back, q_Td), None
 
 
 def _matrix(ends: Tensor, column_M: Tensor, value_M: Tensor) -> Tensor:

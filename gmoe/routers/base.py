@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from gmoe._checks import check_at_least, check_choice, check_count, check_positive
-from gmoe.distributed import world_sums
-from gmoe.routing import Routing, in_backward
+from gmoe._autograd import in_transform
+from gmoe._checks import check, check_choice, check_counts
+from gmoe.distributed import world_sum
+from gmoe.losses import square_sum
+from gmoe.routing import INTEGERS, AuxLoss, Routing, check_range, described
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
-Option = TypeVar("Option")
 
 MAX_WEIGHT = 10.0
 """Cap of a ``"score"`` weight; only gates that run along tokens reach it."""
@@ -43,10 +45,10 @@ class Router(nn.Module, ABC):
     Attributes:
         experts_per_token: average number of experts per token; compute scales with it.
         process_group: under ``torch.distributed``, losses and counters are those of the tokens of all processes of this
-            group, ``None`` (default) for all there are. One collective a forward in training with gradients, so that
-            every process has to call the router; not in the forward of a reentrant checkpoint, which has none. Where
-            tokens compete (expert choice, votes, capacities), they do so inside a process. A router with a group of
-            its own can be neither copied nor pickled.
+            group, ``None`` (default) for all there are. One collective a forward in training with gradients (one more
+            for a z-loss), so that every process has to call the router; not in the forward of a reentrant
+            checkpoint, which has none. Where tokens compete (expert choice, votes, capacities), they do so inside a
+            process. A router with a group of its own can be neither copied nor pickled.
 
     Shapes:
         - ``x``: (..., T, D); leading dimensions are groups, without them all tokens are one group.
@@ -64,15 +66,14 @@ class Router(nn.Module, ABC):
         self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None, check_finite: bool = False
     ) -> None:
         super().__init__()
-        self.dim, self.num_experts, self.k = legal("dim", dim), legal("num_experts", num_experts), legal("k", k)
-        if k > num_experts:
-            raise ValueError(f"k: got {k}, expected at most num_experts={num_experts}")
-        self.weight: Weighting = legal("weight", weight or "score", Weighting)
-        if weight == "normalized" and k == 1:
-            raise ValueError(
-                "weight: got 'normalized' with k=1, where a token's only weight is the constant 1 and the router gets "
-                "no gradient from the task; expected 'score' or 'straight_through', or k >= 2"
-            )
+        weight = weight or "score"
+        check_counts(dim=dim, num_experts=num_experts, k=k)
+        check(k <= num_experts, "k", k, f"at most num_experts={num_experts}")
+        check_choice("weight", weight, get_args(Weighting))
+        constant = weight == "normalized" and k == 1
+        check(not constant, "weight", "'normalized' with k=1, the constant 1 without a gradient", "another, or k >= 2")
+        self.dim, self.num_experts, self.k = dim, num_experts, k
+        self.weight: Weighting = weight
         self.check_finite = check_finite
         self.experts_per_token = float(k)
         self.process_group: Any = None
@@ -94,39 +95,32 @@ class Router(nn.Module, ABC):
 
     def forward(self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None) -> Routing:
         """Route ``x``; see the class."""
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not torch.compiler.is_compiling() and in_transform():
             raise RuntimeError("torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers")
         if not isinstance(x, Tensor) or x.dim() < 2 or x.size(-1) != self.dim or not x.is_floating_point():
             raise ValueError(f"x: got {described(x)}, expected (..., T, dim={self.dim}), a tensor of floats")
-        group: Tensor | int = x.size(-2)
-        if batch is not None:
-            shape = x.shape[:-1]
-            if not isinstance(batch, Tensor) or batch.shape != shape or batch.is_floating_point() or batch.is_complex():
-                got = described(batch)
-                raise ValueError(f"batch: got {got}, expected one integer a token, a tensor of {tuple(shape)}")
-            group = batch.reshape(-1)
+        if batch is not None and (getattr(batch, "dtype", None) not in INTEGERS or batch.shape != x.shape[:-1]):
+            raise ValueError(f"batch: got {described(batch)}, expected integers, a tensor of {tuple(x.shape[:-1])}")
         x_TD = x.reshape(-1, self.dim)
-        # a finite sum has finite terms, and is cheaper to have; one that is not may have overflowed
-        if self.check_finite and not bool(x_TD.detach().sum().isfinite()) and not bool(x_TD.isfinite().all()):
-            raise ValueError(f"x: got {int((~x_TD.isfinite()).sum())} values that are NaN or infinite, expected none")
         if edge_index is not None:
             check_edge_index(edge_index, x_TD.size(0), x_TD.size(0))
+        if self.check_finite and not bool(x_TD.isfinite().all()):
+            raise ValueError(f"x: got {int((~x_TD.isfinite()).sum())} values that are NaN or infinite, expected none")
+        group = x.size(-2) if batch is None else batch.reshape(-1)
         with torch.autocast(x.device.type, enabled=False):
             routing = self.route(x_TD.to(torch.promote_types(x.dtype, torch.float32)), group, edge_index)
-        if not isinstance(routing, Routing):
-            raise ValueError(f"route: got {described(routing)}, expected a Routing from {type(self).__name__}.route")
-        if routing.num_tokens != x_TD.size(0) or routing.offsets.numel() != self.num_experts:
-            got = f"{routing.num_tokens} tokens and {routing.offsets.numel()} experts"
-            legal = f"{x_TD.size(0)} and {self.num_experts}"
-            raise ValueError(f"route: got a Routing of {got} from {type(self).__name__}, expected {legal}")
+        if not isinstance(routing, Routing) or routing.scores.shape != (x_TD.size(0), self.num_experts):
+            got = repr(routing) if isinstance(routing, Routing) else described(routing)
+            expected = f"a Routing of {x_TD.size(0)} tokens, {self.num_experts} experts"
+            raise ValueError(f"route: got {got} from {type(self).__name__}, expected {expected}")
         if routing.losses and self.training and not torch.is_grad_enabled():
-            routing = replace(routing, detached=True)
+            routing = replace(routing, detached=True, checked=True)
         return routing
 
     def _top_k(self, ranked_TE: Tensor, log_gate_TE: Tensor) -> tuple[Tensor, Tensor]:
         """(T, K) each token's best experts, best first, ties to the lowest index; and (T, K) their weights."""
         if self.k == 1:  # the first of equal maxima, unlike topk
-            expert_TK = ranked_TE.detach().max(dim=-1, keepdim=True).indices
+            expert_TK = ranked_TE.detach().argmax(dim=-1, keepdim=True)
         else:
             expert_TK = ranked_TE.detach().argsort(dim=-1, descending=True, stable=True)[:, : self.k]
         log_gate_TK = log_gate_TE.gather(1, expert_TK)
@@ -137,17 +131,27 @@ class Router(nn.Module, ABC):
         return expert_TK, log_gate_TK.exp()
 
     def summed(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over tokens, over the tokens of all processes: one collective, in training with gradients only.
+        """Sum over the processes what was summed over tokens: one collective, in training with gradients only.
 
         Every process has to come here, also one without tokens.
         """
-        if not parts or not self.training or not torch.is_grad_enabled():
+        if not (self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
             return parts
-        return dict(zip(parts, world_sums(list(parts.values()), self.process_group), strict=True))
+        total = world_sum(torch.cat([part.view(-1) for part in parts.values()]), self.process_group)
+        sums = total.split([part.numel() for part in parts.values()])
+        return {name: one.view_as(part) for (name, part), one in zip(parts.items(), sums, strict=True)}
+
+    def z_loss(self, logits_TE: Tensor, coefficient: float) -> dict[str, AuxLoss]:
+        """The router z-loss over the tokens of all processes by name; nothing at a coefficient of 0."""
+        if coefficient == 0:
+            return {}
+        sums = self.summed({"z": square_sum(logits_TE), "tokens": logits_TE.new_tensor(len(logits_TE))})
+        return {"z": AuxLoss(sums["z"] / sums["tokens"].clamp(min=1), coefficient)}
 
     def is_training_step(self) -> bool:
-        """Whether this forward moves the counters: not in evaluation, not when a checkpoint recomputes it."""
-        return self.training and not in_backward()
+        """True if this forward moves the counters: not in evaluation, nor when a checkpoint recomputes it."""
+        # what torch.utils.checkpoint itself asks; a compiled checkpoint recomputes without Python
+        return self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """Keep counters and frozen projections in float32 at least: in bfloat16 a bias's steps would round away."""
@@ -165,25 +169,6 @@ class Router(nn.Module, ABC):
         return f"{self.dim}, {self.num_experts}, k={self.k}, weight={self.weight!r}"
 
 
-def legal(name: str, value: Option, choices: Any = None) -> Option:
-    """``value``, if the option of that name may have it: one of a ``Literal``, or a number in range."""
-    number: Any = value
-    if choices is not None:
-        check_choice(name, value, get_args(choices))
-    elif name in ("dim", "num_experts", "k", "num_centroids", "head_dim", "slots"):
-        check_count(name, number)
-    elif name in ("capacity_factor", "init_scale", "temperature"):
-        check_positive(name, number)
-    else:
-        check_at_least(name, number, 0)
-    return value
-
-
-def described(value: object) -> str:
-    """What a caller gave, for an error."""
-    return f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-
-
 def pair_weights(weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_tokens: int) -> Tensor:
     """(P,) the weights of any pairs from the logarithms of their gates."""
     if weighting == "score":
@@ -198,22 +183,23 @@ def pair_weights(weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_
 
 def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
     """``linear(x)`` in the precision of ``x``, at least float32: a model in bfloat16 still scores in float32."""
-    if type(linear) is not nn.Linear:  # somebody's own, or a quantized one, whose weight is no tensor
+    if type(linear) is not nn.Linear:  # a user's, or a quantized one, whose weight is no tensor
         weight: Any = getattr(linear, "weight", None)
-        own = linear(x_TD.to(weight.dtype) if isinstance(weight, Tensor) else x_TD)
-        return torch.as_tensor(own).to(x_TD.dtype)
+        y = linear(x_TD.to(weight.dtype) if isinstance(weight, Tensor) else x_TD)
+        return torch.as_tensor(y).to(x_TD.dtype)
     return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
+
+
+def reset_linear(linear: nn.Linear, scale: float) -> None:
+    """Draw the weights as ``nn.Linear`` does, times ``scale``."""
+    linear.reset_parameters()
+    with torch.no_grad():
+        linear.weight.mul_(scale)
 
 
 def check_edge_index(edge_index: Tensor, num_src: int, num_dst: int) -> None:
     """Refuse edges that point outside the nodes. CPU tensors only: elsewhere it would cost a host sync."""
-    no_index = edge_index.is_floating_point() or edge_index.is_complex() or edge_index.dtype == torch.bool
-    if edge_index.dim() != 2 or edge_index.size(0) != 2 or no_index:
+    if edge_index.dtype not in INTEGERS or edge_index.dim() != 2 or edge_index.size(0) != 2:
         raise ValueError(f"edge_index: got {described(edge_index)}, expected (2, number of edges), integers")
-    if edge_index.device.type != "cpu" or edge_index.size(1) == 0:
-        return
-    for row_M, name, bound in zip(edge_index, ("source", "destination"), (num_src, num_dst), strict=True):
-        low, high = (int(value) for value in torch.as_tensor(row_M).aminmax())
-        if low < 0 or high >= bound:
-            bad = low if low < 0 else high
-            raise ValueError(f"edge_index: got {name} node {bad}, expected values in 0..{bound - 1}")
+    for row_M, bound in zip(edge_index, (num_src, num_dst), strict=True):
+        check_range("edge_index", torch.as_tensor(row_M), bound)

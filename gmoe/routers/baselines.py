@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gmoe.routers.base import Router, Weighting, described
-from gmoe.routing import Routing
+from gmoe._checks import check
+from gmoe.routers.base import Router, Weighting
+from gmoe.routing import INTEGERS, Routing, check_range, described
 
 
 class RandomRouter(Router):
@@ -46,7 +47,7 @@ class RandomRouter(Router):
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         log_probs_TE = (x_TD @ self.projection_DE.to(x_TD.dtype)).log_softmax(dim=-1)
         expert_TK, weight_TK = self._top_k(log_probs_TE, log_probs_TE)
-        return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp())
+        return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), checked=True)
 
 
 class UniformRouter(Router):
@@ -70,7 +71,7 @@ class UniformRouter(Router):
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         scores_TE = x_TD.new_full((len(x_TD), self.num_experts), 1.0 / self.num_experts)
         experts_TE = torch.arange(self.num_experts, device=x_TD.device).expand(len(x_TD), -1)
-        return Routing.from_choices(experts_TE, scores_TE, self.num_experts, scores_TE)
+        return Routing.from_choices(experts_TE, scores_TE, self.num_experts, scores_TE, checked=True)
 
 
 class OracleRouter(Router):
@@ -93,11 +94,9 @@ class OracleRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, assignment: Tensor, *, check_finite: bool = False) -> None:
         super().__init__(dim, num_experts, k=1, check_finite=check_finite)
-        if assignment.dim() != 1 or assignment.is_floating_point():
-            raise ValueError(f"assignment: got {described(assignment)}, expected (T,) integers")
-        low, high = (int(value) for value in assignment.aminmax()) if assignment.numel() else (0, 0)
-        if low < 0 or high >= num_experts:
-            raise ValueError(f"assignment: got values in {low}..{high}, expected 0..num_experts-1={num_experts - 1}")
+        fits = assignment.dim() == 1 and assignment.dtype in INTEGERS
+        check(fits, "assignment", described(assignment), "(T,) integers")
+        check_range("assignment", assignment, num_experts)
         self.assignment = assignment  # what a buffer that went through the meta device is restored from
         self.register_buffer("assignment_T", assignment.long())
 
@@ -105,7 +104,7 @@ class OracleRouter(Router):
         self.assignment_T.copy_(self.assignment)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        if len(x_TD) != len(self.assignment_T):
-            raise ValueError(f"x: got {len(x_TD)} tokens, expected the {len(self.assignment_T)} assigned ones")
+        num_tokens, assigned = len(x_TD), len(self.assignment_T)
+        check(num_tokens == assigned, "x", f"{num_tokens} tokens", f"{assigned} assigned ones")
         expert_T1 = self.assignment_T[:, None]
         return Routing.from_choices(expert_T1, x_TD.new_ones(expert_T1.shape), self.num_experts)

@@ -18,13 +18,13 @@ class GroupBatch(NamedTuple):
     """Groups that are padded to one size: b groups of s slots.
 
     Args:
-        group: (b,) the groups; ``None`` for all of them.
+        group: (b,) the groups.
         shape: b and s.
         token: (b * s,) the token in each slot; ``None`` where all tokens lie group by group.
-        mask: (b, s) which slots hold a token, the first ones of a group; ``None`` for all.
+        mask: (b, s) True for slots that hold a token, the first ones of a group; ``None`` for all.
     """
 
-    group: Tensor | None
+    group: Tensor
     shape: tuple[int, int]
     token: Tensor | None
     mask: Tensor | None
@@ -63,10 +63,8 @@ class Groups:
 
     @classmethod
     def of(cls, group: Tensor | int, num_tokens: int) -> Groups:
-        """What a router's ``route`` is given: (T,) group ids, which may be unsorted and have gaps; or the number of
-        tokens in each of equal groups."""
-        # torch.jit.trace makes tensors of sizes
-        if not isinstance(group, Tensor) or group.dim() == 0 or num_tokens == 0:
+        """Read what ``route`` is given: (T,) group ids, unsorted and with gaps allowed; or the size of equal groups."""
+        if not isinstance(group, Tensor) or group.dim() == 0 or num_tokens == 0:  # jit.trace makes tensors of sizes
             size = int(group) if num_tokens else 0
             return cls(num_tokens, num_tokens // max(size, 1), size)
         if torch._C._get_tracing_state() is not None:
@@ -91,17 +89,16 @@ class Groups:
         capacity_B = (self.counts.double() * share - slack).ceil().long().clamp(min=1).minimum(self.counts)
         return capacity_B.to(self.index.device)
 
-    def batches(self) -> list[GroupBatch]:
+    def batches(self, device: torch.device) -> list[GroupBatch]:
         """Batches of padded groups that hold each token once.
 
         Equal groups make one batch without a mask. Ragged groups are bucketed by size, so that a padded group is at
         most twice as long as the group itself; padding slots repeat the group's first token.
         """
-        if self.counts is None:
-            return [GroupBatch(None, (self.num_groups, self.size), self.order, None)]
-        assert self.index is not None
-        device, first_B = self.index.device, self.counts.cumsum(0) - self.counts
-        bucket_B = self.counts.double().log2().ceil()
+        if self.index is None or self.counts is None:
+            group = torch.arange(self.num_groups, device=device)
+            return [GroupBatch(group, (self.num_groups, self.size), self.order, None)]
+        first_B, bucket_B = self.counts.cumsum(0) - self.counts, self.counts.double().log2().ceil()
         batches = []
         for bucket in bucket_B.unique():
             group = (bucket_B == bucket).nonzero().view(-1)
@@ -115,94 +112,53 @@ class Groups:
     def logsumexp(self, logits_TE: Tensor) -> Tensor:
         """(T, E) for each token, the log-sum-exp over all tokens of its group."""
         lse_BE = logits_TE.new_zeros(self.num_groups, logits_TE.size(1))
-        for part in self.batches():
-            part_BE = part.take(logits_TE, padding=-torch.inf).logsumexp(dim=1)
-            lse_BE = part_BE if part.group is None else lse_BE.index_copy(0, part.group, part_BE)
-        if self.index is None:
-            return lse_BE.repeat_interleave(self.size, dim=0, output_size=self.num_tokens)
-        return lse_BE.index_select(0, self.index)
+        for part in self.batches(logits_TE.device):
+            lse_BE = lse_BE.index_copy(0, part.group, part.take(logits_TE, padding=-torch.inf).logsumexp(dim=1))
+        return lse_BE.index_select(0, self.of_tokens(torch.arange(self.num_tokens, device=logits_TE.device)))
 
-    def top_tokens(self, scores_TE: Tensor, capacity: int | Tensor, tolerance: float = 0.0) -> Tensor:
-        """(E, sum of C) the ``capacity`` best tokens of each group for each expert, ascending in token index.
+    def top_tokens(self, scores_TE: Tensor, capacity: int | Tensor) -> Tensor:
+        """(E, T) True for the ``capacity`` best tokens of each group for each expert.
 
-        Ties go to the lowest token index. Every expert gets the same number of tokens.
+        Ties go to the lowest token index; NaN counts as infinity. Every expert gets the same number of tokens.
 
         Args:
             scores_TE: the scores.
             capacity: C, for all groups or (B,).
-            tolerance: runs of the ranking whose scores differ relatively by at most this are ties (default 0).
         """
-        token_T = torch.arange(self.num_tokens, device=scores_TE.device)
-        chosen = []
-        for part in self.batches():
-            scores_BSE = part.take(scores_TE, padding=-torch.inf)
-            if tolerance == 0 and isinstance(capacity, int) and scores_TE.device.type == "cpu" and self.num_tokens:
-                chosen_ET = _largest(scores_BSE, capacity).transpose(0, 1).flatten(1)
-                if part.token is not None:
-                    chosen_ET = torch.zeros_like(chosen_ET).index_copy(1, part.token, chosen_ET)
-                return chosen_ET.nonzero()[:, 1].view(len(chosen_ET), -1)
-            slot_BSE = scores_BSE.argsort(dim=1, descending=True, stable=True)
-            if tolerance > 0:
-                slot_BSE = _order_ties(slot_BSE, scores_BSE.gather(1, slot_BSE), tolerance)
-            if isinstance(capacity, int):
-                slot_BSE = slot_BSE[:, :capacity]
-            token_EBS = part.take(token_T)[..., None].expand_as(scores_BSE).gather(1, slot_BSE).permute(2, 0, 1)
-            if isinstance(capacity, Tensor):
-                place_S = torch.arange(part.shape[1], device=capacity.device)
-                token_EBS = token_EBS[:, place_S < capacity[part.group, None]]
-            chosen.append(token_EBS.flatten(1))
-        return torch.cat(chosen, dim=1).sort(dim=1).values
+        scores_TE = torch.where(scores_TE.isnan(), torch.inf, scores_TE)
+        chosen_TE = torch.zeros_like(scores_TE, dtype=torch.uint8)
+        for part in self.batches(scores_TE.device):
+            scores_BES = part.take(scores_TE, padding=-torch.inf).transpose(1, 2).contiguous()
+            take: int | Tensor
+            if isinstance(capacity, int):  # topk takes a tenth of the time of a stable sort
+                take, last_BE1 = capacity, scores_BES.topk(capacity, dim=2).values[..., -1:]
+            else:
+                take = capacity[part.group, None, None]
+                best_BEC = scores_BES.topk(int(take.max()), dim=2).values
+                last_BE1 = best_BEC.gather(2, (take - 1).expand(-1, scores_BES.size(1), -1))
+            above_BES, tie_BES = scores_BES > last_BE1, scores_BES == last_BE1
+            missing_BE1 = take - above_BES.sum(dim=2, keepdim=True)
+            chosen_BES = above_BES | (tie_BES & (tie_BES.cumsum(dim=2) <= missing_BE1))
+            chosen_TE = part.add(chosen_TE, chosen_BES.transpose(1, 2).byte())
+        return chosen_TE.T.bool()
 
     def best_pairs(
-        self, scores_TE: Tensor, log_gate_TE: Tensor, capacity: int | Tensor, along_tokens: bool, rounded: bool
+        self, scores_TE: Tensor, log_gate_TE: Tensor, capacity: int | Tensor, along_tokens: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs of each expert's :meth:`top_tokens`, and (P,) the logarithms of their gates.
 
         Gates that run along tokens are divided by their mean over the pairs of the group, which has no gradient.
-        ``rounded`` scores are ties where they differ by rounding only.
         """
-        tolerance = 8 * torch.finfo(scores_TE.dtype).eps if rounded else 0.0
-        token_P, offsets_E = pairs_of_experts(self.top_tokens(scores_TE.detach(), capacity, tolerance))
+        per_expert = capacity * self.num_groups if isinstance(capacity, int) else int(capacity.sum())
+        chosen_ET = self.top_tokens(scores_TE.detach(), capacity)
+        token_P, offsets_E = pairs_of_mask(chosen_ET, len(chosen_ET) * per_expert)
         log_gate_P = gather_pairs(log_gate_TE, token_P, offsets_E)
-        if not along_tokens:
-            return token_P, offsets_E, log_gate_P
-        gate_P, group_P = log_gate_P.detach().exp(), self.of_tokens(token_P)
-        total_B = gate_P.new_zeros(self.num_groups).index_add(0, group_P, gate_P)
-        pairs_B = gate_P.new_zeros(self.num_groups).index_add(0, group_P, torch.ones_like(gate_P))
-        mean_B = (total_B / pairs_B).clamp(min=torch.finfo(gate_P.dtype).tiny)
-        return token_P, offsets_E, log_gate_P - mean_B.log().index_select(0, group_P)
-
-
-def _largest(scores_BSE: Tensor, capacity: int) -> Tensor:
-    """(B, E, S) whether a slot has one of the C largest scores of its group and expert; ties go to the lowest slot.
-
-    By the C-th largest score, without sorting: a tenth of the time, but on a GPU one host sync. NaN counts as infinity.
-    """
-    scores_BES = scores_BSE.transpose(1, 2).contiguous()
-    scores_BES = torch.where(scores_BES.isnan(), torch.inf, scores_BES)
-    cut_BE1 = scores_BES.kthvalue(scores_BES.size(2) - capacity + 1, dim=2, keepdim=True).values
-    above_BES, tie_BES = scores_BES > cut_BE1, scores_BES == cut_BE1
-    missing_BE1 = capacity - above_BES.sum(dim=2, keepdim=True)
-    return above_BES | (tie_BES & (tie_BES.cumsum(dim=2) <= missing_BE1))
-
-
-def _order_ties(slot_BSE: Tensor, score_BSE: Tensor, tolerance: float) -> Tensor:
-    """Slots that are sorted by score, best first, with runs of nearly equal scores sorted by slot.
-
-    Args:
-        slot_BSE: the slots.
-        score_BSE: their scores.
-        tolerance: relative difference up to which neighbors belong to one run, and a run as a whole is a tie.
-    """
-    before, after = score_BSE[:, :-1], score_BSE[:, 1:]
-    run_BSE = torch.zeros_like(slot_BSE)
-    run_BSE[:, 1:] = ((before - after) > tolerance * before.abs()).cumsum(dim=1)
-    # a run is a tie only as a whole: where scores lie densely, neighbors are near each other but the ends are not
-    worst_BSE = torch.full_like(score_BSE, torch.inf).scatter_reduce(1, run_BSE, score_BSE, "amin").gather(1, run_BSE)
-    best_BSE = torch.full_like(score_BSE, -torch.inf).scatter_reduce(1, run_BSE, score_BSE, "amax").gather(1, run_BSE)
-    place_S1 = torch.arange(slot_BSE.size(1), device=slot_BSE.device)[:, None]
-    within_BSE = torch.where(best_BSE - worst_BSE <= tolerance * best_BSE.abs(), slot_BSE, place_S1)
-    return slot_BSE.gather(1, (run_BSE * len(place_S1) + within_BSE).argsort(dim=1))
+        if along_tokens:
+            group_P, mean_B = self.of_tokens(token_P), log_gate_P.detach().new_ones(self.num_groups)
+            mean_B = mean_B.scatter_reduce(0, group_P, log_gate_P.detach().exp(), "mean", include_self=False)
+            mean_B = mean_B.clamp(min=torch.finfo(mean_B.dtype).tiny)
+            log_gate_P = log_gate_P - mean_B.log().index_select(0, group_P)
+        return token_P, offsets_E, log_gate_P
 
 
 def drop_over_capacity(
@@ -224,25 +180,17 @@ def drop_over_capacity(
     kept_P = queue_P[place_P < capacity]
     mask_ET = torch.zeros(num_experts, num_tokens, dtype=torch.bool, device=token_P.device)
     mask_ET[expert_P[kept_P], token_P[kept_P]] = True
-    return pairs_of_mask(mask_ET.T)
+    return pairs_of_mask(mask_ET)
 
 
-def pairs_of_experts(token_EC: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs where every expert chose the same number of tokens, in ascending order."""
-    num_experts, per_expert = token_EC.shape
-    ends = torch.arange(1, num_experts + 1, device=token_EC.device, dtype=torch.int32) * per_expert
-    return token_EC.reshape(-1), ends
-
-
-def pairs_of_mask(mask_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs at which ``mask`` is true."""
-    token_P = mask_TE.T.nonzero()[:, 1]
-    return token_P, mask_TE.sum(dim=0).cumsum(0).to(torch.int32)
+def pairs_of_mask(mask_ET: Tensor, num_pairs: int | None = None) -> tuple[Tensor, Tensor]:
+    """The pairs at which ``mask`` is true; no host sync where their number is known."""
+    pair_P2 = mask_ET.nonzero() if num_pairs is None else torch.nonzero_static(mask_ET, size=num_pairs)
+    return pair_P2[:, 1].contiguous(), mask_ET.sum(dim=1).cumsum(0).to(torch.int32)
 
 
 def gather_pairs(value_TE: Tensor, token_P: Tensor, offsets_E: Tensor) -> Tensor:
     """(P,) the entries of ``value`` at the pairs. One flat ``index_select``, whose backward is an ``index_add``."""
-    num_experts = value_TE.size(1)
     load_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)).long()
-    expert_P = torch.arange(num_experts, device=token_P.device).repeat_interleave(load_E, output_size=token_P.numel())
-    return value_TE.reshape(-1).index_select(0, token_P * num_experts + expert_P)
+    expert_P = torch.repeat_interleave(load_E, output_size=token_P.numel())
+    return value_TE.reshape(-1).index_select(0, token_P * value_TE.size(1) + expert_P)

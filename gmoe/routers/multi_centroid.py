@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gmoe._checks import check, check_at_least, check_choice, check_counts, check_positive
 from gmoe.losses import separation_loss
-from gmoe.routers.base import Router, Weighting, legal
+from gmoe.routers.base import Router, Weighting
 from gmoe.routers.expert_choice import ExpertSelection, Inference, Normalize
 from gmoe.routing import AuxLoss, Routing
 
@@ -81,14 +80,17 @@ class MultiCentroid(Router):
     ) -> None:
         weight = weight or ("normalized" if choice == "tokens" and k >= 2 else "score")
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        self.choice, self.reduce = legal("choice", choice, Choice), legal("reduce", reduce, Reduce)
-        self.num_centroids = legal("num_centroids", num_centroids)
-        self.temperature = legal("temperature", temperature)
-        self.separation_coef = legal("separation_coef", separation_coef)
+        check_choice("choice", choice, get_args(Choice))
+        check_choice("reduce", reduce, get_args(Reduce))
+        check_counts(num_centroids=num_centroids)
+        check_positive("temperature", temperature)
+        check_at_least("separation_coef", separation_coef, 0)
+        self.choice, self.reduce, self.num_centroids = choice, reduce, num_centroids
+        self.temperature, self.separation_coef = temperature, separation_coef
         self.centroid = nn.Parameter(torch.empty(num_experts, num_centroids, dim))
         self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP2 refuses scalars
         self.register_buffer("center_D", torch.zeros(dim))
-        selection = ExpertSelection(num_experts, k, capacity_factor, normalize, inference, momentum)
+        selection = ExpertSelection(num_experts, capacity_factor, normalize, inference, momentum)
         self.selection = selection if choice == "experts" else None
         if choice == "experts":
             self.experts_per_token = min(k * capacity_factor, float(num_experts))
@@ -112,13 +114,9 @@ class MultiCentroid(Router):
         Raises:
             ValueError: a width that does not fit, fewer tokens than experts, or values that are not finite.
         """
-        if x.size(-1) != self.dim or x.numel() < self.dim * self.num_experts:
-            raise ValueError(
-                f"x: got shape {tuple(x.shape)}, expected (..., dim={self.dim}) with at least "
-                f"num_experts={self.num_experts} tokens"
-            )
-        if not bool(x.isfinite().all()):
-            raise ValueError(f"x: got {int((~x.isfinite()).sum())} values that are NaN or infinite, expected none")
+        fits = x.size(-1) == self.dim and x.numel() >= self.dim * self.num_experts
+        check(fits, "x", f"shape {tuple(x.shape)}", f"at least {self.num_experts} tokens of width {self.dim}")
+        check(x.isfinite().all(), "x", "values that are NaN or infinite", "none")
         dtype = torch.promote_types(self.centroid.dtype, torch.float32)
         x_TD = x.reshape(-1, self.dim).to(device=self.centroid.device, dtype=dtype)
         self.center_D.copy_(x_TD.mean(dim=0))
@@ -139,15 +137,11 @@ class MultiCentroid(Router):
         losses = {}
         if self.separation_coef > 0:
             losses["separation"] = AuxLoss(separation_loss(self.centroid), self.separation_coef)
-        if self.selection is None:
-            log_probs_TE = logits_TE.log_softmax(dim=-1)
-            expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
-            return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses)
-        # a cosine is rounded by where its row lies in the product: equal tokens come out equal up to that
-        scale = self.log_temperature.detach().exp().clamp(max=1).to(logits_TE.dtype)
-        routing, sums = self.selection(logits_TE, group, self.weight, scale)
-        self.selection.move(self.summed(sums))
-        return replace(routing, losses=losses, checked=True)
+        if self.selection is not None:
+            return self.selection(self, logits_TE, group, losses)
+        log_probs_TE = logits_TE.log_softmax(dim=-1)
+        choices = self._top_k(logits_TE, log_probs_TE)
+        return Routing.from_choices(*choices, self.num_experts, log_probs_TE.exp(), losses, checked=True)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
@@ -170,14 +164,13 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Lloyd's k-means with k-means++ starts (Arthur & Vassilvitskii, 2007): the best of ``restarts`` runs.
 
-    Runs of more than a second (minutes in all, of 100,000 tokens) are logged at level INFO, with the time that is left.
-
     Returns:
         Centers (N, D) and the cluster of each token (T,). A cluster may be empty where there are fewer than N
         distinct tokens.
     """
-    runs, started = [], time.monotonic()
-    for run in range(1, restarts + 1):
+    runs = []
+    for run in range(restarts):
+        log.info("k-means, %d clusters of %d tokens: run %d of %d", num_clusters, len(x_TD), run + 1, restarts)
         center_ND = _plus_plus(x_TD, num_clusters, generator)
         for _ in range(steps):
             owner_T, before_ND = torch.cdist(x_TD, center_ND).argmin(dim=1), center_ND
@@ -189,10 +182,6 @@ def kmeans(
                 break
         distance_T, owner_T = torch.cdist(x_TD, center_ND).min(dim=1)
         runs.append((float(distance_T.square().sum()), center_ND, owner_T))
-        gone = time.monotonic() - started
-        if gone > run:
-            size, left = f"{num_clusters} clusters of {len(x_TD):,} tokens", gone / run * (restarts - run)
-            log.info("k-means, %s: run %d of %d, %.0f s, about %.0f s left", size, run, restarts, gone, left)
     return min(runs, key=lambda found: found[0])[1:]
 
 

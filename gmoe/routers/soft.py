@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gmoe.routers.base import Router, legal
-from gmoe.routers.groups import Groups, pairs_of_experts
+from gmoe._checks import check_counts
+from gmoe.routers.base import Router
+from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
 
 EPS = 1e-6
@@ -24,7 +25,7 @@ class SoftRouting(Routing):
     Args:
         dispatch_TES: (T, E, S) the share of each token in each slot of its group; sums to 1 over a group's tokens.
         combine_TES: (T, E, S) the share of each slot in each token; sums to 1 over the slots.
-        groups: which tokens share slots.
+        groups: the tokens that share slots.
     """
 
     dispatch_TES: Tensor
@@ -41,10 +42,9 @@ class SoftRouting(Routing):
         """(R, I) the slots, weighted means of a group's tokens; sorted by expert, then by group."""
         shares_TN = self.dispatch_TES.flatten(1).to(x_TI.dtype)
         slots_BNI = x_TI.new_zeros(self.groups.num_groups, shares_TN.size(1), x_TI.size(1))
-        for part in self.groups.batches():
+        for part in self.groups.batches(x_TI.device):
             mixed_BNI = part.take(shares_TN, padding=0.0).transpose(1, 2) @ part.take(x_TI)
-            mixed_BNI = mixed_BNI.to(slots_BNI.dtype)  # autocast has made it bfloat16
-            slots_BNI = mixed_BNI if part.group is None else slots_BNI.index_add(0, part.group, mixed_BNI)
+            slots_BNI = slots_BNI.index_copy(0, part.group, mixed_BNI.to(x_TI.dtype))  # autocast has made it bfloat16
         return slots_BNI.unflatten(1, (self.num_experts, -1)).transpose(0, 1).flatten(0, 2)
 
     def combine(self, y_RO: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ class SoftRouting(Routing):
         shape = (self.num_experts, self.groups.num_groups, self.dispatch_TES.size(2), y_RO.size(1))
         y_BNO = y_RO.view(shape).transpose(0, 1).flatten(1, 2)
         y_TO = y_RO.new_zeros(self.num_tokens, y_RO.size(1))
-        for part in self.groups.batches():
-            out_BNO = y_BNO if part.group is None else y_BNO[part.group]
-            y_TO = part.add(y_TO, (part.take(shares_TN, padding=0.0) @ out_BNO).to(y_TO.dtype))
+        for part in self.groups.batches(y_RO.device):
+            out_BSO = part.take(shares_TN, padding=0.0) @ y_BNO.index_select(0, part.group)
+            y_TO = part.add(y_TO, out_BSO.to(y_TO.dtype))
         return y_TO
 
 
@@ -89,7 +89,8 @@ class SoftSlots(Router):
         self, dim: int, num_experts: int, slots: int = 1, *, normalize: bool = True, check_finite: bool = False
     ) -> None:
         super().__init__(dim, num_experts, k=num_experts, weight="score", check_finite=check_finite)
-        self.slots = legal("slots", slots)
+        check_counts(slots=slots)
+        self.slots = slots
         self.phi = nn.Parameter(torch.empty(num_experts, slots, dim))
         self.scale = nn.Parameter(torch.empty(1)) if normalize else None
         self.reset_parameters()
@@ -110,17 +111,11 @@ class SoftSlots(Router):
         combine_TES = logits_TN.softmax(dim=-1).unflatten(-1, (self.num_experts, self.slots))
         dispatch_TN = (logits_TN - groups.logsumexp(logits_TN)).exp()
         weight_TE = combine_TES.sum(dim=-1)
-        token_P, offsets_E = pairs_of_experts(torch.arange(len(x_TD), device=x_TD.device).expand(self.num_experts, -1))
-        return SoftRouting(
-            token=token_P,
-            offsets=offsets_E,
-            weight=weight_TE.T.reshape(-1),
-            scores=weight_TE,
-            num_tokens=len(x_TD),
-            dispatch_TES=dispatch_TN.view_as(combine_TES),
-            combine_TES=combine_TES,
-            groups=groups,
-        )
+        token_P = torch.arange(len(x_TD), device=x_TD.device).repeat(self.num_experts)
+        offsets_E = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=x_TD.device) * len(x_TD)
+        weight_P = weight_TE.T.reshape(-1)
+        shares = {"dispatch_TES": dispatch_TN.view_as(combine_TES), "combine_TES": combine_TES, "groups": groups}
+        return SoftRouting(token_P, offsets_E, weight_P, weight_TE, len(x_TD), checked=True, **shares)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, slots={self.slots}, normalize={self.scale is not None}"

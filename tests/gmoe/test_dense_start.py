@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gmoe import ROUTERS, GNNMoE, MoEConv, Routing
+from gmoe import ROUTERS, GNNMoE, MoEConv
 from gmoe.conv.kinds import Make
 from gmoe.models.vit import ViTMoE, ViTSize
-from gmoe.routing import GAIN_SCALE
-from tests.gmoe.conv.masked import GRAPHS, features, masked, routing_of, weights
-from tests.gmoe.conv.test_experts import ALL, LISTS, SOME, WIDTH, Case, build, edge_args, ids
+from tests.gmoe.conv.masked import GRAPHS, features, routing_of
+from tests.gmoe.conv.test_experts import ALL, SOME, WIDTH, Case, build, edge_args, ids
 
 NODES, EDGES = GRAPHS["mixed"]
 SMALL_VIT = ViTSize(image_size=8, patch_size=4, num_layers=4, num_heads=2, hidden_dim=16, mlp_dim=24)
@@ -36,7 +34,8 @@ def dense_conv(conv: Any, kwargs: dict[str, Any], width: int = WIDTH) -> Any:
     return drawn(lambda: Make([first], width, WIDTH, (), own)(0))
 
 
-@pytest.mark.parametrize(("conv", "kwargs"), [*ALL, *LISTS], ids=ids)
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize(("conv", "kwargs"), ALL, ids=ids)
 def test_a_new_layer_gives_what_its_conv_gives(conv: Any, kwargs: dict[str, Any]) -> None:
     """Drawn with the same seed; and what is drawn after it is the same too."""
     experts = None if isinstance(conv, list) else 3
@@ -54,11 +53,18 @@ def test_a_new_layer_gives_what_its_conv_gives(conv: Any, kwargs: dict[str, Any]
     assert_same(layer.double()(x, EDGES, **given), plain.double()(x, EDGES, **own))
 
 
-@pytest.mark.parametrize("router", [*ROUTERS])
-@pytest.mark.parametrize("options", [{}, {"shared_transform": True}, {"k": 2}], ids=str)
-@pytest.mark.parametrize(("conv", "kwargs"), SOME, ids=ids)
-def test_every_router_starts_dense_and_learns(conv: Any, kwargs: Any, options: dict[str, Any], router: str) -> None:
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize(
+    ("case", "router", "options"),
+    [
+        *((SOME[0], router, {"k": 2}) for router in ROUTERS),
+        *((case, "token_choice", {"shared_transform": True}) for case in SOME),
+    ],
+    ids=str,
+)
+def test_every_router_starts_dense_and_learns(case: Case, router: str, options: dict[str, Any]) -> None:
     """From the second step on: the first one's gradient opens the gain."""
+    conv, kwargs = case
     experts = None if isinstance(conv, list) else 3
     layer, _ = drawn(lambda: MoEConv(conv, WIDTH, WIDTH, num_experts=experts, router=router, **options, **kwargs))
     plain, _ = dense_conv(conv, kwargs)
@@ -76,33 +82,6 @@ def test_every_router_starts_dense_and_learns(conv: Any, kwargs: Any, options: d
             seen[name] |= parameter.grad is not None and bool(parameter.grad.any())
         optimizer.step()
     assert all(learned for name, learned in seen.items() if name.startswith(("router.gate", "gain", "transform"))), seen
-
-
-@pytest.mark.parametrize("case", [case for case in SOME if not isinstance(case[0], list)], ids=str)
-def test_a_shared_transform_is_what_it_says(case: Case) -> None:
-    conv, kwargs = case
-    layer = build(conv, kwargs, 9, WIDTH, shared_expert=True, shared_transform=True).eval()
-    twin = copy.deepcopy(layer)
-    weight_TE, outs, grads = weights(NODES), [], []
-    for model in (layer, twin):
-        x = features(NODES, 9).requires_grad_()
-        args = edge_args(model, EDGES.size(1))
-        routing = routing_of(weight_TE)
-        if model is layer:
-            y = layer(x, EDGES, routing=routing, **args)
-        else:
-            linear: Any = twin.transform[0]  # type: ignore[index]
-            convs = [twin.experts.expert(index) for index in range(3)]
-            y = GAIN_SCALE * twin.gain * masked(convs, linear(x), EDGES, routing, **args)  # type: ignore[operator]
-            y = y + masked([twin.shared_expert.expert(0)], x, EDGES, Routing.everyone(NODES, y), **args)
-        y.sin().sum().backward()
-        outs.append(y)
-        assert model.transform is not None
-        assert model.gain is not None
-        grads.append([x.grad, model.transform[0].weight.grad, model.gain.grad])
-    assert_same(*outs)
-    for ours, theirs in zip(*grads, strict=True):
-        assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("widths", [(5, 5), (5, 7), (-1, -1)], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,64 +38,45 @@ def moe(router: str = "token_choice", k: int = 1, experts: nn.Module | None = No
 
 
 @pytest.mark.parametrize(
-    ("router", "k", "kwargs", "own", "per_token"),
+    ("router", "k", "kwargs", "of_router", "per_token"),
     [
-        ("token_choice", 1, {}, D * E, 1),
         ("token_choice", 3, {}, D * E, 3),
         ("token_choice", 2, {"balance": "importance_load"}, 2 * D * E, 2),  # gate and noise
-        ("expert_choice", 2, {}, D * E, 2),
         ("expert_choice", 2, {"capacity_factor": 0.5}, D * E, 1),
         ("expert_choice", 2, {"capacity_factor": 5.0}, D * E, E),
-        ("attention_vote", 1, {"head_dim": 2}, 2 * D * 2 * E, 1),
         ("attention_vote", 1, {"head_dim": 2, "shared_queries": True}, (E + 1) * D * 2, 1),
         ("multi_centroid", 1, {"num_centroids": 3}, E * 3 * D + 1, 1),
         ("random", 2, {}, 0, 2),
         ("uniform", 1, {}, 0, E),
     ],
 )
-def test_active_parameters_of_moe(router: str, k: int, kwargs: dict[str, Any], own: int, per_token: float) -> None:
-    assert active_parameters(moe(router, k, **kwargs)) == own + per_token * LINEAR
+def test_active_parameters_of_moe(
+    router: str, k: int, kwargs: dict[str, Any], of_router: int, per_token: float
+) -> None:
+    assert active_parameters(moe(router, k, **kwargs)) == of_router + per_token * LINEAR
     conv = MoEConv("gcn", D, O, num_experts=E, router=router, k=k, router_kwargs=kwargs, shared_expert=False)
-    assert active_parameters(conv) == own + per_token * LINEAR
+    assert active_parameters(conv) == of_router + per_token * LINEAR
 
 
-def test_active_parameters_of_other_experts() -> None:
-    mlp = D * 6 + 6 + 6 * O + O
-    assert active_parameters(moe(k=2, experts=MLPExperts(D, 6, O, E))) == D * E + 2 * mlp
-    sage = 2 * D * O + O
-    assert active_parameters(MoEConv("sage", D, O, num_experts=E, k=2, shared_expert=False)) == D * E + 2 * sage
-    gat = D * O + 2 * O + O
-    assert active_parameters(MoEConv("gat", D, O, num_experts=E, k=2, shared_expert=False)) == D * E + 2 * gat
-    gin = D * O + O + O * O + O
-    assert active_parameters(
-        MoEConv("gin", D, O, num_experts=E, k=2, train_eps=True, shared_expert=False)
-    ) == D * E + 2 * (gin + 1)
+@pytest.mark.parametrize(
+    ("conv", "kwargs", "of_expert"),
+    [("sage", {}, 2 * D * O + O), ("gat", {}, D * O + 3 * O), ("gin", {"train_eps": True}, D * O + O + O * O + O + 1)],
+)
+def test_active_parameters_of_convs(conv: str, kwargs: dict[str, Any], of_expert: int) -> None:
+    layer = MoEConv(conv, D, O, num_experts=E, k=2, shared_expert=False, **kwargs)
+    assert active_parameters(layer) == D * E + 2 * of_expert
 
 
-def test_active_parameters_of_a_dense_model() -> None:
+def test_active_parameters_of_a_dense_model_with_a_shared_layer() -> None:
     shared = nn.Linear(D, D)
     assert active_parameters(nn.Sequential(shared, nn.ReLU(), shared)) == D * D + D
 
 
-@pytest.mark.parametrize(
-    ("router", "kwargs", "own", "per_token"),
-    [
-        ("token_choice", {}, D * E, 1),
-        ("expert_choice", {"capacity_factor": 1.5}, D * E, 1.5),
-        ("uniform", {}, 0, E),
-    ],
-)
 @pytest.mark.parametrize("shared_router", [False, True])
-def test_active_parameters_of_gnn_moe(
-    shared_router: bool, router: str, kwargs: dict[str, Any], own: int, per_token: float
-) -> None:
+def test_active_parameters_of_gnn_moe(shared_router: bool) -> None:
     """Two MoE layers of (D, D), a dense (D, O), identity residuals."""
-    options: Any = {"num_experts": E, "router": router, "shared_router": shared_router, "router_kwargs": kwargs}
-    routers = own * (1 if shared_router else 2)
-    assert (
-        active_parameters(GNNMoE(D, D, O, 3, **options, shared_expert=False))
-        == routers + 2 * per_token * (D * D + D) + LINEAR
-    )
+    model = GNNMoE(D, D, O, 3, num_experts=E, k=2, shared_router=shared_router, shared_expert=False)
+    assert active_parameters(model) == (1 if shared_router else 2) * D * E + 2 * 2 * (D * D + D) + LINEAR
 
 
 ASSIGNMENT = torch.tensor([0, 0, 0, 0, 0, 1, 1, 3, 3, 3])  # loads 5, 2, 0, 3
@@ -109,64 +91,50 @@ def planted(experts: nn.Module) -> MoE:
     [("loop", T), ("grouped", T), ("padded", E * 5), ("auto", T)],  # padded: to the largest load
 )
 def test_flops_of_moe(backend: Any, rows: int) -> None:
-    x = torch.randn(T, D)
-    layer = planted(LinearExperts(D, O, E, backend=backend))
+    layer = planted(MLPExperts(D, 16, O, E, backend=backend))
     added = T * O  # the weighted sum, one add an element
-    assert count_flops(layer, x) == 2 * rows * D * O + added
-    hidden = planted(MLPExperts(D, 16, O, E, backend=backend))
-    assert count_flops(hidden, x) == 2 * rows * (D * 16 + 16 * O) + added
+    assert count_flops(layer, torch.randn(T, D)) == 2 * rows * (D * 16 + 16 * O) + added
+
+
+def test_flops_of_the_router() -> None:
+    gate, product = 2 * T * D * E, 2 * 2 * T * D * O
+    assert count_flops(moe(k=2), torch.randn(T, D)) == gate + product + 2 * T * O
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 def test_flops_of_the_backward_pass(backend: Any) -> None:
     x = torch.randn(T, D, requires_grad=True)
-    layer = planted(LinearExperts(D, O, E, bias=False, backend=backend))
-    product = 2 * T * D * O
-    gathered = T * D  # the gradient of the gather is an index_add
-    assert count_flops(layer, x, backward=True) == 3 * product + T * O + gathered
-    assert layer.experts.weight.grad is not None
-    hidden = planted(MLPExperts(D, 16, O, E, backend=backend))
+    products, sums = 2 * T * (D * 16 + 16 * O), T * O + T * D  # the gradient of the gather is an index_add
+    experts = MLPExperts(D, 16, O, E, backend=backend)
     biases = T * (16 + O) if backend == "grouped" else 0  # their gradient is an index_add, elsewhere a sum
-    assert count_flops(hidden, x, backward=True) == 3 * 2 * T * (D * 16 + 16 * O) + T * O + gathered + biases
-
-
-def test_flops_of_the_backward_pass_of_frozen_experts() -> None:
-    x = torch.randn(T, D, requires_grad=True)
-    frozen = planted(MLPExperts(D, 16, O, E).requires_grad_(False))
-    assert count_flops(frozen, x, backward=True) == 2 * 2 * T * (D * 16 + 16 * O) + T * O + T * D
-
-
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_flops_of_the_router(k: int) -> None:
-    x = torch.randn(T, D)
-    gate, product = 2 * T * D * E, 2 * k * T * D * O
-    assert count_flops(moe(k=k), x) == gate + product + k * T * O
+    assert count_flops(planted(experts), x, return_routing=True, backward=True) == 3 * products + sums + biases
+    assert count_flops(planted(experts.requires_grad_(False)), x, backward=True) == 2 * products + sums
 
 
 def sparse_graph() -> tuple[Tensor, Tensor, int]:
     """Edges, the same as a sparse matrix, and their number."""
     edge_index = random_graph(T, T, 30).unique(dim=1)
     adj = torch.sparse_coo_tensor(edge_index.flip(0), torch.ones(edge_index.size(1)), (T, T), check_invariants=True)
-    return edge_index, adj.coalesce(), edge_index.size(1)
+    return edge_index, adj.to_sparse_csr(), edge_index.size(1)
 
 
-@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
-@pytest.mark.parametrize("product", ["sum", "mean", "@", "torch.sparse.mm"])
-def test_flops_of_a_sparse_product(product: str, layout: torch.layout) -> None:
+PRODUCTS = [torch.sparse.mm, lambda adj, x: adj @ x, partial(spmm, reduce="sum"), partial(spmm, reduce="mean")]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_flops_of_a_sparse_product(product: Any) -> None:
     """One an edge and channel, as for gathered messages; and as much again for the gradient of the dense side."""
     _, adj, edges = sparse_graph()
-    adj = adj if layout == torch.sparse_coo else adj.to_sparse_csr()
     x = torch.randn(T, D, requires_grad=True)
-    calls: dict[str, Any] = {"@": lambda x: adj @ x, "torch.sparse.mm": lambda x: torch.sparse.mm(adj, x)}
-    call = calls.get(product, lambda x: spmm(adj, x, reduce=product))
+    call = partial(product, adj)
     assert count_flops(call, x) == edges * D
     assert count_flops(call, x, backward=True) == 2 * edges * D
 
 
-@pytest.mark.parametrize("form", ["edges", "coo", "csr"])
-def test_flops_of_aggregation(form: str) -> None:
-    edge_index, adj, edges = sparse_graph()
-    graph = {"edges": edge_index, "coo": adj, "csr": adj.to_sparse_csr()}[form]
+@pytest.mark.parametrize("form", [0, 1], ids=["edges", "csr"])
+def test_flops_of_aggregation(form: int) -> None:
+    *forms, edges = sparse_graph()
+    graph = forms[form]
     x = torch.randn(T, D)
     assert count_flops(GCNConv(D, O, normalize=False), x, graph) == 2 * T * D * O + edges * O
     # aggregated once, D wide, for two experts a node
@@ -190,17 +158,8 @@ def test_flops_of_votes_of_neighbors() -> None:
     edges = torch.stack([torch.arange(T - 1), torch.arange(1, T)])
     scores = 2 * (2 * T - 1) * 3 * 4  # with a self-loop a node
     assert count_flops(neighbor_votes, q, k, edges) == scores
-    sums = 2 * (scores // 2)  # for queries and keys
+    sums = 2 * (scores // 2) + 2 * (2 * T - 1) * 3  # for queries and keys, and the softmax's two by source
     assert count_flops(neighbor_votes, q, k, edges, backward=True) == scores + sums
-
-
-def test_flops_take_keywords_and_tuples() -> None:
-    layer = moe()
-    x = torch.randn(T, D, requires_grad=True)
-    plain = count_flops(layer, x, backward=True)
-    assert count_flops(layer, x, batch=None, return_routing=True, backward=True) == plain
-    model = GNNMoE(D, D, O, 2, num_experts=E, shared_expert=False)
-    assert count_flops(model, x, random_graph(T, T, 20), return_routing=True, backward=True) > 0
 
 
 def test_match_width() -> None:
@@ -209,45 +168,29 @@ def test_match_width() -> None:
     assert match_width(lambda width: width, 7, start=7) == 7
     assert match_width(lambda width: width, 65_536) == 65_536
 
-    def dense(width: int) -> int:
-        return sum(p.numel() for p in nn.Sequential(nn.Linear(32, width), nn.Linear(width, 10)).parameters())
-
-    width = match_width(dense, 5_000)
-    assert abs(dense(width) / 5_000 - 1) <= 0.02
-    assert all(abs(dense(other) - 5_000) >= abs(dense(width) - 5_000) for other in (width - 1, width + 1))
-
 
 @pytest.mark.parametrize(
-    ("target", "kwargs", "message"),
+    ("target", "kwargs", "argument"),
     [
-        (50, {}, r"target: got 50; the nearest width, 7, is off by -2.0%, expected within 1%"),
-        (50, {"stop": 3}, r"target: got 50; the nearest width, 3, is off by -82.0%"),
-        (1, {"start": 5}, r"target: got 1; the nearest width, 5, is off by"),
-        (0, {}, "target: got 0, expected a positive number"),
-        (10, {"start": 0}, "start: got 0, expected at least 1"),
+        (50, {}, "target.* 7,"),
+        (50, {"stop": 3}, "target.* 3,"),
+        (1, {"start": 5}, "target.* 5,"),
+        (0, {}, "target"),
+        (10, {"start": 0}, "start"),
     ],
 )
-def test_match_width_refuses(target: float, kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_match_width_refuses_and_names_the_nearest(target: float, kwargs: dict[str, Any], argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}"):
         match_width(lambda width: width**2, target, tolerance=0.01, **kwargs)
 
 
-def test_counting_changes_nothing() -> None:
-    layer, x = moe(), torch.randn(T, D)
-    expected: Tensor = layer(x)
-    count_flops(layer, x, backward=False)
-    active_parameters(layer)
-    assert torch.equal(layer(x), expected)
-    assert all(p.grad is None for p in layer.parameters())
-
-
-def test_what_is_counted_does_not_follow_what_is_quickest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_do_not_depend_on_the_quickest_order(monkeypatch: pytest.MonkeyPatch) -> None:
     x, edges = torch.randn(T, 40), random_graph(T, T, 30)
-    layers = [MoEConv(kind, 40, 3, num_experts=4, router="random").eval() for kind in ("gat", "gatv2")]
-    before = [count_flops(layer, x, edges) for layer in layers]
-    for move in (0, 10**9):
+    layer = MoEConv("gatv2", 40, 3, num_experts=4, router="random").eval()
+    expected = count_flops(layer, x, edges)
+    for move in (-(10**9), 10**9):  # one order, and the other
         monkeypatch.setattr("gmoe.conv.attention.MOVE", move)
-        assert [count_flops(layer, x, edges) for layer in layers] == before
+        assert count_flops(layer, x, edges) == expected
     with pytest.raises(ValueError, match="x"):
-        count_flops(layers[0], x[:, :3], edges)
+        count_flops(layer, x[:, :3], edges)
     assert not COUNTING.get()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import pickle
 import re
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import huggingface_hub
 import pytest
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import GCNConv, SAGEConv
 
 import gmoe
-from gmoe.hub import card, recorded
+from gmoe.hub import recorded
 from gmoe.routers import TokenChoice
 
 X, EDGES = torch.randn(40, 16, dtype=torch.float64), torch.randint(40, (2, 160))
@@ -40,23 +40,18 @@ class Narrow(gmoe.GNNMoE):
         self.config = config
 
 
-class Forgetful(gmoe.GNNMoE):
-    """One that does not."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, 8, 3)
-
-
-GNNS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "kinds": {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2},
-    "router class": {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold", "normalize": "tokens"}},
-    "shared router": {"shared_router": True, "router_input": ("node", "neighbors", "degree"), "num_layers": 3},
-    "centroids": {"router": "multi_centroid", "router_kwargs": {"num_centroids": 2}, "shared_expert": False},
-    "votes": {"router": "attention_vote", "router_kwargs": {"scope": "neighbors"}},
-    "conv options": {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "jk": "cat", "act": None},
-    "shared conv": {"conv": "gcn", "shared_expert": SAGEConv, "in_proj": True, "act": "leaky_relu"},
-    "dense": {"router": None, "residual": "linear"},
+GNN, VIT = partial(gmoe.GNNMoE, 16, 8, 3), partial(gmoe.ViTMoE, 8)
+SIZE = gmoe.ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "kinds": (GNN, {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2}),
+    "router class": (GNN, {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold"}}),
+    "shared router": (GNN, {"shared_router": True, "router_input": ("node", "degree"), "num_layers": 3}),
+    "conv options": (GNN, {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "act": None}),
+    "shared conv": (GNN, {"conv": "gcn", "shared_expert": SAGEConv, "in_proj": True, "act": "leaky_relu"}),
+    "dense": (GNN, {"router": None, "residual": "linear"}),
+    "size": (gmoe.ViTMoE, {"size": SIZE}),
+    "blocks": (VIT, {"router": "token_choice", "k": 2, "blocks": (0, -1), "router_kwargs": {"balance": "switch"}}),
+    "dense ViT": (VIT, {"router": None, "dropout": 0.1}),
 }
 
 
@@ -82,43 +77,13 @@ def check_same(model: Any, loaded: Any, *inputs: Any) -> None:
     assert not loaded.training
 
 
-@pytest.mark.parametrize("options", GNNS.values(), ids=GNNS)
-def test_a_gnn_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
-    model = moved(gmoe.GNNMoE(16, 8, 3, **options).double(), X, EDGES)
+@pytest.mark.parametrize(("build", "options"), MODELS.values(), ids=MODELS)
+def test_a_model_comes_back(build: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    model = build(**options).double()
+    inputs = (X, EDGES) if isinstance(model, gmoe.GNNMoE) else (IMAGES,)
+    moved(model, *inputs)
     assert model.save_pretrained(tmp_path / "model") == tmp_path / "model"
-    check_same(model, gmoe.GNNMoE.from_pretrained(tmp_path / "model"), X, EDGES)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"size": 8},
-        {"size": gmoe.ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)},
-        {"size": 8, "router": "token_choice", "k": 2, "blocks": (0, -1), "router_kwargs": {"balance": "switch"}},
-        {"size": 8, "router": None, "dropout": 0.1},
-    ],
-)
-def test_a_vit_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
-    model = moved(gmoe.ViTMoE(**options).double(), IMAGES)
-    model.save_pretrained(tmp_path)
-    check_same(model, gmoe.ViTMoE.from_pretrained(str(tmp_path)), IMAGES)
-
-
-def test_counters_come_back_too(tmp_path: Path) -> None:
-    """The balance of token choice and the thresholds of expert choice have moved, and training goes on from there."""
-    for router, kwargs, buffer in (
-        ("token_choice", {}, "bias"),
-        ("expert_choice", {"inference": "threshold"}, "thresh"),
-    ):
-        model = moved(gmoe.GNNMoE(16, 8, 3, router=router, router_kwargs=kwargs).double(), X, EDGES)
-        model.save_pretrained(tmp_path)
-        assert any(value.abs().sum() > 0 for name, value in model.named_buffers() if buffer in name)
-        loaded = gmoe.GNNMoE.from_pretrained(tmp_path)
-        goes_on: list[Tensor] = []
-        for each in (model, loaded):
-            torch.manual_seed(1)
-            goes_on.append(moved(each.train(), X, EDGES)(X, EDGES))
-        assert torch.equal(*goes_on)
+    check_same(model, type(model).from_pretrained(tmp_path / "model"), *inputs)
 
 
 def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
@@ -132,55 +97,39 @@ def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("got", "options"),
+    ("argument", "value"),
     [
-        ("<lambda>, .* class of token_choice", {"router": lambda *args, **kwargs: TokenChoice(*args, **kwargs)}),
-        ("MyRouter", {"router": MyRouter}),
-        ("an instance of TokenChoice", {"router": TokenChoice(16, 8)}),
-        ("an instance of partial", {"router": partial(TokenChoice, balance="switch")}),
-        ("<lambda>, .* class of .*gatv2", {"conv": ["gcn", lambda a, b: GCNConv(a, b)]}),
-        ("an instance of partial", {"shared_expert": partial(SAGEConv, aggr="max")}),
-        ("relu, expected names", {"act": nn.functional.relu}),
-        ("an instance of ReLU", {"act": nn.ReLU()}),
-        ("an instance of dict", {"bias": {1: 2}}),
-        ("inf", {"improved": float("inf")}),
-        ("an instance of Tensor", {"normalize": torch.tensor(1)}),
+        ("router", MyRouter),
+        ("router", TokenChoice(16, 8)),
+        ("conv", ["gcn", lambda a, b: GCNConv(a, b)]),
+        ("shared_expert", partial(SAGEConv, aggr="max")),
+        ("act", nn.ReLU()),
+        ("improved", float("inf")),
     ],
 )
-def test_an_argument_without_a_name_is_refused(got: str, options: dict[str, Any], tmp_path: Path) -> None:
-    model = gmoe.GNNMoE(16, 8, 3, **options)
-    with pytest.raises(ValueError, match=f"^{min(options)}: got {got}.*, to be saved$"):
-        model.save_pretrained(tmp_path / "model")
+def test_an_argument_without_a_name_is_refused(argument: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: got"):
+        GNN(**{argument: value}).save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-def test_a_converted_gnn_is_refused(tmp_path: Path) -> None:
-    from torch_geometric.nn import GCN
-
-    model: Any = gmoe.moefy(GCN(16, 8, 2, 3))
-    with pytest.raises(ValueError, match=r"^conv: got an instance of DenseLayers"):
-        model.save_pretrained(tmp_path)
-
-
-def test_recording_keeps_a_model_picklable() -> None:
+def test_a_model_without_a_name_for_its_router_is_picklable() -> None:
     model = gmoe.ViTMoE(8, router=lambda *args, **kwargs: TokenChoice(*args, **kwargs))
-    assert pickle.loads(pickle.dumps(model)).config == copy.deepcopy(model).config == model.config
+    assert pickle.loads(pickle.dumps(model)).config == model.config
 
 
 def test_a_subclass_records_its_own_arguments(tmp_path: Path) -> None:
     model = Narrow(16, conv="sage").double().eval()
     model.save_pretrained(tmp_path)
     check_same(model, Narrow.from_pretrained(tmp_path), X, EDGES)
-    with pytest.raises(ValueError, match=r"config.json: got a Narrow, expected a GNNMoE"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         gmoe.GNNMoE.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model: got Forgetful"):
-        Forgetful(16).save_pretrained(tmp_path)
 
 
 def test_arguments_may_take_the_place_of_saved_ones(tmp_path: Path) -> None:
     gmoe.GNNMoE(16, 8, 3).save_pretrained(tmp_path)
     assert gmoe.GNNMoE.from_pretrained(tmp_path, dropout=0.5).dropout.p == 0.5
-    with pytest.raises(ValueError, match=r"safetensors: convs.*: got floats of shape .*8\b.*, expected .*12"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         gmoe.GNNMoE.from_pretrained(tmp_path, hidden_channels=12)
 
 
@@ -193,81 +142,43 @@ def check_refused(folder: Path, model: Any, name: str) -> None:
         model.from_pretrained(folder)
 
 
-def attacks(path: str) -> list[Any]:
-    """Values that once ran code, which made a file, or might."""
-    code, name = f"x: open({path!r}, 'w')", "torch_geometric.nn.sequential:Sequential"
-    sequential = {"$dataclass": name, "fields": {"input_args": code, "modules": []}}
-    partials = [[{"$import": name}, [code, []], {}], [{"$import": "builtins:open"}, [path, "w"], {}]]
-    return [sequential, {"$tuple": [sequential]}, {"$import": name}, name, code, *({"$partial": p} for p in partials)]
-
-
-OF_GNN = ("conv", "router", "shared_expert", "act", "norm", "jk", "router_kwargs", "num_layers", "heads", "more")
-
-
-@pytest.mark.parametrize("argument", [*OF_GNN, "size", "blocks"])
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x, x], lambda x: {"p": x}], ids=["plain", "list", "dict"])
-def test_no_code_of_a_file_runs(argument: str, wrap: Callable[[Any], Any], tmp_path: Path) -> None:
-    model: Any = gmoe.GNNMoE(4, 4, 2, num_experts=2) if argument in OF_GNN else gmoe.ViTMoE(8)
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for attack in attacks(str(tmp_path / "ran")):
-        config["arguments"][argument] = wrap(attack)
+@pytest.mark.parametrize("argument", ["conv", "router", "shared_expert", "act", "norm", "jk", "router_kwargs", "more"])
+def test_no_code_of_a_file_runs(argument: str, tmp_path: Path) -> None:
+    GNN().save_pretrained(tmp_path)
+    config, code = json.loads((tmp_path / "config.json").read_text()), f"open({str(tmp_path / 'ran')!r}, 'w')"
+    for value in (code, [code, f"x: {code}"], {"p": code}, {"$partial": [{"$import": "builtins:open"}, ["ran", "w"]]}):
+        config["arguments"][argument] = value
         (tmp_path / "config.json").write_text(json.dumps(config))
-        check_refused(tmp_path, type(model), "config.json")
+        check_refused(tmp_path, gmoe.GNNMoE, "config.json")
         assert not (tmp_path / "ran").exists()
 
 
-OF = '{"model": "GNNMoE", "arguments": '
-CONFIG = OF + '{"in_channels": 4, "hidden_channels": 4, "out_channels": 2, "num_experts": 2}}'
+CONFIG = '{"model": "GNNMoE", "arguments": {"in_channels": 4, "hidden_channels": 4, "out_channels": 2}}'
 TEXTS = [
-    *(CONFIG[:cut] for cut in range(0, len(CONFIG), 9)),
-    *("\xff", "\0", "not JSON", "[" * 100_000, "[]", "1", "null", '"GNNMoE"', "{}", CONFIG + CONFIG, "9" * 5000),
-    *(OF[:-15] + "}", '{"arguments": {}}', CONFIG[:-1] + ', "more": 1}'),
-    *(OF + wrong + "}" for wrong in ("{}", "[]", "null", '"x"', "4")),
-    *(CONFIG.replace('"GNNMoE"', wrong) for wrong in ('"ViTMoE"', "null", "[]", "{}", "1", '"os:system"')),
+    *(CONFIG[:cut] for cut in range(0, len(CONFIG), 40)),
+    *("\xff", "[" * 100_000, "[]", "null", '{"model": "GNNMoE"}', '{"arguments": {}}'),
+    *(CONFIG.replace('"GNNMoE"', wrong) for wrong in ('"ViTMoE"', "null", '"os:system"')),
 ]
-VALUES: dict[str, list[Any]] = {
-    "num_experts": ["2", 0, -1, 2.0, True, [2], {"a": 2}, 10**30],
-    "in_channels": [None, 0, 1e3, [4]],
-    "shared_router": ["no", 1, 0, None, []],
-    "dropout": [2.0, "0.5", True, None],
-    "conv": ["gnc", [], {}, None, 3, ["gcn"], ["gcn", 3], "os:system", "hetero"],
-    "router": ["token", [], {}, 3, True, "oracle"],
-    "router_kwargs": [{"balanced": 1}, {"balance": "x"}, {"self": 1}, [1], "x", 5],
-    "router_input": [{"noise": float(wrong)} for wrong in ("nan", "inf", "-inf")],
-    "act": ["relo", 3, [], {}],
-    "norm": ["nrom", 3, [], {}],
-    **{name: ["x", 3] for name in ("jk", "residual", "backend", "local", "act_kwargs", "more", "self", "__class__")},
-}
-TEXTS += [CONFIG[:-2] + f', "{name}": {json.dumps(value)}}}}}' for name, values in VALUES.items() for value in values]
-TEXTS += [CONFIG.replace("2}}", "1e999}}")]
+WRONG = ('"num_experts": "2"', '"conv": ["gcn", 3]', '"router": {}', '"router_kwargs": "x"', '"self": 1')
+TEXTS += [f"{CONFIG[:-2]}, {wrong}}}}}" for wrong in WRONG]
 
 
-def changed(raw: bytes, of: Callable[[Tensor], Tensor], *names: str) -> bytes:
-    """The tensors in a file, the first one in the place of itself under other names, or dropped."""
+def changed(raw: bytes, of: Callable[[Tensor], Tensor]) -> bytes:
+    """The tensors in a file, the first one changed."""
     tensors = load(raw)
-    value = tensors.pop(name := min(tensors))
-    return save(tensors | {new or name: of(value).clone() for new in names})
+    return save(tensors | {min(tensors): of(tensors[min(tensors)]).clone()})
 
 
-DTYPES = (torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
-WEIGHTS: list[Callable[[bytes], bytes]] = [
-    lambda raw: raw[::-1],
-    lambda raw: bytes(len(raw)),
-    lambda raw: b"\xff" * 8 + raw[8:],
-    lambda raw: raw + b"\0",
-    lambda raw: pickle.dumps(raw),
-    lambda raw: changed(raw, torch.clone),
-    lambda raw: changed(raw, torch.clone, "x"),
-    lambda raw: changed(raw, torch.clone, "", "x"),
-    lambda raw: changed(raw, lambda value: value[None], ""),
-    lambda raw: changed(raw, lambda value: value.flatten()[:0], ""),
-    *(lambda raw, dtype=dtype: changed(raw, lambda value: value.to(dtype), "") for dtype in DTYPES),
-    *(lambda raw, part=part: raw[: part * len(raw) // 16] for part in range(16)),
+DAMAGE: list[Any] = [("config.json", lambda _, text=text: text.encode("latin-1")) for text in TEXTS] + [
+    ("config.json", None),
+    ("model.safetensors", None),
+    ("model.safetensors", lambda raw: bytes(len(raw))),
+    ("model.safetensors", lambda raw: raw[: len(raw) // 2]),
+    ("model.safetensors", pickle.dumps),
+    ("model.safetensors", lambda raw: save(load(raw) | {"x": torch.zeros(1)})),
+    ("model.safetensors", lambda raw: changed(raw, lambda value: value[None])),
+    ("model.safetensors", lambda raw: changed(raw, Tensor.long)),
 ]
-DAMAGE: list[Any] = [("config.json", lambda _, text=text: text.encode("latin-1")) for text in TEXTS]
-DAMAGE += [("model.safetensors", damage) for damage in WEIGHTS]
-DAMAGE += [("config.json", None), ("model.safetensors", None)]
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE, ids=range(len(DAMAGE)))
@@ -284,27 +195,22 @@ def test_a_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes] | N
 
 
 def test_push_uploads_what_save_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
+    api = MagicMock()
+    api.return_value.create_repo.return_value.repo_id = "me/digits"
+    files = set[str]()
 
-    class Api:
-        def __init__(self, token: str | None) -> None:
-            seen["token"] = token
+    def upload(folder_path: str, **_: Any) -> Any:
+        files.update(path.name for path in Path(folder_path).iterdir())
+        return SimpleNamespace(commit_url="the commit")
 
-        def create_repo(self, repo_id: str, **options: Any) -> Any:
-            seen["create"] = options
-            return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-        def upload_folder(self, *, folder_path: str, **options: Any) -> Any:
-            seen["files"] = {path.name for path in Path(folder_path).iterdir()}
-            seen["upload"] = options
-            return SimpleNamespace(commit_url="the commit")
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert gmoe.ViTMoE(8).push_to_hub("digits", private=True, token="secret") == "the commit"
-    assert seen["files"] == {"config.json", "model.safetensors", "README.md"}
-    assert seen["create"] == {"private": True, "exist_ok": True}
-    assert seen["upload"] == {"repo_id": "me/digits", "commit_message": "Push model", "revision": None}
-    assert seen["token"] == "secret"
+    api.return_value.upload_folder.side_effect = upload
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    assert gmoe.ViTMoE(8).push_to_hub("digits", private=True, token="secret", revision="v1") == "the commit"
+    assert files == {"config.json", "model.safetensors", "README.md"}
+    api.assert_called_once_with(token="secret")
+    api.return_value.create_repo.assert_called_once_with("digits", private=True, exist_ok=True)
+    sent = api.return_value.upload_folder.call_args.kwargs
+    assert (sent["repo_id"], sent["revision"]) == ("me/digits", "v1")
 
 
 def test_a_repository_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -316,51 +222,3 @@ def test_a_repository_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert isinstance(gmoe.ViTMoE.from_pretrained("me/digits", revision="v1"), gmoe.ViTMoE)
-
-
-# The card
-
-
-def figures(mean: float, std: float | None = 0.01, n: int = 3) -> dict[str, Any]:
-    return {"mean": mean, "std": std, "n": n, "values": [mean] * n}
-
-
-def summary_of(router: str, test: float, **changes: Any) -> dict[str, Any]:
-    config = {"dataset": "cifar10", "router": router, "experts": 8, "k": 1, "seeds": [0, 1, 2], "epochs": 5}
-    config |= {"val_share": 0.1, "split_seed": 7}
-    found = {"metric": "accuracy", "val": figures(0.5), "test": figures(test), "flops": 123_456}
-    found |= {"parameters": 2000, "active_parameters": 1000, "config": config}
-    return found | {"environment": {"commit": "abc", "versions": {"torch": "2"}, "gpu": None, "cpu": "CPU"}} | changes
-
-
-def test_the_card_tells_what_the_run_came_to(tmp_path: Path) -> None:
-    summary, dense = summary_of("token_choice", 0.8125), summary_of("dense", 0.75)
-    dense["test"] = figures(0.75, None, 1)
-    gmoe.ViTMoE(8).save_pretrained(tmp_path, summary=summary, dense=dense)
-    text = (tmp_path / "README.md").read_text()
-    metadata: Any = huggingface_hub.ModelCard(text).data
-    assert metadata.library_name == "gmoe"
-    for expected in (
-        'gmoe.ViTMoE.from_pretrained("',
-        "| | this model | dense baseline |",
-        "| test accuracy (%) | 81.25 ± 1.00 (n = 3) | 75.00 (n = 1) |",
-        "| active FLOPs of a forward | 123,456 | 123,456 |",
-        "cifar10; split: 10% of the training images validate (seed 7)",
-        "Seeds: 0, 1, 2; epochs: 5.",
-    ):
-        assert expected in text
-
-
-@pytest.mark.parametrize("study", ["cifar10", "digits-graph"])
-def test_the_card_reads_what_runs_write(study: str) -> None:
-    results = json.loads((Path(__file__).parents[2] / "results" / f"{study}.json").read_text())
-    summary, dense = results["variants"][-1], results["variants"][0]
-    assert f"Data: {study}; split" in card(gmoe.ViTMoE(8), summary, dense)
-
-
-def test_the_card_refuses_another_kind_of_baseline() -> None:
-    model, summary = gmoe.ViTMoE(8), summary_of("token_choice", 0.8)
-    with pytest.raises(ValueError, match=r"^dense: got a run of metric roc_auc"):
-        card(model, summary, summary_of("dense", 0.7, metric="roc_auc"))
-    with pytest.raises(ValueError, match=r"^summary: got None"):
-        card(model, dense=summary)

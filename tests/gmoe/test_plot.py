@@ -1,4 +1,4 @@
-"""Figures of routings: read back from what matplotlib holds. Shapes: B images, h x w patches, N nodes, E experts."""
+"""Figures of routings: read back from what matplotlib holds. Shapes: B images, h x w patches, E experts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.tensorboard.writer import SummaryWriter
 from torchvision.models import SwinTransformer
 
 import gmoe
 from gmoe import OracleRouter, Routing, RoutingStats, ViTMoE, ViTSize, build_router, moefy, record_routing
-from gmoe.plot import NOBODY, expert_graph, expert_load, expert_maps, palette, patch_weights
+from gmoe.plot import expert_load, expert_maps, palette, patch_weights
 
 SIZE = ViTSize(image_size=12, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8)
+IMAGE = torch.zeros(3, 12, 12)
 
 
 def of_assignment(assignment: Tensor, experts: int) -> Routing:
@@ -36,51 +36,33 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = {"gmoe": gmoe, "torch": torch, "timm": timm, "model": ViTMoE(SIZE), "images": torch.rand(2, 3, 12, 12)}
     found = doctest.testmod(gmoe.plot, extraglobs=names)
-    assert found.attempted >= 10
+    assert found.attempted >= 8
     assert found.failed == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"maps.png", "graph.png", "load.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"maps.png", "load.png"}
 
 
 def test_pyplot_is_left_alone() -> None:
-    script = "import sys, gmoe.plot as p; p.expert_load([{'epoch': 0, 'layer': 0, 'load_0': 1.0}]).savefig(sys.argv[1])"
+    script = "import sys, torch, gmoe.plot as p; p.expert_load([[{'load': torch.ones(2)}]]).savefig(sys.argv[1])"
     script += "; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", script, "/dev/null"], check=True)
-
-
-def test_what_is_missing_is_named() -> None:
-    script = "import sys; sys.modules['networkx'] = None\nimport gmoe.plot"
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert 'ImportError: gmoe.plot needs networkx: pip install "gmoe[plot]"' in found.stderr
-
-
-@pytest.mark.parametrize("experts", [1, 2, 10, 11, 20, 21, 64])
-def test_colors_differ(experts: int) -> None:
-    assert len(set(palette(experts))) == experts
-    assert NOBODY not in palette(experts)
 
 
 # Images
 
 
-def timm_vit(**kwargs: Any) -> nn.Module:
-    return VisionTransformer((8, 16), 4, embed_dim=8, depth=2, num_heads=2, num_classes=3, **kwargs)
-
-
-def swin() -> nn.Module:
-    return SwinTransformer([4, 4], 8, [2, 2], [2, 2], [2, 2], num_classes=5)
+timm_vit: Any = partial(VisionTransformer, (8, 16), 4, embed_dim=8, depth=2, num_heads=2, num_classes=3)
+swin: Any = partial(SwinTransformer, [4, 4], 8, [2, 2], [2, 2], [2, 2], num_classes=5)
 
 
 @pytest.mark.parametrize(
     ("build", "shape", "grids", "prefix"),
     [
         (partial(ViTMoE, SIZE, router=None), (12, 12), [(3, 3)], 1),
-        (timm_vit, (8, 16), [(2, 4)], 1),
         (partial(timm_vit, reg_tokens=4), (8, 16), [(2, 4)], 5),
         (partial(timm_vit, class_token=False, global_pool="avg"), (8, 16), [(2, 4)], 0),
-        (swin, (16, 24), [(4, 6), (2, 3)], 0),
         (swin, (20, 22), [(5, 5), (3, 3)], 0),  # the last columns are of no patch
     ],
-    ids=["ViTMoE", "timm", "registers", "no class token", "Swin", "padded Swin"],
+    ids=["ViTMoE", "registers", "no class token", "padded Swin"],
 )
 def test_weights_are_those_of_the_patches(
     build: Any, shape: tuple[int, int], grids: list[tuple[int, int]], prefix: int
@@ -90,7 +72,7 @@ def test_weights_are_those_of_the_patches(
     images = torch.randn(2, 3, *shape)
     with record_routing(model.eval()) as routings, torch.no_grad():
         model(images)
-    model.train().get_submodule("" if isinstance(model, VisionTransformer) else next(iter(model._modules))).eval()
+    list(model.train().children())[-1].eval()
     modes = [module.training for module in model.modules()]
     weights = patch_weights(model, images)
     assert [module.training for module in model.modules()] == modes
@@ -107,17 +89,20 @@ def test_compiled_models_of_any_dtype_are_drawn() -> None:
     assert [weight.shape for weight in patch_weights(model, torch.zeros(3, 12, 12))] == [(1, 3, 3, 8)]
 
 
-def test_bad_images_are_refused() -> None:
-    model = ViTMoE(SIZE)
-    with pytest.raises(ValueError, match="images: got shape"):
-        patch_weights(model, torch.zeros(2, 2, 12, 12))
-    with pytest.raises(ValueError, match=r"images: got 10 tokens of 1 images in MoE layer 1.*give patch_size"):
-        patch_weights(ViTMoE(SIZE), torch.zeros(3, 12, 12), patch_size=3)
-    with pytest.raises(ValueError, match="model: got Identity without a patch embedding"):
-        patch_weights(nn.Identity(), torch.zeros(3, 12, 12))
-    for options in ({"strength": 1.5}, {"mean": (0.5,)}, {"titles": ["one", "two"]}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            expert_maps(model, torch.zeros(3, 12, 12), **options)
+@pytest.mark.parametrize(
+    ("model", "images", "options", "argument"),
+    [
+        (ViTMoE(SIZE), torch.zeros(2, 2, 12, 12), {}, "images"),
+        (ViTMoE(SIZE), IMAGE, {"patch_size": 3}, "images.*patch_size"),
+        (nn.Identity(), IMAGE, {}, "model"),
+        (ViTMoE(SIZE), IMAGE, {"strength": 1.5}, "strength"),
+        (ViTMoE(SIZE), IMAGE, {"mean": (0.5,)}, "mean"),
+        (ViTMoE(SIZE), IMAGE, {"titles": ["one", "two"]}, "titles"),
+    ],
+)
+def test_bad_images_are_refused(model: nn.Module, images: Tensor, options: dict[str, Any], argument: str) -> None:
+    with pytest.raises(ValueError, match=argument):
+        expert_maps(model, images, **options)
 
 
 class Fixed(nn.Module):
@@ -158,90 +143,22 @@ def test_tints_by_hand() -> None:
     assert np.allclose(pixels(stretched, 1)[..., 0].ravel(), np.arange(16) / 15)
 
 
-def test_figures_go_to_tensorboard(tmp_path: Path) -> None:
-    with SummaryWriter(str(tmp_path)) as writer:
-        writer.add_figure("experts", expert_maps(Fixed(), torch.zeros(1, 4, 4)), global_step=1)
-    assert next(tmp_path.iterdir()).stat().st_size > 2000
-
-
-# Graphs
-
-
-def ring(size: int) -> Tensor:
-    place = torch.arange(size)
-    return torch.stack([place, (place + 1) % size])
-
-
-def node_colors(figure: Figure, panel: int = 0) -> list[Any]:
-    _, dots = figure.axes[panel].collections
-    return [tuple(color) for color in np.asarray(dots.get_facecolors()).tolist()]  # type: ignore[attr-defined]
-
-
-def test_nodes_have_the_colors_of_their_experts_and_classes() -> None:
-    half = build_router("expert_choice", 4, 3, 1)(torch.randn(12, 4)).of_experts([1])
-    labels = torch.tensor([-1, *[0, 1] * 5, 3])
-    figure = expert_graph([of_assignment(torch.arange(12) % 3, 3), half], ring(12), labels=labels)
-    experts = [to_rgba(color) for color in palette(3)]
-    assert node_colors(figure) == [experts[node % 3] for node in range(12)]
-    assert node_colors(figure, 1).count(to_rgba(NOBODY)) == 8
-    classes = [to_rgba(color) for color in (*palette(4), NOBODY)]
-    assert node_colors(figure, 2) == [classes[label] for label in labels.tolist()]
-    assert figure.get_suptitle() == ""
-
-
-@pytest.mark.parametrize("most", [1, 3, 40, 41])
-def test_of_a_large_graph_every_expert_has_a_neighborhood(most: int) -> None:
-    routing = of_assignment(torch.arange(400) // 100, 4)
-    figure = expert_graph(routing, ring(400), max_nodes=most)
-    assert figure.get_suptitle().startswith(f"{most} of 400 nodes")
-    colors = node_colors(figure)
-    assert len(colors) == most
-    assert len(set(colors)) == min(most, 4)
-    edges, _ = figure.axes[0].collections
-    assert len(edges.get_paths()) >= most - 4  # arcs of the ring
-    assert colors == node_colors(expert_graph(routing, ring(400), max_nodes=most))
-
-
-def test_nodes_without_edges_and_a_model() -> None:
-    lonely = expert_graph(of_assignment(torch.arange(30) // 15, 2), torch.zeros(2, 0, dtype=torch.long), max_nodes=9)
-    assert len(node_colors(lonely)) == 2
-    model = gmoe.GNNMoE(4, 8, 2, num_layers=3, num_experts=2)
-    assert len(expert_graph(model, ring(20), torch.randn(20, 4)).axes) == 2
-
-
-def test_bad_graphs_are_refused() -> None:
-    routing = of_assignment(torch.zeros(5, dtype=torch.long), 2)
-    for arguments, options, name in (
-        ((routing, ring(6)), {}, "edge_index: got node 5"),
-        ((routing, torch.zeros(3, 2).long()), {}, "edge_index: got shape"),
-        ((routing, ring(5), torch.zeros(5, 4)), {}, "x: got Tensor"),
-        ((nn.Identity(), ring(5)), {}, "x: got NoneType"),
-        (([], ring(5)), {}, "routing: got layers of"),
-        ((routing, ring(5)), {"labels": torch.zeros(4).long()}, "labels: got shape"),
-        ((routing, ring(5)), {"max_nodes": 0}, "max_nodes: got 0"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            expert_graph(*arguments, **options)
-
-
 # Load
 
 
-def test_loads_of_routings_stats_and_rows_are_the_same() -> None:
-    steps, rows, stats = [], [], []
-    for step in range(3):
-        layers = [of_assignment(torch.tensor([0] * (step + 1) + [1] * (4 - step)), 2) for _ in range(2)]
-        steps.append(layers)
-        counted = RoutingStats([2, 2])
-        counted.update(layers)
-        stats.append(counted.compute())
-        load = {"load_0": (step + 1) / 5, "load_1": (4 - step) / 5, "load_2": float("nan")}
-        rows += [{"epoch": step, "layer": layer, "weight_0": 1.0} | load for layer in range(2)]
-    for history in (steps, stats, rows):
+def test_loads_of_routings_and_of_stats_are_the_same() -> None:
+    """Three steps in which 1/5, 2/5 and 3/5 of the tokens go to the first expert."""
+    steps = [[of_assignment(torch.tensor([0] * n + [1] * (5 - n)), 2) for _ in range(2)] for n in (1, 2, 3)]
+    counted = []
+    for layers in steps:
+        stats = RoutingStats([2, 2])
+        stats.update(layers)
+        counted.append(stats.compute())
+    for history in (steps, counted):
         for axis in expert_load(history).axes[:2]:
             first, second = axis.collections
             points = {tuple(point) for point in np.round(np.asarray(first.get_paths()[0].vertices), 4).tolist()}
-            assert {(step + 1.0, round((step + 1) / 5, 4)) for step in range(3)} <= points
+            assert {(1.0, 0.2), (2.0, 0.4), (3.0, 0.6)} <= points
             assert tuple(np.asarray(second.get_facecolor())[0]) == to_rgba(palette(2)[1])
 
 
@@ -252,7 +169,7 @@ def test_one_step_is_drawn_as_bars() -> None:
 
 def test_bad_histories_are_refused() -> None:
     one, other = of_assignment(torch.zeros(5).long(), 2), of_assignment(torch.zeros(5).long(), 3)
-    row = {"epoch": 0, "layer": 0, "load_0": 1.0}
-    for history in ([], [one, other], [[one], [one, one]], [row, {**row, "layer": 1}, {**row, "epoch": 1}]):
+    histories: list[Any] = [[], [[]], [one, other], [[one], [one, one]]]
+    for history in histories:
         with pytest.raises(ValueError, match="history"):
             expert_load(history)

@@ -70,27 +70,6 @@ def router_gradients(layer: nn.Module) -> list[Tensor | None]:
 # the router of top-1 gets a gradient from the task
 
 
-@pytest.mark.parametrize("weight", ["score", "straight_through"])
-@pytest.mark.parametrize("router", LEARNED)
-def test_top_1_router_gets_a_gradient_from_the_task(router: str, weight: str) -> None:
-    for name, (layer, call) in layers(router, weight=weight).items():
-        (call(features(T, D).float()) - 1.0).square().mean().backward()
-        grads = router_gradients(layer)
-        assert grads, name
-        assert all(grad is not None and float(grad.abs().max()) > 1e-8 for grad in grads), name
-
-
-@pytest.mark.parametrize("router", [*LEARNED, "random"])
-def test_normalized_weights_at_k_1_are_refused(router: str) -> None:
-    for build in (
-        lambda: moe(router, weight="normalized"),
-        lambda: MoEConv("gcn", D, D, router=router, router_kwargs={"weight": "normalized"}, shared_expert=False),
-        lambda: GNNMoE(D, D, 3, router=router, router_kwargs={"weight": "normalized"}),
-    ):
-        with pytest.raises(ValueError, match=r"weight: got 'normalized' with k=1.*no gradient"):
-            build()
-
-
 # several processes
 
 
@@ -192,26 +171,7 @@ def test_the_balance_loss_survives_other_peoples_models() -> None:
     assert all(grad is not None and grad.any() for grad in grads)
 
 
-def test_the_balance_loss_of_two_calls_is_two_losses() -> None:
-    layer = moe(balance="switch")
-    _, first = layer(features(T, D).float(), return_routing=True)
-    _, second = layer(features(T, D, seed=1).float(), return_routing=True)
-    assert float(aux_loss(first)) != float(aux_loss(second))
-    torch.testing.assert_close(aux_loss([first, second]), aux_loss(first) + aux_loss(second))
-
-
 # K of E experts are run
-
-
-@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "uniform"])
-def test_rows_that_reach_the_experts_follow_k(router: str) -> None:
-    for num_experts in (4, 12):
-        for k in (1, 2, 4):
-            rows: list[int] = []
-            experts = MLPExperts(D, D, D, num_experts)
-            experts.up.register_forward_hook(lambda _, args, __, rows=rows: rows.append(args[0].size(0)))
-            MoE(build_router(router, D, num_experts, k), experts)(features(T, D).float())
-            assert rows == [k * T]
 
 
 def flops(conv: str, num_experts: int, k: int, tokens: int = 60) -> int:
@@ -247,24 +207,6 @@ def test_messages_of_local_convs_follow_k_not_e(conv: str) -> None:
     assert messages(2, 1) == messages(16, 1) == edges.size(1)
 
 
-def test_flops_of_moe_grow_with_k_and_are_flat_in_e() -> None:
-    x = features(T, D).float()
-
-    def experts_flops(num_experts: int, k: int) -> int:
-        layer = MoE(build_router("random", D, num_experts, k), MLPExperts(D, 64, D, num_experts))
-        return count_flops(layer, x) - count_flops(layer.router, x)
-
-    assert experts_flops(4, 1) == experts_flops(16, 1)
-    assert experts_flops(16, 4) == 4 * experts_flops(16, 1)
-
-
-def test_flops_of_gnn_moe_are_flat_in_e() -> None:
-    """But for the two routers, 2 (T + 1) D E each: a row more is the mean token's."""
-    x = features(T, D).float()
-    costs = [count_flops(GNNMoE(D, D, 3, 3, num_experts=n), x, EDGES) - 2 * 2 * (T + 1) * D * n for n in (4, 16)]
-    assert costs[0] == costs[1]
-
-
 # seeds only in loss and metric of a mini-batch
 
 
@@ -284,12 +226,3 @@ def test_seeds_of_a_mini_batch_have_the_outputs_and_gradients_of_the_full_graph(
     parameters = list(model.parameters())
     ours, theirs = (torch.autograd.grad(out.square().sum(), parameters) for out in (near, full))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
-
-
-def test_a_neighbor_out_of_reach_does_not_reach_the_loss_of_the_seeds() -> None:
-    edge_index = torch.tensor([[1, 2, 3, 4], [0, 1, 2, 3]])  # 4 -> 3 -> 2 -> 1 -> 0
-    model = GNNMoE(D, D, 3, 2, conv="sage", num_experts=E)
-    x = features(5, D).float().requires_grad_()
-    model(x, edge_index)[:1].sum().backward()
-    assert x.grad is not None
-    assert [bool(row.any()) for row in x.grad] == [True, True, True, False, False]

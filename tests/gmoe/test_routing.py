@@ -1,12 +1,10 @@
-"""What a router returns, its losses, and recording. Shapes: T tokens, E experts, K experts a token, P pairs."""
+"""Routings, their losses, and recording. Shapes: T tokens, E experts, K experts a token, P pairs."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 import threading
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -52,36 +50,24 @@ def test_derived_properties() -> None:
     assert routing.to_dense().tolist() == [[0, 0, 1.0], [0.5, 0, 0.25], [0, 0, 0], [0, 0, 2.0]]
 
 
-def test_to_dense_is_differentiable() -> None:
-    routing = example()
-    (routing.to_dense() * torch.arange(12.0).view(4, 3)).sum().backward()
-    assert routing.weight.grad is not None
-    assert routing.weight.grad.tolist() == [3, 2, 5, 11]  # 3 t + e
-
-
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(mask=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=9), data=st.data())
 def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None:
     chosen_TE = torch.tensor(mask, dtype=torch.bool).view(-1, 3)
-    token, offsets = pairs_of_mask(chosen_TE)
+    token, offsets = pairs_of_mask(chosen_TE.T)
     scores = torch.rand(len(mask), 3)
     dropped = torch.arange(len(mask))
     whole = Routing(token, offsets, torch.rand(len(token)), scores, len(mask), example().losses, dropped)
-    order = data.draw(st.permutations(range(len(mask))))
-    tokens = torch.tensor(order[: data.draw(st.integers(0, len(mask)))], dtype=torch.int64)
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(mask))] * 2)))
-    parts = [(whole.select(tokens), tokens), (whole.between(start, end), torch.arange(start, end))]
-    for part, rows in [*parts, (whole.first(end), torch.arange(end))]:
-        assert torch.equal(part.to_dense(), whole.to_dense()[rows])
-        assert torch.equal(part.scores, scores[rows])
-        assert (part.dropped, part.num_tokens) == (rows.sum(), len(rows))
-        assert (part.offsets.dtype, part.losses) == (torch.int32, whole.losses)
-        pairs = list(zip(part.expert.tolist(), part.token.tolist(), strict=True))
-        assert pairs == sorted(pairs)
-    assert whole.first(len(mask)) is whole
     experts = data.draw(st.permutations(range(3)))[: data.draw(st.integers(1, 3))]
-    assert torch.equal(whole.of_experts(experts).to_dense(), whole.to_dense()[:, experts])
-    assert torch.equal(whole.of_experts(experts).scores, scores[:, experts])
+    rows = slice(start, end)
+    for part, columns in ((whole.select(rows), [0, 1, 2]), (whole.select(rows, experts), experts)):
+        dataclasses.replace(part)  # which checks the pairs
+        assert torch.equal(part.to_dense(), whole.to_dense()[rows][:, columns])
+        assert torch.equal(part.scores, scores[rows][:, columns])
+        assert (part.dropped, part.num_tokens, part.losses) == (dropped[rows].sum(), end - start, whole.losses)
+    assert whole.select(slice(len(mask))) is whole
+    assert torch.equal(whole.select(experts=experts).to_dense(), whole.to_dense()[:, experts])
 
 
 def test_aux_loss_is_the_weighted_sum() -> None:
@@ -101,19 +87,6 @@ def test_no_tokens() -> None:
     assert [value.item() for value in (routing.coverage, routing.entropy, routing.aux_loss)] == [1, 0, 0]
     assert routing.to_dense().shape == (0, 2)
     assert "0 tokens" in routing.summary()
-
-
-def test_frozen_and_picklable() -> None:
-    routing = dataclasses.replace(example(), weight=torch.ones(4))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        routing.num_tokens = 3  # type: ignore[misc]
-    assert torch.equal(pickle.loads(pickle.dumps(routing)).to_dense(), routing.to_dense())
-
-
-def test_everyone_is_one_expert() -> None:
-    routing = Routing.everyone(3, torch.zeros(1, dtype=torch.float64))
-    assert routing.to_dense().tolist() == [[1.0]] * 3
-    assert routing.weight.dtype == torch.float64
 
 
 # From choices
@@ -138,20 +111,20 @@ def test_from_choices_puts_each_weight_at_its_pair(data: st.DataObject, num_toke
 
 
 @pytest.mark.parametrize(
-    ("expert", "weight", "message"),
+    ("expert", "weight", "name"),
     [
-        ([[0, 3]], [[0.5, 0.5]], r"expert_TK: got values in 0..3, expected 0..num_experts-1=2"),
-        ([[-1, 2]], [[0.5, 0.5]], r"expert_TK: got values in -1..2"),
-        ([[1, 1]], [[0.5, 0.5]], "token: got pairs out of order or twice"),
-        ([[0, 1]], [[0.5]], r"weight_TK: got shape \(1, 1\), expected that of expert_TK, \(1, 2\)"),
-        ([0, 1], [0.5, 0.5], r"expert_TK: got shape \(2,\)"),
-        ([[0.0, 1.0]], [[0.5, 0.5]], "expert_TK: got .* of torch.float32"),
-        ([[0, 1]], [[1, 2]], "weight: got .* of torch.int64"),
+        ([[0, 3]], [[0.5, 0.5]], "expert_TK"),
+        ([[-1, 2]], [[0.5, 0.5]], "expert_TK"),
+        ([[1, 1]], [[0.5, 0.5]], "token"),
+        ([[0, 1]], [[0.5]], "weight_TK"),
+        ([0, 1], [0.5, 0.5], "expert_TK"),
+        ([[0.0, 1.0]], [[0.5, 0.5]], "expert_TK"),
+        ([[0, 1]], [[1, 2]], "weight"),
     ],
     ids=str,
 )
-def test_from_choices_refuses(expert: list[Any], weight: list[Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_from_choices_refuses(expert: list[Any], weight: list[Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: got"):
         Routing.from_choices(torch.tensor(expert), torch.tensor(weight), 3)
 
 
@@ -159,33 +132,20 @@ def test_from_choices_refuses(expert: list[Any], weight: list[Any], message: str
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"offsets": int32(1, 0, 3)}, r"offsets: got \[1, 0, 3\], expected .*cumulative ends"),  # loads
-        ({"offsets": int32(1, 1, 3)}, "offsets: got .* the number of pairs 4"),
-        ({"offsets": int32(-1, 1, 4)}, "offsets: got"),
-        ({"offsets": torch.tensor([1, 1, 4])}, r"offsets: got shape \(3,\) of torch.int64"),
-        ({"offsets": int32()}, "offsets: got"),
-        ({"token": torch.tensor([1, 0, 3, 1])}, "token: got pairs out of order"),
-        ({"token": torch.tensor([1, 0, 1, 1])}, "token: got pairs out of order or twice"),
-        ({"token": torch.tensor([1, 0, 1, 4])}, r"token: got values in 0..4, expected 0..num_tokens-1=3"),
-        ({"token": torch.tensor([1, -1, 1, 3])}, r"token: got values in -1..3"),
-        ({"token": int32(1, 0, 1, 3)}, "token: got .* of torch.int32"),
-        ({"weight": torch.ones(3)}, r"weight: got shape \(3,\)"),
-        ({"scores": torch.ones(4, 2)}, r"scores: got shape \(4, 2\).*, expected \(num_tokens=4, E=3\)"),
-        ({"num_tokens": 5}, r"scores: got shape \(4, 3\).*, expected \(num_tokens=5, E=3\)"),
+        *({"offsets": int32(*ends)} for ends in ((1, 0, 3), (1, 1, 3), (-1, 1, 4), ())),  # the first are loads
+        {"offsets": torch.tensor([1, 1, 4])},
+        *({"token": torch.tensor(token)} for token in ([1, 0, 3, 1], [1, 0, 1, 1], [1, 0, 1, 4], [1, -1, 1, 3])),
+        {"token": int32(1, 0, 1, 3)},
+        {"weight": torch.ones(3)},
+        {"scores": torch.ones(4, 2)},
     ],
     ids=str,
 )
-def test_what_is_no_routing_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_what_is_no_routing_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(changes))}: got"):
         dataclasses.replace(example(), **changes)
-
-
-@pytest.mark.parametrize("offsets", [(4, 4, 4), (0, 0, 4), (1, 1, 4), (0, 1, 4)], ids=str)
-def test_starved_experts_are_a_routing(offsets: tuple[int, ...]) -> None:
-    token = torch.arange(4) if 1 not in offsets else torch.tensor([3, 0, 1, 3])
-    dataclasses.replace(example(), token=token, offsets=int32(*offsets))
 
 
 def test_values_of_fake_and_meta_tensors_are_not_read() -> None:
@@ -195,46 +155,13 @@ def test_values_of_fake_and_meta_tensors_are_not_read() -> None:
     assert repr(fake) == repr(meta) == "Routing(4 tokens, 3 experts)"
 
 
-def test_the_check_is_cheap() -> None:
-    token = torch.arange(100_000)
-    routing = Routing.from_choices((token % 8)[:, None], torch.ones(100_000, 1), 8)
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        routing.__post_init__(checked=False)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1e-3
-
-
-def test_contiguous_says_what_is_so() -> None:
-    routing = Routing.from_choices(torch.tensor([[1], [0]]), torch.ones(2, 1), 2)
-    with pytest.raises(ValueError, match="contiguous"):
-        dataclasses.replace(routing, contiguous=True)
-    assert dataclasses.replace(Routing.everyone(3, torch.zeros(1))).contiguous
-
-
 # For people
 
 
-def test_repr_is_short() -> None:
-    assert repr(example()) == "Routing(4 tokens, 3 experts, load 0…3)"
-
-
-def test_summary_says_it_in_lines() -> None:
-    lines = dataclasses.replace(example(), dropped_T=torch.tensor([0, 0, 2, 0])).summary().split("\n")
-    assert lines == [
-        "4 tokens, 3 experts, 4 pairs",
-        "  expert 0: 1 tokens (25.0% of the pairs)",
-        "  expert 1: 0 tokens (0.0% of the pairs)",
-        "  expert 2: 3 tokens (75.0% of the pairs)",
-        "coverage: 75.0% of the tokens have an expert",
-        "experts per token: 1",
-        "entropy of the scores: 0.433 nats",
-        "mean weight: 0.938",
-        "dropped pairs: 2",
-        "loss a: 3 (coefficient 0.5)",
-        "loss b: 2 (coefficient 0.25)",
-    ]
+def test_summary_names_loads_and_losses() -> None:
+    text = dataclasses.replace(example(), dropped_T=torch.tensor([0, 0, 2, 0])).summary()
+    for line in ("expert 2: 3 tokens (75.0%", "coverage: 75.0%", "dropped pairs: 2", "loss b: 2 (coefficient 0.25)"):
+        assert line in text
 
 
 # Losses that train nothing
@@ -295,13 +222,6 @@ def test_a_block_that_recorded_nothing_is_refused(model: nn.Module) -> None:
         pass
 
 
-def test_an_error_in_the_block_is_the_one_that_is_raised() -> None:
-    model = Model()
-    with pytest.raises(KeyError), record_routing(model):
-        raise KeyError
-    assert not any(module._forward_hooks for module in model.modules())
-
-
 def test_each_thread_records_its_own() -> None:
     model, together = Model(), threading.Barrier(3)
 
@@ -350,7 +270,7 @@ def test_a_compiled_model_is_recorded_unless_it_was_traced_before() -> None:
 def test_parts_of_a_routing_remember_that_its_losses_train_nothing() -> None:
     whole = Routing.from_choices(torch.tensor([[0, 1], [2, 0], [1, 2]]), torch.rand(3, 2), num_experts=3)
     whole = dataclasses.replace(whole, detached=True)
-    for part in (whole.select(torch.tensor([2, 0])), whole.between(1, 3), whole.of_experts([2, 0])):
+    for part in (whole.select(slice(1, 3)), whole.select(experts=[2, 0])):
         assert part.detached
 
 

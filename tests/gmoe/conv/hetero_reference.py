@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.nn import HeteroConv, SAGEConv
 
 from gmoe import Routing, aux_loss
 from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
 from gmoe.routing import GAIN_SCALE
-from tests.gmoe.conv.masked import features, gradient, random_graph, routing_of
+from tests.gmoe.conv.masked import features, gradient, random_graph
 
 EdgeType = tuple[str, str, str]
 Nodes = dict[str, Tensor]
@@ -47,48 +46,25 @@ def edges(counts: Mapping[str, int] = COUNTS, seed: int = 0) -> Edges:
     }
 
 
-def csr(edge_index: Tensor, num_src: int, num_dst: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The transposed adjacency, a parallel edge being a value of its own."""
+def csr(edge_index: Tensor, size: tuple[int, int]) -> Tensor:
+    """The transposed adjacency, each parallel edge a value."""
     order = edge_index[1].argsort(stable=True)
     source, destination = edge_index[:, order]
-    start = torch.zeros(num_dst + 1, dtype=torch.long)
-    start[1:] = torch.bincount(destination, minlength=num_dst).cumsum(0)
-    return torch.sparse_csr_tensor(start, source, torch.ones(len(source), dtype=dtype), (num_dst, num_src))
+    start = torch.zeros(size[1] + 1, dtype=torch.long)
+    start[1:] = torch.bincount(destination, minlength=size[1]).cumsum(0)
+    return torch.sparse_csr_tensor(start, source, torch.ones(len(source), dtype=torch.float64), size[::-1])
 
 
-class Plain(nn.Module):
-    """A relational layer with the weights of ``dense``, of PyG's and torch's own modules alone."""
-
-    def __init__(self, dense: RelationalConv) -> None:
-        super().__init__()
-        types = list(dense.relations_into)
-        roots: Any = copy.deepcopy(dense.root)
-        self.shared = dense.share_root
-        self.root = nn.ModuleDict({t: roots if self.shared else roots[t] for t in types})
-        convs = {}
-        for relation in (r for into in dense.relations_into.values() for r in into):
-            linear: Any = dense.relation[relation]
-            width = (dense.in_channels[relation[0]], dense.in_channels[relation[-1]])
-            conv = SAGEConv(width, linear.out_features, aggr=dense.aggr, root_weight=False, bias=False)
-            convs[relation] = conv.to(linear.weight.dtype)
-            conv.lin_l.weight.data.copy_(linear.weight)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of types that nothing ends in
-            self.convs = HeteroConv(convs, aggr="sum")
-
-    def forward(self, x_dict: Nodes, edge_index_dict: Edges) -> Nodes:
-        used = {r: adj for r, adj in edge_index_dict.items() if r in self.convs.convs}
-        summed = self.convs(x_dict, used)
-        return {t: root(x_dict[t]) + summed.get(t, 0.0) for t, root in self.root.items()}
-
-    def named(self, of: Any) -> Nodes:
-        """What ``of`` gives for each parameter, under the names of a RelationalConv's."""
-        found = {f"root.{p}": of(v) for p, v in self.root.named_parameters()}
-        if self.shared:
-            found = {f"root.{p}": of(v) for p, v in next(iter(self.root.values())).named_parameters()}
-        for relation, conv in self.convs.convs.items():
-            found[f"relation.<{'___'.join(relation)}>.weight"] = of(conv.lin_l.weight)
-        return found
+def by_pyg(dense: RelationalConv, x_dict: Nodes, edge_index_dict: Edges) -> Nodes:
+    """PyG's HeteroConv of SAGEConvs around the layer's linear maps, and the roots."""
+    convs = {}
+    for relation in (r for into in dense.relations_into.values() for r in into):
+        convs[relation] = SAGEConv((1, 1), 1, root_weight=False, bias=False)
+        convs[relation].lin_l = dense.relation[relation]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of types that nothing ends in
+        summed = HeteroConv(convs)(x_dict, {r: edge_index_dict[r] for r in convs})
+    return {t: dense.root[t](x_dict[t]) + summed.get(t, 0.0) for t in dense.relations_into}
 
 
 def masked(
@@ -107,20 +83,8 @@ def backward(y_dict: Nodes, extra: Tensor | None = None) -> None:
     (total if extra is None else total + extra).backward()
 
 
-def assert_equals_masked(
-    conv: HeteroMoEConv,
-    x_dict: Nodes,
-    edge_index_dict: Edges,
-    *,
-    reference_edges: Edges | None = None,
-    weights: Nodes | None = None,
-    **kwargs: Any,
-) -> None:
-    """Outputs and gradients of inputs, routers, experts and given weights equal those of the masked reference.
-
-    ``weights``: (T, E) of each type to follow in place of the routers'. ``reference_edges``: for the reference if
-    others.
-    """
+def assert_equals_masked(conv: HeteroMoEConv, x_dict: Nodes, edge_index_dict: Edges) -> None:
+    """Outputs and gradients of inputs, routers and experts equal those of the masked reference."""
     gain, shared = conv.gain, conv.shared_expert
     conv.gain = None
     experts = [conv.expert(index) for index in range(conv.num_experts)]
@@ -129,24 +93,18 @@ def assert_equals_masked(
     def run(reference: bool) -> Nodes:
         conv.zero_grad(set_to_none=True)
         xs = {t: x.detach().clone().requires_grad_() for t, x in x_dict.items()}
-        given = {t: w.detach().clone().requires_grad_() for t, w in (weights or {}).items()}
-        follow = None if weights is None else {t: routing_of(w) for t, w in given.items()}
-        y_dict, routings = conv(xs, edge_index_dict, routings=follow, return_routing=True, **kwargs)
+        y_dict, routings = conv(xs, edge_index_dict, return_routing=True)
         if reference:
-            y_dict = masked(experts, xs, reference_edges or edge_index_dict, routings)
+            y_dict = masked(experts, xs, edge_index_dict, routings)
             if gain is not None:
                 y_dict = {t: GAIN_SCALE * gain * y for t, y in y_dict.items()}
             if shared is not None:
-                always = shared(xs, reference_edges or edge_index_dict)
+                always = shared(xs, edge_index_dict)
                 y_dict = {t: y + always[t] for t, y in y_dict.items()}
         backward(y_dict, aux_loss(routings.values()))
         found = {f"y.{t}": y.detach() for t, y in y_dict.items()}
         found |= {f"x.{t}": gradient(x) for t, x in xs.items()}
-        found |= {f"weight.{t}": gradient(w) * (w != 0) for t, w in given.items()}
-        for part in [conv.routers] if conv.router is None else [conv.router]:
-            found |= {f"router.{name}": gradient(p) for name, p in part.named_parameters()}
-        beside = [] if shared is None else [*shared.parameters(), *([] if gain is None else [gain])]
-        found |= {f"beside.{index}": gradient(p) for index, p in enumerate(beside)}
+        found |= {name: gradient(p) for name, p in conv.named_parameters() if not name.startswith("experts.")}
         if not reference:
             assert all(p.grad is not None for p in conv.experts.parameters())  # zeros where nothing came
             return found | {f"experts.{name}": gradient(p) for name, p in conv.experts.named_parameters()}

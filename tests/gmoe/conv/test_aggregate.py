@@ -13,10 +13,9 @@ from torch_geometric.utils import to_dense_adj
 
 from gmoe import FilterConv, Graph, MLPConv, MoEConv
 from gmoe.conv.aggregate import FilterExperts, MLPConvExperts
-from tests.gmoe.conv.masked import FORMS, GRAPHS, assert_equals_masked, features, simple_graph, weights
+from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, simple_graph
 
 WIDTH = 4
-KINDS: list[Any] = ["low_pass", "identity", "high_pass", "two_hop", partial(FilterConv, filter="high_pass", hops=3)]
 
 
 def dense_filter(edge_index: Tensor, num_nodes: int, weight: Tensor | None = None) -> Tensor:
@@ -51,43 +50,37 @@ def test_one_low_pass_hop_is_gcn() -> None:
     torch.testing.assert_close(conv(x, edge_index), gcn(x, edge_index))
 
 
-@pytest.mark.parametrize("router_input", ["node", ("node", "neighbors"), ("neighbors", "degree")], ids=str)
-@pytest.mark.parametrize("form", ["plain", "csr"])
-def test_experts_of_several_filters_with_a_router(router_input: Any, form: str) -> None:
-    edges = simple_graph(9, 9)
-    layer = MoEConv(KINDS, WIDTH, 3, k=2, router_input=router_input, shared_expert=False).double()
+def test_experts_of_several_filters() -> None:
+    kinds: list[Any] = ["low_pass", "identity", "high_pass", "two_hop", partial(FilterConv, filter="high_pass", hops=3)]
+    layer = MoEConv(kinds, WIDTH, 3, k=2, router_input=("node", "neighbors"), shared_expert=False).double()
     assert isinstance(layer.experts, FilterExperts)
-    assert_equals_masked(layer, features(9, WIDTH), edges if form == "plain" else FORMS[form](edges, (9, 9)))
+    assert_equals_masked(layer, features(9, WIDTH), simple_graph(9, 9))
     found: list[Any] = [layer.expert(index) for index in range(5)]
     filters = [("low_pass", 1), ("identity", 1), ("high_pass", 1), ("low_pass", 2), ("high_pass", 3)]
     assert [(one.filter, one.hops) for one in found] == filters
 
 
 def test_no_edges_are_touched_by_the_identity() -> None:
-    layer = MoEConv(
-        "identity", WIDTH, 3, num_experts=2, router_input=("node", "neighbors"), shared_expert=False
-    ).double()
+    layer = MoEConv("identity", WIDTH, 3, num_experts=2, shared_expert=False).double()
     x, edge_index = features(5, WIDTH), torch.tensor([[0, 1], [1, 2]])
-    assert layer.experts.aggregate(Graph(edge_index, 5), x, x) is None
+    assert layer.experts.aggregate(Graph(edge_index, 5), x) is None
     assert_equals_masked(layer, x, edge_index)
 
 
-def test_mlp_conv_ignores_the_graph_and_takes_bipartite_input() -> None:
-    layer = MoEConv(MLPConv, (3, WIDTH), 5, num_experts=3, router=None, hidden_channels=7, shared_expert=False).double()
+def test_mlp_conv_is_an_mlp_of_the_destinations() -> None:
+    plain, x = MLPConv((3, WIDTH), 5, hidden_channels=7, bias=False).double(), features(4, WIDTH)
+    torch.testing.assert_close(plain((features(6, 3), x)), plain.down(plain.up(x).clamp(min=0)))
+    layer = MoEConv(MLPConv, (3, WIDTH), 5, num_experts=3, hidden_channels=7)
     assert isinstance(layer.experts, MLPConvExperts)
-    x = (features(6, 3), features(4, WIDTH))
-    assert_equals_masked(layer, x, torch.tensor([[5, 0], [1, 3]]), weight_TE=weights(4))
-    assert layer.expert(0).hidden_channels == 7
-    plain = MLPConv(WIDTH, 5, bias=False).double()
-    torch.testing.assert_close(plain(x[1]), plain.down(plain.up(x[1]).clamp(min=0)))
+    assert layer.experts.expert(0).hidden_channels == 7
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"filter": "band"}, "filter: got 'band', expected one of 'identity', 'low_pass', 'high_pass'"),
-        ({"hops": 0}, "hops: got 0, expected at least 1"),
-        ({"filter": "identity", "hops": 2}, "hops: got 2 with filter='identity', expected 1"),
+        ({"filter": "band"}, "filter: got 'band'"),
+        ({"hops": 0}, "hops: got 0"),
+        ({"filter": "identity", "hops": 2}, "hops: got 2 with filter='identity'"),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
@@ -98,5 +91,5 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(("conv", "name"), [("filter", "FilterConv"), ("gcn", "GCNConv")])
 def test_bipartite_nodes_are_refused(conv: str, name: str) -> None:
     layer = MoEConv(conv, WIDTH, 3, num_experts=2, shared_expert=False).double()
-    with pytest.raises(ValueError, match=f"{name} takes no bipartite input"):
+    with pytest.raises(ValueError, match=f"x: got a tuple .*{name}"):
         layer((features(3, WIDTH), features(2, WIDTH)), torch.tensor([[0], [1]]))

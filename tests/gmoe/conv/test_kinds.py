@@ -13,10 +13,10 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import degree
 
-from gmoe import GNNMoE, MoEConv
+from gmoe import FilterConv, GNNMoE, MoEConv
 from gmoe.conv.aggregate import GCNExperts
 from gmoe.conv.base import StackedExperts
-from gmoe.conv.kinds import CONVS, LOCAL, factory_of, is_local, output_width
+from gmoe.conv.kinds import CONVS, LOCAL, Trial, factory_of
 from gmoe.conv.separate import SeparateExperts
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph
 
@@ -29,7 +29,6 @@ FACTORIES: dict[str, Any] = {
     "agnn": lambda *_: pyg.AGNNConv(),
     "appnp": lambda *_: pyg.APPNP(K=2, alpha=0.1),
     "gatedgraph": lambda _, o: pyg.GatedGraphConv(o, num_layers=2),
-    "gine": lambda i, o: pyg.GINEConv(nn.Linear(i, o)),
     "nn": lambda i, o: pyg.NNConv(i, o, nn.Linear(WIDTH, i * o)),
 }
 """Convs that are not built as ``(in, out)``."""
@@ -38,25 +37,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cheb": {"K": 3},
     "ssg": {"alpha": 0.1},
     "gcn": {"improved": True},
-    "pna": {
-        "aggregators": ["mean", "max"],
-        "scalers": ["identity", "amplification"],
-        "deg": torch.tensor([1, 3, 4, 2]),
-    },
+    "pna": {"aggregators": ["mean", "max"], "scalers": ["amplification"], "deg": torch.tensor([1, 3, 4, 2])},
     "arma": {"num_stacks": 2, "num_layers": 2},
     **{name: {"heads": 2} for name in ("gat", "gatv2", "transformer")},
     "general": {"attention": True},
     "gen": {"norm": None},
 }
 
-NOT_LOCAL = [
-    *("agnn", "appnp", "arma", "cheb", "edge", "eg", "gatedgraph", "gen", "lg", "mixhop", "nn", "pna"),
-    *("sg", "ssg", "supergat", "tag"),
-]
+_NOT_LOCAL = "agnn appnp arma cheb edge eg gatedgraph gen lg mixhop nn sg ssg supergat tag"
 """Some of them are (edge, gen, nn, ...), but not registered as such."""
 
 LOCAL_BY_NAME = {name: cls for name, cls in CONVS.items() if cls in LOCAL}
-SWEEP = ["gcn", *LOCAL_BY_NAME, *NOT_LOCAL]
+SWEEP = ["gcn", *LOCAL_BY_NAME, *_NOT_LOCAL.split()]
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
@@ -97,13 +89,8 @@ def test_the_sweep_covers_what_can_be_built() -> None:
 @pytest.mark.parametrize(
     ("text", "cls"),
     [
-        ("gcn", pyg.GCNConv),
-        ("GCNConv", pyg.GCNConv),
-        ("gat_v2", pyg.GATv2Conv),
-        ("SAGE", pyg.SAGEConv),
-        ("res_gated_graph_conv", pyg.ResGatedGraphConv),
-        ("cg", pyg.CGConv),
-        ("simple", pyg.SimpleConv),
+        *(("GCNConv", pyg.GCNConv), ("gat_v2", pyg.GATv2Conv), ("SAGE", pyg.SAGEConv), ("lowpass_", FilterConv)),
+        *(("res_gated_graph_conv", pyg.ResGatedGraphConv), ("cg", pyg.CGConv), ("simple", pyg.SimpleConv)),
     ],
 )
 def test_names(text: str, cls: type) -> None:
@@ -112,20 +99,12 @@ def test_names(text: str, cls: type) -> None:
     assert layer(torch.randn(5, 4), random_graph(5, 5, 9)).shape == (5, 4)
 
 
-@pytest.mark.parametrize(
-    ("text", "nearest"), [("gcnn", "gcn"), ("gatt", "gat"), ("sagee", "sage"), ("lowpass_", "low_pass")]
-)
+@pytest.mark.parametrize(("text", "nearest"), [("gcnn", "gcn"), ("gatt", "gat"), ("sagee", "sage")])
 def test_an_unknown_name_suggests_the_nearest(text: str, nearest: str) -> None:
-    if text == "lowpass_":  # spelled otherwise, but known
-        assert MoEConv(text, 4, 4, shared_expert=False).expert(0).filter == "low_pass"
-        return
-    for build in (
-        lambda: MoEConv(text, 4, 4, shared_expert=False),
-        lambda: MoEConv(["gcn", text], 4, 4, shared_expert=False),
-        lambda: GNNMoE(4, 4, 4, conv=text),
-    ):
-        with pytest.raises(ValueError, match=f"conv: got {text!r}, expected one of 'agnn', .*did you mean {nearest!r}"):
-            build()
+    builds: list[Any] = [partial(MoEConv, text), partial(MoEConv, ["gcn", text]), partial(GNNMoE, 4, conv=text)]
+    for build in builds:
+        with pytest.raises(ValueError, match=f"conv: got {text!r}, .*did you mean {nearest!r}"):
+            build(4, 4)
 
 
 @pytest.mark.parametrize("cls", [pyg.GINConv, pyg.GINEConv])
@@ -135,80 +114,39 @@ def test_gin_gets_the_mlp_of_pygs_model(cls: Any) -> None:
     assert conv.eps.requires_grad
 
 
-NOT_WIDTHS = [
-    "AGNNConv",
-    "APPNP",
-    "GatedGraphConv",
-    "GCN2Conv",
-    "FAConv",
-    "EdgeConv",
-    "LGConv",
-    "PointNetConv",
-    "DNAConv",
+NOT_WIDTHS = [pyg.AGNNConv, pyg.APPNP, pyg.GatedGraphConv, pyg.FAConv, pyg.EdgeConv, pyg.DNAConv, "agnn"]
+"""``APPNP(16, 8)`` would be 16 steps with a teleport probability of 8."""
+OTHER_FORWARD: list[Any] = [
+    lambda i, _: pyg.GCN2Conv(i, 0.1),
+    lambda i, o: pyg.RGCNConv(i, o, num_relations=2),
+    lambda *_: pyg.PointNetConv(),
+    pyg.HypergraphConv,
+    lambda i, o: pyg.SignedConv(i, o, first_aggr=True),
 ]
-OTHER_FORWARD: dict[str, Any] = {
-    "GCN2Conv": lambda i, _: pyg.GCN2Conv(i, 0.1),
-    "FAConv": lambda i, _: pyg.FAConv(i),
-    "RGCNConv": lambda i, o: pyg.RGCNConv(i, o, num_relations=2),
-    "PointNetConv": lambda *_: pyg.PointNetConv(),
-    "HypergraphConv": pyg.HypergraphConv,
-    "PointTransformerConv": pyg.PointTransformerConv,
-    "SplineConv": lambda i, o: pyg.SignedConv(i, o, first_aggr=True),
-}
-
-
-@pytest.mark.parametrize("name", NOT_WIDTHS)
-def test_classes_whose_first_arguments_are_no_widths_are_refused(name: str) -> None:
-    """``APPNP(16, 8)`` would be 16 steps with a teleport probability of 8."""
-    kinds: list[Any] = [getattr(pyg, name)] + ([name] if name.endswith("Conv") else [])
-    for kind in kinds:
-        for conv in (kind, ["gcn", kind]):
-            with pytest.raises(ValueError, match=f"conv: got {name}, which is built with"):
-                MoEConv(conv, 8, 8, shared_expert=False)
-
-
-@pytest.mark.parametrize("name", OTHER_FORWARD)
-def test_convs_with_another_forward_are_refused_by_name(name: str) -> None:
-    name_got = "SignedConv" if name == "SplineConv" else name
-    for conv in (OTHER_FORWARD[name], ["gcn", OTHER_FORWARD[name]]):
-        with pytest.raises(ValueError, match=f"conv: got {name_got}, whose forward takes"):
-            MoEConv(conv, 8, 8, shared_expert=False)
+TURNED = partial(pyg.SAGEConv, flow="target_to_source")
 
 
 @pytest.mark.parametrize(
     ("conv", "kwargs", "message"),
     [
-        (
-            [lambda i, _: pyg.SAGEConv(i, 8), lambda i, _: pyg.SAGEConv(i, 1)],
-            {},
-            r"output widths \[1, 8\], expected one width",
-        ),
-        (
-            [lambda i, _: pyg.FiLMConv(i, 8), lambda i, _: pyg.FiLMConv(i, 1)],
-            {},
-            r"output widths \[1, 8\], expected one width",
-        ),
-        (["gcn", partial(pyg.GATConv, heads=2)], {}, r"output widths \[8, 16\], expected one width"),
-        (lambda i, _: pyg.SAGEConv(i, 3), {}, "out_channels: got 8, but <lambda> gives 3 columns"),
-        (lambda i, _: pyg.GINConv(nn.Linear(i, 3)), {}, "out_channels: got 8, but <lambda> gives 3 columns"),
-        (lambda *_: pyg.APPNP(2, 0.1), {}, "out_channels: got 8, but <lambda> gives 4 columns"),
-        (
-            "gat",
-            {"heads": 2, "shared_expert": lambda i, o, **_: pyg.GCNConv(i, o)},
-            "shared_expert: got 8 columns, expected 16",
-        ),
-        ("simple", {}, r"out_channels: got 8 for SimpleConv, expected in_channels=4"),
-        ("cg", {}, r"out_channels: got 8 for CGConv, expected in_channels=4"),
-        (None, {}, "conv: got None, expected a name"),
-        (3, {}, "conv: got 3, expected a name"),
-        ([], {}, r"conv: got \[\], expected a name"),
-        ([None, "gcn"], {}, "conv: got None, expected a name"),
-        (["gcn", "gat"], {"num_experts": 3}, "conv: got a list of 2 convs, expected num_experts=3"),
-        (lambda i, o: nn.Linear(i, o), {}, "conv: got a factory of Linear, expected one of PyG's MessagePassing"),
+        *((conv, {}, r"conv: got \w+, which is built with") for conv in (*NOT_WIDTHS, ["gcn", pyg.APPNP])),
+        *((conv, {}, r"conv: got \w+, whose forward takes") for conv in (*OTHER_FORWARD, ["gcn", *OTHER_FORWARD[:1]])),
+        ([lambda i, _: pyg.FiLMConv(i, 8), lambda i, _: pyg.FiLMConv(i, 1)], {}, r"conv: got .* widths \[1, 8\]"),
+        (["gcn", partial(pyg.GATConv, heads=2)], {}, r"conv: got .* widths \[8, 16\]"),
+        (["sage", TURNED], {}, "conv: got experts of flows"),
+        ("gcn", {"shared_expert": TURNED}, "shared_expert: got a conv of flow='target_to_source'"),
+        (lambda i, _: pyg.GINConv(nn.Linear(i, 3)), {}, "out_channels: got 8, but <lambda> gives 3"),
+        (lambda *_: pyg.APPNP(2, 0.1), {}, "out_channels: got 8, but <lambda> gives 4"),
+        ("gat", {"heads": 2, "shared_expert": lambda i, o, **_: pyg.GCNConv(i, o)}, "shared_expert: got 8 columns"),
+        ("simple", {}, "out_channels: got 8 for SimpleConv"),
+        ("cg", {}, "out_channels: got 8 for CGConv"),
+        *((wrong, {}, "conv: got ") for wrong in (None, 3, [], [None, "gcn"])),
+        (["gcn", "gat"], {"num_experts": 3}, "conv: got a list of 2 convs"),
+        (lambda i, o: nn.Linear(i, o), {}, "conv: got a factory of Linear"),
         (lambda *_: SHARED, {}, "conv: got a factory whose convs share parameters"),
         (lambda *_: pyg.GINConv(SHARED.nn), {}, "conv: got a factory whose convs share parameters"),
-        ("gcn", {"hops": 2}, r"conv: got GCNConv, which cannot be built as conv\(4, 8, ...\)"),
-        ("pna", {}, "conv: got PNAConv, which cannot be built as conv"),
+        ("gcn", {"hops": 2}, "conv: got GCNConv, which cannot be built as"),
+        ("pna", {}, "conv: got PNAConv, which cannot be built as"),
     ],
 )
 def test_refusals(conv: Any, kwargs: dict[str, Any], message: str) -> None:
@@ -216,7 +154,7 @@ def test_refusals(conv: Any, kwargs: dict[str, Any], message: str) -> None:
         MoEConv(conv, 4, 8, **{"shared_expert": False, **kwargs})
 
 
-@pytest.mark.parametrize("value", [6.0, "6", None, (6,), (6, 6, 6), True, 0, -2, (3, 0), (6, 2.0)])
+@pytest.mark.parametrize("value", [6.0, "6", None, (6,), True, 0, -2, (3, 0), (6, 2.0)])
 def test_bad_widths(value: Any) -> None:
     with pytest.raises(ValueError, match="in_channels: got "):
         MoEConv("sage", value, 4, shared_expert=False)
@@ -225,30 +163,30 @@ def test_bad_widths(value: Any) -> None:
             MoEConv("sage", 4, value, shared_expert=False)
 
 
-def test_output_widths_of_what_cannot_be_tried_out_are_unknown() -> None:
-    """NNConv asks for edge features; GAT's follows its heads."""
-    assert output_width(FACTORIES["nn"](WIDTH, 5), WIDTH) is None
+def test_output_widths() -> None:
+    assert Trial(FACTORIES["nn"](WIDTH, 5), WIDTH).width is None  # asks for edge features
     for heads, concat, width in ((3, True, 15), (3, False, 5), (1, True, 5)):
-        assert output_width(pyg.GATConv(4, 5, heads=heads, concat=concat), 4) == width
-    assert output_width(pyg.GINConv(nn.Linear(4, 7)), 4) == 7
-    assert output_width(pyg.SuperGATConv(4, 5, heads=2), 4) == 10
+        assert Trial(pyg.GATConv(4, 5, heads=heads, concat=concat), 4).width == width
+    assert Trial(pyg.GINConv(nn.Linear(4, 7)), 4).width == 7
+    assert Trial(pyg.SuperGATConv(4, 5, heads=2), 4).width == 10
 
 
-def test_one_kind_in_a_list_is_one_group() -> None:
+def test_how_many_experts_there_are() -> None:
     layer = MoEConv(["gcn", pyg.GCNConv, "GCNConv"], 4, 4, shared_expert=False)
-    assert isinstance(layer.experts, GCNExperts)
+    assert isinstance(layer.experts, GCNExperts)  # one group
     assert layer.num_experts == 3
     assert MoEConv("gcn", 4, 4, shared_expert=False).num_experts == 8
-    assert GNNMoE(4, 8, 3, conv=["gcn", "mlp"], num_layers=3).convs[0].num_experts == 2
-
-
-class Spectral(pyg.SAGEConv):
-    """A subclass may compute something else."""
 
 
 def spectral(i: int, o: int) -> pyg.SAGEConv:
     conv = pyg.SAGEConv(i, o)
     conv.lin_l = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(i, o))
+    return conv
+
+
+def hooked(i: int, o: int) -> pyg.GCNConv:
+    conv = pyg.GCNConv(i, o)
+    conv.lin.register_forward_hook(lambda *_: None)
     return conv
 
 
@@ -258,46 +196,21 @@ def frozen(i: int, o: int) -> pyg.GCNConv:
     return conv
 
 
-class Hooked:
-    """GCN with a hook on its linear layer."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, i: int, o: int) -> pyg.GCNConv:
-        conv = pyg.GCNConv(i, o)
-        conv.lin.register_forward_hook(self.hook)
-        return conv
-
-    def hook(self, *_: Any) -> None:
-        self.calls += 1
+class Own(pyg.GATConv):
+    """A subclass may compute something else."""
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-def test_what_a_factory_adds_survives() -> None:
-    """Spectral norm is still that, frozen parameters stay frozen, hooks run."""
-    x, edge_index = features(9, 4), random_graph(9, 9, 30)
-    layer = MoEConv(spectral, 4, 4, num_experts=2, shared_expert=False).double()
-    with torch.no_grad():
-        for name, parameter in layer.experts.named_parameters():
-            parameter.mul_(50.0 if "original" in name else 1.0)
-    for _ in range(30):  # power iterations
-        layer(x, edge_index)
-    for plain in layer.experts.convs():
-        assert float(torch.linalg.matrix_norm(plain.lin_l.weight, 2)) == pytest.approx(1.0, rel=0.05)
-    layer = MoEConv(frozen, 4, 4, num_experts=2, shared_expert=False).double()
-    assert_equals_masked(layer, x, edge_index)
-    layer(x, edge_index).sum().backward()
-    assert [p.requires_grad for p in layer.experts.parameters()].count(False) == 2
-    assert all((p.grad is None) is not p.requires_grad for p in layer.experts.parameters())
-    hooked = Hooked()
-    layer = MoEConv(hooked, 4, 4, num_experts=2, router="uniform", k=2, shared_expert=False).double()
-    before = hooked.calls
-    layer(x, edge_index)
-    assert hooked.calls == before + 2
+@pytest.mark.parametrize("kind", [spectral, hooked, frozen, Own], ids=lambda kind: kind.__name__)
+def test_what_a_factory_adds_survives(kind: Any) -> None:
+    """Parametrizations, hooks and frozen parameters: stacking would lose them."""
+    layer = MoEConv(kind, 4, 4, num_experts=2, shared_expert=False).double()
+    assert isinstance(layer.experts, SeparateExperts)
+    assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
+    assert [p.requires_grad for p in layer.experts.parameters()].count(False) == (2 if kind is frozen else 0)
 
 
-# who is local -------------------------------------------------------------------------------------------------------
+# who is local
 
 
 class GatedSum(MessagePassing):
@@ -321,36 +234,15 @@ class GatedSum(MessagePassing):
 
 
 class SourceDegrees(GatedSum):
-    """Not local: divides by the in-degree of the source, as GCN does."""
+    """Divides by the in-degree of the source, as GCN does."""
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         return super().forward(x / (1 + degree(edge_index[1], x.size(0), dtype=x.dtype))[:, None], edge_index)
 
 
 class TwoHops(GatedSum):
-    """Not local: looks two hops far."""
-
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         return super().forward(super().forward(x, edge_index), edge_index)
-
-
-class Normed(GatedSum):
-    """Not local in training: batch norm."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels)
-        self.norm = nn.BatchNorm1d(out_channels)
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        out: Tensor = self.norm(super().forward(x, edge_index))
-        return out
-
-
-class Centered(GatedSum):
-    """Not local: subtracts the mean of all nodes."""
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        return super().forward(x - x.mean(dim=0), edge_index)
 
 
 class CenteredWhereNegative(GatedSum):
@@ -360,14 +252,11 @@ class CenteredWhereNegative(GatedSum):
         return super().forward(x - x.clamp(max=0).mean(dim=0), edge_index)
 
 
-FAR: list[Any] = [SourceDegrees, TwoHops, Normed, Centered, CenteredWhereNegative]
-
-
-@pytest.mark.parametrize("cls", [*FAR, pyg.GCNConv], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [SourceDegrees, TwoHops, CenteredWhereNegative, pyg.GCNConv])
 def test_local_is_refused_where_it_is_not_true(cls: Any) -> None:
     with pytest.raises(ValueError, match=f"local: got True, but {cls.__name__} .*expected None or False"):
         MoEConv(cls, 4, 4, local=True, shared_expert=False)
-    assert not is_local(cls(4, 4), 4)
+    assert not Trial(cls(4, 4), 4).is_local
 
 
 def test_a_conv_of_ones_own_that_is_local_takes_the_local_path() -> None:
@@ -378,15 +267,14 @@ def test_a_conv_of_ones_own_that_is_local_takes_the_local_path() -> None:
     rows: list[tuple[int, int]] = []
     for expert in layer.experts.convs():
         expert.register_forward_hook(lambda _, args, __: rows.append((args[0].size(0), args[1].size(1))))
-    layer(features(6, 4), torch.tensor([[0, 2, 4], [1, 3, 5]]))
-    assert sum(edges for _, edges in rows) == 2 * 3  # K messages an edge
+    layer(features(6, 4), torch.stack([torch.arange(6), torch.arange(6).roll(1)]))
+    assert sum(edges for _, edges in rows) == 2 * 6  # K messages an edge
 
 
-@pytest.mark.parametrize("cls", [GatedSum, *FAR], ids=lambda cls: cls.__name__)
-def test_a_conv_that_says_nothing_runs_in_full_with_a_warning(cls: Any) -> None:
+def test_a_conv_that_says_nothing_runs_in_full_with_a_warning() -> None:
     num_nodes, edge_index = GRAPHS["mixed"]
-    with pytest.warns(UserWarning, match=f"{cls.__name__} runs on the whole graph.*pass local=True") as caught:
-        layer = MoEConv(cls, 4, 4, num_experts=3, k=2).double()
+    with pytest.warns(UserWarning, match=r"TwoHops runs on the whole graph.*pass local=True") as caught:
+        layer = MoEConv(TwoHops, 4, 4, num_experts=3, k=2).double()
     assert [warning.filename for warning in caught] == [__file__]  # once, and points to the line of the user
     assert_equals_masked(layer, features(num_nodes, 4), edge_index)
 
@@ -396,7 +284,7 @@ def test_local_true_for_a_conv_that_cannot_run_on_the_probe() -> None:
         def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
             raise RuntimeError("only on Tuesdays")
 
-    with pytest.raises(ValueError, match=r"local: got True, but Picky fails on a small random graph: only on Tuesdays"):
+    with pytest.raises(ValueError, match="local: got True, but Picky fails on a small random graph: only on Tuesdays"):
         MoEConv(Picky, 4, 4, local=True, shared_expert=False)
 
 
@@ -404,10 +292,10 @@ def test_trying_a_conv_out_leaves_it_alone_and_draws_nothing() -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     gin, gat = pyg.GINConv(network).eval(), pyg.GATConv(4, 4, dropout=0.6)
     before, drawn = {name: value.clone() for name, value in gin.state_dict().items()}, torch.get_rng_state()
-    assert (is_local(gin, 4), is_local(gat, 4)) == (False, True)
-    assert (output_width(gin, 4), output_width(gat, 4)) == (4, 4)
+    assert (Trial(gin, 4).is_local, Trial(gat, 4).is_local) == (False, True)
+    assert (Trial(gin, 4).width, Trial(gat, 4).width) == (4, 4)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert [gin.training, network[2].p, gat.dropout] == [False, 0.5, 0.6]
     assert all(torch.equal(value, before[name]) for name, value in gin.state_dict().items())
-    assert is_local(pyg.GATConv(4, 4, edge_dim=3), 4)
-    assert is_local(pyg.SAGEConv((3, 5), 4), (3, 5))
+    assert Trial(pyg.GATConv(4, 4, edge_dim=3), 4).is_local
+    assert Trial(pyg.SAGEConv((3, 5), 4), (3, 5)).is_local

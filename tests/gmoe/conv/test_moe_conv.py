@@ -10,23 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Batch, Data
 from torch_geometric.nn import GraphConv, SAGEConv
 from torch_geometric.utils import to_torch_csr_tensor
 
-from gmoe import (
-    ROUTERS,
-    MoEConv,
-    TokenChoice,
-    active_parameters,
-    aux_loss,
-    count_flops,
-    record_routing,
-)
-from tests.gmoe.conv.masked import GRAPHS, features, mean_of_in_edges, random_graph, routing_of
-from tests.gmoe.conv.test_experts import AGGREGATE_ONCE, ATTENTION, ids
+from gmoe import MoEConv, TokenChoice, active_parameters, count_flops
+from tests.gmoe.conv.masked import GRAPHS, features, mean_of_in_edges, routing_of
+from tests.gmoe.conv.test_experts import AGGREGATE_ONCE, ATTENTION, SOME, ids
 
-CONVS = ["gcn", "sage", "graph", "gin", "gat", "general"]
 NODES, WIDTH, EXPERTS = 8, 4, 3
 
 
@@ -39,76 +29,36 @@ def graph() -> tuple[Tensor, Tensor]:
     return features(NODES, WIDTH).float(), GRAPHS["mixed"][1]
 
 
-def experts_of(moe: MoEConv) -> list[nn.Module]:
-    return [moe.expert(index) for index in range(moe.num_experts)]
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("conv", ["gcn", "gat", "general"])
-def test_graphs_of_an_unsorted_batch_with_gaps_stand_alone(conv: str, router: str) -> None:
-    moe = layer(conv, router=router, k=2, router_input=("node", "neighbors")).double()
-    moe.train(router != "token_choice")  # whose noise and bias are those of all tokens
-    graphs = [Data(features(n, WIDTH, seed=n), random_graph(n, n, 3 * n, seed=n)) for n in (5, 7, 5, 2)]
-    alone = [moe(g.x, g.edge_index) for g in graphs]
-    data = Batch.from_data_list(graphs)
-    order = torch.randperm(data.num_nodes, generator=torch.Generator().manual_seed(0))
-    together = moe(data.x[order], order.argsort()[data.edge_index], batch=3 * data.batch[order] + 1)
-    torch.testing.assert_close(together, torch.cat(alone)[order], rtol=0, atol=1e-6)
-
-
-def test_batch_makes_groups() -> None:
-    x, edge_index = graph()
-    batch = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
-    load = layer(router="expert_choice")(x, edge_index, batch=batch, return_routing=True)[1].to_dense() != 0
-    assert load[:3].sum(0).tolist() == [1, 1, 1]  # ceil(3 / 3)
-    assert load[3:].sum(0).tolist() == [2, 2, 2]  # ceil(5 / 3)
-
-
 def test_neighbors_vote_along_the_edges() -> None:
     x, edge_index = graph()
     options: dict[str, Any] = {"router": "attention_vote", "router_kwargs": {"scope": "neighbors"}}
-    moe = layer(**options)
-    _, routing = moe(x, edge_index, return_routing=True)
-    assert moe.router is not None
-    torch.testing.assert_close(routing.scores, moe.router(x, None, edge_index).scores)
+    for flow, edges in (("source_to_target", edge_index), ("target_to_source", edge_index.flip(0))):
+        moe: Any = layer("sage", flow=flow, **options)
+        _, routing = moe(x, edge_index, return_routing=True)
+        torch.testing.assert_close(routing.scores, moe.router(x, None, edges).scores)
     torch.testing.assert_close(routing.scores[6:], torch.ones(2, EXPERTS))  # isolated nodes vote for themselves
-    turned = layer("sage", flow="target_to_source", **options)
-    assert turned.router is not None
-    scores = turned(x, edge_index, return_routing=True)[1].scores
-    torch.testing.assert_close(scores, turned.router(x, None, edge_index.flip(0)).scores)
-    with pytest.raises(ValueError, match="got bipartite input"):
+    with pytest.raises(ValueError, match="x: got a tuple"):
         layer("sage", **options)((x, x[:5]), edge_index % 5)
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("router_input", ["node", "neighbors", ("neighbors", "node"), ("degree", "neighbors")], ids=str)
-@pytest.mark.parametrize(
-    ("conv", "kwargs", "aggregate"),
-    [
-        (
-            "gcn",
-            {"bias": False, "normalize": False},
-            lambda x, e: GraphConv(1, 1).propagate(e, x=(x, x), edge_weight=None),
-        ),
-        ("sage", {}, mean_of_in_edges),
-        ("sage", {"aggr": ["mean", "max"]}, None),
-        ("gat", {}, mean_of_in_edges),
-        ("cheb", {"K": 2}, mean_of_in_edges),
-        (["gcn", "gat", "mlp"], {}, mean_of_in_edges),
-    ],
-    ids=["gcn", "sage", "sage twice as wide", "gat", "cheb", "list"],
-)
-def test_router_input(conv: Any, kwargs: dict[str, Any], aggregate: Any, router_input: Any) -> None:
+@pytest.mark.parametrize("router_input", [("neighbors", "node"), ("degree", "neighbors")], ids=str)
+@pytest.mark.parametrize("conv", ["gcn", ["mean", "max"], "gat", "tag", ["gcn", "gat", "mlp"]], ids=str)
+def test_router_input(conv: Any, router_input: Any) -> None:
     """Node, the conv's own aggregate (else the mean over in-edges) and degree, in this order whatever the given one."""
-    x, edge_index = graph()
-    if aggregate is None:
-        aggregate = SAGEConv(WIDTH, WIDTH, aggr=["mean", "max"], root_weight=False, bias=False)
-        aggregate.lin_l = nn.Identity()
+    (x, edge_index), kwargs = graph(), dict[str, Any]()
+    aggregate: Any = mean_of_in_edges
+    if conv == "gcn":
+        aggregate = lambda x, e: GraphConv(1, 1).propagate(e, x=(x, x), edge_weight=None)  # noqa: E731
+        kwargs = {"normalize": False}
+    elif conv == ["mean", "max"]:  # twice as wide
+        sage = SAGEConv(WIDTH, WIDTH, aggr=conv, root_weight=False, bias=False)
+        sage.lin_l = nn.Identity()
+        conv, aggregate, kwargs = "sage", sage, {"aggr": conv}
     degree = torch.bincount(edge_index[1], minlength=NODES).float().log1p()[:, None]
     parts = {"node": x, "neighbors": aggregate(x, edge_index), "degree": degree}
     expected = torch.cat([value for name, value in parts.items() if name in router_input], dim=1)
-    moe = layer(conv, router_input=router_input, **kwargs)
-    assert moe.router is not None
+    moe: Any = layer(conv, router_input=router_input, **kwargs)
     assert moe.router.dim == expected.size(1)
     inputs: list[Tensor] = []
     moe.router.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -116,10 +66,11 @@ def test_router_input(conv: Any, kwargs: dict[str, Any], aggregate: Any, router_
     torch.testing.assert_close(inputs, [expected])
 
 
-@pytest.mark.parametrize("conv", CONVS)
-def test_expert_is_a_detached_copy(conv: str) -> None:
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize(("conv", "kwargs"), SOME, ids=ids)
+def test_expert_is_a_detached_copy(conv: Any, kwargs: dict[str, Any]) -> None:
     x, edge_index = graph()
-    moe = layer(conv, router=None).eval()
+    moe = layer(conv, router=None, **({"num_experts": None} if isinstance(conv, list) else {}), **kwargs).eval()
     for index in range(EXPERTS):
         plain = moe.expert(index)
         assert not plain.training
@@ -140,20 +91,20 @@ def test_expert_follows_dtype_and_is_bounded() -> None:
     assert all(p.dtype == torch.float64 for p in moe.expert(0).parameters())
     assert torch.equal(torch.get_rng_state(), drawn)
     for index in (-1, EXPERTS):
-        with pytest.raises(ValueError, match=rf"index: got {index}, expected 0\.\.num_experts-1=2"):
+        with pytest.raises(ValueError, match=f"index: got {index}"):
             moe.expert(index)
 
 
 @pytest.mark.parametrize(
     ("conv", "kwargs"),
-    [case for case in [*AGGREGATE_ONCE, *ATTENTION, ("filter", {}), ("mlp", {})] if case[0] != "gin"],
+    [case for case in [*AGGREGATE_ONCE, *ATTENTION, ("filter", {}), ("mlp", {})] if case[0] not in ("gin", "gine")],
     ids=ids,
 )
 def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> None:
     moe = MoEConv(conv, 6, 5, num_experts=EXPERTS, router=None, shared_expert=False, **kwargs)
     torch.manual_seed(7)
     moe.reset_parameters()
-    separate: Any = experts_of(moe)
+    separate: Any = [moe.expert(index) for index in range(EXPERTS)]
     torch.manual_seed(7)
     for plain in separate:
         plain.reset_parameters()
@@ -165,26 +116,8 @@ def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> Non
     assert sum(p.numel() for p in moe.parameters()) == EXPERTS * in_use
 
 
-def test_gin_is_initialized_as_separate_convs() -> None:
-    """By statistics: uniform in +-1/sqrt(fan in), E different draws."""
-    experts: Any = experts_of(MoEConv("gin", 400, 100, num_experts=2, shared_expert=False))
-    first, second = (expert.nn.lins[0].weight for expert in experts)
-    assert float(first.detach().abs().max()) == pytest.approx(400**-0.5, rel=0.01)
-    assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize("conv", [*CONVS, "filter", "mlp", ["gcn", "le", "gat"]], ids=str)
-def test_reset_parameters_draws_all_anew(conv: Any) -> None:
-    moe = layer(conv, shared_expert=True)
-    with torch.no_grad():
-        for parameter in moe.parameters():
-            parameter.fill_(9.0)
-    moe.reset_parameters()
-    assert not any((parameter == 9.0).any() for parameter in moe.parameters())
-
-
 @pytest.mark.parametrize("csr", [False, True])
-@pytest.mark.parametrize("conv", [*CONVS, "low_pass", "two_hop", partial(SAGEConv, normalize=True)], ids=str)
+@pytest.mark.parametrize("conv", ["gcn", "gat", "general", "two_hop", partial(SAGEConv, aggr="max")], ids=str)
 def test_a_model_in_bfloat16_scores_in_float32(conv: Any, csr: bool) -> None:
     x, edge_index = graph()
     adj = to_torch_csr_tensor(edge_index.flip(0), size=(NODES, NODES)) if csr else edge_index
@@ -197,17 +130,6 @@ def test_a_model_in_bfloat16_scores_in_float32(conv: Any, csr: bool) -> None:
     assert leaf.grad is not None
     expected = moe(x, adj, routing=replace(routing, weight=routing.weight.float()))
     torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)
-
-
-@pytest.mark.parametrize("out_channels", [2, 9])
-@pytest.mark.parametrize("conv", ["gcn", "sage", "graph"])
-def test_autocast_gives_bfloat16_in_either_order(conv: str, out_channels: int) -> None:
-    """3 x 2 columns are transformed first, 3 x 9 last."""
-    moe = MoEConv(conv, 9, out_channels, num_experts=3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, routing = moe(torch.randn(NODES, 9), graph()[1], return_routing=True)
-    assert y.dtype == torch.bfloat16
-    assert routing.scores.dtype == routing.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -226,50 +148,26 @@ def test_compiled_equals_eager(conv: str, backend: str) -> None:
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_losses_come_back_and_reach_the_router() -> None:
-    x, edge_index = graph()
-    moe = layer(router_kwargs={"balance": "switch", "z_coef": 0.1})
-    _, routing = moe(x, edge_index, return_routing=True)
-    assert set(routing.losses) == {"switch", "z"}
-    aux_loss(routing).backward()
-    assert moe.router is not None
-    assert all(p.grad is not None and p.grad.any() for p in moe.router.parameters())
-    with record_routing(moe) as routings:
-        moe(x, edge_index)
-    torch.testing.assert_close(aux_loss(routings), aux_loss(routing))
-
-
 def test_a_given_routing_is_followed_without_the_router() -> None:
     x, edge_index = graph()
     moe = layer(router=None)
     given = routing_of(features(NODES, EXPERTS, seed=3).float())
     y, routing = moe(x, edge_index, routing=given, return_routing=True)
     assert routing is given
-    for wrong, message in (
-        (None, r"routing: got None, expected a Routing, since .* router=None"),
-        (routing_of(torch.ones(NODES, 2)), "routing: got 8 tokens and 2 experts, expected 8 and 3"),
-        ("token_choice", "routing: got str, expected a Routing"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for wrong in (None, routing_of(torch.ones(NODES, 2)), "token_choice"):
+        with pytest.raises(ValueError, match="routing: got"):
             moe(x, edge_index, routing=wrong)
-    own = layer(router="token_choice")
+    own: Any = layer(router="token_choice")
     own(x, edge_index, routing=given).sum().backward()
-    assert own.router is not None
     assert all(p.grad is None for p in own.router.parameters())
     own.experts.load_state_dict(moe.experts.state_dict())
     assert torch.equal(own(x, edge_index, routing=given), y)
 
 
-def test_a_shared_expert_covers_nodes_without_another_and_counts_in_full() -> None:
-    moe = layer(num_experts=4, shared_expert=True, router="expert_choice")
-    plain = layer(num_experts=4, router="expert_choice")
+def test_a_shared_expert_counts_in_full() -> None:
+    moe, plain = (layer(num_experts=4, shared_expert=shared) for shared in (True, False))
     assert active_parameters(moe) - active_parameters(plain) == WIDTH * WIDTH + WIDTH + 1
-    x, edge_index = graph()
-    y, routing = moe(x, edge_index, return_routing=True)
-    missed = torch.ones(NODES, dtype=torch.bool).index_fill(0, routing.token, False)
-    assert missed.any()
-    torch.testing.assert_close(y[missed], moe.shared_expert.expert(0)(x, edge_index)[missed])
-    assert count_flops(moe, x, edge_index) > count_flops(plain, x, edge_index)
+    assert count_flops(moe, *graph()) > count_flops(plain, *graph())
 
 
 def test_repr() -> None:
@@ -279,36 +177,20 @@ def test_repr() -> None:
     assert "GATConv(4, 4, heads=1)" in text
 
 
-def test_on_a_graph_of_realistic_width() -> None:
-    """Cora's 1,433 features and 7 classes, which grouped_mm refuses."""
-    for backend in ("auto", "grouped", "padded", "loop"):
-        moe = MoEConv("gcn", 1433, 7, num_experts=4, router="expert_choice", backend=backend)
-        moe(torch.randn(20, 1433), random_graph(20, 20, 60)).sum().backward()
-        assert all(p.grad is not None for p in moe.experts.parameters())
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"router": "tokenchoice"}, "router: got 'tokenchoice', expected one of 'token_choice', 'expert_choice'"),
-        ({"k": 4}, "k: got 4, expected at most num_experts=3"),
-        ({"k": 4, "router": None}, "k: got 4, expected at most num_experts=3"),
-        ({"k": 0}, "k: got 0, expected at least 1"),
-        ({"num_experts": 0}, "num_experts: got 0, expected at least 1"),
-        ({"num_experts": 2.0}, "num_experts: got 2.0, expected a whole number"),
-        ({"router_input": "output"}, "router_input: got 'output', expected one of 'node', 'neighbors', 'degree'"),
-        ({"router_input": ("node", "x")}, "router_input: got 'x', expected one of"),
-        ({"router_input": ()}, "router_input: got nothing, expected"),
-        ({"backend": "cuda"}, "backend: got 'cuda', expected one of 'auto', 'grouped', 'padded', 'loop'"),
-        ({"router_kwargs": {"capacity_factor": 0}}, "capacity_factor: got 0, expected a positive number"),
-        (
-            {"router_kwargs": {"weight": "normalized"}},
-            "weight: got 'normalized' with k=1.*'score' or 'straight_through'",
-        ),
-        (
-            {"router": TokenChoice(5, 3)},
-            "router: got an instance for dim=5, num_experts=3, expected dim=4, num_experts=3",
-        ),
+        ({"router": "tokenchoice"}, "router: got 'tokenchoice'"),
+        ({"k": 4, "router": None}, "k: got 4"),
+        ({"k": 0}, "k: got 0"),
+        ({"num_experts": 0}, "num_experts: got 0"),
+        ({"num_experts": 2.0}, "num_experts: got 2.0"),
+        ({"router_input": ("node", "x")}, "router_input: got 'x'"),
+        ({"router_input": ()}, "router_input: got nothing"),
+        ({"backend": "cuda"}, "backend: got 'cuda'"),
+        ({"router_kwargs": {"capacity_factor": 0}}, "capacity_factor: got 0"),
+        ({"router_kwargs": {"weight": "normalized"}}, "weight: got 'normalized' with k=1"),
+        ({"router": TokenChoice(5, 3)}, "router: got an instance for dim=5, num_experts=3"),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
@@ -316,51 +198,35 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
         layer(**kwargs)
 
 
-X = torch.randn(NODES, WIDTH)
+X = torch.full((NODES, WIDTH), 0.5)
+WEIGHT, ATTR = torch.ones(13), torch.ones(13, 1)
 
 
-@pytest.mark.parametrize("conv", ["gcn", "gat", "le"])
 @pytest.mark.parametrize(
-    ("x", "kwargs", "message"),
+    ("conv", "x", "kwargs", "message"),
     [
-        (torch.randn(NODES, 5), {}, r"x: got .*\(8, 5\).*expected \(number of nodes, 4\)"),
-        (torch.randn(2, NODES, 4), {}, r"x: got .*\(2, 8, 4\).*expected \(number of nodes, 4\)"),
-        (None, {}, "x: got NoneType, expected a tensor"),
-        ((X, None), {}, r"x: got no destination nodes, expected|size: got None, expected \(sources, destinations\)"),
-        ((None, X), {}, r"x: got \['NoneType', 'Tensor'\], expected a tensor"),
-        (X.to_sparse(), {}, r"x: got a tensor of layout torch.sparse_coo, expected a dense one"),
-        (X[None], {}, r"x: got source and destination nodes of shapes .* see batch="),
-        (X, {"size": (3, 3)}, r"size: got \(3, 3\), expected"),
-        (X, {"return_attention_weights": True}, r"return_attention_weights: got True, expected None"),
-        ([X], {}, r"x: got \['Tensor'\], expected a tensor"),
-        (X.long(), {}, "x: got torch.int64 .*expected floats"),
-        (
-            X.fill_(0.5),
-            {"batch": torch.zeros(3, dtype=torch.long)},
-            r"batch: got shape \(3,\) of torch.int64, expected one integer",
-        ),
-        (X, {"batch": [0] * NODES}, "batch: got list, expected one integer for each of 8 nodes"),
-        (torch.full((NODES, WIDTH), torch.nan), {}, "x: got 32 values that are NaN or infinite, expected none"),
+        ("gcn", torch.randn(NODES, 5), {}, r"x: got .*\(8, 5\)"),
+        ("gat", torch.randn(2, NODES, 4), {}, r"x: got .*\(2, 8, 4\).* see batch="),
+        ("le", None, {}, "x: got NoneType"),
+        ("gcn", (X, None), {}, "x: got "),
+        ("sage", (None, X), {}, r"x: got \['NoneType', 'Tensor'\]"),
+        ("gat", [X], {}, r"x: got \['Tensor'\]"),
+        ("gcn", X.to_sparse(), {}, "x: got .*torch.sparse_coo"),
+        ("gcn", X.long(), {}, "x: got .*torch.int64"),
+        ("gat", X * torch.nan, {}, "x: got 32 values that are NaN or infinite"),
+        ("sage", X, {"size": (3, 3)}, r"size: got \(3, 3\)"),
+        ("gat", X, {"return_attention_weights": True}, "return_attention_weights: got True"),
+        ("gcn", X, {"batch": torch.zeros(3, dtype=torch.long)}, r"batch: got shape \(3,\) of torch.int64"),
+        ("gcn", X, {"batch": [0] * NODES}, "batch: got list"),
+        ("sage", X, {"edge_weight": WEIGHT}, "edge_weight: got a tensor, but the conv takes none"),
+        (["gcn", "mlp", "le"], X, {"edge_attr": ATTR}, r"edge_attr: got a tensor, .* takes \['edge_weight'\]"),
     ],
 )
-def test_bad_input(conv: str, x: Any, kwargs: dict[str, Any], message: str) -> None:
-    moe = layer(conv, check_finite=True)
+def test_bad_input(conv: Any, x: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        moe(x, graph()[1], **kwargs)
-    if x is X:
-        return
-    with pytest.raises(ValueError, match="NaN"):  # check_finite is not lost on an instance
+        layer(conv, check_finite=True)(x, graph()[1], **kwargs)
+
+
+def test_check_finite_is_not_lost_on_an_instance() -> None:
+    with pytest.raises(ValueError, match="x: got"):
         layer(router=TokenChoice(WIDTH, EXPERTS), check_finite=True)(X * torch.nan, graph()[1])
-
-
-def test_edge_arguments_that_no_conv_takes() -> None:
-    x, edge_index = graph()
-    weight, attr = torch.ones(edge_index.size(1)), torch.ones(edge_index.size(1), 1)
-    with pytest.raises(ValueError, match="edge_weight: got a tensor, but the conv takes none"):
-        layer("sage")(x, edge_index, edge_weight=weight)
-    with pytest.raises(ValueError, match=r"edge_attr: got a tensor, but the conv takes \['edge_weight'\]"):
-        layer(["gcn", "mlp", "le"])(x, edge_index, edge_attr=attr)
-    with pytest.raises(ValueError, match="edge_weight: got list, expected a tensor"):
-        layer("gcn")(x, edge_index, edge_weight=[1.0] * edge_index.size(1))
-    with pytest.raises(ValueError, match=r"edge_weight: got shape \(13, 2\), expected \(13,\)"):
-        layer("gcn")(x, edge_index, edge_weight=attr.expand(-1, 2))

@@ -1,4 +1,4 @@
-"""Graphs to sample from, and what a sampled subgraph must be."""
+"""Graphs to sample from, and the definition of a sampled subgraph."""
 
 from __future__ import annotations
 
@@ -43,13 +43,11 @@ def hops(values: Tensor, sizes: list[int]) -> list[list[int]]:
 
 
 def expected_count(degree: int, k: int, replace: bool) -> int:
-    if k < 0:
-        return degree
-    return (k if degree else 0) if replace else min(k, degree)
+    return degree if k < 0 else k * (degree > 0) if replace else min(k, degree)
 
 
 def check(data: Any, out: Any, fanouts: Any, seeds: Any, replace: bool) -> None:
-    """All that a sampled subgraph must be, one node and one edge at a time."""
+    """Compare with the definition, one node and one edge at a time."""
     if isinstance(data, Data):  # as a graph of one type of nodes and of edges
         whole, kind = HeteroData(), ("node", "to", "node")
         whole["node"].num_nodes, whole[kind].edge_index = data.num_nodes, data.edge_index
@@ -93,13 +91,12 @@ def hetero_graph() -> HeteroData:
     generator = torch.Generator().manual_seed(0)
     data = HeteroData()
     sizes = {"paper": 30, "author": 20, "place": 5}
-    for node_kind, size in sizes.items():
-        data[node_kind].x = torch.randn(size, 4, generator=generator)
-    kinds = [("author", "writes", "paper"), ("paper", "cites", "paper"), ("paper", "by", "author")]
-    for kind, num_edges in zip([*kinds, ("author", "at", "place")], (90, 120, 90, 30), strict=True):
-        ends = [torch.randint(sizes[kind[i]], (num_edges,), generator=generator) for i in (0, 2)]
-        data[kind].edge_index = torch.stack(ends)
-        data[kind].edge_attr = torch.arange(num_edges)
+    for name, size in sizes.items():
+        data[name].x = torch.randn(size, 4, generator=generator)
+    for kind in ("author writes paper", "paper cites paper", "paper by author", "author at place"):
+        src, relation, dst = kind.split()
+        ends = [torch.randint(sizes[end], (90,), generator=generator) for end in (src, dst)]
+        data[src, relation, dst].edge_index, data[src, relation, dst].edge_attr = torch.stack(ends), torch.arange(90)
     return data
 
 

@@ -1,4 +1,4 @@
-"""Writes a small graph into the folder format of StoredGraph, by its description alone."""
+"""A small graph in the folder format of StoredGraph, written by its description alone."""
 
 from __future__ import annotations
 

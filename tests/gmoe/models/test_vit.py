@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 import gmoe
-from gmoe import MoE
 from gmoe.models.vit import SIZES, ViTMoE, ViTSize
 
 TINY = ViTSize(image_size=8, patch_size=2, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
@@ -32,13 +33,6 @@ def test_presets_run_and_train(side: int, router: str | None) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_every_nth_block_is_moe(every: int) -> None:
-    model = vit("token_choice", every=every)
-    blocks = [isinstance(block.mlp, MoE) for block in model.encoder.layers]
-    assert blocks == [i % every == every - 1 for i in range(2)]
-
-
 def test_the_dense_baseline_is_torchvisions() -> None:
     model = vit(None).double()
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
@@ -48,9 +42,7 @@ def test_the_dense_baseline_is_torchvisions() -> None:
 
 def test_the_routings_of_an_upcycled_baseline() -> None:
     model = vit(None)
-    assert model.dense
     gmoe.moefy(model, num_experts=4)
-    assert not model.dense
     assert len(model(torch.randn(2, 3, 8, 8), return_routing=True)[1]) == 1
 
 
@@ -61,28 +53,20 @@ def test_gray_images_are_repeated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "argument"),
     [
-        ({"size": 64}, r"size: got 64, expected a ViTSize or one of \[8, 32, 160\]"),
-        (
-            {"size": ViTSize(image_size=9, patch_size=2, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=8)},
-            "image_size: got 9, expected a multiple of patch_size=2",
-        ),
-        (
-            {"size": ViTSize(image_size=8, patch_size=2, num_layers=2, num_heads=3, hidden_dim=16, mlp_dim=8)},
-            "hidden_dim: got 16, expected a multiple of num_heads=3",
-        ),
-        ({"size": TINY, "router": "nearest"}, "router: got 'nearest', expected one of 'token_choice'"),
-        ({"size": TINY, "every": 3}, "every: got 3, expected at most the number of blocks, 2"),
-        ({"size": TINY, "num_experts": 2, "k": 3}, "k: got 3, expected at most num_experts=2"),
+        ({"size": 64}, "size"),
+        ({"size": dataclasses.replace(TINY, image_size=9)}, "image_size"),
+        ({"size": dataclasses.replace(TINY, num_heads=3)}, "hidden_dim"),
+        ({"size": TINY, "router": None, "blocks": [0]}, "blocks"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_arguments(arguments: dict[str, object], argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: got"):
         ViTMoE(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 9), (2, 2, 8, 8), (3, 8, 8)])
 def test_bad_images(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"images: got shape .*, expected \(B, 3 or 1, 8, 8\)"):
+    with pytest.raises(ValueError, match="images"):
         vit("expert_choice")(torch.randn(*shape))

@@ -19,23 +19,6 @@ def identity_gate(num_experts: int, **options: Any) -> ExpertChoice:
     return router
 
 
-def test_by_hand_over_experts() -> None:
-    # probabilities (.8, .2), (.6, .4), (.1, .9), (.5, .5); C = ceil(1 * 4 / 2) = 2
-    probs = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9], [0.5, 0.5]])
-    expected = torch.tensor([[0.8, 0], [0.6, 0], [0, 0.9], [0, 0.5]])
-    torch.testing.assert_close(identity_gate(2)(probs.log()).to_dense(), expected)
-
-
-def test_by_hand_over_tokens() -> None:
-    # along tokens: expert 0 (.1, .2, .3, .4), expert 1 (.7, .1, .1, .1); C = 2
-    shares = torch.tensor([[0.1, 0.7], [0.2, 0.1], [0.3, 0.1], [0.4, 0.1]])
-    routing = identity_gate(2, normalize="tokens")(shares.log())
-    # selected .3 + .4 and .7 + .1 (the tie goes to token 1): mean 1.5 / 4 = .375
-    expected = torch.tensor([[0, 0.7], [0, 0.1], [0.3, 0], [0.4, 0]]) / 0.375
-    torch.testing.assert_close(routing.to_dense(), expected)
-    torch.testing.assert_close(routing.scores, shares)
-
-
 def test_the_weight_is_capped_at_ten() -> None:
     """One of 20 tokens has nearly all the share: 20 times the mean, cut to 10, with no gradient above."""
     logits = torch.tensor([[10.0]] + [[0.0]] * 19, requires_grad=True)
@@ -46,12 +29,6 @@ def test_the_weight_is_capped_at_ten() -> None:
     weight[0].backward()
     assert logits.grad is not None
     assert not logits.grad.any()
-
-
-def test_the_load_is_even_by_construction() -> None:
-    batch = torch.tensor([0] * 5 + [1] * 8 + [2])
-    load = ExpertChoice(4, 3, k=2)(torch.randn(14, 4), batch=batch).load
-    assert load.tolist() == [4 + 6 + 1] * 3  # ceil(10 / 3), ceil(16 / 3), ceil(2 / 3)
 
 
 @pytest.mark.parametrize(("k", "factor", "expected"), [(1, 1.0, 1.0), (2, 1.5, 3.0), (2, 9.0, 4.0), (1, 0.5, 0.5)])
@@ -73,13 +50,6 @@ def test_threshold_at_evaluation_decides_by_the_last_score_taken(normalize: Any)
     torch.testing.assert_close(found.weight, trained.weight, atol=1e-6, rtol=1e-6)
 
 
-def test_threshold_weights_are_capped() -> None:
-    router = identity_gate(1, normalize="tokens", inference="threshold")
-    router(torch.zeros(8, 1))
-    weight = router.eval()(torch.tensor([[0.0], [1.0], [9.0]])).weight
-    torch.testing.assert_close(weight, torch.tensor([1.0, math.e, 10.0]))
-
-
 def test_threshold_needs_a_training_step() -> None:
     router = ExpertChoice(5, 3, inference="threshold")
     for prepare in (lambda: None, lambda: router(torch.randn(0, 5)), router.reset_parameters):
@@ -90,16 +60,3 @@ def test_threshold_needs_a_training_step() -> None:
         router.train()(torch.randn(4, 5))
         router.eval()(torch.randn(4, 5))
         router.reset_parameters()
-
-
-def test_the_z_loss_reaches_the_gate() -> None:
-    router = ExpertChoice(5, 3, z_coef=0.5)
-    routing = router(torch.randn(9, 5))
-    assert routing.losses["z"].coefficient == 0.5
-    (gradient,) = torch.autograd.grad(routing.aux_loss, router.gate.weight)
-    assert gradient.abs().max() > 1e-6
-    assert not ExpertChoice(5, 3)(torch.randn(9, 5)).losses
-
-
-def test_identical_rows_go_by_index() -> None:
-    assert ExpertChoice(4, 2)(torch.ones(10, 4)).token.view(2, -1).tolist() == [[0, 1, 2, 3, 4]] * 2

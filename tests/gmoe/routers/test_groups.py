@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmoe.routers.groups import Groups, drop_over_capacity, pairs_of_experts, pairs_of_mask
+from gmoe.routers.groups import Groups, drop_over_capacity
 from tests.gmoe.reference import Pair, best_first, capacity, drop, group_lists
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
@@ -22,12 +22,6 @@ def members(ids: list[int]) -> list[list[int]]:
 
 def of(ids: list[int]) -> Groups:
     return Groups.of(torch.tensor(ids), len(ids))
-
-
-def test_equal_groups_are_recognized() -> None:
-    assert of([4, 4, 7, 7]) == Groups.of(2, 4)
-    assert [of(ids).size for ids in ([7, 4, 4, 7], [7, 4, 4])] == [2, 0]
-    assert [Groups.of(3, 12).num_groups, Groups.of(0, 0).num_groups, of([]).num_groups] == [4, 0, 0]
 
 
 @SETTINGS
@@ -52,14 +46,6 @@ def test_capacity(ids: list[int], k: int, num_experts: int, factor: float) -> No
         assert found.tolist() == expected
     else:
         assert [found] * len(expected) == expected
-
-
-def test_capacity_by_hand() -> None:
-    assert Groups.of(10, 10).capacity(1, 4, 1.0) == 3  # ceil(2.5)
-    assert Groups.of(100, 100).capacity(1, 10, 1.1) == 11  # 11.000000000000002 in floating point
-    assert Groups.of(10, 10).capacity(2, 4, 1.0) == 5
-    assert Groups.of(3, 3).capacity(1, 8, 0.1) == 1  # at least 1
-    assert Groups.of(3, 3).capacity(4, 4, 5.0) == 3  # at most T
 
 
 @SETTINGS
@@ -92,23 +78,7 @@ def test_top_tokens_with_ties(ids: list[int], factor: float, data: st.DataObject
         for tokens in members(ids):
             best = best_first(tokens, lambda t, e=e: scores[t, e].item())  # type: ignore[misc]
             expected += best[: capacity(1, len(tokens), 2, factor)]
-        assert found[e].tolist() == sorted(expected)
-
-
-@SETTINGS
-@given(ids=segments, seed=st.integers(0, 99))
-def test_gates_along_tokens_are_divided_by_their_mean(ids: list[int], seed: int) -> None:
-    gate = torch.rand(len(ids), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.1
-    groups = of(ids)
-    found = {
-        along: groups.best_pairs(gate, gate.log(), groups.capacity(1, 2, 1.0), along, rounded=False)
-        for along in (True, False)
-    }
-    token, _, log_gate = found[False]
-    chosen = log_gate.exp().tolist()
-    for position, scaled in enumerate(found[True][2].exp().tolist()):
-        same = [g for g, t in zip(chosen, token.tolist(), strict=True) if ids[t] == ids[int(token[position])]]
-        assert scaled == pytest.approx(chosen[position] / (sum(same) / len(same)), abs=1e-12)
+        assert found[e].nonzero()[:, 0].tolist() == sorted(expected)
 
 
 @SETTINGS
@@ -117,13 +87,12 @@ def test_batches_hold_each_token_once_and_give_it_back(ids: list[int]) -> None:
     groups = of(ids)
     rows: list[list[int]] = []
     total = torch.zeros(len(ids), dtype=torch.long)
-    for part in groups.batches():
+    for part in groups.batches(total.device):
         token = part.take(torch.arange(len(ids)))
         mask = torch.ones_like(token, dtype=torch.bool) if part.mask is None else part.mask
         assert token.shape == mask.shape == part.shape
         assert bool((mask.sum(1) * 2 >= token.size(1)).all())  # a padded group is at most twice as long
-        number = torch.arange(groups.num_groups) if part.group is None else part.group
-        assert torch.equal(groups.of_tokens(token[:, 0]), number)
+        assert torch.equal(groups.of_tokens(token[:, 0]), part.group)
         rows += [row[keep].tolist() for row, keep in zip(token, mask, strict=True)]
         total = part.add(total, (token + 1) * mask)
     assert sorted(rows) == sorted(members(ids))
@@ -138,7 +107,7 @@ def test_top_tokens_of_odd_values(capacity: int) -> None:
     groups = Groups.of(4, 4)
     expected = [[1, 3, 0, 2], [0, 1, 2, 3], [0, 2, 3, 1]]  # NaN and infinity are ties
     found = groups.top_tokens(scores, capacity)
-    assert found.tolist() == [sorted(row[:capacity]) for row in expected]
+    assert [row.nonzero()[:, 0].tolist() for row in found] == [sorted(row[:capacity]) for row in expected]
 
 
 # From scores to pairs
@@ -176,24 +145,3 @@ def test_drop_over_capacity_with_ties(ids: list[int], k: int, factor: float, dat
     found = drop_over_capacity(expert_TK, probs, groups, groups.capacity(k, 3, factor))
     expected = drop(expert_TK.tolist(), [list(p) for p in probs], group_lists(probs, torch.tensor(ids)), factor)
     assert as_pairs(*found) == by_expert(expected)
-
-
-def test_drop_by_priority_not_by_position() -> None:
-    """Three tokens prefer expert 0, which takes two: the surest, 1 and 2, and not the first ones."""
-    probs = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.7, 0.3]])
-    found = drop_over_capacity(best_experts(probs, 1), probs, Groups.of(3, 3), 2)
-    assert as_pairs(*found) == [(1, 0), (2, 0)]
-
-
-def test_first_choices_go_before_second_ones() -> None:
-    """Expert 1 takes one token: the unsure token 1, whose first choice it is, before the sure token 0."""
-    probs = torch.tensor([[0.7, 0.3, 0.0], [0.1, 0.5, 0.4]])
-    found = drop_over_capacity(best_experts(probs, 2), probs, Groups.of(2, 2), 1)
-    assert as_pairs(*found) == [(0, 0), (1, 1), (1, 2)]
-
-
-def test_pairs_of_experts_and_of_masks() -> None:
-    assert as_pairs(*pairs_of_experts(torch.tensor([[0, 2], [1, 2]]))) == [(0, 0), (2, 0), (1, 1), (2, 1)]
-    mask = torch.tensor([[True, False, True], [False, False, True]])
-    assert as_pairs(*pairs_of_mask(mask)) == [(0, 0), (0, 2), (1, 2)]
-    assert as_pairs(*pairs_of_mask(torch.zeros(0, 3, dtype=torch.bool))) == []

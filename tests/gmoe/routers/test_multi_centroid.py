@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gmoe import MultiCentroid
 
@@ -22,68 +20,6 @@ def with_centroids(centroid_EMD: Tensor, **options: Any) -> MultiCentroid:
 
 
 CENTROIDS = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.6, 0.8]]])
-
-
-def test_by_hand() -> None:
-    # x = (3, 0): cosines (1, 0) and (-1, .6); best 1 and .6; at temperature .5: logits 2 and 1.2
-    routing = with_centroids(CENTROIDS, temperature=0.5)(torch.tensor([[3.0, 0.0]]))
-    torch.testing.assert_close(routing.scores, torch.tensor([[2.0, 1.2]]).softmax(-1))
-    assert routing.expert.tolist() == [0]
-    # log(e^2 + e^0) and log(e^-2 + e^1.2)
-    routing = with_centroids(CENTROIDS, temperature=0.5, reduce="logsumexp")(torch.tensor([[3.0, 0.0]]))
-    odds = torch.tensor([[math.exp(2) + 1, math.exp(-2) + math.exp(1.2)]])
-    torch.testing.assert_close(routing.scores, odds / odds.sum())
-
-
-def test_length_does_not_matter_but_the_center_does() -> None:
-    router, x = MultiCentroid(4, 3), torch.randn(8, 4)
-    torch.testing.assert_close(router(7 * x).scores, router(x).scores)
-    router.center_D.fill_(1.0)
-    plain = MultiCentroid(4, 3)
-    plain.load_state_dict({**router.state_dict(), "center_D": torch.zeros(4)})
-    torch.testing.assert_close(router(x).scores, plain(x - 1).scores)
-    assert router(torch.ones(2, 4)).scores.isfinite().all()  # the center itself has no direction
-
-
-def test_cosines_equal_products_of_unit_vectors() -> None:
-    torch.manual_seed(0)
-    router, x = MultiCentroid(5, 3, temperature=1.0).double(), torch.randn(7, 5, dtype=torch.float64)
-    router.center_D.normal_()
-    x.requires_grad_()
-    unit_EMD = F.normalize(router.centroid, dim=-1)
-    expected = torch.einsum("td,emd->tem", F.normalize(x - router.center_D, dim=-1), unit_EMD).amax(-1).softmax(-1)
-    found, grad = router(x).scores, torch.randn(7, 3, dtype=torch.float64)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    wanted = torch.autograd.grad(expected, (x, router.centroid), grad)
-    torch.testing.assert_close(torch.autograd.grad(found, (x, router.centroid), grad), wanted, atol=1e-12, rtol=0)
-
-
-def test_a_token_at_the_center_is_like_nothing() -> None:
-    router = MultiCentroid(4, 3)
-    x = torch.zeros(2, 4, requires_grad=True)
-    scores = router(x).scores
-    torch.testing.assert_close(scores, torch.full((2, 3), 1 / 3))
-    scores.square().sum().backward()
-    assert x.grad is not None
-    assert x.grad.isfinite().all()
-
-
-def test_parameters() -> None:
-    router = MultiCentroid(4, 3, temperature=0.25)
-    assert router.centroid.shape == (3, 4, 4)
-    assert router.log_temperature.exp().tolist() == pytest.approx([0.25])  # a vector: FSDP2 refuses scalars
-
-
-@pytest.mark.parametrize("choice", ["tokens", "experts"])
-def test_who_chooses(choice: Any) -> None:
-    router = MultiCentroid(4, 3, choice=choice, capacity_factor=1.5)
-    routing = router(torch.randn(12, 4))
-    if choice == "tokens":
-        assert routing.token.sort().values.tolist() == list(range(12))
-        assert router.experts_per_token == 1
-    else:
-        assert routing.load.tolist() == [6, 6, 6]
-        assert router.experts_per_token == 1.5
 
 
 def test_the_separation_loss() -> None:
@@ -133,13 +69,6 @@ def test_init_from_data_follows_the_seed_and_nothing_else_moves_centroids(dtype:
     assert first.centroid.isfinite().all()
 
 
-def test_fewer_tokens_than_centroids_repeat() -> None:
-    router = MultiCentroid(3, 3, num_centroids=4)
-    router.init_from_data(torch.eye(3))
-    assert router.centroid.isfinite().all()
-    assert sorted(router(torch.eye(3)).expert.tolist()) == [0, 1, 2]
-
-
 @pytest.mark.parametrize("distinct", [1, 3, 7])
 def test_fewer_distinct_tokens_than_experts(distinct: int) -> None:
     """Minesweeper has 7 distinct rows; 8 experts are asked for."""
@@ -154,6 +83,5 @@ def test_fewer_distinct_tokens_than_experts(distinct: int) -> None:
 
 @pytest.mark.parametrize("shape", [(50, 3), (2, 4), (0, 4), (4,)], ids=str)
 def test_init_from_bad_data(shape: tuple[int, ...]) -> None:
-    message = r"x: got shape .*, expected \(..., dim=4\) with at least num_experts=3 tokens"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="x: got shape"):
         MultiCentroid(4, 3).init_from_data(torch.randn(shape))

@@ -6,10 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gmoe import SoftSlots
 from gmoe.routers import SoftRouting
@@ -101,25 +98,7 @@ def test_the_record_holds_all_pairs() -> None:
     torch.testing.assert_close(routing.to_dense().sum(-1), torch.ones(12))
     assert routing.scores.shape == (12, E)
     assert repr(routing) == "SoftRouting(12 tokens, 3 experts, load 12…12)"
-    assert routing.select(torch.tensor([3, 1])).num_tokens == 2
-
-
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(ids=st.lists(st.integers(0, 3), min_size=1, max_size=12))
-def test_shares_sum_to_one(ids: list[int]) -> None:
-    batch = torch.tensor(ids)
-    routing = SoftSlots(D, E, 2)(torch.randn(len(ids), D), batch)
-    torch.testing.assert_close(routing.combine_TES.sum((1, 2)), torch.ones(len(ids)))
-    for group in batch.unique():
-        torch.testing.assert_close(routing.dispatch_TES[batch == group].sum(0), torch.ones(E, 2))
-
-
-def test_length_of_tokens_does_not_matter_to_normalized_logits() -> None:
-    router, x = SoftSlots(D, E), torch.randn(6, D)
-    torch.testing.assert_close(router(100 * x).combine_TES, router(x).combine_TES, atol=1e-4, rtol=0)
-    plain = SoftSlots(D, E, normalize=False)
-    assert plain.scale is None
-    torch.testing.assert_close(plain(x).combine_TES.flatten(1), F.linear(x, plain.phi.flatten(0, 1)).softmax(-1))
+    assert routing.select(slice(2)).num_tokens == 2
 
 
 def test_bfloat16_and_autocast_keep_the_layers_precision() -> None:
@@ -129,8 +108,3 @@ def test_bfloat16_and_autocast_keep_the_layers_precision() -> None:
     half = copy.deepcopy(router).bfloat16()(x.bfloat16())
     assert half.dispatch_TES.dtype == torch.float32
     assert half.combine(half.dispatch(x.bfloat16())).dtype == torch.bfloat16
-
-
-def test_repr_and_scalars() -> None:
-    assert repr(SoftSlots(D, E, 2)) == "SoftSlots(5, 3, slots=2, normalize=True)"
-    assert all(parameter.dim() > 0 for parameter in SoftSlots(D, E).parameters())  # FSDP2 refuses scalars

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gmoe import LinearExperts, MLPExperts, MoE, TokenChoice
-from tests.gmoe.reference import assert_same_as_naive
 
 
 def with_gate(router: TokenChoice, weight_ED: list[list[float]]) -> TokenChoice:
@@ -23,16 +20,6 @@ def with_gate(router: TokenChoice, weight_ED: list[list[float]]) -> TokenChoice:
 
 
 # Selection and weights
-
-
-def test_by_hand() -> None:
-    # logits = x: probabilities proportional to (1, 2, 1) and (6, 1, 1)
-    x = torch.tensor([[1.0, 2, 1], [6, 1, 1]]).log()
-    router = with_gate(TokenChoice(3, 3, k=2, balance=None), torch.eye(3).tolist())
-    # token 0: experts 1 (.5) and, of the tie at .25, 0: weights 2/3 and 1/3. Token 1: 0 (.75) and 1 (.125): 6/7, 1/7
-    expected = torch.tensor([[1 / 3, 2 / 3, 0], [6 / 7, 1 / 7, 0]])
-    torch.testing.assert_close(router(x).to_dense(), expected)
-    assert router(x).load.tolist() == [2, 2, 0]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -51,15 +38,6 @@ def test_far_apart_logits_do_not_tie(dtype: torch.dtype) -> None:
     assert router(x).expert.tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("k", [2, 3, 4])
-def test_normalized_weights_with_identity_experts_return_the_input(k: int) -> None:
-    experts = LinearExperts(5, 5, 4, bias=False)
-    with torch.no_grad():
-        experts.weight.copy_(torch.eye(5).expand(4, 5, 5))
-    x = torch.randn(3, 7, 5)
-    torch.testing.assert_close(MoE(TokenChoice(5, 4, k=k), experts)(x), x, atol=1e-6, rtol=1e-6)
-
-
 # Noise
 
 
@@ -70,53 +48,6 @@ def test_noise_in_training_only(noise: Any) -> None:
     assert not torch.equal(router(x).scores, router(x).scores)
     plain.load_state_dict(router.state_dict(), strict=False)
     assert torch.equal(router.eval()(x).scores, plain(x).scores)
-
-
-def test_noise_starts_at_softplus_of_zero() -> None:
-    """Logits are pure noise where the gate is zero: standard deviation softplus(0) = log 2."""
-    torch.manual_seed(0)
-    router = with_gate(TokenChoice(4, 3, noise=True), [[0.0] * 4] * 3)
-    scores = router(torch.randn(40_000, 4)).scores.log()
-    # the differences of two independent draws have sqrt(2) times the deviation
-    assert (scores[:, 0] - scores[:, 1]).std().item() == pytest.approx(math.sqrt(2) * math.log(2), rel=0.02)
-
-
-def test_importance_load_turns_noise_on() -> None:
-    assert TokenChoice(4, 3, balance="importance_load").noise is not None
-    assert TokenChoice(4, 3, balance="importance_load").by_spread is False
-    assert TokenChoice(4, 3, balance="switch").noise is None
-    assert TokenChoice(4, 3).noise is None
-
-
-# Losses
-
-
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        ({}, []),
-        ({"balance": None}, []),
-        ({"balance": "switch"}, ["switch"]),
-        ({"balance": "importance_load"}, ["importance", "load"]),
-        ({"balance": "switch", "z_coef": 0.5}, ["switch", "z"]),
-    ],
-    ids=str,
-)
-def test_each_loss_reaches_the_gate(options: dict[str, Any], names: list[str]) -> None:
-    torch.manual_seed(0)
-    router = TokenChoice(4, 3, balance_coef=0.25, **options)
-    routing = router(torch.randn(20, 4))
-    assert sorted(routing.losses) == names
-    for name, (value, coefficient) in routing.losses.items():
-        assert coefficient == (0.5 if name == "z" else 0.25)
-        (gradient,) = torch.autograd.grad(value, router.gate.weight, retain_graph=True)
-        assert gradient.abs().max() > 1e-6, name
-        if name == "load":
-            assert router.noise is not None
-            (gradient,) = torch.autograd.grad(value, router.noise.weight, retain_graph=True)
-            assert gradient.abs().max() > 1e-6
-    total = sum(coefficient * value.item() for value, coefficient in routing.losses.values())
-    assert routing.aux_loss.item() == pytest.approx(total)
 
 
 # Capacity
@@ -136,26 +67,13 @@ def test_capacity_in_training_only() -> None:
     assert layer.router.eval()(ONE_OF_FOUR).token.tolist() == [0, 1, 2, 3]
 
 
-def test_capacity_holds_in_each_group() -> None:
-    router = with_gate(TokenChoice(2, 2, capacity_factor=0.5, balance=None), [[1.0, 0.0], [0.0, 0.0]])
-    x = torch.tensor([[4.0, 0], [3, 0], [2, 0], [1, 0], [5, 0]])
-    assert router(x, batch=torch.tensor([0, 0, 0, 0, 8])).token.tolist() == [0, 4]
-
-
 def test_what_was_dropped_is_counted_by_token() -> None:
     router = with_gate(TokenChoice(2, 2, k=2, capacity_factor=0.5, balance=None), [[1.0, 0.0], [0.0, 0.0]])
     routing = router(ONE_OF_FOUR)  # either expert takes the surest two, 1 and 3
     assert routing.dropped_T is not None
     assert routing.dropped_T.tolist() == [2, 0, 2, 0]
-    assert (routing.dropped, routing.select(torch.tensor([0, 1])).dropped) == (4, 2)
+    assert (routing.dropped, routing.select(slice(2)).dropped) == (4, 2)
     assert router.eval()(torch.randn(4, 2)).dropped == 0
-
-
-def test_normalized_weights_of_what_is_left() -> None:
-    """Where one of two experts is full, the other has all the weight."""
-    router = with_gate(TokenChoice(3, 3, k=2, capacity_factor=0.1, balance=None), torch.eye(3).tolist())
-    x = torch.tensor([[3.0, 2, 0], [2.0, 0, 1.9]])  # expert 0 takes one token, the surer 0; token 1 keeps expert 2
-    torch.testing.assert_close(router(x).to_dense()[1], torch.tensor([0.0, 0, 1]))
 
 
 def test_a_bias_does_not_change_the_priority() -> None:
@@ -218,16 +136,6 @@ def test_two_forwards_before_their_backward() -> None:
     torch.testing.assert_close(actual, wanted, atol=1e-10, rtol=0)
 
 
-def test_steps_without_tokens_count_nothing() -> None:
-    torch.manual_seed(0)
-    router, x = TokenChoice(4, 3, noise=False), torch.randn(20, 4)
-    router(x)
-    router(x)
-    before = (router.next_bias_E.clone(), router.next_mean_D.clone())
-    router(x[:0])
-    torch.testing.assert_close((router.next_bias_E, router.next_mean_D), before)
-
-
 @pytest.mark.parametrize("k", [1, 2])
 def test_experts_live_on_features_with_a_large_mean(k: int) -> None:
     """Adam moves a gate's weights together along what all tokens have in common, faster than the bias follows."""
@@ -255,16 +163,6 @@ def test_noise_is_as_wide_as_the_logits() -> None:
         assert noise.std().item() == pytest.approx(float(spread) * (2 / 3) ** 0.5, rel=0.02)
 
 
-def test_bias_rests_in_evaluation() -> None:
-    torch.manual_seed(0)
-    router, x = TokenChoice(2, 3, bias_rate=0.5), torch.randn(6, 2)
-    for _ in range(3):
-        router(x)
-    before = copy.deepcopy(router.state_dict())
-    assert torch.equal(router.eval()(x).to_dense(), router(x).to_dense())
-    assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
-
-
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
 def test_bias_balances_the_load_that_evaluation_sees(scale: float) -> None:
     """Whatever the scale of the features."""
@@ -287,31 +185,6 @@ def test_bias_of_one_token_and_of_equal_tokens_rests() -> None:
         assert not router.bias_E.any()
 
 
-def step(layer: MoE, x: Tensor, use_reentrant: bool | None) -> Tensor:
-    """The gradient of the tokens, and the layer's gradients and counters moved."""
-    x = x.clone().requires_grad_()
-    y = layer(x) if use_reentrant is None else checkpoint(layer, x, use_reentrant=use_reentrant)
-    assert isinstance(y, Tensor)
-    y.square().sum().backward()
-    assert x.grad is not None
-    return x.grad
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_counts_once_and_selects_the_same(use_reentrant: bool) -> None:
-    torch.manual_seed(0)
-    router = TokenChoice(4, 3, k=2, balance="bias", bias_rate=0.2, noise=True, capacity_factor=1.0)
-    plain = MoE(router, LinearExperts(4, 4, 3)).double()
-    saved = copy.deepcopy(plain)
-    for seed in range(4):
-        x, gradients = torch.randn(12, 4, dtype=torch.float64), []
-        for layer, how in ((plain, None), (saved, use_reentrant)):
-            torch.manual_seed(seed)
-            gradients.append([step(layer, x, how), *(parameter.grad for parameter in layer.parameters())])
-        torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
-        assert all(map(torch.equal, plain.buffers(), saved.buffers()))
-
-
 @pytest.mark.xfail(strict=True, reason="the second forward moves the bias before the first is recomputed")
 def test_two_forwards_before_a_backward_are_recomputed_alike() -> None:
     """Micro-batches or shared weights: the recomputation selects what its own forward selected."""
@@ -328,18 +201,9 @@ def test_two_forwards_before_a_backward_are_recomputed_alike() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_all_options_at_once_equal_naive() -> None:
-    torch.manual_seed(0)
-    router = TokenChoice(
-        5, 4, k=3, noise=True, balance="switch", z_coef=0.2, capacity_factor=0.8, weight="score"
-    ).double()
-    layer = MoE(router, LinearExperts(5, 4, 4).double())
-    assert_same_as_naive(layer, torch.randn(2, 13, 5, dtype=torch.float64))
-
-
-def test_noise_is_needed_by_the_load_loss() -> None:
-    for noise in (1, "spreads"):
-        with pytest.raises(ValueError, match=f"noise: got {noise!r}, expected True, False, 'spread' or None"):
+def test_the_load_loss_needs_learned_noise() -> None:
+    for noise in ("spreads", 1):
+        with pytest.raises(ValueError, match="noise: got"):
             TokenChoice(4, 3, noise=noise)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"noise: got False .* needs noise=True"):
+    with pytest.raises(ValueError, match="noise: got False"):
         TokenChoice(4, 3, balance="importance_load", noise=False)

@@ -1,0 +1,85 @@
+"""Balance by a bias per expert. Shapes: T tokens, D width, E experts, K experts per token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmoe._checks import check_at_least
+from gmoe.routers.base import Router, float_linear
+
+MEAN_RATE = 0.1
+"""Share of a step's mean token in the running mean."""
+
+ROUNDED = 16.0
+"""A variance below so many roundings of the mean square is none."""
+
+
+class BalancedRouter(Router):
+    r"""A token-choice router whose load is kept even by a bias per expert, without a loss (DeepSeek-V3, 2024).
+
+    The bias is added to the logits for the selection, not for the weights. Each training step moves it towards equal
+    load, by ``bias_rate`` times the spread of the logits times :math:`(\bar n - n_e) / \bar n` in [-1, 1], with
+    :math:`n_e` what the expert would take without noise. The logits are those of the centered token,
+    :math:`(x_t - \mu) W`, with :math:`\mu` a running mean of the tokens (that of the first step, then a tenth of each
+    new one): what all tokens have in common would move all of them to one expert at each step, faster than the bias
+    follows. A step's load and mean take effect with the next forward in training, so that a checkpoint's recomputation
+    selects the same, as long as every forward is followed by its own backward.
+
+    Args:
+        dim, num_experts, k, kwargs: see :class:`Router`.
+        bias_rate: largest step of the bias, in units of the logits' spread; ``None`` for no bias and no mean.
+
+    Attributes:
+        bias_E, mean_D: what the current step uses.
+        next_bias_E, next_mean_D: what the next training step starts with.
+    """
+
+    bias_E: Tensor
+    mean_D: Tensor
+    next_bias_E: Tensor
+    next_mean_D: Tensor
+
+    def __init__(self, dim: int, num_experts: int, k: int, *, bias_rate: float | None, **kwargs: Any) -> None:
+        super().__init__(dim, num_experts, k, **kwargs)
+        self.bias_rate = bias_rate or 0.0
+        if bias_rate is None:
+            return
+        check_at_least("bias_rate", bias_rate, 0)
+        for when in ("", "next_"):
+            self.register_buffer(f"{when}bias_E", torch.zeros(num_experts))
+            self.register_buffer(f"{when}mean_D", torch.zeros(dim))
+
+    def balanced(self, x_TD: Tensor, gate: nn.Module) -> Tensor:
+        """(T, E) the logits of the centered tokens, to which the selection adds ``bias_E``.
+
+        A training step first applies what the last one counted, then stores what this one counts; one whose sums are
+        not finite (a NaN token) changes nothing.
+        """
+        is_step = self.is_training_step()
+        if is_step:
+            self.bias_E.copy_(self.next_bias_E)
+            self.mean_D.copy_(self.next_mean_D)
+        # A sum, since inductor keeps sums: a copy it would read again in the backward, where it is a later step's.
+        mean_1D = torch.stack((self.mean_D, torch.zeros_like(self.mean_D))).sum(dim=0, keepdim=True)
+        logits_TE = float_linear(x_TD, gate) - float_linear(mean_1D.to(x_TD.dtype), gate)
+        if not is_step:
+            return logits_TE
+        clean_TE = logits_TE.detach()
+        expert_TK = (clean_TE + self.bias_E).topk(self.k, dim=-1).indices
+        load_TE = torch.zeros_like(clean_TE).scatter(1, expert_TK, 1.0)
+        parts = {"load": load_TE, "mean": x_TD.detach(), "logit": clean_TE, "square": clean_TE.square()}
+        sums = self.summed({name: part.sum(dim=0) for name, part in parts.items()})
+        load_E, fair = sums["load"], sums["load"].mean()
+        tokens = (fair * (self.num_experts / self.k)).clamp(min=1)
+        mean_D, logit_E, square_E = (sums[name] / tokens for name in ("mean", "logit", "square"))
+        var_E = square_E - logit_E.square()
+        var_E = var_E.where(var_E > ROUNDED * torch.finfo(var_E.dtype).eps * square_E, 0)  # equal logits have no spread
+        bias_E = self.bias_E + self.bias_rate * var_E.mean().sqrt() * ((fair - load_E) / fair.clamp(min=1)).clamp(-1, 1)
+        mean_D = torch.where(self.mean_D.any(), self.mean_D + MEAN_RATE * (mean_D - self.mean_D), mean_D)
+        counted = torch.cat([*sums.values()]).isfinite().all() & (fair > 0)
+        self.next_bias_E.copy_(torch.where(counted, bias_E, self.bias_E))
+        self.next_mean_D.copy_(torch.where(counted, mean_D, self.mean_D))
+        return logits_TE

@@ -1,0 +1,182 @@
+"""Layer-wise inference, in memory and on disk: beside what the composer draws, and what is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.loader import NodeLoader
+from torch_geometric.nn import GCNConv, MessagePassing
+
+from gmoe import GNNMoE, NeighborSampler, StoredGraph, neighbor_loader
+from tests.gmoe.data.sampled import graph
+from tests.gmoe.data.stored_files import store
+
+NODES, OUT = 41, 5
+
+
+def made_graph() -> Data:
+    """With self-loops, some of them twice, parallel edges, and nodes without in-edges."""
+    data = graph(NODES, 150)
+    data.edge_index = data.edge_index[:, data.edge_index[1] % 6 != 2]
+    loops = torch.tensor([[4, 4, 7, 2], [4, 4, 7, 3]])
+    return Data(x=data.x.half().double(), edge_index=torch.cat([data.edge_index, loops], 1))
+
+
+def trained(data: Data, **kwargs: Any) -> GNNMoE:
+    """With statistics of a few steps, and gains that are not zero."""
+    torch.manual_seed(0)
+    model = GNNMoE(4, 8, OUT, **({"num_layers": 3, "num_experts": 3} | kwargs)).double().train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(data.x, data.edge_index)
+        for name, value in model.named_parameters():
+            if name.endswith("gain"):
+                value.fill_(3.0)
+    return model.eval()
+
+
+def assert_same(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+# in memory
+
+
+def test_of_a_loader_the_graph_and_the_batch_size_are_taken() -> None:
+    data = made_graph()
+    model = trained(data, router="expert_choice")
+    before = copy.deepcopy(model.state_dict())
+    logits, routings = model(data.x, data.edge_index, return_routing=True)
+    loader = NodeLoader(data, NeighborSampler(data, [2, 2, 2]), batch_size=7)
+    found, again = model.inference(loader, progress_bar=True, return_routing=True)
+    assert_same(found, logits)
+    for one, other in zip(again, routings, strict=True):
+        assert_same(one.to_dense(), other.to_dense())
+    assert not found.requires_grad
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    layers: list[Any] = list(model.convs)
+    convs = [conv for layer in layers[:2] for conv in layer._all_convs()] + [layers[2]]
+    assert [type(conv) for conv in convs] == [GCNConv] * 5
+    assert all(conv.normalize and conv.flow == "source_to_target" for conv in convs)
+
+
+@pytest.mark.parametrize("nodes", [23, 0])
+def test_no_edges_and_no_nodes(nodes: int) -> None:
+    data = Data(x=torch.randn(nodes, 4).double(), edge_index=torch.empty(2, 0, dtype=torch.long))
+    model = GNNMoE(4, 8, OUT, router="expert_choice").double().eval()
+    assert_same(model.inference(data, batch_size=7), model(data.x, data.edge_index))
+
+
+class OneHop(MessagePassing):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(in_channels, out_channels)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        out: Tensor = self.propagate(edge_index, x=self.lin(x))
+        return out
+
+    def reset_parameters(self) -> None:
+        self.lin.reset_parameters()
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+def test_of_a_users_own_conv_and_what_is_refused() -> None:
+    data = made_graph()
+    model = trained(data, conv=OneHop, local=True)
+    assert_same(model.inference(data, batch_size=5), model(data.x, data.edge_index))
+    for conv, router in ((OneHop, "random"), ("tag", "random"), ("two_hop", None), ("two_hop", "random")):
+        with pytest.raises(RuntimeError, match=r"inference: .* looks further than one hop"):
+            trained(data, conv=conv, router=router).inference(data)
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        model.inference(data, batch_size=0)
+    with pytest.raises(ValueError, match="loader: got one over Data"):
+        model.inference(Data(edge_index=torch.empty(2, 0, dtype=torch.long), num_nodes=2))
+
+
+# on disk
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 2, "router_input": ("node", "neighbors", "degree"), "norm": "batch_norm"},
+        {"conv": ["sage", "gcn", "mlp"], "num_experts": None, "shared_router": True, "in_proj": True, "jk": "last"},
+    ],
+    ids=["own routers", "shared router"],
+)
+def test_it_equals_the_forward_on_the_whole_graph(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Whatever the size of the parts; features in half precision."""
+    data = made_graph()
+    store(tmp_path / "graph", data, half=True)
+    model = trained(data, **options)
+    expected, stored, out = model(data.x, data.edge_index), StoredGraph(tmp_path / "graph"), tmp_path / "out"
+    for batch_size in (1, 7, NODES):  # the next run replaces the file of the last
+        found = model.inference(stored, batch_size=batch_size, folder=out)
+        assert_same(found, expected)
+        assert [path.name for path in out.iterdir()] == ["logits.npy"]
+        assert np.array_equal(np.load(out / "logits.npy"), found.numpy())
+    loader = neighbor_loader(stored, [2, 2], batch_size=9)
+    found = model.float().inference(loader, folder=str(out), progress_bar=True)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("conv", ["gcn", "gat", ["sage", "le"]], ids=str)
+def test_on_a_gpu_with_the_graph_in_main_memory_or_on_disk(tmp_path: Path, conv: Any) -> None:
+    data = made_graph()
+    store(tmp_path / "graph", data, half=True)
+    model = trained(data, conv=conv, num_experts=None if isinstance(conv, list) else 3)
+    expected = model(data.x, data.edge_index)
+    assert_same(model.cuda().inference(data, batch_size=7), expected)
+    assert_same(model.inference(StoredGraph(tmp_path / "graph"), batch_size=7, folder=tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"router": "expert_choice"}, "router: got ExpertChoice with inference='group'"),
+        ({"router": "attention_vote"}, "router: got AttentionVote"),
+        ({"router": "multi_centroid", "router_kwargs": {"choice": "experts"}}, "router: got MultiCentroid"),
+        ({"norm": "graph_norm"}, "norm: got GraphNorm"),
+        ({"norm": "layer_norm"}, "norm: got LayerNorm"),
+        ({"jk": "cat"}, "jk: got 'cat'"),
+        ({"flow": "target_to_source"}, "flow: got 'target_to_source'"),
+    ],
+)
+def test_what_needs_all_nodes_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    store(tmp_path, made_graph())
+    model = GNNMoE(4, 8, OUT, num_experts=3, **options).eval()
+    with pytest.raises(ValueError, match=message):
+        model.inference(StoredGraph(tmp_path), folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
+    data = made_graph()
+    store(tmp_path, data)
+    stored, out = StoredGraph(tmp_path), tmp_path / "out"
+    model = GNNMoE(4, 8, OUT).eval()
+    for given, options, message in (
+        (stored, {}, "folder: got None"),
+        (data, {"folder": out}, "folder: got .* for a graph in memory"),
+        (stored, {"folder": out, "return_routing": True}, "return_routing: got what takes memory for all nodes"),
+        (stored, {"folder": out, "embedding_device": "meta"}, "embedding_device: got what takes memory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.inference(given, **options)
+    for wrong, message in (
+        (GNNMoE(3, 8, OUT).eval(), "x: got 4 columns"),
+        (GNNMoE(4, 8, OUT).train(), "model: got one in training mode"),
+        (GNNMoE(4, 8, OUT).eval().bfloat16(), r"model: got torch\.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong.inference(stored, folder=out)
