@@ -68,7 +68,7 @@ class ConvExperts(nn.Module, ABC):
 class StackedExperts(ConvExperts):
     """E convs of one class and the same options, their parameters stacked.
 
-    A subclass says in :meth:`parts` where a conv's parameters lie; filling, resetting and :meth:`expert` follow.
+    A subclass says in ``parts`` where the parameters of a conv lie; filling, resetting and ``expert`` follow.
 
     Args:
         convs: the E convs.
