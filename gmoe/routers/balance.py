@@ -29,7 +29,7 @@ class BalancedRouter(Router):
     selects the same, as long as every forward is followed by its own backward.
 
     Args:
-        dim, num_experts, k, kwargs: see :class:`Router`.
+        dim, num_experts, k, kwargs: see :class:`gmoe.Router`.
         bias_rate: largest step of the bias, in units of the logits' spread; ``None`` for no bias and no mean.
 
     Attributes:
