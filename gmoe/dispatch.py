@@ -29,6 +29,10 @@ COUNTING = ContextVar("COUNTING", default=False)
 would be as wide as the machine makes it."""
 
 
+FEW = 2**22
+"""Multiply-adds up to which :func:`routed_linear` runs all experts on all tokens: an expert's turn takes longer."""
+
+
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
     """Gather the token of each pair, expert by expert: (P, I)."""
     return x_TI.index_select(0, routing.token)
@@ -86,7 +90,8 @@ def routed_linear(
     r"""(T, O) :math:`y_t = \sum_e w_{te} (x_t W_e + b_e)`: gather, grouped product and weighted scatter.
 
     On a CPU, with the loop backend, all in one step, one expert after the other, so that neither the rows nor the
-    weighted outputs of all pairs are in memory at once. Follows autocast. Can be differentiated once.
+    weighted outputs of all pairs are in memory at once; where ``"auto"`` meets few tokens, all experts run on all of
+    them. Follows autocast.
 
     Args:
         parts: x in parts, whose widths add up to I: the fused kernel does not join them.
@@ -95,10 +100,17 @@ def routed_linear(
         routing: the pairs and their weights.
         backend: see :func:`grouped_linear`.
     """
-    device = parts[0].device.type
-    if device == "cuda" or backend not in ("auto", "loop"):
+    device, few = parts[0].device.type, routing.num_tokens * weight_EIO.numel() <= FEW
+    few = few and backend == "auto" and device == "cpu" and not COUNTING.get()
+    if device == "cuda" or backend not in ("auto", "loop") or few:
         x_TI = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
-        return combine(grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend), routing)
+        if not few:
+            y_PO = grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend)
+            return combine(y_PO, routing)
+        y_TC = x_TI.to(weight_EIO.dtype) @ weight_EIO.transpose(0, 1).flatten(1)
+        y_TC = y_TC if bias_EO is None else y_TC + bias_EO.flatten()
+        y_SO = y_TC.view(-1, weight_EIO.size(2))
+        return combine(y_SO.index_select(0, routing.token * routing.num_experts + routing.expert), routing)
     dtype = weight_EIO.dtype
     if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
