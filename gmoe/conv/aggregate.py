@@ -34,8 +34,9 @@ FilterName: TypeAlias = Literal["identity", "low_pass", "high_pass"]
 class AggregateOnce(StackedExperts):
     """Convs that aggregate without parameters, or linearly, and transform rows: A x W_e = (A x) W_e.
 
-    Sums and means are sparse products of the :class:`Graph`. Any other aggregation, and one that an explainer looks
-    into, is PyG's own: the conv itself with its transform taken out.
+    Sums and means of the sources' rows are sparse products of the :class:`Graph`. Any other aggregation, and one that
+    an explainer looks into, is PyG's own: the conv itself with its transform taken out. A subclass whose messages are
+    more than rows times a weight sets ``matrix`` to ``None`` in :meth:`strip`.
     """
 
     weighted_by: Literal["weight", "values"] = "values"
@@ -65,7 +66,7 @@ class AggregateOnce(StackedExperts):
 
     def by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         """(T, D) what the stripped conv itself aggregates."""
-        conv, size = self.of_pyg(graph), (graph.num_src, graph.num_rows)
+        conv, size = self.prepared(graph), (graph.num_src, graph.num_rows)
         adj = graph.adj if graph.is_sparse else graph.edge_index
         half = x_src.dtype in (torch.bfloat16, torch.float16) and graph.is_sparse  # which has no kernels for that
         with torch.autocast(x_src.device.type, enabled=not graph.is_sparse and torch.is_autocast_enabled()):
@@ -73,7 +74,7 @@ class AggregateOnce(StackedExperts):
             out: Tensor = conv((x, None), adj, **graph.args_for(conv), size=size)
         return out[: graph.num_dst].to(x_src.dtype)
 
-    def of_pyg(self, graph: Graph) -> Any:
+    def prepared(self, graph: Graph) -> Any:
         """The prototype for edges from source to target, under the graph's mask."""
         if graph.mask is None and graph.flow == "source_to_target":
             return self.prototype
@@ -152,7 +153,7 @@ class GCNExperts(LinearAggregation):
         return found
 
     def by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
-        conv = self.of_pyg(graph)
+        conv = self.prepared(graph)
         out: Tensor = conv(x_src, graph.adj if graph.is_sparse else graph.edge_index, **graph.args_for(conv))
         return out
 
@@ -252,7 +253,7 @@ class FilterExperts(GCNExperts):
         return [self.prototype] if self.hops > 1 else []
 
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
-        conv, powers = self.of_pyg(graph), [x_src]
+        conv, powers = self.prepared(graph), [x_src]
         for _ in range(self.hops):
             powers.append(conv.hop(powers[-1], graph))
         return torch.cat(powers[1:], dim=-1) if self.hops else None

@@ -60,7 +60,8 @@ STACKS: dict[type[MessagePassing], type[StackedExperts]] = {
     pyg.SAGEConv: aggregate.SAGEExperts,
     pyg.TransformerConv: attention.TransformerExperts,
 }
-"""Classes whose experts are stacked; a subclass of one may compute something else."""
+"""Classes whose experts are stacked, by exact type: a subclass may compute something else. A new kind is listed here or
+in :data:`LOCAL`; what may have a tuple of widths and no destinations, in :data:`SOURCES_ALONE`."""
 
 _LOCAL = "cg clustergcn feast film gat gatv2 general gin gine graph le mf pna resgatedgraph sage simple transformer"
 LOCAL = frozenset(CONVS[name] for name in _LOCAL.split())

@@ -41,7 +41,7 @@ class MoEConv(MoELayer, MessagePassing):
     Equal, in outputs and gradients, to running E convs on the whole graph and masking. Compute scales with the K
     experts a node uses, not with the total E:
 
-    - GCN, SAGE, GraphConv and GIN aggregate once, then run each row's experts in one grouped product;
+    - GCN, SAGE, GraphConv, GIN, GINE without ``edge_dim`` and filters aggregate once, then run each row's experts;
     - GAT, GATv2 and TransformerConv send K messages per edge. They transform each (source, expert) pair that an edge
       needs, at most min(K · edges, E · N): on dense graphs this part grows with E;
     - other local convs (a node's output follows from its in-edges and their ends) run on the in-edges of each expert's
@@ -71,8 +71,8 @@ class MoEConv(MoELayer, MessagePassing):
         shared_transform: map the input to the output's width once, before router and routed experts; the shared expert
             sees the input itself. For inputs much wider than the output (default ``False``).
         router_kwargs: further arguments of the router.
-        local: ``True`` declares your own class local (verified), ``False`` disables the local path; ``None`` (default)
-            uses it for classes known to be local.
+        local: ``True`` declares your own class local (verified), ``False`` disables the local path; either runs the
+            convs one by one. ``None`` (default) uses the local path for classes known to be local.
         backend: see :func:`gmoe.grouped_linear`.
         check_finite: the router refuses NaN and infinity (default ``False``; costs a host sync).
         **conv_kwargs: further arguments of every conv.
