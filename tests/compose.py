@@ -411,7 +411,9 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
     args = {name: every[name].requires_grad_(name in c.learned) for name in c.edge_args}
     x_src, x_dst = (leaf(*shape).requires_grad_("x" in c.learned) for shape in zip(c.sizes, c.widths[:2], strict=True))
     of_graph: dict[str, Any] = {name: value for name, value in {"x": x_src, **args}.items() if name in c.in_graph}
-    adj = Graph(adj, c.sizes, **of_graph) if c.in_graph else adj
+    kinds = [*c.kinds, *([c.shared] if isinstance(c.shared, Kind) else [])]
+    flow = {kind.options.get("flow", "source_to_target") for kind in kinds}.pop()  # of several, all are refused
+    adj = Graph(adj, c.sizes, flow=flow, **of_graph) if c.in_graph else adj
     batch = torch.arange(c.sizes[1]) * 7 % 3 * 2 if c.batch and c.way in ("layer", "forward", "inference") else None
     weight_TE = None
     if c.options["router"] is None:  # all tokens have all experts, some have some, or none has any
