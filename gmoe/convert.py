@@ -9,6 +9,7 @@ import copy
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -102,10 +103,11 @@ def moefy(
     )
     options: dict[str, Any] = {"num_experts": num_experts, "k": k, "router": router, "router_kwargs": router_kwargs}
     options |= {"upcycle": upcycle, "shared_expert": shared_expert, "dense_start": dense_start, "backend": backend}
+    widths: list[int] = []
     pyg = sys.modules.get("torch_geometric.nn")  # who has a PyG model has imported it
     if pyg is not None and targets is None and isinstance(model, pyg.models.basic_gnn.BasicGNN):
-        every, output_is_conv = every or 1, model.jk_mode is None
-        found = [f"convs.{layer}" for layer in range(model.num_layers - output_is_conv)]
+        every, widths = every or 1, [model.in_channels, *[model.hidden_channels] * (model.num_layers - 1)]
+        found = [f"convs.{layer}" for layer in range(model.num_layers - (model.jk_mode is None))]
     else:
         found = _mlps(model) if targets is None else _matches(model, targets)
     names = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
@@ -116,7 +118,9 @@ def moefy(
         check(not isinstance(module, MoELayer), "model", f"{name}, a MoE already", "a dense one; see `blocks`")
         empty = any(isinstance(p, UninitializedParameter) or p.is_meta for p in module.parameters())
         check(not empty, "model", "parameters on the meta device or of lazy layers", "ones with values")
-        build = _moe_conv if pyg is not None and isinstance(module, pyg.MessagePassing) else _moe
+        build: Any = _moe
+        if pyg is not None and isinstance(module, pyg.MessagePassing):
+            build = partial(_moe_conv, width=widths[int(name.rpartition(".")[2])] if widths else None)
         if module not in layers:  # one that is used twice stays one
             layers[module] = build(name, module, **options)
     for name, module in modules.items():
@@ -209,14 +213,17 @@ def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
         legal = "a plain MLP, since experts would not run them; keep it with shared_expert=True"
         check(not (computed or hooks), "model", f"{path} with hooks or a parametrized weight", legal)
     if upcycle:
-        dense = copy.deepcopy(mlp).cpu().double().eval()  # not every device has doubles
+        dense = copy.deepcopy(mlp).cpu().double()  # not every device has doubles
+        for part in dense.modules():
+            if isinstance(part, nn.Dropout):  # which experts have; any other would be lost
+                part.p = 0.0
         with torch.device("cpu"):
             expert = _experts(name, dense, 1, True, False, "loop").eval()
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(2, 3, expert.in_features, dtype=torch.float64, generator=generator)
-            y, found = dense(x).flatten(0, 1), expert(x.flatten(0, 1), torch.tensor([6]))
+            found, ys = expert(x.flatten(0, 1), torch.tensor([6])), [dense.train(mode)(x) for mode in (False, True)]
         legal = "one that computes linear, activation, linear of each token, as it looks; or shared_expert=True"
-        same = y.shape == found.shape and torch.allclose(y, found, atol=1e-8)
+        same = all(y.numel() == found.numel() and torch.allclose(y.view_as(found), found, atol=1e-8) for y in ys)
         check(same, "model", f"{name}, a {type(mlp).__name__} that computes something else", legal)
 
 
@@ -289,13 +296,13 @@ def _folded(linears: list[nn.Linear], norm: nn.Module | None) -> tuple[Tensor, T
 # convs ----------------------------------------------------------------------------------------------------------------
 
 
-def _moe_conv(name: str, conv: Any, *, upcycle: bool, **options: Any) -> Any:
+def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, **options: Any) -> Any:
     """The layer in place of a PyG conv: copies of it as its experts and, frozen if it is, as the shared one."""
     from gmoe.conv.kinds import CopyOf, Trial
     from gmoe.conv.moe_conv import MoEConv
 
     matrices = [parameter for parameter in conv.parameters() if parameter.dim() == 2]  # of a GIN, which has no widths
-    width = getattr(conv, "in_channels", None) or next((matrix.size(1) for matrix in matrices), 0)
+    width = getattr(conv, "in_channels", None) or width or next((matrix.size(1) for matrix in matrices), 0)
     out: Any = getattr(conv, "out_channels", None) or (width and Trial(conv, width).width)
     legal = "a conv with in_channels and out_channels"
     check(out, "model", f"{name}, a {type(conv).__name__} of unknown widths", legal)

@@ -100,21 +100,19 @@ def routed_linear(
         routing: the pairs and their weights.
         backend: see :func:`grouped_linear`.
     """
-    device, few = parts[0].device.type, routing.num_tokens * weight_EIO.numel() <= FEW
-    few = few and backend == "auto" and device == "cpu" and not COUNTING.get()
-    if device == "cuda" or backend not in ("auto", "loop") or few:
+    device, dtype = parts[0].device.type, weight_EIO.dtype
+    few = routing.num_tokens * weight_EIO.numel() <= FEW and backend == "auto" and not COUNTING.get()
+    if device == "cuda" or backend not in ("auto", "loop"):
         x_TI = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
-        if not few:
-            y_PO = grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend)
-            return combine(y_PO, routing)
-        y_TC = x_TI.to(weight_EIO.dtype) @ weight_EIO.transpose(0, 1).flatten(1)
-        y_TC = y_TC if bias_EO is None else y_TC + bias_EO.flatten()
-        y_SO = y_TC.view(-1, weight_EIO.size(2))
-        return combine(y_SO.index_select(0, routing.token * routing.num_experts + routing.expert), routing)
-    dtype = weight_EIO.dtype
+        return combine(grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend), routing)
     if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    values = _cast(dtype, routing.weight, weight_EIO, bias_EO, *parts)
+    gate, weight_EIO, bias_EO, *parts = _cast(dtype, routing.weight, weight_EIO, bias_EO, *parts)
+    if few:
+        y_TC = torch.cat(parts, dim=-1) @ weight_EIO.transpose(0, 1).flatten(1)
+        y_SO = (y_TC if bias_EO is None else y_TC + bias_EO.flatten()).view(-1, weight_EIO.size(2))
+        return combine(y_SO.index_select(0, routing.token * routing.num_experts + routing.expert), routing)
+    values = gate, weight_EIO, bias_EO, *parts
     return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, *values)
 
 

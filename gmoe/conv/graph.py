@@ -119,8 +119,8 @@ class Matrix:
     diagonal: Tensor | None = None
     scale: Tensor | None = None
     """(N,) what rows and columns were multiplied by."""
-    product: tuple[int, Tensor] | None = None
-    """A x of the graph's ``x``, and the version of ``x`` that it is of."""
+    product: tuple[Tensor, int, int] | None = None
+    """A x of the graph's ``x``, and the versions of both."""
 
 
 def once(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -317,16 +317,19 @@ class Graph:
     def product(self, matrix: Matrix, x_src: Tensor) -> Tensor:
         """(N_dst, D) A x, in the type of ``x_src``; computed once of the ``x`` that the graph was given."""
         constant = x_src is self.x and not (x_src.requires_grad or matrix.weight.requires_grad)
-        constant = constant and not torch._C._len_torch_dispatch_stack()  # neither fake nor counted
-        if constant and matrix.product is not None and matrix.product[0] == x_src._version:
-            return matrix.product[1]
+        # neither fake, nor counted, nor without a version
+        constant = constant and not torch._C._len_torch_dispatch_stack() and not x_src.is_inference()
+        if constant and matrix.product is not None:
+            y, *versions = matrix.product
+            if versions == [x_src._version, y._version]:
+                return y
         with torch.inference_mode(False) if constant else nullcontext():  # for training too
             y = weighted_sum(matrix.weight[:, None], x_src[:, None], matrix.edges).squeeze(1)
             if matrix.diagonal is not None:
                 y = torch.addcmul(y, matrix.diagonal[:, None], x_src[: self.num_dst])
             y = y.to(x_src.dtype)
         if constant:
-            matrix.product = x_src._version, y
+            matrix.product = y, x_src._version, y._version
         return y
 
     @once
@@ -447,7 +450,8 @@ class Graph:
             raise ValueError("edge_index: got a sparse matrix, expected (2, number of edges) where layers are trimmed")
         given = {"edge_weight": self.edge_weight, "edge_attr": self.edge_attr}
         args: dict[str, Any] = {name: None if value is None else value[:edges] for name, value in given.items()}
-        return Graph(torch.as_tensor(self.adj)[:, :edges], nodes, flow=self.flow, **args)
+        plain = self.adj.as_tensor() if isinstance(self.adj, EdgeIndex) else self.adj
+        return Graph(plain[:, :edges], nodes, flow=self.flow, **args)
 
     def __repr__(self) -> str:
         return f"Graph({self.num_src} sources, {self.num_dst} destinations, {self.num_edges} edges)"

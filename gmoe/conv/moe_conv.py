@@ -48,7 +48,8 @@ class MoEConv(MoELayer, MessagePassing):
       nodes; verified by a float64 probe at construction;
     - anything else runs on the whole graph for each expert, with a warning that its cost grows with E.
 
-    A node without an expert gets zero from the routed experts. ``create_graph=True`` is refused. ``to_hetero`` and lazy
+    A node without an expert gets zero from the routed experts. ``create_graph=True`` is refused, but
+    on a few dozen nodes. ``to_hetero`` and lazy
     widths (``in_channels=-1``) work; explainers' edge masks act on the experts' messages, not on the router.
 
     Args:
@@ -287,7 +288,7 @@ class MoEConv(MoELayer, MessagePassing):
     def _complete(self, x: Any) -> None:
         """Fill in the widths that were left open, and build."""
         pair = tuple(x) if isinstance(x, tuple | list) else (x, x)
-        known = len(pair) == 2 and all(isinstance(nodes, Tensor) and nodes.dim() == 2 for nodes in pair)
+        known = len(pair) == 2 and all(isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point() for x in pair)
         got, legal = [type(nodes).__name__ for nodes in pair], "source and destination nodes, since widths are open"
         check(known, "x", got, legal)
         given = (self.in_channels,) * 2 if isinstance(self.in_channels, int) else self.in_channels

@@ -237,7 +237,8 @@ class GNNMoE(HubMixin, nn.Module):
             if hasattr(self, "jk"):  # else nothing holds the layers in between
                 xs.append(x)
         if hasattr(self, "jk"):
-            x = self.jk([h[: x.size(0)] for h in xs])  # trimming leaves the later layers fewer nodes
+            # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
+            x = self.jk([h[: x.size(0)].to(self.lin.weight.device) for h in xs]).to(x.device)
         return each(self.lin, x) if self.jk_mode is not None else x
 
     def layer(

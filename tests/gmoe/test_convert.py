@@ -16,7 +16,7 @@ from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
-from torch_geometric.nn import GATConv, GCNConv, GINConv, SimpleConv
+from torch_geometric.nn import EdgeCNN, GATConv, GCNConv, GINConv, SimpleConv
 from torch_geometric.nn import Sequential as GraphSequential
 from torchvision.models import SwinTransformer, VisionTransformer
 
@@ -368,3 +368,29 @@ def test_a_plain_mixture_of_a_misread_mlp_is_refused() -> None:
     """One that computes something else than its parts look like."""
     with pytest.raises(ValueError, match="model"):
         plain(stack(Llama(lambda x: F.silu(x).flip(0))), every=1, num_experts=4)
+
+
+def test_an_edge_cnn_starts_as_it_was() -> None:
+    dense = EdgeCNN(6, 8, 3, out_channels=4).eval()
+    x, edges = torch.randn(9, 6), torch.randint(9, (2, 30))
+    expected = dense(x, edges)
+    with pytest.warns(UserWarning, match="EdgeConv runs on the whole graph"):
+        moe = moefy(dense, num_experts=2)
+    torch.testing.assert_close(moe(x, edges), expected)
+
+
+class Dropping(nn.Module):
+    """An MLP with a dropout that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.dropout(self.act(self.fc1(x)), 0.5, self.training))
+        return out
+
+
+def test_a_dropout_that_copies_would_lose_is_refused() -> None:
+    with pytest.raises(ValueError, match="model: got"):
+        moefy(nn.Sequential(Dropping()), targets="0", shared_expert=False, router="uniform")

@@ -341,3 +341,18 @@ def test_refusals_of_what_does_not_fit_a_graph() -> None:
         graph.with_args(None, torch.ones(2, 1))
     with pytest.raises(ValueError, match=r"edge_index: got Graph.* expected 8 sources, 8 destinations"):
         MoEConv("gcn", 4, 4, num_experts=2).double()(features(8, 4), graph)
+
+
+def test_a_sum_that_a_caller_changed_is_computed_anew() -> None:
+    x, edges = features(9, 4), random_graph(9, 9, 30)
+    graph = Graph(edges, 9, x=x)
+    expected = graph.mean(x).clone()
+    graph.mean(x).add_(1.0)
+    torch.testing.assert_close(graph.mean(x), expected)
+
+
+def test_features_made_in_inference_mode_are_summed_anew() -> None:
+    with torch.inference_mode():
+        x = features(9, 4)
+    edges = random_graph(9, 9, 30)
+    torch.testing.assert_close(Graph(edges, 9, x=x).mean(x), Graph(edges, 9).mean(x))

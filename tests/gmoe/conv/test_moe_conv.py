@@ -230,3 +230,17 @@ def test_bad_input(conv: Any, x: Any, kwargs: dict[str, Any], message: str) -> N
 def test_check_finite_is_not_lost_on_an_instance() -> None:
     with pytest.raises(ValueError, match="x: got"):
         layer(router=TokenChoice(WIDTH, EXPERTS), check_finite=True)(X * torch.nan, graph()[1])
+
+
+@pytest.mark.parametrize("nodes", [12, 20_000])
+def test_the_dtype_under_autocast_does_not_follow_the_number_of_nodes(nodes: int) -> None:
+    layer = MoEConv("sage", 6, 16, shared_expert=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(nodes, 6), torch.tensor([[0, 1], [1, 2]])).dtype == torch.bfloat16
+
+
+def test_open_widths_stay_open_after_integers() -> None:
+    layer = MoEConv("gcn", -1, 4)
+    with pytest.raises(ValueError, match="x: got"):
+        layer(torch.ones(5, 6, dtype=torch.long), torch.tensor([[0], [1]]))
+    assert layer.experts is None

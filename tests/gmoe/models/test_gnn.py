@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import GAT, GCN, GIN, GATConv, GCNConv, GraphSAGE, to_hetero
 
 from gmoe import (
@@ -286,3 +287,10 @@ def test_moefy_of_some_layers_and_without_an_output_width() -> None:
     dense = GCN(IN, HIDDEN, 2).double()
     expected = dense(x, edge_index)
     assert_same(moefy(dense, num_experts=EXPERTS)(x, edge_index), expected)
+
+
+def test_trimming_takes_an_edge_index_that_knows_its_size() -> None:
+    edges, hops = torch.tensor([[1, 2, 3, 4], [0, 0, 1, 2]]), ([1, 2, 2], [2, 2])
+    known = EdgeIndex(edges, sparse_size=(5, 5), sort_order="col")
+    gnn, x = model(num_layers=2).eval(), features(5, IN)
+    assert_same(gnn(x, known, None, None, None, None, *hops), gnn(x, edges, None, None, None, None, *hops))
