@@ -85,10 +85,15 @@ class Messages:
         return self._is_row.view(self.routing.num_experts, -1).sum(dim=1).cumsum(0).to(torch.int32)
 
     @cached_property
+    def place(self) -> Tensor:
+        """(E N,) the position of (expert, source) among the rows, if it is one."""
+        return self._is_row.cumsum(0) - 1
+
+    @cached_property
     def from_rows(self) -> Edges:
         """From the rows to the pairs."""
-        place = self._is_row.cumsum(0) - 1
-        return self._from(place.index_select(0, self.expert * self.graph.num_src + self.source), len(self.row))
+        place = self.place.index_select(0, self.expert * self.graph.num_src + self.source)
+        return self._from(place, len(self.row))
 
     @cached_property
     def from_nodes(self) -> Edges:
@@ -233,10 +238,12 @@ class GATExperts(AttentionExperts):
             score_MH = at_source.index_select(0, messages.source * self.num_experts + messages.expert)
         else:
             value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
-            at_row = (value_UHC * self.att_src.squeeze(1).index_select(0, messages.row_expert)).sum(dim=-1)
-            score_MH = at_row.index_select(0, messages.from_rows.sender)
+            score_MH = self._at_rows(value_UHC, self.att_src, messages).index_select(0, messages.from_rows.sender)
         target_EIH = self._folded(lin_dst, self.att_dst)
-        if (self.num_experts - 1) * self.heads <= MOVE:  # no row of the input is moved
+        if not raw and x_src is x_dst and lin_src is lin_dst and self.prototype.add_self_loops:  # a row of each pair
+            place_P = messages.place.index_select(0, pairs.expert * messages.graph.num_src + pairs.token)
+            at_target = self._at_rows(value_UHC, self.att_dst, messages).index_select(0, place_P)
+        elif (self.num_experts - 1) * self.heads <= MOVE:  # no row of the input is moved
             at_target = self._of_all(x_dst, target_EIH).index_select(0, pairs.token * self.num_experts + pairs.expert)
         else:
             at_target = grouped_linear(dispatch(x_dst, pairs), target_EIH, None, offsets, self.backend)
@@ -252,6 +259,10 @@ class GATExperts(AttentionExperts):
             weight_EIHC = lin_src.weight.unflatten(2, (self.heads, self.width))
             return self._head_by_head(sum_PHI, weight_EIHC, offsets).to(alpha_MH.dtype)
         return weighted_sum(alpha_MH, value_UHC, messages.from_rows)
+
+    def _at_rows(self, value_UHC: Tensor, att_E1HC: Tensor, messages: Messages) -> Tensor:
+        """(U, H) the attention vector of a row's expert times the row."""
+        return (value_UHC * att_E1HC.squeeze(1).index_select(0, messages.row_expert)).sum(dim=-1)
 
     def _of_all(self, x_NI: Tensor, folded_EIH: Tensor) -> Tensor:
         """(N E, H) each expert's attention vector times every node."""
