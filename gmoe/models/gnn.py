@@ -238,7 +238,8 @@ class GNNMoE(HubMixin, nn.Module):
                 xs.append(x)
         if hasattr(self, "jk"):
             # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
-            x = self.jk([h[: x.size(0)].to(self.lin.weight.device) for h in xs]).to(x.device)
+            device = next(self.parameters()).device
+            x = self.jk([h[: x.size(0)].to(device) for h in xs]).to(x.device)
         return each(self.lin, x) if self.jk_mode is not None else x
 
     def layer(
