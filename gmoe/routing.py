@@ -82,9 +82,10 @@ class Routing:
                 raise ValueError(f"{name}: got {described(getattr(self, name))}, expected {expected}")
         check_range("token", token, self.num_tokens)
         if readable(token):
-            ends, num_pairs = offsets.tolist(), len(token)
-            cumulative = ends == sorted(ends) and ends[0] >= 0 and ends[-1] == num_pairs
-            check(cumulative, "offsets", ends, f"cumulative ends (load.cumsum(0), not the load), up to P={num_pairs}")
+            ends = [0, *offsets.tolist()]
+            cumulative = ends == sorted(ends) and ends[-1] == len(token)
+            legal = f"cumulative ends (load.cumsum(0), not the load), up to P={len(token)}"
+            check(cumulative, "offsets", ends[1:], legal)
             ascending = (self.expert * self.num_tokens + token).diff() > 0
             check(ascending.all(), "token", "pairs out of order or twice", "each expert's tokens strictly ascending")
 
@@ -115,11 +116,11 @@ class Routing:
             >>> weight, expert = probs.topk(2)
             >>> routing = Routing.from_choices(expert, weight, num_experts=8, scores=probs)
         """
-        if not isinstance(expert_TK, Tensor) or expert_TK.dim() != 2 or expert_TK.dtype not in INTEGERS:
-            raise ValueError(f"expert_TK: got {described(expert_TK)}, expected (T, K) integers")
-        if not isinstance(weight_TK, Tensor) or weight_TK.shape != expert_TK.shape:
-            raise ValueError(f"weight_TK: got {described(weight_TK)}, expected a tensor of {tuple(expert_TK.shape)}")
         if not checked:
+            integers = isinstance(expert_TK, Tensor) and expert_TK.dim() == 2 and expert_TK.dtype in INTEGERS
+            check(integers, "expert_TK", described(expert_TK), "(T, K) integers")
+            fits = isinstance(weight_TK, Tensor) and weight_TK.shape == expert_TK.shape
+            check(fits, "weight_TK", described(weight_TK), f"a tensor of {tuple(expert_TK.shape)}")
             check_range("expert_TK", expert_TK, num_experts)
         (num_tokens, k), expert_TK = expert_TK.shape, expert_TK.long()
         if scores is None:
@@ -134,17 +135,15 @@ class Routing:
     @staticmethod
     def everyone(num_tokens: int, like: Tensor) -> Routing:
         """One expert that takes every token with weight 1; dtype and device are those of ``like``."""
-        token = torch.arange(num_tokens, device=like.device)
+        token, ones = torch.arange(num_tokens, device=like.device), like.new_ones(num_tokens)
         offsets = torch.full((1,), num_tokens, dtype=torch.int32, device=like.device)
-        ones = like.new_ones(num_tokens)
         return Routing(token, offsets, ones, ones[:, None], num_tokens, checked=True)
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__}({self.num_tokens} tokens, {self.num_experts} experts"
         if type(self.offsets) is not Tensor or self.offsets.is_meta:  # no values to show
             return f"{text})"
-        load = self.load
-        return f"{text}, load {int(load.min())}…{int(load.max())})"
+        return f"{text}, load {int(self.load.min())}…{int(self.load.max())})"
 
     def summary(self) -> str:
         """Describe it in several lines: load per expert, coverage, entropy, weights, dropped pairs, losses."""
@@ -174,7 +173,7 @@ class Routing:
     @property
     def expert(self) -> Tensor:
         """(P,) int64, the expert of each pair."""
-        return torch.repeat_interleave(self.load, output_size=self.token.numel())
+        return owner(self.offsets, self.token)
 
     @property
     def top_expert(self) -> Tensor:
@@ -225,19 +224,25 @@ class Routing:
         whole = (start, stop) == (0, self.num_tokens)
         if whole and experts is None:
             return self
-        ends, scores = self.offsets.tolist(), self.scores[rows]
-        spans = list(zip([0, *ends], ends, strict=False))
+        ends, scores = self.offsets[:-1].tolist(), self.scores[rows]
+        pairs = [*zip(self.token.tensor_split(ends), self.weight.tensor_split(ends), strict=True)]
         if experts is not None:
-            spans, scores = [spans[expert] for expert in experts], scores[:, list(experts)]
+            pairs, scores = [pairs[expert] for expert in experts], scores[:, list(experts)]
         if not whole:  # an expert's pairs lie in the order of their tokens
-            bounds = torch.tensor([start, stop], device=self.token.device)
-            inside = [torch.searchsorted(self.token[low:high], bounds).tolist() for low, high in spans]
-            spans = [(low + first, low + end) for (low, _), (first, end) in zip(spans, inside, strict=True)]
-        token, weight = (torch.cat([value[low:high] for low, high in spans]) for value in (self.token, self.weight))
-        load = torch.tensor([high - low for low, high in spans], device=token.device)
-        offsets, dropped_T = load.cumsum(0).to(torch.int32), None if self.dropped_T is None else self.dropped_T[rows]
+            bounds = self.token.new_tensor([start, stop])
+            spans = [slice(*torch.searchsorted(token, bounds).tolist()) for token, _ in pairs]
+            pairs = [(token[span], weight[span]) for span, (token, weight) in zip(spans, pairs, strict=True)]
+        offsets = torch.tensor([len(token) for token, _ in pairs], device=self.token.device).cumsum(0).to(torch.int32)
+        token, weight = map(torch.cat, zip(*pairs, strict=True))
+        dropped_T = None if self.dropped_T is None else self.dropped_T[rows]
         rest = (weight, scores, len(scores), self.losses, dropped_T, self.detached)
         return Routing(token - start, offsets, *rest, checked=True)
+
+
+def owner(offsets_E: Tensor, token_P: Tensor) -> Tensor:
+    """(P,) int64, the expert of each pair."""
+    pairs = torch.arange(len(token_P), dtype=torch.int32, device=token_P.device)
+    return torch.searchsorted(offsets_E, pairs, right=True)
 
 
 def described(value: object) -> str:
