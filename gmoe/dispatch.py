@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gmoe._autograd import first_order, untraced
 from gmoe._checks import check_choice
-from gmoe.routing import Routing
+from gmoe.routing import Routing, owner
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
 
@@ -79,13 +79,14 @@ def grouped_linear(
         backend = "loop"
     if torch.is_autocast_enabled(x_PI.device.type) and x_PI.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x_PI.device.type)
-        x_PI, weight_EIO, bias_EO = _cast(dtype, x_PI, weight_EIO, bias_EO)
+        x_PI, weight_EIO = x_PI.to(dtype), weight_EIO.to(dtype)
+        bias_EO = None if bias_EO is None else bias_EO.to(dtype)
     return _GroupedLinear.apply(backend, offsets_E, x_PI, weight_EIO, bias_EO)
 
 
 @untraced  # the number of rows of an expert depends on the data
 def routed_linear(
-    parts: Sequence[Tensor], weight_EIO: Tensor, bias_EO: Tensor | None, routing: Routing, backend: Backend = "auto"
+    x_TI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, routing: Routing, backend: Backend = "auto"
 ) -> Tensor:
     r"""(T, O) :math:`y_t = \sum_e w_{te} (x_t W_e + b_e)`: gather, grouped product and weighted scatter.
 
@@ -94,30 +95,26 @@ def routed_linear(
     them. Follows autocast.
 
     Args:
-        parts: x in parts, whose widths add up to I: the fused kernel does not join them.
+        x_TI: the tokens.
         weight_EIO: stacked weights.
         bias_EO: stacked biases, or ``None``.
         routing: the pairs and their weights.
         backend: see :func:`grouped_linear`.
     """
-    device, dtype = parts[0].device.type, weight_EIO.dtype
-    few = routing.num_tokens * weight_EIO.numel() <= FEW and backend == "auto" and not COUNTING.get()
+    device, dtype = x_TI.device.type, weight_EIO.dtype
     if device == "cuda" or backend not in ("auto", "loop"):
-        x_TI = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
         return combine(grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend), routing)
-    if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
+    if torch.is_autocast_enabled(device) and x_TI.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    gate, weight_EIO, bias_EO, *parts = _cast(dtype, routing.weight, weight_EIO, bias_EO, *parts)
-    if few:
-        y_TC = torch.cat(parts, dim=-1) @ weight_EIO.transpose(0, 1).flatten(1)
+    x_TI, weight_EIO = x_TI.to(dtype), weight_EIO.to(dtype)
+    bias_EO = None if bias_EO is None else bias_EO.to(dtype)
+    if routing.num_tokens * weight_EIO.numel() <= FEW and backend == "auto" and not COUNTING.get():
+        y_TC = x_TI @ weight_EIO.transpose(0, 1).flatten(1)
         y_SO = (y_TC if bias_EO is None else y_TC + bias_EO.flatten()).view(-1, weight_EIO.size(2))
-        return combine(y_SO.index_select(0, routing.token * routing.num_experts + routing.expert), routing)
-    values = gate, weight_EIO, bias_EO, *parts
-    return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, *values)
-
-
-def _cast(dtype: torch.dtype, *values: Tensor | None) -> list[Any]:
-    return [None if value is None else value.to(dtype) for value in values]
+        pair_P = routing.token * len(weight_EIO) + owner(routing.offsets, routing.token)
+        return combine(y_SO.index_select(0, pair_P), routing)
+    gate_P = routing.weight.to(dtype)
+    return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, x_TI)
 
 
 def _operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -152,7 +149,7 @@ def _empty_like(*values: Tensor | None) -> list[Tensor]:
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, backend: str) -> Tensor:
     if backend != "loop" and x.size(0) > 0:
         y_PO = (_padded_mm if backend == "padded" else _grouped_mm)(x, weight, offsets)
-        return y_PO if bias is None else y_PO.add_(bias.index_select(0, _owner(offsets, x)))
+        return y_PO if bias is None else y_PO.add_(bias.index_select(0, owner(offsets, x)))
     y_PO = x.new_empty(x.size(0), weight.size(2))
     ends = offsets[:-1].tolist()  # one host sync
     for expert, (rows, y) in enumerate(zip(x.tensor_split(ends), y_PO.tensor_split(ends), strict=True)):
@@ -177,7 +174,7 @@ def _grouped_linear_backward(
         if needs_weight:
             grad_weight = outer(x, grad, offsets)
         if needs_bias:
-            grad_bias.zero_().index_add_(0, _owner(offsets, x), grad)
+            grad_bias.zero_().index_add_(0, owner(offsets, x), grad)
         return [grad_x, grad_weight, grad_bias]
     ends = offsets[:-1].tolist()
     by_expert = zip(*(value.tensor_split(ends) for value in (grad, x, grad_x)), strict=True)
@@ -206,15 +203,6 @@ class _GroupedLinear(torch.autograd.Function):
         return None, None, *(value if needed else None for value, needed in zip(grads, needs, strict=True))
 
 
-def _load(offsets_E: Tensor) -> Tensor:
-    return offsets_E.diff(prepend=offsets_E.new_zeros(1)).long()
-
-
-def _owner(offsets_E: Tensor, x_PI: Tensor) -> Tensor:
-    """(P,) the expert of each row."""
-    return torch.repeat_interleave(_load(offsets_E), output_size=x_PI.size(0))
-
-
 def _padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
     rows = [*x_PI.tensor_split(offsets_E[:-1].tolist())]  # one host sync
     y_ECO = torch.bmm(pad_sequence(rows, batch_first=True), weight_EIO)
@@ -234,8 +222,8 @@ def _grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
 
 def _grouped_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
     full_EIO = F.grouped_mm(_aligned(x_PI.contiguous()).T, _aligned(grad_PO), offs=offsets_E)
-    # whatever the kernel leaves in an empty one
-    return torch.where((_load(offsets_E) > 0)[:, None, None], full_EIO[:, : x_PI.size(1), : grad_PO.size(1)], 0.0)
+    some_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) > 0  # whatever the kernel leaves in an empty one
+    return torch.where(some_E[:, None, None], full_EIO[:, : x_PI.size(1), : grad_PO.size(1)], 0.0)
 
 
 def _aligned(x: Tensor, dims: int = 1) -> Tensor:
@@ -251,35 +239,30 @@ def _aligned(x: Tensor, dims: int = 1) -> Tensor:
 class _RoutedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, num_tokens: int, token: Tensor, offsets: Tensor, *values: Any) -> Tensor:
-        gate, weight, bias, *parts = values
-        out_TO = gate.new_zeros(num_tokens, weight.size(2))
+        gate, weight, bias, x = values
+        out_TO = x.new_zeros(num_tokens, weight.size(2))
         # of the gate, whose gradient is that of the experts' outputs before they are weighted
-        y_PO = gate.new_empty(token.size(0) if ctx.needs_input_grad[3] else 0, weight.size(2))
+        y_PO = x.new_empty(len(token) if ctx.needs_input_grad[3] else 0, weight.size(2))
         ctx.save_for_backward(token, offsets, y_PO, *values)
         ends = offsets[:-1].tolist()  # one host sync
         outs = y_PO.tensor_split(ends) if len(y_PO) else [None] * len(weight)
-        columns = weight.split([part.size(1) for part in parts], dim=1)
-        weights = zip(*(of_part.unbind() for of_part in columns), strict=True)
-        by_expert = zip(token.tensor_split(ends), gate[:, None].tensor_split(ends), outs, weights, strict=True)
-        for expert, (token, gate, y, (first, *others)) in enumerate(by_expert):
-            x = parts[0].index_select(0, token)
-            y = torch.mm(x, first, out=y) if bias is None else torch.addmm(bias[expert], x, first, out=y)
-            for part, of_part in zip(parts[1:], others, strict=True):
-                y.addmm_(part.index_select(0, token), of_part)
+        by_expert = zip(token.tensor_split(ends), gate[:, None].tensor_split(ends), outs, strict=True)
+        for expert, (token, gate, y) in enumerate(by_expert):
+            rows = x.index_select(0, token)
+            if bias is None:
+                y = torch.mm(rows, weight[expert], out=y)
+            else:
+                y = torch.addmm(bias[expert], rows, weight[expert], out=y)
             out_TO.index_add_(0, token, y * gate)
         return out_TO
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
-        token, offsets, y_PO, gate, weight, bias, *parts = ctx.saved_tensors
-        needs_gate, needs_weight, needs_bias, *needs_parts = needs = ctx.needs_input_grad[3:]
-        grad_gate, grad_weight, grad_bias, *grad_parts = grads = _empty_like(gate, weight, bias, *parts)
-        for grad_part in grad_parts:
-            grad_part.zero_()
-        widths = [part.size(1) for part in parts]
-        rows = [columns.mT.unbind() for columns in weight.split(widths, dim=1)]
-        grad_weights = [columns.unbind() for columns in grad_weight.split(widths, dim=1)]
+        token, offsets, y_PO, gate, weight, bias, x = ctx.saved_tensors
+        needs_gate, needs_weight, needs_bias, needs_x = needs = ctx.needs_input_grad[3:]
+        grad_gate, grad_weight, grad_bias, grad_x = grads = _empty_like(gate, weight, bias, x)
+        grad_x.zero_()
         ends = offsets[:-1].tolist()
         by_expert = zip(*(value.tensor_split(ends) for value in (token, gate[:, None], y_PO, grad_gate)), strict=True)
         for expert, (token, gate, y, at_gate) in enumerate(by_expert):
@@ -289,9 +272,8 @@ class _RoutedLinear(torch.autograd.Function):
             grad_y.mul_(gate)
             if needs_bias:
                 torch.sum(grad_y, dim=0, out=grad_bias[expert])
-            for i, part in enumerate(parts):
-                if needs_weight:
-                    torch.mm(part.index_select(0, token).T, grad_y, out=grad_weights[i][expert])
-                if needs_parts[i]:
-                    grad_parts[i].index_add_(0, token, grad_y @ rows[i][expert])
+            if needs_weight:
+                torch.mm(x.index_select(0, token).T, grad_y, out=grad_weight[expert])
+            if needs_x:
+                grad_x.index_add_(0, token, grad_y @ weight[expert].T)
         return None, None, None, *(value if needed else None for value, needed in zip(grads, needs, strict=True))
