@@ -114,10 +114,10 @@ def router_sums() -> Iterator[list[int]]:
     """Bytes of each sum for which routers in training ask all processes."""
     summed, found = Router.summed, list[int]()
 
-    def counting(router: Router, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        if parts and router.training and torch.is_grad_enabled():
+    def counting(router: Router, *parts: Tensor) -> Sequence[Tensor]:
+        if router.training and torch.is_grad_enabled():
             found.append(nbytes(parts))
-        return summed(router, parts)
+        return summed(router, *parts)
 
     with patch.object(Router, "summed", counting):
         yield found

@@ -70,16 +70,16 @@ class BalancedRouter(Router):
         clean_TE = logits_TE.detach()
         expert_TK = (clean_TE + self.bias_E).topk(self.k, dim=-1).indices
         load_TE = torch.zeros_like(clean_TE).scatter(1, expert_TK, 1.0)
-        parts = {"load": load_TE, "mean": x_TD.detach(), "logit": clean_TE, "square": clean_TE.square()}
-        sums = self.summed({name: part.sum(dim=0) for name, part in parts.items()})
-        load_E, fair = sums["load"], sums["load"].mean()
-        tokens = (fair * (self.num_experts / self.k)).clamp(min=1)
-        mean_D, logit_E, square_E = (sums[name] / tokens for name in ("mean", "logit", "square"))
+        parts = (load_TE, clean_TE, clean_TE.square(), x_TD.detach())
+        (sums,) = self.summed(torch.cat([part.sum(dim=0) for part in parts]))
+        means = sums * (self.k / sums[: self.num_experts].sum())  # NaN where there are no tokens
+        load_E, logit_E, square_E, mean_D = means.split([*[self.num_experts] * 3, self.dim])
         var_E = square_E - logit_E.square()
-        var_E = var_E.where(var_E > ROUNDED * torch.finfo(var_E.dtype).eps * square_E, 0)  # equal logits have no spread
-        bias_E = self.bias_E + self.bias_rate * var_E.mean().sqrt() * ((fair - load_E) / fair.clamp(min=1)).clamp(-1, 1)
-        mean_D = torch.where(self.mean_D.any(), self.mean_D + MEAN_RATE * (mean_D - self.mean_D), mean_D)
-        counted = torch.cat([*sums.values()]).isfinite().all() & (fair > 0)
-        self.next_bias_E.copy_(torch.where(counted, bias_E, self.bias_E))
-        self.next_mean_D.copy_(torch.where(counted, mean_D, self.mean_D))
+        var_E = var_E * (var_E > ROUNDED * torch.finfo(var_E.dtype).eps * square_E)  # equal logits have no spread
+        missing_E = (1.0 - load_E * (self.num_experts / self.k)).clamp(min=-1.0)
+        bias_E = self.bias_E.add(missing_E * var_E.mean().sqrt(), alpha=self.bias_rate)
+        mean_D = torch.where(self.mean_D.any(), self.mean_D.add(mean_D - self.mean_D, alpha=MEAN_RATE), mean_D)
+        finite = means.isfinite().all()
+        self.next_bias_E.copy_(torch.where(finite, bias_E, self.bias_E))
+        self.next_mean_D.copy_(torch.where(finite, mean_D, self.mean_D))
         return logits_TE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -14,7 +15,7 @@ from gmoe._autograd import in_transform
 from gmoe._checks import check, check_choice, check_counts
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
-from gmoe.routing import INTEGERS, AuxLoss, Routing, check_range, described
+from gmoe.routing import INTEGERS, Routing, check_range, described
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
 
@@ -130,23 +131,21 @@ class Router(nn.Module, ABC):
             log_gate_TK = log_gate_TK - log_gate_TK.detach()
         return expert_TK, log_gate_TK.exp()
 
-    def summed(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    def summed(self, *parts: Tensor) -> Sequence[Tensor]:
         """Sum over the processes what was summed over tokens: one collective, in training with gradients only.
 
         Every process has to come here, also one without tokens.
         """
         if not (self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
             return parts
-        total = world_sum(torch.cat([part.view(-1) for part in parts.values()]), self.process_group)
-        sums = total.split([part.numel() for part in parts.values()])
-        return {name: one.view_as(part) for (name, part), one in zip(parts.items(), sums, strict=True)}
+        total = world_sum(torch.cat([part.view(-1) for part in parts]), self.process_group)
+        sums = total.split([part.numel() for part in parts])
+        return [one.view_as(part) for one, part in zip(sums, parts, strict=True)]
 
-    def z_loss(self, logits_TE: Tensor, coefficient: float) -> dict[str, AuxLoss]:
-        """The router z-loss over the tokens of all processes by name; nothing at a coefficient of 0."""
-        if coefficient == 0:
-            return {}
-        sums = self.summed({"z": square_sum(logits_TE), "tokens": logits_TE.new_tensor(len(logits_TE))})
-        return {"z": AuxLoss(sums["z"] / sums["tokens"].clamp(min=1), coefficient)}
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """The router z-loss over the tokens of all processes."""
+        squares, tokens = self.summed(square_sum(logits_TE), logits_TE.new_tensor(len(logits_TE)))
+        return squares / tokens.clamp(min=1)
 
     def is_training_step(self) -> bool:
         """True if this forward moves the counters: not in evaluation, nor when a checkpoint recomputes it."""
@@ -155,15 +154,15 @@ class Router(nn.Module, ABC):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """Keep counters and frozen projections in float32 at least: in bfloat16 a bias's steps would round away."""
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self.get_buffer(name)
-            if new.is_floating_point() and new.dtype.itemsize < 4:
-                parent, _, leaf = name.rpartition(".")
-                kept = new.float() if old.is_meta else old.to(device=new.device, dtype=torch.float32)
-                self.get_submodule(parent)._buffers[leaf] = kept
-        return self
+        buffers = set(map(id, self.buffers()))
+
+        def kept(old: Tensor) -> Tensor:
+            new: Tensor = fn(old)
+            if id(old) not in buffers or not new.is_floating_point() or new.dtype.itemsize >= 4:
+                return new
+            return new.float() if old.is_meta else old.to(device=new.device, dtype=torch.float32)
+
+        return super()._apply(kept, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, k={self.k}, weight={self.weight!r}"

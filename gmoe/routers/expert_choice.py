@@ -84,7 +84,8 @@ class ExpertChoice(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TE = float_linear(x_TD, self.gate)
-        return self.selection(self, logits_TE, group, self.z_loss(logits_TE, self.z_coef))
+        losses = {"z": AuxLoss(self.z_loss(logits_TE), self.z_coef)} if self.z_coef > 0 else {}
+        return self.selection(self, logits_TE, group, losses)
 
 
 class ExpertSelection(nn.Module):
@@ -164,17 +165,16 @@ class ExpertSelection(nn.Module):
         group_EC, ranked_EC = groups.of_tokens(token_P).view_as(token_EC), ranked_TE.T.gather(1, token_EC)
         last_EB = ranked_EC.new_full((len(token_EC), num_groups), torch.inf)
         last_EB = last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin")
-        sums = {"groups": last_EB.new_tensor(num_groups), "threshold_E": last_EB.sum(dim=1)}
+        means, sums = [self.threshold_E], [last_EB.sum(dim=1)]
         if self.normalize == "tokens":  # gate = exp(logit) / scale, the same scale in all of a group
             scale_EC = ranked_EC - log_gate_P.view_as(token_EC)
-            sums["log_scale_E"] = last_EB.scatter(1, group_EC, scale_EC).sum(dim=1)
-        sums = router.summed(sums)
-        num_groups_all = sums.pop("groups")
-        some = (num_groups_all > 0) & torch.cat([*sums.values()]).isfinite().all()
+            means, sums = [*means, self.log_scale_E], [*sums, last_EB.scatter(1, group_EC, scale_EC).sum(dim=1)]
+        num_groups_all, *sums = router.summed(last_EB.new_tensor(num_groups), *sums)
+        some = (num_groups_all > 0) & torch.cat(sums).isfinite().all()
         self.steps += some
         share = (1.0 / self.steps.clamp(min=1)).clamp(min=self.momentum)
-        for name, sum_E in sums.items():
-            mean_E, step_E = self.get_buffer(name), sum_E / num_groups_all.clamp(min=1)
+        for mean_E, sum_E in zip(means, sums, strict=True):
+            step_E = sum_E / num_groups_all.clamp(min=1)
             mean_E.copy_(torch.where(some, mean_E + share.to(mean_E.dtype) * (step_E - mean_E), mean_E))
 
     def extra_repr(self) -> str:

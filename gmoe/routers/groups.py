@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gmoe.routing import owner
+
 
 class GroupBatch(NamedTuple):
     """Groups that are padded to one size: b groups of s slots.
@@ -191,6 +193,4 @@ def pairs_of_mask(mask_ET: Tensor, num_pairs: int | None = None) -> tuple[Tensor
 
 def gather_pairs(value_TE: Tensor, token_P: Tensor, offsets_E: Tensor) -> Tensor:
     """(P,) the entries of ``value`` at the pairs. One flat ``index_select``, whose backward is an ``index_add``."""
-    load_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)).long()
-    expert_P = torch.repeat_interleave(load_E, output_size=token_P.numel())
-    return value_TE.reshape(-1).index_select(0, token_P * value_TE.size(1) + expert_P)
+    return value_TE.reshape(-1).index_select(0, token_P * value_TE.size(1) + owner(offsets_E, token_P))

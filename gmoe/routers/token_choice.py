@@ -126,8 +126,10 @@ class TokenChoice(BalancedRouter):
         # not by probabilities, which may underflow to ties
         expert_TK, weight_TK = self._top_k(logits_TE + self.bias_E if biased else logits_TE, log_probs_TE)
         losses = {}
-        if self.z_coef > 0 or self.balance in ("importance_load", "switch"):
-            losses = self._losses(clean_TE, logits_TE, std_TE, expert_TK) | self.z_loss(logits_TE, self.z_coef)
+        if self.balance in ("importance_load", "switch"):
+            losses = self._losses(clean_TE, logits_TE, std_TE, expert_TK)
+        if self.z_coef > 0:
+            losses["z"] = AuxLoss(self.z_loss(logits_TE), self.z_coef)
         if self.training and self.capacity_factor is not None:
             return self._dropped(expert_TK, log_probs_TE, Groups.of(group, len(x_TD)), losses)
         return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, checked=True)
@@ -145,16 +147,15 @@ class TokenChoice(BalancedRouter):
         self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, expert_TK: Tensor
     ) -> dict[str, AuxLoss]:
         """Compute the balance losses from sums over tokens, for which all processes are asked."""
-        probs_TE = logits_TE.softmax(dim=-1)
-        sums = {"tokens": probs_TE.new_tensor(len(probs_TE)), "importance": probs_TE.sum(dim=0)}
-        if self.balance == "importance_load" and std_TE is not None:
-            sums = self.summed(sums | {"load": expected_load(clean_TE, logits_TE, std_TE, self.k)})
-            return {name: AuxLoss(cv_squared(sums[name]), self.balance_coef) for name in ("importance", "load")}
-        if self.balance == "switch":
-            sums = self.summed(sums | {"load": torch.zeros_like(probs_TE).scatter(1, expert_TK, 1.0).sum(dim=0)})
-            switch = switch_of(sums["importance"], sums["load"], sums["tokens"])
-            return {"switch": AuxLoss(switch, self.balance_coef)}
-        return {}
+        importance_E = logits_TE.softmax(dim=-1).sum(dim=0)
+        if std_TE is not None and self.balance == "importance_load":
+            sums = self.summed(importance_E, expected_load(clean_TE, logits_TE, std_TE, self.k))
+            values = dict(zip(("importance", "load"), map(cv_squared, sums), strict=True))
+        else:
+            load_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, 1.0).sum(dim=0)
+            tokens = importance_E.new_tensor(len(logits_TE))
+            values = {"switch": switch_of(*self.summed(importance_E, load_E, tokens))}
+        return {name: AuxLoss(value, self.balance_coef) for name, value in values.items()}
 
     def extra_repr(self) -> str:
         capacity = [] if self.capacity_factor is None else [f"capacity_factor={self.capacity_factor!r}"]
