@@ -76,10 +76,9 @@ class BalancedRouter(Router):
         load_E, logit_E, square_E, mean_D = means.split([*[self.num_experts] * 3, self.dim])
         var_E = square_E - logit_E.square()
         var_E = var_E * (var_E > ROUNDED * torch.finfo(var_E.dtype).eps * square_E)  # equal logits have no spread
-        missing_E = (1.0 - load_E * (self.num_experts / self.k)).clamp(min=-1.0)
-        bias_E = self.bias_E.add(missing_E * var_E.mean().sqrt(), alpha=self.bias_rate)
+        step_E = (1.0 - load_E * (self.num_experts / self.k)).clamp(min=-1.0) * var_E.mean().sqrt()
         mean_D = torch.where(self.mean_D.any(), self.mean_D.add(mean_D - self.mean_D, alpha=MEAN_RATE), mean_D)
         finite = means.isfinite().all()
-        self.next_bias_E.copy_(torch.where(finite, bias_E, self.bias_E))
+        self.next_bias_E.copy_(torch.where(finite, self.bias_E.add(step_E, alpha=self.bias_rate), self.bias_E))
         self.next_mean_D.copy_(torch.where(finite, mean_D, self.mean_D))
         return logits_TE

@@ -126,10 +126,8 @@ class TokenChoice(BalancedRouter):
         # not by probabilities, which may underflow to ties
         expert_TK, weight_TK = self._top_k(logits_TE + self.bias_E if biased else logits_TE, log_probs_TE)
         losses = {}
-        if self.balance in ("importance_load", "switch"):
+        if self.z_coef > 0 or self.balance in ("importance_load", "switch"):
             losses = self._losses(clean_TE, logits_TE, std_TE, expert_TK)
-        if self.z_coef > 0:
-            losses["z"] = AuxLoss(self.z_loss(logits_TE), self.z_coef)
         if self.training and self.capacity_factor is not None:
             return self._dropped(expert_TK, log_probs_TE, Groups.of(group, len(x_TD)), losses)
         return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, checked=True)
@@ -146,16 +144,17 @@ class TokenChoice(BalancedRouter):
     def _losses(
         self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, expert_TK: Tensor
     ) -> dict[str, AuxLoss]:
-        """Compute the balance losses from sums over tokens, for which all processes are asked."""
-        importance_E = logits_TE.softmax(dim=-1).sum(dim=0)
+        """Compute the losses from sums over tokens, for which all processes are asked."""
+        importance_E, values = logits_TE.softmax(dim=-1).sum(dim=0), dict[str, Tensor]()
         if std_TE is not None and self.balance == "importance_load":
             sums = self.summed(importance_E, expected_load(clean_TE, logits_TE, std_TE, self.k))
             values = dict(zip(("importance", "load"), map(cv_squared, sums), strict=True))
-        else:
+        elif self.balance == "switch":
             load_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, 1.0).sum(dim=0)
             tokens = importance_E.new_tensor(len(logits_TE))
             values = {"switch": switch_of(*self.summed(importance_E, load_E, tokens))}
-        return {name: AuxLoss(value, self.balance_coef) for name, value in values.items()}
+        losses = {name: AuxLoss(value, self.balance_coef) for name, value in values.items()}
+        return losses if self.z_coef == 0 else losses | {"z": AuxLoss(self.z_loss(logits_TE), self.z_coef)}
 
     def extra_repr(self) -> str:
         capacity = [] if self.capacity_factor is None else [f"capacity_factor={self.capacity_factor!r}"]
