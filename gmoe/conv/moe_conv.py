@@ -247,8 +247,7 @@ class MoEConv(MoELayer, MessagePassing):
                 x_dst = x_src[: graph.num_dst]
         else:
             graph = Graph(edge_index, sizes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
-        if self.explain:
-            graph = graph.masked(self._explained(graph))
+        graph = graph.explained(self) if self.explain else graph
 
         u_src, u_dst = (x_src, x_dst) if self.transform is None else self._transformed(x_src, x_dst)
         h = self.experts.aggregate(graph, u_src)
@@ -333,19 +332,6 @@ class MoEConv(MoELayer, MessagePassing):
             legal = f"{sizes[0]} sources, {sizes[1]} destinations and flow {self.flow!r}"
             raise ValueError(f"edge_index: got {graph} of flow {graph.flow!r}, expected {legal}")
         return graph
-
-    def _explained(self, graph: Graph) -> Tensor:
-        """(M,) an explainer's mask, as factors on the messages.
-
-        Raises:
-            ValueError: an explainer that looks at single messages, of which experts that aggregate once have none.
-        """
-        mask = self._edge_mask
-        if not isinstance(mask, Tensor) or mask.shape != (graph.num_edges,):
-            got = getattr(mask, "shape", "an explainer without a mask")
-            legal = f"one of the {graph.num_edges} edges: GNNExplainer, PGExplainer and CaptumExplainer work"
-            raise ValueError(f"explain: got {got}, expected {legal}")
-        return mask.sigmoid() if self._apply_sigmoid else mask
 
     def _no_hook(self, hook: Any) -> NoReturn:
         """Refuse hooks of message passing, such as AttentionExplainer's, which would never be called.
