@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.explain.algorithm.utils import set_masks
 from torch_geometric.nn import MessagePassing
-from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
@@ -34,9 +33,9 @@ FilterName: TypeAlias = Literal["identity", "low_pass", "high_pass"]
 class AggregateOnce(StackedExperts):
     """Convs that aggregate without parameters, or linearly, and transform rows: A x W_e = (A x) W_e.
 
-    Sums and means of the sources' rows are sparse products of the :class:`Graph`. Any other aggregation, and one that
-    an explainer looks into, is PyG's own: the conv itself with its transform taken out. A subclass whose messages are
-    more than rows times a weight sets ``matrix`` to ``None`` in :meth:`strip`.
+    Sums and means of the sources' rows are sparse products of the :class:`Graph`. Any other aggregation is PyG's own:
+    the conv itself with its transform taken out. A subclass whose messages are more than rows times a weight sets
+    ``matrix`` to ``None`` in :meth:`strip`.
     """
 
     weighted_by: Literal["weight", "values"] = "values"
@@ -59,30 +58,24 @@ class AggregateOnce(StackedExperts):
         """Take the transform out of a conv, and leave its aggregation."""
 
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
-        exact = torch.promote_types(x_src.dtype, torch.float32)
-        if self.matrix is None or graph.mask is not None:
-            return self.by_pyg(graph, x_src)
-        return graph.product(self.matrix(graph, dtype=exact), x_src)
+        if self.matrix is None:
+            return self._by_pyg(graph, x_src)
+        return graph.product(self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32)), x_src)
 
-    def by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
+    def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         """(T, D) what the stripped conv itself aggregates."""
-        conv, size = self.prepared(graph), (graph.num_src, graph.num_rows)
-        adj = graph.adj if graph.is_sparse else graph.edge_index
-        half = x_src.dtype in (torch.bfloat16, torch.float16) and graph.is_sparse  # which has no kernels for that
-        with torch.autocast(x_src.device.type, enabled=not graph.is_sparse and torch.is_autocast_enabled()):
-            x = x_src.float() if half else x_src
-            out: Tensor = conv((x, None), adj, **graph.args_for(conv), size=size)
-        return out[: graph.num_dst].to(x_src.dtype)
-
-    def prepared(self, graph: Graph) -> Any:
-        """The prototype for edges from source to target, under the graph's mask."""
-        if graph.mask is None and graph.flow == "source_to_target":
-            return self.prototype
-        conv = copy.copy(self.prototype)  # another thread may be running it
-        conv.flow = "source_to_target"
+        conv = self.prototype
+        if graph.mask is not None or graph.flow != "source_to_target":
+            conv = copy.copy(conv)  # another thread may be running it
+            conv.flow = "source_to_target"
         if graph.mask is not None:
             set_masks(conv, graph.mask, graph.edge_index, apply_sigmoid=False)
-        return conv
+        adj, size = graph.adj if graph.is_sparse else graph.edge_index, (graph.num_src, graph.num_rows)
+        # sparse products have no kernels for half precision
+        x = x_src.to(torch.promote_types(x_src.dtype, torch.float32)) if graph.is_sparse else x_src
+        with torch.autocast(x_src.device.type, enabled=not graph.is_sparse and torch.is_autocast_enabled()):
+            out: Tensor = conv((x, None), adj, **graph.args_for(conv), size=size)
+        return out[: graph.num_dst].to(x_src.dtype)
 
 
 class LinearAggregation(AggregateOnce):
@@ -97,8 +90,8 @@ class LinearAggregation(AggregateOnce):
         return [getattr(conv, name) for name in self.linears[: 1 + self.root]]
 
     def bias(self, conv: Any) -> Tensor | None:
-        """The bias of a conv."""
-        found: Tensor | None = getattr(conv, self.linears[0]).bias
+        """The bias of a conv, or of the linear layer of its aggregate."""
+        found: Tensor | None = getattr(conv, "bias", getattr(conv, self.linears[0]).bias)
         return found
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
@@ -147,15 +140,6 @@ class GCNExperts(LinearAggregation):
             self.matrix = partial(Graph.normalized, improved=conv.improved, loops=conv.add_self_loops)
         conv.lin = nn.Identity()
         conv.bias = None
-
-    def bias(self, conv: Any) -> Tensor | None:
-        found: Tensor | None = conv.bias
-        return found
-
-    def by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
-        conv = self.prepared(graph)
-        out: Tensor = conv(x_src, graph.adj if graph.is_sparse else graph.edge_index, **graph.args_for(conv))
-        return out
 
 
 class SAGEExperts(LinearAggregation):
@@ -253,9 +237,9 @@ class FilterExperts(GCNExperts):
         return [self.prototype] if self.hops > 1 else []
 
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
-        conv, powers = self.prepared(graph), [x_src]
+        powers = [x_src]
         for _ in range(self.hops):
-            powers.append(conv.hop(powers[-1], graph))
+            powers.append(self.prototype.hop(powers[-1], graph))
         return torch.cat(powers[1:], dim=-1) if self.hops else None
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
@@ -367,7 +351,7 @@ class FilterConv(MessagePassing):
         if self.filter != "identity":
             graph = edge_index if isinstance(edge_index, Graph) else Graph(edge_index, x.size(0))
             graph = graph.with_args(edge_weight, None)
-            low = x
+            graph, low = graph.explained(self), x
             for _ in range(self.hops):
                 low = self.hop(low, graph)
             x = low if self.filter == "low_pass" else x[: len(low)] - low
@@ -376,17 +360,9 @@ class FilterConv(MessagePassing):
 
     def hop(self, x: Tensor, graph: Graph) -> Tensor:
         """(N, D) one product with the normalized adjacency."""
-        if self.explain:  # a mask of edges, which PyG applies to messages
-            weight = graph.edge_weight if graph.matrix_values is None else graph.matrix_values
-            ends, weight = gcn_norm(graph.edge_index, weight, x.size(0), False, self.add_self_loops, dtype=x.dtype)
-            out: Tensor = self.propagate(ends, x=x, edge_weight=weight)
-            return out
         exact = torch.promote_types(x.dtype, torch.float32)
         matrix = graph.normalized(improved=False, loops=self.add_self_loops, dtype=exact)
         return graph.product(matrix, x)
-
-    def message(self, x_j: Tensor, edge_weight: Tensor) -> Tensor:
-        return edge_weight[:, None] * x_j
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels}, {self.filter!r}, hops={self.hops})"

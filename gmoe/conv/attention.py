@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,16 +18,11 @@ from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
 from gmoe._autograd import first_order, untraced
-from gmoe.conv.aggregate import is_plain
 from gmoe.conv.base import StackedExperts
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
-from gmoe.dispatch import COUNTING, Backend, combine, dispatch, grouped_linear
+from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
-
-MOVE = 60
-"""To gather or scatter a number of a row takes as long as so many multiply-adds of a product; fitted on one core of a
-CPU, not measured on GPUs."""
 
 
 class Messages:
@@ -93,19 +88,10 @@ class Messages:
     def from_rows(self) -> Edges:
         """From the rows to the pairs."""
         place = self.place.index_select(0, self.expert * self.graph.num_src + self.source)
-        return self._from(place, len(self.row))
+        return self.edges_from(place, len(self.row))
 
-    @cached_property
-    def from_nodes(self) -> Edges:
-        """From the nodes to the pairs."""
-        return self._from(self.source, self.graph.num_src)
-
-    @cached_property
-    def from_edges(self) -> Edges:
-        """To each pair, from its messages."""
-        return self._from(torch.arange(len(self.pair), device=self.pair.device), len(self.pair))
-
-    def _from(self, sender: Tensor, num_senders: int) -> Edges:
+    def edges_from(self, sender: Tensor, num_senders: int) -> Edges:
+        """To the pairs, from whatever sends each message."""
         return Edges(self.ptr, sender, self.pair, num_senders, self.edge)
 
 
@@ -121,6 +107,7 @@ class AttentionExperts(StackedExperts):
 
     layers: tuple[str, ...]
     vectors: tuple[str, ...]
+    needs_attr = False
     bias: nn.Parameter | None
     lin_edge: LinearExperts | None
     res: LinearExperts | None
@@ -174,13 +161,7 @@ class AttentionExperts(StackedExperts):
 
     def _rows(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
         """(U, O) each row, transformed by its expert."""
-        row, (sources, experts, out) = messages.row_source, (len(x_src), self.num_experts, linear.out_features)
-        if COUNTING.get() or not is_plain(linear) or len(row) * (out + MOVE) <= sources * experts * out:
-            return linear(x_src.index_select(0, row), messages.row_offsets)
-        # all experts' of all sources: more products, but no row of the input is moved
-        weight_IC = linear.weight.transpose(0, 1).flatten(1)
-        y_NC = x_src @ weight_IC if linear.bias is None else torch.addmm(linear.bias.flatten(), x_src, weight_IC)
-        return y_NC.view(-1, out).index_select(0, row * experts + messages.row_expert)
+        return linear(x_src.index_select(0, messages.row_source), messages.row_offsets)
 
     def _by_head(self, row_UO: Tensor) -> Tensor:
         """(U, H, C)"""
@@ -203,12 +184,14 @@ class AttentionExperts(StackedExperts):
         """(M, F) the edge features, where there are some.
 
         Raises:
-            ValueError: edge features for convs that were built without ``edge_dim``.
+            ValueError: edge features for convs that were built without ``edge_dim``, or none where they have to be.
         """
-        attr = messages.graph.attr
+        attr, name = messages.graph.attr, type(self.prototype).__name__
         if attr is not None and self.lin_edge is None:
-            name = type(self.prototype).__name__
             raise ValueError(f"edge_attr: got a tensor, expected None, since {name} was built with edge_dim=None")
+        if attr is None and self.lin_edge is not None and self.needs_attr:
+            legal = f"a tensor of shape (edges, {self.lin_edge.in_features}), since {name} was built with an edge_dim"
+            raise ValueError(f"edge_attr: got None, expected {legal}")
         return None if attr is None else attr.index_select(0, messages.edge)
 
 
@@ -243,10 +226,8 @@ class GATExperts(AttentionExperts):
         if not raw and x_src is x_dst and lin_src is lin_dst and self.prototype.add_self_loops:  # a row of each pair
             place_P = messages.place.index_select(0, pairs.expert * messages.graph.num_src + pairs.token)
             at_target = self._at_rows(value_UHC, self.att_dst, messages).index_select(0, place_P)
-        elif (self.num_experts - 1) * self.heads <= MOVE:  # no row of the input is moved
-            at_target = self._of_all(x_dst, target_EIH).index_select(0, pairs.token * self.num_experts + pairs.expert)
         else:
-            at_target = grouped_linear(dispatch(x_dst, pairs), target_EIH, None, offsets, self.backend)
+            at_target = self._of_all(x_dst, target_EIH).index_select(0, pairs.token * self.num_experts + pairs.expert)
         score_MH = score_MH + at_target.index_select(0, messages.pair)
         attr = messages.graph.attr
         if self.lin_edge is not None and attr is not None:
@@ -255,7 +236,7 @@ class GATExperts(AttentionExperts):
         score_MH = F.leaky_relu(score_MH.to(self.att_src.dtype), self.prototype.negative_slope)
         alpha_MH = self._attention(score_MH, messages)
         if raw:
-            sum_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_nodes)
+            sum_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.edges_from(messages.source, len(x_src)))
             weight_EIHC = lin_src.weight.unflatten(2, (self.heads, self.width))
             return self._head_by_head(sum_PHI, weight_EIHC, offsets).to(alpha_MH.dtype)
         return weighted_sum(alpha_MH, value_UHC, messages.from_rows)
@@ -282,6 +263,7 @@ class TransformerExperts(AttentionExperts):
 
     layers = ("lin_query", "lin_key", "lin_value", "lin_edge", "lin_skip", "lin_beta")
     vectors = ()
+    needs_attr = True
     lin_query: LinearExperts
     lin_key: LinearExperts
     lin_value: LinearExperts
@@ -305,18 +287,12 @@ class TransformerExperts(AttentionExperts):
             return weighted_sum(self._attention(score_MH, messages), value_UHC, messages.from_rows)
         edge_EFHC = self.lin_edge.weight.unflatten(2, (self.heads, self.width))
         edge_M1F = edge_MF[:, None].to(query_PHC.dtype)
+        from_edges = messages.edges_from(torch.arange(len(edge_MF), device=edge_MF.device), len(edge_MF))
         asked_PHF = self._head_by_head(query_PHC, edge_EFHC.transpose(1, 3), offsets)
-        alpha_MH = self._attention(score_MH + dot(asked_PHF, edge_M1F, messages.from_edges), messages)
-        edges_PHF = weighted_sum(alpha_MH, edge_M1F, messages.from_edges)
+        alpha_MH = self._attention(score_MH + dot(asked_PHF, edge_M1F, from_edges), messages)
+        edges_PHF = weighted_sum(alpha_MH, edge_M1F, from_edges)
         sum_PHC = weighted_sum(alpha_MH, value_UHC, messages.from_rows)
         return sum_PHC + self._head_by_head(edges_PHF, edge_EFHC, offsets)
-
-    def _edge_attr(self, messages: Messages) -> Tensor | None:
-        if messages.graph.attr is None and self.lin_edge is not None:
-            shape = f"(edges, {self.lin_edge.in_features})"
-            legal = f"a tensor of shape {shape}, since TransformerConv was built with an edge_dim"
-            raise ValueError(f"edge_attr: got None, expected {legal}")
-        return super()._edge_attr(messages)
 
     def _finish(self, y_PO: Tensor, x_dst: Tensor, routing: Routing) -> Tensor:
         if self.lin_skip is None:
@@ -354,49 +330,32 @@ class GATv2Experts(AttentionExperts):
         heads = torch.eye(self.heads, dtype=self.att.dtype, device=self.att.device)
         att_EOH = (self.att.squeeze(1)[..., None] * heads[:, None]).flatten(1, 2)
         slope = self.prototype.negative_slope
-        score_MH = additive_scores((source_UO, target_PO, edge_MF, edge_EFO), att_EOH, slope, messages)
+        score_MH = additive_scores(source_UO, target_PO, edge_MF, edge_EFO, att_EOH, slope, messages)
         alpha_MH = self._attention(score_MH, messages)
         return weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_rows)
 
 
-@untraced  # the sizes depend on the data
-def additive_scores(
-    rows: Sequence[Tensor | None], att_EOH: Tensor, negative_slope: float, messages: Messages
-) -> Tensor:
-    r"""(M, H) the scores :math:`a^\top \mathrm{leaky}(s_{u(m)} + t_{p(m)} + e_m U)`, block by block: no row for each
-    message is kept. Can be differentiated once.
-
-    Args:
-        rows: (U, O) and (P, O) transformed rows of the two ends, (M, F) edge features and (E, F, O) their linear
-            layer, or ``None`` twice.
-        att_EOH: attention vectors of the experts, a column a head.
-        negative_slope: of the leaky ReLU.
-        messages: from whom to whom.
-    """
-    tensors = (*rows, att_EOH)
-    exact = [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    out: Tensor = _AdditiveScores.apply(*exact, negative_slope, messages.from_rows, messages.offsets.tolist())
-    return out.to(att_EOH.dtype)
-
-
 class _AdditiveScores(torch.autograd.Function):
-    """Products are written in place: autocast leaves those alone."""
+    """In float32 at least. Products are written in place: autocast leaves those alone."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, ctx.negative_slope, ctx.edges, ctx.ends = inputs
+        *tensors, ctx.negative_slope, messages = inputs
+        ctx.edges, ctx.ends, dtype = messages.from_rows, messages.offsets.tolist(), tensors[-1].dtype
+        tensors = [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
         ctx.save_for_backward(*tensors)
         *rows, att_EOH = tensors
         out_MH = att_EOH.new_empty(ctx.edges.sender.numel(), att_EOH.size(2))
         for expert, block in _blocks(ctx.ends, att_EOH):
             sum_BO = F.leaky_relu_(_sums(rows, ctx.edges, expert, block), ctx.negative_slope)
             torch.mm(sum_BO, att_EOH[expert], out=out_MH[block])
-        return out_MH
+        return out_MH.to(dtype)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
         *rows, att_EOH = ctx.saved_tensors
+        grad_MH = grad_MH.to(att_EOH.dtype)
         edges, slope = ctx.edges, ctx.negative_slope
         grads: list[Any] = [None if t is None else torch.zeros_like(t) for t in (*rows, att_EOH)]
         grad_source, grad_target, grad_edge, grad_weight, grad_att = grads
@@ -411,7 +370,7 @@ class _AdditiveScores(torch.autograd.Function):
             if grad_edge is not None:
                 torch.mm(grad_BO, rows[3][expert].T, out=grad_edge[block])
                 grad_weight[expert].addmm_(rows[2][block].T, grad_BO)
-        return *grads, None, None, None
+        return *grads, None, None
 
 
 def _blocks(ends: list[int], att_EOH: Tensor) -> Iterator[tuple[int, slice]]:
@@ -427,3 +386,10 @@ def _sums(rows: Sequence[Any], edges: Edges, expert: int, block: slice) -> Tenso
     sum_BO: Tensor = source_UO.index_select(0, edges.sender[block])
     sum_BO += target_PO.index_select(0, edges.receiver[block])
     return sum_BO if edge_MF is None else sum_BO.addmm_(edge_MF[block], edge_EFO[expert])
+
+
+additive_scores: Callable[..., Tensor] = untraced(partial(_AdditiveScores.apply))
+r"""(M, H) the scores :math:`a^\top \mathrm{leaky}(s_{u(m)} + t_{p(m)} + e_m U)`, by blocks: no row for each message is
+kept. Of (U, O) and (P, O) transformed rows of the two ends; (M, F) edge features and their linear layer (E, F, O), or
+``None`` twice; the experts' attention vectors (E, O, H); the slope of the leaky ReLU; and the :class:`Messages`. Can be
+differentiated once."""

@@ -57,10 +57,6 @@ class ConvExperts(nn.Module, ABC):
         """A detached copy of one expert as a plain PyG conv."""
 
     @abstractmethod
-    def fill(self, convs: Sequence[MessagePassing]) -> None:
-        """Take over the parameters of E separate convs."""
-
-    @abstractmethod
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
 
@@ -170,10 +166,6 @@ class MixedExperts(ConvExperts):
     def convs(self) -> list[MessagePassing]:
         return [conv for group in self.groups for conv in group.convs()]
 
-    def fill(self, convs: Sequence[MessagePassing]) -> None:
-        for group, indices in zip(self.groups, self.members, strict=True):
-            group.fill([convs[index] for index in indices])
-
     def reset_parameters(self) -> None:
         for group in self.groups:
             group.reset_parameters()
@@ -187,16 +179,7 @@ class MixedExperts(ConvExperts):
         outs = []
         for group, indices in zip(self.groups, self.members, strict=True):
             outs.append(group(graph, x_src, x_dst, group.aggregate(graph, x_src), routing.select(experts=indices)))
-        first, *others = of_one_width(outs)  # others would be broadcast
-        return sum(others, first)
-
-
-def of_one_width(outs: list[Tensor]) -> list[Tensor]:
-    """The experts' outputs, unless their widths differ."""
-    widths = {out.size(1) for out in outs}
-    if len(widths) > 1:
-        raise ValueError(f"conv: got experts of output widths {sorted(widths)}, expected one width for all")
-    return outs
+        return torch.stack(outs).sum(dim=0)  # refuses other widths, which a sum would broadcast
 
 
 def refuse_far(convs: Iterable[MessagePassing]) -> None:

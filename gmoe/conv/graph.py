@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial, wraps
+from functools import cached_property, partial, wraps
 from numbers import Integral
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from torch_geometric.utils import add_self_loops, is_sparse, remove_self_loops, 
 
 from gmoe._autograd import first_order, in_transform, untraced
 from gmoe._checks import check_choice
+from gmoe.routing import described, readable
 
 with warnings.catch_warnings():  # torch says once a process that such matrices are in beta; here it has said so
     warnings.simplefilter("ignore")
@@ -33,6 +34,8 @@ SPARSE_DEVICES = ("cpu",)
 """Devices on which torch's sparse products beat gathered blocks of messages."""
 
 FLOWS = ("source_to_target", "target_to_source")
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 NUMBERS = 2**21
 """Numbers in a block of messages: few enough for a CPU's caches, and for memory without fresh pages."""
@@ -62,12 +65,10 @@ class Edges:
     @staticmethod
     def sorted(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> Edges:
         """The edges in the order of their receivers."""
-        plain = type(receiver) is Tensor and receiver.device.type == "cpu" and not torch.compiler.is_compiling()
-        plain = plain and not in_transform() and not torch._C._len_torch_dispatch_stack()
-        bits = receiver.numel().bit_length()
+        plain = readable(receiver) and not in_transform() and not torch._C._len_torch_dispatch_stack()
         with torch.inference_mode(False):  # what a graph keeps is for training too
-            if plain and int(num_receivers).bit_length() + bits <= 63:
-                # receiver and position in one integer: by NumPy in a quarter of the time of torch's stable sort
+            if plain:  # receiver and position in one integer: by NumPy in a quarter of the time of torch's stable sort
+                bits = receiver.numel().bit_length()
                 both = (receiver << bits) + torch.arange(receiver.numel(), device=receiver.device)
                 both.numpy().sort()
                 receiver, order = both >> bits, both & ((1 << bits) - 1)
@@ -124,15 +125,14 @@ class Matrix:
 
 
 def once(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of :class:`Graph` whose results the graph keeps, but where a gradient or a mask is part of them."""
+    """A method of :class:`Graph` whose results the graph keeps, but where a gradient is part of them."""
 
     @wraps(method)
     def kept(self: Graph, **options: Any) -> Any:
-        given = (self.edge_weight, self.edge_attr, self.matrix_values, options.get("fill_value"))
-        learned = any(isinstance(value, Tensor) and value.requires_grad for value in given)
-        key = method.__name__, *options.items()
-        if learned or self.mask is not None:
+        given = (self.edge_weight, self.edge_attr, self.matrix_values, *options.values())
+        if any(isinstance(value, Tensor) and value.requires_grad for value in given):
             return method(self, **options)
+        key = method.__name__, *options.items()
         if key not in self._kept:
             with torch.inference_mode(False):  # for training too
                 self._kept[key] = method(self, **options)
@@ -174,6 +174,14 @@ class Graph:
         ...     logits = model(data.x, graph)
     """
 
+    mask: Tensor | None = None
+    """(M,) an explainer's factors on the messages, in the order given."""
+    matrix_values: Tensor | None = None
+    scale_of: Any = None
+    """Of a part: (improved, loops, dtype) -> (N,) the scale of its nodes in the whole."""
+    destinations: Any = None
+    """(n,) of a part: in the whole."""
+
     def __init__(
         self,
         edge_index: Adj,
@@ -187,54 +195,37 @@ class Graph:
         if flow not in FLOWS:
             check_choice("flow", flow, FLOWS)
         nodes = num_nodes if isinstance(num_nodes, tuple | list) else (num_nodes, num_nodes)
-        whole = int | Integral | torch.SymInt  # NumPy's too
-        if len(nodes) != 2 or not isinstance(nodes[0], whole) or not isinstance(nodes[1], whole):
+        if len(nodes) != 2 or not all(isinstance(size, int | Integral | torch.SymInt) for size in nodes):
             raise ValueError(f"num_nodes: got {num_nodes!r}, expected a whole number, or two of them")
         self.num_src, self.num_dst = nodes
-        self.x, self.flow = x, flow
-        self.edge_weight, self.edge_attr = edge_weight, edge_attr
-        self.mask: Tensor | None = None  # (M,) an explainer's factors on the messages, in the order given
-        self.matrix_values: Tensor | None = None
-        self.scale_of: Any = None  # of a part, (improved, loops, dtype) -> (N,) the scale of its nodes in the whole
         self.num_rows = self.num_dst  # of ``adj``, which in a part may hold more than the destinations
-        self.destinations: Any = None  # (n,) of a part, in the whole
+        self.x, self.flow, self.is_sparse = x, flow, is_sparse(edge_index)
+        self.edge_weight, self.edge_attr = edge_weight, edge_attr
         self._kept: dict[Any, Any] = {}
-        if not isinstance(edge_index, Tensor | SparseTensor):
-            raise ValueError(f"edge_index: got {type(edge_index).__name__}, expected (2, number of edges) or a Graph")
-        self.is_sparse = is_sparse(edge_index)
         if self.is_sparse:
             self._read_sparse(edge_index)
         else:
-            if edge_index.dim() != 2 or edge_index.size(0) != 2:
-                raise ValueError(f"edge_index: got shape {tuple(edge_index.shape)}, expected (2, number of edges)")
-            if edge_index.is_floating_point() or edge_index.is_complex() or edge_index.dtype == torch.bool:
-                raise ValueError(f"edge_index: got {edge_index.dtype}, expected integers")
+            plain = isinstance(edge_index, Tensor) and edge_index.dim() == 2 and edge_index.dtype in INTEGERS
+            if not plain or edge_index.size(0) != 2:
+                legal = "integers of shape (2, number of edges), a sparse matrix or a Graph"
+                raise ValueError(f"edge_index: got {described(edge_index)}, expected {legal}")
             # torch's gather on the CPU misreads expanded int32 indices, so that gradients would be silently wrong
-            plain = edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index
-            self.adj = edge_index if edge_index.dtype == torch.long else plain.long()
-            self.edge_index = plain.long() if flow == "source_to_target" else plain.long().flip(0)
-            given = edge_index.sparse_size() if isinstance(edge_index, EdgeIndex) else (None, None)
-            given = given if flow == "source_to_target" else given[::-1]
-            for row, size, said in zip(self.edge_index, nodes, given, strict=True):
-                if said is not None and said != size:
-                    raise ValueError(f"edge_index: got an EdgeIndex of {said} nodes, expected {size}")
+            self.adj = (edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index).long()
+            self.edge_index = self.adj if flow == "source_to_target" else self.adj.flip(0)
+            for row, size in zip(self.edge_index, nodes, strict=True):
                 if row.device.type == "cpu" and row.numel():  # elsewhere it would cost a host sync
                     low, high = row.aminmax()
                     if low < 0 or high >= size:
-                        bad = int(low) if low < 0 else int(high)
-                        raise ValueError(f"edge_index: got node {bad}, expected values in 0..{size - 1}")
+                        raise ValueError(f"edge_index: got nodes {low}..{high}, expected values in 0..{size - 1}")
         if edge_weight is not None or edge_attr is not None:
             self._check_args()
 
     def _read_sparse(self, matrix: Any) -> None:
         """Edges and values of a matrix; CSR is sorted already."""
         shape, nodes = (matrix.size(0), matrix.size(1)), (self.num_dst, self.num_src)
-        if shape != nodes:
-            legal = f"(destinations, sources) = {nodes}"
-            raise ValueError(f"edge_index: got a sparse matrix of shape {shape}, expected {legal}")
-        if self.flow == "target_to_source":
-            got = f"{type(matrix).__name__} for flow={self.flow!r}"
-            raise ValueError(f"edge_index: got {got}, expected plain edges, or the transpose and the default flow")
+        if shape != nodes or self.flow != "source_to_target":
+            got = f"a sparse matrix of shape {shape} for flow={self.flow!r}"
+            raise ValueError(f"edge_index: got {got}, expected (destinations, sources) = {nodes} and the default flow")
         if isinstance(matrix, Tensor) and matrix.layout == torch.sparse_coo:  # which PyG would mark in place
             matrix = matrix.coalesce().to_sparse_csr()
         self.adj = matrix
@@ -248,19 +239,13 @@ class Graph:
             self.edges = Edges(matrix.crow_indices().long(), src.long(), dst.long(), self.num_src, every)
 
     def _check_args(self) -> None:
-        given: dict[str, Any] = {"edge_weight": self.edge_weight, "edge_attr": self.edge_attr}
-        for name, value in given.items():
-            if value is not None and not isinstance(value, Tensor):
-                raise ValueError(f"{name}: got {type(value).__name__}, expected a tensor of a row for each edge")
-            if value is not None and (value.dim() == 0 or value.size(0) != self.num_edges):
-                rows = f"a row for each of {self.num_edges} edges"
-                raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {rows}")
-        if self.edge_weight is not None and self.is_sparse:  # PyG would pass over the tensor
-            raise ValueError(
-                "edge_weight: got a tensor beside a sparse matrix, expected None: its values are the weights"
-            )
-        if self.edge_weight is not None and self.edge_weight.dim() != 1:
-            raise ValueError(f"edge_weight: got shape {tuple(self.edge_weight.shape)}, expected ({self.num_edges},)")
+        weight, attr, rows = self.edge_weight, self.edge_attr, (self.num_edges,)
+        if weight is not None and not (isinstance(weight, Tensor) and weight.shape == rows):
+            raise ValueError(f"edge_weight: got {described(weight)}, expected a tensor of shape {rows}")
+        if weight is not None and self.is_sparse:  # PyG would pass over the tensor
+            raise ValueError("edge_weight: got a tensor, expected None, since a sparse matrix's values are the weights")
+        if attr is not None and not (isinstance(attr, Tensor) and attr.shape[:1] == rows):
+            raise ValueError(f"edge_attr: got {described(attr)}, expected a row for each of {rows[0]} edges")
 
     def with_args(self, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
         """The same graph with these edge arguments, in the order of the edges as given; ``None`` keeps what it has."""
@@ -274,10 +259,22 @@ class Graph:
         other._check_args()
         return other
 
-    def masked(self, mask: Tensor) -> Graph:
-        """The same graph with an explainer's factors (M,) on its messages, in the order of the edges as given."""
+    def explained(self, conv: MessagePassing) -> Graph:
+        """The same graph with the factors that an explainer of this conv puts on its messages.
+
+        Raises:
+            ValueError: an explainer that looks at single messages, of which convs that aggregate in one product have
+                none.
+        """
+        if not conv.explain:
+            return self
+        mask = conv._edge_mask
+        if not isinstance(mask, Tensor) or mask.shape != (self.num_edges,):
+            got = getattr(mask, "shape", "an explainer without a mask")
+            legal = f"one of the {self.num_edges} edges: GNNExplainer, PGExplainer and CaptumExplainer work"
+            raise ValueError(f"explain: got {got}, expected {legal}")
         other = copy.copy(self)
-        other.mask = mask
+        other.mask, other._kept = mask.sigmoid() if conv._apply_sigmoid else mask, {}
         return other
 
     def to(self, device: torch.device | str) -> Graph:
@@ -316,7 +313,8 @@ class Graph:
     @untraced
     def product(self, matrix: Matrix, x_src: Tensor) -> Tensor:
         """(N_dst, D) A x, in the type of ``x_src``; computed once of the ``x`` that the graph was given."""
-        constant = x_src is self.x and not (x_src.requires_grad or matrix.weight.requires_grad)
+        weight = matrix.weight if self.mask is None else matrix.weight * self.mask.index_select(0, matrix.edges.order)
+        constant = x_src is self.x and not (x_src.requires_grad or weight.requires_grad)
         # neither fake, nor counted, nor without a version
         constant = constant and not torch._C._len_torch_dispatch_stack() and not x_src.is_inference()
         if constant and matrix.product is not None:
@@ -324,7 +322,7 @@ class Graph:
             if versions == [x_src._version, y._version]:
                 return y
         with torch.inference_mode(False) if constant else nullcontext():  # for training too
-            y = weighted_sum(matrix.weight[:, None], x_src[:, None], matrix.edges).squeeze(1)
+            y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges).squeeze(1)
             if matrix.diagonal is not None:
                 y = torch.addcmul(y, matrix.diagonal[:, None], x_src[: self.num_dst])
             y = y.to(x_src.dtype)
@@ -448,10 +446,8 @@ class Graph:
         """The first nodes and the first edges as given, to which PyG trims sampled batches layer by layer."""
         if self.is_sparse:
             raise ValueError("edge_index: got a sparse matrix, expected (2, number of edges) where layers are trimmed")
-        given = {"edge_weight": self.edge_weight, "edge_attr": self.edge_attr}
-        args: dict[str, Any] = {name: None if value is None else value[:edges] for name, value in given.items()}
-        plain = self.adj.as_tensor() if isinstance(self.adj, EdgeIndex) else self.adj
-        return Graph(plain[:, :edges], nodes, flow=self.flow, **args)
+        weight, attr = (None if value is None else value[:edges] for value in (self.edge_weight, self.edge_attr))
+        return Graph(self.adj[:, :edges], nodes, edge_weight=weight, edge_attr=attr, flow=self.flow)
 
     def __repr__(self) -> str:
         return f"Graph({self.num_src} sources, {self.num_dst} destinations, {self.num_edges} edges)"
@@ -459,24 +455,14 @@ class Graph:
 
 def numbered(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """(S,) distinct nodes, those of ``first`` in front, and the places of ``others`` among them."""
-    known, inverse = torch.unique(torch.cat([first, others]), return_inverse=True)
-    place = torch.full_like(known, -1)
-    place[inverse[: len(first)]] = torch.arange(len(first), device=known.device)
-    behind = place < 0
-    place[behind] = torch.arange(len(first), len(known), device=known.device)
-    nodes = torch.empty_like(known)
-    nodes[place] = known
-    return nodes, place[inverse[len(first) :]]
+    nodes = torch.cat([first, others[~torch.isin(others, first)].unique()])
+    known, order = nodes.sort()
+    return nodes, order[torch.searchsorted(known, others)]
 
 
 def parameters_of(conv: torch.nn.Module) -> tuple[str, ...]:
     """The arguments of the conv's forward, in order."""
-    return _parameters_of(type(conv).forward)
-
-
-@cache
-def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+    return tuple(inspect.signature(type(conv).forward).parameters)[1:]
 
 
 def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:
@@ -496,7 +482,7 @@ class _WeightedSum(torch.autograd.Function):
         dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
         exact = torch.promote_types(dtype, torch.float32)
         heads, groups = weight_MH.size(1), value_UGC.size(1)
-        rows = value_UGC.flatten(0, 1).to(exact)
+        rows = value_UGC.flatten(0, 1).to(exact).contiguous()
         outs = []
         for head, weight_M in enumerate(weight_MH.to(exact).T.contiguous()):
             column = edges.sender if groups == 1 else edges.sender * groups + head
@@ -521,16 +507,9 @@ class _WeightedSum(torch.autograd.Function):
             grad_weight = _products(grad_RHC, value_UGC, ctx.edges)
         if ctx.needs_input_grad[1]:
             reverse = ctx.edges.transpose
-            same = weight_MH.stride(0) == 0  # in any order
-            # rows of one are slow
-            by_head = [w_M if same else w_M.index_select(0, reverse.order) for w_M in weight_MH.unbind(1)]
-            weight_MH = by_head[0][:, None] if len(by_head) == 1 else torch.stack(by_head, dim=1)
-            if value_UGC.size(1) == weight_MH.size(1):
-                grad_value = weighted_sum(weight_MH, grad_RHC.contiguous(), reverse)
-            else:  # all heads hear the same
-                for weight_M1, grad_R1C in zip(weight_MH.split(1, dim=1), grad_RHC.split(1, dim=1), strict=True):
-                    part = weighted_sum(weight_M1, grad_R1C.contiguous(), reverse)
-                    grad_value = part if grad_value is None else grad_value.add_(part)
+            # by head, since rows of one are slow
+            weight_MH = torch.stack([w_M.index_select(0, reverse.order) for w_M in weight_MH.unbind(1)], dim=1)
+            grad_value = weighted_sum(weight_MH, grad_RHC, reverse).sum_to_size(value_UGC.shape)
         return grad_weight, grad_value, None
 
 
@@ -571,7 +550,6 @@ def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
             torch.sparse.sampled_addmm(matrix, query_RHC[:, head].contiguous(), rows.T, out=matrix)
             out_MH[:, head] = matrix.values()
         return out_MH.to(dtype)
-    query_RHC = query_RHC.contiguous()
     for block in blocks(0, messages, heads * query_RHC.size(2), query_RHC.device):
         query_BHC = query_RHC.index_select(0, edges.receiver[block])
         torch.sum(query_BHC * key_UGC.index_select(0, edges.sender[block]), dim=-1, out=out_MH[block])

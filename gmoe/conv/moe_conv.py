@@ -9,7 +9,6 @@ from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
@@ -21,7 +20,7 @@ from gmoe.conv.kinds import SOURCES_ALONE, ConvFactory, ConvLike, Make, Trial, b
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Scaled, drawn_apart
 from gmoe.routers import Router, RouterLike, build_router
-from gmoe.routing import GAIN_SCALE, Routing
+from gmoe.routing import GAIN_SCALE, Routing, described
 
 RouterPart: TypeAlias = Literal["node", "neighbors", "degree"]
 RouterInput: TypeAlias = RouterPart | Sequence[RouterPart]
@@ -139,9 +138,7 @@ class MoEConv(MoELayer, MessagePassing):
         self.shared_expert: Any = None
         self.transform: Any = None
         self.gain: nn.Parameter | None = None
-        if -1 in widths:
-            self.register_load_state_dict_pre_hook(_needs_widths)
-        else:
+        if -1 not in widths:
             self._build(in_channels)
 
     def _build(self, in_channels: Any) -> None:
@@ -181,14 +178,12 @@ class MoEConv(MoELayer, MessagePassing):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        shared: Any = self.shared_expert
-        if shared is not None:
-            shared.reset_parameters()
+        if self.shared_expert is not None:
+            self.shared_expert.reset_parameters()
         if self.gain is not None:
             nn.init.zeros_(self.gain)
-        routed = [*(self.transform or ()), self.experts, self.router]
-        with nullcontext() if shared is None else drawn_apart():
-            for part in routed:
+        with nullcontext() if self.shared_expert is None else drawn_apart():
+            for part in (*(self.transform or ()), self.experts, self.router):
                 if part is not None:
                     part.reset_parameters()
 
@@ -216,13 +211,9 @@ class MoEConv(MoELayer, MessagePassing):
         batch: Tensor | None = None,
         routing: Routing | None = None,
         return_routing: bool = False,
-        return_attention_weights: None = None,
     ) -> Any:
         """Route and run; see the class. ``routing``: a decision made elsewhere, used instead of the router's."""
         refuse_transforms()
-        if return_attention_weights is not None:
-            # shared and routed experts each have their own
-            raise ValueError(f"return_attention_weights: got {return_attention_weights}, expected None")
         if self.experts is None:
             self._complete(x)
         if edge_args:
@@ -231,13 +222,11 @@ class MoEConv(MoELayer, MessagePassing):
         for nodes, width in zip((x_src, x_dst), self._widths, strict=True):
             dense = nodes.is_floating_point() and nodes.layout is torch.strided
             if nodes.dim() != 2 or nodes.size(1) != width or not dense:
-                got = f"nodes of shape {tuple(nodes.shape)}, {nodes.dtype}, {nodes.layout}"
-                legal = f"(number of nodes, {width}), dense floats; graphs side by side are one graph, see batch="
-                raise ValueError(f"x: got {got}, expected {legal}")
+                legal = f"dense floats of shape (nodes, {width}); graphs side by side are one graph, see batch="
+                raise ValueError(f"x: got {described(nodes)}, {nodes.layout}, expected {legal}")
         sizes = (x_src.size(0), x_dst.size(0))
-        if size is not None and (not isinstance(size, tuple | list) or tuple(size) != sizes):
-            shown = type(size).__name__ if isinstance(size, Tensor) else size
-            raise ValueError(f"size: got {shown}, expected {sizes} source and destination nodes, as x has")
+        if size is not None and tuple(size) != sizes:
+            raise ValueError(f"size: got {size}, expected {sizes} source and destination nodes, as x has")
         for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
             if value is not None and name not in self.edge_names:
                 raise ValueError(f"{name}: got a tensor, but the conv takes {sorted(self.edge_names) or 'none'}")
@@ -247,8 +236,7 @@ class MoEConv(MoELayer, MessagePassing):
                 x_dst = x_src[: graph.num_dst]
         else:
             graph = Graph(edge_index, sizes, edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
-        if self.explain:
-            graph = graph.masked(self._explained(graph))
+        graph = graph.explained(self) if self.explain else graph
 
         u_src, u_dst = (x_src, x_dst) if self.transform is None else self._transformed(x_src, x_dst)
         h = self.experts.aggregate(graph, u_src)
@@ -258,8 +246,9 @@ class MoEConv(MoELayer, MessagePassing):
             view = u_dst if self.router_input == ("node",) else self._view(graph, u_src, u_dst, h)
             routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
         elif getattr(routing, "num_tokens", None) != graph.num_dst or routing.num_experts != self.num_experts:
-            legal = f"a Routing of {graph.num_dst} tokens and {self.num_experts} experts"
-            raise ValueError(f"routing: got {routing!r}, expected {legal}")
+            raise ValueError(
+                f"routing: got {routing!r}, expected {graph.num_dst} tokens and {self.num_experts} experts"
+            )
         y = self.experts(graph, u_src, u_dst, h, routing)
         if self.gain is not None:
             y = y * (GAIN_SCALE * self.gain).to(y.dtype)
@@ -289,8 +278,8 @@ class MoEConv(MoELayer, MessagePassing):
         """Fill in the widths that were left open, and build."""
         pair = tuple(x) if isinstance(x, tuple | list) else (x, x)
         known = len(pair) == 2 and all(isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point() for x in pair)
-        got, legal = [type(nodes).__name__ for nodes in pair], "source and destination nodes, since widths are open"
-        check(known, "x", got, legal)
+        got = [described(nodes) for nodes in pair]
+        check(known, "x", got, "source and destination nodes, since widths are open")
         given = (self.in_channels,) * 2 if isinstance(self.in_channels, int) else self.in_channels
         source, destination = (x.size(-1) if w == -1 else w for w, x in zip(given, pair, strict=True))
         one = isinstance(self.in_channels, int) and pair[0] is pair[1]
@@ -305,8 +294,7 @@ class MoEConv(MoELayer, MessagePassing):
         got = [type(nodes).__name__ for nodes in pair] or type(x).__name__
         check(known, "x", got, "a tensor, or a tuple of source and destination nodes")
         x_src, x_dst = pair
-        parts = [part for part in (self.experts, self.shared_expert) if part is not None]
-        takers = [(type(part.convs()[0]).__name__, part.takes_two_sets) for part in parts]
+        takers = [(type(part.convs()[0]).__name__, part.takes_two_sets) for part in self._parts()]
         takers += [("a router that votes along edges", not self._router_sees_edges)]
         takers += [("flow='target_to_source'", self.flow == "source_to_target")]
         for name, fits in takers:
@@ -321,10 +309,7 @@ class MoEConv(MoELayer, MessagePassing):
             size = edge_index.num_src, edge_index.num_dst
         elif size is None and is_sparse(edge_index):
             size = edge_index.size(1), edge_index.size(0)
-        elif size is None and isinstance(edge_index, EdgeIndex):
-            size = edge_index.sparse_size()
-        if size is None or size[1] is None:
-            raise ValueError("size: got None, expected (sources, destinations), since x has no destination nodes")
+        check(size is not None, "size", None, "(sources, destinations), since x has no destination nodes")
         return x_src, x_src.new_zeros(size[1], self._widths[1])
 
     def _fitting(self, graph: Graph, sizes: tuple[int, int]) -> Graph:
@@ -333,19 +318,6 @@ class MoEConv(MoELayer, MessagePassing):
             legal = f"{sizes[0]} sources, {sizes[1]} destinations and flow {self.flow!r}"
             raise ValueError(f"edge_index: got {graph} of flow {graph.flow!r}, expected {legal}")
         return graph
-
-    def _explained(self, graph: Graph) -> Tensor:
-        """(M,) an explainer's mask, as factors on the messages.
-
-        Raises:
-            ValueError: an explainer that looks at single messages, of which experts that aggregate once have none.
-        """
-        mask = self._edge_mask
-        if not isinstance(mask, Tensor) or mask.shape != (graph.num_edges,):
-            got = getattr(mask, "shape", "an explainer without a mask")
-            legal = f"one of the {graph.num_edges} edges: GNNExplainer, PGExplainer and CaptumExplainer work"
-            raise ValueError(f"explain: got {got}, expected {legal}")
-        return mask.sigmoid() if self._apply_sigmoid else mask
 
     def _no_hook(self, hook: Any) -> NoReturn:
         """Refuse hooks of message passing, such as AttentionExplainer's, which would never be called.
@@ -362,8 +334,10 @@ class MoEConv(MoELayer, MessagePassing):
     register_edge_update_forward_pre_hook = register_edge_update_forward_hook = _no_hook
 
     def _all_convs(self) -> list[MessagePassing]:
-        shared = [] if self.shared_expert is None else self.shared_expert.convs()
-        return [*self.experts.convs(), *shared]
+        return [conv for part in self._parts() for conv in part.convs()]
+
+    def _parts(self) -> list[Any]:
+        return [part for part in (self.experts, self.shared_expert) if part is not None]
 
     @property
     def edge_names(self) -> frozenset[str]:
@@ -393,13 +367,6 @@ class MoEConv(MoELayer, MessagePassing):
     def extra_repr(self) -> str:
         widths = f"{self.in_channels}, {self.out_channels}"
         return f"{widths}, num_experts={self.num_experts}, router_input={self.router_input}"
-
-
-def _needs_widths(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:
-    """Refuse the state of a built layer while there is nothing to load it into."""
-    if layer.experts is None and any(name.startswith(prefix) for name in state_dict):
-        legal = "a call that fills it in before a state is loaded"
-        raise RuntimeError(f"in_channels: got {layer.in_channels}, expected {legal}")
 
 
 def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
-from gmoe.conv.base import ConvExperts, of_one_width, tokens_of
+from gmoe.conv.base import ConvExperts, tokens_of
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import combine
 from gmoe.routing import Routing
@@ -32,9 +32,6 @@ class SeparateExperts(ConvExperts):
     @property
     def too_far(self) -> list[MessagePassing]:
         return [conv for conv, local in zip(self.members, self.is_local, strict=True) if not local]
-
-    def fill(self, convs: Sequence[MessagePassing]) -> None:
-        self.members = nn.ModuleList(convs)
 
     def reset_parameters(self) -> None:
         for conv in self.members:
@@ -60,7 +57,7 @@ class SeparateExperts(ConvExperts):
             else:
                 outs.append(run_on(conv, graph, x_src, x_dst, token))
         outs = outs or [run(self.members[0], graph, x_src, x_dst)[:0]]
-        y = combine(torch.cat(of_one_width(outs)), routing)
+        y = combine(torch.cat(outs), routing)
         # experts without a token get zero gradients, not None, or DDP would wait for them
         return y + sum(((p * 0).sum() for p in idle), y.new_zeros(())).to(y.dtype) if idle else y
 

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from torch_geometric import EdgeIndex
 from torch_geometric.nn import GCNConv
 
 from gmoe import GNNMoE, Graph, MoEConv, count_flops
@@ -137,13 +136,12 @@ def test_messages_are_the_in_edges_of_the_pairs() -> None:
     found = Messages(Graph(edges, 6), routing_of(weight_TE))
     assert found.graph.edges.order[found.edge].tolist() == [0, 4, 1, 2, 3]
     assert found.pair.tolist() == [0, 0, 1, 2, 2]
-    assert found.source.tolist() == found.from_nodes.sender.tolist() == [0, 2, 2, 4, 2]
+    assert found.source.tolist() == [0, 2, 2, 4, 2]
     assert found.ptr.tolist() == [0, 2, 3, 5]
     assert found.offsets.tolist() == [2, 2, 5]
     assert (found.row_expert.tolist(), found.row_source.tolist()) == ([0, 0, 2, 2], [0, 2, 2, 4])
     assert found.row_offsets.tolist() == [2, 2, 4]
     assert found.from_rows.sender.tolist() == [0, 1, 2, 3, 2]
-    assert found.from_edges.sender.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_edges_of_a_graph_and_of_some_of_its_nodes() -> None:
@@ -177,7 +175,7 @@ def test_the_other_flow() -> None:
     for flow, graph in (("source_to_target", turned), ("target_to_source", Graph(edges, 9))):
         with pytest.raises(ValueError, match=r"edge_index: got Graph.* of flow"):
             MoEConv("gcn", 4, 4, num_experts=2, flow=flow).double()(x, graph)
-    with pytest.raises(ValueError, match="edge_index: got Tensor for flow='target_to_source'"):
+    with pytest.raises(ValueError, match=r"edge_index: got a sparse matrix .* for flow='target_to_source'"):
         Graph(csr(edges.unique(dim=1), (9, 9)), 9, flow="target_to_source")
 
 
@@ -311,13 +309,13 @@ PLAIN = torch.tensor([[0, 1], [1, 0]])
 @pytest.mark.parametrize(
     ("edges", "sizes", "kwargs", "message"),
     [
-        (torch.tensor([[0, 1], [1, 12]]), 9, {}, r"edge_index: got node 12, expected values in 0\.\.8"),
-        (torch.tensor([[0, -1], [1, 0]]), 9, {}, "edge_index: got node -1"),
-        (torch.tensor([[8], [3]]), (9, 3), {}, r"edge_index: got node 3, expected values in 0\.\.2"),
-        (torch.tensor([[8], [2]]), (9, 3), {"flow": "target_to_source"}, "edge_index: got node 8"),
+        (torch.tensor([[0, 1], [1, 12]]), 9, {}, r"edge_index: got nodes 1\.\.12, expected values in 0\.\.8"),
+        (torch.tensor([[0, -1], [1, 0]]), 9, {}, "edge_index: got nodes -1"),
+        (torch.tensor([[8], [3]]), (9, 3), {}, r"edge_index: got nodes 3\.\.3, expected values in 0\.\.2"),
+        (torch.tensor([[8], [2]]), (9, 3), {"flow": "target_to_source"}, "edge_index: got nodes 8"),
         (torch.tensor([[0, 1, 2]]), 9, {}, r"edge_index: got shape \(1, 3\)"),
-        (torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 9, {}, "edge_index: got torch.float32"),
-        (torch.tensor([[True], [False]]), 9, {}, "edge_index: got torch.bool"),
+        (torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 9, {}, r"edge_index: got .* of torch.float32"),
+        (torch.tensor([[True], [False]]), 9, {}, r"edge_index: got .* of torch.bool"),
         (PLAIN, 9, {"edge_weight": torch.ones(3)}, r"edge_weight: got shape \(3,\)"),
         (PLAIN, 9, {"edge_weight": torch.ones(2, 2)}, r"edge_weight: got shape \(2, 2\)"),
         (PLAIN, 9, {"edge_weight": [1.0, 1.0]}, "edge_weight: got list"),
@@ -326,8 +324,7 @@ PLAIN = torch.tensor([[0, 1], [1, 0]])
         *((PLAIN, nodes, {}, "num_nodes: got") for nodes in (None, 9.0, "9", (9,), torch.tensor(9))),
         *((wrong, 3, {}, "edge_index: got") for wrong in (None, [[0], [1]], "edges")),
         (csr(PLAIN, (9, 9)), (9, 8), {}, r"edge_index: got a sparse matrix of shape \(9, 9\)"),
-        (csr(PLAIN, (9, 9)), 9, {"edge_weight": torch.ones(2)}, "edge_weight: got a tensor beside a sparse matrix"),
-        (EdgeIndex(PLAIN, sparse_size=(9, 9)), 10, {}, "edge_index: got an EdgeIndex of 9 nodes"),
+        (csr(PLAIN, (9, 9)), 9, {"edge_weight": torch.ones(2)}, r"edge_weight: got a tensor, .* a sparse matrix"),
     ],
 )
 def test_refusals(edges: Any, sizes: Any, kwargs: dict[str, Any], message: str) -> None:

@@ -215,7 +215,6 @@ WEIGHT, ATTR = torch.ones(13), torch.ones(13, 1)
         ("gcn", X.long(), {}, "x: got .*torch.int64"),
         ("gat", X * torch.nan, {}, "x: got 32 values that are NaN or infinite"),
         ("sage", X, {"size": (3, 3)}, r"size: got \(3, 3\)"),
-        ("gat", X, {"return_attention_weights": True}, "return_attention_weights: got True"),
         ("gcn", X, {"batch": torch.zeros(3, dtype=torch.long)}, r"batch: got shape \(3,\) of torch.int64"),
         ("gcn", X, {"batch": [0] * NODES}, "batch: got list"),
         ("sage", X, {"edge_weight": WEIGHT}, "edge_weight: got a tensor, but the conv takes none"),

@@ -220,7 +220,7 @@ def test_bad_input(shared_router: bool) -> None:
     for given, adj, options, message in (
         (features(NODES, 5), edge_index, {}, r"x: got shape \(8, 5\)"),
         (None, edge_index, {}, "x: got shape NoneType"),
-        (x, torch.tensor([[8], [0]]), {}, "edge_index: got node 8"),
+        (x, torch.tensor([[8], [0]]), {}, "edge_index: got nodes 8"),
         (x, None, {}, "edge_index: got NoneType"),
         (x, Graph(edge_index, 9), {}, "edge_index: got Graph.*expected 8 nodes"),
         (x, Graph(edge_index, 8, flow="target_to_source"), {}, "flow: got a Graph of 'target_to_source'"),
