@@ -129,14 +129,14 @@ def moefy(
     return model
 
 
-def choose_blocks(count: int, every: int, blocks: Sequence[int] | None) -> list[int]:
+def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -> list[int]:
     """Number the blocks that become MoE: every n-th of ``count``, or those that are named, from the end too.
 
     Raises:
         ValueError: no block, or one that is not there or is named twice.
     """
     if blocks is None:
-        check(every <= count, "every", every, f"at most the number of blocks, {count}")
+        check(every <= count, "every", every, f"at most {count}, the number of blocks or hidden layers")
         return list(range(every - 1, count, every))
     check(isinstance(blocks, Iterable), "blocks", repr(blocks), "a list of numbers of blocks")
     blocks = tuple(blocks)
