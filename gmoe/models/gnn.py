@@ -103,7 +103,7 @@ class GNNMoE(HubMixin, nn.Module):
         in_proj: bool = False,
         **conv_kwargs: Any,
     ) -> None:
-        config = recorded(locals(), "conv_kwargs", conv=CONVS | OWN, shared_expert=CONVS | OWN, router=ROUTERS)
+        config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
         check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
         check_counts(num_layers=num_layers, every=every)
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
