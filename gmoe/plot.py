@@ -36,7 +36,7 @@ MOST_PREFIX_TOKENS = 16
 """More tokens before an image's patches are no class and register tokens, but a sign of another patch size."""
 
 
-def palette(num_experts: int) -> list[tuple[float, ...]]:
+def palette(num_experts: int) -> list[tuple[float, float, float]]:
     """Give each expert an RGB color: Tableau's ten, their twenty, or hues at equal distances.
 
     Example:
@@ -47,7 +47,7 @@ def palette(num_experts: int) -> list[tuple[float, ...]]:
         colors = colormaps["hsv"]([expert / num_experts for expert in range(num_experts)])
     else:
         colors = colormaps["tab10" if num_experts <= 10 else "tab20"](range(num_experts))
-    return [tuple(color) for color in colors[:, :3].tolist()]
+    return [(red, green, blue) for red, green, blue, _ in colors.tolist()]
 
 
 # Images ---------------------------------------------------------------------------------------------------------------

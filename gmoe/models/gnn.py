@@ -171,8 +171,8 @@ class GNNMoE(HubMixin, nn.Module):
 
     def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
         if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.in_channels:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x: got shape {got}, expected (number of nodes, {self.in_channels})")
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: got shape {shape}, expected (number of nodes, {self.in_channels})")
         for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
             taken = (c.edge_names if isinstance(c, MoEConv) else parameters_of(c) for c in self.convs)
             if value is not None and not any(name in names for names in taken):  # of kinds, some take less than others
@@ -296,7 +296,7 @@ def _conv(kind: Any, width: int, out: int, hidden: bool, routed: dict[str, Any] 
 def dense(conv: Any, x: Tensor, graph: Graph) -> Tensor:
     """(N_dst, O) a plain conv; GCN on a part with the norms of the whole graph."""
     if isinstance(conv, FilterConv):
-        return conv(x, graph)[: graph.num_dst]  # type: ignore[no-any-return]
+        return conv(x, graph)[: graph.num_dst]
     if not isinstance(conv, GCNConv) or not conv.normalize or graph.scale_of is None:
         return run(conv, graph, x, x)
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -307,4 +307,4 @@ def dense(conv: Any, x: Tensor, graph: Graph) -> Tensor:
         ends, weight = torch.cat([ends, node.expand(2, -1)], dim=1), torch.cat([weight, matrix.diagonal])
     plain = copy.copy(conv)  # another thread may be running the conv itself
     plain.flow, plain.normalize = "source_to_target", False
-    return plain(x, ends, weight)[: graph.num_dst]  # type: ignore[no-any-return]
+    return plain(x, ends, weight)[: graph.num_dst]

@@ -18,9 +18,8 @@ from gmoe._autograd import refuse_transforms
 from gmoe._checks import check, check_choice, check_counts
 from gmoe.conv import hetero
 from gmoe.conv.graph import parameters_of
-from gmoe.conv.hetero import HeteroMoEConv, HeteroRouterInput, NodeTensors, RelationalConv, RelationEdges
+from gmoe.conv.hetero import HeteroMoEConv, NodeTensors, RelationalConv, RelationEdges
 from gmoe.convert import choose_blocks
-from gmoe.dispatch import Backend
 from gmoe.models.gnn import Residual
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
@@ -54,8 +53,7 @@ class HeteroGNNMoE(nn.Module):
         act, norm: see :class:`GNNMoE` (defaults: relu, no norm). Each node type has its own norms.
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
-        num_experts, k, router_input, shared_expert, dense_start, router_kwargs, backend, check_finite: see
-            :class:`HeteroMoEConv`.
+        **moe_kwargs: further arguments of :class:`HeteroMoEConv`, such as ``num_experts`` and ``k``.
 
     Shapes:
         - ``x_dict``: (N, D) of each type that has features.
@@ -91,20 +89,13 @@ class HeteroGNNMoE(nn.Module):
         *,
         target: NodeType | None = None,
         num_nodes_dict: Mapping[NodeType, int] | None = None,
-        num_experts: int = 8,
-        k: int = 1,
-        router_input: HeteroRouterInput = "node",
         every: int = 1,
         dropout: float = 0.0,
         act: Any = "relu",
         norm: Any = None,
         residual: Residual = "identity",
-        shared_expert: bool = True,
-        dense_start: bool = True,
         in_proj: bool = False,
-        router_kwargs: Mapping[str, Any] | None = None,
-        backend: Backend = "auto",
-        check_finite: bool = False,
+        **moe_kwargs: Any,
     ) -> None:
         check_counts(hidden_channels=hidden_channels, num_layers=num_layers, every=every)
         check_choice("residual", residual, get_args(Residual))
@@ -123,9 +114,7 @@ class HeteroGNNMoE(nn.Module):
         projects = in_proj or len(set(self.widths.values())) > 1
         width = hidden_channels if projects else self.widths[inputs[0]]
         self.lin_in = ModuleDict({t: nn.Linear(d, width) for t, d in self.widths.items() if projects and t in given})
-        options: dict[str, Any] = {"num_experts": num_experts, "router": router, "k": k, "router_input": router_input}
-        options |= {"shared_expert": shared_expert, "dense_start": dense_start, "router_kwargs": router_kwargs}
-        moe: Any = partial(HeteroMoEConv, **options, backend=backend, check_finite=check_finite)
+        moe: Any = partial(HeteroMoEConv, router=router, **moe_kwargs)
         norm_layer = normalization_resolver(norm, hidden_channels) or nn.Identity()
         self.norm_takes_batch = "batch" in parameters_of(norm_layer)
         if isinstance(norm_layer, BatchNorm) and norm_layer.module.track_running_stats:

@@ -143,9 +143,10 @@ class PartByPart:
         """(N, D) a layer's output."""
         model, conv, shared = self.model, self.model.convs[layer], self.model.shared_router
         routed = isinstance(conv, MoEConv)
-        owner, router, seen = (conv, getattr(conv, "router", None), x) if shared is None else (model, shared, self.raw)
+        owner, seen = (conv, x) if shared is None else (model, self.raw)
         if routed and self.folder is None and (shared is None or not self.routings):
             views = [owner.view(self.rows(seen, nodes), part) for _, nodes, part in self.parts("Routing")]
+            router: Any = conv.router if shared is None else shared
             self.routings.append(router(torch.cat(views), self.batch, self.graph.edge_index.to(self.device)))
 
         def computed() -> Iterator[tuple[slice, Tensor]]:
