@@ -129,14 +129,14 @@ def moefy(
     return model
 
 
-def choose_blocks(count: int, every: int, blocks: Sequence[int] | None) -> list[int]:
+def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -> list[int]:
     """Number the blocks that become MoE: every n-th of ``count``, or those that are named, from the end too.
 
     Raises:
         ValueError: no block, or one that is not there or is named twice.
     """
     if blocks is None:
-        check(every <= count, "every", every, f"at most the number of blocks, {count}")
+        check(every <= count, "every", every, f"at most {count}, the number of blocks or hidden layers")
         return list(range(every - 1, count, every))
     check(isinstance(blocks, Iterable), "blocks", repr(blocks), "a list of numbers of blocks")
     blocks = tuple(blocks)
@@ -178,29 +178,24 @@ def _matches(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
 class TokenMoE(MoE):
     """A MoE on (B, ..., D) whose groups are the B entries: all tokens of an image, in a row or in a grid."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, *args: Any, return_routing: bool = False) -> Any:
         """See :class:`MoE`."""
-        if x.dim() < 4:
-            return super().forward(x, *args, **kwargs)
-        found = super().forward(x.flatten(1, -2), *args, **kwargs)
-        y, *routing = found if isinstance(found, tuple) else (found,)
+        y, routing = super().forward(x.flatten(1, -2) if x.dim() > 3 else x, *args, return_routing=True)
         y = y.view(*x.shape[:-1], y.size(-1))
-        return (y, *routing) if routing else y
+        return (y, routing) if return_routing else y
 
 
 def _moe(
-    name: str, mlp: nn.Module, num_experts: int, k: int, router: RouterLike, router_kwargs: Any, **options: Any
-) -> MoE:
+    name: str, mlp: nn.Module, *, num_experts: int, k: int, router: RouterLike, router_kwargs: Any, upcycle: bool,
+    shared_expert: bool, dense_start: bool, backend: Backend,
+) -> MoE:  # fmt: skip
     """The layer in place of an MLP."""
-    upcycle, shared_expert = options["upcycle"], options["shared_expert"]
     if not shared_expert:
         _check_nothing_is_lost(name, mlp, upcycle)
-    experts = _experts(name, mlp, num_experts, upcycle, shared_expert and options["dense_start"], options["backend"])
-    weight = experts.up.weight
+    experts = _experts(name, mlp, num_experts, upcycle, shared_expert and dense_start, backend)
     layer = TokenMoE(build_router(router, experts.in_features, num_experts, k, router_kwargs), experts)
-    layer.to(device=weight.device, dtype=weight.dtype).train(mlp.training)
-    if shared_expert:
-        layer.shared_expert = mlp  # not before: its parts keep their types and modes
+    layer.to(experts.up.weight).train(mlp.training)
+    layer.shared_expert = mlp if shared_expert else None  # not before: its parts keep their types and modes
     return layer
 
 
@@ -243,7 +238,7 @@ def _experts(
     for norm in (experts.input_norm, experts.hidden_norm):
         for parameter in list(norm._parameters):  # folded into the layer that follows
             norm.register_parameter(parameter, None)
-    experts.to(device=down_weight.device, dtype=down_weight.dtype)
+    experts.to(down_weight)
     if upcycle:
         experts.up.copy_(slice(None), up_weight.T, up_bias)
         if not zero_init:
@@ -269,18 +264,17 @@ def _read(name: str, mlp: nn.Module) -> tuple[list[nn.Linear], nn.Linear, bool, 
     width, hidden = sum(len(linear.weight) for linear in up), down.weight.size(1)
     glu, gate_last = width == 2 * hidden, getattr(mlp, "gate_last", False)
     activations: list[Any] = others or functions or [F.silu] * glu  # Llama's calls it without naming it
-    start, end = parts.index(linears[0]), parts.index(down)
-    input_norms, hidden_norms = ([n for n in norms if (n in parts[:start]) == first] for first in (True, False))
+    before, end = parts[: parts.index(linears[0])], parts.index(down)
+    input_norm, hidden_norm = ([norm for norm in norms if (norm in before) == first] for first in (True, False))
     fits = len({linear.weight.shape for linear in up}) == 1 and (glu or width == hidden)
     fits = fits and len(activations) == 1 and not any(True for part in others for _ in part.parameters())
-    check(fits and len(input_norms) < 2 and len(hidden_norms) < 2, "model", got, legal)
+    check(fits and len(input_norm) < 2 and len(hidden_norm) < 2, "model", got, legal)
     (activation,) = activations
     if isinstance(activation, nn.GLU):
         activation, gate_last = torch.sigmoid, True
-    sides = parts[:end], parts[end:]
-    dropout = tuple(sum(part.p for part in side if isinstance(part, nn.Dropout)) for side in sides)
-    form: dict[str, Any] = {"activation": activation, "glu": glu, "dropout": dropout}
-    form |= {"input_norm": next(iter(input_norms), None), "hidden_norm": next(iter(hidden_norms), None)}
+    dropout = tuple(sum(p.p for p in side if isinstance(p, nn.Dropout)) for side in (parts[:end], parts[end:]))
+    form = {"activation": activation, "glu": glu, "dropout": dropout}
+    form |= {"input_norm": next(iter(input_norm), None), "hidden_norm": next(iter(hidden_norm), None)}
     return up, down, gate_last, form
 
 
@@ -313,5 +307,4 @@ def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, **optio
         layer.shared_expert.requires_grad_(False)
     if not upcycle:
         layer.experts.reset_parameters()
-    first = next(conv.parameters())
-    return layer.to(device=first.device, dtype=first.dtype).train(conv.training)
+    return layer.to(next(conv.parameters())).train(conv.training)

@@ -30,7 +30,7 @@ class HubMixin:
 
     The constructor records its arguments: ``self.config = recorded(locals())`` is its first line. A subclass with a
     constructor of its own does so after ``super().__init__(...)``, with a ``recorded(locals())`` of its first line.
-    Classes are saved by the names that it is told: ``recorded(locals(), router=gmoe.ROUTERS)``.
+    Classes are saved by the names that it is told: ``recorded(locals(), known=gmoe.ROUTERS)``.
     """
 
     config: dict[str, Any]
@@ -79,15 +79,13 @@ class HubMixin:
         *,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
         **arguments: Any,
     ) -> Model:
         """Build a saved model on the CPU, with the saved weights in their own dtypes, in evaluation mode.
 
         Args:
             folder: a folder, or the name of a repository on the Hub, ``"owner/name"``.
-            revision, token, cache_dir, local_files_only: as in ``huggingface_hub.snapshot_download``.
+            revision, token: as in ``huggingface_hub.snapshot_download``.
             **arguments: arguments of the constructor in place of the saved ones.
 
         Raises:
@@ -102,9 +100,8 @@ class HubMixin:
         if not Path(folder).is_dir():
             with _imports():
                 from huggingface_hub import snapshot_download
-            options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-            options |= {"local_files_only": local_files_only, "allow_patterns": [CONFIG, WEIGHTS]}
-            folder = snapshot_download(str(folder), **options)
+            files = [CONFIG, WEIGHTS]
+            folder = snapshot_download(str(folder), revision=revision, token=token, allow_patterns=files)
         config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
         text = config.read_bytes()
         try:  # whatever is wrong with a file from the network; PyG's constructors raise all kinds of errors
@@ -112,10 +109,8 @@ class HubMixin:
             check(saved["model"] == cls.__name__, "model", saved["model"], cls.__name__)
             model: Any = cls(**(saved["arguments"] | arguments))
         except Exception as error:
-            got = f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"{config}: got {got}, expected what save_pretrained writes of a {cls.__name__}"
-            ) from error
+            legal = f"what save_pretrained writes of a {cls.__name__}"
+            raise ValueError(f"{config}: got {type(error).__name__}: {error}, expected {legal}") from error
         try:
             model.load_state_dict(load_file(weights), assign=True)  # assign: in the dtypes of the file
         except (RuntimeError, SafetensorError) as error:
@@ -129,14 +124,13 @@ class HubMixin:
         *,
         private: bool | None = None,
         token: str | bool | None = None,
-        commit_message: str = "Push model",
         revision: str | None = None,
     ) -> str:
         """Make the repository if it is not there, upload what :meth:`save_pretrained` writes, return the commit's URL.
 
         Args:
             repo_id: the repository's name, ``"owner/name"``.
-            private, token, commit_message, revision: as in ``huggingface_hub.HfApi``.
+            private, token, revision: as in ``huggingface_hub.HfApi``.
 
         Raises:
             ImportError: ``huggingface_hub`` or ``safetensors`` is not installed.
@@ -148,9 +142,7 @@ class HubMixin:
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            done = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
-            )
+            done = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision)
         return str(done.commit_url)
 
 
@@ -168,7 +160,7 @@ class Refused(str):
     """Why an argument cannot be saved; what a configuration holds in its place."""
 
 
-def recorded(given: Mapping[str, Any], extra: str = "", **names: Mapping[str, Any]) -> dict[str, Any]:
+def recorded(given: Mapping[str, Any], extra: str = "", known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A constructor's arguments as JSON, tuples as lists; what has no such form is refused when the model is saved.
 
     Nothing is kept but names and numbers, so that the model stays as light, and as picklable, as it is.
@@ -176,23 +168,22 @@ def recorded(given: Mapping[str, Any], extra: str = "", **names: Mapping[str, An
     Args:
         given: the constructor's ``locals()`` in its first line.
         extra: the name of its ``**`` argument.
-        **names: for an argument, what may be given in place of a name, by that name: ``router=gmoe.ROUTERS``.
+        known: classes and factories that are saved by their names, such as ``gmoe.ROUTERS`` (default: none).
     """
-    arguments = {name: value for name, value in given.items() if name not in ("self", "__class__", extra)}
-    config: dict[str, Any] = {}
-    for name, value in (arguments | dict(given.get(extra, {}))).items():
-        known = names.get(name, {})
 
-        def encode(part: Any, known: Mapping[str, Any] = known) -> Any:
-            if isinstance(part, Real):  # NumPy's
-                return int(part) if isinstance(part, Integral) else float(part)
-            if found := [name for name, registered in known.items() if part is registered]:
-                return found[0]
-            raise TypeError(getattr(part, "__qualname__", f"an instance of {type(part).__name__}"))
+    def encode(part: Any) -> Any:
+        if isinstance(part, Real):  # NumPy's
+            return int(part) if isinstance(part, Integral) else float(part)
+        for name, registered in (known or {}).items():
+            if part is registered:
+                return name
+        raise TypeError(getattr(part, "__qualname__", f"an instance of {type(part).__name__}"))
 
+    config = {name: value for name, value in given.items() if name not in ("self", "__class__", extra)}
+    for name, value in (config | given.get(extra, {})).items():
         try:
             config[name] = json.loads(json.dumps(value, default=encode, allow_nan=False))
         except (TypeError, ValueError) as error:
-            legal = f"the name or class of {', '.join(known)}" if known else "names, numbers, lists or dicts of them"
+            legal = "names, numbers, lists or dicts of them, or a class that has a name"
             config[name] = Refused(f"{name}: got {error}, expected {legal}, to be saved")
     return config

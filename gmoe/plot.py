@@ -11,12 +11,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_counts, check_probability
+from gmoe._checks import check, check_counts
 from gmoe.routing import Routing, record_routing
 
 try:
@@ -28,6 +28,9 @@ except ModuleNotFoundError as error:
     raise ImportError(f'gmoe.plot needs {error.name}: pip install "gmoe[plot]"') from error
 
 __all__ = ["expert_load", "expert_maps", "palette", "patch_weights"]
+
+STRENGTH = 0.6
+"""Share of an expert's color in a tinted patch."""
 
 MOST_PREFIX_TOKENS = 16
 """More tokens before an image's patches are no class and register tokens, but a sign of another patch size."""
@@ -103,7 +106,6 @@ def expert_maps(
     std: Sequence[float] | None = None,
     titles: Sequence[str] | None = None,
     patch_size: int | tuple[int, int] | None = None,
-    strength: float = 0.6,
 ) -> Figure:
     """Tint each patch of images by its expert: a row an image, a column a MoE layer.
 
@@ -114,17 +116,14 @@ def expert_maps(
         model, images, patch_size: see :func:`patch_weights`.
         mean, std: by channel, as the images were normalized; by default each image is stretched to 0..1.
         titles: a text an image.
-        strength: share of the expert's color in [0, 1] (default 0.6).
 
     Raises:
-        ValueError: see :func:`patch_weights`; one of ``mean`` and ``std`` alone, titles of another number, a strength
-            out of range.
+        ValueError: see :func:`patch_weights`; one of ``mean`` and ``std`` alone, titles of another number.
 
     Example:
         >>> vit = gmoe.moefy(timm.create_model("vit_tiny_patch16_224"), num_experts=8)
         >>> expert_maps(vit, torch.rand(2, 3, 224, 224), titles=["one", "two"]).savefig("maps.png")
     """
-    check_probability("strength", strength)
     check((mean is None) == (std is None), "mean, std", f"{mean}, {std}", "both or none")
     images = _batch_of(images)
     check(titles is None or len(titles) == len(images), "titles", titles, f"{len(images)} of them")
@@ -136,7 +135,7 @@ def expert_maps(
     figure = Figure(figsize=(cell * (len(weights) + 1) + 0.3, 1.75 * len(images) + 0.8), layout="constrained")
     grid = figure.subplots(len(images), len(weights) + 1, squeeze=False)
     for number, (row, picture) in enumerate(zip(grid, pictures, strict=True)):
-        tinted = [_tint(picture, weight[number], (high, wide), strength) for weight in weights]
+        tinted = [_tint(picture, weight[number], (high, wide)) for weight in weights]
         for axis, shown in zip(row, [picture, *tinted], strict=True):
             axis.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
@@ -169,14 +168,14 @@ def _batch_of(images: Tensor) -> Tensor:
     return batch
 
 
-def _patch_size(model: nn.Module, images: Tensor, given: int | tuple[int, int] | None) -> tuple[int, int]:
+def _patch_size(model: nn.Module, images: Tensor, given: Any) -> tuple[int, int]:
     """Height and width of a patch in pixels."""
+    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     if given is None:
-        convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-        given = next((conv.stride for conv in convs if conv.kernel_size == conv.stride != (1, 1)), None)  # type: ignore[assignment]
-        legal = "a Conv2d whose kernel is its stride; or give patch_size"
-        check(given, "model", f"{type(model).__name__} without a patch embedding", legal)
-    high, wide = (given, given) if isinstance(given, int) else given  # type: ignore[misc]
+        given = next((conv.stride for conv in convs if conv.kernel_size == conv.stride != (1, 1)), None)
+    legal = "a Conv2d whose kernel is its stride; or give patch_size"
+    check(given is not None, "model", f"{type(model).__name__} without a patch embedding", legal)
+    high, wide = (given, given) if isinstance(given, int) else given
     height, width = images.shape[2:]
     check(0 < high <= height and 0 < wide <= width, "patch_size", (high, wide), f"at most the image, {height, width}")
     return high, wide
@@ -201,7 +200,7 @@ def _to_rgb(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] |
     return images.clamp(0, 1).expand(-1, 3, -1, -1)
 
 
-def _tint(picture: Tensor, weight_hwE: Tensor, patch: tuple[int, int], strength: float) -> Tensor:
+def _tint(picture: Tensor, weight_hwE: Tensor, patch: tuple[int, int]) -> Tensor:
     """(3, H, W) the picture, each patch mixed with the colors of its experts."""
     share_hwE = weight_hwE / weight_hwE.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_hwE.dtype).tiny)
     color = (share_hwE @ torch.tensor(palette(weight_hwE.size(-1)))).permute(2, 0, 1)
@@ -209,7 +208,7 @@ def _tint(picture: Tensor, weight_hwE: Tensor, patch: tuple[int, int], strength:
     while high * color.size(1) < height or wide * color.size(2) < width:  # patches merged 2 x 2
         high, wide = 2 * high, 2 * wide
     color = color.repeat_interleave(high, dim=1).repeat_interleave(wide, dim=2)[:, :height, :width]
-    return (1 - strength) * picture + strength * color
+    return (1 - STRENGTH) * picture + STRENGTH * color
 
 
 # Load -----------------------------------------------------------------------------------------------------------------
@@ -272,7 +271,5 @@ def _load(layer: LayerLoad) -> Tensor:
 def _legend(figure: Figure, num_experts: int) -> None:
     """Color and number of every expert below a figure."""
     handles = [Patch(color=color, label=str(number)) for number, color in enumerate(palette(num_experts))]
-    rows = -(-num_experts // 8)
-    figure.legend(handles=handles, title="expert", ncols=-(-num_experts // rows), loc="outside lower center",
-                  fontsize="small" if rows > 1 else "medium", frameon=False, handlelength=0.8, handletextpad=0.4,
-                  columnspacing=0.9)  # fmt: skip
+    columns = min(num_experts, 8)
+    figure.legend(handles=handles, title="expert", ncols=columns, loc="outside lower center", fontsize="small")

@@ -20,12 +20,6 @@ from gmoe.data.stored import StoredGraph
 SamplerBackend: TypeAlias = Literal["auto", "pyg", "gmoe"]
 InputNodes: TypeAlias = Tensor | Sequence[int] | NodeType | tuple[NodeType, Tensor | Sequence[int] | None] | None
 
-PYG_ONLY = (
-    *("subgraph_type", "directed", "disjoint", "temporal_strategy", "time_attr", "input_time", "weight_attr"),
-    "neighbor_sampler",
-)
-"""Arguments of PyG's ``NeighborLoader`` that :class:`gmoe.NeighborSampler` lacks: their defaults are legal."""
-
 
 def neighbor_loader(
     data: Data | HeteroData | StoredGraph,
@@ -75,13 +69,10 @@ def neighbor_loader(
         raise ImportError("backend: got 'pyg' without pyg-lib or torch-sparse installed, expected 'auto' or 'gmoe'")
     if backend == "pyg" or (backend == "auto" and typing.WITH_PYG_LIB and given is data):
         return NeighborLoader(given, num_neighbors, replace=replace, **kwargs)
-    parameters = inspect.signature(NeighborLoader).parameters
-    for name in PYG_ONLY:
-        default = parameters[name].default
-        value = kwargs.pop(name, default)
-        is_default = getattr(value, "value", value) == default  # of an enum, its value
-        check(is_default, name, repr(value), f"{default!r}, or backend='pyg' with pyg-lib installed")
     sampler = NeighborSampler(data, num_neighbors, replace, is_sorted=kwargs.pop("is_sorted", False))
+    theirs, ours = (inspect.signature(loader).parameters.keys() for loader in (NeighborLoader, NodeLoader))
+    for name in kwargs.keys() & (theirs - ours | {"input_time"}):
+        check(False, name, repr(kwargs[name]), "none, or backend='pyg' with pyg-lib installed")
     return NodeLoader(given, sampler, **kwargs)
 
 

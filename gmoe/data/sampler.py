@@ -94,22 +94,12 @@ class NeighborSampler(BaseSampler):
             edges = data.edge_items() if isinstance(data, HeteroData) else [(EDGES, data)]
             self._graph = {kind: self._in_edges(store, kind, is_sorted) for kind, store in edges}
         self._maps: list[dict[NodeType, Tensor]] = []
-        self.num_neighbors = num_neighbors
-
-    @property
-    def num_neighbors(self) -> NumNeighbors:
-        """The fan-outs; may be set anew."""
-        return self._num_neighbors
-
-    @num_neighbors.setter
-    def num_neighbors(self, num_neighbors: Fanouts) -> None:
         is_legal = isinstance(num_neighbors, NumNeighbors | list | tuple | dict)
         check(is_legal, "num_neighbors", repr(num_neighbors), "a list, one number a hop")
-        given = num_neighbors if isinstance(num_neighbors, NumNeighbors) else NumNeighbors(num_neighbors)
-        fanouts = given.get_values(list(self._graph))
-        whole = all(isinstance(k, int) and k >= -1 for fanout in fanouts.values() for k in fanout)
+        self.num_neighbors = num_neighbors if isinstance(num_neighbors, NumNeighbors) else NumNeighbors(num_neighbors)
+        self._fanouts = self.num_neighbors.get_values(list(self._graph))
+        whole = all(isinstance(k, int) and k >= -1 for fanout in self._fanouts.values() for k in fanout)
         check(whole, "num_neighbors", num_neighbors, "whole numbers of at least -1 (all)")
-        self._num_neighbors, self._fanouts = given, fanouts
 
     @property
     def num_nodes(self) -> int | dict[NodeType, int]:

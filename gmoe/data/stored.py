@@ -49,8 +49,8 @@ class StoredGraph(FeatureStore, GraphStore):
     """A graph in a folder of ``.npy`` files, opened memory-mapped: it may be larger than memory.
 
     Give it to :func:`gmoe.neighbor_loader` or :class:`gmoe.NeighborSampler` in place of PyG's ``Data``, or as
-    ``(graph, graph)`` to what takes PyG's ``(FeatureStore, GraphStore)``. Opening reads headers, not values. A pickle
-    holds the path alone, so that workers of any start method open the files themselves.
+    ``(graph, graph)`` to what takes PyG's ``(FeatureStore, GraphStore)``. Opening reads headers and splits.
+    A pickle holds the path alone, so that workers of any start method open the files themselves.
 
     ``graph.json`` lists the arrays with file, dtype, shape and SHA-256; ``python -m experiments.convert`` writes it:
 
@@ -68,6 +68,7 @@ class StoredGraph(FeatureStore, GraphStore):
         info: the content of ``graph.json``.
         num_nodes, num_edges, x_dim: N, M and D.
         start, source: the mapped in-edges; read-only: writing to them ends the process.
+        train, val, test: the ids of the nodes of each split, in memory; ``None`` where there is no such file.
 
     Raises:
         FileNotFoundError: no ``graph.json`` in the folder, or no file of an array.
@@ -106,6 +107,8 @@ class StoredGraph(FeatureStore, GraphStore):
         check(fits, str(path), f"arrays {listed}", f"objects of {', '.join(legal)}, the first three always")
         self._arrays = {name: self._open(name, *legal[name]) for name in listed}
         self.start, self.source, self.x_dim = self._arrays["start"], self._arrays["source"], self._arrays["x"].size(1)
+        ids = (self._arrays.get(name) for name in SPLITS)
+        self.train, self.val, self.test = (None if split is None else split.clone() for split in ids)
         ends = [int(self.start[0]), int(self.start[-1])]
         check(ends == [0, self.num_edges], str(self._file("start")), f"ends {ends}", [0, self.num_edges])
 
@@ -131,25 +134,6 @@ class StoredGraph(FeatureStore, GraphStore):
         with warnings.catch_warnings():  # of memory that must not be written to
             warnings.simplefilter("ignore")
             return torch.from_numpy(array)
-
-    @property
-    def train(self) -> Tensor | None:
-        """The training nodes' ids, in memory; ``None`` where there is no such file."""
-        return self._split("train")
-
-    @property
-    def val(self) -> Tensor | None:
-        """The validation nodes' ids."""
-        return self._split("val")
-
-    @property
-    def test(self) -> Tensor | None:
-        """The test nodes' ids."""
-        return self._split("test")
-
-    def _split(self, name: str) -> Tensor | None:
-        ids = self._arrays.get(name)
-        return None if ids is None else ids.clone()
 
     def rows(self, name: str, index: Any) -> Tensor:
         """Rows of ``"x"`` or ``"y"``, in memory; read from disk in ascending order, whatever that of ``index``.

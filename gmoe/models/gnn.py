@@ -6,14 +6,12 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
-from torch_geometric.loader import NodeLoader
 from torch_geometric.nn import GCNConv, JumpingKnowledge
+from torch_geometric.nn.inits import reset
 from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
 from torch_geometric.typing import Adj
 
@@ -24,7 +22,7 @@ from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.kinds import CONVS, OPTIONS, OWN, ConvLike, Make, factory_of, kinds_of
 from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view, router_width
 from gmoe.conv.separate import run
-from gmoe.data.stored import StoredGraph
+from gmoe.convert import choose_blocks
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
 from gmoe.moe import drawn_apart
@@ -105,52 +103,54 @@ class GNNMoE(HubMixin, nn.Module):
         in_proj: bool = False,
         **conv_kwargs: Any,
     ) -> None:
-        config = recorded(locals(), "conv_kwargs", conv=CONVS | OWN, shared_expert=CONVS | OWN, router=ROUTERS)
+        config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
         check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
         check_counts(num_layers=num_layers, every=every)
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
+        check_choice("residual", residual, get_args(Residual))
         super().__init__()
         self.config = config
         self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
         self.num_layers, self.jk_mode, self.router_input = num_layers, jk, router_parts(router_input)
-        self.moe_layers = _moe_layers(num_layers, every, jk) if router is not None else []
-        of_moe = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
-        self.local = of_moe.get("local")
-        of_moe |= {"num_experts": len(kinds_of(conv, num_experts)), "k": k, "router_input": self.router_input}
-        fits = not isinstance(router, Router) or len(self.moe_layers) < 2 or shared_router
+        num_hidden = num_layers - (jk is None)  # without jumping knowledge the last conv is the output
+        moe_layers = [] if router is None else choose_blocks(num_hidden, every)
+        fits = shared_router or len(moe_layers) < 2 or not isinstance(router, Router)
         check(fits, "router", "an instance for several layers", "a name or a factory")
-        self.shared_router = _shared_router(router, in_channels, of_moe) if shared_router and self.moe_layers else None
-        of_moe["router"] = None if shared_router else router
+        routed = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
+        self.local = routed.get("local")
+        routed |= {"num_experts": len(kinds_of(conv, num_experts)), "k": k, "router_input": self.router_input}
+        deciding = _shared_router(router, in_channels, routed) if shared_router and moe_layers else None
+        routed["router"] = None if shared_router else router
         widths = [hidden_channels if in_proj else in_channels, *[hidden_channels] * (num_layers - 1)]
         self.convs = nn.ModuleList()
         for layer, width in enumerate(widths):
-            hidden, options = jk is not None or layer < num_layers - 1, of_moe if layer in self.moe_layers else None
+            hidden, options = layer < num_hidden, routed if layer in moe_layers else None
             made = _conv(conv, width, hidden_channels if hidden else out_channels, hidden, options, conv_kwargs)
             self.convs.append(made)
-            if isinstance(made, MoEConv) and self.shared_router is not None:  # what it costs follows from the router
-                made.k, made.experts_per_token = self.shared_router.k, self.shared_router.experts_per_token
+            if options and deciding:  # what a layer costs follows from its router
+                made.k, made.experts_per_token = deciding.k, deciding.experts_per_token
         self.flow = str(self.convs[0].flow)
-        self.act = activation_resolver(act)
-        check(self.act is None or callable(self.act), "act", repr(act), "a name, a function or None")
+        self.act = nn.Identity() if act is None else activation_resolver(act)
+        check(callable(self.act), "act", repr(act), "a name, a function or None")
         norm_layer = normalization_resolver(norm, hidden_channels) or nn.Identity()
-        self.norms = nn.ModuleList(copy.deepcopy(norm_layer) for _ in range(num_layers - (jk is None)))
+        self.norms = nn.ModuleList(copy.deepcopy(norm_layer) for _ in range(num_hidden))
         self.norm_takes_batch = "batch" in parameters_of(norm_layer)
         self.dropout, self.input_dropout = nn.Dropout(dropout), nn.Dropout(input_dropout)
+        if jk not in (None, "last"):
+            self.jk = JumpingKnowledge(jk, hidden_channels, num_layers)
         if jk is not None:
-            if jk != "last":
-                self.jk = JumpingKnowledge(jk, hidden_channels, num_layers)
             self.lin = nn.Linear(hidden_channels * (num_layers if jk == "cat" else 1), out_channels)
         self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None
-        self.residuals = _residuals(residual, widths[: len(self.norms)], hidden_channels)
+        self.residuals = nn.ModuleList()
+        for width in widths[:num_hidden] if residual != "none" else []:
+            same = residual == "identity" and width == hidden_channels
+            self.residuals.append(nn.Identity() if same else nn.Linear(width, hidden_channels))
+        self.shared_router = deciding
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        for module in (*self.convs, *self.norms, *self.residuals):
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        for name in ("jk", "lin", "lin_in", "shared_router"):
-            if (module := getattr(self, name, None)) is not None:
-                module.reset_parameters()
+        for part in self.children():
+            reset(part)
 
     def decide(self, x: Tensor, edge_index: Adj | Graph, batch: Tensor | None = None) -> Routing:
         """The shared routing of all nodes from their raw features.
@@ -171,18 +171,17 @@ class GNNMoE(HubMixin, nn.Module):
 
     def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
         if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.in_channels:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x: got shape {got}, expected (number of nodes, {self.in_channels})")
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: got shape {shape}, expected (number of nodes, {self.in_channels})")
         for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
             taken = (c.edge_names if isinstance(c, MoEConv) else parameters_of(c) for c in self.convs)
             if value is not None and not any(name in names for names in taken):  # of kinds, some take less than others
                 raise ValueError(f"{name}: got a tensor, but no conv of the model takes it")
         if not isinstance(edge_index, Graph):
             return Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
-        if (edge_index.num_src, edge_index.num_dst) != (x.size(0), x.size(0)):
-            raise ValueError(f"edge_index: got {edge_index}, expected {x.size(0)} nodes, as x has")
-        legal = f"{self.flow!r}, as the convs have"
-        check(edge_index.flow == self.flow, "flow", f"a Graph of {edge_index.flow!r}", legal)
+        if (edge_index.num_src, edge_index.num_dst, edge_index.flow) != (x.size(0), x.size(0), self.flow):
+            got, legal = f"{edge_index} of flow {edge_index.flow!r}", f"{x.size(0)} nodes and flow {self.flow!r}"
+            raise ValueError(f"edge_index: got {got}, expected {legal}")
         return edge_index.with_args(edge_weight, edge_attr)
 
     def forward(
@@ -213,22 +212,24 @@ class GNNMoE(HubMixin, nn.Module):
                 part = graph.first(len(x), sum(num_sampled_edges_per_hop[:-layer]))
                 groups = None if batch is None else batch[: len(x)]
                 followed = None if decision is None else decision.select(slice(0, len(x)))
-            out, routing = self.layer(layer, x, part, groups, followed, batch_size)
-            routings.extend([] if routing is None or decision is not None else [routing])
-            return out
+            x, routing = self.conv(layer, x, part, groups, followed)
+            if routing is not None and decision is None:
+                routings.append(routing)
+            return self.after(layer, x, groups, batch_size)
 
         x = self.through(x, step)
         return (x, routings) if return_routing else x
 
-    def through(self, x: Any, step: Callable[[int, Any], Tensor], each: Callable[..., Tensor] | None = None) -> Tensor:
+    def through(
+        self, x: Any, step: Callable[[int, Any], Tensor], each: Callable[..., Tensor] = nn.Module.__call__
+    ) -> Tensor:
         """The loop over layers.
 
         Args:
             x: (N, D) features, or what ``step`` takes for them.
-            step: from a layer and its input to its output: :meth:`layer` on a graph, or part by part.
+            step: from a layer and its input to its output, on the whole graph or part by part.
             each: from a module and an input to the output (default: a call).
         """
-        each = each or (lambda module, x: module(x))
         x = self.input_dropout(x) if self.training else x
         x = x if self.lin_in is None else each(self.lin_in, x)
         xs = []
@@ -236,24 +237,11 @@ class GNNMoE(HubMixin, nn.Module):
             x = step(layer, x)
             if hasattr(self, "jk"):  # else nothing holds the layers in between
                 xs.append(x)
-        if hasattr(self, "jk"):
+        if xs:
             # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
             device = next(self.parameters()).device
             x = self.jk([h[: x.size(0)].to(device) for h in xs]).to(x.device)
         return each(self.lin, x) if self.jk_mode is not None else x
-
-    def layer(
-        self,
-        layer: int,
-        x: Tensor,
-        graph: Graph,
-        batch: Tensor | None = None,
-        routing: Routing | None = None,
-        batch_size: int | None = None,
-    ) -> tuple[Tensor, Routing | None]:
-        """Conv, residual, norm, activation and dropout of a layer; and the routing of a MoE layer."""
-        out, routing = self.conv(layer, x, graph, batch, routing)
-        return self.after(layer, out, batch, batch_size), routing
 
     def conv(
         self, layer: int, x: Tensor, graph: Graph, batch: Tensor | None, routing: Routing | None
@@ -272,48 +260,9 @@ class GNNMoE(HubMixin, nn.Module):
             return x
         norm = self.norms[layer]
         x = norm(x, batch, batch_size) if self.norm_takes_batch else norm(x)
-        return self.dropout(x if self.act is None else self.act(x))
+        return self.dropout(self.act(x))
 
-    @torch.no_grad()
-    def inference(
-        self,
-        loader: NodeLoader | Data | StoredGraph,
-        device: torch.device | str | None = None,
-        embedding_device: torch.device | str = "cpu",
-        progress_bar: bool = False,
-        *,
-        batch_size: int | None = None,
-        return_routing: bool = False,
-        folder: str | Path | None = None,
-    ) -> Any:
-        """Logits of all nodes, layer by layer in chunks, without gradients: equal to the forward on the whole graph.
-
-        Each layer routes once over all nodes, so that no node's experts depend on its chunk, and GCN's degrees are
-        those of the whole graph. Call ``eval()`` first, as for any evaluation.
-
-        Of a :class:`gmoe.StoredGraph`, the features of all nodes are kept on disk, in ``folder``, and memory is that of
-        a chunk, its in-edges and their sources. Each chunk is then routed by itself: routers must decide token by token
-        (token choice, random, uniform, centroids, or experts' choice with ``inference="threshold"``), norms row by row.
-
-        Args:
-            loader: a node loader, of which the graph and the batch size are taken (not what it samples), or the graph:
-                ``x``, ``edge_index``, and, where they are there and the convs take them, ``edge_weight``, ``edge_attr``
-                and ``batch``. Or a stored graph.
-            device: where chunks are computed (default: where the model is).
-            embedding_device: where the features of all nodes are kept (default ``"cpu"``).
-            progress_bar: show one (default ``False``).
-            batch_size: nodes per chunk (default: the loader's, or 1,024).
-            return_routing: return the routings too, as :meth:`forward` does.
-            folder: of a stored graph, where to write: hidden features, which are removed in the end, and
-                ``logits.npy``, as which the result is mapped.
-
-        Raises:
-            ValueError: of a stored graph, no ``folder``; ``return_routing`` or another ``embedding_device``,
-                which would take memory for all nodes; a model in training; a router, norm, ``jk``, ``flow`` or number
-                of hops that needs all nodes at once, by name.
-            RuntimeError: a conv that looks further than one hop, such as ``ChebConv``.
-        """
-        return inference(self, loader, device, embedding_device, progress_bar, batch_size, return_routing, folder)
+    inference = inference
 
     def __repr__(self) -> str:
         return (
@@ -322,52 +271,32 @@ class GNNMoE(HubMixin, nn.Module):
         )
 
 
-def _moe_layers(num_layers: int, every: int, jk: str | None) -> list[int]:
-    """The layers with experts; without jumping knowledge the last one is the dense output."""
-    found = [i for i in range(num_layers - (jk is None)) if i % every == every - 1]
-    got = f"{every} with num_layers={num_layers} and jk={jk!r}, which leaves no hidden layer for a MoE"
-    check(found, "every", got, "more layers, a smaller every, or jk='last'")
-    return found
-
-
-def _residuals(residual: Residual, widths: list[int], hidden_channels: int) -> nn.ModuleList:
-    """The maps of what is added to each hidden conv."""
-    check_choice("residual", residual, get_args(Residual))
-    same = [residual == "identity" and width == hidden_channels for width in widths]
-    made = [nn.Identity() if s else nn.Linear(w, hidden_channels) for s, w in zip(same, widths, strict=True)]
-    return nn.ModuleList([] if residual == "none" else made)
-
-
-def _shared_router(router: Any, in_channels: int, of_moe: dict[str, Any]) -> Router:
+def _shared_router(router: Any, in_channels: int, routed: dict[str, Any]) -> Router:
     """A router of raw features for all layers."""
-    dim = router_width(of_moe["router_input"], in_channels, in_channels)
-    with nullcontext() if of_moe.get("shared_expert") is False else drawn_apart():
-        made = build_router(router, dim, of_moe["num_experts"], of_moe["k"], of_moe.get("router_kwargs"))
-    made.check_finite |= of_moe.get("check_finite", False)
+    dim = router_width(routed["router_input"], in_channels, in_channels)
+    with nullcontext() if routed.get("shared_expert") is False else drawn_apart():
+        made = build_router(router, dim, routed["num_experts"], routed["k"], routed.get("router_kwargs"))
+    made.check_finite |= routed.get("check_finite", False)
     return made
 
 
-def _conv(
-    kind: ConvLike, width: int, out: int, hidden: bool, of_moe: dict[str, Any] | None, conv_kwargs: dict[str, Any]
-) -> nn.Module:
+def _conv(kind: Any, width: int, out: int, hidden: bool, routed: dict[str, Any] | None, options: Any) -> Any:
     """The conv of a layer, with experts or plain. Heads share the width of a hidden layer, else they are averaged."""
-    first, options, heads = kinds_of(kind, None)[:1], dict(conv_kwargs), int(conv_kwargs.get("heads", 1))
+    first, options, heads = kinds_of(kind, None)[:1], dict(options), int(options.get("heads", 1))
     if heads > 1 and "concat" in inspect.signature(factory_of(first[0])).parameters:
-        options.setdefault("concat", hidden)
-        options["concat"] &= hidden
+        options["concat"] = hidden and options.get("concat", True)
         if options["concat"]:
             check(out % heads == 0, "hidden_channels", out, f"a multiple of heads={heads}")
             out //= heads
-    if of_moe is not None:
-        return MoEConv(kind, width, out, **of_moe, **options)
-    return Make(first, width, out, (), options)(0)  # of several kinds, the first is the dense one
+    if routed is None:
+        return Make(first, width, out, (), options)(0)  # of several kinds, the first is the dense one
+    return MoEConv(kind, width, out, **routed, **options)
 
 
 def dense(conv: Any, x: Tensor, graph: Graph) -> Tensor:
     """(N_dst, O) a plain conv; GCN on a part with the norms of the whole graph."""
     if isinstance(conv, FilterConv):
-        out: Tensor = conv(x, graph)
-        return out[: graph.num_dst]
+        return conv(x, graph)[: graph.num_dst]
     if not isinstance(conv, GCNConv) or not conv.normalize or graph.scale_of is None:
         return run(conv, graph, x, x)
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -378,5 +307,4 @@ def dense(conv: Any, x: Tensor, graph: Graph) -> Tensor:
         ends, weight = torch.cat([ends, node.expand(2, -1)], dim=1), torch.cat([weight, matrix.diagonal])
     plain = copy.copy(conv)  # another thread may be running the conv itself
     plain.flow, plain.normalize = "source_to_target", False
-    found: Tensor = plain(x, ends, weight)
-    return found[: graph.num_dst]
+    return plain(x, ends, weight)[: graph.num_dst]

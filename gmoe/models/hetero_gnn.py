@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch_geometric.nn import BatchNorm
@@ -17,12 +17,12 @@ from torch_geometric.typing import Metadata, NodeType
 from gmoe._autograd import refuse_transforms
 from gmoe._checks import check, check_choice, check_counts
 from gmoe.conv import hetero
-from gmoe.conv.hetero import HeteroMoEConv, HeteroRouterInput, NodeTensors, RelationalConv, RelationEdges
-from gmoe.dispatch import Backend
+from gmoe.conv.graph import parameters_of
+from gmoe.conv.hetero import HeteroMoEConv, NodeTensors, RelationalConv, RelationEdges
+from gmoe.convert import choose_blocks
+from gmoe.models.gnn import Residual
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
-
-HeteroResidual: TypeAlias = Literal["none", "identity", "linear"]
 
 
 class HeteroGNNMoE(nn.Module):
@@ -50,11 +50,10 @@ class HeteroGNNMoE(nn.Module):
         in_proj: begin with a linear layer to ``hidden_channels`` for each node type with features (default ``False``:
             only where the widths of the types differ).
         dropout: default 0.
-        act, norm, norm_kwargs: as in PyG's ``BasicGNN`` (defaults: relu, no norm). Each node type has its own norms.
+        act, norm: see :class:`GNNMoE` (defaults: relu, no norm). Each node type has its own norms.
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
-        num_experts, k, router_input, shared_expert, dense_start, router_kwargs, backend, check_finite: see
-            :class:`HeteroMoEConv`.
+        **moe_kwargs: further arguments of :class:`HeteroMoEConv`, such as ``num_experts`` and ``k``.
 
     Shapes:
         - ``x_dict``: (N, D) of each type that has features.
@@ -90,27 +89,18 @@ class HeteroGNNMoE(nn.Module):
         *,
         target: NodeType | None = None,
         num_nodes_dict: Mapping[NodeType, int] | None = None,
-        num_experts: int = 8,
-        k: int = 1,
-        router_input: HeteroRouterInput = "node",
         every: int = 1,
         dropout: float = 0.0,
         act: Any = "relu",
         norm: Any = None,
-        norm_kwargs: Mapping[str, Any] | None = None,
-        residual: HeteroResidual = "identity",
-        shared_expert: bool = True,
-        dense_start: bool = True,
+        residual: Residual = "identity",
         in_proj: bool = False,
-        router_kwargs: Mapping[str, Any] | None = None,
-        backend: Backend = "auto",
-        check_finite: bool = False,
+        **moe_kwargs: Any,
     ) -> None:
         check_counts(hidden_channels=hidden_channels, num_layers=num_layers, every=every)
-        check_choice("residual", residual, get_args(HeteroResidual))
+        check_choice("residual", residual, get_args(Residual))
         check(not isinstance(router, Router), "router", "an instance for several layers", "a name or a factory")
-        moe_layers = range(every - 1, num_layers - 1, every) if router is not None else []
-        check(router is None or moe_layers, "every", every, f"less than num_layers={num_layers}, or router=None")
+        moe_layers = [] if router is None else choose_blocks(num_layers - 1, every)
         super().__init__()
         inputs, *types_of = _types_by_depth(metadata, target, num_layers)
         self.target, self.routed = target, [(layer, name) for layer in moe_layers for name in types_of[layer]]
@@ -124,18 +114,18 @@ class HeteroGNNMoE(nn.Module):
         projects = in_proj or len(set(self.widths.values())) > 1
         width = hidden_channels if projects else self.widths[inputs[0]]
         self.lin_in = ModuleDict({t: nn.Linear(d, width) for t, d in self.widths.items() if projects and t in given})
-        options: dict[str, Any] = {"num_experts": num_experts, "router": router, "k": k, "router_input": router_input}
-        options |= {"shared_expert": shared_expert, "dense_start": dense_start, "router_kwargs": router_kwargs}
-        moe: Any = partial(HeteroMoEConv, **options, backend=backend, check_finite=check_finite)
-        make_norm = partial(_norm, norm, hidden_channels, norm_kwargs)
-        self.norm_takes_batch = "batch" in inspect.signature(make_norm().forward).parameters
+        moe: Any = partial(HeteroMoEConv, router=router, **moe_kwargs)
+        norm_layer = normalization_resolver(norm, hidden_channels) or nn.Identity()
+        self.norm_takes_batch = "batch" in parameters_of(norm_layer)
+        if isinstance(norm_layer, BatchNorm) and norm_layer.module.track_running_stats:
+            norm_layer.allow_single_element = True  # a mini-batch may hold one node of a type
         self.convs, self.residuals, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for layer, types in enumerate(types_of[:-1]):
             conv = moe if layer in moe_layers else RelationalConv
             self.convs.append(conv(width, hidden_channels, metadata, out_types=types))
             added = partial(nn.Linear, width) if residual == "linear" or width != hidden_channels else nn.Identity
             self.residuals.append(ModuleDict({t: added(hidden_channels) for t in types if residual != "none"}))
-            self.norms.append(ModuleDict({t: make_norm() for t in types}))
+            self.norms.append(ModuleDict({t: copy.deepcopy(norm_layer) for t in types}))
             width = hidden_channels
         self.convs.append(RelationalConv(width, out_channels, metadata, out_types=types_of[-1]))
         self.act, self.dropout = nn.Identity() if act is None else activation_resolver(act), nn.Dropout(dropout)
@@ -213,10 +203,3 @@ def _types_by_depth(metadata: Metadata, target: NodeType | None, num_layers: int
         found = {*needed[0], *(source for source, _, end in edge_types if end in needed[0])}
         needed.insert(0, [name for name in node_types if name in found])
     return needed
-
-
-def _norm(norm: Any, width: int, norm_kwargs: Mapping[str, Any] | None) -> nn.Module:
-    built: nn.Module = nn.Identity() if norm is None else normalization_resolver(norm, width, **(norm_kwargs or {}))
-    if isinstance(built, BatchNorm) and built.module.track_running_stats:
-        built.allow_single_element = True  # a mini-batch may hold one node of a type
-    return built

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from gmoe._checks import check, check_counts, check_probability
+from gmoe._checks import check, check_counts
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
@@ -74,8 +74,8 @@ class ViTMoE(HubMixin, VisionTransformer):
         - returns (B, num_classes), and the list of :class:`gmoe.Routing` with ``return_routing=True``, empty if dense.
 
     Raises:
-        ValueError: an image size without a preset, sizes below 1 or that do not divide, a probability outside [0, 1],
-            blocks of a dense ViT, or images of another shape.
+        ValueError: an image size without a preset, sizes below 1 or that do not divide, blocks of a dense ViT,
+            or images of another shape.
 
     Example:
         >>> logits, routings = ViTMoE(32, router="expert_choice")(images, return_routing=True)
@@ -99,21 +99,17 @@ class ViTMoE(HubMixin, VisionTransformer):
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
-        config = recorded(locals() | {"size": asdict(size) if isinstance(size, ViTSize) else size}, router=ROUTERS)
-        if isinstance(size, Mapping):
-            size = ViTSize(**size)
-        elif not isinstance(size, ViTSize):
+        config = recorded(locals() | {"size": asdict(size) if isinstance(size, ViTSize) else size}, known=ROUTERS)
+        if not isinstance(size, ViTSize | Mapping):
             check(size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
             size = SIZES[size]
+        sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else size)
         check(router is not None or blocks is None, "blocks", f"{blocks!r} without a router", "None, for a dense ViT")
-        check_probability("dropout", dropout)
-        check_probability("attention_dropout", attention_dropout)
-        sizes = asdict(size)
         check_counts(num_classes=num_classes, **sizes)
         for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
             check(sizes[whole] % sizes[part] == 0, whole, sizes[whole], f"a multiple of {part}={sizes[part]}")
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout, attention_dropout=attention_dropout)
-        self.size, self.config = size, config
+        self.config = config
         if router is None:
             return
         options: Any = {"upcycle": False, "blocks": blocks, "shared_expert": shared_expert, "dense_start": dense_start}
@@ -127,7 +123,7 @@ class ViTMoE(HubMixin, VisionTransformer):
 
     def forward(self, images: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, list[Routing]]:
         """Logits of the images; see the class."""
-        side = self.size.image_size
+        side = self.image_size
         if images.dim() != 4 or images.size(1) not in (1, 3) or images.shape[2:] != (side, side):
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})")
         routed = any(isinstance(module, Router) for module in self.modules())

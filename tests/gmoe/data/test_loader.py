@@ -134,8 +134,6 @@ def test_what_only_pyg_does_is_refused() -> None:
     for name, value in asked:
         with pytest.raises(ValueError, match=name):
             neighbor_loader(full_graph(), [3], backend="gmoe", **{name: value})
-    defaults: Any = {"subgraph_type": "directional", "disjoint": False, "time_attr": None, "is_sorted": False}
-    assert len(neighbor_loader(full_graph(), [3], batch_size=NODES, backend="gmoe", **defaults)) == 1
 
 
 @pytest.mark.parametrize("make", [full_graph, hetero_graph])
