@@ -31,11 +31,10 @@ def test_the_default_device_and_numpys_integers_do_not_matter() -> None:
     torch.testing.assert_close(graph.mean(x), mean_of_in_edges(x, EDGES))
 
 
-@pytest.mark.parametrize("conv", ["graph", "transformer"])
-def test_low_precision_is_summed_in_float32(conv: str) -> None:
+def test_low_precision_is_summed_in_float32() -> None:
     """A sum of ones in bfloat16 stops at 256."""
     edges, x = torch.stack([torch.arange(1, 2001), torch.zeros(2000, dtype=torch.long)]), torch.ones(2001, 4)
-    layer = MoEConv(conv, 4, 4, num_experts=2)
+    layer = MoEConv("graph", 4, 4, num_experts=2)
     y = layer.bfloat16()(x.bfloat16(), edges)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), layer.float()(x, edges), rtol=0.05, atol=0.05)
