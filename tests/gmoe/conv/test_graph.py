@@ -140,11 +140,13 @@ def test_a_graph_that_keeps_sums_can_be_copied(copied: Callable[[Graph], Graph])
 
 
 @pytest.mark.parametrize(("conv", "name", "width"), [("gcn", "edge_weight", ()), ("gat", "edge_attr", (2,))])
-def test_edge_arguments_may_be_learned_later(conv: str, name: str, width: tuple[int, ...]) -> None:
+def test_edge_arguments_may_be_others_or_learned_later(conv: str, name: str, width: tuple[int, ...]) -> None:
     x, frozen, options = features(9, 4), features(30, *width, seed=1).abs(), {"edge_dim": 2} if width else {}
     layer: Any = MoEConv(conv, 4, 4, num_experts=2, **options).double().eval()  # type: ignore[arg-type]
     fresh, graph = frozen.clone().requires_grad_(), Graph(EDGES, 9, **{name: frozen})  # type: ignore[arg-type]
     layer(x, graph)
+    doubled: Any = {name: 2 * frozen}
+    torch.testing.assert_close(layer(x, graph, **doubled), layer(x, EDGES, **doubled))
     frozen.requires_grad_()
     layer(x, graph).square().sum().backward()
     layer(x, EDGES, **{name: fresh}).square().sum().backward()

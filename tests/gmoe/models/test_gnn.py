@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import GAT, GCN, GIN, GATConv, GCNConv, GraphSAGE
+from torch_geometric.nn import GAT, GCN, GIN, GATConv, GraphSAGE
 
 from gmoe import (
     GNNMoE,
@@ -216,21 +216,6 @@ def test_moefy_starts_as_the_dense_model(cls: Any, kwargs: dict[str, Any]) -> No
         assert_same(moe.train(training)(x, edge_index), y)
     moe(x, edge_index).sum().backward()
     assert all(p.grad is not None for p in moe.parameters())
-
-
-def test_moefy_of_gnns_refuses_and_leaves_them_alone() -> None:
-    dense, moe = GCN(IN, HIDDEN, 3, OUT), moefy(GCN(IN, HIDDEN, 3, OUT))
-    for given, kwargs, message in (
-        (dense, {"every": 3}, "every: got 3"),
-        (dense, {"router": TokenChoice(IN, 8)}, "router: got an instance"),
-        (dense, {"blocks": [7]}, "blocks: got"),
-        (GraphSAGE(-1, HIDDEN, 3, OUT), {}, "model: got parameters on the meta device or of lazy layers"),
-        (moe, {}, "model: got convs.0, a MoE already"),
-        ("GCN", {}, "model: got str"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            moefy(given, **kwargs)  # type: ignore[arg-type]
-    assert all(isinstance(conv, GCNConv) for conv in dense.convs)
 
 
 def test_moefy_of_some_layers_and_without_an_output_width() -> None:
