@@ -108,11 +108,8 @@ def stored(tmp_path: Path) -> StoredGraph:
 @pytest.mark.parametrize("shared_router", [False, True])
 def test_it_equals_the_forward_on_the_whole_graph(stored: StoredGraph, tmp_path: Path, shared_router: bool) -> None:
     """Whatever the size of the parts, and in float32; the next run replaces the file of the last."""
-    model, out = (
-        trained(k=2, router_input=("node", "neighbors", "degree"), shared_router=shared_router),
-        tmp_path / "out",
-    )
-    expected = model(DATA.x, DATA.edge_index)
+    model = trained(k=2, router_input=("node", "neighbors", "degree"), shared_router=shared_router)
+    expected, out = model(DATA.x, DATA.edge_index), tmp_path / "out"
     for batch_size in (7, NODES):
         found = model.inference(stored, batch_size=batch_size, folder=out)
         assert_same(found, expected)
