@@ -13,7 +13,6 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 
 from gmoe import FilterConv, GNNMoE, MoEConv
-from gmoe.conv.kinds import CONVS
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph
 
 WIDTH = 8
@@ -160,7 +159,8 @@ class CenteredWhereNegative(GatedSum):
 NOT_LOCAL: dict[str, Any] = {
     **{cls.__name__: cls for cls in (TwoHops, CenteredWhereNegative)},
     **{name: name for name in ("gcn", "tag", "sg", "arma", "mixhop", "eg")},
-    **{name: partial(CONVS[name], **options) for name, options in (("cheb", {"K": 3}), ("ssg", {"alpha": 0.1}))},
+    "cheb": partial(pyg.ChebConv, K=3),
+    "ssg": partial(pyg.SSGConv, alpha=0.1),
     "appnp": lambda *_: pyg.APPNP(K=2, alpha=0.1),
     "gatedgraph": lambda _, o: pyg.GatedGraphConv(o, num_layers=2),
 }
@@ -204,7 +204,7 @@ def test_local_true_for_a_conv_that_cannot_run_on_the_probe() -> None:
 
 
 def test_trying_a_conv_out_leaves_it_alone() -> None:
-    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    network: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     conv = pyg.GINConv(network).eval()
     before = copy.deepcopy(conv.state_dict())
     MoEConv(lambda *_: conv, 4, 4, num_experts=1, local=False, shared_expert=False)

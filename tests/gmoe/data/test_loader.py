@@ -84,7 +84,7 @@ def test_seed_of_torch_repeats_an_epoch() -> None:
 
     def draw(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
-        kwargs: Any = {"shuffle": True, "num_workers": 1, "persistent_workers": True}
+        kwargs: Any = {"shuffle": True, "num_workers": 1}
         loader = neighbor_loader(full_graph(), [3, 3], batch_size=8, backend="gmoe", **kwargs)
         return [batch.e_id for _ in range(2) for batch in loader]
 
