@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_geometric.nn import HeteroConv, SAGEConv
+from torch_geometric.utils import sort_edge_index, to_torch_csr_tensor
 
 from gmoe import Routing, aux_loss
 from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
@@ -48,11 +49,9 @@ def edges(counts: Mapping[str, int] = COUNTS, seed: int = 0) -> Edges:
 
 def csr(edge_index: Tensor, size: tuple[int, int]) -> Tensor:
     """The transposed adjacency, each parallel edge a value."""
-    order = edge_index[1].argsort(stable=True)
-    source, destination = edge_index[:, order]
-    start = torch.zeros(size[1] + 1, dtype=torch.long)
-    start[1:] = torch.bincount(destination, minlength=size[1]).cumsum(0)
-    return torch.sparse_csr_tensor(start, source, torch.ones(len(source), dtype=torch.float64), size[::-1])
+    ordered = sort_edge_index(edge_index.flip(0))
+    ones = torch.ones(ordered.size(1), dtype=torch.float64)
+    return to_torch_csr_tensor(ordered, ones, size=size[::-1], is_coalesced=True)
 
 
 def by_pyg(dense: RelationalConv, x_dict: Nodes, edge_index_dict: Edges) -> Nodes:

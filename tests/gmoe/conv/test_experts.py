@@ -16,9 +16,16 @@ from torch_geometric.nn import GATConv, GINConv, GINEConv, SAGEConv, SoftmaxAggr
 from gmoe import FilterConv, MoEConv
 from gmoe.conv.aggregate import AggregateOnce, FilterExperts, MLPConvExperts
 from gmoe.conv.attention import AttentionExperts
-from gmoe.conv.base import MixedExperts
 from gmoe.conv.separate import SeparateExperts
-from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph, simple_graph, weights
+from tests.gmoe.conv.masked import (
+    GRAPHS,
+    assert_equals_masked,
+    features,
+    random_graph,
+    routing_of,
+    simple_graph,
+    weights,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 
@@ -73,6 +80,11 @@ SOME: list[Case] = [
 """One of each way to run experts."""
 
 
+TURNED = [(conv, {**kwargs, "flow": "target_to_source"}) for conv, kwargs in SOME[:5]]
+TURNED += [("gatv2", {"share_weights": True, "flow": "target_to_source"})]
+"""PyG's GATv2Conv then swaps lin_l and lin_r under any mask, unless they are one: ours does not."""
+
+
 def name(kind: Any) -> str:
     if isinstance(kind, list):
         return "+".join(map(name, kind))
@@ -107,52 +119,25 @@ def edge_args(conv: MoEConv, num_edges: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("conv", "kwargs"), ALL, ids=ids)
-def test_equals_masked(conv: Any, kwargs: dict[str, Any], device: str) -> None:
-    """And under an explainer's mask, whose gradient is compared too; and then without it again."""
+@pytest.mark.parametrize(("conv", "kwargs"), [*ALL, *TURNED], ids=ids)
+def test_equals_masked_under_an_explainers_mask(conv: Any, kwargs: dict[str, Any], device: str) -> None:
+    """Its gradient is compared too; and then without it again."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     layer = build(conv, kwargs)
     args = {name: value.to(device) for name, value in edge_args(layer, EDGES.size(1)).items()}
     x, edges, weight_TE, mask = features(NODES, WIDTH), EDGES, weights(NODES), features(EDGES.size(1), seed=9)
     layer, (x, edges, weight_TE, mask) = layer.to(device), (value.to(device) for value in (x, edges, weight_TE, mask))
-    masks = [None] if (conv, kwargs) == FULL[-1] else [None, mask, None]
-    for shown in masks:
+    for shown in [None] if (conv, kwargs) == FULL[-1] else [mask, None]:
         assert_equals_masked(layer, x, edges, weight_TE=weight_TE, mask=shown, **args)
 
 
-@pytest.mark.parametrize(("conv", "kwargs"), [*SOME[:5], ("gatv2", {"share_weights": True})], ids=ids)
-def test_an_explainers_mask_in_the_other_flow(conv: Any, kwargs: dict[str, Any]) -> None:
-    """PyG's GATv2Conv then swaps lin_l and lin_r under any mask, unless they are one: ours does not."""
-    layer = build(conv, {**kwargs, "flow": "target_to_source"})
-    args, mask = edge_args(layer, EDGES.size(1)), features(EDGES.size(1), seed=9)
-    assert_equals_masked(layer, features(NODES, WIDTH), EDGES, weight_TE=weights(NODES), mask=mask, **args)
-
-
-@pytest.mark.parametrize(
-    ("cases", "kind"),
-    [(AGGREGATE_ONCE, AggregateOnce), (ATTENTION, AttentionExperts), (LOCAL, True), (FULL, False)],
-    ids=["aggregate once", "attention", "local", "full"],
-)
-def test_every_kind_is_run_in_its_own_way(cases: list[Case], kind: Any) -> None:
-    for conv, kwargs in cases:
-        experts = build(conv, kwargs).experts
-        if isinstance(kind, bool):
-            assert isinstance(experts, SeparateExperts)
-            assert experts.is_local == [kind] * 3
-        else:
-            assert isinstance(experts, kind)
-    assert isinstance(build("mlp", {}).experts, MLPConvExperts)
-    assert isinstance(build(["low_pass", "high_pass", "identity"], {}).experts, FilterExperts)
-    assert isinstance(build(["gcn", "gat"], {}).experts, MixedExperts)
-
-
-@pytest.mark.parametrize("conv", ["sage", "gat", "gen"])
-def test_bipartite_nodes_in_the_other_flow_are_refused(conv: Any) -> None:
-    """PyG's convs would take their messages from the second set, and give outputs for the first."""
-    layer = build(conv, {"flow": "target_to_source"}, router="token_choice")
-    with pytest.raises(ValueError, match=r"x: got a tuple .*flow='target_to_source'"):
-        layer((features(9, WIDTH), features(5, WIDTH)), random_graph(5, 5, 9))
+def test_no_kind_is_run_in_a_slower_way_than_it_could_be() -> None:
+    ways: Any = {AggregateOnce: AGGREGATE_ONCE, AttentionExperts: ATTENTION, SeparateExperts: [*LOCAL, *FULL]}
+    ways |= {MLPConvExperts: [("mlp", {})], FilterExperts: [(["low_pass", "high_pass", "identity"], {})]}
+    for way, cases in ways.items():
+        assert all(isinstance(build(*case).experts, way) for case in cases)
+    assert [build(*case).experts.is_local for case in (*LOCAL, *FULL)] == [[True] * 3] * len(LOCAL) + [[False] * 3] * 3
 
 
 @pytest.mark.parametrize("conv", ["gcn", ["sage", "gin"]], ids=name)
@@ -178,32 +163,50 @@ def test_values_of_a_matrix_get_their_gradient(conv: str) -> None:
     torch.testing.assert_close(of_matrix.grad, of_edges.grad, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("conv", "kwargs"), ATTENTION, ids=ids)
-def test_heads_wider_and_narrower_than_the_input(conv: Any, kwargs: dict[str, Any]) -> None:
-    """GAT sums inputs, and transforms the sum, where a head is at least as wide; else the rows that experts need are
-    transformed."""
-    for in_channels, out_channels in ((2, 5), (6, 3)):
-        layer = build(conv, kwargs, in_channels, out_channels)
-        args = edge_args(layer, EDGES.size(1))
-        assert_equals_masked(layer, features(NODES, in_channels), EDGES, weight_TE=weights(NODES), **args)
+@pytest.mark.parametrize("conv", ["gat", "gatv2", "transformer"])
+def test_one_set_of_nodes_for_two_layers(conv: str) -> None:
+    """A tuple of widths with a single tensor: both ends are the same nodes, each through its own layer."""
+    layer = build(conv, {"heads": 2}, (WIDTH, WIDTH))
+    assert_equals_masked(layer, features(NODES, WIDTH), EDGES, weight_TE=weights(NODES))
 
 
-def test_partials_of_equal_repr_are_not_taken_for_one() -> None:
-    """``repr(SoftmaxAggregation(t))`` does not show t."""
-    kinds: list[Any] = [partial(SAGEConv, aggr=SoftmaxAggregation(t=t)) for t in (0.1, 10.0)]
-    assert repr(kinds[0].keywords) == repr(kinds[1].keywords)
-    layer = build([*kinds, kinds[0]], {})
-    assert isinstance(layer.experts, MixedExperts)
-    assert layer.experts.members == [(0, 2), (1,)]
-    assert [layer.expert(e).aggr_module.t for e in range(3)] == [0.1, 10.0, 0.1]
-    assert_equals_masked(layer, features(9, WIDTH), random_graph(9, 9, 30), weight_TE=weights(9))
+@pytest.mark.parametrize("conv", ["gat", "gatv2", "transformer"])
+def test_attention_drops_as_the_separate_convs_do(conv: str) -> None:
+    """In each of many copies of a graph anew."""
+    copies, layer = 300, build(conv, {"dropout": 0.5})
+    x, weight_TE = features(NODES, WIDTH).repeat(copies, 1), weights(NODES, "all").repeat(copies, 1)
+    edges = torch.cat([EDGES + NODES * index for index in range(copies)], dim=1)
+    expected = layer.eval()(x, edges, routing=routing_of(weight_TE))[:NODES]
+    experts: Any = [layer.train().expert(e) for e in range(3)]
+    ours = layer(x, edges, routing=routing_of(weight_TE)).view(copies, NODES, WIDTH)
+    theirs: Any = sum(weight_TE[:, e, None] * expert(x, edges) for e, expert in enumerate(experts))
+    assert ((ours.mean(dim=0) - expected).abs() <= 5 * ours.std(dim=0) / copies**0.5 + 1e-12).all()
+    torch.testing.assert_close(ours.std(dim=0), theirs.view_as(ours).std(dim=0), rtol=0.3, atol=1e-12)
+
+
+def test_edge_features_that_do_not_fit() -> None:
+    x, attr, routing = features(NODES, WIDTH), features(EDGES.size(1), EDGE_DIM), routing_of(weights(NODES))
+    for conv, kwargs, given, message in (
+        ("gatv2", {}, attr, "edge_attr: got a tensor, .*GATv2Conv was built with edge_dim=None"),
+        ("transformer", {}, attr, "edge_attr: got a tensor, .*TransformerConv was built with edge_dim=None"),
+        ("transformer", {"edge_dim": 3}, None, r"edge_attr: got None, expected a tensor of shape \(edges, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(conv, kwargs)(x, EDGES, edge_attr=given, routing=routing)
+    for conv, kwargs in (("gat", {}), ("gat", {"edge_dim": 3}), ("gatv2", {"edge_dim": 3})):  # as PyG has it
+        assert_equals_masked(build(conv, kwargs), x, EDGES, weight_TE=weights(NODES))
+    for edge_dim, given in ((None, attr), (1, attr[:, 0])):  # one feature an edge, as a vector
+        layer = build("gat", {"edge_dim": edge_dim})
+        assert_equals_masked(layer, x, EDGES, weight_TE=weights(NODES), edge_attr=given)
 
 
 def test_kinds_are_grouped_wherever_they_stand_in_the_list() -> None:
-    by_max, by_sum = (partial(SAGEConv, aggr=aggr) for aggr in ("max", "sum"))
-    layer = build(["gcn", "mlp", "GCNConv", by_sum, "low_pass", by_max, by_sum], {}, router="token_choice", k=3)
-    assert isinstance(layer.experts, MixedExperts)
-    assert layer.experts.members == [(0, 2), (1,), (3, 6), (4,), (5,)]
-    assert_equals_masked(layer, features(9, WIDTH), random_graph(9, 9, 30))
-    names = [type(layer.expert(e)).__name__.removesuffix("Conv") for e in range(7)]
+    """But not those of one repr: ``repr(SoftmaxAggregation(t))`` does not show t."""
+    soft, softer = (partial(SAGEConv, aggr=SoftmaxAggregation(t=t)) for t in (0.1, 10.0))
+    assert repr(soft.keywords) == repr(softer.keywords)
+    layer = build(["gcn", "mlp", "GCNConv", soft, "low_pass", softer, soft], {}, router="token_choice", k=3)
+    found: list[Any] = [layer.expert(e) for e in range(7)]
+    names = [type(expert).__name__.removesuffix("Conv") for expert in found]
     assert names == ["GCN", "MLP", "GCN", "SAGE", "Filter", "SAGE", "SAGE"]
+    assert [found[e].aggr_module.t for e in (3, 5, 6)] == [0.1, 10.0, 0.1]
+    assert_equals_masked(layer, features(9, WIDTH), random_graph(9, 9, 30))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from functools import partial
@@ -124,7 +123,6 @@ SWITCH = {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1}
 MASKED: list[dict[str, Any]] = [
     *({"router": router, "router_input": BOTH} for router in ROUTERS),
     {"out_types": ["paper"], "router_input": "neighbors", "router_kwargs": SWITCH},
-    {"out_types": ["author", "field"], "router_input": "node", "router_kwargs": SWITCH},
     {"shared_expert": True},
     {"shared_expert": True, "dense_start": False},
 ]
@@ -159,7 +157,7 @@ def test_a_new_layer_is_the_dense_one() -> None:
             module.reset_parameters()
 
 
-@pytest.mark.parametrize("empty", [["paper"], ["venue", "field"], TYPES], ids=str)
+@pytest.mark.parametrize("empty", [["venue", "field"], TYPES], ids=str)
 def test_equals_masked_layers_without_some_nodes(empty: list[str]) -> None:
     """Relations of types without nodes have no edges, or are absent."""
     xs = {t: x[: 0 if t in empty else None] for t, x in nodes().items()}
@@ -170,7 +168,7 @@ def test_equals_masked_layers_without_some_nodes(empty: list[str]) -> None:
 # Routers
 
 
-@pytest.mark.parametrize("router_input", ["node", "neighbors", BOTH, ["neighbors", "node"]], ids=str)
+@pytest.mark.parametrize("router_input", ["node", "neighbors", ["neighbors", "node"]], ids=str)
 def test_the_input_of_routers(router_input: Any) -> None:
     """A node's features, then the means over its in-edges of each relation, in whatever order they are named."""
     types = ["paper", "author", "field"]
@@ -188,27 +186,15 @@ def test_the_input_of_routers(router_input: Any) -> None:
 def test_a_router_instance_is_for_one_type() -> None:
     router = TokenChoice(WIDTH, EXPERTS)
     assert layer(router=router, router_kwargs=None, out_types=["paper"]).routers["paper"] is router
-    with pytest.raises(ValueError, match="router"):
-        layer(router=router, router_kwargs=None)
-
-
-def test_check_finite_reaches_the_routers() -> None:
-    xs = {t: x.float() for t, x in nodes(WIDTH).items()}
-    xs["field"][1, 1] = torch.nan
-    layer()(xs, edges())
-    with pytest.raises(ValueError, match=r"x: got .* NaN"):
-        layer(check_finite=True)(xs, edges())
 
 
 # As modules
 
 
 def test_expert_is_a_detached_copy() -> None:
-    conv, state = layer().eval(), copy.deepcopy(layer().state_dict())
-    expert = conv.expert(1)
-    for parameter in expert.parameters():
+    conv, state = layer(), layer().state_dict()
+    for parameter in conv.expert(1).parameters():
         nn.init.ones_(parameter)
-    assert not expert.training
     assert all(torch.equal(value, state[name]) for name, value in conv.state_dict().items())
     with pytest.raises(ValueError, match="index"):
         conv.expert(EXPERTS)
@@ -217,15 +203,11 @@ def test_expert_is_a_detached_copy() -> None:
 # Cost
 
 
-def test_active_parameters_follow_k() -> None:
+def test_flops_follow_k() -> None:
+    """The same for any E, and K times the products; the means are taken once."""
     conv = layer(k=2, num_experts=8)
     one, gates = (sum(p.numel() for p in module.parameters()) for module in (conv.expert(0), conv.routers))
     assert active_parameters(conv) == 2 * one + gates
-    assert active_parameters(layer(router="uniform", num_experts=8)) == 8 * one
-
-
-def test_flops_follow_k() -> None:
-    """The same for any E, and K times the products; the means are taken once."""
 
     def flops(num_experts: int, k: int) -> int:
         weight = {t: (torch.arange(num_experts).expand(n, -1) < k).double() for t, n in COUNTS.items()}
@@ -242,13 +224,11 @@ def test_flops_follow_k() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "argument"),
     [
-        ({"metadata": ([], [])}, "metadata"),
         ({"metadata": (["a"], [("a", "r", "b")])}, "metadata"),
         ({"widths": {"paper": 3}}, "in_channels"),
-        ({"widths": 0}, "in_channels"),
         ({"out_types": ["book"]}, "out_types"),
         ({"out_channels": 0}, "out_channels"),
-        ({"router_input": "degree"}, "router_input"),
+        ({"router": TokenChoice(WIDTH, EXPERTS), "router_kwargs": None}, "router"),
         ({"router_input": "neighbors"}, "router_input"),  # nothing ends in a venue
     ],
     ids=str,
@@ -267,7 +247,6 @@ OTHER = Graph(torch.zeros(2, 0, dtype=torch.long), (5, 8))
         ({"author": None}, {}, None, "x_dict['author']"),
         ({"author": torch.zeros(5, 3)}, {}, None, "x_dict['author']"),
         ({}, {("author", "reads", "paper"): torch.zeros(2, 0)}, None, "edge_index_dict"),
-        ({}, {WRITES: torch.tensor([[5], [0]])}, None, f"edge_index_dict[{WRITES}]"),
         ({}, {WRITES: OTHER}, None, f"edge_index_dict[{WRITES}]"),
         ({}, {}, {"field": torch.zeros(2, dtype=torch.long)}, "batch"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import GraphConv, SAGEConv
+from torch_geometric.nn import GATConv, GraphConv, SAGEConv
 from torch_geometric.utils import to_torch_csr_tensor
 
 from gmoe import MoEConv, TokenChoice, active_parameters, count_flops
@@ -37,8 +36,6 @@ def test_neighbors_vote_along_the_edges() -> None:
         _, routing = moe(x, edge_index, return_routing=True)
         torch.testing.assert_close(routing.scores, moe.router(x, None, edges).scores)
     torch.testing.assert_close(routing.scores[6:], torch.ones(2, EXPERTS))  # isolated nodes vote for themselves
-    with pytest.raises(ValueError, match="x: got a tuple"):
-        layer("sage", **options)((x, x[:5]), edge_index % 5)
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
@@ -72,24 +69,13 @@ def test_expert_is_a_detached_copy(conv: Any, kwargs: dict[str, Any]) -> None:
     x, edge_index = graph()
     moe = layer(conv, router=None, **({"num_experts": None} if isinstance(conv, list) else {}), **kwargs).eval()
     for index in range(EXPERTS):
-        plain = moe.expert(index)
+        plain, routing = moe.expert(index), routing_of(torch.eye(EXPERTS)[index].expand(NODES, EXPERTS))
         assert not plain.training
-        routing = routing_of(torch.eye(EXPERTS)[index].expand(NODES, EXPERTS))
         before = moe(x, edge_index, routing=routing)
         torch.testing.assert_close(plain(x, edge_index), before)
-        assert all(p.is_leaf and p.requires_grad for p in plain.parameters())
-        with torch.no_grad():
-            for parameter in plain.parameters():
-                parameter.add_(1.0)
+        for parameter in plain.parameters():
+            nn.init.ones_(parameter)
         assert torch.equal(moe(x, edge_index, routing=routing), before)
-        assert not torch.allclose(plain(x, edge_index), before)
-
-
-def test_expert_follows_dtype_and_is_bounded() -> None:
-    moe = layer().double()
-    drawn = torch.get_rng_state()
-    assert all(p.dtype == torch.float64 for p in moe.expert(0).parameters())
-    assert torch.equal(torch.get_rng_state(), drawn)
     for index in (-1, EXPERTS):
         with pytest.raises(ValueError, match=f"index: got {index}"):
             moe.expert(index)
@@ -117,51 +103,29 @@ def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("csr", [False, True])
-@pytest.mark.parametrize("conv", ["gcn", "gat", "general", "two_hop", partial(SAGEConv, aggr="max")], ids=str)
+@pytest.mark.parametrize("conv", ["gcn", "gat", "general", partial(SAGEConv, aggr="max")], ids=str)
 def test_a_model_in_bfloat16_scores_in_float32(conv: Any, csr: bool) -> None:
-    x, edge_index = graph()
-    adj = to_torch_csr_tensor(edge_index.flip(0), size=(NODES, NODES)) if csr else edge_index
-    leaf = x.bfloat16().requires_grad_()
-    moe = layer(conv, router_input=("node", "neighbors"))
-    y, routing = copy.deepcopy(moe).bfloat16()(leaf, adj, return_routing=True)
+    x, adj = graph()
+    adj = to_torch_csr_tensor(adj.flip(0), size=(NODES, NODES)) if csr else adj
+    moe = layer(conv, router_input=("node", "neighbors")).bfloat16()
+    y, routing = moe(x.bfloat16(), adj, return_routing=True)
     assert y.dtype == torch.bfloat16
     assert routing.scores.dtype == torch.float32
-    y.sum().backward()
-    assert leaf.grad is not None
-    expected = moe(x, adj, routing=replace(routing, weight=routing.weight.float()))
+    expected = moe.float()(x, adj, routing=replace(routing, weight=routing.weight.float()))
     torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)
-
-
-@pytest.mark.parametrize(
-    ("conv", "backend"), [("gcn", "eager"), pytest.param("gatv2", "aot_eager", marks=pytest.mark.slow)]
-)
-def test_compiled_equals_eager(conv: str, backend: str) -> None:
-    torch.compiler.reset()
-    x, edge_index = graph()
-    moe = layer(conv, router="expert_choice", k=2)
-    compiled: Any = torch.compile(moe, backend=backend)
-    leaves = [x.clone().requires_grad_() for _ in range(2)]
-    outs = [moe(leaves[0], edge_index), compiled(leaves[1], edge_index)]
-    torch.testing.assert_close(outs[1], outs[0])
-    pairs = zip(outs, leaves, strict=True)
-    gradients = [torch.autograd.grad(out.square().sum(), [leaf, *moe.parameters()]) for out, leaf in pairs]
-    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_a_given_routing_is_followed_without_the_router() -> None:
     x, edge_index = graph()
-    moe = layer(router=None)
     given = routing_of(features(NODES, EXPERTS, seed=3).float())
+    moe: Any = layer()
     y, routing = moe(x, edge_index, routing=given, return_routing=True)
     assert routing is given
+    y.sum().backward()
+    assert all(p.grad is None for p in moe.router.parameters())
     for wrong in (None, routing_of(torch.ones(NODES, 2)), "token_choice"):
         with pytest.raises(ValueError, match="routing: got"):
-            moe(x, edge_index, routing=wrong)
-    own: Any = layer(router="token_choice")
-    own(x, edge_index, routing=given).sum().backward()
-    assert all(p.grad is None for p in own.router.parameters())
-    own.experts.load_state_dict(moe.experts.state_dict())
-    assert torch.equal(own(x, edge_index, routing=given), y)
+            layer(router=None)(x, edge_index, routing=wrong)
 
 
 def test_a_shared_expert_counts_in_full() -> None:
@@ -170,25 +134,15 @@ def test_a_shared_expert_counts_in_full() -> None:
     assert count_flops(moe, *graph()) > count_flops(plain, *graph())
 
 
-def test_repr() -> None:
-    text = repr(layer("gat"))
-    assert text.startswith("MoEConv(\n  4, 4, num_experts=3, router_input=('node',)")
-    assert "TokenChoice(" in text
-    assert "GATConv(4, 4, heads=1)" in text
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"router": "tokenchoice"}, "router: got 'tokenchoice'"),
         ({"k": 4, "router": None}, "k: got 4"),
-        ({"k": 0}, "k: got 0"),
-        ({"num_experts": 0}, "num_experts: got 0"),
         ({"num_experts": 2.0}, "num_experts: got 2.0"),
         ({"router_input": ("node", "x")}, "router_input: got 'x'"),
         ({"router_input": ()}, "router_input: got nothing"),
         ({"backend": "cuda"}, "backend: got 'cuda'"),
-        ({"router_kwargs": {"capacity_factor": 0}}, "capacity_factor: got 0"),
         ({"router_kwargs": {"weight": "normalized"}}, "weight: got 'normalized' with k=1"),
         ({"router": TokenChoice(5, 3)}, "router: got an instance for dim=5, num_experts=3"),
     ],
@@ -208,9 +162,9 @@ WEIGHT, ATTR = torch.ones(13), torch.ones(13, 1)
         ("gcn", torch.randn(NODES, 5), {}, r"x: got .*\(8, 5\)"),
         ("gat", torch.randn(2, NODES, 4), {}, r"x: got .*\(2, 8, 4\).* see batch="),
         ("le", None, {}, "x: got NoneType"),
-        ("gcn", (X, None), {}, "x: got "),
         ("sage", (None, X), {}, r"x: got \['NoneType', 'Tensor'\]"),
-        ("gat", [X], {}, r"x: got \['Tensor'\]"),
+        (partial(GATConv, flow="target_to_source"), (X, X[:5]), {}, r"x: got a tuple .*flow='target_to_source'"),
+        *((conv, (X, X[:5]), {}, f"x: got a tuple .*{conv}") for conv in ("GCNConv", "FilterConv")),
         ("gcn", X.to_sparse(), {}, "x: got .*torch.sparse_coo"),
         ("gcn", X.long(), {}, "x: got .*torch.int64"),
         ("gat", X * torch.nan, {}, "x: got 32 values that are NaN or infinite"),
@@ -224,11 +178,6 @@ WEIGHT, ATTR = torch.ones(13), torch.ones(13, 1)
 def test_bad_input(conv: Any, x: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer(conv, check_finite=True)(x, graph()[1], **kwargs)
-
-
-def test_check_finite_is_not_lost_on_an_instance() -> None:
-    with pytest.raises(ValueError, match="x: got"):
-        layer(router=TokenChoice(WIDTH, EXPERTS), check_finite=True)(X * torch.nan, graph()[1])
 
 
 @pytest.mark.parametrize("nodes", [12, 20_000])

@@ -11,7 +11,6 @@ import torch_geometric.typing
 from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import NeighborLoader, NodeLoader
-from torch_geometric.sampler.base import SubgraphType
 
 from gmoe.data.loader import SamplerBackend, neighbor_loader
 from tests.gmoe.data.sampled import graph, hetero_graph
@@ -78,17 +77,14 @@ def test_input_nodes() -> None:
     for input_nodes, seeds in cases:
         (batch,) = list(neighbor_loader(full_graph(), [2], input_nodes, NODES, backend="gmoe")) or (None,)
         assert seeds == ([] if batch is None else batch.n_id[: batch.batch_size].tolist())
-    by_type: list[Any] = ["author", ["author", [4]], ("author", torch.arange(20) < 7)]
-    for input_nodes, num_seeds in zip(by_type, (20, 1, 7), strict=True):
-        (batch,) = neighbor_loader(hetero_graph(), [2], input_nodes, 50, backend="gmoe")
-        assert batch["author"].batch_size == num_seeds
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_seed_of_torch_repeats_an_epoch(num_workers: int) -> None:
+def test_seed_of_torch_repeats_an_epoch() -> None:
+    """With a worker process too."""
+
     def draw(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
-        kwargs: Any = {"shuffle": True, "num_workers": num_workers}
+        kwargs: Any = {"shuffle": True, "num_workers": 1}
         loader = neighbor_loader(full_graph(), [3, 3], batch_size=8, backend="gmoe", **kwargs)
         return [batch.e_id for _ in range(2) for batch in loader]
 
@@ -127,9 +123,8 @@ def test_pyg_needs_its_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_only_pyg_does_is_refused() -> None:
     asked: list[tuple[str, Any]] = [
-        *(("subgraph_type", "induced"), ("subgraph_type", SubgraphType.bidirectional), ("directed", False)),
-        *(("disjoint", True), ("temporal_strategy", "last"), ("time_attr", "time"), ("weight_attr", "edge_weight")),
-        *(("input_time", torch.arange(NODES)), ("neighbor_sampler", object()), ("is_sorted", True)),
+        *(("subgraph_type", "induced"), ("directed", False), ("disjoint", True), ("time_attr", "time")),
+        *(("weight_attr", "edge_weight"), ("input_time", torch.arange(NODES)), ("is_sorted", True)),
     ]
     for name, value in asked:
         with pytest.raises(ValueError, match=name):

@@ -16,15 +16,14 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import LinkLoader
-from torch_geometric.nn import GraphSAGE
-from torch_geometric.sampler import EdgeSamplerInput, NodeSamplerInput
+from torch_geometric.sampler import NodeSamplerInput
 
 import gmoe.data.sampler
 from gmoe.data.sampler import NeighborSampler
 from tests.gmoe.data.sampled import check, draw, graph, hetero_graph, hetero_sample, sample, star
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     num_nodes=st.integers(1, 12),
     num_edges=st.integers(0, 40),
@@ -43,16 +42,6 @@ def test_output_is_a_sampled_subgraph(
     sampler = NeighborSampler(data, fanouts, replace)
     for _ in range(2):  # the second batch meets no trace of the first
         check(data, draw(sampler, seeds), fanouts, seeds, replace)
-
-
-def test_trimming_leaves_the_logits_of_the_seeds() -> None:
-    data, net = graph(60, 400), GraphSAGE(4, 8, 3, 5).double().eval()
-    out = sample(data, [4, 3, 2], [7, 1, 30], replace=True)
-    x, edge_index = data.x[out.node].double(), torch.stack([out.row, out.col])
-    hops = {f"num_sampled_{what}_per_hop": getattr(out, f"num_sampled_{what}") for what in ("nodes", "edges")}
-    trimmed = net(x, edge_index, **hops)
-    assert len(trimmed) < len(x)
-    torch.testing.assert_close(trimmed[:3], net(x, edge_index)[:3])
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -76,7 +65,7 @@ def within(count: Tensor | int, trials: int, share: float) -> Tensor:
 
 @pytest.mark.parametrize(("degree", "k"), [(5, 1), (5, 4), (6, 3)])
 def test_subsets_are_equally_likely(degree: int, k: int) -> None:
-    trials = 20_000
+    trials = 10_000
     torch.manual_seed(0)
     out = sample(star(degree), [k], [0] * trials)
     assert out.edge is not None
@@ -134,21 +123,13 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_draws_are_repeated_by_the_seed_of_torch() -> None:
-    """Also in int64, where ids are beyond int32, and by a copy as spawned workers get it, which shares no map."""
+    """Also by a copy, as spawned workers get it."""
     data = graph(100, 3_000)
     sampler = NeighborSampler(data, [5, 5])
     first, again, other = (draw(sampler, range(20), seed) for seed in (0, 0, 1))
     assert same(first, again)
     assert not same(first, other)
-    copied = pickle.loads(pickle.dumps(sampler))
-    assert (len(sampler._maps), copied._maps) == (1, [])
-    assert same(first, draw(copied, range(20), 0))
-    iinfo = torch.iinfo
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "iinfo", lambda dtype: iinfo(torch.int8 if dtype == torch.int32 else dtype))
-        wide = NeighborSampler(data, [5, 5])
-        assert wide._dtype == torch.int64
-        assert same(first, draw(wide, range(20), 0))
+    assert same(first, draw(pickle.loads(pickle.dumps(sampler)), range(20), 0))
 
 
 def test_error_and_inference_mode_leave_no_trace() -> None:
@@ -199,23 +180,6 @@ def test_transposed_adjacency(monkeypatch: pytest.MonkeyPatch) -> None:
     check(Data(num_nodes=30, edge_index=by_destination), out, [4, 3], [5, 2, 8], replace=False)
 
 
-def test_graph_without_edges() -> None:
-    for data in (Data(x=torch.zeros(3, 1)), Data(num_nodes=3, edge_index=torch.empty(2, 0, dtype=torch.long))):
-        out = sample(data, [2, -1], [2, 0])
-        assert out.node.tolist() == [2, 0]
-        assert (out.num_sampled_nodes, out.num_sampled_edges) == ([2, 0, 0], [0, 0])
-        assert out.row.shape == out.col.shape == (0,)
-
-
-def test_metadata() -> None:
-    data = graph(40, 400)
-    sampler = NeighborSampler(data, [2])
-    input_id = torch.tensor([5, 3])
-    out = sampler.sample_from_nodes(NodeSamplerInput(input_id, torch.tensor([1, 2])))
-    assert out.metadata == (input_id, None)
-    assert repr(sampler) == "NeighborSampler(num_neighbors=[2], replace=False)"
-
-
 @pytest.mark.parametrize("kind", [None, ("author", "writes", "paper")])
 def test_link_loader(kind: tuple[str, str, str] | None) -> None:
     """Seed edges, with negative ones: the labeled ends are nodes of the batch."""
@@ -233,40 +197,31 @@ def test_link_loader(kind: tuple[str, str, str] | None) -> None:
 
 
 def test_bad_input() -> None:
-    data, hetero = graph(5, 9), hetero_graph()
-    stranger, no_edges = HeteroData(), HeteroData()
-    stranger["paper"].num_nodes = no_edges["paper"].num_nodes = 3
+    data, hetero, stranger = graph(5, 9), hetero_graph(), HeteroData()
+    stranger["paper"].num_nodes = 3
     stranger["author", "writes", "paper"].edge_index = torch.zeros(2, 1, dtype=torch.long)
-    no_edges["paper", "cites", "paper"].edge_attr = torch.zeros(2, 1)
     dense = Data(num_nodes=3, adj_t=torch.eye(3).to_sparse_csr())
     outside = Data(num_nodes=3, edge_index=torch.tensor([[0, 1], [1, 3]]))
-    cases: list[tuple[Any, Any, dict[str, Any], str]] = [
-        ((data, data), [2], {}, "data"),
-        *((data, bad, {}, "num_neighbors") for bad in (2, [2, -2], [2, 0.5], {("a", "to", "b"): [2]})),
-        (hetero, {("a", "to", "b"): [2]}, {}, "num_neighbors"),
-        (hetero, {("paper", "cites", "paper"): [2]}, {}, "number of neighbors"),
-        *((bad, [2], {}, "data") for bad in (stranger, no_edges, dense)),
-        (outside, [2], {}, "edge_index"),
-        (data, [2], {"is_sorted": True}, "is_sorted"),
+    cases: list[tuple[Any, Any, str]] = [
+        *((bad, [2], "data") for bad in ((data, data), stranger, dense)),
+        *((data, bad, "num_neighbors") for bad in (2, [2, -2], [2, 0.5], {("a", "to", "b"): [2]})),
+        (hetero, {("a", "to", "b"): [2]}, "num_neighbors"),
+        (outside, [2], "edge_index"),
     ]
-    for given_graph, fanouts, kwargs, name in cases:
+    for given_graph, fanouts, name in cases:
         with pytest.raises(ValueError, match=name):
-            NeighborSampler(given_graph, fanouts, **kwargs)
-    with pytest.warns(UserWarning, match="Unable to accurately infer"), pytest.raises(ValueError, match="num_nodes"):
-        NeighborSampler(Data(), [2])
+            NeighborSampler(given_graph, fanouts)
+    with pytest.raises(ValueError, match="is_sorted"):
+        NeighborSampler(data, [2], is_sorted=True)
 
 
 def test_bad_seeds() -> None:
-    ids: list[Any] = [[0, 5], [-1, 2], [True, False], [0.0], [[1], [2]]]
-    data, hetero, zero = graph(5, 9), hetero_graph(), torch.tensor([0])
+    data, zero = graph(5, 9), torch.tensor([0])
     cases: list[tuple[Any, NodeSamplerInput, str]] = [
-        *((data, NodeSamplerInput(None, torch.tensor(bad)), "node") for bad in ids),
+        *((data, NodeSamplerInput(None, torch.tensor(bad)), "node") for bad in ([0, 5], [-1, 2], [0.0], [[1], [2]])),
         (data, NodeSamplerInput(None, zero, zero), "time"),
-        (data, NodeSamplerInput(None, zero, input_type="paper"), "input_type"),
-        *((hetero, NodeSamplerInput(None, zero, None, kind), "input_type") for kind in (None, "field")),
+        (hetero_graph(), NodeSamplerInput(None, zero, None, "field"), "input_type"),
     ]
     for given_graph, index, name in cases:
         with pytest.raises(ValueError, match=f"^{name}: got"):
             NeighborSampler(given_graph, [2]).sample_from_nodes(index)
-    with pytest.raises(ValueError, match="time"):
-        NeighborSampler(data, [2]).sample_from_edges(EdgeSamplerInput(None, zero, zero, time=zero))

@@ -12,18 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import GAT, GCN, GIN, GATConv, GCNConv, GraphSAGE, to_hetero
+from torch_geometric.nn import GAT, GCN, GIN, GATConv, GraphSAGE
 
 from gmoe import (
     GNNMoE,
     Graph,
     MoEConv,
     MultiCentroid,
-    Routing,
     TokenChoice,
     moefy,
 )
-from gmoe.conv.graph import Edges
 from tests.gmoe.conv.masked import GRAPHS, csr, features, mean_of_in_edges
 
 NODES, IN, HIDDEN, OUT, EXPERTS = 8, 4, 6, 3, 3
@@ -66,12 +64,12 @@ def test_which_layers_are_moe(kwargs: dict[str, Any], moe_layers: list[int]) -> 
     assert len(routings) == len(moe_layers)
 
 
-@pytest.mark.parametrize("kwargs", [{"dropout": 0.5}, {"act": "elu", "norm": "batch_norm"}], ids=str)
 @pytest.mark.parametrize("jk", [None, "cat", "max", "last", "lstm"])
-def test_dense_baseline_is_pygs_gcn(jk: str | None, kwargs: dict[str, Any]) -> None:
+def test_dense_baseline_is_pygs_gcn(jk: str | None) -> None:
     x, edge_index = graph()
-    dense = model(router=None, residual="none", jk=jk, **kwargs)
-    plain = GCN(IN, HIDDEN, 3, OUT, jk=jk, **kwargs).double()
+    kwargs: dict[str, Any] = {"dropout": 0.5, "act": "elu", "norm": "batch_norm", "jk": jk}
+    dense = model(router=None, residual="none", **kwargs)
+    plain = GCN(IN, HIDDEN, 3, OUT, **kwargs).double()
     dense.load_state_dict(plain.state_dict())
     for train in (True, False):
         outs = []
@@ -82,47 +80,17 @@ def test_dense_baseline_is_pygs_gcn(jk: str | None, kwargs: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("flow", ["source_to_target", "target_to_source"])
-def test_a_shared_router_decides_once_and_all_layers_follow(flow: str) -> None:
+def test_a_shared_router_decides_once(flow: str) -> None:
     x, edge_index = graph()
     gnn = model(shared_router=True, router_input=("node", "neighbors", "degree"), num_layers=4, flow=flow)
-    followed = list[Routing]()
-    for conv in gnn.convs[:3]:
-        conv.register_forward_hook(lambda _, __, out: followed.append(out[1]))
-    _, routings = gnn(x, edge_index, return_routing=True)
-    assert [one is routings[0] for one in followed] == [True] * 3
-    assert len(routings) == 1
+    (routing,) = gnn(x, edge_index, return_routing=True)[1]
     ends = edge_index if flow == "source_to_target" else edge_index.flip(0)
     degree = torch.bincount(ends[1], minlength=NODES).double().log1p()[:, None]
     view = torch.cat([x, mean_of_in_edges(x, ends), degree], dim=1)
-    assert_same(gnn.view(x, Graph(edge_index, NODES, flow=flow)), view)
     for decision in (gnn.decide(x, edge_index), gnn.shared_router(view)):  # type: ignore[misc]
-        assert_same(decision.to_dense(), routings[0].to_dense())
+        assert_same(decision.to_dense(), routing.to_dense())
     with pytest.raises(ValueError, match="shared_router: got False"):
         model().decide(x, edge_index)
-
-
-@shared_routers
-def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(
-    shared_router: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, edges = graph()
-    gnn = model(num_layers=6, shared_router=shared_router, router_input=("node", "neighbors"))
-    calls, plain = list[Any](), Edges.sorted
-
-    def watched(*args: Any) -> Any:
-        calls.append(args)
-        return plain(*args)
-
-    monkeypatch.setattr(Edges, "sorted", staticmethod(watched))
-    gnn(x, edges)
-    assert len(calls) == 1
-    built = Graph(edges, NODES)
-    for _ in range(3):
-        gnn(x, built)
-    assert len(calls) == 2
-    for _ in range(2):  # the transpose, once
-        gnn(x, built).sum().backward()
-    assert len(calls) == 3
 
 
 def test_normalization_sees_the_batch_size() -> None:
@@ -154,17 +122,16 @@ def sampled() -> tuple[Tensor, Tensor, dict[str, list[int]]]:
 @shared_routers
 @pytest.mark.parametrize("jk", [None, "cat"])
 def test_trimming_does_not_change_the_seeds(shared_router: bool, jk: str | None) -> None:
-    """Edge arguments, a batch and the shared decision are trimmed along, of a Graph too."""
+    """Edge arguments, a batch and the shared decision are trimmed along, of a Graph and an EdgeIndex too."""
     x, edge_index, hops = sampled()
     args: dict[str, Any] = {"edge_weight": features(10, seed=4).abs(), "edge_attr": features(10, 2, seed=4)}
     conv: list[Any] = ["graph", "sage", partial(GATConv, edge_dim=2, add_self_loops=False)]
     gnn = model(conv=conv, shared_router=shared_router, jk=jk, norm=nn.LayerNorm(HIDDEN))
-    expected = gnn(x, edge_index, **args)
     trimmed, routings = gnn(x, edge_index, **args, **hops, return_routing=True)
-    assert_same(trimmed[:3], expected[:3])
-    assert_same(gnn(x, Graph(edge_index, 10, **args), **hops), trimmed)
-    if not shared_router:
-        assert [r.num_tokens for r in routings] == ([10, 9, 6] if jk else [10, 9])
+    assert_same(trimmed[:3], gnn(x, edge_index, **args)[:3])
+    for adj in (Graph(edge_index, 10), EdgeIndex(edge_index, sparse_size=(10, 10))):
+        assert_same(gnn(x, adj, **args, **hops), trimmed)
+    assert shared_router or [r.num_tokens for r in routings] == ([10, 9, 6] if jk else [10, 9])
     batch = torch.tensor([0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
     assert gnn(x, edge_index, batch=batch, **args, **hops).isfinite().all()
     with pytest.raises(ValueError, match="edge_index: got a sparse matrix"):
@@ -188,21 +155,17 @@ def test_the_first_kind_of_a_list_is_the_dense_one() -> None:
     first: Any = gnn.convs[0]
     assert [type(first.expert(i)).__name__ for i in range(3)] == ["SAGEConv", "GATConv", "GraphConv"]
     assert type(gnn.convs[2]).__name__ == "SAGEConv"
-    assert repr(gnn) == "GNNMoE(4, 6, 3, num_layers=3, shared_router=False)"
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_layers": 1}, "every: got 1, expected at most 0"),
-        ({"every": 3}, "every: got 3, expected at most 2"),
+        ({"num_layers": 1}, "every: got 1 with num_layers=1 and jk=None"),
         ({"num_layers": 0}, "num_layers: got 0"),
         ({"router_input": "output"}, "router_input: got 'output'"),
         ({"residual": True}, "residual: got True"),
         ({"jk": "mean"}, "jk: got 'mean'"),
-        ({"act": 3}, "act: got 3"),
         ({"router": "nobody", "shared_router": True}, "router: got 'nobody'"),
-        ({"k": 0, "shared_router": True}, "k: got 0"),
         ({"router": TokenChoice(IN, EXPERTS)}, "router: got an instance for several layers"),
         ({"router": MultiCentroid(2 * IN, EXPERTS), "shared_router": True}, "router: got an instance for dim=8"),
     ],
@@ -216,27 +179,17 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
 def test_bad_input(shared_router: bool) -> None:
     x, edge_index = graph()
     gnn = model(conv="sage", shared_router=shared_router, check_finite=True)
-    edges = edge_index.size(1)
     for given, adj, options, message in (
         (features(NODES, 5), edge_index, {}, r"x: got shape \(8, 5\)"),
-        (None, edge_index, {}, "x: got shape NoneType"),
-        (x, torch.tensor([[8], [0]]), {}, "edge_index: got nodes 8"),
         (x, None, {}, "edge_index: got NoneType"),
         (x, Graph(edge_index, 9), {}, "edge_index: got Graph.*expected 8 nodes"),
-        (x, Graph(edge_index, 8, flow="target_to_source"), {}, "edge_index: got Graph.* of flow 'target_to_source'"),
+        (x, Graph(edge_index, 8, flow="target_to_source"), {}, "flow: got a Graph of 'target_to_source'"),
         (x * torch.nan, edge_index, {}, "x: got .* values that are NaN or infinite"),
         (x, edge_index, {"batch": torch.zeros(3).long()}, r"batch: got shape \(3,\)"),
-        (x, edge_index, {"edge_weight": torch.ones(edges)}, "edge_weight: got a tensor, but no conv of the model"),
-        (x, edge_index, {"edge_attr": torch.ones(edges, 1)}, "edge_attr: got a tensor, but no conv of the model"),
+        (x, edge_index, {"edge_weight": torch.ones(13)}, "edge_weight: got a tensor, but no conv of the model"),
     ):
         with pytest.raises(ValueError, match=message):
             gnn(given, adj, **options)
-
-
-def test_to_hetero_is_refused_by_name() -> None:
-    metadata = (["a", "b"], [("a", "to", "b"), ("b", "to", "a")])
-    with pytest.raises(ValueError, match="HeteroGNNMoE"):
-        to_hetero(model(), metadata)
 
 
 # moefy
@@ -265,21 +218,6 @@ def test_moefy_starts_as_the_dense_model(cls: Any, kwargs: dict[str, Any]) -> No
     assert all(p.grad is not None for p in moe.parameters())
 
 
-def test_moefy_of_gnns_refuses_and_leaves_them_alone() -> None:
-    dense, moe = GCN(IN, HIDDEN, 3, OUT), moefy(GCN(IN, HIDDEN, 3, OUT))
-    for given, kwargs, message in (
-        (dense, {"every": 3}, "every: got 3"),
-        (dense, {"router": TokenChoice(IN, 8)}, "router: got an instance"),
-        (dense, {"blocks": [7]}, "blocks: got"),
-        (GraphSAGE(-1, HIDDEN, 3, OUT), {}, "model: got parameters on the meta device or of lazy layers"),
-        (moe, {}, "model: got convs.0, a MoE already"),
-        ("GCN", {}, "model: got str"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            moefy(given, **kwargs)  # type: ignore[arg-type]
-    assert all(isinstance(conv, GCNConv) for conv in dense.convs)
-
-
 def test_moefy_of_some_layers_and_without_an_output_width() -> None:
     x, edge_index = graph()
     moe: Any = moefy(GCN(IN, HIDDEN, 4, OUT), every=2)
@@ -287,10 +225,3 @@ def test_moefy_of_some_layers_and_without_an_output_width() -> None:
     dense = GCN(IN, HIDDEN, 2).double()
     expected = dense(x, edge_index)
     assert_same(moefy(dense, num_experts=EXPERTS)(x, edge_index), expected)
-
-
-def test_trimming_takes_an_edge_index_that_knows_its_size() -> None:
-    edges, hops = torch.tensor([[1, 2, 3, 4], [0, 0, 1, 2]]), ([1, 2, 2], [2, 2])
-    known = EdgeIndex(edges, sparse_size=(5, 5), sort_order="col")
-    gnn, x = model(num_layers=2).eval(), features(5, IN)
-    assert_same(gnn(x, known, None, None, None, None, *hops), gnn(x, edges, None, None, None, None, *hops))

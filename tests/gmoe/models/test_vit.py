@@ -14,9 +14,9 @@ from gmoe.models.vit import SIZES, ViTMoE, ViTSize
 TINY = ViTSize(image_size=8, patch_size=2, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
 
 
-def vit(router: str | None, size: ViTSize = TINY, **kwargs: object) -> ViTMoE:
+def vit(router: str | None) -> ViTMoE:
     torch.manual_seed(0)
-    model = ViTMoE(size, 5, router, num_experts=4, **kwargs)  # type: ignore[arg-type]
+    model = ViTMoE(TINY, 5, router, num_experts=4)
     torch.nn.init.normal_(model.heads.head.weight)  # torchvision's starts at zero
     return model
 
@@ -34,16 +34,12 @@ def test_presets_run_and_train(side: int, router: str | None) -> None:
 
 
 def test_the_dense_baseline_is_torchvisions() -> None:
-    model = vit(None).double()
-    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    """And is upcycled as any."""
+    model, images = vit(None), torch.randn(3, 3, 8, 8)
     assert torch.equal(model(images), super(ViTMoE, model).forward(images))
     assert model(images, return_routing=True)[1] == []
-
-
-def test_the_routings_of_an_upcycled_baseline() -> None:
-    model = vit(None)
     gmoe.moefy(model, num_experts=4)
-    assert len(model(torch.randn(2, 3, 8, 8), return_routing=True)[1]) == 1
+    assert len(model(images, return_routing=True)[1]) == 1
 
 
 def test_gray_images_are_repeated() -> None:
