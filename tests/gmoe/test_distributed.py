@@ -239,9 +239,3 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_four_processes_equal_one(tmp_path: Path) -> None:
     compare(4, tmp_path)
-
-
-def test_without_processes_a_sum_is_the_thing_itself() -> None:
-    x = torch.randn(3, requires_grad=True)
-    assert world_sum(x) is x
-    assert world_size() == 1
