@@ -71,8 +71,7 @@ def test_a_new_layer_gives_what_its_conv_gives(conv: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 @pytest.mark.parametrize(
     ("conv", "options"),
-    [(GCNConv, {"k": 2, "router": router}) for router in ROUTERS]
-    + [(conv, {"shared_transform": True}) for conv in SOME],
+    [*((GCNConv, {"router": name}) for name in ROUTERS), *((conv, {"shared_transform": True}) for conv in SOME)],
     ids=str,
 )
 def test_every_router_starts_dense_and_learns(conv: Any, options: dict[str, Any]) -> None:
@@ -134,4 +133,4 @@ def test_experts_follow_the_seed_and_differ() -> None:
     layers = [drawn(lambda: nn.ModuleList([MoEConv("gcn", 4, 4), MoEConv("gcn", 4, 4)]), seed)[0] for seed in (3, 3, 4)]
     first, again, other = ([layer.experts.expert(e).lin.weight for layer in pair for e in (0, 1)] for pair in layers)
     assert all(map(torch.equal, first, again))
-    assert len({float(weight[0, 0]) for weight in (*first, *other)}) == 8
+    assert len({weight[0, 0].item() for weight in (*first, *other)}) == 8

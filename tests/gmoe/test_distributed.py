@@ -27,6 +27,7 @@ from gmoe import (
     MoE,
     MultiCentroid,
     Router,
+    RoutingStats,
     TokenChoice,
     ViTMoE,
     ViTSize,
@@ -201,6 +202,7 @@ def work(rank: int, size: int, names: list[str], folder: str) -> None:
         found["empty"] = trained("bias-k2-z", rank, size, empty=True)
         found["sharded"] = trained("bias-k2-z", rank, size, sharded=True)
         found["alone"] = alone(rank)
+        found["stats"] = counted(rank, size)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -214,6 +216,17 @@ def alone(rank: int) -> dict[str, Any]:
     return {"first": {}, "state": {"mean": router.next_mean_D - (rank + 1), "size": torch.tensor(world_size())}}
 
 
+def counted(rank: int, size: int) -> dict[str, Any]:
+    """Statistics of a part of the tokens."""
+    torch.manual_seed(0)
+    router, stats = TokenChoice(D, E).double().eval(), RoutingStats(E)
+    stats.update(router(torch.randn(11, D, dtype=torch.float64).tensor_split(size)[rank]))
+    return {
+        "first": {},
+        "state": {name: value.double().round(decimals=5) for name, value in stats.compute()[0].items()},
+    }
+
+
 def compare(size: int, folder: Path) -> None:
     names = list(CASES)
     mp.spawn(work, (size, names, str(folder)), nprocs=size)  # type: ignore[attr-defined]
@@ -221,6 +234,7 @@ def compare(size: int, folder: Path) -> None:
     with without_noise():
         expected = {name: trained(name, 0, 1) for name in names}
         expected["empty"] = expected["sharded"] = expected["bias-k2-z"]
+    expected["stats"] = counted(0, 1)
     expected["alone"] = {"first": {}, "state": {"mean": torch.zeros(D), "size": torch.tensor(size)}}
     for name, wanted in expected.items():
         assert wanted["state"]

@@ -53,7 +53,7 @@ def test_derived_properties() -> None:
 @given(mask=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=9), data=st.data())
 def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None:
     chosen_TE = torch.tensor(mask, dtype=torch.bool).view(-1, 3)
-    expert, token = chosen_TE.T.nonzero().T
+    _, token = chosen_TE.T.nonzero().T
     offsets = chosen_TE.sum(dim=0).cumsum(0).to(torch.int32)
     scores = torch.rand(len(mask), 3)
     dropped = torch.arange(len(mask))
