@@ -143,12 +143,7 @@ def without_noise() -> Iterator[None]:
 def trained(case: str, rank: int, size: int, *, empty: bool = False, sharded: bool = False) -> dict[str, Any]:
     """The gradients of the first step, and the state after twenty of SGD.
 
-    Args:
-        case: the model and its data.
-        rank: of this process.
-        size: how many there are.
-        empty: the first process has all items.
-        sharded: by FSDP2 instead of DDP.
+    ``empty``: the first process has all items. ``sharded``: by FSDP2 instead of DDP.
     """
     build, data, run = CASES[case]
     torch.manual_seed(0)
