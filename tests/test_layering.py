@@ -114,7 +114,6 @@ def test_no_upward_import(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source", "bad"),
     [
-        ("gmoe.moe", "import torch_geometric", True),
         ("gmoe.moe", "def f():\n    if True:\n        from torch_geometric.nn import GCNConv", True),
         ("gmoe.routers.base", "from ..conv import MoEConv", True),
         ("gmoe.routers.base", "from ..dispatch import dispatch", False),
@@ -122,12 +121,8 @@ def test_no_upward_import(path: Path) -> None:
         ("gmoe.convert", "def f():\n    from gmoe.models.gnn import GNNMoE", False),
         ("gmoe.convert", "import importlib\nimportlib.import_module('torch_geometric')", True),
         ("gmoe.models.gnn", "from collections import abc\nfrom gmoe.conv import MoEConv", False),
-        ("gmoe.models.gnn", "import experiments.train", True),
-        ("gmoe.models.vit", "from gmoe.models.gnn import GNNMoE", True),
         ("gmoe", "if TYPE_CHECKING:\n    from gmoe.conv.moe_conv import MoEConv", False),
-        ("vision.vit", "from torchvision.models import VisionTransformer\nfrom gmoe import MoE, ViTMoE", False),
         ("vision.vit", "import gmoe\ngmoe.MoEConv", True),
-        ("experiments.train", "import torch_geometric, vision, gmoe", False),
         ("experiments.train", "from tests import contract", True),
     ],
 )
@@ -172,10 +167,6 @@ for call in (*calls, lambda: model.save_pretrained("nowhere"), lambda: model.pus
     assert run(script).splitlines() == errors
 
 
-def test_all_public_names_have_a_docstring() -> None:
-    assert [name for name in gmoe.__all__ if name != "ROUTERS" and not getattr(gmoe, name).__doc__] == []
-
-
 def test_the_type_checker_sees_the_lazy_names() -> None:
     """The imports under ``TYPE_CHECKING`` are those of ``_LAZY``; ``__all__`` has them and what is imported at once."""
     body = ast.parse((ROOT / "gmoe" / "__init__.py").read_text()).body
@@ -185,8 +176,3 @@ def test_the_type_checker_sees_the_lazy_names() -> None:
     assert [(str(node.module), tuple(alias.name for alias in node.names)) for node in typed] == [*gmoe._LAZY.items()]
     public = (now - {"TYPE_CHECKING", "Any"}) | {name for names in gmoe._LAZY.values() for name in names}
     assert sorted(gmoe.__all__) == sorted(public | {"__version__", "plot"})
-
-
-def test_the_library_is_typed_and_tests_are_no_package() -> None:
-    assert (ROOT / "gmoe" / "py.typed").exists()
-    assert not list((ROOT / "tests").rglob("__init__.py"))

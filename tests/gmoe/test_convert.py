@@ -130,7 +130,6 @@ def test_upcycled_equals_dense(router: str, k: int) -> None:
 # Gated MLPs, norms, activations that are functions
 
 FORMS: dict[str, Callable[[], nn.Module]] = {
-    "SwiGLU": partial(SwiGLU, 8, 12),
     "SwiGLU with a norm (EVA-02)": partial(SwiGLU, 8, 12, norm_layer=nn.LayerNorm, bias=False),
     "SwiGLUPacked": partial(SwiGLUPacked, 8, 24),
     "GluMlp with a norm": partial(GluMlp, 8, 24, norm_layer=nn.LayerNorm, drop=0.0),
@@ -141,7 +140,6 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "an activation in place": lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(inplace=True), nn.Linear(12, 8)),
     "nn.GLU": lambda: nn.Sequential(nn.Linear(8, 24), nn.GLU(), nn.Linear(12, 8)),
     "a norm first (MaxViT)": lambda: nn.Sequential(nn.LayerNorm(8), *plain_mlp()),
-    "narrower at the end": lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8, bias=False)),
 }
 
 
@@ -175,62 +173,48 @@ def test_blocks_of_a_swin_are_numbered_through_its_stages() -> None:
         assert torch.equal(taken, torch.full((3, 4), tokens // 4))
 
 
-@pytest.mark.parametrize("shape", [(2, 6), (1, 12), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6), (1, 12)], ids=str)
 def test_all_tokens_of_a_grid_compete(shape: tuple[int, ...]) -> None:
     """As in one row, whatever the height and the width: a row of a grid of one row or column would be no choice."""
-    torch.manual_seed(0)
     layer: Any = plain(stack(plain_mlp()).double(), every=1, num_experts=4, router="expert_choice")[0].mlp
     x = torch.randn(3, 12, 8, dtype=torch.float64)
-    row, routing = layer(x, return_routing=True)
-    grid, found = layer(x.view(3, *shape, 8), return_routing=True)
-    assert_same(grid.view_as(row), row, 0)
-    assert torch.equal(found.to_dense(), routing.to_dense())
+    assert_same(layer(x.view(3, *shape, 8)).view(3, 12, 8), layer(x), 0)
 
 
-# Which blocks
+# Which modules
 
 
 @pytest.mark.parametrize(
     ("options", "replaced"),
-    [
-        ({}, [1, 3]),
-        ({"every": 3}, [2]),
-        ({"blocks": [-4, -1]}, [0, 3]),
-        ({"blocks": np.array([3, 0])}, [0, 3]),
-    ],
+    [({}, [1, 3]), ({"every": 3}, [2]), ({"blocks": [-4, -1]}, [0, 3]), ({"blocks": np.array([3, 0])}, [0, 3])],
     ids=str,
 )
 def test_which_blocks_are_replaced(options: dict[str, Any], replaced: list[int]) -> None:
     dense = timm_vit(4)
     before = mlps(dense)
-    vit = moefy(dense, num_experts=4, **options)
-    assert vit is dense
-    assert [isinstance(mlp, MoE) for mlp in mlps(vit)] == [i in replaced for i in range(4)]
-    assert all(mlp is before[i] for i, mlp in enumerate(mlps(vit)) if i not in replaced)
-
-
-def test_an_mlp_that_is_used_twice_stays_one() -> None:
-    mlp = plain_mlp()
-    blocks: Any = moefy(stack(mlp, mlp), every=1, num_experts=2)
-    first, second = blocks
-    assert first.mlp is second.mlp
-    assert first.mlp.shared_expert is mlp
-
-
-# Targets
+    assert moefy(dense, num_experts=4, **options) is dense
+    assert [i for i, mlp in enumerate(mlps(dense)) if isinstance(mlp, MoE)] == replaced
+    assert all(mlp is before[i] for i, mlp in enumerate(mlps(dense)) if i not in replaced)
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "replaced"),
+    ("options", "replaced"),
     [
         ({"targets": ["2.mlp", "0.*"]}, ["0.mlp", "2.mlp"]),
         ({"targets": "*.mlp*", "every": 2}, ["1.mlp"]),
         ({"targets": "*.mlp", "blocks": [-1]}, ["2.mlp"]),
     ],
 )
-def test_modules_by_name(kwargs: dict[str, Any], replaced: list[str]) -> None:
-    model = moefy(stack(Llama(), plain_mlp(), Llama()), num_experts=4, **kwargs)
+def test_modules_by_name(options: dict[str, Any], replaced: list[str]) -> None:
+    model = moefy(stack(Llama(), plain_mlp(), Llama()), num_experts=4, **options)
     assert [name for name, part in model.named_modules() if isinstance(part, MoE)] == replaced
+
+
+def test_an_mlp_that_is_used_twice_stays_one() -> None:
+    mlp = plain_mlp()
+    blocks: Any = moefy(stack(mlp, mlp), every=1, num_experts=2)
+    assert blocks[0].mlp is blocks[1].mlp
+    assert blocks[0].mlp.shared_expert is mlp
 
 
 def gnn() -> nn.Module:
@@ -252,6 +236,15 @@ def test_convs_by_name(shared_expert: bool) -> None:
     assert_same(model(x, edge_index), dense(x, edge_index))
     fresh = moefy(copy.deepcopy(dense), upcycle=False, **options)
     assert torch.allclose(fresh(x, edge_index), dense(x, edge_index)) == shared_expert
+
+
+def test_an_edge_cnn_starts_as_it_was() -> None:
+    dense = EdgeCNN(6, 8, 3, out_channels=4).eval()
+    x, edges = torch.randn(9, 6), torch.randint(9, (2, 30))
+    expected = dense(x, edges)
+    with pytest.warns(UserWarning, match="EdgeConv runs on the whole graph"):
+        moe = moefy(dense, num_experts=2)
+    torch.testing.assert_close(moe(x, edges), expected)
 
 
 # As a model
@@ -283,22 +276,25 @@ def test_the_shared_expert_keeps_its_modes_and_types() -> None:
     assert layer.experts.up.weight.dtype == layer.router.gate.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda mlp: parametrizations.weight_norm(mlp[2]),
-        lambda mlp: prune.l1_unstructured(mlp[2], name="weight", amount=0.3),
-        lambda mlp: mlp.register_forward_pre_hook(lambda _, x: (x[0] + 1,)),
-    ],
-)
-def test_the_shared_expert_keeps_parametrizations_and_hooks(change: Any) -> None:
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "parametrization": parametrizations.weight_norm,
+    "pruned": partial(prune.l1_unstructured, name="weight", amount=0.3),
+    "hook": lambda linear: linear.register_forward_pre_hook(lambda _, x: (x[0] + 1,)),
+    "backward hook": lambda linear: linear.register_full_backward_hook(print),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_shared_expert_keeps_parametrizations_and_hooks_that_a_plain_mixture_would_lose(change: str) -> None:
     mlp = plain_mlp().double()
-    change(mlp)
+    CHANGES[change](mlp[2])
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     layer = moefy(stack(mlp), every=1, num_experts=2)[0].mlp  # type: ignore[index]
     assert_same(layer(x), mlp(x))
     copies = moefy(stack(mlp), every=1, num_experts=2, dense_start=False)[0].mlp.experts  # type: ignore[index]
     assert_same(copies.down.weight[1], mlp[2].weight.T.detach())
+    with pytest.raises(ValueError, match="model"):
+        plain(stack(mlp), every=1, num_experts=4)
 
 
 def test_dropout_stays_where_it_is() -> None:
@@ -321,7 +317,6 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: nn.Sequential(plain_mlp()), {}, "model"),
     (lambda: stack(nn.Sequential(*plain_mlp(), nn.ReLU())), {"every": 1}, "model"),
     (lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8))), {"every": 1}, "model"),
-    (lambda: stack(nn.Sequential(*plain_mlp(), *[nn.LayerNorm(8)] * 2)), {"every": 1}, "model"),
     (lambda: stack(GlobalResponseNormMlp(8, 12)), {"every": 1}, "model"),
     (lambda: stack(plain_mlp(), Mlp(8, 12, use_conv=True)), {"every": 1}, "model: got 1.mlp"),
     (lambda: moefy(stack(plain_mlp()), every=1), {"every": 1}, "model"),
@@ -334,7 +329,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (partly_frozen, {"targets": CONVS}, "model"),
     *((timm_vit, {"every": every}, "every") for every in (0, 4)),
     (timm_vit, {"router": TokenChoice(16, 8)}, "router"),
-    *((timm_vit, {"blocks": blocks}, "blocks") for blocks in (3, [], [0, 0], [0, -3], [3], [1.0])),
+    *((timm_vit, {"blocks": blocks}, "blocks") for blocks in (3, [], [0, -3], [3], [1.0])),
 ]
 
 
@@ -347,50 +342,19 @@ def test_refuses_and_leaves_the_model_alone(build: Any, options: dict[str, Any],
     assert dict(model.named_modules()) == before
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        parametrizations.weight_norm,
-        nn.utils.spectral_norm,
-        partial(prune.l1_unstructured, name="weight", amount=0.3),
-        lambda linear: linear.register_forward_hook(print),
-        lambda linear: linear.register_full_backward_hook(print),
-    ],
-)
-def test_a_plain_mixture_would_lose_hooks_and_parametrizations(change: Callable[[Any], Any]) -> None:
-    mlp = plain_mlp()
-    change(mlp[2])
-    with pytest.raises(ValueError, match="model"):
-        plain(stack(mlp), every=1, num_experts=4)
-
-
-def test_a_plain_mixture_of_a_misread_mlp_is_refused() -> None:
-    """One that computes something else than its parts look like."""
-    with pytest.raises(ValueError, match="model"):
-        plain(stack(Llama(lambda x: F.silu(x).flip(0))), every=1, num_experts=4)
-
-
-def test_an_edge_cnn_starts_as_it_was() -> None:
-    dense = EdgeCNN(6, 8, 3, out_channels=4).eval()
-    x, edges = torch.randn(9, 6), torch.randint(9, (2, 30))
-    expected = dense(x, edges)
-    with pytest.warns(UserWarning, match="EdgeConv runs on the whole graph"):
-        moe = moefy(dense, num_experts=2)
-    torch.testing.assert_close(moe(x, edges), expected)
-
-
 class Dropping(nn.Module):
     """An MLP with a dropout that is no module."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.dropout(self.act(self.fc1(x)), 0.5, self.training))
         return out
 
 
-def test_a_dropout_that_copies_would_lose_is_refused() -> None:
+@pytest.mark.parametrize("mlp", [Llama(lambda x: F.silu(x).flip(0)), Dropping()], ids=["misread", "dropout"])
+def test_a_plain_mixture_of_an_mlp_that_computes_something_else_is_refused(mlp: nn.Module) -> None:
     with pytest.raises(ValueError, match="model: got"):
-        moefy(nn.Sequential(Dropping()), targets="0", shared_expert=False, router="uniform")
+        plain(stack(mlp), every=1, num_experts=4)

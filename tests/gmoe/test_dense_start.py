@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_geometric import nn as pyg
+from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 
-from gmoe import ROUTERS, GNNMoE, MoEConv
-from gmoe.conv.kinds import Make
+from gmoe import ROUTERS, FilterConv, GNNMoE, MLPConv, MoEConv
 from gmoe.models.vit import ViTMoE, ViTSize
 from tests.gmoe.conv.masked import GRAPHS, features, routing_of
-from tests.gmoe.conv.test_experts import ALL, SOME, WIDTH, Case, build, edge_args, ids
 
 NODES, EDGES = GRAPHS["mixed"]
+WIDTH = 4
 SMALL_VIT = ViTSize(image_size=8, patch_size=4, num_layers=4, num_heads=2, hidden_dim=16, mlp_dim=24)
+
+
+def gin(width: int, out: int) -> GINConv:
+    return GINConv(nn.Sequential(nn.Linear(width, out), nn.ReLU(), nn.Linear(out, out)), train_eps=True)
+
+
+def averaged(conv: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(conv, heads=2, concat=False)
+
+
+SOME: list[Any] = [GCNConv, gin, averaged(GATConv), partial(SAGEConv, project=True), partial(pyg.TAGConv, K=2)]
+SOME += [[GCNConv, averaged(GATConv), pyg.FiLMConv], [FilterConv, partial(FilterConv, filter="high_pass")]]
+"""One of each way to run experts."""
+
+ALL = [*SOME, pyg.GraphConv, MLPConv, partial(SAGEConv, aggr=["mean", "max"]), [SAGEConv, GCNConv, MLPConv]]
+ALL += map(averaged, (pyg.GATv2Conv, pyg.TransformerConv))
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
@@ -28,50 +47,40 @@ def drawn(make: Any, seed: int = 3) -> tuple[Any, Tensor]:
     return make().double().eval(), torch.rand(1)
 
 
-def dense_conv(conv: Any, kwargs: dict[str, Any], width: int = WIDTH) -> Any:
-    first = conv[0] if isinstance(conv, list) else conv
-    own = {name: value for name, value in kwargs.items() if name != "local"}  # which is MoEConv's
-    return drawn(lambda: Make([first], width, WIDTH, (), own)(0))
+def pair(conv: Any, **options: Any) -> tuple[tuple[Any, Tensor], tuple[Any, Tensor]]:
+    """A layer, and the conv that it starts as."""
+    first, experts = (conv[0], None) if isinstance(conv, list) else (conv, 3)
+    layer = drawn(lambda: MoEConv(conv, WIDTH, WIDTH, num_experts=experts, **options))
+    return layer, drawn(lambda: first(WIDTH, WIDTH))
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize(("conv", "kwargs"), ALL, ids=ids)
-def test_a_new_layer_gives_what_its_conv_gives(conv: Any, kwargs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("conv", ALL, ids=str)
+def test_a_new_layer_gives_what_its_conv_gives(conv: Any) -> None:
     """Drawn with the same seed; and what is drawn after it is the same too."""
-    experts = None if isinstance(conv, list) else 3
-    layer, after = drawn(lambda: MoEConv(conv, WIDTH, WIDTH, num_experts=experts, **kwargs))
-    plain, expected = dense_conv(conv, kwargs)
+    (layer, after), (plain, expected) = pair(conv)
     assert torch.equal(after, expected)
-    given = edge_args(layer, EDGES.size(1))
     x = features(NODES, WIDTH)
-    own = {name: value for name, value in given.items() if name in plain.forward.__code__.co_varnames}
-    assert_same(layer(x, EDGES, **given), plain(x, EDGES, **own))
-    torch.manual_seed(3)
-    layer.float().reset_parameters()
-    torch.manual_seed(3)
-    plain.float().reset_parameters()
-    assert_same(layer.double()(x, EDGES, **given), plain.double()(x, EDGES, **own))
+    assert_same(layer(x, EDGES), plain(x, EDGES))
+    for module in (layer, plain):
+        torch.manual_seed(3)
+        module.float().reset_parameters()
+    assert_same(layer.double()(x, EDGES), plain.double()(x, EDGES))
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 @pytest.mark.parametrize(
-    ("case", "router", "options"),
-    [
-        *((SOME[0], router, {"k": 2}) for router in ROUTERS),
-        *((case, "token_choice", {"shared_transform": True}) for case in SOME),
-    ],
+    ("conv", "options"),
+    [*((GCNConv, {"router": name}) for name in ROUTERS), *((conv, {"shared_transform": True}) for conv in SOME)],
     ids=str,
 )
-def test_every_router_starts_dense_and_learns(case: Case, router: str, options: dict[str, Any]) -> None:
+def test_every_router_starts_dense_and_learns(conv: Any, options: dict[str, Any]) -> None:
     """From the second step on: the first one's gradient opens the gain."""
-    conv, kwargs = case
-    experts = None if isinstance(conv, list) else 3
-    layer, _ = drawn(lambda: MoEConv(conv, WIDTH, WIDTH, num_experts=experts, router=router, **options, **kwargs))
-    plain, _ = dense_conv(conv, kwargs)
+    (layer, _), (plain, _) = pair(conv, **options)
     x = features(NODES, WIDTH)
     assert_same(layer.train()(x, EDGES), plain.train()(x, EDGES))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    seen: dict[str, bool] = {name: False for name, _ in layer.named_parameters()}
+    seen = dict.fromkeys(dict(layer.named_parameters()), False)
     for step in range(6):
         optimizer.zero_grad()
         layer(x, EDGES).sin().sum().backward()
@@ -84,50 +93,35 @@ def test_every_router_starts_dense_and_learns(case: Case, router: str, options: 
     assert all(learned for name, learned in seen.items() if name.startswith(("router.gate", "gain", "transform"))), seen
 
 
-@pytest.mark.parametrize("widths", [(5, 5), (5, 7), (-1, -1)], ids=str)
-def test_a_shared_transform_of_bipartite_input(widths: tuple[int, int]) -> None:
-    layer = MoEConv("sage", widths, 4, shared_transform=True).double()
-    wide = 7 if widths == (5, 7) else 5
-    x = features(9, 5), features(6, wide)
-    assert layer(x, torch.randint(6, (2, 20))).shape == (6, 4)
-    assert layer.transform is not None
-    assert len(layer.transform) == (2 if wide == 7 else 1)
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"shared_router": True, "router_input": ("node", "neighbors"), "jk": "cat", "norm": "batch_norm"},
-        {"conv": "gat", "heads": 2, "router": "expert_choice", "residual": "linear", "in_proj": True},
-        {"conv": ["sage", "gcn", "mlp"], "router": "multi_centroid", "every": 2},
+        {"conv": ["sage", "gcn", "gat"], "router": "expert_choice", "residual": "linear", "in_proj": True, "every": 2},
     ],
     ids=str,
 )
 def test_a_new_gnn_gives_what_the_dense_one_gives(options: dict[str, Any]) -> None:
-    sizes = (4, 6, 3, 4)
-    model, after = drawn(lambda: GNNMoE(*sizes, **options))
-    plain, expected = drawn(lambda: GNNMoE(*sizes, **{**options, "router": None}))
+    model, after = drawn(lambda: GNNMoE(4, 6, 3, 4, **options))
+    plain, expected = drawn(lambda: GNNMoE(4, 6, 3, 4, **{**options, "router": None}))
     assert torch.equal(after, expected)
     x = features(NODES, 4)
     assert_same(model(x, EDGES), plain(x, EDGES))
 
 
-@pytest.mark.parametrize("router", [*ROUTERS])
-def test_a_new_vit_gives_what_the_dense_one_gives(router: str) -> None:
-    def with_head(vit: ViTMoE) -> ViTMoE:  # torchvision's starts at zero
-        nn.init.normal_(vit.heads[0].weight)
-        return vit
-
-    model, after = drawn(lambda: with_head(ViTMoE(SMALL_VIT, router=router)))
-    plain, expected = drawn(lambda: with_head(ViTMoE(SMALL_VIT, router=None)))
+def test_a_new_vit_gives_what_the_dense_one_gives() -> None:
+    model, after = drawn(lambda: ViTMoE(SMALL_VIT, router="expert_choice"))
+    plain, expected = drawn(lambda: ViTMoE(SMALL_VIT, router=None))
     assert torch.equal(after, expected)
+    nn.init.normal_(model.heads[0].weight)  # torchvision's starts at zero
+    plain.heads.load_state_dict(model.heads.state_dict())
     images = features(2, 3, 8, 8)
     assert_same(model(images), plain(images))
 
 
 def test_an_expert_is_what_is_added_for_it() -> None:
-    layer = build("sage", {}, shared_expert=True)
+    layer: Any = MoEConv("sage", WIDTH, WIDTH, num_experts=3, router=None).double()
+    nn.init.constant_(layer.gain, 2.0)
     x, weight_TE = features(NODES, WIDTH), torch.eye(3, dtype=torch.float64)[torch.arange(NODES) % 3]
     added = layer(x, EDGES, routing=routing_of(weight_TE)) - layer.shared_expert.expert(0)(x, EDGES)
     found = torch.stack([layer.expert(e)(x, EDGES) for e in range(3)])
@@ -137,9 +131,6 @@ def test_an_expert_is_what_is_added_for_it() -> None:
 def test_experts_follow_the_seed_and_differ() -> None:
     """What leaves torch's generator alone is drawn from it all the same."""
     layers = [drawn(lambda: nn.ModuleList([MoEConv("gcn", 4, 4), MoEConv("gcn", 4, 4)]), seed)[0] for seed in (3, 3, 4)]
-    first, again, other = ([layer.experts.linear.weight for layer in pair] for pair in layers)
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], other[0])
-    assert not torch.equal(first[0][0], first[0][1])
+    first, again, other = ([layer.experts.expert(e).lin.weight for layer in pair for e in (0, 1)] for pair in layers)
+    assert all(map(torch.equal, first, again))
+    assert len({weight[0, 0].item() for weight in (*first, *other)}) == 8

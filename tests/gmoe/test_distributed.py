@@ -27,6 +27,7 @@ from gmoe import (
     MoE,
     MultiCentroid,
     Router,
+    RoutingStats,
     TokenChoice,
     ViTMoE,
     ViTSize,
@@ -142,12 +143,7 @@ def without_noise() -> Iterator[None]:
 def trained(case: str, rank: int, size: int, *, empty: bool = False, sharded: bool = False) -> dict[str, Any]:
     """The gradients of the first step, and the state after twenty of SGD.
 
-    Args:
-        case: the model and its data.
-        rank: of this process.
-        size: how many there are.
-        empty: the first process has all items.
-        sharded: by FSDP2 instead of DDP.
+    ``empty``: the first process has all items. ``sharded``: by FSDP2 instead of DDP.
     """
     build, data, run = CASES[case]
     torch.manual_seed(0)
@@ -201,6 +197,7 @@ def work(rank: int, size: int, names: list[str], folder: str) -> None:
         found["empty"] = trained("bias-k2-z", rank, size, empty=True)
         found["sharded"] = trained("bias-k2-z", rank, size, sharded=True)
         found["alone"] = alone(rank)
+        found["stats"] = counted(rank, size)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -214,6 +211,17 @@ def alone(rank: int) -> dict[str, Any]:
     return {"first": {}, "state": {"mean": router.next_mean_D - (rank + 1), "size": torch.tensor(world_size())}}
 
 
+def counted(rank: int, size: int) -> dict[str, Any]:
+    """Statistics of a part of the tokens."""
+    torch.manual_seed(0)
+    router, stats = TokenChoice(D, E).double().eval(), RoutingStats(E)
+    stats.update(router(torch.randn(11, D, dtype=torch.float64).tensor_split(size)[rank]))
+    return {
+        "first": {},
+        "state": {name: value.double().round(decimals=5) for name, value in stats.compute()[0].items()},
+    }
+
+
 def compare(size: int, folder: Path) -> None:
     names = list(CASES)
     mp.spawn(work, (size, names, str(folder)), nprocs=size)  # type: ignore[attr-defined]
@@ -221,6 +229,7 @@ def compare(size: int, folder: Path) -> None:
     with without_noise():
         expected = {name: trained(name, 0, 1) for name in names}
         expected["empty"] = expected["sharded"] = expected["bias-k2-z"]
+    expected["stats"] = counted(0, 1)
     expected["alone"] = {"first": {}, "state": {"mean": torch.zeros(D), "size": torch.tensor(size)}}
     for name, wanted in expected.items():
         assert wanted["state"]
@@ -239,9 +248,3 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_four_processes_equal_one(tmp_path: Path) -> None:
     compare(4, tmp_path)
-
-
-def test_without_processes_a_sum_is_the_thing_itself() -> None:
-    x = torch.randn(3, requires_grad=True)
-    assert world_sum(x) is x
-    assert world_size() == 1

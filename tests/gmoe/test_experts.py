@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,43 +23,33 @@ GATE = torch.tensor([[0.5, 0.0, 2.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.
 
 EXPERTS: dict[str, Callable[..., Experts]] = {
     "linear": lambda **kw: LinearExperts(4, 3, 3, **kw),
-    "linear-no_bias": lambda **kw: LinearExperts(4, 3, 3, bias=False, **kw),
     "mlp": lambda **kw: MLPExperts(4, 6, 3, 3, **kw),
     "mlp-glu": lambda **kw: MLPExperts(4, 6, 3, 3, glu=True, activation="silu", **kw),
     "mlp-no_bias": lambda **kw: MLPExperts(4, 6, 3, 3, bias=False, activation="tanh", **kw),
     "mlp-function": lambda **kw: MLPExperts(4, 6, 3, 3, activation=torch.sin, **kw),
 }
-each = pytest.mark.parametrize("build", EXPERTS.values(), ids=EXPERTS)
-each_backend = pytest.mark.parametrize("backend", get_args(Backend))
 
 
 def with_gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, features(*y.shape, seed=9))]
 
 
-@each
-@each_backend
-def test_rows_meet_their_expert(build: Callable[..., Experts], backend: Backend) -> None:
+@pytest.mark.parametrize("build", EXPERTS.values(), ids=EXPERTS)
+@pytest.mark.parametrize("backend", get_args(Backend))
+def test_rows_and_tokens_meet_their_experts(build: Callable[..., Experts], backend: Backend) -> None:
     experts, x = build(backend=backend).double(), features(5, 4).requires_grad_()
     expected = torch.stack([naive_expert(experts, e, row) for e, row in zip(OWNER, x, strict=True)])
     leaves = [x, *experts.parameters()]
-    for found, wanted in zip(
-        with_gradients(experts(x, OFFSETS), leaves), with_gradients(expected, leaves), strict=True
-    ):
-        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
-
-
-@each
-def test_tokens_meet_their_experts(build: Callable[..., Experts]) -> None:
-    experts, x = build().double(), features(4, 4).requires_grad_()
+    ours, theirs = with_gradients(experts(x, OFFSETS), leaves), with_gradients(expected, leaves)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
     routing = routing_of(GATE.clone().requires_grad_())
-    expected = combine(experts(dispatch(x, routing), routing.offsets), routing)
-    leaves, y = [x, routing.weight, *experts.parameters()], experts(x, routing)
+    leaves, y = [x, routing.weight, *experts.parameters()], experts(x[:4], routing)
+    expected = combine(experts(dispatch(x[:4], routing), routing.offsets), routing)
     torch.testing.assert_close(with_gradients(y, leaves), with_gradients(expected, leaves), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("glu", [False, True])
-@pytest.mark.parametrize("kind", [nn.ReLU, nn.SiLU, nn.Dropout])
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.Dropout])
 def test_activations_that_work_in_place(kind: Callable[..., nn.Module], glu: bool) -> None:
     x, routing = features(4, 4).requires_grad_(), routing_of(GATE)
     found = []
@@ -80,9 +69,6 @@ NAMED["gelu_tanh"] = partial(F.gelu, approximate="tanh")
 def test_activations_by_name(name: str) -> None:
     experts, x, offsets = MLPExperts(4, 6, 3, 3, activation=name), torch.randn(5, 4), OFFSETS
     torch.testing.assert_close(experts(x, offsets), experts.down(NAMED[name](experts.up(x, offsets)), offsets))
-
-
-# What users put in
 
 
 def test_parts_run_that_a_user_replaced() -> None:
@@ -107,16 +93,13 @@ def test_a_dropout_in_training_mode_drops_at_evaluation(part: str) -> None:
 
 
 def test_initialized_as_separate_linears() -> None:
-    experts = LinearExperts(6, 4, 5)
-    torch.manual_seed(0)
-    experts.reset_parameters()
     torch.manual_seed(0)
     linears = [nn.Linear(6, 4) for _ in range(5)]
     torch.manual_seed(0)
-    for found in (experts, LinearExperts(6, 4, 5)):
-        assert torch.equal(found.weight, torch.stack([linear.weight.T for linear in linears]))
-        assert found.bias is not None
-        assert torch.equal(found.bias, torch.stack([linear.bias for linear in linears]))
+    experts = LinearExperts(6, 4, 5)
+    assert torch.equal(experts.weight, torch.stack([linear.weight.T for linear in linears]))
+    assert experts.bias is not None
+    assert torch.equal(experts.bias, torch.stack([linear.bias for linear in linears]))
 
 
 def test_experts_that_start_at_zero_do_so_again() -> None:
@@ -133,33 +116,18 @@ def test_experts_that_start_at_zero_do_so_again() -> None:
         assert not experts(x, offsets).any()
 
 
-def test_dropout_drops_that_share_of_the_outputs() -> None:
-    experts = MLPExperts(4, 64, 32, 1, dropout=(0.0, 0.5))
-    x, offsets = torch.randn(8, 4), torch.tensor([8], dtype=torch.int32)
-    assert 0.3 < (experts(x, offsets) == 0).float().mean().item() < 0.7
-    assert not MLPExperts(4, 6, 3, 1, dropout=1.0)(x, offsets).any()
-
-
 @pytest.mark.parametrize(
-    ("build", "args", "kwargs", "argument"),
+    ("build", "argument"),
     [
-        (LinearExperts, (0, 4, 2), {}, "in_features"),
-        (LinearExperts, (4, 0, 2), {}, "out_features"),
-        (LinearExperts, (4, 4, True), {}, "num_experts"),
-        (LinearExperts, (4, 4, 3.0), {}, "num_experts"),
-        (LinearExperts, (4, 4, 2), {"backend": "fast"}, "backend"),
-        (MLPExperts, (4, 0, 4, 2), {}, "hidden_features"),
-        (MLPExperts, (4, 8, 4, 2), {"activation": "swish"}, "activation"),
-        (MLPExperts, (4, 8, 4, 2), {"dropout": 1.5}, "dropout"),
+        (lambda: LinearExperts(0, 4, 2), "in_features"),
+        (lambda: LinearExperts(4, 0, 2), "out_features"),
+        (lambda: LinearExperts(4, 4, True), "num_experts"),
+        (lambda: LinearExperts(4, 4, 2, backend="fast"), "backend"),  # type: ignore[arg-type]
+        (lambda: MLPExperts(4, 0, 4, 2), "hidden_features"),
+        (lambda: MLPExperts(4, 8, 4, 2, activation="swish"), "activation"),
+        (lambda: MLPExperts(4, 8, 4, 2, dropout=1.5), "dropout"),
     ],
 )
-def test_bad_arguments(
-    build: Callable[..., Experts], args: tuple[Any, ...], kwargs: dict[str, Any], argument: str
-) -> None:
+def test_bad_arguments(build: Callable[[], Experts], argument: str) -> None:
     with pytest.raises(ValueError, match=argument):
-        build(*args, **kwargs)
-
-
-def test_counts_may_be_numpys() -> None:
-    count: Any = np.int64(3)
-    assert LinearExperts(count, count, count).weight.shape == (3, 3, 3)
+        build()

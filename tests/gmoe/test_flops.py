@@ -24,8 +24,6 @@ from gmoe import (
     count_flops,
     match_width,
 )
-from gmoe.dispatch import COUNTING
-from gmoe.routers.attention_vote import neighbor_votes
 from tests.gmoe.conv.masked import random_graph, routing_of
 
 T, D, O, E = 10, 8, 4, 4  # noqa: E741
@@ -67,11 +65,6 @@ def test_active_parameters_of_convs(conv: str, kwargs: dict[str, Any], of_expert
     assert active_parameters(layer) == D * E + 2 * of_expert
 
 
-def test_active_parameters_of_a_dense_model_with_a_shared_layer() -> None:
-    shared = nn.Linear(D, D)
-    assert active_parameters(nn.Sequential(shared, nn.ReLU(), shared)) == D * D + D
-
-
 @pytest.mark.parametrize("shared_router", [False, True])
 def test_active_parameters_of_gnn_moe(shared_router: bool) -> None:
     """Two MoE layers of (D, D), a dense (D, O), identity residuals."""
@@ -94,11 +87,8 @@ def test_flops_of_moe(backend: Any, rows: int) -> None:
     layer = planted(MLPExperts(D, 16, O, E, backend=backend))
     added = T * O  # the weighted sum, one add an element
     assert count_flops(layer, torch.randn(T, D)) == 2 * rows * (D * 16 + 16 * O) + added
-
-
-def test_flops_of_the_router() -> None:
     gate, product = 2 * T * D * E, 2 * 2 * T * D * O
-    assert count_flops(moe(k=2), torch.randn(T, D)) == gate + product + 2 * T * O
+    assert count_flops(moe(k=2), torch.randn(T, D)) == gate + product + 2 * added
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
@@ -153,15 +143,6 @@ def test_flops_of_attention_on_the_cpu() -> None:
     assert count_flops(F.scaled_dot_product_attention, q, k, v, backward=True) == 7 * scores
 
 
-def test_flops_of_votes_of_neighbors() -> None:
-    q, k = (torch.randn(T, 3, 4, requires_grad=True) for _ in range(2))
-    edges = torch.stack([torch.arange(T - 1), torch.arange(1, T)])
-    scores = 2 * (2 * T - 1) * 3 * 4  # with a self-loop a node
-    assert count_flops(neighbor_votes, q, k, edges) == scores
-    sums = 2 * (scores // 2) + 2 * (2 * T - 1) * 3  # for queries and keys, and the softmax's two by source
-    assert count_flops(neighbor_votes, q, k, edges, backward=True) == scores + sums
-
-
 def test_match_width() -> None:
     assert match_width(lambda width: width**2, 10_000) == 100
     assert match_width(lambda width: width**2, 10_080) == 100  # the nearest, not the first above
@@ -171,22 +152,17 @@ def test_match_width() -> None:
 
 @pytest.mark.parametrize(
     ("target", "kwargs", "argument"),
-    [
-        (50, {}, "target.* 7,"),
-        (50, {"stop": 3}, "target.* 3,"),
-        (1, {"start": 5}, "target.* 5,"),
-        (0, {}, "target"),
-        (10, {"start": 0}, "start"),
-    ],
+    [(50, {}, "target.* 7,"), (50, {"stop": 3}, "target.* 3,"), (0, {}, "target"), (10, {"start": 0}, "start")],
 )
 def test_match_width_refuses_and_names_the_nearest(target: float, kwargs: dict[str, Any], argument: str) -> None:
     with pytest.raises(ValueError, match=f"^{argument}"):
         match_width(lambda width: width**2, target, tolerance=0.01, **kwargs)
 
 
-def test_counting_ends_with_an_error_too() -> None:
+def test_counts_depend_on_no_order_that_was_picked(monkeypatch: pytest.MonkeyPatch) -> None:
     x, edges = torch.randn(T, 40), random_graph(T, T, 30)
     layer = MoEConv("gatv2", 40, 3, num_experts=4, router="random").eval()
-    with pytest.raises(ValueError, match="x"):
-        count_flops(layer, x[:, :3], edges)
-    assert not COUNTING.get()
+    expected = count_flops(layer, x, edges)
+    for move in (-(10**9), 10**9):  # one order, and the other
+        monkeypatch.setattr("gmoe.conv.attention.MOVE", move)
+        assert count_flops(layer, x, edges) == expected

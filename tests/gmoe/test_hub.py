@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import nn
 from torch_geometric.nn import GCNConv, SAGEConv
 
 import gmoe
@@ -40,18 +40,15 @@ class Narrow(gmoe.GNNMoE):
         self.config = config
 
 
-GNN, VIT = partial(gmoe.GNNMoE, 16, 8, 3), partial(gmoe.ViTMoE, 8)
+GNN = partial(gmoe.GNNMoE, 16, 8, 3)
 SIZE = gmoe.ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24)
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kinds": (GNN, {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2}),
     "router class": (GNN, {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold"}}),
-    "shared router": (GNN, {"shared_router": True, "router_input": ("node", "degree"), "num_layers": 3}),
     "conv options": (GNN, {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "act": None}),
-    "shared conv": (GNN, {"conv": "gcn", "shared_expert": SAGEConv, "in_proj": True, "act": "leaky_relu"}),
-    "dense": (GNN, {"router": None, "residual": "linear"}),
-    "size": (gmoe.ViTMoE, {"size": SIZE}),
-    "blocks": (VIT, {"router": "token_choice", "k": 2, "blocks": (0, -1), "router_kwargs": {"balance": "switch"}}),
-    "dense ViT": (VIT, {"router": None, "dropout": 0.1}),
+    "shared": (GNN, {"shared_expert": SAGEConv, "in_proj": True, "shared_router": True, "router_input": ("degree",)}),
+    "size": (gmoe.ViTMoE, {"size": SIZE, "router": "token_choice", "k": 2, "blocks": (0, -1)}),
+    "dense ViT": (partial(gmoe.ViTMoE, 8), {"router": None, "dropout": 0.1}),
 }
 
 
@@ -86,13 +83,6 @@ def test_a_model_comes_back(build: Any, options: dict[str, Any], tmp_path: Path)
     check_same(model, type(model).from_pretrained(tmp_path / "model"), *inputs)
 
 
-def test_half_precision_keeps_float_counters(tmp_path: Path) -> None:
-    model = gmoe.GNNMoE(16, 8, 3).bfloat16().eval()
-    assert len({value.dtype for value in model.state_dict().values() if value.is_floating_point()}) == 2
-    model.save_pretrained(tmp_path)
-    check_same(model, gmoe.GNNMoE.from_pretrained(tmp_path), X.bfloat16(), EDGES)
-
-
 # What is refused when it is saved
 
 
@@ -111,11 +101,6 @@ def test_an_argument_without_a_name_is_refused(argument: str, value: Any, tmp_pa
     with pytest.raises(ValueError, match=f"^{argument}: got"):
         GNN(**{argument: value}).save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
-
-
-def test_a_model_without_a_name_for_its_router_is_picklable() -> None:
-    model = gmoe.ViTMoE(8, router=lambda *args, **kwargs: TokenChoice(*args, **kwargs))
-    assert pickle.loads(pickle.dumps(model)).config == model.config
 
 
 def test_a_subclass_records_its_own_arguments(tmp_path: Path) -> None:
@@ -154,40 +139,28 @@ def test_no_code_of_a_file_runs(argument: str, tmp_path: Path) -> None:
 
 
 CONFIG = '{"model": "GNNMoE", "arguments": {"in_channels": 4, "hidden_channels": 4, "out_channels": 2}}'
-TEXTS = [
-    *(CONFIG[:cut] for cut in range(0, len(CONFIG), 40)),
-    *("\xff", "[" * 100_000, "[]", "null", '{"model": "GNNMoE"}', '{"arguments": {}}'),
-    *(CONFIG.replace('"GNNMoE"', wrong) for wrong in ('"ViTMoE"', "null", '"os:system"')),
+CONFIGS = [
+    *("", CONFIG[:-1], "\xff", "[" * 100_000, "[]", '{"model": "GNNMoE"}', '{"arguments": {}}'),
+    *(CONFIG.replace('"GNNMoE"', wrong) for wrong in ('"ViTMoE"', '"os:system"')),
+    *(f"{CONFIG[:-2]}, {wrong}}}}}" for wrong in ('"num_experts": "2"', '"conv": ["gcn", 3]', '"self": 1')),
 ]
-WRONG = ('"num_experts": "2"', '"conv": ["gcn", 3]', '"router": {}', '"router_kwargs": "x"', '"self": 1')
-TEXTS += [f"{CONFIG[:-2]}, {wrong}}}}}" for wrong in WRONG]
-
-
-def changed(raw: bytes, of: Callable[[Tensor], Tensor]) -> bytes:
-    """The tensors in a file, the first one changed."""
-    tensors = load(raw)
-    return save(tensors | {min(tensors): of(tensors[min(tensors)]).clone()})
-
-
-DAMAGE: list[Any] = [("config.json", lambda _, text=text: text.encode("latin-1")) for text in TEXTS] + [
-    ("config.json", None),
-    ("model.safetensors", None),
+DAMAGE: list[tuple[str, Callable[[bytes], bytes]]] = [
+    *(("config.json", lambda _, text=text: text.encode("latin-1")) for text in CONFIGS),  # type: ignore[misc]
     ("model.safetensors", lambda raw: bytes(len(raw))),
     ("model.safetensors", lambda raw: raw[: len(raw) // 2]),
     ("model.safetensors", pickle.dumps),
     ("model.safetensors", lambda raw: save(load(raw) | {"x": torch.zeros(1)})),
-    ("model.safetensors", lambda raw: changed(raw, lambda value: value[None])),
-    ("model.safetensors", lambda raw: changed(raw, Tensor.long)),
+    ("model.safetensors", lambda raw: save({name: value[None].clone() for name, value in load(raw).items()})),
+    ("model.safetensors", lambda raw: save({name: value.long() for name, value in load(raw).items()})),
 ]
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE, ids=range(len(DAMAGE)))
-def test_a_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes] | None, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = gmoe.GNNMoE(4, 4, 2, num_experts=2).save_pretrained(tmp_path) / name
-    raw = path.read_bytes()
+    path.write_bytes(damage(path.read_bytes()))
+    check_refused(tmp_path, gmoe.GNNMoE, name)
     path.unlink()
-    if damage is not None:
-        path.write_bytes(damage(raw))
     check_refused(tmp_path, gmoe.GNNMoE, name)
 
 
@@ -195,12 +168,12 @@ def test_a_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes] | N
 
 
 def test_push_uploads_what_save_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    api = MagicMock()
+    api, files = MagicMock(), set[str]()
     api.return_value.create_repo.return_value.repo_id = "me/digits"
-    files = set[str]()
 
-    def upload(folder_path: str, **_: Any) -> Any:
+    def upload(folder_path: str, **sent: Any) -> Any:
         files.update(path.name for path in Path(folder_path).iterdir())
+        assert (sent["repo_id"], sent["revision"]) == ("me/digits", "v1")
         return SimpleNamespace(commit_url="the commit")
 
     api.return_value.upload_folder.side_effect = upload
@@ -209,8 +182,6 @@ def test_push_uploads_what_save_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert files == {"config.json", "model.safetensors", "README.md"}
     api.assert_called_once_with(token="secret")
     api.return_value.create_repo.assert_called_once_with("digits", private=True, exist_ok=True)
-    sent = api.return_value.upload_folder.call_args.kwargs
-    assert (sent["repo_id"], sent["revision"]) == ("me/digits", "v1")
 
 
 def test_a_repository_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -53,9 +53,6 @@ def test_the_bias_evens_out_the_load(page: dict[str, Any]) -> None:
     router = gmoe.build_router(page["SigmoidRouter"], 6, 4, 2, {"bias_rate": 0.01})
     load = [router(x).load.double() for _ in range(301)]
     assert load[-1].std() < 0.1 * load[0].std()
-    before = router.get_buffer("bias_E").clone()
-    router.eval()(x)
-    assert torch.equal(router.get_buffer("bias_E"), before)
 
 
 def test_the_conv_equals_the_masked_convs(page: dict[str, Any]) -> None:

@@ -1,61 +1,31 @@
-"""What public MoE layers get wrong, a section a trap, through our public classes. See also ``tests/contract.py``."""
+"""What public MoE layers get wrong, through our public classes; see ``contract.py`` and ``test_support.py`` too."""
 
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch_geometric.utils import k_hop_subgraph
 from torchvision.models import VisionTransformer
 
-from gmoe import (
-    ROUTERS,
-    GNNMoE,
-    MLPExperts,
-    MoE,
-    MoEConv,
-    aux_loss,
-    build_router,
-    count_flops,
-    moefy,
-    record_routing,
-)
+from gmoe import GNNMoE, MLPExperts, MoE, MoEConv, aux_loss, build_router, count_flops, moefy, record_routing
 from tests.gmoe.conv.masked import features, random_graph, routing_of
 
 T, D, E = 12, 8, 4
 EDGES = random_graph(T, T, 40)
-LEARNED = [name for name in ROUTERS if name not in ("random", "uniform")]
 
 
-def moe(router: str = "token_choice", k: int = 1, **kwargs: Any) -> MoE:
-    torch.manual_seed(0)
-    return MoE(build_router(router, D, E, k, kwargs), MLPExperts(D, 16, D, E))
-
-
-def layers(router: str = "token_choice", k: int = 1, **kwargs: Any) -> dict[str, tuple[nn.Module, Callable[..., Any]]]:
+def layers(router: str = "token_choice", **kwargs: Any) -> dict[str, tuple[nn.Module, Callable[..., Any]]]:
     """A layer of each kind with that router, and how to call it on (T, D) tokens."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {
-        "num_experts": E,
-        "router": router,
-        "k": k,
-        "router_kwargs": kwargs,
-        "shared_expert": False,
-    }
+    options: dict[str, Any] = {"num_experts": E, "router": router, "router_kwargs": kwargs, "shared_expert": False}
     made: dict[str, nn.Module] = {
-        "MoE": moe(router, k, **kwargs),
+        "MoE": MoE(build_router(router, D, E, 1, kwargs), MLPExperts(D, 16, D, E)),
         "MoEConv": MoEConv("gcn", D, D, **options),
         "GNNMoE": GNNMoE(D, D, 3, 3, **options),
         "GNNMoE shared router": GNNMoE(D, D, 3, 3, shared_router=True, **options),
@@ -67,86 +37,22 @@ def router_gradients(layer: nn.Module) -> list[Tensor | None]:
     return [p.grad for name, p in layer.named_parameters() if "router" in name]
 
 
-# the router of top-1 gets a gradient from the task
-
-
-# several processes
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
-    yield
-    # a DDP that outlives its group frees it under the GIL, for which the group's own thread may be waiting
-    gc.collect()
-    dist.destroy_process_group()
-
-
-def two_steps(layer: nn.Module, call: Callable[..., Any]) -> None:
-    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        call(features(T, D).float()).square().sum().backward()
-        assert all(p.grad is not None for p in layer.parameters())
-        optimizer.step()
-
-
-@pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize(
-    ("build", "args"),
-    [
-        (moe, ()),
-        (lambda: MoEConv("gat", D, D, num_experts=20, shared_expert=False), (EDGES,)),
-        (lambda: GNNMoE(D, D, 3, 3, conv="gin", num_experts=20), (EDGES,)),
-    ],
-    ids=["MoE", "MoEConv", "GNNMoE"],
-)
-def test_ddp_does_not_wait_for_starved_experts(build: Callable[[], nn.Module], args: tuple[Tensor, ...]) -> None:
-    """DDP without ``find_unused_parameters`` raises in the second step where a parameter got no gradient."""
-    layer = build()
-    parallel = DistributedDataParallel(layer)
-    two_steps(layer, lambda x: parallel(x, *args))
-
-
-@pytest.mark.usefixtures("one_process")
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-@pytest.mark.parametrize("router", LEARNED)
-def test_fsdp2_shards_every_parameter(router: str) -> None:
-    """It refuses scalars."""
-    for layer, call in layers(router).values():
-        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
-        two_steps(layer, call)
-
-
-# counters under activation checkpointing
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
     ("router", "kwargs", "counter"),
-    [
-        ("token_choice", {"noise": False}, "bias_E"),
-        ("expert_choice", {"inference": "threshold"}, "threshold_E"),
-        ("expert_choice", {"inference": "threshold", "normalize": "tokens"}, "log_scale_E"),
-        ("multi_centroid", {"choice": "experts", "inference": "threshold"}, "threshold_E"),
-    ],
+    [("token_choice", {"noise": False}, "bias_E"), ("expert_choice", {"inference": "threshold"}, "threshold_E")],
 )
-def test_counters_advance_once_under_checkpointing(
-    router: str, kwargs: dict[str, Any], counter: str, reentrant: bool
-) -> None:
-    for name, (layer, call) in layers(router, 1, **kwargs).items():
+def test_counters_advance_once_under_reentrant_checkpointing(router: str, kwargs: dict[str, Any], counter: str) -> None:
+    """Of the other checkpointing see ``is_checkpointed`` in ``tests/contract.py``."""
+    for name, (layer, call) in layers(router, **kwargs).items():
         twin = copy.deepcopy(layer)
         for step in range(2):
             x = features(T, D, seed=step).float().requires_grad_()
             call(x).sum().backward()
             args = (x,) if name == "MoE" else (x, EDGES)
-            checkpoint(twin, *args, use_reentrant=reentrant).sum().backward()
+            checkpoint(twin, *args, use_reentrant=True).sum().backward()
         buffers = dict(twin.named_buffers())
         assert any(counter in key and bool(value.any()) for key, value in buffers.items()), name
         assert all(torch.equal(value, buffers[key]) for key, value in layer.named_buffers()), name
-
-
-# the balance loss reaches the user
 
 
 def test_the_balance_loss_is_a_return_value() -> None:
@@ -205,24 +111,3 @@ def test_messages_of_local_convs_follow_k_not_e(conv: str) -> None:
 
     assert [messages(8, k) for k in (1, 2, 4)] == [k * edges.size(1) for k in (1, 2, 4)]
     assert messages(2, 1) == messages(16, 1) == edges.size(1)
-
-
-# seeds only in loss and metric of a mini-batch
-
-
-@pytest.mark.parametrize("shared_router", [False, True])
-def test_seeds_of_a_mini_batch_have_the_outputs_and_gradients_of_the_full_graph(shared_router: bool) -> None:
-    """With all neighbors of as many hops as the model looks: the seeds' rows are all that a loss needs."""
-    num_nodes, seeds = 40, torch.tensor([3, 17])
-    edge_index = random_graph(num_nodes, num_nodes, 60, seed=4)
-    x = features(num_nodes, D)
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"num_experts": E, "k": 2, "router_input": ("node", "neighbors")}
-    model = GNNMoE(D, D, 3, 2, conv="sage", shared_router=shared_router, **options).double().eval()
-    nodes, edges, place, _ = k_hop_subgraph(seeds, 3, edge_index, relabel_nodes=True)
-    assert len(nodes) < num_nodes
-    full, near = model(x, edge_index)[seeds], model(x[nodes], edges)[place]
-    torch.testing.assert_close(near, full, rtol=0, atol=1e-10)
-    parameters = list(model.parameters())
-    ours, theirs = (torch.autograd.grad(out.square().sum(), parameters) for out in (near, full))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)

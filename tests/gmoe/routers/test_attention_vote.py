@@ -1,37 +1,77 @@
-"""Attention vote. Shapes: T tokens, D width, E experts."""
+"""Attention vote, beyond ``test_router.py``: blocks, memory, edges. Shapes: T tokens, D width, E experts."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from gmoe import AttentionVote
+from gmoe import AttentionVote, LinearExperts, MoE
+from gmoe.routers import attention_vote
+from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, graph_edges
 
-D, E = 6, 4
-OPTIONS: list[dict[str, Any]] = [
-    {"shared_queries": shared, "scope": scope} for shared in (False, True) for scope in ("group", "neighbors")
-]
-each = pytest.mark.parametrize("options", OPTIONS, ids=str)
-
-
-@each
-@pytest.mark.parametrize(
-    "batch",
-    [[0] * 12, [0] * 6 + [1] * 6, [0, 3] * 6, [5, 0, 0, 1, 5, 5, 5, 5, 5, 5, 0, 5]],
-    ids=["one", "equal", "equal_unsorted", "ragged"],
-)
-def test_votes_and_selected_weights_average_one_in_each_group(options: dict[str, Any], batch: list[int]) -> None:
-    group, edge_index = torch.tensor(batch), torch.randint(12, (2, 60))
-    edge_index = edge_index[:, group[edge_index[0]] == group[edge_index[1]]]
-    routing = AttentionVote(D, E, k=2, **options)(2 * torch.randn(12, D), group, edge_index)
-    assert routing.weight.max() < 10
-    for ids in group.unique():
-        torch.testing.assert_close(routing.scores[group == ids].mean(0), torch.ones(E))
-        assert routing.weight[group[routing.token] == ids].mean().item() == pytest.approx(1.0, abs=1e-5)
+VOTES = [case for case in CASES if case.router is AttentionVote]
+RAGGED = torch.tensor([5, 0, 5, 9, 0, 0, 5, 9, 9, 9, 2])
 
 
-def test_neighbors_need_edges() -> None:
-    with pytest.raises(ValueError, match="edge_index: got None"):
-        AttentionVote(D, E, scope="neighbors")(torch.randn(3, D))
+def layer(case: Case) -> MoE:
+    torch.manual_seed(0)
+    return MoE(case.build(5, 3, 2), LinearExperts(5, 4, 3)).to(DTYPE)
+
+
+@pytest.mark.parametrize("voters", [1, 4])
+@pytest.mark.parametrize("batch", [None, RAGGED], ids=["full", "masked"])
+@pytest.mark.parametrize("case", VOTES[:2], ids=lambda case: case.name)
+def test_blocks_of_voters_equal_naive(
+    case: Case, batch: Tensor | None, voters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many voters at a time, computed again in the backward pass."""
+    monkeypatch.setattr(attention_vote, "KEPT", 0)
+    monkeypatch.setattr(attention_vote, "BLOCK_ELEMENTS", voters * 3 * 11)
+    assert_same_as_naive(layer(case), torch.randn(11, 5, dtype=DTYPE), batch)
+
+
+@pytest.mark.parametrize("copies", [1, 4])  # up to more edges than pairs of nodes
+@pytest.mark.parametrize("case", VOTES[2:], ids=lambda case: case.name)
+def test_parallel_edges_and_loops_equal_naive(case: Case, copies: int) -> None:
+    edges = graph_edges([[0, 1, 2, 3, 4, 5]]).repeat(1, copies)
+    assert_same_as_naive(layer(case), torch.randn(6, 5, dtype=DTYPE), None, edges)
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that an operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                held = leaf._nnz() if leaf.layout == torch.sparse_csr else leaf.numel()
+                self.numel = max(self.numel, held)
+        return result
+
+
+@pytest.mark.parametrize("scope", ["group", "neighbors"])
+def test_nothing_of_all_pairs_is_held(scope: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward hold no tensor that grows as T * T."""
+    monkeypatch.setattr(attention_vote, "BLOCK_ELEMENTS", 2**13)
+    router, x = AttentionVote(8, 4, scope=scope, head_dim=8), torch.randn(600, 8)
+    with Largest() as largest:
+        router(x, edge_index=torch.randint(600, (2, 1200))).weight.square().sum().backward()
+    assert 0 < largest.numel <= 600 * 4 * 8  # the queries themselves
+
+
+def test_autocast_leaves_votes_alone_and_no_warning_reaches_the_user() -> None:
+    router, x, edges = AttentionVote(5, 3, scope="neighbors"), torch.randn(6, 5), torch.randint(6, (2, 20))
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        found = router(x, edge_index=edges).scores
+        found.square().sum().backward()
+    torch.testing.assert_close(found, router(x, edge_index=edges).scores, rtol=0, atol=0)
+    torch.testing.assert_close(found.mean(0), torch.ones(3))

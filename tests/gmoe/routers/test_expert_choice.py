@@ -1,4 +1,4 @@
-"""Expert choice. Shapes: T tokens, D width, E experts, C capacity."""
+"""Expert choice by hand, and the running means behind its thresholds. Shapes: T tokens, E experts, C capacity."""
 
 from __future__ import annotations
 
@@ -33,30 +33,62 @@ def test_the_weight_is_capped_at_ten() -> None:
 
 @pytest.mark.parametrize(("k", "factor", "expected"), [(1, 1.0, 1.0), (2, 1.5, 3.0), (2, 9.0, 4.0), (1, 0.5, 0.5)])
 def test_experts_per_token(k: int, factor: float, expected: float) -> None:
-    router = ExpertChoice(4, 4, k=k, capacity_factor=factor)
+    """Whatever the tokens are."""
+    router, x = ExpertChoice(4, 4, k=k, capacity_factor=factor), torch.randn(80, 4)
+    x[::7, 1], x[::9, 0] = torch.nan, torch.inf
     assert router.experts_per_token == expected
-    assert router(torch.randn(80, 4)).token.numel() == 80 * expected
+    assert router(x).load.tolist() == [20 * expected] * 4
 
 
-@pytest.mark.parametrize("normalize", ["experts", "tokens"])
-def test_threshold_at_evaluation_decides_by_the_last_score_taken(normalize: Any) -> None:
-    """One training step on the same tokens: the last token that was taken is the threshold, so the same are taken."""
-    torch.manual_seed(0)
-    router, x = ExpertChoice(5, 3, normalize=normalize, inference="threshold").double(), torch.randn(17, 5).double()
-    trained = router(x)
-    router.eval()
-    found = router(x)
-    assert torch.equal(found.to_dense() != 0, trained.to_dense() != 0)
-    torch.testing.assert_close(found.weight, trained.weight, atol=1e-6, rtol=1e-6)
+# Thresholds: of one expert that takes half of its group's tokens
 
 
-def test_threshold_needs_a_training_step() -> None:
-    router = ExpertChoice(5, 3, inference="threshold")
-    for prepare in (lambda: None, lambda: router(torch.randn(0, 5)), router.reset_parameters):
+@pytest.fixture
+def router() -> ExpertChoice:
+    return identity_gate(1, capacity_factor=0.5, normalize="tokens", inference="threshold", momentum=0.5)
+
+
+def step(router: ExpertChoice, *logits: float, batch: list[int] | None = None) -> None:
+    router(torch.tensor(logits)[:, None], None if batch is None else torch.tensor(batch))
+
+
+def logs(*values: float) -> list[float]:
+    return [math.log(value) for value in values]
+
+
+def test_the_threshold_by_hand(router: ExpertChoice) -> None:
+    step(router, 4.0, 1.0, 3.0, 2.0)  # takes 4 and 3: the cut is 3
+    assert router.selection.threshold_E.tolist() == [3.0]
+    step(router, 8.0, 0.0, 7.0, 6.0)  # cut 7; the second step counts half: 5
+    assert router.selection.threshold_E.tolist() == [5.0]
+    step(router, 1.0, 1.0, 0.0, 0.0)  # cut 1; momentum .5 > 1/3: .5 * 5 + .5 * 1 = 3
+    assert router.selection.threshold_E.tolist() == [3.0]
+    step(router.eval(), 9.0, 9.0, 9.0, 9.0)
+    assert router.selection.threshold_E.tolist() == [3.0]  # nothing moves in evaluation
+
+
+def test_the_scale_by_hand(router: ExpertChoice) -> None:
+    """The divisor of exp(logit): the sum over the group times the mean of the selected shares."""
+    step(router, *logs(4, 1, 3, 2))  # sum 10; shares .4 and .3, mean .35: scale 3.5
+    assert router.selection.log_scale_E.exp().item() == pytest.approx(3.5)
+    step(router, *logs(1, 1, 5, 1))  # takes 5 and the first 1: sum 8, mean 3/8: scale 3; the logarithms are averaged
+    assert router.selection.log_scale_E.item() == pytest.approx((math.log(3.5) + math.log(3)) / 2)
+    assert router.selection.threshold_E.item() == pytest.approx((math.log(3) + math.log(1)) / 2)
+
+
+def test_both_are_means_over_groups(router: ExpertChoice) -> None:
+    step(router, *logs(6, 4, 1, 3, 2, 2), batch=[0, 1, 1, 1, 1, 0])
+    # group 0: (6, 2) takes 6: sum 8, share .75: scale 6. Group 1: (4, 1, 3, 2) takes 4 and 3: scale 3.5, as above
+    assert router.selection.threshold_E.item() == pytest.approx((math.log(6) + math.log(3)) / 2)
+    assert router.selection.log_scale_E.item() == pytest.approx((math.log(6) + math.log(3.5)) / 2)
+
+
+def test_a_threshold_needs_a_training_step(router: ExpertChoice) -> None:
+    for prepare in (lambda: None, lambda: router(torch.randn(0, 1)), router.reset_parameters):
         router.train()
         prepare()
         with pytest.raises(RuntimeError, match="no thresholds yet: run a training step"):
-            router.eval()(torch.randn(4, 5))
-        router.train()(torch.randn(4, 5))
-        router.eval()(torch.randn(4, 5))
+            router.eval()(torch.randn(4, 1))
+        router.train()(torch.randn(4, 1))
+        router.eval()(torch.randn(4, 1))
         router.reset_parameters()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -91,20 +89,14 @@ def test_equals_the_dense_formula_with_gradients(name: str, slots: int, normaliz
 
 def test_the_record_holds_all_pairs() -> None:
     routing = SoftSlots(D, E, 2)(torch.randn(2, 6, D))
-    assert isinstance(routing, SoftRouting)
     assert routing.load.tolist() == [12] * E
-    assert routing.slot_offsets.tolist() == [4, 8, 12]
     assert routing.coverage == 1
     torch.testing.assert_close(routing.to_dense().sum(-1), torch.ones(12))
-    assert routing.scores.shape == (12, E)
     assert repr(routing) == "SoftRouting(12 tokens, 3 experts, load 12…12)"
     assert routing.select(slice(2)).num_tokens == 2
 
 
-def test_bfloat16_and_autocast_keep_the_layers_precision() -> None:
-    router, x = SoftSlots(D, E), torch.randn(6, D)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert router(x).combine_TES.dtype == torch.float32
-    half = copy.deepcopy(router).bfloat16()(x.bfloat16())
-    assert half.dispatch_TES.dtype == torch.float32
-    assert half.combine(half.dispatch(x.bfloat16())).dtype == torch.bfloat16
+def test_a_bfloat16_model_has_slots_in_float32() -> None:
+    routing = SoftSlots(D, E).bfloat16()(torch.randn(6, D).bfloat16())
+    assert routing.dispatch_TES.dtype == torch.float32
+    assert routing.combine(routing.dispatch(torch.randn(6, D).bfloat16())).dtype == torch.bfloat16
