@@ -28,11 +28,11 @@ def test_links_lead_somewhere() -> None:
 @pytest.mark.parametrize(
     ("row", "page"),
     [
-        ("mosaic", "which-settings-first"),
+        ("mosaic", "when-moe-helps"),
         ("minesweeper", "when-moe-helps"),
         ("facebook", "when-moe-helps"),
-        ("Cora", "which-settings-first"),
-        ("CIFAR-10", "claims"),
+        ("Cora", "lab/swap"),
+        ("CIFAR-10", "lab/claims"),
     ],
 )
 def test_the_figures_are_those_of_the_page(row: str, page: str) -> None:
