@@ -20,15 +20,7 @@ from typing import Any, TypeAlias
 import tyro
 
 ROOT = Path(__file__).parent.parent
-PAGES = (
-    "results",
-    "when-moe-helps",
-    "claims",
-    "benchmarks",
-    "see-the-routing",
-    "which-settings-first",
-    "tutorials/command-line",
-)
+PAGES = ("lab/swap", "lab/graphs", "lab/claims", "lab/studies", "lab/benchmarks", "tutorials/command-line")
 MARKED = re.compile(
     r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap): (?P<study>[\w-]+)(?:: (?P<variants>[\w/ -]+?))? -->\n)"
     r".*?(<!-- end -->)",
