@@ -25,19 +25,30 @@ HEADER = 16_384
 
 
 def read_json(path: Path, kind: type[T]) -> T:
-    """Read JSON as a dataclass or plain types; ``"32"``, ``3.0`` and ``true`` are no integers, NaN is no number."""
+    """Read JSON as :func:`parse_json` does."""
+    with _named(path):
+        return parse_json(path.read_bytes(), kind)
+
+
+def parse_json(text: str | bytes, kind: type[T]) -> T:
+    """JSON as a dataclass or plain types; ``"32"``, ``3.0`` and ``true`` are no integers, NaN is no number.
+
+    Raises:
+        ValueError: names the key, what it got and what is legal.
+    """
     from pydantic import ConfigDict, TypeAdapter, ValidationError  # not before it is needed: half a second
 
     config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    with _named(path):
-        try:  # in a tuple, since the config is refused beside a bare dataclass
-            adapter = TypeAdapter(tuple[kind], config=config)  # type: ignore[valid-type]
-            return adapter.validate_json(b"[%b]" % path.read_bytes())[0]
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"][1:]))
-            found = f"{where}: got {first['input']!r:.80}, " if where else ""
-            raise ValueError(f"{found}{first['msg'][0].lower()}{first['msg'][1:]}") from error
+    adapter = TypeAdapter(tuple[kind], config=config)  # type: ignore[valid-type]  # bare dataclasses refuse a config
+    try:
+        return adapter.validate_json(b"[%b]" % (text.encode() if isinstance(text, str) else text))[0]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if "error" in first.get("ctx", {}):  # a check of the dataclass itself
+            raise ValueError(str(first["ctx"]["error"])) from error
+        where = ".".join(map(str, first["loc"][1:]))
+        found = f"{where}: got {first['input']!r:.80}, " if where else ""
+        raise ValueError(f"{found}{first['msg'][0].lower()}{first['msg'][1:]}") from error
 
 
 def read_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:

@@ -1,13 +1,20 @@
-"""How far a command is: a bar in a terminal; elsewhere a plain line every few epochs, and within long ones."""
+"""How far a command is, for whoever waits: a bar or lines in the terminal, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from lightning_fabric.loggers import Logger
 
 LINES = 20
 """So many lines a seed, where the output is a file."""
@@ -26,7 +33,7 @@ class Progress:
 
     Args:
         epochs: of all seeds and variants together.
-        shown: whether anything is shown (default ``True``).
+        shown: whether anything is shown (default ``True``): a bar in a terminal, elsewhere a line every few epochs.
     """
 
     def __init__(self, epochs: float, shown: bool = True) -> None:
@@ -70,3 +77,54 @@ class Progress:
         self._last = (self._last[0], 0.0)
         if self.done >= self.total:
             self._bar.close()
+
+
+class WandB:
+    """A run of the project ``gmoe`` at Weights & Biases, as one of Fabric's loggers."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        import wandb
+
+        name = f"{folder.parent.name}-{folder.name}"
+        self._run = wandb.init(project="gmoe", name=name, id=name, resume="allow", dir=str(folder), config=config)
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Numbers by name."""
+        self._run.log(metrics, step=step)
+
+    def save(self) -> None:
+        """It does so itself."""
+
+    def finalize(self, status: str) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+def make_loggers(names: Sequence[str], folder: Path, config: dict[str, Any], epoch: int) -> list[Logger | WandB]:
+    """The loggers of a seed, beside the CSV files that every run writes.
+
+    Args:
+        names: ``"tensorboard"``, ``"wandb"``.
+        folder: ``seed-N`` of the run folder.
+        config: the run, as JSON.
+        epoch: at which it begins, or goes on; what TensorBoard has behind it is hidden.
+    """
+    from lightning_fabric.loggers import TensorBoardLogger
+
+    made: list[Logger | WandB] = []
+    if "tensorboard" in names:
+        board = TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False, purge_step=epoch or None)
+        board.log_hyperparams(config)
+        made.append(board)
+    return [*made, WandB(folder, config)] if "wandb" in names else made
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse loggers that are not installed.
+
+    Raises:
+        ValueError: one is not; says what to install.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(f"logger: got {name!r}, which needs its package: pip install {name}")

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from tqdm import tqdm
 
 import gmoe
-from experiments.runs import environment, write_json
+from experiments.run_folder import environment, write_json
 
 T = TypeVar("T")
 Step = Callable[[], object]

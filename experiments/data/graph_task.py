@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.nn import MessagePassing
-from torch_geometric.transforms import AddRemainingSelfLoops, ToUndirected
+from torch_geometric.transforms import ToUndirected
 from torch_geometric.utils import contains_self_loops, to_torch_csr_tensor
 
 from experiments.config import GraphConfig, HeteroConfig
@@ -37,11 +37,6 @@ def transformed(graph: GraphData, config: GraphConfig | HeteroConfig) -> Data | 
     data = graph.data
     if config.undirected:
         data = ToUndirected(reduce="mean")(data)
-    if config.self_loops:
-        looped = AddRemainingSelfLoops()(data)
-        if isinstance(data, Data) and data.edge_attr is not None:
-            looped.edge_attr = AddRemainingSelfLoops("edge_attr", "mean")(data).edge_attr
-        data = looped
     return data
 
 
@@ -64,7 +59,6 @@ def uses_csr(config: GraphConfig, data: Data) -> bool:
     """
     hidden = data.edge_weight is not None and len(set(weighs_edges(config))) > 1  # all convs would see the values
     refused = {
-        "edge_features": config.edge_features,
         "precision": config.precision == "bf16-mixed",  # there are no sparse kernels in bfloat16
         "edge_weight": hidden,
         "self-loops": not NORMALIZED.isdisjoint(config.conv) and contains_self_loops(data.edge_index),
@@ -96,8 +90,6 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: GraphConfig, s
             :func:`uses_csr` refuses.
     """
     assert isinstance(data, Data)
-    if config.edge_features and data.edge_attr is None:
-        raise ValueError(f"edge_features: got True, but {graph.name} has none")
     if config.label_reuse and config.evaluation == "layerwise":
         raise ValueError(
             f"label_reuse: got {config.label_reuse} with evaluation='layerwise', expected evaluation='full'"
@@ -178,7 +170,6 @@ def graph_task(graph: GraphData, data: Data | HeteroData, config: GraphConfig, s
         loader=loader,
         steps=lambda size: -(-counted[config.sampling] // size) if config.sampling in counted else 1,
         loss=task_loss,
-        edge_dim=data.num_edge_features if config.edge_features else None,
         graph=data,
         split=split,
         planted=graph.planted,
@@ -276,6 +267,4 @@ def _seen(graph: GraphData, data: Data, config: GraphConfig) -> Data:
             seen.edge_weight = data.edge_weight
         else:
             warnings.warn(f"edge_weight: {graph.name} has some, but {', '.join(config.conv)} takes none", stacklevel=3)
-    if config.edge_features:
-        seen.edge_attr = data.edge_attr
     return seen

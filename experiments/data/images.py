@@ -9,9 +9,12 @@ import torch
 from experiments.config import ImageSetConfig
 from experiments.data.graph_data import Split, Splits
 from experiments.data.task import Batch, Shard, Task, image_task
-from vision.augment import make_augment, make_mix
+from vision.augment import make_augment
 from vision.batches import batches
 from vision.images import ImageData, load_images, split_train_val
+
+VAL_SHARE = 0.1
+"""Of the training images, where data have none for validation."""
 
 
 def images(config: ImageSetConfig) -> Task:
@@ -26,8 +29,6 @@ def images(config: ImageSetConfig) -> Task:
         config.data_root,
         image_size=config.image_size,
         offline=config.offline,
-        skip_broken=config.skip_broken,
-        split_seed=config.split_seed,
     )
     return image_set_task(data, config)
 
@@ -35,7 +36,7 @@ def images(config: ImageSetConfig) -> Task:
 def image_set_task(data: ImageData, config: ImageSetConfig) -> Task:
     """The batches of a data set of images.
 
-    Validation is a part of the training images (``--val-share``, ``--split-seed``) where the data have none of their
+    Validation is a part of the training images, stratified, where the data have none of their
     own; the test images are read once.
 
     Raises:
@@ -46,7 +47,7 @@ def image_set_task(data: ImageData, config: ImageSetConfig) -> Task:
         raise ValueError(f"{data.name}: got one class, {data.classes[0]}, expected at least two")
     train = torch.arange(len(data.train))
     if data.val is None:
-        train, val = split_train_val(data.train.labels, config.val_share, config.split_seed, allow_missing=True)
+        train, val = split_train_val(data.train.labels, VAL_SHARE, 0, allow_missing=True)
         held_out = data.train
     else:
         val, held_out = torch.arange(len(data.val)), data.val
@@ -59,7 +60,6 @@ def image_set_task(data: ImageData, config: ImageSetConfig) -> Task:
             names = ", ".join(data.classes[label] for label in missing[:5])
             print(f"{data.name}: {len(missing)} of {classes} classes have no image in {what}: {names}", flush=True)
     augment = make_augment(config.augment, data.image_size)
-    mix = make_mix(config.mixup, config.cutmix, classes)
 
     def loader(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
         source, index = parts[part]
@@ -71,7 +71,6 @@ def image_set_task(data: ImageData, config: ImageSetConfig) -> Task:
             mean=data.mean,
             std=data.std,
             augment=augment if training else None,
-            mix=mix if training else None,
             seed=seed,
             workers=config.workers,
             shard=shard,

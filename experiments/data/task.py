@@ -47,7 +47,6 @@ class Task:
             a seed, and without a shard all of each batch. The slices of a small batch may be empty.
         steps: how many training batches an epoch has, by batch size.
         loss: of (logits, target), in training.
-        edge_dim: width of the edge features that inputs hold, or ``None``.
         graph: the whole graph, for models that need more of it than batches hold.
         split: the nodes, or images, of train, val and test.
         target: of a heterogeneous graph, the node type that has labels.
@@ -65,7 +64,6 @@ class Task:
     loader: Loader
     steps: Callable[[int], int] = lambda _: 1
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    edge_dim: int | None = None
     graph: Data | HeteroData | None = None
     split: Splits | None = None
     target: str | None = None

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.utils import homophily, remove_self_loops
 
+from experiments.routing_stats import ami
 from experiments.run_folder import RunFolder
-from experiments.structure import ami
 from gmoe import Routing
 
 MOST_TOKENS = 50_000

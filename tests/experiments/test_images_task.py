@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from experiments.digest import images_digest
 from torch import nn
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from experiments.build import ScaledMLP, build_model, build_twin, init_centroids
 from experiments.config import ImageSetConfig
 from experiments.data import load_tasks
-from experiments.digest import images_digest
 from experiments.presets import PRESETS
 from experiments.train import main
 from tests.vision.made_images import write_cifar, write_folder, write_image, write_imagenette, write_images

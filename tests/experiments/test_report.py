@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from experiments.runs import run
 from torch import Tensor
 from torch_geometric.data import Data
 
@@ -24,7 +25,6 @@ from experiments.report.make import _by_data
 from experiments.report.page import Page
 from experiments.routing_stats import load_routings, save_routings
 from experiments.run_folder import RunFolder, load_model, read_run
-from experiments.runs import run
 from gmoe import OracleRouter, Routing, build_router
 
 GRAPH = replace(DIGITS_GRAPH, epochs=2, hidden=8, experts=3, progress=False, seeds=(0, 1))

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from experiments.runs import run
 from safetensors.torch import load_file
 
 from experiments.checkpoint import Log
@@ -23,7 +24,6 @@ from experiments.config import RunConfig
 from experiments.data import Task
 from experiments.loop import Training, train_seed
 from experiments.run_folder import read_run
-from experiments.runs import run
 from experiments.train import main, parse
 from tests.experiments.command import QUICK, quick, quick_until
 from tests.vision.made_images import write_images

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from experiments.structure import alignment, node_properties, quantile_bins
 from hypothesis import given
 from hypothesis import strategies as st
 from torch_geometric.data import Data
-
-from experiments.structure import alignment, node_properties, quantile_bins
 
 
 def test_properties_of_a_small_graph() -> None:

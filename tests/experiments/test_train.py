@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from experiments.runs import run, spread
 from safetensors.torch import load_file
 
 from experiments.config import ImageConfig
 from experiments.data import load_tasks
 from experiments.loop import Training, peak_memory, restart_peak_memory
 from experiments.presets import PRESETS
-from experiments.runs import run, spread
 from experiments.train import main, parse
 from tests.experiments.command import QUICK, quick
 from tests.experiments.ogb_data import plant
