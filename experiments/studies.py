@@ -329,7 +329,7 @@ def _scale() -> Study:
 
 
 def _cifar10_claims() -> Study:
-    """The claims this project started from, on CIFAR-10; experiments/claims.py reads them off."""
+    """The claims this project started from, on CIFAR-10; docs/claims.md judges them."""
     score = RouterOptions(weight="score")  # of all variants but one, as cifar10-scale found; the default of the others
     straight = RouterOptions(weight="straight_through")  # at the scale of a dense MLP, and of attention votes
     once = replace(SMALL_VIT, seeds=(0,))

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import HeteroLinear
 from torch_geometric.utils import to_torch_csr_tensor
 
-from experiments.benchmark.measure import Benchmark, Step, Steps, check_equal, layer_step
-from experiments.throughput import power_law_edges
+from experiments.benchmark.measure import Benchmark, Step, Steps, check_equal, layer_step, power_law_edges
 from gmoe import MoEConv
 from gmoe.conv.graph import parameters_of
 from gmoe.conv.kinds import factory_of

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
+from torch_geometric.utils import to_undirected
 from tqdm import tqdm
 
 import gmoe
@@ -238,3 +239,9 @@ def layer_step(layer: nn.Module, inputs: tuple[Any, ...], grad: Tensor, bf16: bo
 def check_equal(name: str, found: Tensor, expected: Tensor) -> None:
     """Refuse a variant that does not compute what it is compared with, up to rounding."""
     assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name} and gmoe differ: {text}")
+
+
+def power_law_edges(nodes: int, edges: int) -> Tensor:
+    """Uniform nodes cite others by weights of a power law (exponent 2.7); then both directions of every edge."""
+    cited = torch.multinomial(torch.rand(nodes).pow(-1 / 1.7), edges, replacement=True)
+    return to_undirected(torch.stack([cited, torch.randint(nodes, (edges,))]), num_nodes=nodes)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import GATConv
 from torch_geometric.utils import to_torch_csr_tensor
 
-from experiments.benchmark.measure import Benchmark, Step, Steps, check_equal, layer_step
-from experiments.throughput import power_law_edges
+from experiments.benchmark.measure import Benchmark, Step, Steps, check_equal, layer_step, power_law_edges
 from gmoe import AttentionVote, MLPExperts, MoE, MoEConv, build_router
 from gmoe.routers.attention_vote import group_votes, neighbor_votes
 
