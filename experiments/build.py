@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data, HeteroData
+from torch_geometric.data import HeteroData
 
 import gmoe
 from experiments.config import GraphConfig, HeteroConfig, ImageConfig, NodeConfig, RouterOptions, RunConfig, load_object
@@ -54,12 +53,7 @@ def _own_model(name: str, task: Task) -> nn.Module:
 
 
 class ScaledMLP(nn.Module):
-    """An MLP whose output is multiplied by a factor, as experts' outputs are by their weights.
-
-    Args:
-        mlp: the MLP.
-        factor: the factor.
-    """
+    """An MLP whose output is multiplied by a factor, as experts' outputs are by their weights."""
 
     def __init__(self, mlp: nn.Module, factor: float) -> None:
         super().__init__()
@@ -77,40 +71,21 @@ def _without_experts(config: RunConfig, hidden: int) -> RunConfig:
 
 
 def first_flops(model: nn.Module, config: RunConfig, task: Task) -> int:
-    """Active FLOPs of the model's first forward, which shows that it runs on the data as it will be evaluated.
-
-    Raises:
-        ValueError: it does not.
-    """
-    with _refusing(config, task, "runs"):
-        found = flops(model, example(config, task))
-    if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
-        tiny = Data(x=torch.zeros(2, task.in_channels), edge_index=torch.tensor([[0, 1], [1, 0]]))
-        with _refusing(config, task, "can be evaluated layer by layer"):
-            copied: Any = copy.deepcopy(model).eval()
-            copied.inference(tiny)
-    return found
+    """Active FLOPs of the model's first forward; a conv that does not run on the data is a ``ValueError``."""
+    try:
+        return flops(model, example(config, task))
+    except (TypeError, RuntimeError, AssertionError) as error:
+        if not isinstance(config, GraphConfig) or config.model is not None:
+            raise
+        raise ValueError(
+            f"conv: got {', '.join(config.conv)}, expected one that runs with these sizes and data "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def example(config: RunConfig, task: Task) -> tuple[Any, ...]:
     """The inputs of one call of the model in training."""
     return next(iter(task.loader("train", config.batch_size, None))).inputs
-
-
-@contextmanager
-def _refusing(config: RunConfig, task: Task, what: str) -> Iterator[None]:
-    """A conv's own complaint, as one about the configuration."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except Exception as error:
-        if not isinstance(config, GraphConfig) or config.model is not None:
-            raise
-        raise ValueError(
-            f"conv: got {', '.join(config.conv)}, expected one that {what} with these sizes and data "
-            f"({type(error).__name__}: {error})"
-        ) from error
 
 
 def matched_width(config: RunConfig, task: Task) -> int:
@@ -203,11 +178,7 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
 
 
 def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
-    """The sizes of the ViT: those of the image size's preset, but for what is given.
-
-    Raises:
-        ValueError: an image size without a preset, and not all of patch, width and heads are given.
-    """
+    """The sizes of the ViT: those of the image size's preset, but for what is given; without a preset, all of them."""
     from gmoe.models.vit import SIZES, ViTSize  # torchvision, which graphs do without
 
     given = {"patch_size": config.patch, "hidden_dim": config.dim, "num_heads": config.vit_heads}
@@ -223,11 +194,7 @@ def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
 
 
 def kinds_of_experts(config: GraphConfig) -> str | list[str]:
-    """The conv of all experts, or the kind of each; the first alone for the dense model.
-
-    Raises:
-        ValueError: a number of experts in which the kinds do not go evenly.
-    """
+    """The conv of all experts, or the kind of each; the first alone for the dense model."""
     if len(config.conv) == 1 or config.router == "dense":
         return config.conv[0]
     times, rest = divmod(config.experts, len(config.conv))
@@ -267,11 +234,7 @@ def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., Router] 
 
 @torch.no_grad()
 def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> None:
-    """Begin every multi-centroid router with the k-means centroids of what it sees, in one forward pass.
-
-    Raises:
-        ValueError: the model has no such router.
-    """
+    """Begin every multi-centroid router with the k-means centroids of what it sees, in one forward pass."""
     copied = copy.deepcopy(model).train()  # whose counters, norms and caches may move
     routers = [module for module in copied.modules() if isinstance(module, gmoe.MultiCentroid)]
     if not routers:
@@ -283,6 +246,6 @@ def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> N
 
     for router in routers:
         router.register_forward_pre_hook(begin)
-    copied(*inputs)  # in training, since threshold inference has no cut scores yet
+    copied(*inputs)
     begun = {name: value for name, value in copied.state_dict().items() if name.endswith(("centroid", "center_D"))}
     model.load_state_dict({**model.state_dict(), **begun})

@@ -173,6 +173,9 @@ class RunConfig:
                 raise ValueError(f"{name}: got {value}, expected a number in [0, 1)")
             if name in AMOUNTS and value < 0:
                 raise ValueError(f"{name}: got {value}, expected a number of at least 0")
+        for name in self.logger:
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(f"logger: got {name!r}, which needs its package: pip install {name}")
         if self.lr <= 0:
             raise ValueError(f"lr: got {self.lr}, expected a number above 0")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):

@@ -28,7 +28,7 @@ from experiments.build import build_model, first_flops, init_centroids, matched_
 from experiments.checkpoint import Checkpoint, from_first, make_fabric, numbers_of_all, of_all, share
 from experiments.config import GraphConfig, NodeConfig, RunConfig
 from experiments.data import Batch, Split, Task, load_tasks
-from experiments.progress import Progress, check_loggers, make_loggers
+from experiments.progress import Progress, make_loggers
 from experiments.routing_stats import node_properties, routing_rows, routing_summary, save_routings
 from experiments.run_folder import Cost, Log, Result, Summary, begin, so_far, summarize, write_json
 from gmoe import Router, Routing, RoutingStats
@@ -55,19 +55,14 @@ def run(config: RunConfig, progress: Progress | None = None) -> Summary:
         progress.skip(config.epochs)
         progress.finish(config.epochs)
     if summary is None:
-        missing = [seed for seed in config.seeds if seed not in results]
-        results |= train_seeds(fabric, config, missing, progress)
+        results |= train_seeds(fabric, config, [seed for seed in config.seeds if seed not in results], progress)
         summary = from_first(fabric, lambda: summarize(config, [results[seed] for seed in config.seeds]))
         write_json(config.folder() / "summary.json", summary)
     return summary
 
 
 def train_one(config: RunConfig, seed: int) -> None:
-    """Train a seed of a run, if its folder lacks it; :func:`run` then makes the summary.
-
-    Raises:
-        ValueError, InterruptedRunError: as :func:`run`.
-    """
+    """Train a seed of a run, if its folder lacks it; :func:`run`, whose errors it has, then makes the summary."""
     summary, results = so_far(config)
     if summary is None and seed not in results:
         train_seeds(make_fabric(config), config, [seed], Progress(config.epochs, shown=False))
@@ -75,33 +70,58 @@ def train_one(config: RunConfig, seed: int) -> None:
 
 def train_seeds(fabric: Fabric, config: RunConfig, seeds: list[int], progress: Progress) -> dict[int, Result]:
     """The results of seeds, which are written too."""
-    results: dict[int, Result] = {}
-    if not seeds:
-        return results
-    check_loggers(config.logger)
+    if not seeds:  # and no data are needed
+        return {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # a class token's, of one image
         with fabric.rank_zero_first(local=True):  # who downloads what is missing
             task_of = load_tasks(config)
-        for seed in seeds:
-            task, folder = task_of(seed), config.folder() / f"seed-{seed}"
-            model, cost = prepare(fabric, config, task, seed)  # refuses what cannot run before anything is written
-            with locked(fabric, folder):
-                begin(config, task)
-                results[seed] = train_seed(fabric, config, task, seed, folder, model, cost, progress)
-                write_json(folder / "result.json", results[seed])
-    return results
+        return {seed: train_seed(fabric, config, task_of(seed), seed, progress) for seed in seeds}
+
+
+def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progress: Progress) -> Result:
+    """Train with one seed and evaluate: validation selects the epoch, the test set is read once, at the end.
+
+    An unfinished checkpoint is resumed. Of several processes the first one's figures of the routing are right.
+    """
+    folder = config.folder() / f"seed-{seed}"
+    model, cost = prepare(fabric, config, task, seed)  # refuses what cannot run before anything is written
+    with locked(fabric, folder):
+        begin(config, task)
+        with set_up(fabric, model, config, task) as training:
+            reached = fit(training, seed, folder, progress)
+            test, routings = training.evaluate("test")
+        save_routings(routings, folder.parent / "routing" / f"{folder.name}.safetensors")
+        graph: Any = task.graph
+        whole = isinstance(graph, Data) and len(routings) == 1  # all nodes are routed at once
+        whole = whole and all(routing.num_tokens == graph.num_nodes for routing in routings[0])
+        planted, properties = (task.planted, node_properties(graph)) if whole else (None, {})
+        result: Result = {
+            "seed": seed,
+            "epochs": config.epochs,
+            "metric": task.metric_name,
+            "val": reached.best_val,
+            "test": test,
+            "best_epoch": reached.best_epoch,
+            "seconds": round(reached.seconds, 2),
+            "peak_memory": round(peak_memory(fabric.device)),
+            **cost,
+            "routing": routing_summary(routings, planted, properties),
+            "curve": reached.curve,
+        }
+        write_json(folder / "result.json", result)
+    return result
 
 
 @contextmanager
 def locked(fabric: Fabric, folder: Path) -> Iterator[None]:
-    """Refuse a seed that others are training: seeds of one run may be trained side by side, one seed may not."""
+    """Refuse a seed that another process trains; several seeds of a run may be trained side by side."""
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock", timeout=0)
 
     def is_taken() -> bool:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout:
@@ -120,7 +140,7 @@ def prepare(fabric: Fabric, config: RunConfig, task: Task, seed: int) -> tuple[n
     """Build the model of a seed and run it once; all processes begin with the same.
 
     Raises:
-        ValueError: it cannot be built, does not run on the data, or not in the way that it will be evaluated.
+        ValueError: it cannot be built, or does not run on the data.
     """
     restart_peak_memory(fabric.device)
     fabric.seed_everything(seed, verbose=False)
@@ -141,52 +161,6 @@ def prepare(fabric: Fabric, config: RunConfig, task: Task, seed: int) -> tuple[n
     return model, cost
 
 
-def train_seed(
-    fabric: Fabric,
-    config: RunConfig,
-    task: Task,
-    seed: int,
-    folder: Path,
-    model: nn.Module,
-    cost: Cost,
-    progress: Progress,
-) -> Result:
-    """Train with one seed and evaluate: validation selects the epoch, the test set is read once, at the end.
-
-    Args:
-        fabric: device and precision.
-        config: the run.
-        task: the data.
-        seed: of everything that is drawn.
-        folder: ``seed-N`` of the run folder; an unfinished checkpoint in it is resumed.
-        model, cost: see :func:`prepare`.
-        progress: of the whole command.
-
-    Returns:
-        The figures of this seed, as JSON; those of the routing in the first process alone.
-    """
-    with set_up(fabric, model, config, task) as training:
-        reached = fit(training, seed, folder, progress)
-        test, routings = training.evaluate("test")
-    save_routings(routings, folder.parent / "routing" / f"{folder.name}.safetensors")  # none but of the first process
-    graph = task.graph
-    whole = isinstance(graph, Data) and len(routings) == 1  # all nodes are routed at once
-    whole = whole and all(routing.num_tokens == graph.num_nodes for routing in routings[0])
-    return {
-        "seed": seed,
-        "epochs": config.epochs,
-        "metric": task.metric_name,
-        "val": reached.best_val,
-        "test": test,
-        "best_epoch": reached.best_epoch,
-        "seconds": round(reached.seconds, 2),
-        "peak_memory": round(peak_memory(fabric.device)),
-        **cost,
-        "routing": routing_summary(routings, task.planted if whole else None, node_properties(graph) if whole else {}),
-        "curve": reached.curve,
-    }
-
-
 def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reached:
     """Train for as many epochs as there are to come, and leave the model with the weights that validation selects.
 
@@ -202,8 +176,8 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
     reached, name = training.reached, f"{folder.parent.name} seed {seed}"
     progress.skip(reached.epochs + training.epoch.batches / steps)
     log, routing_log = Log(folder / "metrics.csv", reached.epochs), Log(folder / "routing.csv", reached.epochs)
-    is_first = training.fabric.is_global_zero
-    loggers = make_loggers(config.logger if is_first else (), folder, config.science(), reached.epochs)
+    names = config.logger if training.fabric.is_global_zero else ()
+    loggers = make_loggers(names, folder, config.science(), reached.epochs)
     training.clock = time.perf_counter()
     with checkpoint.watch():
         while reached.epochs < config.epochs:
@@ -217,7 +191,7 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
             log.write([row | {"seconds": reached.seconds}])
             routing_log.write([{"epoch": epoch} | layer for layer in layers])
             for logger in loggers:
-                logger.log_metrics(flat(row, layers), epoch)
+                logger.log_metrics(by_name(row, layers), epoch)
                 logger.save()
             figures = f"loss {row['loss']:.3f}, best {reached.best_val:.4f}"
             progress.show(name, reached.epochs, config.epochs, figures)
@@ -258,14 +232,11 @@ def batches_left(training: Training, checkpoint: Checkpoint, shuffle_seed: int) 
         yield batch, rows
 
 
-def flat(row: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, float]:
+def by_name(row: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, float]:
     """Figures of an epoch for TensorBoard and the like."""
-    found = row | {f"layer_{layer['layer']}/{name}": value for layer in layers for name, value in layer.items()}
-    return {
-        name: value
-        for name, value in found.items()
-        if value is not None and name != "epoch" and not name.endswith("/layer")
-    }
+    for layer in layers:
+        row = row | {f"layer_{layer['layer']}/{name}": value for name, value in layer.items() if name != "layer"}
+    return {name: value for name, value in row.items() if value is not None and name != "epoch"}
 
 
 class Epoch:
@@ -302,27 +273,19 @@ class Epoch:
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from :meth:`state`."""
-        vars(self).update(state)
-        self.sums = {name: value.to(device) for name, value in self.sums.items()}
+        self.lr, self.batches, self.count = state["lr"], state["batches"], state["count"]
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         if state["stats"] is not None:
-            experts, metric_state = state["stats"]
-            self.stats = RoutingStats(experts)
-            for name, value in metric_state.items():
-                setattr(self.stats, name, value)
+            experts, values = state["stats"]
+            self.stats = RoutingStats(experts).to(device)
+            for name, value in values.items():
+                setattr(self.stats, name, value.to(device))
             self.stats._update_count = self.batches  # torchmetrics would warn of a metric without updates
-            self.stats.to(device)
 
 
 @dataclass
 class Reached:
-    """How far a seed is.
-
-    Args:
-        epochs: that are done.
-        best_epoch, best_val: what validation selects.
-        seconds: of training and validation.
-        curve: epochs done, loss and validation metric, wherever it was measured.
-    """
+    """How far a seed is: epochs done, what validation selects, the time taken, and the curve where it was measured."""
 
     epochs: int = 0
     best_epoch: int = -1
@@ -331,34 +294,30 @@ class Reached:
     curve: dict[str, list[float]] = field(default_factory=lambda: {"epoch": [], "loss": [], "val": []})
 
 
+@dataclass
 class Training:
     """A seed in training; :meth:`state` is all that the rest of it depends on.
 
     Args:
         fabric: device and precision.
-        model: set up by ``fabric``.
-        optimizer: set up by ``fabric``.
+        model, optimizer: set up by ``fabric``.
         scheduler: steps with the optimizer.
         routings: what the last forward of the model routed, a list one a layer.
         config: the run.
         task: the data.
     """
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        model: Any,
-        optimizer: Any,
-        scheduler: LambdaLR,
-        routings: list[Routing],
-        config: RunConfig,
-        task: Task,
-    ) -> None:
-        self.fabric, self.model, self.optimizer, self.scheduler = fabric, model, optimizer, scheduler
-        self.routings, self.config, self.task = routings, config, task
+    fabric: Fabric
+    model: Any
+    optimizer: Any
+    scheduler: LambdaLR
+    routings: list[Routing]
+    config: RunConfig
+    task: Task
+
+    def __post_init__(self) -> None:
         self.reached, self.epoch, self.best = Reached(), Epoch(self.lr), self.weights()
-        self.rng = get_rng()
-        self.clock = time.perf_counter()  # when ``reached.seconds`` was counted last
+        self.rng, self.clock = get_rng(), time.perf_counter()  # when ``reached.seconds`` was counted last
 
     def batches(self, split: Split, seed: int | None) -> Iterable[Batch]:
         """This process's slices of the batches of an epoch."""
@@ -381,12 +340,7 @@ class Training:
         return float(self.scheduler.get_last_lr()[0])
 
     def step(self, batch: Batch, total: int) -> None:
-        """One step of the optimizer, whose losses and routings are added to the epoch.
-
-        Args:
-            batch: this process's part.
-            total: the rows of all processes' parts.
-        """
+        """One step of the optimizer on this process's part of a batch, of which all parts have ``total`` rows."""
         rows = len(batch.target)
         share_of_mean = rows * self.fabric.world_size / total
         batch = self.fabric.to_device(batch)
@@ -396,9 +350,8 @@ class Training:
         aux = gmoe.aux_loss(self.routings).to(loss.device)
         self.fabric.backward(share_of_mean * loss + aux)  # DDP takes the mean of the processes' gradients
         if self.config.clip_norm:
-            self.fabric.clip_gradients(
-                self.model, self.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
-            )
+            norm = self.config.clip_norm
+            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=norm, error_if_nonfinite=False)
         self.optimizer.step()
         self.scheduler.step()
         losses = {
@@ -417,14 +370,7 @@ class Training:
         return self.epoch.means()
 
     def end_epoch(self, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Evaluate where it is due, and count the epoch as done.
-
-        Returns:
-            The rows of metrics.csv and, by layer, of routing.csv.
-
-        Raises:
-            ValueError: a loss or a metric that is not finite.
-        """
+        """Evaluate where it is due, and count the epoch as done; the rows of metrics.csv and routing.csv."""
         config, reached, epoch = self.config, self.reached, self.reached.epochs
         row: dict[str, Any] = {"epoch": epoch, "lr": self.epoch.lr, **self.epoch.means(), "val": None}
         _check_finite("loss", row["loss"], seed, epoch, config)
@@ -469,9 +415,8 @@ class Training:
             if config.precision == "64-true":
                 graph = copy.copy(graph).apply(lambda value: value.double() if value.is_floating_point() else value)
             with self.fabric.autocast():
-                logits, routings = self.model.module.inference(
-                    graph, device, batch_size=config.batch_size, return_routing=True
-                )
+                size = config.batch_size
+                logits, routings = self.model.module.inference(graph, device, batch_size=size, return_routing=True)
             rows = task.split[split]
             metric.update(logits[rows].to(device), task.graph.y[rows].to(device))
             return float(metric.compute()), [routings]
@@ -577,7 +522,7 @@ def set_rng(states: dict[str, Any]) -> None:
 
 
 def restart_peak_memory(device: torch.device) -> None:
-    """Let :func:`peak_memory` count from here on: on a GPU, and where the system is Linux; elsewhere it cannot."""
+    """Let :func:`peak_memory` count from here on, where the system can: on a GPU, and on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
@@ -585,8 +530,7 @@ def restart_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory in use since :func:`restart_peak_memory`, in MiB: on a GPU what torch allocated, else the whole
-    process."""
+    """The most memory in use since then, in MiB: on a GPU what torch allocated, else the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     scale = 2**20 if sys.platform == "darwin" else 2**10  # of the unit that the system counts in

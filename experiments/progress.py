@@ -7,14 +7,10 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from lightning_fabric.loggers import Logger
 
 LINES = 20
 """So many lines a seed, where the output is a file."""
@@ -37,18 +33,12 @@ class Progress:
     """
 
     def __init__(self, epochs: float, shown: bool = True) -> None:
-        self.total = epochs
-        self.done = 0.0
-        self._begun = time.monotonic()
-        self._skipped = 0.0
+        self.total, self.done = epochs, 0.0
+        self._begun, self._skipped = time.monotonic(), 0.0
         self._last = (self._begun, 0.0)
         in_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=epochs,
-            disable=not (shown and in_terminal),
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {postfix}",
-            leave=False,
-        )
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {postfix}"
+        self._bar = tqdm(total=epochs, disable=not (shown and in_terminal), bar_format=form, leave=False)
         self._lines = shown and not in_terminal
 
     def skip(self, epochs: float) -> None:
@@ -80,7 +70,7 @@ class Progress:
 
 
 class WandB:
-    """A run of the project ``gmoe`` at Weights & Biases, as one of Fabric's loggers."""
+    """A run of the project ``gmoe`` at Weights & Biases, for which Fabric has no logger."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         import wandb
@@ -100,8 +90,8 @@ class WandB:
         self._run.finish()
 
 
-def make_loggers(names: Sequence[str], folder: Path, config: dict[str, Any], epoch: int) -> list[Logger | WandB]:
-    """The loggers of a seed, beside the CSV files that every run writes.
+def make_loggers(names: Sequence[str], folder: Path, config: dict[str, Any], epoch: int) -> list[Any]:
+    """The loggers of a seed, beside its CSV files, in the interface of Fabric's.
 
     Args:
         names: ``"tensorboard"``, ``"wandb"``.
@@ -109,22 +99,10 @@ def make_loggers(names: Sequence[str], folder: Path, config: dict[str, Any], epo
         config: the run, as JSON.
         epoch: at which it begins, or goes on; what TensorBoard has behind it is hidden.
     """
-    from lightning_fabric.loggers import TensorBoardLogger
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
-    made: list[Logger | WandB] = []
+    made: list[Any] = []
     if "tensorboard" in names:
-        board = TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False, purge_step=epoch or None)
-        board.log_hyperparams(config)
-        made.append(board)
+        made.append(TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False, purge_step=epoch or None))
+        made[0].log_hyperparams(config)
     return [*made, WandB(folder, config)] if "wandb" in names else made
-
-
-def check_loggers(names: Sequence[str]) -> None:
-    """Refuse loggers that are not installed.
-
-    Raises:
-        ValueError: one is not; says what to install.
-    """
-    for name in names:
-        if find_spec(name) is None:
-            raise ValueError(f"logger: got {name!r}, which needs its package: pip install {name}")

@@ -39,7 +39,7 @@ def routing_summary(
         stats.update(batch)
     layers = _rounded(stats)
     for routing, layer in zip(routings[0], layers, strict=True):
-        expert = routing.top_expert.cpu() if planted is not None or properties else None
+        expert = routing.top_expert.cpu()
         if planted is not None:
             layer["nmi"] = float(normalized_mutual_info_score(expert, planted))
         if properties:
@@ -52,8 +52,10 @@ def routing_rows(stats: RoutingStats | None) -> list[dict[str, Any]]:
 
     Of layers with fewer experts than another the last are empty.
     """
+    if stats is None:
+        return []
     rows = []
-    for number, layer in enumerate([] if stats is None else _rounded(stats)):
+    for number, layer in enumerate(_rounded(stats)):
         row: dict[str, Any] = {"layer": number}
         for name, value in layer.items():
             if isinstance(value, list):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
@@ -34,7 +33,7 @@ from gmoe.metrics import PER_EXPERT
 
 
 class Cost(TypedDict):
-    """What a model costs: active FLOPs and parameters, ratio to the MoE that it matches, its width, steps an epoch."""
+    """What a model costs: active FLOPs, parameters, ratio to the MoE that it matches, width, steps an epoch."""
 
     flops: int
     parameters: int
@@ -45,7 +44,7 @@ class Cost(TypedDict):
 
 
 class Result(Cost):
-    """``seed-N/result.json``. A curve has ``epoch``, ``loss`` and ``val``."""
+    """``result.json`` of a seed."""
 
     seed: int
     epochs: int
@@ -69,7 +68,7 @@ class Spread(TypedDict):
 
 
 class Summary(Cost):
-    """``summary.json``; of older runs some figures are missing."""
+    """``summary.json`` of a run; of older ones some figures are missing."""
 
     metric: str
     val: Spread
@@ -187,6 +186,7 @@ def begin(config: RunConfig, task: Task) -> None:
 def summarize(config: RunConfig, results: list[Result]) -> Summary:
     """Mean, sample standard deviation and n over the seeds, with all that is needed to repeat the run."""
     first = results[0]
+    cost: Cost = {name: first[name] for name in Cost.__annotations__}  # type: ignore[assignment, literal-required]
     return {
         "metric": first["metric"],
         "val": spread([result["val"] for result in results]),
@@ -194,12 +194,7 @@ def summarize(config: RunConfig, results: list[Result]) -> Summary:
         "best_epoch": spread([result["best_epoch"] for result in results]),
         "seconds": spread([result["seconds"] for result in results]),
         "peak_memory": max(result["peak_memory"] for result in results),
-        "flops": first["flops"],
-        "parameters": first["parameters"],
-        "active_parameters": first["active_parameters"],
-        "matched": first["matched"],
-        "hidden": first["hidden"],
-        "steps": first["steps"],
+        **cost,
         "routing": [
             {name: spread([layer[name] for layer in layers]) for name in layers[0] if name not in PER_EXPERT}
             for layers in zip(*(result["routing"] for result in results), strict=True)
@@ -254,11 +249,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Log:
-    """A CSV file of one row or several an epoch, on disk at once; rows behind the checkpoint are cut.
+    """A CSV file of one row or several an epoch, on disk at once; of several processes the first one writes.
 
     Args:
-        path: of the file, which the first process alone writes.
-        keep: epochs whose rows stay.
+        path: of the file.
+        keep: epochs whose rows stay; those behind the checkpoint are cut.
     """
 
     @rank_zero_only
@@ -277,13 +272,8 @@ class Log:
     @rank_zero_only
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows, if there are any; a new file gets their names first."""
-        if not rows:
-            return
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
+        if rows:
+            pd.DataFrame(rows).to_csv(self.path, mode="a", index=False, header=not self.path.exists())
 
 
 Rows = list[dict[str, float | None]]
@@ -291,13 +281,8 @@ Rows = list[dict[str, float | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class SeedLog:
-    """What one seed left.
-
-    Args:
-        metrics: a row an epoch.
-        routing: a row an epoch and layer, of the training steps; none of a dense model.
-        routings: of the test split (of a graph: of all nodes), one a layer.
-    """
+    """What one seed left: rows of metrics.csv and of routing.csv, and the routings of the test split, one a layer (of a
+    graph: of all nodes); of a dense model no routing."""
 
     metrics: Rows
     routing: Rows
@@ -325,12 +310,7 @@ class RunFolder:
     seeds: dict[int, SeedLog]
 
     def load_task(self, seed: int) -> Task:
-        """The data, as that seed saw them.
-
-        Raises:
-            ValueError: they are not those that the run was trained on, or broken.
-            FileNotFoundError: they are not there.
-        """
+        """The data, as that seed saw them; a ``ValueError`` for others, a ``FileNotFoundError`` for none."""
         here, there = described(self.config).get("digest"), self.science.get("digest")
         if here is None and there is not None:
             raise FileNotFoundError(f"{self.config.data_root}: has no data of {self.config.dataset}; give --data-root")
@@ -352,24 +332,36 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
     config = read_config(folder, data_root)
     if not (folder / "summary.json").exists():
         raise ValueError(f"{folder / 'summary.json'}: is missing; the run is not finished: go on with --resume")
-    seeds = {}
-    for seed in config.seeds:
-        part, saved = folder / f"seed-{seed}", folder / "routing" / f"seed-{seed}.safetensors"
-        dense = not saved.exists() and (config.router == "dense" or config.model is not None)
-        routings = [] if dense else load_routings(saved)
-        seeds[seed] = SeedLog(
-            metrics=_rows(part / "metrics.csv", config.epochs),
-            routing=[] if dense else _rows(part / "routing.csv", config.epochs * len(routings)),
-            routings=routings,
+    try:
+        return RunFolder(
+            folder=folder,
+            name=folder.resolve().name,
+            config=config,
+            science=read_json(folder / "config.json", dict[str, Any]),
+            summary=read_json(folder / "summary.json", Summary),
+            seeds={seed: _seed_log(folder, config, seed) for seed in config.seeds},
         )
-    return RunFolder(
-        folder=folder,
-        name=folder.resolve().name,
-        config=config,
-        science=read_json(folder / "config.json", dict[str, Any]),
-        summary=read_json(folder / "summary.json", Summary),
-        seeds=seeds,
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename}: is missing") from error
+
+
+def _seed_log(folder: Path, config: RunConfig, seed: int) -> SeedLog:
+    part, saved = folder / f"seed-{seed}", folder / "routing" / f"seed-{seed}.safetensors"
+    dense = not saved.exists() and (config.router == "dense" or config.model is not None)
+    routings = [] if dense else load_routings(saved)
+    return SeedLog(
+        metrics=_rows(part / "metrics.csv", config.epochs),
+        routing=[] if dense else _rows(part / "routing.csv", config.epochs * len(routings)),
+        routings=routings,
     )
+
+
+def _rows(path: Path, expected: int) -> Rows:
+    table = read_csv(path, dtype=float, index_col=False)
+    if len(table) != expected:
+        raise ValueError(f"{path}: got {len(table)} rows, expected {expected}: one an epoch, or an epoch and layer")
+    rows: Rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return rows
 
 
 def read_config(folder: Path, data_root: Path | None = None) -> RunConfig:
@@ -390,20 +382,8 @@ def read_config(folder: Path, data_root: Path | None = None) -> RunConfig:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
-def _rows(path: Path, expected: int) -> Rows:
-    table = read_csv(path, dtype=float, index_col=False)
-    if len(table) != expected:
-        raise ValueError(f"{path}: got {len(table)} rows, expected {expected}: one an epoch, or an epoch and layer")
-    rows: Rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return rows
-
-
 def load_model(folder: Path, config: RunConfig, task: Task, seed: int) -> nn.Module:
-    """The model of a run with the weights that validation selected, ready to evaluate.
-
-    Raises:
-        ValueError: the weights cannot be read, or are not those of the model.
-    """
+    """The model of a run with the weights that validation selected; a ``ValueError`` where they are broken."""
     path = folder / f"seed-{seed}" / "checkpoint" / "best.safetensors"
     model = build_model(config, task)
     try:
@@ -414,19 +394,23 @@ def load_model(folder: Path, config: RunConfig, task: Task, seed: int) -> nn.Mod
 
 
 def image_task_of(folder: Path) -> Task:
-    """The task of an image run without its data.
-
-    Raises:
-        ValueError: the run is not one of images, or its images.json is broken.
-    """
+    """The task of an image run without its data; a ``ValueError`` where it is another run, or broken."""
     path = folder / "images.json"
     if not path.exists():
         raise ValueError(f"{path}: is missing, expected the run of an image model")
-    found: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in read_json(path, ImageSet).items()
-    }
-    metric = {"metric_name": "", "metric": MulticlassAccuracy}
-    return Task(name=folder.name, kind="image", loader=_no_data, **metric, **found)
+    found = read_json(path, ImageSet)
+    return Task(
+        name=folder.name,
+        kind="image",
+        in_channels=found["in_channels"],
+        num_classes=found["num_classes"],
+        metric_name="",
+        metric=MulticlassAccuracy,
+        loader=_no_data,
+        classes=tuple(found["classes"]),
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+    )
 
 
 def _no_data(split: Split, batch_size: int, seed: int | None) -> NoReturn:

@@ -38,12 +38,7 @@ PROG = "python -m experiments.train"
 
 
 def parse(args: Sequence[str] | None = None) -> RunConfig:
-    """The configuration from the command line: a preset, a file, and what is changed of them.
-
-    Raises:
-        ValueError: a preset or an option that there is not, or the file of ``--config`` cannot be read, or is of
-            another preset.
-    """
+    """The configuration from the command line: a preset, a file, and what is changed of them."""
     args = list(sys.argv[1:] if args is None else args)
     file, args = _take(args, "--config")
     if file is None:
@@ -65,11 +60,7 @@ def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:
 
 
 def read_config_file(path: Path, preset: str | None) -> RunConfig:
-    """What a JSON file says, on top of a preset where there is one; a run's own ``config.json`` is such a file.
-
-    Raises:
-        ValueError: it cannot be read, or holds what is no option.
-    """
+    """What a JSON file says, on top of a preset where there is one; a run's own ``config.json`` is such a file."""
     base = None if preset is None else PRESETS[preset][1]
     try:
         given = read_json(path, dict[str, Any])
