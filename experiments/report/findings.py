@@ -31,7 +31,7 @@ PROPERTIES = {
 """What experts may follow, by the figure that measures it."""
 
 
-def sentence(experts: int, dead: Sequence[int], layers: Sequence[Mapping[str, float]]) -> str:
+def sentence(experts: int, dead: Sequence[float], layers: Sequence[Mapping[str, float]]) -> str:
     """Say how many experts are used and what they follow most.
 
     Args:
