@@ -418,8 +418,8 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
         if name not in (*known, *RECORDS) and value != RETIRED[name]:
             raise ValueError(f"{name}: got {value!r}, expected {RETIRED[name]!r}: there is no such option now")
     given = {name: value for name, value in science.items() if name in known}
-    file = science.get("file")
-    root = data_root if file in (None, data_root.name) else data_root / file
+    file = str(science.get("file", data_root.name))
+    root = data_root if file == data_root.name else data_root / file
     return parse_json(json.dumps({"data_root": str(root)} | given), kind)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from experiments.runs import run
+from experiments.loop import run
 
 from experiments.patches import PatchesConfig, main, patches
 from experiments.presets import DIGITS

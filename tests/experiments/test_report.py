@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiments.runs import run
+from experiments.loop import run
 from torch import Tensor
 from torch_geometric.data import Data
 

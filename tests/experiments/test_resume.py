@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from experiments.runs import run
+from experiments.loop import run
 from safetensors.torch import load_file
 
-from experiments.checkpoint import Log
+from experiments.run_folder import Log
 from experiments.config import RunConfig
 from experiments.data import Task
 from experiments.loop import Training, train_seed
@@ -253,13 +253,13 @@ def test_resume_adds_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         trained.append(seed)
         return train_seed(config, task, seed, *rest)
 
-    monkeypatch.setattr("experiments.runs.train_seed", train)
+    monkeypatch.setattr("experiments.loop.train_seed", train)
     with pytest.raises(SystemExit):
         quick(folder, "--resume", seeds="0 1 2")
     assert trained == [0]
     with pytest.raises(ValueError, match="not finished"):  # and no summary of one seed is left
         read_run(folder, Path("data"))
-    monkeypatch.setattr("experiments.runs.train_seed", train_seed)
+    monkeypatch.setattr("experiments.loop.train_seed", train_seed)
     whole = quick(folder, "--resume", seeds="0 1 2")
     assert whole["test"]["n"] == 3
     assert whole["test"]["values"][1:2] == first["test"]["values"]
@@ -279,7 +279,7 @@ def test_a_finished_run_is_only_read(
     def never(*_: Any) -> Any:
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr("experiments.runs.train_seed", never)
+    monkeypatch.setattr("experiments.loop.train_seed", never)
     assert quick(tmp_path / "run", "--resume") == first
     with pytest.raises(SystemExit):
         quick(tmp_path / "run", "--resume", "--lr", "0.5")

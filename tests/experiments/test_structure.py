@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from experiments.structure import alignment, node_properties, quantile_bins
+from experiments.routing_stats import alignment, node_properties, quantile_bins
 from hypothesis import given
 from hypothesis import strategies as st
 from torch_geometric.data import Data

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import experiments.runs
+import experiments.run_folder
 import pytest
 
 from experiments.build import build_model, flops, matched_width, num_parameters
@@ -53,7 +53,7 @@ def test_finished_variants_are_skipped(
         "dense-4x",
     ]
     ran: list[str] = []
-    run = experiments.runs.run
+    run = experiments.loop.run
 
     def watch(config: Any, progress: Any) -> Any:
         finished = (config.folder() / "summary.json").exists()

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from experiments.runs import run, spread
+from experiments.loop import run
+from experiments.run_folder import spread
 from safetensors.torch import load_file
 
 from experiments.config import ImageConfig
@@ -150,7 +151,7 @@ def test_nan_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     config = replace(PRESETS["digits-graph"][1], epochs=1, progress=False, out=tmp_path / "run", seeds=(0,))
     task = load_tasks(config)(0)
     next(iter(task.loader("train", 1, None))).inputs[0][3, 4] = torch.nan
-    monkeypatch.setattr("experiments.runs.load_tasks", lambda *_: lambda _: task)
+    monkeypatch.setattr("experiments.loop.load_tasks", lambda *_: lambda _: task)
     with pytest.raises(ValueError, match="values that are NaN or infinite"):
         run(config)
 
