@@ -8,8 +8,8 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from experiments.loop import run
 
+from experiments.loop import run
 from experiments.patches import PatchesConfig, main, patches
 from experiments.presets import DIGITS
 from experiments.run_folder import image_task_of

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiments.loop import run
 from torch import Tensor
 from torch_geometric.data import Data
 
+from experiments.loop import run
 from experiments.presets import DIGITS, DIGITS_GRAPH
 from experiments.presets import GRAPH as GRAPH_PRESET
 from experiments.report import figures

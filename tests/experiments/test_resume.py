@@ -16,14 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from experiments.loop import run
 from safetensors.torch import load_file
 
-from experiments.run_folder import Log
 from experiments.config import RunConfig
 from experiments.data import Task
-from experiments.loop import Training, train_seed
-from experiments.run_folder import read_run
+from experiments.loop import Training, run, train_seed
+from experiments.run_folder import Log, read_run
 from experiments.train import main, parse
 from tests.experiments.command import QUICK, quick, quick_until
 from tests.vision.made_images import write_images

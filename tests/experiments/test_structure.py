@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from experiments.routing_stats import alignment, node_properties, quantile_bins
 from hypothesis import given
 from hypothesis import strategies as st
 from torch_geometric.data import Data
+
+from experiments.routing_stats import alignment, node_properties, quantile_bins
 
 
 def test_properties_of_a_small_graph() -> None:

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import experiments.run_folder
 import pytest
 
+import experiments.run_folder
 from experiments.build import build_model, flops, matched_width, num_parameters
 from experiments.data import load_tasks
 from experiments.jobs import Processes
