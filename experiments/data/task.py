@@ -47,7 +47,6 @@ class Task:
             a seed, and without a shard all of each batch. The slices of a small batch may be empty.
         steps: how many training batches an epoch has, by batch size.
         loss: of (logits, target), in training.
-        edge_dim: width of the edge features that inputs hold, or ``None``.
         graph: the whole graph, for models that need more of it than batches hold.
         split: the nodes, or images, of train, val and test.
         target: of a heterogeneous graph, the node type that has labels.
@@ -65,7 +64,6 @@ class Task:
     loader: Loader
     steps: Callable[[int], int] = lambda _: 1
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    edge_dim: int | None = None
     graph: Data | HeteroData | None = None
     split: Splits | None = None
     target: str | None = None
@@ -75,40 +73,16 @@ class Task:
     std: tuple[float, ...] = ()
 
 
-def image_task(
-    name: str,
-    image_size: int,
-    classes: tuple[str, ...],
-    loader: Loader,
-    split: Splits,
-    label_smoothing: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Task:
-    """Classification of images by accuracy.
-
-    Args:
-        name: of the data set.
-        image_size: height and width, in pixels.
-        classes: their names.
-        loader: see :class:`Task`; targets are classes, or in training (B, classes) shares of them.
-        split: the images of train, val and test.
-        label_smoothing: of the loss.
-        mean, std: see :class:`Task`.
-    """
-    num_classes = len(classes)
+def image_task(label_smoothing: float, split: Splits, classes: tuple[str, ...], **given: Any) -> Task:
+    """Classification of images by accuracy; ``given`` is the rest of the :class:`Task`."""
     return Task(
-        name=name,
         kind="image",
-        in_channels=image_size,
-        num_classes=num_classes,
+        num_classes=len(classes),
         metric_name="accuracy",
-        metric=partial(MulticlassAccuracy, num_classes=num_classes, average="micro"),
-        loader=loader,
+        metric=partial(MulticlassAccuracy, num_classes=len(classes), average="micro"),
         steps=lambda batch_size: -(-len(split["train"]) // batch_size),
         loss=partial(F.cross_entropy, label_smoothing=label_smoothing),
         split=split,
         classes=classes,
-        mean=mean,
-        std=std,
+        **given,
     )
