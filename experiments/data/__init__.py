@@ -30,9 +30,12 @@ def load_tasks(config: RunConfig) -> Callable[[int], Task]:
         task = found
         return lambda _: task
     assert isinstance(config, GraphConfig | HeteroConfig)
-    if config.undirected:  # an edge that is there in both directions, or twice, gets the mean of its weights
-        found = replace(found, data=ToUndirected(reduce="mean")(found.data))
-    return partial(graph_task, found, config)
+    return partial(graph_task, directed(found, config), config)
+
+
+def directed(graph: GraphData, config: GraphConfig | HeteroConfig) -> GraphData:
+    """The graph, in both directions if the run asks for it; an edge there twice gets the mean of its weights."""
+    return replace(graph, data=ToUndirected(reduce="mean")(graph.data)) if config.undirected else graph
 
 
 def own_data(found: Any, config: RunConfig) -> GraphData | Task:

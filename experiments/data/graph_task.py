@@ -76,7 +76,9 @@ class GraphBatches:
             if any(weighs_edges(config)):
                 data.edge_weight = graph.data.edge_weight
             else:
-                warnings.warn(f"edge_weight: {graph.name} has some, {', '.join(config.conv)} takes none", stacklevel=3)
+                warnings.warn(
+                    f"edge_weight: {graph.name} has some, but {', '.join(config.conv)} takes none", stacklevel=3
+                )
         self.whole = self.inputs(data, adjacency(config, data))
         self.data = data.sort(sort_by_row=False) if config.sampling == "neighbor" else data
         self.in_channels = data.x.size(1) + (graph.num_outputs if config.label_reuse else 0)

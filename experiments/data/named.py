@@ -192,7 +192,7 @@ ARRAYS = [f"{of}_{part}" for of in ("adj", "attr") for part in ("data", "indices
 ARRAYS += ["labels", "node_features", "node_labels", "edges"]
 ARRAYS += [f"{part}_mask{s}" for part in ("train", "val", "test") for s in ("", "s")]
 """What PyG reads of an ``.npz``."""
-PICKLED = ("_reconstruct", "ndarray", "dtype", "csr_matrix", "defaultdict", "list")
+PICKLED = ("_reconstruct", "ndarray", "dtype", "csr_matrix", "defaultdict", "list", "encode")
 """What Planetoid's pickles are made of."""
 
 
@@ -233,6 +233,6 @@ class _ArraysOnly(pickle.Unpickler):
     """An unpickler that runs no code of the file."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] in ("numpy", "scipy", "collections", "__builtin__") and name in PICKLED:
+        if module.partition(".")[0] in ("numpy", "scipy", "collections", "__builtin__", "_codecs") and name in PICKLED:
             return super().find_class(module, name)
         raise ValueError(f"holds {module}.{name}, expected arrays")

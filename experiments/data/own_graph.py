@@ -172,7 +172,8 @@ def _read_pt(path: Path) -> Data:
         raise ValueError(f"{path}: got a {type(data).__name__}, expected a PyG Data")
     for name in NAMES:
         value = data.get(name)
-        if isinstance(value, Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        dense = isinstance(value, Tensor) and value.layout == torch.strided
+        if dense and value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name} claims more numbers than the file holds")
     return data
 
@@ -187,7 +188,7 @@ def _read_folder(folder: Path) -> Data:
     if (ends < 0).any():
         end, row = np.argwhere(ends < 0)[0]
         unknown = edges[("source", "target")[end]][row]
-        raise ValueError(f"{folder / 'edges.csv'}: edge {row} has {unknown}, which is no node")
+        raise ValueError(f"{folder / 'edges.csv'}: edge {row} has {unknown!r}, which is no node")
     data = Data(edge_index=torch.from_numpy(ends.astype(np.int64)))
     features = [nodes[name] for name in nodes if name not in ("id", "label", "split")]
     columns = [_numbers(folder / "nodes.csv", column) for column in features]
@@ -217,7 +218,7 @@ def _read_table(path: Path, needed: tuple[str, ...], text: tuple[str, ...]) -> p
     )  # fmt: skip
     missing = [column for column in needed if column not in table]
     if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; got {', '.join(map(str, table.columns))}")
+        raise ValueError(f"{path}: no column {', '.join(missing)}; got {list(table.columns)}")
     if any(str(column).startswith("Unnamed: ") for column in table):
         raise ValueError(f"{path}: got a column without a name, expected none (pandas: to_csv(index=False))")
     return table
@@ -230,5 +231,5 @@ def _numbers(path: Path, column: pd.Series[Any]) -> Tensor:
         return torch.from_numpy(pd.get_dummies(column, dtype=float).to_numpy(copy=True))
     if not np.isfinite(numbers).all():
         row = int(np.argmin(np.isfinite(numbers)))
-        raise ValueError(f"{path}: row {row} has {column.name}={column[row]}, expected a number")
+        raise ValueError(f"{path}: row {row} has {column.name!r}={column[row]!r}, expected a number")
     return torch.from_numpy(numbers.copy())[:, None]

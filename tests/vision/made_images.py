@@ -127,7 +127,7 @@ def cut(path: Path) -> Path:
 
 def shades(source: ImageSource) -> list[list[int]]:
     """(label, red) of each image."""
-    images = source.get(torch.arange(len(source)))
+    images = source.get(torch.arange(len(source.labels)))
     return [[int(label), int(image[0, 0, 0])] for label, image in zip(source.labels, images, strict=True)]
 
 
