@@ -41,13 +41,7 @@ def directed(graph: GraphData, config: GraphConfig | HeteroConfig) -> GraphData:
 def own_data(found: Any, config: RunConfig) -> GraphData | Task:
     """What the function of ``--data`` returns, as a graph data set, or as a task of images.
 
-    Args:
-        found: for ``graph`` a PyG ``Data`` and for ``hetero`` a ``HeteroData``, see
-            :func:`experiments.data.own_graph.graph_of`; for ``images`` see :func:`experiments.data.images.own_images`.
-        config: of the run, whose kind says which.
-
-    Raises:
-        ValueError: something else, or something that cannot be what it should.
+    See :func:`experiments.data.own_graph.graph_of` for graph and hetero, :func:`experiments.data.images.own_images`.
     """
     name = config.data or config.dataset
     if isinstance(config, ImageSetConfig):

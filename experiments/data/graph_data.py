@@ -25,27 +25,16 @@ MASKS: dict[Split, str] = {part: f"{part}_mask" for part in get_args(Split)}
 
 @dataclass(frozen=True, kw_only=True)
 class GraphData:
-    """Nodes, edges, labels, and who is trained on.
-
-    Args:
-        name: of the data set.
-        data: the graph; ``y`` is (N,) classes, or (N, tasks) binary labels.
-        splits: the split of a seed; sets with several fixed splits give seed s split ``s % number of splits``.
-        metric: makes the metric, updated with (logits, target); higher is better, in 0..1.
-        metric_name: how it is called.
-        num_outputs: width of the logits.
-        target: of a heterogeneous graph, the node type that has labels.
-        planted: (N,) the expert that each node should go to, where that is known.
-    """
+    """Nodes, edges, labels, and who is trained on."""
 
     name: str
-    data: Data | HeteroData
-    splits: Callable[[int], Splits]
-    metric: Callable[[], Metric]
+    data: Data | HeteroData  # y is (N,) classes, or (N, tasks) binary labels
+    splits: Callable[[int], Splits]  # of a seed; of S fixed splits seed s takes s % S
+    metric: Callable[[], Metric]  # is updated with (logits, target); higher is better, in 0..1
     metric_name: str
-    num_outputs: int
-    target: str | None = None
-    planted: Tensor | None = None
+    num_outputs: int  # width of the logits
+    target: str | None = None  # of a heterogeneous graph, the node type that has labels
+    planted: Tensor | None = None  # (N,) the expert that each node should go to, where that is known
 
 
 class TwoClassAUROC(BinaryAUROC):
@@ -123,15 +112,9 @@ def stratified_splits(store: Any, seed: int) -> Splits:
 def check_graph(where: str, data: Data | HeteroData, target: str | None = None) -> None:
     """Refuse a graph that cannot be what it should.
 
-    Args:
-        where: begins the message.
-        data: with ``x``, ``edge_index`` and ``y``, and perhaps ``train_mask``, ``val_mask`` and ``test_mask``, (N,) or
-            (N, S) for S splits.
-        target: of a heterogeneous graph, the node type that has labels.
-
-    Raises:
-        ValueError: shapes that do not fit, edges that point outside, features that are not numbers, splits that are
-            empty or overlap, or labels below 0 in them.
+    Its shapes have to fit, its edges point inside, its features be finite; each split has nodes in train, val and test,
+    none of them in two, and each of them has a label of 0 or more. ``where`` begins the message; ``target`` is the node
+    type of a heterogeneous graph that has labels.
     """
     store: Any = data if isinstance(data, Data) else data[target]
     for x in [data.x] if isinstance(data, Data) else data.collect("x", allow_empty=True).values():

@@ -27,17 +27,9 @@ NORMALIZED = CSR_CONVS - {"sage", "graph", "gin", "mlp", "identity"}
 
 
 def graph_task(graph: GraphData, config: GraphConfig | HeteroConfig, seed: int) -> Task:
-    """Node classification on the split of a seed.
-
-    Raises:
-        ValueError: label reuse with layer-wise evaluation; whatever :func:`adjacency` refuses.
-    """
+    """Node classification on the split of a seed."""
     split = graph.splits(seed)
-    batches: HeteroBatches | GraphBatches
-    if isinstance(config, HeteroConfig):
-        batches = HeteroBatches(graph, config, split)
-    else:
-        batches = GraphBatches(graph, config, split)
+    batches = (HeteroBatches if isinstance(config, HeteroConfig) else GraphBatches)(graph, config, split)
     return Task(
         name=graph.name,
         kind="graph" if graph.target is None else "hetero",
@@ -56,15 +48,9 @@ def graph_task(graph: GraphData, config: GraphConfig | HeteroConfig, seed: int) 
 
 
 class GraphBatches:
-    """The batches of a graph of one node type.
+    """The batches of a graph of one node type, in the split of a seed."""
 
-    Args:
-        graph: the data set.
-        config: how it is batched.
-        split: the nodes of train, val and test.
-    """
-
-    def __init__(self, graph: GraphData, config: GraphConfig, split: Splits) -> None:
+    def __init__(self, graph: GraphData, config: Any, split: Splits) -> None:
         if config.label_reuse and config.evaluation == "layerwise":
             raise ValueError(
                 f"label_reuse: got {config.label_reuse} with evaluation='layerwise', expected evaluation='full'"
@@ -140,7 +126,7 @@ class GraphBatches:
 class HeteroBatches:
     """The batches of the nodes of one type of a heterogeneous graph; see :class:`GraphBatches`."""
 
-    def __init__(self, graph: GraphData, config: HeteroConfig, split: Splits) -> None:
+    def __init__(self, graph: GraphData, config: Any, split: Splits) -> None:
         self.config, self.split, self.target = config, split, graph.target
         data = graph.data
         self.whole = (data.collect("x"), data.edge_index_dict)
@@ -166,7 +152,7 @@ class HeteroBatches:
 def neighborhoods(
     data: Data | HeteroData,
     config: GraphConfig | HeteroConfig,
-    nodes: Tensor | tuple[str | None, Tensor],
+    nodes: Any,
     batch_size: int,
     seed: int | None,
     shard: Shard,

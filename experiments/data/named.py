@@ -35,27 +35,16 @@ from experiments.files import naming, read_json, read_npz
 
 @dataclass(frozen=True)
 class PyGSet:
-    """A data set of PyG, read from its raw files.
-
-    Args:
-        cls: its class.
-        kwargs: arguments of the class.
-        folder: of the raw files, in the data root.
-        files: the raw files.
-        megabytes: size of the download.
-        metric: by which the field compares.
-        splits: of the graph and a seed (default: by the data set's own masks).
-        warning: what users should know before they compare figures.
-    """
+    """A data set of PyG, read from its raw files."""
 
     cls: Any
     kwargs: dict[str, Any]
-    folder: str
+    folder: str  # of the raw files, in the data root
     files: tuple[str, ...]
-    megabytes: float
-    metric: MetricName = "accuracy"
-    splits: Callable[[Any, int], Splits] = fixed_splits
-    warning: str = ""
+    megabytes: float  # of the download
+    metric: MetricName = "accuracy"  # by which the field compares
+    splits: Callable[[Any, int], Splits] = fixed_splits  # of the graph and a seed
+    warning: str = ""  # what users should know before they compare figures
 
     def load(self, name: str, root: Path, offline: bool) -> GraphData:
         """The data set, its features those of the files (Planetoid's normalized to sum 1 a node, as is usual)."""
@@ -173,12 +162,7 @@ def configured(config: GraphConfig | HeteroConfig) -> GraphData:
 
 
 def load_graph(name: str, root: Path, offline: bool = False, allow_large_downloads: bool = False) -> GraphData:
-    """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB, whose files lie in the data root.
-
-    Raises:
-        ValueError: an unknown name, or a broken file.
-        FileNotFoundError: files are missing and cannot be fetched.
-    """
+    """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB, whose files lie in the data root."""
     if name in PYG:
         return PYG[name].load(name, root, offline)
     if name in FILTERED:

@@ -56,14 +56,7 @@ def own_graph(path: Path, metric: MetricName | None = None, name: str | None = N
     Labels are 0, 1, ..., in a CSV file names as well; a node outside the splits may have -1, in a CSV file none.
     Without masks each seed draws a split. Whatever else is there is left out.
 
-    Args:
-        path: one of those.
-        metric: ``"accuracy"`` (default) or, for two classes, ``"roc_auc"``.
-        name: of the data set (default: that of the file).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that cannot be read, or does not hold what it should.
+    The metric is ``"accuracy"`` or, for two classes, ``"roc_auc"``; the name by default that of the file.
     """
     if not path.exists():
         raise FileNotFoundError(f"data_root: got {path}, which does not exist; expected FILE.npz, FILE.pt or a folder")
@@ -77,12 +70,8 @@ def own_graph(path: Path, metric: MetricName | None = None, name: str | None = N
 def graph_of(data: Data | HeteroData, name: str, where: str, metric: MetricName | None = None) -> GraphData:
     """A PyG graph as a data set: its types those that models take, checked, and split where it has no masks.
 
-    Args:
-        data: a ``Data`` with x, edge_index and y, or a ``HeteroData`` of which one node type has y; with train_mask,
-            val_mask and test_mask, or none of them.
-        name: of the data set.
-        where: begins the messages.
-        metric: see :func:`own_graph`.
+    It is a ``Data`` with x, edge_index and y, or a ``HeteroData`` of which one node type has y; with train_mask,
+    val_mask and test_mask, or none of them. ``where`` begins the messages.
     """
     target = None
     if isinstance(data, HeteroData):

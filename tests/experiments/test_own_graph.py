@@ -145,7 +145,7 @@ def test_numbers_of_all_kinds(tmp_path: Path) -> None:
 
 def test_edge_weights(tmp_path: Path) -> None:
     weight = torch.rand(len(arrays()["edges"])).double()
-    more = {"edge_weight": weight, "name": "mine", "adj_t": torch.eye(3).to_sparse_csr()}
+    more: dict[str, Any] = {"edge_weight": weight, "name": "mine", "adj_t": torch.eye(3).to_sparse_csr()}
     npz = by_pyg(arrays()) | {"edge_weight": weight.numpy()}
     csv = write_csv(tmp_path, weight=weight.tolist())
     for path in (write_pt(tmp_path, **more), write_npz(tmp_path, npz), csv):

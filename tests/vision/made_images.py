@@ -95,8 +95,8 @@ def write_cifar(
     def split(files: list[list[str]]) -> list[list[str]]:
         sums = []
         for name, _ in files:
-            data = rng.integers(0, 256, (num_classes, 3072), dtype=np.uint8)
-            target = rng.permutation(num_classes).tolist()
+            data = rng.integers(0, 256, (2 * num_classes, 3072), dtype=np.uint8)
+            target = (rng.permutation(2 * num_classes) % num_classes).tolist()
             sums.append([name, write(name, {"data": data, key: target})])
             if name.startswith(("data", "train")):
                 pixels.append(data)
