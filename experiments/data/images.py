@@ -80,8 +80,8 @@ def own_images(found: Any, name: str, config: ImageSetConfig) -> Task:
     """A task of images that a user's function made.
 
     It gives ``(train, test)`` or ``(train, val, test)``, each a torch ``Dataset`` of (image, class), or a pair of
-    images (N, C, S, S), C = 1 or 3, and classes (N,). Images are uint8 or PIL's, which are standardized over the training
-    images, or floats, which the model sees as they are. All are kept in memory.
+    images (N, C, S, S), C = 1 or 3, and classes (N,). Images are uint8 or PIL's, which are standardized over the
+    training images, or floats, which the model sees as they are. All are kept in memory.
     """
     if not isinstance(found, tuple | list) or len(found) not in (2, 3):
         raise ValueError(
