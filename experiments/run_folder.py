@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import json
@@ -114,6 +115,14 @@ def _holds_something(folder: Path) -> bool:
     return folder.exists() and any(folder.iterdir())
 
 
+IMAGE_FOLDERS = {
+    "cifar10": ("cifar-10-batches-py", "cifar10", ""),
+    "imagenette": ("imagenette2-160", ""),
+    "images": ("",),
+}
+"""Where files of images lie, which may be any; of other sets the published ones are read, or refused."""
+
+
 def described(config: RunConfig) -> dict[str, Any]:
     """The configuration as ``config.json`` holds it: what numbers depend on, and a digest of files of your own."""
     found = config.science()
@@ -123,13 +132,11 @@ def described(config: RunConfig) -> dict[str, Any]:
         root = config.data_root
         files = sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]
         found |= {"file": root.name, "digest": _digest(file.read_bytes() for file in files if file.exists())}
-    elif config.dataset in ("cifar10", "imagenette", "images"):  # which may be any files in folders
-        from vision import image_files  # torchvision, which graphs do without
-
-        paths = image_files(config.dataset, config.data_root)
-        base = os.path.commonpath(paths) if paths else ""
-        sizes = ((path.relative_to(base).as_posix(), path.stat().st_size if path.exists() else None) for path in paths)
-        found["digest"] = _digest(os.fsencode(f"{name} {size}\n") for name, size in sizes)
+    elif config.dataset in IMAGE_FOLDERS:
+        base = next(filter(Path.is_dir, (config.data_root / part for part in IMAGE_FOLDERS[config.dataset])))
+        files = [Path(name) for name in glob.glob("**/*", root_dir=base, recursive=True) if (base / name).is_file()]
+        files.sort(key=lambda file: ("train" not in file.parts, file))
+        found["digest"] = _digest(os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n") for file in files)
     return found
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from experiments.config import IMAGES
 from experiments.data import load_tasks
 from experiments.loop import Training, peak_memory, restart_peak_memory, run
 from experiments.presets import PRESETS
@@ -21,7 +22,6 @@ from experiments.train import parse
 from tests.experiments.command import QUICK, quick, refused
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import Writer
-from vision.images import NAMES as IMAGE_SETS
 
 
 def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +103,7 @@ def ogb_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plant(tmp_path_factory.mktemp("ogb"))
 
 
-@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic", "hetero", *IMAGE_SETS}))
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic", "hetero", *IMAGES}))
 def test_every_preset_of_a_graph_runs_on_tiny_files(preset: str, tmp_path: Path, ogb_root: Path) -> None:
     assert parse([preset, "--seeds", "3"]) == replace(PRESETS[preset][1], seeds=(3,))
     root = ogb_root
