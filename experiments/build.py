@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data, HeteroData
+from torch_geometric.data import HeteroData
 
 import gmoe
-from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RouterOptions, RunConfig, load_object
+from experiments.config import GraphConfig, HeteroConfig, ImageConfig, NodeConfig, RouterOptions, RunConfig, load_object
 from experiments.data import Task
 from gmoe import OracleRouter, Router
-from gmoe.conv.kinds import CONVS
-from gmoe.convert import choose_blocks
 
 if TYPE_CHECKING:
     from gmoe.models.vit import ViTSize
@@ -36,7 +33,12 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
     if config.model is not None:
         return _own_model(config.model, task)
     own = config if config.equal is None else _without_experts(config, matched_width(config, task))
-    return _scaled(_build(own, task), config)
+    model: Any = _build(own, task)
+    if isinstance(config, ImageConfig) and config.mlp_scale != 1:  # where a MoE would have experts
+        for block in model.encoder.layers[config.every - 1 :: config.every]:
+            block.mlp = ScaledMLP(block.mlp, config.mlp_scale)
+    built: nn.Module = model
+    return built
 
 
 def _own_model(name: str, task: Task) -> nn.Module:
@@ -51,12 +53,7 @@ def _own_model(name: str, task: Task) -> nn.Module:
 
 
 class ScaledMLP(nn.Module):
-    """An MLP whose output is multiplied by a factor, as experts' outputs are by their weights.
-
-    Args:
-        mlp: the MLP.
-        factor: the factor.
-    """
+    """An MLP whose output is multiplied by a factor, as experts' outputs are by their weights."""
 
     def __init__(self, mlp: nn.Module, factor: float) -> None:
         super().__init__()
@@ -68,38 +65,22 @@ class ScaledMLP(nn.Module):
         return out
 
 
-def _scaled(model: nn.Module, config: RunConfig) -> nn.Module:
-    """A dense ViT with its MLPs scaled where a MoE would have experts; other models as they are."""
-    if isinstance(config, ImageConfig) and config.mlp_scale != 1:
-        vit: Any = model
-        blocks = vit.encoder.layers
-        for i in choose_blocks(len(blocks), config.every, config.moe_blocks or None):
-            blocks[i].mlp = ScaledMLP(blocks[i].mlp, config.mlp_scale)
-    return model
-
-
 def _without_experts(config: RunConfig, hidden: int) -> RunConfig:
     """The dense model of a baseline, of some width."""
-    no_blocks: dict[str, Any] = {"moe_blocks": ()} if isinstance(config, ImageConfig) else {}
-    return replace(config, hidden=hidden, equal=None, options=RouterOptions(), **no_blocks)
+    return replace(config, hidden=hidden, equal=None, options=RouterOptions())
 
 
 def first_flops(model: nn.Module, config: RunConfig, task: Task) -> int:
-    """Active FLOPs of the model's first forward, which shows that it runs on the data as it will be evaluated.
-
-    Raises:
-        ValueError: it does not.
-    """
-    with _refusing(config, task, "runs"):
-        found = flops(model, example(config, task))
-    if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
-        tiny = Data(x=torch.zeros(2, task.in_channels), edge_index=torch.tensor([[0, 1], [1, 0]]))
-        if task.edge_dim is not None:
-            tiny.edge_attr = torch.zeros(2, task.edge_dim)
-        with _refusing(config, task, "can be evaluated layer by layer"):
-            copied: Any = copy.deepcopy(model).eval()
-            copied.inference(tiny)
-    return found
+    """Active FLOPs of the model's first forward; a conv that does not run on the data is a ``ValueError``."""
+    try:
+        return flops(model, example(config, task))
+    except (TypeError, RuntimeError, AssertionError) as error:
+        if not isinstance(config, GraphConfig) or config.model is not None:
+            raise
+        raise ValueError(
+            f"conv: got {', '.join(config.conv)}, expected one that runs with these sizes and data "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def example(config: RunConfig, task: Task) -> tuple[Any, ...]:
@@ -107,56 +88,33 @@ def example(config: RunConfig, task: Task) -> tuple[Any, ...]:
     return next(iter(task.loader("train", config.batch_size, None))).inputs
 
 
-@contextmanager
-def _refusing(config: RunConfig, task: Task, what: str) -> Iterator[None]:
-    """A conv's own complaint, as one about the configuration."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except Exception as error:
-        if not isinstance(config, GraphConfig) or config.model is not None:
-            raise
-        raise ValueError(
-            f"conv: got {', '.join(config.conv)}, expected one that {what} with these sizes and data "
-            f"({type(error).__name__}: {error})"
-        ) from error
-
-
 def matched_width(config: RunConfig, task: Task) -> int:
-    """The hidden width at which the dense model costs what the MoE ``equal_to`` costs, to 2 % or the nearest width.
-
-    With attention heads, which divide it, their nearest multiple.
-    """
-    twin = build_twin(config, task)
-    step = config.heads if isinstance(config, GraphConfig) else 1
-
-    def dense(steps: int) -> nn.Module:
-        return _build(_without_experts(config, steps * step), task)
-
-    if config.equal == "parameters":
-        target = float(num_parameters(twin))
-        return step * gmoe.match_width(lambda steps: num_parameters(dense(steps)), target, tolerance=0.5)
-    inputs = example(config, task)
-    target = float(flops(twin, inputs))
-    return step * gmoe.match_width(lambda steps: flops(dense(steps), inputs), target, tolerance=0.5)
-
-
-def build_twin(config: RunConfig, task: Task) -> nn.Module:
-    """The MoE that a dense baseline is matched to."""
-    scale: dict[str, Any] = {"mlp_scale": 1.0} if isinstance(config, ImageConfig) else {}
-    return _build(replace(config, router=config.equal_to, equal=None, **scale), task)
+    """The hidden width at which the dense model costs what the MoE ``equal_to`` costs, or the nearest."""
+    twin, cost = build_twin(config, task), _cost(config, task)
+    target = float(cost(twin))
+    return gmoe.match_width(lambda width: cost(_build(_without_experts(config, width), task)), target, tolerance=0.5)
 
 
 def matched_ratio(config: RunConfig, task: Task, model: nn.Module) -> float | None:
     """Cost of a matched dense baseline over that of its MoE: 1 but for what whole widths cannot meet."""
     if config.equal is None:
         return None
-    twin = build_twin(config, task)
+    twin, cost = build_twin(config, task), _cost(config, task)
+    return cost(model) / cost(twin)
+
+
+def _cost(config: RunConfig, task: Task) -> Callable[[nn.Module], int]:
+    """What ``equal`` counts of a model."""
     if config.equal == "parameters":
-        return num_parameters(model) / num_parameters(twin)
+        return num_parameters
     inputs = example(config, task)
-    return flops(model, inputs) / flops(twin, inputs)
+    return lambda model: flops(model, inputs)
+
+
+def build_twin(config: RunConfig, task: Task) -> nn.Module:
+    """The MoE that a dense baseline is matched to."""
+    scale: dict[str, Any] = {"mlp_scale": 1.0} if isinstance(config, ImageConfig) else {}
+    return _build(replace(config, router=config.equal_to, equal=None, **scale), task)
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -184,20 +142,9 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         made = gmoe.ROUTERS[router] if isinstance(router, str) else router
         if made is not None and "check_finite" in inspect.signature(made).parameters:  # others may not have it
             router_kwargs["check_finite"] = config.check_finite
-        return gmoe.ViTMoE(
-            vit_size(config, task.in_channels),
-            task.num_classes,
-            router,
-            blocks=config.moe_blocks or None,
-            **common,
-        )
-    assert isinstance(config, GraphConfig | HeteroConfig)
-    common |= {
-        "in_proj": config.in_proj,
-        "norm": config.norm,
-        "residual": config.residual,
-        "check_finite": config.check_finite,
-    }
+        return gmoe.ViTMoE(vit_size(config, task.in_channels), task.num_classes, router, **common)
+    assert isinstance(config, NodeConfig)
+    common |= {"norm": config.norm, "residual": config.residual, "check_finite": config.check_finite}
     if isinstance(config, HeteroConfig):
         assert isinstance(task.graph, HeteroData)
         return gmoe.HeteroGNNMoE(
@@ -211,6 +158,11 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
             num_nodes_dict=task.graph.num_nodes_dict,
             **common,
         )
+    assert isinstance(config, GraphConfig)
+    if config.conv == ("sage",):
+        common["aggr"] = "mean"
+    if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
+        common["cached"] = True  # there is one graph only: for the dense model, whose convs are PyG's
     return gmoe.GNNMoE(
         task.in_channels,
         config.hidden,
@@ -222,16 +174,11 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         jk=config.jk,
         input_dropout=config.input_dropout,
         **common,
-        **_conv_kwargs(config, task),
     )
 
 
 def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
-    """The sizes of the ViT: those of the image size's preset, but for what is given.
-
-    Raises:
-        ValueError: an image size without a preset, and not all of patch, width and heads are given.
-    """
+    """The sizes of the ViT: those of the image size's preset, but for what is given; without a preset, all of them."""
     from gmoe.models.vit import SIZES, ViTSize  # torchvision, which graphs do without
 
     given = {"patch_size": config.patch, "hidden_dim": config.dim, "num_heads": config.vit_heads}
@@ -247,36 +194,13 @@ def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
 
 
 def kinds_of_experts(config: GraphConfig) -> str | list[str]:
-    """The conv of all experts, or the kind of each; the first alone for the dense model.
-
-    Raises:
-        ValueError: a number of experts in which the kinds do not go evenly.
-    """
+    """The conv of all experts, or the kind of each; the first alone for the dense model."""
     if len(config.conv) == 1 or config.router == "dense":
         return config.conv[0]
     times, rest = divmod(config.experts, len(config.conv))
     if rest:
         raise ValueError(f"experts: got {config.experts}, expected a multiple of the {len(config.conv)} kinds of conv")
     return list(config.conv) * times
-
-
-def _conv_kwargs(config: GraphConfig, task: Task) -> dict[str, Any]:
-    """Arguments that every kind of conv takes."""
-    found: dict[str, Any] = {}
-    takes = [frozenset(inspect.signature(CONVS[kind].__init__).parameters) for kind in config.conv if kind in CONVS]
-    if config.conv == ("sage",):
-        found["aggr"] = "mean"
-    if config.heads > 1:
-        if not all("heads" in names for names in takes) or len(takes) < len(config.conv):
-            raise ValueError(f"heads: got {config.heads}, but {' or '.join(config.conv)} takes none")
-        found["heads"] = config.heads
-    if config.edge_features:
-        if not all("edge_dim" in names for names in takes) or len(takes) < len(config.conv):
-            raise ValueError(f"edge_features: got True, but {' or '.join(config.conv)} takes none")
-        found["edge_dim"] = task.edge_dim
-    if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
-        found["cached"] = True  # there is one graph only: for the dense model, whose convs are PyG's
-    return found
 
 
 def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., Router] | None, dict[str, Any]]:
@@ -310,11 +234,7 @@ def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., Router] 
 
 @torch.no_grad()
 def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> None:
-    """Begin every multi-centroid router with the k-means centroids of what it sees, in one forward pass.
-
-    Raises:
-        ValueError: the model has no such router.
-    """
+    """Begin every multi-centroid router with the k-means centroids of what it sees, in one forward pass."""
     copied = copy.deepcopy(model).train()  # whose counters, norms and caches may move
     routers = [module for module in copied.modules() if isinstance(module, gmoe.MultiCentroid)]
     if not routers:
@@ -326,6 +246,6 @@ def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> N
 
     for router in routers:
         router.register_forward_pre_hook(begin)
-    copied(*inputs)  # in training, since threshold inference has no cut scores yet
+    copied(*inputs)
     begun = {name: value for name, value in copied.state_dict().items() if name.endswith(("centroid", "center_D"))}
     model.load_state_dict({**model.state_dict(), **begun})

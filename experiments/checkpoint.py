@@ -1,33 +1,113 @@
-"""What a run keeps on disk while it lasts: its state, a row an epoch, and the wish of whoever stops it."""
+"""What holds a run together: its processes, the signals that stop it, and its checkpoint."""
 
 from __future__ import annotations
 
-import csv
+import atexit
+import logging
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import pandas as pd
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
-from lightning_fabric.utilities import rank_zero_only
+from lightning_fabric.strategies.ddp import DDPStrategy
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiments.processes import from_first, numbers_of_all
+from experiments.config import RunConfig
+from gmoe.distributed import world_size
 
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=2)
+"""So long processes wait for the first one, which evaluates whole graphs alone. One that ends is noticed at once."""
 SECONDS = 60.0
 """At most so much training is lost where a process is killed."""
-PARTS = ("progress", "training", "epoch", "best")
-"""What a state holds."""
 
 
-class InterruptedRunError(BaseException):
-    """SIGINT or SIGTERM arrived; what was trained is on disk. Not an Exception, as KeyboardInterrupt is none."""
+def make_fabric(config: RunConfig) -> Fabric:
+    """Device, precision, and the connection to the other processes, which ``torchrun`` has started.
+
+    Raises:
+        ValueError: there is no such device, or not as many processes as the run has.
+    """
+    there = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.world != there:
+        raise ValueError(
+            f"devices: got {config.devices} x {config.nodes} nodes in {there} process{'es' if there > 1 else ''}, "
+            f"expected {config.launcher} -m experiments.train ..., with --devices N --nodes M as they are"
+        )
+    on_gpu = torch.cuda.is_available() and config.device not in ("cpu", "mps")
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # numbers and objects go by the CPU
+    ddp = DDPStrategy(timeout=TIMEOUT, process_group_backend=backend, gradient_as_bucket_view=True)
+    try:
+        fabric = Fabric(
+            accelerator=config.device,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy=ddp if there > 1 else "auto",
+            precision=config.precision,
+        )
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(f"device: got {config.device!r}, expected one that is there ({error})") from error
+    if there > 1 and not dist.is_initialized():
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # every process would say that it is there
+        atexit.register(_leave)
+    fabric.launch()
+    return fabric
+
+
+def _leave() -> None:
+    """Join gloo's threads, which end a process by SIGABRT where they are still there as it exits."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_first(fabric: Fabric, call: Callable[[], T]) -> T:
+    """What ``call`` returns in the first process, which alone calls it."""
+    found: Any = call() if fabric.is_global_zero else None
+    return fabric.broadcast(found)
+
+
+def of_all(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their numbers; every one has to call it."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def numbers_of_all(*numbers: int) -> list[tuple[int, ...]]:
+    """Of each number those of all processes, in one collective; every one has to call it."""
+    if world_size() == 1:
+        return [(number,) for number in numbers]
+    found = [torch.empty(len(numbers), dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(found, torch.tensor(numbers))
+    return list(zip(*torch.stack(found).tolist(), strict=True))
+
+
+@torch.no_grad()
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the first one's values, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether it says that another process has ended."""
+    return isinstance(error, dist.DistError) or (world_size() > 1 and "gloo" in str(error).lower())
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived in training; what was trained is on disk."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -38,14 +118,14 @@ class InterruptedRunError(BaseException):
 
 
 class Checkpoint:
-    """The state of a seed on disk, replaced in one step by Fabric; the best weights also in safetensors.
+    """The state of a seed on disk, replaced in one step; the best weights also in safetensors.
 
-    The first process writes and reads; all have to call every method.
+    The first process writes, all read, and all have to call every method. Several machines need the same folder.
 
     Args:
         fabric: which saves and loads.
         folder: where.
-        state: gives the state, a dictionary of :data:`PARTS`; ``"best"`` are the best weights.
+        state: gives the state, for ``fabric.save``; its ``"best"`` are the best weights.
     """
 
     def __init__(self, fabric: Fabric, folder: Path, state: Callable[[], dict[str, Any]]) -> None:
@@ -59,15 +139,11 @@ class Checkpoint:
         Raises:
             ValueError: it cannot be read.
         """
-        return from_first(self.fabric, self._load)
-
-    def _load(self) -> dict[str, Any] | None:
         path = self.folder / "state.ckpt"
-        if not path.exists():
+        if not from_first(self.fabric, path.exists):
             return None
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-            return {name: state[name] for name in PARTS} | {"others": state.get("others", [])}
+            return self.fabric.load(path, weights_only=True)
         except Exception as error:  # torch raises what pickle, zip and its own reader raise
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(f"{path}: cannot be read ({reason}); delete it to begin this seed anew") from error
@@ -75,19 +151,13 @@ class Checkpoint:
     def save(self) -> None:
         """Write the state to a new file that then takes the old one's place."""
         state = self.state()
+        self.fabric.save(self.folder / "state.new", state)
         if self.fabric.is_global_zero:
-            self._write(state)
+            save_file({name: value.contiguous() for name, value in state["best"].items()}, self.folder / "best.new")
+            (self.folder / "state.new").replace(self.folder / "state.ckpt")
+            (self.folder / "best.new").replace(self.folder / "best.safetensors")
         self.fabric.barrier()  # or a process might be ended by another that has ended, before it has written
         self._last = time.monotonic()
-
-    def _write(self, state: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fresh = self.folder / "state.new"
-        torch.save(state, fresh)
-        best: dict[str, Tensor] = state["best"]
-        save_file({name: value.contiguous() for name, value in best.items()}, self.folder / "best.new")
-        fresh.replace(self.folder / "state.ckpt")
-        (self.folder / "best.new").replace(self.folder / "best.safetensors")
 
     def tick(self, rows: int = 0) -> int:
         """Call it where the state is whole: saves what is older than a minute, or if a signal arrived.
@@ -103,11 +173,10 @@ class Checkpoint:
         """
         is_due = time.monotonic() - self._last > SECONDS
         signals, due, counts = numbers_of_all(self.signal or 0, is_due, rows)
+        if any(signals) or any(due):
+            self.save()
         if any(signals):
-            self.save()
             raise InterruptedRunError(max(signals))
-        if any(due):
-            self.save()
         return sum(counts)
 
     @contextmanager
@@ -118,49 +187,17 @@ class Checkpoint:
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
         def note(number: int, _: Any) -> None:
             self.signal = number
-            for known, handler in before.items():
-                signal.signal(known, handler)
+            restore()
 
         for number in before:
             signal.signal(number, note)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-class Log:
-    """A CSV file of one row or several an epoch, on disk at once; rows behind the checkpoint are cut.
-
-    Args:
-        path: of the file, which the first process alone writes.
-        keep: epochs whose rows stay.
-    """
-
-    @rank_zero_only
-    def __init__(self, path: Path, keep: int) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not keep:
-            path.unlink(missing_ok=True)
-        if not path.exists():
-            return
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")  # the last may be half a row
-        fresh = path.with_suffix(".new")
-        epoch = pd.to_numeric(rows["epoch"], errors="coerce")
-        rows[(epoch < keep) & (epoch >= epoch.cummax())].to_csv(fresh, index=False)  # 12 cut off after a digit is no 1
-        fresh.replace(path)
-
-    @rank_zero_only
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows, if there are any; a new file gets their names first."""
-        if not rows:
-            return
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
+            restore()

@@ -21,8 +21,9 @@ import torch
 from experiments.checkpoint import InterruptedRunError
 from experiments.config import RunConfig
 from experiments.data import load_tasks
+from experiments.loop import train_one
 from experiments.progress import Progress
-from experiments.runs import so_far, train_one
+from experiments.run_folder import so_far
 
 SECONDS = 1.0
 """Between two looks at how far they are."""
@@ -72,7 +73,7 @@ def train_apart(
     try:
         for place, config in enumerate(configs):
             try:
-                _, summary, results = so_far(config)
+                summary, results = so_far(config)
                 missing = [] if summary is not None else [seed for seed in config.seeds if seed not in results]
                 data = (config.dataset, config.data, config.data_root)
                 if missing and data not in known:  # or the processes would download and prepare the same at once
@@ -145,7 +146,7 @@ class Processes(Workers):
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["experiments.runs"])  # a process then begins in no time
+        self.context.set_forkserver_preload(["experiments.loop"])  # a process then begins in no time
         self.reasons: dict[Any, Connection] = {}
 
     def start(self, config: RunConfig, seed: int) -> Any:

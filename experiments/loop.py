@@ -1,4 +1,4 @@
-"""The training loop: one plain loop for graphs and images."""
+"""The training loop: one plain loop for graphs and images, from the seeds of a run down to a step."""
 
 from __future__ import annotations
 
@@ -8,62 +8,146 @@ import math
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Data
 
 import gmoe
 from experiments.build import build_model, first_flops, init_centroids, matched_ratio, num_parameters
-from experiments.checkpoint import Checkpoint, Log
-from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig
-from experiments.data import Batch, Split, Task
-from experiments.loggers import Logger, make_loggers
-from experiments.processes import make_fabric, numbers_of_all, of_all, share
-from experiments.progress import Progress
-from experiments.routing_stats import routing_rows, routing_summary, save_routings
-from experiments.structure import node_properties
+from experiments.checkpoint import Checkpoint, from_first, make_fabric, numbers_of_all, of_all, share
+from experiments.config import GraphConfig, NodeConfig, RunConfig
+from experiments.data import Batch, Split, Task, load_tasks
+from experiments.progress import Progress, make_loggers
+from experiments.routing_stats import node_properties, routing_rows, routing_summary, save_routings
+from experiments.run_folder import Cost, Log, Result, Summary, begin, so_far, summarize, write_json
 from gmoe import Router, Routing, RoutingStats
 from gmoe.distributed import world_sum
 
+WARMUP = 0.1
+"""Share of the steps that warm up, of the cosine schedule."""
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A seed whose model has run once: what follows may write.
 
-    Args:
-        fabric: device and precision.
-        model: as it begins.
-        cost: parameters, FLOPs and steps, as the result of a seed holds them.
+def run(config: RunConfig, progress: Progress | None = None) -> Summary:
+    """Train all seeds of a run, write its folder, and return its summary.
+
+    What the folder holds of the same run is continued: a finished run is only read; to one of fewer seeds, the others
+    are added. Of several processes the first one writes, and all return what it does.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration, or what is asked for cannot be run.
+        InterruptedRunError: SIGINT or SIGTERM in training; the folder holds what was trained.
     """
+    fabric = make_fabric(config)  # before data are read
+    summary, results = from_first(fabric, lambda: so_far(config))
+    progress = progress or Progress(len(config.seeds) * config.epochs, config.progress and fabric.is_global_zero)
+    for _ in config.seeds if summary is not None else results:
+        progress.skip(config.epochs)
+        progress.finish(config.epochs)
+    if summary is None:
+        results |= train_seeds(fabric, config, [seed for seed in config.seeds if seed not in results], progress)
+        summary = from_first(fabric, lambda: summarize(config, [results[seed] for seed in config.seeds]))
+        write_json(config.folder() / "summary.json", summary)
+    return summary
 
-    fabric: Fabric
-    model: nn.Module
-    cost: dict[str, Any]
+
+def train_one(config: RunConfig, seed: int) -> None:
+    """Train a seed of a run, if its folder lacks it; :func:`run`, whose errors it has, then makes the summary."""
+    summary, results = so_far(config)
+    if summary is None and seed not in results:
+        train_seeds(make_fabric(config), config, [seed], Progress(config.epochs, shown=False))
 
 
-def prepare(config: RunConfig, task: Task, seed: int) -> Prepared:
+def train_seeds(fabric: Fabric, config: RunConfig, seeds: list[int], progress: Progress) -> dict[int, Result]:
+    """The results of seeds, which are written too."""
+    if not seeds:  # and no data are needed
+        return {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # a class token's, of one image
+        with fabric.rank_zero_first(local=True):  # who downloads what is missing
+            task_of = load_tasks(config)
+        return {seed: train_seed(fabric, config, task_of(seed), seed, progress) for seed in seeds}
+
+
+def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progress: Progress) -> Result:
+    """Train with one seed and evaluate: validation selects the epoch, the test set is read once, at the end.
+
+    An unfinished checkpoint is resumed. Of several processes the first one's figures of the routing are right.
+    """
+    folder = config.folder() / f"seed-{seed}"
+    model, cost = prepare(fabric, config, task, seed)  # refuses what cannot run before anything is written
+    with locked(fabric, folder):
+        begin(config, task)
+        with set_up(fabric, model, config, task) as training:
+            reached = fit(training, seed, folder, progress)
+            test, routings = training.evaluate("test")
+        save_routings(routings, folder.parent / "routing" / f"{folder.name}.safetensors")
+        graph: Any = task.graph
+        whole = isinstance(graph, Data) and len(routings) == 1  # all nodes are routed at once
+        whole = whole and all(routing.num_tokens == graph.num_nodes for routing in routings[0])
+        planted, properties = (task.planted, node_properties(graph)) if whole else (None, {})
+        result: Result = {
+            "seed": seed,
+            "epochs": config.epochs,
+            "metric": task.metric_name,
+            "val": reached.best_val,
+            "test": test,
+            "best_epoch": reached.best_epoch,
+            "seconds": round(reached.seconds, 2),
+            "peak_memory": round(peak_memory(fabric.device)),
+            **cost,
+            "routing": routing_summary(routings, planted, properties),
+            "curve": reached.curve,
+        }
+        write_json(folder / "result.json", result)
+    return result
+
+
+@contextmanager
+def locked(fabric: Fabric, folder: Path) -> Iterator[None]:
+    """Refuse a seed that another process trains; several seeds of a run may be trained side by side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=0)
+
+    def is_taken() -> bool:
+        try:
+            lock.acquire()
+        except Timeout:
+            return True
+        return False
+
+    if from_first(fabric, is_taken):
+        raise ValueError(f"out: {folder} is being trained by another process; wait for it, or choose another folder")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def prepare(fabric: Fabric, config: RunConfig, task: Task, seed: int) -> tuple[nn.Module, Cost]:
     """Build the model of a seed and run it once; all processes begin with the same.
 
     Raises:
-        ValueError: it cannot be built, does not run on the data, or not in the way that it will be evaluated.
+        ValueError: it cannot be built, or does not run on the data.
     """
-    fabric = make_fabric(config)
     restart_peak_memory(fabric.device)
     fabric.seed_everything(seed, verbose=False)
     model = build_model(config, task)
     if config.kmeans_init:
         init_centroids(model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed)
-    cost = {
+    cost: Cost = {
         "flops": first_flops(model, config, task),
         "parameters": num_parameters(model),
         "active_parameters": gmoe.active_parameters(model),
@@ -74,54 +158,89 @@ def prepare(config: RunConfig, task: Task, seed: int) -> Prepared:
     share(model.state_dict().values())
     if fabric.world_size > 1:  # from here on each draws its own
         torch.manual_seed(seed + (fabric.global_rank << 50))
-    return Prepared(fabric=fabric, model=model, cost=cost)
+    return model, cost
 
 
-def train_seed(
-    config: RunConfig, task: Task, seed: int, folder: Path, prepared: Prepared, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Train with one seed and evaluate: validation selects the epoch, the test set is read once, at the end.
+def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reached:
+    """Train for as many epochs as there are to come, and leave the model with the weights that validation selects.
 
-    Args:
-        config: the run.
-        task: the data.
-        seed: of everything that is drawn.
-        folder: ``seed-N`` of the run folder; an unfinished checkpoint in it is resumed.
-        prepared: see :func:`prepare`.
-        progress: of the whole command (default: of this seed).
-
-    Returns:
-        The figures of this seed, as JSON; those of the routing in the first process alone.
+    Raises:
+        InterruptedRunError: SIGINT or SIGTERM; what was trained is in the checkpoint.
+        ValueError: a loss or a metric that is not finite, or a checkpoint that cannot be read.
     """
-    with set_up(prepared.fabric, prepared.model, config, task) as training:
-        state = fit(training, seed, folder, progress)
-        test, routings = training.evaluate("test")
-    save_routings(routings, folder.parent / "routing" / f"{folder.name}.safetensors")  # none but of the first process
-    return {
-        "seed": seed,
-        "epochs": config.epochs,
-        "metric": task.metric_name,
-        "val": state["best_val"],
-        "test": test,
-        "best_epoch": state["best_epoch"],
-        "seconds": round(state["seconds"], 2),
-        "peak_memory": round(peak_memory(prepared.fabric.device)),
-        **prepared.cost,
-        "routing": routing_summary(routings, *_followed(task, routings)),
-        "curve": state["curve"],
-    }
+    config, steps = training.config, training.task.steps(training.config.batch_size)
+    checkpoint = Checkpoint(training.fabric, folder / "checkpoint", training.state)
+    loaded = checkpoint.load()
+    if loaded is not None:
+        training.load(loaded)
+    reached, name = training.reached, f"{folder.parent.name} seed {seed}"
+    progress.skip(reached.epochs + training.epoch.batches / steps)
+    log, routing_log = Log(folder / "metrics.csv", reached.epochs), Log(folder / "routing.csv", reached.epochs)
+    names = config.logger if training.fabric.is_global_zero else ()
+    loggers = make_loggers(names, folder, config.science(), reached.epochs)
+    training.clock = time.perf_counter()
+    with checkpoint.watch():
+        while reached.epochs < config.epochs:
+            epoch = reached.epochs
+            for batch, rows in batches_left(training, checkpoint, shuffle_seed=seed * 100_003 + epoch):
+                training.step(batch, rows)
+                if steps > 1:
+                    figures = f"step {training.epoch.batches} of {steps}"
+                    progress.show(name, epoch + training.epoch.batches / steps, config.epochs, figures)
+            row, layers = training.end_epoch(seed)
+            log.write([row | {"seconds": reached.seconds}])
+            routing_log.write([{"epoch": epoch} | layer for layer in layers])
+            for logger in loggers:
+                logger.log_metrics(by_name(row, layers), epoch)
+                logger.save()
+            figures = f"loss {row['loss']:.3f}, best {reached.best_val:.4f}"
+            progress.show(name, reached.epochs, config.epochs, figures)
+            checkpoint.save() if reached.epochs == config.epochs else checkpoint.tick()
+    for logger in loggers:
+        logger.finalize("success")
+    progress.finish(config.epochs)
+    if len(reached.curve["val"]) > 1 and len(set(reached.curve["val"])) == 1:
+        print(f"{training.task.name}: validation never changed, so that the first epoch is selected", flush=True)
+    training.model.load_state_dict(training.best)
+    return reached
 
 
-def _check_finite(name: str, value: float, seed: int, epoch: int, config: RunConfig) -> None:
-    if not math.isfinite(value):
-        raise ValueError(
-            f"{name}: got {value} in epoch {epoch} of seed {seed}, expected a number; the training diverged (lr="
-            f"{config.lr}, clip_norm={config.clip_norm}), or the data hold values that are not finite"
-        )
+def batches_left(training: Training, checkpoint: Checkpoint, shuffle_seed: int) -> Iterator[tuple[Batch, int]]:
+    """What an epoch has left to train on: this process's part of each batch, and how many rows all parts have.
+
+    Before each batch, and after the last, all processes agree on saving and stopping. Ctrl-C ends the processes that
+    load batches too, which is then no error.
+    """
+    training.model.train()
+    batches = iter(training.batches("train", shuffle_seed))
+    if training.epoch.batches:  # cut off inside this epoch: its batches are drawn again, and not trained on again
+        kept = training.rng
+        for _ in itertools.islice(batches, training.epoch.batches):
+            pass
+        set_rng(kept)
+    while True:
+        training.rng = get_rng()  # before the batch is drawn, which a checkpoint would draw again
+        try:
+            batch = next(batches, None)
+        except RuntimeError:
+            if checkpoint.signal is None:
+                raise
+            batch = None
+        rows = checkpoint.tick(0 if batch is None else len(batch.target))
+        if batch is None:
+            return
+        yield batch, rows
+
+
+def by_name(row: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, float]:
+    """Figures of an epoch for TensorBoard and the like."""
+    for layer in layers:
+        row = row | {f"layer_{layer['layer']}/{name}": value for name, value in layer.items() if name != "layer"}
+    return {name: value for name, value in row.items() if value is not None and name != "epoch"}
 
 
 class Epoch:
-    """What the training steps of an epoch have summed so far in this process; it is part of a checkpoint."""
+    """What the training steps of an epoch have summed so far in this process."""
 
     def __init__(self, lr: float) -> None:
         self.lr = lr  # at its start
@@ -149,188 +268,40 @@ class Epoch:
 
     def state(self) -> dict[str, Any]:
         """As tensors and numbers."""
-        found = {"lr": self.lr, "batches": self.batches, "count": self.count, "sums": dict(self.sums)}
-        if self.stats is not None:
-            found |= {"experts": list(self.stats.num_experts), "stats": dict(self.stats.metric_state)}
-        return found
+        stats = None if self.stats is None else (list(self.stats.num_experts), dict(self.stats.metric_state))
+        return vars(self) | {"stats": stats}
 
-    @staticmethod
-    def restored(states: list[dict[str, Any]], fabric: Fabric) -> Epoch:
-        """This process's part of an epoch, of every one's :meth:`state`; they may have been more or fewer than now."""
-        first, mine = states[0], states[fabric.global_rank :: fabric.world_size]
-
-        def total(part: str) -> dict[str, Tensor]:
-            zeros = {name: torch.zeros_like(value, device=fabric.device) for name, value in first[part].items()}
-            return {name: sum((state[part][name].to(zero) for state in mine), zero) for name, zero in zeros.items()}
-
-        epoch = Epoch(first["lr"])
-        epoch.batches, epoch.count = first["batches"], sum(state["count"] for state in mine)
-        epoch.sums = total("sums")
-        if "stats" in first:
-            epoch.stats = RoutingStats(first["experts"]).to(fabric.device)
-            for name, value in total("stats").items():
-                setattr(epoch.stats, name, value)
-            epoch.stats._update_count = epoch.batches  # torchmetrics would warn of a metric without updates
-        return epoch
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from :meth:`state`."""
+        self.lr, self.batches, self.count = state["lr"], state["batches"], state["count"]
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        if state["stats"] is not None:
+            experts, values = state["stats"]
+            self.stats = RoutingStats(experts).to(device)
+            for name, value in values.items():
+                setattr(self.stats, name, value.to(device))
+            self.stats._update_count = self.batches  # torchmetrics would warn of a metric without updates
 
 
-def fit(training: Training, seed: int, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Train for as many epochs as there are to come, and leave the model with the weights that validation selects.
+@dataclass
+class Reached:
+    """How far a seed is: epochs done, what validation selects, the time taken, and the curve where it was measured."""
 
-    Returns:
-        ``best_val``, ``best_epoch``, ``seconds``, and the ``curve``: epochs done, loss and validation metric.
-
-    Raises:
-        InterruptedRunError: SIGINT or SIGTERM; what was trained is in the checkpoint.
-        ValueError: a loss or a metric that is not finite, or a checkpoint that cannot be read.
-    """
-    config, task = training.config, training.task
-    done: dict[str, Any] = {
-        "epoch": 0,
-        "best_epoch": -1,
-        "best_val": -math.inf,
-        "seconds": 0.0,
-        "curve": {"epoch": [], "loss": [], "val": []},
-    }
-    best = training.weights()
-    summed = Epoch(training.lr)
-    mark = time.perf_counter()
-
-    def state() -> dict[str, Any]:
-        nonlocal mark
-        now = time.perf_counter()
-        done["seconds"] += now - mark
-        mark = now
-        whole = training.state()
-        own = {name: whole[name] for name in ("rng", "cuda_rng")} | {"epoch": summed.state()}
-        others = of_all(own)[1:]
-        return {"progress": done, "training": whole, "epoch": own["epoch"], "best": best, "others": others}
-
-    checkpoint = Checkpoint(training.fabric, folder / "checkpoint", state)
-    loaded = checkpoint.load()
-    if loaded is not None:
-        done, best = loaded["progress"], loaded["best"]
-        draws = _draws(loaded, training.fabric)
-        summed = Epoch.restored([loaded["epoch"], *(other["epoch"] for other in loaded["others"])], training.fabric)
-        training.load(loaded["training"], draws)
-    steps = task.steps(config.batch_size)
-    progress = progress or Progress(config.epochs, config.progress)
-    progress.skip(done["epoch"] + summed.batches / steps)
-    log, routing_log = Log(folder / "metrics.csv", done["epoch"]), Log(folder / "routing.csv", done["epoch"])
-    loggers = []
-    if training.fabric.is_global_zero:
-        loggers = make_loggers(config.logger, folder, config.science(), done["epoch"])
-    name = f"{folder.parent.name} seed {seed}"
-    mark = time.perf_counter()
-    with checkpoint.watch():
-        for epoch in range(done["epoch"], config.epochs):
-            training.model.train()
-            batches = iter(training.batches("train", seed * 100_003 + epoch))
-            if summed.batches:  # cut off inside this epoch: its batches are drawn again, and not trained on again
-                for _ in itertools.islice(batches, summed.batches):
-                    pass
-                assert loaded is not None
-                training.load_rng(draws)
-            for batch, rows in _drawn(batches, training, checkpoint):
-                training.step(batch, summed, rows)
-                if steps > 1:
-                    figures = f"step {summed.batches} of {steps}"
-                    progress.show(name, epoch + summed.batches / steps, config.epochs, figures)
-            row: dict[str, Any] = {"epoch": epoch, "lr": summed.lr, **summed.means()}
-            _check_finite("loss", row["loss"], seed, epoch, config)
-            last = epoch + 1 == config.epochs
-            measured = last or (epoch + 1) % config.eval_every == 0
-            row["val"] = training.evaluate("val")[0] if measured else None
-            now = time.perf_counter()
-            done["seconds"] += now - mark
-            mark = now
-            done["epoch"] = epoch + 1
-            better = False
-            if measured:
-                _check_finite(task.metric_name, row["val"], seed, epoch, config)
-                for figure, value in (("epoch", epoch + 1), ("loss", row["loss"]), ("val", row["val"])):
-                    done["curve"][figure].append(round(value, 5))
-                better = row["val"] > done["best_val"]
-            if better:
-                done |= {"best_val": row["val"], "best_epoch": epoch}
-                best = training.weights()
-            routed = routing_rows(summed.stats)
-            log.write([row | {"seconds": done["seconds"]}])
-            routing_log.write([{"epoch": epoch} | one for one in routed])
-            _report(loggers, training, row, routed, epoch, better)
-            summed = Epoch(training.lr)
-            progress.show(name, epoch + 1, config.epochs, f"loss {row['loss']:.3f}, best {done['best_val']:.4f}")
-            training.keep_rng()
-            checkpoint.save() if last else checkpoint.tick()
-    for logger in loggers:
-        logger.close()
-    progress.finish(config.epochs)
-    if len(done["curve"]["val"]) > 1 and len(set(done["curve"]["val"])) == 1:
-        print(f"{task.name}: validation never changed, so that the first epoch is selected", flush=True)
-    training.use(best)
-    return done
-
-
-def _draws(loaded: dict[str, Any], fabric: Fabric) -> dict[str, Any] | None:
-    """This process's generators of a checkpoint, or ``None`` where that is of another number of processes."""
-    every = [loaded["training"], *loaded["others"]]
-    return every[fabric.global_rank] if len(every) == fabric.world_size else None
-
-
-def _drawn(batches: Iterator[Batch], training: Training, checkpoint: Checkpoint) -> Iterator[tuple[Batch, int]]:
-    """The batches, and how many rows all processes' parts have; before each, and after the last, all processes agree
-    on saving and stopping.
-
-    Ctrl-C ends the processes that load them too, which is then no error.
-    """
-    while True:
-        training.keep_rng()  # before the batch is drawn, which will be drawn again
-        try:
-            batch = next(batches, None)
-        except RuntimeError:
-            if checkpoint.signal is None:
-                raise
-            batch = None
-        rows = checkpoint.tick(0 if batch is None else len(batch.target))
-        if batch is None:
-            return
-        yield batch, rows
-
-
-def _report(
-    loggers: list[Logger], training: Training, row: dict[str, Any], routed: list[dict[str, Any]], epoch: int, draw: bool
-) -> None:
-    """Figures of an epoch for TensorBoard and the like; where validation is the best so far, expert maps too."""
-    if not loggers:
-        return
-    values = {name: value for name, value in row.items() if name != "epoch" and value is not None}
-    for layer in routed:
-        values |= {
-            f"layer_{layer['layer']}/{name}": value
-            for name, value in layer.items()
-            if name != "layer" and value is not None
-        }
-    maps = None
-    if isinstance(training.config, ImageConfig) and training.config.model is None and draw and routed:  # a ViTMoE
-        task = training.task
-        pictures = next(iter(task.loader("val", 4, None))).inputs[0]
-        maps = gmoe.plot.expert_maps(training.model.module, pictures, mean=task.mean, std=task.std)
-    for logger in loggers:
-        logger.log(values, epoch)
-        if maps is not None:
-            logger.draw("experts", maps, epoch)
+    epochs: int = 0
+    best_epoch: int = -1
+    best_val: float = -math.inf
+    seconds: float = 0.0
+    curve: dict[str, list[float]] = field(default_factory=lambda: {"epoch": [], "loss": [], "val": []})
 
 
 @dataclass
 class Training:
-    """What is trained, and by what.
+    """A seed in training; :meth:`state` is all that the rest of it depends on.
 
     Args:
         fabric: device and precision.
-        model: set up by ``fabric``.
-        optimizer: set up by ``fabric``.
+        model, optimizer: set up by ``fabric``.
         scheduler: steps with the optimizer.
-        averaged: the moving average of the weights, if there is one.
         routings: what the last forward of the model routed, a list one a layer.
         config: the run.
         task: the data.
@@ -340,13 +311,13 @@ class Training:
     model: Any
     optimizer: Any
     scheduler: LambdaLR
-    averaged: AveragedModel | None
     routings: list[Routing]
     config: RunConfig
     task: Task
 
     def __post_init__(self) -> None:
-        self.keep_rng()
+        self.reached, self.epoch, self.best = Reached(), Epoch(self.lr), self.weights()
+        self.rng, self.clock = get_rng(), time.perf_counter()  # when ``reached.seconds`` was counted last
 
     def batches(self, split: Split, seed: int | None) -> Iterable[Batch]:
         """This process's slices of the batches of an epoch."""
@@ -368,14 +339,8 @@ class Training:
         """Of the step to come."""
         return float(self.scheduler.get_last_lr()[0])
 
-    def step(self, batch: Batch, summed: Epoch, total: int) -> None:
-        """One step of the optimizer, whose losses and routings are added to the epoch.
-
-        Args:
-            batch: this process's part.
-            summed: the epoch so far.
-            total: the rows of all processes' parts.
-        """
+    def step(self, batch: Batch, total: int) -> None:
+        """One step of the optimizer on this process's part of a batch, of which all parts have ``total`` rows."""
         rows = len(batch.target)
         share_of_mean = rows * self.fabric.world_size / total
         batch = self.fabric.to_device(batch)
@@ -385,27 +350,42 @@ class Training:
         aux = gmoe.aux_loss(self.routings).to(loss.device)
         self.fabric.backward(share_of_mean * loss + aux)  # DDP takes the mean of the processes' gradients
         if self.config.clip_norm:
-            self.fabric.clip_gradients(
-                self.model, self.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
-            )
+            norm = self.config.clip_norm
+            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=norm, error_if_nonfinite=False)
         self.optimizer.step()
         self.scheduler.step()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model.module)
         losses = {
             f"{name}_{layer}": value.value
             for layer, routing in enumerate(self.routings)
             for name, value in routing.losses.items()
         }
-        summed.add({"loss": loss, "aux": aux} | losses, self.routings, rows)
+        self.epoch.add({"loss": loss, "aux": aux} | losses, self.routings, rows)
 
     def train_epoch(self, shuffle_seed: int) -> dict[str, float]:
         """One pass over the training set; see :meth:`Epoch.means`."""
         self.model.train()
-        summed = Epoch(self.lr)
+        self.epoch = Epoch(self.lr)
         for batch in self.batches("train", shuffle_seed):
-            self.step(batch, summed, sum(*numbers_of_all(len(batch.target))))
-        return summed.means()
+            self.step(batch, sum(*numbers_of_all(len(batch.target))))
+        return self.epoch.means()
+
+    def end_epoch(self, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Evaluate where it is due, and count the epoch as done; the rows of metrics.csv and routing.csv."""
+        config, reached, epoch = self.config, self.reached, self.reached.epochs
+        row: dict[str, Any] = {"epoch": epoch, "lr": self.epoch.lr, **self.epoch.means(), "val": None}
+        _check_finite("loss", row["loss"], seed, epoch, config)
+        reached.epochs += 1
+        if reached.epochs == config.epochs or reached.epochs % config.eval_every == 0:
+            row["val"] = self.evaluate("val")[0]
+            _check_finite(self.task.metric_name, row["val"], seed, epoch, config)
+            for figure, value in (("epoch", reached.epochs), ("loss", row["loss"]), ("val", row["val"])):
+                reached.curve[figure].append(round(value, 5))
+            if row["val"] > reached.best_val:
+                reached.best_val, reached.best_epoch, self.best = row["val"], epoch, self.weights()
+        self.count_seconds()
+        layers = routing_rows(self.epoch.stats)
+        self.epoch, self.rng = Epoch(self.lr), get_rng()
+        return row, layers
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
@@ -414,15 +394,13 @@ class Training:
         Of several processes the first one evaluates whole graphs and the test set, whose routings it alone returns; the
         batches of validation are shared out.
         """
-        config, fabric = self.config, self.fabric
-        whole_graph = isinstance(config, GraphConfig | HeteroConfig) and config.evaluation != "sampled"
+        whole_graph = isinstance(self.config, NodeConfig) and self.config.evaluation != "sampled"
         alone = whole_graph or split == "test"
-        with self._averaged():
-            share(self.model.module.buffers())  # batch norms have counted what each process saw
-            value, routings = 0.0, list[list[Routing]]()
-            if fabric.is_global_zero or not alone:
-                value, routings = self._evaluate(split, alone)
-        return fabric.broadcast(value), routings
+        share(self.model.module.buffers())  # batch norms have counted what each process saw
+        value, routings = 0.0, list[list[Routing]]()
+        if self.fabric.is_global_zero or not alone:
+            value, routings = self._evaluate(split, alone)
+        return self.fabric.broadcast(value), routings
 
     def _evaluate(self, split: Split, alone: bool) -> tuple[float, list[list[Routing]]]:
         task, config, device = self.task, self.config, self.fabric.device
@@ -433,12 +411,12 @@ class Training:
         if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
             assert task.graph is not None
             assert task.split is not None
-            gnn: Any = self.model.module
             graph = task.graph
             if config.precision == "64-true":
                 graph = copy.copy(graph).apply(lambda value: value.double() if value.is_floating_point() else value)
             with self.fabric.autocast():
-                logits, routings = gnn.inference(graph, device, batch_size=config.batch_size, return_routing=True)
+                size = config.batch_size
+                logits, routings = self.model.module.inference(graph, device, batch_size=size, return_routing=True)
             rows = task.split[split]
             metric.update(logits[rows].to(device), task.graph.y[rows].to(device))
             return float(metric.compute()), [routings]
@@ -452,76 +430,50 @@ class Training:
                 kept.append(list(self.routings))
         return float(metric.compute()), kept
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The model has the averaged weights, where there are any."""
-        if self.averaged is None:
-            yield
-            return
-        own = _copy(self.model)
-        self.model.load_state_dict(self.averaged.module.state_dict())
-        try:
-            yield
-        finally:
-            self.model.load_state_dict(own)
-
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the weights that are evaluated."""
-        return _copy(self.model if self.averaged is None else self.averaged.module)
+        """A copy of the weights."""
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
-    def use(self, weights: dict[str, Tensor]) -> None:
-        """Evaluate these weights."""
-        self.model.load_state_dict(weights)
-        if self.averaged is not None:
-            self.averaged.module.load_state_dict(weights)
+    def count_seconds(self) -> None:
+        """Add what has passed."""
+        now = time.perf_counter()
+        self.reached.seconds += now - self.clock
+        self.clock = now
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the training depends on; the generators are this process's at :meth:`keep_rng`."""
+        """For a checkpoint; ``"processes"`` holds what each has of its own."""
+        self.count_seconds()
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.scheduler.last_epoch,
-            "averaged": None if self.averaged is None else self.averaged.state_dict(),
-            **self._rng,
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "reached": asdict(self.reached),
+            "best": self.best,
+            "processes": of_all({"rng": self.rng, "epoch": self.epoch.state()}),
         }
 
-    def load(self, state: dict[str, Any], draws: dict[str, Any] | None) -> None:
-        """Go on from :meth:`state`, and with the generators of ``draws``; without, they stay as they are."""
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        # anew, since a run that goes on for more epochs has another schedule
-        self.scheduler = LambdaLR(self.optimizer.optimizer, self.scheduler.lr_lambdas[0], last_epoch=state["step"] - 1)
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
-        self.load_rng(draws)
-
-    def keep_rng(self) -> None:
-        """Remember the generators for :meth:`state`."""
-        self._rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-
-    @staticmethod
-    def load_rng(draws: dict[str, Any] | None) -> None:
-        """Draw on as :meth:`state` would have."""
-        if draws is not None:
-            torch.set_rng_state(draws["rng"])
-            torch.cuda.set_rng_state_all(draws["cuda_rng"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.reached, self.best = Reached(**state["reached"]), state["best"]
+        own = state["processes"][self.fabric.global_rank]
+        self.epoch.load(own["epoch"], self.fabric.device)
+        self.rng = own["rng"]
+        set_rng(self.rng)
 
 
 @contextmanager
 def set_up(fabric: Fabric, model: nn.Module, config: RunConfig, task: Task) -> Iterator[Training]:
-    """Model, optimizer, schedule and average, ready to train; the routings are recorded as long as it lasts."""
-    average = None
-    if config.ema:
-        dtype = torch.float64 if config.precision == "64-true" else None
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).to(fabric.device, dtype)
-    with routings_of(model) as routings:  # before compilation, which would not see hooks that come later
-        if config.compile:
-            model.compile()
+    """Model, optimizer and schedule, ready to train; the routings are recorded as long as it lasts."""
+    has_experts = any(isinstance(module, Router) for module in model.modules())
+    recording: AbstractContextManager[list[Routing]] = gmoe.record_routing(model) if has_experts else nullcontext([])
+    with recording as routings, attention_kernel(fabric.device, config):
         ready, optimizer = fabric.setup(model, make_optimizer(config, model))
         steps = config.epochs * task.steps(config.batch_size)
         scheduler = LambdaLR(optimizer.optimizer, lambda step: learning_rate(config, step, steps))
-        with attention_kernel(fabric.device, config):
-            yield Training(fabric, ready, optimizer, scheduler, average, routings, config, task)
+        yield Training(fabric, ready, optimizer, scheduler, routings, config, task)
 
 
 def attention_kernel(device: torch.device, config: RunConfig) -> AbstractContextManager[None]:
@@ -532,25 +484,6 @@ def attention_kernel(device: torch.device, config: RunConfig) -> AbstractContext
     if device.type == "cpu" and config.precision == "bf16-mixed":
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
-
-
-def _followed(task: Task, routings: list[list[Routing]]) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """The planted experts and the properties of the nodes, where they were routed all at once."""
-    graph = task.graph
-    if not isinstance(graph, Data) or len(routings) != 1:
-        return None, {}
-    whole = {routing.num_tokens for routing in routings[0]} == {graph.num_nodes}
-    return (task.planted, node_properties(graph)) if whole else (None, {})
-
-
-@contextmanager
-def routings_of(model: nn.Module) -> Iterator[list[Routing]]:
-    """:func:`gmoe.record_routing` for models that may be dense."""
-    if any(isinstance(module, Router) for module in model.modules()):
-        with gmoe.record_routing(model) as routings:
-            yield routings
-    else:
-        yield []
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -571,14 +504,25 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
     """The factor of the learning rate at a step of ``steps``."""
     if config.schedule == "constant":
         return 1.0
-    warmup = round(config.warmup * steps)
+    warmup = round(WARMUP * steps)
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
 
 
+def get_rng() -> dict[str, Any]:
+    """The states of torch's generators."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_rng(states: dict[str, Any]) -> None:
+    """Draw on from :func:`get_rng`."""
+    torch.set_rng_state(states["cpu"])
+    torch.cuda.set_rng_state_all(states["cuda"])
+
+
 def restart_peak_memory(device: torch.device) -> None:
-    """Let :func:`peak_memory` count from here on: on a GPU, and where the system is Linux; elsewhere it cannot."""
+    """Let :func:`peak_memory` count from here on, where the system can: on a GPU, and on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
@@ -586,13 +530,16 @@ def restart_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory in use since :func:`restart_peak_memory`, in MiB: on a GPU what torch allocated, else the whole
-    process."""
+    """The most memory in use since then, in MiB: on a GPU what torch allocated, else the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     scale = 2**20 if sys.platform == "darwin" else 2**10  # of the unit that the system counts in
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
-def _copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+def _check_finite(name: str, value: float, seed: int, epoch: int, config: RunConfig) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{name}: got {value} in epoch {epoch} of seed {seed}, expected a number; the training diverged (lr="
+            f"{config.lr}, clip_norm={config.clip_norm}), or the data hold values that are not finite"
+        )

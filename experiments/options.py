@@ -34,11 +34,7 @@ def unknown_name(what: str, name: str, known: Iterable[str], more: str = "") -> 
 def parse(
     kind: type[T], args: Sequence[str] | None, prog: str, about: str | None = None, default: T | None = None
 ) -> T:
-    """:func:`tyro.cli`, which names an unknown option in one line.
-
-    Raises:
-        ValueError: an option that there is not.
-    """
+    """:func:`tyro.cli`; an option that there is not is a ``ValueError`` of one line."""
     config, unknown = tyro.cli(
         kind,
         prog=prog,
@@ -50,24 +46,12 @@ def parse(
     )
     if unknown:
         name = next((arg for arg in unknown if arg.startswith("-")), unknown[0]).partition("=")[0]
-        known = _options(config)
-        raise ValueError(f"{name}: unknown option of {prog.split()[-1]}{nearest(name, known, ', ')}")
+        raise ValueError(f"{name}: unknown option of {prog.split()[-1]}{nearest(name, _options(config), ', ')}")
     return config
 
 
 def choose(configs: Mapping[str, tuple[str, T]], args: Sequence[str], prog: str, what: str, about: str) -> T:
-    """:func:`tyro.extras.overridable_config_cli`, which names what is unknown in one line.
-
-    Args:
-        configs: by name, a line of help and the configuration.
-        args: the name, and options.
-        prog: the command.
-        what: is named, in an error.
-        about: the command, in its help.
-
-    Raises:
-        ValueError: a name or an option that there is not.
-    """
+    """A configuration by name, each with a line of help, and what options change; errors as :func:`parse`."""
     if args and args[0] in configs:
         line, config = configs[args[0]]
         return parse(type(config), args[1:], f"{prog} {args[0]}", line, config)

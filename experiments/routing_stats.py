@@ -1,4 +1,4 @@
-"""What a finished run says about its routing. Shapes: T tokens, E experts, P pairs."""
+"""What a run says about its routing, and what the routing follows. Shapes: T tokens, E experts, P pairs, N nodes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.utils import degree, remove_self_loops, scatter
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
-from experiments.structure import alignment
+from experiments.files import read_tensors
 from gmoe import Routing, RoutingStats
 from gmoe.metrics import PER_EXPERT
 
+BINS = 8
+"""At most so many degrees, and shares of homophily, are told apart."""
+
 
 def routing_summary(
-    routings: list[list[Routing]], planted: Tensor | None, properties: dict[str, Tensor] | None = None
+    routings: list[list[Routing]], planted: Tensor | None, properties: dict[str, Tensor]
 ) -> list[dict[str, Any]]:
     """For each MoE layer, over all batches: what :class:`gmoe.RoutingStats` counts, and what the routing follows.
 
     Args:
         routings: a list a batch, in it one a layer.
         planted: (T,) the expert that each token should go to, for a single batch of all tokens: ``"nmi"`` with it.
-        properties: (T,) integers each, for a single batch of all tokens: ``"ami_NAME"`` with each, and with them
-            shuffled; see :func:`~experiments.structure.alignment`.
+        properties: (T,) integers each, for a single batch of all tokens: ``"ami_NAME"`` as of :func:`alignment`.
     """
     if not routings or not routings[0]:
         return []
@@ -33,16 +37,13 @@ def routing_summary(
     stats = RoutingStats(experts, sync_on_compute=False).to(routings[0][0].token.device)  # one process has them all
     for batch in routings:
         stats.update(batch)
-    layers = []
-    for parts, layer in zip(zip(*routings, strict=True), _rounded(stats), strict=True):
+    layers = _rounded(stats)
+    for routing, layer in zip(routings[0], layers, strict=True):
+        expert = routing.top_expert.cpu()
         if planted is not None:
-            (whole,) = parts
-            layer["nmi"] = float(normalized_mutual_info_score(whole.top_expert.cpu(), planted))
+            layer["nmi"] = float(normalized_mutual_info_score(expert, planted))
         if properties:
-            (whole,) = parts
-            found = alignment(whole.top_expert.cpu(), properties)
-            layer |= {f"ami_{name}": round(value, 4) for name, value in found.items()}
-        layers.append(layer)
+            layer |= {f"ami_{name}": round(value, 4) for name, value in alignment(expert, properties).items()}
     return layers
 
 
@@ -66,31 +67,6 @@ def routing_rows(stats: RoutingStats | None) -> list[dict[str, Any]]:
     return rows
 
 
-def load_routings(path: Path) -> list[Routing]:
-    """What :func:`save_routings` wrote, one routing a layer; without scores, which are not kept.
-
-    Raises:
-        ValueError: it cannot be read, or holds something else.
-    """
-    try:
-        tensors = load_file(path)
-        layers = []
-        for layer in range(sum(name.endswith(".size") for name in tensors)):
-            token, expert, weight, size = (
-                tensors[f"layer{layer}.{name}"] for name in ("token", "expert", "weight", "size")
-            )
-            num_tokens, num_experts = size.tolist()
-            order = (expert * max(num_tokens, 1) + token).argsort()
-            offsets = expert.bincount(minlength=num_experts).cumsum(0).to(torch.int32)
-            scores = weight.new_zeros(num_tokens, num_experts)
-            layers.append(Routing(token[order], offsets, weight[order], scores, num_tokens))
-    except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as routings ({error})") from error
-    if not layers:
-        raise ValueError(f"{path}: holds no routings, expected layer0.size, layer0.token, ...")
-    return layers
-
-
 def _rounded(stats: RoutingStats) -> list[dict[str, Any]]:
     def plain(value: Tensor) -> Any:
         found = value.tolist()
@@ -111,18 +87,94 @@ def save_routings(routings: list[list[Routing]], path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for layer, parts in enumerate(zip(*routings, strict=True)):
         first = 0
-        tokens, experts, weights = [], [], []
+        tokens = []
         for part in parts:
             tokens.append(part.token + first)
-            experts.append(part.expert)
-            weights.append(part.weight.float())
             first += part.num_tokens
         tensors |= {
             f"layer{layer}.size": torch.tensor([first, parts[0].num_experts]),
             f"layer{layer}.token": torch.cat(tokens).cpu(),
-            f"layer{layer}.expert": torch.cat(experts).cpu(),
-            f"layer{layer}.weight": torch.cat(weights).cpu(),
+            f"layer{layer}.expert": torch.cat([part.expert for part in parts]).cpu(),
+            f"layer{layer}.weight": torch.cat([part.weight.float() for part in parts]).cpu(),
         }
     if tensors:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
+
+
+def load_routings(path: Path) -> list[Routing]:
+    """What :func:`save_routings` wrote, one routing a layer; without scores, which are not kept.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    tensors, layers = read_tensors(path), []
+    try:
+        for layer in range(len(tensors) // 4):
+            token, expert, weight, size = (
+                tensors[f"layer{layer}.{name}"] for name in ("token", "expert", "weight", "size")
+            )
+            num_tokens, num_experts = size.tolist()
+            order = (expert * max(num_tokens, 1) + token).argsort()
+            offsets = expert.bincount(minlength=num_experts).cumsum(0).to(torch.int32)
+            scores = weight.new_zeros(num_tokens, num_experts)
+            layers.append(Routing(token[order], offsets, weight[order], scores, num_tokens))
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: cannot be read as routings ({error})") from error
+    if not layers:
+        raise ValueError(f"{path}: holds no routings, expected layer0.size, layer0.token, ...")
+    return layers
+
+
+def node_properties(data: Data) -> dict[str, Tensor]:
+    """(N,) integers a property: the ``label``, the in-``degree`` and the local ``homophily`` of every node.
+
+    Homophily is the share of in-neighbors of the same label. Degree and homophily are binned by their quantiles;
+    nodes without neighbors have a bin of their own. What is not known of a node, since it or all its neighbors have no
+    label (below 0), is -1. Without one label a node, ``degree`` alone.
+    """
+    source, destination = remove_self_loops(data.edge_index)[0]
+    found = {"degree": quantile_bins(degree(destination, data.num_nodes))}
+    if data.y is not None and data.y.dim() == 1:
+        labeled = (data.y[source] >= 0) & (data.y[destination] >= 0)
+        source, destination = source[labeled], destination[labeled]
+        same = (data.y[source] == data.y[destination]).float()
+        share = scatter(same, destination, dim_size=data.num_nodes, reduce="mean")
+        has_neighbors = degree(destination, data.num_nodes) > 0
+        found["homophily"] = quantile_bins(share.where(has_neighbors, -1.0)).where(data.y >= 0, -1)
+        found["label"] = data.y.clamp(min=-1)
+    return found
+
+
+def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
+    """(N,) the bin of each value, equal values together: each value its own where there are few; else the bins hold
+    about as many values each, as far as equal ones allow."""
+    distinct, which, counts = values.unique(return_inverse=True, return_counts=True)
+    if len(distinct) <= bins:
+        return which
+    middle = counts.cumsum(0) - (counts + 1) / 2  # the mean rank of each distinct value
+    return (middle / len(values) * bins).long()[which]
+
+
+def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) -> dict[str, float]:
+    """Adjusted mutual information (Vinh et al., 2010) of an assignment with each property: 1 the same, 0 by chance.
+
+    Args:
+        assignment: (N,) integers, such as the expert of each node.
+        properties: (N,) integers each; nodes below 0 are left out.
+        seed: of the baseline ``"shuffled"``: the largest alignment, in size, of the shuffled assignment.
+    """
+    if not properties:
+        return {}
+    shuffled = assignment[torch.randperm(len(assignment), generator=torch.Generator().manual_seed(seed))]
+    found = {name: ami(assignment, value) for name, value in properties.items()}
+    return found | {"shuffled": max((ami(shuffled, value) for value in properties.values()), key=abs)}
+
+
+def ami(assignment: Tensor, value: Tensor) -> float:
+    """Adjusted mutual information of two partitions, nodes below 0 in ``value`` left out; 0 where one is constant."""
+    known = value >= 0
+    assignment, value = assignment[known], value[known]
+    if len(assignment.unique()) < 2 or len(value.unique()) < 2:
+        return 0.0
+    return float(adjusted_mutual_info_score(assignment.numpy(), value.numpy()))

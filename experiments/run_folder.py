@@ -1,39 +1,295 @@
-"""What a finished run left behind, read back and checked; and its model."""
+"""The folder of a run: where it lies, what is written in it, and what a finished one says."""
 
 from __future__ import annotations
 
-import csv
+import glob
+import hashlib
+import itertools
 import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from safetensors import SafetensorError
+import pandas as pd
+import torch
+from lightning_fabric.utilities import rank_zero_only
 from safetensors.torch import load_file
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import NotRequired, TypedDict
 
 from experiments.build import build_model
 from experiments.config import RunConfig, restore
 from experiments.data import Split, Task, load_tasks
+from experiments.files import read_csv, read_json
 from experiments.routing_stats import load_routings
-from experiments.runs import described
 from gmoe import Routing
+from gmoe.metrics import PER_EXPERT
+
+
+class Cost(TypedDict):
+    """What a model costs: active FLOPs, parameters, ratio to the MoE that it matches, width, steps an epoch."""
+
+    flops: int
+    parameters: int
+    active_parameters: int
+    matched: NotRequired[float | None]
+    hidden: int | None
+    steps: NotRequired[int]
+
+
+class Result(Cost):
+    """``result.json`` of a seed."""
+
+    seed: int
+    epochs: int
+    metric: str
+    val: float
+    test: float
+    best_epoch: int
+    seconds: float
+    peak_memory: int
+    routing: list[dict[str, Any]]
+    curve: dict[str, list[float]]
+
+
+class Spread(TypedDict):
+    """Mean, sample standard deviation (``None`` at n = 1), n, and the values."""
+
+    mean: float
+    std: float | None
+    n: int
+    values: list[float]
+
+
+class Summary(Cost):
+    """``summary.json`` of a run; of older ones some figures are missing."""
+
+    metric: str
+    val: Spread
+    test: Spread
+    best_epoch: Spread
+    seconds: Spread
+    peak_memory: NotRequired[int]
+    routing: list[dict[str, Spread]]
+    curve: NotRequired[dict[str, Any]]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+
+
+class ImageSet(TypedDict):
+    """``images.json`` of a run on images, which its model needs."""
+
+    in_channels: int
+    num_classes: int
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+
+
+def place(config: RunConfig) -> Path:
+    """The folder of a run: ``out``; else with ``resume`` the last of its name, or the first that is free, by number.
+
+    Raises:
+        ValueError: ``out`` holds something, and is not to be resumed.
+    """
+    base = config.folder()
+    if config.out is not None:
+        if _holds_something(base) and not config.resume:
+            raise ValueError(f"out: got {base}, which holds files; choose another folder, or continue it with --resume")
+        return base
+    folders = (base if number == 1 else base.parent / f"{base.name}-{number}" for number in itertools.count(1))
+    taken = list(itertools.takewhile(_holds_something, folders))
+    if config.resume and taken:
+        return taken[-1]
+    return base.parent / f"{base.name}-{len(taken) + 1}" if taken else base
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
+
+
+IMAGE_FOLDERS = {
+    "cifar10": ("cifar-10-batches-py", "cifar10", ""),
+    "imagenette": ("imagenette2-160", ""),
+    "images": ("",),
+}
+"""Where files of images lie, which may be any; of other sets the published ones are read, or refused."""
+
+
+def described(config: RunConfig) -> dict[str, Any]:
+    """The configuration as ``config.json`` holds it: what numbers depend on, and a digest of files of your own."""
+    found = config.science()
+    if config.data is not None:
+        return found
+    if config.dataset == "graph":
+        root = config.data_root
+        files = sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]
+        found |= {"file": root.name, "digest": _digest(file.read_bytes() for file in files if file.exists())}
+    elif config.dataset in IMAGE_FOLDERS:
+        base = next(filter(Path.is_dir, (config.data_root / part for part in IMAGE_FOLDERS[config.dataset])))
+        files = [Path(name) for name in glob.glob("**/*", root_dir=base, recursive=True) if (base / name).is_file()]
+        files.sort(key=lambda file: ("train" not in file.parts, file))
+        found["digest"] = _digest(os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n") for file in files)
+    return found
+
+
+def _digest(parts: Any) -> str | None:
+    """Of all parts, or ``None`` where there are none."""
+    found = hashlib.sha256()
+    empty = found.hexdigest()
+    for part in parts:
+        found.update(part)
+    return None if found.hexdigest() == empty else found.hexdigest()[:16]
+
+
+def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where a run that is :func:`described` by ``there`` is another one: its value and this one's."""
+    here = described(config)
+    own = {name: (there.get(name), here.get(name)) for name in ("file", "digest")}
+    return config.differences(there) | {name: pair for name, pair in own.items() if pair[0] != pair[1]}
+
+
+def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
+    """The summary of a finished run, or the results of the seeds that are finished.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration, but for seeds that are to be added.
+    """
+    folder = config.folder()
+    path, summary = folder / "config.json", folder / "summary.json"
+    if not path.exists():
+        return None, {}
+    differences = differences_of(config, read_json(path, dict[str, Any]))
+    is_more = "seeds" in differences and set(differences["seeds"][0]) < set(config.seeds)
+    if is_more:
+        del differences["seeds"]
+    for name, (other, here) in sorted(differences.items()):
+        raise ValueError(f"out: {folder} holds a run with {name}={other!r}, expected {here!r}; choose another folder")
+    if not is_more and summary.exists():
+        return read_json(summary, Summary), {}
+    results = {seed: folder / f"seed-{seed}" / "result.json" for seed in config.seeds}
+    return None, {seed: read_json(result, Result) for seed, result in results.items() if result.exists()}
+
+
+@rank_zero_only
+def begin(config: RunConfig, task: Task) -> None:
+    """Write what a run is, before what it gives."""
+    folder = config.folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)  # before the configuration says that there is more to it
+    write_json(folder / "config.json", described(config))
+    write_json(folder / "where.json", {"data_root": str(config.data_root.absolute())})
+    if task.kind == "image":
+        write_json(folder / "images.json", {name: getattr(task, name) for name in ImageSet.__annotations__})
+
+
+def summarize(config: RunConfig, results: list[Result]) -> Summary:
+    """Mean, sample standard deviation and n over the seeds, with all that is needed to repeat the run."""
+    first = results[0]
+    cost: Cost = {name: first[name] for name in Cost.__annotations__}  # type: ignore[assignment, literal-required]
+    return {
+        "metric": first["metric"],
+        "val": spread([result["val"] for result in results]),
+        "test": spread([result["test"] for result in results]),
+        "best_epoch": spread([result["best_epoch"] for result in results]),
+        "seconds": spread([result["seconds"] for result in results]),
+        "peak_memory": max(result["peak_memory"] for result in results),
+        **cost,
+        "routing": [
+            {name: spread([layer[name] for layer in layers]) for name in layers[0] if name not in PER_EXPERT}
+            for layers in zip(*(result["routing"] for result in results), strict=True)
+        ],
+        "curve": {
+            "epoch": first["curve"]["epoch"],
+            **{name: [result["curve"][name] for result in results] for name in ("loss", "val")},
+        },
+        "config": described(config),
+        "environment": environment(),
+    }
+
+
+def spread(values: list[float]) -> Spread:
+    """Mean and sample standard deviation of some values."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
+
+
+def environment() -> dict[str, Any]:
+    """Commit, hardware and versions."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    info = Path("/proc/cpuinfo")
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    packages = ("torch", "torch-geometric", "torchvision", "lightning-fabric", "scikit-learn", "numpy")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+@rank_zero_only
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one step; of several processes the first one does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}.new")  # seeds of a sweep may be trained side by side
+    fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    fresh.replace(path)
+
+
+class Log:
+    """A CSV file of one row or several an epoch, on disk at once; of several processes the first one writes.
+
+    Args:
+        path: of the file.
+        keep: epochs whose rows stay; those behind the checkpoint are cut.
+    """
+
+    @rank_zero_only
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        if not keep:
+            path.unlink(missing_ok=True)
+        if not path.exists():
+            return
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")  # the last may be half a row
+        fresh = path.with_suffix(".new")
+        epoch = pd.to_numeric(rows["epoch"], errors="coerce")
+        rows[(epoch < keep) & (epoch >= epoch.cummax())].to_csv(fresh, index=False)  # 12 cut off after a digit is no 1
+        fresh.replace(path)
+
+    @rank_zero_only
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows, if there are any; a new file gets their names first."""
+        if rows:
+            pd.DataFrame(rows).to_csv(self.path, mode="a", index=False, header=not self.path.exists())
+
 
 Rows = list[dict[str, float | None]]
-SUMMARY = ("metric", "val", "test", "flops", "parameters", "active_parameters", "seconds", "peak_memory", "curve")
-"""What a summary holds, of that which is read here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedLog:
-    """What one seed left.
-
-    Args:
-        metrics: a row an epoch.
-        routing: a row an epoch and layer, of the training steps; none of a dense model.
-        routings: of the test split (of a graph: of all nodes), one a layer.
-    """
+    """What one seed left: rows of metrics.csv and of routing.csv, and the routings of the test split, one a layer (of a
+    graph: of all nodes); of a dense model no routing."""
 
     metrics: Rows
     routing: Rows
@@ -57,86 +313,17 @@ class RunFolder:
     name: str
     config: RunConfig
     science: dict[str, Any]
-    summary: dict[str, Any]
+    summary: Summary
     seeds: dict[int, SeedLog]
 
     def load_task(self, seed: int) -> Task:
-        """The data, as that seed saw them.
-
-        Raises:
-            ValueError: they are not those that the run was trained on, or broken.
-            FileNotFoundError: they are not there.
-        """
-        here = described(self.config).get("digest")
-        there = self.science.get("digest")
+        """The data, as that seed saw them; a ``ValueError`` for others, a ``FileNotFoundError`` for none."""
+        here, there = described(self.config).get("digest"), self.science.get("digest")
         if here is None and there is not None:
             raise FileNotFoundError(f"{self.config.data_root}: has no data of {self.config.dataset}; give --data-root")
         if here != there:
             raise ValueError(f"{self.config.data_root}: holds other data than {self.folder} was trained on")
         return load_tasks(self.config)(seed)
-
-
-def load_model(folder: Path, config: RunConfig, task: Task, seed: int) -> nn.Module:
-    """The model of a run with the weights that validation selected, ready to evaluate.
-
-    Raises:
-        ValueError: the weights cannot be read, or are not those of the model.
-    """
-    path = folder / f"seed-{seed}" / "checkpoint" / "best.safetensors"
-    model = build_model(config, task)
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
-    return model.eval()
-
-
-def image_task_of(folder: Path) -> Task:
-    """The task of an image run without its data.
-
-    Raises:
-        ValueError: the run is not one of images, or its images.json is broken.
-    """
-    path = folder / "images.json"
-    if (folder / "config.json").exists() and not path.exists():
-        raise ValueError(f"{path}: is missing, expected the run of an image model")
-    found = _json(path)
-    try:
-        return Task(
-            name=folder.name,
-            kind="image",
-            in_channels=int(found["in_channels"]),
-            num_classes=int(found["num_classes"]),
-            metric_name="",
-            metric=MulticlassAccuracy,
-            loader=_no_data,
-            classes=tuple(found["classes"]),
-            mean=tuple(found["mean"]),
-            std=tuple(found["std"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: is not what a run of images writes ({type(error).__name__}: {error})") from error
-
-
-def _no_data(split: Split, batch_size: int, seed: int | None) -> NoReturn:
-    raise RuntimeError("the data of this run were not loaded")
-
-
-def read_config(folder: Path, data_root: Path) -> RunConfig:
-    """config.json of a run.
-
-    Raises:
-        ValueError: there is none, or it is broken; names the file.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: is no folder, expected that of a run")
-    path = folder / "config.json"
-    try:
-        return restore(_json(path), data_root)
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
@@ -149,64 +336,89 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
     Raises:
         ValueError: the run is not finished, or a file is broken; names the file.
     """
-    config = read_config(folder, data_root or _trained_on(folder))
-    science = _json(folder / "config.json")
-    summary = _json(folder / "summary.json", "the run is not finished: go on with --resume")
-    missing = [name for name in (*SUMMARY, "config") if name not in summary]
-    if missing:
-        raise ValueError(f"{folder / 'summary.json'}: has no {', '.join(missing)}")
-    seeds = {}
-    for seed in config.seeds:
-        part = folder / f"seed-{seed}"
-        saved = folder / "routing" / f"seed-{seed}.safetensors"
-        dense = not saved.exists() and (config.router == "dense" or config.model is not None)
-        routings = [] if dense else load_routings(saved)
-        seeds[seed] = SeedLog(
-            metrics=_rows(part / "metrics.csv", config.epochs),
-            routing=[] if dense else _rows(part / "routing.csv", config.epochs * len(routings)),
-            routings=routings,
+    config = read_config(folder, data_root)
+    if not (folder / "summary.json").exists():
+        raise ValueError(f"{folder / 'summary.json'}: is missing; the run is not finished: go on with --resume")
+    try:
+        return RunFolder(
+            folder=folder,
+            name=folder.resolve().name,
+            config=config,
+            science=read_json(folder / "config.json", dict[str, Any]),
+            summary=read_json(folder / "summary.json", Summary),
+            seeds={seed: _seed_log(folder, config, seed) for seed in config.seeds},
         )
-    return RunFolder(
-        folder=folder,
-        name=folder.resolve().name,
-        config=config,
-        science=science,
-        summary=summary,
-        seeds=seeds,
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename}: is missing") from error
+
+
+def _seed_log(folder: Path, config: RunConfig, seed: int) -> SeedLog:
+    part, saved = folder / f"seed-{seed}", folder / "routing" / f"seed-{seed}.safetensors"
+    dense = not saved.exists() and (config.router == "dense" or config.model is not None)
+    routings = [] if dense else load_routings(saved)
+    return SeedLog(
+        metrics=_rows(part / "metrics.csv", config.epochs),
+        routing=[] if dense else _rows(part / "routing.csv", config.epochs * len(routings)),
+        routings=routings,
     )
 
 
-def _trained_on(folder: Path) -> Path:
-    """The data root of a run, if it is there."""
-    path = folder / "where.json"
-    root = Path(str(_json(path).get("data_root"))) if path.exists() else Path("data")
-    return root if root.exists() else Path("data")
-
-
-def _json(path: Path, hint: str = "") -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: is missing{'; ' if hint else ''}{hint}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: got a {type(found).__name__}, expected an object")
-    return found
-
-
 def _rows(path: Path, expected: int) -> Rows:
-    try:
-        with path.open(newline="") as file:
-            rows: Rows = [
-                {name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)
-            ]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: is missing") from error
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path}: is no table of numbers ({error})") from error
-    if not rows or any(None in row for row in rows):  # a row longer than the header
-        raise ValueError(f"{path}: is empty or has rows that are longer than its header")
-    if len(rows) != expected:
-        raise ValueError(f"{path}: got {len(rows)} rows, expected {expected}: one an epoch, or an epoch and layer")
+    table = read_csv(path, dtype=float, index_col=False)
+    if len(table) != expected:
+        raise ValueError(f"{path}: got {len(table)} rows, expected {expected}: one an epoch, or an epoch and layer")
+    rows: Rows = table.astype(object).where(table.notna(), None).to_dict("records")
     return rows
+
+
+def read_config(folder: Path, data_root: Path | None = None) -> RunConfig:
+    """config.json of a run; for ``data_root`` see :func:`read_run`.
+
+    Raises:
+        ValueError: there is none, or it is broken; names the file.
+    """
+    path, where = folder / "config.json", folder / "where.json"
+    if not path.exists():
+        raise ValueError(f"{path}: is missing, expected the folder of a run")
+    if data_root is None:
+        data_root = Path(read_json(where, dict[str, str])["data_root"]) if where.exists() else Path()
+        data_root = data_root if data_root.exists() else Path("data")
+    try:
+        return restore(read_json(path, dict[str, Any]), data_root)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def load_model(folder: Path, config: RunConfig, task: Task, seed: int) -> nn.Module:
+    """The model of a run with the weights that validation selected; a ``ValueError`` where they are broken."""
+    path = folder / f"seed-{seed}" / "checkpoint" / "best.safetensors"
+    model = build_model(config, task)
+    try:
+        model.load_state_dict(load_file(path))
+    except Exception as error:  # what safetensors and torch raise
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+    return model.eval()
+
+
+def image_task_of(folder: Path) -> Task:
+    """The task of an image run without its data; a ``ValueError`` where it is another run, or broken."""
+    path = folder / "images.json"
+    if not path.exists():
+        raise ValueError(f"{path}: is missing, expected the run of an image model")
+    found = read_json(path, ImageSet)
+    return Task(
+        name=folder.name,
+        kind="image",
+        in_channels=found["in_channels"],
+        num_classes=found["num_classes"],
+        metric_name="",
+        metric=MulticlassAccuracy,
+        loader=_no_data,
+        classes=tuple(found["classes"]),
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+    )
+
+
+def _no_data(split: Split, batch_size: int, seed: int | None) -> NoReturn:
+    raise RuntimeError("the data of this run were not loaded")

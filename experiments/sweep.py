@@ -91,7 +91,8 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
     import torch
 
     from experiments.jobs import Processes, RayTasks, train_apart
-    from experiments.runs import differences_of, run, write_json
+    from experiments.loop import run
+    from experiments.run_folder import differences_of, write_json
 
     threads = config.threads or (1 if config.ray else max(torch.get_num_threads() // config.jobs, 1))
     torch.set_num_threads(threads)
@@ -198,9 +199,9 @@ def main(args: Sequence[str] | None = None) -> None:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         results, failed = sweep(config)
-    except (KeyboardInterrupt, InterruptedRunError) as stopped:
+    except KeyboardInterrupt as stopped:
         console.print("stopped; the same command continues", highlight=False)
-        sys.exit(128 + (stopped.number if isinstance(stopped, InterruptedRunError) else signal.SIGINT))
+        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     except (ValueError, OSError) as error:
         options.fail(error)
     finally:

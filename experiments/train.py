@@ -10,38 +10,35 @@ Ctrl-C keeps what was trained, and says how to continue.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from experiments import options
-from experiments.config import RECORDS, RunConfig, check_world, config_class, launcher, restore
+from experiments.config import RunConfig, restore
+from experiments.files import read_json
 from experiments.presets import PRESETS
+from experiments.progress import show_progress_of
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from experiments.run_folder import Summary
 
 PROG = "python -m experiments.train"
 
 
 def parse(args: Sequence[str] | None = None) -> RunConfig:
-    """The configuration from the command line: a preset, a file, and what is changed of them.
-
-    Raises:
-        ValueError: a preset or an option that there is not, or the file of ``--config`` cannot be read, or is of
-            another preset.
-    """
+    """The configuration from the command line: a preset, a file, and what is changed of them."""
     args = list(sys.argv[1:] if args is None else args)
     file, args = _take(args, "--config")
     if file is None:
@@ -63,32 +60,20 @@ def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:
 
 
 def read_config_file(path: Path, preset: str | None) -> RunConfig:
-    """What a JSON file says, on top of a preset where there is one; a run's own ``config.json`` is such a file.
-
-    Raises:
-        ValueError: it cannot be read, or holds what is no option.
-    """
+    """What a JSON file says, on top of a preset where there is one; a run's own ``config.json`` is such a file."""
+    base = None if preset is None else PRESETS[preset][1]
     try:
-        given = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"config: {path} cannot be read ({error})") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"config: {path} holds a {type(given).__name__}, expected an object of options")
-    base: dict[str, Any] = {}
-    if preset is not None:
-        base = PRESETS[preset][1].science()
-        if given.get("dataset", base["dataset"]) != base["dataset"]:
-            raise ValueError(f"config: {path} is of {given['dataset']}, expected {base['dataset']}, as {preset}")
-    science = base | given
-    known = [option.name for option in fields(config_class(science.get("dataset", "")))]
-    for name in given:
-        if name not in (*known, *RECORDS):
-            near = options.nearest(name, known, ", ")
-            raise ValueError(f"config: got {name}, which is no option of {science.get('dataset')}{near}")
-    return restore(science, PRESETS[preset][1].data_root if preset is not None else Path("data"))
+        given = read_json(path, dict[str, Any])
+        if base is None:
+            return restore(given, Path("data"))
+        if given.get("dataset", base.dataset) != base.dataset:
+            raise ValueError(f"dataset: got {given['dataset']!r}, expected {base.dataset}, as {preset}")
+        return restore(base.science() | given, base.data_root)
+    except ValueError as error:
+        raise ValueError(f"config: {error}" if str(path) in str(error) else f"config: {path}: {error}") from error
 
 
-def show(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
+def show(config: RunConfig, summary: Summary, console: Console) -> None:
     """Print a summary as a table."""
     table = Table(title=config.folder().name)
     for column in ("", "mean", "std", "n"):
@@ -112,38 +97,27 @@ def show(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
         f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed, {summary['peak_memory']:,} MiB at most; "
         f"written to {config.folder()}"
     )
-    for part in summary["config"].get("extended", []):
-        console.print(f"extended from {part['from']} to {part['to']} epochs: not what one run of them would be")
-    for part in summary["config"].get("moved", []):
-        console.print(f"moved from {part['from']} to {part['to']} processes: not what one run on either would be")
 
 
 def resume_command(config: RunConfig, args: Sequence[str]) -> str:
     """What continues the run that ``args`` began."""
     _, rest = _take([arg for arg in args if arg != "--resume"], "--out")
-    return f"{launcher(config)} -m experiments.train {shlex.join([*rest, '--out', str(config.folder()), '--resume'])}"
+    return f"{config.launcher} -m experiments.train {shlex.join([*rest, '--out', str(config.folder()), '--resume'])}"
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = list(sys.argv[1:] if args is None else args)
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
-
-    def fail(error: Exception) -> NoReturn:
-        options.fail(error, f" (process {rank})" if rank else "")
-
+    rank = int(os.environ.get("RANK", "0"))
     try:
         config = parse(args)
-        check_world(config, world)
-        from experiments.checkpoint import InterruptedRunError  # and so torch, which --help does without
-        from experiments.processes import from_first, lost_another, make_fabric
-        from experiments.progress import show_progress_of
-        from experiments.runs import place, run
+        from experiments.checkpoint import InterruptedRunError, from_first, lost_another, make_fabric  # and so torch,
+        from experiments.loop import run  # which --help does without
+        from experiments.run_folder import place
     except (ValueError, OSError) as error:
         if rank:  # the first one says it
             sys.exit(2)
-        fail(error)
+        options.fail(error)
 
     def stop(number: int, _: FrameType | None) -> None:
         raise InterruptedRunError(number)
@@ -152,7 +126,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if not rank:
             kept = (config.folder() / "config.json").exists()
             then = f"continue with: {resume_command(config, args)}" if kept else "nothing was trained yet"
-            errors.print(f"{why}; {escape(then)}", highlight=False)
+            print(f"{why}; {then}", file=sys.stderr)
         sys.exit(status)
 
     if not rank:
@@ -164,9 +138,9 @@ def main(args: Sequence[str] | None = None) -> None:
         with nullcontext() if not rank else redirect_stdout(None):
             summary = run(config)
     except (ValueError, OSError) as error:
-        fail(error)
-    except (KeyboardInterrupt, InterruptedRunError) as wish:
-        stopped("stopped", 128 + (wish.number if isinstance(wish, InterruptedRunError) else signal.SIGINT))
+        options.fail(error, f" (process {rank})" if rank else "")
+    except KeyboardInterrupt as wish:
+        stopped("stopped", 128 + getattr(wish, "number", signal.SIGINT))
     except RuntimeError as error:
         if not lost_another(error):
             raise
@@ -174,7 +148,7 @@ def main(args: Sequence[str] | None = None) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     if not rank:
-        show(config, summary, console)
+        show(config, summary, Console())
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
     import pandas as pd
     import torch
 
-    from experiments.runs import environment
+    from experiments.run_folder import environment
     from experiments.tables import benchmark_lines, measured_on
 
     if config.threads > 0:

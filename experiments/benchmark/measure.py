@@ -22,7 +22,7 @@ from torch_geometric.utils import to_undirected
 from tqdm import tqdm
 
 import gmoe
-from experiments.runs import environment, write_json
+from experiments.run_folder import environment, write_json
 
 T = TypeVar("T")
 Step = Callable[[], object]

@@ -26,7 +26,7 @@ import gmoe
 from experiments.benchmark.measure import Benchmark, Step, take_turns, told
 from experiments.benchmark.swap_models import ROWS, Arm, Problem, Where, evaluated
 from experiments.build import num_parameters
-from experiments.runs import environment, write_json
+from experiments.run_folder import environment, write_json
 from gmoe import LinearExperts, MoELayer
 
 LIVE = 0.01

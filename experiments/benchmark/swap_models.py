@@ -24,14 +24,15 @@ from torch_geometric.utils import negative_sampling
 import gmoe
 from experiments.benchmark.measure import told
 from experiments.build import build_model, init_centroids
+from experiments.checkpoint import make_fabric
 from experiments.config import GraphConfig, ImageConfig, RouterOptions
 from experiments.data import load_tasks
 from experiments.data.graph_data import GraphData, Split
-from experiments.data.registry import PYG, load_graph
-from experiments.data.user_graph import user_graph
+from experiments.data.named import PYG, load_graph
+from experiments.data.own_graph import own_graph
 from experiments.loop import attention_kernel, fit, make_optimizer, set_up
 from experiments.presets import MOSAIC
-from experiments.processes import make_fabric
+from experiments.progress import Progress
 from experiments.studies import SHARED, SMALL_VIT
 
 Arm = Literal["dense", "moe", "dense-flops", "random", "oracle", "k-means", "shared-transform"]
@@ -445,9 +446,9 @@ class Images(Configured):
     def train(self, model: Any, arm: Arm, folder: Path) -> tuple[float, int]:
         run = replace(self.config, router="dense" if arm.startswith("dense") else "token_choice")
         with set_up(self.fabric, model, run, self.task) as training:
-            progress = fit(training, self.seed, folder)
+            reached = fit(training, self.seed, folder, Progress(run.epochs, shown=False))
             evaluated(self.forward, model)  # where all epochs were done already, nothing was recorded yet
-        return progress["best_val"], progress["best_epoch"] + 1
+        return reached.best_val, reached.best_epoch + 1
 
 
 def _citation(name: str, recipe: str, where: Where) -> Callable[[int], Problem]:
@@ -455,7 +456,7 @@ def _citation(name: str, recipe: str, where: Where) -> Callable[[int], Problem]:
 
 
 def _facebook(where: Where) -> Callable[[int], Problem]:
-    graph = user_graph(where.data_root / "facebook.npz")
+    graph = own_graph(where.data_root / "facebook.npz")
     return partial(NodeClassification, replace(graph, data=ToUndirected()(graph.data)), PLAIN_SAGE, where)
 
 

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from experiments.benchmark.measure import Benchmark, spread, told, wait_for
 from experiments.build import build_model
+from experiments.checkpoint import make_fabric
 from experiments.data import Batch, load_tasks
 from experiments.loop import Training, set_up
 from experiments.presets import PRESETS
-from experiments.processes import make_fabric
 
 PARTS = ("data", "forward", "backward", "optimizer")
 

@@ -216,7 +216,6 @@ def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downlo
         metric=partial(OGBMetric, name),
         metric_name="accuracy" if published.tasks == 1 else "roc_auc",
         num_outputs=published.classes if published.tasks == 1 else published.tasks,
-        note=f"Hu et al., 2020; {published.note}",
         target=LABELED if layout.hetero else None,
     )
 

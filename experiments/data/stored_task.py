@@ -9,7 +9,7 @@ from typing import Any, get_args
 from experiments.config import GraphConfig
 from experiments.convert import PAPERS, STORED
 from experiments.data.graph_data import Split, Splits, make_metric, task_loss
-from experiments.data.graph_task import _sampled
+from experiments.data.graph_task import neighborhoods
 from experiments.data.ogb import OGBMetric
 from experiments.data.task import Batch, Shard, Task
 from gmoe.data import StoredGraph
@@ -17,8 +17,6 @@ from gmoe.data import StoredGraph
 LEGAL: dict[str, tuple[Any, ...]] = {
     "sampling": ("neighbor",),
     "evaluation": ("sampled",),
-    "self_loops": (False,),
-    "edge_features": (False,),
     "adjacency": ("auto", "edge_index"),
 }
 """Values of the options that a graph on disk leaves no choice of."""
@@ -65,7 +63,7 @@ def stored_task(config: GraphConfig) -> Task:
 
     def loader(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
         source: Any = graph
-        for batch in _sampled(source, config, split[part], batch_size, seed, shard):
+        for batch in neighborhoods(source, config, split[part], batch_size, seed, shard):
             hops = (None, None, None, None, batch.num_sampled_nodes, batch.num_sampled_edges) if trims else ()
             seeds = slice(0, batch.batch_size)
             yield Batch((batch.x, batch.edge_index, *hops), batch.y[seeds], seeds)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.utils import homophily, remove_self_loops
 
+from experiments.routing_stats import ami
 from experiments.run_folder import RunFolder
-from experiments.structure import ami
 from gmoe import Routing
 
 MOST_TOKENS = 50_000
@@ -31,7 +31,7 @@ PROPERTIES = {
 """What experts may follow, by the figure that measures it."""
 
 
-def sentence(experts: int, dead: Sequence[int], layers: Sequence[Mapping[str, float]]) -> str:
+def sentence(experts: int, dead: Sequence[float], layers: Sequence[Mapping[str, float]]) -> str:
     """Say how many experts are used and what they follow most.
 
     Args:

@@ -15,8 +15,8 @@ from experiments.data import Task
 from experiments.report import figures
 from experiments.report.findings import FOLLOWED, PROPERTIES, edges_within, sentence, similarity
 from experiments.report.page import Page
+from experiments.routing_stats import alignment, node_properties
 from experiments.run_folder import RunFolder, load_model, read_run
-from experiments.structure import alignment, node_properties
 from experiments.tables import percent
 from gmoe.plot import expert_load, expert_maps
 

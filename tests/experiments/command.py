@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,12 @@ def quick_until(steps: int, monkeypatch: pytest.MonkeyPatch, out: Path, *args: s
         with pytest.raises(SystemExit) as stop:
             quick(out, *args, **how)
     assert stop.value.code == 128 + signal.SIGTERM
+
+
+def refused(args: Sequence[str], capsys: Any) -> str:
+    """The error of a command that is refused, in one line."""
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    return " ".join((shown.out + shown.err).replace("│", " ").split())

@@ -19,8 +19,8 @@ TINY = ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--la
 EXACT = ["--epochs", "2", "--seeds", "0", "--no-progress", "--precision", "64-true", "--lr", "1e-3"]
 SAMPLED = ["digits-graph", "--sampling", "neighbor", "--conv", "sage", "--hidden", "8", "--router", "token_choice"]
 SAME: dict[str, list[str]] = {
-    "images": ["images", *EXACT, *TINY, "--batch-size", "2", "--augment", "randaugment", "--mixup", "0.5",
-               "--cutmix", "0.5", "--router", "expert_choice", "--ema", "0.9", "--clip-norm", "0.1"],
+    "images": ["images", *EXACT, *TINY, "--batch-size", "2", "--augment", "randaugment",
+               "--router", "expert_choice", "--clip-norm", "0.1"],
     "neighbors": [*SAMPLED, *EXACT, "--fanout", "-1", "-1", "--batch-size", "300", "--weight-decay", "0.1",
                   "--balance", "none"],
     "types": ["ogbn-mag", *EXACT, "--sampling", "neighbor", "--evaluation", "sampled", "--fanout", "-1", "-1",
@@ -63,8 +63,6 @@ def all_runs(root: Path) -> None:
     run_until(2, cut, only=1)
     run_until(2, cut, only=0)
     main(cut)
-    run_until(5, [*DRAWS, *two, "--out", str(root / "fewer")], only=1)  # to go on with one process
-    main([*DRAWS, *two, "--resume", "--out", str(root / "more")])  # which one process began
 
 
 def say_whether_left(root: Path) -> None:

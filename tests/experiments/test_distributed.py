@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.config import RunConfig
 from experiments.data import load_tasks
 from experiments.planted_ogb import write_planted
-from experiments.presets import DIGITS, PRESETS
+from experiments.presets import DIGITS
 from experiments.train import main
-from tests.experiments.command import quick_until
+from tests.experiments.command import refused
 from tests.experiments.made_graph import make_config, make_task
-from tests.experiments.ranks import DRAWS, SAME, TINY, data_of
+from tests.experiments.ranks import SAME, TINY, data_of
 from tests.experiments.test_resume import assert_same, rows
 from tests.vision.made_images import write_images
-from vision.augment import make_augment, make_mix
-from vision.batches import batches
-from vision.sources import MemoryImages
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -45,8 +40,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ranks")
     write_images(root / "data")
     write_planted("ogbn-mag", root / "data", nodes=2000)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        quick_until(4, monkeypatch, root / "more", *DRAWS[1:])
     process = start("-m", "tests.experiments.ranks", str(root))
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error.decode()
@@ -80,39 +73,6 @@ def test_two_processes_that_are_stopped_go_on_exactly(folder: Path) -> None:
     assert_same(folder / "whole", folder / "cut")
 
 
-def test_a_run_goes_on_with_more_or_fewer_processes(folder: Path) -> None:
-    more = json.loads((folder / "more" / "summary.json").read_text())
-    assert more["config"]["moved"] == [{"from": 1, "to": 2}]
-    main([*DRAWS, "--resume", "--out", str(folder / "fewer")])
-    fewer = json.loads((folder / "fewer" / "summary.json").read_text())
-    assert fewer["config"]["moved"] == [{"from": 2, "to": 1}]
-    assert "devices" not in fewer["config"]
-    for name in ("more", "fewer"):
-        found = rows(folder / name, "routing.csv")
-        tokens = [sum(float(row[f"load_{expert}"]) for expert in range(8)) for row in found]
-        assert tokens == pytest.approx([1.0] * len(found), abs=1e-3)
-        assert [row["epoch"] for row in rows(folder / name)] == ["0", "1", "2"]
-    before = rows(folder / "whole")
-    assert float(rows(folder / "fewer")[0]["loss"]) == pytest.approx(float(before[0]["loss"]))  # by two processes
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_slices_of_images_are_those_of_one_process(world: int) -> None:
-    """Seven images in batches of four, each augmented and mixed as if there were one process."""
-    pixels = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    source = MemoryImages(pixels, torch.arange(7), 16)
-
-    def epoch(shard: tuple[int, int]) -> list[Any]:
-        options: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "augment": make_augment("randaugment", 16)}
-        return list(batches(source, torch.arange(7), 4, mix=make_mix(0.5, 1.0, 7), seed=2, shard=shard, **options))
-
-    slices = [epoch((rank, world)) for rank in range(world)]
-    for number, whole in enumerate(epoch((0, 1))):
-        for i in range(2):
-            joined = torch.cat([one[number][i] for one in slices])
-            torch.testing.assert_close(joined, whole[i], rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("sampling", ["neighbor", "random_node"])
 def test_slices_of_a_graph_are_those_of_one_process(sampling: str) -> None:
     task = make_task(make_config(sampling=sampling, evaluation="sampled"))
@@ -135,9 +95,9 @@ def test_slices_of_digits_are_those_of_one_process() -> None:
 @pytest.mark.parametrize(
     ("world", "args", "message"),
     [
-        ("2", ["digits"], "devices: got 1 in 2 processes, expected them to be said: --devices N"),
-        ("1", ["digits", "--devices", "2"], "started by: torchrun --nproc-per-node 2 -m experiments.train"),
-        ("4", ["digits", "--devices", "2", "--nodes", "4"], "started by: torchrun --nnodes 4 --nproc-per-node 2 -m"),
+        ("2", ["digits"], "devices: got 1 x 1 nodes in 2 processes, expected python -m experiments.train"),
+        ("1", ["digits", "--devices", "2"], "expected torchrun --nproc-per-node 2 -m experiments.train"),
+        ("4", ["digits", "--devices", "2", "--nodes", "4"], "expected torchrun --nnodes 4 --nproc-per-node 2 -m"),
         ("2", ["digits", "--devices", "2", "--batch-size", "33"], "batch_size: got 33"),
         ("2", ["cora", "--devices", "2"], "a whole graph is one batch, which cannot be split"),
         ("2", ["ogbn-mag", "--devices", "2"], "for ogbn-mag with full batches, expected one"),
@@ -148,21 +108,8 @@ def test_what_cannot_be_split_is_refused(
     world: str, args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(SystemExit) as stop:
-        main([*args, "--out", str(tmp_path / "run")])
-    assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in refused([*args, "--out", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_that_has_batches_may_be_split(preset: str) -> None:
-    config: RunConfig = PRESETS[preset][1]
-    if getattr(config, "sampling", None) == "full":
-        config = replace(config, sampling="neighbor")  # type: ignore[call-arg]
-    size = config.batch_size - config.batch_size % 2
-    assert {"devices", "nodes"} <= set(replace(config, devices=2, batch_size=size).science())
-    assert not {"devices", "nodes"} & set(config.science())
 
 
 @pytest.mark.slow
@@ -184,10 +131,10 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(rank: int, 
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     if rank == 1:
         assert b"since another process has ended; continue with: torchrun --nproc-per-node 2" in error
-    again = start(*args, "--resume", "--epochs", "41")
+    again = start(*args, "--resume")
     _, error = again.communicate(timeout=300)
     assert again.returncode == 0, error.decode()
-    assert len(rows(tmp_path / "run")) == 41
+    assert len(rows(tmp_path / "run")) == 40
 
 
 @pytest.mark.slow

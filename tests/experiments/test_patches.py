@@ -9,10 +9,10 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from experiments.loop import run
 from experiments.patches import PatchesConfig, main, patches
 from experiments.presets import DIGITS
 from experiments.run_folder import image_task_of
-from experiments.runs import run
 from tests.vision.made_images import cut, write_photo
 
 IMAGES = replace(DIGITS, epochs=1, layers=2, hidden=8, experts=3, batch_size=300, progress=False, seeds=(3,))

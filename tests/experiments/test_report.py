@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from experiments.loop import run
 from experiments.presets import DIGITS, DIGITS_GRAPH
 from experiments.presets import GRAPH as GRAPH_PRESET
 from experiments.report import figures
@@ -24,7 +25,6 @@ from experiments.report.make import _by_data
 from experiments.report.page import Page
 from experiments.routing_stats import load_routings, save_routings
 from experiments.run_folder import RunFolder, load_model, read_run
-from experiments.runs import run
 from gmoe import OracleRouter, Routing, build_router
 
 GRAPH = replace(DIGITS_GRAPH, epochs=2, hidden=8, experts=3, progress=False, seeds=(0, 1))

@@ -18,31 +18,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.checkpoint import Log
 from experiments.config import RunConfig
 from experiments.data import Task
-from experiments.loop import Training, train_seed
-from experiments.run_folder import read_run
-from experiments.runs import run
+from experiments.loop import Training, run, train_seed
+from experiments.run_folder import Log, read_run
 from experiments.train import main, parse
-from tests.experiments.command import QUICK, quick, quick_until
+from tests.experiments.command import QUICK, quick, quick_until, refused
 from tests.vision.made_images import write_images
 
 TINY = ("--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--batch-size", "8")
-AUGMENTED = ("--augment", "randaugment", "--mixup", "0.5", "--cutmix", "0.5", "--dropout", "0.1", "--noise", "True")
+AUGMENTED = ("--augment", "randaugment", "--dropout", "0.1", "--noise", "True")
 SMALL = ("--layers", "2", "--hidden", "16", "--batch-size", "200")
 SAMPLED = ("--sampling", "neighbor", "--fanout", "4", "3", "--evaluation", "sampled", "--eval-every", "2")
 RUNS: dict[str, tuple[str, ...]] = {
     "graph": ("digits-graph", "--router", "token_choice", "--dropout", "0.2", "--noise", "True"),
-    "threshold": ("digits-graph", "--router", "expert_choice", "--inference", "threshold", "--schedule", "cosine"),
+    "choice": ("digits-graph", "--router", "expert_choice", "--schedule", "cosine"),
     "neighbors": ("digits-graph", *SAMPLED, "--batch-size", "300", "--dropout", "0.2", "--balance", "importance_load",
                   "--router", "token_choice"),
     "parts": ("digits-graph", "--sampling", "random_node", "--batch-size", "300", "--evaluation", "sampled"),
     "images": ("digits", "--router", "token_choice", "--balance", "bias", "--dropout", "0.1", *SMALL),
-    "average": ("digits", "--ema", "0.9", *SMALL, "--optimizer", "adam", "--clip-norm", "1"),
     "folder": ("images", "--router", "token_choice", *TINY, *AUGMENTED),
 }  # fmt: skip
-"""One batch an epoch (graph, threshold), or several; everything that draws or remembers."""
+"""One batch an epoch (graph, choice), or several; everything that draws or remembers."""
 
 
 def rows(folder: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
@@ -155,32 +152,7 @@ def test_what_is_printed_continues_the_run(
     assert_same(tmp_path / "runs" / "digits-graph-token_choice", tmp_path / "a folder" / "b")
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_run_may_go_on_for_more_epochs(finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = ("--schedule", "cosine", "--router", "token_choice")
-    if finished:
-        first = quick(tmp_path / "run", *args)
-    else:
-        quick_until(2, monkeypatch, tmp_path / "run", *args)
-    before = rows(tmp_path / "run")
-    summary = quick(tmp_path / "run", *args, "--resume", "--epochs", "5")
-    assert summary["config"]["extended"] == [{"from": 3, "to": 5}]
-    assert summary["config"]["epochs"] == 5
-    after = rows(tmp_path / "run")
-    assert [row["epoch"] for row in after] == ["0", "1", "2", "3", "4"]
-    assert after[: len(before)] == before
-    whole = quick(tmp_path / "whole", *args, "--epochs", "5")
-    assert "extended" not in whole["config"]
-    assert after[-1]["lr"] == rows(tmp_path / "whole")[-1]["lr"]  # the schedule of five
-    if finished:
-        assert summary["val"]["mean"] >= first["val"]["mean"]
-    again = quick(tmp_path / "run", *args, "--resume", "--epochs", "5")
-    assert again == summary
-    with pytest.raises(SystemExit):
-        quick(tmp_path / "run", *args, "--resume", "--epochs", "4")
-
-
-def test_the_same_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     args = ["digits-graph", *QUICK, "--seeds", "0", "--epochs", "1"]
     for _ in range(3):
@@ -192,36 +164,53 @@ def test_the_same_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     main([*args, "--resume"])  # the last of them, which is finished
     assert len(list((tmp_path / "runs").iterdir())) == 3
-
-
-def test_a_folder_that_is_given_is_the_one_that_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = quick(tmp_path / "run")
-    with pytest.raises(SystemExit) as stop:
-        quick(tmp_path / "run")
-    assert stop.value.code == 2
-    assert f"out: got {tmp_path / 'run'}, which holds files" in " ".join(capsys.readouterr().err.split())
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    (tmp_path / "run-2").mkdir()
-    (tmp_path / "run-2" / "note.txt").write_text("not a run")
-    assert quick(tmp_path / "run", "--resume") == first
+    taken = refused([*args, "--out", "runs/digits-graph-token_choice"], capsys)
+    assert "out: got runs/digits-graph-token_choice, which holds files" in taken
 
 
 def test_a_seed_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse(["digits-graph", *QUICK, "--seeds", "0", "--resume", "--out", str(tmp_path / "run")])
-    step, refused = Training.step, list[int]()
+    step, tried = Training.step, list[int]()
 
     def twice(*arguments: Any) -> None:
         with pytest.raises(ValueError, match=r"out: .*seed-0 is being trained by another process"):
             run(config)
-        refused.append(1)
+        tried.append(1)
         step(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "step", twice)
         run(config)
-    assert len(refused) == len(rows(tmp_path / "run")) == 3
-    run(replace(config, epochs=4))  # the lock is let go
-    assert len(rows(tmp_path / "run")) == 4
+    assert len(tried) == len(rows(tmp_path / "run")) == 3
+    run(replace(config, seeds=(0, 1)))  # the lock is let go
+
+
+def test_resume_adds_seeds_and_trains_none_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, trained = tmp_path / "run", list[int]()
+    first = quick(folder, "--resume", seeds="1")  # nothing there: starts afresh
+
+    def train(fabric: Any, config: RunConfig, task: Task, seed: int, progress: Any) -> Any:
+        trained.append(seed)
+        if seed == 2 and len(trained) == 2:
+            raise KeyboardInterrupt
+        return train_seed(fabric, config, task, seed, progress)
+
+    monkeypatch.setattr("experiments.loop.train_seed", train)
+    assert quick(folder, "--resume", seeds="1") == first
+    with pytest.raises(SystemExit):
+        quick(folder, "--resume", seeds="0 1 2")
+    with pytest.raises(ValueError, match="not finished"):  # and no summary of one seed is left
+        read_run(folder, Path("data"))
+    whole = quick(folder, "--resume", seeds="0 1 2")
+    assert trained == [0, 2, 2]
+    assert whole["test"]["values"][1:2] == first["test"]["values"]
+    assert whole["test"]["values"] == quick(tmp_path / "afresh", seeds="0 1 2")["test"]["values"]
+    assert list(read_run(folder, Path("data")).seeds) == [0, 1, 2]
+    for args, message in ((["--seeds", "0", "1"], "seeds=(0, 1, 2)"), (["--lr", "0.5"], "lr=0.01")):
+        command = ["digits-graph", *QUICK, "--out", str(folder), "--resume", "--seeds", "0", "1", "2", *args]
+        assert message in refused(command, capsys)
 
 
 def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,60 +219,10 @@ def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert quick(tmp_path / "same", "--config", own)["test"] == first["test"]
     assert parse(["--config", own, "--k", "2"]).k == 2
     partial = tmp_path / "partial.json"
-    partial.write_text('{"lr": 0.03, "seeds": [4, 5], "options": {"balance": "switch"}}')
+    partial.write_text('{"lr": 1, "seeds": [4, 5], "options": {"balance": "switch", "noise": null}, "out": "a"}')
     config = parse(["digits", f"--config={partial}", "--epochs", "7"])
-    assert (config.lr, config.seeds, config.epochs, config.hidden) == (0.03, (4, 5), 7, 96)
-    assert config.options.balance == "switch"
-    for text, message in (("[1]", "holds a list"), ("{", "cannot be read"), ('{"dataset": "cora"}', "is of cora"),
-                          ('{"nonsense": 1}', "got nonsense")):  # fmt: skip
-        partial.write_text(text)
-        with pytest.raises(SystemExit):
-            main(["digits", "--config", str(partial)])
-        assert message in " ".join(capsys.readouterr().err.split())
-
-
-def test_resume_adds_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "run"
-    first = quick(folder, seeds="1")
-    trained: list[int] = []
-
-    def train(config: RunConfig, task: Task, seed: int, *rest: Any) -> dict[str, Any]:
-        if trained:
-            raise KeyboardInterrupt
-        trained.append(seed)
-        return train_seed(config, task, seed, *rest)
-
-    monkeypatch.setattr("experiments.runs.train_seed", train)
-    with pytest.raises(SystemExit):
-        quick(folder, "--resume", seeds="0 1 2")
-    assert trained == [0]
-    with pytest.raises(ValueError, match="not finished"):  # and no summary of one seed is left
-        read_run(folder, Path("data"))
-    monkeypatch.setattr("experiments.runs.train_seed", train_seed)
-    whole = quick(folder, "--resume", seeds="0 1 2")
-    assert whole["test"]["n"] == 3
-    assert whole["test"]["values"][1:2] == first["test"]["values"]
-    assert whole["test"]["values"] == quick(tmp_path / "afresh", seeds="0 1 2")["test"]["values"]
-    assert list(read_run(folder, Path("data")).seeds) == [0, 1, 2]
-    for seeds in ("0 1", "0 1 3"):
-        with pytest.raises(SystemExit):
-            quick(folder, "--resume", seeds=seeds)
-        assert "seeds=[0, 1, 2]" in capsys.readouterr().err
-
-
-def test_a_finished_run_is_only_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = quick(tmp_path / "run", "--resume")  # nothing there: starts afresh
-
-    def never(*_: Any) -> Any:
-        raise AssertionError("a finished run was trained again")
-
-    monkeypatch.setattr("experiments.runs.train_seed", never)
-    assert quick(tmp_path / "run", "--resume") == first
-    with pytest.raises(SystemExit):
-        quick(tmp_path / "run", "--resume", "--lr", "0.5")
-    assert "lr" in capsys.readouterr().err
+    assert (config.lr, config.seeds, config.epochs, config.hidden, config.out) == (1.0, (4, 5), 7, 96, Path("a"))
+    assert config.options.given() == {"balance": "switch"}
 
 
 def test_a_row_is_on_disk_at_once(tmp_path: Path) -> None:
@@ -304,6 +243,5 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
         (tmp_path / "run" / name).unlink()
     state = tmp_path / "run" / "seed-0" / "checkpoint" / "state.ckpt"
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(SystemExit):
-        quick(tmp_path / "run", "--resume")
-    assert "state.ckpt: cannot be read" in " ".join(capsys.readouterr().err.split())
+    command = ["digits-graph", *QUICK, "--seeds", "0", "--out", str(tmp_path / "run"), "--resume"]
+    assert "state.ckpt: cannot be read" in refused(command, capsys)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import experiments.runs
+import experiments.run_folder
 from experiments.build import build_model, flops, matched_width, num_parameters
 from experiments.data import load_tasks
 from experiments.jobs import Processes
@@ -53,7 +53,7 @@ def test_finished_variants_are_skipped(
         "dense-4x",
     ]
     ran: list[str] = []
-    run = experiments.runs.run
+    run = experiments.loop.run
 
     def watch(config: Any, progress: Any) -> Any:
         finished = (config.folder() / "summary.json").exists()

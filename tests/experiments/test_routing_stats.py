@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch_geometric.data import Data
 
-from experiments.structure import alignment, node_properties, quantile_bins
+from experiments.routing_stats import alignment, node_properties, quantile_bins
 
 
 def test_properties_of_a_small_graph() -> None:
@@ -48,12 +48,7 @@ def test_alignment_is_one_with_itself_and_none_by_chance() -> None:
     assert abs(found["other"]) < 0.01
     assert abs(found["shuffled"]) < 0.01
     assert alignment(experts, {}) == {}
-
-
-def test_a_constant_says_nothing() -> None:
-    constant, other = torch.zeros(50, dtype=torch.long), torch.arange(50) % 2
-    assert set(alignment(constant, {"other": other, "same": constant}).values()) == {0.0}
-    assert alignment(other, {"constant": constant}) == {"constant": 0.0, "shuffled": 0.0}
+    assert alignment(experts, {"constant": torch.zeros(5000)}) == {"constant": 0.0, "shuffled": 0.0}
 
 
 def test_unlabeled_nodes_are_left_out() -> None:

@@ -1,0 +1,140 @@
+"""The one way to read each kind of file.
+
+What is broken is one ``ValueError`` that begins with the path, and nothing is allocated that a header merely claims.
+A missing file is a ``FileNotFoundError``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+HEADER = 16_384
+"""Bytes in which the header of an array lies; numpy reads none of more than 10,000."""
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Read JSON as :func:`parse_json` does."""
+    with naming(path):
+        return parse_json(path.read_bytes(), kind)
+
+
+def parse_json(text: str | bytes, kind: type[T]) -> T:
+    """JSON as a dataclass or plain types; ``"32"``, ``3.0`` and ``true`` are no integers, NaN is no number.
+
+    Raises:
+        ValueError: names the key, what it got and what is legal.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # not before it is needed: half a second
+
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    adapter = TypeAdapter(tuple[kind], config=config)  # type: ignore[valid-type]  # bare dataclasses refuse a config
+    try:
+        return adapter.validate_json(b"[%b]" % (text.encode() if isinstance(text, str) else text))[0]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if "error" in first.get("ctx", {}):  # a check of the dataclass itself
+            raise ValueError(str(first["ctx"]["error"])) from error
+        where = ".".join(map(str, first["loc"][1:]))
+        found = f"{where}: got {first['input']!r:.80}, " if where else ""
+        raise ValueError(f"{found}{first['msg'][0].lower()}{first['msg'][1:]}") from error
+
+
+def read_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:
+    """Read an array of numbers, or map it read-only."""
+    with naming(path), path.open("rb") as file:
+        shape, order, dtype, start = _header(file.read(HEADER))
+        _check_size(math.prod(shape) * dtype.itemsize, path.stat().st_size - start)
+        if memory_map and 0 not in shape:
+            return np.memmap(path, dtype, "r", start, shape, order)
+        file.seek(start)
+        return np.fromfile(file, dtype, math.prod(shape)).reshape(shape, order=order)
+
+
+def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Read arrays of numbers by name; of ``names`` those that are there (default: all)."""
+    arrays: dict[str, NDArray[Any]] = {}
+    with naming(path), zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if names is not None and name not in names:
+                continue
+            if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{name} is encrypted or compressed in another way than numpy does")
+            with archive.open(member) as file:
+                content = bytearray(file.read(HEADER))
+                shape, order, dtype, start = _header(bytes(content))
+                size = math.prod(shape) * dtype.itemsize
+                while len(content) <= start + size and (chunk := file.read(1 << 20)):  # to the end: checks the CRC
+                    content += chunk
+            _check_size(size, len(content) - start)
+            arrays[name] = np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape, order=order)
+    return arrays
+
+
+def read_csv(path: Path, **options: Any) -> Any:
+    """Read a table of at least one row by ``pandas.read_csv`` and its options."""
+    import pandas as pd
+
+    with naming(path):
+        table = pd.read_csv(path, **options)
+        if table.empty or not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("has no rows, or more fields in a row than in the header")
+        return table
+
+
+def read_tensors(path: Path, classes: Collection[Any] = ()) -> Any:
+    """Read ``.safetensors``, or what ``torch.save`` wrote: tensors, plain containers, and objects of ``classes``."""
+    import torch
+    from safetensors.torch import load_file
+
+    with naming(path):
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():  # torch allocates what they claim
+                _check_size(member.file_size, min(member.compress_size, path.stat().st_size))
+        known = torch.serialization.get_safe_globals()  # safe_globals forgets them at its end
+        with torch.serialization.safe_globals([part for part in classes if part not in known]):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:  # its text tells how to load it all the same
+                raise ValueError("holds other objects than tensors") from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file, in one line that begins with its path."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{path}: cannot be read ({why})") from error
+
+
+def _header(start: bytes) -> tuple[tuple[int, ...], Any, np.dtype[Any], int]:
+    """Shape, order, dtype and length of the header of an array of numbers."""
+    file = io.BytesIO(start)
+    reader = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = reader(file)
+    if dtype.kind not in "biuf" or not shape or min(shape) < 0:
+        raise ValueError(f"got {dtype} of shape {shape}, expected rows of numbers")
+    return shape, "F" if fortran else "C", dtype, file.tell()
+
+
+def _check_size(claimed: int, there: int) -> None:
+    if claimed != there:
+        raise ValueError(f"claims {claimed} bytes, holds {there}")
