@@ -29,6 +29,8 @@ RouterName = Literal[
 
 FANOUT = (15, 10, 5)
 
+PAPERS = "ogbn-papers100M"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions:
