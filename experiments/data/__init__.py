@@ -7,8 +7,7 @@ from typing import Any
 
 from torch_geometric.data import Data, HeteroData
 
-from experiments.config import GraphConfig, HeteroConfig, ImageConfig, ImageSetConfig, RunConfig, load_object
-from experiments.convert import PAPERS
+from experiments.config import PAPERS, GraphConfig, HeteroConfig, ImageConfig, ImageSetConfig, RunConfig, load_object
 from experiments.data.graph_data import GraphData, Split
 from experiments.data.graph_task import graph_task, hetero_task, transformed
 from experiments.data.task import Batch, Task
@@ -76,7 +75,7 @@ def _load(config: RunConfig) -> GraphData | Task:
 
         return mosaic()
     if isinstance(config, GraphConfig) and _is_stored(config):
-        from experiments.data.stored_task import stored_task
+        from experiments.data.stored import stored_task
 
         return stored_task(config)
     if isinstance(config, GraphConfig) and config.dataset == "graph":

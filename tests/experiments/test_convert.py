@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from experiments.planted_papers import PapersPlanter
+from experiments.stored import Input, building, convert
+from experiments.streams import ArrayEdges, ArrayStream, edges_of
 from numpy.typing import NDArray
 from torch_geometric.utils import to_undirected
 
 from experiments import stored
 from experiments.convert import CLASSES, PAPERS, PapersFiles, main
 from experiments.data.ogb import import_ogb
-from experiments.planted_papers import PapersPlanter
-from experiments.stored import Input, building, convert
-from experiments.streams import ArrayEdges, ArrayStream, edges_of
 from gmoe import StoredGraph
 
 NODES, EDGES = 60, 400

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from experiments.config import RunConfig
 from experiments.data import load_tasks
-from experiments.planted_ogb import write_planted
+from experiments.planted import write_planted
 from experiments.presets import DIGITS, PRESETS
 from experiments.train import main
 from tests.experiments.command import quick_until

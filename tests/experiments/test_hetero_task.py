@@ -15,7 +15,7 @@ from experiments.data.graph_data import GraphData, Split
 from experiments.data.graph_task import hetero_task, transformed
 from experiments.data.registry import load_graph
 from experiments.data.task import Task
-from experiments.planted_ogb import write_planted
+from experiments.planted import write_planted
 
 PARTS: tuple[Split, ...] = get_args(Split)
 PAPERS = 130

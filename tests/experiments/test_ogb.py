@@ -16,12 +16,12 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from experiments.planted_ogb import write_planted
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from experiments.data import ogb
 from experiments.data.ogb import OGBMetric, OGBName, Published, import_ogb, layout_of, load_ogb, provide
-from experiments.planted_ogb import write_planted
 from tests.experiments.ogb_data import CLASSES, EDGES, FEATURES, NAMES, NODES, numbers, plant, truncate, write
 from tests.experiments.user_data import Evil
 
