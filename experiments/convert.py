@@ -142,7 +142,9 @@ def building(to: Path) -> Iterator[Path]:
             (folder / SCRATCH).mkdir()
             yield folder
             shutil.rmtree(folder / SCRATCH)
+            (folder / SCRATCH).mkdir()  # still says whose it is
             folder.rename(to)
+            (to / SCRATCH).rmdir()
         except BaseException:
             shutil.rmtree(folder)
             raise
@@ -193,11 +195,12 @@ def sorted_keys(edges: Array | Path, scratch: Path, nodes: int, *, directed: boo
     import duckdb
 
     settings = {"memory_limit": f"{memory}GB", "temp_directory": str(scratch), "preserve_insertion_order": False}
+    legal = f"s BETWEEN 0 AND {nodes - 1} AND d BETWEEN 0 AND {nodes - 1}"
+    wrong = f"error(concat('got edge (', s, ', ', d, '), expected nodes 0 to {nodes - 1}'))"
     query = f"""
-        WITH pairs AS (SELECT s, d FROM edges {"" if directed else "UNION ALL SELECT d, s FROM edges"})
-        SELECT CASE WHEN s BETWEEN 0 AND {nodes - 1} AND d BETWEEN 0 AND {nodes - 1} THEN d * {nodes} + s
-            ELSE error(concat('got edge (', s, ', ', d, '), expected nodes 0 to {nodes - 1}')) END AS key
-        FROM pairs ORDER BY key"""
+        WITH checked AS (SELECT s, CASE WHEN {legal} THEN d ELSE {wrong} END AS d FROM edges)
+        SELECT d * {nodes} + s AS key FROM checked
+        {"" if directed else f"UNION ALL SELECT s * {nodes} + d FROM checked"} ORDER BY key"""
     try:
         with duckdb.connect(scratch / "edges.duckdb", config=settings) as connection:
             if isinstance(edges, Path):
