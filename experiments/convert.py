@@ -166,6 +166,8 @@ def convert(
     Raises:
         ValueError: something in the data that cannot be, with the place where it is; not enough memory or disk.
     """
+    if not memory > 0:
+        raise ValueError(f"memory: got {memory}, expected gigabytes, more than 0")
     nodes, x_type = len(given.x), np.dtype(np.float16 if half or given.x.dtype == np.float16 else np.float32)
     num_edges = 0 if isinstance(given.edges, Path) else given.edges.size // (2 if directed else 1)
     check_space(folder, 4 * num_edges + max(SPILL * num_edges, given.x.size * x_type.itemsize))
