@@ -94,8 +94,6 @@ def first_flops(model: nn.Module, config: RunConfig, task: Task) -> int:
         found = flops(model, example(config, task))
     if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
         tiny = Data(x=torch.zeros(2, task.in_channels), edge_index=torch.tensor([[0, 1], [1, 0]]))
-        if task.edge_dim is not None:
-            tiny.edge_attr = torch.zeros(2, task.edge_dim)
         with _refusing(config, task, "can be evaluated layer by layer"):
             copied: Any = copy.deepcopy(model).eval()
             copied.inference(tiny)
@@ -270,10 +268,6 @@ def _conv_kwargs(config: GraphConfig, task: Task) -> dict[str, Any]:
         if not all("heads" in names for names in takes) or len(takes) < len(config.conv):
             raise ValueError(f"heads: got {config.heads}, but {' or '.join(config.conv)} takes none")
         found["heads"] = config.heads
-    if config.edge_features:
-        if not all("edge_dim" in names for names in takes) or len(takes) < len(config.conv):
-            raise ValueError(f"edge_features: got True, but {' or '.join(config.conv)} takes none")
-        found["edge_dim"] = task.edge_dim
     if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
         found["cached"] = True  # there is one graph only: for the dense model, whose convs are PyG's
     return found

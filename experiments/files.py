@@ -29,7 +29,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     from pydantic import ConfigDict, TypeAdapter, ValidationError  # not before it is needed: half a second
 
     config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    with _named(path):
+    with naming(path):
         try:  # in a tuple, since the config is refused beside a bare dataclass
             adapter = TypeAdapter(tuple[kind], config=config)  # type: ignore[valid-type]
             return adapter.validate_json(b"[%b]" % path.read_bytes())[0]
@@ -42,7 +42,7 @@ def read_json(path: Path, kind: type[T]) -> T:
 
 def read_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:
     """Read an array of numbers, or map it read-only."""
-    with _named(path), path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         shape, order, dtype, start = _header(file.read(HEADER))
         _check_size(math.prod(shape) * dtype.itemsize, path.stat().st_size - start)
         if memory_map and 0 not in shape:
@@ -54,7 +54,7 @@ def read_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:
 def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
     """Read arrays of numbers by name; of ``names`` those that are there (default: all)."""
     arrays: dict[str, NDArray[Any]] = {}
-    with _named(path), zipfile.ZipFile(path) as archive:
+    with naming(path), zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             if names is not None and name not in names:
@@ -76,10 +76,10 @@ def read_csv(path: Path, **options: Any) -> Any:
     """Read a table of at least one row by ``pandas.read_csv`` and its options."""
     import pandas as pd
 
-    with _named(path):
+    with naming(path):
         table = pd.read_csv(path, **options)
-        if table.empty:
-            raise ValueError("has no rows")
+        if table.empty or not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("has no rows, or more fields in a row than in the header")
         return table
 
 
@@ -88,7 +88,7 @@ def read_tensors(path: Path, classes: Collection[Any] = ()) -> Any:
     import torch
     from safetensors.torch import load_file
 
-    with _named(path):
+    with naming(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         with zipfile.ZipFile(path) as archive:
@@ -103,11 +103,11 @@ def read_tensors(path: Path, classes: Collection[Any] = ()) -> Any:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Whatever is wrong with a file, in one line that begins with its path."""
     try:
         yield
-    except (FileNotFoundError, MemoryError):
+    except FileNotFoundError:
         raise
     except Exception as error:
         why = next(iter(str(error).splitlines()), "") or type(error).__name__

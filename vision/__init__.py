@@ -1,18 +1,18 @@
-"""Image data: files, splits, augmentation, batches. Imports the gmoe core and torchvision."""
+"""Image data: files, splits, augmentation, batches."""
 
-from vision.augment import make_augment, make_mix, normalize
-from vision.images import ImageData, image_files, load_images, split_train_val
-from vision.sources import FileImages, ImageSource, MemoryImages
+from vision.batches import AugmentKind, batches, make_augment
+from vision.images import ImageData, load_images, split_images
+from vision.sources import FileImages, ImageSource, MemoryImages, decode
 
 __all__ = [
+    "AugmentKind",
     "FileImages",
     "ImageData",
     "ImageSource",
     "MemoryImages",
-    "image_files",
+    "batches",
+    "decode",
     "load_images",
     "make_augment",
-    "make_mix",
-    "normalize",
-    "split_train_val",
+    "split_images",
 ]

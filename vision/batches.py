@@ -1,16 +1,74 @@
-"""One epoch of a source, in batches. Shapes: B images, C classes, S height and width."""
+"""One epoch of images, augmented, in batches. Shapes: B images, C channels, S height and width."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
-from vision.augment import Augment, Channels, Mix, normalize
 from vision.sources import ImageSource
+
+AugmentKind = Literal["none", "standard", "randaugment"]
+Augment = Callable[[Tensor], Tensor]
+"""Of one image, (C, S, S); random by torch's own generator only."""
+RESIZED_FROM = 64
+"""Image size from which the standard augmentation is a random resized crop."""
+
+
+def make_augment(kind: AugmentKind, image_size: int) -> Augment | None:
+    """What is done to each training image; ``None`` for ``"none"``.
+
+    v2 draws its random numbers once a call, so that images of one tensor would all be changed alike: call it per image.
+
+    Args:
+        kind: ``"none"``; ``"standard"``: a crop after padding by S // 8 (from 64 pixels on a crop of 35 to 100 % of the
+            area, resized), and a horizontal flip; ``"randaugment"``: the same, then RandAugment (Cubuk et al., 2020;
+            two operations of magnitude 9, torchvision's defaults).
+        image_size: S.
+    """
+    if kind == "none":
+        return None
+    crop: v2.Transform = v2.RandomCrop(image_size, padding=image_size // 8)
+    if image_size >= RESIZED_FROM:
+        crop = v2.RandomResizedCrop(image_size, scale=(0.35, 1.0), antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), *([v2.RandAugment()] if kind == "randaugment" else [])])
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch(Dataset[tuple[Tensor, Tensor] | Exception]):
+    """The batches of one epoch, by number."""
+
+    source: ImageSource
+    rows: list[Tensor]
+    """Of each batch, those of this process."""
+    seeds: list[Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Augment | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | Exception:
+        rows = self.rows[number]
+        try:
+            images = self.source.get(rows)
+        except ValueError as error:  # as a value: DataLoader would bury it in the text of a worker's traceback
+            return error
+        if self.augment is not None and len(images):
+            changed = []
+            with torch.random.fork_rng(devices=[]):
+                for image, seed in zip(images, self.seeds[number].tolist(), strict=True):
+                    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs as well
+                    changed.append(self.augment(image))
+            images = torch.stack(changed)
+        images = v2.functional.to_dtype(images, torch.float32, scale=True)  # floats stay as they are
+        return v2.functional.normalize(images, list(self.mean), list(self.std)), self.source.labels[rows]
 
 
 def batches(
@@ -18,10 +76,9 @@ def batches(
     index: Tensor,
     batch_size: int,
     *,
-    mean: Channels,
-    std: Channels,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     augment: Augment | None = None,
-    mix: Mix | None = None,
     seed: int | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -29,103 +86,37 @@ def batches(
     """The images ``index`` once, in batches; the last one may be smaller.
 
     With a seed they are shuffled and augmented, and all of that follows from the seed, whatever ``workers``, ``shard``
-    and torch's global generator, which stays as it was. Without, they come in order, neither augmented nor mixed.
+    and torch's global generator, which stays as it was. Without, they come in order, as they are.
 
     Args:
         source: of images and labels.
         index: int64, the images of the epoch.
         batch_size: B.
-        mean, std: see :func:`vision.augment.normalize`.
-        augment: changes each image, see :func:`vision.augment.make_augment` (default: none).
-        mix: mixes the images of a batch, see :func:`vision.augment.make_mix` (default: none).
+        mean, std: a channel; values in 0..1, or floats as they are, less ``mean``, by ``std``.
+        augment: changes each image, see :func:`make_augment` (default: none).
         seed: of the epoch (default ``None``).
         workers: processes that make batches ahead; 0, the default, makes them here, when they are asked for.
         shard: (r, W): of each batch the r-th of W slices, as even as can be, the first ones larger; the last batch's
             may be empty (default: all).
 
     Returns:
-        an iterator over (images (B, C, S, S) float32, labels (B,) int64, or (B, C) float32 where they are mixed).
+        an iterator over (images (B, C, S, S) float32, labels (B,) int64).
 
     Raises:
-        ValueError: a batch size below 1, workers below 0, or an index that is not (n,) int64 within the source; while
-            iterating, an image that cannot be read, by its name.
+        ValueError: while iterating, an image that cannot be read, by its name.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-    if workers < 0:
-        raise ValueError(f"workers: got {workers}, expected at least 0")
-    if index.dim() != 1 or index.dtype != torch.int64:
-        raise ValueError(f"index: got {index.dtype} of shape {tuple(index.shape)}, expected int64 (n,)")
-    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(source):
-        got = f"{int(index.min())}..{int(index.max())}"
-        raise ValueError(f"index: got numbers in {got}, expected them in 0..{len(source) - 1}")
-    image_seeds = batch_seeds = []
-    if seed is None:
-        augment = mix = None
-    else:
+    seeds = index
+    if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         index = index[torch.randperm(len(index), generator=generator)]
-        batch_seeds = torch.randint(2**62, (-(-len(index) // batch_size),), generator=generator).tolist()
-        image_seeds = torch.randint(2**62, (len(index),), generator=generator).tolist()
-    epoch = _Epoch(source, index, batch_size, mean, std, augment, mix, image_seeds, batch_seeds, shard)
-    return _ahead(epoch, workers) if workers else (epoch.batch(number) for number in range(len(epoch)))
-
-
-@dataclass(frozen=True, eq=False)
-class _Epoch(Dataset[tuple[Tensor, Tensor] | ValueError | OSError]):
-    source: ImageSource
-    index: Tensor
-    batch_size: int
-    mean: Channels
-    std: Channels
-    augment: Augment | None
-    mix: Mix | None
-    image_seeds: list[int]
-    batch_seeds: list[int]
-    shard: tuple[int, int]
-
-    def __len__(self) -> int:
-        return -(-len(self.index) // self.batch_size)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | ValueError | OSError:
-        try:
-            return self.batch(number)
-        except (
-            ValueError,
-            OSError,
-        ) as error:  # as a value: DataLoader would bury it in the text of a worker's traceback
-            return error
-
-    def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        whole = torch.arange(len(self.index))[number * self.batch_size : (number + 1) * self.batch_size]
-        rank, world = self.shard
-        places = whole.tensor_split(world)[rank]
-        halo = self.mix is not None and world > 1
-        if halo:  # an image is mixed with the one before it, the first with the last
-            before = int(places[0] - whole[0]) - 1 if len(places) else -1
-            places = torch.cat([whole[before].view(1), places])
-        rows = self.index[places]
-        images, labels = self.source.get(rows), self.source.labels[rows]
-        seed = torch.default_generator.manual_seed  # torch.manual_seed would seed GPUs as well
-        with torch.random.fork_rng(devices=[]):
-            if self.augment is not None and len(images):
-                changed = []
-                for place, image in zip(places.tolist(), images, strict=True):
-                    seed(self.image_seeds[place])
-                    changed.append(self.augment(image))
-                images = torch.stack(changed)
-            images = normalize(images, self.mean, self.std)
-            if self.mix is not None:
-                seed(self.batch_seeds[number])
-                images, labels = self.mix(images, labels)
-        return (images[1:], labels[1:]) if halo else (images, labels)
-
-
-def _ahead(epoch: _Epoch, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        unused = -(-len(index) // batch_size)  # committed results were drawn after a seed for each batch
+        seeds = torch.randint(2**62, (unused + len(index),), generator=generator)[unused:]
+    rank, world = shard
+    rows, image_seeds = ([part.tensor_split(world)[rank] for part in each.split(batch_size)] for each in (index, seeds))
+    epoch = Epoch(source, rows, image_seeds, mean, std, augment if seed is not None else None)
     # a generator of its own: DataLoader would draw from the global one
-    loader = DataLoader(epoch, batch_size=None, num_workers=workers, generator=torch.Generator())
-    for made in loader:
-        if isinstance(made, ValueError | OSError):
+    for made in DataLoader(epoch, batch_size=None, num_workers=workers, generator=torch.Generator()):
+        if isinstance(made, Exception):
             raise made
         images, labels = made
         yield images, labels

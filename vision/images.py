@@ -1,44 +1,41 @@
-"""Image data sets through torchvision's own classes, and the split of their training images. Shapes: N images."""
+"""Image data sets: torchvision's, and folders of images, a folder a class. Shapes: N images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, Imagenette
+from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
+from torchvision.datasets.folder import is_image_file, make_dataset
+from torchvision.datasets.utils import check_integrity
 
-from vision.augment import Channels
-from vision.download import CIFAR, archive_of, check_files, unpacked
-from vision.folders import Listing, VisibleFolder, few, listing_of, printable, without
 from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
 
-NAMES = ("cifar10", "cifar100", "imagenette", "images")
-"""What :func:`load_images` knows."""
-
+CIFAR: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+WNIDS: dict[str, tuple[str, ...]] = dict(sorted(Imagenette._WNID_TO_CLASS.items()))
 
-IMAGENET: tuple[Channels, Channels] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-CONSTANTS: dict[str, tuple[Channels, Channels]] = {
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CONSTANTS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 """Mean and standard deviation of the channels, of values in 0..1, where they are not ImageNet's."""
 
 NOTES = {
-    "cifar10": "CIFAR-10 (Krizhevsky, 2009), cs.toronto.edu/~kriz/cifar.html, no license stated",
-    "cifar100": "CIFAR-100 (Krizhevsky, 2009), cs.toronto.edu/~kriz/cifar.html, no license stated",
-    "imagenette": "Imagenette, 160 px, github.com/fastai/imagenette, Apache 2.0; the images are ImageNet's",
+    "cifar10": "CIFAR-10 (Krizhevsky, 2009; 50,000 + 10,000), cs.toronto.edu/~kriz/cifar.html, no license stated",
+    "cifar100": "CIFAR-100 (Krizhevsky, 2009; 50,000 + 10,000), cs.toronto.edu/~kriz/cifar.html, no license stated",
+    "imagenette": "Imagenette, 160 px (9,469 + 3,925), github.com/fastai/imagenette, Apache 2.0; images of ImageNet",
 }
-JPEG_NOTE = "re-encoded as JPEG: accuracies are close to, not the same as, those on the originals"
+MEGABYTES = {"cifar10": 170, "cifar100": 169, "imagenette": 99}
 TEST_SHARE = 0.2
 """Of each class, where a folder of images has no train and test."""
-CIFAR10_COUNTS = 50_000, 10_000
-IMAGENETTE_COUNTS = 9_469, 3_925
+MEMORY = 2 * 2**30
+"""Bytes up to which images from files are kept decoded in memory, train and test together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +45,10 @@ class ImageData:
     Args:
         name: how the user calls it.
         classes: names of the classes, by label.
-        train: the training images; validation is a part of them, see :func:`split_train_val`, where there is no val.
+        train: the training images; validation is a part of them, see :func:`split_images`, where there is no val.
         test: the test images.
         val: the validation images, where the data set has some of its own.
-        mean, std: of the channels, for :func:`vision.augment.normalize`.
-        image_size: height and width of the images, in pixels.
+        mean, std: of the channels, see :func:`vision.batches.batches`.
         note: source and license, and what sets this copy apart from the published data.
     """
 
@@ -60,23 +56,13 @@ class ImageData:
     classes: tuple[str, ...]
     train: ImageSource
     test: ImageSource
-    mean: Channels
-    std: Channels
-    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     note: str
     val: ImageSource | None = None
 
 
-def load_images(
-    name: str,
-    root: Path | str,
-    *,
-    image_size: int | None = None,
-    offline: bool = False,
-    skip_broken: bool = False,
-    split_seed: int = 0,
-    memory_limit: int = 2 * 2**30,
-) -> ImageData:
+def load_images(name: str, root: Path, *, image_size: int | None = None, offline: bool = False) -> ImageData:
     """Training and test images, as uint8 in memory where they fit, decoded on demand where they do not.
 
     - ``"cifar10"``: torchvision's ``root/cifar-10-batches-py``, else images re-encoded as JPEG in
@@ -84,11 +70,8 @@ def load_images(
     - ``"cifar100"``: torchvision's ``root/cifar-100-python``.
     - ``"imagenette"``: torchvision's ``root/imagenette2-160``, whose ``val`` is the test set here.
     - ``"images"``: any ``root/train/<class>/*``, with ``root/test/<class>/*`` or, without it, ``root/val/<class>/*``.
-      Each class of test must be one of train; a class may have no test images, which the note says. Of
-      ``root/<class>/*``, without train and test, 20 % of each class are drawn as the test set. Hidden folders and
+      Of ``root/<class>/*``, without train and test, 20 % of each class are drawn as the test set. Hidden folders and
       files, whose names begin with a dot, are left out.
-
-    What is not square or not of ``image_size`` is resized by the shorter side and center-cropped.
 
     Args:
         name: one of those.
@@ -96,240 +79,144 @@ def load_images(
         image_size: height and width in pixels (default: 32 for CIFAR, 160 for Imagenette; for ``"images"`` that of the
             images, if all are squares of one size).
         offline: never download; without it a download says first what it fetches. An archive in ``root`` is unpacked.
-        skip_broken: leave out files that cannot be read, and print how many; decodes every file once, also where
-            they are decoded on demand.
-        split_seed: of the test set that is drawn from ``root/<class>/*``.
-        memory_limit: bytes up to which images from files are kept decoded in memory, train and test together (default
-            2 GiB). CIFAR's own format always is.
 
     Raises:
         FileNotFoundError: the data are not there, and may not or cannot be downloaded; says what was looked for.
-        ValueError: an argument is not legal; a file is broken, a class folder empty, a class of test unknown in train,
-            or no ``image_size`` given and none to be seen; names the first of them.
+        ValueError: a file is broken, a class folder empty, a class of test unknown in train, or no ``image_size`` given
+            and none to be seen.
     """
-    if name not in NAMES:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(NAMES)}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: got {image_size}, expected at least 1")
-    root = Path(root).expanduser()
-    read = partial(_read, name, skip_broken=skip_broken, memory_limit=memory_limit)
     if name == "images":
-        return read(*_images(root, split_seed), image_size=image_size)
+        return _own(root, image_size)
     if name == "imagenette":
-        return read(*_imagenette(root, offline), image_size=image_size or 160)
-    jpeg = _jpeg_folder(root) if name == "cifar10" else None
-    if jpeg is not None:
-        return read(*_cifar_jpeg(jpeg), image_size=image_size or 32)
-    return _cifar(name, root, offline, image_size or 32)
+        itself = (root / "train" / next(iter(WNIDS))).is_dir()
+        folder = root if itself else _unpacked(name, root, "imagenette2-160", offline)
+        train, test = (_listing(folder / part, tuple(WNIDS)) for part in ("train", "val"))
+        return _read(name, train, test, image_size or 160, NOTES[name], tuple(names[0] for names in WNIDS.values()))
+    if name == "cifar10" and not (root / CIFAR10.base_folder).is_dir():
+        for folder in (root / "cifar10", root):
+            if (folder / "train").is_dir():
+                note = "re-encoded as JPEG: accuracies are close to, not the same as, those on the originals"
+                train, test = (_listing(folder / part, CIFAR10_CLASSES) for part in ("train", "test"))
+                return _read(name, train, test, image_size or 32, f"{NOTES[name]}; {note}")
+    return _cifar(name, root, image_size or 32, offline)
 
 
-def image_files(name: str, root: Path | str) -> list[Path]:
-    """The files that :func:`load_images` reads, by split and class; none where the data are not there.
-
-    Args:
-        name, root: see :func:`load_images`.
-    """
-    root = Path(root).expanduser()
-    jpeg = _jpeg_folder(root) if name == "cifar10" else None
-    if jpeg is None and name in CIFAR:
-        folder = root / CIFAR[name][0].base_folder
-        return sorted(folder.iterdir()) if folder.is_dir() else []
-    base = jpeg or (_imagenette_folder(root) if name == "imagenette" else root)
-    parts = [base / part for part in ("train", "test", "val") if (base / part).is_dir()][:2]
-    found: list[Path] = []
-    for folder in parts or [base]:
-        try:
-            found += [Path(path) for path, _ in VisibleFolder(folder).samples]
-        except FileNotFoundError:  # of no classes
-            continue
-    return found
-
-
-def _jpeg_folder(root: Path) -> Path | None:
-    """Where CIFAR-10 lies as JPEG; ``None`` also where torchvision's own files are, which come first."""
-    if (root / CIFAR10.base_folder).is_dir():
-        return None
-    known = (
-        folder for folder in (root / "cifar10", root) for name in CIFAR10_CLASSES if (folder / "train" / name).is_dir()
-    )
-    return next(known, None)
-
-
-def _imagenette_folder(root: Path) -> Path:
-    """Imagenette's folder: in the root, or the root itself."""
-    itself = (root / "train" / next(iter(Imagenette._WNID_TO_CLASS))).is_dir()
-    return root if itself else root / archive_of("imagenette").folder
-
-
-def split_train_val(
-    labels: Tensor, val_share: float, seed: int, *, allow_missing: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Splits training images at random, class by class.
-
-    Of each class ``val_share`` go to validation, rounded, but at least one, and all but one at most.
+def split_images(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split images at random, class by class, rounded; of two images or more at least one goes to either side.
 
     Args:
         labels: (N,) of the images.
-        val_share: share of validation, between 0 and 1.
+        share: of the second part, between 0 and 1.
         seed: the same seed gives the same split.
-        allow_missing: what of classes with a single image, which cannot be on both sides: an error (default), or they
-            stay in training; where all classes have just one, some of them validate, and training has none of those.
 
     Returns:
-        the training and the validation images, two sorted int64 tensors that share none and leave out none.
-
-    Raises:
-        ValueError: a share that is not between 0 and 1, fewer than two images, or a class with one (names it).
+        both parts, sorted int64 tensors.
     """
-    if not 0 < val_share < 1:
-        raise ValueError(f"val_share: got {val_share}, expected a number between 0 and 1")
-    if labels.dim() != 1 or len(labels) < 2:
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (N,), of at least two images")
-    _, group, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    single = (counts == 1)[group]
-    if single.any():
-        if not allow_missing:
-            raise ValueError(
-                f"labels: one image only of class {few(labels[single].tolist())}, expected at least two, one to train "
-                "on and one to validate on; or split them all the same by allow_missing=True"
-            )
-        group = torch.zeros_like(group) if single.all() else torch.where(single, -1, group)
     generator = torch.Generator().manual_seed(seed)
-    val = []
-    for number in group[group >= 0].unique():
-        members = (group == number).nonzero()[:, 0]
-        count = min(max(round(val_share * len(members)), 1), len(members) - 1)
-        val.append(members[torch.randperm(len(members), generator=generator)[:count]])
-    in_val = torch.zeros(len(labels), dtype=torch.bool)
-    in_val[torch.cat(val)] = True
-    return (~in_val).nonzero()[:, 0], in_val.nonzero()[:, 0]
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        if len(members) > 1:
+            count = min(max(round(share * len(members)), 1), len(members) - 1)
+            drawn[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return (~drawn).nonzero()[:, 0], drawn.nonzero()[:, 0]
 
 
-def _cifar(name: str, root: Path, offline: bool, image_size: int) -> ImageData:
-    cls, _ = CIFAR[name]
-    jpeg = f" nor, as JPEG, {root / name / 'train'} or {root / 'train'} with its classes" if name == "cifar10" else ""
-    check_files(name, unpacked(name, root, offline, instead=jpeg))
-    parts = [cls(root, train=train) for train in (True, False)]
-    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    train, test = (MemoryImages(x, torch.tensor(y.targets), image_size) for x, y in zip(pixels, parts, strict=True))
-    mean, std = CONSTANTS.get(name, IMAGENET)
-    return ImageData(
-        name=name,
-        classes=tuple(parts[0].classes),
-        train=train,
-        test=test,
-        mean=mean,
-        std=std,
-        image_size=image_size,
-        note=NOTES[name],
-    )
+Listing = tuple[tuple[str, ...], list[str], Tensor]
+"""Names of the classes, files, and their labels."""
 
 
-def _cifar_jpeg(folder: Path) -> tuple[Listing, Listing, str]:
-    train, test = (listing_of("cifar10", folder / part) for part in ("train", "test"))
-    for split in (train, test):
-        _same_classes("cifar10", split, CIFAR10_CLASSES)
-    return train, test, f"{NOTES['cifar10']}; {JPEG_NOTE}{_not_all(train, test, CIFAR10_COUNTS)}"
+def _listing(folder: Path, expected: tuple[str, ...] = ()) -> Listing:
+    """The images of a folder by class, none of which is empty, in torchvision's order."""
+    visible = [path.name for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+    classes = tuple(sorted(name for name in visible if (folder / name).is_dir()))
+    if not classes:
+        raise FileNotFoundError(f"{folder}: no class folders, expected {folder}/<class>/<image>")
+    if expected and set(classes) != set(expected):
+        raise ValueError(f"{folder}: got class folders {', '.join(classes)}, expected {', '.join(expected)}")
+
+    def is_visible_image(path: str) -> bool:
+        return is_image_file(path) and not any(part[0] == "." for part in Path(path).relative_to(folder).parts)
+
+    numbers = {name: label for label, name in enumerate(classes)}
+    found = make_dataset(str(folder), numbers, is_valid_file=is_visible_image, allow_empty=True)
+    labels = torch.tensor([label for _, label in found], dtype=torch.int64)
+    empty = [name for name, label in numbers.items() if not (labels == label).any()]
+    if empty:
+        raise ValueError(f"{folder}: no image in the class folder {', '.join(empty)}; fill it, or remove it")
+    return classes, [path for path, _ in found], labels
 
 
-def _imagenette(root: Path, offline: bool) -> tuple[Listing, Listing, str]:
-    folder = _imagenette_folder(root)
-    if folder != root:
-        folder = unpacked("imagenette", root, offline)
-    listings = []
-    for split in ("train", "val"):
-        found = listing_of("imagenette", folder / split)
-        _same_classes("imagenette", found, tuple(Imagenette._WNID_TO_CLASS))
-        classes = tuple(Imagenette._WNID_TO_CLASS[wnid][0] for wnid in found.classes)
-        listings.append(replace(found, classes=classes))
-    train, val = listings
-    return train, val, NOTES["imagenette"] + _not_all(train, val, IMAGENETTE_COUNTS)
-
-
-def _images(root: Path, split_seed: int) -> tuple[Listing, Listing, str]:
+def _own(root: Path, image_size: int | None) -> ImageData:
     tests = [root / part for part in ("test", "val") if (root / part).is_dir()]
     if tests and (root / "train").is_dir():
-        note = f"a folder of images, test set: {tests[0].name}" + ("; val is not read" if len(tests) > 1 else "")
-        return listing_of("images", root / "train"), listing_of("images", tests[0]), note
-    if tests or (root / "train").is_dir() or not root.is_dir():
-        missing = ([] if (root / "train").is_dir() else ["train"]) + ([] if tests else ["test (or val)"])
+        train, test = _listing(root / "train"), _listing(tests[0])
+        return _read("images", train, test, image_size, f"a folder of images, test set: {tests[0].name}")
+    if tests or (root / "train").is_dir():
         raise FileNotFoundError(
-            f"images: no folder {', nor '.join(f'{root}/{part}' for part in missing)}, expected "
-            f"{root}/train/<class>/<image> and {root}/test/<class>/<image>, or {root}/<class>/<image>"
+            f"images: got one of {root}/train and {root}/test (or val), expected both, or {root}/<class>/<image>"
         )
-    whole = listing_of("images", root)
-    train, test = (
-        replace(whole, paths=[whole.paths[row] for row in rows.tolist()], labels=whole.labels[rows])
-        for rows in split_train_val(whole.labels, TEST_SHARE, split_seed, allow_missing=True)
-    )
-    share = f"{TEST_SHARE:.0%} of each class, drawn by split_seed {split_seed}"
-    return train, test, f"a folder of images without train and test: test set is {share}"
-
-
-def _not_all(train: Listing, test: Listing, whole: tuple[int, int]) -> str:
-    """What a note says of a copy with other numbers of images than were published."""
-    counts = len(train.paths), len(test.paths)
-    if counts == whole:
-        return ""
-    return f"; not the published set: {counts[0]:,} + {counts[1]:,} images of {whole[0]:,} + {whole[1]:,}"
-
-
-def _same_classes(name: str, listing: Listing, expected: Sequence[str]) -> None:
-    for what, odd in (
-        ("without", set(expected) - set(listing.classes)),
-        ("with unknown", set(listing.classes) - set(expected)),
-    ):
-        if odd:
-            raise ValueError(
-                f"{name}: {listing.folder} is {what} {few(sorted(odd))}, expected the class folders "
-                f"{', '.join(sorted(expected))}; a copy that was cut off may have left it so"
-            )
+    classes, paths, labels = _listing(root)
+    parts = split_images(labels, TEST_SHARE, seed=0)
+    train, test = ((classes, [paths[row] for row in rows.tolist()], labels[rows]) for rows in parts)
+    return _read("images", train, test, image_size, f"a folder of images, test set: {TEST_SHARE:.0%} of each class")
 
 
 def _read(
-    name: str,
-    train: Listing,
-    test: Listing,
-    note: str,
-    *,
-    image_size: int | None,
-    skip_broken: bool,
-    memory_limit: int,
+    name: str, train: Listing, test: Listing, image_size: int | None, note: str, names: tuple[str, ...] = ()
 ) -> ImageData:
-    classes = train.classes
-    unknown = [known for known in test.classes if known not in classes]
+    classes = train[0]
+    unknown = set(test[0]) - set(classes)
     if unknown:
-        raise ValueError(
-            f"{name}: {test.folder} has class {few(unknown)}, which {train.folder} has not; expected classes of "
-            f"train: {few(list(classes), 20)}"
-        )
-    # ImageFolder numbers the classes of each folder by itself
-    numbers = torch.tensor([classes.index(known) for known in test.classes])
-    size = image_size or common_size(train.paths + test.paths, skip_broken)
-    in_memory = 3 * size * size * (len(train.paths) + len(test.paths)) <= memory_limit
+        raise ValueError(f"{name}: got test images of {', '.join(sorted(unknown))}, expected classes of train")
+    size = image_size or common_size(train[1] + test[1])
+    in_memory = 3 * size * size * (len(train[1]) + len(test[1])) <= MEMORY
+    numbers = torch.tensor([classes.index(known) for known in test[0]])  # each folder has its own
     sources: list[ImageSource] = []
-    skipped: list[str] = []
-    for paths, labels in ((train.paths, train.labels), (test.paths, numbers[test.labels])):
-        out = torch.empty(len(paths), 3, size, size, dtype=torch.uint8) if in_memory else None
-        keep = torch.ones(len(paths), dtype=torch.bool)
-        if in_memory or skip_broken:
-            broken = decode_all(paths, size, out, skip_broken)
-            skipped += [paths[row] for row in broken]
-            keep[broken] = False
-        if out is not None:
-            sources.append(MemoryImages(out if keep.all() else out[keep], labels[keep]))
-        else:
-            sources.append(FileImages([paths[row] for row in keep.nonzero()[:, 0]], labels[keep], size))
-    if skipped:
-        print(f"{name}: skipped {len(skipped)} images that cannot be read, first {printable(skipped[0])}", flush=True)
-        note += f"; {len(skipped)} images left out, for they cannot be read"
-    lost, untested = ([classes[label] for label in without(part.labels, len(classes))] for part in sources)
-    if lost or not len(sources[1]):
-        what = f"of class {few(lost)} in {train.folder}" if lost else f"in {test.folder}"
-        raise ValueError(f"{name}: no image {what} can be read, expected at least one")
-    if untested:
-        note += f"; no test images of {few(untested)}"
+    for paths, labels in ((train[1], train[2]), (test[1], numbers[test[2]])):
+        images = MemoryImages(decode_all(paths, size), labels, size) if in_memory else FileImages(paths, labels, size)
+        sources.append(images)
     mean, std = CONSTANTS.get(name, IMAGENET)
     return ImageData(
-        name=name, classes=classes, train=sources[0], test=sources[1], mean=mean, std=std, image_size=size, note=note
+        name=name, classes=names or classes, train=sources[0], test=sources[1], mean=mean, std=std, note=note
     )
+
+
+def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:
+    cls = CIFAR[name]
+    folder = _unpacked(name, root, cls.base_folder, offline)
+    for file, md5 in [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])]:
+        if not check_integrity(folder / file, md5):
+            raise ValueError(f"{folder / file}: missing, or not the published file; delete {folder} and start again")
+    parts = [cls(root, train=train) for train in (True, False)]
+    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    train, test = (MemoryImages(x, torch.tensor(y.targets), image_size) for x, y in zip(pixels, parts, strict=True))
+    mean, std = CONSTANTS[name]
+    classes = tuple(parts[0].classes)
+    return ImageData(name=name, classes=classes, train=train, test=test, mean=mean, std=std, note=NOTES[name])
+
+
+def _unpacked(name: str, root: Path, folder: str, offline: bool) -> Path:
+    """The folder of a published data set; where it is missing, its archive is unpacked, or downloaded first."""
+    if (root / folder).is_dir():
+        return root / folder
+    cls: Any = CIFAR.get(name, Imagenette)
+    given = {} if name in CIFAR else {"size": "160px"}
+    url, md5 = (cls.url, cls.tgz_md5) if name in CIFAR else cls._ARCHIVES["160px"]
+    archive = root / Path(url).name
+    if archive.exists() and not check_integrity(archive, md5):
+        raise ValueError(f"{archive}: not whole, or not the published file; delete it, and start again")
+    advice = f"{name}: found neither {root / folder} nor {archive}; put one of them there (from {url})"
+    if offline and not archive.exists():
+        raise FileNotFoundError(advice)
+    print(f"{name}: unpacking {archive}" if archive.exists() else f"{name}: downloading {MEGABYTES[name]} MB to {root}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=root) as scratch:  # so that no half of it is taken for the whole
+            if archive.exists():
+                Path(scratch, archive.name).symlink_to(archive.resolve())
+            cls(scratch, download=True, **given)
+            Path(scratch, folder).replace(root / folder)
+    except Exception as error:
+        raise FileNotFoundError(f"{advice} (the download failed: {error})") from error
+    return root / folder

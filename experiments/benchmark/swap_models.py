@@ -27,8 +27,8 @@ from experiments.build import build_model, init_centroids
 from experiments.config import GraphConfig, ImageConfig, RouterOptions
 from experiments.data import load_tasks
 from experiments.data.graph_data import GraphData, Split
-from experiments.data.registry import PYG, load_graph
-from experiments.data.user_graph import user_graph
+from experiments.data.named import PYG, load_graph
+from experiments.data.own_graph import own_graph
 from experiments.loop import attention_kernel, fit, make_optimizer, set_up
 from experiments.presets import MOSAIC
 from experiments.processes import make_fabric
@@ -455,7 +455,7 @@ def _citation(name: str, recipe: str, where: Where) -> Callable[[int], Problem]:
 
 
 def _facebook(where: Where) -> Callable[[int], Problem]:
-    graph = user_graph(where.data_root / "facebook.npz")
+    graph = own_graph(where.data_root / "facebook.npz")
     return partial(NodeClassification, replace(graph, data=ToUndirected()(graph.data)), PLAIN_SAGE, where)
 
 

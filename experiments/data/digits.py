@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import kneighbors_graph
+from torch import Tensor
 from torch_geometric.data import Data
 
+from experiments.config import ImageConfig, RunConfig
 from experiments.data.graph_data import GraphData, Split, Splits, make_metric
 from experiments.data.task import Batch, Shard, Task, image_task
 
@@ -23,30 +26,44 @@ def _split(labels: np.ndarray) -> Splits:
     return {"train": torch.from_numpy(train), "val": torch.from_numpy(val), "test": torch.from_numpy(test)}
 
 
-def digits(label_smoothing: float = 0.0) -> Task:
-    """The digits as images of one channel, standardized over the training set."""
-    data = load_digits()
-    images = torch.from_numpy(data.images).float()[:, None] / 16.0
-    labels = torch.from_numpy(data.target).long()
-    split = _split(data.target)
-    train = images[split["train"]]
-    mean, std = float(train.mean()), float(train.std())
-    images = (images - mean) / std
+@dataclass(frozen=True)
+class DigitBatches:
+    """The images in batches."""
 
-    def loader(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
+    images: Tensor
+    labels: Tensor
+    split: Splits
+
+    def __call__(self, part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
         rank, world = shard
-        index = split[part]
+        index = self.split[part]
         if seed is not None:
             index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))]
         for whole in index.split(batch_size):
             rows = whole.tensor_split(world)[rank]
-            yield Batch((images[rows],), labels[rows])
-
-    names = tuple(str(name) for name in data.target_names)
-    return image_task("digits", 8, names, loader, split, label_smoothing, (mean,), (std,))
+            yield Batch((self.images[rows],), self.labels[rows])
 
 
-def digits_graph() -> GraphData:
+def digits(config: ImageConfig) -> Task:
+    """The digits as images of one channel, standardized over the training set."""
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 16.0
+    split = _split(data.target)
+    train = images[split["train"]]
+    mean, std = float(train.mean()), float(train.std())
+    return image_task(
+        config.label_smoothing,
+        split,
+        tuple(map(str, data.target_names)),
+        name="digits",
+        in_channels=8,
+        loader=DigitBatches((images - mean) / std, torch.from_numpy(data.target).long(), split),
+        mean=(mean,),
+        std=(std,),
+    )
+
+
+def digits_graph(config: RunConfig) -> GraphData:
     """The digits as nodes: an edge, in both directions, where either is among the other's 10 nearest neighbors."""
     data = load_digits()
     near = kneighbors_graph(data.data, n_neighbors=10, include_self=False)

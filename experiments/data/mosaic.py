@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch_geometric.data import Data
 
+from experiments.config import RunConfig
 from experiments.data.graph_data import GraphData, make_metric
 
 NODES, REGIONS, CLASSES, FEATURES, EDGES = 8_000, 8, 16, 32, 80_000
 
 
-def mosaic() -> GraphData:
+def mosaic(config: RunConfig) -> GraphData:
     """8,000 nodes in 8 regions; a neighbor's class tells a node's own, by a permutation that each region has.
 
     Features are class center N(0, 1) + 3 x region center N(0, 1) + 3 x N(0, 1) noise. The 80,000 directed edges lie

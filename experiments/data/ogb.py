@@ -49,16 +49,13 @@ class Published(NamedTuple):
     classes: int
     tasks: int
     both_ways: bool  # each edge is stored once, and stands for both directions
-    note: str
 
 
 OGB: dict[OGBName, Published] = {
-    "ogbn-arxiv": Published("arxiv", 1, 0.08, "time", 40, 1, False, "ODC-BY; official split by year"),
-    "ogbn-products": Published(
-        "products", 1, 1.38, "sales_ranking", 47, 1, True, "Amazon license; official split by sales rank"
-    ),
-    "ogbn-proteins": Published("proteins", 1, 0.21, "species", 2, 112, True, "CC0; official split by species"),
-    "ogbn-mag": Published("mag", 2, 0.40, "time/paper", 349, 1, False, "ODC-BY; official split by year"),
+    "ogbn-arxiv": Published("arxiv", 1, 0.08, "time", 40, 1, False),
+    "ogbn-products": Published("products", 1, 1.38, "sales_ranking", 47, 1, True),
+    "ogbn-proteins": Published("proteins", 1, 0.21, "species", 2, 112, True),
+    "ogbn-mag": Published("mag", 2, 0.40, "time/paper", 349, 1, False),
 }
 
 
@@ -112,7 +109,6 @@ def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downlo
         metric=partial(OGBMetric, name),
         metric_name="accuracy" if published.tasks == 1 else "roc_auc",
         num_outputs=published.classes if published.tasks == 1 else published.tasks,
-        note=f"Hu et al., 2020; {published.note}",
         target="paper" if hetero else None,
     )
 
@@ -157,7 +153,8 @@ def _tensors(name: OGBName, folder: Path) -> dict[str, Any]:
     """``graph`` and ``split``: those of the last run where the files have the same sizes, else read from them."""
     files = {of: folder / file for of, file in files_of(name).items()}
     path, sizes = folder / "processed" / "tensors.pt", [file.stat().st_size for file in files.values()]
-    if path.exists() and (known := read_tensors(path))["sizes"] == sizes:
+    known = read_tensors(path) if path.exists() else None
+    if isinstance(known, dict) and known.get("sizes") == sizes:
         return known
     print(f"{name}: reading the files in {folder}", flush=True)
     found = {"sizes": sizes, **_read(name, files)}

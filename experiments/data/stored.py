@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from experiments.config import PAPERS, STORED, GraphConfig
 from experiments.data.graph_data import Split, Splits, make_metric, task_loss
-from experiments.data.graph_task import _sampled
+from experiments.data.graph_task import neighborhoods
 from experiments.data.ogb import OGBMetric
 from experiments.data.task import Batch, Shard, Task
 from gmoe.data import StoredGraph
@@ -61,7 +61,7 @@ def stored_task(config: GraphConfig) -> Task:
 
     def loader(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
         source: Any = graph
-        for batch in _sampled(source, config, split[part], batch_size, seed, shard):
+        for batch in neighborhoods(source, config, split[part], batch_size, seed, shard):
             hops = (None, None, None, None, batch.num_sampled_nodes, batch.num_sampled_edges) if trims else ()
             seeds = slice(0, batch.batch_size)
             yield Batch((batch.x, batch.edge_index, *hops), batch.y[seeds], seeds)

@@ -36,79 +36,38 @@ class Batch(NamedTuple):
 class Task:
     """A data set with one split, ready to train on.
 
-    Args:
-        name: of the data set.
-        kind: ``"graph"`` (inputs are those of a GNN), ``"hetero"``, or ``"image"`` (inputs are ``images``).
-        in_channels: width of the nodes (by node type, ``None`` without features), or height and width of the images.
-        num_classes: width of the logits.
-        metric_name: of the metric, higher is better, between 0 and 1.
-        metric: makes the metric; it is updated with (logits, target).
-        loader: ``loader(split, batch_size, shuffle_seed, shard)`` gives the batches of one epoch; no shuffling without
-            a seed, and without a shard all of each batch. The slices of a small batch may be empty.
-        steps: how many training batches an epoch has, by batch size.
-        loss: of (logits, target), in training.
-        edge_dim: width of the edge features that inputs hold, or ``None``.
-        graph: the whole graph, for models that need more of it than batches hold.
-        split: the nodes, or images, of train, val and test.
-        target: of a heterogeneous graph, the node type that has labels.
-        planted: (T,) the expert that each token should go to, where that is known.
-        classes: names of the classes, where they are known.
-        mean, std: of images, a channel; what the model sees is (value in 0..1 - mean) / std.
+    ``loader(split, batch_size, shuffle_seed, shard)`` gives the batches of one epoch; no shuffling without a seed, and
+    without a shard all of each batch. The slices of a small batch may be empty.
     """
 
     name: str
-    kind: Literal["graph", "hetero", "image"]
-    in_channels: Any
-    num_classes: int
+    kind: Literal["graph", "hetero", "image"]  # inputs are those of a GNN, of a relational one, or images
+    in_channels: Any  # width of the nodes (by type, None without features), or height and width of the images
+    num_classes: int  # width of the logits
     metric_name: str
-    metric: Callable[[], Metric]
+    metric: Callable[[], Metric]  # is updated with (logits, target); higher is better, in 0..1
     loader: Loader
-    steps: Callable[[int], int] = lambda _: 1
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    edge_dim: int | None = None
-    graph: Data | HeteroData | None = None
-    split: Splits | None = None
-    target: str | None = None
-    planted: Tensor | None = None
-    classes: tuple[str, ...] = ()
-    mean: tuple[float, ...] = ()
+    steps: Callable[[int], int] = lambda _: 1  # training batches in an epoch, by batch size
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy  # of (logits, target), in training
+    graph: Data | HeteroData | None = None  # the whole graph, for models that need more of it than batches hold
+    split: Splits | None = None  # the nodes, or images, of train, val and test
+    target: str | None = None  # of a heterogeneous graph, the node type that has labels
+    planted: Tensor | None = None  # (T,) the expert that each token should go to, where that is known
+    classes: tuple[str, ...] = ()  # names, where they are known
+    mean: tuple[float, ...] = ()  # of images, a channel: the model sees (value in 0..1 - mean) / std
     std: tuple[float, ...] = ()
 
 
-def image_task(
-    name: str,
-    image_size: int,
-    classes: tuple[str, ...],
-    loader: Loader,
-    split: Splits,
-    label_smoothing: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Task:
-    """Classification of images by accuracy.
-
-    Args:
-        name: of the data set.
-        image_size: height and width, in pixels.
-        classes: their names.
-        loader: see :class:`Task`; targets are classes, or in training (B, classes) shares of them.
-        split: the images of train, val and test.
-        label_smoothing: of the loss.
-        mean, std: see :class:`Task`.
-    """
-    num_classes = len(classes)
+def image_task(label_smoothing: float, split: Splits, classes: tuple[str, ...], **given: Any) -> Task:
+    """Classification of images by accuracy; ``given`` is the rest of the :class:`Task`."""
     return Task(
-        name=name,
         kind="image",
-        in_channels=image_size,
-        num_classes=num_classes,
+        num_classes=len(classes),
         metric_name="accuracy",
-        metric=partial(MulticlassAccuracy, num_classes=num_classes, average="micro"),
-        loader=loader,
+        metric=partial(MulticlassAccuracy, num_classes=len(classes), average="micro"),
         steps=lambda batch_size: -(-len(split["train"]) // batch_size),
         loss=partial(F.cross_entropy, label_smoothing=label_smoothing),
         split=split,
         classes=classes,
-        mean=mean,
-        std=std,
+        **given,
     )

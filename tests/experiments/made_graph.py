@@ -10,11 +10,11 @@ from torch_geometric.data import Data
 
 from experiments.build import build_model
 from experiments.config import GraphConfig
-from experiments.data import Task
+from experiments.data import Task, directed
 from experiments.data.graph_data import GraphData, Split, Splits, make_metric
-from experiments.data.graph_task import graph_task, transformed
+from experiments.data.graph_task import graph_task
 
-NODES, CLASSES, ATTR = 60, 3, 2
+NODES, CLASSES = 60, 3
 PARTS: tuple[Split, ...] = get_args(Split)
 
 
@@ -23,7 +23,7 @@ def make_split(nodes: int = NODES) -> Splits:
     return {"train": order[:25], "val": order[25:38], "test": order[38:50]}
 
 
-def make_graph(weights: bool = False, attr: bool = False, binary: bool = False, simple: bool = False) -> GraphData:
+def make_graph(weights: bool = False, binary: bool = False, simple: bool = False) -> GraphData:
     """A directed graph whose first feature is the number of the node; ten nodes have no label. It has self-loops and
     parallel edges where it is not ``simple``."""
     generator = torch.Generator().manual_seed(3)
@@ -42,8 +42,6 @@ def make_graph(weights: bool = False, attr: bool = False, binary: bool = False, 
     # of both ends, so that an edge and its weight can be told apart
     if weights:
         data.edge_weight = 1 + edge_index.sum(dim=0) / NODES
-    if attr:
-        data.edge_attr = torch.stack([edge_index.sum(dim=0) / NODES, edge_index.prod(dim=0) / NODES**2], dim=1)
     return GraphData(
         name="made", data=data, splits=lambda _: split, metric=make_metric("accuracy", CLASSES),
         metric_name="accuracy", num_outputs=CLASSES,
@@ -61,8 +59,7 @@ def make_config(**changes: Any) -> GraphConfig:
 
 
 def make_task(config: GraphConfig, graph: GraphData | None = None) -> Task:
-    graph = make_graph() if graph is None else graph
-    return graph_task(graph, transformed(graph, config), config, 0)
+    return graph_task(directed(graph or make_graph(), config), config, 0)
 
 
 def model_of(config: GraphConfig, task: Task) -> nn.Module:

@@ -26,9 +26,6 @@ from tests.experiments.made_graph import make_config, make_task
 from tests.experiments.ranks import DRAWS, SAME, TINY, data_of
 from tests.experiments.test_resume import assert_same, rows
 from tests.vision.made_images import write_images
-from vision.augment import make_augment, make_mix
-from vision.batches import batches
-from vision.sources import MemoryImages
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -94,23 +91,6 @@ def test_a_run_goes_on_with_more_or_fewer_processes(folder: Path) -> None:
         assert [row["epoch"] for row in rows(folder / name)] == ["0", "1", "2"]
     before = rows(folder / "whole")
     assert float(rows(folder / "fewer")[0]["loss"]) == pytest.approx(float(before[0]["loss"]))  # by two processes
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_slices_of_images_are_those_of_one_process(world: int) -> None:
-    """Seven images in batches of four, each augmented and mixed as if there were one process."""
-    pixels = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    source = MemoryImages(pixels, torch.arange(7), 16)
-
-    def epoch(shard: tuple[int, int]) -> list[Any]:
-        options: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "augment": make_augment("randaugment", 16)}
-        return list(batches(source, torch.arange(7), 4, mix=make_mix(0.5, 1.0, 7), seed=2, shard=shard, **options))
-
-    slices = [epoch((rank, world)) for rank in range(world)]
-    for number, whole in enumerate(epoch((0, 1))):
-        for i in range(2):
-            joined = torch.cat([one[number][i] for one in slices])
-            torch.testing.assert_close(joined, whole[i], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("sampling", ["neighbor", "random_node"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ class Run:
 
 
 ARRAY = np.arange(6.0).reshape(2, 3)
-READERS = {
+READERS: dict[str, Callable[[Path], Any]] = {
     "a.json": lambda path: read_json(path, Run),
     "a.npy": read_npy,
     "a.npz": read_npz,
@@ -47,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_whole_files_come_back(whole):
+def test_whole_files_come_back(whole: Path) -> None:
     assert read_json(whole / "a.json", Run) == Run(3)
     assert (read_npy(whole / "a.npy") == ARRAY).all()
     assert isinstance(read_npy(whole / "a.npy", memory_map=True), np.memmap)
@@ -61,7 +63,7 @@ def test_whole_files_come_back(whole):
 @pytest.mark.parametrize("name", READERS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_broken_files_are_one_error(name, data, whole, tmp_path):
+def test_broken_files_are_one_error(name: str, data: st.DataObject, whole: Path, tmp_path: Path) -> None:
     content = bytearray((whole / name).read_bytes())
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
         content[place] = data.draw(st.integers(0, 255))
@@ -78,7 +80,7 @@ def test_broken_files_are_one_error(name, data, whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_missing_files_are_not_found(name, tmp_path):
+def test_missing_files_are_not_found(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=name):
         READERS[name](tmp_path / name)
 
@@ -87,7 +89,7 @@ def test_missing_files_are_not_found(name, tmp_path):
     "text",
     ['{"epochs": "3"}', '{"epochs": 3.0}', '{"epochs": true}', '{"epochs": 3, "lr": NaN}', '{"epochs": 3, "k": 1}'],
 )
-def test_json_is_strict(text, tmp_path):
+def test_json_is_strict(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a.json: cannot be read \((epochs|lr|k|a): got "):
         read_json(tmp_path / "a.json", Run)
@@ -101,7 +103,7 @@ def claim(shape: tuple[int, ...], dtype: str = "<f8") -> bytes:
 
 
 @pytest.mark.parametrize("content", [claim((2_000_000_000_000,)), claim(()), claim((2,), "|O"), claim((4,), "|V0")])
-def test_what_is_merely_claimed_is_refused(content, tmp_path):
+def test_what_is_merely_claimed_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(content)
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", content)
@@ -110,14 +112,14 @@ def test_what_is_merely_claimed_is_refused(content, tmp_path):
             READERS[name](tmp_path / name)
 
 
-def test_other_compression_is_refused(tmp_path):
+def test_other_compression_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("x.npy", bytes(100))
     with pytest.raises(ValueError, match="x is encrypted or compressed"):
         read_npz(tmp_path / "a.npz")
 
 
-def test_a_table_without_rows_is_refused(tmp_path):
+def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b\n")
     with pytest.raises(ValueError, match="has no rows"):
         read_csv(tmp_path / "a.csv")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch_geometric.data import Data
+from torch_geometric.utils import add_self_loops
 
-from experiments.data.graph_task import transformed, uses_csr
-from tests.experiments.made_graph import ATTR, NODES, logits_of, make_config, make_graph, make_task
+from experiments.data import directed
+from tests.experiments.made_graph import NODES, logits_of, make_config, make_graph, make_task
 
 CSR_CASES: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("gcn",), {}),
@@ -45,27 +45,16 @@ def test_a_matrix_gives_the_logits_of_edge_index(
     torch.testing.assert_close(logits_of(config, csr), logits_of(config, plain))
 
 
-@pytest.mark.parametrize("conv", ["sage", "graph", "gin"])
-def test_a_matrix_with_self_loops(conv: str) -> None:
-    config = make_config(conv=(conv,), undirected=True, self_loops=True)
-    csr, plain = (make_task(replace(config, adjacency=form), make_graph()) for form in ("csr", "edge_index"))
-    assert next(iter(csr.loader("val", 1, None))).inputs[1].is_sparse_csr
-    torch.testing.assert_close(logits_of(config, csr), logits_of(config, plain))
-
-
 @pytest.mark.parametrize("conv", [("gcn",), ("sage", "low_pass")])
 def test_self_loops_are_not_doubled(conv: tuple[str, ...]) -> None:
     """PyG's normalization adds a self-loop to each node of a matrix, of edge_index only where there is none."""
-    config = make_config(conv=conv, self_loops=True)
-    (batch,) = make_task(config, make_graph(simple=True)).loader("val", 1, None)
+    graph = make_graph(simple=True)
+    graph.data.edge_index = add_self_loops(graph.data.edge_index)[0]
+    config = make_config(conv=conv)
+    (batch,) = make_task(config, graph).loader("val", 1, None)
     assert not batch.inputs[1].is_sparse_csr
     with pytest.raises(ValueError, match=r"adjacency: got 'csr', expected .* because of self-loops"):
-        make_task(replace(config, adjacency="csr"), make_graph(simple=True))
-    if conv == ("gcn",):  # which has them anyway
-        bare = make_task(replace(config, self_loops=False, router_input=("node",)), make_graph(simple=True))
-        config = replace(config, router_input=("node",))
-        looped = make_task(config, make_graph(simple=True))
-        torch.testing.assert_close(logits_of(config, looped), logits_of(config, bare))
+        make_task(replace(config, adjacency="csr"), graph)
 
 
 def test_parallel_edges_are_not_merged_behind_the_back() -> None:
@@ -81,14 +70,12 @@ def test_parallel_edges_are_not_merged_behind_the_back() -> None:
     ("changes", "because"),
     [
         ({"precision": "bf16-mixed"}, "precision"),
-        ({"conv": ("gat",), "edge_features": True}, "edge_features"),
         ({"conv": ("gcn", "sage")}, "edge_weight"),
     ],
 )
 def test_where_there_is_no_matrix(changes: dict[str, Any], because: str) -> None:
-    graph = make_graph(weights=because == "edge_weight", attr=True, simple=True)
+    graph = make_graph(weights=because == "edge_weight", simple=True)
     config = make_config(conv=changes.get("conv", ("gcn",)), **{k: v for k, v in changes.items() if k != "conv"})
-    assert not uses_csr(config, graph.data)
     (batch,) = make_task(config, graph).loader("val", 1, None)
     assert not batch.inputs[1].is_sparse_csr
     with pytest.raises(ValueError, match=f"adjacency: got 'csr', expected .* because of {because}"):
@@ -123,42 +110,15 @@ def test_weights_of_mixed_kinds() -> None:
     assert not torch.equal(logits_of(dense, make_task(dense, graph)), logits_of(dense, make_task(dense)))
 
 
-@pytest.mark.parametrize("conv", ["gat", "gatv2", "transformer", "gine"])
-def test_edge_features_reach_the_convs(conv: str) -> None:
-    config = make_config(conv=(conv,), edge_features=True)
-    graph = make_graph(attr=True)
-    task = make_task(config, graph)
-    assert task.edge_dim == ATTR
-    before = logits_of(config, task)
-    graph.data.edge_attr = graph.data.edge_attr + 1
-    assert not torch.allclose(logits_of(config, make_task(config, graph)), before)
-    bare = make_task(replace(config, edge_features=False), graph)
-    assert bare.edge_dim is None
-    assert len(next(iter(bare.loader("val", 1, None))).inputs) == 2
-
-
-def test_directions_and_loops() -> None:
-    graph = make_graph(weights=True, attr=True)
-    assert transformed(graph, make_config()) is graph.data
+def test_directions() -> None:
+    graph = make_graph(weights=True)
+    assert directed(graph, make_config()) is graph
     before = graph.data.edge_index.clone()
-    config = make_config(undirected=True, self_loops=True)
-    data = transformed(graph, config)
+    data = directed(graph, make_config(undirected=True)).data
     assert torch.equal(graph.data.edge_index, before)  # the next run begins with the same
-    assert isinstance(data, Data)
     pairs = list(map(tuple, data.edge_index.T.tolist()))
-    assert len(pairs) == len(set(pairs)) == len(data.edge_weight) == len(data.edge_attr)
-    assert {(b, a) for a, b in pairs} == set(pairs)
-    assert {(node, node) for node in range(NODES)} <= set(pairs)
     given = set(map(tuple, before.T.tolist()))
-    assert set(pairs) == given | {(b, a) for a, b in given} | {(node, node) for node in range(NODES)}
-    for edge, (a, b) in enumerate(pairs):
-        old = (a, b) in given or (b, a) in given
-        value = 1 + (a + b) / NODES if old else 1  # of both directions, so that the mean of them is the same
-        assert float(data.edge_weight[edge]) == pytest.approx(value)
-        if old:
-            assert data.edge_attr[edge].tolist() == pytest.approx([(a + b) / NODES, a * b / NODES**2])
-    loop = pairs.index((0, 0))
-    near = [edge for edge, (a, b) in enumerate(pairs) if b == 0 and a != 0]
-    if (0, 0) not in given:
-        torch.testing.assert_close(data.edge_attr[loop], data.edge_attr[near].mean(dim=0))
-    assert data.edge_attr[pairs.index((NODES - 1, NODES - 1))].tolist() == [0, 0]  # no in-edges
+    assert len(pairs) == len(set(pairs)) == len(data.edge_weight)
+    assert set(pairs) == given | {(b, a) for a, b in given}
+    # of both directions, so that the mean of them is the same
+    torch.testing.assert_close(data.edge_weight, 1 + data.edge_index.sum(dim=0) / NODES)

@@ -75,13 +75,12 @@ def test_shuffling_follows_the_seed(sampling: Any) -> None:
         ("sage", {}),
         ("sage", {"jk": "cat", "undirected": True}),
         ("graph", {}),
-        ("gat", {"edge_features": True}),
-        ("gatv2", {"edge_features": True, "undirected": True, "self_loops": True}),
+        ("gat", {"undirected": True}),
     ],
 )
 def test_all_neighbors_give_the_logits_of_the_whole_graph(conv: str, changes: dict[str, Any]) -> None:
-    """Of convs that look at no degrees; edge weights (of graph) and edge features come along."""
-    graph = make_graph(weights=conv == "graph", attr=conv.startswith("gat"))
+    """Of convs that look at no degrees; edge weights (of graph) come along."""
+    graph = make_graph(weights=conv == "graph")
     config = make_config(router="dense", conv=(conv,), sampling="neighbor", fanout=(-1, -1), **changes)
     task = make_task(config, graph)
     full, model = logits_of(config, task), model_of(config, task)
@@ -107,7 +106,7 @@ def make_sampled(task: Task, config: GraphConfig, graph: GraphData, part: Split)
 
 
 def test_random_parts_are_induced() -> None:
-    graph = make_graph(weights=True, attr=True, simple=True)
+    graph = make_graph(weights=True, simple=True)
     task = make_task(make_config(conv=("gat", "graph"), sampling="random_node"), graph)
     assert task.graph is not None
     weight = {tuple(pair): 1 + sum(pair) / NODES for pair in task.graph.edge_index.T.tolist()}
@@ -129,8 +128,6 @@ def test_random_parts_are_induced() -> None:
     [
         (("sage",), {}),
         (("gcn",), {"shared_expert": True, "undirected": True}),
-        (("gatv2",), {"edge_features": True}),
-        (("gat",), {}),  # with edge features that it is not to see
         (("gatv2",), {}),
         (("graph", "sage"), {"shared_router": True, "router_input": ("node", "neighbors", "degree")}),
         (("low_pass", "high_pass", "identity", "mlp"), {"experts": 4, "jk": "last"}),
@@ -138,7 +135,7 @@ def test_random_parts_are_induced() -> None:
 )
 @pytest.mark.parametrize("router", ["expert_choice", "dense"])
 def test_layerwise_evaluation_equals_full(conv: tuple[str, ...], changes: dict[str, Any], router: Any) -> None:
-    graph = make_graph(weights=conv != ("gatv2",), attr=True)
+    graph = make_graph(weights=conv != ("gatv2",))
     graph.data.x[:, 0] /= NODES
     config = make_config(conv=conv, router=router, **changes)
     with warnings.catch_warnings():

@@ -15,6 +15,7 @@ import gmoe
 from experiments.benchmark import swap, swap_models
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.swap_models import ROWS, Arm, Problem, Where
+from experiments.config import ImageConfig
 from experiments.data.digits import digits
 from experiments.studies import SMALL_VIT
 from experiments.tables import render
@@ -53,7 +54,7 @@ def test_dense_and_moe_start_alike(name: str, root: Path) -> None:
 
 def test_a_vit_starts_alike_too_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = replace(SMALL_VIT, layers=2, dim=6, hidden=8, image_size=8, patch=4, precision="32-true")
-    task = digits(0.0)
+    task = digits(ImageConfig(dataset="digits"))
     monkeypatch.setattr(swap_models, "load_tasks", lambda _: lambda _: task)
     where = where_in(tmp_path, 1)
     problem = swap_models.configured(swap_models.Images, config, where)(0)

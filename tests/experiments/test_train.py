@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.config import ImageConfig
+from experiments.config import IMAGES, ImageConfig
 from experiments.data import load_tasks
 from experiments.loop import Training, peak_memory, restart_peak_memory
 from experiments.presets import PRESETS
@@ -22,7 +22,6 @@ from experiments.train import main, parse
 from tests.experiments.command import QUICK, quick
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import Writer
-from vision.images import NAMES as IMAGE_SETS
 
 BETTER_THAN_CHANCE = 0.4
 """Of ten classes, after three epochs."""
@@ -196,7 +195,7 @@ def ogb_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plant(tmp_path_factory.mktemp("ogb"))
 
 
-@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic", "hetero", *IMAGE_SETS}))
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"digits", "digits-graph", "mosaic", "hetero", *IMAGES}))
 def test_every_preset_of_a_graph_runs_on_tiny_files(preset: str, tmp_path: Path, ogb_root: Path) -> None:
     assert parse([preset, "--seeds", "3"]) == replace(PRESETS[preset][1], seeds=(3,))
     if preset == "graph":

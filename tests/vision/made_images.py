@@ -95,8 +95,8 @@ def write_cifar(
     def split(files: list[list[str]]) -> list[list[str]]:
         sums = []
         for name, _ in files:
-            data = rng.integers(0, 256, (num_classes, 3072), dtype=np.uint8)
-            target = rng.permutation(num_classes).tolist()
+            data = rng.integers(0, 256, (2 * num_classes, 3072), dtype=np.uint8)
+            target = (rng.permutation(2 * num_classes) % num_classes).tolist()
             sums.append([name, write(name, {"data": data, key: target})])
             if name.startswith(("data", "train")):
                 pixels.append(data)
@@ -127,7 +127,7 @@ def cut(path: Path) -> Path:
 
 def shades(source: ImageSource) -> list[list[int]]:
     """(label, red) of each image."""
-    images = source.get(torch.arange(len(source)))
+    images = source.get(torch.arange(len(source.labels)))
     return [[int(label), int(image[0, 0, 0])] for label, image in zip(source.labels, images, strict=True)]
 
 

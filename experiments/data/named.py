@@ -1,0 +1,222 @@
+"""The graph data sets by name, a line each: PyG's class, files, split, metric, size of the download, source."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from scipy.sparse import csr_matrix
+from torch_geometric import datasets
+from torch_geometric.transforms import NormalizeFeatures
+
+from experiments.config import GraphConfig, HeteroConfig
+from experiments.data.graph_data import (
+    GraphData,
+    MetricName,
+    Splits,
+    check_graph,
+    fixed_splits,
+    make_metric,
+    per_class_splits,
+)
+from experiments.data.ogb import OGB, load_ogb
+from experiments.data.own_graph import own_graph
+from experiments.files import naming, read_json, read_npz
+
+
+@dataclass(frozen=True)
+class PyGSet:
+    """A data set of PyG, read from its raw files."""
+
+    cls: Any
+    kwargs: dict[str, Any]
+    folder: str  # of the raw files, in the data root
+    files: tuple[str, ...]
+    megabytes: float  # of the download
+    metric: MetricName = "accuracy"  # by which the field compares
+    splits: Callable[[Any, int], Splits] = fixed_splits  # of the graph and a seed
+    warning: str = ""  # what users should know before they compare figures
+
+    def load(self, name: str, root: Path, offline: bool) -> GraphData:
+        """The data set, its features those of the files (Planetoid's normalized to sum 1 a node, as is usual)."""
+        folder = root / self.folder
+        missing = [file for file in self.files if not (folder / file).exists()]
+        if missing:
+            self._download(name, folder, missing, offline)
+        for file in self.files:
+            _check(folder / file)
+        with TemporaryDirectory() as scratch:  # PyG writes what it made beside the raw files, which may be read-only
+            link = Path(scratch, self.folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(folder.resolve())
+            try:
+                dataset = self.cls(scratch, **self.kwargs)
+            except Exception as error:
+                raise ValueError(f"{folder}: PyG cannot read {' or '.join(self.files)} ({error!r:.200})") from error
+        data = dataset.get(0)
+        check_graph(str(folder), data)  # as in the files: a sum over a row spreads NaN
+        data = data if dataset.transform is None else dataset.transform(data)
+        data.x, data.y = data.x.float(), data.y.long()
+        if self.warning:
+            print(f"{name}: {self.warning}", flush=True)
+        classes = int(data.y.max()) + 1
+        return GraphData(
+            name=name,
+            data=data,
+            splits=partial(self.splits, data),
+            metric=make_metric(self.metric, classes),
+            metric_name=self.metric,
+            num_outputs=classes,
+        )
+
+    def _download(self, name: str, folder: Path, missing: list[str], offline: bool) -> None:
+        """Fetch the raw files as PyG does; those that are missing come into place when all are there."""
+        advice = (
+            f"{name}: {', '.join(missing)} missing in {folder}. Put them there (about {self.megabytes:g} MB, see the "
+            f"source in PyG's {self.cls.__name__}), or give another --data-root"
+        )
+        if offline:
+            raise FileNotFoundError(advice)
+        print(f"{name}: downloading about {self.megabytes:g} MB to {folder}", flush=True)
+        try:
+            with TemporaryDirectory() as scratch:
+                self.cls(scratch, **self.kwargs)
+                folder.mkdir(parents=True, exist_ok=True)
+                for file in missing:
+                    shutil.move(Path(scratch, self.folder, file), folder / file)
+        except Exception as error:
+            raise FileNotFoundError(f"{advice} (the download failed: {error})") from error
+
+
+def _planetoid(name: str, megabytes: float) -> PyGSet:
+    """Yang et al., 2016; kimiyoung/planetoid, MIT; public split, 20 nodes a class."""
+    parts = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
+    files = tuple(f"ind.{name.lower()}.{part}" for part in parts)
+    kwargs = {"name": name, "transform": NormalizeFeatures()}
+    return PyGSet(datasets.Planetoid, kwargs, f"{name}/raw", files, megabytes)
+
+
+def _shchur(cls: Any, name: str, file: str, megabytes: float) -> PyGSet:
+    """Shchur et al., 2018; shchur/gnn-benchmark, MIT; 20 nodes a class train, 30 validate, at random by seed."""
+    return PyGSet(cls, {"name": name}, f"{name}/raw", (f"{file}.npz",), megabytes, splits=per_class_splits)
+
+
+def _platonov(name: str, metric: MetricName, megabytes: float) -> PyGSet:
+    """Platonov et al., 2023; yandex-research/heterophilous-graphs, MIT; 10 fixed splits, 50/25/25."""
+    cls = datasets.HeterophilousGraphDataset
+    return PyGSet(cls, {"name": name}, f"{name}/raw", (f"{name}.npz",), megabytes, metric)
+
+
+def _geom(cls: Any, kwargs: dict[str, Any], folder: str, file: str, megabytes: float, warning: str = "") -> PyGSet:
+    """Pei et al., 2020; graphdml-uiuc-jlu/geom-gcn; 10 fixed splits, 48/32/20."""
+    splits = (f"{file}_split_0.6_0.2_{split}.npz" for split in range(10))
+    files = ("out1_node_feature_label.txt", "out1_graph_edges.txt", *splits)
+    return PyGSet(cls, kwargs, folder, files, megabytes, warning=warning)
+
+
+def _wikipedia(name: str, megabytes: float) -> PyGSet:
+    warning = (
+        "many of its nodes are duplicates, with one of them in training and another in test (Platonov et al., 2023); "
+        f"compare models on {name}-filtered"
+    )
+    return _geom(datasets.WikipediaNetwork, {"name": name}, f"{name}/geom_gcn/raw", name, megabytes, warning)
+
+
+PYG: dict[str, PyGSet] = {
+    "cora": _planetoid("Cora", 0.2),
+    "citeseer": _planetoid("CiteSeer", 0.4),
+    "pubmed": _planetoid("PubMed", 6),
+    "amazon-computers": _shchur(datasets.Amazon, "Computers", "amazon_electronics_computers", 6),
+    "amazon-photo": _shchur(datasets.Amazon, "Photo", "amazon_electronics_photo", 3),
+    "coauthor-cs": _shchur(datasets.Coauthor, "CS", "ms_academic_cs", 6),
+    "coauthor-physics": _shchur(datasets.Coauthor, "Physics", "ms_academic_phy", 17),
+    # Mernyei and Cangea, 2020; pmernyei/wiki-cs-dataset, MIT; 20 fixed splits of train and val, one test set
+    "wikics": PyGSet(datasets.WikiCS, {"is_undirected": True}, "raw", ("data.json",), 80),
+    "roman-empire": _platonov("roman_empire", "accuracy", 13),
+    "amazon-ratings": _platonov("amazon_ratings", "accuracy", 16),
+    "minesweeper": _platonov("minesweeper", "roc_auc", 0.2),
+    "tolokers": _platonov("tolokers", "roc_auc", 1),
+    "questions": _platonov("questions", "roc_auc", 3),
+    "actor": _geom(datasets.Actor, {}, "raw", "film", 1),
+    "chameleon": _wikipedia("chameleon", 3),
+    "squirrel": _wikipedia("squirrel", 9),
+}
+"""PyG's data sets by the name of the command line; PyG's ``root`` is the data root."""
+
+FILTERED = {"chameleon-filtered": "chameleon_filtered.npz", "squirrel-filtered": "squirrel_filtered.npz"}
+"""Without duplicate nodes: files of the data root itself, from github.com/yandex-research/heterophilous-graphs."""
+
+
+def configured(config: GraphConfig | HeteroConfig) -> GraphData:
+    """The data set of a run."""
+    return load_graph(config.dataset, config.data_root, config.offline, config.allow_large_downloads)
+
+
+def load_graph(name: str, root: Path, offline: bool = False, allow_large_downloads: bool = False) -> GraphData:
+    """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB, whose files lie in the data root."""
+    if name in PYG:
+        return PYG[name].load(name, root, offline)
+    if name in FILTERED:
+        return own_graph(root / FILTERED[name], name=name)
+    if name not in OGB:
+        raise ValueError(f"dataset: got {name!r}, expected one of {', '.join([*PYG, *FILTERED, *OGB])}")
+    return load_ogb(name, root, offline=offline, allow_large_downloads=allow_large_downloads)
+
+
+ARRAYS = [f"{of}_{part}" for of in ("adj", "attr") for part in ("data", "indices", "indptr", "shape")]
+ARRAYS += ["labels", "node_features", "node_labels", "edges"]
+ARRAYS += [f"{part}_mask{s}" for part in ("train", "val", "test") for s in ("", "s")]
+"""What PyG reads of an ``.npz``."""
+PICKLED = ("_reconstruct", "ndarray", "dtype", "csr_matrix", "defaultdict", "list", "encode")
+"""What Planetoid's pickles are made of."""
+
+
+def _check(path: Path) -> None:
+    """Refuse a raw file before PyG reads it, if it is broken, would run code, or claims more than it holds."""
+    if path.suffix == ".json":
+        read_json(path, dict[str, Any])
+    elif path.suffix == ".npz":
+        arrays = read_npz(path, ARRAYS)
+        with naming(path):
+            for of in ("adj", "attr") if "adj_data" in arrays else ():
+                *parts, shape = (arrays[f"{of}_{part}"] for part in ("data", "indices", "indptr", "shape"))
+                _check_matrix(csr_matrix(tuple(parts), shape.tolist()), becomes_dense=of == "attr")
+    else:
+        with naming(path):
+            content = path.read_bytes()
+            if path.suffix in (".txt", ".index"):
+                table = content.partition(b"\n")[2] if content.startswith(b"node_id") else content
+                if re.search(rb"[^\d.\t,\n]|[\d.]{6}", table) or not table.endswith(b"\n"):
+                    raise ValueError("not a whole table of numbers below 100,000")
+                return
+            for operation, argument, _ in pickletools.genops(content):
+                if operation.name.endswith("PUT") and (argument or 0) > len(content):  # as many places are allocated
+                    raise ValueError("claims more objects than it has bytes")
+            found = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+            if isinstance(found, csr_matrix):
+                _check_matrix(found, becomes_dense=True)
+
+
+def _check_matrix(matrix: csr_matrix, becomes_dense: bool) -> None:
+    rows, columns = matrix.get_shape()
+    matrix.check_format(full_check=True)  # indices outside would be read and written all the same
+    if becomes_dense and 4 * rows * columns >= 2**31:
+        raise ValueError(f"got a matrix of {rows} x {columns}, expected one that fits into 2 GB")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """An unpickler that runs no code of the file."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] in ("numpy", "scipy", "collections", "__builtin__", "_codecs") and name in PICKLED:
+            return super().find_class(module, name)
+        raise ValueError(f"holds {module}.{name}, expected arrays")
