@@ -30,6 +30,10 @@ RouterName = Literal[
 
 FANOUT = (15, 10, 5)
 
+PAPERS = "ogbn-papers100M"
+STORED = "ogbn_papers100M_stored"
+"""The folder it is converted to, in the data root."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions:

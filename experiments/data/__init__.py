@@ -65,7 +65,7 @@ LOADERS = {
     "mosaic": "mosaic:mosaic",
     "graph": "own_graph:configured",
     "hetero": "own_graph:configured",
-    "ogbn-papers100M": "stored_task:stored_task",
+    "ogbn-papers100M": "stored:stored_task",
     **dict.fromkeys(("cifar10", "cifar100", "imagenette", "images"), "images:image_set"),
 }
 """Modules and functions of the data sets that are not in :mod:`experiments.data.named`."""

@@ -9,11 +9,10 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.convert import STORED, papers
+from experiments.config import PAPERS, STORED
+from experiments.convert import SCRATCH, building, convert, papers
 from experiments.data.ogb import OGBName
-from experiments.planted_ogb import write_planted
-from experiments.planted_papers import PapersPlanter
-from experiments.stored import convert
+from experiments.planted import write_planted
 
 NAMES: tuple[OGBName, ...] = get_args(OGBName)
 NODES, EDGES, FEATURES, CLASSES = 200, 600, 4, 7
@@ -22,15 +21,16 @@ NODES, EDGES, FEATURES, CLASSES = 200, 600, 4, 7
 def plant(root: Path) -> Path:
     """All sets, tiny."""
     for name in NAMES:
-        write_planted(name, root, NODES, EDGES, FEATURES, 112 if name == "ogbn-proteins" else CLASSES)
+        write_planted(name, root, NODES, EDGES, FEATURES, CLASSES)
     plant_papers(root, nodes=NODES, edges=EDGES, features=FEATURES, classes=CLASSES)
     return root
 
 
 def plant_papers(root: Path, **size: int) -> Path:
     """ogbn-papers100M, half of its nodes labeled; returns the folder that it is converted to."""
-    PapersPlanter(**size, labeled=0.5, seed=0, homophily=0.65, label_noise=0.15).write(root)
-    convert(papers(root), root / STORED, half=True, shown=False)
+    write_planted(PAPERS, root, labeled=0.5, **size)
+    with building(root / STORED) as folder:
+        convert(papers(root, folder / SCRATCH), folder, half=True)
     return root / STORED
 
 

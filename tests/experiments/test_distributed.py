@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.data import load_tasks
-from experiments.planted_ogb import write_planted
+from experiments.planted import write_planted
 from experiments.presets import DIGITS
 from experiments.train import main
 from tests.experiments.command import refused

@@ -16,7 +16,7 @@ from experiments.data.graph_data import GraphData, Split
 from experiments.data.graph_task import graph_task
 from experiments.data.named import load_graph
 from experiments.data.task import Task
-from experiments.planted_ogb import write_planted
+from experiments.planted import write_planted
 
 PARTS: tuple[Split, ...] = get_args(Split)
 PAPERS = 130

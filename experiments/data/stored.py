@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, get_args
 
-from experiments.config import GraphConfig
-from experiments.convert import PAPERS, STORED
+from experiments.config import PAPERS, STORED, GraphConfig
 from experiments.data.graph_data import Split, Splits, make_metric, task_loss
 from experiments.data.graph_task import neighborhoods
 from experiments.data.ogb import OGBMetric
@@ -20,43 +19,40 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "adjacency": ("auto", "edge_index"),
 }
 """Values of the options that a graph on disk leaves no choice of."""
+CHECKED = 1 << 28
+"""Edges whose sources are read before a run, in a second; those of more were checked as they were converted."""
 
 
 def stored_task(config: GraphConfig) -> Task:
-    """Node classification on a folder that ``experiments.convert`` wrote.
-
-    Args:
-        config: of the run; ``data_root`` is the folder itself, or of ogbn-papers100M the folder in which it lies.
+    """Node classification on a folder that ``experiments.convert`` wrote: ``data_root``, or of ogbn-papers100M in it.
 
     Raises:
         FileNotFoundError: it is not there; says how it is made.
-        ValueError: it has no labels or no split, or other edges than the run asks for; an option that needs it in
-            memory.
+        ValueError: no labels or split, other edges than asked for, ids out of range, an option that needs memory.
     """
-    folder = config.data_root
-    if config.dataset == PAPERS:
-        folder = folder / STORED
-        if not (folder / "graph.json").is_file():
-            raise FileNotFoundError(
-                f"{PAPERS}: {folder} is missing; make it by python -m experiments.convert {PAPERS} --from "
-                f"{config.data_root} --to {folder} --half, or give another --data-root"
-            )
+    folder = config.data_root / STORED if config.dataset == PAPERS else config.data_root
+    if not (folder / "graph.json").is_file():
+        raise FileNotFoundError(
+            f"{PAPERS}: {folder} is missing; make it by python -m experiments.convert {PAPERS} --from "
+            f"{config.data_root} --to {folder} --half, or give another --data-root"
+        )
     for name, legal in LEGAL.items():
-        if getattr(config, name) not in legal:
-            raise ValueError(
-                f"{name}: got {getattr(config, name)!r} for {folder}, expected {' or '.join(map(repr, legal))}, since "
-                "the graph stays on disk"
-            )
+        if (got := getattr(config, name)) not in legal:
+            expected = " or ".join(map(repr, legal))
+            raise ValueError(f"{name}: got {got!r} for {folder}, expected {expected}, since the graph stays on disk")
     graph = StoredGraph(folder)
     said = graph.info
     if config.undirected is not said["undirected"]:
-        raise ValueError(
-            f"undirected: got {config.undirected} for {folder}, expected {said['undirected']}, as it was converted"
-        )
+        got = f"got {config.undirected} for {folder}"
+        raise ValueError(f"undirected: {got}, expected {said['undirected']}, as it was converted")
     missing = [name for name in ("y", *get_args(Split)) if name not in said["arrays"]]
     if missing:
         raise ValueError(f"data_root: {folder} has no {', '.join(missing)}; convert again, and give them")
     split: Splits = {part: getattr(graph, part) for part in get_args(Split)}
+    for name, ids in {**split, "source": graph.source[: graph.num_edges * (graph.num_edges <= CHECKED)]}.items():
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < graph.num_nodes:
+            got = f"got nodes {int(ids.min())} to {int(ids.max())}"
+            raise ValueError(f"{folder / name}.npy: {got}, expected 0 to {graph.num_nodes - 1}; convert again")
     if said["source"].startswith("Not OGB's"):
         print(f"{config.dataset}: a planted graph, not OGB's ({folder})", flush=True)
     trims = config.layers == len(config.fanout)  # a layer then computes only what the later ones hear
@@ -68,15 +64,14 @@ def stored_task(config: GraphConfig) -> Task:
             seeds = slice(0, batch.batch_size)
             yield Batch((batch.x, batch.edge_index, *hops), batch.y[seeds], seeds)
 
-    is_papers = config.dataset == PAPERS
-    metric_name = config.metric or "accuracy"
+    metric_name, classes = config.metric or "accuracy", said["num_classes"]
     return Task(
         name=said["name"],
         kind="graph",
         in_channels=graph.x_dim,
-        num_classes=said["num_classes"],
+        num_classes=classes,
         metric_name=metric_name,
-        metric=partial(OGBMetric, PAPERS) if is_papers else make_metric(metric_name, said["num_classes"]),
+        metric=partial(OGBMetric, PAPERS) if config.dataset == PAPERS else make_metric(metric_name, classes),
         loader=loader,
         steps=lambda size: -(-len(split["train"]) // size),
         loss=task_loss,

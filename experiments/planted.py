@@ -1,0 +1,175 @@
+"""Planted graphs in OGB's layouts, for where OGB's own cannot be had: ``python -m experiments.planted ogbn-arxiv``.
+
+What is measured on one says nothing about the real data set; a file PLANTED.txt in its folder says what it is. A node
+has a community, which most of its edges share, and a regime. Its features tell the regime, its neighbors the community.
+The label is the community, renamed by regime: what neighbors mean depends on the node, so that experts can matter.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from experiments.config import PAPERS
+from experiments.data.ogb import RELATIONS, files_of
+from experiments.options import fail
+
+Array: TypeAlias = NDArray[Any]
+
+SIZES: dict[str, tuple[int, int, int, int]] = {
+    "ogbn-arxiv": (169_343, 1_166_243, 128, 40),
+    "ogbn-products": (20_000, 300_000, 100, 47),
+    "ogbn-proteins": (2_000, 60_000, 8, 16),
+    "ogbn-mag": (5_000, 36_000, 128, 349),
+    PAPERS: (200_000, 3_000_000, 128, 172),
+}
+"""Nodes, edges, features and communities by default."""
+SHARES = ((0.54, 0.18, 0.28), (0.08, 0.02, 0.90), (0.65, 0.16, 0.19), (0.855, 0.088, 0.057), (0.0109, 0.0011, 0.0019))
+"""Training, validation and test nodes of OGB's own splits, in that order."""
+REGIMES, HOMOPHILY, NOISE = 4, 0.65, 0.15
+"""The latter are the shares of edges inside a community, and of nodes with a random label."""
+PIECE = 1 << 20
+
+
+def write_planted(
+    name: Annotated[str, tyro.conf.Positional],
+    root: Path = Path("data"),
+    nodes: int | None = None,
+    edges: int | None = None,
+    features: int | None = None,
+    classes: int | None = None,
+    labeled: float | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a planted graph as ogb would have downloaded it, and return its folder.
+
+    Args:
+        name: of the data set that it stands for, ogbn-arxiv, -products, -proteins, -mag or -papers100M.
+        root: as in ogb: the folder ogbn_arxiv is made inside.
+        nodes: of ogbn-mag, papers. By default ogbn-arxiv's real number, a small one for the others.
+        edges: as drawn (of ogbn-mag, citations); self-loops and repeated edges are left out, but of papers100M.
+        features: of a node, at least 4; of ogbn-proteins, of an edge.
+        classes: at most as many as the real data set has; of ogbn-proteins, communities.
+        labeled: share of nodes in the split (default: as in OGB's).
+        seed: the same one writes the same graph.
+    """
+    if name not in SIZES:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(SIZES)}")
+    given = (nodes, edges, features, classes)
+    size = [usual if own is None else own for own, usual in zip(given, SIZES[name], strict=True)]
+    nodes, edges, features, classes = size
+    if nodes < max(100, classes) or edges < 1 or features < REGIMES or not 2 <= classes <= SIZES[name][3]:
+        legal = f"{max(100, classes)}, 1, {REGIMES}, and 2 to {SIZES[name][3]}"
+        raise ValueError(f"nodes, edges, features, classes: got {size}, expected at least {legal}")
+    folder = root.expanduser() / name.replace("-", "_")
+    if folder.exists():
+        raise ValueError(f"root: {folder} is there already; delete it, or give another root")
+    rng, share = np.random.default_rng(seed), np.array(SHARES[[*SIZES].index(name)])
+    share *= 1 if labeled is None else labeled / share.sum()
+    part = np.searchsorted(np.cumsum(share), (rng.permutation(nodes) + 0.5) / nodes)
+    split = dict(zip(("train", "val", "test"), (np.flatnonzero(part == number) for number in range(3)), strict=True))
+    popularity = np.arange(1, classes + 1) ** -0.5
+    rest = rng.choice(classes, size=nodes - classes, p=popularity / popularity.sum())
+    community, regime = rng.permutation([*range(classes), *rest]), rng.integers(REGIMES, size=nodes)
+    x = rng.standard_normal((nodes, features), dtype=np.float32)
+    center = rng.standard_normal((classes, features), dtype=np.float32) * np.float32(3 / features**0.5)
+    for begin in range(0, nodes, PIECE):
+        x[begin : begin + PIECE] += center[community[begin : begin + PIECE]]
+    x[np.arange(nodes), regime] += 3
+    y = np.where(rng.random(nodes) < NOISE, rng.integers(classes, size=nodes), (community + regime) % classes)
+    held = {"x": x, "y": y, "nodes": nodes, "release": "planted\n", **split}
+    if name == "ogbn-mag":
+        files = _mag(rng, held, community, edges)
+    else:
+        files, pairs = {}, links(rng, community, community, edges)
+    if name == PAPERS:
+        label = np.where(part < 3, y, np.nan).astype(np.float32)[:, None]
+        files = {"raw/data.npz": {"edge_index": pairs, "node_feat": x}, "raw/node-label.npz": {"node_label": label}}
+        files |= {f"split/time/{'valid' if of == 'val' else of}.csv.gz": ids for of, ids in split.items()}
+    elif name != "ogbn-mag":
+        held["", "edge"] = _simple(pairs, undirected=name != "ogbn-arxiv")
+    if name == "ogbn-proteins":  # the features are of edges; 112 labels, other functions in each regime
+        score = np.tanh(x) @ rng.standard_normal((features, 112)) * rng.choice([-1, 1], (REGIMES, 112))[regime]
+        score += rng.standard_normal(score.shape)
+        held["y"] = score > [np.quantile(column, rng.uniform(0.6, 0.95)) for column in score.T]
+        held["x"] = 1 / (1 + np.exp(-x[held["", "edge"]].mean(axis=1)))
+    if name != PAPERS:
+        held |= {(of[0], "edges"): len(pairs) for of, pairs in held.items() if isinstance(of, tuple)}
+        files |= {file: held[of] for of, file in files_of(name).items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix="planted-") as scratch:  # half a graph never stands at its place
+        for file, content in files.items():
+            _write(Path(scratch) / "graph" / file, content)
+        text = f"Not OGB's {name}, but a graph that experiments.planted wrote: {size}, {labeled=}, {seed=}\n"
+        (Path(scratch) / "graph" / "PLANTED.txt").write_text(text)
+        (Path(scratch) / "graph").rename(folder)
+    return folder
+
+
+def _mag(rng: Any, held: dict[Any, Any], venue: Array, citations: int) -> dict[str, Any]:
+    """Put in authors, institutions and fields, in about the real proportions; return what ogb alone reads."""
+    papers, kinds = len(venue), int(venue.max()) + 1
+    count = {"author": papers * 3 // 2, "field_of_study": papers // 12, "institution": papers // 84 + 2}
+    of = {kind: rng.permutation(number) % kinds for kind, number in count.items()} | {"paper": venue}
+    for relation, share in zip(RELATIONS, (0.19, 1.32, 1.0, 1.39), strict=True):
+        pairs = links(rng, of[relation[0]], of[relation[2]], max(1, round(share * citations)))
+        held[relation, "edge"] = _simple(pairs) if relation[1] == "cites" else np.unique(pairs, axis=1).T
+    header = ",".join([*count, "paper"])
+    held["nodes"] = f"{header}\n{','.join(map(str, [*count.values(), papers]))}\n"
+    names = ("raw/nodetype-has-feat", "raw/nodetype-has-label", "split/time/nodetype-has-split")
+    files = {f"{name}.csv.gz": f"{header}\nFalse,False,False,True\n" for name in names}
+    return files | {"raw/triplet-type-list.csv.gz": "".join(f"{','.join(relation)}\n" for relation in RELATIONS)}
+
+
+def links(rng: Any, source: Array, destination: Array, edges: int) -> Array:
+    """(2, edges) between nodes of these communities; a few destinations have most of them."""
+    order = np.argsort(destination, kind="stable")
+    size = np.bincount(destination)
+    first, found = np.cumsum(size) - size, np.empty((2, edges), np.int64)
+    for begin in range(0, edges, PIECE):
+        ends = found[:, begin : begin + PIECE]
+        count = ends.shape[1]
+        ends[0] = rng.integers(len(source), size=count)
+        anyone = destination[rng.integers(len(destination), size=count)]
+        community = np.where(rng.random(count) < HOMOPHILY, source[ends[0]] % len(size), anyone)
+        ends[1] = order[first[community] + (rng.random(count) ** 3 * size[community]).astype(np.int64)]
+    return found
+
+
+def _simple(pairs: Array, undirected: bool = False) -> Array:
+    """(M, 2) without self-loops, and each pair once."""
+    pairs = np.sort(pairs, axis=0) if undirected else pairs
+    return np.unique(pairs[:, pairs[0] != pairs[1]], axis=1).T
+
+
+def _write(path: Path, content: Any) -> None:
+    """Text or a table, compressed if the name says so; integers, or three decimals."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npz":
+        np.savez(path, **content)
+        return
+    with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else path.open("wb") as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            table = np.atleast_1d(content)
+            np.savetxt(file, table, fmt="%.3f" if table.dtype.kind == "f" else "%d", delimiter=",")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    try:
+        print(tyro.cli(write_planted, args=args, prog="python -m experiments.planted", description=__doc__))
+    except ValueError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Planted OGB graphs: ogb reads them, and neighbors tell the class to who knows a node's regime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch_geometric.utils import is_undirected, scatter
+
+from experiments.config import PAPERS
+from experiments.data.ogb import load_ogb
+from experiments.planted import REGIMES, SIZES, main, write_planted
+from tests.experiments.ogb_data import NAMES
+
+NODES, EDGES, FEATURES, CLASSES = 3_000, 24_000, 16, 8
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("planted")
+    for name in NAMES:
+        write_planted(name, root, NODES, EDGES, FEATURES, CLASSES)
+    return root
+
+
+@pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-products"])
+def test_experts_by_regime_learn_more_of_neighbors(root: Path, name: str) -> None:
+    graph = load_ogb(name, root)
+    x, y, edges = graph.data.x, graph.data.y, graph.data.edge_index
+    assert edges.unique(dim=1).shape == edges.shape
+    assert name == "ogbn-arxiv" or is_undirected(edges)
+    both = torch.cat([edges, edges.flip(0)], dim=1)
+    near = scatter(x[both[0]], both[1], dim_size=NODES, reduce="mean")
+    regime = torch.nn.functional.one_hot(x[:, :REGIMES].argmax(dim=1), REGIMES).float()
+    by_regime = (regime[:, :, None] * near[:, None]).flatten(1)
+    split = graph.splits(0)
+
+    def score(seen: Any) -> float:
+        model = LogisticRegression(C=0.3, max_iter=300).fit(seen[split["train"]], y[split["train"]])
+        return float(model.score(seen[split["test"]], y[split["test"]]))
+
+    assert 1 / CLASSES < score(x) < score(torch.cat([x, near], dim=1)) + 0.05 < score(by_regime) - 0.1
+
+
+def test_proteins_labels_follow_from_their_edges(root: Path) -> None:
+    graph = load_ogb("ogbn-proteins", root)
+    data, split = graph.data, graph.splits(0)
+    assert is_undirected(data.edge_index, data.edge_attr)
+    regime = data.x[:, :REGIMES].argmax(dim=1)
+    seen = torch.cat([data.x * (regime == number)[:, None] for number in range(REGIMES)], dim=1)
+    metric = graph.metric()
+    scores = [
+        LogisticRegression(max_iter=300).fit(seen[split["train"]], data.y[split["train"], task]).decision_function(seen)
+        for task in range(12)
+    ]
+    logits = torch.zeros(NODES, 112).index_copy_(1, torch.arange(12), torch.tensor(np.stack(scores, axis=1)).float())
+    metric.update(logits[split["test"]], data.y[split["test"]])
+    assert float(metric.compute()) > 0.5 + 0.1 * 12 / 112
+
+
+def test_mag_links_four_kinds_of_nodes(root: Path) -> None:
+    data = load_ogb("ogbn-mag", root).data
+    assert data.num_nodes_dict == {"author": 4500, "field_of_study": 250, "institution": 37, "paper": NODES}
+    assert data["paper", "cites", "paper"].num_edges > 0.9 * EDGES
+    data.validate()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_seed_is_the_graph(tmp_path: Path, name: str) -> None:
+    def files(folder: str, seed: int) -> dict[str, bytes]:
+        made = write_planted(name, tmp_path / folder, 150, 300, 4, 5, seed=seed)
+        # gzip writes the time into its header
+        return {path.name: path.read_bytes()[10:] for path in made.rglob("*") if path.suffix in (".gz", ".npz")}
+
+    first = files("first", 1)
+    assert files("again", 1).keys() == first.keys()
+    edges = "data.npz" if name == PAPERS else "edge.csv.gz"
+    again, other = ((tmp_path / folder).rglob(edges) for folder in ("again", "first"))
+    assert [path.stat().st_size for path in again] == [path.stat().st_size for path in other]
+    assert first[edges] != files("other", 2)[edges]
+    assert "Not OGB's" in next((tmp_path / "first").rglob("PLANTED.txt")).read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["ogbn-pubmed"], "name: got 'ogbn-pubmed'"),
+        (["ogbn-arxiv", "--classes", "41"], "classes: got [169343, 1166243, 128, 41]"),
+        (["ogbn-arxiv", "--nodes", "30"], "at least 100"),
+    ],
+)
+def test_arguments_out_of_range(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*options, "--root", str(tmp_path / "data")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["ogbn-arxiv", "--root", str(tmp_path), "--nodes", "120", "--edges", "200", "--features", "4"]
+    main(args)
+    assert capsys.readouterr().out.strip() == str(tmp_path / "ogbn_arxiv")
+    with pytest.raises(SystemExit):
+        main(args)
+    assert "is there already" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "ogbn_arxiv"]
