@@ -145,7 +145,7 @@ CONFIGS = [
     *(f"{CONFIG[:-2]}, {wrong}}}}}" for wrong in ('"num_experts": "2"', '"conv": ["gcn", 3]', '"self": 1')),
 ]
 DAMAGE: list[tuple[str, Callable[[bytes], bytes]]] = [
-    *(("config.json", lambda _, text=text: text.encode("latin-1")) for text in CONFIGS),  # type: ignore[misc]
+    *(("config.json", lambda _, text=text: text.encode("latin-1")) for text in CONFIGS),
     ("model.safetensors", lambda raw: bytes(len(raw))),
     ("model.safetensors", lambda raw: raw[: len(raw) // 2]),
     ("model.safetensors", pickle.dumps),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -126,6 +126,8 @@ LIMITED = [case for case in CASES if case.name in ("token_choice-capacity", "exp
     factor=st.sampled_from([0.001, 0.1, 0.3, 0.5, 0.7, 1.0, 1.05, 1.1, 1.25, 2.0, 100.0]),
     ties=st.booleans(),
 )
+@example([0] * 10, torch.int64, LIMITED[1], 3, 0.1, False)  # .1 * 3 / 3 * 10 is more than 1 in floating point
+@example([0] * 10 + [2] * 2, torch.int64, LIMITED[1], 3, 0.1, False)
 def test_any_groups_and_capacities_equal_naive(
     ids: list[int], dtype: torch.dtype, case: Case, k: int, factor: float, ties: bool
 ) -> None:
