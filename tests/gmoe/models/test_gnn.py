@@ -160,7 +160,7 @@ def test_the_first_kind_of_a_list_is_the_dense_one() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_layers": 1}, "every: got 1 with num_layers=1 and jk=None"),
+        ({"num_layers": 1}, "every: got 1, expected at most 0"),
         ({"num_layers": 0}, "num_layers: got 0"),
         ({"router_input": "output"}, "router_input: got 'output'"),
         ({"residual": True}, "residual: got True"),
@@ -183,7 +183,7 @@ def test_bad_input(shared_router: bool) -> None:
         (features(NODES, 5), edge_index, {}, r"x: got shape \(8, 5\)"),
         (x, None, {}, "edge_index: got NoneType"),
         (x, Graph(edge_index, 9), {}, "edge_index: got Graph.*expected 8 nodes"),
-        (x, Graph(edge_index, 8, flow="target_to_source"), {}, "flow: got a Graph of 'target_to_source'"),
+        (x, Graph(edge_index, 8, flow="target_to_source"), {}, "edge_index: got Graph.* of flow 'target_to_source'"),
         (x * torch.nan, edge_index, {}, "x: got .* values that are NaN or infinite"),
         (x, edge_index, {"batch": torch.zeros(3).long()}, r"batch: got shape \(3,\)"),
         (x, edge_index, {"edge_weight": torch.ones(13)}, "edge_weight: got a tensor, but no conv of the model"),

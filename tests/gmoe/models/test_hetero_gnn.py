@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric import transforms as T
 from torch_geometric.data import Batch, HeteroData
+from torch_geometric.nn import LayerNorm
 
 from gmoe import TokenChoice, aux_loss, neighbor_loader
 from gmoe.conv.hetero import HeteroMoEConv
@@ -93,7 +94,7 @@ def test_a_target_prunes_what_its_logits_do_not_follow_from() -> None:
 
 def test_forward_by_hand() -> None:
     """Input, conv + residual, norm, activation; a dense conv at the end. Embeddings stand for features."""
-    gnn = model(num_layers=3, norm="layer_norm", norm_kwargs={"mode": "node"}, act="elu", target=None)
+    gnn = model(num_layers=3, norm=LayerNorm(HIDDEN, mode="node"), act="elu", target=None)
     h: Any = {"paper": gnn.lin_in["paper"](DATA["paper"].x)}
     h |= {name: gnn.embeddings[name].weight for name in COUNTS if name != "paper"}
     first, second, last = gnn.convs
