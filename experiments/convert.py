@@ -196,7 +196,7 @@ def sorted_keys(edges: Array | Path, scratch: Path, nodes: int, *, directed: boo
     """Each edge as one number, destination * N + source, in ascending order; sorted by DuckDB."""
     import duckdb
 
-    settings = {"memory_limit": f"{memory}GB", "temp_directory": str(scratch), "preserve_insertion_order": False}
+    settings: Any = {"memory_limit": f"{memory}GB", "temp_directory": str(scratch), "preserve_insertion_order": False}
     legal = f"s BETWEEN 0 AND {nodes - 1} AND d BETWEEN 0 AND {nodes - 1}"
     wrong = f"error(concat('got edge (', s, ', ', d, '), expected nodes 0 to {nodes - 1}'))"
     query = f"""

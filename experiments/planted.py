@@ -11,7 +11,7 @@ import gzip
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, cast
 
 import numpy as np
 import tyro
@@ -102,7 +102,7 @@ def write_planted(
         held["x"] = 1 / (1 + np.exp(-x[held["", "edge"]].mean(axis=1)))
     if name != PAPERS:
         held |= {(of[0], "edges"): len(pairs) for of, pairs in held.items() if isinstance(of, tuple)}
-        files |= {file: held[of] for of, file in files_of(name).items()}
+        files |= {file: held[of] for of, file in files_of(cast(Any, name)).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix="planted-") as scratch:  # half a graph never stands at its place
         for file, content in files.items():

@@ -49,7 +49,8 @@ def stored_task(config: GraphConfig) -> Task:
     if missing:
         raise ValueError(f"data_root: {folder} has no {', '.join(missing)}; convert again, and give them")
     split: Splits = {part: getattr(graph, part) for part in get_args(Split)}
-    for name, ids in {**split, "source": graph.source[: graph.num_edges * (graph.num_edges <= CHECKED)]}.items():
+    checked: dict[str, Any] = dict(split) | {"source": graph.source[: graph.num_edges * (graph.num_edges <= CHECKED)]}
+    for name, ids in checked.items():
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < graph.num_nodes:
             got = f"got nodes {int(ids.min())} to {int(ids.max())}"
             raise ValueError(f"{folder / name}.npy: {got}, expected 0 to {graph.num_nodes - 1}; convert again")
