@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,11 @@ from tests.gmoe.conv.masked import GRAPHS, features, routing_of
 NODES, EDGES = GRAPHS["mixed"]
 WIDTH = 4
 SMALL_VIT = ViTSize(image_size=8, patch_size=4, num_layers=4, num_heads=2, hidden_dim=16, mlp_dim=24)
+
+
+def named(value: Any) -> str:
+    """An id that all workers of pytest agree on."""
+    return re.sub(r" at 0x\w+", "", str(value))
 
 
 def gin(width: int, out: int) -> GINConv:
@@ -55,7 +61,7 @@ def pair(conv: Any, **options: Any) -> tuple[tuple[Any, Tensor], tuple[Any, Tens
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("conv", ALL, ids=str)
+@pytest.mark.parametrize("conv", ALL, ids=named)
 def test_a_new_layer_gives_what_its_conv_gives(conv: Any) -> None:
     """Drawn with the same seed; and what is drawn after it is the same too."""
     (layer, after), (plain, expected) = pair(conv)
@@ -72,7 +78,7 @@ def test_a_new_layer_gives_what_its_conv_gives(conv: Any) -> None:
 @pytest.mark.parametrize(
     ("conv", "options"),
     [*((GCNConv, {"router": name}) for name in ROUTERS), *((conv, {"shared_transform": True}) for conv in SOME)],
-    ids=str,
+    ids=named,
 )
 def test_every_router_starts_dense_and_learns(conv: Any, options: dict[str, Any]) -> None:
     """From the second step on: the first one's gradient opens the gain."""
@@ -99,7 +105,7 @@ def test_every_router_starts_dense_and_learns(conv: Any, options: dict[str, Any]
         {"shared_router": True, "router_input": ("node", "neighbors"), "jk": "cat", "norm": "batch_norm"},
         {"conv": ["sage", "gcn", "gat"], "router": "expert_choice", "residual": "linear", "in_proj": True, "every": 2},
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_new_gnn_gives_what_the_dense_one_gives(options: dict[str, Any]) -> None:
     model, after = drawn(lambda: GNNMoE(4, 6, 3, 4, **options))
