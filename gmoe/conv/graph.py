@@ -24,7 +24,7 @@ from torch_geometric.utils import add_self_loops, is_sparse, remove_self_loops, 
 
 from gmoe._autograd import first_order, in_transform, untraced
 from gmoe._checks import check_choice
-from gmoe.routing import described, readable
+from gmoe.routing import described
 
 with warnings.catch_warnings():  # torch says once a process that such matrices are in beta; here it has said so
     warnings.simplefilter("ignore")
@@ -65,7 +65,8 @@ class Edges:
     @staticmethod
     def sorted(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> Edges:
         """The edges in the order of their receivers."""
-        plain = readable(receiver) and not in_transform() and not torch._C._len_torch_dispatch_stack()
+        plain = type(receiver) is Tensor and receiver.device.type == "cpu" and not torch.compiler.is_compiling()
+        plain = plain and not in_transform() and not torch._C._len_torch_dispatch_stack()
         with torch.inference_mode(False):  # what a graph keeps is for training too
             if plain:  # receiver and position in one integer: by NumPy in a quarter of the time of torch's stable sort
                 bits = receiver.numel().bit_length()
@@ -507,9 +508,14 @@ class _WeightedSum(torch.autograd.Function):
             grad_weight = _products(grad_RHC, value_UGC, ctx.edges)
         if ctx.needs_input_grad[1]:
             reverse = ctx.edges.transpose
-            # by head, since rows of one are slow
-            weight_MH = torch.stack([w_M.index_select(0, reverse.order) for w_M in weight_MH.unbind(1)], dim=1)
-            grad_value = weighted_sum(weight_MH, grad_RHC, reverse).sum_to_size(value_UGC.shape)
+            by_head = [w_M.index_select(0, reverse.order) for w_M in weight_MH.unbind(1)]  # rows of one are slow
+            weight_MH = by_head[0][:, None] if len(by_head) == 1 else torch.stack(by_head, dim=1)
+            if value_UGC.size(1) == weight_MH.size(1):
+                grad_value = weighted_sum(weight_MH, grad_RHC, reverse)
+            else:  # all heads share the values; at once, and summed, takes a GAT layer 5 to 8 % longer
+                for weight_M1, grad_R1C in zip(weight_MH.split(1, dim=1), grad_RHC.split(1, dim=1), strict=True):
+                    part = weighted_sum(weight_M1, grad_R1C, reverse)
+                    grad_value = part if grad_value is None else grad_value.add_(part)
         return grad_weight, grad_value, None
 
 
