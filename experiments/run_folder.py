@@ -133,7 +133,8 @@ def described(config: RunConfig) -> dict[str, Any]:
         files = sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]
         found |= {"file": root.name, "digest": _digest(file.read_bytes() for file in files if file.exists())}
     elif config.dataset in IMAGE_FOLDERS:
-        base = next(filter(Path.is_dir, (config.data_root / part for part in IMAGE_FOLDERS[config.dataset])))
+        places = (config.data_root / part for part in IMAGE_FOLDERS[config.dataset])
+        base = next(filter(Path.is_dir, places), config.data_root)
         files = [Path(name) for name in glob.glob("**/*", root_dir=base, recursive=True) if (base / name).is_file()]
         files.sort(key=lambda file: ("train" not in file.parts, file))
         found["digest"] = _digest(os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n") for file in files)
@@ -349,7 +350,7 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
             seeds={seed: _seed_log(folder, config, seed) for seed in config.seeds},
         )
     except FileNotFoundError as error:
-        raise ValueError(f"{error.filename}: is missing") from error
+        raise ValueError(str(error)) from error
 
 
 def _seed_log(folder: Path, config: RunConfig, seed: int) -> SeedLog:

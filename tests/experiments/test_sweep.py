@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import experiments.run_folder
+import experiments.loop
 from experiments.build import build_model, flops, matched_width, num_parameters
 from experiments.data import load_tasks
 from experiments.jobs import Processes
@@ -60,7 +60,7 @@ def test_finished_variants_are_skipped(
         ran.extend([] if finished else [config.folder().name])
         return run(config, progress)
 
-    monkeypatch.setattr(experiments.runs, "run", watch)
+    monkeypatch.setattr(experiments.loop, "run", watch)
     main(args)
     assert ran == ["moe"]
     assert "| MoE |" in capsys.readouterr().out
