@@ -350,7 +350,7 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
             seeds={seed: _seed_log(folder, config, seed) for seed in config.seeds},
         )
     except FileNotFoundError as error:
-        raise ValueError(f"{error.filename}: is missing") from error
+        raise ValueError(str(error)) from error
 
 
 def _seed_log(folder: Path, config: RunConfig, seed: int) -> SeedLog:

@@ -57,8 +57,8 @@ def test_bad_runs_and_images(folder: Path, tmp_path: Path, capsys: pytest.Captur
     for run_folder, image, message in (
         (dense, photo, "a dense model, expected one with experts"),
         (graph, photo, "images.json: is missing"),
-        (tmp_path / "nowhere", photo, "is no folder"),
-        (broken, photo, "images.json: is not what a run of images writes"),
+        (tmp_path / "nowhere", photo, "config.json: is missing"),
+        (broken, photo, "images.json: cannot be read"),
         (folder, half, "half.jpg"),
         (folder, tmp_path / "none.jpg", "none.jpg"),
         (folder, tmp_path / "empty", "a folder without images"),

@@ -160,9 +160,9 @@ def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "got a list, expected an object"),
-        ('{"metric": "accuracy"}', "has no val, test"),
-        ("nothing", "is no JSON"),
+        ("[]", "input should be an object"),
+        ('{"metric": "accuracy"}', "field required"),
+        ("nothing", "invalid JSON"),
     ],
 )
 def test_a_summary_that_is_none(runs: Path, tmp_path: Path, content: str, message: str) -> None:
