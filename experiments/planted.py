@@ -33,8 +33,8 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 """Nodes, edges, features and communities by default."""
 SHARES = ((0.54, 0.18, 0.28), (0.08, 0.02, 0.90), (0.65, 0.16, 0.19), (0.855, 0.088, 0.057), (0.0109, 0.0011, 0.0019))
 """Training, validation and test nodes of OGB's own splits, in that order."""
-REGIMES, HOMOPHILY, NOISE = 4, 0.65, 0.15
-"""The latter are the shares of edges inside a community, and of nodes with a random label."""
+REGIMES, HOMOPHILY, NOISE = (0.4, 0.2, 0.2, 0.2), 0.65, 0.15
+"""Shares of nodes in a regime, of edges inside a community, and of nodes with a random label."""
 PIECE = 1 << 20
 
 
@@ -65,8 +65,8 @@ def write_planted(
     given = (nodes, edges, features, classes)
     size = [usual if own is None else own for own, usual in zip(given, SIZES[name], strict=True)]
     nodes, edges, features, classes = size
-    if nodes < max(100, classes) or edges < 1 or features < REGIMES or not 2 <= classes <= SIZES[name][3]:
-        legal = f"{max(100, classes)}, 1, {REGIMES}, and 2 to {SIZES[name][3]}"
+    if nodes < max(100, classes) or edges < 1 or features < 4 or not 2 <= classes <= SIZES[name][3]:
+        legal = f"{max(100, classes)}, 1, 4, and 2 to {SIZES[name][3]}"
         raise ValueError(f"nodes, edges, features, classes: got {size}, expected at least {legal}")
     folder = root.expanduser() / name.replace("-", "_")
     if folder.exists():
@@ -77,7 +77,7 @@ def write_planted(
     split = dict(zip(("train", "val", "test"), (np.flatnonzero(part == number) for number in range(3)), strict=True))
     popularity = np.arange(1, classes + 1) ** -0.5
     rest = rng.choice(classes, size=nodes - classes, p=popularity / popularity.sum())
-    community, regime = rng.permutation([*range(classes), *rest]), rng.integers(REGIMES, size=nodes)
+    community, regime = rng.permutation([*range(classes), *rest]), rng.choice(4, size=nodes, p=REGIMES)
     x = rng.standard_normal((nodes, features), dtype=np.float32)
     center = rng.standard_normal((classes, features), dtype=np.float32) * np.float32(3 / features**0.5)
     for begin in range(0, nodes, PIECE):
@@ -96,7 +96,7 @@ def write_planted(
     elif name != "ogbn-mag":
         held["", "edge"] = _simple(pairs, undirected=name != "ogbn-arxiv")
     if name == "ogbn-proteins":  # the features are of edges; 112 labels, other functions in each regime
-        score = np.tanh(x) @ rng.standard_normal((features, 112)) * rng.choice([-1, 1], (REGIMES, 112))[regime]
+        score = np.tanh(x) @ rng.standard_normal((features, 112)) * rng.choice([-1, 1], (4, 112))[regime]
         score += rng.standard_normal(score.shape)
         held["y"] = score > [np.quantile(column, rng.uniform(0.6, 0.95)) for column in score.T]
         held["x"] = 1 / (1 + np.exp(-x[held["", "edge"]].mean(axis=1)))

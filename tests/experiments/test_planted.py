@@ -13,7 +13,7 @@ from torch_geometric.utils import is_undirected, scatter
 
 from experiments.config import PAPERS
 from experiments.data.ogb import load_ogb
-from experiments.planted import REGIMES, SIZES, main, write_planted
+from experiments.planted import SIZES, main, write_planted
 from tests.experiments.ogb_data import NAMES
 
 NODES, EDGES, FEATURES, CLASSES = 3_000, 24_000, 16, 8
@@ -35,7 +35,7 @@ def test_experts_by_regime_learn_more_of_neighbors(root: Path, name: str) -> Non
     assert name == "ogbn-arxiv" or is_undirected(edges)
     both = torch.cat([edges, edges.flip(0)], dim=1)
     near = scatter(x[both[0]], both[1], dim_size=NODES, reduce="mean")
-    regime = torch.nn.functional.one_hot(x[:, :REGIMES].argmax(dim=1), REGIMES).float()
+    regime = torch.nn.functional.one_hot(x[:, :4].argmax(dim=1), 4).float()
     by_regime = (regime[:, :, None] * near[:, None]).flatten(1)
     split = graph.splits(0)
 
@@ -50,8 +50,8 @@ def test_proteins_labels_follow_from_their_edges(root: Path) -> None:
     graph = load_ogb("ogbn-proteins", root)
     data, split = graph.data, graph.splits(0)
     assert is_undirected(data.edge_index, data.edge_attr)
-    regime = data.x[:, :REGIMES].argmax(dim=1)
-    seen = torch.cat([data.x * (regime == number)[:, None] for number in range(REGIMES)], dim=1)
+    regime = data.x[:, :4].argmax(dim=1)
+    seen = torch.cat([data.x * (regime == number)[:, None] for number in range(4)], dim=1)
     metric = graph.metric()
     scores = [
         LogisticRegression(max_iter=300).fit(seen[split["train"]], data.y[split["train"], task]).decision_function(seen)
