@@ -52,18 +52,15 @@ PIECE = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """A graph; a label of -1 or NaN is none."""
+    """(2, M) or (M, 2) edges or a table of them, (N, D) features, (N,) classes (-1 or NaN: none), nodes by part."""
 
     name: str
     edges: Array | Path
-    """(2, M) or (M, 2), or a table of two columns."""
     x: Array
     y: Array | None = None
     split: Mapping[str, Array] = field(default_factory=dict)
     num_classes: int | None = None
-    """``None``: the largest label, plus 1."""
     source: str = ""
-    """What it came from."""
 
     def __post_init__(self) -> None:
         nodes = len(self.x)
@@ -196,7 +193,11 @@ def sorted_keys(edges: Array | Path, scratch: Path, nodes: int, *, directed: boo
     """Each edge as one number, destination * N + source, in ascending order; sorted by DuckDB."""
     import duckdb
 
-    settings: Any = {"memory_limit": f"{memory}GB", "temp_directory": str(scratch), "preserve_insertion_order": False}
+    settings: dict[str, Any] = {
+        "memory_limit": f"{memory}GB",
+        "temp_directory": str(scratch),
+        "preserve_insertion_order": False,
+    }
     legal = f"s BETWEEN 0 AND {nodes - 1} AND d BETWEEN 0 AND {nodes - 1}"
     wrong = f"error(concat('got edge (', s, ', ', d, '), expected nodes 0 to {nodes - 1}'))"
     query = f"""

@@ -18,7 +18,7 @@ import tyro
 from numpy.typing import NDArray
 
 from experiments.config import PAPERS
-from experiments.data.ogb import RELATIONS, files_of
+from experiments.data.ogb import RELATIONS, OGBName, files_of
 from experiments.options import fail
 
 Array: TypeAlias = NDArray[Any]
@@ -102,7 +102,7 @@ def write_planted(
         held["x"] = 1 / (1 + np.exp(-x[held["", "edge"]].mean(axis=1)))
     if name != PAPERS:
         held |= {(of[0], "edges"): len(pairs) for of, pairs in held.items() if isinstance(of, tuple)}
-        files |= {file: held[of] for of, file in files_of(cast(Any, name)).items()}
+        files |= {file: held[of] for of, file in files_of(cast("OGBName", name)).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix="planted-") as scratch:  # half a graph never stands at its place
         for file, content in files.items():
