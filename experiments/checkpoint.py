@@ -151,6 +151,7 @@ class Checkpoint:
     def save(self) -> None:
         """Write the state to a new file that then takes the old one's place."""
         state = self.state()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.fabric.save(self.folder / "state.new", state)
         if self.fabric.is_global_zero:
             save_file({name: value.contiguous() for name, value in state["best"].items()}, self.folder / "best.new")

@@ -31,7 +31,6 @@ from torch_geometric.data import Data
 from torch_geometric.nn import CGConv, LayerNorm, PNAConv
 
 from gmoe import GNNMoE, Graph, MoEConv, Router, Routing, StoredGraph, neighbor_loader
-from gmoe.conv import attention as attention_module
 from gmoe.conv import graph as graph_module
 from gmoe.conv.graph import parameters_of
 from gmoe.conv.kinds import CONVS, LOCAL, OWN, SOURCES_ALONE
@@ -571,9 +570,9 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float
 
 @contextmanager
 def as_on_gpus() -> Iterator[None]:
-    """Sums without sparse products, in small blocks; and of attention only the rows that an expert needs."""
+    """Sums without sparse products, in small blocks."""
     sums: Any = mock.patch.multiple(graph_module, SPARSE_DEVICES=(), NUMBERS=20)
-    with sums, mock.patch.object(attention_module, "MOVE", 0):
+    with sums:
         yield
 
 

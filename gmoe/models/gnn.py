@@ -116,7 +116,6 @@ class GNNMoE(HubMixin, nn.Module):
         fits = shared_router or len(moe_layers) < 2 or not isinstance(router, Router)
         check(fits, "router", "an instance for several layers", "a name or a factory")
         routed = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
-        self.local = routed.get("local")
         routed |= {"num_experts": len(kinds_of(conv, num_experts)), "k": k, "router_input": self.router_input}
         deciding = _shared_router(router, in_channels, routed) if shared_router and moe_layers else None
         routed["router"] = None if shared_router else router
@@ -128,7 +127,7 @@ class GNNMoE(HubMixin, nn.Module):
             self.convs.append(made)
             if options and deciding:  # what a layer costs follows from its router
                 made.k, made.experts_per_token = deciding.k, deciding.experts_per_token
-        self.flow = str(self.convs[0].flow)
+        self.flow, self.local = str(self.convs[0].flow), routed.get("local")
         self.act, norm_layer = activation_of(act), norm_of(norm, hidden_channels)
         self.norms = nn.ModuleList(copy.deepcopy(norm_layer) for _ in range(num_hidden))
         self.norm_takes_batch = "batch" in parameters_of(norm_layer)

@@ -56,7 +56,7 @@ def calls(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[
     def record(cls: type) -> Any:
         def called(*args: Any, **kwargs: Any) -> torch.nn.Module:
             call = inspect.signature(cls).bind(*args, **kwargs).arguments
-            found[cls.__name__] = call | call.pop("conv_kwargs", {})
+            found[cls.__name__] = call | call.pop("conv_kwargs", {}) | call.pop("moe_kwargs", {})
             return torch.nn.Module()
 
         return called
@@ -66,7 +66,7 @@ def calls(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[
             patch.setattr(gmoe, name, record(getattr(gmoe, name)))
         build.build_model(config, task_of(config))
     ((_, call),) = found.items()
-    router, kwargs = call.pop("router"), call.pop("router_kwargs") or {}
+    router, kwargs = call.pop("router"), call.pop("router_kwargs", None) or {}
     if router is not None:
         make = gmoe.ROUTERS[router] if isinstance(router, str) else router
         found[make.__name__ if isinstance(make, type) else "OracleRouter"] = kwargs

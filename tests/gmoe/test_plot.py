@@ -87,7 +87,6 @@ def test_compiled_models_of_any_dtype_are_drawn() -> None:
         (torch.zeros(2, 2, 12, 12), {}, "images"),
         (IMAGE, {"patch_size": 3}, "images.*patch_size"),
         (IMAGE, {"model": nn.Identity()}, "model"),
-        (IMAGE, {"strength": 1.5}, "strength"),
         (IMAGE, {"mean": (0.5,)}, "mean"),
         (IMAGE, {"titles": ["one", "two"]}, "titles"),
     ],
