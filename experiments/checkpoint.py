@@ -33,11 +33,7 @@ SECONDS = 60.0
 
 
 def make_fabric(config: RunConfig) -> Fabric:
-    """Device, precision, and the connection to the other processes, which ``torchrun`` has started.
-
-    Raises:
-        ValueError: there is no such device, or not as many processes as the run has.
-    """
+    """Device, precision, and the connection to the other processes, which ``torchrun`` has started."""
     there = int(os.environ.get("WORLD_SIZE", "1"))
     if config.world != there:
         raise ValueError(
@@ -113,19 +109,11 @@ class InterruptedRunError(KeyboardInterrupt):
         super().__init__(number)
         self.number = number
 
-    def __str__(self) -> str:
-        return signal.Signals(self.number).name
-
 
 class Checkpoint:
-    """The state of a seed on disk, replaced in one step; the best weights also in safetensors.
+    """What ``state`` gives, on disk, replaced in one step; its ``"best"`` weights also in safetensors.
 
     The first process writes, all read, and all have to call every method. Several machines need the same folder.
-
-    Args:
-        fabric: which saves and loads.
-        folder: where.
-        state: gives the state, for ``fabric.save``; its ``"best"`` are the best weights.
     """
 
     def __init__(self, fabric: Fabric, folder: Path, state: Callable[[], dict[str, Any]]) -> None:
@@ -134,11 +122,7 @@ class Checkpoint:
         self._last = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """The state, or ``None`` where there is none.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
+        """The state, or ``None`` where there is none."""
         path = self.folder / "state.ckpt"
         if not from_first(self.fabric, path.exists):
             return None
@@ -161,16 +145,9 @@ class Checkpoint:
         self._last = time.monotonic()
 
     def tick(self, rows: int = 0) -> int:
-        """Call it where the state is whole: saves what is older than a minute, or if a signal arrived.
+        """Call it where the state is whole: saves what is older than a minute, or if a signal arrived, which it raises.
 
-        Args:
-            rows: of this process's next batch; each collective more would let processes wait once more a step.
-
-        Returns:
-            the rows of all processes.
-
-        Raises:
-            InterruptedRunError: a signal arrived; the state is saved.
+        Returns the sum over processes of ``rows``, of the next batch: another collective would be one more to wait for.
         """
         is_due = time.monotonic() - self._last > SECONDS
         signals, due, counts = numbers_of_all(self.signal or 0, is_due, rows)

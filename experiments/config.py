@@ -37,10 +37,7 @@ STORED = "ogbn_papers100M_stored"
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions:
-    """Options of the routers; what a router does not know is an error.
-
-    What is left out has the router's own default.
-    """
+    """Options of the routers; what a router does not know is an error, what is left out has its own default."""
 
     weight: Literal["score", "normalized", "straight_through"] | None = None
     """How a pair's weight follows from its gate."""
@@ -232,11 +229,7 @@ class RunConfig:
         return found
 
     def differences(self, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Where the :meth:`science` of another run differs: its value and this one's; not digests of the data.
-
-        Raises:
-            ValueError: see :func:`restore`.
-        """
+        """Where the :meth:`science` of another run differs: its value and this one's; not digests of the data."""
         other = restore(there, self.data_root)
         values = {name: (getattr(other, name, None), value) for name, value in vars(self).items() if name not in WHERE}
         return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
@@ -405,12 +398,7 @@ def config_class(dataset: str) -> type[RunConfig]:
 def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
     """The configuration of which :meth:`RunConfig.science` was written, also by an earlier version.
 
-    Args:
-        science: as JSON.
-        data_root: where the data are here, if it does not say; your own graph itself, or the folder that holds it.
-
-    Raises:
-        ValueError: an option that there is not, or a value that is not legal.
+    ``data_root`` is where the data are here, if it does not say: your own graph, or the folder that holds it.
     """
     if not isinstance(science.get("dataset"), str):
         raise ValueError(f"dataset: got {science.get('dataset')!r}, expected the name of one")
@@ -428,11 +416,7 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
 
 
 def load_object(option: str, name: str) -> Any:
-    """What ``package.module:name`` or ``FILE.py:name`` names.
-
-    Raises:
-        ValueError: it cannot be imported.
-    """
+    """What ``package.module:name`` or ``FILE.py:name`` names."""
     where, _, attribute = name.rpartition(":")
     try:
         return getattr(_load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where), attribute)

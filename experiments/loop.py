@@ -45,7 +45,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> Summary:
     are added. Of several processes the first one writes, and all return what it does.
 
     Raises:
-        ValueError: the folder holds a run of another configuration, or what is asked for cannot be run.
+        ValueError: the folder holds another run, or what is asked for cannot be run.
         InterruptedRunError: SIGINT or SIGTERM in training; the folder holds what was trained.
     """
     fabric = make_fabric(config)  # before data are read
@@ -137,11 +137,7 @@ def locked(fabric: Fabric, folder: Path) -> Iterator[None]:
 
 
 def prepare(fabric: Fabric, config: RunConfig, task: Task, seed: int) -> tuple[nn.Module, Cost]:
-    """Build the model of a seed and run it once; all processes begin with the same.
-
-    Raises:
-        ValueError: it cannot be built, or does not run on the data.
-    """
+    """Build the model of a seed and run it once; all processes begin with the same."""
     restart_peak_memory(fabric.device)
     fabric.seed_everything(seed, verbose=False)
     model = build_model(config, task)
@@ -162,12 +158,7 @@ def prepare(fabric: Fabric, config: RunConfig, task: Task, seed: int) -> tuple[n
 
 
 def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reached:
-    """Train for as many epochs as there are to come, and leave the model with the weights that validation selects.
-
-    Raises:
-        InterruptedRunError: SIGINT or SIGTERM; what was trained is in the checkpoint.
-        ValueError: a loss or a metric that is not finite, or a checkpoint that cannot be read.
-    """
+    """Train for as many epochs as there are to come, and leave the model with the weights that validation selects."""
     config, steps = training.config, training.task.steps(training.config.batch_size)
     checkpoint = Checkpoint(training.fabric, folder / "checkpoint", training.state)
     loaded = checkpoint.load()
@@ -208,8 +199,7 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
 def batches_left(training: Training, checkpoint: Checkpoint, shuffle_seed: int) -> Iterator[tuple[Batch, int]]:
     """What an epoch has left to train on: this process's part of each batch, and how many rows all parts have.
 
-    Before each batch, and after the last, all processes agree on saving and stopping. Ctrl-C ends the processes that
-    load batches too, which is then no error.
+    Before each batch, and after the last, all processes agree on saving and stopping.
     """
     training.model.train()
     batches = iter(training.batches("train", shuffle_seed))
@@ -222,7 +212,7 @@ def batches_left(training: Training, checkpoint: Checkpoint, shuffle_seed: int) 
         training.rng = get_rng()  # before the batch is drawn, which a checkpoint would draw again
         try:
             batch = next(batches, None)
-        except RuntimeError:
+        except RuntimeError:  # Ctrl-C ends the processes that load batches too
             if checkpoint.signal is None:
                 raise
             batch = None
@@ -298,13 +288,7 @@ class Reached:
 class Training:
     """A seed in training; :meth:`state` is all that the rest of it depends on.
 
-    Args:
-        fabric: device and precision.
-        model, optimizer: set up by ``fabric``.
-        scheduler: steps with the optimizer.
-        routings: what the last forward of the model routed, a list one a layer.
-        config: the run.
-        task: the data.
+    ``routings`` is what the last forward of the model routed, one a layer.
     """
 
     fabric: Fabric
@@ -389,10 +373,10 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
-        """The metric over a split, and the routings: a list a batch, in it one a layer; none of validation's batches.
+        """The metric over a split, and the routings: a list a batch, in it one a layer.
 
         Of several processes the first one evaluates whole graphs and the test set, whose routings it alone returns; the
-        batches of validation are shared out.
+        batches of validation are shared out, and have none.
         """
         whole_graph = isinstance(self.config, NodeConfig) and self.config.evaluation != "sampled"
         alone = whole_graph or split == "test"

@@ -26,10 +26,7 @@ def routing_summary(
 ) -> list[dict[str, Any]]:
     """For each MoE layer, over all batches: what :class:`gmoe.RoutingStats` counts, and what the routing follows.
 
-    Args:
-        routings: a list a batch, in it one a layer.
-        planted: (T,) the expert that each token should go to, for a single batch of all tokens: ``"nmi"`` with it.
-        properties: (T,) integers each, for a single batch of all tokens: ``"ami_NAME"`` as of :func:`alignment`.
+    Of a single batch of all tokens also ``"nmi"`` with the planted experts (T,), and ``"ami_NAME"``: :func:`alignment`.
     """
     if not routings or not routings[0]:
         return []
@@ -48,10 +45,7 @@ def routing_summary(
 
 
 def routing_rows(stats: RoutingStats | None) -> list[dict[str, Any]]:
-    """A row a layer for routing.csv: ``load_0``, ... and ``weight_0``, ... of its experts, and the other figures.
-
-    Of layers with fewer experts than another the last are empty.
-    """
+    """A row a layer for routing.csv: ``load_0``, ... of its experts, empty where it has fewer than others, ..."""
     if stats is None:
         return []
     rows = []
@@ -80,10 +74,7 @@ def _rounded(stats: RoutingStats) -> list[dict[str, Any]]:
 
 
 def save_routings(routings: list[list[Routing]], path: Path) -> None:
-    """Write the pairs of every layer, the tokens numbered through all batches; nothing where there are none.
-
-    ``layerN.token``, ``.expert`` and ``.weight`` are (P,); ``layerN.size`` is (T, E).
-    """
+    """Write the pairs of every layer: (P,) token (numbered through all batches), expert and weight, and size (T, E)."""
     tensors: dict[str, Tensor] = {}
     for layer, parts in enumerate(zip(*routings, strict=True)):
         first = 0
@@ -103,11 +94,7 @@ def save_routings(routings: list[list[Routing]], path: Path) -> None:
 
 
 def load_routings(path: Path) -> list[Routing]:
-    """What :func:`save_routings` wrote, one routing a layer; without scores, which are not kept.
-
-    Raises:
-        ValueError: it cannot be read, or holds something else.
-    """
+    """What :func:`save_routings` wrote, one routing a layer; without scores, which are not kept."""
     tensors, layers = read_tensors(path), []
     try:
         for layer in range(len(tensors) // 4):
@@ -127,11 +114,9 @@ def load_routings(path: Path) -> list[Routing]:
 
 
 def node_properties(data: Data) -> dict[str, Tensor]:
-    """(N,) integers a property: the ``label``, the in-``degree`` and the local ``homophily`` of every node.
+    """(N,) integers a property: ``label``, in-``degree``, ``homophily`` (the share of in-neighbors of the same label).
 
-    Homophily is the share of in-neighbors of the same label. Degree and homophily are binned by their quantiles;
-    nodes without neighbors have a bin of their own. What is not known of a node, since it or all its neighbors have no
-    label (below 0), is -1. Without one label a node, ``degree`` alone.
+    The latter two are binned by quantiles, nodes without neighbors apart; what is not known is -1.
     """
     source, destination = remove_self_loops(data.edge_index)[0]
     found = {"degree": quantile_bins(degree(destination, data.num_nodes))}
@@ -157,12 +142,9 @@ def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
 
 
 def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) -> dict[str, float]:
-    """Adjusted mutual information (Vinh et al., 2010) of an assignment with each property: 1 the same, 0 by chance.
+    """Adjusted mutual information (Vinh et al., 2010) of (N,) experts with each property: 1 the same, 0 by chance.
 
-    Args:
-        assignment: (N,) integers, such as the expert of each node.
-        properties: (N,) integers each; nodes below 0 are left out.
-        seed: of the baseline ``"shuffled"``: the largest alignment, in size, of the shuffled assignment.
+    ``"shuffled"`` is a baseline: the largest, in size, of the assignment shuffled with ``seed``.
     """
     if not properties:
         return {}

@@ -94,25 +94,21 @@ class ImageSet(TypedDict):
 
 
 def place(config: RunConfig) -> Path:
-    """The folder of a run: ``out``; else with ``resume`` the last of its name, or the first that is free, by number.
-
-    Raises:
-        ValueError: ``out`` holds something, and is not to be resumed.
-    """
+    """The folder of a run: ``out``; else with ``resume`` the last of its name, or the first that is free, by number."""
     base = config.folder()
+
+    def holds_something(folder: Path) -> bool:
+        return folder.exists() and any(folder.iterdir())
+
     if config.out is not None:
-        if _holds_something(base) and not config.resume:
+        if holds_something(base) and not config.resume:
             raise ValueError(f"out: got {base}, which holds files; choose another folder, or continue it with --resume")
         return base
     folders = (base if number == 1 else base.parent / f"{base.name}-{number}" for number in itertools.count(1))
-    taken = list(itertools.takewhile(_holds_something, folders))
+    taken = list(itertools.takewhile(holds_something, folders))
     if config.resume and taken:
         return taken[-1]
     return base.parent / f"{base.name}-{len(taken) + 1}" if taken else base
-
-
-def _holds_something(folder: Path) -> bool:
-    return folder.exists() and any(folder.iterdir())
 
 
 IMAGE_FOLDERS = {
@@ -158,11 +154,7 @@ def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tup
 
 
 def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
-    """The summary of a finished run, or the results of the seeds that are finished.
-
-    Raises:
-        ValueError: the folder holds a run of another configuration, but for seeds that are to be added.
-    """
+    """The summary of a finished run, or the results of finished seeds; a ``ValueError`` if another run lies there."""
     folder = config.folder()
     path, summary = folder / "config.json", folder / "summary.json"
     if not path.exists():
@@ -257,16 +249,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Log:
-    """A CSV file of one row or several an epoch, on disk at once; of several processes the first one writes.
-
-    Args:
-        path: of the file.
-        keep: epochs whose rows stay; those behind the checkpoint are cut.
-    """
+    """A CSV file of one row or several an epoch, on disk at once; rows behind ``keep`` epochs, the checkpoint's, go."""
 
     @rank_zero_only
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not keep:
             path.unlink(missing_ok=True)
         if not path.exists():
@@ -328,14 +316,11 @@ class RunFolder:
 
 
 def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
-    """Read a run folder.
+    """Read a run folder; a ``ValueError`` names the file that is missing or broken.
 
     Args:
         folder: what ``experiments.train --out`` wrote.
         data_root: where the data of the run are here (default: where it was trained on them, or ``data``).
-
-    Raises:
-        ValueError: the run is not finished, or a file is broken; names the file.
     """
     config = read_config(folder, data_root)
     if not (folder / "summary.json").exists():
@@ -373,11 +358,7 @@ def _rows(path: Path, expected: int) -> Rows:
 
 
 def read_config(folder: Path, data_root: Path | None = None) -> RunConfig:
-    """config.json of a run; for ``data_root`` see :func:`read_run`.
-
-    Raises:
-        ValueError: there is none, or it is broken; names the file.
-    """
+    """config.json of a run; arguments and errors as of :func:`read_run`."""
     path, where = folder / "config.json", folder / "where.json"
     if not path.exists():
         raise ValueError(f"{path}: is missing, expected the folder of a run")

@@ -102,7 +102,6 @@ def test_a_model(preset: str, name: str, layers: int, tmp_path: Path, monkeypatc
             ["--router", "token-choice"],
             "router: got 'token-choice' (did you mean token_choice?), expected one of dense",
         ),
-        (["--router", "nobodys:Router"], "in the working directory and in PYTHONPATH, and FILE.py:Router takes a file"),
         (["--router", "nobodys.py:Router"], "router: got 'nobodys.py:Router', which cannot be imported"),
         (["--router", "users_own:FirstBits", "--balance", "bias"], "balance: got 'bias', but the router"),
         (["--model", "users_own:nothing"], "returns a int, expected an nn.Module"),

@@ -162,7 +162,7 @@ def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ("[]", "input should be an object"),
         ('{"metric": "accuracy"}', "field required"),
-        ("nothing", "invalid JSON"),
+        ("nothing", "expected ident"),
     ],
 )
 def test_a_summary_that_is_none(runs: Path, tmp_path: Path, content: str, message: str) -> None:
