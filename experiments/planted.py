@@ -11,14 +11,14 @@ import gzip
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, cast
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
 from experiments.config import PAPERS
-from experiments.data.ogb import RELATIONS, files_of
+from experiments.data.ogb import RELATIONS, OGBName, files_of
 from experiments.options import fail
 
 Array: TypeAlias = NDArray[Any]
@@ -84,7 +84,7 @@ def write_planted(
         x[begin : begin + PIECE] += center[community[begin : begin + PIECE]]
     x[np.arange(nodes), regime] += 3
     y = np.where(rng.random(nodes) < NOISE, rng.integers(classes, size=nodes), (community + regime) % classes)
-    held = {"x": x, "y": y, "nodes": nodes, "release": "planted\n", **split}
+    held: dict[Any, Any] = {"x": x, "y": y, "nodes": nodes, "release": "planted\n", **split}
     if name == "ogbn-mag":
         files = _mag(rng, held, community, edges)
     else:
@@ -102,7 +102,7 @@ def write_planted(
         held["x"] = 1 / (1 + np.exp(-x[held["", "edge"]].mean(axis=1)))
     if name != PAPERS:
         held |= {(of[0], "edges"): len(pairs) for of, pairs in held.items() if isinstance(of, tuple)}
-        files |= {file: held[of] for of, file in files_of(name).items()}
+        files |= {file: held[of] for of, file in files_of(cast("OGBName", name)).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix="planted-") as scratch:  # half a graph never stands at its place
         for file, content in files.items():

@@ -42,10 +42,10 @@ class StoredBenchmark(Benchmark):
         x, edges = stored.rows("x", slice(None)), torch.stack(stored.in_edges(slice(None)))
         memory = Data(x=x, edge_index=edges)
         seeds = torch.randint(stored.num_nodes, (self.batches * self.batch_size,))
-        steps = {}
+        steps: dict[str, Any] = {}
         for workers in self.workers:
             for place, data in (("memory", memory), ("disk", stored)):
-                options = {"batch_size": self.batch_size, "is_sorted": True, "num_workers": workers}
+                options: dict[str, Any] = {"batch_size": self.batch_size, "is_sorted": True, "num_workers": workers}
                 loader = neighbor_loader(data, list(self.fanout), seeds, backend="gmoe", **options)
                 steps[f"{place}, {workers} workers"] = partial(deque, loader, maxlen=0)
         found = take_turns(steps, self.repeats, torch.device("cpu"), tell=partial(told, unit="round"))

@@ -51,10 +51,11 @@ def stored_task(config: GraphConfig) -> Task:
     if missing:
         raise ValueError(f"data_root: {folder} has no {', '.join(missing)}; convert again, and give them")
     split: Splits = {part: getattr(graph, part) for part in get_args(Split)}
-    for name, ids in {**split, "source": graph.source[: graph.num_edges * (graph.num_edges <= CHECKED)]}.items():
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < graph.num_nodes:
-            got = f"got nodes {int(ids.min())} to {int(ids.max())}"
-            raise ValueError(f"{folder / name}.npy: {got}, expected 0 to {graph.num_nodes - 1}; convert again")
+    stored = [("source", graph.source)] if graph.num_edges <= CHECKED else []
+    for name, ids in (*split.items(), *stored):
+        low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+        if low < 0 or high >= graph.num_nodes:
+            raise ValueError(f"{folder / name}.npy: got nodes {low} to {high}, expected 0 to {graph.num_nodes - 1}")
     if said["source"].startswith("Not OGB's"):
         print(f"{config.dataset}: a planted graph, not OGB's ({folder})", flush=True)
     trims = config.layers == len(config.fanout)  # a layer then computes only what the later ones hear
