@@ -96,7 +96,7 @@ def test_the_folder_is_the_graph(seed: int, directed: bool, x: NDArray[Any], tmp
 def test_undirected_is_what_pyg_makes_of_it_where_edges_spill(tmp_path: Path) -> None:
     edges, nodes = np.random.default_rng(0).integers(30_000, size=(2, 2_000_000)), 30_000
     np.save(tmp_path / "x.npy", np.ones((nodes, 1)))
-    graph = StoredGraph(run(tmp_path, edges, "--memory", "0.05"))
+    graph = StoredGraph(run(tmp_path, edges, "--memory", "0.1"))
     theirs = to_undirected(torch.from_numpy(edges), num_nodes=nodes)  # ascends by source, then destination
     assert torch.equal(torch.stack(graph.in_edges(slice(None))).flip(0), theirs)  # symmetric
 
