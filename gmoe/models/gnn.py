@@ -107,17 +107,15 @@ class GNNMoE(HubMixin, nn.Module):
         check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
         check_counts(num_layers=num_layers, every=every)
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
-        check_choice("residual", residual, get_args(Residual))
         super().__init__()
-        self.config = config
+        self.config, self.num_layers, self.jk_mode = config, num_layers, jk
         self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
-        self.num_layers, self.jk_mode, self.router_input = num_layers, jk, router_parts(router_input)
         num_hidden = num_layers - (jk is None)  # without jumping knowledge the last conv is the output
         moe_layers = [] if router is None else choose_blocks(num_hidden, every)
         fits = shared_router or len(moe_layers) < 2 or not isinstance(router, Router)
         check(fits, "router", "an instance for several layers", "a name or a factory")
         routed = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
-        self.local = routed.get("local")
+        self.local, self.router_input = routed.get("local"), router_parts(router_input)
         routed |= {"num_experts": len(kinds_of(conv, num_experts)), "k": k, "router_input": self.router_input}
         deciding = _shared_router(router, in_channels, routed) if shared_router and moe_layers else None
         routed["router"] = None if shared_router else router
@@ -130,9 +128,7 @@ class GNNMoE(HubMixin, nn.Module):
             if options and deciding:  # what a layer costs follows from its router
                 made.k, made.experts_per_token = deciding.k, deciding.experts_per_token
         self.flow = str(self.convs[0].flow)
-        self.act = nn.Identity() if act is None else activation_resolver(act)
-        check(callable(self.act), "act", repr(act), "a name, a function or None")
-        norm_layer = normalization_resolver(norm, hidden_channels) or nn.Identity()
+        self.act, norm_layer = activation_of(act), norm_of(norm, hidden_channels)
         self.norms = nn.ModuleList(copy.deepcopy(norm_layer) for _ in range(num_hidden))
         self.norm_takes_batch = "batch" in parameters_of(norm_layer)
         self.dropout, self.input_dropout = nn.Dropout(dropout), nn.Dropout(input_dropout)
@@ -141,10 +137,8 @@ class GNNMoE(HubMixin, nn.Module):
         if jk is not None:
             self.lin = nn.Linear(hidden_channels * (num_layers if jk == "cat" else 1), out_channels)
         self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None
-        self.residuals = nn.ModuleList()
-        for width in widths[:num_hidden] if residual != "none" else []:
-            same = residual == "identity" and width == hidden_channels
-            self.residuals.append(nn.Identity() if same else nn.Linear(width, hidden_channels))
+        added = [residual_of(residual, width, hidden_channels) for width in widths[:num_hidden]]
+        self.residuals = nn.ModuleList(module for module in added if module is not None)
         self.shared_router = deciding
 
     def reset_parameters(self) -> None:
@@ -269,6 +263,26 @@ class GNNMoE(HubMixin, nn.Module):
             f"{type(self).__name__}({self.in_channels}, {self.hidden_channels}, {self.out_channels}, "
             f"num_layers={self.num_layers}, shared_router={self.shared_router is not None})"
         )
+
+
+def activation_of(act: Any) -> Any:
+    """The activation of that name, or a function or module as it is; ``None`` is the identity."""
+    found = nn.Identity() if act is None else activation_resolver(act)
+    check(callable(found), "act", repr(act), "a name, a function or None")
+    return found
+
+
+def norm_of(norm: Any, width: int) -> Any:
+    """The norm of that name, or a module as it is; ``None`` is the identity."""
+    return normalization_resolver(norm, width) or nn.Identity()
+
+
+def residual_of(residual: Residual, width: int, out: int) -> nn.Module | None:
+    """The map of what is added to a hidden layer, if there is one."""
+    check_choice("residual", residual, get_args(Residual))
+    if residual == "none":
+        return None
+    return nn.Identity() if residual == "identity" and width == out else nn.Linear(width, out)
 
 
 def _shared_router(router: Any, in_channels: int, routed: dict[str, Any]) -> Router:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 from torch_geometric.nn import BatchNorm
 from torch_geometric.nn.inits import reset
 from torch_geometric.nn.module_dict import ModuleDict
-from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
 from torch_geometric.typing import Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check, check_choice, check_counts
+from gmoe._checks import check, check_counts
 from gmoe.conv import hetero
 from gmoe.conv.graph import parameters_of
 from gmoe.conv.hetero import HeteroMoEConv, NodeTensors, RelationalConv, RelationEdges
 from gmoe.convert import choose_blocks
-from gmoe.models.gnn import Residual
+from gmoe.models.gnn import Residual, activation_of, norm_of, residual_of
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
 
@@ -98,7 +97,6 @@ class HeteroGNNMoE(nn.Module):
         **moe_kwargs: Any,
     ) -> None:
         check_counts(hidden_channels=hidden_channels, num_layers=num_layers, every=every)
-        check_choice("residual", residual, get_args(Residual))
         check(not isinstance(router, Router), "router", "an instance for several layers", "a name or a factory")
         moe_layers = [] if router is None else choose_blocks(num_layers - 1, every)
         super().__init__()
@@ -114,8 +112,9 @@ class HeteroGNNMoE(nn.Module):
         projects = in_proj or len(set(self.widths.values())) > 1
         width = hidden_channels if projects else self.widths[inputs[0]]
         self.lin_in = ModuleDict({t: nn.Linear(d, width) for t, d in self.widths.items() if projects and t in given})
-        moe: Any = partial(HeteroMoEConv, router=router, **moe_kwargs)
-        norm_layer = normalization_resolver(norm, hidden_channels) or nn.Identity()
+        options: Any = {"router": router, **moe_kwargs}
+        moe: Any = partial(HeteroMoEConv, **options)
+        norm_layer = norm_of(norm, hidden_channels)
         self.norm_takes_batch = "batch" in parameters_of(norm_layer)
         if isinstance(norm_layer, BatchNorm) and norm_layer.module.track_running_stats:
             norm_layer.allow_single_element = True  # a mini-batch may hold one node of a type
@@ -123,12 +122,12 @@ class HeteroGNNMoE(nn.Module):
         for layer, types in enumerate(types_of[:-1]):
             conv = moe if layer in moe_layers else RelationalConv
             self.convs.append(conv(width, hidden_channels, metadata, out_types=types))
-            added = partial(nn.Linear, width) if residual == "linear" or width != hidden_channels else nn.Identity
-            self.residuals.append(ModuleDict({t: added(hidden_channels) for t in types if residual != "none"}))
+            added = {t: residual_of(residual, width, hidden_channels) for t in types}
+            self.residuals.append(ModuleDict({t: module for t, module in added.items() if module is not None}))
             self.norms.append(ModuleDict({t: copy.deepcopy(norm_layer) for t in types}))
             width = hidden_channels
         self.convs.append(RelationalConv(width, out_channels, metadata, out_types=types_of[-1]))
-        self.act, self.dropout = nn.Identity() if act is None else activation_resolver(act), nn.Dropout(dropout)
+        self.act, self.dropout = activation_of(act), nn.Dropout(dropout)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
