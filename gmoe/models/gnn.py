@@ -108,14 +108,14 @@ class GNNMoE(HubMixin, nn.Module):
         check_counts(num_layers=num_layers, every=every)
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
         super().__init__()
-        self.config = config
+        self.config, self.num_layers, self.jk_mode = config, num_layers, jk
         self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
-        self.num_layers, self.jk_mode, self.router_input = num_layers, jk, router_parts(router_input)
         num_hidden = num_layers - (jk is None)  # without jumping knowledge the last conv is the output
         moe_layers = [] if router is None else choose_blocks(num_hidden, every)
         fits = shared_router or len(moe_layers) < 2 or not isinstance(router, Router)
         check(fits, "router", "an instance for several layers", "a name or a factory")
         routed = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
+        self.local, self.router_input = routed.get("local"), router_parts(router_input)
         routed |= {"num_experts": len(kinds_of(conv, num_experts)), "k": k, "router_input": self.router_input}
         deciding = _shared_router(router, in_channels, routed) if shared_router and moe_layers else None
         routed["router"] = None if shared_router else router
@@ -127,7 +127,7 @@ class GNNMoE(HubMixin, nn.Module):
             self.convs.append(made)
             if options and deciding:  # what a layer costs follows from its router
                 made.k, made.experts_per_token = deciding.k, deciding.experts_per_token
-        self.flow, self.local = str(self.convs[0].flow), routed.get("local")
+        self.flow = str(self.convs[0].flow)
         self.act, norm_layer = activation_of(act), norm_of(norm, hidden_channels)
         self.norms = nn.ModuleList(copy.deepcopy(norm_layer) for _ in range(num_hidden))
         self.norm_takes_batch = "batch" in parameters_of(norm_layer)
