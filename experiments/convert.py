@@ -213,6 +213,8 @@ def sorted_keys(edges: Array | Path, scratch: Path, nodes: int, *, directed: boo
             connection.execute(query)
             while len(table := connection.fetch_df_chunk(512)):  # of 2,048 rows each
                 yield table["key"].to_numpy()
+    except RuntimeError as error:  # DuckDB's Ctrl-C
+        raise KeyboardInterrupt from error
     except duckdb.Error as error:
         why = " ".join(str(error).split("\n")[:3])  # then comes advice on DuckDB's own settings
         raise ValueError(f"edges: {why} (memory: {memory:g} GB)") from error
