@@ -16,8 +16,6 @@ from gmoe.data import StoredGraph
 LEGAL: dict[str, tuple[Any, ...]] = {
     "sampling": ("neighbor",),
     "evaluation": ("sampled",),
-    "self_loops": (False,),
-    "edge_features": (False,),
     "adjacency": ("auto", "edge_index"),
 }
 """Values of the options that a graph on disk leaves no choice of."""

@@ -138,7 +138,9 @@ class MoEConv(MoELayer, MessagePassing):
         self.shared_expert: Any = None
         self.transform: Any = None
         self.gain: nn.Parameter | None = None
-        if -1 not in widths:
+        if -1 in widths:
+            self.register_load_state_dict_pre_hook(_needs_widths)
+        else:
             self._build(in_channels)
 
     def _build(self, in_channels: Any) -> None:
@@ -367,6 +369,13 @@ class MoEConv(MoELayer, MessagePassing):
     def extra_repr(self) -> str:
         widths = f"{self.in_channels}, {self.out_channels}"
         return f"{widths}, num_experts={self.num_experts}, router_input={self.router_input}"
+
+
+def _needs_widths(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:
+    """Refuse the state of a built layer while there is nothing to load it into, which strict=False would not notice."""
+    if layer.experts is None and any(name.startswith(prefix) for name in state_dict):
+        legal = "a call that fills it in before a state is loaded"
+        raise RuntimeError(f"in_channels: got {layer.in_channels}, expected {legal}")
 
 
 def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:

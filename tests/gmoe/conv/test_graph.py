@@ -168,7 +168,7 @@ PLAIN = torch.tensor([[0, 1], [1, 0]])
     [
         (torch.tensor([[0, 1], [1, 12]]), 9, {}, r"edge_index: got nodes 1\.\.12, expected values in 0\.\.8"),
         (torch.tensor([[0, -1], [1, 0]]), 9, {}, "edge_index: got nodes -1"),
-        (torch.tensor([[8], [3]]), (9, 3), {}, "edge_index: got node 3"),
+        (torch.tensor([[8], [3]]), (9, 3), {}, "edge_index: got nodes 3"),
         (torch.tensor([[8], [2]]), (9, 3), {"flow": "target_to_source"}, "edge_index: got nodes 8"),
         (torch.tensor([[0, 1, 2]]), 9, {}, "edge_index: got shape"),
         (PLAIN.float(), 9, {}, r"edge_index: got .* of torch.float32"),
