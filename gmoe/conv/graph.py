@@ -179,9 +179,9 @@ class Graph:
     """(M,) an explainer's factors on the messages, in the order given."""
     matrix_values: Tensor | None = None
     scale_of: Any = None
-    """Of a part: (improved, loops, dtype) -> (N,) the scale of its nodes in the whole."""
+    """In a part, a function of (improved, loops, dtype) that gives the (N,) scale of its nodes in the whole."""
     destinations: Any = None
-    """(n,) of a part: in the whole."""
+    """In a part, the (n,) places of its destinations in the whole."""
 
     def __init__(
         self,
