@@ -14,6 +14,7 @@ COMMANDS = {
     "patches": "Draw which expert takes which patch of your images.",
     "benchmark": "Time layers, routers, and training.",
     "convert": "Bring a large graph into a folder to train from disk.",
+    "planted": "Write a planted graph in OGB's layout, where OGB's own cannot be had.",
 }
 
 

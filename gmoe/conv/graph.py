@@ -512,7 +512,7 @@ class _WeightedSum(torch.autograd.Function):
             weight_MH = by_head[0][:, None] if len(by_head) == 1 else torch.stack(by_head, dim=1)
             if value_UGC.size(1) == weight_MH.size(1):
                 grad_value = weighted_sum(weight_MH, grad_RHC, reverse)
-            else:  # all heads share the values; at once, and summed, takes a GAT layer 5 to 8 % longer
+            else:  # all heads share the values: head by head no product of all of them is held
                 for weight_M1, grad_R1C in zip(weight_MH.split(1, dim=1), grad_RHC.split(1, dim=1), strict=True):
                     part = weighted_sum(weight_M1, grad_R1C, reverse)
                     grad_value = part if grad_value is None else grad_value.add_(part)
