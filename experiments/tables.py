@@ -259,7 +259,7 @@ def measured_on(where: dict[str, Any], device: str) -> str:
     """Hardware, versions and commit in a line.
 
     Args:
-        where: what :func:`experiments.runs.environment` found.
+        where: what :func:`experiments.run_folder.environment` found.
         device: of the run.
     """
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "torch-geometric"))

@@ -30,7 +30,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "gmoe, tokens": (59_503, 56_000),
     "gmoe, longest function": (60, 60),
     "vision, raw lines": (480, 500),
-    "experiments, raw lines": (8_842, 6_000),
+    "experiments, raw lines": (8_840, 6_000),
     "experiments, files": (50, 40),
     "tests, raw lines": (15_112, 12_800),
     "tests/gmoe and tests/*.py, raw lines": (9_268, 8_800),

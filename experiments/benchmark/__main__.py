@@ -23,10 +23,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", "train.TrainBenchmark"),
     "molecules": ("Four layers on a batch of molecules, forward and backward.", "conv.MoleculesBenchmark"),
     "stored": ("Neighbor sampling from disk beside memory.", "stored.StoredBenchmark"),
-    "swap": (
-        "Dense layers against gmoe's defaults in their place: accuracy and time of a step.",
-        "swap.SwapBenchmark",
-    ),
+    "swap": ("Dense layers and gmoe's defaults in their place: accuracy, time of a step.", "swap.SwapBenchmark"),
     "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", "vit.VitBenchmark"),
 }
 """By the name of the command line: a line of help, and the class, which is imported when it is asked for."""
