@@ -146,6 +146,8 @@ class RunConfig:
     them by `torchrun --nproc-per-node N -m experiments.train ... --devices N`."""
     nodes: int = 1
     """Data parallel: machines, each with as many devices."""
+    jobs: int = 1
+    """Seeds trained at once, each in a process of its own; torch's threads are divided among them."""
     precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
     """Fabric's precision."""
     offline: bool = False
@@ -186,9 +188,10 @@ class RunConfig:
         if self.world > 1 and getattr(self, "sampling", None) == "full":
             raise ValueError(
                 f"devices: got {self.devices} x {self.nodes} nodes for {self.dataset} with full batches, expected one: "
-                "a whole graph is one batch, which cannot be split; sample it, or train seeds side by side: python -m "
-                "experiments.sweep grid --jobs N"
+                "a whole graph is one batch, which cannot be split; sample it, or train seeds side by side by --jobs N"
             )
+        if self.world > 1 and self.jobs > 1:
+            raise ValueError(f"jobs: got {self.jobs} with {self.world} processes a seed (devices x nodes), expected 1")
         if self.batch_size % self.world:
             raise ValueError(
                 f"batch_size: got {self.batch_size}, that of all processes together, expected a multiple of "
@@ -362,12 +365,12 @@ IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "images")
 """Data sets of each kind; all others are graphs."""
 
 WHERE = frozenset({
-    "data_root", "out", "resume", "workers", "device", "offline", "allow_large_downloads", "logger", "progress",
+    "data_root", "out", "resume", "workers", "device", "offline", "allow_large_downloads", "logger", "progress", "jobs",
 })  # fmt: skip
 """Options that no number depends on."""
 COUNTS = frozenset({
     "experts", "k", "hidden", "layers", "every", "epochs", "batch_size", "eval_every", "patch", "dim", "vit_heads",
-    "image_size", "devices", "nodes",
+    "image_size", "devices", "nodes", "jobs",
 })  # fmt: skip
 SHARES = frozenset({"label_smoothing", "dropout", "input_dropout", "label_reuse"})
 AMOUNTS = frozenset({"mlp_scale", "clip_norm", "weight_decay"})

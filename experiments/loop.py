@@ -61,13 +61,6 @@ def run(config: RunConfig, progress: Progress | None = None) -> Summary:
     return summary
 
 
-def train_one(config: RunConfig, seed: int) -> None:
-    """Train a seed of a run, if its folder lacks it; :func:`run`, whose errors it has, then makes the summary."""
-    summary, results = so_far(config)
-    if summary is None and seed not in results:
-        train_seeds(make_fabric(config), config, [seed], Progress(config.epochs, shown=False))
-
-
 def train_seeds(fabric: Fabric, config: RunConfig, seeds: list[int], progress: Progress) -> dict[int, Result]:
     """The results of seeds, which are written too."""
     if not seeds:  # and no data are needed

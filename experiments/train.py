@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import closing, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -112,7 +112,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         config = parse(args)
         from experiments.checkpoint import InterruptedRunError, from_first, lost_another, make_fabric  # and so torch,
-        from experiments.loop import run  # which --help does without
+        from experiments.jobs import train_apart  # which --help does without
+        from experiments.loop import run
         from experiments.run_folder import place
     except (ValueError, OSError) as error:
         if rank:  # the first one says it
@@ -135,6 +136,10 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         fabric = make_fabric(config)
         config = replace(config, out=from_first(fabric, lambda: place(config)))
+        with closing(train_apart([config])) as ready:
+            for _, why in ready:
+                if why:
+                    stopped(why, 1)
         with nullcontext() if not rank else redirect_stdout(None):
             summary = run(config)
     except (ValueError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,10 @@ from experiments import build
 from experiments.config import HeteroConfig, ImageConfig, ImageSetConfig, RunConfig
 from experiments.data.task import Task
 from experiments.presets import PRESETS
-from experiments.studies import STUDIES
+from experiments.studies import RECORDED, recorded
 
 STUDIED: dict[str, RunConfig] = {
-    f"{name}/{variant.name}": variant.config for name, study in STUDIES.items() for variant in study.variants
+    f"{name}/{variant.name}": variant.config for name in RECORDED for variant in recorded(name, Path()).variants
 }
 LEFT_TO_THE_LAYER = {"router_input", "shared_expert", "dense_start", "weight", "balance"}
 

@@ -42,24 +42,24 @@ RUNS: dict[str, tuple[str, ...]] = {
 """One batch an epoch (graph, choice), or several; everything that draws or remembers."""
 
 
-def rows(folder: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
+def rows(folder: Path, name: str = "metrics.csv", seed: str = "seed-0") -> list[dict[str, str]]:
     """Of a log, without the clock."""
-    with (folder / "seed-0" / name).open() as file:
+    with (folder / seed / name).open() as file:
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
-def assert_same(whole: Path, resumed: Path, exact: bool = True) -> None:
+def assert_same(whole: Path, resumed: Path, exact: bool = True, seed: str = "seed-0") -> None:
     """Curves, logs, results and weights of two run folders; between processes the last bits of weights may differ."""
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, resumed)]
     for name in ("val", "test", "best_epoch", "curve", "routing", "config"):
         assert summaries[0][name] == summaries[1][name], name
-    weights = [load_file(folder / "seed-0" / "checkpoint" / "best.safetensors") for folder in (whole, resumed)]
+    weights = [load_file(folder / seed / "checkpoint" / "best.safetensors") for folder in (whole, resumed)]
     if not exact:
         torch.testing.assert_close(weights[0], weights[1])
         return
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert rows(whole) == rows(resumed)
-    assert rows(whole, "routing.csv") == rows(resumed, "routing.csv")
+    for name in ("metrics.csv", "routing.csv"):
+        assert rows(whole, name, seed) == rows(resumed, name, seed)
 
 
 @pytest.mark.parametrize("name", RUNS)

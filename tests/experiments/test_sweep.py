@@ -3,171 +3,87 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import experiments.loop
+from experiments import loop
+from experiments import sweep as command
 from experiments.build import build_model, flops, matched_width, num_parameters
 from experiments.data import load_tasks
-from experiments.jobs import Processes
 from experiments.presets import DIGITS, DIGITS_GRAPH, MOSAIC
-from experiments.studies import STUDIES, Study, Variant
-from experiments.sweep import SweepConfig, main, sweep
-from tests.experiments.user_data import write_npz
+from experiments.studies import RECORDED, RESULTS, Study, Variant, recorded
+from experiments.sweep import GridConfig, SweepConfig, main, make_study
 
 CLOCK = ("seconds", "peak_memory")
-NEEDS_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+BASE = replace(DIGITS_GRAPH, epochs=1, seeds=(0,), hidden=4)
+DENSE = Variant(name="dense", label="dense", config=replace(BASE, router="dense"))
+WIDE = Variant(name="dense-4x", label="wide", config=replace(BASE, router="dense", hidden=16))
+MOE = Variant(name="moe", label="MoE", config=replace(BASE, seeds=(3, 1)))
+WRONG = replace(WIDE, config=replace(WIDE.config, kmeans_init=True))
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = replace(DIGITS_GRAPH, epochs=1, seeds=(0,), hidden=4)
-    study = Study(
-        about="a test",
-        variants=(
-            Variant(name="dense", label="dense", config=replace(base, router="dense")),
-            Variant(name="dense-4x", label="wide", config=replace(base, router="dense", hidden=16)),
-            Variant(name="moe", label="MoE", config=base),
-        ),
-    )
-    monkeypatch.setitem(STUDIES, "tiny", study)
+def run_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a study of some variants; its results."""
+    monkeypatch.setitem(command.STUDIES, "tiny", ("", SweepConfig()))
+
+    def run(*variants: Variant, to: Path = tmp_path, runs: str = "runs", args: tuple[str, ...] = ()) -> Any:
+        monkeypatch.setattr(command, "recorded", lambda *_: Study(about="a test", variants=variants))
+        main(["tiny", "--runs", str(to / runs), "--results", str(to), *args])
+        return json.loads((to / "tiny.json").read_text())
+
+    return run
 
 
-@pytest.mark.usefixtures("tiny")
 def test_finished_variants_are_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_study: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["tiny", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--no-progress"]
-    main([*args, "--only", "dense"])
-    assert [a["variant"] for a in json.loads((tmp_path / "results" / "tiny.json").read_text())["variants"]] == [
-        "dense",
-        "dense-4x",
-    ]
-    ran: list[str] = []
-    run = experiments.loop.run
+    run_study(WIDE, DENSE)
+    ran = list[str]()
+    train_seed = loop.train_seed
 
-    def watch(config: Any, progress: Any) -> Any:
-        finished = (config.folder() / "summary.json").exists()
-        ran.extend([] if finished else [config.folder().name])
-        return run(config, progress)
+    def watch(fabric: Any, config: Any, *rest: Any) -> Any:
+        ran.append(f"{config.folder().name} {rest[1]}")
+        return train_seed(fabric, config, *rest)
 
-    monkeypatch.setattr(experiments.loop, "run", watch)
-    main(args)
-    assert ran == ["moe"]
+    monkeypatch.setattr(loop, "train_seed", watch)
+    found = run_study(DENSE, WIDE, MOE)
+    assert ran == ["moe 3", "moe 1"]
+    assert [variant["variant"] for variant in found["variants"]] == ["dense", "dense-4x", "moe"]
     assert "| MoE |" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("tiny")
-def test_a_variant_of_the_result_file_is_finished_only_with_its_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = ["tiny", "--results", str(tmp_path / "results"), "--no-progress"]
-    main([*args, "--runs", str(tmp_path / "runs")])
-    path = tmp_path / "results" / "tiny.json"
-    before = json.loads(path.read_text())
-    main([*args, "--runs", str(tmp_path / "elsewhere")])
-    assert json.loads(path.read_text()) == before
+    assert run_study(MOE, DENSE, runs="elsewhere") == found
     assert not (tmp_path / "elsewhere").exists()
-    moe = STUDIES["tiny"].variants[2]
-    changed = replace(
-        STUDIES["tiny"], variants=(*STUDIES["tiny"].variants[:2], replace(moe, config=replace(moe.config, k=2)))
-    )
-    monkeypatch.setitem(STUDIES, "tiny", changed)
-    main([*args, "--runs", str(tmp_path / "elsewhere")])
-    assert [folder.name for folder in (tmp_path / "elsewhere").iterdir()] == ["moe"]
-    after = json.loads(path.read_text())
-    assert after["variants"][:2] == before["variants"][:2]
-    assert after["variants"][2]["config"]["k"] == 2
+    assert len(ran) == 2
 
 
-def test_a_grid_of_routers_experts_and_k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = [
-        "grid",
-        "--preset",
-        "digits-graph",
-        "--routers",
-        "random",
-        "uniform",
-        "--experts",
-        "1",
-        "4",
-        "--ks",
-        "1",
-        "2",
-    ]
-    more = ["--seeds", "0", "1", "--epochs", "1", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
-    main([*args, *more, "--no-progress"])
-    path = tmp_path / "grid-digits-graph-seeds-0-1-epochs-1.json"
-    study = json.loads(path.read_text())
-    names = ["dense", "dense-4x", "random-e1-k1", "random-e4-k1", "random-e4-k2", "uniform-e1", "uniform-e4"]
-    assert [variant["variant"] for variant in study["variants"]] == names
-    assert all(variant["test"]["n"] == 2 for variant in study["variants"])
-    assert "| `random`, E=4, K=2 |" in capsys.readouterr().out
-    main(
-        ["grid", "--preset", "digits-graph", "--routers", "token_choice", "--experts", "4", "4", *more, "--no-progress"]
-    )
-    added = ["dense", "dense-4x", "token-choice-e4-k1", "token-choice-e4-k2"]
-    assert [variant["variant"] for variant in json.loads(path.read_text())["variants"]] == [*added, *names[2:]]
-
-
-def test_a_grid_over_your_own_graph(tmp_path: Path) -> None:
-    file = write_npz(tmp_path)
-    args = ["grid", "--preset", "graph", "--routers", "random", "--experts", "2", "--ks", "1", "--seeds", "0"]
-    more = ["--epochs", "1", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress"]
-    main([*args, *more, "--data-root", str(file)])
-    study = json.loads((tmp_path / "grid-graph-seeds-0-epochs-1.json").read_text())
-    assert {variant["config"]["file"] for variant in study["variants"]} == {"mine.npz"}
-
-
-@pytest.mark.usefixtures("tiny")
-def test_a_variant_that_cannot_be_run_does_not_end_the_sweep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_variant_that_has_changed_is_refused(
+    run_study: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dense, wide, moe = STUDIES["tiny"].variants
-    wrong = replace(wide, config=replace(wide.config, kmeans_init=True))
-    monkeypatch.setitem(STUDIES, "tiny", replace(STUDIES["tiny"], variants=(dense, wrong, moe)))
+    run_study(DENSE)
     with pytest.raises(SystemExit) as stopped:
-        main(["tiny", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--no-progress"])
-    assert stopped.value.code == 1
-    assert [variant["variant"] for variant in json.loads((tmp_path / "tiny.json").read_text())["variants"]] == [
-        "dense",
-        "moe",
-    ]
-    shown = capsys.readouterr()
-    assert "| MoE |" in shown.out
-    assert "dense-4x:" in shown.err
+        run_study(replace(DENSE, config=replace(DENSE.config, lr=0.5)))
+    assert stopped.value.code == 2
+    assert "tiny.json holds dense with lr=0.01, expected 0.5" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("workers", [[], pytest.param(["--ray", "local"], marks=NEEDS_RAY)], ids=["processes", "ray"])
 def test_processes_give_what_one_gives(
-    workers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_study: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A variant that cannot be run is named; of the others all that is written is the same, but for the clock."""
-    dense, wide, moe = STUDIES["tiny"].variants
-    wrong = replace(wide, config=replace(wide.config, kmeans_init=True))
-    several = replace(moe, config=replace(moe.config, seeds=(3, 1)))
-    monkeypatch.setitem(STUDIES, "tiny", replace(STUDIES["tiny"], variants=(dense, wrong, several)))
-    found: list[dict[str, Any]] = []
+    found = list[dict[str, Any]]()
     for jobs in ("1", "2"):
         root = tmp_path / jobs
-        args = ["tiny", "--runs", str(root / "runs"), "--results", str(root), "--threads", "1", "--jobs", jobs]
-        args += workers if jobs == "2" else []
         with pytest.raises(SystemExit) as stopped:
-            main(args)
+            run_study(DENSE, WRONG, MOE, to=root, args=("--jobs", jobs))
         assert stopped.value.code == 1
         shown = capsys.readouterr()
-        assert ("dense-4x: kmeans_init" if jobs == "1" else "dense-4x: seed 0: kmeans_init") in shown.err
-        assert (jobs == "2") is ("of 4 seeds done: epoch" in shown.err)
+        assert "| MoE |" in shown.out
+        assert ("dense-4x: kmeans_init" if jobs == "1" else "dense-4x: seed 0 ended with status 2: ") in shown.err
+        assert (jobs == "2") is ("4 of 4 seeds done" in shown.err)
         found.append({str(path.relative_to(root)): content_of(path) for path in root.rglob("*") if path.is_file()})
     assert found[0] == found[1]
     assert len(found[0]) > 12
@@ -182,89 +98,44 @@ def content_of(path: Path) -> Any:
     return path.read_bytes() if path.suffix == ".safetensors" else None
 
 
-def test_a_process_that_is_killed_is_named() -> None:
-    workers = Processes(1)
-    job = workers.start(DIGITS, 0)
-    job.kill()
-    assert workers.ended([job], 60) == [job]
-    assert workers.why(job) == "its process ended with status -9"
+def test_a_grid_of_routers_experts_and_k() -> None:
+    config = GridConfig(preset="digits", routers=("random", "uniform", "random"), experts=(1, 4), data_root=Path("a"))
+    name, study = make_study("grid", replace(config, seeds=(5,)))
+    variants = {variant.name: variant for variant in study.variants}
+    assert (name, variants["random-e4-k2"].label) == ("grid-digits", "`random`, E=4, K=2")
+    routed = ["random-e1-k1", "random-e4-k1", "random-e4-k2", "uniform-e1", "uniform-e4"]
+    assert list(variants) == ["dense", "dense-4x", *routed]
+    own = {"experts": 4, "k": 2, "router": "random", "seeds": (5,), "data_root": Path("a")}
+    assert variants["random-e4-k2"].config == replace(DIGITS, **own)  # type: ignore[arg-type]
+    assert variants["dense-4x"].config.hidden == 4 * DIGITS.hidden
 
 
-def test_ray_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(SystemExit) as stopped:
-        main(["mosaic", "--ray", "auto"])
-    assert stopped.value.code == 2
-    assert "ray: got 'auto' without Ray, expected pip install 'gmoe[ray]'" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [[], pytest.param(["--ray", "local"], marks=NEEDS_RAY)], ids=["processes", "ray"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_processes_and_the_same_command_goes_on(
-    number: int, workers: list[str], tmp_path: Path
-) -> None:
-    args = ["grid", "--preset", "digits", "--routers", "token_choice", "--experts", "4", "--ks", "1", "--seeds", "0"]
-    args += ["--epochs", "6", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--jobs", "2", *workers]
-    command = [sys.executable, "-m", "experiments.sweep", *args]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True, stderr=subprocess.PIPE)
-    logs = [tmp_path / "runs" / variant / "seed-0" / "metrics.csv" for variant in ("dense", "dense-4x")]
-    give_up = time.monotonic() + 200
-    while not all(log.exists() for log in logs) and process.poll() is None and time.monotonic() < give_up:
-        time.sleep(0.05)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert b"stopped; the same command continues" in error
-    before = [log.read_text() for log in logs]
-    time.sleep(1)
-    assert [log.read_text() for log in logs] == before  # nobody goes on
-    assert all((log.parent / "checkpoint" / "state.ckpt").exists() for log in logs)
-    main([*args, "--no-progress"])
-    assert all(log.read_text().startswith(rows) for log, rows in zip(logs, before, strict=True))
-
-
-@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["tiny", "--jobs", "0"], "jobs: got 0, expected at least 1"),
-        (["tiny", "--epochs", "5", "--seeds", "0"], "seeds: got (0,) with tiny, expected none: only grid takes it"),
-        (["tiny", "--epochs", "5"], "epochs: got 5 with tiny, expected none: only grid takes it"),
-        (["tiny", "--preset", "cora"], "preset: got 'cora' with tiny, expected none: only grid takes it"),
-        (["tiny", "--routers", "random"], "routers: got ('random',) with tiny, expected none: only grid takes it"),
-        (["tiny", "--experts", "8"], "experts: got (8,) with tiny, expected none: only grid takes it"),
-        (["tiny", "--ks", "1", "2"], "ks: got (1, 2) with tiny, expected none: only grid takes it"),
-        (["grid"], "preset: got none"),
-        (["grid", "--preset", "corra"], "preset: got 'corra' (did you mean cora?), expected one of digits"),
-        (["grid", "--preset", "digits", "--routers", "random", "--ks", "9"], "ks: got (9,)"),
-        (["grid", "--preset", "digits", "--experts", "2", "--ks", "1", "3"], "ks: got (1, 3), expected none larger"),
+        (["mosaic", "--jobs", "0"], "jobs: got 0, expected at least 1"),
+        (["mosaic", "--seeds", "0"], "--seeds: unknown option of mosaic"),
+        (["grid"], "preset: got '', expected one of digits"),
+        (["grid", "--preset", "digits", "--experts", "2", "--ks", "1", "3"], "ks: got (1, 3), expected at least one"),
     ],
 )
-def test_bad_grids(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_out_of_range(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_unknown_study() -> None:
-    with pytest.raises(ValueError, match="study: got 'cifar', expected one of mosaic, digits"):
-        sweep(SweepConfig(study="cifar"))
-
-
-@pytest.mark.parametrize("name", ["mosaic", "digits", "digits-graph"])
-def test_variants_have_baselines_and_build(name: str) -> None:
-    study = STUDIES[name]
-    variants = {variant.name: variant.config for variant in study.variants}
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_recorded_study_is_what_was_run(name: str) -> None:
+    study, found = recorded(name, Path("data")), json.loads((RESULTS / f"{name}.json").read_text())
+    variants = {variant.name: variant for variant in study.variants}
     assert len(variants) == len(study.variants)
-    assert {"dense", "dense-4x", "dense-flops-k1", "dense-parameters", "uniform"} <= set(variants)
-    assert any(config.router == "random" for config in variants.values())
-    assert len({(config.epochs, config.lr, config.seeds) for config in variants.values()}) == 1  # equal effort
-    task = load_tasks(variants["dense"])(0)
-    for config in variants.values():
-        if config.equal is None:
-            build_model(config, task)
+    assert {"dense", study.reference} & set(variants) or name == "cifar10-scale"
+    assert (found["study"], found["about"]) == (name, study.about)
+    for run in found["variants"]:
+        differences = variants[run["variant"]].config.differences(run["config"])
+        assert not differences, run["variant"]
 
 
 @pytest.mark.parametrize("config", [MOSAIC, DIGITS, DIGITS_GRAPH], ids=lambda config: config.dataset)
