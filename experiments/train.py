@@ -112,8 +112,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         config = parse(args)
         from experiments.checkpoint import InterruptedRunError, from_first, lost_another, make_fabric  # and so torch,
-        from experiments.jobs import train_apart  # which --help does without
-        from experiments.loop import run
+        from experiments.loop import run  # which --help does without
         from experiments.run_folder import place
     except (ValueError, OSError) as error:
         if rank:  # the first one says it
@@ -136,10 +135,13 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         fabric = make_fabric(config)
         config = replace(config, out=from_first(fabric, lambda: place(config)))
-        with closing(train_apart([config])) as ready:
-            for _, why in ready:
-                if why:
-                    stopped(why, 1)
+        if config.jobs > 1:
+            from experiments.jobs import train_apart
+
+            with closing(train_apart([config])) as ready:
+                for _, why in ready:
+                    if why:
+                        stopped(why, 1)
         with nullcontext() if not rank else redirect_stdout(None):
             summary = run(config)
     except (ValueError, OSError) as error:
