@@ -109,11 +109,10 @@ def test_a_folder_that_cannot_be_written_is_read(
         raise OSError("Read-only file system")
 
     monkeypatch.setattr(torch, "save", full)
-    (root / "ogbn_arxiv").rename(root / "ogbn_arxiv_pyg")  # ogb's older name
     for _ in range(2):
         assert load_ogb("ogbn-arxiv", root, offline=True).data.num_nodes == NODES
         assert "cannot be kept (Read-only file system)" in capsys.readouterr().out
-    assert list((root / "ogbn_arxiv_pyg" / "processed").iterdir()) == []
+    assert list((root / "ogbn_arxiv" / "processed").iterdir()) == []
 
 
 def cell(value: float) -> Callable[[Path], None]:
