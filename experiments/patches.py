@@ -3,7 +3,7 @@
     python -m experiments.patches runs/cifar10 --images cat.jpg holiday/ --out runs/patches
 
 Writes a PNG an image: the image as the model sees it, and its patches tinted by their experts, one panel a MoE layer.
-Needs the run folder only, not its data. A path may be a folder, whose images are taken.
+Needs the run folder only, not its data: the weights of its first seed. A path may be a folder of images.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ class PatchesConfig:
     """Images, or folders of them."""
     out: Path = Path("runs/patches")
     """Folder of the pictures."""
-    seed: int | None = None
-    """The seed whose weights are used; by default the first."""
 
 
 def patches(config: PatchesConfig) -> list[Path]:
@@ -39,8 +37,7 @@ def patches(config: PatchesConfig) -> list[Path]:
         The pictures, one an image: ``NAME.png``, or ``NAME-2.png`` of a second image of that name.
 
     Raises:
-        ValueError: the run has no image model with experts or no such seed; or an image cannot be read, or there is
-            none.
+        ValueError: the run has no image model with experts; or an image cannot be read, or there is none.
     """
     import torch  # and what needs it, which --help does without
 
@@ -54,11 +51,8 @@ def patches(config: PatchesConfig) -> list[Path]:
     run = read_config(config.run, Path())
     if run.router == "dense":
         raise ValueError(f"run: got {config.run}, a dense model, expected one with experts")
-    seed = run.seeds[0] if config.seed is None else config.seed
-    if seed not in run.seeds:
-        raise ValueError(f"seed: got {seed}, expected one of {', '.join(map(str, run.seeds))}")
     task = image_task_of(config.run)
-    model = load_model(config.run, run, task, seed)
+    model = load_model(config.run, run, task, run.seeds[0])
     mean, std = (torch.tensor(value)[:, None, None] for value in (task.mean, task.std))
     written: list[Path] = []
     for path in paths:

@@ -94,11 +94,8 @@ def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downlo
     """
     if name not in OGB:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(OGB)}; ogbn-papers100M stays on disk")
-    folder, published, hetero = (
-        provide(name, root.expanduser(), offline, allow_large_downloads),
-        OGB[name],
-        "mag" in name,
-    )
+    folder, published = provide(name, root.expanduser(), offline, allow_large_downloads), OGB[name]
+    hetero, single = name == "ogbn-mag", published.tasks == 1
     if (folder / "PLANTED.txt").exists():
         print(f"{name}: a planted graph, not OGB's ({folder / 'PLANTED.txt'})", flush=True)
     found = _tensors(name, folder)
@@ -107,25 +104,23 @@ def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downlo
         data=HeteroData(found["graph"]) if hetero else Data.from_dict(found["graph"]),
         splits=lambda _: found["split"],
         metric=partial(OGBMetric, name),
-        metric_name="accuracy" if published.tasks == 1 else "roc_auc",
-        num_outputs=published.classes if published.tasks == 1 else published.tasks,
+        metric_name="accuracy" if single else "roc_auc",
+        num_outputs=published.classes if single else published.tasks,
         target="paper" if hetero else None,
     )
 
 
 def provide(name: OGBName, root: Path, offline: bool, allow_large_downloads: bool) -> Path:
     """The data set's folder, with all its files; a zip file that lies in ``root`` is taken in place of a download."""
-    folder = root / name.replace("-", "_")
-    folder = other if (other := root / f"{folder.name}_pyg").exists() else folder  # ogb prefers it
-    archive, gigabytes = root / f"{OGB[name].archive}.zip", OGB[name].gigabytes
+    folder, archive = root / name.replace("-", "_"), root / f"{OGB[name].archive}.zip"
+    gigabytes = OGB[name].gigabytes
     missing = [file for file in files_of(name).values() if not (folder / file).is_file()]
     if not missing:
         return folder
     problem = f"{name}: {', '.join(missing)} missing in {folder}"
     if any(path.is_file() for path in folder.rglob("*")):
         raise FileNotFoundError(f"{problem}; put what is missing there, or move the folder away")
-    downloaded = not archive.exists()
-    if downloaded:
+    if downloaded := not archive.exists():
         advice = f"{problem}; put OGB's {archive.name} ({gigabytes:.2f} GB) into {root}"
         if offline:
             raise FileNotFoundError(advice)

@@ -109,10 +109,8 @@ def test_hardly_any_edges(edges: NDArray[Any], x: NDArray[Any], tmp_path: Path) 
 LINES = "".join(f"{source},{destination}\n" for source, destination in made().T)
 FORMS: dict[str, tuple[str, Any]] = {
     "(M, 2)": ("e.npy", np.ascontiguousarray(made().T)),
-    "(2, M) by columns": ("e.npy", np.asfortranarray(made())),
-    "uint8": ("e.npy", made().astype(np.uint8)),
+    "uint8 by columns": ("e.npy", np.asfortranarray(made().astype(np.uint8))),
     "int32": ("e.npy", made().astype(np.int32)),
-    "csv": ("e.csv", LINES),
     "csv, CR LF": ("e.csv", LINES.replace("\n", "\r\n")),
     "csv with header, blanks and quotes": ("e.csv", 'from,"to"\n' + re.sub(r"(\d+),(\d+)", r'"\1", \2', LINES)),
     "csv.gz": ("e.csv.gz", LINES),
@@ -153,9 +151,7 @@ def test_all_forms_of_edges_agree(form: str, x: NDArray[Any], tmp_path: Path) ->
         ("e.csv", "1,2\n2.5,1\n", "got node 2.5"),  # 3
         ("e.csv", "2.5,3.5\n1,2\n", "got node 2.5"),  # a header
         ("e.csv", "1,2\n-1,2\n", "got node -1"),  # taken
-        ("e.csv", "1,2\n3,x\n", "got node x"),
         ("e.csv", "1,2\n3,\n", "got node"),
-        ("e.csv", "1,2\n1e1,3\n", "got node 1e1"),
         ("e.csv", f"1,2\n{NODES},3\n", rf"got edge \({NODES}, 3\), expected nodes 0 to {NODES - 1}"),
         ("e.csv", f"1,2\n{10**30},3\n", "cast|convert"),
         ("e.csv", "", "has no rows"),
@@ -183,17 +179,13 @@ def test_parquet_of_other_columns_and_cut_files(x: Any, tmp_path: Path, capsys: 
     ("bad", "message"),
     [
         ({"e": np.array([[0, 1], [1, NODES], [2, 3]])}, rf"got edge \(1, {NODES}\), expected nodes 0 to"),
-        ({"e": np.array([[0, -1], [1, 2], [2, 3]])}, r"got edge \(0, -1\)"),
         ({"e": np.zeros((3, 3), int)}, r"edges: got shape \(3, 3\)"),
         ({"e": np.zeros((2, 3))}, "edges: got shape .* of <f8"),
         ({"e": np.zeros((2, 3), ">i8")}, "expected .* native integers"),
         ({"x": np.full((NODES, 2), 7e4)}, "row 0 holds 70000, expected .* up to 65504"),
         ({"x": np.where(np.arange(NODES) == 9, np.nan, 0.0)[:, None]}, "row 9 holds nan"),
-        ({"x": np.zeros(NODES)}, r"x: got shape \(150,\)"),
         ({"y": np.zeros(NODES - 1)}, r"y: got shape \(149,\)"),
         ({"y": np.full(NODES, 0.5)}, "y: got 0.5 to 0.5, expected whole numbers"),
-        ({"y": np.full(NODES, np.inf)}, "y: got inf to inf"),
-        ({"y": np.full(NODES, -2)}, "y: got -2 to -2"),
         ({"y": np.arange(NODES) - 1, "val": np.array([3, 0])}, "y: node 0 of val has no label"),
         ({"val": np.array([NODES])}, "val: got nodes 150 to 150, expected 0 to 149"),
         ({"train": np.array([2]), "val": np.array([1, 2])}, "val: got node 2 twice, or in an earlier part"),

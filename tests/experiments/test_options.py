@@ -14,7 +14,7 @@ from experiments import patches, sweep, train
 from experiments.__main__ import COMMANDS
 from experiments.__main__ import main as list_commands
 from experiments.benchmark.__main__ import main as benchmark_main
-from experiments.report.__main__ import main as report_main
+from experiments.report import main as report_main
 from tests.experiments.command import refused
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_what_is_unknown_is_named_in_one_line(command: str, message: str, capsys
 )
 def test_help_and_errors_do_without_torch(command: str) -> None:
     name, *args = command.split()
-    module = f"experiments.{name}" + ".__main__" * (name in ("benchmark", "report"))
+    module = f"experiments.{name}" + ".__main__" * (name == "benchmark")
     code = f"""
 import sys
 from {module} import main

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -46,22 +45,6 @@ def test_experts_by_regime_learn_more_of_neighbors(root: Path, name: str) -> Non
     assert 1 / CLASSES < score(x) < score(torch.cat([x, near], dim=1)) + 0.05 < score(by_regime) - 0.1
 
 
-def test_proteins_labels_follow_from_their_edges(root: Path) -> None:
-    graph = load_ogb("ogbn-proteins", root)
-    data, split = graph.data, graph.splits(0)
-    assert is_undirected(data.edge_index, data.edge_attr)
-    regime = data.x[:, :4].argmax(dim=1)
-    seen = torch.cat([data.x * (regime == number)[:, None] for number in range(4)], dim=1)
-    metric = graph.metric()
-    scores = [
-        LogisticRegression(max_iter=300).fit(seen[split["train"]], data.y[split["train"], task]).decision_function(seen)
-        for task in range(12)
-    ]
-    logits = torch.zeros(NODES, 112).index_copy_(1, torch.arange(12), torch.tensor(np.stack(scores, axis=1)).float())
-    metric.update(logits[split["test"]], data.y[split["test"]])
-    assert float(metric.compute()) > 0.5 + 0.1 * 12 / 112
-
-
 def test_mag_links_four_kinds_of_nodes(root: Path) -> None:
     data = load_ogb("ogbn-mag", root).data
     assert data.num_nodes_dict == {"author": 4500, "field_of_study": 250, "institution": 37, "paper": NODES}
@@ -89,7 +72,6 @@ def test_the_seed_is_the_graph(tmp_path: Path, name: str) -> None:
     ("options", "message"),
     [
         (["ogbn-pubmed"], "name: got 'ogbn-pubmed'"),
-        (["ogbn-arxiv", "--classes", "41"], "classes: got [169343, 1166243, 128, 41]"),
         (["ogbn-arxiv", "--nodes", "30"], "at least 100"),
     ],
 )

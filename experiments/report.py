@@ -11,7 +11,6 @@ of the others is made all the same, and the exit status is then 1.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,18 +40,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     try:
         config = options.parse(ReportConfig, args, "python -m experiments.report", __doc__)
-    except ValueError as error:
-        options.fail(error)
-    from experiments.report.make import report  # and so torch, which --help does without
+        from experiments.report_page import report  # and so torch, which --help does without
 
-    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-    warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
-    try:
         path, failed = report(config.runs, config.out, config.data_root)
     except (ValueError, OSError) as error:
         options.fail(error)
     print(f"written to {path}")
-    for reason in failed.values():
+    for reason in failed:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]left out:[/] {escape(reason)}", highlight=False)
     if failed:
         sys.exit(1)

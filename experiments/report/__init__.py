@@ -1,1 +1,0 @@
-"""One page from finished runs: ``python -m experiments.report RUN... --out DIR``."""
