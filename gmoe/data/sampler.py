@@ -71,9 +71,7 @@ class NeighborSampler(BaseSampler):
             of nodes; a graph without ``edge_index`` or with ``adj_t``; seeds with times.
     """
 
-    def __init__(
-        self, data: Data | HeteroData | StoredGraph, num_neighbors: Fanouts, replace: bool = False
-    ) -> None:
+    def __init__(self, data: Data | HeteroData | StoredGraph, num_neighbors: Fanouts, replace: bool = False) -> None:
         legal = "Data, HeteroData or StoredGraph"
         check(isinstance(data, Data | HeteroData | StoredGraph), "data", type(data).__name__, legal)
         self.is_hetero = isinstance(data, HeteroData)

@@ -107,9 +107,9 @@ class AttentionVote(Router):
             for part in groups.batches(x_TD.device):
                 votes_BES = group_votes(part.take(q_THd).transpose(1, 2), part.take(k_TEd).transpose(1, 2), part.mask)
                 votes_TE = part.add(votes_TE, votes_BES.transpose(1, 2))
-        capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
+        share = self.capacity_factor * self.k / self.num_experts
         log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
-        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, capacity, along_tokens=True)
+        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, share, along_tokens=True)
         weight_P = pair_weights(self.weight, log_gate_P, token_P, len(x_TD))
         return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD), checked=True)
 
