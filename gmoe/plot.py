@@ -16,16 +16,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_counts
+from gmoe._checks import check, check_counts, naming_extras
 from gmoe.routing import Routing, record_routing
 
-try:
+with naming_extras():
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
-except ModuleNotFoundError as error:
-    raise ImportError(f'gmoe.plot needs {error.name}: pip install "gmoe[plot]"') from error
 
 __all__ = ["expert_load", "expert_maps", "palette", "patch_weights"]
 

@@ -255,7 +255,9 @@ class GNNMoE(HubMixin, nn.Module):
 
 def activation_of(act: Any) -> Any:
     """The activation of that name, or a function or module as it is; ``None`` is the identity."""
-    return activation_resolver(act) or nn.Identity()
+    found = activation_resolver(act) or nn.Identity()
+    check(callable(found), "act", repr(act), "a name, a function or None")
+    return found
 
 
 def norm_of(norm: Any, width: int) -> Any:
