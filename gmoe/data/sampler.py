@@ -178,9 +178,6 @@ class NeighborSampler(BaseSampler):
         """Without the maps: spawned workers share the memory of pickled tensors, and would all write into one map."""
         return {**self.__dict__, "_maps": []}
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(num_neighbors={self.num_neighbors.values}, replace={self.replace})"
-
 
 def _draw(start: Tensor, nodes_F: Tensor, k: int, replace: bool) -> tuple[Tensor, Tensor]:
     """(S,) positions of the in-edges drawn, node by node, and (S,) which of ``nodes_F`` drew each."""
