@@ -51,8 +51,8 @@ class HubMixin:
         model: Any = self
         name = type(self).__name__
         for value in self.config.values():
-            if isinstance(value, Refused):
-                raise ValueError(value)
+            if isinstance(value, ValueError):
+                raise ValueError(value)  # a new one, that keeps no frames alive
         try:
             inspect.signature(type(self)).bind(**self.config)
         except TypeError as error:
@@ -134,12 +134,8 @@ class HubMixin:
         return str(done.commit_url)
 
 
-class Refused(str):
-    """Why an argument cannot be saved; what a configuration holds in its place."""
-
-
 def recorded(given: Mapping[str, Any], extra: str = "", known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A constructor's arguments as JSON, tuples as lists; what has no such form is refused when the model is saved.
+    """A constructor's arguments as JSON, tuples as lists; what has no such form is an error, which saving raises.
 
     Nothing is kept but names and numbers, so that the model stays as light, and as picklable, as it is.
 
@@ -163,5 +159,5 @@ def recorded(given: Mapping[str, Any], extra: str = "", known: Mapping[str, Any]
             config[name] = json.loads(json.dumps(value, default=encode, allow_nan=False))
         except (TypeError, ValueError) as error:
             legal = "names, numbers, lists or dicts of them, or a class that has a name"
-            config[name] = Refused(f"{name}: got {error}, expected {legal}, to be saved")
+            config[name] = ValueError(f"{name}: got {error}, expected {legal}, to be saved")
     return config

@@ -27,7 +27,7 @@ from gmoe.routers import RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing
 
 HeteroRouterInput: TypeAlias = Literal["node", "neighbors"] | Sequence[Literal["node", "neighbors"]]
-"""What a router sees of a node: its features, the means over its relations, or both."""
+"""The input of a router: a node's features, the means over its relations, or both."""
 
 NodeTensors: TypeAlias = Mapping[NodeType, Tensor]
 RelationEdges: TypeAlias = Mapping[EdgeType, Adj | Graph]

@@ -28,7 +28,7 @@ from gmoe.routing import INTEGERS, check_range, described
 
 Fanouts: TypeAlias = Sequence[int] | Mapping[EdgeType, Sequence[int]] | NumNeighbors
 InEdges: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
-"""Where the in-edges of each node start, their sources, and their ids (``None``: their positions)."""
+"""The start of each node's in-edges, their sources, and their ids (``None``: their positions)."""
 
 NODES: NodeType = ""
 EDGES: EdgeType = (NODES, "", NODES)
