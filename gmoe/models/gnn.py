@@ -183,6 +183,8 @@ class GNNMoE(HubMixin, nn.Module):
     ) -> Any:
         """Logits of all nodes; see the class and PyG's ``BasicGNN``."""
         refuse_transforms()
+        if isinstance(x, torch.fx.Proxy):
+            raise ValueError("x: got a torch.fx proxy, expected a tensor: in place of to_hetero, take HeteroGNNMoE")
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
         decision = self.decide(x, graph, batch)
         routings = [] if decision is None else [decision]
