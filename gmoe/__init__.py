@@ -73,24 +73,17 @@ _LAZY = {
 }
 """The names above that are imported on first use, by module (PEP 562)."""
 
-_EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", "torchvision": "vision"}
-"""The extra that brings what they need."""
-
 
 def __getattr__(name: str) -> Any:
+    from gmoe._checks import naming_extras
+
     if name == "plot":
         return importlib.import_module("gmoe.plot")
     module = next((module for module, names in _LAZY.items() if name in names), None)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
-            raise
-        raise ImportError(f'gmoe.{name} needs {package}: pip install "gmoe[{_EXTRAS[package]}]"') from error
-    globals()[name] = value
+    with naming_extras():
+        globals()[name] = value = getattr(importlib.import_module(module), name)
     return value
 
 

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral
+
+EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", "torchvision": "vision"}
+EXTRAS |= {"matplotlib": "plot", "safetensors": "hub", "huggingface_hub": "hub"}
+"""The extra that brings a package."""
+
+
+@contextmanager
+def naming_extras() -> Iterator[None]:
+    """Name the extra that brings a package which cannot be imported."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise ImportError(f'this part of gmoe needs {package}: pip install "gmoe[{EXTRAS[package]}]"') from error
 
 
 def check(valid: object, name: str, got: object, expected: object) -> None:

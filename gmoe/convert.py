@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -138,10 +137,10 @@ def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -
     if blocks is None:
         check(every <= count, "every", every, f"at most {count}, the number of blocks or hidden layers")
         return list(range(every - 1, count, every))
-    check(isinstance(blocks, Iterable), "blocks", repr(blocks), "a list of numbers of blocks")
-    blocks = tuple(blocks)
-    there = all(isinstance(block, Integral) and -count <= block < count for block in blocks)  # NumPy's too
-    chosen = sorted({int(block) % count for block in blocks}) if there else []
+    try:
+        chosen = sorted({range(count)[block] for block in blocks})
+    except (IndexError, TypeError):
+        chosen = []
     check(chosen and len(chosen) == len(blocks), "blocks", blocks, f"some of {-count} to {count - 1}, each once")
     return chosen
 

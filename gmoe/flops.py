@@ -34,8 +34,10 @@ def active_parameters(model: nn.Module) -> int:
     return round(total)
 
 
-def count_flops(model: Callable[..., Any], *args: Any, backward: bool = False, **kwargs: Any) -> int:
+def count_flops(model: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Count the FLOPs of one call, as torch's ``FlopCounterMode`` does (a multiply-add is two).
+
+    Of a training step: ``count_flops(lambda: model(x).sum().backward())``.
 
     Also counts grouped products, attention on the CPU, and sums over messages (one per element, whether by
     ``index_add``, ``scatter_add`` or a sparse product). If experts can run in several orders, one fixed order is
@@ -44,16 +46,11 @@ def count_flops(model: Callable[..., Any], *args: Any, backward: bool = False, *
 
     Args:
         model: what is called as ``model(*args, **kwargs)``.
-        backward: also count the backward pass from the sum of the first output tensor (default ``False``).
     """
     token = COUNTING.set(True)
     try:
         with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
-            out = model(*args, **kwargs)
-            if backward:
-                while isinstance(out, tuple | list):
-                    out = out[0]
-                out.sum().backward()
+            model(*args, **kwargs)
     finally:
         COUNTING.reset(token)
     return int(counter.get_total_flops())

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from gmoe._checks import check
+from gmoe._checks import check, naming_extras
 from gmoe.flops import active_parameters
 
 Model = TypeVar("Model", bound="HubMixin")
@@ -47,13 +46,13 @@ class HubMixin:
             ValueError: an argument that JSON cannot hold and no name stands for: a function, a ``partial``, an
                 instance, your own class; a subclass that does not record its arguments.
         """
-        with _imports():
+        with naming_extras():
             from safetensors.torch import save_file
         model: Any = self
         name = type(self).__name__
         for value in self.config.values():
-            if isinstance(value, Refused):
-                raise ValueError(value)
+            if isinstance(value, ValueError):
+                raise ValueError(value)  # a new one, that keeps no frames alive
         try:
             inspect.signature(type(self)).bind(**self.config)
         except TypeError as error:
@@ -74,18 +73,14 @@ class HubMixin:
 
     @classmethod
     def from_pretrained(
-        cls: type[Model],
-        folder: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        **arguments: Any,
+        cls: type[Model], folder: str | Path, *, revision: str | None = None, **arguments: Any
     ) -> Model:
         """Build a saved model on the CPU, with the saved weights in their own dtypes, in evaluation mode.
 
         Args:
-            folder: a folder, or the name of a repository on the Hub, ``"owner/name"``.
-            revision, token: as in ``huggingface_hub.snapshot_download``.
+            folder: a folder, or the name of a repository on the Hub, ``"owner/name"``; for a private one log in first
+                (``hf auth login``, or ``HF_TOKEN``).
+            revision: a branch, tag or commit of the repository.
             **arguments: arguments of the constructor in place of the saved ones.
 
         Raises:
@@ -94,14 +89,14 @@ class HubMixin:
             ValueError: a file, by its name, that is damaged or of another class; weights that do not fit the
                 configuration.
         """
-        with _imports():
+        with naming_extras():
             from safetensors import SafetensorError
             from safetensors.torch import load_file
         if not Path(folder).is_dir():
-            with _imports():
+            with naming_extras():
                 from huggingface_hub import snapshot_download
             files = [CONFIG, WEIGHTS]
-            folder = snapshot_download(str(folder), revision=revision, token=token, allow_patterns=files)
+            folder = snapshot_download(str(folder), revision=revision, allow_patterns=files)
         config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
         text = config.read_bytes()
         try:  # whatever is wrong with a file from the network; PyG's constructors raise all kinds of errors
@@ -118,50 +113,29 @@ class HubMixin:
         loaded: Model = model.eval()
         return loaded
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
         """Make the repository if it is not there, upload what :meth:`save_pretrained` writes, return the commit's URL.
 
         Args:
             repo_id: the repository's name, ``"owner/name"``.
-            private, token, revision: as in ``huggingface_hub.HfApi``.
+            private: a new repository is private (default: the owner's setting).
 
         Raises:
             ImportError: ``huggingface_hub`` or ``safetensors`` is not installed.
             ValueError: as :meth:`save_pretrained`, before anything is uploaded.
         """
-        with _imports():
+        with naming_extras():
             from huggingface_hub import HfApi
-        api = HfApi(token=token)
+        api = HfApi()
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            done = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision)
+            done = api.upload_folder(repo_id=repo_id, folder_path=folder)
         return str(done.commit_url)
 
 
-@contextmanager
-def _imports() -> Iterator[None]:
-    """Name the extra that brings what cannot be imported."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        name = str(error.name).partition(".")[0]
-        raise ImportError(f'gmoe.hub needs {name}: pip install "gmoe[hub]"') from error
-
-
-class Refused(str):
-    """Why an argument cannot be saved; what a configuration holds in its place."""
-
-
 def recorded(given: Mapping[str, Any], extra: str = "", known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A constructor's arguments as JSON, tuples as lists; what has no such form is refused when the model is saved.
+    """A constructor's arguments as JSON, tuples as lists; what has no such form is an error, which saving raises.
 
     Nothing is kept but names and numbers, so that the model stays as light, and as picklable, as it is.
 
@@ -185,5 +159,5 @@ def recorded(given: Mapping[str, Any], extra: str = "", known: Mapping[str, Any]
             config[name] = json.loads(json.dumps(value, default=encode, allow_nan=False))
         except (TypeError, ValueError) as error:
             legal = "names, numbers, lists or dicts of them, or a class that has a name"
-            config[name] = Refused(f"{name}: got {error}, expected {legal}, to be saved")
+            config[name] = ValueError(f"{name}: got {error}, expected {legal}, to be saved")
     return config

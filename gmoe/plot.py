@@ -11,21 +11,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_counts
+from gmoe._checks import check, check_counts, naming_extras
 from gmoe.routing import Routing, record_routing
 
-try:
+with naming_extras():
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
-except ModuleNotFoundError as error:
-    raise ImportError(f'gmoe.plot needs {error.name}: pip install "gmoe[plot]"') from error
 
 __all__ = ["expert_load", "expert_maps", "palette", "patch_weights"]
 
@@ -53,18 +51,16 @@ def palette(num_experts: int) -> list[tuple[float, float, float]]:
 # Images ---------------------------------------------------------------------------------------------------------------
 
 
-def patch_weights(model: nn.Module, images: Tensor, *, patch_size: int | tuple[int, int] | None = None) -> list[Tensor]:
+def patch_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Run a vision transformer on images and return the weight of every expert on every patch.
 
     The model is torchvision's, timm's or any other whose tokens are the patches row by row, with at most 16 class and
-    register tokens before them, or the grids of a Swin, which halve from stage to stage. It runs in evaluation mode
-    without gradients.
+    register tokens before them, or the grids of a Swin, which halve from stage to stage. Patches are as large as the
+    kernel of its first convolution whose kernel is its stride. It runs in evaluation mode without gradients.
 
     Args:
         model: a model that holds MoE layers.
         images: (B, C, H, W), or one image (C, H, W), as the model takes them; moved to its device and dtype.
-        patch_size: height and width of a patch in pixels; by default the kernel of the model's first convolution whose
-            kernel is its stride.
 
     Returns:
         A tensor a MoE layer, (B, h, w, E) on the CPU; 0 where an expert does not take the patch.
@@ -79,7 +75,7 @@ def patch_weights(model: nn.Module, images: Tensor, *, patch_size: int | tuple[i
         [torch.Size([2, 8, 8, 8]), torch.Size([2, 8, 8, 8]), torch.Size([2, 8, 8, 8])]
     """
     images = _batch_of(images)
-    high, wide = _patch_size(model, images, patch_size)
+    high, wide = _patch_size(model, images)
     h, w = images.size(2) // high, images.size(3) // wide
     parameter = next(model.parameters(), images)
     with _evaluating(model), record_routing(model) as routings:
@@ -91,7 +87,7 @@ def patch_weights(model: nn.Module, images: Tensor, *, patch_size: int | tuple[i
             raise ValueError(
                 f"images: got {routing.num_tokens} tokens of {len(images)} images in MoE layer {layer}, expected for "
                 f"each {h} x {w} patches and up to {MOST_PREFIX_TOKENS} class and register tokens before them, or the "
-                "halved grids of a Swin; give patch_size if patches are of another size"
+                "halved grids of a Swin"
             )
         dense_BTE = routing.to_dense().detach().float().cpu().unflatten(0, (len(images), -1))
         weights.append(dense_BTE[:, -grid[0] * grid[1] :].unflatten(1, grid))
@@ -105,7 +101,6 @@ def expert_maps(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     titles: Sequence[str] | None = None,
-    patch_size: int | tuple[int, int] | None = None,
 ) -> Figure:
     """Tint each patch of images by its expert: a row an image, a column a MoE layer.
 
@@ -113,7 +108,7 @@ def expert_maps(
     layers have nothing to do with each other.
 
     Args:
-        model, images, patch_size: see :func:`patch_weights`.
+        model, images: see :func:`patch_weights`.
         mean, std: by channel, as the images were normalized; by default each image is stretched to 0..1.
         titles: a text an image.
 
@@ -127,8 +122,8 @@ def expert_maps(
     check((mean is None) == (std is None), "mean, std", f"{mean}, {std}", "both or none")
     images = _batch_of(images)
     check(titles is None or len(titles) == len(images), "titles", titles, f"{len(images)} of them")
-    weights = patch_weights(model, images, patch_size=patch_size)
-    high, wide = _patch_size(model, images, patch_size)
+    weights = patch_weights(model, images)
+    high, wide = _patch_size(model, images)
     height, width = images.size(2) // high * high, images.size(3) // wide * wide
     pictures = _to_rgb(images.detach().float().cpu(), mean, std)[..., :height, :width]  # what patches cover
     cell = 1.7 * max(width / height, 0.4)
@@ -168,17 +163,16 @@ def _batch_of(images: Tensor) -> Tensor:
     return batch
 
 
-def _patch_size(model: nn.Module, images: Tensor, given: Any) -> tuple[int, int]:
+def _patch_size(model: nn.Module, images: Tensor) -> tuple[int, int]:
     """Height and width of a patch in pixels."""
     convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    if given is None:
-        given = next((conv.stride for conv in convs if conv.kernel_size == conv.stride != (1, 1)), None)
-    legal = "a Conv2d whose kernel is its stride; or give patch_size"
-    check(given is not None, "model", f"{type(model).__name__} without a patch embedding", legal)
-    high, wide = (given, given) if isinstance(given, int) else given
+    high, wide = next((conv.stride for conv in convs if conv.kernel_size == conv.stride != (1, 1)), (0, 0))
+    check(high, "model", f"{type(model).__name__} without a patch embedding", "a Conv2d whose kernel is its stride")
     height, width = images.shape[2:]
-    check(0 < high <= height and 0 < wide <= width, "patch_size", (high, wide), f"at most the image, {height, width}")
-    return high, wide
+    check(
+        high <= height and wide <= width, "images", f"{height} x {width} pixels", f"at least a patch, {high} x {wide}"
+    )
+    return int(high), int(wide)
 
 
 def _grid(tokens: float, h: int, w: int) -> tuple[int, int] | None:

@@ -32,6 +32,7 @@ ROOMS: dict[str, frozenset[str]] = {
 LAZY = {
     "gmoe": tuple(ROOMS),
     "gmoe.convert": ("gmoe.conv", "gmoe.models.gnn"),
+    "gmoe.routers.attention_vote": ("gmoe.conv", "torch_geometric"),
     "gmoe.hub": ("huggingface_hub", "safetensors"),
 }
 """Who may import what of it inside of functions, or for the type checker."""

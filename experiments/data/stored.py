@@ -11,7 +11,7 @@ from experiments.data.graph_data import Split, Splits, make_metric, task_loss
 from experiments.data.graph_task import neighborhoods
 from experiments.data.ogb import OGBMetric
 from experiments.data.task import Batch, Shard, Task
-from gmoe.data import StoredGraph
+from gmoe.data.stored import StoredGraph
 
 LEGAL: dict[str, tuple[Any, ...]] = {
     "sampling": ("neighbor",),

@@ -27,7 +27,7 @@ from gmoe.routers import RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing
 
 HeteroRouterInput: TypeAlias = Literal["node", "neighbors"] | Sequence[Literal["node", "neighbors"]]
-"""What a router sees of a node: its features, the means over its relations, or both."""
+"""The input of a router: a node's features, the means over its relations, or both."""
 
 NodeTensors: TypeAlias = Mapping[NodeType, Tensor]
 RelationEdges: TypeAlias = Mapping[EdgeType, Adj | Graph]
@@ -273,10 +273,9 @@ def checked_metadata(metadata: Metadata) -> tuple[list[NodeType], list[EdgeType]
     """
     node_types, edge_types = list(metadata[0]), [tuple(edge_type) for edge_type in metadata[1]]
     once = len({*node_types, *edge_types}) == len(node_types) + len(edge_types)
-    check(node_types and once, "metadata", metadata, "node types and edge types, each once")
-    for edge in edge_types:
-        between = len(edge) == 3 and {edge[0], edge[-1]} <= set(node_types)
-        check(between, "metadata", f"edge type {edge}", f"(source, relation, destination) between {node_types}")
+    between = all(len(edge) == 3 and {edge[0], edge[-1]} <= set(node_types) for edge in edge_types)
+    legal = "node types, and edge types (source, relation, destination) between them, each once"
+    check(node_types and once and between, "metadata", metadata, legal)
     return node_types, edge_types
 
 

@@ -1,7 +1,1 @@
-"""Mini-batches of a graph. Imports torch_geometric."""
-
-from gmoe.data.loader import neighbor_loader
-from gmoe.data.sampler import NeighborSampler
-from gmoe.data.stored import StoredGraph
-
-__all__ = ["NeighborSampler", "StoredGraph", "neighbor_loader"]
+"""Mini-batches of a graph, in memory or on disk. Each module needs torch_geometric: import it by itself."""

@@ -69,11 +69,12 @@ def neighbor_loader(
         raise ImportError("backend: got 'pyg' without pyg-lib or torch-sparse installed, expected 'auto' or 'gmoe'")
     if backend == "pyg" or (backend == "auto" and typing.WITH_PYG_LIB and given is data):
         return NeighborLoader(given, num_neighbors, replace=replace, **kwargs)
-    sampler = NeighborSampler(data, num_neighbors, replace, is_sorted=kwargs.pop("is_sorted", False))
-    theirs, ours = (inspect.signature(loader).parameters.keys() for loader in (NeighborLoader, NodeLoader))
-    for name in kwargs.keys() & (theirs - ours | {"input_time"}):
-        check(False, name, repr(kwargs[name]), "none, or backend='pyg' with pyg-lib installed")
-    return NodeLoader(given, sampler, **kwargs)
+    kwargs.pop("is_sorted", None)  # which our sampler sees for itself
+    theirs, ours = (inspect.signature(loader).parameters for loader in (NeighborLoader, NodeLoader))
+    for name in kwargs.keys() & (theirs.keys() - ours.keys() | {"input_time"}):
+        value, default = kwargs.pop(name), theirs[name].default
+        check(value == default, name, repr(value), f"{default!r}, or backend='pyg' with pyg-lib installed")
+    return NodeLoader(given, NeighborSampler(data, num_neighbors, replace), **kwargs)
 
 
 def _seeds(data: Data | HeteroData | StoredGraph, input_nodes: Any) -> Any:

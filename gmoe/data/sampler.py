@@ -18,16 +18,17 @@ from torch_geometric.sampler import (
     SamplerOutput,
 )
 from torch_geometric.sampler.neighbor_sampler import edge_sample, node_sample
-from torch_geometric.sampler.utils import to_csc
-from torch_geometric.typing import EdgeType, NodeType, SparseTensor
+from torch_geometric.typing import EdgeType, NodeType
+from torch_geometric.utils import index_sort
 
 from gmoe._checks import check
 from gmoe.data.stored import StoredGraph
 from gmoe.routers.base import check_edge_index
+from gmoe.routing import INTEGERS, check_range, described
 
 Fanouts: TypeAlias = Sequence[int] | Mapping[EdgeType, Sequence[int]] | NumNeighbors
 InEdges: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
-"""PyG's ``to_csc``: where the in-edges of each node start, their sources, and their ids (``None``: their positions)."""
+"""The start of each node's in-edges, their sources, and their ids (``None``: their positions)."""
 
 NODES: NodeType = ""
 EDGES: EdgeType = (NODES, "", NODES)
@@ -53,12 +54,12 @@ class NeighborSampler(BaseSampler):
     Draws come from torch's default generator, so that ``torch.manual_seed`` repeats them, in worker processes too.
 
     Args:
-        data: the graph, on any device, with ``edge_index`` (a tensor or PyG's ``EdgeIndex``) or a ``SparseTensor`` as
-            ``adj_t``; or a :class:`gmoe.StoredGraph`, whose edges stay on disk: memory is 4 bytes a node and process.
+        data: the graph, on any device, with ``edge_index`` (a tensor or PyG's ``EdgeIndex``), which is sorted by
+            destination unless it is already; or a :class:`gmoe.StoredGraph`, whose edges stay on disk: memory is 4
+            bytes a node and process.
         num_neighbors: k of each hop, from the seeds outwards; -1 takes all in-edges. For ``HeteroData`` a list for all
             types of edges, or a dictionary with one for each.
         replace: make k independent draws for each node with in-edges (default ``False``).
-        is_sorted: ``edge_index`` is sorted by destination already (default ``False``).
 
     Shapes:
         As PyG's ``SamplerOutput`` and ``HeteroSamplerOutput``: ``node`` begins with the seeds, ``row`` and ``col`` are
@@ -67,17 +68,10 @@ class NeighborSampler(BaseSampler):
 
     Raises:
         ValueError: fan-outs below -1 or of unknown types of edges; edges or seeds outside the nodes; an unknown number
-            of nodes; an adjacency that PyG's ``to_csc`` does not take; seeds with times.
+            of nodes; a graph without ``edge_index`` or with ``adj_t``; seeds with times.
     """
 
-    def __init__(
-        self,
-        data: Data | HeteroData | StoredGraph,
-        num_neighbors: Fanouts,
-        replace: bool = False,
-        *,
-        is_sorted: bool = False,
-    ) -> None:
+    def __init__(self, data: Data | HeteroData | StoredGraph, num_neighbors: Fanouts, replace: bool = False) -> None:
         legal = "Data, HeteroData or StoredGraph"
         check(isinstance(data, Data | HeteroData | StoredGraph), "data", type(data).__name__, legal)
         self.is_hetero = isinstance(data, HeteroData)
@@ -92,7 +86,7 @@ class NeighborSampler(BaseSampler):
             # half the memory traffic
             self._dtype = torch.int32 if largest < torch.iinfo(torch.int32).max else torch.int64
             edges = data.edge_items() if isinstance(data, HeteroData) else [(EDGES, data)]
-            self._graph = {kind: self._in_edges(store, kind, is_sorted) for kind, store in edges}
+            self._graph = {kind: self._in_edges(store, kind) for kind, store in edges}
         self._maps: list[dict[NodeType, Tensor]] = []
         is_legal = isinstance(num_neighbors, NumNeighbors | list | tuple | dict)
         check(is_legal, "num_neighbors", repr(num_neighbors), "a list, one number a hop")
@@ -166,29 +160,23 @@ class NeighborSampler(BaseSampler):
             "num_sampled_edges": {kind: [len(part) for part in parts[1:]] for kind, parts in edge.items()},
         }
 
-    def _in_edges(self, store: Any, kind: EdgeType, is_sorted: bool) -> InEdges:
-        """The edges of one type, checked, on the CPU."""
+    def _in_edges(self, store: Any, kind: EdgeType) -> InEdges:
+        """The edges of one type by destination, checked, on the CPU."""
         src, _, dst = kind
         check({src, dst} <= self._sizes.keys(), "data", f"edges {kind}", f"edges between nodes {list(self._sizes)}")
-        name = next((name for name in ("adj", "adj_t", "edge_index") if name in store), None)  # in the order of to_csc
-        check(name or kind == EDGES, "data", f"no edge_index of {kind}", "one")
-        if name == "edge_index":
-            edge_index = store.edge_index.cpu()
-            check_edge_index(edge_index, self._sizes[src], self._sizes[dst])
-            in_order = not is_sorted or bool((edge_index[1].diff() >= 0).all())
-            check(in_order, "is_sorted", "True with edges in another order", "them by destination, or False")
-        elif name:
-            got = f"{name} of type {type(store[name]).__name__}"
-            check(isinstance(store[name], SparseTensor), "data", got, "a SparseTensor, or edge_index alone")
-        start, source, ids = to_csc(store, device=torch.device("cpu"), is_sorted=is_sorted)
-        return start.to(self._dtype), source.to(self._dtype), None if ids is None else ids.to(self._dtype)
+        check("edge_index" in store and "adj_t" not in store, "data", store, f"edge_index of {kind}, and no adj_t")
+        edge_index = torch.as_tensor(store.edge_index.cpu())
+        check_edge_index(edge_index, self._sizes[src], self._sizes[dst])
+        (source, destination), ids = edge_index, None
+        if (destination.diff() < 0).any():
+            destination, order = index_sort(destination, max_value=self._sizes[dst])
+            source, ids = source.index_select(0, order), order.to(self._dtype)
+        start = torch._convert_indices_from_coo_to_csr(destination, self._sizes[dst])
+        return start.to(self._dtype), source.to(self._dtype), ids
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the maps: spawned workers share the memory of pickled tensors, and would all write into one map."""
         return {**self.__dict__, "_maps": []}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(num_neighbors={self.num_neighbors.values}, replace={self.replace})"
 
 
 def _draw(start: Tensor, nodes_F: Tensor, k: int, replace: bool) -> tuple[Tensor, Tensor]:
@@ -240,8 +228,5 @@ def count_nodes(store: Any) -> int:
 
 def check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:
     """Refuse what is no vector of node ids."""
-    is_index = not (nodes.is_floating_point() or nodes.is_complex() or nodes.dtype == torch.bool)
-    got = f"shape {tuple(nodes.shape)} of {nodes.dtype}"
-    check(nodes.dim() == 1 and is_index, name, got, "a vector of node ids")
-    low, high = map(int, nodes.aminmax()) if nodes.numel() else (0, -1)
-    check(low >= 0 and high < num_nodes, name, low if low < 0 else high, f"values in 0..{num_nodes - 1}")
+    check(nodes.dim() == 1 and nodes.dtype in INTEGERS, name, described(nodes), "a vector of node ids")
+    check_range(name, nodes, num_nodes)

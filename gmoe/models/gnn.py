@@ -146,14 +146,10 @@ class GNNMoE(HubMixin, nn.Module):
         for part in self.children():
             reset(part)
 
-    def decide(self, x: Tensor, edge_index: Adj | Graph, batch: Tensor | None = None) -> Routing:
-        """The shared routing of all nodes from their raw features.
-
-        Raises:
-            ValueError: each layer routes for itself.
-        """
+    def decide(self, x: Tensor, edge_index: Adj | Graph, batch: Tensor | None = None) -> Routing | None:
+        """Route all nodes from their raw features for all layers; ``None`` where each layer has its own router."""
         if self.shared_router is None:
-            raise ValueError("shared_router: got False, expected True to decide once")
+            return None
         graph = self._graph(x, edge_index, None, None)
         routing: Routing = self.shared_router(self.view(x, graph), batch, graph.edge_index)
         return routing
@@ -164,19 +160,13 @@ class GNNMoE(HubMixin, nn.Module):
         return router_view(self.router_input, x[: graph.num_dst], means, graph)
 
     def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
-        if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.in_channels:
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x: got shape {shape}, expected (number of nodes, {self.in_channels})")
         for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
             taken = (c.edge_names if isinstance(c, MoEConv) else parameters_of(c) for c in self.convs)
             if value is not None and not any(name in names for names in taken):  # of kinds, some take less than others
                 raise ValueError(f"{name}: got a tensor, but no conv of the model takes it")
-        if not isinstance(edge_index, Graph):
-            return Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
-        if (edge_index.num_src, edge_index.num_dst, edge_index.flow) != (x.size(0), x.size(0), self.flow):
-            got, legal = f"{edge_index} of flow {edge_index.flow!r}", f"{x.size(0)} nodes and flow {self.flow!r}"
-            raise ValueError(f"edge_index: got {got}, expected {legal}")
-        return edge_index.with_args(edge_weight, edge_attr)
+        if isinstance(edge_index, Graph):
+            return edge_index.with_args(edge_weight, edge_attr)
+        return Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
 
     def forward(
         self,
@@ -196,7 +186,7 @@ class GNNMoE(HubMixin, nn.Module):
         if isinstance(x, torch.fx.Proxy):
             raise ValueError("x: got a torch.fx proxy, expected a tensor: in place of to_hetero, take HeteroGNNMoE")
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
-        decision = None if self.shared_router is None else self.decide(x, graph, batch)
+        decision = self.decide(x, graph, batch)
         routings = [] if decision is None else [decision]
 
         def step(layer: int, x: Tensor) -> Tensor:
@@ -267,7 +257,7 @@ class GNNMoE(HubMixin, nn.Module):
 
 def activation_of(act: Any) -> Any:
     """The activation of that name, or a function or module as it is; ``None`` is the identity."""
-    found = nn.Identity() if act is None else activation_resolver(act)
+    found = activation_resolver(act) or nn.Identity()
     check(callable(found), "act", repr(act), "a name, a function or None")
     return found
 

@@ -36,7 +36,8 @@ class HeteroGNNMoE(nn.Module):
 
     Args:
         in_channels: width of the features, of all node types, or of each that has some: every other type gets an
-            embedding of width ``hidden_channels``, learned for each of its nodes.
+            embedding of width ``hidden_channels``, learned for each of its nodes. Where widths differ, a linear layer
+            to ``hidden_channels`` comes first.
         hidden_channels: width of the hidden layers.
         out_channels: width of the output, such as the number of classes.
         metadata: node types and edge types, ``data.metadata()``.
@@ -46,8 +47,6 @@ class HeteroGNNMoE(nn.Module):
         target: the node type whose logits are wanted; ``None`` (default) is all of them.
         num_nodes_dict: number of nodes of every type, ``data.num_nodes_dict``; needed where a type has an embedding.
         every: layer ``i`` is a MoE where ``i % every == every - 1`` (default 1), the output layer excepted.
-        in_proj: begin with a linear layer to ``hidden_channels`` for each node type with features (default ``False``:
-            only where the widths of the types differ).
         dropout: default 0.
         act, norm: see :class:`GNNMoE` (defaults: relu, no norm). Each node type has its own norms.
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
@@ -93,7 +92,6 @@ class HeteroGNNMoE(nn.Module):
         act: Any = "relu",
         norm: Any = None,
         residual: Residual = "identity",
-        in_proj: bool = False,
         **moe_kwargs: Any,
     ) -> None:
         check_counts(hidden_channels=hidden_channels, num_layers=num_layers, every=every)
@@ -109,11 +107,10 @@ class HeteroGNNMoE(nn.Module):
         check(self.num_nodes_dict.keys() >= set(embedded), "num_nodes_dict", num_nodes_dict, f"those of {embedded} too")
         check_counts(**{f"in_channels[{name!r}]": size for name, size in self.widths.items()})
         self.embeddings = ModuleDict({t: NodeEmbedding(self.num_nodes_dict[t], hidden_channels) for t in embedded})
-        projects = in_proj or len(set(self.widths.values())) > 1
+        projects = len(set(self.widths.values())) > 1
         width = hidden_channels if projects else self.widths[inputs[0]]
         self.lin_in = ModuleDict({t: nn.Linear(d, width) for t, d in self.widths.items() if projects and t in given})
-        options: Any = {"router": router, **moe_kwargs}
-        moe: Any = partial(HeteroMoEConv, **options)
+        moe: Any = partial(HeteroMoEConv, router=router, **moe_kwargs)  # type: ignore[arg-type]
         norm_layer = norm_of(norm, hidden_channels)
         self.norm_takes_batch = "batch" in parameters_of(norm_layer)
         if isinstance(norm_layer, BatchNorm) and norm_layer.module.track_running_stats:

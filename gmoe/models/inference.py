@@ -79,10 +79,10 @@ def inference(
         check(folder is None, "folder", f"{str(folder)!r} for a graph in memory", None)
         if not isinstance(data, Data) or data.x is None or data.edge_index is None:
             raise ValueError(f"loader: got one over {type(data).__name__}, expected a Data with x and edge_index")
-        graph = model._graph(data.x, data.edge_index, data.get("edge_weight"), data.get("edge_attr"))
+        graph = model._graph(data.x, data.edge_index, data.get("edge_weight"), data.get("edge_attr")).to("cpu")
         batch = None if data.get("batch") is None else data.batch.to(device)
-        way = PartByPart(model, graph, data.x.cpu(), device, batch_size, progress_bar, batch=batch)
-        logits = way.run()
+        way = PartByPart(model, graph, data.x.cpu(), graph.num_dst, device, batch_size, progress_bar, batch=batch)
+        logits = model.through(way.raw, way.step, way.each)
         return (logits, way.routings) if return_routing else logits
     _check_stored(model, data)
     check(not return_routing, "return_routing", "True", "False for a stored graph: it takes memory for all nodes")
@@ -90,14 +90,14 @@ def inference(
         raise ValueError("folder: got None, expected where to write the hidden features of a stored graph")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    way = PartByPart(model, data, data, device, batch_size, progress_bar, folder)
+    way = PartByPart(model, data, data, data.num_nodes, device, batch_size, progress_bar, folder)
     try:
-        logits = way.run()
+        logits = model.through(data, way.step, way.each)
         way.path.replace(folder / "logits.npy")
         return logits
     finally:
-        for name in ("loops", "hidden-0", "hidden-1"):
-            (folder / f"{name}.npy").unlink(missing_ok=True)
+        for turn in (0, 1):
+            (folder / f"hidden-{turn}.npy").unlink(missing_ok=True)
 
 
 @dataclass(eq=False)
@@ -111,6 +111,7 @@ class PartByPart:
         model: a ``GNNMoE``.
         graph: in memory or stored.
         raw: (N, D) the features; of a stored graph, the graph.
+        num_nodes: N.
         device: where parts are computed.
         batch_size: destinations a part.
         progress_bar: show one.
@@ -121,6 +122,7 @@ class PartByPart:
     model: Any
     graph: Any
     raw: Any
+    num_nodes: int
     device: torch.device
     batch_size: int
     progress_bar: bool
@@ -129,11 +131,6 @@ class PartByPart:
     routings: list[Routing] = field(default_factory=list)
     path: Path = Path()
     """The file that was written last."""
-
-    def run(self) -> Tensor:
-        """(N, out_channels) the logits."""
-        logits: Tensor = self.model.through(self.raw, self.step, self.each)
-        return logits
 
     def each(self, module: nn.Module, x: Any) -> Tensor:
         """(N, D) a module that treats each row by itself."""
@@ -181,11 +178,6 @@ class PartByPart:
             found[rows] = out.cpu()
         return found
 
-    @property
-    def num_nodes(self) -> int:
-        """N."""
-        return int(self.graph.num_nodes if isinstance(self.graph, StoredGraph) else self.graph.num_dst)
-
     def ranges(self, name: str) -> Iterator[slice]:
         """The nodes in order, some at a time."""
         for start in tqdm(range(0, max(self.num_nodes, 1), self.batch_size), name, disable=not self.progress_bar):
@@ -193,11 +185,10 @@ class PartByPart:
 
     def parts(self, name: str) -> Iterator[tuple[slice, Tensor, Graph]]:
         """Some destinations as a range, the nodes of their part of the graph (they come first), and the part."""
-        part_of = self.stored_part if isinstance(self.graph, StoredGraph) else self.graph.part
-        device = "cpu" if isinstance(self.graph, StoredGraph) else self.graph.edge_index.device
+        part_of = self.graph.part if self.folder is None else self.stored_part
         for rows in self.ranges(name):
-            nodes, part = part_of(torch.arange(rows.start, rows.stop, device=device))
-            yield rows, nodes.cpu(), part.to(self.device)
+            nodes, part = part_of(torch.arange(rows.start, rows.stop))
+            yield rows, nodes, part.to(self.device)
 
     def stored_part(self, token: Tensor) -> tuple[Tensor, Graph]:
         """:meth:`Graph.part` of a stored graph, of consecutive destinations."""
@@ -218,9 +209,8 @@ class PartByPart:
 
     @cached_property
     def loops(self) -> Tensor:
-        """(N,) the self-loops of each node of a stored graph, in a file."""
-        assert self.folder is not None
-        loops = create_npy(self.folder / "loops.npy", torch.int32, (self.num_nodes,))
+        """(N,) the self-loops of each node of a stored graph, 4 bytes a node."""
+        loops = torch.empty(self.num_nodes, dtype=torch.int32)
         for rows in self.ranges("Loops"):
             source, node = self.graph.in_edges(rows)
             loops[rows] = (node[source == node] - rows.start).bincount(minlength=rows.stop - rows.start).int()
@@ -241,14 +231,11 @@ def _check_stored(model: Any, graph: StoredGraph) -> None:
         by_row = isinstance(plain, nn.Identity | nn.LayerNorm)
         by_row |= isinstance(plain, LayerNorm) and plain.mode == "node"
         by_row |= isinstance(plain, nn.BatchNorm1d) and plain.track_running_stats
-        got = f"{type(norm).__name__}, which looks at all rows,"
-        check(by_row, "norm", got, "one by row: batch norm, LayerNorm(mode='node') or none")
+        check(by_row, "norm", type(norm).__name__, "one by row: batch norm, LayerNorm(mode='node') or none")
+    by_token = TokenChoice | RandomRouter | UniformRouter | MultiCentroid | ExpertChoice
+    legal = "one that decides token by token: token choice, random, uniform, centroids, or inference='threshold'"
     for router in model.modules():
         if isinstance(router, Router):
-            selection = router.selection if isinstance(router, ExpertChoice | MultiCentroid) else None
-            alone = isinstance(router, TokenChoice | RandomRouter | UniformRouter | MultiCentroid)
-            alone = alone if selection is None else selection.inference == "threshold"
-            how = "" if selection is None else " with inference='group'"
-            got = f"{type(router).__name__}{how}, whose tokens compete or depend on each other,"
-            legal = "tokens that decide alone: token choice, random, uniform, centroids, or inference='threshold'"
-            check(alone, "router", got, legal)
+            selection: Any = getattr(router, "selection", None)
+            alone = isinstance(router, by_token) and (selection is None or selection.inference == "threshold")
+            check(alone, "router", type(router).__name__, legal)

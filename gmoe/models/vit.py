@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,11 +61,10 @@ class ViTMoE(HubMixin, VisionTransformer):
         num_experts: E (default 8).
         k: K, experts per token (default 1).
         every: block ``i`` is MoE where ``i % every == every - 1`` (default 2).
-        blocks: indices of the MoE blocks, instead of ``every`` (default ``None``).
         shared_expert, dense_start: the dense MLP runs beside the routed experts, which start at zero, so that a new
             model gives what the dense one (``router=None``) gives that is drawn with the same seed; see :func:`moefy`
             (default ``True``).
-        dropout, attention_dropout: of the dense ViT and the experts (default 0).
+        dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
 
@@ -74,8 +73,7 @@ class ViTMoE(HubMixin, VisionTransformer):
         - returns (B, num_classes), and the list of :class:`gmoe.Routing` with ``return_routing=True``, empty if dense.
 
     Raises:
-        ValueError: an image size without a preset, sizes below 1 or that do not divide, blocks of a dense ViT,
-            or images of another shape.
+        ValueError: an image size without a preset, sizes below 1 or that do not divide, or images of another shape.
 
     Example:
         >>> logits, routings = ViTMoE(32, router="expert_choice")(images, return_routing=True)
@@ -91,11 +89,9 @@ class ViTMoE(HubMixin, VisionTransformer):
         num_experts: int = 8,
         k: int = 1,
         every: int = 2,
-        blocks: Sequence[int] | None = None,
         shared_expert: bool = True,
         dense_start: bool = True,
         dropout: float = 0.0,
-        attention_dropout: float = 0.0,
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
@@ -104,15 +100,14 @@ class ViTMoE(HubMixin, VisionTransformer):
             check(size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
             size = SIZES[size]
         sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else size)
-        check(router is not None or blocks is None, "blocks", f"{blocks!r} without a router", "None, for a dense ViT")
         check_counts(num_classes=num_classes, **sizes)
         for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
             check(sizes[whole] % sizes[part] == 0, whole, sizes[whole], f"a multiple of {part}={sizes[part]}")
-        super().__init__(**sizes, num_classes=num_classes, dropout=dropout, attention_dropout=attention_dropout)
+        super().__init__(**sizes, num_classes=num_classes, dropout=dropout)
         self.config = config
         if router is None:
             return
-        options: Any = {"upcycle": False, "blocks": blocks, "shared_expert": shared_expert, "dense_start": dense_start}
+        options: Any = {"upcycle": False, "shared_expert": shared_expert, "dense_start": dense_start}
         with drawn_apart() if shared_expert else nullcontext():
             moefy(self, every, k, router, num_experts, router_kwargs=router_kwargs, backend=backend, **options)
             for part in self.modules():  # as torchvision initializes its MLPs, and so the dense baseline

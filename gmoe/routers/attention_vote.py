@@ -7,14 +7,12 @@ self-loop a token.
 from __future__ import annotations
 
 import math
-import warnings
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gmoe._autograd import first_order, untraced
 from gmoe._checks import check_choice, check_counts, check_positive
 from gmoe.routers.base import Router, Weighting, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups
@@ -50,8 +48,8 @@ class AttentionVote(Router):
         shared_queries: ``False`` (default): E queries and E keys. ``True``: one global query and E keys, E + 1
             projections instead of 2E.
         scope: ``"group"`` (default): all tokens of a group vote; exact, O(T^2) time, O(T) memory forward and backward.
-            ``"neighbors"``: a node spreads its vote over its out-neighbors and itself, O(edges); needs ``edge_index``.
-            Experts choose inside groups either way.
+            ``"neighbors"``: a node spreads its vote over its out-neighbors and itself, O(edges); needs ``edge_index``
+            and torch_geometric. Experts choose inside groups either way.
         head_dim: d, the width of queries and keys (default 32).
         init_scale: factor of ``nn.Linear``'s initial weights of the queries (default 0.1): a softmax that is sharp from
             the start, as large features make it, hardly learns.
@@ -107,9 +105,9 @@ class AttentionVote(Router):
             for part in groups.batches(x_TD.device):
                 votes_BES = group_votes(part.take(q_THd).transpose(1, 2), part.take(k_TEd).transpose(1, 2), part.mask)
                 votes_TE = part.add(votes_TE, votes_BES.transpose(1, 2))
-        capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
+        share = self.capacity_factor * self.k / self.num_experts
         log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
-        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, capacity, along_tokens=True)
+        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, share, along_tokens=True)
         weight_P = pair_weights(self.weight, log_gate_P, token_P, len(x_TD))
         return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD), checked=True)
 
@@ -148,79 +146,27 @@ def _votes(q_BHbd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, voters: slice
     return (shares_BHbS * mask_BS[:, None, voters, None]).sum(dim=2)
 
 
-@untraced  # which knows no sparse tensors
 def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     """(T, H) votes where each node spreads one vote over its out-neighbors and itself; O(edges).
 
     Every node has itself once, whether or not the graph has self-loops; parallel edges count once each. Scores and
-    gradients are sparse products, a head at a time: no (M, d) tensor.
+    gradients are those of :func:`gmoe.conv.graph.dot`: no (M, d) tensor.
 
     Args:
         q_THd: queries, already divided by sqrt(d); H may be 1 where all heads share them.
         k_THd: keys.
         edge_index: (2, num_edges) from voters to those they vote for.
     """
+    from torch_geometric.utils import softmax  # who has a graph has it
+
+    from gmoe.conv.graph import Edges, dot
+
     num_tokens, heads = k_THd.shape[:2]
     self_loops = torch.arange(num_tokens, device=edge_index.device).expand(2, -1)
-    src_M, dst_M = torch.cat([edge_index[:, edge_index[0] != edge_index[1]], self_loops], dim=1)
-    src_M, by_src_M = src_M.sort(stable=True)
-    dst_M = dst_M.index_select(0, by_src_M)
-    sorted_dst_M, by_dst_M = dst_M.sort(stable=True)
-    starts = torch.arange(num_tokens + 1, device=src_M.device)
-    ends, dst_ends = torch.searchsorted(src_M, starts), torch.searchsorted(sorted_dst_M, starts)
-    graph = _Edges(ends, src_M, dst_M, dst_ends, src_M.index_select(0, by_dst_M), by_dst_M)
+    voter_M, other_M = torch.cat([edge_index[:, edge_index[0] != edge_index[1]], self_loops], dim=1)
+    edges = Edges.sorted(other_M, voter_M, num_tokens, num_tokens)
     votes = []
-    with torch.autocast(k_THd.device.type, enabled=False):
-        for q_Td, k_Td in zip(q_THd.expand(-1, heads, -1).unbind(1), k_THd.unbind(1), strict=True):
-            score_M: Tensor = _Scores.apply(q_Td.contiguous(), k_Td.contiguous(), graph)
-            best_T = torch.segment_reduce(score_M.detach(), "max", offsets=ends, unsafe=True)
-            share_M = (score_M - best_T.index_select(0, src_M)).exp()
-            total_T = torch.segment_reduce(share_M, "sum", offsets=ends, unsafe=True)
-            share_M = share_M / total_T.index_select(0, src_M)
-            share_M = share_M.index_select(0, by_dst_M)
-            votes.append(torch.segment_reduce(share_M, "sum", offsets=dst_ends, unsafe=True))
+    for q_T1d, k_T1d in zip(q_THd.expand(-1, heads, -1).split(1, dim=1), k_THd.split(1, dim=1), strict=True):
+        share_M = softmax(dot(q_T1d, k_T1d, edges).view(-1), ptr=edges.ptr)
+        votes.append(k_THd.new_zeros(num_tokens).index_add(0, edges.sender, share_M))
     return torch.stack(votes, dim=1)
-
-
-class _Edges(NamedTuple):
-    """Edges sorted by source, and how they are sorted by destination; ends (T + 1,) are those of each token's rows."""
-
-    ends: Tensor
-    src_M: Tensor
-    dst_M: Tensor
-    dst_ends: Tensor
-    src_by_dst_M: Tensor
-    by_dst_M: Tensor
-
-
-class _Scores(torch.autograd.Function):
-    """(M,) the product of each edge's query and key, whose gradients are sparse products too."""
-
-    @staticmethod
-    def forward(ctx: Any, q_Td: Tensor, k_Td: Tensor, graph: _Edges) -> Tensor:
-        ctx.graph = graph
-        ctx.save_for_backward(q_Td, k_Td)
-        if len(graph.dst_M) > len(q_Td) ** 2:  # parallel edges of a small graph, for which sampled_addmm has no room
-            return torch.linalg.vecdot(q_Td.index_select(0, graph.src_M), k_Td.index_select(0, graph.dst_M))
-        pattern = _matrix(graph.ends, graph.dst_M, torch.zeros_like(graph.dst_M, dtype=k_Td.dtype))
-        return torch.sparse.sampled_addmm(pattern, q_Td, k_Td.T, beta=0.0).values()
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, Tensor, None]:
-        (q_Td, k_Td), graph = ctx.saved_tensors, ctx.graph
-        forth = _matrix(graph.ends, graph.dst_M, grad_M)
-        back = _matrix(graph.dst_ends, graph.src_by_dst_M, grad_M.index_select(0, graph.by_dst_M))
-        return _product(forth, k_Td), _product(back, q_Td), None
-
-
-def _matrix(ends: Tensor, column_M: Tensor, value_M: Tensor) -> Tensor:
-    size = (len(ends) - 1, len(ends) - 1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(ends, column_M, value_M, size, check_invariants=False)
-
-
-def _product(matrix: Tensor, dense_Td: Tensor) -> Tensor:
-    """On the CPU by a kernel of torch's own, which every build has."""
-    return torch.sparse.mm(matrix, dense_Td, "sum") if dense_Td.device.type == "cpu" else matrix @ dense_Td

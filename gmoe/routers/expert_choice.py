@@ -8,13 +8,16 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_at_least, check_choice, check_positive
+from gmoe._checks import check_at_least, check_choice, check_positive
 from gmoe.routers.base import Router, Weighting, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups, gather_pairs, pairs_of_mask
 from gmoe.routing import AuxLoss, Routing
 
 Normalize: TypeAlias = Literal["experts", "tokens"]
 Inference: TypeAlias = Literal["group", "threshold"]
+
+MOMENTUM = 0.1
+"""Share of the newest training step in the running means; the first ten steps are averaged evenly."""
 
 
 class ExpertChoice(Router):
@@ -39,8 +42,8 @@ class ExpertChoice(Router):
             group's selected ones and capped at 10.
         inference: at evaluation, ``"group"`` (default): as in training, so that a token's experts depend on its group.
             ``"threshold"``: an expert takes every token whose score reaches a running mean of the last scores that
-            were taken in training, so that each token decides alone; needs at least one training step before.
-        momentum: share of the newest step in those running means (default 0.1).
+            were taken in training, a tenth of each new one, so that each token decides alone; needs at least one
+            training step before.
         z_coef: coefficient of the router z-loss (default 0, no loss).
         init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch Transformer): a softmax that is
             sharp from the start hardly learns.
@@ -64,7 +67,6 @@ class ExpertChoice(Router):
         capacity_factor: float = 1.0,
         normalize: Normalize = "experts",
         inference: Inference = "group",
-        momentum: float = 0.1,
         z_coef: float = 0.0,
         init_scale: float = 0.1,
         check_finite: bool = False,
@@ -74,7 +76,7 @@ class ExpertChoice(Router):
         check_at_least("init_scale", init_scale, 0)
         self.z_coef, self.init_scale = z_coef, init_scale
         self.gate = nn.Linear(dim, num_experts, bias=False)
-        self.selection = ExpertSelection(num_experts, capacity_factor, normalize, inference, momentum)
+        self.selection = ExpertSelection(num_experts, capacity_factor, normalize, inference)
         self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.reset_parameters()
 
@@ -100,24 +102,18 @@ class ExpertSelection(nn.Module):
         capacity_factor: scales the number of tokens that an expert takes.
         normalize: softmax of the logits over ``"experts"`` or over the ``"tokens"`` of the group.
         inference: ``"group"`` or ``"threshold"``.
-        momentum: share of the newest training step in the running means; the first ``1 / momentum`` steps are
-            averaged evenly.
     """
 
     threshold_E: Tensor
     log_scale_E: Tensor
     steps: Tensor
 
-    def __init__(
-        self, num_experts: int, capacity_factor: float, normalize: Normalize, inference: Inference, momentum: float
-    ) -> None:
+    def __init__(self, num_experts: int, capacity_factor: float, normalize: Normalize, inference: Inference) -> None:
         super().__init__()
         check_positive("capacity_factor", capacity_factor)
         check_choice("normalize", normalize, get_args(Normalize))
         check_choice("inference", inference, get_args(Inference))
-        check(0 < momentum <= 1, "momentum", momentum, "a number in (0, 1]")
-        self.capacity_factor = capacity_factor
-        self.normalize, self.inference, self.momentum = normalize, inference, momentum
+        self.capacity_factor, self.normalize, self.inference = capacity_factor, normalize, inference
         if inference == "threshold":
             self.register_buffer("threshold_E", torch.zeros(num_experts))
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
@@ -152,8 +148,8 @@ class ExpertSelection(nn.Module):
             groups = Groups.of(group, num_tokens)
             if along_tokens:
                 log_scores_TE = logits_TE - groups.logsumexp(logits_TE)
-            capacity = groups.capacity(router.k, router.num_experts, self.capacity_factor)
-            token_P, offsets_E, log_gate_P = groups.best_pairs(ranked_TE, log_scores_TE, capacity, along_tokens)
+            share = self.capacity_factor * router.k / router.num_experts
+            token_P, offsets_E, log_gate_P = groups.best_pairs(ranked_TE, log_scores_TE, share, along_tokens)
             if self.inference == "threshold" and router.is_training_step():
                 self._move(router, ranked_TE.detach(), log_gate_P.detach(), token_P, groups)
         weight_P = pair_weights(router.weight, log_gate_P, token_P, num_tokens)
@@ -172,7 +168,7 @@ class ExpertSelection(nn.Module):
         num_groups_all, *sums = router.summed(last_EB.new_tensor(num_groups), *sums)
         some = (num_groups_all > 0) & torch.cat(sums).isfinite().all()
         self.steps += some
-        share = (1.0 / self.steps.clamp(min=1)).clamp(min=self.momentum)
+        share = (1.0 / self.steps.clamp(min=1)).clamp(min=MOMENTUM)
         for mean_E, sum_E in zip(means, sums, strict=True):
             step_E = sum_E / num_groups_all.clamp(min=1)
             mean_E.copy_(torch.where(some, mean_E + share.to(mean_E.dtype) * (step_E - mean_E), mean_E))

@@ -82,9 +82,8 @@ class Groups:
         """(P,) the group of each of the given tokens."""
         return token_P // max(self.size, 1) if self.index is None else self.index.index_select(0, token_P)
 
-    def capacity(self, k: int, num_experts: int, capacity_factor: float) -> int | Tensor:
-        """``clamp(ceil(capacity_factor * k * T_group / E), 1, T_group)``: an int for equal groups, (B,) for ragged."""
-        share = capacity_factor * k / num_experts
+    def capacity(self, share: float) -> int | Tensor:
+        """``clamp(ceil(share * T_group), 1, T_group)``: an int for equal groups, (B,) for ragged ones."""
         slack = 1e-9  # 1.1 * 10 is 11.000000000000002 in floating point, and its ceil is not meant to be 12
         if self.index is None or self.counts is None:
             return min(max(math.ceil(share * self.size - slack), 1), self.size)
@@ -145,12 +144,13 @@ class Groups:
         return chosen_TE.T.bool()
 
     def best_pairs(
-        self, scores_TE: Tensor, log_gate_TE: Tensor, capacity: int | Tensor, along_tokens: bool
+        self, scores_TE: Tensor, log_gate_TE: Tensor, share: float, along_tokens: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs of each expert's :meth:`top_tokens`, and (P,) the logarithms of their gates.
+        """The pairs of each expert's best share of a group's tokens, and (P,) the logarithms of their gates.
 
         Gates that run along tokens are divided by their mean over the pairs of the group, which has no gradient.
         """
+        capacity = self.capacity(share)
         per_expert = capacity * self.num_groups if isinstance(capacity, int) else int(capacity.sum())
         chosen_ET = self.top_tokens(scores_TE.detach(), capacity)
         token_P, offsets_E = pairs_of_mask(chosen_ET, len(chosen_ET) * per_expert)
@@ -163,26 +163,17 @@ class Groups:
         return token_P, offsets_E, log_gate_P
 
 
-def drop_over_capacity(
-    expert_TK: Tensor, probs_TE: Tensor, groups: Groups, capacity: int | Tensor
-) -> tuple[Tensor, Tensor]:
-    """The pairs that are left where an expert takes at most ``capacity`` tokens of a group.
+def drop_over_capacity(expert_TK: Tensor, probs_TE: Tensor, groups: Groups, share: float) -> tuple[Tensor, Tensor]:
+    """The pairs that are left where an expert takes at most that share of a group's tokens.
 
     V-MoE's batch-prioritized routing: all first choices before all second ones, and among those the tokens with the
     highest probability of their first choice first; ties go to the lowest token index.
     """
-    (num_tokens, k), num_experts = expert_TK.shape, probs_TE.size(1)
-    by_priority_T = probs_TE.gather(1, expert_TK[:, :1])[:, 0].argsort(descending=True, stable=True)
-    token_P, expert_P = by_priority_T.repeat(k), expert_TK[by_priority_T].T.reshape(-1)
-    group_P = groups.of_tokens(token_P)
-    line_P, queue_P = (group_P * num_experts + expert_P).sort(stable=True)  # one line a group and expert
-    place_P = torch.arange(num_tokens * k, device=token_P.device) - torch.searchsorted(line_P, line_P)
-    if isinstance(capacity, Tensor):
-        capacity = capacity[group_P[queue_P]]
-    kept_P = queue_P[place_P < capacity]
-    mask_ET = torch.zeros(num_experts, num_tokens, dtype=torch.bool, device=token_P.device)
-    mask_ET[expert_P[kept_P], token_P[kept_P]] = True
-    return pairs_of_mask(mask_ET)
+    place_T = probs_TE.gather(1, expert_TK[:, :1])[:, 0].argsort(descending=True, stable=True).argsort()
+    # whole numbers, which float64 holds
+    rank_TK = -(place_T[:, None] + len(place_T) * torch.arange(expert_TK.size(1), device=place_T.device)).double()
+    rank_TE = torch.full_like(probs_TE, -torch.inf, dtype=torch.float64).scatter(1, expert_TK, rank_TK)
+    return pairs_of_mask(groups.top_tokens(rank_TE, groups.capacity(share)) & rank_TE.T.isfinite())
 
 
 def pairs_of_mask(mask_ET: Tensor, num_pairs: int | None = None) -> tuple[Tensor, Tensor]:

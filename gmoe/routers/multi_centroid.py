@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Literal, TypeAlias, get_args
 
@@ -19,7 +18,8 @@ from gmoe.routing import AuxLoss, Routing
 Choice: TypeAlias = Literal["tokens", "experts"]
 Reduce: TypeAlias = Literal["max", "logsumexp"]
 
-log = logging.getLogger(__name__)
+RESTARTS, STEPS = 8, 50
+"""Runs of k-means, and steps of each at most."""
 
 EPS = 1e-12
 """The smallest norm that a token is divided by, as in ``torch.nn.functional.normalize``."""
@@ -47,7 +47,7 @@ class MultiCentroid(Router):
         temperature: initial tau (default 0.1).
         separation_coef: coefficient of the separation loss, the mean squared positive cosine between centroids within
             and across experts (default 0.01; 0 for no loss).
-        capacity_factor, normalize, inference, momentum: for ``choice="experts"``, see :class:`ExpertChoice`.
+        capacity_factor, normalize, inference: for ``choice="experts"``, see :class:`ExpertChoice`.
         check_finite: see :class:`Router`.
 
     Shapes:
@@ -75,7 +75,6 @@ class MultiCentroid(Router):
         capacity_factor: float = 1.0,
         normalize: Normalize = "experts",
         inference: Inference = "group",
-        momentum: float = 0.1,
         check_finite: bool = False,
     ) -> None:
         weight = weight or ("normalized" if choice == "tokens" and k >= 2 else "score")
@@ -90,7 +89,7 @@ class MultiCentroid(Router):
         self.centroid = nn.Parameter(torch.empty(num_experts, num_centroids, dim))
         self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP2 refuses scalars
         self.register_buffer("center_D", torch.zeros(dim))
-        selection = ExpertSelection(num_experts, capacity_factor, normalize, inference, momentum)
+        selection = ExpertSelection(num_experts, capacity_factor, normalize, inference)
         self.selection = selection if choice == "experts" else None
         if choice == "experts":
             self.experts_per_token = min(k * capacity_factor, float(num_experts))
@@ -159,20 +158,17 @@ class MultiCentroid(Router):
 
 
 @torch.no_grad()
-def kmeans(
-    x_TD: Tensor, num_clusters: int, generator: torch.Generator, *, restarts: int = 8, steps: int = 50
-) -> tuple[Tensor, Tensor]:
-    """Lloyd's k-means with k-means++ starts (Arthur & Vassilvitskii, 2007): the best of ``restarts`` runs.
+def kmeans(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Lloyd's k-means with k-means++ starts (Arthur & Vassilvitskii, 2007): the best of several runs.
 
     Returns:
         Centers (N, D) and the cluster of each token (T,). A cluster may be empty where there are fewer than N
         distinct tokens.
     """
     runs = []
-    for run in range(restarts):
-        log.info("k-means, %d clusters of %d tokens: run %d of %d", num_clusters, len(x_TD), run + 1, restarts)
+    for _ in range(RESTARTS):
         center_ND = _plus_plus(x_TD, num_clusters, generator)
-        for _ in range(steps):
+        for _ in range(STEPS):
             owner_T, before_ND = torch.cdist(x_TD, center_ND).argmin(dim=1), center_ND
             count_N1 = owner_T.bincount(minlength=num_clusters)[:, None]
             total_ND = torch.zeros_like(center_ND).index_add_(0, owner_T, x_TD)

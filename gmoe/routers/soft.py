@@ -68,14 +68,13 @@ class SoftSlots(Router):
         y = C f(D^\top X)
 
     Every slot is a weighted mean of all tokens and every token one of all slots: nothing is dropped, and everything has
-    a gradient. Compute scales with the slots, not with the tokens.
+    a gradient. Compute scales with the slots, not with the tokens. In the logits, tokens and slots have norm 1, the
+    slots times a learned scale that starts at 1 (section 2.3 of the paper); slots mix the tokens as they are.
 
     Args:
         dim: D, the width of the tokens.
         num_experts: E; also K, since every token takes part in every expert.
         slots: S, slots per expert and group (default 1).
-        normalize: ``True`` (default): tokens and slots enter the logits with norm 1, the slots times a learned scale
-            that starts at 1, as in the paper (section 2.3). Slots mix the tokens as they are.
         check_finite: see :class:`Router`.
 
     Shapes:
@@ -85,29 +84,25 @@ class SoftSlots(Router):
         ValueError: an argument out of range.
     """
 
-    def __init__(
-        self, dim: int, num_experts: int, slots: int = 1, *, normalize: bool = True, check_finite: bool = False
-    ) -> None:
+    def __init__(self, dim: int, num_experts: int, slots: int = 1, *, check_finite: bool = False) -> None:
         super().__init__(dim, num_experts, k=num_experts, weight="score", check_finite=check_finite)
         check_counts(slots=slots)
         self.slots = slots
         self.phi = nn.Parameter(torch.empty(num_experts, slots, dim))
-        self.scale = nn.Parameter(torch.empty(1)) if normalize else None
+        self.scale = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.phi, std=self.dim**-0.5)
-        if self.scale is not None:
-            nn.init.ones_(self.scale)
+        nn.init.ones_(self.scale)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> SoftRouting:
         groups = Groups.of(group, len(x_TD))
-        phi_ND = self.phi.flatten(0, 1).to(x_TD.dtype)
-        if self.scale is not None:
-            x_TD = x_TD / (torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True) + EPS)
-            phi_ND = phi_ND / (torch.linalg.vector_norm(phi_ND, dim=-1, keepdim=True) + EPS)
-            phi_ND = phi_ND * self.scale.to(x_TD.dtype)
-        logits_TN = x_TD @ phi_ND.T
+        unit_TD, unit_ND = (
+            value / (torch.linalg.vector_norm(value, dim=-1, keepdim=True) + EPS)
+            for value in (x_TD, self.phi.flatten(0, 1).to(x_TD.dtype))
+        )
+        logits_TN = unit_TD @ (unit_ND * self.scale.to(x_TD.dtype)).T
         combine_TES = logits_TN.softmax(dim=-1).unflatten(-1, (self.num_experts, self.slots))
         dispatch_TN = (logits_TN - groups.logsumexp(logits_TN)).exp()
         weight_TE = combine_TES.sum(dim=-1)
@@ -118,4 +113,4 @@ class SoftSlots(Router):
         return SoftRouting(token_P, offsets_E, weight_P, weight_TE, len(x_TD), checked=True, **shares)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, {self.num_experts}, slots={self.slots}, normalize={self.scale is not None}"
+        return f"{self.dim}, {self.num_experts}, slots={self.slots}"

@@ -135,8 +135,8 @@ class TokenChoice(BalancedRouter):
     def _dropped(self, expert_TK: Tensor, log_probs_TE: Tensor, groups: Groups, losses: dict[str, AuxLoss]) -> Routing:
         """Route without the pairs over capacity; the weights are those of what is left."""
         probs_TE, num_tokens = log_probs_TE.exp(), len(log_probs_TE)
-        capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor or 1.0)
-        token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, capacity)
+        share = (self.capacity_factor or 1.0) * self.k / self.num_experts
+        token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, share)
         weight_P = pair_weights(self.weight, gather_pairs(log_probs_TE, token_P, offsets_E), token_P, num_tokens)
         dropped_T = self.k - token_P.bincount(minlength=num_tokens)
         return Routing(token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, dropped_T, checked=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -124,11 +125,13 @@ def test_pyg_needs_its_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_only_pyg_does_is_refused() -> None:
     asked: list[tuple[str, Any]] = [
         *(("subgraph_type", "induced"), ("directed", False), ("disjoint", True), ("time_attr", "time")),
-        *(("weight_attr", "edge_weight"), ("input_time", torch.arange(NODES)), ("is_sorted", True)),
+        *(("weight_attr", "edge_weight"), ("input_time", torch.arange(NODES)), ("temporal_strategy", "last")),
     ]
+    defaults = inspect.signature(NeighborLoader).parameters
     for name, value in asked:
         with pytest.raises(ValueError, match=name):
             neighbor_loader(full_graph(), [3], backend="gmoe", **{name: value})
+        neighbor_loader(full_graph(), [3], backend="gmoe", is_sorted=True, **{name: defaults[name].default})
 
 
 @pytest.mark.parametrize("make", [full_graph, hetero_graph])

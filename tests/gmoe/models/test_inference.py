@@ -132,7 +132,7 @@ def test_on_a_gpu_with_the_graph_in_main_memory_or_on_disk(stored: StoredGraph, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"router": "expert_choice"}, "router: got ExpertChoice with inference='group'"),
+        ({"router": "expert_choice"}, "router: got ExpertChoice"),
         ({"router": "attention_vote"}, "router: got AttentionVote"),
         ({"router": "multi_centroid", "router_kwargs": {"choice": "experts"}}, "router: got MultiCentroid"),
         ({"norm": "layer_norm"}, "norm: got LayerNorm"),

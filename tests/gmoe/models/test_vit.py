@@ -54,7 +54,6 @@ def test_gray_images_are_repeated() -> None:
         ({"size": 64}, "size"),
         ({"size": dataclasses.replace(TINY, image_size=9)}, "image_size"),
         ({"size": dataclasses.replace(TINY, num_heads=3)}, "hidden_dim"),
-        ({"size": TINY, "router": None, "blocks": [0]}, "blocks"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], argument: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gmoe import ExpertChoice
+from gmoe.routers import expert_choice
 
 
 def identity_gate(num_experts: int, **options: Any) -> ExpertChoice:
@@ -44,8 +45,9 @@ def test_experts_per_token(k: int, factor: float, expected: float) -> None:
 
 
 @pytest.fixture
-def router() -> ExpertChoice:
-    return identity_gate(1, capacity_factor=0.5, normalize="tokens", inference="threshold", momentum=0.5)
+def router(monkeypatch: pytest.MonkeyPatch) -> ExpertChoice:
+    monkeypatch.setattr(expert_choice, "MOMENTUM", 0.5)
+    return identity_gate(1, capacity_factor=0.5, normalize="tokens", inference="threshold")
 
 
 def step(router: ExpertChoice, *logits: float, batch: list[int] | None = None) -> None:

@@ -246,7 +246,6 @@ def test_bad_sizes_and_weights(bad: dict[str, Any]) -> None:
         (TokenChoice, {"balance": "even"}),
         *((TokenChoice, {"capacity_factor": value}) for value in (0, -1.0, math.nan)),
         *((TokenChoice, {name: -1}) for name in ("balance_coef", "bias_rate", "z_coef", "init_scale")),
-        *((ExpertChoice, {"momentum": value}) for value in (0.0, 1.5)),
         *((ExpertChoice, {name: -1}) for name in ("z_coef", "init_scale")),
         *((router, {"capacity_factor": 0}) for router in (ExpertChoice, AttentionVote, MultiCentroid)),
         *((router, {"normalize": "nodes"}) for router in (ExpertChoice, MultiCentroid)),
