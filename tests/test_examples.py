@@ -48,22 +48,6 @@ def test_example_runs(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_is_short_and_its_head_says_how_to_run_it(path: Path) -> None:
-    source = path.read_text()
-    assert len(source.splitlines()) <= 120
-    head = ast.get_docstring(ast.parse(source)) or ""
-    title, line, *_ = head.splitlines()
-    assert line == "=" * len(title)
-    for wanted in (
-        r"pip install ",
-        rf"python examples/{path.name} --fast",
-        r"\d s of one core of an (AMD EPYC|Intel Xeon) CPU",
-        r"\d %",
-    ):
-        assert re.search(wanted, head), wanted
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_imports_what_its_install_line_brings(path: Path) -> None:
     tree = ast.parse(path.read_text())
     install = re.search(r"pip install .*", ast.get_docstring(tree) or "")

@@ -37,7 +37,8 @@ from torch_geometric.nn import to_hetero
 
 import gmoe
 from tests import contract
-from tests.contract import CASES, METADATA, Case, assert_alike, outcome, rows, run, train
+from tests.contract import CASES, METADATA, Case, outcome, rows, run
+from tests.test_contract import assert_compiles
 
 LAYERS = {
     "`MoE`": "MoE token_choice",
@@ -52,14 +53,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module"),
 ]
-
-
-def compiles(case: Case, **options: Any) -> None:
-    torch.compiler.reset()
-    layer = case.make()
-    twin = copy.deepcopy(layer)
-    compiled = torch.compile(twin, **options)
-    assert_alike(train(twin, case.call(), compiled), train(layer, case.call()))
 
 
 def transforms(case: Case, name: str) -> None:
@@ -91,8 +84,9 @@ def shards(layer: nn.Module) -> Any:
 
 
 def quantizes(case: Case) -> None:
-    layer = case.make().eval()
-    quantized = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
+    """It may choose other experts: of tokens whose scores are near."""
+    quantized = torch.ao.quantization.quantize_dynamic(case.make().eval(), {nn.Linear}, dtype=torch.qint8)
+    assert run(quantized, case.call()).isfinite().all()
     assert any("quantized" in type(module).__module__ for module in quantized.modules())
 
 
@@ -158,6 +152,7 @@ def keeps(*clauses: Callable[[Case, str], None]) -> Callable[[Case], None]:
     return check
 
 
+compiles = partial(assert_compiles, calls=[contract.GROUPS], backend="eager")
 COPIES = (contract.is_copied, contract.is_pickled, contract.is_restored_from_its_state_dict)
 PROBES: dict[str, Callable[[Case], None]] = {
     "autocast, float64": keeps(contract.trains_under_autocast, contract.computes_in_float64),
@@ -167,8 +162,8 @@ PROBES: dict[str, Callable[[Case], None]] = {
     "`inference_mode`, several threads": keeps(contract.runs_without_gradients, contract.serves_two_threads),
     "DDP": partial(trains_in_parallel, wrap=DistributedDataParallel),
     "FSDP2 (`fully_shard`)": partial(trains_in_parallel, wrap=shards),
-    "`torch.compile`": partial(compiles, backend="eager"),
-    "`torch.compile(fullgraph=True)`": partial(compiles, backend="eager", fullgraph=True),
+    "`torch.compile`": compiles,
+    "`torch.compile(fullgraph=True)`": partial(compiles, fullgraph=True),
     "`torch.export`": partial(transforms, name="torch.export"),
     "`torch.jit.trace`": partial(transforms, name="torch.jit.trace"),
     "`torch.jit.script`": scripts,

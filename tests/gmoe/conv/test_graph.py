@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy
@@ -135,6 +136,14 @@ def test_a_graph_that_keeps_sums_can_be_copied(copied: Callable[[Graph], Graph])
     graph.mean(x)
     for given in (x, 2 * x):
         assert torch.equal(copied(graph).mean(given), graph.mean(given))
+
+
+def test_threads_may_share_a_graph() -> None:
+    x, layer, graph = features(9, 4), MoEConv("gcn", 4, 4).double().eval(), Graph(EDGES, 9)
+    expected = layer(x, EDGES)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: layer(x, graph), range(12)):
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("conv", "name", "width"), [("gcn", "edge_weight", ()), ("gat", "edge_attr", (2,))])
