@@ -429,7 +429,7 @@ def call(module: Any, c: Config, given: Given) -> tuple[Tensor, list[Routing]]:
     """Output and routings, under the seed of the noise."""
     torch.manual_seed(c.number)
     options: dict[str, Any] = {name: value for name, value in given.args.items() if name not in c.in_graph}
-    if c.alone and (c.number % 2 or (isinstance(given.adj, Tensor) and c.form not in SPARSE)):  # others know it
+    if c.alone:
         options["size"] = c.sizes
     if given.weight_TE is not None:
         options["routing"] = ref.routing_of(given.weight_TE)

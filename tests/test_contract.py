@@ -14,11 +14,9 @@ from tests.contract import (
     CASES,
     CLAUSES,
     GROUPS,
-    TRANSFORMS,
     Case,
     assert_alike,
     host_syncs,
-    outcome,
     train,
 )
 
@@ -84,23 +82,6 @@ def test_compiles_in_one_graph(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_compiles_in_pieces(case: Case) -> None:
     assert_compiles(case, backend="eager")
-
-
-# torch.jit.trace, torch.export, torch.func
-
-ERRORS = (
-    "not supported by gmoe's",  # what a layer on a graph, and all under torch.func, say
-    "Cannot create dict for key type",  # torch.jit.trace, of a dict by edge type
-    "data-dependent expression",  # torch.export, where the number of pairs follows the data: running thresholds
-)
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("case", CASES, ids=label)
-def test_works_in_transforms_or_says_why_not(case: Case, name: str) -> None:
-    text = outcome(case, name)
-    assert text == "works" or any(error in text for error in ERRORS), text
 
 
 # host syncs

@@ -29,8 +29,6 @@ from gmoe import (
     Router,
     RoutingStats,
     TokenChoice,
-    ViTMoE,
-    ViTSize,
     aux_loss,
 )
 from gmoe.distributed import world_size, world_sum
@@ -72,11 +70,6 @@ def gnn(**kwargs: Any) -> nn.Module:
     return GNNMoE(D, 8, 3, 3, conv="sage", num_experts=E, router_kwargs=quiet, norm=None, dropout=0.0, **kwargs)
 
 
-def vit() -> nn.Module:
-    size = ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=16)
-    return ViTMoE(size, 3, num_experts=E)
-
-
 def images(seed: int) -> list[Tensor]:
     """Eight groups of tokens, of a mean that is not zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -106,21 +99,12 @@ def run_graphs(model: Any, part: list[Data]) -> tuple[Tensor, Any]:
     return y, routings
 
 
-def run_pixels(model: Any, part: list[Tensor]) -> tuple[Tensor, Any]:
-    return model(torch.stack(part)), []
-
-
-def pixels(seed: int) -> list[Tensor]:
-    return list(torch.randn(8, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
-
-
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], list[Any]], Callable[..., tuple[Tensor, Any]]]] = {
     **{name: (lambda name=name: layer(name), images, run_tokens) for name in ROUTERS},  # type: ignore[misc]
     "checkpointed": (Checkpointed, images, run_tokens),
     "gnn": (gnn, graphs, run_graphs),
     "gnn-shared-router": (lambda: gnn(shared_router=True), graphs, run_graphs),
     "gnn-votes": (lambda: GNNMoE(D, 8, 3, 2, conv="gcn", num_experts=E, router="attention_vote"), graphs, run_graphs),
-    "vit": (vit, pixels, run_pixels),
 }
 
 

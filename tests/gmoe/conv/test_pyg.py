@@ -25,9 +25,9 @@ from torch_geometric.nn import (
     to_hetero,
 )
 
-from gmoe import GNNMoE, MoEConv
+from gmoe import GNNMoE, Graph, MoEConv
 from gmoe.conv.kinds import OPTIONS
-from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph
+from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, csr, features, random_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 
@@ -201,6 +201,14 @@ def test_buffers_of_an_aggregation_move_with_the_layer() -> None:
 
 
 # sources alone
+
+
+def test_destinations_without_features_are_counted_by_a_matrix_a_graph_or_a_size() -> None:
+    edge_index, moe = torch.tensor([[0, 1, 2, 3, 7], [0, 0, 1, 1, 2]]), layer("sage").double().eval()
+    x = features(NODES, WIDTH), None
+    expected = moe(x, edge_index, size=(NODES, 5))
+    for given in ((csr(edge_index, (NODES, 5)),), (Graph(edge_index, (NODES, 5)),), (edge_index, (NODES, 5))):
+        torch.testing.assert_close(moe(x, *given), expected)
 
 
 def test_destinations_without_features_are_refused_where_a_conv_reads_them() -> None:

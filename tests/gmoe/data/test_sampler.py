@@ -74,22 +74,6 @@ def test_subsets_are_equally_likely(degree: int, k: int) -> None:
     assert within(torch.tensor(list(subsets.values())), trials, 1 / math.comb(degree, k)).all()
 
 
-@pytest.mark.parametrize("k", [1, 10])
-def test_each_edge_is_included_with_probability_k_over_degree(k: int) -> None:
-    """On a graph with nodes of many degrees."""
-    data = graph(10, 120)
-    degree = data.edge_index[1].bincount(minlength=10)
-    trials = 2_000
-    torch.manual_seed(1)
-    out = sample(data, [k], list(range(10)) * trials)
-    assert out.edge is not None
-    included = out.edge.bincount(minlength=120)
-    share = (k / degree[data.edge_index[1]]).clamp(max=1)
-    for edge in range(120):
-        assert within(included[edge], trials, float(share[edge]))
-    assert torch.equal(out.col.bincount(minlength=10 * trials), degree.clamp(max=k).repeat(trials))
-
-
 def test_hub() -> None:
     """Each tenth of its edges is drawn alike, and so are odd and even ones and those that Floyd's algorithm adds."""
     degree, k, trials = 50_000, 10, 4_000

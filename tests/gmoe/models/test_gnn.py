@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import GAT, GCN, GIN, GATConv, GraphSAGE
+from torch_geometric.nn import GAT, GCN, GIN, EdgeCNN, GATConv, GraphSAGE
 
 from gmoe import (
     GNNMoE,
@@ -199,9 +199,11 @@ DENSE: list[tuple[Any, dict[str, Any]]] = [
     (GraphSAGE, {}),
     (GIN, {"train_eps": True, "jk": "max"}),
     (GAT, {"heads": 2, "v2": True}),
+    (EdgeCNN, {}),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 @pytest.mark.parametrize(("cls", "kwargs"), DENSE, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_moefy_starts_as_the_dense_model(cls: Any, kwargs: dict[str, Any]) -> None:
     """In place: all convs but an output conv; see ``test_convert.py``."""

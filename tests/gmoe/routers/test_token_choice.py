@@ -38,25 +38,6 @@ def test_far_apart_logits_do_not_tie(dtype: torch.dtype) -> None:
 # Noise
 
 
-@pytest.mark.parametrize("noise", [True, "spread"])
-def test_noise_in_training_only(noise: Any) -> None:
-    router, x, plain = TokenChoice(4, 3, noise=noise), torch.randn(20, 4), TokenChoice(4, 3, noise=False)
-    assert not torch.equal(router(x).scores, router(x).scores)
-    plain.load_state_dict(router.state_dict(), strict=False)
-    assert torch.equal(router.eval()(x).scores, plain(x).scores)
-
-
-def test_noise_is_as_wide_as_the_logits() -> None:
-    torch.manual_seed(0)
-    for scale in (0.01, 10.0):
-        router, x = TokenChoice(4, 3, init_scale=1.0), scale * torch.randn(40_000, 4)
-        clean = x @ router.gate.weight.T
-        noise = router.double()(x.double()).scores.log() - clean
-        noise = noise - noise.mean(dim=1, keepdim=True)  # what the softmax takes away
-        spread = clean.var(dim=0).mean().sqrt()
-        assert noise.std().item() == pytest.approx(spread.item() * (2 / 3) ** 0.5, rel=0.02)
-
-
 @pytest.mark.parametrize(("options", "got"), [({"noise": "spreads"}, "'spreads'"), ({"noise": 1}, "1"),
                          ({"noise": False, "balance": "importance_load"}, "False")])  # fmt: skip
 def test_what_noise_may_not_be(options: dict[str, Any], got: str) -> None:
@@ -140,19 +121,6 @@ def test_two_forwards_before_their_backward() -> None:
     )
     (wanted,) = torch.autograd.grad(expected, router.gate.weight)
     torch.testing.assert_close(actual, wanted, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("scale", [0.01, 100.0])
-def test_bias_balances_the_load_that_evaluation_sees(scale: float) -> None:
-    """Whatever the scale of the features."""
-    torch.manual_seed(0)
-    x = scale * (torch.randn(400, 4) + 1.0)
-    router = TokenChoice(4, 4, init_scale=1.0)
-    first = router.eval()(x).load.double()
-    router.train()
-    for _ in range(100):
-        router(x)
-    assert router.eval()(x).load.double().std() < 0.15 * first.std()
 
 
 def test_bias_of_one_token_and_of_equal_tokens_rests() -> None:
