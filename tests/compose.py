@@ -15,9 +15,9 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -568,19 +568,12 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float
     return found
 
 
-@contextmanager
-def as_on_gpus() -> Iterator[None]:
-    """Sums without sparse products, in small blocks."""
-    sums: Any = mock.patch.multiple(graph_module, SPARSE_DEVICES=(), NUMBERS=20)
-    with sums:
-        yield
-
-
 def compute(c: Config) -> Outcome:
     """Build, run, and compare with the definition."""
     module = build(c)
     twin, given, theirs = copy.deepcopy(module), *(given_of(c, c.number) for _ in range(2))
-    with as_on_gpus() if c.as_on_gpus else nullcontext():
+    as_on_gpus: Any = mock.patch.multiple(graph_module, SPARSE_DEVICES=(), NUMBERS=20)  # small blocks, no products
+    with as_on_gpus if c.as_on_gpus else nullcontext():
         for before in c.before:
             module = go_through(module, c, given, before)
         twin.load_state_dict(module.state_dict())

@@ -61,10 +61,6 @@ def transforms(case: Case, name: str) -> None:
         raise (RuntimeError if "not supported by gmoe" in found else NotImplementedError)(found)
 
 
-def scripts(case: Case) -> None:
-    torch.jit.script(case.make())
-
-
 def trains_in_parallel(case: Case, wrap: Callable[[nn.Module], nn.Module]) -> None:
     """Two steps as without: DDP raises in the second where a parameter got no gradient."""
     layer = case.make()
@@ -166,7 +162,7 @@ PROBES: dict[str, Callable[[Case], None]] = {
     "`torch.compile(fullgraph=True)`": partial(compiles, fullgraph=True),
     "`torch.export`": partial(transforms, name="torch.export"),
     "`torch.jit.trace`": partial(transforms, name="torch.jit.trace"),
-    "`torch.jit.script`": scripts,
+    "`torch.jit.script`": lambda case: torch.jit.script(case.make()),
     "`torch.func`": partial(transforms, name="torch.func.grad"),
     "gradients of gradients": differentiates_twice,
     "dynamic quantization": quantizes,

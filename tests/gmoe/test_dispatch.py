@@ -111,18 +111,6 @@ def test_routed_linear_is_the_mixture(
     torch.testing.assert_close(values, before, atol=0, rtol=0)
 
 
-def test_routed_linear_follows_autocast_and_the_weights() -> None:
-    routing, weight = routing_of(torch.ones(5, 2)), features(2, 5, 3).float().requires_grad_()
-    x = features(5, 5).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = routed_linear(x, weight, None, routing)
-    assert y.dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.float32
-    assert routed_linear(x, weight, None, routing).dtype == torch.float32
-
-
 @pytest.mark.parametrize("backend", ["loop", "padded"])
 def test_operators_keep_torchs_rules(backend: Backend) -> None:
     """Schema, fake kernel, tracing: what ``torch.compile`` needs."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +34,8 @@ from gmoe.distributed import world_size, world_sum
 
 D, E, T = 5, 4, 6
 STEPS = 20
+NO_NOISE = patch("torch.randn_like", torch.zeros_like)
+"""Since processes draw their own."""
 
 ROUTERS: dict[str, Callable[[], Router]] = {
     "bias": lambda: TokenChoice(D, E, noise=False),
@@ -117,13 +118,6 @@ def split(items: list[Any], rank: int, size: int, step: int) -> list[Any]:
     return rest[rank - 1 :: size - 1]
 
 
-@contextmanager
-def without_noise() -> Iterator[None]:
-    """Noise of zero, since processes draw their own."""
-    with patch("torch.randn_like", torch.zeros_like):
-        yield
-
-
 def trained(case: str, rank: int, size: int, *, empty: bool = False, sharded: bool = False) -> dict[str, Any]:
     """The gradients of the first step, and the state after twenty of SGD.
 
@@ -176,7 +170,7 @@ def whole(value: Tensor) -> Tensor:
 def work(rank: int, size: int, names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    with without_noise():
+    with NO_NOISE:
         found = {name: trained(name, rank, size) for name in names}
         found["empty"] = trained("bias-k2-z", rank, size, empty=True)
         found["sharded"] = trained("bias-k2-z", rank, size, sharded=True)
@@ -210,7 +204,7 @@ def compare(size: int, folder: Path) -> None:
     names = list(CASES)
     mp.spawn(work, (size, names, str(folder)), nprocs=size)  # type: ignore[attr-defined]
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
-    with without_noise():
+    with NO_NOISE:
         expected = {name: trained(name, 0, 1) for name in names}
         expected["empty"] = expected["sharded"] = expected["bias-k2-z"]
     expected["stats"] = counted(0, 1)

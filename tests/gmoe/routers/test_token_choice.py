@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -36,13 +34,6 @@ def test_far_apart_logits_do_not_tie(dtype: torch.dtype) -> None:
 
 
 # Noise
-
-
-@pytest.mark.parametrize(("options", "got"), [({"noise": "spreads"}, "'spreads'"), ({"noise": 1}, "1"),
-                         ({"noise": False, "balance": "importance_load"}, "False")])  # fmt: skip
-def test_what_noise_may_not_be(options: dict[str, Any], got: str) -> None:
-    with pytest.raises(ValueError, match=f"^noise: got {got}"):
-        TokenChoice(4, 3, **options)
 
 
 # Capacity
