@@ -340,7 +340,7 @@ def draw(number: int) -> Config:
 
 
 def build(c: Config) -> Any:
-    """The layer or model; no option is left without effect: gains, counters and noise are not zero."""
+    """The layer or model, drawn anew; no option is left without effect: gains, counters and noise are not zero."""
     torch.manual_seed(c.number)
     several = len(c.kinds) > 1
     made = [kind.build() if c.partials else kind.name for kind in c.kinds]
@@ -355,7 +355,9 @@ def build(c: Config) -> Any:
         if options.get("norm") == "by node":
             options["norm"] = LayerNorm(hidden, mode="node")
         module = GNNMoE(in_channels=c.widths[0], hidden_channels=hidden, out_channels=3, **options)
-    module.double()
+    for parameter in module.double().parameters():
+        nn.init.constant_(parameter, torch.nan)
+    module.reset_parameters()
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         leaf = name.rpartition(".")[2]
         if leaf == "gain" or leaf == "steps":

@@ -38,6 +38,7 @@ from torch_geometric.nn import to_hetero
 import gmoe
 from tests import contract
 from tests.contract import CASES, METADATA, Case, outcome, rows, run
+from tests.gmoe.conv.test_pyg import Two
 from tests.test_contract import assert_compiles
 
 LAYERS = {
@@ -94,19 +95,9 @@ def differentiates_twice(case: Case) -> None:
     torch.stack([gradient.square().sum() for gradient in gradients]).sum().backward()
 
 
-class Wrapped(nn.Module):
-    """A model of one conv of open widths."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = gmoe.MoEConv("sage", (-1, -1), 6, num_experts=8)
-
-    def forward(self, x: Any, edge_index: Any) -> Any:
-        return self.conv(x, edge_index)
-
-
 def becomes_hetero(case: Case) -> None:
-    model = to_hetero(case.make() if case.name.startswith("GNNMoE") else Wrapped(), METADATA)
+    convs = Two(partial(gmoe.MoEConv, "sage", (-1, -1), 6, num_experts=8))  # of open widths
+    model = to_hetero(case.make() if case.name.startswith("GNNMoE") else convs, METADATA)
     args, _ = contract.relations(contract.GROUPS)
     assert rows(model(*args)).isfinite().all()
 

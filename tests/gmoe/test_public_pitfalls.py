@@ -67,8 +67,7 @@ def test_the_balance_loss_is_a_return_value() -> None:
 
 
 def test_the_balance_loss_survives_other_peoples_models() -> None:
-    vit = VisionTransformer(8, 4, 4, 2, 16, 24, num_classes=5)
-    moefy(vit, num_experts=4, k=1, router_kwargs={"balance": "switch"})
+    vit = moefy(VisionTransformer(8, 4, 4, 2, 16, 24, num_classes=5), router_kwargs={"balance": "switch"})
     with record_routing(vit) as routings:
         vit(torch.randn(2, 3, 8, 8))
     aux_loss(routings).backward()

@@ -27,21 +27,17 @@ from torch_geometric.nn import (
 
 from gmoe import GNNMoE, Graph, MoEConv
 from gmoe.conv.kinds import OPTIONS
-from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, csr, features, random_graph
+from tests.gmoe.conv.masked import assert_equals_masked, csr, features, random_graph
+from tests.gmoe.conv.test_moe_conv import NODES, WIDTH, graph
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 
-NODES, WIDTH = 8, 4
 KINDS: list[Any] = ["gcn", "gin", "gat", "le", "filter", "mlp", ["gcn", "gat", "le"]]
 
 
 def layer(conv: Any = "gcn", in_channels: Any = WIDTH, **kwargs: Any) -> MoEConv:
     torch.manual_seed(0)
     return MoEConv(conv, in_channels, WIDTH, **{"num_experts": 3, **kwargs})
-
-
-def graph() -> tuple[Tensor, Tensor]:
-    return features(NODES, WIDTH).float(), GRAPHS["mixed"][1]
 
 
 # widths

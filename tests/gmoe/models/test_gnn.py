@@ -138,18 +138,6 @@ def test_trimming_does_not_change_the_seeds(shared_router: bool, jk: str | None)
         model(shared_router=shared_router)(x, csr(edge_index, (10, 10)), **hops)
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"shared_router": True, "in_proj": True}, {"jk": "lstm", "residual": "linear"}], ids=str
-)
-def test_reset_parameters_draws_all_anew(kwargs: dict[str, Any]) -> None:
-    gnn = model(norm="batch_norm", **kwargs)
-    with torch.no_grad():
-        for parameter in gnn.parameters():
-            parameter.fill_(9.0)
-    gnn.reset_parameters()
-    assert not any((parameter == 9.0).any() for parameter in gnn.parameters())
-
-
 def test_the_first_kind_of_a_list_is_the_dense_one() -> None:
     gnn = model(conv=["sage", "gat", "graph"])
     first: Any = gnn.convs[0]
