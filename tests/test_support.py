@@ -141,7 +141,7 @@ def keeps(*clauses: Callable[[Case, str], None]) -> Callable[[Case], None]:
 
 compiles = partial(assert_compiles, calls=[contract.GROUPS], backend="eager")
 COPIES = (contract.is_copied, contract.is_pickled, contract.is_restored_from_its_state_dict)
-PROBES: dict[str, Callable[[Case], None]] = {
+PROBES: dict[str, Callable[[Case], object]] = {
     "autocast, float64": keeps(contract.trains_under_autocast, contract.computes_in_float64),
     "deep copies, pickle, state dicts": keeps(*COPIES),
     "the meta device, then `reset_parameters`": keeps(contract.starts_on_the_meta_device),

@@ -189,9 +189,10 @@ def test_all_tokens_of_a_grid_compete(shape: tuple[int, ...]) -> None:
 def test_which_mlps_are_replaced(options: dict[str, Any], replaced: list[int]) -> None:
     dense = stack(Llama(), plain_mlp(), Llama(), plain_mlp())
     before = [block.mlp for block in dense]
-    assert moefy(dense, num_experts=4, **options) is dense
-    assert [i for i, block in enumerate(dense) if isinstance(block.mlp, MoE)] == replaced
-    assert [i for i, block in enumerate(dense) if block.mlp is not before[i]] == replaced
+    moe: Any = moefy(dense, num_experts=4, **options)
+    assert moe is dense
+    assert [i for i, block in enumerate(moe) if isinstance(block.mlp, MoE)] == replaced
+    assert [i for i, block in enumerate(moe) if block.mlp is not before[i]] == replaced
 
 
 def test_an_mlp_that_is_used_twice_stays_one() -> None:

@@ -111,6 +111,11 @@ def test_routed_linear_is_the_mixture(
     torch.testing.assert_close(values, before, atol=0, rtol=0)
 
 
+def test_routed_linear_is_of_the_type_of_its_weights() -> None:
+    x, weight, routing = features(5, 5).bfloat16(), features(2, 5, 3).float(), routing_of(torch.ones(5, 2))
+    assert routed_linear(x, weight, None, routing).dtype == torch.float32
+
+
 @pytest.mark.parametrize("backend", ["loop", "padded"])
 def test_operators_keep_torchs_rules(backend: Backend) -> None:
     """Schema, fake kernel, tracing: what ``torch.compile`` needs."""

@@ -48,10 +48,10 @@ def test_active_parameters_are_those_of_the_experts_of_a_token_and_all_others(
     router: str, k: int, kwargs: dict[str, Any], per_token: int
 ) -> None:
     options: dict[str, Any] = {"num_experts": E, "router": router, "k": k, "router_kwargs": kwargs}
-    convs = [MoEConv(conv, D, O, **options) for conv in ("gcn", "sage", "gat", "gin")]
-    for layer in (moe(router, k, **kwargs), *convs):
-        found = {part: sum(p.numel() for p in part.parameters()) for part in (layer, layer.experts)}
-        assert active_parameters(layer) == found[layer] - found[layer.experts] * (E - per_token) / E
+    layers: list[Any] = [MoEConv(conv, D, O, **options) for conv in ("gcn", "sage", "gat", "gin")]
+    for layer in (moe(router, k, **kwargs), *layers):
+        every, routed = (sum(p.numel() for p in part.parameters()) for part in (layer, layer.experts))
+        assert active_parameters(layer) == every - routed * (E - per_token) / E
 
 
 @pytest.mark.parametrize("shared_router", [False, True])
