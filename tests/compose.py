@@ -15,9 +15,9 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -340,7 +340,7 @@ def draw(number: int) -> Config:
 
 
 def build(c: Config) -> Any:
-    """The layer or model; no option is left without effect: gains, counters and noise are not zero."""
+    """The layer or model, drawn anew; no option is left without effect: gains, counters and noise are not zero."""
     torch.manual_seed(c.number)
     several = len(c.kinds) > 1
     made = [kind.build() if c.partials else kind.name for kind in c.kinds]
@@ -355,7 +355,9 @@ def build(c: Config) -> Any:
         if options.get("norm") == "by node":
             options["norm"] = LayerNorm(hidden, mode="node")
         module = GNNMoE(in_channels=c.widths[0], hidden_channels=hidden, out_channels=3, **options)
-    module.double()
+    for parameter in module.double().parameters():
+        nn.init.constant_(parameter, torch.nan)
+    module.reset_parameters()
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         leaf = name.rpartition(".")[2]
         if leaf == "gain" or leaf == "steps":
@@ -568,19 +570,12 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float
     return found
 
 
-@contextmanager
-def as_on_gpus() -> Iterator[None]:
-    """Sums without sparse products, in small blocks."""
-    sums: Any = mock.patch.multiple(graph_module, SPARSE_DEVICES=(), NUMBERS=20)
-    with sums:
-        yield
-
-
 def compute(c: Config) -> Outcome:
     """Build, run, and compare with the definition."""
     module = build(c)
     twin, given, theirs = copy.deepcopy(module), *(given_of(c, c.number) for _ in range(2))
-    with as_on_gpus() if c.as_on_gpus else nullcontext():
+    as_on_gpus: Any = mock.patch.multiple(graph_module, SPARSE_DEVICES=(), NUMBERS=20)  # small blocks, no products
+    with as_on_gpus if c.as_on_gpus else nullcontext():
         for before in c.before:
             module = go_through(module, c, given, before)
         twin.load_state_dict(module.state_dict())

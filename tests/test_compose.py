@@ -32,12 +32,6 @@ def test_more_numbers(first: int) -> None:
     check(first)
 
 
-def test_a_number_is_one_configuration() -> None:
-    """Also in another process, since no number follows from a hash."""
-    assert str(compose.draw(11)) == str(compose.draw(11))
-    assert str(compose.draw(11)) != str(compose.draw(12))
-
-
 def test_an_unequal_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compose, "GAIN_SCALE", 0.123)
     found = [compose.run(number) for number in range(20)]

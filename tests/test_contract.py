@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,12 +14,9 @@ from tests.contract import (
     CASES,
     CLAUSES,
     GROUPS,
-    TRANSFORMS,
     Case,
     assert_alike,
     host_syncs,
-    outcome,
-    run,
     train,
 )
 
@@ -61,23 +58,16 @@ def test_no_parameter_is_a_scalar(case: Case) -> None:
 # torch.compile
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
+def assert_compiles(case: Case, calls: Sequence[Sequence[int]] = (GROUPS, [0, 2]), **options: Any) -> None:
+    """Outputs and gradients, of two calls of other sizes, equal those without."""
     torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def assert_compiles(case: Case, **options: Any) -> None:
-    """Outputs and gradients of two calls of other sizes equal those without."""
     layer = case.make()
     twin = copy.deepcopy(layer)
     compiled = torch.compile(twin, **options)
-    for groups in (GROUPS, [0, 2]):
+    for groups in calls:
         assert_alike(train(twin, case.call(groups), compiled), train(layer, case.call(groups)))
 
 
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", named(*UNBROKEN), ids=label)
 def test_compiles_in_one_graph(case: Case, backend: str) -> None:
@@ -89,38 +79,9 @@ def test_compiles_in_one_graph(case: Case, backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_compiles_in_pieces(case: Case) -> None:
     assert_compiles(case, backend="eager")
-
-
-# torch.jit.trace, torch.export, torch.func, quantization
-
-ERRORS = (
-    "not supported by gmoe's",  # what a layer on a graph, and all under torch.func, say
-    "Cannot create dict for key type",  # torch.jit.trace, of a dict by edge type
-    "data-dependent expression",  # torch.export, where the number of pairs follows the data: running thresholds
-)
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("case", CASES, ids=label)
-def test_works_in_transforms_or_says_why_not(case: Case, name: str) -> None:
-    text = outcome(case, name)
-    assert text == "works" or any(error in text for error in ERRORS), text
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("case", CASES, ids=label)
-def test_dynamic_quantization_runs(case: Case) -> None:
-    """It may choose other experts: of tokens whose scores are near."""
-    layer, call = case.make().eval(), case.call()
-    quantized = torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, dtype=torch.qint8)
-    y = run(quantized, call)
-    assert y.shape == run(layer, call).shape
-    assert bool(y.isfinite().all())
 
 
 # host syncs

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 
-from gmoe import ROUTERS, FilterConv, GNNMoE, MLPConv, MoEConv
+from gmoe import FilterConv, GNNMoE, MLPConv, MoEConv
 from gmoe.models.vit import ViTMoE, ViTSize
 from tests.gmoe.conv.masked import GRAPHS, features, routing_of
 
@@ -35,12 +35,10 @@ def averaged(conv: Callable[..., Any]) -> Callable[..., Any]:
     return partial(conv, heads=2, concat=False)
 
 
-SOME: list[Any] = [GCNConv, gin, averaged(GATConv), partial(SAGEConv, project=True), partial(pyg.TAGConv, K=2)]
-SOME += [[GCNConv, averaged(GATConv), pyg.FiLMConv], [FilterConv, partial(FilterConv, filter="high_pass")]]
-"""One of each way to run experts."""
-
-ALL = [*SOME, pyg.GraphConv, MLPConv, partial(SAGEConv, aggr=["mean", "max"]), [SAGEConv, GCNConv, MLPConv]]
-ALL += map(averaged, (pyg.GATv2Conv, pyg.TransformerConv))
+CONVS: list[Any] = [GCNConv, gin, pyg.GraphConv, MLPConv, partial(pyg.TAGConv, K=2)]
+CONVS += map(averaged, (GATConv, pyg.GATv2Conv, pyg.TransformerConv))
+CONVS += [partial(SAGEConv, project=True), partial(SAGEConv, aggr=["mean", "max"]), [SAGEConv, GCNConv, MLPConv]]
+CONVS += [[GCNConv, averaged(GATConv), pyg.FiLMConv], [FilterConv, partial(FilterConv, filter="high_pass")]]
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
@@ -61,7 +59,7 @@ def pair(conv: Any, **options: Any) -> tuple[tuple[Any, Tensor], tuple[Any, Tens
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("conv", ALL, ids=named)
+@pytest.mark.parametrize("conv", CONVS, ids=named)
 def test_a_new_layer_gives_what_its_conv_gives(conv: Any) -> None:
     """Drawn with the same seed; and what is drawn after it is the same too."""
     (layer, after), (plain, expected) = pair(conv)
@@ -74,29 +72,20 @@ def test_a_new_layer_gives_what_its_conv_gives(conv: Any) -> None:
     assert_same(layer.double()(x, EDGES), plain.double()(x, EDGES))
 
 
-@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize(
-    ("conv", "options"),
-    [*((GCNConv, {"router": name}) for name in ROUTERS), *((conv, {"shared_transform": True}) for conv in SOME)],
-    ids=named,
-)
-def test_every_router_starts_dense_and_learns(conv: Any, options: dict[str, Any]) -> None:
-    """From the second step on: the first one's gradient opens the gain."""
-    (layer, _), (plain, _) = pair(conv, **options)
+@pytest.mark.parametrize("options", [{}, {"shared_transform": True}, {"router": "attention_vote"}], ids=str)
+def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any]) -> None:
+    """The first one's gradient opens the gain."""
+    (layer, _), (plain, _) = pair(GCNConv, **options)
     x = features(NODES, WIDTH)
     assert_same(layer.train()(x, EDGES), plain.train()(x, EDGES))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    seen = dict.fromkeys(dict(layer.named_parameters()), False)
-    for step in range(6):
+    for step in range(2):
         optimizer.zero_grad()
         layer(x, EDGES).sin().sum().backward()
-        routed = [p.grad for p in layer.experts.parameters()]
-        assert all(grad is not None for grad in routed)
-        assert any(bool(grad.any()) for grad in routed if grad is not None) == (step > 0)
         for name, parameter in layer.named_parameters():
-            seen[name] |= parameter.grad is not None and bool(parameter.grad.any())
+            assert parameter.grad is not None, name
+            assert bool(parameter.grad.any()) == (step > 0 or name.startswith(("gain", "shared_expert"))), name
         optimizer.step()
-    assert all(learned for name, learned in seen.items() if name.startswith(("router.gate", "gain", "transform"))), seen
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmoe import Routing, combine, dispatch, grouped_linear
+from gmoe import grouped_linear
 from gmoe.dispatch import Backend, routed_linear
 from tests.gmoe.conv.masked import features, routing_of
 
@@ -58,16 +58,6 @@ def test_each_row_meets_its_expert(
     torch.testing.assert_close([value.double() for value in ours], theirs, atol=tolerance, rtol=tolerance / 10)
 
 
-@pytest.mark.parametrize("frozen", range(3))
-@each_backend
-def test_a_frozen_input_gets_no_gradient(backend: Backend, frozen: int) -> None:
-    leaves = [features(*shape).float().requires_grad_() for shape in ((4, 7), (3, 7, 5), (3, 5))]
-    leaves[frozen].requires_grad_(False)
-    x, weight, bias = leaves
-    grouped_linear(x, weight, bias, ends([1, 0, 3]), backend).sum().backward()
-    assert [leaf.grad is None for leaf in leaves] == [i == frozen for i in range(3)]
-
-
 @each_backend
 def test_autocast_as_in_linear(backend: Backend) -> None:
     x, weight, bias = torch.randn(4, 7), torch.randn(2, 7, 5), torch.randn(2, 5)
@@ -85,20 +75,6 @@ def test_strided_rows(backend: Backend) -> None:
     x, weight = torch.randn(7, 4).T, torch.randn(2, 5, 7).transpose(1, 2)
     expected = grouped_linear(x.contiguous(), weight.contiguous(), None, ends([1, 3]), "loop")
     torch.testing.assert_close(grouped_linear(x, weight, None, ends([1, 3]), backend), expected)
-
-
-# dispatch and combine
-
-
-def test_dispatch_and_combine_by_hand() -> None:
-    """Expert 0 doubles, expert 1 negates; token 0 goes to both, token 1 to none, token 2 to expert 1."""
-    token, weight = torch.tensor([0, 0, 2]), torch.tensor([0.5, 0.25, 2.0])
-    routing = Routing(token, ends([1, 2]), weight, torch.zeros(3, 2), num_tokens=3)
-    rows = dispatch(torch.tensor([[4.0], [5.0], [6.0]]), routing)
-    assert rows.tolist() == [[4.0], [4.0], [6.0]]
-    y = combine(rows * torch.tensor([[2.0], [-1.0], [-1.0]]), routing)
-    # token 0: 0.5 * 2 * 4 + 0.25 * -4 = 3; token 1: nothing; token 2: 2 * -6 = -12
-    assert y.tolist() == [[3.0], [0.0], [-12.0]]
 
 
 # routed_linear
@@ -135,15 +111,8 @@ def test_routed_linear_is_the_mixture(
     torch.testing.assert_close(values, before, atol=0, rtol=0)
 
 
-def test_routed_linear_follows_autocast_and_the_weights() -> None:
-    routing, weight = routing_of(torch.ones(5, 2)), features(2, 5, 3).float().requires_grad_()
-    x = features(5, 5).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = routed_linear(x, weight, None, routing)
-    assert y.dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.float32
+def test_routed_linear_is_of_the_type_of_its_weights() -> None:
+    x, weight, routing = features(5, 5).bfloat16(), features(2, 5, 3).float(), routing_of(torch.ones(5, 2))
     assert routed_linear(x, weight, None, routing).dtype == torch.float32
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,14 +28,14 @@ from gmoe import (
     Router,
     RoutingStats,
     TokenChoice,
-    ViTMoE,
-    ViTSize,
     aux_loss,
 )
 from gmoe.distributed import world_size, world_sum
 
 D, E, T = 5, 4, 6
 STEPS = 20
+NO_NOISE = patch("torch.randn_like", torch.zeros_like)
+"""Since processes draw their own."""
 
 ROUTERS: dict[str, Callable[[], Router]] = {
     "bias": lambda: TokenChoice(D, E, noise=False),
@@ -72,11 +71,6 @@ def gnn(**kwargs: Any) -> nn.Module:
     return GNNMoE(D, 8, 3, 3, conv="sage", num_experts=E, router_kwargs=quiet, norm=None, dropout=0.0, **kwargs)
 
 
-def vit() -> nn.Module:
-    size = ViTSize(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=16)
-    return ViTMoE(size, 3, num_experts=E)
-
-
 def images(seed: int) -> list[Tensor]:
     """Eight groups of tokens, of a mean that is not zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -106,21 +100,12 @@ def run_graphs(model: Any, part: list[Data]) -> tuple[Tensor, Any]:
     return y, routings
 
 
-def run_pixels(model: Any, part: list[Tensor]) -> tuple[Tensor, Any]:
-    return model(torch.stack(part)), []
-
-
-def pixels(seed: int) -> list[Tensor]:
-    return list(torch.randn(8, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
-
-
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], list[Any]], Callable[..., tuple[Tensor, Any]]]] = {
     **{name: (lambda name=name: layer(name), images, run_tokens) for name in ROUTERS},  # type: ignore[misc]
     "checkpointed": (Checkpointed, images, run_tokens),
     "gnn": (gnn, graphs, run_graphs),
     "gnn-shared-router": (lambda: gnn(shared_router=True), graphs, run_graphs),
     "gnn-votes": (lambda: GNNMoE(D, 8, 3, 2, conv="gcn", num_experts=E, router="attention_vote"), graphs, run_graphs),
-    "vit": (vit, pixels, run_pixels),
 }
 
 
@@ -131,13 +116,6 @@ def split(items: list[Any], rank: int, size: int, step: int) -> list[Any]:
         return items[:first]
     rest = items[first:]
     return rest[rank - 1 :: size - 1]
-
-
-@contextmanager
-def without_noise() -> Iterator[None]:
-    """Noise of zero, since processes draw their own."""
-    with patch("torch.randn_like", torch.zeros_like):
-        yield
 
 
 def trained(case: str, rank: int, size: int, *, empty: bool = False, sharded: bool = False) -> dict[str, Any]:
@@ -192,7 +170,7 @@ def whole(value: Tensor) -> Tensor:
 def work(rank: int, size: int, names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    with without_noise():
+    with NO_NOISE:
         found = {name: trained(name, rank, size) for name in names}
         found["empty"] = trained("bias-k2-z", rank, size, empty=True)
         found["sharded"] = trained("bias-k2-z", rank, size, sharded=True)
@@ -226,7 +204,7 @@ def compare(size: int, folder: Path) -> None:
     names = list(CASES)
     mp.spawn(work, (size, names, str(folder)), nprocs=size)  # type: ignore[attr-defined]
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
-    with without_noise():
+    with NO_NOISE:
         expected = {name: trained(name, 0, 1) for name in names}
         expected["empty"] = expected["sharded"] = expected["bias-k2-z"]
     expected["stats"] = counted(0, 1)

@@ -36,33 +36,22 @@ def moe(router: str = "token_choice", k: int = 1, experts: nn.Module | None = No
 
 
 @pytest.mark.parametrize(
-    ("router", "k", "kwargs", "of_router", "per_token"),
+    ("router", "k", "kwargs", "per_token"),
     [
-        ("token_choice", 3, {}, D * E, 3),
-        ("token_choice", 2, {"balance": "importance_load"}, 2 * D * E, 2),  # gate and noise
-        ("expert_choice", 2, {"capacity_factor": 0.5}, D * E, 1),
-        ("expert_choice", 2, {"capacity_factor": 5.0}, D * E, E),
-        ("attention_vote", 1, {"head_dim": 2, "shared_queries": True}, (E + 1) * D * 2, 1),
-        ("multi_centroid", 1, {"num_centroids": 3}, E * 3 * D + 1, 1),
-        ("random", 2, {}, 0, 2),
-        ("uniform", 1, {}, 0, E),
+        ("token_choice", 3, {}, 3),
+        ("token_choice", 2, {"balance": "importance_load"}, 2),
+        *(("expert_choice", 2, {"capacity_factor": factor}, taken) for factor, taken in ((0.5, 1), (5.0, E))),
+        *(("attention_vote", 1, {}, 1), ("multi_centroid", 1, {}, 1), ("random", 2, {}, 2), ("uniform", 1, {}, E)),
     ],
 )
-def test_active_parameters_of_moe(
-    router: str, k: int, kwargs: dict[str, Any], of_router: int, per_token: float
+def test_active_parameters_are_those_of_the_experts_of_a_token_and_all_others(
+    router: str, k: int, kwargs: dict[str, Any], per_token: int
 ) -> None:
-    assert active_parameters(moe(router, k, **kwargs)) == of_router + per_token * LINEAR
-    conv = MoEConv("gcn", D, O, num_experts=E, router=router, k=k, router_kwargs=kwargs, shared_expert=False)
-    assert active_parameters(conv) == of_router + per_token * LINEAR
-
-
-@pytest.mark.parametrize(
-    ("conv", "kwargs", "of_expert"),
-    [("sage", {}, 2 * D * O + O), ("gat", {}, D * O + 3 * O), ("gin", {"train_eps": True}, D * O + O + O * O + O + 1)],
-)
-def test_active_parameters_of_convs(conv: str, kwargs: dict[str, Any], of_expert: int) -> None:
-    layer = MoEConv(conv, D, O, num_experts=E, k=2, shared_expert=False, **kwargs)
-    assert active_parameters(layer) == D * E + 2 * of_expert
+    options: dict[str, Any] = {"num_experts": E, "router": router, "k": k, "router_kwargs": kwargs}
+    layers: list[Any] = [MoEConv(conv, D, O, **options) for conv in ("gcn", "sage", "gat", "gin")]
+    for layer in (moe(router, k, **kwargs), *layers):
+        every, routed = (sum(p.numel() for p in part.parameters()) for part in (layer, layer.experts))
+        assert active_parameters(layer) == every - routed * (E - per_token) / E
 
 
 @pytest.mark.parametrize("shared_router", [False, True])

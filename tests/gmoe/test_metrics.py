@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import gmoe
-from gmoe import ROUTERS, MLPExperts, MoE, Routing, RoutingStats, build_router
+from gmoe import ROUTERS, Routing, RoutingStats, build_router
 
 
 def counted_slowly(routings: list[Routing]) -> dict[str, Any]:
@@ -64,32 +63,15 @@ def check(found: dict[str, Tensor], expected: dict[str, Any]) -> None:
     capacity=st.booleans(),
 )
 def test_counts_as_a_slow_loop_does(name: str, sizes: list[int], experts: int, capacity: bool) -> None:
+    """Two layers, of other numbers of experts."""
     options = {"capacity_factor": 0.5} if capacity and name == "token_choice" else {}
-    router = build_router(name, 4, experts, 1, options)
-    stats, routings = RoutingStats(experts), [router(torch.randn(size, 4)) for size in sizes]
-    for routing in routings:
-        stats.update(routing)
-    for kept in (stats, pickle.loads(pickle.dumps(stats))):
-        (found,) = kept.compute()
-        check(found, counted_slowly(routings))
-
-
-def test_layers_of_other_sizes_and_a_models_own() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        MoE(build_router("token_choice", 4, 2, 1), MLPExperts(4, 5, 4, num_experts=2)),
-        MoE(build_router("expert_choice", 4, 5, 2), MLPExperts(4, 5, 4, num_experts=5)),
-    )
-    stats = RoutingStats.of(model)
-    assert stats.num_experts == (2, 5)
-    kept: list[list[Routing]] = []
-    for _ in range(3):
-        with gmoe.record_routing(model) as routings:
-            model(torch.randn(2, 7, 4))
+    routers = [build_router(name, 4, number, 1, options) for number in (experts, 2)]
+    stats, steps = RoutingStats([experts, 2]), [[router(torch.randn(size, 4)) for router in routers] for size in sizes]
+    for routings in steps:
         stats.update(routings)
-        kept.append(routings)
-    for layer, found in enumerate(stats.compute()):
-        check(found, counted_slowly([routings[layer] for routings in kept]))
+    for kept in (stats, pickle.loads(pickle.dumps(stats))):
+        for layer, found in enumerate(kept.compute()):
+            check(found, counted_slowly([routings[layer] for routings in steps]))
     stats.reset()
     assert stats.load.sum() == 0
 

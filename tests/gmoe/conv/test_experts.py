@@ -35,38 +35,28 @@ NODES, EDGES = GRAPHS["mixed"]
 Case = tuple[Any, dict[str, Any]]
 
 AGGREGATE_ONCE: list[Case] = [
-    ("gcn", {}),
-    ("gcn", {"improved": True, "cached": True, "bias": False}),
-    ("sage", {}),
-    ("sage", {"aggr": "max", "bias": False}),
+    *(("gcn", {"improved": True, "cached": True, "bias": False}), ("graph", {"aggr": "mean"}), ("sage", {})),
     ("sage", {"aggr": ["mean", "max"], "root_weight": False, "normalize": True}),
-    ("graph", {"aggr": "mean"}),
-    ("gin", {"train_eps": True, "eps": 0.5}),
-    ("gine", {}),
+    *(("gin", {"train_eps": True, "eps": 0.5}), ("gine", {})),
 ]
 ATTENTION: list[Case] = [
     ("gat", {"heads": 2, "concat": False, "residual": True, "add_self_loops": False}),
     ("gat", {"edge_dim": EDGE_DIM, "fill_value": FILL}),
     ("gatv2", {"heads": 2, "edge_dim": EDGE_DIM, "fill_value": FILL}),
-    ("gatv2", {"share_weights": True, "bias": False}),
+    *(("gatv2", {"share_weights": True, "bias": False}), ("transformer", {"root_weight": False})),
     ("transformer", {"heads": 2, "beta": True, "concat": False, "edge_dim": EDGE_DIM}),
-    ("transformer", {"root_weight": False}),
 ]
 LOCAL: list[Case] = [
     ("sage", {"project": True}),
     ("gat", {"local": True, "heads": 2, "edge_dim": EDGE_DIM, "fill_value": "max"}),  # which can be stacked
-    ("gatv2", {"aggr": "max"}),
-    ("general", {"skip_linear": True, "directed_msg": False}),
-    ("le", {}),
+    *(("le", {}), ("gatv2", {"aggr": "max"}), ("general", {"skip_linear": True, "directed_msg": False})),
     ("gine", {"edge_dim": EDGE_DIM, "train_eps": True}),
 ]
 FULL: list[Case] = [
-    ("tag", {"K": 2}),
-    ("sage", {"local": False}),
+    *(("tag", {"K": 2}), ("sage", {"local": False})),
     (lambda i, o: GINConv(nn.Sequential(nn.Linear(i, o), nn.BatchNorm1d(o))), {}),
 ]
 LISTS: list[Case] = [
-    (["gcn", "gat", "mlp"], {}),
     (["graph", partial(GATConv, edge_dim=EDGE_DIM, fill_value=2.0), "le"], {}),
     (["low_pass", "identity", partial(FilterConv, filter="high_pass", hops=3)], {}),
     (["tag", "gcn", "film"], {}),

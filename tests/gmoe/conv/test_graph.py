@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy
@@ -36,16 +37,6 @@ def test_low_precision_is_summed_in_float32() -> None:
     ones, edges = torch.ones(1000, 1, dtype=torch.bfloat16), Edges.sorted(to_one, to_one, 1, 1)
     y = weighted_sum(ones, ones[:1, None], edges)
     assert (y.dtype, float(y)) == (torch.bfloat16, 1000.0)
-
-
-def test_the_other_flow() -> None:
-    x, flow = features(9, 4), "target_to_source"
-    turned, layer = Graph(EDGES, 9, flow=flow), MoEConv("gcn", 4, 4, num_experts=2, flow=flow).double()
-    torch.testing.assert_close(turned.mean(x), mean_of_in_edges(x, EDGES.flip(0)))
-    assert torch.equal(layer(x, turned), layer(x, EDGES))
-    for wrong, given in ((layer, Graph(EDGES, 9)), (MoEConv("gcn", 4, 4).double(), turned)):
-        with pytest.raises(ValueError, match=r"edge_index: got Graph.* of flow"):
-            wrong(x, given)
 
 
 def test_to_another_device_and_repr() -> None:
@@ -137,6 +128,14 @@ def test_a_graph_that_keeps_sums_can_be_copied(copied: Callable[[Graph], Graph])
         assert torch.equal(copied(graph).mean(given), graph.mean(given))
 
 
+def test_threads_may_share_a_graph() -> None:
+    x, layer, graph = features(9, 4), MoEConv("gcn", 4, 4).double().eval(), Graph(EDGES, 9)
+    expected = layer(x, EDGES)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: layer(x, graph), range(12)):
+            torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(("conv", "name", "width"), [("gcn", "edge_weight", ()), ("gat", "edge_attr", (2,))])
 def test_edge_arguments_may_be_others_or_learned_later(conv: str, name: str, width: tuple[int, ...]) -> None:
     x, frozen, options = features(9, 4), features(30, *width, seed=1).abs(), {"edge_dim": 2} if width else {}
@@ -192,12 +191,15 @@ def test_refusals(edges: Any, sizes: Any, kwargs: dict[str, Any], message: str) 
         Graph(edges, sizes, **kwargs)
 
 
-def test_a_graph_of_other_nodes_or_edges_is_refused() -> None:
-    layer, x = MoEConv("gcn", 4, 4, num_experts=2).double(), features(8, 4)
-    given: list[tuple[Graph, Tensor | None, str]] = [
-        (Graph(PLAIN, 9), None, r"edge_index: got Graph.* expected 8 sources, 8 destinations"),
-        (Graph(PLAIN, 8), features(3), "edge_weight: got shape"),
+def test_a_graph_that_does_not_fit_the_layer_is_refused() -> None:
+    flow: Any = "target_to_source"
+    layer, turned, x = MoEConv("gcn", 4, 4).double(), MoEConv("gcn", 4, 4, flow=flow).double(), features(8, 4)
+    given: list[tuple[MoEConv, Graph, Tensor | None, str]] = [
+        (layer, Graph(PLAIN, 9), None, r"edge_index: got Graph.* expected 8 sources, 8 destinations"),
+        (layer, Graph(PLAIN, 8), features(3), "edge_weight: got shape"),
+        (layer, Graph(PLAIN, 8, flow=flow), None, r"edge_index: got Graph.* of flow 'target_to_source'"),
+        (turned, Graph(PLAIN, 8), None, r"edge_index: got Graph.* of flow 'source_to_target'"),
     ]
-    for graph, weight, message in given:
+    for one, graph, weight, message in given:
         with pytest.raises(ValueError, match=message):
-            layer(x, graph, edge_weight=weight)
+            one(x, graph, edge_weight=weight)

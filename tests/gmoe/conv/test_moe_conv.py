@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import GATConv, GraphConv, SAGEConv
 from torch_geometric.utils import to_torch_csr_tensor
 
-from gmoe import MoEConv, TokenChoice, active_parameters, count_flops
+from gmoe import MoEConv, TokenChoice
 from tests.gmoe.conv.masked import GRAPHS, features, mean_of_in_edges, routing_of
 from tests.gmoe.conv.test_experts import AGGREGATE_ONCE, ATTENTION, SOME, ids
 
@@ -126,12 +126,6 @@ def test_a_given_routing_is_followed_without_the_router() -> None:
     for wrong in (None, routing_of(torch.ones(NODES, 2)), "token_choice"):
         with pytest.raises(ValueError, match="routing: got"):
             layer(router=None)(x, edge_index, routing=wrong)
-
-
-def test_a_shared_expert_counts_in_full() -> None:
-    moe, plain = (layer(num_experts=4, shared_expert=shared) for shared in (True, False))
-    assert active_parameters(moe) - active_parameters(plain) == WIDTH * WIDTH + WIDTH + 1
-    assert count_flops(moe, *graph()) > count_flops(plain, *graph())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""MoEConv as a citizen of PyG and torch: widths filled in, positional arguments, to_hetero, explainers, threads."""
+"""MoEConv as a citizen of PyG and torch: widths filled in, positional arguments, to_hetero, explainers."""
 
 from __future__ import annotations
 
@@ -6,22 +6,13 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
-from torch_geometric.explain import (
-    CaptumExplainer,
-    Explainer,
-    ExplainerAlgorithm,
-    GNNExplainer,
-    ModelConfig,
-    PGExplainer,
-)
+from torch_geometric.explain import ExplainerAlgorithm
 from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 from torch_geometric.nn import (
     DegreeScalerAggregation,
@@ -36,21 +27,17 @@ from torch_geometric.nn import (
 
 from gmoe import GNNMoE, Graph, MoEConv
 from gmoe.conv.kinds import OPTIONS
-from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph
+from tests.gmoe.conv.masked import assert_equals_masked, csr, features, random_graph
+from tests.gmoe.conv.test_moe_conv import NODES, WIDTH, graph
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 
-NODES, WIDTH = 8, 4
 KINDS: list[Any] = ["gcn", "gin", "gat", "le", "filter", "mlp", ["gcn", "gat", "le"]]
 
 
 def layer(conv: Any = "gcn", in_channels: Any = WIDTH, **kwargs: Any) -> MoEConv:
     torch.manual_seed(0)
     return MoEConv(conv, in_channels, WIDTH, **{"num_experts": 3, **kwargs})
-
-
-def graph() -> tuple[Tensor, Tensor]:
-    return features(NODES, WIDTH).float(), GRAPHS["mixed"][1]
 
 
 # widths
@@ -194,13 +181,6 @@ def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any) -> None:
     assert torch.equal(moe(x, edge_index), before)
 
 
-CONFIG = ModelConfig(mode="multiclass_classification", task_level="node", return_type="raw")
-
-
-def explained(model: nn.Module, algorithm: Any, kind: Any = "model", **options: Any) -> Explainer:
-    return Explainer(model, algorithm, explanation_type=kind, edge_mask_type="object", model_config=CONFIG, **options)
-
-
 @pytest.mark.parametrize("conv", [kind for kind in KINDS[:6] if kind != "le"])
 def test_a_stacked_layer_is_one_hop(conv: Any) -> None:
     model: Any = nn.Sequential(layer(conv), layer(conv))
@@ -216,40 +196,15 @@ def test_buffers_of_an_aggregation_move_with_the_layer() -> None:
     assert moe.to("meta").state_dict()[name].is_meta
 
 
-@pytest.mark.parametrize(("algorithm", "conv"), [("gnn", GCNConv), ("pg", SAGEConv), ("captum", GATConv)])
-def test_explanations_are_those_of_the_dense_model(conv: Any, algorithm: str) -> None:
-    x, edge_index = graph()
-    found, target, index = [], torch.arange(NODES) % WIDTH, torch.tensor([3])
-    for make in (lambda: conv(WIDTH, WIDTH), lambda: MoEConv(conv, WIDTH, WIDTH, num_experts=3)):
-        torch.manual_seed(0)
-        model, given = Two(make).eval(), {}
-        if algorithm == "pg":
-            explainer, given = explained(model, PGExplainer(epochs=3), "phenomenon"), {"target": target}
-            torch.manual_seed(1)
-            for epoch in range(3):
-                explainer.algorithm.train(epoch, model, x, edge_index, target=target, index=index)
-        else:
-            by: Any = GNNExplainer(epochs=3) if algorithm == "gnn" else CaptumExplainer("Saliency")
-            explainer = explained(model, by)
-        torch.manual_seed(2)
-        found.append(explainer(x, edge_index, index=index, **given).edge_mask)
-    torch.testing.assert_close(found[1], found[0])
-
-
 # sources alone
 
 
-@pytest.mark.parametrize("by", ["matrix", "graph", "position"])
-def test_destinations_without_features_are_those_of_the_dense_conv(by: str) -> None:
-    """Of a new layer, whose gain is zero."""
-    x, edge_index = features(NODES, WIDTH), torch.tensor([[0, 1, 2, 3, 7], [0, 0, 1, 1, 2]])
-    adj: Any = {"graph": Graph(edge_index, (NODES, 5))}.get(by, edge_index)
-    if by == "matrix":
-        adj = torch.sparse_coo_tensor(edge_index.flip(0), torch.ones(5).double(), (5, NODES)).to_sparse_csr()
-    moe = layer("sage").double().eval()
-    at = ((NODES, 5),) if by == "position" else ()
-    dense = moe.shared_expert.expert(0)((x, None), edge_index, size=(NODES, 5))
-    torch.testing.assert_close(moe((x, None), adj, *at), dense)
+def test_destinations_without_features_are_counted_by_a_matrix_a_graph_or_a_size() -> None:
+    edge_index, moe = torch.tensor([[0, 1, 2, 3, 7], [0, 0, 1, 1, 2]]), layer("sage").double().eval()
+    x = features(NODES, WIDTH), None
+    expected = moe(x, edge_index, size=(NODES, 5))
+    for given in ((csr(edge_index, (NODES, 5)),), (Graph(edge_index, (NODES, 5)),), (edge_index, (NODES, 5))):
+        torch.testing.assert_close(moe(x, *given), expected)
 
 
 def test_destinations_without_features_are_refused_where_a_conv_reads_them() -> None:
@@ -260,25 +215,3 @@ def test_destinations_without_features_are_refused_where_a_conv_reads_them() -> 
     ):
         with pytest.raises(ValueError, match=message):
             layer(conv, width)((graph()[0], None), torch.tensor([[0, 1], [0, 0]]), **given)
-
-
-# threads
-
-
-@pytest.mark.parametrize("conv", ["gcn", ["low_pass", "gat"]], ids=str)
-def test_two_threads_get_what_one_gets(conv: Any) -> None:
-    """Each on a graph of its own and on one that they share, in forward and in inference."""
-    experts = None if isinstance(conv, list) else 3
-    model = GNNMoE(WIDTH, 8, 3, conv=conv, num_experts=experts, router="expert_choice").double().eval()
-    datas = [Data(x=features(40, WIDTH, seed=s), edge_index=random_graph(40, 40, 150, seed=s)) for s in (0, 1)]
-
-    def work(data: Data, shared: Graph) -> list[Tensor]:
-        with torch.no_grad():
-            found = [model(data.x, data.edge_index), model(data.x, shared), model.convs[0](data.x, shared)]
-            return [*found, model.inference(data, batch_size=7)]
-
-    expected = [work(data, Graph(datas[0].edge_index, 40)) for data in datas]
-    fresh = Graph(datas[0].edge_index, 40, x=datas[0].x)
-    with ThreadPoolExecutor(4) as pool:
-        for index, found in zip([0, 1] * 6, pool.map(lambda i: work(datas[i], fresh), [0, 1] * 6), strict=True):
-            torch.testing.assert_close(found, expected[index], rtol=0, atol=1e-12)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from torch_geometric import transforms as T
 from torch_geometric.data import Batch, HeteroData
@@ -17,6 +16,7 @@ from gmoe import TokenChoice, aux_loss, neighbor_loader
 from gmoe.conv.hetero import HeteroMoEConv
 from gmoe.models.hetero_gnn import HeteroGNNMoE
 from tests.gmoe.conv.masked import features, random_graph
+from tests.gmoe.models.test_gnn import assert_same
 
 IN, HIDDEN, OUT, EXPERTS = 4, 6, 5, 3
 COUNTS = {"paper": 12, "author": 9, "institution": 4, "field_of_study": 5}
@@ -55,10 +55,6 @@ def model(data: HeteroData = DATA, **kwargs: Any) -> HeteroGNNMoE:
 
 def call(gnn: HeteroGNNMoE, data: HeteroData = DATA, **kwargs: Any) -> Any:
     return gnn(data.x_dict, data.edge_index_dict, **kwargs)
-
-
-def assert_same(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 # Construction

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.loader import NodeLoader
-from torch_geometric.nn import MessagePassing
 
 from gmoe import GNNMoE, NeighborSampler, StoredGraph, neighbor_loader
+from tests.gmoe.conv.test_kinds import GatedSum
 from tests.gmoe.data.sampled import graph
 from tests.gmoe.data.stored_files import store
+from tests.gmoe.models.test_gnn import assert_same
 
 NODES, OUT = 41, 5
 
@@ -45,10 +45,6 @@ def trained(**kwargs: Any) -> GNNMoE:
     return model.eval()
 
 
-def assert_same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-
 # in memory
 
 
@@ -73,24 +69,11 @@ def test_no_edges_and_no_nodes(nodes: int) -> None:
     assert_same(model.inference(data, batch_size=7), model(data.x, data.edge_index))
 
 
-class OneHop(MessagePassing):
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.lin = nn.Linear(in_channels, out_channels)
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        out: Tensor = self.propagate(edge_index, x=self.lin(x))
-        return out
-
-    def reset_parameters(self) -> None:
-        self.lin.reset_parameters()
-
-
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
 def test_of_a_users_own_conv_and_what_looks_further() -> None:
-    model = trained(conv=OneHop, local=True)
+    model = trained(conv=GatedSum, local=True)
     assert_same(model.inference(DATA, batch_size=5), model(DATA.x, DATA.edge_index))
-    for conv, router in ((OneHop, "random"), ("tag", "random"), ("two_hop", None), ("two_hop", "random")):
+    for conv, router in ((GatedSum, "random"), ("tag", "random"), ("two_hop", None), ("two_hop", "random")):
         with pytest.raises(RuntimeError, match=r"inference: .* looks further than one hop"):
             GNNMoE(4, 8, OUT, conv=conv, router=router).inference(DATA)
 

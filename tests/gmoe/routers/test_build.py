@@ -51,21 +51,17 @@ def test_factories_and_instances() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "args"),
+    ("message", "args"),
     [
-        *(("router", (router, 6, 4, 1)) for router in ("hash", SoftSlots, SoftSlots(6, 4), 3, torch.nn.Linear)),
-        *(("router", (TokenChoice(6, 4), dim, experts, 1)) for dim, experts in ((6, 8), (7, 4))),
-        ("k", ("token_choice", 6, 4, 5)),
-        *(("router_kwargs", ("expert_choice", 6, 4, 1, kwargs)) for kwargs in ({"k": 2}, {"capacity": 1.0}, 3)),
+        *(("router: got", (router, 6, 4, 1)) for router in ("hash", SoftSlots, SoftSlots(6, 4), 3, torch.nn.Linear)),
+        *(("router: got", (TokenChoice(6, 4), dim, experts, 1)) for dim, experts in ((6, 8), (7, 4))),
+        ("k: got", ("token_choice", 6, 4, 5)),
+        *(("router_kwargs", ("expert_choice", 6, 4, 1, kwargs)) for kwargs in ({"k": 2}, 3)),
         ("router_kwargs", (TokenChoice(6, 4), 6, 4, 1, {"weight": "score"})),
+        ("router: got 'token_choise'.* did you mean 'token_choice'", ("token_choise", 6, 4, 1)),
+        ("router_kwargs: got .* did you mean 'capacity_factor'", ("expert_choice", 6, 4, 1, {"capacity": 1.0})),
     ],
 )
-def test_refusals(name: str, args: tuple[Any, ...]) -> None:
-    with pytest.raises(ValueError, match=f"{name}: got"):
+def test_refusals(message: str, args: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
         build_router(*args)
-
-
-def test_a_misspelled_name_is_answered_with_the_nearest() -> None:
-    for args in (("token_choise", 6, 4, 1), ("expert_choice", 6, 4, 1, {"capacity": 1.0})):
-        with pytest.raises(ValueError, match=r"did you mean '(token_choice|capacity_factor)'"):
-            build_router(*args)

@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from gmoe import MultiCentroid
-
-
-def with_centroids(centroid_EMD: Tensor, **options: Any) -> MultiCentroid:
-    num_experts, num_centroids, dim = centroid_EMD.shape
-    router = MultiCentroid(dim, num_experts, num_centroids=num_centroids, **options)
-    with torch.no_grad():
-        router.centroid.copy_(centroid_EMD)
-    return router
-
-
-CENTROIDS = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.6, 0.8]]])
-
-
-def test_the_separation_loss() -> None:
-    router = with_centroids(CENTROIDS, separation_coef=0.5)
-    routing = router(torch.randn(5, 2))
-    # within: (2, 0) and (0, 1) 0; (-1, 0) and (.6, .8) -.6 -> 0. Across: 0-(-1) -> 0, (2, 0)-(.6, .8) .6 -> .36,
-    # (0, 1)-(-1, 0) 0, (0, 1)-(.6, .8) .8 -> .64: mean over four .25
-    value, coefficient = routing.losses["separation"]
-    assert (value.item(), coefficient) == (pytest.approx(0.25), 0.5)
-    (gradient,) = torch.autograd.grad(routing.aux_loss, router.centroid)
-    assert gradient.abs().max() > 1e-6
-    assert not MultiCentroid(4, 3, separation_coef=0.0)(torch.randn(5, 4)).losses
-
 
 # k-means initialisation
 

@@ -243,7 +243,8 @@ def test_bad_sizes_and_weights(bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("router", "bad"),
     [
-        (TokenChoice, {"balance": "even"}),
+        *((TokenChoice, {name: value}) for name, value in (("balance", "even"), ("noise", "spreads"), ("noise", 1))),
+        (TokenChoice, {"noise": False, "balance": "importance_load"}),
         *((TokenChoice, {"capacity_factor": value}) for value in (0, -1.0, math.nan)),
         *((TokenChoice, {name: -1}) for name in ("balance_coef", "bias_rate", "z_coef", "init_scale")),
         *((ExpertChoice, {name: -1}) for name in ("z_coef", "init_scale")),
@@ -259,7 +260,7 @@ def test_bad_sizes_and_weights(bad: dict[str, Any]) -> None:
     ids=str,
 )
 def test_bad_options(router: type[Router], bad: dict[str, Any]) -> None:
-    ((name, value),) = bad.items()
+    name, value = next(iter(bad.items()))
     with pytest.raises(ValueError, match=f"^{name}: got {value!r}, expected"):
         router(D, E, **bad)
 

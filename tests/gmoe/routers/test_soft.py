@@ -9,18 +9,11 @@ from torch import Tensor, nn
 from gmoe import SoftSlots
 from gmoe.routers import SoftRouting
 from tests.gmoe.reference import group_lists
+from tests.gmoe.routers.test_router import INPUTS
 
 D, E, O = 5, 3, 4  # noqa: E741
 
-INPUTS: dict[str, tuple[tuple[int, ...], list[int] | None]] = {
-    "one_group": ((7, D), None),
-    "leading": ((2, 2, 3, D), None),
-    "ragged": ((9, D), [5, 0, 5, 9, 0, 0, 5, 2, 9]),
-    "equal_unsorted": ((6, D), [7, 1, 7, 1, 1, 7]),
-    "one_token": ((1, D), None),
-    "no_tokens": ((0, 4, D), None),
-    "empty_groups": ((2, 0, D), None),
-}
+SHAPES = {**INPUTS, "no_tokens": ((0, 4, D), None), "empty_groups": ((2, 0, D), None)}
 
 
 class Layer(nn.Module):
@@ -66,12 +59,12 @@ def reference(layer: Layer, x: Tensor, batch: Tensor | None) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_equals_the_dense_formula_with_gradients(name: str, slots: int) -> None:
-    shape, ids = INPUTS[name]
+    shape, ids = SHAPES[name]
     layer = Layer(slots)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    batch = None if ids is None else torch.tensor(ids)
+    batch = None if ids is None else torch.tensor(ids).view(shape[:-1])
     y, routing = layer(x, batch)
     expected, dense = reference(layer, x, batch)
     torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
