@@ -1,28 +1,30 @@
-"""Where an epoch's time goes: data, forward, backward, optimizer, and the rest."""
+"""Parts of training: where an epoch's time goes, and sampling from a graph on disk beside the same graph in memory."""
 
 from __future__ import annotations
 
 import itertools
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
+from torch_geometric.data import Data
 from tqdm import tqdm
 
-from experiments.benchmark.measure import Benchmark, spread, told, wait_for
+from experiments.benchmark.measure import Benchmark, Steps, spread, wait_for
 from experiments.build import build_model
 from experiments.checkpoint import make_fabric
 from experiments.data import Batch, load_tasks
 from experiments.loop import Training, set_up
 from experiments.presets import PRESETS
-
-PARTS = ("data", "forward", "backward", "optimizer")
+from gmoe import StoredGraph, neighbor_loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +45,13 @@ class TrainBenchmark(Benchmark):
     def measured(self) -> dict[str, Any]:
         """By preset, ``wall``, and ``parts``: the seconds of the median epoch by part; ``share``, those over the
         epoch's; ``batches``. The rest is logging, losses of the routers, and the loop itself."""
-        for name, value in (("repeats", self.repeats), ("batches", self.batches)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+        self.check_counts("batches")
         unknown = sorted(set(self.presets) - set(PRESETS))
         if unknown:
             raise ValueError(f"presets: got {', '.join(unknown)}, expected some of {', '.join(PRESETS)}")
         self.torch_device()
         found = {}
-        for name in told(self.presets, "preset"):
+        for name in tqdm(self.presets, desc="preset", leave=False):
             try:
                 found[name] = self._preset(name)
             except (FileNotFoundError, ValueError) as error:
@@ -64,80 +64,86 @@ class TrainBenchmark(Benchmark):
         config = PRESETS[name][1]
         root = self.data_root / config.data_root if config.dataset == "graph" else self.data_root
         config = replace(config, data_root=root, offline=True, device=self.device, epochs=self.repeats + 1)
-        task = load_tasks(config)(self.seed)
-        fabric = make_fabric(config)
-        fabric.seed_everything(self.seed, verbose=False)
+        task, fabric = load_tasks(config)(0), make_fabric(config)
+        fabric.seed_everything(0, verbose=False)
         epochs = []
         with set_up(fabric, build_model(config, task), config, task) as training:
             for epoch in range(self.repeats + 1):
-                with Clock(fabric.device).on(training, self.batches) as clock:
-                    started = clock.now()
+                with timed_parts(training, self.batches) as seconds:
+                    started = time.perf_counter()
                     training.train_epoch(epoch)
-                    epochs.append((clock.now() - started, clock))
+                    wait_for(fabric.device)
+                    epochs.append((time.perf_counter() - started, seconds))
+            batches = training.epoch.batches
         timed = sorted(epochs[1:], key=lambda epoch: epoch[0])
-        total, clock = timed[(len(timed) - 1) // 2]
-        parts = clock.seconds | {"rest": total - sum(clock.seconds.values())}
+        total, seconds = timed[(len(timed) - 1) // 2]
+        parts = seconds | {"rest": total - sum(seconds.values())}
         return {
-            "wall": spread([epoch[0] for epoch in epochs[1:]]),
-            "batches": clock.batches,
+            "wall": spread([wall for wall, _ in epochs[1:]]),
+            "batches": batches,
             "parts": parts,
             "share": {part: seconds / total for part, seconds in parts.items()},
         }
 
 
-@dataclass
-class Clock:
-    """Seconds by part of an epoch.
+@contextmanager
+def timed_parts(training: Training, batches: int) -> Iterator[dict[str, float]]:
+    """Time what the loop calls, and end an epoch after so many batches; the seconds by part, which grow."""
+    task, fabric, optimizer = training.task, training.fabric, training.optimizer
+    seconds = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
 
-    Args:
-        device: whose work is waited for before the clock is read.
-    """
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    batches: int = 0
-
-    def now(self) -> float:
-        """Seconds, once all work is done."""
-        wait_for(self.device)
-        return time.perf_counter()
-
-    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, whose time is that of ``part``."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = self.now()
+    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*args: Any, **kwargs: Any) -> Any:
+            wait_for(fabric.device)
+            started = time.perf_counter()
             try:
                 return call(*args, **kwargs)
             finally:
-                self.seconds[part] += self.now() - started
+                wait_for(fabric.device)
+                seconds[part] += time.perf_counter() - started
 
-        return timed
+        return timed_call
 
-    @contextmanager
-    def on(self, training: Training, batches: int) -> Iterator[Clock]:
-        """Time what the loop calls, and end an epoch after so many batches."""
-        task, fabric, optimizer = training.task, training.fabric, training.optimizer
+    def loader(*args: Any) -> Iterator[Batch]:
+        drawn = iter(timed("data", task.loader)(*args))
+        return itertools.islice(iter(timed("data", lambda: next(drawn, None)), None), batches)
 
-        def timed_loader(*args: Any) -> Iterator[Batch]:
-            drawn = iter(self.timed("data", task.loader)(*args))
-            following = self.timed("data", lambda: next(drawn, None))
-            for batch in itertools.islice(iter(following, None), batches):
-                self.batches += 1
-                yield batch
+    places = (
+        (training, "forward", "forward"),
+        (fabric, "to_device", "data"),
+        (fabric, "backward", "backward"),
+        (fabric, "clip_gradients", "optimizer"),
+        (optimizer, "step", "optimizer"),
+        (optimizer, "zero_grad", "optimizer"),
+        (training.scheduler, "step", "optimizer"),
+    )
+    with ExitStack() as stack:
+        timed_task = replace(task, loader=loader, loss=timed("forward", task.loss))
+        stack.enter_context(patch.object(training, "task", timed_task))
+        for owner, name, part in places:
+            stack.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
+        yield seconds
 
-        places = (
-            (training, "forward", "forward"),
-            (fabric, "to_device", "data"),
-            (fabric, "backward", "backward"),
-            (fabric, "clip_gradients", "optimizer"),
-            (optimizer, "step", "optimizer"),
-            (optimizer, "zero_grad", "optimizer"),
-            (training.scheduler, "step", "optimizer"),
-        )
-        timed_task = replace(task, loader=timed_loader, loss=self.timed("forward", task.loss))
-        with ExitStack() as stack:
-            stack.enter_context(patch.object(training, "task", timed_task))
-            for owner, name, part in places:
-                stack.enter_context(patch.object(owner, name, self.timed(part, getattr(owner, name))))
-            yield self
+
+@dataclass(frozen=True, kw_only=True)
+class StoredBenchmark(Benchmark):
+    """Batches of 1,024 seeds with 15, 10 and 5 neighbors a hop; variants are by place and number of worker processes.
+    Files are cached by the first round."""
+
+    folder: Path = Path("data/stored")
+    """Folder that `experiments.convert` wrote, of a graph that fits in memory."""
+    batches: int = 5
+    """Batches a run."""
+
+    SMALL: ClassVar = {"repeats": 2, "batches": 2}
+
+    def groups(self) -> Iterator[Steps]:
+        self.check_counts("batches")
+        disk, size = StoredGraph(self.folder), 1024
+        memory = Data(x=disk.rows("x", slice(None)), edge_index=torch.stack(disk.in_edges(slice(None))))
+        seeds = torch.randint(disk.num_nodes, (self.batches * size,))
+        for workers in (0, 2):
+            options: dict[str, Any] = {"batch_size": size, "is_sorted": True, "num_workers": workers, "backend": "gmoe"}
+            places = {"memory": memory, "disk": disk}
+            loaders = {place: neighbor_loader(data, [15, 10, 5], seeds, **options) for place, data in places.items()}
+            yield {f"{place}, {workers} workers": partial(deque, loader, maxlen=0) for place, loader in loaders.items()}
