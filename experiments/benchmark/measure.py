@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
+from torch_geometric import seed_everything
 from tqdm import tqdm
 
 import gmoe
@@ -52,7 +53,7 @@ class Benchmark:
             ValueError: an option out of range.
             AssertionError: variants that compute the same thing differ.
         """
-        torch.manual_seed(0)
+        seed_everything(0)
         self.check_counts("repeats")
         found = self.measured()
         if self.json is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,17 +74,11 @@ class NonzeroLoop(nn.Module):
         return y_TD.view(*x.shape[:-1], -1)
 
 
-class Batched(nn.Module):
-    """Takes (T, D), for layers that want (B, T, D) and may return losses as well."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """(T, D) the layer's output for one sequence."""
-        y = self.layer(x_TD[None])
-        return (y if isinstance(y, Tensor) else y[0])[0]
+def _flat(layer: nn.Module) -> nn.Module:
+    """Let a layer that wants (B, T, D), and may return losses as well, take and give (T, D)."""
+    layer.register_forward_pre_hook(lambda _, args: (args[0][None],))
+    layer.register_forward_hook(lambda _, __, y: (y if isinstance(y, Tensor) else y[0])[0])
+    return layer
 
 
 def _optional(name: str) -> Any | None:
@@ -98,8 +92,7 @@ def mixtral(layer: MoE, implementation: str) -> nn.Module | None:
     module = _optional("transformers.models.mixtral.modeling_mixtral")
     if module is None:
         return None
-    experts: Any = layer.experts
-    router = layer.router
+    experts, router = cast(Any, layer.experts), layer.router
     sizes = {"hidden_size": experts.in_features, "intermediate_size": experts.hidden_features}
     sizes |= {"num_local_experts": experts.num_experts, "num_experts_per_tok": router.k}
     config = module.MixtralConfig(**sizes, hidden_act="silu")
@@ -108,7 +101,7 @@ def mixtral(layer: MoE, implementation: str) -> nn.Module | None:
     block.gate.weight.copy_(router.get_parameter("gate.weight"))
     block.experts.gate_up_proj.copy_(experts.up.weight.transpose(1, 2))
     block.experts.down_proj.copy_(experts.down.weight.transpose(1, 2))
-    return Batched(block)
+    return _flat(block)
 
 
 @torch.no_grad()
@@ -117,8 +110,7 @@ def pytorch_mixtures(layer: MoE) -> nn.Module | None:
     module = _optional("pytorch_mixtures")
     if module is None:
         return None
-    experts: Any = layer.experts
-    router = layer.router
+    experts, router = cast(Any, layer.experts), layer.router
     kinds = {"expert_fn": "ff", "expert_act": "gelu", "router_fn": "topk", "capacity_factor": None}
     sizes = {"hidden_dim": experts.in_features, "intermediate_dim": experts.hidden_features, "topk": router.k}
     config = module.MoEConfig(**kinds, **sizes, num_experts=experts.num_experts, dtype=torch.float32)
@@ -128,18 +120,17 @@ def pytorch_mixtures(layer: MoE) -> nn.Module | None:
         for theirs, ours in ((expert.up, experts.up), (expert.down, experts.down)):
             theirs.weight.copy_(ours.weight[index].T)
             theirs.bias.copy_(ours.bias[index])
-    return Batched(other)
+    return _flat(other)
 
 
 def st_moe(layer: MoE) -> nn.Module | None:
     """``st_moe_pytorch.MoE`` of the same sizes: capacity and random second choice are its own, and it has no K = 1."""
-    module, k = _optional("st_moe_pytorch"), layer.router.k
-    experts: Any = layer.experts
+    module, experts, k = _optional("st_moe_pytorch"), cast(Any, layer.experts), layer.router.k
     if module is None or k < 2:
         return None
     width, hidden, e = experts.in_features, experts.hidden_features, experts.num_experts
     mlps = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(e))
-    return Batched(module.MoE(width, num_experts=e, gating_top_n=k, experts=mlps))
+    return _flat(module.MoE(width, num_experts=e, gating_top_n=k, experts=mlps))
 
 
 def naive_votes(q_TEd: Tensor, k_TEd: Tensor) -> Tensor:

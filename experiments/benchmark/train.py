@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,13 +43,11 @@ class TrainBenchmark(Benchmark):
     SMALL: ClassVar = {"repeats": 1, "batches": 5, "presets": ("digits", "digits-graph", "mosaic")}
 
     def measured(self) -> dict[str, Any]:
-        """By preset, ``wall``, and ``parts``: the seconds of the median epoch by part; ``share``, those over the
-        epoch's; ``batches``. The rest is logging, losses of the routers, and the loop itself."""
+        """By preset ``wall``, ``batches``; ``parts``, the seconds of the median epoch; ``share``, those over their sum."""
         self.check_counts("batches")
         unknown = sorted(set(self.presets) - set(PRESETS))
         if unknown:
             raise ValueError(f"presets: got {', '.join(unknown)}, expected some of {', '.join(PRESETS)}")
-        self.torch_device()
         found = {}
         for name in tqdm(self.presets, desc="preset", leave=False):
             try:
@@ -64,65 +62,60 @@ class TrainBenchmark(Benchmark):
         config = PRESETS[name][1]
         root = self.data_root / config.data_root if config.dataset == "graph" else self.data_root
         config = replace(config, data_root=root, offline=True, device=self.device, epochs=self.repeats + 1)
-        task, fabric = load_tasks(config)(0), make_fabric(config)
+        task, fabric, epochs = load_tasks(config)(0), make_fabric(config), []
         fabric.seed_everything(0, verbose=False)
-        epochs = []
         with set_up(fabric, build_model(config, task), config, task) as training:
-            for epoch in range(self.repeats + 1):
-                with timed_parts(training, self.batches) as seconds:
-                    started = time.perf_counter()
+            for epoch in range(config.epochs):
+                with timed_parts(training, self.batches) as parts:
                     training.train_epoch(epoch)
-                    wait_for(fabric.device)
-                    epochs.append((time.perf_counter() - started, seconds))
-            batches = training.epoch.batches
-        timed = sorted(epochs[1:], key=lambda epoch: epoch[0])
-        total, seconds = timed[(len(timed) - 1) // 2]
-        parts = seconds | {"rest": total - sum(seconds.values())}
-        return {
-            "wall": spread([wall for wall, _ in epochs[1:]]),
-            "batches": batches,
-            "parts": parts,
-            "share": {part: seconds / total for part, seconds in parts.items()},
-        }
+                epochs.append(parts)
+        timed = sorted(epochs[1:], key=lambda parts: sum(parts.values()))
+        parts, walls = timed[(len(timed) - 1) // 2], [sum(parts.values()) for parts in epochs[1:]]
+        share = {part: seconds / sum(parts.values()) for part, seconds in parts.items()}
+        return {"wall": spread(walls), "batches": training.epoch.batches, "parts": parts, "share": share}
 
 
 @contextmanager
 def timed_parts(training: Training, batches: int) -> Iterator[dict[str, float]]:
-    """Time what the loop calls, and end an epoch after so many batches; the seconds by part, which grow."""
-    task, fabric, optimizer = training.task, training.fabric, training.optimizer
-    seconds = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+    """Time an epoch of the loop, and end it after so many batches; the seconds by part.
 
-    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed_call(*args: Any, **kwargs: Any) -> Any:
-            wait_for(fabric.device)
-            started = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                wait_for(fabric.device)
-                seconds[part] += time.perf_counter() - started
+    Each part ends where the loop calls what comes next: the forward pass with the loss where it calls the backward
+    pass, the optimizer with clipping and schedule.
+    """
+    seconds = dict.fromkeys(("data", "forward", "backward", "optimizer", "rest"), 0.0)
+    fabric, draw, last = training.fabric, training.batches, time.perf_counter()
 
-        return timed_call
+    def mark(part: str) -> None:
+        nonlocal last
+        wait_for(fabric.device)
+        now = time.perf_counter()
+        seconds[part] += now - last
+        last = now
 
-    def loader(*args: Any) -> Iterator[Batch]:
-        drawn = iter(timed("data", task.loader)(*args))
-        return itertools.islice(iter(timed("data", lambda: next(drawn, None)), None), batches)
+    def marked(call: Callable[..., Any], after: str, before: str | None = None) -> Callable[..., Any]:
+        def marked_call(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                mark(before)
+            found = call(*args, **kwargs)
+            mark(after)
+            return found
 
-    places = (
-        (training, "forward", "forward"),
-        (fabric, "to_device", "data"),
-        (fabric, "backward", "backward"),
-        (fabric, "clip_gradients", "optimizer"),
-        (optimizer, "step", "optimizer"),
-        (optimizer, "zero_grad", "optimizer"),
-        (training.scheduler, "step", "optimizer"),
-    )
-    with ExitStack() as stack:
-        timed_task = replace(task, loader=loader, loss=timed("forward", task.loss))
-        stack.enter_context(patch.object(training, "task", timed_task))
-        for owner, name, part in places:
-            stack.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
+        return marked_call
+
+    def drawn(*args: Any) -> Iterator[Batch]:
+        for batch in itertools.islice(draw(*args), batches):
+            mark("data")
+            yield batch
+            mark("rest")
+
+    with (
+        patch.object(training, "batches", drawn),
+        patch.object(fabric, "to_device", marked(fabric.to_device, "data")),
+        patch.object(fabric, "backward", marked(fabric.backward, "backward", before="forward")),
+        patch.object(training.scheduler, "step", marked(training.scheduler.step, "optimizer")),
+    ):
         yield seconds
+        mark("rest")
 
 
 @dataclass(frozen=True, kw_only=True)
