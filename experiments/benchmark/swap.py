@@ -57,12 +57,7 @@ class SwapBenchmark(Benchmark):
         The file is written after each run; beside it is a folder for what is not finished.
 
         Returns:
-            By row: ``runs``, by arm the results of its seeds; ``matched``, the ``hidden`` width of ``dense-flops``; and
-            ``time``, see :func:`step_times`.
-
-        Raises:
-            ValueError: an unknown row, or a number below 1.
-            FileNotFoundError: data are missing.
+            By row: ``runs``, by arm those of its seeds; ``time``; ``matched``, the ``hidden`` width of ``dense-flops``.
         """
         if unknown := sorted(set(self.rows) - set(ROWS)):
             raise ValueError(f"rows: got {', '.join(unknown)}, expected some of {', '.join(ROWS)}")
@@ -74,8 +69,8 @@ class SwapBenchmark(Benchmark):
                 width = problem.config.hidden
                 if arm in ("dense-flops", "times"):
                     with self._row(path, name) as row:
-                        width = row.get("matched", {}).get("hidden") or matched_width(problem)
-                        row["matched"] = row.get("matched", {}) | {"hidden": width}
+                        row["matched"] = row.get("matched") or {"hidden": matched_width(problem)}
+                        width = row["matched"]["hidden"]
                 if arm == "times":
                     found = step_times(problem, width, self.repeats, "shared-transform" in ROWS[name].arms)
                     with self._row(path, name) as row:
@@ -151,13 +146,13 @@ def train_arm(problem: Problem, arm: Arm, width: int, folder: Path) -> dict[str,
 def switches(model: nn.Module) -> dict[MoELayer, list[nn.Parameter]]:
     """The layers that start dense, and what starts at zero in them: of a conv the gain, of MLPs their last layers."""
     found: dict[MoELayer, list[nn.Parameter]] = {}
-    for part in model.modules():
-        if isinstance(part, gmoe.MoEConv) and part.gain is not None:
-            found[part] = [part.gain]
-        if isinstance(part, gmoe.MoE):
-            last = [linear for linear in part.modules() if isinstance(linear, LinearExperts) and linear.zero_init]
-            found |= {part: [weight for linear in last for weight in linear.parameters()]} if last else {}
-    return found
+    for layer in model.modules():
+        if isinstance(layer, gmoe.MoEConv) and layer.gain is not None:
+            found[layer] = [layer.gain]
+        if isinstance(layer, gmoe.MoE):
+            last = [part for part in layer.modules() if isinstance(part, LinearExperts) and part.zero_init]
+            found[layer] = [parameter for part in last for parameter in part.parameters()]
+    return {layer: parts for layer, parts in found.items() if parts}
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class TrainBenchmark(Benchmark):
     SMALL: ClassVar = {"repeats": 1, "batches": 5, "presets": ("digits", "digits-graph", "mosaic")}
 
     def measured(self) -> dict[str, Any]:
-        """By preset ``wall``, ``batches``; ``parts``, the seconds of the median epoch; ``share``, those over their sum."""
+        """By preset ``wall``, ``batches``, ``parts`` (seconds of the median epoch) and ``share`` (over their sum)."""
         self.check_counts("batches")
         unknown = sorted(set(self.presets) - set(PRESETS))
         if unknown:

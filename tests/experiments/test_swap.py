@@ -89,6 +89,19 @@ def test_the_share_is_that_of_what_started_at_zero() -> None:
     torch.testing.assert_close(layer(x, edges), y)
 
 
+def test_the_selected_epoch_is_tested(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vals, weights, problem = iter([0.3, 0.6, 0.6, 0.1]), list[torch.Tensor](), problem_of("cora-gcn", root, epochs=4)
+
+    def score(model: Any, part: str) -> float:
+        weights.append(model[1].lin.weight.detach().clone())
+        return next(vals)
+
+    monkeypatch.setattr(problem, "score", score)
+    model: Any = problem.drawn("dense", 4)
+    assert problem.train(model, tmp_path) == (0.6, 2)
+    torch.testing.assert_close(model[1].lin.weight.detach(), weights[1])
+
+
 def test_finished_runs_are_kept_and_missing_ones_added(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
