@@ -1,1 +1,1 @@
-"""How fast is gmoe: ``python -m experiments.benchmark conv|ffn|vit|router|vote|train|swap [options]``."""
+"""How fast is gmoe: ``python -m experiments.benchmark NAME [options]``."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -16,25 +16,21 @@ if TYPE_CHECKING:
 
 PROG = "python -m experiments.benchmark"
 BENCHMARKS: dict[str, tuple[str, str]] = {
-    "conv": ("A layer of message passing, forward and backward.", "conv.ConvBenchmark"),
-    "ffn": ("An MLP layer, forward and backward; ours and others'.", "ffn.FFNBenchmark"),
-    "router": ("The routers' share of a layer.", "routers.RouterBenchmark"),
-    "vote": ("Attention votes: naive, in blocks, over neighbors.", "routers.VoteBenchmark"),
+    "conv": ("A layer of message passing, forward and backward.", "layers.ConvBenchmark"),
+    "ffn": ("An MLP layer, forward and backward; ours and others'.", "layers.FFNBenchmark"),
+    "router": ("The routers' share of a layer.", "layers.RouterBenchmark"),
+    "vote": ("Attention votes: naive, in blocks, over neighbors.", "layers.VoteBenchmark"),
     "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", "train.TrainBenchmark"),
-    "molecules": ("Four layers on a batch of molecules, forward and backward.", "conv.MoleculesBenchmark"),
-    "stored": ("Neighbor sampling from disk beside memory.", "stored.StoredBenchmark"),
+    "molecules": ("Four layers on a batch of molecules, forward and backward.", "layers.MoleculesBenchmark"),
+    "stored": ("Neighbor sampling from disk beside memory.", "train.StoredBenchmark"),
     "swap": ("Dense layers and gmoe's defaults in their place: accuracy, time of a step.", "swap.SwapBenchmark"),
-    "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", "vit.VitBenchmark"),
+    "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", "layers.VitBenchmark"),
 }
 """By the name of the command line: a line of help, and the class, which is imported when it is asked for."""
 
 
 def parse(args: Sequence[str]) -> Benchmark:
-    """The benchmark with its options.
-
-    Raises:
-        ValueError: a name or an option that there is not.
-    """
+    """The benchmark with its options; a name or an option that there is not is a ``ValueError``."""
     name, *rest = args
     if name not in BENCHMARKS:
         raise ValueError(options.unknown_name("benchmark", name, BENCHMARKS))
@@ -43,7 +39,9 @@ def parse(args: Sequence[str]) -> Benchmark:
         print(f"{name}: {line}", file=sys.stderr, flush=True)  # long before the first figures, and all that is imported
     module, _, kind = where.partition(".")
     made: type[Benchmark] = getattr(import_module(f"experiments.benchmark.{module}"), kind)
-    return options.parse(made, rest, f"{PROG} {name}", f"{line}\n\n{made.__doc__}")
+    config = options.parse(made, rest, f"{PROG} {name}", f"{line}\n\n{made.__doc__}")
+    small = {name: value for name, value in made.SMALL.items() if getattr(config, name) == getattr(made, name)}
+    return replace(config, **small) if config.quick else config
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -59,6 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
     import pandas as pd
     import torch
 
+    from experiments.progress import show_progress_of
     from experiments.run_folder import environment
     from experiments.tables import benchmark_lines, measured_on
 
@@ -66,8 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
         torch.set_num_threads(config.threads)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("gmoe").setLevel(logging.INFO)  # long k-means tell how far they are
+    show_progress_of("gmoe")
     try:
         found = config.run()
     except (ValueError, FileNotFoundError) as error:

@@ -1,28 +1,30 @@
-"""Where an epoch's time goes: data, forward, backward, optimizer, and the rest."""
+"""Parts of training: where an epoch's time goes, and sampling from a graph on disk beside the same graph in memory."""
 
 from __future__ import annotations
 
 import itertools
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
+from torch_geometric.data import Data
 from tqdm import tqdm
 
-from experiments.benchmark.measure import Benchmark, spread, told, wait_for
+from experiments.benchmark.measure import Benchmark, Steps, spread, wait_for
 from experiments.build import build_model
 from experiments.checkpoint import make_fabric
 from experiments.data import Batch, load_tasks
 from experiments.loop import Training, set_up
 from experiments.presets import PRESETS
-
-PARTS = ("data", "forward", "backward", "optimizer")
+from gmoe import StoredGraph, neighbor_loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +43,13 @@ class TrainBenchmark(Benchmark):
     SMALL: ClassVar = {"repeats": 1, "batches": 5, "presets": ("digits", "digits-graph", "mosaic")}
 
     def measured(self) -> dict[str, Any]:
-        """By preset, ``wall``, and ``parts``: the seconds of the median epoch by part; ``share``, those over the
-        epoch's; ``batches``. The rest is logging, losses of the routers, and the loop itself."""
-        for name, value in (("repeats", self.repeats), ("batches", self.batches)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+        """By preset ``wall``, ``batches``, ``parts`` (seconds of the median epoch) and ``share`` (over their sum)."""
+        self.check_counts("batches")
         unknown = sorted(set(self.presets) - set(PRESETS))
         if unknown:
             raise ValueError(f"presets: got {', '.join(unknown)}, expected some of {', '.join(PRESETS)}")
-        self.torch_device()
         found = {}
-        for name in told(self.presets, "preset"):
+        for name in tqdm(self.presets, desc="preset", leave=False):
             try:
                 found[name] = self._preset(name)
             except (FileNotFoundError, ValueError) as error:
@@ -64,80 +62,81 @@ class TrainBenchmark(Benchmark):
         config = PRESETS[name][1]
         root = self.data_root / config.data_root if config.dataset == "graph" else self.data_root
         config = replace(config, data_root=root, offline=True, device=self.device, epochs=self.repeats + 1)
-        task = load_tasks(config)(self.seed)
-        fabric = make_fabric(config)
-        fabric.seed_everything(self.seed, verbose=False)
-        epochs = []
+        task, fabric, epochs = load_tasks(config)(0), make_fabric(config), []
+        fabric.seed_everything(0, verbose=False)
         with set_up(fabric, build_model(config, task), config, task) as training:
-            for epoch in range(self.repeats + 1):
-                with Clock(fabric.device).on(training, self.batches) as clock:
-                    started = clock.now()
+            for epoch in range(config.epochs):
+                with timed_parts(training, self.batches) as parts:
                     training.train_epoch(epoch)
-                    epochs.append((clock.now() - started, clock))
-        timed = sorted(epochs[1:], key=lambda epoch: epoch[0])
-        total, clock = timed[(len(timed) - 1) // 2]
-        parts = clock.seconds | {"rest": total - sum(clock.seconds.values())}
-        return {
-            "wall": spread([epoch[0] for epoch in epochs[1:]]),
-            "batches": clock.batches,
-            "parts": parts,
-            "share": {part: seconds / total for part, seconds in parts.items()},
-        }
+                epochs.append(parts)
+        timed = sorted(epochs[1:], key=lambda parts: sum(parts.values()))
+        parts, walls = timed[(len(timed) - 1) // 2], [sum(parts.values()) for parts in epochs[1:]]
+        share = {part: seconds / sum(parts.values()) for part, seconds in parts.items()}
+        return {"wall": spread(walls), "batches": training.epoch.batches, "parts": parts, "share": share}
 
 
-@dataclass
-class Clock:
-    """Seconds by part of an epoch.
+@contextmanager
+def timed_parts(training: Training, batches: int) -> Iterator[dict[str, float]]:
+    """Time an epoch of the loop, and end it after so many batches; the seconds by part.
 
-    Args:
-        device: whose work is waited for before the clock is read.
+    Each part ends where the loop calls what comes next: the forward pass with the loss where it calls the backward
+    pass, the optimizer with clipping and schedule.
     """
+    seconds = dict.fromkeys(("data", "forward", "backward", "optimizer", "rest"), 0.0)
+    fabric, draw, last = training.fabric, training.batches, time.perf_counter()
 
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    batches: int = 0
+    def mark(part: str) -> None:
+        nonlocal last
+        wait_for(fabric.device)
+        now = time.perf_counter()
+        seconds[part] += now - last
+        last = now
 
-    def now(self) -> float:
-        """Seconds, once all work is done."""
-        wait_for(self.device)
-        return time.perf_counter()
+    def marked(call: Callable[..., Any], after: str, before: str | None = None) -> Callable[..., Any]:
+        def marked_call(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                mark(before)
+            found = call(*args, **kwargs)
+            mark(after)
+            return found
 
-    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, whose time is that of ``part``."""
+        return marked_call
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = self.now()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self.seconds[part] += self.now() - started
+    def drawn(*args: Any) -> Iterator[Batch]:
+        for batch in itertools.islice(draw(*args), batches):
+            mark("data")
+            yield batch
+            mark("rest")
 
-        return timed
+    with (
+        patch.object(training, "batches", drawn),
+        patch.object(fabric, "to_device", marked(fabric.to_device, "data")),
+        patch.object(fabric, "backward", marked(fabric.backward, "backward", before="forward")),
+        patch.object(training.scheduler, "step", marked(training.scheduler.step, "optimizer")),
+    ):
+        yield seconds
+        mark("rest")
 
-    @contextmanager
-    def on(self, training: Training, batches: int) -> Iterator[Clock]:
-        """Time what the loop calls, and end an epoch after so many batches."""
-        task, fabric, optimizer = training.task, training.fabric, training.optimizer
 
-        def timed_loader(*args: Any) -> Iterator[Batch]:
-            drawn = iter(self.timed("data", task.loader)(*args))
-            following = self.timed("data", lambda: next(drawn, None))
-            for batch in itertools.islice(iter(following, None), batches):
-                self.batches += 1
-                yield batch
+@dataclass(frozen=True, kw_only=True)
+class StoredBenchmark(Benchmark):
+    """Batches of 1,024 seeds with 15, 10 and 5 neighbors a hop; variants are by place and number of worker processes.
+    Files are cached by the first round."""
 
-        places = (
-            (training, "forward", "forward"),
-            (fabric, "to_device", "data"),
-            (fabric, "backward", "backward"),
-            (fabric, "clip_gradients", "optimizer"),
-            (optimizer, "step", "optimizer"),
-            (optimizer, "zero_grad", "optimizer"),
-            (training.scheduler, "step", "optimizer"),
-        )
-        timed_task = replace(task, loader=timed_loader, loss=self.timed("forward", task.loss))
-        with ExitStack() as stack:
-            stack.enter_context(patch.object(training, "task", timed_task))
-            for owner, name, part in places:
-                stack.enter_context(patch.object(owner, name, self.timed(part, getattr(owner, name))))
-            yield self
+    folder: Path = Path("data/stored")
+    """Folder that `experiments.convert` wrote, of a graph that fits in memory."""
+    batches: int = 5
+    """Batches a run."""
+
+    SMALL: ClassVar = {"repeats": 2, "batches": 2}
+
+    def groups(self) -> Iterator[Steps]:
+        self.check_counts("batches")
+        disk, size = StoredGraph(self.folder), 1024
+        memory = Data(x=disk.rows("x", slice(None)), edge_index=torch.stack(disk.in_edges(slice(None))))
+        seeds = torch.randint(disk.num_nodes, (self.batches * size,))
+        for workers in (0, 2):
+            options: dict[str, Any] = {"batch_size": size, "is_sorted": True, "num_workers": workers, "backend": "gmoe"}
+            places = {"memory": memory, "disk": disk}
+            loaders = {place: neighbor_loader(data, [15, 10, 5], seeds, **options) for place, data in places.items()}
+            yield {f"{place}, {workers} workers": partial(deque, loader, maxlen=0) for place, loader in loaders.items()}

@@ -37,7 +37,7 @@ def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean train?" in capsys.readouterr().err
 
 
-AFTER_A_LINE = ("benchmark conv --nods 3", "benchmark vit --size.image-sise 3")
+AFTER_A_LINE = ("benchmark conv --nods 3", "benchmark vit --bach 3")
 """A benchmark, whose import takes its time, says first what it is."""
 
 
@@ -53,7 +53,7 @@ AFTER_A_LINE = ("benchmark conv --nods 3", "benchmark vit --size.image-sise 3")
         ("sweep grid --preset corra", "preset: got 'corra' (did you mean cora?), expected one of digits"),
         ("benchmark cov", "benchmark: got 'cov' (did you mean conv?), expected one of conv, ffn"),
         ("benchmark conv --nods 3", "--nods: unknown option of conv, did you mean --nodes?"),
-        ("benchmark vit --size.image-sise 3", "unknown option of vit, did you mean --size.image-size?"),
+        ("benchmark vit --bach 3", "--bach: unknown option of vit, did you mean --batch?"),
         ("report run --ou x", "--ou: unknown option of experiments.report, did you mean --out?"),
         ("patches run --images x --ou y", "--ou: unknown option of experiments.patches, did you mean --out?"),
     ],

@@ -14,7 +14,7 @@ from torch_geometric.nn import GCNConv
 import gmoe
 from experiments.benchmark import swap, swap_models
 from experiments.benchmark.__main__ import main
-from experiments.benchmark.swap_models import ROWS, Arm, Problem, Where
+from experiments.benchmark.swap_models import ROWS, Arm, Images, Problem
 from experiments.config import ImageConfig
 from experiments.data.digits import digits
 from experiments.studies import SMALL_VIT
@@ -32,51 +32,44 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def where_in(root: Path, epochs: int = 2) -> Where:
-    return Where(data_root=root, offline=True, device=torch.device("cpu"), epochs=epochs)
-
-
-def arguments(root: Path, path: Path, *more: str) -> list[str]:
-    where = ["--data-root", str(root), "--offline", "--json", str(path)]
-    return ["swap", "--rows", "cora-gcn", "--epochs", "2", "--repeats", "1", *where, *more]
+def problem_of(name: str, root: Path, epochs: int = 2) -> Problem:
+    config = ROWS[name].config
+    return ROWS[name].problem(replace(config, data_root=root / config.data_root, epochs=epochs, offline=True), 0)
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "cifar10-vit"])
 def test_dense_and_moe_start_alike(name: str, root: Path) -> None:
-    where = where_in(root)
-    problem = ROWS[name].load(where)(0)
+    problem = problem_of(name, root)
     arms: tuple[Arm, ...] = ("dense", "moe", *(arm for arm in ROWS[name].arms if arm != "dense-flops"))
-    models = (swap.drawn(problem, arm, problem.width, 3, where) for arm in arms)
+    models = (problem.drawn(arm, problem.config.hidden) for arm in arms)
     first, *others = (swap_models.evaluated(problem.forward, model) for model in models)
     for other in others:
         torch.testing.assert_close(other, first)
 
 
 def test_a_vit_starts_alike_too_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = replace(SMALL_VIT, layers=2, dim=6, hidden=8, image_size=8, patch=4, precision="32-true")
+    config = replace(SMALL_VIT, layers=2, dim=6, hidden=8, image_size=8, patch=4, precision="32-true", epochs=1)
     task = digits(ImageConfig(dataset="digits"))
-    monkeypatch.setattr(swap_models, "load_tasks", lambda _: lambda _: task)
-    where = where_in(tmp_path, 1)
-    problem = swap_models.configured(swap_models.Images, config, where)(0)
-    dense, moe = (swap.drawn(problem, arm, problem.width, 0, where) for arm in ("dense", "moe"))
+    monkeypatch.setattr(swap_models, "load", lambda _: lambda _: task)
+    problem = Images(config, 0)
+    dense, moe = (problem.drawn(arm, 8) for arm in ("dense", "moe"))
     torch.testing.assert_close(*(swap_models.evaluated(problem.forward, model) for model in (dense, moe)))
-    result = swap.train_arm(problem, "moe", 8, 0, tmp_path / "run", where)
+    result = swap.train_arm(problem, "moe", 8, tmp_path / "run")
     assert len(result["share"]) == len(result["live"]) == 1
     assert (tmp_path / "run" / "checkpoint").exists()
-    assert swap.train_arm(problem, "moe", 8, 0, tmp_path / "run", where)["test"] == result["test"]
+    assert swap.train_arm(problem, "moe", 8, tmp_path / "run")["test"] == result["test"]
 
 
 @pytest.mark.parametrize("name", ["cora-gat", "cora-linkpred", "cora-infomax", "minesweeper"])
 def test_a_run_gives_all_figures(name: str, root: Path, tmp_path: Path) -> None:
-    where = where_in(root)
-    problem = ROWS[name].load(where)(0)
-    result = swap.train_arm(problem, "moe", 4, 0, tmp_path, where)
+    problem = problem_of(name, root)
+    result = swap.train_arm(problem, "moe", 4, tmp_path / "moe")
     assert 0 <= result["off"] <= 1
     assert len(result["share"]) > 0
     assert all(0 < share < 1 for share in result["share"])
     assert all(1 <= live <= 8 for live in result["live"])
     assert (result["val"] is None) == (name == "cora-infomax")
-    assert "off" not in swap.train_arm(problem, "dense", 4, 0, tmp_path, where)
+    assert "off" not in swap.train_arm(problem, "dense", 4, tmp_path / "dense")
 
 
 def test_the_share_is_that_of_what_started_at_zero() -> None:
@@ -97,64 +90,62 @@ def test_the_share_is_that_of_what_started_at_zero() -> None:
 
 
 def test_the_selected_epoch_is_tested(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vals, weights = iter([0.3, 0.6, 0.6, 0.1]), list[torch.Tensor]()
-    problem = ROWS["cora-gcn"].load(where_in(root, 4))(0)
+    vals, weights, problem = iter([0.3, 0.6, 0.6, 0.1]), list[torch.Tensor](), problem_of("cora-gcn", root, epochs=4)
 
     def score(model: Any, part: str) -> float:
-        weights.append(model.conv1.lin.weight.detach().clone())
+        weights.append(model[1].lin.weight.detach().clone())
         return next(vals)
 
     monkeypatch.setattr(problem, "score", score)
-    model = swap.drawn(problem, "dense", 4, 0, where_in(root))
-    assert problem.train(model, "dense", tmp_path) == (0.6, 2)
-    torch.testing.assert_close(model.get_parameter("conv1.lin.weight").detach(), weights[1])
+    model: Any = problem.drawn("dense", 4)
+    assert problem.train(model, tmp_path) == (0.6, 2)
+    torch.testing.assert_close(model[1].lin.weight.detach(), weights[1])
 
 
 def test_finished_runs_are_kept_and_missing_ones_added(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, trained = tmp_path / "swap.json", list[tuple[str, int]]()
     train_arm = swap.train_arm
 
-    def counted(problem: Problem, arm: Arm, width: int, seed: int, *rest: Any) -> dict[str, Any]:
+    def counted(problem: Problem, arm: Arm, *rest: Any) -> dict[str, Any]:
         if len(trained) == 3:
             trained.clear()
             raise KeyboardInterrupt
-        trained.append((arm, seed))
-        return train_arm(problem, arm, width, seed, *rest)
+        trained.append((arm, problem.seed))
+        return train_arm(problem, arm, *rest)
 
-    def row() -> dict[str, Any]:
+    def run(*options: str) -> dict[str, Any]:
+        trained.clear()
+        where = ["--data-root", str(root), "--offline", "--json", str(path)]
+        main(["swap", "--rows", "cora-gcn", "--epochs", "2", "--repeats", "1", *where, *options])
         found: dict[str, Any] = json.loads(path.read_text())["variants"]["cora-gcn"]
         return found
 
     monkeypatch.setattr(swap, "train_arm", counted)
     with pytest.raises(KeyboardInterrupt):
-        main(arguments(root, path, "--seeds", "1"))
-    kept = row()["runs"]
+        run("--seeds", "1")
+    kept = json.loads(path.read_text())["variants"]["cora-gcn"]["runs"]
     assert list(kept) == ["dense", "moe", "dense-flops"]
-    main(arguments(root, path, "--seeds", "1"))
+    row = run("--seeds", "1")
     assert trained == [("random", 0), ("shared-transform", 0)]
-    assert "run 3 of 3 (cora-gcn times 0): 00:0" in capsys.readouterr().err
-    assert row()["runs"]["moe"] == kept["moe"]
-    found = json.loads(path.read_text())
-    assert (found["environment"]["threads"], found["config"]["epochs"]) == (1, 2)
-    assert {"dense", "moe", "dense-flops", "shared-transform"} < set(row()["time"])
-    times = row()["time"]
-    trained.clear()
-    main(arguments(root, path, "--seeds", "2", "--arms", "random"))
+    assert row["runs"]["moe"] == kept["moe"]
+    assert {"dense", "moe", "dense-flops", "shared-transform"} < set(row["time"])
+    assert run("--seeds", "2", "--arms", "random")["time"] == row["time"]
     assert trained == [("dense", 1), ("moe", 1), ("random", 1)]
-    assert row()["time"] == times
-    trained.clear()
-    main(arguments(root, path, "--seeds", "1"))  # shows what is there, the second seed too
+    run("--seeds", "1")  # shows what is there, the second seed too
     assert trained == []
     assert not list((tmp_path / "swap").glob("*"))
     assert "| cora-gcn | 2 | " in render("<!-- swap: swap -->\n<!-- end -->\n", tmp_path)
-    main(arguments(root, path, "--seeds", "1", "--arms", "random", "--epochs", "1"))  # other epochs are another run
-    assert [run["epochs"] for arm in ("dense", "moe", "random") for run in row()["runs"][arm]] == [1, 2] * 3
+    runs = run("--seeds", "1", "--arms", "random", "--epochs", "1")["runs"]  # other epochs are another run
+    assert [one["epochs"] for arm in ("dense", "moe", "random") for one in runs[arm]] == [1, 2] * 3
 
 
 def test_the_matched_model_has_the_flops(root: Path) -> None:
-    where = where_in(root)
-    found = swap.match(ROWS["mosaic"].load(where)(0), where)
-    assert found["hidden"] > 16
-    assert found["flops"]["dense-flops"] == pytest.approx(found["flops"]["moe"], rel=0.1)
+    problem = problem_of("mosaic", root)
+    hidden = swap.matched_width(problem)
+    assert hidden > 16
+    sizes: tuple[tuple[Arm, int], ...] = (("dense", hidden), ("moe", 16))
+    models = (problem.drawn(arm, width) for arm, width in sizes)
+    dense, moe = (gmoe.count_flops(swap_models.evaluated, problem.forward, model) for model in models)
+    assert dense == pytest.approx(moe, rel=0.1)
