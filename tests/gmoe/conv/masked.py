@@ -112,8 +112,7 @@ def weights(num_tokens: int, kind: str = "some", num_experts: int = 3) -> Tensor
 def routing_of(weight_TE: Tensor) -> Routing:
     """The routing with these weights; 0 is no pair."""
     expert, token = (weight_TE.T != 0).nonzero().T
-    ends = (weight_TE != 0).sum(dim=0).cumsum(0).to(torch.int32)
-    return Routing(token, ends, weight_TE[token, expert], weight_TE.detach(), weight_TE.size(0))
+    return Routing(token, expert, weight_TE[token, expert], weight_TE.detach(), weight_TE.size(0))
 
 
 def mean_of_in_edges(x: Tensor, edge_index: Tensor) -> Tensor:
@@ -186,7 +185,7 @@ def assert_equals_masked(
             y = masked(convs, inputs, adj_reference, routing, **args)
             y = y if conv.gain is None else GAIN_SCALE * conv.gain * y
             if always:
-                y = y + masked(always, inputs, adj_reference, Routing.everyone(y.size(0), y), **args)
+                y = y + masked(always, inputs, adj_reference, routing_of(torch.ones_like(y[:, :1])), **args)
         y.backward(features(*y.shape, seed=5))
         for part in (conv, *convs, *always):
             clear_masks(part)
