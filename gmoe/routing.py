@@ -73,7 +73,7 @@ class Routing:
     def __post_init__(self, checked: bool) -> None:
         if not checked:
             self._check()
-        experts_E = torch.arange(self.num_experts, device=self.expert.device)
+        experts_E = torch.arange(self.scores.size(1), device=self.expert.device)
         self.offsets = torch.searchsorted(self.expert.contiguous(), experts_E, right=True, out_int32=True)
 
     def _check(self) -> None:
@@ -120,11 +120,7 @@ class Routing:
             >>> routing = Routing.from_choices(expert, weight, num_experts=8, scores=probs)
         """
         if not checked:
-            integers = isinstance(expert_TK, Tensor) and expert_TK.dim() == 2 and expert_TK.dtype in INTEGERS
-            check(integers, "expert_TK", described(expert_TK), "(T, K) integers")
-            fits = isinstance(weight_TK, Tensor) and weight_TK.shape == expert_TK.shape
-            check(fits, "weight_TK", described(weight_TK), f"a tensor of {tuple(expert_TK.shape)}")
-            check_range("expert_TK", expert_TK, num_experts)
+            _check_choices(expert_TK, weight_TK, num_experts)
         (num_tokens, k), expert_TK = expert_TK.shape, expert_TK.long()
         if scores is None:
             none_TE = weight_TK.detach().new_zeros(num_tokens, num_experts)
@@ -226,6 +222,14 @@ class Routing:
         dropped_T = None if self.dropped_T is None else self.dropped_T[rows]
         rest = (weight, scores, len(scores), self.losses, dropped_T, self.detached)
         return Routing(token - start, expert, *rest, checked=True)
+
+
+def _check_choices(expert_TK: Tensor, weight_TK: Tensor, num_experts: int) -> None:
+    integers = isinstance(expert_TK, Tensor) and expert_TK.dim() == 2 and expert_TK.dtype in INTEGERS
+    check(integers, "expert_TK", described(expert_TK), "(T, K) integers")
+    fits = isinstance(weight_TK, Tensor) and weight_TK.shape == expert_TK.shape
+    check(fits, "weight_TK", described(weight_TK), f"a tensor of {tuple(expert_TK.shape)}")
+    check_range("expert_TK", expert_TK, num_experts)
 
 
 def described(value: object) -> str:

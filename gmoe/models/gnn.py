@@ -173,10 +173,7 @@ class GNNMoE(HubMixin, nn.Module):
                 raise ValueError(f"{name}: got a tensor, but no conv of the model takes it")
         if not isinstance(edge_index, Graph):
             return Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
-        if (edge_index.num_src, edge_index.num_dst, edge_index.flow) != (x.size(0), x.size(0), self.flow):
-            got, legal = f"{edge_index} of flow {edge_index.flow!r}", f"{x.size(0)} nodes and flow {self.flow!r}"
-            raise ValueError(f"edge_index: got {got}, expected {legal}")
-        return edge_index.with_args(edge_weight, edge_attr)
+        return edge_index.fitting((x.size(0), x.size(0)), self.flow).with_args(edge_weight, edge_attr)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import GATConv, GraphConv, SAGEConv
 from torch_geometric.utils import to_torch_csr_tensor
 
@@ -171,13 +172,24 @@ WEIGHT, ATTR = torch.ones(13), torch.ones(13, 1)
         ("sage", X, {"size": (3, 3)}, r"size: got \(3, 3\)"),
         ("gcn", X, {"batch": torch.zeros(3, dtype=torch.long)}, r"batch: got shape \(3,\) of torch.int64"),
         ("gcn", X, {"batch": [0] * NODES}, "batch: got list"),
-        ("sage", X, {"edge_weight": WEIGHT}, "edge_weight: got a tensor, but the conv takes none"),
+        ("sage", X, {"edge_weight": WEIGHT}, "edge_weight: got a tensor, .* takes none"),
         (["gcn", "mlp", "le"], X, {"edge_attr": ATTR}, r"edge_attr: got a tensor, .* takes \['edge_weight'\]"),
     ],
 )
 def test_bad_input(conv: Any, x: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer(conv, check_finite=True)(x, graph()[1], **kwargs)
+
+
+def test_an_edge_index_that_knows_its_size() -> None:
+    edges, rows = torch.tensor([[0, 1, 3], [1, 2, 0]]), torch.randn(4, 6)
+    layer = MoEConv("sage", 6, 6, root_weight=False, router_input="neighbors")
+    known = EdgeIndex(edges, sparse_size=(4, 3))
+    assert torch.equal(layer((rows, None), known), layer((rows, None), edges, size=(4, 3)))
+    with pytest.raises(ValueError, match="size: got None"):
+        layer((rows, None), EdgeIndex(edges))
+    with pytest.raises(ValueError, match=r"edge_index: got an EdgeIndex of sparse_size \(4, 3\)"):
+        layer(rows, known)
 
 
 @pytest.mark.parametrize("nodes", [12, 20_000])
