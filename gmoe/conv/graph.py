@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial, wraps
+from functools import cache, cached_property, partial, wraps
 from numbers import Integral
 from typing import Any, Literal
 
@@ -332,10 +332,9 @@ class Graph:
         constant = x_src is self.x and not (x_src.requires_grad or weight.requires_grad)
         # neither fake, nor counted, nor without a version
         constant = constant and not torch._C._len_torch_dispatch_stack() and not x_src.is_inference()
-        if constant and matrix.product is not None:
-            y, *versions = matrix.product
-            if versions == [x_src._version, y._version]:
-                return y
+        kept = matrix.product if constant else None
+        if kept is not None and kept[1:] == (x_src._version, kept[0]._version):
+            return kept[0]
         with torch.inference_mode(False) if constant else nullcontext():  # for training too
             y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges).squeeze(1)
             if matrix.diagonal is not None:
@@ -470,9 +469,12 @@ def numbered(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     return nodes, order[torch.searchsorted(known, others)]
 
 
+_signature = cache(inspect.signature)  # which takes as long as a small graph's products
+
+
 def parameters_of(conv: torch.nn.Module) -> tuple[str, ...]:
     """The arguments of the conv's forward, in order."""
-    return tuple(inspect.signature(type(conv).forward).parameters)[1:]
+    return tuple(_signature(type(conv).forward).parameters)[1:]
 
 
 def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:

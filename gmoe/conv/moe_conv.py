@@ -314,11 +314,12 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _check_args(self, sizes: tuple[int, int], size: Any, **edge_args: Tensor | None) -> None:
         """Refuse what a call gives beside x and edges."""
-        legal = f"{sizes} source and destination nodes, as x has"
-        check(size is None or tuple(size) == sizes, "size", size, legal)
+        fits = size is None or tuple(size) == sizes
+        check(fits, "size", size, f"{sizes} source and destination nodes, as x has")
+        taken = self.edge_names
         for name, value in edge_args.items():
-            fits = value is None or name in self.edge_names
-            check(fits, name, "a tensor", f"None, since the conv takes {sorted(self.edge_names) or 'none'}")
+            legal = f"None, since the conv takes {sorted(taken) or 'none'}"
+            check(value is None or name in taken, name, "a tensor", legal)
 
     def _no_hook(self, hook: Any) -> NoReturn:
         """Refuse hooks of message passing, such as AttentionExplainer's, which would never be called.

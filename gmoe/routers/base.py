@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gmoe._autograd import in_transform
+from gmoe._autograd import refuse_transforms
 from gmoe._checks import check, check_choice, check_counts
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
@@ -96,8 +96,7 @@ class Router(nn.Module, ABC):
 
     def forward(self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None) -> Routing:
         """Route ``x``; see the class."""
-        if not torch.compiler.is_compiling() and in_transform():
-            raise RuntimeError("torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers")
+        refuse_transforms(traced=False)
         if not isinstance(x, Tensor) or x.dim() < 2 or x.size(-1) != self.dim or not x.is_floating_point():
             raise ValueError(f"x: got {described(x)}, expected (..., T, dim={self.dim}), a tensor of floats")
         if batch is not None and (getattr(batch, "dtype", None) not in INTEGERS or batch.shape != x.shape[:-1]):
@@ -111,9 +110,8 @@ class Router(nn.Module, ABC):
         with torch.autocast(x.device.type, enabled=False):
             routing = self.route(x_TD.to(torch.promote_types(x.dtype, torch.float32)), group, edge_index)
         if not isinstance(routing, Routing) or routing.scores.shape != (x_TD.size(0), self.num_experts):
-            got = repr(routing) if isinstance(routing, Routing) else described(routing)
-            expected = f"a Routing of {x_TD.size(0)} tokens, {self.num_experts} experts"
-            raise ValueError(f"route: got {got} from {type(self).__name__}, expected {expected}")
+            legal = f"a Routing of {x_TD.size(0)} tokens, {self.num_experts} experts"
+            raise ValueError(f"route: got {routing!r} from {type(self).__name__}, expected {legal}")
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True, checked=True)
         return routing
