@@ -34,16 +34,13 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def refuse_transforms(traced: bool = True) -> None:
-    """Say in one sentence what a layer cannot be put into.
-
-    Args:
-        traced: refuse ``torch.jit.trace`` and ``torch.export`` too, as layers on graphs do.
+def refuse_transforms() -> None:
+    """Say in one sentence what a layer on a graph cannot be put into.
 
     Raises:
-        RuntimeError: inside one of these, or a transform of ``torch.func``.
+        RuntimeError: inside ``torch.jit.trace``, ``torch.export`` or a transform of ``torch.func``.
     """
-    if traced and (torch._C._is_tracing() or torch.compiler.is_exporting()):
+    if torch._C._is_tracing() or torch.compiler.is_exporting():
         raise RuntimeError(
             "torch.jit.trace and torch.export are not supported by gmoe's graph layers, whose shapes follow the data; "
             "use torch.compile, or keep the module in Python"

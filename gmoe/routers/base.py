@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gmoe._autograd import refuse_transforms
+from gmoe._autograd import in_transform
 from gmoe._checks import check, check_choice, check_counts
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
@@ -96,7 +96,8 @@ class Router(nn.Module, ABC):
 
     def forward(self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None) -> Routing:
         """Route ``x``; see the class."""
-        refuse_transforms(traced=False)
+        if not torch.compiler.is_compiling() and in_transform():
+            raise RuntimeError("torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers")
         if not isinstance(x, Tensor) or x.dim() < 2 or x.size(-1) != self.dim or not x.is_floating_point():
             raise ValueError(f"x: got {described(x)}, expected (..., T, dim={self.dim}), a tensor of floats")
         if batch is not None and (getattr(batch, "dtype", None) not in INTEGERS or batch.shape != x.shape[:-1]):

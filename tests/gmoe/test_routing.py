@@ -21,10 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from gmoe import AuxLoss, MultiCentroid, Routing, TokenChoice, aux_loss, record_routing
 
 
-def int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def example() -> Routing:
     """Four tokens, three experts: 0 has token 1; 1 has none; 2 has 0, 1 and 3."""
     return Routing(
@@ -42,8 +38,7 @@ def test_derived_properties() -> None:
     assert routing.num_experts == 3
     assert routing.load.tolist() == [1, 0, 3]
     assert routing.load.dtype == routing.expert.dtype == torch.int64
-    assert routing.offsets.tolist() == [1, 1, 4]
-    assert routing.offsets.dtype == torch.int32
+    assert (routing.offsets.tolist(), routing.offsets.dtype) == ([1, 1, 4], torch.int32)
     assert routing.coverage.item() == 0.75  # token 2 has no expert
     # entropies log 2; of (1/4, 1/4, 1/2) 1.5 log 2; 0; 0 for all-zero scores. Mean 2.5 / 4 log 2
     assert routing.entropy.item() == pytest.approx(2.5 / 4 * math.log(2))
@@ -140,9 +135,9 @@ def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> Non
     "changes",
     [
         *({"expert": torch.tensor(expert)} for expert in ([0, 2, 2, 3], [-1, 2, 2, 2], [0, 2, 2], [1, 1, 4])),
-        {"expert": int32(0, 2, 2, 2)},
+        {"expert": torch.tensor([0, 2, 2, 2]).int()},
         *({"token": torch.tensor(token)} for token in ([1, 0, 3, 1], [1, 0, 1, 1], [1, 0, 1, 4], [1, -1, 1, 3])),
-        {"token": int32(1, 0, 1, 3)},
+        {"token": torch.tensor([1, 0, 1, 3]).int()},
         {"weight": torch.ones(3)},
         {"scores": torch.ones(3, 3)},
     ],

@@ -182,14 +182,12 @@ def test_bad_input(conv: Any, x: Any, kwargs: dict[str, Any], message: str) -> N
 
 
 def test_an_edge_index_that_knows_its_size() -> None:
-    edges, rows = torch.tensor([[0, 1, 3], [1, 2, 0]]), torch.randn(4, 6)
-    layer = MoEConv("sage", 6, 6, root_weight=False, router_input="neighbors")
-    known = EdgeIndex(edges, sparse_size=(4, 3))
-    assert torch.equal(layer((rows, None), known), layer((rows, None), edges, size=(4, 3)))
-    with pytest.raises(ValueError, match="size: got None"):
-        layer((rows, None), EdgeIndex(edges))
-    with pytest.raises(ValueError, match=r"edge_index: got an EdgeIndex of sparse_size \(4, 3\)"):
-        layer(rows, known)
+    edges, x, conv = torch.tensor([[0, 1, 3], [1, 2, 0]]), torch.randn(4, 6), partial(SAGEConv, root_weight=False)
+    known, layer = EdgeIndex(edges, sparse_size=(4, 3)), MoEConv(conv, 6, 6, router_input="neighbors")
+    assert torch.equal(layer((x, None), known), layer((x, None), edges, size=(4, 3)))
+    for given, wrong, name in (((x, None), EdgeIndex(edges), "size"), (x, known, "edge_index")):
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            layer(given, wrong)
 
 
 @pytest.mark.parametrize("nodes", [12, 20_000])
