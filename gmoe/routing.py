@@ -120,7 +120,7 @@ class Routing:
             >>> routing = Routing.from_choices(expert, weight, num_experts=8, scores=probs)
         """
         if not checked:
-            _check_choices(expert_TK, weight_TK, num_experts)
+            _check_choices(expert_TK, weight_TK, num_experts, scores)
         (num_tokens, k), expert_TK = expert_TK.shape, expert_TK.long()
         if scores is None:
             none_TE = weight_TK.detach().new_zeros(num_tokens, num_experts)
@@ -224,12 +224,14 @@ class Routing:
         return Routing(token - start, expert, *rest, checked=True)
 
 
-def _check_choices(expert_TK: Tensor, weight_TK: Tensor, num_experts: int) -> None:
+def _check_choices(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, scores: Tensor | None) -> None:
     integers = isinstance(expert_TK, Tensor) and expert_TK.dim() == 2 and expert_TK.dtype in INTEGERS
     check(integers, "expert_TK", described(expert_TK), "(T, K) integers")
     fits = isinstance(weight_TK, Tensor) and weight_TK.shape == expert_TK.shape
     check(fits, "weight_TK", described(weight_TK), f"a tensor of {tuple(expert_TK.shape)}")
     check_range("expert_TK", expert_TK, num_experts)
+    legal = (len(expert_TK), num_experts)
+    check(scores is None or scores.shape == legal, "scores", described(scores), f"a tensor of {legal}")
 
 
 def described(value: object) -> str:
