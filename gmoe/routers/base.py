@@ -111,8 +111,9 @@ class Router(nn.Module, ABC):
         with torch.autocast(x.device.type, enabled=False):
             routing = self.route(x_TD.to(torch.promote_types(x.dtype, torch.float32)), group, edge_index)
         if not isinstance(routing, Routing) or routing.scores.shape != (x_TD.size(0), self.num_experts):
-            legal = f"a Routing of {x_TD.size(0)} tokens, {self.num_experts} experts"
-            raise ValueError(f"route: got {routing!r} from {type(self).__name__}, expected {legal}")
+            got = repr(routing) if isinstance(routing, Routing) else described(routing)
+            expected = f"a Routing of {x_TD.size(0)} tokens, {self.num_experts} experts"
+            raise ValueError(f"route: got {got} from {type(self).__name__}, expected {expected}")
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True, checked=True)
         return routing
