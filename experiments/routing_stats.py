@@ -103,8 +103,9 @@ def load_routings(path: Path) -> list[Routing]:
             )
             num_tokens, num_experts = size.tolist()
             order = (expert * max(num_tokens, 1) + token).argsort()
+            offsets = expert.bincount(minlength=num_experts).cumsum(0).to(torch.int32)
             scores = weight.new_zeros(num_tokens, num_experts)
-            layers.append(Routing(token[order], expert[order], weight[order], scores, num_tokens))
+            layers.append(Routing(token[order], offsets, weight[order], scores, num_tokens))
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: cannot be read as routings ({error})") from error
     if not layers:

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gmoe._autograd import first_order, untraced
 from gmoe._checks import check_choice
-from gmoe.routing import Routing
+from gmoe.routing import Routing, owner
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
 
@@ -111,7 +111,7 @@ def routed_linear(
     if routing.num_tokens * weight_EIO.numel() <= FEW and backend == "auto" and not COUNTING.get():
         y_TC = x_TI @ weight_EIO.transpose(0, 1).flatten(1)
         y_SO = (y_TC if bias_EO is None else y_TC + bias_EO.flatten()).view(-1, weight_EIO.size(2))
-        pair_P = routing.token * len(weight_EIO) + routing.expert
+        pair_P = routing.token * len(weight_EIO) + owner(routing.offsets, routing.token)
         return combine(y_SO.index_select(0, pair_P), routing)
     gate_P = routing.weight.to(dtype)
     return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, x_TI)
@@ -138,12 +138,6 @@ def _operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
     return register
 
 
-def _owner(offsets_E: Tensor, x_PI: Tensor) -> Tensor:
-    """(P,) the expert of each row."""
-    rows = torch.arange(len(x_PI), dtype=torch.int32, device=x_PI.device)
-    return torch.searchsorted(offsets_E, rows, right=True)
-
-
 def _empty_like(*values: Tensor | None) -> list[Tensor]:
     return [torch.empty(0) if value is None else torch.empty_like(value) for value in values]
 
@@ -155,7 +149,7 @@ def _empty_like(*values: Tensor | None) -> list[Tensor]:
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, backend: str) -> Tensor:
     if backend != "loop" and x.size(0) > 0:
         y_PO = (_padded_mm if backend == "padded" else _grouped_mm)(x, weight, offsets)
-        return y_PO if bias is None else y_PO.add_(bias.index_select(0, _owner(offsets, x)))
+        return y_PO if bias is None else y_PO.add_(bias.index_select(0, owner(offsets, x)))
     y_PO = x.new_empty(x.size(0), weight.size(2))
     ends = offsets[:-1].tolist()  # one host sync
     for expert, (rows, y) in enumerate(zip(x.tensor_split(ends), y_PO.tensor_split(ends), strict=True)):
@@ -180,7 +174,7 @@ def _grouped_linear_backward(
         if needs_weight:
             grad_weight = outer(x, grad, offsets)
         if needs_bias:
-            grad_bias.zero_().index_add_(0, _owner(offsets, x), grad)
+            grad_bias.zero_().index_add_(0, owner(offsets, x), grad)
         return [grad_x, grad_weight, grad_bias]
     ends = offsets[:-1].tolist()
     by_expert = zip(*(value.tensor_split(ends) for value in (grad, x, grad_x)), strict=True)

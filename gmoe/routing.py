@@ -34,7 +34,7 @@ class AuxLoss(NamedTuple):
     coefficient: float
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Routing:
     """Which expert handles which token: sparse (token, expert) pairs, ready for a grouped GEMM.
 
@@ -42,7 +42,7 @@ class Routing:
 
     Args:
         token: (P,) int64, the token of each pair.
-        expert: (P,) int64, the expert of each pair, ascending.
+        offsets: (E,) int32, cumulative ends: expert ``e`` owns the pairs ``offsets[e - 1]:offsets[e]``.
         weight: (P,) the factor of the expert's output in the token's sum; differentiable.
         scores: (T, E) the router's score of every pair: probabilities, or votes.
         num_tokens: T.
@@ -51,16 +51,13 @@ class Routing:
         detached: the losses were computed in training while gradients were off, so that they train nothing.
         checked: everything is right by construction: check nothing.
 
-    Attributes:
-        offsets: (E,) int32, cumulative ends: expert ``e`` owns the pairs ``offsets[e - 1]:offsets[e]``.
-
     Raises:
-        ValueError: a tensor of another shape or dtype; on the CPU also tokens or experts out of range, and pairs out
-            of order (elsewhere reading values would cost a host sync).
+        ValueError: a tensor of another shape or dtype; on the CPU also offsets that are not cumulative, tokens out of
+            range, and pairs out of order (elsewhere reading values would cost a host sync).
     """
 
     token: Tensor
-    expert: Tensor
+    offsets: Tensor
     weight: Tensor
     scores: Tensor
     num_tokens: int
@@ -68,29 +65,29 @@ class Routing:
     dropped_T: Tensor | None = None
     detached: bool = False
     checked: InitVar[bool] = False
-    offsets: Tensor = field(init=False)
 
     def __post_init__(self, checked: bool) -> None:
         if not checked:
             self._check()
-        experts_E = torch.arange(self.scores.size(1), device=self.expert.device)
-        self.offsets = torch.searchsorted(self.expert.contiguous(), experts_E, right=True, out_int32=True)
 
     def _check(self) -> None:
-        token, expert, weight, scores = self.token, self.expert, self.weight, self.scores
+        token, offsets, weight = self.token, self.offsets, self.weight
         for name, fits, expected in (
             ("token", token.dim() == 1 and token.dtype == torch.int64, "(P,) int64"),
-            ("expert", expert.shape == token.shape and expert.dtype == torch.int64, "(P,) int64"),
+            ("offsets", offsets.dim() == 1 and offsets.dtype == torch.int32 and offsets.numel(), "(E,) int32"),
             ("weight", weight.shape == token.shape and weight.is_floating_point(), "(P,) floats"),
-            ("scores", scores.dim() == 2 and len(scores) == self.num_tokens and scores.size(1), "(num_tokens, E)"),
+            ("scores", self.scores.shape == (self.num_tokens, offsets.numel()), "(num_tokens, E)"),
         ):
-            check(fits, name, described(getattr(self, name)), expected)
+            if not fits:
+                raise ValueError(f"{name}: got {described(getattr(self, name))}, expected {expected}")
         check_range("token", token, self.num_tokens)
-        check_range("expert", expert, self.num_experts)
         if readable(token):
-            ascending = (expert * self.num_tokens + token).diff() > 0
-            legal = "experts ascending, and the tokens of each strictly ascending"
-            check(ascending.all(), "token", "pairs out of order or twice", legal)
+            ends = [0, *offsets.tolist()]
+            cumulative = ends == sorted(ends) and ends[-1] == len(token)
+            legal = f"cumulative ends (load.cumsum(0), not the load), up to P={len(token)}"
+            check(cumulative, "offsets", ends[1:], legal)
+            ascending = (self.expert * self.num_tokens + token).diff() > 0
+            check(ascending.all(), "token", "pairs out of order or twice", "each expert's tokens strictly ascending")
 
     @staticmethod
     def from_choices(
@@ -126,8 +123,10 @@ class Routing:
             none_TE = weight_TK.detach().new_zeros(num_tokens, num_experts)
             scores = none_TE.scatter(1, expert_TK, weight_TK.detach())
         expert_P, slot_P = expert_TK.reshape(-1).sort(stable=True)
+        experts_E = torch.arange(num_experts, device=expert_P.device)
+        offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
         weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
-        return Routing(slot_P // max(k, 1), expert_P, weight_P, scores, num_tokens, losses or {}, checked=checked)
+        return Routing(slot_P // max(k, 1), offsets_E, weight_P, scores, num_tokens, losses or {}, checked=checked)
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__}({self.num_tokens} tokens, {self.num_experts} experts"
@@ -153,12 +152,17 @@ class Routing:
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.scores.size(1)
+        return self.offsets.numel()
 
     @property
     def load(self) -> Tensor:
         """(E,) int64, the number of tokens of each expert."""
         return self.offsets.diff(prepend=self.offsets.new_zeros(1)).long()
+
+    @property
+    def expert(self) -> Tensor:
+        """(P,) int64, the expert of each pair."""
+        return owner(self.offsets, self.token)
 
     @property
     def top_expert(self) -> Tensor:
@@ -217,11 +221,17 @@ class Routing:
             bounds = self.token.new_tensor([start, stop])
             spans = [slice(*torch.searchsorted(token, bounds).tolist()) for token, _ in pairs]
             pairs = [(token[span], weight[span]) for span, (token, weight) in zip(spans, pairs, strict=True)]
-        expert = torch.cat([torch.full_like(token, place) for place, (token, _) in enumerate(pairs)])
+        offsets = torch.tensor([len(token) for token, _ in pairs], device=self.token.device).cumsum(0).to(torch.int32)
         token, weight = map(torch.cat, zip(*pairs, strict=True))
         dropped_T = None if self.dropped_T is None else self.dropped_T[rows]
         rest = (weight, scores, len(scores), self.losses, dropped_T, self.detached)
-        return Routing(token - start, expert, *rest, checked=True)
+        return Routing(token - start, offsets, *rest, checked=True)
+
+
+def owner(offsets_E: Tensor, token_P: Tensor) -> Tensor:
+    """(P,) int64, the expert of each pair."""
+    pairs = torch.arange(len(token_P), dtype=torch.int32, device=token_P.device)
+    return torch.searchsorted(offsets_E, pairs, right=True)
 
 
 def _check_choices(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, scores: Tensor | None) -> None:

@@ -37,8 +37,8 @@ class ConvExperts(nn.Module, ABC):
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None) -> Tensor:
         """(T, O) a single expert's output at every token."""
         token, ones = torch.arange(len(x_dst), device=x_dst.device), x_dst.new_ones(len(x_dst))
-        everyone = Routing(token, torch.zeros_like(token), ones, ones[:, None], len(x_dst), checked=True)
-        out: Tensor = self(graph, x_src, x_dst, h, everyone)
+        ends = torch.full((1,), len(x_dst), dtype=torch.int32, device=x_dst.device)
+        out: Tensor = self(graph, x_src, x_dst, h, Routing(token, ends, ones, ones[:, None], len(x_dst), checked=True))
         return out
 
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:

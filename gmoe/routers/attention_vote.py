@@ -109,9 +109,9 @@ class AttentionVote(Router):
                 votes_TE = part.add(votes_TE, votes_BES.transpose(1, 2))
         capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor)
         log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
-        token_P, expert_P, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, capacity, along_tokens=True)
+        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, capacity, along_tokens=True)
         weight_P = pair_weights(self.weight, log_gate_P, token_P, len(x_TD))
-        return Routing(token_P, expert_P, weight_P, votes_TE, len(x_TD), checked=True)
+        return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD), checked=True)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shared_queries={self.shared_queries}, scope={self.scope!r}"

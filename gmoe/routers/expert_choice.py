@@ -146,18 +146,18 @@ class ExpertSelection(nn.Module):
                 raise RuntimeError("inference='threshold' has no thresholds yet: run a training step or load a state")
             if along_tokens:
                 log_scores_TE = logits_TE - self.log_scale_E
-            token_P, expert_P = pairs_of_mask((ranked_TE >= self.threshold_E).T)
-            log_gate_P = gather_pairs(log_scores_TE, token_P, expert_P)
+            token_P, offsets_E = pairs_of_mask((ranked_TE >= self.threshold_E).T)
+            log_gate_P = gather_pairs(log_scores_TE, token_P, offsets_E)
         else:
             groups = Groups.of(group, num_tokens)
             if along_tokens:
                 log_scores_TE = logits_TE - groups.logsumexp(logits_TE)
             capacity = groups.capacity(router.k, router.num_experts, self.capacity_factor)
-            token_P, expert_P, log_gate_P = groups.best_pairs(ranked_TE, log_scores_TE, capacity, along_tokens)
+            token_P, offsets_E, log_gate_P = groups.best_pairs(ranked_TE, log_scores_TE, capacity, along_tokens)
             if self.inference == "threshold" and router.is_training_step():
                 self._move(router, ranked_TE.detach(), log_gate_P.detach(), token_P, groups)
         weight_P = pair_weights(router.weight, log_gate_P, token_P, num_tokens)
-        return Routing(token_P, expert_P, weight_P, log_scores_TE.exp(), num_tokens, losses, checked=True)
+        return Routing(token_P, offsets_E, weight_P, log_scores_TE.exp(), num_tokens, losses, checked=True)
 
     def _move(self, router: Router, ranked_TE: Tensor, log_gate_P: Tensor, token_P: Tensor, groups: Groups) -> None:
         """Move the running means by a step's mean over its groups, unless there are none or it is not finite."""

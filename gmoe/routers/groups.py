@@ -1,7 +1,7 @@
 """Groups: which tokens compete with each other; and from scores to (token, expert) pairs.
 
 Shapes: T tokens, E experts, K experts per token, B groups, S slots in each of some groups, C capacity, P pairs.
-Pairs come as ``(token (P,) int64, expert (P,) int64)``, sorted by expert and then by token.
+Pairs come as ``(token (P,) int64, offsets (E,) int32)``, sorted by expert and then by token.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gmoe.routing import owner
 
 
 class GroupBatch(NamedTuple):
@@ -151,14 +153,14 @@ class Groups:
         """
         per_expert = capacity * self.num_groups if isinstance(capacity, int) else int(capacity.sum())
         chosen_ET = self.top_tokens(scores_TE.detach(), capacity)
-        token_P, expert_P = pairs_of_mask(chosen_ET, len(chosen_ET) * per_expert)
-        log_gate_P = gather_pairs(log_gate_TE, token_P, expert_P)
+        token_P, offsets_E = pairs_of_mask(chosen_ET, len(chosen_ET) * per_expert)
+        log_gate_P = gather_pairs(log_gate_TE, token_P, offsets_E)
         if along_tokens:
             group_P, mean_B = self.of_tokens(token_P), log_gate_P.detach().new_ones(self.num_groups)
             mean_B = mean_B.scatter_reduce(0, group_P, log_gate_P.detach().exp(), "mean", include_self=False)
             mean_B = mean_B.clamp(min=torch.finfo(mean_B.dtype).tiny)
             log_gate_P = log_gate_P - mean_B.log().index_select(0, group_P)
-        return token_P, expert_P, log_gate_P
+        return token_P, offsets_E, log_gate_P
 
 
 def drop_over_capacity(
@@ -186,9 +188,9 @@ def drop_over_capacity(
 def pairs_of_mask(mask_ET: Tensor, num_pairs: int | None = None) -> tuple[Tensor, Tensor]:
     """The pairs at which ``mask`` is true; no host sync where their number is known."""
     pair_P2 = mask_ET.nonzero() if num_pairs is None else torch.nonzero_static(mask_ET, size=num_pairs)
-    return pair_P2[:, 1].contiguous(), pair_P2[:, 0].contiguous()
+    return pair_P2[:, 1].contiguous(), mask_ET.sum(dim=1).cumsum(0).to(torch.int32)
 
 
-def gather_pairs(value_TE: Tensor, token_P: Tensor, expert_P: Tensor) -> Tensor:
+def gather_pairs(value_TE: Tensor, token_P: Tensor, offsets_E: Tensor) -> Tensor:
     """(P,) the entries of ``value`` at the pairs. One flat ``index_select``, whose backward is an ``index_add``."""
-    return value_TE.reshape(-1).index_select(0, token_P * value_TE.size(1) + expert_P)
+    return value_TE.reshape(-1).index_select(0, token_P * value_TE.size(1) + owner(offsets_E, token_P))

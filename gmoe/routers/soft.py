@@ -16,7 +16,7 @@ EPS = 1e-6
 """Added to the norms that tokens and slots are divided by, as in the paper's code."""
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class SoftRouting(Routing):
     """The result of :class:`gmoe.SoftSlots`: how slots mix tokens, and how tokens mix slots.
 
@@ -112,10 +112,10 @@ class SoftSlots(Router):
         dispatch_TN = (logits_TN - groups.logsumexp(logits_TN)).exp()
         weight_TE = combine_TES.sum(dim=-1)
         token_P = torch.arange(len(x_TD), device=x_TD.device).repeat(self.num_experts)
-        expert_P = torch.arange(self.num_experts, device=x_TD.device).repeat_interleave(len(x_TD))
+        offsets_E = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=x_TD.device) * len(x_TD)
         weight_P = weight_TE.T.reshape(-1)
         shares = {"dispatch_TES": dispatch_TN.view_as(combine_TES), "combine_TES": combine_TES, "groups": groups}
-        return SoftRouting(token_P, expert_P, weight_P, weight_TE, len(x_TD), checked=True, **shares)
+        return SoftRouting(token_P, offsets_E, weight_P, weight_TE, len(x_TD), checked=True, **shares)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, slots={self.slots}, normalize={self.scale is not None}"

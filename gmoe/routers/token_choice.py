@@ -136,10 +136,10 @@ class TokenChoice(BalancedRouter):
         """Route without the pairs over capacity; the weights are those of what is left."""
         probs_TE, num_tokens = log_probs_TE.exp(), len(log_probs_TE)
         capacity = groups.capacity(self.k, self.num_experts, self.capacity_factor or 1.0)
-        token_P, expert_P = drop_over_capacity(expert_TK, probs_TE.detach(), groups, capacity)
-        weight_P = pair_weights(self.weight, gather_pairs(log_probs_TE, token_P, expert_P), token_P, num_tokens)
+        token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, capacity)
+        weight_P = pair_weights(self.weight, gather_pairs(log_probs_TE, token_P, offsets_E), token_P, num_tokens)
         dropped_T = self.k - token_P.bincount(minlength=num_tokens)
-        return Routing(token_P, expert_P, weight_P, probs_TE, num_tokens, losses, dropped_T, checked=True)
+        return Routing(token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, dropped_T, checked=True)
 
     def _losses(
         self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, expert_TK: Tensor

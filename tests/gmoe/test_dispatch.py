@@ -93,7 +93,7 @@ def test_strided_rows(backend: Backend) -> None:
 def test_dispatch_and_combine_by_hand() -> None:
     """Expert 0 doubles, expert 1 negates; token 0 goes to both, token 1 to none, token 2 to expert 1."""
     token, weight = torch.tensor([0, 0, 2]), torch.tensor([0.5, 0.25, 2.0])
-    routing = Routing(token, torch.tensor([0, 1, 1]), weight, torch.zeros(3, 2), num_tokens=3)
+    routing = Routing(token, ends([1, 2]), weight, torch.zeros(3, 2), num_tokens=3)
     rows = dispatch(torch.tensor([[4.0], [5.0], [6.0]]), routing)
     assert rows.tolist() == [[4.0], [4.0], [6.0]]
     y = combine(rows * torch.tensor([[2.0], [-1.0], [-1.0]]), routing)

@@ -103,7 +103,7 @@ class Fixed(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(1, 4, 2, stride=2)
         self.router = build_router("uniform", 4, 2, 1)
-        fixed = Routing(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), torch.tensor([0.2, 0.1, 0.3]),
+        fixed = Routing(torch.tensor([0, 1, 1]), torch.tensor([2, 3], dtype=torch.int32), torch.tensor([0.2, 0.1, 0.3]),
                         torch.zeros(4, 2), 4)  # fmt: skip
         self.router.register_forward_hook(lambda *_: fixed, prepend=True)
 

@@ -21,11 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from gmoe import AuxLoss, MultiCentroid, Routing, TokenChoice, aux_loss, record_routing
 
 
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
 def example() -> Routing:
     """Four tokens, three experts: 0 has token 1; 1 has none; 2 has 0, 1 and 3."""
     return Routing(
         token=torch.tensor([1, 0, 1, 3]),
-        expert=torch.tensor([0, 2, 2, 2]),
+        offsets=int32(1, 1, 4),
         weight=torch.tensor([0.5, 1.0, 0.25, 2.0], requires_grad=True),
         scores=torch.tensor([[0.5, 0.5, 0.0], [2.0, 2.0, 4.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
         num_tokens=4,
@@ -37,7 +41,7 @@ def test_derived_properties() -> None:
     routing = example()
     assert (routing.num_experts, routing.load.tolist()) == (3, [1, 0, 3])
     assert routing.load.dtype == routing.expert.dtype == torch.int64
-    assert (routing.offsets.tolist(), routing.offsets.dtype) == ([1, 1, 4], torch.int32)
+    assert routing.expert.tolist() == [0, 2, 2, 2]
     assert routing.coverage.item() == 0.75  # token 2 has no expert
     # entropies log 2; of (1/4, 1/4, 1/2) 1.5 log 2; 0; 0 for all-zero scores. Mean 2.5 / 4 log 2
     assert routing.entropy.item() == pytest.approx(2.5 / 4 * math.log(2))
@@ -48,10 +52,11 @@ def test_derived_properties() -> None:
 @given(mask=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=9), data=st.data())
 def test_parts_of_a_routing(mask: list[list[bool]], data: st.DataObject) -> None:
     chosen_TE = torch.tensor(mask, dtype=torch.bool).view(-1, 3)
-    expert, token = chosen_TE.T.nonzero().T
+    _, token = chosen_TE.T.nonzero().T
+    offsets = chosen_TE.sum(dim=0).cumsum(0).to(torch.int32)
     scores = torch.rand(len(mask), 3)
     dropped = torch.arange(len(mask))
-    whole = Routing(token, expert, torch.rand(len(token)), scores, len(mask), example().losses, dropped)
+    whole = Routing(token, offsets, torch.rand(len(token)), scores, len(mask), example().losses, dropped)
     whole = dataclasses.replace(whole, detached=True)  # its losses train nothing
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(mask))] * 2)))
     experts = data.draw(st.permutations(range(3)))[: data.draw(st.integers(1, 3))]
@@ -78,8 +83,8 @@ def test_aux_loss_is_the_weighted_sum() -> None:
 
 def test_no_tokens() -> None:
     empty = torch.zeros(0)
-    routing = Routing(empty.long(), empty.long(), empty, torch.zeros(0, 2), 0)
-    assert routing.load.tolist() == [0, 0]
+    routing = Routing(empty.long(), int32(0, 0), empty, torch.zeros(0, 2), 0)
+    assert (routing.load.tolist(), routing.expert.tolist()) == ([0, 0], [])
     assert [value.item() for value in (routing.coverage, routing.entropy, routing.aux_loss)] == [1, 0, 0]
     assert "0 tokens" in routing.summary()
 
@@ -135,12 +140,12 @@ def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> Non
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"expert": torch.tensor(expert)} for expert in ([0, 2, 2, 3], [-1, 2, 2, 2], [0, 2, 2], [1, 1, 4])),
-        {"expert": torch.tensor([0, 2, 2, 2]).int()},
+        *({"offsets": int32(*ends)} for ends in ((1, 0, 3), (1, 1, 3), (-1, 1, 4), ())),  # the first are loads
+        {"offsets": torch.tensor([1, 1, 4])},
         *({"token": torch.tensor(token)} for token in ([1, 0, 3, 1], [1, 0, 1, 1], [1, 0, 1, 4], [1, -1, 1, 3])),
         {"token": torch.tensor([1, 0, 1, 3]).int()},
         {"weight": torch.ones(3)},
-        {"scores": torch.ones(3, 3)},
+        {"scores": torch.ones(4, 2)},
     ],
     ids=str,
 )

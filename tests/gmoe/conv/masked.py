@@ -112,7 +112,8 @@ def weights(num_tokens: int, kind: str = "some", num_experts: int = 3) -> Tensor
 def routing_of(weight_TE: Tensor) -> Routing:
     """The routing with these weights; 0 is no pair."""
     expert, token = (weight_TE.T != 0).nonzero().T
-    return Routing(token, expert, weight_TE[token, expert], weight_TE.detach(), weight_TE.size(0))
+    ends = (weight_TE != 0).sum(dim=0).cumsum(0).to(torch.int32)
+    return Routing(token, ends, weight_TE[token, expert], weight_TE.detach(), weight_TE.size(0))
 
 
 def mean_of_in_edges(x: Tensor, edge_index: Tensor) -> Tensor:
