@@ -117,11 +117,7 @@ class Routing:
             >>> routing = Routing.from_choices(expert, weight, num_experts=8, scores=probs)
         """
         if not checked:
-            integers = isinstance(expert_TK, Tensor) and expert_TK.dim() == 2 and expert_TK.dtype in INTEGERS
-            check(integers, "expert_TK", described(expert_TK), "(T, K) integers")
-            fits = isinstance(weight_TK, Tensor) and weight_TK.shape == expert_TK.shape
-            check(fits, "weight_TK", described(weight_TK), f"a tensor of {tuple(expert_TK.shape)}")
-            check_range("expert_TK", expert_TK, num_experts)
+            _check_choices(expert_TK, weight_TK, num_experts, scores)
         (num_tokens, k), expert_TK = expert_TK.shape, expert_TK.long()
         if scores is None:
             none_TE = weight_TK.detach().new_zeros(num_tokens, num_experts)
@@ -131,13 +127,6 @@ class Routing:
         offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
         weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
         return Routing(slot_P // max(k, 1), offsets_E, weight_P, scores, num_tokens, losses or {}, checked=checked)
-
-    @staticmethod
-    def everyone(num_tokens: int, like: Tensor) -> Routing:
-        """One expert that takes every token with weight 1; dtype and device are those of ``like``."""
-        token, ones = torch.arange(num_tokens, device=like.device), like.new_ones(num_tokens)
-        offsets = torch.full((1,), num_tokens, dtype=torch.int32, device=like.device)
-        return Routing(token, offsets, ones, ones[:, None], num_tokens, checked=True)
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__}({self.num_tokens} tokens, {self.num_experts} experts"
@@ -243,6 +232,16 @@ def owner(offsets_E: Tensor, token_P: Tensor) -> Tensor:
     """(P,) int64, the expert of each pair."""
     pairs = torch.arange(len(token_P), dtype=torch.int32, device=token_P.device)
     return torch.searchsorted(offsets_E, pairs, right=True)
+
+
+def _check_choices(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, scores: Tensor | None) -> None:
+    integers = isinstance(expert_TK, Tensor) and expert_TK.dim() == 2 and expert_TK.dtype in INTEGERS
+    check(integers, "expert_TK", described(expert_TK), "(T, K) integers")
+    fits = isinstance(weight_TK, Tensor) and weight_TK.shape == expert_TK.shape
+    check(fits, "weight_TK", described(weight_TK), f"a tensor of {tuple(expert_TK.shape)}")
+    check_range("expert_TK", expert_TK, num_experts)
+    legal = (len(expert_TK), num_experts)
+    check(scores is None or scores.shape == legal, "scores", described(scores), f"a tensor of {legal}")
 
 
 def described(value: object) -> str:

@@ -507,7 +507,7 @@ def define(layer: MoEConv, c: Config, x: Any, adj: Any, routing: Routing, args: 
     y = ref.masked(convs, u, adj, routing, **args)
     y = y if layer.gain is None else GAIN_SCALE * layer.gain * y
     if always:
-        y = y + ref.masked(always, x, adj, Routing.everyone(y.size(0), y), **args)
+        y = y + ref.masked(always, x, adj, ref.routing_of(torch.ones_like(y[:, :1])), **args)
     return y, [*convs, *always]
 
 

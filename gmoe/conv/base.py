@@ -36,7 +36,9 @@ class ConvExperts(nn.Module, ABC):
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None) -> Tensor:
         """(T, O) a single expert's output at every token."""
-        out: Tensor = self(graph, x_src, x_dst, h, Routing.everyone(x_dst.size(0), x_dst))
+        token, ones = torch.arange(len(x_dst), device=x_dst.device), x_dst.new_ones(len(x_dst))
+        ends = torch.full((1,), len(x_dst), dtype=torch.int32, device=x_dst.device)
+        out: Tensor = self(graph, x_src, x_dst, h, Routing(token, ends, ones, ones[:, None], len(x_dst), checked=True))
         return out
 
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial, wraps
+from functools import cache, cached_property, partial, wraps
 from numbers import Integral
 from typing import Any, Literal
 
@@ -23,8 +23,8 @@ from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import add_self_loops, is_sparse, remove_self_loops, to_edge_index
 
 from gmoe._autograd import first_order, in_transform, untraced
-from gmoe._checks import check_choice
-from gmoe.routing import described
+from gmoe._checks import check, check_choice
+from gmoe.routing import INTEGERS, described
 
 with warnings.catch_warnings():  # torch says once a process that such matrices are in beta; here it has said so
     warnings.simplefilter("ignore")
@@ -34,8 +34,6 @@ SPARSE_DEVICES = ("cpu",)
 """Devices on which torch's sparse products beat gathered blocks of messages."""
 
 FLOWS = ("source_to_target", "target_to_source")
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 NUMBERS = 2**21
 """Numbers in a block of messages: few enough for a CPU's caches, and for memory without fresh pages."""
@@ -163,11 +161,13 @@ class Graph:
     Attributes:
         adj: the edges as given; integers are int64.
         edge_index: (2, M) sources and destinations in the order given.
+        edges: the edges by destination.
         matrix_values: (M,) or (M, F) the values of a sparse matrix in that order.
 
     Raises:
-        ValueError: edges outside the nodes (CPU tensors), or an edge argument with another number of rows;
-            numbers of nodes that are none, an unknown flow, or another one than the default for a matrix.
+        ValueError: edges outside the nodes (CPU tensors), an ``EdgeIndex`` or a matrix of other nodes, or an edge
+            argument with another number of rows; numbers of nodes that are none, an unknown flow, or another one than
+            the default for a matrix.
 
     Example:
         >>> graph = gmoe.Graph(data.edge_index, data.num_nodes, x=data.x)
@@ -178,6 +178,7 @@ class Graph:
     mask: Tensor | None = None
     """(M,) an explainer's factors on the messages, in the order given."""
     matrix_values: Tensor | None = None
+    edges: Edges
     scale_of: Any = None
     """In a part, a function of (improved, loops, dtype) that gives the (N,) scale of its nodes in the whole."""
     destinations: Any = None
@@ -210,16 +211,27 @@ class Graph:
             if not plain or edge_index.size(0) != 2:
                 legal = "integers of shape (2, number of edges), a sparse matrix or a Graph"
                 raise ValueError(f"edge_index: got {described(edge_index)}, expected {legal}")
+            if isinstance(edge_index, EdgeIndex):
+                edge_index = self._plain(edge_index)
             # torch's gather on the CPU misreads expanded int32 indices, so that gradients would be silently wrong
-            self.adj = (edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index).long()
+            self.adj = edge_index.long()
             self.edge_index = self.adj if flow == "source_to_target" else self.adj.flip(0)
             for row, size in zip(self.edge_index, nodes, strict=True):
                 if row.device.type == "cpu" and row.numel():  # elsewhere it would cost a host sync
-                    low, high = row.aminmax()
+                    low, high = map(int, row.aminmax())
                     if low < 0 or high >= size:
                         raise ValueError(f"edge_index: got nodes {low}..{high}, expected values in 0..{size - 1}")
+            self.edges = Edges.sorted(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
         if edge_weight is not None or edge_attr is not None:
             self._check_args()
+
+    def _plain(self, edge_index: EdgeIndex) -> Tensor:
+        """The edges as a tensor, of an ``EdgeIndex`` that knows no other size."""
+        nodes = (self.num_src, self.num_dst)[:: 1 if self.flow == "source_to_target" else -1]
+        sizes = edge_index.sparse_size()
+        fits = all(size in (None, number) for size, number in zip(sizes, nodes, strict=True))
+        check(fits, "edge_index", f"an EdgeIndex of sparse_size {sizes}", f"{nodes}, as there are nodes")
+        return edge_index.as_tensor()
 
     def _read_sparse(self, matrix: Any) -> None:
         """Edges and values of a matrix; CSR is sorted already."""
@@ -238,6 +250,8 @@ class Graph:
         if not isinstance(matrix, SparseTensor) and matrix.layout == torch.sparse_csr:
             every = torch.arange(src.numel(), device=src.device)
             self.edges = Edges(matrix.crow_indices().long(), src.long(), dst.long(), self.num_src, every)
+        else:
+            self.edges = Edges.sorted(src, dst, self.num_src, self.num_dst)
 
     def _check_args(self) -> None:
         weight, attr, rows = self.edge_weight, self.edge_attr, (self.num_edges,)
@@ -248,16 +262,26 @@ class Graph:
         if attr is not None and not (isinstance(attr, Tensor) and attr.shape[:1] == rows):
             raise ValueError(f"edge_attr: got {described(attr)}, expected a row for each of {rows[0]} edges")
 
+    def fitting(self, num_nodes: tuple[int, int], flow: str) -> Graph:
+        """The graph, if it has so many sources and destinations, and that flow."""
+        if (self.num_src, self.num_rows, self.flow) != (*num_nodes, flow):
+            legal = f"{num_nodes[0]} sources, {num_nodes[1]} destinations and flow {flow!r}"
+            raise ValueError(f"edge_index: got {self} of flow {self.flow!r}, expected {legal}")
+        return self
+
     def with_args(self, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
         """The same graph with these edge arguments, in the order of the edges as given; ``None`` keeps what it has."""
         if edge_weight is None and edge_attr is None:
             return self
-        assert self.edges is not None  # sorted here, for all copies
-        other = copy.copy(self)
-        other._kept = {}
-        other.edge_weight = self.edge_weight if edge_weight is None else edge_weight
-        other.edge_attr = self.edge_attr if edge_attr is None else edge_attr
+        given = {"edge_weight": edge_weight, "edge_attr": edge_attr}
+        other = self._copy(**{name: value for name, value in given.items() if value is not None})
         other._check_args()
+        return other
+
+    def _copy(self, **changes: Any) -> Graph:
+        """The same graph with other attributes, and nothing that was computed."""
+        other = copy.copy(self)
+        vars(other).update(changes, _kept={})
         return other
 
     def explained(self, conv: MessagePassing) -> Graph:
@@ -274,30 +298,20 @@ class Graph:
             got = getattr(mask, "shape", "an explainer without a mask")
             legal = f"one of the {self.num_edges} edges: GNNExplainer, PGExplainer and CaptumExplainer work"
             raise ValueError(f"explain: got {got}, expected {legal}")
-        other = copy.copy(self)
-        other.mask, other._kept = mask.sigmoid() if conv._apply_sigmoid else mask, {}
-        return other
+        return self._copy(mask=mask.sigmoid() if conv._apply_sigmoid else mask)
 
     def to(self, device: torch.device | str) -> Graph:
         """Move the graph to a device; returns itself if it is there already."""
         if self.adj.device == torch.device(device):
             return self
-        other = copy.copy(self)
-        for name in ("adj", "edge_index", "matrix_values", "edge_weight", "edge_attr", "mask", "x"):
-            value = getattr(self, name)
-            setattr(other, name, None if value is None else value.to(device))
-        other.edges, other._kept = self.edges.to(device), {}
-        return other
+        names = ("adj", "edge_index", "edges", "matrix_values", "edge_weight", "edge_attr", "mask", "x")
+        held = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return self._copy(**{name: value.to(device) for name, value in held.items()})
 
     @property
     def num_edges(self) -> int:
         """M."""
         return int(self.edge_index.size(1))
-
-    @cached_property
-    def edges(self) -> Edges:
-        """The edges by destination."""
-        return Edges.sorted(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
 
     @property
     def attr(self) -> Tensor | None:
@@ -318,10 +332,9 @@ class Graph:
         constant = x_src is self.x and not (x_src.requires_grad or weight.requires_grad)
         # neither fake, nor counted, nor without a version
         constant = constant and not torch._C._len_torch_dispatch_stack() and not x_src.is_inference()
-        if constant and matrix.product is not None:
-            y, *versions = matrix.product
-            if versions == [x_src._version, y._version]:
-                return y
+        kept = matrix.product if constant else None
+        if kept is not None and kept[1:] == (x_src._version, kept[0]._version):
+            return kept[0]
         with torch.inference_mode(False) if constant else nullcontext():  # for training too
             y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges).squeeze(1)
             if matrix.diagonal is not None:
@@ -421,14 +434,10 @@ class Graph:
             token = torch.cat([token, self.edges.receiver[:1]])
             edge, position = self.edges.of(token)
         nodes, source = numbered(token[token < self.num_src], self.edges.sender.index_select(0, edge))
-        part = copy.copy(self)
-        part.num_src, part.num_dst, part.x, part.mask = len(nodes), number, None, None
+        given, names = self.edges.order.index_select(0, edge), ("matrix_values", "edge_weight", "edge_attr")
+        held = {name: rows.index_select(0, given) for name in names if (rows := getattr(self, name)) is not None}
+        part = self._copy(**held, num_src=len(nodes), num_dst=number, destinations=token, x=None, mask=None)
         part.num_rows = len(nodes) if self.num_src == self.num_rows else len(token)
-        part.destinations = token
-        given = self.edges.order.index_select(0, edge)
-        for name in ("matrix_values", "edge_weight", "edge_attr"):
-            rows = getattr(self, name)
-            setattr(part, name, None if rows is None else rows.index_select(0, given))
         part.edge_index = torch.stack([source, position])
         part.adj = part.edge_index if self.flow == "source_to_target" else part.edge_index.flip(0)
         ptr, size = torch._convert_indices_from_coo_to_csr(position, part.num_rows), (part.num_rows, len(nodes))
@@ -439,7 +448,6 @@ class Graph:
             part.adj = torch.sparse_csr_tensor(ptr, source, value, size=size, check_invariants=False)
         every = torch.arange(messages, device=edge.device)  # they come in that order
         part.edges = Edges(ptr[: number + 1], source[:messages], position[:messages], len(nodes), every)
-        part._kept = {}
         part.scale_of = lambda **how: self.normalized(**how).scale.index_select(0, nodes)
         return nodes, part
 
@@ -461,9 +469,12 @@ def numbered(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     return nodes, order[torch.searchsorted(known, others)]
 
 
+_signature = cache(inspect.signature)  # which takes as long as a small graph's products
+
+
 def parameters_of(conv: torch.nn.Module) -> tuple[str, ...]:
     """The arguments of the conv's forward, in order."""
-    return tuple(inspect.signature(type(conv).forward).parameters)[1:]
+    return tuple(_signature(type(conv).forward).parameters)[1:]
 
 
 def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:
@@ -482,22 +493,18 @@ class _WeightedSum(torch.autograd.Function):
         ctx.edges = edges
         dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
         exact = torch.promote_types(dtype, torch.float32)
-        heads, groups = weight_MH.size(1), value_UGC.size(1)
-        rows = value_UGC.flatten(0, 1).to(exact).contiguous()
-        outs = []
-        for head, weight_M in enumerate(weight_MH.to(exact).T.contiguous()):
-            column = edges.sender if groups == 1 else edges.sender * groups + head
-            if rows.device.type in SPARSE_DEVICES and weight_M.numel():
-                size = (edges.ptr.numel() - 1, rows.size(0))
-                matrix = torch.sparse_csr_tensor(edges.ptr, column, weight_M, size, check_invariants=False)
-                outs.append(torch.sparse.mm(matrix, rows, "sum"))
+        size, outs = (edges.ptr.numel() - 1, edges.num_senders), []
+        values = value_UGC.to(exact).expand(-1, weight_MH.size(1), -1).unbind(1)
+        for weight_M, value_UC in zip(weight_MH.to(exact).T.contiguous(), values, strict=True):
+            if value_UC.device.type in SPARSE_DEVICES and weight_M.numel():
+                matrix = torch.sparse_csr_tensor(edges.ptr, edges.sender, weight_M, size, check_invariants=False)
+                outs.append(torch.sparse.mm(matrix, value_UC.contiguous(), "sum"))
                 continue
-            out = rows.new_zeros(edges.num_receivers, rows.size(1))
-            for block in blocks(0, weight_M.numel(), rows.size(1), rows.device):
-                row_BC = rows.index_select(0, column[block]) * weight_M[block, None]
-                out.index_add_(0, edges.receiver[block], row_BC)
-            outs.append(out)
-        return (outs[0][:, None] if heads == 1 else torch.stack(outs, dim=1)).to(dtype)
+            outs.append(value_UC.new_zeros(size[0], value_UC.size(1)))
+            for block in blocks(0, weight_M.numel(), value_UC.size(1), value_UC.device):
+                value_BC = value_UC.index_select(0, edges.sender[block]) * weight_M[block, None]
+                outs[-1].index_add_(0, edges.receiver[block], value_BC)
+        return (outs[0][:, None] if len(outs) == 1 else torch.stack(outs, dim=1)).to(dtype)
 
     @staticmethod
     @first_order
@@ -507,15 +514,7 @@ class _WeightedSum(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_weight = _products(grad_RHC, value_UGC, ctx.edges)
         if ctx.needs_input_grad[1]:
-            reverse = ctx.edges.transpose
-            by_head = [w_M.index_select(0, reverse.order) for w_M in weight_MH.unbind(1)]  # rows of one are slow
-            weight_MH = by_head[0][:, None] if len(by_head) == 1 else torch.stack(by_head, dim=1)
-            if value_UGC.size(1) == weight_MH.size(1):
-                grad_value = weighted_sum(weight_MH, grad_RHC, reverse)
-            else:  # all heads share the values: head by head no product of all of them is held
-                for weight_M1, grad_R1C in zip(weight_MH.split(1, dim=1), grad_RHC.split(1, dim=1), strict=True):
-                    part = weighted_sum(weight_M1, grad_R1C, reverse)
-                    grad_value = part if grad_value is None else grad_value.add_(part)
+            grad_value = _sent_back(weight_MH, grad_RHC, ctx.edges).sum_to_size(value_UGC.shape)
         return grad_weight, grad_value, None
 
 
@@ -530,36 +529,36 @@ class _Dot(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor, Tensor, None]:
         query_RHC, key_UGC = ctx.saved_tensors
-        reverse = ctx.edges.transpose
         grad_query = weighted_sum(grad_MH, key_UGC, ctx.edges)
-        grad_key = weighted_sum(grad_MH.index_select(0, reverse.order), query_RHC, reverse)
+        grad_key = _sent_back(grad_MH, query_RHC, ctx.edges)
         return grad_query, grad_key.sum_to_size(key_UGC.shape), None
+
+
+def _sent_back(weight_MH: Tensor, value_RHC: Tensor, edges: Edges) -> Tensor:
+    """(U, H, C) the sum of each sender's messages, of what their receivers have."""
+    reverse = edges.transpose  # rows of one number are slow to gather
+    weight_MH = weight_MH.squeeze(1).index_select(0, reverse.order).view_as(weight_MH)
+    return weighted_sum(weight_MH, value_RHC, reverse)
 
 
 def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
     """(M, H) the product of the two ends of each message."""
     dtype = torch.promote_types(query_RHC.dtype, key_UGC.dtype)
     exact = torch.promote_types(dtype, torch.float32)
-    heads, groups = query_RHC.size(1), key_UGC.size(1)
-    messages = edges.sender.numel()
-    out_MH = query_RHC.new_zeros(messages, heads, dtype=exact)
-    query_RHC, key_UGC = query_RHC.to(exact), key_UGC.to(exact)
-    # torch cuts a matrix down to as many entries as it has cells
-    entries = edges.num_receivers * edges.num_senders * groups
-    if query_RHC.device.type in SPARSE_DEVICES and 0 < messages <= entries:
-        rows = key_UGC.flatten(0, 1)
-        size = (edges.num_receivers, rows.size(0))
-        for head in range(heads):
-            column = edges.sender if groups == 1 else edges.sender * groups + head
-            zero_M = out_MH[:, head].contiguous()
-            matrix = torch.sparse_csr_tensor(edges.ptr, column, zero_M, size, check_invariants=False)
-            torch.sparse.sampled_addmm(matrix, query_RHC[:, head].contiguous(), rows.T, out=matrix)
-            out_MH[:, head] = matrix.values()
-        return out_MH.to(dtype)
-    for block in blocks(0, messages, heads * query_RHC.size(2), query_RHC.device):
-        query_BHC = query_RHC.index_select(0, edges.receiver[block])
-        torch.sum(query_BHC * key_UGC.index_select(0, edges.sender[block]), dim=-1, out=out_MH[block])
-    return out_MH.to(dtype)
+    size, messages = (edges.num_receivers, edges.num_senders), edges.sender.numel()
+    keys, outs = key_UGC.to(exact).expand(-1, query_RHC.size(1), -1).unbind(1), []
+    for query_RC, key_UC in zip(query_RHC.to(exact).unbind(1), keys, strict=True):
+        outs.append(query_RC.new_zeros(messages))
+        # torch cuts a matrix down to as many entries as it has cells
+        if query_RC.device.type in SPARSE_DEVICES and 0 < messages <= size[0] * size[1]:
+            matrix = torch.sparse_csr_tensor(edges.ptr, edges.sender, outs[-1], size, check_invariants=False)
+            torch.sparse.sampled_addmm(matrix, query_RC.contiguous(), key_UC.contiguous().T, out=matrix)
+            outs[-1] = matrix.values()
+            continue
+        for block in blocks(0, messages, query_RC.size(1), query_RC.device):
+            query_BC = query_RC.index_select(0, edges.receiver[block])
+            torch.sum(query_BC * key_UC.index_select(0, edges.sender[block]), dim=-1, out=outs[-1][block])
+    return torch.stack(outs, dim=1).to(dtype)
 
 
 weighted_sum: Callable[[Tensor, Tensor, Edges], Tensor] = untraced(partial(_WeightedSum.apply))

@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
@@ -82,7 +83,7 @@ class MoEConv(MoELayer, MessagePassing):
         - ``edge_index``: (2, M), a :class:`gmoe.Graph`, PyG's ``EdgeIndex``, a ``torch.sparse`` matrix or
           ``SparseTensor`` (N_dst, N_src).
         - ``edge_weight`` (M,), ``edge_attr`` (M, .): where convs take them; also by position, as the conv takes them.
-        - ``size``: (N_src, N_dst), only needed where ``x`` is ``(x_src, None)`` and edges are plain. Destinations
+        - ``size``: (N_src, N_dst), only needed where ``x`` is ``(x_src, None)`` and edges know no size. Destinations
           without features are zeros to the router: let it see the ``"neighbors"``.
         - ``batch``: (N_dst,) the graph of each node; the graphs of a PyG ``Batch`` are separate groups.
         - returns (N_dst, out), and the :class:`Routing` too with ``return_routing=True``.
@@ -227,13 +228,10 @@ class MoEConv(MoELayer, MessagePassing):
                 legal = f"dense floats of shape (nodes, {width}); graphs side by side are one graph, see batch="
                 raise ValueError(f"x: got {described(nodes)}, {nodes.layout}, expected {legal}")
         sizes = (x_src.size(0), x_dst.size(0))
-        if size is not None and tuple(size) != sizes:
-            raise ValueError(f"size: got {size}, expected {sizes} source and destination nodes, as x has")
-        for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
-            if value is not None and name not in self.edge_names:
-                raise ValueError(f"{name}: got a tensor, but the conv takes {sorted(self.edge_names) or 'none'}")
+        if size is not None or edge_weight is not None or edge_attr is not None:
+            self._check_args(sizes, size, edge_weight=edge_weight, edge_attr=edge_attr)
         if isinstance(edge_index, Graph):
-            graph = self._fitting(edge_index, sizes).with_args(edge_weight, edge_attr)
+            graph = edge_index.fitting(sizes, self.flow).with_args(edge_weight, edge_attr)
             if graph.num_dst < sizes[1]:  # a part of a larger one, of which the last nodes are sources only
                 x_dst = x_src[: graph.num_dst]
         else:
@@ -248,9 +246,8 @@ class MoEConv(MoELayer, MessagePassing):
             view = u_dst if self.router_input == ("node",) else self._view(graph, u_src, u_dst, h)
             routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
         elif getattr(routing, "num_tokens", None) != graph.num_dst or routing.num_experts != self.num_experts:
-            raise ValueError(
-                f"routing: got {routing!r}, expected {graph.num_dst} tokens and {self.num_experts} experts"
-            )
+            legal = f"{graph.num_dst} tokens and {self.num_experts} experts"
+            raise ValueError(f"routing: got {routing!r}, expected {legal}")
         y = self.experts(graph, u_src, u_dst, h, routing)
         if self.gain is not None:
             y = y * (GAIN_SCALE * self.gain).to(y.dtype)
@@ -307,19 +304,22 @@ class MoEConv(MoELayer, MessagePassing):
         readers = sorted({type(conv).__name__ for conv in self._all_convs() if type(conv) not in SOURCES_ALONE})
         legal = f"source and destination nodes, since {', '.join(readers)} reads them"
         check(not readers, "x", "no destination nodes", legal)
+        number = None if size is None else size[1]
         if size is None and isinstance(edge_index, Graph):
-            size = edge_index.num_src, edge_index.num_dst
-        elif size is None and is_sparse(edge_index):
-            size = edge_index.size(1), edge_index.size(0)
-        check(size is not None, "size", None, "(sources, destinations), since x has no destination nodes")
-        return x_src, x_src.new_zeros(size[1], self._widths[1])
+            number = edge_index.num_dst
+        elif size is None and (is_sparse(edge_index) or isinstance(edge_index, EdgeIndex)):
+            number = edge_index.size(0) if is_sparse(edge_index) else edge_index.sparse_size(1)
+        check(number is not None, "size", size, "(sources, destinations), since x has no destination nodes")
+        return x_src, x_src.new_zeros(number, self._widths[1])
 
-    def _fitting(self, graph: Graph, sizes: tuple[int, int]) -> Graph:
-        """Refuse a graph of other nodes."""
-        if (graph.num_src, graph.num_rows, graph.flow) != (*sizes, self.flow):
-            legal = f"{sizes[0]} sources, {sizes[1]} destinations and flow {self.flow!r}"
-            raise ValueError(f"edge_index: got {graph} of flow {graph.flow!r}, expected {legal}")
-        return graph
+    def _check_args(self, sizes: tuple[int, int], size: Any, **edge_args: Tensor | None) -> None:
+        """Refuse what a call gives beside x and edges."""
+        fits = size is None or tuple(size) == sizes
+        check(fits, "size", size, f"{sizes} source and destination nodes, as x has")
+        taken = self.edge_names
+        for name, value in edge_args.items():
+            legal = f"None, since the conv takes {sorted(taken) or 'none'}"
+            check(value is None or name in taken, name, "a tensor", legal)
 
     def _no_hook(self, hook: Any) -> NoReturn:
         """Refuse hooks of message passing, such as AttentionExplainer's, which would never be called.

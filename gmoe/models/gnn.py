@@ -164,9 +164,9 @@ class GNNMoE(HubMixin, nn.Module):
             taken = (c.edge_names if isinstance(c, MoEConv) else parameters_of(c) for c in self.convs)
             if value is not None and not any(name in names for names in taken):  # of kinds, some take less than others
                 raise ValueError(f"{name}: got a tensor, but no conv of the model takes it")
-        if isinstance(edge_index, Graph):
-            return edge_index.with_args(edge_weight, edge_attr)
-        return Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
+        if not isinstance(edge_index, Graph):
+            return Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
+        return edge_index.fitting((x.size(0), x.size(0)), self.flow).with_args(edge_weight, edge_attr)
 
     def forward(
         self,

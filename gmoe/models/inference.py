@@ -195,8 +195,8 @@ class PartByPart:
         first, start = int(token[0]), self.graph.start
         source, destination = self.graph.in_edges(slice(first, first + len(token)))
         nodes, source = numbered(token, source)
-        part = Graph(torch.stack([source, destination - first]), len(nodes))
-        part.num_dst = len(token)
+        part = Graph(torch.stack([source, destination - first]), (len(nodes), len(token)))
+        part.num_rows = len(nodes)
 
         def scale(improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
             degree = start[nodes + 1] - start[nodes]

@@ -39,8 +39,7 @@ def example() -> Routing:
 
 def test_derived_properties() -> None:
     routing = example()
-    assert routing.num_experts == 3
-    assert routing.load.tolist() == [1, 0, 3]
+    assert (routing.num_experts, routing.load.tolist()) == (3, [1, 0, 3])
     assert routing.load.dtype == routing.expert.dtype == torch.int64
     assert routing.expert.tolist() == [0, 2, 2, 2]
     assert routing.coverage.item() == 0.75  # token 2 has no expert
@@ -119,12 +118,14 @@ def test_from_choices_puts_each_weight_at_its_pair(data: st.DataObject, num_toke
         ([0, 1], [0.5, 0.5], "expert_TK"),
         ([[0.0, 1.0]], [[0.5, 0.5]], "expert_TK"),
         ([[0, 1]], [[1, 2]], "weight"),
+        ([[0, 1]], [[0.5, 0.5]], "scores"),
     ],
     ids=str,
 )
 def test_from_choices_refuses(expert: list[Any], weight: list[Any], name: str) -> None:
+    scores = torch.ones(1, 4) if name == "scores" else None
     with pytest.raises(ValueError, match=f"^{name}: got"):
-        Routing.from_choices(torch.tensor(expert), torch.tensor(weight), 3)
+        Routing.from_choices(torch.tensor(expert), torch.tensor(weight), 3, scores)
 
 
 def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> None:
@@ -142,7 +143,7 @@ def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> Non
         *({"offsets": int32(*ends)} for ends in ((1, 0, 3), (1, 1, 3), (-1, 1, 4), ())),  # the first are loads
         {"offsets": torch.tensor([1, 1, 4])},
         *({"token": torch.tensor(token)} for token in ([1, 0, 3, 1], [1, 0, 1, 1], [1, 0, 1, 4], [1, -1, 1, 3])),
-        {"token": int32(1, 0, 1, 3)},
+        {"token": torch.tensor([1, 0, 1, 3]).int()},
         {"weight": torch.ones(3)},
         {"scores": torch.ones(4, 2)},
     ],

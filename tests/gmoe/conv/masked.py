@@ -186,7 +186,7 @@ def assert_equals_masked(
             y = masked(convs, inputs, adj_reference, routing, **args)
             y = y if conv.gain is None else GAIN_SCALE * conv.gain * y
             if always:
-                y = y + masked(always, inputs, adj_reference, Routing.everyone(y.size(0), y), **args)
+                y = y + masked(always, inputs, adj_reference, routing_of(torch.ones_like(y[:, :1])), **args)
         y.backward(features(*y.shape, seed=5))
         for part in (conv, *convs, *always):
             clear_masks(part)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import GATConv, GraphConv, SAGEConv
 from torch_geometric.utils import to_torch_csr_tensor
 
@@ -165,13 +166,22 @@ WEIGHT, ATTR = torch.ones(13), torch.ones(13, 1)
         ("sage", X, {"size": (3, 3)}, r"size: got \(3, 3\)"),
         ("gcn", X, {"batch": torch.zeros(3, dtype=torch.long)}, r"batch: got shape \(3,\) of torch.int64"),
         ("gcn", X, {"batch": [0] * NODES}, "batch: got list"),
-        ("sage", X, {"edge_weight": WEIGHT}, "edge_weight: got a tensor, but the conv takes none"),
+        ("sage", X, {"edge_weight": WEIGHT}, "edge_weight: got a tensor, .* takes none"),
         (["gcn", "mlp", "le"], X, {"edge_attr": ATTR}, r"edge_attr: got a tensor, .* takes \['edge_weight'\]"),
     ],
 )
 def test_bad_input(conv: Any, x: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer(conv, check_finite=True)(x, graph()[1], **kwargs)
+
+
+def test_an_edge_index_that_knows_its_size() -> None:
+    edges, x, conv = torch.tensor([[0, 1, 3], [1, 2, 0]]), torch.randn(4, 6), partial(SAGEConv, root_weight=False)
+    known, layer = EdgeIndex(edges, sparse_size=(4, 3)), MoEConv(conv, 6, 6, router_input="neighbors")
+    assert torch.equal(layer((x, None), known), layer((x, None), edges, size=(4, 3)))
+    for given, wrong, name in (((x, None), EdgeIndex(edges), "size"), (x, known, "edge_index")):
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            layer(given, wrong)
 
 
 @pytest.mark.parametrize("nodes", [12, 20_000])
