@@ -7,7 +7,6 @@ from itertools import product
 from pathlib import Path
 
 from experiments.config import RouterName, RunConfig
-from experiments.options import unknown_name
 from experiments.presets import PRESETS
 from experiments.studies import Study, Variant
 
@@ -34,7 +33,7 @@ def grid(
         ValueError: an unknown preset, a K larger than every E, or no variant.
     """
     if preset not in PRESETS:
-        raise ValueError(unknown_name("preset", preset, PRESETS))
+        raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
     base = PRESETS[preset][1]
     base = replace(base, seeds=seeds or base.seeds, epochs=base.epochs if epochs is None else epochs)
     if preset == "graph":

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-from experiments.checkpoint import InterruptedRunError
-from experiments.config import RunConfig
+from experiments.build import make_fabric
+from experiments.config import InterruptedRunError, RunConfig
 from experiments.data import load_tasks
-from experiments.loop import train_one
-from experiments.progress import Progress
+from experiments.loop import Progress, train_seeds
 from experiments.run_folder import so_far
 
 SECONDS = 1.0
@@ -130,7 +129,7 @@ def train_here(config: RunConfig, seed: int, threads: int) -> str:
     torch.set_num_threads(threads)
     try:
         with redirect_stdout(None):
-            train_one(config, seed)
+            train_seeds(make_fabric(config), config, [seed], Progress(config.epochs, shown=False))
     except (ValueError, OSError) as error:
         return str(error)
     return ""

@@ -28,10 +28,8 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from experiments import options
-from experiments.config import RouterName
+from experiments.config import RouterName, fail
 from experiments.grid import grid
-from experiments.progress import Progress, show_progress_of
 from experiments.studies import STUDIES, Study
 from experiments.tables import study_table
 
@@ -91,7 +89,7 @@ def sweep(config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
     import torch
 
     from experiments.jobs import Processes, RayTasks, train_apart
-    from experiments.loop import run
+    from experiments.loop import Progress, run
     from experiments.run_folder import differences_of, write_json
 
     threads = config.threads or (1 if config.ray else max(torch.get_num_threads() // config.jobs, 1))
@@ -152,7 +150,7 @@ def check(config: SweepConfig) -> tuple[str, Study]:
         raise ValueError(f"jobs: got {config.jobs}, expected at least 1")
     if config.study != "grid":
         if config.study not in STUDIES:
-            raise ValueError(options.unknown_name("study", config.study, [*STUDIES, "grid"]))
+            raise ValueError(f"study: got {config.study!r}, expected one of {', '.join([*STUDIES, 'grid'])}")
         for name in OF_GRIDS:
             value = getattr(config, name)
             if value is not None:
@@ -185,13 +183,12 @@ def collect(name: str, study: Study, finished: Mapping[str, dict[str, Any]]) -> 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     try:
-        config = options.parse(SweepConfig, args, "python -m experiments.sweep", __doc__)
+        config = tyro.cli(SweepConfig, args=args, prog="python -m experiments.sweep", description=__doc__)
         check(config)
-        from experiments.checkpoint import InterruptedRunError  # and so torch, which --help does without
+        from experiments.config import InterruptedRunError  # and so torch, which --help does without
     except ValueError as error:
-        options.fail(error)
+        fail(error)
     console = Console(stderr=True, soft_wrap=True)
-    show_progress_of("gmoe")
 
     def stop(number: int, _: FrameType | None) -> None:
         raise InterruptedRunError(number)
@@ -203,7 +200,7 @@ def main(args: Sequence[str] | None = None) -> None:
         console.print("stopped; the same command continues", highlight=False)
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     except (ValueError, OSError) as error:
-        options.fail(error)
+        fail(error)
     finally:
         signal.signal(signal.SIGTERM, before)
     print(study_table(results))

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from experiments import options
+import tyro
+
+from experiments.config import fail
 
 if TYPE_CHECKING:
     from experiments.benchmark.measure import Benchmark
@@ -37,13 +39,19 @@ def parse(args: Sequence[str]) -> Benchmark:
     """
     name, *rest = args
     if name not in BENCHMARKS:
-        raise ValueError(options.unknown_name("benchmark", name, BENCHMARKS))
+        raise ValueError(f"benchmark: got {name!r}, expected one of {', '.join(BENCHMARKS)}")
     line, where = BENCHMARKS[name]
     if not {"-h", "--help"} & set(rest):
         print(f"{name}: {line}", file=sys.stderr, flush=True)  # long before the first figures, and all that is imported
     module, _, kind = where.partition(".")
     made: type[Benchmark] = getattr(import_module(f"experiments.benchmark.{module}"), kind)
-    return options.parse(made, rest, f"{PROG} {name}", f"{line}\n\n{made.__doc__}")
+    return tyro.cli(
+        made,
+        args=rest,
+        prog=f"{PROG} {name}",
+        description=f"{line}\n\n{made.__doc__}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -55,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         config = parse(args)
     except ValueError as error:
-        options.fail(error)
+        fail(error)
     import pandas as pd
     import torch
 
@@ -71,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         found = config.run()
     except (ValueError, FileNotFoundError) as error:
-        options.fail(error)
+        fail(error)
     print(pd.DataFrame(benchmark_lines(found)).to_string(index=False))
     print(measured_on(environment(), config.device))
 

@@ -23,16 +23,14 @@ from torch_geometric.utils import negative_sampling
 
 import gmoe
 from experiments.benchmark.measure import told
-from experiments.build import build_model, init_centroids
-from experiments.checkpoint import make_fabric
+from experiments.build import build_model, init_centroids, make_fabric
 from experiments.config import GraphConfig, ImageConfig, RouterOptions
 from experiments.data import load_tasks
 from experiments.data.graph_data import GraphData, Split
 from experiments.data.named import PYG, load_graph
 from experiments.data.own_graph import own_graph
-from experiments.loop import attention_kernel, fit, make_optimizer, set_up
+from experiments.loop import Progress, attention_kernel, fit, make_optimizer, set_up
 from experiments.presets import MOSAIC
-from experiments.progress import Progress
 from experiments.studies import SHARED, SMALL_VIT
 
 Arm = Literal["dense", "moe", "dense-flops", "random", "oracle", "k-means", "shared-transform"]

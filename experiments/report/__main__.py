@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from experiments import options
+from experiments.config import fail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class ReportConfig:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     try:
-        config = options.parse(ReportConfig, args, "python -m experiments.report", __doc__)
+        config = tyro.cli(ReportConfig, args=args, prog="python -m experiments.report", description=__doc__)
     except ValueError as error:
-        options.fail(error)
+        fail(error)
     from experiments.report.make import report  # and so torch, which --help does without
 
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         path, failed = report(config.runs, config.out, config.data_root)
     except (ValueError, OSError) as error:
-        options.fail(error)
+        fail(error)
     print(f"written to {path}")
     for reason in failed.values():
         Console(stderr=True, soft_wrap=True).print(f"[bold red]left out:[/] {escape(reason)}", highlight=False)

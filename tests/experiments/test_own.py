@@ -98,10 +98,7 @@ def test_a_model(preset: str, name: str, layers: int, tmp_path: Path, monkeypatc
         (["--router", "nobodys:Router"], "router: got 'nobodys:Router', which cannot be imported"),
         (["--router", "users_own:Nothing"], "router: got 'users_own:Nothing', which cannot be imported"),
         (["--router", "users_own:sage"], "expected a subclass of gmoe.Router"),
-        (
-            ["--router", "token-choice"],
-            "router: got 'token-choice' (did you mean token_choice?), expected one of dense",
-        ),
+        (["--router", "token-choice"], "router: got 'token-choice', expected dense, token_choice"),
         (["--router", "nobodys.py:Router"], "router: got 'nobodys.py:Router', which cannot be imported"),
         (["--router", "users_own:FirstBits", "--balance", "bias"], "balance: got 'bias', but the router"),
         (["--model", "users_own:nothing"], "returns a int, expected an nn.Module"),

@@ -27,7 +27,7 @@ from tests.experiments.command import QUICK, quick, quick_until, refused
 from tests.vision.made_images import write_images
 
 TINY = ("--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--batch-size", "8")
-AUGMENTED = ("--augment", "randaugment", "--dropout", "0.1", "--noise", "True")
+AUGMENTED = ("--augment", "standard", "--dropout", "0.1", "--noise", "True")
 SMALL = ("--layers", "2", "--hidden", "16", "--batch-size", "200")
 SAMPLED = ("--sampling", "neighbor", "--fanout", "4", "3", "--evaluation", "sampled", "--eval-every", "2")
 RUNS: dict[str, tuple[str, ...]] = {
@@ -94,7 +94,7 @@ def test_a_process_that_is_killed_or_stopped_from_the_keyboard(number: int, work
     """SIGKILL loses a minute at most; Ctrl-C in a terminal reaches the processes that load images too."""
     args = ["images", *QUICK, "--seeds", "0", *TINY, "--workers", str(workers)]
     args += ["--data-root", str(write_images(tmp_path / "data"))]
-    code = "from experiments import checkpoint, train; checkpoint.SECONDS = 0; train.main()"
+    code = "from experiments import run_folder, train; run_folder.SECONDS = 0; train.main()"
     command = [sys.executable, "-c", code, *args, "--out", str(tmp_path / "cut")]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True, stderr=subprocess.PIPE)
     state = tmp_path / "cut" / "seed-0" / "checkpoint" / "state.ckpt"
