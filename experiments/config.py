@@ -87,9 +87,8 @@ class RunConfig:
     """Who decides: token_choice, expert_choice, attention_vote, multi_centroid, random, uniform, oracle, or your own,
     `package.module:Class` or `FILE.py:Class`; `dense` is the model without experts, the baseline."""
     model: str | None = None
-    """Your own model in place of gmoe's: `package.module:function` or `FILE.py:function`, called with the width of the
-    input (of images: the height and width) and the number of outputs. Options of the model and of the router do not
-    apply."""
+    """Your own model: `package.module:function` or `FILE.py:function`, called with the width of the input (of images:
+    the height and width) and the number of outputs. Options of gmoe's models and routers do not apply."""
     experts: int = 8
     """Number of experts, E."""
     k: int = 1
@@ -183,10 +182,8 @@ class RunConfig:
                 "experiments.sweep grid --jobs N"
             )
         if self.batch_size % self.world:
-            raise ValueError(
-                f"batch_size: got {self.batch_size}, that of all processes together, expected a multiple of "
-                f"devices x nodes = {self.world}"
-            )
+            expected = f"a multiple of devices x nodes = {self.world}"
+            raise ValueError(f"batch_size: got {self.batch_size}, that of all processes together, expected {expected}")
 
     @property
     def world(self) -> int:
@@ -196,10 +193,8 @@ class RunConfig:
     @property
     def launcher(self) -> str:
         """The command that starts as many processes."""
-        if self.world == 1:
-            return "python"
         machines = "" if self.nodes == 1 else f"--nnodes {self.nodes} "
-        return f"torchrun {machines}--nproc-per-node {self.devices}"
+        return "python" if self.world == 1 else f"torchrun {machines}--nproc-per-node {self.devices}"
 
     def folder(self) -> Path:
         """The run folder, without a number."""
@@ -227,8 +222,7 @@ class NodeConfig(RunConfig):
     """Nodes of a graph, in a GNN."""
 
     router_input: tuple[RouterInput, ...] | None = None
-    """What the router sees: the node, the mean of its neighbors, log-degree; by default the layer's own choice: the
-    node."""
+    """What the router sees: the node (the default), the mean of its neighbors, log-degree."""
     residual: Literal["none", "identity", "linear"] = "identity"
     """The residual."""
     norm: str | None = None
@@ -246,10 +240,9 @@ class NodeConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampling != "neighbor" and self.fanout != FANOUT:
-            raise ValueError(f"fanout: got {self.fanout} with sampling={self.sampling!r}, expected 'neighbor'")
-        if not self.fanout or min(self.fanout) < -1:
-            raise ValueError(f"fanout: got {self.fanout}, expected at least one number, none below -1 (all)")
+        if not self.fanout or min(self.fanout) < -1 or (self.sampling != "neighbor" and self.fanout != FANOUT):
+            expected = "numbers from -1 (all), with sampling='neighbor'"
+            raise ValueError(f"fanout: got {self.fanout} with sampling={self.sampling!r}, expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,9 +276,7 @@ class GraphConfig(NodeConfig):
         if self.label_reuse and self.sampling != "full":
             raise ValueError(f"label_reuse: got {self.label_reuse} with sampling={self.sampling!r}, expected 'full'")
         if self.metric is not None and self.dataset != "graph":
-            raise ValueError(
-                f"metric: got {self.metric!r} for {self.dataset}, expected none; only `graph` leaves it open"
-            )
+            raise ValueError(f"metric: got {self.metric!r} for {self.dataset}, expected none; `graph` leaves it open")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,9 +320,7 @@ class ImageConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.router != "dense" and self.mlp_scale != 1:
-            raise ValueError(
-                f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected 1; dense MLPs take it"
-            )
+            raise ValueError(f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected router='dense'")
 
 
 @dataclass(frozen=True, kw_only=True)

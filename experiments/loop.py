@@ -133,9 +133,7 @@ def locked(fabric: Fabric, folder: Path) -> AbstractContextManager[Any]:
     try:
         return FileLock(folder / "lock", timeout=0).acquire()
     except Timeout as error:
-        raise ValueError(
-            f"out: {folder} is being trained by another process; wait for it, or choose another folder"
-        ) from error
+        raise ValueError(f"out: {folder} is being trained by another process; wait, or choose another") from error
 
 
 def prepare(fabric: Fabric, config: RunConfig, task: Task, seed: int) -> tuple[nn.Module, dict[str, Any]]:

@@ -236,7 +236,7 @@ def test_a_signal_ends_all_processes_and_the_same_command_goes_on(
         (["tiny", "--experts", "8"], "experts: got (8,) with tiny, expected none: only grid takes it"),
         (["tiny", "--ks", "1", "2"], "ks: got (1, 2) with tiny, expected none: only grid takes it"),
         (["grid"], "preset: got none"),
-        (["grid", "--preset", "corra"], "preset: got 'corra' (did you mean cora?), expected one of digits"),
+        (["grid", "--preset", "corra"], "preset: got 'corra', expected one of digits"),
         (["grid", "--preset", "digits", "--routers", "random", "--ks", "9"], "ks: got (9,)"),
         (["grid", "--preset", "digits", "--experts", "2", "--ks", "1", "3"], "ks: got (1, 3), expected none larger"),
     ],
