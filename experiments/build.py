@@ -143,10 +143,10 @@ def _without_experts(config: RunConfig, hidden: int) -> RunConfig:
     return replace(config, hidden=hidden, equal=None, options=RouterOptions())
 
 
-def first_flops(model: nn.Module, config: RunConfig, task: Task) -> int:
-    """Active FLOPs of the model's first forward; a conv that does not run on the data is a ``ValueError``."""
+def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
+    """What a model costs, and its steps an epoch; a conv that does not run on the data is a ``ValueError``."""
     try:
-        return flops(model, example(config, task))
+        active = flops(model, example(config, task))
     except (TypeError, RuntimeError, AssertionError) as error:
         if not isinstance(config, GraphConfig) or config.model is not None:
             raise
@@ -154,6 +154,14 @@ def first_flops(model: nn.Module, config: RunConfig, task: Task) -> int:
             f"conv: got {', '.join(config.conv)}, expected one that runs with these sizes and data "
             f"({type(error).__name__}: {error})"
         ) from error
+    return {
+        "flops": active,
+        "parameters": num_parameters(model),
+        "active_parameters": gmoe.active_parameters(model),
+        "matched": matched_ratio(config, task, model),
+        "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
+        "steps": task.steps(config.batch_size),
+    }
 
 
 def example(config: RunConfig, task: Task) -> tuple[Any, ...]:

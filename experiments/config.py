@@ -112,7 +112,7 @@ class RunConfig:
 
     # recipe
     epochs: int = 100
-    """Epochs. A run may be resumed with more; the schedule is then recomputed, and the run no longer exact."""
+    """Epochs."""
     batch_size: int = 128
     """Batch size; of graphs, seed nodes a batch (`neighbor`), or nodes a part (`random_node`)."""
     eval_every: int = 1
@@ -154,7 +154,7 @@ class RunConfig:
     logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers beside the CSV files: TensorBoard, Weights & Biases."""
     progress: bool = True
-    """Report progress: a bar, or where the output is a file, a line every few epochs."""
+    """Report progress: a bar, or where the output is a file, a line now and then."""
 
     def __post_init__(self) -> None:
         for name in ("router", "model", "data"):

@@ -27,17 +27,7 @@ from torchmetrics import Metric
 from tqdm import tqdm
 
 import gmoe
-from experiments.build import (
-    build_model,
-    first_flops,
-    from_first,
-    init_centroids,
-    make_fabric,
-    matched_ratio,
-    num_parameters,
-    of_all,
-    share,
-)
+from experiments.build import build_model, costs_of, from_first, init_centroids, make_fabric, of_all, share
 from experiments.config import GraphConfig, NodeConfig, RunConfig
 from experiments.data import Batch, Split, Task, load_tasks
 from experiments.routing_stats import node_properties, routing_rows, routing_summary, save_routings
@@ -97,7 +87,14 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
     An unfinished checkpoint is resumed. Of several processes the first one's figures of the routing are right.
     """
     folder = config.folder() / f"seed-{seed}"
-    model, cost = prepare(fabric, config, task, seed)  # refuses what cannot run before anything is written
+    restart_peak_memory(fabric.device)
+    fabric.seed_everything(seed, verbose=False)
+    model = build_model(config, task)
+    if config.kmeans_init:
+        init_centroids(model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed)
+    costs = costs_of(model, config, task)  # runs it once, and so refuses what cannot run before anything is written
+    if fabric.world_size > 1:  # from here on each process draws its own
+        torch.manual_seed(seed + (fabric.global_rank << 50))
     with locked(fabric, folder):
         begin(config, task)
         with set_up(fabric, model, config, task) as training:
@@ -117,7 +114,7 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
             "best_epoch": reached.best_epoch,
             "seconds": round(reached.seconds, 2),
             "peak_memory": round(peak_memory(fabric.device)),
-            **cost,
+            **costs,
             "routing": routing_summary(routings, planted, properties),
             "curve": reached.curve,
         }
@@ -134,27 +131,6 @@ def locked(fabric: Fabric, folder: Path) -> AbstractContextManager[Any]:
         return FileLock(folder / "lock", timeout=0).acquire()
     except Timeout as error:
         raise ValueError(f"out: {folder} is being trained by another process; wait, or choose another") from error
-
-
-def prepare(fabric: Fabric, config: RunConfig, task: Task, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the model of a seed and run it once; all processes begin with the same. The model, and what it costs."""
-    restart_peak_memory(fabric.device)
-    fabric.seed_everything(seed, verbose=False)
-    model = build_model(config, task)
-    if config.kmeans_init:
-        init_centroids(model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed)
-    cost = {
-        "flops": first_flops(model, config, task),
-        "parameters": num_parameters(model),
-        "active_parameters": gmoe.active_parameters(model),
-        "matched": matched_ratio(config, task, model),
-        "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
-        "steps": task.steps(config.batch_size),
-    }
-    share(model.state_dict().values())
-    if fabric.world_size > 1:  # from here on each draws its own
-        torch.manual_seed(seed + (fabric.global_rank << 50))
-    return model, cost
 
 
 def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reached:

@@ -23,7 +23,7 @@ from experiments.data import Task
 from experiments.loop import Training, run, train_seed
 from experiments.run_folder import Log, read_run
 from experiments.train import main, parse
-from tests.experiments.command import QUICK, quick, quick_until, refused
+from tests.experiments.command import QUICK, quick, refused, run_until
 from tests.vision.made_images import write_images
 
 TINY = ("--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--batch-size", "8")
@@ -64,16 +64,17 @@ def assert_same(whole: Path, resumed: Path, exact: bool = True) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_stopped_three_times_equals_one_in_one_go(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preset, *args = RUNS[name]
     if preset == "images":
         args += ["--data-root", str(write_images(tmp_path / "data"))]
     whole, cut = quick(tmp_path / "whole", *args, preset=preset), tmp_path / "cut off"
     assert whole["steps"] == 1 or whole["steps"] > 2
-    quick_until(1, monkeypatch, cut, *args, preset=preset)
+    command = [preset, *QUICK, *args, "--seeds", "0", "--out", str(cut)]
+    run_until(1, command)
     for steps in (1, whole["steps"]):  # inside an epoch, and over its end
-        quick_until(steps, monkeypatch, cut, *args, "--resume", preset=preset)
+        run_until(steps, [*command, "--resume"])
     log = cut / "seed-0" / "metrics.csv"
     log.write_text(log.read_text() + "2,9,9")  # half a row behind the checkpoint, as of a process that was killed
     *_, line = capsys.readouterr().err.splitlines()
