@@ -55,17 +55,13 @@ def make_fabric(config: RunConfig) -> Fabric:
         )
     except (RuntimeError, ValueError, ImportError) as error:
         raise ValueError(f"device: got {config.device!r}, expected one that is there ({error})") from error
-    if there > 1 and not dist.is_initialized():
+    joins = there > 1 and not dist.is_initialized()
+    if joins:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # every process would say that it is there
-        atexit.register(_leave)
     fabric.launch()
+    if joins:  # and leaves: gloo's threads end a process by SIGABRT where they are still there as it exits
+        atexit.register(dist.destroy_process_group)
     return fabric
-
-
-def _leave() -> None:
-    """Join gloo's threads, which end a process by SIGABRT where they are still there as it exits."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def from_first(fabric: Fabric, call: Callable[[], T]) -> T:

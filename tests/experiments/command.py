@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -22,6 +23,12 @@ def quick(out: Path, *args: str, preset: str = "digits-graph", seeds: str = "0")
     main([preset, *QUICK, "--out", str(out), "--seeds", *seeds.split(), *args])
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     return summary
+
+
+def rows(folder: Path, name: str = "metrics.csv", seed: int = 0) -> list[dict[str, str]]:
+    """Of a log, without the clock."""
+    with (folder / f"seed-{seed}" / name).open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
 def run_until(steps: int, args: Sequence[str], rank: str = "0") -> None:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from experiments.planted import write_planted
 from experiments.train import main
-from tests.experiments.command import refused
+from tests.experiments.command import refused, rows
 from tests.experiments.made_graph import make_config, make_task
 from tests.experiments.ranks import SAME, data_of
-from tests.experiments.test_resume import assert_same, rows
+from tests.experiments.test_resume import assert_same
 from tests.vision.made_images import write_images
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ from experiments.data import load_tasks
 from experiments.loop import WARMUP, Progress, learning_rate, set_up
 from experiments.presets import DIGITS, DIGITS_GRAPH
 from experiments.run_folder import differences_of
-from tests.experiments.command import quick
+from tests.experiments.command import quick, rows
 
 SMALL = replace(DIGITS, layers=2, hidden=8, experts=2, batch_size=300, epochs=2, progress=False)
 
@@ -74,13 +73,12 @@ def test_gradients_are_clipped() -> None:
 def test_losses_are_logged_layer_by_layer(tmp_path: Path) -> None:
     args = ("--router", "token_choice", "--balance", "importance_load", "--balance-coef", "0.1", "--epochs", "2")
     summary = quick(tmp_path, *args, preset="digits")
-    with (tmp_path / "seed-0" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert set(rows[0]) == {"epoch", "lr", "loss", "aux", "val", "seconds", *(
-        f"{name}_{layer}" for name in ("importance", "load") for layer in (0, 1))}  # fmt: skip
+    logged = rows(tmp_path)
+    names = {f"{name}_{layer}" for name in ("importance", "load") for layer in (0, 1)}
+    assert set(logged[0]) == {"epoch", "lr", "loss", "aux", "val"} | names
     assert summary["curve"]["epoch"] == [1, 2]
     for figure in ("loss", "val"):
-        assert summary["curve"][figure][0] == pytest.approx([float(row[figure]) for row in rows], abs=1e-5)
+        assert summary["curve"][figure][0] == pytest.approx([float(row[figure]) for row in logged], abs=1e-5)
 
 
 def test_configurations_of_older_versions() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shlex
@@ -23,7 +22,7 @@ from experiments.data import Task
 from experiments.loop import Training, run, train_seed
 from experiments.run_folder import Log, read_run
 from experiments.train import main, parse
-from tests.experiments.command import QUICK, quick, refused, run_until
+from tests.experiments.command import QUICK, quick, refused, rows, run_until
 from tests.vision.made_images import write_images
 
 TINY = ("--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--batch-size", "8")
@@ -40,12 +39,6 @@ RUNS: dict[str, tuple[str, ...]] = {
     "folder": ("images", "--router", "token_choice", *TINY, *AUGMENTED),
 }  # fmt: skip
 """One batch an epoch (graph, choice), or several; everything that draws or remembers."""
-
-
-def rows(folder: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
-    """Of a log, without the clock."""
-    with (folder / "seed-0" / name).open() as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
 def assert_same(whole: Path, resumed: Path, exact: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from dataclasses import replace
@@ -18,7 +17,7 @@ from experiments.data import load_tasks
 from experiments.loop import Training, peak_memory, restart_peak_memory, run
 from experiments.presets import PRESETS
 from experiments.train import parse
-from tests.experiments.command import QUICK, quick, refused
+from tests.experiments.command import QUICK, quick, refused, rows
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import Writer
 
@@ -37,12 +36,10 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(layer) == counted | {"ami_label", "ami_degree", "ami_homophily", "ami_shuffled"}
     for seed in (0, 1):
         part = tmp_path / "run" / f"seed-{seed}"
-        with (part / "metrics.csv").open() as file:
-            assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2"]
-        with (part / "routing.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        assert [(row["epoch"], row["layer"]) for row in rows] == [("0", "0"), ("1", "0"), ("2", "0")]
-        for row in rows:
+        assert [row["epoch"] for row in rows(tmp_path / "run", seed=seed)] == ["0", "1", "2"]
+        routing = rows(tmp_path / "run", "routing.csv", seed)
+        assert [(row["epoch"], row["layer"]) for row in routing] == [("0", "0"), ("1", "0"), ("2", "0")]
+        for row in routing:
             assert sum(float(row[f"load_{expert}"]) for expert in range(8)) == pytest.approx(1.0, abs=1e-3)
         assert load_file(part / "checkpoint" / "best.safetensors")
         pairs = load_file(tmp_path / "run" / "routing" / f"seed-{seed}.safetensors")
@@ -63,8 +60,7 @@ def test_the_test_set_is_read_once_at_the_best_validation_epoch(
     monkeypatch.setattr(Training, "evaluate", watch)
     quick(tmp_path / "run")
     assert seen == ["val", "val", "val", "test"]
-    with (tmp_path / "run" / "seed-0" / "metrics.csv").open() as file:
-        val = [float(row["val"]) for row in csv.DictReader(file)]
+    val = [float(row["val"]) for row in rows(tmp_path / "run")]
     result = json.loads((tmp_path / "run" / "seed-0" / "result.json").read_text())
     assert (result["best_epoch"], result["val"]) == (val.index(max(val)), max(val))
 
