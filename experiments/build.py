@@ -1,15 +1,22 @@
-"""From a configuration to a model, and dense baselines of equal cost."""
+"""From a configuration to its processes and its model, and dense baselines of equal cost."""
 
 from __future__ import annotations
 
+import atexit
 import copy
 import inspect
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
@@ -17,9 +24,71 @@ import gmoe
 from experiments.config import GraphConfig, HeteroConfig, ImageConfig, NodeConfig, RouterOptions, RunConfig, load_object
 from experiments.data import Task
 from gmoe import OracleRouter, Router
+from gmoe.distributed import world_size
 
 if TYPE_CHECKING:
     from gmoe.models.vit import ViTSize
+
+T = TypeVar("T")
+TIMEOUT = timedelta(hours=2)
+"""So long processes wait for the first one, which evaluates whole graphs alone. One that ends is noticed at once."""
+
+
+def make_fabric(config: RunConfig) -> Fabric:
+    """Device, precision, and the connection to the other processes, which ``torchrun`` has started."""
+    there = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.world != there:
+        raise ValueError(
+            f"devices: got {config.devices} x {config.nodes} nodes in {there} process{'es' if there > 1 else ''}, "
+            f"expected {config.launcher} -m experiments.train ..., with --devices N --nodes M as they are"
+        )
+    on_gpu = torch.cuda.is_available() and config.device not in ("cpu", "mps")
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # numbers and objects go by the CPU
+    ddp = DDPStrategy(timeout=TIMEOUT, process_group_backend=backend, gradient_as_bucket_view=True)
+    try:
+        fabric = Fabric(
+            accelerator=config.device,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy=ddp if there > 1 else "auto",
+            precision=config.precision,
+        )
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(f"device: got {config.device!r}, expected one that is there ({error})") from error
+    joins = there > 1 and not dist.is_initialized()
+    if joins:
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # every process would say that it is there
+    fabric.launch()
+    if joins:  # and leaves: gloo's threads end a process by SIGABRT where they are still there as it exits
+        atexit.register(dist.destroy_process_group)
+    return fabric
+
+
+def from_first(fabric: Fabric, call: Callable[[], T]) -> T:
+    """What ``call`` returns in the first process, which alone calls it."""
+    found: Any = call() if fabric.is_global_zero else None
+    return fabric.broadcast(found)
+
+
+def of_all(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their numbers; every one has to call it."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the first one's values, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether it says that another process has ended."""
+    return isinstance(error, dist.DistError) or (world_size() > 1 and "gloo" in str(error).lower())
 
 
 def build_model(config: RunConfig, task: Task) -> nn.Module:
@@ -70,10 +139,10 @@ def _without_experts(config: RunConfig, hidden: int) -> RunConfig:
     return replace(config, hidden=hidden, equal=None, options=RouterOptions())
 
 
-def first_flops(model: nn.Module, config: RunConfig, task: Task) -> int:
-    """Active FLOPs of the model's first forward; a conv that does not run on the data is a ``ValueError``."""
+def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
+    """What a model costs, and its steps an epoch; a conv that does not run on the data is a ``ValueError``."""
     try:
-        return flops(model, example(config, task))
+        active = flops(model, example(config, task))
     except (TypeError, RuntimeError, AssertionError) as error:
         if not isinstance(config, GraphConfig) or config.model is not None:
             raise
@@ -81,6 +150,14 @@ def first_flops(model: nn.Module, config: RunConfig, task: Task) -> int:
             f"conv: got {', '.join(config.conv)}, expected one that runs with these sizes and data "
             f"({type(error).__name__}: {error})"
         ) from error
+    return {
+        "flops": active,
+        "parameters": num_parameters(model),
+        "active_parameters": gmoe.active_parameters(model),
+        "matched": matched_ratio(config, task, model),
+        "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
+        "steps": task.steps(config.batch_size),
+    }
 
 
 def example(config: RunConfig, task: Task) -> tuple[Any, ...]:
@@ -90,8 +167,7 @@ def example(config: RunConfig, task: Task) -> tuple[Any, ...]:
 
 def matched_width(config: RunConfig, task: Task) -> int:
     """The hidden width at which the dense model costs what the MoE ``equal_to`` costs, or the nearest."""
-    twin, cost = build_twin(config, task), _cost(config, task)
-    target = float(cost(twin))
+    cost, target = _cost_of_twin(config, task)
     return gmoe.match_width(lambda width: cost(_build(_without_experts(config, width), task)), target, tolerance=0.5)
 
 
@@ -99,16 +175,16 @@ def matched_ratio(config: RunConfig, task: Task, model: nn.Module) -> float | No
     """Cost of a matched dense baseline over that of its MoE: 1 but for what whole widths cannot meet."""
     if config.equal is None:
         return None
-    twin, cost = build_twin(config, task), _cost(config, task)
-    return cost(model) / cost(twin)
+    cost, target = _cost_of_twin(config, task)
+    return cost(model) / target
 
 
-def _cost(config: RunConfig, task: Task) -> Callable[[nn.Module], int]:
-    """What ``equal`` counts of a model."""
-    if config.equal == "parameters":
-        return num_parameters
-    inputs = example(config, task)
-    return lambda model: flops(model, inputs)
+def _cost_of_twin(config: RunConfig, task: Task) -> tuple[Callable[[nn.Module], int], float]:
+    """What ``equal`` counts of a model, and how much of it the MoE has that a dense baseline is matched to."""
+    twin, cost = build_twin(config, task), num_parameters
+    if config.equal == "flops":
+        cost = partial(flops, inputs=example(config, task))
+    return cost, float(cost(twin))
 
 
 def build_twin(config: RunConfig, task: Task) -> nn.Module:
@@ -139,9 +215,6 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         **config.layer_options(),
     }
     if isinstance(config, ImageConfig):
-        made = gmoe.ROUTERS[router] if isinstance(router, str) else router
-        if made is not None and "check_finite" in inspect.signature(made).parameters:  # others may not have it
-            router_kwargs["check_finite"] = config.check_finite
         return gmoe.ViTMoE(vit_size(config, task.in_channels), task.num_classes, router, **common)
     assert isinstance(config, NodeConfig)
     common |= {"norm": config.norm, "residual": config.residual, "check_finite": config.check_finite}
@@ -159,8 +232,6 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
             **common,
         )
     assert isinstance(config, GraphConfig)
-    if config.conv == ("sage",):
-        common["aggr"] = "mean"
     if config.sampling == config.evaluation == "full" and config.conv == ("gcn",):
         common["cached"] = True  # there is one graph only: for the dense model, whose convs are PyG's
     return gmoe.GNNMoE(
@@ -210,25 +281,25 @@ def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., Router] 
         if given:
             raise ValueError(f"options: got {given} with router='dense', expected none")
         return None, {}
-    known: Any
+    router: Any = config.router
     if ":" in config.router:
-        router = known = load_object("router", config.router)
-        if not (isinstance(known, type) and issubclass(known, Router)):
+        router = load_object("router", config.router)
+        if not (isinstance(router, type) and issubclass(router, Router)):
             raise ValueError(f"router: got {config.router!r}, expected a subclass of gmoe.Router")
     elif config.router == "oracle":
         if task.planted is None:
             raise ValueError(f"router: got 'oracle' for {task.name}, expected another, since no routing is planted")
         if config.experts != int(task.planted.max()) + 1:
             raise ValueError(f"experts: got {config.experts}, expected the {int(task.planted.max()) + 1} planted ones")
-        router = known = partial(OracleRouter, assignment=task.planted)
-    else:
-        router, known = config.router, gmoe.ROUTERS[config.router]
-    legal = set(inspect.signature(known).parameters)
+        router = partial(OracleRouter, assignment=task.planted)
+    legal = inspect.signature(gmoe.ROUTERS.get(router, router)).parameters
     for name, value in given.items():
         if name not in legal:
             raise ValueError(f"{name}: got {value!r}, but the router {config.router!r} has no such option")
     if given.get("balance") == "none":
         given["balance"] = None
+    if isinstance(config, ImageConfig) and "check_finite" in legal:  # GNNs pass it on themselves
+        given["check_finite"] = config.check_finite
     return router, given
 
 

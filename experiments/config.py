@@ -1,6 +1,6 @@
 """The configuration of a run: a frozen dataclass for each kind of data, from which the command line is made.
 
-Imports nothing heavy, so that ``--help`` comes at once.
+And how commands end: by an error of one line, or by a signal. Imports nothing heavy, so that ``--help`` comes at once.
 """
 
 from __future__ import annotations
@@ -9,18 +9,20 @@ import importlib
 import importlib.util
 import json
 import math
+import pkgutil
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, get_args
+from types import FrameType, ModuleType
+from typing import Any, Literal, NoReturn, get_args
 
 import tyro
+from rich.console import Console
+from rich.markup import escape
 
-from experiments.files import parse_json
-from experiments.options import nearest, unknown_name
+from experiments.files import parse_json, read_json
 
 RouterInput = Literal["node", "neighbors", "degree"]
 
@@ -85,9 +87,8 @@ class RunConfig:
     """Who decides: token_choice, expert_choice, attention_vote, multi_centroid, random, uniform, oracle, or your own,
     `package.module:Class` or `FILE.py:Class`; `dense` is the model without experts, the baseline."""
     model: str | None = None
-    """Your own model in place of gmoe's: `package.module:function` or `FILE.py:function`, called with the width of the
-    input (of images: the height and width) and the number of outputs. Options of the model and of the router do not
-    apply."""
+    """Your own model: `package.module:function` or `FILE.py:function`, called with the width of the input (of images:
+    the height and width) and the number of outputs. Options of gmoe's models and routers do not apply."""
     experts: int = 8
     """Number of experts, E."""
     k: int = 1
@@ -111,7 +112,7 @@ class RunConfig:
 
     # recipe
     epochs: int = 100
-    """Epochs. A run may be resumed with more; the schedule is then recomputed, and the run no longer exact."""
+    """Epochs."""
     batch_size: int = 128
     """Batch size; of graphs, seed nodes a batch (`neighbor`), or nodes a part (`random_node`)."""
     eval_every: int = 1
@@ -155,36 +156,27 @@ class RunConfig:
     logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers beside the CSV files: TensorBoard, Weights & Biases."""
     progress: bool = True
-    """Report progress: a bar, or where the output is a file, a line every few epochs."""
+    """Report progress: a bar, or where the output is a file, a line now and then."""
 
     def __post_init__(self) -> None:
         for name in ("router", "model", "data"):
             value = getattr(self, name)
-            if value is None or (name == "router" and value in get_args(RouterName)):
-                continue
-            if not all(value.rpartition(":")):
-                own = "package.module:name or FILE.py:name"
-                if name == "router":
-                    raise ValueError(unknown_name(name, value, get_args(RouterName), f", or {own}"))
-                raise ValueError(f"{name}: got {value!r}, expected {own}")
+            known = get_args(RouterName) if name == "router" else (None,)
+            if value not in known and not all(value.rpartition(":")):
+                names = f"{', '.join(known)}, or " if name == "router" else ""
+                raise ValueError(f"{name}: got {value!r}, expected {names}package.module:name or FILE.py:name")
         for name, value in (asdict(self) | self.options.given()).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name}: got {value}, expected a finite number")
-            if name in COUNTS and value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
-            if name in SHARES and not 0 <= value < 1:
-                raise ValueError(f"{name}: got {value}, expected a number in [0, 1)")
-            if name in AMOUNTS and value < 0:
-                raise ValueError(f"{name}: got {value}, expected a number of at least 0")
+            if name in LEAST and value is not None and value < LEAST[name]:
+                raise ValueError(f"{name}: got {value}, expected at least {LEAST[name]}")
+            if name in SHARES and value >= 1:
+                raise ValueError(f"{name}: got {value}, expected less than 1")
         for name in self.logger:
             if importlib.util.find_spec(name) is None:
                 raise ValueError(f"logger: got {name!r}, which needs its package: pip install {name}")
-        if self.lr <= 0:
-            raise ValueError(f"lr: got {self.lr}, expected a number above 0")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: got {self.seeds}, expected at least one, each once")
-        if not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
-            raise ValueError(f"seeds: got {self.seeds}, expected numbers from 0 to 2**32 - 1")
+        if not 0 < len(set(self.seeds)) == len(self.seeds) or not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
+            raise ValueError(f"seeds: got {self.seeds}, expected one number or more from 0 to 2**32 - 1, each once")
         if self.world > 1 and getattr(self, "sampling", None) == "full":
             raise ValueError(
                 f"devices: got {self.devices} x {self.nodes} nodes for {self.dataset} with full batches, expected one: "
@@ -193,10 +185,8 @@ class RunConfig:
         if self.world > 1 and self.jobs > 1:
             raise ValueError(f"jobs: got {self.jobs} with {self.world} processes a seed (devices x nodes), expected 1")
         if self.batch_size % self.world:
-            raise ValueError(
-                f"batch_size: got {self.batch_size}, that of all processes together, expected a multiple of "
-                f"devices x nodes = {self.world}"
-            )
+            expected = f"a multiple of devices x nodes = {self.world}"
+            raise ValueError(f"batch_size: got {self.batch_size}, that of all processes together, expected {expected}")
 
     @property
     def world(self) -> int:
@@ -206,10 +196,8 @@ class RunConfig:
     @property
     def launcher(self) -> str:
         """The command that starts as many processes."""
-        if self.world == 1:
-            return "python"
         machines = "" if self.nodes == 1 else f"--nnodes {self.nodes} "
-        return f"torchrun {machines}--nproc-per-node {self.devices}"
+        return "python" if self.world == 1 else f"torchrun {machines}--nproc-per-node {self.devices}"
 
     def folder(self) -> Path:
         """The run folder, without a number."""
@@ -231,20 +219,13 @@ class RunConfig:
         found: dict[str, Any] = json.loads(json.dumps(values | {"options": self.options.given()}))
         return found
 
-    def differences(self, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Where the :meth:`science` of another run differs: its value and this one's; not digests of the data."""
-        other = restore(there, self.data_root)
-        values = {name: (getattr(other, name, None), value) for name, value in vars(self).items() if name not in WHERE}
-        return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
-
 
 @dataclass(frozen=True, kw_only=True)
 class NodeConfig(RunConfig):
     """Nodes of a graph, in a GNN."""
 
     router_input: tuple[RouterInput, ...] | None = None
-    """What the router sees: the node, the mean of its neighbors, log-degree; by default the layer's own choice: the
-    node."""
+    """What the router sees: the node (the default), the mean of its neighbors, log-degree."""
     residual: Literal["none", "identity", "linear"] = "identity"
     """The residual."""
     norm: str | None = None
@@ -262,10 +243,9 @@ class NodeConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampling != "neighbor" and self.fanout != FANOUT:
-            raise ValueError(f"fanout: got {self.fanout} with sampling={self.sampling!r}, expected 'neighbor'")
-        if not self.fanout or min(self.fanout) < -1:
-            raise ValueError(f"fanout: got {self.fanout}, expected at least one number, none below -1 (all)")
+        if not self.fanout or min(self.fanout) < -1 or (self.sampling != "neighbor" and self.fanout != FANOUT):
+            expected = "numbers from -1 (all), with sampling='neighbor'"
+            raise ValueError(f"fanout: got {self.fanout} with sampling={self.sampling!r}, expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,9 +279,7 @@ class GraphConfig(NodeConfig):
         if self.label_reuse and self.sampling != "full":
             raise ValueError(f"label_reuse: got {self.label_reuse} with sampling={self.sampling!r}, expected 'full'")
         if self.metric is not None and self.dataset != "graph":
-            raise ValueError(
-                f"metric: got {self.metric!r} for {self.dataset}, expected none; only `graph` leaves it open"
-            )
+            raise ValueError(f"metric: got {self.metric!r} for {self.dataset}, expected none; `graph` leaves it open")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,9 +323,7 @@ class ImageConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.router != "dense" and self.mlp_scale != 1:
-            raise ValueError(
-                f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected 1; dense MLPs take it"
-            )
+            raise ValueError(f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected router='dense'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,12 +344,12 @@ WHERE = frozenset({
     "data_root", "out", "resume", "workers", "device", "offline", "allow_large_downloads", "logger", "progress", "jobs",
 })  # fmt: skip
 """Options that no number depends on."""
-COUNTS = frozenset({
-    "experts", "k", "hidden", "layers", "every", "epochs", "batch_size", "eval_every", "patch", "dim", "vit_heads",
-    "image_size", "devices", "nodes", "jobs",
-})  # fmt: skip
-SHARES = frozenset({"label_smoothing", "dropout", "input_dropout", "label_reuse"})
-AMOUNTS = frozenset({"mlp_scale", "clip_norm", "weight_decay"})
+SHARES = ("label_smoothing", "dropout", "input_dropout", "label_reuse")
+LEAST: dict[str, int] = dict.fromkeys((*SHARES, "mlp_scale", "clip_norm", "weight_decay", "lr"), 0) | dict.fromkeys(
+    ("experts", "k", "hidden", "layers", "every", "epochs", "batch_size", "eval_every", "patch", "dim", "vit_heads",
+     "image_size", "devices", "nodes", "jobs"), 1,
+)  # fmt: skip
+"""The smallest legal values."""
 RECORDS = ("file", "digest")
 """What ``config.json`` holds beside the options: the name of your own graph's file, a digest of your own data."""
 RETIRED: dict[str, Any] = {
@@ -406,23 +382,35 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
     if not isinstance(science.get("dataset"), str):
         raise ValueError(f"dataset: got {science.get('dataset')!r}, expected the name of one")
     kind = config_class(science["dataset"])
-    known = [option.name for option in fields(kind)]
-    for name, value in science.items():
-        if name not in (*known, *RECORDS, *RETIRED):
-            raise ValueError(f"{name}: is no option of {science['dataset']}{nearest(name, known, ', ')}")
-        if name not in (*known, *RECORDS) and value != RETIRED[name]:
-            raise ValueError(f"{name}: got {value!r}, expected {RETIRED[name]!r}: there is no such option now")
-    given = {name: value for name, value in science.items() if name in known}
+    retired = RETIRED.keys() - {option.name for option in fields(kind)}
+    for name in retired & science.keys():
+        if science[name] != RETIRED[name]:
+            raise ValueError(f"{name}: got {science[name]!r}, expected {RETIRED[name]!r}: there is no such option now")
+    given = {name: value for name, value in science.items() if name not in retired | set(RECORDS)}
     file = str(science.get("file", data_root.name))
     root = data_root if file == data_root.name else data_root / file
     return parse_json(json.dumps({"data_root": str(root)} | given), kind)
+
+
+def read_options(path: Path, data_root: Path, base: RunConfig | None = None) -> RunConfig:
+    """The configuration in a JSON file, such as the ``config.json`` of a run; of options that it lacks, those of
+    ``base``."""
+    try:
+        given = read_json(path, dict[str, Any])
+        if base is not None:
+            if given.get("dataset", base.dataset) != base.dataset:
+                raise ValueError(f"dataset: got {given['dataset']!r}, expected {base.dataset}, that of the preset")
+            given = base.science() | given
+        return restore(given, data_root)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def load_object(option: str, name: str) -> Any:
     """What ``package.module:name`` or ``FILE.py:name`` names."""
     where, _, attribute = name.rpartition(":")
     try:
-        return getattr(_load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where), attribute)
+        return getattr(_load_file(Path(where)), attribute) if where.endswith(".py") else pkgutil.resolve_name(name)
     except (ImportError, AttributeError, FileNotFoundError) as error:
         raise ValueError(
             f"{option}: got {name!r}, which cannot be imported ({error}); modules are found in the working directory "
@@ -434,9 +422,7 @@ def _load_file(path: Path) -> ModuleType:
     """The module in a file, which runs once."""
     name = re.sub(r"\W", "_", str(path.resolve()))
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
+        spec: Any = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
@@ -444,3 +430,22 @@ def _load_file(path: Path) -> ModuleType:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def fail(error: Exception, where: str = "") -> NoReturn:
+    """End the command with an error of whoever called it."""
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}{where}", highlight=False)
+    sys.exit(2)
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived; what was trained is on disk."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def interrupt(number: int, _: FrameType | None = None) -> NoReturn:
+    """A handler of signals, which raises."""
+    raise InterruptedRunError(number)

@@ -32,9 +32,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from experiments.config import PAPERS
+from experiments.config import PAPERS, fail
 from experiments.files import read_csv, read_npy, read_npz
-from experiments.options import fail
 
 Array: TypeAlias = NDArray[Any]
 

@@ -11,17 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from types import FrameType
 from typing import Any
 
 import torch
 
-from experiments import options
-from experiments.checkpoint import InterruptedRunError, make_fabric
-from experiments.config import RunConfig
+from experiments.build import make_fabric
+from experiments.config import InterruptedRunError, RunConfig, fail, interrupt
 from experiments.data import load_tasks
-from experiments.loop import train_seeds
-from experiments.progress import Progress
+from experiments.loop import Progress, train_seeds
 from experiments.run_folder import so_far
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -110,19 +107,16 @@ def _train_seed(config: RunConfig, seed: int, threads: int, pipe: Connection) ->
     os.setsid()  # Ctrl-C is for the first process, which ends the others by SIGTERM
     sys.stdout = sys.stderr = os.fdopen(pipe.fileno(), "w", buffering=1, closefd=False)  # whole lines
 
-    def stop(number: int, _: FrameType | None) -> None:
-        raise InterruptedRunError(number)
-
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()  # type: ignore[union-attr]  # there is one
         os.kill(os.getpid(), signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, interrupt)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         train_seeds(make_fabric(config), config, [seed], Progress(config.epochs, config.progress))
     except (ValueError, OSError) as error:
-        options.fail(error)
+        fail(error)
     except InterruptedRunError as stopped:
         sys.exit(128 + stopped.number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import math
 import resource
 import sys
@@ -22,20 +23,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LambdaLR
 from torch_geometric.data import Data
+from torchmetrics import Metric
+from tqdm import tqdm
 
 import gmoe
-from experiments.build import build_model, first_flops, init_centroids, matched_ratio, num_parameters
-from experiments.checkpoint import Checkpoint, from_first, make_fabric, numbers_of_all, of_all, share
+from experiments.build import build_model, costs_of, from_first, init_centroids, make_fabric, of_all, share
 from experiments.config import GraphConfig, NodeConfig, RunConfig
 from experiments.data import Batch, Split, Task, load_tasks
-from experiments.progress import Progress, make_loggers
 from experiments.routing_stats import node_properties, routing_rows, routing_summary, save_routings
-from experiments.run_folder import Cost, Log, Result, Summary, begin, so_far, summarize, write_json
+from experiments.run_folder import Checkpoint, Logs, Result, Summary, begin, so_far, summarize, write_json
 from gmoe import Router, Routing, RoutingStats
 from gmoe.distributed import world_sum
 
 WARMUP = 0.1
 """Share of the steps that warm up, of the cosine schedule."""
+SECONDS = 10.0
+"""Between two lines of progress, where the output is a file."""
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> Summary:
@@ -49,8 +52,12 @@ def run(config: RunConfig, progress: Progress | None = None) -> Summary:
         InterruptedRunError: SIGINT or SIGTERM in training; the folder holds what was trained.
     """
     fabric = make_fabric(config)  # before data are read
+    shown = config.progress and fabric.is_global_zero
+    if shown:  # what gmoe logs of long work, as k-means of centroids is
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("gmoe").setLevel(logging.INFO)
     summary, results = from_first(fabric, lambda: so_far(config))
-    progress = progress or Progress(len(config.seeds) * config.epochs, config.progress and fabric.is_global_zero)
+    progress = progress or Progress(len(config.seeds) * config.epochs, shown)
     for _ in config.seeds if summary is not None else results:
         progress.skip(config.epochs)
         progress.finish(config.epochs)
@@ -80,7 +87,14 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
     An unfinished checkpoint is resumed. Of several processes the first one's figures of the routing are right.
     """
     folder = config.folder() / f"seed-{seed}"
-    model, cost = prepare(fabric, config, task, seed)  # refuses what cannot run before anything is written
+    restart_peak_memory(fabric.device)
+    fabric.seed_everything(seed, verbose=False)
+    model = build_model(config, task)
+    if config.kmeans_init:
+        init_centroids(model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed)
+    costs = costs_of(model, config, task)  # runs it once, and so refuses what cannot run before anything is written
+    if fabric.world_size > 1:  # from here on each process draws its own
+        torch.manual_seed(seed + (fabric.global_rank << 50))
     with locked(fabric, folder):
         begin(config, task)
         with set_up(fabric, model, config, task) as training:
@@ -100,7 +114,7 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
             "best_epoch": reached.best_epoch,
             "seconds": round(reached.seconds, 2),
             "peak_memory": round(peak_memory(fabric.device)),
-            **cost,
+            **costs,
             "routing": routing_summary(routings, planted, properties),
             "curve": reached.curve,
         }
@@ -108,46 +122,15 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
     return result
 
 
-@contextmanager
-def locked(fabric: Fabric, folder: Path) -> Iterator[None]:
+def locked(fabric: Fabric, folder: Path) -> AbstractContextManager[Any]:
     """Refuse a seed that another process trains; several seeds of a run may be trained side by side."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock", timeout=0)
-
-    def is_taken() -> bool:
-        try:
-            lock.acquire()
-        except Timeout:
-            return True
-        return False
-
-    if from_first(fabric, is_taken):
-        raise ValueError(f"out: {folder} is being trained by another process; wait for it, or choose another folder")
+    if not fabric.is_global_zero:
+        return nullcontext()
     try:
-        yield
-    finally:
-        lock.release()
-
-
-def prepare(fabric: Fabric, config: RunConfig, task: Task, seed: int) -> tuple[nn.Module, Cost]:
-    """Build the model of a seed and run it once; all processes begin with the same."""
-    restart_peak_memory(fabric.device)
-    fabric.seed_everything(seed, verbose=False)
-    model = build_model(config, task)
-    if config.kmeans_init:
-        init_centroids(model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed)
-    cost: Cost = {
-        "flops": first_flops(model, config, task),
-        "parameters": num_parameters(model),
-        "active_parameters": gmoe.active_parameters(model),
-        "matched": matched_ratio(config, task, model),
-        "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
-        "steps": task.steps(config.batch_size),
-    }
-    share(model.state_dict().values())
-    if fabric.world_size > 1:  # from here on each draws its own
-        torch.manual_seed(seed + (fabric.global_rank << 50))
-    return model, cost
+        return FileLock(folder / "lock", timeout=0).acquire()
+    except Timeout as error:
+        raise ValueError(f"out: {folder} is being trained by another process; wait, or choose another") from error
 
 
 def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reached:
@@ -159,11 +142,9 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
         training.load(loaded)
     reached, name = training.reached, f"{folder.parent.name} seed {seed}"
     progress.skip(reached.epochs + training.epoch.batches / steps)
-    log, routing_log = Log(folder / "metrics.csv", reached.epochs), Log(folder / "routing.csv", reached.epochs)
-    names = config.logger if training.fabric.is_global_zero else ()
-    loggers = make_loggers(names, folder, config.science(), reached.epochs)
+    logs = Logs(folder, config, keep=reached.epochs)
     training.clock = time.perf_counter()
-    with checkpoint.watch():
+    with checkpoint:
         while reached.epochs < config.epochs:
             epoch = reached.epochs
             for batch, rows in batches_left(training, checkpoint, shuffle_seed=seed * 100_003 + epoch):
@@ -172,16 +153,11 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
                     figures = f"step {training.epoch.batches} of {steps}"
                     progress.show(name, epoch + training.epoch.batches / steps, config.epochs, figures)
             row, layers = training.end_epoch(seed)
-            log.write([row | {"seconds": reached.seconds}])
-            routing_log.write([{"epoch": epoch} | layer for layer in layers])
-            for logger in loggers:
-                logger.log_metrics(by_name(row, layers), epoch)
-                logger.save()
+            logs.write(row, layers)
             figures = f"loss {row['loss']:.3f}, best {reached.best_val:.4f}"
             progress.show(name, reached.epochs, config.epochs, figures)
             checkpoint.save() if reached.epochs == config.epochs else checkpoint.tick()
-    for logger in loggers:
-        logger.finalize("success")
+    logs.close()
     progress.finish(config.epochs)
     if len(reached.curve["val"]) > 1 and len(set(reached.curve["val"])) == 1:
         print(f"{training.task.name}: validation never changed, so that the first epoch is selected", flush=True)
@@ -215,11 +191,51 @@ def batches_left(training: Training, checkpoint: Checkpoint, shuffle_seed: int) 
         yield batch, rows
 
 
-def by_name(row: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, float]:
-    """Figures of an epoch for TensorBoard and the like."""
-    for layer in layers:
-        row = row | {f"layer_{layer['layer']}/{name}": value for name, value in layer.items() if name != "layer"}
-    return {name: value for name, value in row.items() if value is not None and name != "epoch"}
+class Progress:
+    """Epochs over all seeds and variants of a command, with an estimate of the time that is left.
+
+    Args:
+        epochs: of all seeds and variants together.
+        shown: whether anything is shown (default ``True``): a bar in a terminal, elsewhere a line now and then.
+    """
+
+    def __init__(self, epochs: float, shown: bool = True) -> None:
+        self.total, self.done, self._skipped = epochs, 0.0, 0.0
+        in_terminal = sys.stderr.isatty()
+        self._bar: tqdm[Any] = (tqdm if in_terminal else Lines)(
+            total=epochs,
+            disable=not shown,
+            leave=False,
+            delay=1e-9,
+            miniters=0,
+            mininterval=0.1 if in_terminal else SECONDS,
+            bar_format="{percentage:3.0f}%|{bar}| " * in_terminal + "{desc}; about {remaining} left",
+        )
+
+    def skip(self, epochs: float) -> None:
+        """So many of a seed were done before, and are no part of the estimate."""
+        self._skipped += epochs
+        self._bar.initial = self._skipped
+
+    def show(self, name: str, epoch: float, epochs: int, figures: str) -> None:
+        """Where a seed is; whole epochs, or parts of one."""
+        self._bar.n = min(self.done + epoch, self.total)
+        self._bar.set_description_str(f"{name}: epoch {epoch:.3g} of {epochs}, {figures}", refresh=epoch >= epochs)
+        self._bar.update(0)
+
+    def finish(self, epochs: int) -> None:
+        """A seed is done."""
+        self.done += epochs
+        if self.done >= self.total:
+            self._bar.close()
+
+
+class Lines(tqdm):
+    """A bar as lines, where the output is a file."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None:
+            print(self, file=sys.stderr, flush=True)
 
 
 class Epoch:
@@ -227,8 +243,7 @@ class Epoch:
 
     def __init__(self, lr: float) -> None:
         self.lr = lr  # at its start
-        self.batches = 0
-        self.count = 0
+        self.batches = self.count = 0
         self.sums: dict[str, Tensor] = {}  # tensors: a number would have to be waited for at every step
         self.stats: RoutingStats | None = None
 
@@ -256,8 +271,7 @@ class Epoch:
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from :meth:`state`."""
-        self.lr, self.batches, self.count = state["lr"], state["batches"], state["count"]
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        vars(self).update(state, sums={name: value.to(device) for name, value in state["sums"].items()}, stats=None)
         if state["stats"] is not None:
             experts, values = state["stats"]
             self.stats = RoutingStats(experts).to(device)
@@ -326,8 +340,7 @@ class Training:
         loss = self.task.loss(logits, batch.target) if rows else logits.sum()
         aux = gmoe.aux_loss(self.routings).to(loss.device)
         self.fabric.backward(share_of_mean * loss + aux)  # DDP takes the mean of the processes' gradients
-        if self.config.clip_norm:
-            norm = self.config.clip_norm
+        if norm := self.config.clip_norm:
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=norm, error_if_nonfinite=False)
         self.optimizer.step()
         self.scheduler.step()
@@ -343,7 +356,7 @@ class Training:
         self.model.train()
         self.epoch = Epoch(self.lr)
         for batch in self.batches("train", shuffle_seed):
-            self.step(batch, sum(*numbers_of_all(len(batch.target))))
+            self.step(batch, int(world_sum(torch.tensor(len(batch.target)))))
         return self.epoch.means()
 
     def end_epoch(self, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -362,7 +375,7 @@ class Training:
         self.count_seconds()
         layers = routing_rows(self.epoch.stats)
         self.epoch, self.rng = Epoch(self.lr), get_rng()
-        return row, layers
+        return row | {"seconds": reached.seconds}, layers
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> tuple[float, list[list[Routing]]]:
@@ -371,41 +384,41 @@ class Training:
         Of several processes the first one evaluates whole graphs and the test set, whose routings it alone returns; the
         batches of validation are shared out, and have none.
         """
-        whole_graph = isinstance(self.config, NodeConfig) and self.config.evaluation != "sampled"
-        alone = whole_graph or split == "test"
+        task, config = self.task, self.config
+        alone = split == "test" or (isinstance(config, NodeConfig) and config.evaluation != "sampled")
         share(self.model.module.buffers())  # batch norms have counted what each process saw
         value, routings = 0.0, list[list[Routing]]()
         if self.fabric.is_global_zero or not alone:
-            value, routings = self._evaluate(split, alone)
+            self.model.eval()
+            metric = task.metric().to(self.fabric.device)
+            if alone:
+                metric.distributed_available_fn = lambda: False
+            if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
+                routings.append(self._by_layer(split, metric))
+            else:
+                for batch in task.loader(split, config.batch_size, None) if alone else self.batches(split, None):
+                    batch = self.fabric.to_device(batch)
+                    logits = batch.counted(self.forward(batch.inputs))
+                    if len(logits):
+                        metric.update(logits, batch.target)
+                    if alone:  # nobody reads those of validation, of which there may be millions
+                        routings.append(list(self.routings))
+            value = float(metric.compute())
         return self.fabric.broadcast(value), routings
 
-    def _evaluate(self, split: Split, alone: bool) -> tuple[float, list[list[Routing]]]:
-        task, config, device = self.task, self.config, self.fabric.device
-        self.model.eval()
-        metric = task.metric().to(device)
-        if alone:
-            metric.distributed_available_fn = lambda: False
-        if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
-            assert task.graph is not None
-            assert task.split is not None
-            graph = task.graph
-            if config.precision == "64-true":
-                graph = copy.copy(graph).apply(lambda value: value.double() if value.is_floating_point() else value)
-            with self.fabric.autocast():
-                size = config.batch_size
-                logits, routings = self.model.module.inference(graph, device, batch_size=size, return_routing=True)
-            rows = task.split[split]
-            metric.update(logits[rows].to(device), task.graph.y[rows].to(device))
-            return float(metric.compute()), [routings]
-        kept = []
-        for batch in task.loader(split, config.batch_size, None) if alone else self.batches(split, None):
-            batch = self.fabric.to_device(batch)
-            logits = batch.counted(self.forward(batch.inputs))
-            if len(logits):
-                metric.update(logits, batch.target)
-            if alone:  # nobody reads those of validation, of which there may be millions
-                kept.append(list(self.routings))
-        return float(metric.compute()), kept
+    def _by_layer(self, split: Split, metric: Metric) -> list[Routing]:
+        """The same logits, layer by layer in pieces."""
+        graph, device, size = self.task.graph, self.fabric.device, self.config.batch_size
+        assert graph is not None
+        assert self.task.split is not None
+        if self.config.precision == "64-true":
+            graph = copy.copy(graph).apply(lambda value: value.double() if value.is_floating_point() else value)
+        with self.fabric.autocast():
+            logits, routings = self.model.module.inference(graph, device, batch_size=size, return_routing=True)
+        rows = self.task.split[split]
+        metric.update(logits[rows].to(device), graph.y[rows].to(device))
+        found: list[Routing] = routings
+        return found
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the weights."""
@@ -431,9 +444,8 @@ class Training:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        for name in ("model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
         self.reached, self.best = Reached(**state["reached"]), state["best"]
         own = state["processes"][self.fabric.global_rank]
         self.epoch.load(own["epoch"], self.fabric.device)

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments import options
+from experiments.config import fail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +84,9 @@ def _images(path: Path) -> list[Path]:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     try:
-        written = patches(options.parse(PatchesConfig, args, "python -m experiments.patches", __doc__))
+        written = patches(tyro.cli(PatchesConfig, args=args, prog="python -m experiments.patches", description=__doc__))
     except (ValueError, OSError, RuntimeError) as error:
-        options.fail(error)
+        fail(error)
     for path in written:
         print(path)
 

@@ -17,9 +17,8 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from experiments.config import PAPERS
+from experiments.config import PAPERS, fail
 from experiments.data.ogb import RELATIONS, OGBName, files_of
-from experiments.options import fail
 
 Array: TypeAlias = NDArray[Any]
 

@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from experiments import options
+from experiments.config import fail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,12 @@ class ReportConfig:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     try:
-        config = options.parse(ReportConfig, args, "python -m experiments.report", __doc__)
+        config = tyro.cli(ReportConfig, args=args, prog="python -m experiments.report", description=__doc__)
         from experiments.report_page import report  # and so torch, which --help does without
 
         path, failed = report(config.runs, config.out, config.data_root)
     except (ValueError, OSError) as error:
-        options.fail(error)
+        fail(error)
     print(f"written to {path}")
     for reason in failed:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]left out:[/] {escape(reason)}", highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +47,27 @@ def routing_summary(
 
 def routing_rows(stats: RoutingStats | None) -> list[dict[str, Any]]:
     """A row a layer for routing.csv: ``load_0``, ... of its experts, empty where it has fewer than others, ..."""
+    rows: list[dict[str, Any]] = []
     if stats is None:
-        return []
-    rows = []
-    for number, layer in enumerate(_rounded(stats)):
-        row: dict[str, Any] = {"layer": number}
+        return rows
+    for layer in _rounded(stats):
+        rows.append({"layer": len(rows)})
         for name, value in layer.items():
-            if isinstance(value, list):
-                places = value + [None] * (max(stats.num_experts) - len(value))
-                row |= {f"{name}_{expert}": figure for expert, figure in enumerate(places)}
-            else:
-                row[name] = value
-        rows.append(row)
+            values = {name: value}
+            if name in PER_EXPERT:
+                values = {f"{name}_{expert}": None for expert in range(max(stats.num_experts))}
+                values |= {f"{name}_{expert}": figure for expert, figure in enumerate(value)}
+            rows[-1] |= values
     return rows
 
 
 def _rounded(stats: RoutingStats) -> list[dict[str, Any]]:
-    def plain(value: Tensor) -> Any:
-        found = value.tolist()
-        return [round(one, 4) for one in found] if isinstance(found, list) else round(found, 4)
-
+    """By layer and name: a number, or a list of one an expert."""
     return [
-        # torchmetrics makes scalars of one expert's figures
-        {name: plain(value.view(-1) if name in PER_EXPERT else value) for name, value in layer.items()}
+        {
+            name: [round(one, 4) for one in value.view(-1).tolist()] if name in PER_EXPERT else round(value.item(), 4)
+            for name, value in layer.items()
+        }
         for layer in stats.compute()
     ]
 
@@ -77,14 +76,10 @@ def save_routings(routings: list[list[Routing]], path: Path) -> None:
     """Write the pairs of every layer: (P,) token (numbered through all batches), expert and weight, and size (T, E)."""
     tensors: dict[str, Tensor] = {}
     for layer, parts in enumerate(zip(*routings, strict=True)):
-        first = 0
-        tokens = []
-        for part in parts:
-            tokens.append(part.token + first)
-            first += part.num_tokens
+        *first, size = accumulate((part.num_tokens for part in parts), initial=0)
         tensors |= {
-            f"layer{layer}.size": torch.tensor([first, parts[0].num_experts]),
-            f"layer{layer}.token": torch.cat(tokens).cpu(),
+            f"layer{layer}.size": torch.tensor([size, parts[0].num_experts]),
+            f"layer{layer}.token": torch.cat([part.token + n for part, n in zip(parts, first, strict=True)]).cpu(),
             f"layer{layer}.expert": torch.cat([part.expert for part in parts]).cpu(),
             f"layer{layer}.weight": torch.cat([part.weight.float() for part in parts]).cpu(),
         }
@@ -98,9 +93,8 @@ def load_routings(path: Path) -> list[Routing]:
     tensors, layers = read_tensors(path), []
     try:
         for layer in range(len(tensors) // 4):
-            token, expert, weight, size = (
-                tensors[f"layer{layer}.{name}"] for name in ("token", "expert", "weight", "size")
-            )
+            names = ("token", "expert", "weight", "size")
+            token, expert, weight, size = (tensors[f"layer{layer}.{name}"] for name in names)
             num_tokens, num_experts = size.tolist()
             order = (expert * max(num_tokens, 1) + token).argsort()
             offsets = expert.bincount(minlength=num_experts).cumsum(0).to(torch.int32)

@@ -8,55 +8,38 @@ import itertools
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pandas as pd
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from lightning_fabric.utilities import rank_zero_only
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import NotRequired, TypedDict
 
-from experiments.build import build_model
-from experiments.config import RunConfig, restore
-from experiments.data import Split, Task, load_tasks
+from experiments.build import build_model, from_first
+from experiments.config import RECORDS, WHERE, RunConfig, interrupt, read_options, restore
+from experiments.data import Task, load_tasks
 from experiments.files import read_csv, read_json
 from experiments.routing_stats import load_routings
 from gmoe import Routing
+from gmoe.distributed import world_sum
 from gmoe.metrics import PER_EXPERT
 
-
-class Cost(TypedDict):
-    """What a model costs: active FLOPs, parameters, ratio to the MoE that it matches, width, steps an epoch."""
-
-    flops: int
-    parameters: int
-    active_parameters: int
-    matched: NotRequired[float | None]
-    hidden: int | None
-    steps: NotRequired[int]
-
-
-class Result(Cost):
-    """``result.json`` of a seed."""
-
-    seed: int
-    epochs: int
-    metric: str
-    val: float
-    test: float
-    best_epoch: int
-    seconds: float
-    peak_memory: int
-    routing: list[dict[str, Any]]
-    curve: dict[str, list[float]]
+SECONDS = 60.0
+"""At most so much training is lost where a process is killed."""
 
 
 class Spread(TypedDict):
@@ -68,7 +51,7 @@ class Spread(TypedDict):
     values: list[float]
 
 
-class Summary(Cost):
+class Summary(TypedDict):
     """``summary.json`` of a run; of older ones some figures are missing."""
 
     metric: str
@@ -77,38 +60,49 @@ class Summary(Cost):
     best_epoch: Spread
     seconds: Spread
     peak_memory: NotRequired[int]
+    flops: int
+    parameters: int
+    active_parameters: int
+    matched: NotRequired[float | None]
+    hidden: int | None
+    steps: NotRequired[int]
     routing: list[dict[str, Spread]]
     curve: NotRequired[dict[str, Any]]
     config: dict[str, Any]
     environment: dict[str, Any]
 
 
+Result = dict[str, Any]
+"""``result.json`` of a seed."""
+
+
 class ImageSet(TypedDict):
-    """``images.json`` of a run on images, which its model needs."""
+    """``images.json`` of a run on images: what its model needs of the task."""
 
     in_channels: int
     num_classes: int
-    classes: list[str]
-    mean: list[float]
-    std: list[float]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def place(config: RunConfig) -> Path:
     """The folder of a run: ``out``; else with ``resume`` the last of its name, or the first that is free, by number."""
     base = config.folder()
-
-    def holds_something(folder: Path) -> bool:
-        return folder.exists() and any(folder.iterdir())
-
     if config.out is not None:
-        if holds_something(base) and not config.resume:
+        if _is_taken(base) and not config.resume:
             raise ValueError(f"out: got {base}, which holds files; choose another folder, or continue it with --resume")
         return base
-    folders = (base if number == 1 else base.parent / f"{base.name}-{number}" for number in itertools.count(1))
-    taken = list(itertools.takewhile(holds_something, folders))
-    if config.resume and taken:
-        return taken[-1]
-    return base.parent / f"{base.name}-{len(taken) + 1}" if taken else base
+    folder = last = base
+    for number in itertools.count(2):
+        if not _is_taken(folder):
+            break
+        last, folder = folder, base.with_name(f"{base.name}-{number}")
+    return last if config.resume else folder
+
+
+def _is_taken(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
 
 
 IMAGE_FOLDERS = {
@@ -121,36 +115,34 @@ IMAGE_FOLDERS = {
 
 def described(config: RunConfig) -> dict[str, Any]:
     """The configuration as ``config.json`` holds it: what numbers depend on, and a digest of files of your own."""
-    found = config.science()
+    found, root = config.science(), config.data_root
     if config.data is not None:
         return found
+    parts: Iterable[bytes]
     if config.dataset == "graph":
-        root = config.data_root
         files = sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]
-        found |= {"file": root.name, "digest": _digest(file.read_bytes() for file in files if file.exists())}
+        parts = (file.read_bytes() for file in files if file.exists())
+        found["file"] = root.name
     elif config.dataset in IMAGE_FOLDERS:
-        places = (config.data_root / part for part in IMAGE_FOLDERS[config.dataset])
-        base = next(filter(Path.is_dir, places), config.data_root)
+        base = next((root / part for part in IMAGE_FOLDERS[config.dataset] if (root / part).is_dir()), root)
         files = [Path(name) for name in glob.glob("**/*", root_dir=base, recursive=True) if (base / name).is_file()]
         files.sort(key=lambda file: ("train" not in file.parts, file))
-        found["digest"] = _digest(os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n") for file in files)
-    return found
-
-
-def _digest(parts: Any) -> str | None:
-    """Of all parts, or ``None`` where there are none."""
-    found = hashlib.sha256()
-    empty = found.hexdigest()
-    for part in parts:
-        found.update(part)
-    return None if found.hexdigest() == empty else found.hexdigest()[:16]
+        parts = (os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n") for file in files)
+    else:
+        return found
+    digest, is_empty = hashlib.sha256(), True
+    for part in filter(None, parts):
+        digest.update(part)
+        is_empty = False
+    return found | {"digest": None if is_empty else digest.hexdigest()[:16]}
 
 
 def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Where a run that is :func:`described` by ``there`` is another one: its value and this one's."""
-    here = described(config)
-    own = {name: (there.get(name), here.get(name)) for name in ("file", "digest")}
-    return config.differences(there) | {name: pair for name, pair in own.items() if pair[0] != pair[1]}
+    other, here = vars(restore(there, config.data_root)), described(config)
+    pairs = {name: (other.get(name), value) for name, value in vars(config).items() if name not in WHERE}
+    pairs |= {name: (there.get(name), here.get(name)) for name in RECORDS}
+    return {name: (theirs, ours) for name, (theirs, ours) in pairs.items() if theirs != ours}
 
 
 def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
@@ -186,15 +178,13 @@ def begin(config: RunConfig, task: Task) -> None:
 def summarize(config: RunConfig, results: list[Result]) -> Summary:
     """Mean, sample standard deviation and n over the seeds, with all that is needed to repeat the run."""
     first = results[0]
-    cost: Cost = {name: first[name] for name in Cost.__annotations__}  # type: ignore[assignment, literal-required]
-    return {
+    spreads = ("val", "test", "best_epoch", "seconds")
+    costs = ("flops", "parameters", "active_parameters", "matched", "hidden", "steps")
+    found: Any = {
         "metric": first["metric"],
-        "val": spread([result["val"] for result in results]),
-        "test": spread([result["test"] for result in results]),
-        "best_epoch": spread([result["best_epoch"] for result in results]),
-        "seconds": spread([result["seconds"] for result in results]),
+        **{name: spread([result[name] for result in results]) for name in spreads},
         "peak_memory": max(result["peak_memory"] for result in results),
-        **cost,
+        **{name: first[name] for name in costs},
         "routing": [
             {name: spread([layer[name] for layer in layers]) for name in layers[0] if name not in PER_EXPERT}
             for layers in zip(*(result["routing"] for result in results), strict=True)
@@ -206,6 +196,7 @@ def summarize(config: RunConfig, results: list[Result]) -> Summary:
         "config": described(config),
         "environment": environment(),
     }
+    return found
 
 
 def spread(values: list[float]) -> Spread:
@@ -216,20 +207,17 @@ def spread(values: list[float]) -> Spread:
 
 def environment() -> dict[str, Any]:
     """Commit, hardware and versions."""
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        found = ""
     info = Path("/proc/cpuinfo")
     models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     packages = ("torch", "torch-geometric", "torchvision", "lightning-fabric", "scikit-learn", "numpy")
     return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": found.strip().removesuffix("-dirty") or None,
+        "dirty": found.strip().endswith("-dirty"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
@@ -251,10 +239,8 @@ def write_json(path: Path, value: Any) -> None:
 class Log:
     """A CSV file of one row or several an epoch, on disk at once; rows behind ``keep`` epochs, the checkpoint's, go."""
 
-    @rank_zero_only
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not keep:
             path.unlink(missing_ok=True)
         if not path.exists():
@@ -265,11 +251,119 @@ class Log:
         rows[(epoch < keep) & (epoch >= epoch.cummax())].to_csv(fresh, index=False)  # 12 cut off after a digit is no 1
         fresh.replace(path)
 
-    @rank_zero_only
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows, if there are any; a new file gets their names first."""
         if rows:
             pd.DataFrame(rows).to_csv(self.path, mode="a", index=False, header=not self.path.exists())
+
+
+class Logs:
+    """What a seed logs each epoch: metrics.csv, routing.csv, and in TensorBoard and Weights & Biases where asked for.
+
+    Args:
+        folder: ``seed-N`` of the run folder.
+        config: the run.
+        keep: the epoch at which it begins, or goes on; what is logged behind it goes.
+    """
+
+    @rank_zero_only
+    def __init__(self, folder: Path, config: RunConfig, keep: int) -> None:
+        self.metrics, self.routing = Log(folder / "metrics.csv", keep), Log(folder / "routing.csv", keep)
+        self.tensorboard = self.wandb = None
+        name, options = f"{folder.parent.name}-{folder.name}", config.science()
+        if "tensorboard" in config.logger:
+            purge = keep or None
+            self.tensorboard = TensorBoardLogger(folder, "", "tensorboard", default_hp_metric=False, purge_step=purge)
+            self.tensorboard.log_hyperparams(options)
+        if "wandb" in config.logger:
+            import wandb
+
+            self.wandb = wandb.init(project="gmoe", name=name, id=name, resume="allow", dir=str(folder), config=options)
+
+    @rank_zero_only
+    def write(self, row: dict[str, Any], layers: list[dict[str, Any]]) -> None:
+        """The figures of an epoch, and of each of its MoE layers."""
+        epoch = row["epoch"]
+        self.metrics.write([row])
+        self.routing.write([{"epoch": epoch} | layer for layer in layers])
+        for layer in layers:
+            row = row | {f"layer_{layer['layer']}/{name}": value for name, value in layer.items() if name != "layer"}
+        figures = {name: value for name, value in row.items() if value is not None and name != "epoch"}
+        if self.tensorboard is not None:
+            self.tensorboard.log_metrics(figures, epoch)
+            self.tensorboard.save()
+        if self.wandb is not None:
+            self.wandb.log(figures, step=epoch)
+
+    @rank_zero_only
+    def close(self) -> None:
+        """End the logs of other programs."""
+        if self.tensorboard is not None:
+            self.tensorboard.finalize("success")
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+class Checkpoint:
+    """What ``state`` gives, on disk, replaced in one step; its ``"best"`` weights also in safetensors.
+
+    The first process writes, all read, and all have to call every method. Several machines need the same folder. As a
+    context, it lets SIGINT and SIGTERM wait for the next :meth:`tick`; the second of them does not.
+    """
+
+    def __init__(self, fabric: Fabric, folder: Path, state: Callable[[], dict[str, Any]]) -> None:
+        self.fabric, self.folder, self.state = fabric, folder, state
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """The state, or ``None`` where there is none."""
+        path = self.folder / "state.ckpt"
+        if not from_first(self.fabric, path.exists):
+            return None
+        try:
+            return self.fabric.load(path, weights_only=True)
+        except Exception as error:  # torch raises what pickle, zip and its own reader raise
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ValueError(f"{path}: cannot be read ({reason}); delete it to begin this seed anew") from error
+
+    def save(self) -> None:
+        """Write the state to a new file that then takes the old one's place."""
+        state = self.state()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.fabric.save(self.folder / "state.new", state)
+        if self.fabric.is_global_zero:
+            save_file({name: value.contiguous() for name, value in state["best"].items()}, self.folder / "best.new")
+            (self.folder / "state.new").replace(self.folder / "state.ckpt")
+            (self.folder / "best.new").replace(self.folder / "best.safetensors")
+        self.fabric.barrier()  # or a process might be ended by another that has ended, before it has written
+        self._last = time.monotonic()
+
+    def tick(self, rows: int = 0) -> int:
+        """Call it where the state is whole: saves what is older than a minute, or if a signal arrived, which it raises.
+
+        Returns the sum over processes of ``rows``, of the next batch: another collective would be one more to wait for.
+        """
+        is_due = time.monotonic() - self._last > SECONDS
+        signals, due, total = world_sum(torch.tensor([self.signal is not None, is_due, rows])).tolist()
+        if signals or due:
+            self.save()
+        if signals:
+            interrupt(self.signal or signal.SIGTERM)
+        return int(total)
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # which alone gets signals
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, _: Any) -> None:
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 Rows = list[dict[str, float | None]]
@@ -365,10 +459,7 @@ def read_config(folder: Path, data_root: Path | None = None) -> RunConfig:
     if data_root is None:
         data_root = Path(read_json(where, dict[str, str])["data_root"]) if where.exists() else Path()
         data_root = data_root if data_root.exists() else Path("data")
-    try:
-        return restore(read_json(path, dict[str, Any]), data_root)
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    return read_options(path, data_root)
 
 
 def load_model(folder: Path, config: RunConfig, task: Task, seed: int) -> nn.Module:
@@ -387,20 +478,7 @@ def image_task_of(folder: Path) -> Task:
     path = folder / "images.json"
     if not path.exists():
         raise ValueError(f"{path}: is missing, expected the run of an image model")
-    found = read_json(path, ImageSet)
+    sizes = read_json(path, ImageSet)
     return Task(
-        name=folder.name,
-        kind="image",
-        in_channels=found["in_channels"],
-        num_classes=found["num_classes"],
-        metric_name="",
-        metric=MulticlassAccuracy,
-        loader=_no_data,
-        classes=tuple(found["classes"]),
-        mean=tuple(found["mean"]),
-        std=tuple(found["std"]),
+        name=folder.name, kind="image", metric_name="", metric=MulticlassAccuracy, loader=lambda *_: (), **sizes
     )
-
-
-def _no_data(split: Split, batch_size: int, seed: int | None) -> NoReturn:
-    raise RuntimeError("the data of this run were not loaded")

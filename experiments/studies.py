@@ -10,7 +10,6 @@ from typing import Any
 
 from experiments.config import RouterName, RunConfig, restore
 from experiments.files import read_json
-from experiments.options import unknown_name
 from experiments.presets import CIFAR10, MINESWEEPER, PRESETS
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -105,7 +104,7 @@ def grid(
         ValueError: an unknown preset, or a K larger than every E; of an E the larger ones are left out.
     """
     if preset not in PRESETS:
-        raise ValueError(unknown_name("preset", preset, PRESETS))
+        raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
     if not ks or max(ks) > max(experts, default=0):
         raise ValueError(f"ks: got {ks}, expected at least one, and none larger than all of experts={experts}")
     base = replace(PRESETS[preset][1], **changes)

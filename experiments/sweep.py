@@ -18,16 +18,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from experiments import options
-from experiments.config import RouterName
+from experiments.config import RouterName, fail, interrupt
 from experiments.files import read_json
-from experiments.progress import Progress, show_progress_of
 from experiments.studies import RECORDED, Study, grid, recorded
 from experiments.tables import study_table
 
@@ -94,7 +92,7 @@ def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any],
         ValueError: the result file holds a variant with another configuration.
     """
     from experiments.jobs import train_apart
-    from experiments.loop import run
+    from experiments.loop import Progress, run
     from experiments.run_folder import differences_of, write_json
 
     folder = config.runs if config.runs is not None else Path("runs") / name
@@ -142,24 +140,18 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     console = Console(stderr=True, soft_wrap=True)
     try:
-        config = options.choose(STUDIES, args, PROG, "study", __doc__)
+        config = tyro.extras.overridable_config_cli(STUDIES, args=args, prog=PROG, description=__doc__)
         name, study = make_study(args[0], config)
-        from experiments.checkpoint import InterruptedRunError  # and so torch, which --help does without
     except ValueError as error:
-        options.fail(error)
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise InterruptedRunError(number)
-
-    show_progress_of("gmoe")
-    before = signal.signal(signal.SIGTERM, stop)
+        fail(error)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         results, failed = sweep(name, study, config)
     except KeyboardInterrupt as stopped:
         console.print("stopped; the same command continues", highlight=False)
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     except (ValueError, OSError) as error:
-        options.fail(error)
+        fail(error)
     finally:
         signal.signal(signal.SIGTERM, before)
     print(study_table(results))

@@ -17,83 +17,59 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+import tyro
 
-from experiments import options
-from experiments.config import RunConfig, restore
-from experiments.files import read_json
+from experiments.config import RunConfig, fail, interrupt, read_options
 from experiments.presets import PRESETS
-from experiments.progress import show_progress_of
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from experiments.run_folder import Summary
 
 PROG = "python -m experiments.train"
 
 
-def parse(args: Sequence[str] | None = None) -> RunConfig:
+def parse(args: Sequence[str]) -> RunConfig:
     """The configuration from the command line: a preset, a file, and what is changed of them."""
-    args = list(sys.argv[1:] if args is None else args)
     file, args = _take(args, "--config")
-    if file is None:
-        about = __doc__.partition("\n\n    ")[0] + "\n\n--config FILE begins with the options of a JSON file."
-        return options.choose(PRESETS, args, PROG, "preset", about)
     preset = args.pop(0) if args and args[0] in PRESETS else None
-    base = read_config_file(Path(file), preset)
-    return options.parse(type(base), args, f"{PROG} --config {file}", default=base)
+    if file is None and preset is None:
+        about = __doc__.partition("\n\n    ")[0] + "\n\n--config FILE begins with the options of a JSON file."
+        return tyro.extras.overridable_config_cli(PRESETS, args=args, prog=PROG, description=about)
+    base = None if preset is None else PRESETS[preset][1]
+    if file is not None:
+        base = read_options(Path(file), Path("data") if base is None else base.data_root, base)
+    assert base is not None
+    about = f"The preset {preset}: {PRESETS[preset][0]}" if preset else f"The options of {file}."
+    return tyro.cli(type(base), args=args, prog=PROG, description=about, default=base)
 
 
-def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:
+def _take(args: Sequence[str], option: str) -> tuple[str | None, list[str]]:
     """The value of an option, and the arguments without it."""
     for place, arg in enumerate(args):
         if arg == option and place + 1 < len(args):
-            return args[place + 1], args[:place] + args[place + 2 :]
+            return args[place + 1], [*args[:place], *args[place + 2 :]]
         if arg.startswith(f"{option}="):
-            return arg.partition("=")[2], args[:place] + args[place + 1 :]
-    return None, args
+            return arg.partition("=")[2], [*args[:place], *args[place + 1 :]]
+    return None, list(args)
 
 
-def read_config_file(path: Path, preset: str | None) -> RunConfig:
-    """What a JSON file says, on top of a preset where there is one; a run's own ``config.json`` is such a file."""
-    base = None if preset is None else PRESETS[preset][1]
-    try:
-        given = read_json(path, dict[str, Any])
-        if base is None:
-            return restore(given, Path("data"))
-        if given.get("dataset", base.dataset) != base.dataset:
-            raise ValueError(f"dataset: got {given['dataset']!r}, expected {base.dataset}, as {preset}")
-        return restore(base.science() | given, base.data_root)
-    except ValueError as error:
-        raise ValueError(f"config: {error}" if str(path) in str(error) else f"config: {path}: {error}") from error
+def show(config: RunConfig, summary: Summary) -> None:
+    """Print a summary as tables."""
+    import pandas as pd
 
-
-def show(config: RunConfig, summary: Summary, console: Console) -> None:
-    """Print a summary as a table."""
-    table = Table(title=config.folder().name)
-    for column in ("", "mean", "std", "n"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name in ("val", "test"):
-        figures = summary[name]
-        std = "–" if figures["std"] is None else f"{100 * figures['std']:.2f}"
-        table.add_row(f"{name} {summary['metric']} (%)", f"{100 * figures['mean']:.2f}", std, str(figures["n"]))
-    console.print(table)
+    scores = pd.DataFrame({f"{split} {summary['metric']} (%)": summary[split] for split in ("val", "test")}).T
+    scores[["mean", "std"]] = 100 * scores[["mean", "std"]].astype(float)
+    print(scores[["mean", "std", "n"]].to_string(float_format="{:.2f}".format, na_rep="–"))
     if summary["routing"]:
-        routing = Table(title="routing, by MoE layer", title_justify="left")
-        routing.add_column("", no_wrap=True)
-        for layer in range(len(summary["routing"])):
-            routing.add_column(str(layer + 1), justify="right", no_wrap=True)
-        for name in summary["routing"][0]:
-            routing.add_row(name.replace("_", " "), *(f"{figures[name]['mean']:.3f}" for figures in summary["routing"]))
-        console.width = max(console.width, 24 + 10 * len(summary["routing"]))  # a narrow table would cut figures
-        console.print(routing)
-    console.print(
-        f"{summary['active_parameters']:,} of {summary['parameters']:,} parameters and {summary['flops']:,} FLOPs "
+        print("\nrouting, by MoE layer")
+        layers = [{name: figure["mean"] for name, figure in layer.items()} for layer in summary["routing"]]
+        print(pd.DataFrame(layers, index=range(1, len(layers) + 1)).T.to_string(float_format="{:.3f}".format))
+    print(
+        f"\n{summary['active_parameters']:,} of {summary['parameters']:,} parameters and {summary['flops']:,} FLOPs "
         f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed, {summary['peak_memory']:,} MiB at most; "
         f"written to {config.folder()}"
     )
@@ -109,53 +85,43 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = list(sys.argv[1:] if args is None else args)
     rank = int(os.environ.get("RANK", "0"))
+    before = signal.signal(signal.SIGTERM, interrupt)
+    config = None
     try:
         config = parse(args)
-        from experiments.checkpoint import InterruptedRunError, from_first, lost_another, make_fabric  # and so torch,
-        from experiments.loop import run  # which --help does without
+        from experiments.build import from_first, lost_another, make_fabric  # and so torch, which --help does without
+        from experiments.loop import run
         from experiments.run_folder import place
-    except (ValueError, OSError) as error:
-        if rank:  # the first one says it
-            sys.exit(2)
-        options.fail(error)
 
-    def stop(number: int, _: FrameType | None) -> None:
-        raise InterruptedRunError(number)
-
-    def stopped(why: str, status: int) -> NoReturn:
-        if not rank:
-            kept = (config.folder() / "config.json").exists()
-            then = f"continue with: {resume_command(config, args)}" if kept else "nothing was trained yet"
-            print(f"{why}; {then}", file=sys.stderr)
-        sys.exit(status)
-
-    if not rank:
-        show_progress_of("gmoe")
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        fabric = make_fabric(config)
-        config = replace(config, out=from_first(fabric, lambda: place(config)))
+        config = replace(config, out=from_first(make_fabric(config), partial(place, config)))
+        why, status = "", 1
         if config.jobs > 1:
             from experiments.jobs import train_apart
 
             with closing(train_apart([config])) as ready:
-                for _, why in ready:
-                    if why:
-                        stopped(why, 1)
-        with nullcontext() if not rank else redirect_stdout(None):
-            summary = run(config)
+                why = "".join(failed for _, failed in ready)
+        if not why:
+            with redirect_stdout(None) if rank else nullcontext():
+                summary = run(config)
+            if not rank:
+                show(config, summary)
+            return
     except (ValueError, OSError) as error:
-        options.fail(error, f" (process {rank})" if rank else "")
+        fail(error, f" (process {rank})" if rank else "")
     except KeyboardInterrupt as wish:
-        stopped("stopped", 128 + getattr(wish, "number", signal.SIGINT))
+        why, status = "stopped", 128 + getattr(wish, "number", signal.SIGINT)
     except RuntimeError as error:
-        if not lost_another(error):
+        if config is None or not lost_another(error):
             raise
-        stopped("stopped, since another process has ended", 1)
+        why, status = "stopped, since another process has ended", 1
     finally:
         signal.signal(signal.SIGTERM, before)
     if not rank:
-        show(config, summary, Console())
+        then = "nothing was trained yet"
+        if config is not None and (config.folder() / "config.json").exists():
+            then = f"continue with: {resume_command(config, args)}"
+        print(f"{why}; {then}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -9,7 +10,9 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from experiments import options
+import tyro
+
+from experiments.config import fail
 
 if TYPE_CHECKING:
     from experiments.benchmark.measure import Benchmark
@@ -33,13 +36,19 @@ def parse(args: Sequence[str]) -> Benchmark:
     """The benchmark with its options; a name or an option that there is not is a ``ValueError``."""
     name, *rest = args
     if name not in BENCHMARKS:
-        raise ValueError(options.unknown_name("benchmark", name, BENCHMARKS))
+        raise ValueError(f"benchmark: got {name!r}, expected one of {', '.join(BENCHMARKS)}")
     line, where = BENCHMARKS[name]
     if not {"-h", "--help"} & set(rest):
         print(f"{name}: {line}", file=sys.stderr, flush=True)  # long before the first figures, and all that is imported
     module, _, kind = where.partition(".")
     made: type[Benchmark] = getattr(import_module(f"experiments.benchmark.{module}"), kind)
-    config = options.parse(made, rest, f"{PROG} {name}", f"{line}\n\n{made.__doc__}")
+    config = tyro.cli(
+        made,
+        args=rest,
+        prog=f"{PROG} {name}",
+        description=f"{line}\n\n{made.__doc__}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     small = {name: value for name, value in made.SMALL.items() if getattr(config, name) == getattr(made, name)}
     return replace(config, **small) if config.quick else config
 
@@ -53,11 +62,10 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         config = parse(args)
     except ValueError as error:
-        options.fail(error)
+        fail(error)
     import pandas as pd
     import torch
 
-    from experiments.progress import show_progress_of
     from experiments.run_folder import environment
     from experiments.tables import benchmark_lines, measured_on
 
@@ -65,11 +73,12 @@ def main(args: Sequence[str] | None = None) -> None:
         torch.set_num_threads(config.threads)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
-    show_progress_of("gmoe")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("gmoe").setLevel(logging.INFO)  # long k-means tell how far they are
     try:
         found = config.run()
     except (ValueError, FileNotFoundError) as error:
-        options.fail(error)
+        fail(error)
     print(pd.DataFrame(benchmark_lines(found)).to_string(index=False))
     print(measured_on(environment(), config.device))
 

@@ -21,13 +21,11 @@ from torch_geometric.utils import negative_sampling
 from tqdm import trange
 
 import gmoe
-from experiments.build import build_model, init_centroids
-from experiments.checkpoint import make_fabric
+from experiments.build import build_model, init_centroids, make_fabric
 from experiments.config import GraphConfig, ImageConfig, RouterOptions
 from experiments.data import Batch, Split, load_tasks
-from experiments.loop import attention_kernel, fit, make_optimizer, set_up
+from experiments.loop import Progress, attention_kernel, fit, make_optimizer, set_up
 from experiments.presets import MOSAIC
-from experiments.progress import Progress
 from experiments.studies import SHARED, SMALL_VIT
 from gmoe.conv.kinds import factory_of
 

@@ -19,8 +19,7 @@ from torch_geometric.data import Data
 from tqdm import tqdm
 
 from experiments.benchmark.measure import Benchmark, Steps, spread, wait_for
-from experiments.build import build_model
-from experiments.checkpoint import make_fabric
+from experiments.build import build_model, make_fabric
 from experiments.data import Batch, load_tasks
 from experiments.loop import Training, set_up
 from experiments.presets import PRESETS

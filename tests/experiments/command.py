@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -24,20 +25,26 @@ def quick(out: Path, *args: str, preset: str = "digits-graph", seeds: str = "0")
     return summary
 
 
-def quick_until(steps: int, monkeypatch: pytest.MonkeyPatch, out: Path, *args: str, **how: str) -> None:
-    """Like :func:`quick`, stopped by SIGTERM in a step, which is finished and saved."""
+def rows(folder: Path, name: str = "metrics.csv", seed: int = 0) -> list[dict[str, str]]:
+    """Of a log, without the clock."""
+    with (folder / f"seed-{seed}" / name).open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def run_until(steps: int, args: Sequence[str], rank: str = "0") -> None:
+    """The command, of which a process gets SIGTERM in a step, which is finished and saved."""
     step, done = Training.step, list[int]()
 
     def signalled(*arguments: Any) -> None:
         done.append(1)
-        if len(done) == steps:
+        if len(done) == steps and os.environ.get("RANK", "0") == rank:
             os.kill(os.getpid(), signal.SIGTERM)
         step(*arguments)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "step", signalled)
         with pytest.raises(SystemExit) as stop:
-            quick(out, *args, **how)
+            main(args)
     assert stop.value.code == 128 + signal.SIGTERM
 
 

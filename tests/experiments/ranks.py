@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch.distributed as dist
 
-from experiments.loop import Training
 from experiments.train import main
+from tests.experiments.command import run_until
 
 TINY = ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--experts", "4"]
 EXACT = ["--epochs", "2", "--seeds", "0", "--no-progress", "--precision", "64-true", "--lr", "1e-3"]
 SAMPLED = ["digits-graph", "--sampling", "neighbor", "--conv", "sage", "--hidden", "8", "--router", "token_choice"]
 SAME: dict[str, list[str]] = {
-    "images": ["images", *EXACT, *TINY, "--batch-size", "2", "--augment", "randaugment",
+    "images": ["images", *EXACT, *TINY, "--batch-size", "2", "--augment", "standard",
                "--router", "expert_choice", "--clip-norm", "0.1"],
     "neighbors": [*SAMPLED, *EXACT, "--fanout", "-1", "-1", "--batch-size", "300", "--weight-decay", "0.1",
                   "--balance", "none"],
@@ -37,31 +34,14 @@ def data_of(name: str, root: Path) -> list[str]:
     return [] if name == "neighbors" else ["--data-root", str(root / "data")]
 
 
-def run_until(steps: int, args: list[str], only: int) -> None:
-    """The command, of which one process gets SIGTERM in a step."""
-    step, done = Training.step, list[int]()
-
-    def signalled(*arguments: Any) -> None:
-        done.append(1)
-        if len(done) == steps and os.environ["RANK"] == str(only):
-            os.kill(os.getpid(), signal.SIGTERM)
-        step(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "step", signalled)
-        with pytest.raises(SystemExit) as stop:
-            main(args)
-    assert stop.value.code == 128 + signal.SIGTERM
-
-
 def all_runs(root: Path) -> None:
     two = ["--devices", "2"]
     for name, args in SAME.items():
         main([*args, *two, *data_of(name, root), "--out", str(root / "two" / name)])
     main([*DRAWS, *two, "--out", str(root / "whole")])
     cut = [*DRAWS, *two, "--resume", "--out", str(root / "cut")]
-    run_until(2, cut, only=1)
-    run_until(2, cut, only=0)
+    run_until(2, cut, rank="1")
+    run_until(2, cut, rank="0")
     main(cut)
 
 

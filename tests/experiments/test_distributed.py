@@ -15,14 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.data import load_tasks
 from experiments.planted import write_planted
-from experiments.presets import DIGITS
 from experiments.train import main
-from tests.experiments.command import refused
+from tests.experiments.command import refused, rows
 from tests.experiments.made_graph import make_config, make_task
-from tests.experiments.ranks import SAME, TINY, data_of
-from tests.experiments.test_resume import assert_same, rows
+from tests.experiments.ranks import SAME, data_of
+from tests.experiments.test_resume import assert_same
 from tests.vision.made_images import write_images
 
 ROOT = Path(__file__).parents[2]
@@ -84,14 +82,6 @@ def test_slices_of_a_graph_are_those_of_one_process(sampling: str) -> None:
         assert {len(one) for one in slices} == {number + 1}
 
 
-def test_slices_of_digits_are_those_of_one_process() -> None:
-    task = load_tasks(DIGITS)(0)
-    slices = [list(task.loader("train", 128, 1, (rank, 3))) for rank in range(3)]
-    for number, whole in enumerate(task.loader("train", 128, 1)):
-        assert torch.equal(torch.cat([one[number].target for one in slices]), whole.target)
-    assert [len(one[-1].target) for one in slices] == [1, 1, 0]
-
-
 @pytest.mark.parametrize(
     ("world", "args", "message"),
     [
@@ -135,20 +125,6 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(rank: int, 
     _, error = again.communicate(timeout=300)
     assert again.returncode == 0, error.decode()
     assert len(rows(tmp_path / "run")) == 40
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
-    root = write_images(tmp_path / "data", train=40)
-    args = ["-m", "experiments.train", "images", "--devices", "2", *TINY, "--batch-size", "8", "--workers", "1"]
-    args += ["--data-root", str(root), "--epochs", "300", "--no-progress", "--out", str(tmp_path / "run")]
-    process = start(*args, start_new_session=True)
-    wait_for(tmp_path / "run" / "seed-0" / "metrics.csv", process)
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=90)
-    assert process.returncode != 0
-    assert b"stopped; continue with: torchrun --nproc-per-node 2 -m experiments.train images" in error
-    assert (tmp_path / "run" / "seed-0" / "checkpoint" / "state.ckpt").exists()
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:

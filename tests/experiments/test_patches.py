@@ -41,8 +41,7 @@ def test_a_picture_an_image(folder: Path, tmp_path: Path, capsys: pytest.Capture
 def test_the_task_comes_from_the_run_alone(folder: Path) -> None:
     task = image_task_of(folder)
     assert (task.in_channels, task.num_classes, len(task.classes), len(task.mean)) == (8, 10, 10, 1)
-    with pytest.raises(RuntimeError, match="were not loaded"):
-        task.loader("val", 1, None)
+    assert not list(task.loader("val", 1, None))
 
 
 def test_bad_runs_and_images(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
