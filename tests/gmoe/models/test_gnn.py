@@ -182,7 +182,7 @@ def test_bad_input(shared_router: bool) -> None:
     for given, adj, options, message in (
         (features(NODES, 5), edge_index, {}, r"x: got shape \(8, 5\)"),
         (x, None, {}, "edge_index: got NoneType"),
-        (x, Graph(edge_index, 9), {}, "edge_index: got Graph.*expected 8 nodes"),
+        (x, Graph(edge_index, 9), {}, "edge_index: got Graph.*expected 8 sources"),
         (x, Graph(edge_index, 8, flow="target_to_source"), {}, "edge_index: got Graph.* of flow 'target_to_source'"),
         (x * torch.nan, edge_index, {}, "x: got .* values that are NaN or infinite"),
         (x, edge_index, {"batch": torch.zeros(3).long()}, r"batch: got shape \(3,\)"),
