@@ -254,6 +254,7 @@ class Preset(Problem):
         return make_optimizer(self.config, model)
 
     def train(self, model: nn.Module, folder: Path) -> tuple[float, int]:
+        folder.mkdir(parents=True, exist_ok=True)
         with set_up(self.fabric, model, self.config, self.task) as training:
             reached = fit(training, self.seed, folder, Progress(self.config.epochs))  # resumes what the folder holds
             evaluated(self.forward, model)  # where all epochs were done already, nothing was recorded yet

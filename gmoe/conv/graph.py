@@ -273,8 +273,9 @@ class Graph:
         """The same graph with these edge arguments, in the order of the edges as given; ``None`` keeps what it has."""
         if edge_weight is None and edge_attr is None:
             return self
-        given = {"edge_weight": edge_weight, "edge_attr": edge_attr}
-        other = self._copy(**{name: value for name, value in given.items() if value is not None})
+        other = self._copy()
+        other.edge_weight = self.edge_weight if edge_weight is None else edge_weight
+        other.edge_attr = self.edge_attr if edge_attr is None else edge_attr
         other._check_args()
         return other
 
@@ -412,8 +413,8 @@ class Graph:
 
     def args_for(self, conv: MessagePassing) -> dict[str, Tensor]:
         """The edge arguments that this conv takes, in the order of the edges as given."""
-        given = {"edge_weight": self.edge_weight, "edge_attr": self.edge_attr}
-        return {name: v for name, v in given.items() if v is not None and name in parameters_of(conv)}
+        names = {"edge_weight", "edge_attr"}.intersection(parameters_of(conv))
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def part(self, token: Tensor) -> tuple[Tensor, Graph]:
         """The in-edges of some destinations, as a graph of its own.

@@ -305,10 +305,12 @@ class MoEConv(MoELayer, MessagePassing):
         legal = f"source and destination nodes, since {', '.join(readers)} reads them"
         check(not readers, "x", "no destination nodes", legal)
         number = None if size is None else size[1]
-        if size is None and isinstance(edge_index, Graph):
+        if number is None and isinstance(edge_index, Graph):
             number = edge_index.num_dst
-        elif size is None and (is_sparse(edge_index) or isinstance(edge_index, EdgeIndex)):
-            number = edge_index.size(0) if is_sparse(edge_index) else edge_index.sparse_size(1)
+        elif number is None and is_sparse(edge_index):
+            number = edge_index.size(0)
+        elif number is None and isinstance(edge_index, EdgeIndex):
+            number = edge_index.sparse_size(1)
         check(number is not None, "size", size, "(sources, destinations), since x has no destination nodes")
         return x_src, x_src.new_zeros(number, self._widths[1])
 
@@ -363,8 +365,7 @@ class MoEConv(MoELayer, MessagePassing):
                 given[name] = value
         return tuple(given.values())
 
-    def __repr__(self) -> str:
-        return nn.Module.__repr__(self)
+    __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
         widths = f"{self.in_channels}, {self.out_channels}"

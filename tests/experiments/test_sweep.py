@@ -12,8 +12,8 @@ import pytest
 
 from experiments import loop
 from experiments import sweep as command
+from experiments.config import restore
 from experiments.presets import DIGITS, DIGITS_GRAPH
-from experiments.run_folder import differences_of
 from experiments.studies import RECORDED, RESULTS, Study, Variant, recorded
 from experiments.sweep import GridConfig, SweepConfig, main, make_study
 
@@ -114,4 +114,4 @@ def test_a_recorded_study_is_what_was_run(name: str) -> None:
     study, found = recorded(name, Path("data")), json.loads((RESULTS / f"{name}.json").read_text())
     variants = {variant.name: variant.config for variant in study.variants}
     assert {study.reference, study.wide} <= set(variants) or name == "cifar10-scale"
-    assert not any(differences_of(variants[run["variant"]], run["config"]) for run in found["variants"])
+    assert all(restore(run["config"], Path("data")) == variants[run["variant"]] for run in found["variants"])
