@@ -153,10 +153,9 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Ten
     y_PO = x.new_empty(x.size(0), weight.size(2))
     ends = offsets[:-1].tolist()  # one host sync
     for expert, (rows, y) in enumerate(zip(x.tensor_split(ends), y_PO.tensor_split(ends), strict=True)):
-        if bias is None:
-            torch.mm(rows, weight[expert], out=y)
-        else:
-            torch.addmm(bias[expert], rows, weight[expert], out=y)
+        torch.mm(rows, weight[expert], out=y)
+        if bias is not None:
+            y += bias[expert]
     return y_PO
 
 
@@ -249,10 +248,9 @@ class _RoutedLinear(torch.autograd.Function):
         by_expert = zip(token.tensor_split(ends), gate[:, None].tensor_split(ends), outs, strict=True)
         for expert, (token, gate, y) in enumerate(by_expert):
             rows = x.index_select(0, token)
-            if bias is None:
-                y = torch.mm(rows, weight[expert], out=y)
-            else:
-                y = torch.addmm(bias[expert], rows, weight[expert], out=y)
+            y = torch.mm(rows, weight[expert], out=y)
+            if bias is not None:
+                y += bias[expert]
             out_TO.index_add_(0, token, y * gate)
         return out_TO
 
