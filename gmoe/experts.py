@@ -125,12 +125,6 @@ class LinearExperts(Experts):
         return grouped_linear(x_PI, self.weight, self.bias, offsets_E, self.backend)
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """True if a kernel may stand in for the module: nobody replaced it or hung something on it."""
-    hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
-    return type(linear) is LinearExperts and not any(hooks)
-
-
 class MLPExperts(Experts):
     r"""A two-layer MLP per expert, :math:`f_e(x) = \phi(x W_e + b_e) V_e + c_e`.
 

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
 from gmoe._autograd import first_order, untraced
+from gmoe.conv.aggregate import is_plain
 from gmoe.conv.base import StackedExperts, stacked
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
 from gmoe.dispatch import COUNTING, Backend, combine, dispatch, grouped_linear
-from gmoe.experts import LinearExperts, is_plain
+from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
 
 FOLD = 128
@@ -211,7 +212,7 @@ class GATExperts(AttentionExperts):
         pairs, offsets, ratio = messages.routing, messages.routing.offsets, lin_src.in_features / self.width
         plain = is_plain(lin_src) and is_plain(lin_dst)
         raw = plain and ratio <= 1
-        value_UHC = None if raw else self._by_head(self._rows(lin_src, x_src, messages))
+        value_UHC: Any = None if raw else self._by_head(self._rows(lin_src, x_src, messages))
         if raw or (plain and ratio * self.num_experts <= FOLD and not COUNTING.get()):
             score_MH = self._of_all(x_src, lin_src, self.att_src, messages.source, messages.expert)
             at_target = self._of_all(x_dst, lin_dst, self.att_dst, pairs.token, pairs.expert)
