@@ -9,7 +9,7 @@ A layer calls :func:`dispatch`, :func:`grouped_linear` on the rows, and :func:`c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -81,7 +81,11 @@ def grouped_linear(
         dtype = torch.get_autocast_dtype(x_PI.device.type)
         x_PI, weight_EIO = x_PI.to(dtype), weight_EIO.to(dtype)
         bias_EO = None if bias_EO is None else bias_EO.to(dtype)
-    return _GroupedLinear.apply(backend, offsets_E, x_PI, weight_EIO, bias_EO)
+    y_PO: Tensor = _GroupedLinear.apply(backend, offsets_E, x_PI, weight_EIO)
+    if bias_EO is None:
+        return y_PO
+    rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
+    return y_PO.add_(bias_EO.repeat_interleave(rows_E, dim=0, output_size=len(x_PI)))
 
 
 @untraced  # the number of rows of an expert depends on the data
@@ -138,69 +142,46 @@ def _operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
     return register
 
 
-def _empty_like(*values: Tensor | None) -> list[Tensor]:
-    return [torch.empty(0) if value is None else torch.empty_like(value) for value in values]
-
-
 # rows sorted by expert ------------------------------------------------------------------------------------------------
 
 
 @_operator(fake=lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)))
-def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, backend: str) -> Tensor:
+def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    """(P, O) rows (P, I) times the weight (E, I, O) of their expert."""
     if backend != "loop" and x.size(0) > 0:
-        y_PO = (_padded_mm if backend == "padded" else _grouped_mm)(x, weight, offsets)
-        return y_PO if bias is None else y_PO.add_(bias.index_select(0, owner(offsets, x)))
-    y_PO = x.new_empty(x.size(0), weight.size(2))
-    ends = offsets[:-1].tolist()  # one host sync
-    for expert, (rows, y) in enumerate(zip(x.tensor_split(ends), y_PO.tensor_split(ends), strict=True)):
-        if bias is None:
-            torch.mm(rows, weight[expert], out=y)
-        else:
-            torch.addmm(bias[expert], rows, weight[expert], out=y)
+        return (_padded_mm if backend == "padded" else _grouped_mm)(x, weight, offsets)
+    y_PO, ends = x.new_empty(x.size(0), weight.size(2)), offsets[:-1].tolist()  # one host sync
+    for rows, weight_IO, y in zip(x.tensor_split(ends), weight, y_PO.tensor_split(ends), strict=True):
+        torch.mm(rows, weight_IO, out=y)
     return y_PO
 
 
-@_operator(fake=lambda *inputs: _empty_like(*inputs[1:4]))
-def _grouped_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, backend: str, needs: Sequence[bool]
-) -> list[Tensor]:
-    grad_x, grad_weight, grad_bias = _empty_like(x, weight, bias)
-    needs_x, needs_weight, needs_bias = needs
-    grad = grad.contiguous()
+@_operator(fake=lambda x, grad, offsets, *_: x.new_empty(len(offsets), x.size(1), grad.size(1)))
+def _grouped_linear_weight(x: Tensor, grad: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    """(E, I, O) the gradient of the weights, from rows (P, I) and gradients (P, O)."""
     if backend != "loop" and x.size(0) > 0:
-        multiply, outer = (_padded_mm, _padded_outer) if backend == "padded" else (_grouped_mm, _grouped_outer)
-        if needs_x:
-            grad_x = multiply(grad, weight.transpose(1, 2), offsets)
-        if needs_weight:
-            grad_weight = outer(x, grad, offsets)
-        if needs_bias:
-            grad_bias.zero_().index_add_(0, owner(offsets, x), grad)
-        return [grad_x, grad_weight, grad_bias]
-    ends = offsets[:-1].tolist()
-    by_expert = zip(*(value.tensor_split(ends) for value in (grad, x, grad_x)), strict=True)
-    for expert, (grad, rows, grad_rows) in enumerate(by_expert):
-        if needs_x:
-            torch.mm(grad, weight[expert].T, out=grad_rows)
-        if needs_weight:  # zero where the expert has no rows
-            torch.mm(rows.T, grad, out=grad_weight[expert])
-        if needs_bias:
-            torch.sum(grad, dim=0, out=grad_bias[expert])
-    return [grad_x, grad_weight, grad_bias]
+        return (_padded_outer if backend == "padded" else _grouped_outer)(x, grad, offsets)
+    grad_EIO, ends = x.new_empty(len(offsets), x.size(1), grad.size(1)), offsets[:-1].tolist()
+    for rows, grad_rows, grad_IO in zip(x.tensor_split(ends), grad.tensor_split(ends), grad_EIO, strict=True):
+        torch.mm(rows.T, grad_rows, out=grad_IO)  # zero where the expert has no rows
+    return grad_EIO
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, offsets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, backend: str, offsets: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         ctx.backend = backend
-        ctx.save_for_backward(x, weight, bias, offsets)
-        return _grouped_linear(x, weight, bias, offsets, backend)
+        ctx.save_for_backward(x, weight, offsets)
+        return _grouped_linear(x, weight, offsets, backend)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
-        needs = ctx.needs_input_grad[2:]
-        grads = _grouped_linear_backward(grad, *ctx.saved_tensors, ctx.backend, needs)
-        return None, None, *(value if needed else None for value, needed in zip(grads, needs, strict=True))
+        x, weight, offsets = ctx.saved_tensors
+        *_, needs_x, needs_weight = ctx.needs_input_grad
+        grad, way = grad.contiguous(), (offsets, ctx.backend)
+        grad_x = _grouped_linear(grad, weight.transpose(1, 2), *way) if needs_x else None
+        return None, None, grad_x, _grouped_linear_weight(x, grad, *way) if needs_weight else None
 
 
 def _padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
@@ -249,10 +230,9 @@ class _RoutedLinear(torch.autograd.Function):
         by_expert = zip(token.tensor_split(ends), gate[:, None].tensor_split(ends), outs, strict=True)
         for expert, (token, gate, y) in enumerate(by_expert):
             rows = x.index_select(0, token)
-            if bias is None:
-                y = torch.mm(rows, weight[expert], out=y)
-            else:
-                y = torch.addmm(bias[expert], rows, weight[expert], out=y)
+            y = torch.mm(rows, weight[expert], out=y)
+            if bias is not None:
+                y += bias[expert]
             out_TO.index_add_(0, token, y * gate)
         return out_TO
 
@@ -261,8 +241,8 @@ class _RoutedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         token, offsets, y_PO, gate, weight, bias, x = ctx.saved_tensors
         needs_gate, needs_weight, needs_bias, needs_x = needs = ctx.needs_input_grad[3:]
-        grad_gate, grad_weight, grad_bias, grad_x = grads = _empty_like(gate, weight, bias, x)
-        grad_x.zero_()
+        grads: list[Any] = [None if value is None else torch.zeros_like(value) for value in (gate, weight, bias, x)]
+        grad_gate, grad_weight, grad_bias, grad_x = grads
         ends = offsets[:-1].tolist()
         by_expert = zip(*(value.tensor_split(ends) for value in (token, gate[:, None], y_PO, grad_gate)), strict=True)
         for expert, (token, gate, y, at_gate) in enumerate(by_expert):

@@ -28,26 +28,6 @@ def drawn_apart() -> Iterator[None]:
         yield
 
 
-class Scaled(nn.Module):
-    """Multiply a module's output by a factor.
-
-    Args:
-        module: the module.
-        factor: what its output is multiplied by.
-    """
-
-    factor: Tensor
-
-    def __init__(self, module: nn.Module, factor: Tensor) -> None:
-        super().__init__()
-        self.module = module
-        self.register_buffer("factor", factor)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = self.module(*args, **kwargs)
-        return out * self.factor.to(out.dtype)
-
-
 class MoELayer(nn.Module, ABC):
     """The base of all layers with experts, for images and graphs.
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_geometric import nn as pyg
 from torch_geometric.explain.algorithm.utils import set_masks
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
@@ -21,13 +22,19 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_counts
-from gmoe.conv.base import StackedExperts, probe_copy, tokens_of
+from gmoe.conv.base import StackedExperts, stacked, tokens_of
 from gmoe.conv.graph import Graph, Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
-from gmoe.experts import LinearExperts, MLPExperts
+from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
 
 FilterName: TypeAlias = Literal["identity", "low_pass", "high_pass"]
+
+MLPS = (
+    [pyg.MLP, nn.ReLU, nn.ModuleList, Linear, Linear, nn.ModuleList, nn.Identity],
+    [nn.Sequential, nn.Linear, nn.ReLU, nn.Linear],
+)
+"""The modules of the networks that GIN's experts stack: PyG's MLP without norm, or layers in a row."""
 
 
 class AggregateOnce(StackedExperts):
@@ -175,13 +182,14 @@ class GraphConvExperts(LinearAggregation):
 
 
 class GINExperts(AggregateOnce):
-    """GIN: x' = nn_e((1 + eps_e) x_i + aggr_j(x_j)), for networks that treat each row by itself."""
+    """GIN: x' = nn_e((1 + eps_e) x_i + aggr_j(x_j)), for networks of two linear layers with a ReLU between."""
 
     eps_E1: Tensor
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return has_no_parameters(conv.aggr_module) and isinstance(conv.nn, nn.Module) and _row_wise(conv.nn)
+        types, dropout = [type(part) for part in conv.modules()], getattr(conv.nn, "dropout", [])
+        return has_no_parameters(conv.aggr_module) and types[2:] in MLPS and not any(dropout)
 
     def strip(self, conv: Any) -> None:
         conv.nn = nn.Identity()
@@ -190,7 +198,7 @@ class GINExperts(AggregateOnce):
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         super().build(convs, backend)
-        self.nns = nn.ModuleList(copy.deepcopy(conv.nn) for conv in convs)
+        self.up, self.down = (stacked(linear, len(convs), backend) for linear in _linears(convs[0]))
         eps = torch.stack([conv.eps.detach().view(1) for conv in convs])
         if isinstance(convs[0].eps, nn.Parameter):
             self.eps_E1 = nn.Parameter(eps)
@@ -198,17 +206,23 @@ class GINExperts(AggregateOnce):
             self.register_buffer("eps_E1", eps)
 
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        return [(self.eps_E1, conv.eps), (self.nns, conv.nn)]
+        return [(self.eps_E1, conv.eps), *zip((self.up, self.down), _linears(conv), strict=True)]
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        outs = []
-        for network, eps, token in zip(self.nns, self.eps_E1, tokens_of(routing), strict=True):
-            outs.append(network(h.index_select(0, token) + (1 + eps) * x_dst.index_select(0, token)))
-        return combine(torch.cat(outs), routing)
+        root_PI = (1 + self.eps_E1).index_select(0, routing.expert) * dispatch(x_dst, routing)
+        return combine(self._network(dispatch(h, routing) + root_PI, routing.offsets), routing)
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        out: Tensor = self.nns[0](h + (1 + self.eps_E1[0]) * x_dst)
+        return self._network(h + (1 + self.eps_E1) * x_dst, Routing.everyone(len(x_dst), x_dst).offsets)
+
+    def _network(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(x_PI, offsets_E).relu(), offsets_E)
         return out
+
+
+def _linears(conv: Any) -> list[Any]:
+    """The linear layers of a GIN's network."""
+    return [part for part in conv.nn.modules() if isinstance(part, nn.Linear | Linear)]
 
 
 class GINEExperts(GINExperts):
@@ -254,24 +268,22 @@ class FilterExperts(GCNExperts):
 
 
 class MLPConvExperts(StackedExperts):
-    """E MLPConvs as stacked MLPs."""
+    """E MLPConvs as stacked linear layers."""
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
-        first = convs[0]
         self.prototype = MLPConv(1, 1)
         self.prototype.up = self.prototype.down = nn.Identity()
-        sizes, bias = (first.up.in_features, first.hidden_channels, first.out_channels), first.up.bias is not None
-        self.mlp = MLPExperts(*sizes, len(convs), activation="relu", bias=bias, backend=backend)
+        self.up, self.down = (stacked(linear, len(convs), backend) for linear in (convs[0].up, convs[0].down))
 
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        return [(self.mlp.up, conv.up), (self.mlp.down, conv.down)]
+        return [(self.up, conv.up), (self.down, conv.down)]
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        out: Tensor = self.mlp(x_dst, routing)
-        return out
+        hidden_PH = self.up(dispatch(x_dst, routing), routing.offsets).relu()
+        return combine(self.down(hidden_PH, routing.offsets), routing)
 
 
-def is_plain(linear: LinearExperts) -> bool:
+def is_plain(linear: nn.Module) -> bool:
     """True if a kernel may stand in for the module: nobody replaced it or hung something on it."""
     hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
     return type(linear) is LinearExperts and not any(hooks)
@@ -280,18 +292,6 @@ def is_plain(linear: LinearExperts) -> bool:
 def has_no_parameters(module: nn.Module) -> bool:
     """True if there is nothing to learn in it."""
     return next(module.parameters(), None) is None
-
-
-@torch.no_grad()
-def _row_wise(network: nn.Module) -> bool:
-    """True if each row's output depends on that row alone, which batch norm in training breaks."""
-    first = next(network.parameters(), None)
-    if first is None:
-        return False
-    generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(7, first.size(-1), dtype=torch.float64, device="cpu", generator=generator)
-    probe = probe_copy(network)
-    return torch.allclose(probe(x)[:3], probe(x[:3]), atol=1e-10)
 
 
 class FilterConv(MessagePassing):

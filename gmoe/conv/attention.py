@@ -18,11 +18,16 @@ from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
 from gmoe._autograd import first_order, untraced
-from gmoe.conv.base import StackedExperts
+from gmoe.conv.aggregate import is_plain
+from gmoe.conv.base import StackedExperts, stacked
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
-from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
+from gmoe.dispatch import COUNTING, Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
+
+FOLD = 128
+"""The scores of GAT follow from the nodes, all experts' in one product, up to so many input columns a head's column,
+times E; beyond, from the transformed rows."""
 
 
 class Messages:
@@ -54,41 +59,31 @@ class Messages:
 
     @cached_property
     def _is_row(self) -> Tensor:
-        """(E N,) True for each (expert, source) with a message."""
-        needed = self.pair.new_zeros(self.routing.num_experts * self.graph.num_src, dtype=torch.bool)
-        needed[self.expert * self.graph.num_src + self.source] = True
+        """(E, N) True for each (expert, source) with a message."""
+        needed = self.pair.new_zeros(self.routing.num_experts, self.graph.num_src, dtype=torch.bool)
+        needed[self.expert, self.source] = True
         return needed
 
     @cached_property
-    def row(self) -> Tensor:
-        """(U,) expert * N + source of each row, ascending."""
-        return self._is_row.nonzero().view(-1)
-
-    @cached_property
-    def row_source(self) -> Tensor:
-        """(U,)"""
-        return self.row % max(self.graph.num_src, 1)
-
-    @cached_property
-    def row_expert(self) -> Tensor:
-        """(U,)"""
-        return self.row // max(self.graph.num_src, 1)
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """(U,) the expert and (U,) the source of each row, ascending."""
+        expert, source = self._is_row.nonzero(as_tuple=True)
+        return expert, source
 
     @cached_property
     def row_offsets(self) -> Tensor:
         """(E,) int32, cumulative ends of each expert's rows."""
-        return self._is_row.view(self.routing.num_experts, -1).sum(dim=1).cumsum(0).to(torch.int32)
+        return self._is_row.sum(dim=1).cumsum(0).to(torch.int32)
 
     @cached_property
     def place(self) -> Tensor:
-        """(E N,) the position of (expert, source) among the rows, if it is one."""
-        return self._is_row.cumsum(0) - 1
+        """(E, N) the position of (expert, source) among the rows, if it is one."""
+        return self._is_row.view(-1).cumsum(0).view_as(self._is_row) - 1
 
     @cached_property
     def from_rows(self) -> Edges:
         """From the rows to the pairs."""
-        place = self.place.index_select(0, self.expert * self.graph.num_src + self.source)
-        return self.edges_from(place, len(self.row))
+        return self.edges_from(self.place[self.expert, self.source], len(self.rows[0]))
 
     def edges_from(self, sender: Tensor, num_senders: int) -> Edges:
         """To the pairs, from whatever sends each message."""
@@ -136,8 +131,7 @@ class AttentionExperts(StackedExperts):
             setattr(self.prototype, name, None)
             setattr(self, name, None)
         for name, layer in self.linears(first).items():
-            sizes = (layer.in_channels, layer.out_channels, len(convs))
-            setattr(self, name, LinearExperts(*sizes, bias=layer.bias is not None, backend=backend))
+            setattr(self, name, stacked(layer, len(convs), backend))
         for name in self.vectors:
             if (vector := getattr(first, name)) is not None:
                 setattr(self, name, nn.Parameter(vector.detach().new_empty(len(convs), *vector.shape)))
@@ -161,7 +155,7 @@ class AttentionExperts(StackedExperts):
 
     def _rows(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
         """(U, O) each row, transformed by its expert."""
-        return linear(x_src.index_select(0, messages.row_source), messages.row_offsets)
+        return linear(x_src.index_select(0, messages.rows[1]), messages.row_offsets)
 
     def _by_head(self, row_UO: Tensor) -> Tensor:
         """(U, H, C)"""
@@ -199,8 +193,9 @@ class GATExperts(AttentionExperts):
     r"""GAT: :math:`s_{ij} = \mathrm{leaky}(a \cdot W x_j + b \cdot V x_i + c \cdot U e_{ij})`, the values are
     :math:`W x_j`.
 
-    The scores follow from the inputs, :math:`a \cdot W x = W^\top a \cdot x`, so that only values are transformed: of
-    each row, or, where a head is no narrower than the input, of the sum that a head receives.
+    The scores follow from the inputs, :math:`a \cdot W x = W^\top a \cdot x`, where these are not much wider than a
+    head. Values are transformed: of each row, or, where a head is no narrower than the input, of the sum that a head
+    receives.
     """
 
     layers = ("lin", "lin_src", "lin_dst", "lin_edge", "res")
@@ -214,20 +209,21 @@ class GATExperts(AttentionExperts):
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         lin_src, lin_dst = (self.lin_src, self.lin_dst) if self.lin is None else (self.lin, self.lin)
-        pairs, offsets = messages.routing, messages.routing.offsets
-        raw = lin_src.in_features <= self.width
-        if raw:
-            at_source = self._of_all(x_src, self._folded(lin_src, self.att_src))
-            score_MH = at_source.index_select(0, messages.source * self.num_experts + messages.expert)
+        pairs, offsets, ratio = messages.routing, messages.routing.offsets, lin_src.in_features / self.width
+        plain = is_plain(lin_src) and is_plain(lin_dst)
+        raw = plain and ratio <= 1
+        value_UHC: Any = None if raw else self._by_head(self._rows(lin_src, x_src, messages))
+        if raw or (plain and ratio * self.num_experts <= FOLD and not COUNTING.get()):
+            score_MH = self._of_all(x_src, lin_src, self.att_src, messages.source, messages.expert)
+            at_target = self._of_all(x_dst, lin_dst, self.att_dst, pairs.token, pairs.expert)
         else:
-            value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
-            score_MH = self._at_rows(value_UHC, self.att_src, messages).index_select(0, messages.from_rows.sender)
-        target_EIH = self._folded(lin_dst, self.att_dst)
-        if not raw and x_src is x_dst and lin_src is lin_dst and self.prototype.add_self_loops:  # a row of each pair
-            place_P = messages.place.index_select(0, pairs.expert * messages.graph.num_src + pairs.token)
-            at_target = self._at_rows(value_UHC, self.att_dst, messages).index_select(0, place_P)
-        else:
-            at_target = self._of_all(x_dst, target_EIH).index_select(0, pairs.token * self.num_experts + pairs.expert)
+            at_source = self._at(value_UHC, self.att_src, messages.rows[0])
+            score_MH = at_source.index_select(0, messages.from_rows.sender)
+            if x_src is x_dst and lin_src is lin_dst and self.prototype.add_self_loops:  # each pair has a row
+                target_PHC = value_UHC.index_select(0, messages.place[pairs.expert, pairs.token])
+            else:
+                target_PHC = self._by_head(lin_dst(dispatch(x_dst, pairs), offsets))
+            at_target = self._at(target_PHC, self.att_dst, pairs.expert)
         score_MH = score_MH + at_target.index_select(0, messages.pair)
         attr = messages.graph.attr
         if self.lin_edge is not None and attr is not None:
@@ -241,13 +237,14 @@ class GATExperts(AttentionExperts):
             return self._head_by_head(sum_PHI, weight_EIHC, offsets).to(alpha_MH.dtype)
         return weighted_sum(alpha_MH, value_UHC, messages.from_rows)
 
-    def _at_rows(self, value_UHC: Tensor, att_E1HC: Tensor, messages: Messages) -> Tensor:
+    def _at(self, value_UHC: Tensor, att_E1HC: Tensor, expert_U: Tensor) -> Tensor:
         """(U, H) the attention vector of a row's expert times the row."""
-        return (value_UHC * att_E1HC.squeeze(1).index_select(0, messages.row_expert)).sum(dim=-1)
+        return (value_UHC * att_E1HC.squeeze(1).index_select(0, expert_U)).sum(dim=-1)
 
-    def _of_all(self, x_NI: Tensor, folded_EIH: Tensor) -> Tensor:
-        """(N E, H) each expert's attention vector times every node."""
-        return (x_NI @ folded_EIH.transpose(0, 1).flatten(1)).view(-1, self.heads)
+    def _of_all(self, x_NI: Tensor, layer: LinearExperts, att_E1HC: Tensor, node_U: Tensor, expert_U: Tensor) -> Tensor:
+        """(U, H) the same of some nodes and experts, from the attention vectors of all experts times every node."""
+        at_NEH = x_NI @ self._folded(layer, att_E1HC).transpose(0, 1).flatten(1)
+        return at_NEH.view(-1, self.heads).index_select(0, node_U * self.num_experts + expert_U)
 
     def _folded(self, layer: LinearExperts, att_E1HC: Tensor) -> Tensor:
         """(E, I, H) the layer and the attention vector in one."""

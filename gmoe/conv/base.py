@@ -106,20 +106,17 @@ class StackedExperts(ConvExperts):
 
     @abstractmethod
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        """Pairs of (LinearExperts, linear layer), (list of modules, module) or (stacked tensor, tensor) of a conv."""
+        """Pairs of (LinearExperts, linear layer) or (stacked tensor, tensor) of a conv."""
 
     def _tensors(self, conv: Any, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Each tensor of a conv behind its place among the stacked ones."""
-        for stacked, part in self.parts(conv):
-            if isinstance(stacked, nn.ModuleList):
-                states = (module.state_dict().values() for module in (stacked[expert], part))
-                yield from zip(*states, strict=True)
-            elif isinstance(stacked, LinearExperts):
-                yield stacked.weight[expert].T, part.weight
-                if stacked.bias is not None:
-                    yield stacked.bias[expert], part.bias
+        for ours, part in self.parts(conv):
+            if isinstance(ours, LinearExperts):
+                yield ours.weight[expert].T, part.weight
+                if ours.bias is not None:
+                    yield ours.bias[expert], part.bias
             else:
-                yield stacked[expert], part
+                yield ours[expert], part
 
     def convs(self) -> list[MessagePassing]:
         return [self.prototype]
@@ -145,6 +142,12 @@ class StackedExperts(ConvExperts):
         for place, value in self._tensors(conv, index):
             value.copy_(place)
         return conv.train(self.training)
+
+
+def stacked(linear: Any, num_experts: int, backend: Backend) -> LinearExperts:
+    """One linear layer like this one for each expert."""
+    out, width = linear.weight.shape
+    return LinearExperts(width, out, num_experts, bias=linear.bias is not None, backend=backend)
 
 
 class MixedExperts(ConvExperts):

@@ -260,7 +260,7 @@ def _common_width(make: Make, convs: Sequence[MessagePassing], widths: Sequence[
 def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
     """A class of stacked experts and all that has to be equal in a stack; ``None`` if the conv is in none.
 
-    GIN's networks and the filters of FilterConvs may differ. Stacking must not lose what somebody put there: hooks,
+    The filters of FilterConvs may differ. Stacking must not lose what somebody put there: hooks,
     parametrizations, frozen or lazy parameters.
     """
     stack, parts = STACKS.get(type(conv)), list(conv.named_modules())
@@ -272,20 +272,18 @@ def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
     if not plain or not stack.accepts(conv):
         return None
     free = ("filter", "hops") if isinstance(conv, FilterConv) else ()
-    parts = [(name, part) for name, part in parts if name.partition(".")[0] != "nn"]
     options = [(name, key, _fixed(v)) for name, part in parts for key, v in vars(part).items() if key not in free]
-    shapes = [(name, p.shape) for name, p in conv.named_parameters() if not name.startswith("nn.")]
+    shapes = [(name, p.shape) for name, p in conv.named_parameters()]
     return stack, tuple(options), tuple(shapes)
 
 
 def _fixed(value: Any) -> Hashable:
     """Equal for values that mean the same, as far as they say what a conv computes."""
+    value = value.tolist() if isinstance(value, torch.Tensor) else value
     if isinstance(value, tuple | list):
-        return tuple(_fixed(part) for part in value)
+        return tuple(map(_fixed, value))
     if isinstance(value, bool | int | float | str | None):
         return type(value), value
-    if isinstance(value, torch.Tensor):
-        return _fixed(value.tolist())
     return id(value) if callable(value) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import torch
@@ -19,7 +20,7 @@ from gmoe._checks import check, check_choice, check_counts
 from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.kinds import SOURCES_ALONE, ConvFactory, ConvLike, Make, Trial, build_experts, kinds_of
 from gmoe.dispatch import Backend
-from gmoe.moe import MoELayer, Scaled, drawn_apart
+from gmoe.moe import MoELayer, drawn_apart
 from gmoe.routers import Router, RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing, described
 
@@ -194,14 +195,16 @@ class MoEConv(MoELayer, MessagePassing):
         return iter(()) if self.experts is None else self.experts.parameters()
 
     def expert(self, index: int) -> nn.Module:
-        """A detached copy of expert ``index``: a plain PyG conv, times the gain where there is one.
+        """A detached copy of expert ``index``: a plain PyG conv, with a forward hook for the gain where there is one.
 
         Raises:
             ValueError: an index outside 0..E-1.
         """
         check(0 <= index < self.num_experts, "index", index, f"0..num_experts-1={self.num_experts - 1}")
         conv: nn.Module = self.experts.expert(index)
-        return conv if self.gain is None else Scaled(conv, GAIN_SCALE * self.gain.detach())
+        if self.gain is not None:
+            conv.register_forward_hook(partial(_times, GAIN_SCALE * self.gain.detach()))
+        return conv
 
     def forward(
         self,
@@ -370,6 +373,11 @@ class MoEConv(MoELayer, MessagePassing):
     def extra_repr(self) -> str:
         widths = f"{self.in_channels}, {self.out_channels}"
         return f"{widths}, num_experts={self.num_experts}, router_input={self.router_input}"
+
+
+def _times(factor: Tensor, conv: nn.Module, args: Any, out: Tensor) -> Tensor:
+    """The output of a conv times a factor, as a hook."""
+    return out * factor.to(out)
 
 
 def _needs_widths(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:
