@@ -22,7 +22,7 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_counts
-from gmoe.conv.base import StackedExperts, stacked, tokens_of
+from gmoe.conv.base import StackedExperts, stacked, to_one, tokens_of
 from gmoe.conv.graph import Graph, Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts
@@ -213,7 +213,7 @@ class GINExperts(AggregateOnce):
         return combine(self._network(dispatch(h, routing) + root_PI, routing.offsets), routing)
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        return self._network(h + (1 + self.eps_E1) * x_dst, Routing.everyone(len(x_dst), x_dst).offsets)
+        return self._network(h + (1 + self.eps_E1) * x_dst, to_one(x_dst).offsets)
 
     def _network(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         out: Tensor = self.down(self.up(x_PI, offsets_E).relu(), offsets_E)

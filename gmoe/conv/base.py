@@ -36,9 +36,7 @@ class ConvExperts(nn.Module, ABC):
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None) -> Tensor:
         """(T, O) a single expert's output at every token."""
-        token, ones = torch.arange(len(x_dst), device=x_dst.device), x_dst.new_ones(len(x_dst))
-        ends = torch.full((1,), len(x_dst), dtype=torch.int32, device=x_dst.device)
-        out: Tensor = self(graph, x_src, x_dst, h, Routing(token, ends, ones, ones[:, None], len(x_dst), checked=True))
+        out: Tensor = self(graph, x_src, x_dst, h, to_one(x_dst))
         return out
 
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
@@ -142,6 +140,13 @@ class StackedExperts(ConvExperts):
         for place, value in self._tensors(conv, index):
             value.copy_(place)
         return conv.train(self.training)
+
+
+def to_one(x_TD: Tensor) -> Routing:
+    """Every token to a single expert, with weight 1."""
+    token, ones = torch.arange(len(x_TD), device=x_TD.device), x_TD.new_ones(len(x_TD))
+    ends = torch.full((1,), len(x_TD), dtype=torch.int32, device=x_TD.device)
+    return Routing(token, ends, ones, ones[:, None], len(x_TD), checked=True)
 
 
 def stacked(linear: Any, num_experts: int, backend: Backend) -> LinearExperts:
