@@ -26,8 +26,8 @@ from experiments.benchmark.measure import told
 from experiments.build import build_model, init_centroids
 from experiments.checkpoint import make_fabric
 from experiments.config import GraphConfig, ImageConfig, RouterOptions
-from experiments.data import load_tasks
-from experiments.data.graph_data import GraphData, Split
+from experiments.data import GraphData, Split, load_tasks
+from experiments.data.graphs import make_metric
 from experiments.data.named import PYG, load_graph
 from experiments.data.own_graph import own_graph
 from experiments.loop import attention_kernel, fit, make_optimizer, set_up
@@ -271,7 +271,7 @@ class NodeClassification(Problem):
         return F.cross_entropy(self.forward(model)[rows], self.data.y[rows])
 
     def score(self, model: Any, part: Split) -> float:
-        metric, rows = self.graph.metric(), self.split[part]
+        metric, rows = make_metric(self.graph.metric_name, self.graph.num_outputs)(), self.split[part]
         metric.update(self.forward(model)[rows].cpu(), self.data.y[rows].cpu())
         return float(metric.compute())
 

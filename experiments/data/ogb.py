@@ -21,7 +21,7 @@ from torch_geometric.utils import scatter
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from experiments.data.graph_data import GraphData, Split, Splits
+from experiments.data import GraphData, Split, Splits
 from experiments.files import read_csv, read_tensors
 
 OGBName: TypeAlias = Literal["ogbn-arxiv", "ogbn-products", "ogbn-proteins", "ogbn-mag"]

@@ -19,7 +19,7 @@ TINY = ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--la
 EXACT = ["--epochs", "2", "--seeds", "0", "--no-progress", "--precision", "64-true", "--lr", "1e-3"]
 SAMPLED = ["digits-graph", "--sampling", "neighbor", "--conv", "sage", "--hidden", "8", "--router", "token_choice"]
 SAME: dict[str, list[str]] = {
-    "images": ["images", *EXACT, *TINY, "--batch-size", "2", "--augment", "randaugment",
+    "images": ["images", *EXACT, *TINY, "--batch-size", "2", "--augment", "standard",
                "--router", "expert_choice", "--clip-norm", "0.1"],
     "neighbors": [*SAMPLED, *EXACT, "--fanout", "-1", "-1", "--batch-size", "300", "--weight-decay", "0.1",
                   "--balance", "none"],

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import gmoe
 from experiments import build
 from experiments.config import HeteroConfig, ImageConfig, ImageSetConfig, RunConfig
-from experiments.data.task import Task
+from experiments.data import Task
 from experiments.presets import PRESETS
 from experiments.studies import STUDIES
 
