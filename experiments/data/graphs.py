@@ -22,6 +22,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from experiments.config import GraphConfig, HeteroConfig
 from experiments.data import Batch, GraphData, MetricName, Shard, Split, Splits, Task
+from gmoe._checks import check
 from gmoe.conv.kinds import factory_of
 from gmoe.data.loader import neighbor_loader
 
@@ -125,13 +126,13 @@ def neighborhoods(
         is_sorted=True,
     )
     for batch in drawn:
-        seeds, inputs = batch if target is None else batch[target], ()
-        if target is not None:
-            inputs = (batch.collect("x"), batch.edge_index_dict, {kind: batch[kind].n_id for kind in batch.node_types})
-        else:
+        seeds = batch if target is None else batch[target]
+        if target is None:
             inputs = _inputs(batch, batch.edge_index)
             if config.layers == len(config.fanout):  # a layer then computes only what the later ones hear
                 inputs += (None,) * (6 - len(inputs)) + (batch.num_sampled_nodes, batch.num_sampled_edges)
+        else:
+            inputs = (batch.collect("x"), batch.edge_index_dict, {kind: batch[kind].n_id for kind in batch.node_types})
         yield Batch(inputs, seeds.y[: seeds.batch_size], slice(0, seeds.batch_size))
 
 
@@ -213,8 +214,7 @@ def make_metric(name: MetricName, num_classes: int) -> Callable[[], Metric]:
     """A factory of the metric; ``"roc_auc"`` takes two classes."""
     if name == "accuracy":
         return partial(MulticlassAccuracy, num_classes=num_classes, average="micro")
-    if num_classes != 2:
-        raise ValueError(f"metric: got 'roc_auc' for {num_classes} classes, expected 'accuracy' (roc_auc takes two)")
+    check(num_classes == 2, "metric", f"'roc_auc' for {num_classes} classes", "'accuracy' (roc_auc takes two)")
     return TwoClassAUROC
 
 
@@ -228,8 +228,7 @@ def per_class_splits(store: Any, seed: int) -> Splits:
     """A random split with 20 nodes a class in train, 30 in val and the rest in test (Shchur et al., 2018)."""
     order = torch.randperm(len(store.y), generator=torch.Generator().manual_seed(seed))
     parts = [order[store.y[order] == label].tensor_split([20, 50]) for label in store.y.unique()]
-    if not all(len(test) for *_, test in parts):
-        raise ValueError("split: got a class of 50 nodes or fewer, expected more")
+    check(all(len(test) for *_, test in parts), "split", "a class of 50 nodes or fewer", "more")
     return {part: torch.cat(nodes).sort().values for part, nodes in zip(MASKS, zip(*parts, strict=True), strict=True)}
 
 
@@ -252,29 +251,24 @@ def check_graph(where: str, data: Any, target: str | None = None) -> None:
     """
     store = data if target is None else data[target]
     for x in [data.x] if target is None else data.collect("x", allow_empty=True).values():
-        if x.dim() != 2 or x.size(1) == 0 or not x.isfinite().all():
-            raise ValueError(f"{where}: got features of shape {tuple(x.shape)}, expected finite numbers (nodes, width)")
+        fits = x.dim() == 2 and x.size(1) > 0 and x.isfinite().all()
+        check(fits, where, f"features of shape {tuple(x.shape)}", "finite numbers (nodes, width)")
     try:
         data.validate()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     masks = [store[mask] for mask in MASKS.values() if mask in store]
     for value in (store.y, *masks):
-        if value.dim() not in (1, 2) or len(value) != store.num_nodes:
-            shape, rows = tuple(value.shape), store.num_nodes
-            raise ValueError(f"{where}: got y or a mask of shape {shape}, expected a row for each of {rows} nodes")
+        fits = value.dim() in (1, 2) and len(value) == store.num_nodes
+        check(fits, where, f"y or a mask of shape {tuple(value.shape)}", f"a row for each of {store.num_nodes} nodes")
     if not masks:
-        if (store.y >= 0).sum() < 5:
-            raise ValueError(f"{where}: got fewer than 5 nodes with a label, expected 5 or more, or masks")
+        check((store.y >= 0).sum() >= 5, where, "fewer than 5 nodes with a label", "5 or more, or masks")
         return
     splits = max(mask[0].numel() for mask in masks)
-    if any(mask.dim() == 2 and mask.size(1) != splits for mask in masks):
-        raise ValueError(f"{where}: got masks of different numbers of splits, expected as many in each")
+    fits = all(mask.dim() == 1 or mask.size(1) == splits for mask in masks)
+    check(fits, where, "masks of different numbers of splits", "as many in each")
     table = torch.stack([mask.view(len(mask), -1).expand(-1, splits) for mask in masks])  # (parts, N, S)
-    if not table.any(dim=1).all():
-        raise ValueError(f"{where}: got a split without nodes in one part, expected some in train, val and test")
-    if table.sum(dim=0).max() > 1:
-        node = int((table.sum(dim=0) > 1).nonzero()[0, 0])
-        raise ValueError(f"{where}: node {node} is in two parts of a split, expected one")
-    if (store.y[table.any(dim=2).any(dim=0)] < 0).any():
-        raise ValueError(f"{where}: got a negative label in a split, expected 0 or more")
+    check(table.any(dim=1).all(), where, "a split without nodes in one part", "some in train, val and test")
+    check(table.sum(dim=0).max() <= 1, where, "a node in two parts of a split", "each in one")
+    labels = store.y[table.any(dim=2).any(dim=0)]
+    check((labels >= 0).all(), where, "a negative label in a split", "0 or more")

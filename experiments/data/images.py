@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import to_image
 from experiments.config import ImageConfig, ImageSetConfig
 from experiments.data import Batch, Shard, Split, Splits, Task
 from experiments.data.made import digits_split
+from gmoe._checks import check
 from vision import ImageData, ImageSource, MemoryImages, batches, load_images, make_augment, split_images
 
 VAL_SHARE = 0.1
@@ -49,8 +50,7 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
     print(f"{data.name}: {' + '.join(str(len(rows)) for rows in split.values())} images; {data.note}", flush=True)
     for part, rows in split.items():
         seen = set(sources[part].labels[rows].tolist())
-        if not seen or (part == "train" and len(seen) < 2):
-            raise ValueError(f"{data.name}: {part} has images of {len(seen)} classes, expected two or more")
+        check(len(seen) > (part == "train"), data.name, f"images of {len(seen)} classes in {part}", "two or more")
         missing = [name for label, name in enumerate(data.classes) if label not in seen]
         if missing:
             print(f"{data.name}: {part} has no image of {len(missing)} classes: {', '.join(missing[:5])}", flush=True)
@@ -92,20 +92,18 @@ def own_images(found: Any, config: ImageSetConfig) -> Task:
     images (N, C, S, S), C = 1 or 3, and classes (N,). Images are uint8 or PIL's, which are standardized over the
     training images, or floats, which the model sees as they are. All are kept in memory.
     """
-    if not isinstance(found, tuple | list) or len(found) not in (2, 3):
-        raise ValueError(
-            f"data: got a {type(found).__name__} for {config.dataset}, expected (train, test) or (train, val, test), "
-            "each a Dataset of (image, class), or (images, labels)"
-        )
+    legal = "(train, test) or (train, val, test), each a Dataset of (image, class), or (images, labels)"
+    fits = isinstance(found, tuple | list) and len(found) in (2, 3)
+    check(fits, "data", f"a {type(found).__name__} for {config.dataset}", legal)
     names = ("train", "test") if len(found) == 2 else ("train", "val", "test")
     parts = {part: _images(f"data: {part}", value) for part, value in zip(names, found, strict=True)}
     images, labels = parts["train"]
     channels, classes = images.size(1), int(labels.max()) + 1
     for part, (others, numbers) in parts.items():
-        if others.shape[1:] != images.shape[1:] or others.dtype != images.dtype:
-            raise ValueError(f"data: {part} has images of another size or type than train, expected one")
-        if not 0 <= int(numbers.min()) <= int(numbers.max()) < classes:
-            raise ValueError(f"data: {part} has labels that train has not, expected 0 to {classes - 1}")
+        fits = others.shape[1:] == images.shape[1:] and others.dtype == images.dtype
+        check(fits, f"data: {part}", "images of another size or type than train", "one")
+        fits = 0 <= int(numbers.min()) <= int(numbers.max()) < classes
+        check(fits, f"data: {part}", "labels that train has not", f"0 to {classes - 1}")
     mean, std = (0.0,) * channels, (1.0,) * channels
     if images.dtype == torch.uint8:
         flat = images.transpose(0, 1).reshape(channels, -1).double() / 255
@@ -122,7 +120,8 @@ def _images(where: str, found: Any) -> tuple[Tensor, Tensor]:
     """(N, C, S, S) images, uint8 or float32, and (N,) classes."""
     try:
         if isinstance(found, Dataset):
-            pairs: Any = [(to_image(image), int(label)) for image, label in map(found.__getitem__, range(len(found)))]
+            data: Any = found
+            pairs = [(to_image(image), int(label)) for image, label in (data[row] for row in range(len(data)))]
             images, labels = torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
         else:
             images, labels = map(torch.as_tensor, found)
@@ -132,11 +131,10 @@ def _images(where: str, found: Any) -> tuple[Tensor, Tensor]:
             "expected a Dataset of (image, class) or (images, labels)"
         ) from error
     images = images.float() if images.is_floating_point() else images
-    square = images.dim() == 4 and len(images) > 0 and images.size(1) in (1, 3) and images.size(2) == images.size(3)
-    if not square or images.dtype not in (torch.uint8, torch.float32) or not images.isfinite().all():
-        raise ValueError(
-            f"{where} has images {images.dtype} {tuple(images.shape)}, expected uint8 or finite float (N, 1 or 3, S, S)"
-        )
-    if labels.shape != (len(images),) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"{where} has labels {labels.dtype} {tuple(labels.shape)}, expected an integer an image")
+    fits = images.dim() == 4 and len(images) > 0 and images.size(1) in (1, 3) and images.size(2) == images.size(3)
+    fits = fits and images.dtype in (torch.uint8, torch.float32) and bool(images.isfinite().all())
+    got = f"images {images.dtype} {tuple(images.shape)}"
+    check(fits, where, got, "uint8 or finite float (N, 1 or 3, S, S)")
+    fits = labels.shape == (len(images),) and not labels.is_floating_point() and labels.dtype != torch.bool
+    check(fits, where, f"labels {labels.dtype} {tuple(labels.shape)}", "an integer an image")
     return images, labels.long()

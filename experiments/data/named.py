@@ -71,8 +71,9 @@ class PyGSet:
                 f"et al., 2023); compare models on {name}-filtered",
                 flush=True,
             )
-        classes = int(data.y.max()) + 1
-        splits = partial(self.splits, data)
+        classes, splits = int(data.y.max()) + 1, partial(self.splits, data)
+        with naming(folder):
+            splits(0)
         return GraphData(name=name, data=data, splits=splits, num_outputs=classes, metric_name=self.metric)
 
 

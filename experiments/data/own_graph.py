@@ -19,6 +19,7 @@ from experiments.config import GraphConfig, HeteroConfig, RunConfig
 from experiments.data import GraphData, MetricName
 from experiments.data.graphs import MASKS, check_graph, fixed_splits, stratified_splits
 from experiments.files import naming, read_csv, read_npz, read_tensors
+from gmoe._checks import check
 
 NEEDED = {"x": "node_features", "y": "node_labels", "edge_index": "edges"}
 NAMES = {**NEEDED, **{mask: f"{mask}s" for mask in MASKS.values()}, "edge_weight": "edge_weight"}
@@ -31,19 +32,17 @@ MOST_CATEGORIES = 100
 
 def configured(config: GraphConfig | HeteroConfig) -> GraphData:
     """The graph of a run, at its data root."""
-    if isinstance(config, HeteroConfig):
-        raise ValueError("data: got None for hetero, expected package.module:function that returns a PyG HeteroData")
-    return own_graph(config.data_root, config.metric)
+    if isinstance(config, GraphConfig):
+        return own_graph(config.data_root, config.metric)
+    raise ValueError("data: got None for hetero, expected package.module:function that returns a PyG HeteroData")
 
 
 def own_object(found: Any, config: RunConfig) -> GraphData:
     """What a user's function made, as a data set."""
     kinds: dict[type, type] = {GraphConfig: Data, HeteroConfig: HeteroData}
-    if not isinstance(found, kinds.get(type(config), ())):
-        raise ValueError(
-            f"data: got a {type(found).__name__} for {config.dataset}, expected a Data for the preset graph, a "
-            "HeteroData for hetero, or pairs of images and labels for images"
-        )
+    legal = "a Data for the preset graph, a HeteroData for hetero, or pairs of images and labels for images"
+    fits = isinstance(found, kinds.get(type(config), ()))
+    check(fits, "data", f"a {type(found).__name__} for {config.dataset}", legal)
     name = config.data or config.dataset
     return graph_of(found.cpu(), name, name, getattr(config, "metric", None))
 
@@ -65,11 +64,10 @@ def own_graph(path: Path, metric: MetricName | None = None, name: str | None = N
     """
     if not path.exists():
         raise FileNotFoundError(f"data_root: got {path}, which does not exist; expected FILE.npz, FILE.pt or a folder")
-    readers = {".npz": _read_npz, ".pt": _read_pt}
-    if not path.is_dir() and path.suffix not in readers:
-        raise ValueError(f"data_root: got {path}, expected FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv")
-    data = (_read_folder if path.is_dir() else readers[path.suffix])(path)
-    return graph_of(data, name or path.stem, str(path), metric)
+    readers = {"folder": _read_folder, ".npz": _read_npz, ".pt": _read_pt}
+    kind = "folder" if path.is_dir() else path.suffix
+    check(kind in readers, "data_root", path, "FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv")
+    return graph_of(readers[kind](path), name or path.stem, str(path), metric)
 
 
 def graph_of(data: Data | HeteroData, name: str, where: str, metric: MetricName | None = None) -> GraphData:
@@ -81,21 +79,18 @@ def graph_of(data: Data | HeteroData, name: str, where: str, metric: MetricName 
     target = None
     if isinstance(data, HeteroData):
         labeled = [kind for kind in data.node_types if "y" in data[kind]]
-        if len(labeled) != 1:
-            raise ValueError(f"{where}: got y of {', '.join(labeled) or 'no node type'}, expected one of one node type")
+        check(len(labeled) == 1, where, f"y of {', '.join(labeled) or 'no node type'}", "one of one node type")
         target = labeled[0]
     given: Any = data if target is None else data[target]
     masks = [mask for mask in MASKS.values() if mask in given]
     missing = [key for key in NEEDED if key not in given and target is None]
     missing += [mask for mask in MASKS.values() if masks and mask not in masks]
-    if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} missing, expected {', '.join(NEEDED)}, and all masks or none")
+    check(not missing, where, f"no {', '.join(missing)}", f"{', '.join(NEEDED)}, and all masks or none")
     data = _kept(data, where)
     check_graph(where, data, target)
-    store: Any = data if target is None else data[target]
+    store = data if target is None else data[target]
     classes = int(store.y.max()) + 1
-    if not 2 <= classes <= len(store.y):
-        raise ValueError(f"{where}: the largest label is {classes - 1}, expected 1 to {len(store.y) - 1}")
+    check(2 <= classes <= len(store.y), where, f"{classes - 1} as the largest label", f"1 to {len(store.y) - 1}")
     how = f"{store.train_mask[0].numel()} split(s) by its masks" if masks else "each seed splits it 60/20/20 by class"
     print(f"{name}: {data.num_nodes:,} nodes, {data.num_edges:,} edges, {classes} classes; {how}", flush=True)
     return GraphData(
@@ -118,9 +113,10 @@ def _kept(data: Any, where: str) -> Any:
                 into[key] = _converted(f"{where}: {key}", key, store[key])
         if isinstance(part, str):
             into.num_nodes = store.num_nodes
-    weight = kept.edge_weight if "edge_weight" in kept else None
-    if weight is not None and (weight.shape != kept.edge_index.shape[-1:] or not weight.isfinite().all()):
-        raise ValueError(f"{where}: edge_weight has shape {tuple(weight.shape)}, expected a finite number an edge")
+    if "edge_weight" in kept:
+        weight, edges = kept.edge_weight, kept.edge_index.shape[-1:]
+        fits = weight.shape == edges and weight.isfinite().all()
+        check(fits, where, f"edge_weight of shape {tuple(weight.shape)}", "a finite number an edge")
     return kept
 
 
@@ -128,17 +124,17 @@ def _converted(where: str, key: str, value: Any) -> Tensor:
     """One tensor of a graph, as models take it."""
     if isinstance(value, EdgeIndex):
         value = value.as_tensor()
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
-        raise ValueError(f"{where} is a {type(value).__name__}, expected a dense tensor of real numbers")
-    if key == "y" and (value.dim() == 0 or value.numel() != len(value)):
-        raise ValueError(f"{where} has shape {tuple(value.shape)}, expected a label a node")
+    fits = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
+    check(fits, where, f"a {type(value).__name__}", "a dense tensor of real numbers")
+    fits = key != "y" or (value.dim() > 0 and value.numel() == len(value))
+    check(fits, where, f"shape {tuple(value.shape)}", "a label a node")
     value = value.flatten() if key in ("y", "edge_weight") else value
     if key in ("x", "edge_weight"):
         return value.float().contiguous()
-    if value.is_floating_point() and not (value == value.trunc()).all():  # NaN is not equal to itself
-        raise ValueError(f"{where} holds other than whole numbers")
-    if key in MASKS.values() and not ((value == 0) | (value == 1)).all():
-        raise ValueError(f"{where} holds other values than 0 and 1, expected a mask")
+    fits = not value.is_floating_point() or (value == value.trunc()).all()  # NaN is not equal to itself
+    check(fits, where, "other numbers", "whole numbers")
+    fits = key not in MASKS.values() or ((value == 0) | (value == 1)).all()
+    check(fits, where, "other values than 0 and 1", "a mask")
     return (value.bool() if key in MASKS.values() else value.long()).contiguous()
 
 
@@ -147,8 +143,7 @@ def _read_npz(path: Path) -> Data:
     data = Data()
     for name, other in NAMES.items():
         keys = [key for key in {name, other} if key in arrays]
-        if len(keys) > 1:
-            raise ValueError(f"{path}: got both {name} and {other}, expected one of them")
+        check(len(keys) < 2, str(path), f"both {name} and {other}", "one of them")
         for key in keys:
             kind = {"b": "bool", "f": "float64" if arrays[key].dtype.itemsize > 4 else "float32"}
             value = torch.from_numpy(arrays[key].astype(kind.get(arrays[key].dtype.kind, "int64")))
@@ -157,13 +152,14 @@ def _read_npz(path: Path) -> Data:
 
 
 def _read_pt(path: Path) -> Data:
-    data = read_tensors(path, DATA)
-    if not isinstance(data, Data):
-        raise ValueError(f"{path}: got a {type(data).__name__}, expected a PyG Data")
-    for name, value in data.to_dict().items():
-        dense = isinstance(value, Tensor) and value.layout == torch.strided
-        if dense and value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {name} claims more numbers than the file holds")
+    with naming(path):
+        found = read_tensors(path, DATA)
+        check(isinstance(found, Data), str(path), f"a {type(found).__name__}", "a PyG Data")
+        data = Data.from_dict({name: found[name] for name in NAMES if name in found})
+        for name, value in data.to_dict().items():
+            if isinstance(value, Tensor) and value.layout == torch.strided:
+                fits = value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+                check(fits, str(path), f"{value.numel()} numbers as {name}", "as many as the file holds")
     return data
 
 
@@ -172,8 +168,7 @@ def _read_folder(folder: Path) -> Data:
     edges = _read_table(folder / "edges.csv", ("source", "target"), text=("source", "target"))
     with naming(folder / "nodes.csv"):
         ids = pd.Index(nodes["id"] if "id" in nodes else map(str, range(len(nodes))))
-        if ids.hasnans or not ids.is_unique:
-            raise ValueError("id is missing or given twice, expected each node's own")
+        check(ids.is_unique and not ids.hasnans, "id", "none, or one twice", "each node's own")
         features = [_numbers(nodes[name]) for name in nodes if name not in ("id", "label", "split")]
         data = Data(x=torch.cat(features, dim=1) if features else torch.empty(len(nodes), 0))
         if pd.to_numeric(nodes["label"], errors="coerce").notna().any():
@@ -184,8 +179,7 @@ def _read_folder(folder: Path) -> Data:
             print(f"{folder.stem}: labels are {', '.join(map(str, labels.categories[:10]))}, …", flush=True)
         if "split" in nodes:
             splits = nodes["split"].fillna("none").str.lower().replace({"valid": "val"})
-            if not splits.isin([*MASKS, "none"]).all():
-                raise ValueError(f"got splits {set(splits)}, expected train, val, test or nothing")
+            check(splits.isin([*MASKS, "none"]).all(), "split", set(splits), "train, val, test or nothing")
             for part, mask in MASKS.items():
                 data[mask] = torch.from_numpy((splits == part).to_numpy(copy=True))
     with naming(folder / "edges.csv"):
@@ -205,10 +199,10 @@ def _read_table(path: Path, needed: tuple[str, ...], text: tuple[str, ...]) -> p
         path, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=[""], skipinitialspace=True,
         encoding="utf-8-sig",
     )  # fmt: skip
-    if missing := [column for column in needed if column not in table]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; got {list(table.columns)}")
-    if any(str(column).startswith("Unnamed: ") for column in table):
-        raise ValueError(f"{path}: got a column without a name, expected none (pandas: to_csv(index=False))")
+    columns = [str(column) for column in table]
+    check({*needed} <= {*columns}, str(path), f"columns {', '.join(columns)}", f"{', '.join(needed)} among them")
+    is_named = not any(column.startswith("Unnamed: ") for column in columns)
+    check(is_named, str(path), "a column without a name", "none (pandas: to_csv(index=False))")
     return table
 
 

@@ -9,6 +9,7 @@ import mmap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ class StoredGraph(FeatureStore, GraphStore):
         path, said = self._file(name), self.info["arrays"][name]
         try:
             array: Any = np.lib.format.open_memmap(path, mode="r")
-        except ValueError as error:
+        except (ValueError, EOFError, OverflowError, TokenError) as error:
             raise ValueError(f"{path}: got {error}, expected a whole .npy file") from error
         is_typed = array.dtype.name in dtypes and array.dtype.isnative and array.flags.c_contiguous
         is_shaped = array.ndim in dims and rows in (None, len(array))

@@ -122,8 +122,8 @@ def fresh(config: ImageSetConfig, task: Any) -> Any:
     [
         ({"size": 10}, [], "image_size: got 10, expected a multiple of patch_size=4"),
         ({"size": 24}, ["--patch", "None"], "image_size: got 24, expected patch, dim and vit_heads with it"),
-        ({"classes": "a"}, [], "images: train has images of 1 classes, expected two or more"),
-        ({"train": 1}, [], "images: val has images of 0 classes"),
+        ({"classes": "a"}, [], "images: got images of 1 classes in train, expected two or more"),
+        ({"train": 1}, [], "images: got images of 0 classes in val"),
         ({}, ["--patch", "0"], "patch: got 0, expected at least 1"),
         ({}, ["--router", "oracle"], "router: got 'oracle' for images"),
         ({}, ["--mlp-scale", "0.5"], "mlp_scale: got 0.5 with router='expert_choice', expected 1"),

@@ -85,6 +85,7 @@ def test_splits_outputs_and_metric(name: OGBName, root: Path, capsys: pytest.Cap
         assert index.tolist() == numbers(file(name, root, part)).ravel().tolist()
     assert graph.num_outputs == {"ogbn-arxiv": 40, "ogbn-products": 47, "ogbn-proteins": 112, "ogbn-mag": 349}[name]
     assert graph.metric_name == ("roc_auc" if name == "ogbn-proteins" else "accuracy")
+    assert graph.metric is not None
     assert isinstance(graph.metric(), OGBMetric)
     assert f"{name}: a planted graph, not OGB's" in capsys.readouterr().out
 

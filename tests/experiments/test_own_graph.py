@@ -55,39 +55,34 @@ def test_without_masks_each_seed_draws_a_split(form: str, tmp_path: Path) -> Non
     assert not torch.equal(first["train"], other["train"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"edges": None, "node_features": None}, "x, edge_index missing"),
-        ({"val_masks": None}, "val_mask missing, .*all masks or none"),
-        ({"x": np.ones((NODES, 2))}, "got both x and node_features"),
-        ({"edges": None, "edge_index": arrays()["edges"]}, r"'edge_index' needs to be of shape \[2, num_edges\]"),
-        ({"edges": np.array([[0, 1.5]])}, "edge_index holds other than whole numbers"),
-        ({"edges": np.array([[0, NODES]])}, f".*found {NODES}"),
-        ({"edges": np.array([[-3, 1]])}, ".*found -3"),
-        ({"edges": np.array([["a", "b"]])}, "cannot be read .*expected rows of numbers"),
-        ({"node_features": np.ones((NODES, 0))}, r"got features of shape \(40, 0\)"),
-        ({"node_features": np.full((NODES, 1), np.nan)}, "got features .*expected finite numbers"),
-        ({"node_labels": np.full(NODES, np.nan)}, "y holds other than whole numbers"),
-        ({"node_labels": np.eye(NODES)[:, :3].astype(int)}, r"y has shape \(40, 3\), expected a label a node"),
-        ({"node_labels": np.zeros(7, int)}, r"got y or a mask of shape \(7,\), expected a row for each of 40 nodes"),
-        ({"node_labels": np.zeros(NODES, int)}, "the largest label is 0, expected 1"),
-        ({"node_labels": np.full(NODES, -1)}, "got a negative label in a split"),
-        ({"node_labels": np.full(NODES, 10**9)}, "the largest label is 1000000000"),
-        ({"train_masks": np.arange(5)}, "train_mask holds other values than 0 and 1, expected a mask"),
-        ({"val_masks": np.zeros(NODES, bool)}, "got a split without nodes in one part"),
-        ({"val_masks": np.ones(NODES, bool)}, r"node \d+ is in two parts"),
-        ({"val_masks": np.ones((3, NODES), bool), "test_masks": np.ones((2, NODES), bool)}, ".*expected as many"),
-        (
-            {f"{part}_masks": None for part in ("train", "val", "test")} | {"node_labels": np.full(NODES, -1)},
-            ".*than 5",
-        ),
-        ({"edge_weight": np.ones(3)}, r"edge_weight has shape \(3,\), expected a finite number an edge"),
+WRONG: dict[str, list[Any]] = {
+    "edges": [None, np.array([[0, 1.5]]), np.array([[0, NODES]]), np.array([[-3, 1]]), np.array([["a", "b"]])],
+    "edge_index": [arrays()["edges"].T],  # beside edges
+    "node_features": [None, np.ones((NODES, 0)), np.ones(NODES), np.full((NODES, 1), np.nan), np.ones((7, 2))],
+    "node_labels": [
+        *(np.full(NODES, value) for value in (np.nan, 0, -1, 10**9)), np.zeros(7, int), np.eye(NODES)[:, :3],
     ],
+    "train_masks": [None, np.arange(NODES)],
+    "val_masks": [np.zeros(NODES, bool), np.ones(NODES, bool), np.zeros((3, 5), bool), arrays(3)["val_masks"]],
+    "edge_weight": [np.ones(3), np.full(len(arrays()["edges"]), np.inf)],
+}  # fmt: skip
+"""What may not stand in an npz under these names; ``None`` is nothing at all."""
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_graph(key: str, tmp_path: Path) -> None:
+    for value in WRONG[key]:
+        path = write_npz(tmp_path, **{key: value})
+        with pytest.raises(ValueError, match=f"^{path}: .*(expected|found) "):
+            own_graph(path)
+
+
+@pytest.mark.parametrize(
+    "x", [[[1.0]] * NODES, torch.eye(NODES).to_sparse(), torch.ones(1).expand(NODES, 10**12), torch.ones(NODES) * 1j]
 )
-def test_a_wrong_graph(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = write_npz(tmp_path, **changes)
-    with pytest.raises(ValueError, match=f"^{path}: ({message})"):
+def test_a_wrong_pt(x: Any, tmp_path: Path) -> None:
+    path = write_pt(tmp_path, x=x)
+    with pytest.raises(ValueError, match=f"^{path}: .*expected (as many|a dense tensor)"):
         own_graph(path)
 
 
@@ -114,21 +109,6 @@ def test_edge_weights(tmp_path: Path) -> None:
     csv = write_csv(tmp_path, weight=weight.tolist())
     for path in (write_pt(tmp_path, **more), write_npz(tmp_path, npz), csv):
         torch.testing.assert_close(own_graph(path).data.edge_weight, weight.float())
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"x": [[1.0]] * NODES}, "x is a list, expected a dense tensor"),
-        ({"x": torch.eye(NODES).to_sparse()}, "x is a Tensor, expected a dense tensor"),
-        ({"x": torch.ones(1).expand(NODES, 10**12)}, "x claims more numbers than the file holds"),
-        ({"y": torch.tensor(1)}, r"y has shape \(\), expected a label a node"),
-    ],
-)
-def test_a_wrong_pt(more: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = write_pt(tmp_path, **more)
-    with pytest.raises(ValueError, match=f"^{path}: {message}"):
-        own_graph(path)
 
 
 def test_a_malicious_file_is_not_run(tmp_path: Path) -> None:
@@ -178,22 +158,22 @@ def test_ids_are_text(names: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "message"),
+    ("file", "old", "new"),
     [
-        ("edges.csv", "target", "to", r"no column target; got \['source', 'to'\]"),
-        ("nodes.csv", "f1", "", "got a column without a name"),
-        ("edges.csv", "\nn", "\nx", r"edge 0 has 'x\d+', which is no node"),
-        ("edges.csv", "\nn", "\nn1,n", "has no rows, or more fields|Expected 2 fields"),
-        ("nodes.csv", "n2,", "n1,", "id is missing or given twice"),
-        ("nodes.csv", "n2,", ",", "id is missing or given twice"),
-        ("nodes.csv", "\nn2,", "\nn2,red", r"row 2 has 'label'='red\d', expected a number"),
-        ("nodes.csv", ",train", ",trian", "got splits .*, expected train, val, test or nothing"),
+        ("edges.csv", "target", "to"),
+        ("edges.csv", "\nn", "\nx"),  # no node
+        ("edges.csv", "\nn", "\nn1,n"),  # three fields
+        ("nodes.csv", "f1", ""),
+        ("nodes.csv", "n2,", "n1,"),  # twice
+        ("nodes.csv", "n2,", ","),
+        ("nodes.csv", "\nn2,", "\nn2,red"),  # among numbers
+        ("nodes.csv", ",train", ",trian"),
     ],
 )
-def test_a_wrong_csv(file: str, old: str, new: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_csv(file: str, old: str, new: str, tmp_path: Path) -> None:
     folder = write_csv(tmp_path, ids=[f"n{i}" for i in range(NODES)])
     (folder / file).write_text((folder / file).read_text().replace(old, new, 1))
-    with pytest.raises(ValueError, match=rf"^{folder / file}: .*({message})"):
+    with pytest.raises(ValueError, match=f"^{folder / file}: "):
         own_graph(folder)
 
 

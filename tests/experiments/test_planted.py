@@ -52,6 +52,7 @@ def test_proteins_labels_follow_from_their_edges(root: Path) -> None:
     assert is_undirected(data.edge_index, data.edge_attr)
     regime = data.x[:, :4].argmax(dim=1)
     seen = torch.cat([data.x * (regime == number)[:, None] for number in range(4)], dim=1)
+    assert graph.metric is not None
     metric = graph.metric()
     scores = [
         LogisticRegression(max_iter=300).fit(seen[split["train"]], data.y[split["train"], task]).decision_function(seen)
