@@ -114,11 +114,9 @@ def test_datasets_of_pil_images() -> None:
     [
         (3, GRAPH, "data: got a int for graph, expected a Data"),
         (make_hetero(), GRAPH, "data: got a HeteroData for graph"),
-        (make_graph(), HETERO, "data: got a Data for hetero"),
         (make_parts(), DIGITS, "data: got a tuple for digits"),
         (HeteroData(), HETERO, "hetero: got y of no node type"),
         (make_hetero(train_mask=torch.ones(40)), HETERO, "hetero: got no val_mask, test_mask"),
-        (make_hetero(x=torch.full((40, 1), torch.nan)), HETERO, "hetero: got features of shape"),
         (make_graph(), IMAGES, r"data: got a Data for images, expected \(train, test\)"),
         (make_images(), IMAGES, "data: train is a Tensor that cannot be taken"),
         ((FakeData(0), FakeData(0)), IMAGES, "data: train is a FakeData that cannot be taken"),

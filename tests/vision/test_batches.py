@@ -105,26 +105,14 @@ def test_shards_are_slices_of_the_same_batches(source: ImageSource, world: int) 
         assert torch.cat([labels for _, labels in parts]).equal(whole[1])
 
 
-@pytest.mark.parametrize("side", [8, 64, 160])
-def test_augmentation_keeps_shape_and_type(side: int) -> None:
-    augment = make_augment("standard", side)
-    assert augment is not None
-    assert make_augment("none", side) is None
-    image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
-    changed = augment(image)
-    assert (changed.shape, changed.dtype) == (image.shape, image.dtype)
-
-
 def test_small_images_are_cropped_and_flipped() -> None:
     augment = make_augment("standard", 32)
     assert augment is not None
+    assert make_augment("none", 32) is None
     torch.manual_seed(0)
     ramp = torch.arange(1, 33, dtype=torch.uint8).expand(3, 32, 32)  # of columns
-    shifts, flips = set(), 0
-    for _ in range(300):
-        columns = augment(ramp)[0, 16].int()
-        flipped = bool(columns[20] < columns[10])
-        flips += flipped
-        shifts.add(int((columns.flip(0) if flipped else columns)[16]) - 17)
-    assert shifts == set(range(-4, 5))  # padding 32 // 8
-    assert 110 < flips < 190
+    rows = torch.stack([augment(ramp)[0, 16] for _ in range(300)]).int()
+    is_flipped = rows[:, 20] < rows[:, 10]
+    shifts = torch.where(is_flipped[:, None], rows.flip(1), rows)[:, 16] - 17
+    assert shifts.unique().tolist() == list(range(-4, 5))  # padding 32 // 8
+    assert 110 < int(is_flipped.sum()) < 190
