@@ -50,7 +50,8 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
     print(f"{data.name}: {' + '.join(str(len(rows)) for rows in split.values())} images; {data.note}", flush=True)
     for part, rows in split.items():
         seen = set(sources[part].labels[rows].tolist())
-        check(len(seen) > (part == "train"), data.name, f"images of {len(seen)} classes in {part}", "two or more")
+        least = 2 if part == "train" else 1
+        check(len(seen) >= least, data.name, f"images of {len(seen)} classes in {part}", f"at least {least}")
         missing = [name for label, name in enumerate(data.classes) if label not in seen]
         if missing:
             print(f"{data.name}: {part} has no image of {len(missing)} classes: {', '.join(missing[:5])}", flush=True)

@@ -72,7 +72,7 @@ class PyGSet:
                 flush=True,
             )
         classes, splits = int(data.y.max()) + 1, partial(self.splits, data)
-        with naming(folder):
+        with naming(folder):  # drawn splits need some nodes of each class
             splits(0)
         return GraphData(name=name, data=data, splits=splits, num_outputs=classes, metric_name=self.metric)
 

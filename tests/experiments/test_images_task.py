@@ -122,7 +122,7 @@ def fresh(config: ImageSetConfig, task: Any) -> Any:
     [
         ({"size": 10}, [], "image_size: got 10, expected a multiple of patch_size=4"),
         ({"size": 24}, ["--patch", "None"], "image_size: got 24, expected patch, dim and vit_heads with it"),
-        ({"classes": "a"}, [], "images: got images of 1 classes in train, expected two or more"),
+        ({"classes": "a"}, [], "images: got images of 1 classes in train, expected at least 2"),
         ({"train": 1}, [], "images: got images of 0 classes in val"),
         ({}, ["--patch", "0"], "patch: got 0, expected at least 1"),
         ({}, ["--router", "oracle"], "router: got 'oracle' for images"),
