@@ -194,8 +194,7 @@ def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:
         raise ValueError(f"{folder}: not the published files; delete the folder, and start again") from error
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     train, test = (MemoryImages(x, torch.tensor(y.targets), image_size) for x, y in zip(pixels, parts, strict=True))
-    mean, std = CONSTANTS[name]
-    classes = tuple(parts[0].classes)
+    (mean, std), classes = CONSTANTS[name], tuple(parts[0].classes)
     return ImageData(name=name, classes=classes, train=train, test=test, mean=mean, std=std, note=NOTES[name])
 
 
