@@ -264,11 +264,8 @@ class GraphConfig(NodeConfig):
     """Jumping knowledge; with `last`, all convs may hold experts and a linear layer is the output."""
     input_dropout: float = 0.0
     """Dropout of the input features."""
-    adjacency: Literal["auto", "edge_index", "csr"] = "auto"
+    adjacency: Literal["auto", "edge_index"] = "auto"
     """Full-batch: how edges are given; `auto` takes CSR where convs run on it and use no edge weights of some only."""
-    label_reuse: float = 0.0
-    """Full-batch: share of the training labels that are input, drawn anew each epoch, while the loss is on the others;
-    at evaluation all of them are input. Off by default."""
     metric: Literal["accuracy", "roc_auc"] | None = None
     """Of your own graph: the metric (default accuracy)."""
 
@@ -276,8 +273,6 @@ class GraphConfig(NodeConfig):
         super().__post_init__()
         if not self.conv:
             raise ValueError("conv: got none, expected at least one")
-        if self.label_reuse and self.sampling != "full":
-            raise ValueError(f"label_reuse: got {self.label_reuse} with sampling={self.sampling!r}, expected 'full'")
         if self.metric is not None and self.dataset != "graph":
             raise ValueError(f"metric: got {self.metric!r} for {self.dataset}, expected none; `graph` leaves it open")
 
@@ -332,8 +327,8 @@ class ImageSetConfig(ImageConfig):
 
     image_size: int | None = None
     """Height and width that images are brought to; by default the data set's."""
-    augment: Literal["none", "standard", "randaugment"] = "none"
-    """Random crops and flips (`standard`), and RandAugment with them."""
+    augment: Literal["none", "standard"] = "none"
+    """Random crops and flips."""
 
 
 HETERO = ("ogbn-mag", "hetero")
@@ -344,7 +339,7 @@ WHERE = frozenset({
     "data_root", "out", "resume", "workers", "device", "offline", "allow_large_downloads", "logger", "progress", "jobs",
 })  # fmt: skip
 """Options that no number depends on."""
-SHARES = ("label_smoothing", "dropout", "input_dropout", "label_reuse")
+SHARES = ("label_smoothing", "dropout", "input_dropout")
 LEAST: dict[str, int] = dict.fromkeys((*SHARES, "mlp_scale", "clip_norm", "weight_decay", "lr"), 0) | dict.fromkeys(
     ("experts", "k", "hidden", "layers", "every", "epochs", "batch_size", "eval_every", "patch", "dim", "vit_heads",
      "image_size", "devices", "nodes", "jobs"), 1,

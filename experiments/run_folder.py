@@ -457,7 +457,7 @@ def read_config(folder: Path, data_root: Path | None = None) -> RunConfig:
     if not path.exists():
         raise ValueError(f"{path}: is missing, expected the folder of a run")
     if data_root is None:
-        data_root = Path(read_json(where, dict[str, str])["data_root"]) if where.exists() else Path()
+        data_root = Path(read_json(where, dict[str, str]).get("data_root", "data")) if where.exists() else Path()
         data_root = data_root if data_root.exists() else Path("data")
     return read_options(path, data_root)
 

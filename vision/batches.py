@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from vision.sources import ImageSource
 
-AugmentKind = Literal["none", "standard", "randaugment"]
+AugmentKind = Literal["none", "standard"]
 Augment = Callable[[Tensor], Tensor]
 """Of one image, (C, S, S); random by torch's own generator only."""
 RESIZED_FROM = 64
@@ -27,8 +27,7 @@ def make_augment(kind: AugmentKind, image_size: int) -> Augment | None:
 
     Args:
         kind: ``"none"``; ``"standard"``: a crop after padding by S // 8 (from 64 pixels on a crop of 35 to 100 % of the
-            area, resized), and a horizontal flip; ``"randaugment"``: the same, then RandAugment (Cubuk et al., 2020;
-            two operations of magnitude 9, torchvision's defaults).
+            area, resized), and a horizontal flip.
         image_size: S.
     """
     if kind == "none":
@@ -36,7 +35,7 @@ def make_augment(kind: AugmentKind, image_size: int) -> Augment | None:
     crop: v2.Transform = v2.RandomCrop(image_size, padding=image_size // 8)
     if image_size >= RESIZED_FROM:
         crop = v2.RandomResizedCrop(image_size, scale=(0.35, 1.0), antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), *([v2.RandAugment()] if kind == "randaugment" else [])])
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
 @dataclass(frozen=True, eq=False)

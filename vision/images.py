@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 from torchvision.datasets.folder import is_image_file, make_dataset
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive, extract_archive
 
 from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
 
@@ -31,7 +30,12 @@ NOTES = {
     "cifar100": "CIFAR-100 (Krizhevsky, 2009; 50,000 + 10,000), cs.toronto.edu/~kriz/cifar.html, no license stated",
     "imagenette": "Imagenette, 160 px (9,469 + 3,925), github.com/fastai/imagenette, Apache 2.0; images of ImageNet",
 }
-MEGABYTES = {"cifar10": 170, "cifar100": 169, "imagenette": 99}
+PUBLISHED: dict[str, tuple[str, str, str, int]] = {
+    "cifar10": (CIFAR10.base_folder, CIFAR10.url, CIFAR10.tgz_md5, 170),
+    "cifar100": (CIFAR100.base_folder, CIFAR100.url, CIFAR100.tgz_md5, 169),
+    "imagenette": ("imagenette2-160", *Imagenette._ARCHIVES["160px"], 99),
+}
+"""Folder in the root, the archive's address, its MD5 and its megabytes."""
 TEST_SHARE = 0.2
 """Of each class, where a folder of images has no train and test."""
 MEMORY = 2 * 2**30
@@ -89,7 +93,7 @@ def load_images(name: str, root: Path, *, image_size: int | None = None, offline
         return _own(root, image_size)
     if name == "imagenette":
         itself = (root / "train" / next(iter(WNIDS))).is_dir()
-        folder = root if itself else _unpacked(name, root, "imagenette2-160", offline)
+        folder = root if itself else _unpacked(name, root, offline)
         train, test = (_listing(folder / part, tuple(WNIDS)) for part in ("train", "val"))
         return _read(name, train, test, image_size or 160, NOTES[name], tuple(names[0] for names in WNIDS.values()))
     if name == "cifar10" and not (root / CIFAR10.base_folder).is_dir():
@@ -183,39 +187,36 @@ def _read(
 
 
 def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:
-    cls = CIFAR[name]
-    folder = _unpacked(name, root, cls.base_folder, offline)
-    for file, md5 in [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])]:
-        if not check_integrity(folder / file, md5):
-            raise ValueError(f"{folder / file}: missing, or not the published file; delete {folder} and start again")
-    parts = [cls(root, train=train) for train in (True, False)]
+    folder = _unpacked(name, root, offline)
+    try:
+        parts = [CIFAR[name](root, train=train) for train in (True, False)]
+    except RuntimeError as error:  # by MD5
+        raise ValueError(f"{folder}: not the published files; delete the folder, and start again") from error
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     train, test = (MemoryImages(x, torch.tensor(y.targets), image_size) for x, y in zip(pixels, parts, strict=True))
-    mean, std = CONSTANTS[name]
-    classes = tuple(parts[0].classes)
+    (mean, std), classes = CONSTANTS[name], tuple(parts[0].classes)
     return ImageData(name=name, classes=classes, train=train, test=test, mean=mean, std=std, note=NOTES[name])
 
 
-def _unpacked(name: str, root: Path, folder: str, offline: bool) -> Path:
+def _unpacked(name: str, root: Path, offline: bool) -> Path:
     """The folder of a published data set; where it is missing, its archive is unpacked, or downloaded first."""
+    folder, url, md5, megabytes = PUBLISHED[name]
+    archive = root / Path(url).name
     if (root / folder).is_dir():
         return root / folder
-    cls: Any = CIFAR.get(name, Imagenette)
-    given = {} if name in CIFAR else {"size": "160px"}
-    url, md5 = (cls.url, cls.tgz_md5) if name in CIFAR else cls._ARCHIVES["160px"]
-    archive = root / Path(url).name
     if archive.exists() and not check_integrity(archive, md5):
         raise ValueError(f"{archive}: not whole, or not the published file; delete it, and start again")
     advice = f"{name}: found neither {root / folder} nor {archive}; put one of them there (from {url})"
     if offline and not archive.exists():
         raise FileNotFoundError(advice)
-    print(f"{name}: unpacking {archive}" if archive.exists() else f"{name}: downloading {MEGABYTES[name]} MB to {root}")
+    print(f"{name}: unpacking {archive}" if archive.exists() else f"{name}: downloading {megabytes} MB to {root}")
     try:
         root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=root) as scratch:  # so that no half of it is taken for the whole
             if archive.exists():
-                Path(scratch, archive.name).symlink_to(archive.resolve())
-            cls(scratch, download=True, **given)
+                extract_archive(archive, scratch)
+            else:
+                download_and_extract_archive(url, scratch, md5=md5)
             Path(scratch, folder).replace(root / folder)
     except Exception as error:
         raise FileNotFoundError(f"{advice} (the download failed: {error})") from error

@@ -1,21 +1,88 @@
-"""The data sets by name. Each is imported when it is asked for, with the packages that it alone needs."""
+"""What training needs of a data set, and the data sets by name, each imported when it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+from torch import Tensor
+from torch.nn import functional as F
 from torch_geometric.data import Data, HeteroData
-from torch_geometric.transforms import ToUndirected
+from torchmetrics import Metric
 
-from experiments.config import GraphConfig, HeteroConfig, ImageConfig, ImageSetConfig, RunConfig, load_object
-from experiments.data.graph_data import GraphData, Split
-from experiments.data.graph_task import graph_task
-from experiments.data.task import Batch, Task
+from experiments.config import PAPERS, ImageSetConfig, RunConfig, load_object
 
-__all__ = ["Batch", "Split", "Task", "load_tasks", "own_data"]
+Split: TypeAlias = Literal["train", "val", "test"]
+Splits: TypeAlias = dict[Split, Tensor]
+MetricName: TypeAlias = Literal["accuracy", "roc_auc"]
+Shard: TypeAlias = tuple[int, int]
+"""A process's number r and how many there are, W: of each batch it takes the r-th of W slices (``tensor_split``)."""
+
+
+class Batch(NamedTuple):
+    """One call of the model: ``model(*inputs)`` gives logits, of which the rows ``rows`` (all if ``None``) count."""
+
+    inputs: tuple[Any, ...]
+    target: Tensor
+    rows: Tensor | slice | None = None
+
+    def counted(self, logits: Tensor) -> Tensor:
+        """The logits that loss and metric count."""
+        return logits if self.rows is None else logits[self.rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A data set with one split, ready to train on.
+
+    ``loader(split, batch_size, shuffle_seed, shard)`` gives the batches of one epoch; no shuffling without a seed, and
+    without a shard all of each batch. The slices of a small batch may be empty.
+    """
+
+    name: str
+    kind: Literal["graph", "hetero", "image"]  # inputs are those of a GNN, of a relational one, or images
+    in_channels: Any  # width of the nodes (by type, None without features), or height and width of the images
+    num_classes: int  # width of the logits
+    metric_name: str
+    metric: Callable[[], Metric]  # is updated with (logits, target); higher is better, in 0..1
+    loader: Callable[..., Iterable[Batch]]
+    steps: Callable[[int], int] = lambda _: 1  # training batches in an epoch, by batch size
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy  # of (logits, target), in training
+    graph: Data | HeteroData | None = None  # the whole graph, for models that need more of it than batches hold
+    split: Splits | None = None  # the nodes of train, val and test
+    target: str | None = None  # of a heterogeneous graph, the node type that has labels
+    planted: Tensor | None = None  # (T,) the expert that each token should go to, where that is known
+    classes: tuple[str, ...] = ()  # names, where they are known
+    mean: tuple[float, ...] = ()  # of images, a channel: the model sees (value in 0..1 - mean) / std
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphData:
+    """A graph before it is made into batches: nodes, edges, labels, and who is trained on."""
+
+    name: str
+    data: Data | HeteroData  # y is (N,) classes, or (N, tasks) binary labels
+    splits: Callable[[int], Splits]  # of a seed; of S fixed splits seed s takes s % S
+    num_outputs: int  # width of the logits
+    metric_name: MetricName = "accuracy"
+    metric: Callable[[], Metric] | None = None  # another than that of the name
+    target: str | None = None  # of a heterogeneous graph, the node type that has labels
+    planted: Tensor | None = None  # (N,) the expert that each node should go to, where that is known
+
+
+LOADERS = {
+    "digits": "images:digits",
+    "digits-graph": "made:digits_graph",
+    "mosaic": "made:mosaic",
+    "graph": "own_graph:configured",
+    "hetero": "own_graph:configured",
+    PAPERS: "stored:stored_task",
+    **dict.fromkeys(("cifar10", "cifar100", "imagenette", "images"), "images:image_set"),
+}
+"""Modules and functions of the data sets that are not in :mod:`experiments.data.named`."""
 
 
 def load_tasks(config: RunConfig) -> Callable[[int], Task]:
@@ -25,55 +92,15 @@ def load_tasks(config: RunConfig) -> Callable[[int], Task]:
         ValueError: an unknown name, a broken file, or something else than data from ``--data``.
         FileNotFoundError: files are missing and cannot be fetched.
     """
-    found = _load(config) if config.data is None else own_data(load_object("data", config.data)(), config)
+    place, given = LOADERS.get(config.dataset, "named:configured"), [config]
+    if config.data is not None:
+        place = "images:own_images" if isinstance(config, ImageSetConfig) else "own_graph:own_object"
+        given = [load_object("data", config.data)(), config]
+    elif config.dataset == "graph" and (config.data_root / "graph.json").is_file():  # of experiments.convert
+        place = LOADERS[PAPERS]
+    found = load_object("dataset", f"experiments.data.{place}")(*given)
     if isinstance(found, Task):
-        task = found
-        return lambda _: task
-    assert isinstance(config, GraphConfig | HeteroConfig)
+        return lambda _: found
+    from experiments.data.graphs import directed, graph_task
+
     return partial(graph_task, directed(found, config), config)
-
-
-def directed(graph: GraphData, config: GraphConfig | HeteroConfig) -> GraphData:
-    """The graph, in both directions if the run asks for it; an edge there twice gets the mean of its weights."""
-    return replace(graph, data=ToUndirected(reduce="mean")(graph.data)) if config.undirected else graph
-
-
-def own_data(found: Any, config: RunConfig) -> GraphData | Task:
-    """What the function of ``--data`` returns, as a graph data set, or as a task of images.
-
-    See :func:`experiments.data.own_graph.graph_of` for graph and hetero, :func:`experiments.data.images.own_images`.
-    """
-    name = config.data or config.dataset
-    if isinstance(config, ImageSetConfig):
-        from experiments.data.images import own_images
-
-        return own_images(found, name, config)
-    expected = None if isinstance(config, ImageConfig) else HeteroData if isinstance(config, HeteroConfig) else Data
-    if expected is None or not isinstance(found, expected):
-        raise ValueError(
-            f"data: got a {type(found).__name__} for {config.dataset}, expected a Data for the preset graph, a "
-            "HeteroData for hetero, or pairs of images and labels for images"
-        )
-    from experiments.data.own_graph import graph_of
-
-    return graph_of(found.cpu(), name, name, getattr(config, "metric", None))
-
-
-LOADERS = {
-    "digits": "digits:digits",
-    "digits-graph": "digits:digits_graph",
-    "mosaic": "mosaic:mosaic",
-    "graph": "own_graph:configured",
-    "hetero": "own_graph:configured",
-    "ogbn-papers100M": "stored:stored_task",
-    **dict.fromkeys(("cifar10", "cifar100", "imagenette", "images"), "images:image_set"),
-}
-"""Modules and functions of the data sets that are not in :mod:`experiments.data.named`."""
-
-
-def _load(config: RunConfig) -> GraphData | Task:
-    place = LOADERS.get(config.dataset, "named:configured")
-    if config.dataset == "graph" and (config.data_root / "graph.json").is_file():  # of experiments.convert
-        place = LOADERS["ogbn-papers100M"]
-    found: GraphData | Task = load_object("dataset", f"experiments.data.{place}")(config)
-    return found

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickle
-import pickletools
 import re
 import shutil
 from collections.abc import Callable
@@ -19,18 +16,9 @@ from torch_geometric import datasets
 from torch_geometric.transforms import NormalizeFeatures
 
 from experiments.config import GraphConfig, HeteroConfig
-from experiments.data.graph_data import (
-    GraphData,
-    MetricName,
-    Splits,
-    check_graph,
-    fixed_splits,
-    make_metric,
-    per_class_splits,
-)
-from experiments.data.ogb import OGB, load_ogb
-from experiments.data.own_graph import own_graph
-from experiments.files import naming, read_json, read_npz
+from experiments.data import GraphData, MetricName, Splits
+from experiments.data.graphs import MASKS, check_graph, fixed_splits, per_class_splits
+from experiments.files import naming, read_json, read_npz, read_pickle
 
 
 @dataclass(frozen=True)
@@ -44,57 +32,49 @@ class PyGSet:
     megabytes: float  # of the download
     metric: MetricName = "accuracy"  # by which the field compares
     splits: Callable[[Any, int], Splits] = fixed_splits  # of the graph and a seed
-    warning: str = ""  # what users should know before they compare figures
 
     def load(self, name: str, root: Path, offline: bool) -> GraphData:
         """The data set, its features those of the files (Planetoid's normalized to sum 1 a node, as is usual)."""
         folder = root / self.folder
         missing = [file for file in self.files if not (folder / file).exists()]
-        if missing:
-            self._download(name, folder, missing, offline)
-        for file in self.files:
-            _check(folder / file)
-        with TemporaryDirectory() as scratch:  # PyG writes what it made beside the raw files, which may be read-only
-            link = Path(scratch, self.folder)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(folder.resolve())
-            try:
-                dataset = self.cls(scratch, **self.kwargs)
-            except Exception as error:
-                raise ValueError(f"{folder}: PyG cannot read {' or '.join(self.files)} ({error!r:.200})") from error
-        data = dataset.get(0)
-        check_graph(str(folder), data)  # as in the files: a sum over a row spreads NaN
-        data = data if dataset.transform is None else dataset.transform(data)
-        data.x, data.y = data.x.float(), data.y.long()
-        if self.warning:
-            print(f"{name}: {self.warning}", flush=True)
-        classes = int(data.y.max()) + 1
-        return GraphData(
-            name=name,
-            data=data,
-            splits=partial(self.splits, data),
-            metric=make_metric(self.metric, classes),
-            metric_name=self.metric,
-            num_outputs=classes,
-        )
-
-    def _download(self, name: str, folder: Path, missing: list[str], offline: bool) -> None:
-        """Fetch the raw files as PyG does; those that are missing come into place when all are there."""
         advice = (
             f"{name}: {', '.join(missing)} missing in {folder}. Put them there (about {self.megabytes:g} MB, see the "
             f"source in PyG's {self.cls.__name__}), or give another --data-root"
         )
-        if offline:
+        if missing and offline:
             raise FileNotFoundError(advice)
-        print(f"{name}: downloading about {self.megabytes:g} MB to {folder}", flush=True)
-        try:
-            with TemporaryDirectory() as scratch:
-                self.cls(scratch, **self.kwargs)
-                folder.mkdir(parents=True, exist_ok=True)
-                for file in missing:
-                    shutil.move(Path(scratch, self.folder, file), folder / file)
-        except Exception as error:
-            raise FileNotFoundError(f"{advice} (the download failed: {error})") from error
+        with TemporaryDirectory() as scratch:  # PyG writes what it made beside the raw files, which may be read-only
+            raw = Path(scratch, self.folder)
+            if missing:
+                print(f"{name}: downloading about {self.megabytes:g} MB to {folder}", flush=True)
+                try:
+                    dataset = self.cls(scratch, **self.kwargs)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    for file in missing:
+                        shutil.move(raw / file, folder / file)
+                except Exception as error:
+                    raise FileNotFoundError(f"{advice} (the download failed: {error})") from error
+            else:
+                for file in self.files:
+                    _check(folder / file)
+                raw.parent.mkdir(parents=True, exist_ok=True)
+                raw.symlink_to(folder.resolve())
+                with naming(folder):
+                    dataset = self.cls(scratch, **self.kwargs)
+        data = dataset.get(0)
+        check_graph(str(folder), data)  # as in the files: a sum over a row spreads NaN
+        data = data if dataset.transform is None else dataset.transform(data)
+        data.x, data.y = data.x.float(), data.y.long()
+        if self.cls is datasets.WikipediaNetwork:
+            print(
+                f"{name}: many of its nodes are duplicates, with one of them in training and another in test (Platonov "
+                f"et al., 2023); compare models on {name}-filtered",
+                flush=True,
+            )
+        classes, splits = int(data.y.max()) + 1, partial(self.splits, data)
+        with naming(folder):  # drawn splits need some nodes of each class
+            splits(0)
+        return GraphData(name=name, data=data, splits=splits, num_outputs=classes, metric_name=self.metric)
 
 
 def _planetoid(name: str, megabytes: float) -> PyGSet:
@@ -116,19 +96,14 @@ def _platonov(name: str, metric: MetricName, megabytes: float) -> PyGSet:
     return PyGSet(cls, {"name": name}, f"{name}/raw", (f"{name}.npz",), megabytes, metric)
 
 
-def _geom(cls: Any, kwargs: dict[str, Any], folder: str, file: str, megabytes: float, warning: str = "") -> PyGSet:
+def _geom(cls: Any, kwargs: dict[str, Any], folder: str, file: str, megabytes: float) -> PyGSet:
     """Pei et al., 2020; graphdml-uiuc-jlu/geom-gcn; 10 fixed splits, 48/32/20."""
     splits = (f"{file}_split_0.6_0.2_{split}.npz" for split in range(10))
-    files = ("out1_node_feature_label.txt", "out1_graph_edges.txt", *splits)
-    return PyGSet(cls, kwargs, folder, files, megabytes, warning=warning)
+    return PyGSet(cls, kwargs, folder, ("out1_node_feature_label.txt", "out1_graph_edges.txt", *splits), megabytes)
 
 
 def _wikipedia(name: str, megabytes: float) -> PyGSet:
-    warning = (
-        "many of its nodes are duplicates, with one of them in training and another in test (Platonov et al., 2023); "
-        f"compare models on {name}-filtered"
-    )
-    return _geom(datasets.WikipediaNetwork, {"name": name}, f"{name}/geom_gcn/raw", name, megabytes, warning)
+    return _geom(datasets.WikipediaNetwork, {"name": name}, f"{name}/geom_gcn/raw", name, megabytes)
 
 
 PYG: dict[str, PyGSet] = {
@@ -152,8 +127,8 @@ PYG: dict[str, PyGSet] = {
 }
 """PyG's data sets by the name of the command line; PyG's ``root`` is the data root."""
 
-FILTERED = {"chameleon-filtered": "chameleon_filtered.npz", "squirrel-filtered": "squirrel_filtered.npz"}
-"""Without duplicate nodes: files of the data root itself, from github.com/yandex-research/heterophilous-graphs."""
+FILTERED = ("chameleon-filtered", "squirrel-filtered")
+"""Without duplicate nodes: ``chameleon_filtered.npz`` in the data root, from yandex-research/heterophilous-graphs."""
 
 
 def configured(config: GraphConfig | HeteroConfig) -> GraphData:
@@ -166,42 +141,38 @@ def load_graph(name: str, root: Path, offline: bool = False, allow_large_downloa
     if name in PYG:
         return PYG[name].load(name, root, offline)
     if name in FILTERED:
-        return own_graph(root / FILTERED[name], name=name)
-    if name not in OGB:
-        raise ValueError(f"dataset: got {name!r}, expected one of {', '.join([*PYG, *FILTERED, *OGB])}")
+        from experiments.data.own_graph import own_graph
+
+        return own_graph(root / f"{name.replace('-', '_')}.npz", name=name)
+    if not name.startswith("ogbn-"):
+        raise ValueError(f"dataset: got {name!r}, expected one of {', '.join([*PYG, *FILTERED])}, or one of OGB's")
+    from experiments.data.ogb import load_ogb
+
     return load_ogb(name, root, offline=offline, allow_large_downloads=allow_large_downloads)
 
 
 ARRAYS = [f"{of}_{part}" for of in ("adj", "attr") for part in ("data", "indices", "indptr", "shape")]
-ARRAYS += ["labels", "node_features", "node_labels", "edges"]
-ARRAYS += [f"{part}_mask{s}" for part in ("train", "val", "test") for s in ("", "s")]
+ARRAYS += ["labels", "node_features", "node_labels", "edges", *MASKS.values(), *(f"{mask}s" for mask in MASKS.values())]
 """What PyG reads of an ``.npz``."""
-PICKLED = ("_reconstruct", "ndarray", "dtype", "csr_matrix", "defaultdict", "list", "encode")
-"""What Planetoid's pickles are made of."""
 
 
 def _check(path: Path) -> None:
     """Refuse a raw file before PyG reads it, if it is broken, would run code, or claims more than it holds."""
-    if path.suffix == ".json":
-        read_json(path, dict[str, Any])
-    elif path.suffix == ".npz":
-        arrays = read_npz(path, ARRAYS)
-        with naming(path):
+    with naming(path):
+        if path.suffix == ".json":
+            read_json(path, dict[str, Any])
+        elif path.suffix == ".npz":
+            arrays = read_npz(path, ARRAYS)
             for of in ("adj", "attr") if "adj_data" in arrays else ():
                 *parts, shape = (arrays[f"{of}_{part}"] for part in ("data", "indices", "indptr", "shape"))
                 _check_matrix(csr_matrix(tuple(parts), shape.tolist()), becomes_dense=of == "attr")
-    else:
-        with naming(path):
+        elif path.suffix in (".txt", ".index"):
             content = path.read_bytes()
-            if path.suffix in (".txt", ".index"):
-                table = content.partition(b"\n")[2] if content.startswith(b"node_id") else content
-                if re.search(rb"[^\d.\t,\n]|[\d.]{6}", table) or not table.endswith(b"\n"):
-                    raise ValueError("not a whole table of numbers below 100,000")
-                return
-            for operation, argument, _ in pickletools.genops(content):
-                if operation.name.endswith("PUT") and (argument or 0) > len(content):  # as many places are allocated
-                    raise ValueError("claims more objects than it has bytes")
-            found = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+            table = content.partition(b"\n")[2] if content.startswith(b"node_id") else content
+            if re.search(rb"[^\d.\t,\n]|[\d.]{6}", table) or not table.endswith(b"\n"):
+                raise ValueError("not a whole table of numbers below 100,000")
+        else:
+            found = read_pickle(path)
             if isinstance(found, csr_matrix):
                 _check_matrix(found, becomes_dense=True)
 
@@ -211,12 +182,3 @@ def _check_matrix(matrix: csr_matrix, becomes_dense: bool) -> None:
     matrix.check_format(full_check=True)  # indices outside would be read and written all the same
     if becomes_dense and 4 * rows * columns >= 2**31:
         raise ValueError(f"got a matrix of {rows} x {columns}, expected one that fits into 2 GB")
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that runs no code of the file."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] in ("numpy", "scipy", "collections", "__builtin__", "_codecs") and name in PICKLED:
-            return super().find_class(module, name)
-        raise ValueError(f"holds {module}.{name}, expected arrays")

@@ -21,8 +21,8 @@ from torch_geometric.utils import scatter
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from experiments.data.graph_data import GraphData, Split, Splits
-from experiments.files import read_csv, read_tensors
+from experiments.data import GraphData, Split, Splits
+from experiments.files import naming, read_csv, read_tensors
 
 OGBName: TypeAlias = Literal["ogbn-arxiv", "ogbn-products", "ogbn-proteins", "ogbn-mag"]
 
@@ -99,9 +99,13 @@ def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downlo
     if (folder / "PLANTED.txt").exists():
         print(f"{name}: a planted graph, not OGB's ({folder / 'PLANTED.txt'})", flush=True)
     found = _tensors(name, folder)
+    with naming(folder):  # kept tensors are not read as strictly as OGB's files
+        data = HeteroData(found["graph"]) if hetero else Data.from_dict(found["graph"])
+        data.validate()
+        (data["paper"] if hetero else data).y[torch.cat([*found["split"].values()])]  # refuses nodes that are not there
     return GraphData(
         name=name,
-        data=HeteroData(found["graph"]) if hetero else Data.from_dict(found["graph"]),
+        data=data,
         splits=lambda _: found["split"],
         metric=partial(OGBMetric, name),
         metric_name="accuracy" if single else "roc_auc",

@@ -7,16 +7,14 @@ from functools import partial
 from typing import Any, get_args
 
 from experiments.config import PAPERS, STORED, GraphConfig
-from experiments.data.graph_data import Split, Splits, make_metric, task_loss
-from experiments.data.graph_task import neighborhoods
+from experiments.data import Batch, Shard, Split, Splits, Task
+from experiments.data.graphs import make_metric, neighborhoods, task_loss
 from experiments.data.ogb import OGBMetric
-from experiments.data.task import Batch, Shard, Task
 from gmoe.data.stored import StoredGraph
 
 LEGAL: dict[str, tuple[Any, ...]] = {
     "sampling": ("neighbor",),
     "evaluation": ("sampled",),
-    "adjacency": ("auto", "edge_index"),
 }
 """Values of the options that a graph on disk leaves no choice of."""
 CHECKED = 1 << 28
@@ -56,14 +54,9 @@ def stored_task(config: GraphConfig) -> Task:
             raise ValueError(f"{folder / name}.npy: got nodes {low} to {high}, expected 0 to {graph.num_nodes - 1}")
     if said["source"].startswith("Not OGB's"):
         print(f"{config.dataset}: a planted graph, not OGB's ({folder})", flush=True)
-    trims = config.layers == len(config.fanout)  # a layer then computes only what the later ones hear
 
     def loader(part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)) -> Iterator[Batch]:
-        source: Any = graph
-        for batch in neighborhoods(source, config, split[part], batch_size, seed, shard):
-            hops = (None, None, None, None, batch.num_sampled_nodes, batch.num_sampled_edges) if trims else ()
-            seeds = slice(0, batch.batch_size)
-            yield Batch((batch.x, batch.edge_index, *hops), batch.y[seeds], seeds)
+        return neighborhoods(graph, config, split[part], batch_size, seed, shard)
 
     metric_name, classes = config.metric or "accuracy", said["num_classes"]
     return Task(

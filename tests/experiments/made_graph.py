@@ -10,16 +10,15 @@ from torch_geometric.data import Data
 
 from experiments.build import build_model
 from experiments.config import GraphConfig
-from experiments.data import Task, directed
-from experiments.data.graph_data import GraphData, Split, Splits, make_metric
-from experiments.data.graph_task import graph_task
+from experiments.data import GraphData, Split, Splits, Task
+from experiments.data.graphs import directed, graph_task
 
 NODES, CLASSES = 60, 3
 PARTS: tuple[Split, ...] = get_args(Split)
 
 
-def make_split(nodes: int = NODES) -> Splits:
-    order = torch.randperm(nodes, generator=torch.Generator().manual_seed(5))
+def make_split() -> Splits:
+    order = torch.randperm(NODES, generator=torch.Generator().manual_seed(5))
     return {"train": order[:25], "val": order[25:38], "test": order[38:50]}
 
 
@@ -39,19 +38,14 @@ def make_graph(weights: bool = False, binary: bool = False, simple: bool = False
     else:
         y[~torch.isin(torch.arange(NODES), torch.cat(list(split.values())))] = -1
     data = Data(x=x, edge_index=edge_index, y=y)
-    # of both ends, so that an edge and its weight can be told apart
-    if weights:
+    if weights:  # of both ends, so that an edge and its weight can be told apart
         data.edge_weight = 1 + edge_index.sum(dim=0) / NODES
-    return GraphData(
-        name="made", data=data, splits=lambda _: split, metric=make_metric("accuracy", CLASSES),
-        metric_name="accuracy", num_outputs=CLASSES,
-    )  # fmt: skip
+    return GraphData(name="made", data=data, splits=lambda _: split, num_outputs=CLASSES)
 
 
 def make_config(**changes: Any) -> GraphConfig:
     defaults: dict[str, Any] = {
-        "dataset": "made", "conv": ("sage",), "hidden": 6, "experts": 2, "batch_size": 7,
-        "undirected": False,
+        "dataset": "made", "conv": ("sage",), "hidden": 6, "experts": 2, "batch_size": 7, "undirected": False,
     }  # fmt: skip
     if changes.get("sampling") == "neighbor":
         defaults["fanout"] = (3, 3)
@@ -72,8 +66,8 @@ def double(value: Any) -> Any:
 
 
 @torch.no_grad()
-def logits_of(config: GraphConfig, task: Task, part: Split = "val") -> Tensor:
+def logits_of(config: GraphConfig, task: Task) -> Tensor:
     """(N, classes) of the whole graph; the model follows from the configuration alone."""
-    (batch,) = task.loader(part, config.batch_size, None)
+    (batch,) = task.loader("val", config.batch_size, None)
     logits: Tensor = model_of(config, task)(*map(double, batch.inputs))
     return logits

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import pickle
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
+
+from experiments.data.named import PYG, PyGSet
 
 Array = NDArray[Any]
 NODES, FEATURES, CLASSES, EDGES, SPLITS = 120, 5, 2, 200, 10
@@ -26,158 +28,114 @@ class Raw:
     folder: Path
     x: Array
     y: Array
-    edges: Array
-    """(M, 2), in one direction."""
-    masks: dict[str, Array] | None = None
-    """(S, N) or (N,) by part; ``None`` where the split is drawn."""
-
-    @property
-    def files(self) -> list[str]:
-        """The raw files."""
-        return sorted(path.name for path in self.folder.iterdir())
+    edges: Array  # (M, 2), in one direction
+    masks: dict[str, Array] | None = None  # (S, N) or (N,) by part; None where the split is drawn
 
 
-class Writer:
-    """Draws a small graph and writes it."""
+def write_raw(name: str, root: Path) -> Raw:
+    """The data set that the command line calls by this name, its folder and files as PyG expects them."""
+    given = PYG.get(name)
+    if given is None:  # filtered, in the data root itself
+        root.mkdir(parents=True, exist_ok=True)
+        return platonov(root, f"{name.replace('-', '_')}.npz")
+    folder = root / given.folder
+    folder.mkdir(parents=True)
+    kind = given.cls.__name__
+    if kind in ("Amazon", "Coauthor"):
+        return shchur(folder, given.files[0])
+    if kind == "HeterophilousGraphDataset":
+        return platonov(folder, given.files[0])
+    return {"Planetoid": planetoid, "WikiCS": wikics}.get(kind, geom)(folder, given)
 
-    def __init__(self, root: Path, seed: int = 0) -> None:
-        self.root = root
-        self.rng = np.random.default_rng(seed)
 
-    def folder(self, *parts: str) -> Path:
-        folder = self.root.joinpath(*parts, "raw")
-        folder.mkdir(parents=True)
-        return folder
+def graph(nodes: int = NODES, classes: int = CLASSES) -> tuple[Array, Array, Array]:
+    """0/1 features, labels of which every class has its share, and edges without self-loops."""
+    rng = np.random.default_rng(0)
+    x = (rng.random((nodes, FEATURES)) < 0.5).astype(np.float32)
+    x[:, 0] = x[0] = 1  # no row is empty; of indices, the width follows from the largest
+    source = rng.integers(nodes, size=EDGES)
+    edges = np.stack([source, (source + rng.integers(1, nodes, size=EDGES)) % nodes], axis=1)
+    return x, rng.permutation(np.arange(nodes) % classes), np.unique(edges, axis=0)
 
-    def graph(self, nodes: int = NODES, classes: int = CLASSES) -> tuple[Array, Array, Array]:
-        """0/1 features, labels of which every class has its share, and edges without self-loops."""
-        x = (self.rng.random((nodes, FEATURES)) < 0.5).astype(np.float32)
-        x[:, 0] = 1  # no row is empty
-        y = self.rng.permutation(np.arange(nodes) % classes)
-        source = self.rng.integers(nodes, size=EDGES)
-        edges = np.stack([source, (source + self.rng.integers(1, nodes, size=EDGES)) % nodes], axis=1)
-        return x, y, np.unique(edges, axis=0)
 
-    def masks(self, splits: int = SPLITS, dtype: type = bool) -> dict[str, Array]:
-        """Half the nodes train, a quarter each validate and test."""
-        part = np.stack([self.rng.permutation(np.arange(NODES) % 4) for _ in range(splits)])
-        return {
-            "train": (part < 2).astype(dtype),
-            "val": (part == 2).astype(dtype),
-            "test": (part == 3).astype(dtype),
-        }
+def masks(dtype: type = bool) -> dict[str, Array]:
+    """Half the nodes train, a quarter each validate and test."""
+    rng = np.random.default_rng(1)
+    part = np.stack([rng.permutation(np.arange(NODES) % 4) for _ in range(SPLITS)])
+    return {"train": (part < 2).astype(dtype), "val": (part == 2).astype(dtype), "test": (part == 3).astype(dtype)}
 
-    def planetoid(self, name: str) -> Raw:
-        """Pickles of sparse features and one-hot labels; CiteSeer's test nodes have gaps."""
-        train, nodes = 6, 540
-        x, y, edges = self.graph(nodes, classes=3)
-        test = np.arange(nodes - 20, nodes)
-        if name == "CiteSeer":
-            gap = nodes - 7
-            test = test[test != gap]
-            x[gap], y[gap] = 0, 0
-        test = self.rng.permutation(test)
-        graph: dict[int, list[int]] = defaultdict(list)
-        for node in range(nodes):
-            graph[node] = []
-        for source, target in edges.tolist():
-            graph[source].append(target)
-            graph[target].append(source)
-        known = nodes - 20
-        label = np.eye(3, dtype=np.int32)[y]
-        parts = {
-            "x": csr_matrix(x[:train]), "y": label[:train], "allx": csr_matrix(x[:known]), "ally": label[:known],
-            "tx": csr_matrix(x[test]), "ty": label[test], "graph": graph,
-        }  # fmt: skip
-        folder = self.folder(name)
-        for part, value in parts.items():
-            (folder / f"ind.{name.lower()}.{part}").write_bytes(pickle.dumps(value, protocol=2))
-        (folder / f"ind.{name.lower()}.test.index").write_text("".join(f"{node}\n" for node in test))
-        mask = np.zeros((3, nodes), dtype=bool)
-        mask[0, :train] = mask[1, train : train + 500] = mask[2, test] = True
-        masks = dict(zip(("train", "val", "test"), mask, strict=True))
-        return Raw(folder, x / x.sum(axis=1, keepdims=True).clip(1), y, edges, masks)
 
-    def shchur(self, folder: str, file: str) -> Raw:
-        """Two sparse matrices and labels; names, which are objects, are not read."""
-        x, y, edges = self.graph()
-        adj, attr = csr_matrix((np.ones(len(edges)), edges.T), shape=(NODES, NODES)), csr_matrix(3 * x)
-        path = self.folder(folder)
-        arrays = {
-            f"{name}_{part}": getattr(value, part)
-            for name, value in (("adj", adj), ("attr", attr))
-            for part in ("data", "indices", "indptr", "shape")
-        }
-        names = np.array([f"node {i}" for i in range(NODES)], dtype=object)
-        np.savez(path / f"{file}.npz", **arrays, labels=y, node_names=names)
-        return Raw(path, x, y, edges)
+def planetoid(folder: Path, given: PyGSet) -> Raw:
+    """Pickles of sparse features and one-hot labels; CiteSeer's test nodes have gaps."""
+    train, nodes = 6, 540
+    x, y, edges = graph(nodes, classes=3)
+    test = np.arange(nodes - 20, nodes)
+    if given.kwargs["name"] == "CiteSeer":
+        test = test[test != nodes - 7]
+        x[nodes - 7], y[nodes - 7] = 0, 0
+    test = np.random.default_rng(2).permutation(test)
+    links = defaultdict[int, list[int]](list, {node: [] for node in range(nodes)})
+    for source, target in edges.tolist():
+        links[source].append(target)
+        links[target].append(source)
+    known, label = nodes - 20, np.eye(3, dtype=np.int32)[y]
+    parts = {
+        "x": csr_matrix(x[:train]), "y": label[:train], "allx": csr_matrix(x[:known]), "ally": label[:known],
+        "tx": csr_matrix(x[test]), "ty": label[test], "graph": links,
+    }  # fmt: skip
+    for file in given.files:
+        part = file.rpartition(".")[2]
+        content = "".join(f"{node}\n" for node in test).encode() if part == "index" else pickle.dumps(parts[part], 2)
+        (folder / file).write_bytes(content)
+    mask = np.zeros((3, nodes), dtype=bool)
+    mask[0, :train] = mask[1, train : train + 500] = mask[2, test] = True
+    parts = dict(zip(("train", "val", "test"), mask, strict=True))
+    return Raw(folder, x / x.sum(axis=1, keepdims=True).clip(1), y, edges, parts)
 
-    def wikics(self) -> Raw:
-        """JSON; 20 splits of what is not in the test set."""
-        x, y, edges = self.graph()
-        part = np.stack([np.append(self.rng.permutation(np.arange(90) % 3), [3] * 30) for _ in range(20)])
-        masks = {"train": part == 0, "val": part == 1, "test": part[0] == 3}
-        links = [edges[edges[:, 0] == node, 1].tolist() for node in range(NODES)]
-        content = {
-            "features": x.tolist(), "labels": y.tolist(), "links": links, "train_masks": masks["train"].tolist(),
-            "val_masks": masks["val"].tolist(), "test_mask": masks["test"].tolist(),
-            "stopping_masks": (part == 2).tolist(),
-        }  # fmt: skip
-        folder = self.folder()
-        (folder / "data.json").write_text(json.dumps(content))
-        return Raw(folder, x, y, edges, masks)
 
-    def platonov(self, name: str) -> Raw:
-        """One npz, in the form that a user's own graph takes too."""
-        x, y, edges = self.graph()
-        masks = self.masks()
-        folder = self.folder(name)
-        arrays: dict[str, Any] = {f"{part}_masks": mask for part, mask in masks.items()}
-        np.savez_compressed(folder / f"{name}.npz", node_features=x, node_labels=y, edges=edges, **arrays)
-        return Raw(folder, x, y, edges, masks)
+def shchur(folder: Path, file: str) -> Raw:
+    """Two sparse matrices and labels; names, which are objects, are not read."""
+    x, y, edges = graph()
+    matrices = {"adj": csr_matrix((np.ones(len(edges)), edges.T), shape=(NODES, NODES)), "attr": csr_matrix(3 * x)}
+    parts = ("data", "indices", "indptr", "shape")
+    arrays = {f"{name}_{part}": getattr(value, part) for name, value in matrices.items() for part in parts}
+    np.savez(folder / file, **arrays, labels=y, node_names=np.array([f"node {i}" for i in range(NODES)], dtype=object))
+    return Raw(folder, x, y, edges)
 
-    def filtered(self, name: str) -> Raw:
-        """The npz in the data root itself."""
-        raw = self.platonov(name)
-        self.root.mkdir(exist_ok=True)
-        (raw.folder / f"{name}.npz").rename(self.root / f"{name}.npz")
-        raw.folder.rmdir()
-        raw.folder.parent.rmdir()
-        return replace(raw, folder=self.root)
 
-    def geom(self, name: str, folder: tuple[str, ...], by_index: bool) -> Raw:
-        """Two tables, the first of features as indices (actor) or as numbers, and ten npz with a split each."""
-        x, y, edges = self.graph()
-        x[0] = 1  # the width follows from the largest index
-        masks = self.masks(dtype=np.int64 if by_index else np.uint8)
-        path = self.folder(*folder)
-        lines = ["node_id\tfeature\tlabel"]
-        for node in self.rng.permutation(NODES) if by_index else range(NODES):
-            row = np.flatnonzero(x[node]) if by_index else x[node].astype(int)
-            lines.append(f"{node}\t{','.join(map(str, row))}\t{y[node]}")
-        (path / "out1_node_feature_label.txt").write_text("\n".join(lines) + "\n")
-        lines = ["node_id\tnode_id", *(f"{source}\t{target}" for source, target in edges.tolist())]
-        (path / "out1_graph_edges.txt").write_text("\n".join(lines) + "\n")
-        for split in range(SPLITS):
-            arrays = {f"{part}_mask": mask[split] for part, mask in masks.items()}
-            np.savez(path / f"{name}_split_0.6_0.2_{split}.npz", **arrays)
-        return Raw(path, x, y, edges, masks)
+def wikics(folder: Path, given: PyGSet) -> Raw:
+    """JSON; 20 splits of what is not in the test set."""
+    x, y, edges = graph()
+    rng = np.random.default_rng(3)
+    part = np.stack([np.append(rng.permutation(np.arange(90) % 3), [3] * 30) for _ in range(20)])
+    parts = {"train": part == 0, "val": part == 1, "test": part[0] == 3}
+    content = {
+        "features": x.tolist(), "labels": y.tolist(), "train_masks": parts["train"].tolist(),
+        "links": [edges[edges[:, 0] == node, 1].tolist() for node in range(NODES)],
+        "val_masks": parts["val"].tolist(), "test_mask": parts["test"].tolist(), "stopping_masks": (part == 2).tolist(),
+    }  # fmt: skip
+    (folder / given.files[0]).write_text(json.dumps(content))
+    return Raw(folder, x, y, edges, parts)
 
-    def write(self, name: str) -> Raw:
-        """The data set that the command line calls by this name."""
-        if name in ("cora", "citeseer", "pubmed"):
-            return self.planetoid({"cora": "Cora", "citeseer": "CiteSeer", "pubmed": "PubMed"}[name])
-        if name.startswith("amazon-") and name != "amazon-ratings":
-            kind = name.removeprefix("amazon-")
-            return self.shchur(kind.capitalize(), f"amazon_electronics_{kind}")
-        if name.startswith("coauthor-"):
-            return self.shchur(*{"cs": ("CS", "ms_academic_cs"), "physics": ("Physics", "ms_academic_phy")}[name[9:]])
-        if name == "wikics":
-            return self.wikics()
-        if name == "actor":
-            return self.geom("film", (), by_index=True)
-        if name in ("chameleon", "squirrel"):
-            return self.geom(name, (name, "geom_gcn"), by_index=False)
-        if name.endswith("-filtered"):
-            return self.filtered(name.replace("-", "_"))
-        return self.platonov(name.replace("-", "_"))
+
+def platonov(folder: Path, file: str) -> Raw:
+    """One npz, in the form that a user's own graph takes too."""
+    x, y, edges = graph()
+    arrays: dict[str, Any] = {f"{part}_masks": mask for part, mask in masks().items()}
+    np.savez_compressed(folder / file, node_features=x, node_labels=y, edges=edges, **arrays)
+    return Raw(folder, x, y, edges, masks())
+
+
+def geom(folder: Path, given: PyGSet) -> Raw:
+    """Two tables, the first of features as indices (actor) or as numbers, and ten npz with a split each."""
+    x, y, edges = graph()
+    by_index = given.cls.__name__ == "Actor"
+    parts = masks(np.int64 if by_index else np.uint8)
+    rows = [",".join(map(str, np.flatnonzero(row) if by_index else row.astype(int))) for row in x]
+    nodes = ["node_id\tfeature\tlabel", *(f"{node}\t{rows[node]}\t{y[node]}" for node in range(NODES))]
+    links = ["node_id\tnode_id", *(f"{source}\t{target}" for source, target in edges.tolist())]
+    for file, lines in zip(given.files, (nodes, links), strict=False):
+        (folder / file).write_text("\n".join(lines) + "\n")
+    for split, file in enumerate(given.files[2:]):
+        np.savez(folder / file, **{f"{part}_mask": mask[split] for part, mask in parts.items()})
+    return Raw(folder, x, y, edges, parts)

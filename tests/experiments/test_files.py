@@ -1,11 +1,13 @@
-"""Readers: what is whole comes back, and what is broken is one error that names the file."""
+"""Readers: what is whole comes back; what is broken or merely claimed is one error that names the file."""
 
 from __future__ import annotations
 
 import io
+import pickle
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from experiments.files import read_csv, read_json, read_npy, read_npz, read_tensors
+from experiments.data.named import load_graph
+from experiments.data.own_graph import own_graph
+from experiments.files import read_csv, read_json, read_npy, read_npz, read_pickle, read_tensors
+from tests.experiments.pyg_data import write_raw
+from tests.experiments.user_data import FORMS
+from tests.vision.made_images import write_images
+from vision import load_images
 
 
 @dataclass(frozen=True)
@@ -31,68 +39,79 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "a.npy": read_npy,
     "a.npz": read_npz,
     "a.csv": read_csv,
+    "a.pickle": read_pickle,
     "a.pt": read_tensors,
     "a.safetensors": read_tensors,
 }
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_all(folder: Path) -> None:
     """A whole file of each kind."""
-    folder = tmp_path_factory.mktemp("whole")
     (folder / "a.json").write_text('{"epochs": 3}')
     np.save(folder / "a.npy", ARRAY)
     np.savez_compressed(folder / "a.npz", x=ARRAY, y=np.arange(3))
     (folder / "a.csv").write_text("a,b\n1,2\n3,4\n")
+    (folder / "a.pickle").write_bytes(pickle.dumps(ARRAY, protocol=2))
     torch.save({"x": torch.tensor(ARRAY)}, folder / "a.pt")
     save_file({"x": torch.tensor(ARRAY)}, folder / "a.safetensors")
-    return folder
 
 
-def test_whole_files_come_back(whole: Path) -> None:
-    assert read_json(whole / "a.json", Run) == Run(3)
-    assert (read_npy(whole / "a.npy") == ARRAY).all()
-    assert isinstance(read_npy(whole / "a.npy", memory_map=True), np.memmap)
-    assert list(read_npz(whole / "a.npz")) == ["x", "y"]
-    assert (read_npz(whole / "a.npz", ["x", "z"])["x"] == ARRAY).all()
-    assert read_csv(whole / "a.csv").to_numpy().tolist() == [[1, 2], [3, 4]]
-    for name in ("a.pt", "a.safetensors"):
-        assert torch.equal(read_tensors(whole / name)["x"], torch.tensor(ARRAY))
+def read_all(folder: Path) -> dict[str, Any]:
+    return {name: read(folder / name) for name, read in READERS.items()}
 
 
-@pytest.mark.parametrize("name", READERS)
+RAW = ("citeseer", "amazon-photo", "wikics", "roman-empire", "actor", "chameleon")
+FOLDERS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
+    "files": (write_all, read_all),
+    **{name: (partial(write_raw, name), partial(load_graph, name, offline=True)) for name in RAW},
+    **{form: (write, lambda root: own_graph(next(root.iterdir()))) for form, write in FORMS.items()},
+    "images": (partial(write_images, train=2, test=1), partial(load_images, "images")),
+}
+"""Of each layout, what writes it in a folder and what reads it."""
+
+
+@pytest.mark.parametrize("layout", FOLDERS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_broken_files_are_one_error(name: str, data: st.DataObject, whole: Path, tmp_path: Path) -> None:
-    content = bytearray((whole / name).read_bytes())
+def test_a_broken_file_is_one_error(layout: str, data: st.DataObject, tmp_path: Path) -> None:
+    write, read = FOLDERS[layout]
+    if not any(tmp_path.iterdir()):
+        write(tmp_path)
+    path = data.draw(st.sampled_from(sorted(path for path in tmp_path.rglob("*") if path.is_file())))
+    whole = path.read_bytes()
+    content = bytearray(whole)
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
         content[place] = data.draw(st.integers(0, 255))
-    path = tmp_path / name
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    path.write_bytes(content[: data.draw(st.integers(0, len(whole)) | st.just(len(whole)))])
     try:
-        READERS[name](path)
+        read(tmp_path)
     except ValueError as error:
         said = str(error)
     else:
-        said = f"{path}: is whole"
-    assert said.startswith(f"{path}: ")
+        said = f"{tmp_path}: is whole"
+    path.write_bytes(whole)
+    assert str(tmp_path) in said
     assert "\n" not in said
+
+
+def test_whole_files_come_back(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    found = read_all(tmp_path)
+    assert found["a.json"] == Run(3)
+    assert (found["a.npy"] == ARRAY).all()
+    assert (found["a.pickle"] == ARRAY).all()
+    assert isinstance(read_npy(tmp_path / "a.npy", memory_map=True), np.memmap)
+    assert list(found["a.npz"]) == ["x", "y"]
+    assert list(read_npz(tmp_path / "a.npz", ["x", "z"])) == ["x"]
+    assert found["a.csv"].to_numpy().tolist() == [[1, 2], [3, 4]]
+    for name in ("a.pt", "a.safetensors"):
+        assert torch.equal(found[name]["x"], torch.tensor(ARRAY))
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_missing_files_are_not_found(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=name):
         READERS[name](tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ['{"epochs": "3"}', '{"epochs": 3.0}', '{"epochs": true}', '{"epochs": 3, "lr": NaN}', '{"epochs": 3, "k": 1}'],
-)
-def test_json_is_strict(text: str, tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"a.json: cannot be read \((epochs|lr|k|a): got "):
-        read_json(tmp_path / "a.json", Run)
 
 
 def claim(shape: tuple[int, ...], dtype: str = "<f8") -> bytes:
@@ -112,14 +131,23 @@ def test_what_is_merely_claimed_is_refused(content: bytes, tmp_path: Path) -> No
             READERS[name](tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        *(("a.json", f'{{"epochs": {value}}}', "epochs: got ") for value in ('"3"', "3.0", "true", "NaN")),
+        ("a.json", '{"epochs": 3, "k": 1}', "k: got 1"),
+        ("a.csv", "a,b\n", "has no rows"),
+        ("a.csv", "a,b\n1,2,3\n", "or more fields in a row than in the header"),
+    ],
+)
+def test_text_is_read_strictly(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read \(.*{message}"):
+        READERS[name](tmp_path / name)
+
+
 def test_other_compression_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("x.npy", bytes(100))
     with pytest.raises(ValueError, match="x is encrypted or compressed"):
         read_npz(tmp_path / "a.npz")
-
-
-def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match="has no rows"):
-        read_csv(tmp_path / "a.csv")

@@ -10,11 +10,9 @@ from torch_geometric.data import HeteroData
 
 from experiments.build import build_model
 from experiments.config import HeteroConfig
-from experiments.data import directed
-from experiments.data.graph_data import GraphData, Split
-from experiments.data.graph_task import graph_task
+from experiments.data import GraphData, Split, Task
+from experiments.data.graphs import directed, graph_task
 from experiments.data.named import load_graph
-from experiments.data.task import Task
 from experiments.planted import write_planted
 
 PARTS: tuple[Split, ...] = get_args(Split)

@@ -101,7 +101,7 @@ def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
     [
         ({"size": 10}, [], "image_size: got 10, expected a multiple of patch_size=4"),
         ({"size": 24}, ["--patch", "None"], "image_size: got 24, expected patch, dim and vit_heads with it"),
-        ({"train": 1}, [], "images: val has images of 0 classes"),
+        ({"train": 1}, [], "images: got images of 0 classes in val"),
         ({}, ["--router", "oracle"], "router: got 'oracle' for images"),
         ({}, ["--mlp-scale", "0.5"], "mlp_scale: got 0.5 with router='expert_choice', expected router='dense'"),
     ],

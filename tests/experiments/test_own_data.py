@@ -9,25 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch_geometric.data import Data, HeteroData
 from torchvision.datasets import FakeData
 
-from experiments.config import GraphConfig, HeteroConfig, ImageSetConfig
-from experiments.data import Task, own_data
-from experiments.data.graph_data import GraphData
+from experiments.config import GraphConfig, HeteroConfig, ImageConfig, ImageSetConfig
+from experiments.data.images import own_images
+from experiments.data.own_graph import own_object
 from experiments.train import main
 from tests.experiments.user_data import arrays, as_data
 
-GRAPH = GraphConfig(dataset="graph")
-HETERO = HeteroConfig(dataset="hetero")
-IMAGES = ImageSetConfig(dataset="images")
+GRAPH, HETERO = GraphConfig(dataset="graph"), HeteroConfig(dataset="hetero")
+DIGITS, IMAGES = ImageConfig(dataset="digits"), ImageSetConfig(dataset="images")
 SIZES = ["--layers", "2", "--hidden", "8", "--experts", "2", "--epochs", "1", "--seeds", "0", "--no-progress"]
 
 
-def make_graph(masks: bool = False) -> Data:
-    given = arrays()
-    return as_data(given if masks else {name: v for name, v in given.items() if not name.endswith("_masks")})
+def make_graph() -> Data:
+    return as_data(arrays())
 
 
 def make_hetero(**more: Any) -> HeteroData:
@@ -45,19 +42,12 @@ def make_hetero(**more: Any) -> HeteroData:
 
 def make_images(count: int = 24, channels: int = 3, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
-    return torch.randint(256, (count, channels, size, size), dtype=torch.uint8, generator=generator), torch.arange(
-        count
-    ) % 3
+    images = torch.randint(256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(count) % 3
 
 
 def make_parts() -> Any:
     return make_images(), make_images(9)
-
-
-def write_module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (folder / "mine.py").write_text("from tests.experiments.test_own_data import make_graph, make_hetero, make_parts\n")
-    monkeypatch.syspath_prepend(folder)
-    return "mine"
 
 
 @pytest.mark.parametrize(
@@ -68,43 +58,34 @@ def write_module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("images", "make_parts", ["--patch", "4", "--dim", "8", "--vit-heads", "2", "--batch-size", "8"]),
     ],
 )
-def test_command_line(
-    preset: str, function: str, args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = f"{write_module(tmp_path, monkeypatch)}:{function}"
+def test_command_line(preset: str, function: str, args: list[str], tmp_path: Path) -> None:
+    name = f"tests.experiments.test_own_data:{function}"
     main([preset, "--data", name, "--out", str(tmp_path / "run"), *SIZES, *args])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["config"]["data"] == name
     assert 0 <= summary["test"]["mean"] <= 1
 
 
-@pytest.mark.parametrize("masks", [False, True])
-def test_a_graph(masks: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    graph = own_data(make_graph(masks), GRAPH)
-    assert isinstance(graph, GraphData)
-    assert ("1 split(s) by its masks" if masks else "each seed splits it") in capsys.readouterr().out
-    assert torch.equal(graph.splits(0)["val"], graph.splits(1)["val"]) == masks
-    assert (graph.target, graph.num_outputs, graph.metric_name) == (None, 3, "accuracy")
+def test_hetero_needs_a_function(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["hetero", "--out", str(tmp_path / "run")])
+    assert "data: got None for hetero" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_heterogeneous_graph() -> None:
-    graph = own_data(make_hetero(), HETERO)
-    assert isinstance(graph, GraphData)
-    assert graph.target == "paper"
+    graph = own_object(make_hetero(), HETERO)
+    assert (graph.target, graph.num_outputs) == ("paper", 3)
     assert graph.data.node_types == ["paper", "author"]
     assert [len(part) for part in graph.splits(0).values()] == [24, 8, 8]
     part = torch.arange(40) % 3
     masks = {f"{name}_mask": part == i for i, name in enumerate(("train", "val", "test"))}
-    graph = own_data(make_hetero(**masks), HETERO)
-    assert isinstance(graph, GraphData)
+    graph = own_object(make_hetero(**masks), HETERO)
     assert graph.splits(5)["val"].tolist() == (part == 1).nonzero().view(-1).tolist()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_standardized_over_training(channels: int) -> None:
-    train, test = make_images(40, channels), make_images(9, channels)
-    task = own_data((train, test), IMAGES)
-    assert isinstance(task, Task)
+    task = own_images((make_images(40, channels), make_images(9, channels)), IMAGES)
     sizes = {part: sum(len(batch.target) for batch in task.loader(part, 8, None)) for part in ("train", "val", "test")}
     assert sizes == {"train": 37, "val": 3, "test": 9}
     seen = torch.cat([batch.inputs[0] for part in ("train", "val") for batch in task.loader(part, 8, None)])
@@ -114,28 +95,18 @@ def test_images_are_standardized_over_training(channels: int) -> None:
 
 
 def test_floats_are_seen_as_they_are_and_val_is_taken() -> None:
-    images = torch.randn(12, 1, 8, 8, dtype=torch.float64)
-    parts = tuple(
-        (images[rows].numpy(), (torch.arange(12) % 3)[rows].numpy()) for rows in (slice(6), slice(6, 9), slice(9, 12))
-    )
-    task = own_data(parts, IMAGES)
-    assert isinstance(task, Task)
-    (batch,) = task.loader("val", 8, None)
+    images, labels = torch.randn(12, 1, 8, 8, dtype=torch.float64), torch.arange(12) % 3
+    parts = [(images[rows].numpy(), labels[rows].numpy()) for rows in (slice(6), slice(6, 9), slice(9, 12))]
+    (batch,) = own_images(parts, IMAGES).loader("val", 8, None)
     torch.testing.assert_close(batch.inputs[0], images[6:9].float())
-    with pytest.raises(ValueError, match="augment: got 'randaugment' for images of floats"):
-        own_data(parts, ImageSetConfig(dataset="images", augment="randaugment"))
 
 
 def test_datasets_of_pil_images() -> None:
     fake = FakeData(30, (3, 16, 16), 4)
     fake.classes = list("abcd")
-    task = own_data((fake, fake), ImageSetConfig(dataset="images", image_size=8))
-    assert isinstance(task, Task)
+    task = own_images((fake, fake), ImageSetConfig(dataset="images", image_size=8))
     assert (task.classes, task.in_channels) == (("a", "b", "c", "d"), 8)
     assert next(iter(task.loader("test", 8, None))).inputs[0].shape == (8, 3, 8, 8)
-
-
-IMAGE = Image.new("RGB", (8, 8))
 
 
 @pytest.mark.parametrize(
@@ -143,28 +114,22 @@ IMAGE = Image.new("RGB", (8, 8))
     [
         (3, GRAPH, "data: got a int for graph, expected a Data"),
         (make_hetero(), GRAPH, "data: got a HeteroData for graph"),
-        (make_graph(), HETERO, "data: got a Data for hetero"),
-        (Data(x=torch.ones(3, 1)), GRAPH, "graph: y, edge_index missing"),
+        (make_parts(), DIGITS, "data: got a tuple for digits"),
         (HeteroData(), HETERO, "hetero: got y of no node type"),
-        (make_hetero(train_mask=torch.ones(40)), HETERO, "hetero: val_mask, test_mask missing"),
-        (make_hetero(x=torch.full((40, 1), torch.nan)), HETERO, "hetero: got features of shape"),
+        (make_hetero(train_mask=torch.ones(40)), HETERO, "hetero: got no val_mask, test_mask"),
         (make_graph(), IMAGES, r"data: got a Data for images, expected \(train, test\)"),
-        (make_images(), IMAGES, "data: train is a Tensor, expected a Dataset"),
-        (([(IMAGE, 0)], [IMAGE]), IMAGES, "data: test has other items than"),
-        (([(IMAGE, 0), (Image.new("RGB", (9, 9)), 1)], [(IMAGE, 0)]), IMAGES, "data: train has no images, or images"),
-        (([], []), IMAGES, "data: train has no images"),
-        ((make_images(), make_images(9, size=6)), IMAGES, "data: test has images of another size"),
-        ((make_images(6, 2), make_images(6, 2)), IMAGES, r"data: train has images .*\(6, 2, 8, 8\)"),
-        ((make_images(), (make_images(9)[0], torch.full((9,), 3))), IMAGES, "data: test has labels that train has not"),
-        (((make_images()[0], np.ones(24)), make_images()), IMAGES, "data: train has labels torch.float64"),
+        (make_images(), IMAGES, "data: train is a Tensor that cannot be taken"),
+        ((FakeData(0), FakeData(0)), IMAGES, "data: train is a FakeData that cannot be taken"),
+        ((make_images(), make_images(9, size=6)), IMAGES, "data: test: got images of another size"),
+        ((make_images(6, 2), make_images(6, 2)), IMAGES, r"data: train: got images .*\(6, 2, 8, 8\)"),
+        (
+            (make_images(), (make_images(9)[0], torch.full((9,), 3))),
+            IMAGES,
+            "data: test: got labels that train",
+        ),
+        (((make_images()[0], np.ones(24)), make_images()), IMAGES, "data: train: got labels torch.float64"),
     ],
 )
 def test_anything_else_is_refused_by_name(found: Any, config: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}|: {message}"):
-        own_data(found, config)
-
-
-def test_hetero_needs_a_function(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        main(["hetero", "--out", str(tmp_path / "run")])
-    assert "data: got None for hetero" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ValueError, match=f"^{message}"):
+        (own_images if config is IMAGES else own_object)(found, config)

@@ -91,7 +91,6 @@ def test_a_run_that_was_stopped_equals_one_in_one_go(root: Path, tmp_path: Path)
     [
         ({"sampling": "full"}, "sampling: got 'full' for .*, expected 'neighbor'"),
         ({"evaluation": "layerwise"}, "evaluation: got 'layerwise'"),
-        ({"adjacency": "csr"}, "adjacency: got 'csr' for .*, expected 'auto' or 'edge_index'"),
         ({"undirected": False}, "undirected: got False for .*, expected True, as it was converted"),
     ],
 )

@@ -16,18 +16,18 @@ from experiments.benchmark import swap, swap_models
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.swap_models import ROWS, Arm, Images, Problem
 from experiments.config import ImageConfig
-from experiments.data.digits import digits
+from experiments.data.images import digits
 from experiments.studies import SMALL_VIT
 from experiments.tables import render
-from tests.experiments.pyg_data import Writer
+from tests.experiments.pyg_data import write_raw
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for name in ("cora", "citeseer"):
-        Writer(folder / "planetoid").write(name)
-    platonov = Writer(folder / "heterophilous").write("minesweeper")
+        write_raw(name, folder / "planetoid")
+    platonov = write_raw("minesweeper", folder / "heterophilous")
     (folder / "facebook.npz").write_bytes((platonov.folder / "minesweeper.npz").read_bytes())
     return folder
 

@@ -19,7 +19,7 @@ from experiments.presets import PRESETS
 from experiments.train import parse
 from tests.experiments.command import QUICK, quick, refused, rows
 from tests.experiments.ogb_data import plant
-from tests.experiments.pyg_data import Writer
+from tests.experiments.pyg_data import write_raw
 
 
 def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,10 +95,10 @@ def test_every_preset_of_a_graph_runs_on_tiny_files(preset: str, tmp_path: Path,
     assert parse([preset, "--seeds", "3"]) == replace(PRESETS[preset][1], seeds=(3,))
     root = ogb_root
     if preset == "graph":
-        root = Writer(tmp_path).write("questions").folder / "questions.npz"
+        root = write_raw("questions", tmp_path).folder / "questions.npz"
     elif not preset.startswith("ogbn-"):
         root = tmp_path / "data"
-        Writer(root).write(preset)
+        write_raw(preset, root)
     args = ("--data-root", str(root), "--epochs", "1", "--hidden", "8", "--experts", "2", "--offline")
     summary = quick(tmp_path / "run", *args, preset=preset)
     assert summary["config"]["dataset"] == PRESETS[preset][1].dataset

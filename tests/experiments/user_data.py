@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch_geometric.data import Data
 
-from experiments.data.graph_data import GraphData
+from experiments.data import GraphData
 
 NODES, FEATURES, CLASSES, SPLITS = 40, 3, 3, 4
 PARTS = ("train", "val", "test")
@@ -69,23 +70,15 @@ def write_csv(folder: Path, given: Arrays | None = None, ids: list[str] | None =
     given = arrays() if given is None else given
     path = folder / "mine"
     path.mkdir()
-    weight = columns.pop("weight", None)
+    names = ids or [str(node) for node in range(NODES)]
+    ends = [[names[node] for node in column] for column in given["edges"].T]
+    edges = {"source": ends[0], "target": ends[1]} | ({"weight": columns.pop("weight")} if "weight" in columns else {})
     nodes: dict[str, Any] = {"id": ids} if ids else {}
-    nodes["label"] = given["node_labels"]
-    nodes |= {f"f{i}": column for i, column in enumerate(given["node_features"].T)}
+    nodes |= {"label": given["node_labels"]} | {f"f{i}": column for i, column in enumerate(given["node_features"].T)}
     if "train_masks" in given:
         nodes["split"] = [next((part for part in PARTS if given[f"{part}_masks"][node]), "") for node in range(NODES)]
-    nodes |= columns
-    names = ids or [str(node) for node in range(NODES)]
-    edges: dict[str, Any] = {
-        "source": [names[a] for a, _ in given["edges"]],
-        "target": [names[b] for _, b in given["edges"]],
-    }
-    if weight is not None:
-        edges["weight"] = weight
-    for file, table in (("nodes", nodes), ("edges", edges)):
-        lines = [",".join(table), *(",".join(map(str, row)) for row in zip(*table.values(), strict=True))]
-        (path / f"{file}.csv").write_text("\n".join(lines) + "\n")
+    pd.DataFrame(nodes | columns).to_csv(path / "nodes.csv", index=False)
+    pd.DataFrame(edges).to_csv(path / "edges.csv", index=False)
     return path
 
 

@@ -20,16 +20,6 @@ from vision import ImageSource
 SHADE = 20
 """Images of the n-th class are of the color (n * SHADE, n * SHADE + 1, n * SHADE + 2)."""
 
-COUNTS = {"cat": 3, "dog": 2, "owl": 4}
-"""Training images by class of the fixture ``folder``."""
-
-
-def write_image(path: Path, color: tuple[int, int, int] = (0, 0, 0), size: tuple[int, int] = (8, 8)) -> Path:
-    """One color; ``size`` is (width, height)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(path)
-    return path
-
 
 def write_photo(path: Path, size: tuple[int, int], seed: int = 0, **kwargs: Any) -> Path:
     """Smooth and random: a few random pixels, enlarged."""
@@ -39,20 +29,18 @@ def write_photo(path: Path, size: tuple[int, int], seed: int = 0, **kwargs: Any)
     return path
 
 
-def write_folder(
-    root: Path, counts: Mapping[str, int], size: tuple[int, int] = (8, 8), suffix: str = ".png", first: int = 0
-) -> Path:
-    """``root/<class>/<number>``, classes in the order given, of the colors from ``first`` on."""
-    for label, (name, count) in enumerate(counts.items(), start=first):
+def write_folder(root: Path, counts: Mapping[str, int], size: tuple[int, int] = (8, 8), suffix: str = ".png") -> Path:
+    """``root/<class>/<number>``, of the colors of the classes in the order given."""
+    for label, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            shade = label * SHADE
-            write_image(root / name / f"{number:03}{suffix}", (shade, shade + 1, shade + 2), size)
+            color = (label * SHADE, label * SHADE + 1, label * SHADE + 2)
+            Image.new("RGB", size, color).save(root / name / f"{number:03}{suffix}")
     return root
 
 
 def write_images(root: Path, train: int = 8, test: int = 3, size: int = 8, classes: str = "abc") -> Path:
-    """Classes that differ in color."""
+    """Classes that differ in color, each image random."""
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("test", test)):
         for label, name in enumerate(classes):
@@ -68,9 +56,8 @@ def write_images(root: Path, train: int = 8, test: int = 3, size: int = 8, class
 def write_imagenette(root: Path, count: int = 1) -> Path:
     """The folder that torchvision's ``Imagenette`` reads."""
     for split in ("train", "val"):
-        for label, wnid in enumerate(sorted(Imagenette._WNID_TO_CLASS)):
-            for number in range(count):
-                write_image(root / "imagenette2-160" / split / wnid / f"{number}.JPEG", (label * SHADE,) * 3, (12, 9))
+        counts = dict.fromkeys(sorted(Imagenette._WNID_TO_CLASS), count)
+        write_folder(root / "imagenette2-160" / split, counts, (12, 9), ".JPEG")
     return root / "imagenette2-160"
 
 
@@ -85,30 +72,26 @@ def write_cifar(
     folder = root / cls.base_folder
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    key = "labels" if num_classes == 10 else "fine_labels"
     pixels, labels = [], []
 
     def write(name: str, content: Mapping[str, Any]) -> str:
         (folder / name).write_bytes(pickle.dumps(dict(content)))
         return hashlib.md5((folder / name).read_bytes()).hexdigest()
 
-    def split(files: list[list[str]]) -> list[list[str]]:
+    for attribute in ("train_list", "test_list"):
         sums = []
-        for name, _ in files:
+        for name, _ in getattr(cls, attribute):
             data = rng.integers(0, 256, (2 * num_classes, 3072), dtype=np.uint8)
             target = (rng.permutation(2 * num_classes) % num_classes).tolist()
+            key = "labels" if num_classes == 10 else "fine_labels"
             sums.append([name, write(name, {"data": data, key: target})])
-            if name.startswith(("data", "train")):
+            if attribute == "train_list":
                 pixels.append(data)
                 labels.extend(target)
-        return sums
-
-    monkeypatch.setattr(cls, "train_list", split(cls.train_list))
-    monkeypatch.setattr(cls, "test_list", split(cls.test_list))
+        monkeypatch.setattr(cls, attribute, sums)
     names = [f"class{number}" for number in range(num_classes)]
     meta = dict(cls.meta)
-    meta["md5"] = write(meta["filename"], {meta["key"]: names})
-    monkeypatch.setattr(cls, "meta", meta)
+    monkeypatch.setattr(cls, "meta", meta | {"md5": write(meta["filename"], {meta["key"]: names})})
     return np.concatenate(pixels), labels
 
 
@@ -131,5 +114,5 @@ def shades(source: ImageSource) -> list[list[int]]:
     return [[int(label), int(image[0, 0, 0])] for label, image in zip(source.labels, images, strict=True)]
 
 
-def expected(counts: dict[str, int]) -> list[list[int]]:
-    return [[label, label * SHADE] for label, count in enumerate(counts.values()) for _ in range(count)]
+def expected(*counts: int) -> list[list[int]]:
+    return [[label, label * SHADE] for label, count in enumerate(counts) for _ in range(count)]
