@@ -52,6 +52,8 @@ def stored_task(config: GraphConfig) -> Task:
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
         if low < 0 or high >= graph.num_nodes:
             raise ValueError(f"{folder / name}.npy: got nodes {low} to {high}, expected 0 to {graph.num_nodes - 1}")
+    if stored and bool((graph.start.diff() < 0).any()):
+        raise ValueError(f"{folder / 'start'}.npy: got falling values, expected values that never fall")
     if said["source"].startswith("Not OGB's"):
         print(f"{config.dataset}: a planted graph, not OGB's ({folder})", flush=True)
 
