@@ -26,23 +26,23 @@ LIBRARY = Path(gmoe.__file__).parent
 
 LIMITS: dict[str, tuple[int, int]] = {
     # figure: (limit, what DESIGN asks for)
-    "gmoe, lines of code": (5_002, 4_900),
-    "gmoe, tokens": (59_503, 56_000),
+    "gmoe, lines of code": (4_836, 4_900),
+    "gmoe, tokens": (58_127, 56_000),
     "gmoe, longest function": (60, 60),
     "vision, raw lines": (480, 500),
-    "experiments, raw lines": (8_840, 6_000),
-    "experiments, files": (50, 40),
-    "tests, raw lines": (15_112, 12_800),
-    "tests/gmoe and tests/*.py, raw lines": (9_268, 8_800),
-    "MoEConv, functions passed": (25, 20),
+    "experiments, raw lines": (6_977, 6_000),
+    "experiments, files": (36, 40),
+    "tests, raw lines": (13_489, 12_800),
+    "tests/gmoe and tests/*.py, raw lines": (8_693, 8_800),
+    "MoEConv, functions passed": (24, 20),
     "MoEConv, files passed": (9, 9),
-    "MoEConv, lines of code passed": (343, 300),
-    "plain mixture, functions passed": (24, 20),
+    "MoEConv, lines of code passed": (330, 300),
+    "plain mixture, functions passed": (23, 20),
     "plain mixture, files passed": (9, 9),
-    "plain mixture, lines of code passed": (336, 300),
+    "plain mixture, lines of code passed": (323, 300),
     "MoE, functions passed": (19, 17),
     "MoE, files passed": (7, 8),
-    "MoE, lines of code passed": (178, 180),
+    "MoE, lines of code passed": (173, 180),
 }
 
 
