@@ -12,9 +12,9 @@ import torch
 from torch_geometric.nn import GCNConv
 
 import gmoe
-from experiments.benchmark import swap, swap_models
+from experiments.benchmark import swap
 from experiments.benchmark.__main__ import main
-from experiments.benchmark.swap_models import ROWS, Arm, Images, Problem
+from experiments.benchmark.swap import ROWS, Arm, Images, Problem
 from experiments.config import ImageConfig
 from experiments.data.images import digits
 from experiments.studies import SMALL_VIT
@@ -42,7 +42,7 @@ def test_dense_and_moe_start_alike(name: str, root: Path) -> None:
     problem = problem_of(name, root)
     arms: tuple[Arm, ...] = ("dense", "moe", *(arm for arm in ROWS[name].arms if arm != "dense-flops"))
     models = (problem.drawn(arm, problem.config.hidden) for arm in arms)
-    first, *others = (swap_models.evaluated(problem.forward, model) for model in models)
+    first, *others = (swap.evaluated(problem.forward, model) for model in models)
     for other in others:
         torch.testing.assert_close(other, first)
 
@@ -50,10 +50,10 @@ def test_dense_and_moe_start_alike(name: str, root: Path) -> None:
 def test_a_vit_starts_alike_too_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = replace(SMALL_VIT, layers=2, dim=6, hidden=8, image_size=8, patch=4, precision="32-true", epochs=1)
     task = digits(ImageConfig(dataset="digits"))
-    monkeypatch.setattr(swap_models, "load", lambda _: lambda _: task)
+    monkeypatch.setattr(swap, "load", lambda _: lambda _: task)
     problem = Images(config, 0)
     dense, moe = (problem.drawn(arm, 8) for arm in ("dense", "moe"))
-    torch.testing.assert_close(*(swap_models.evaluated(problem.forward, model) for model in (dense, moe)))
+    torch.testing.assert_close(*(swap.evaluated(problem.forward, model) for model in (dense, moe)))
     result = swap.train_arm(problem, "moe", 8, tmp_path / "run")
     assert len(result["share"]) == len(result["live"]) == 1
     assert (tmp_path / "run" / "checkpoint").exists()
@@ -143,9 +143,9 @@ def test_finished_runs_are_kept_and_missing_ones_added(
 
 def test_the_matched_model_has_the_flops(root: Path) -> None:
     problem = problem_of("mosaic", root)
-    hidden = swap.matched_width(problem)
+    hidden = swap.width_of("dense-flops", "mosaic", problem.config)
     assert hidden > 16
     sizes: tuple[tuple[Arm, int], ...] = (("dense", hidden), ("moe", 16))
     models = (problem.drawn(arm, width) for arm, width in sizes)
-    dense, moe = (gmoe.count_flops(swap_models.evaluated, problem.forward, model) for model in models)
+    dense, moe = (gmoe.count_flops(swap.evaluated, problem.forward, model) for model in models)
     assert dense == pytest.approx(moe, rel=0.1)
