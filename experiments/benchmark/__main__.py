@@ -7,14 +7,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import Any
 
 import tyro
 
 from experiments.config import fail
-
-if TYPE_CHECKING:
-    from experiments.benchmark.measure import Benchmark
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "conv": ("A layer of message passing, forward and backward.", "layers.ConvBenchmark"),
@@ -30,13 +27,13 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
 """By the name of the command line: a line of help, and the class, which is imported when it is asked for."""
 
 
-def parse(args: Sequence[str]) -> Benchmark:
+def parse(args: Sequence[str]) -> Any:
     """The benchmark with its options; a name or an option that there is not is a ``ValueError``."""
     name, *rest = args
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark: got {name!r}, expected one of {', '.join(BENCHMARKS)}")
     module, kind = BENCHMARKS[name][1].split(".")
-    made: type[Benchmark] = getattr(import_module(f"experiments.benchmark.{module}"), kind)
+    made = getattr(import_module(f"experiments.benchmark.{module}"), kind)
     config = tyro.cli(made, args=rest, prog=f"python -m experiments.benchmark {name}")
     small = {name: value for name, value in made.SMALL.items() if getattr(config, name) == getattr(made, name)}
     return replace(config, **small) if config.quick else config

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from filelock import FileLock
 from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch_geometric import seed_everything
 from torch_geometric.nn import DeepGraphInfomax, Sequential
@@ -30,7 +30,7 @@ import gmoe
 from experiments.benchmark.measure import Benchmark, take_turns
 from experiments.build import build_model, init_centroids, make_fabric
 from experiments.config import GraphConfig, ImageConfig, RouterOptions
-from experiments.data import Batch, Split, load_tasks
+from experiments.data import Split, load_tasks
 from experiments.files import read_json
 from experiments.loop import Progress, attention_kernel, fit, make_optimizer, set_up
 from experiments.presets import CORA, FACEBOOK, MOSAIC, TEN
@@ -61,7 +61,7 @@ class Problem:
         self.seed, self.task, self.fabric = seed, load(config)(seed), make_fabric(config)
         seeds: dict[Split, int | None] = {"train": seed, "val": None, "test": None}
         firsts = {part: next(iter(self.task.loader(part, config.batch_size, seed))) for part, seed in seeds.items()}
-        self.batch: dict[Split, Batch] = self.fabric.to_device(firsts)  # of a whole graph, all there is
+        self.batch: dict[Split, Any] = self.fabric.to_device(firsts)  # of a whole graph, all there is
 
     def build(self, arm: Arm, width: int) -> nn.Module:
         """The model of an arm and a hidden width, drawn from torch's generator."""
@@ -76,24 +76,21 @@ class Problem:
         """Of a model."""
         return torch.optim.Adam(model.parameters(), lr=self.config.lr)
 
-    def logits(self, model: Any, batch: Batch) -> Tensor:
-        """Those of a batch that count."""
+    def forward(self, model: Any, batch: Any = None) -> Any:
+        """Run the model on a batch, by default of the test set."""
+        batch = batch or self.batch["test"]
         with self.fabric.autocast(), attention_kernel(self.fabric.device, self.config):
             return batch.counted(model(*batch.inputs))
 
-    def forward(self, model: Any) -> Any:
-        """Run the model on the test set (of images, on some)."""
-        return self.logits(model, self.batch["test"])
-
-    def loss(self, model: Any) -> Tensor:
+    def loss(self, model: Any) -> Any:
         """Of a model in training."""
-        return self.task.loss(self.logits(model, self.batch["train"]), self.batch["train"].target)
+        return self.task.loss(self.forward(model, self.batch["train"]), self.batch["train"].target)
 
     def score(self, model: Any, part: Split) -> float:
         """The metric on a split, of a model in evaluation."""
         metric = self.task.metric().to(self.fabric.device)
         for batch in map(self.fabric.to_device, self.task.loader(part, self.config.batch_size, None)):
-            metric.update(self.logits(model, batch), batch.target)
+            metric.update(self.forward(model, batch), batch.target)
         return float(metric.compute())
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -146,10 +143,9 @@ class Example(Problem):
         return Sequential("x, edge_index", [(before, "x -> x"), (conv1, edges), act, between, (conv2, edges)])
 
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
-        decay = self.config.weight_decay  # of gcn.py in the first layer only
-        decays = {model[1]: decay, model[4]: decay if self.config.conv == ("gat",) else 0.0}
-        groups = [{"params": list(conv.parameters()), "weight_decay": decay} for conv, decay in decays.items()]
-        return torch.optim.Adam(groups, lr=self.config.lr)
+        decays = {1: self.config.weight_decay, 4: self.config.weight_decay * (self.config.conv == ("gat",))}
+        groups = [{"params": list(model[at].parameters()), "weight_decay": decay} for at, decay in decays.items()]
+        return torch.optim.Adam(groups, lr=self.config.lr)  # gcn.py decays the first layer only
 
 
 class Links(Example):
@@ -163,21 +159,23 @@ class Links(Example):
         seed_everything(seed)
         split = RandomLinkSplit(num_val=0.05, num_test=0.1, is_undirected=True, add_negative_train_samples=False)
         parts = [part.to(self.fabric.device) for part in split(copy.copy(self.task.graph))]
-        self.parts: dict[Split, Any] = dict(zip(("train", "val", "test"), parts, strict=True))
+        self.batch = dict(zip(self.batch, parts, strict=True))
 
-    def forward(self, model: Any, part: Split = "test") -> Any:
-        return model(self.parts[part].x, self.parts[part].edge_index)
+    def forward(self, model: Any, batch: Any = None) -> Any:
+        batch = batch or self.batch["test"]
+        return model(batch.x, batch.edge_index)
 
-    def loss(self, model: Any) -> Tensor:
-        nodes, train = self.forward(model, "train"), self.parts["train"]
-        label, links = train.edge_label, train.edge_label_index
+    def loss(self, model: Any) -> Any:
+        train = self.batch["train"]
+        nodes, label, links = self.forward(model, train), train.edge_label, train.edge_label_index
         none = negative_sampling(train.edge_index, train.num_nodes, label.numel(), method="sparse")
         label, (a, b) = torch.cat([label, label.new_zeros(none.size(1))]), torch.cat([links, none], dim=-1)
         return F.binary_cross_entropy_with_logits((nodes[a] * nodes[b]).sum(dim=-1), label)
 
     def score(self, model: Any, part: Split) -> float:
-        nodes, label, (a, b) = self.forward(model, part), self.parts[part].edge_label, self.parts[part].edge_label_index
-        return float(roc_auc_score(label.cpu().numpy(), (nodes[a] * nodes[b]).sum(dim=-1).sigmoid().cpu().numpy()))
+        nodes, batch = self.forward(model, self.batch[part]), self.batch[part]
+        a, b = batch.edge_label_index
+        return float(roc_auc_score(batch.edge_label.cpu(), (nodes[a] * nodes[b]).sum(dim=-1).sigmoid().cpu()))
 
 
 class Infomax(Problem):
@@ -200,7 +198,7 @@ class Infomax(Problem):
             corruption=lambda x, edges: (x[torch.randperm(x.size(0), device=x.device)], edges),
         )
 
-    def forward(self, model: Any) -> Any:
+    def forward(self, model: Any, batch: Any = None) -> Any:
         return model.encoder(*self.inputs)
 
     def loss(self, model: Any) -> Any:
