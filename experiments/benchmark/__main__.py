@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import Any
 
 import tyro
 
 from experiments.config import fail
 
-if TYPE_CHECKING:
-    from experiments.benchmark.measure import Benchmark
-
-PROG = "python -m experiments.benchmark"
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "conv": ("A layer of message passing, forward and backward.", "layers.ConvBenchmark"),
     "ffn": ("An MLP layer, forward and backward; ours and others'.", "layers.FFNBenchmark"),
     "router": ("The routers' share of a layer.", "layers.RouterBenchmark"),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", "layers.VoteBenchmark"),
     "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", "train.TrainBenchmark"),
-    "molecules": ("Four layers on a batch of molecules, forward and backward.", "layers.MoleculesBenchmark"),
     "stored": ("Neighbor sampling from disk beside memory.", "train.StoredBenchmark"),
     "swap": ("Dense layers and gmoe's defaults in their place: accuracy, time of a step.", "swap.SwapBenchmark"),
     "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", "layers.VitBenchmark"),
@@ -32,23 +26,14 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
 """By the name of the command line: a line of help, and the class, which is imported when it is asked for."""
 
 
-def parse(args: Sequence[str]) -> Benchmark:
+def parse(args: Sequence[str]) -> Any:
     """The benchmark with its options; a name or an option that there is not is a ``ValueError``."""
     name, *rest = args
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark: got {name!r}, expected one of {', '.join(BENCHMARKS)}")
-    line, where = BENCHMARKS[name]
-    if not {"-h", "--help"} & set(rest):
-        print(f"{name}: {line}", file=sys.stderr, flush=True)  # long before the first figures, and all that is imported
-    module, _, kind = where.partition(".")
-    made: type[Benchmark] = getattr(import_module(f"experiments.benchmark.{module}"), kind)
-    config = tyro.cli(
-        made,
-        args=rest,
-        prog=f"{PROG} {name}",
-        description=f"{line}\n\n{made.__doc__}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    module, kind = BENCHMARKS[name][1].split(".")
+    made = getattr(import_module(f"experiments.benchmark.{module}"), kind)
+    config = tyro.cli(made, args=rest, prog=f"python -m experiments.benchmark {name}")
     small = {name: value for name, value in made.SMALL.items() if getattr(config, name) == getattr(made, name)}
     return replace(config, **small) if config.quick else config
 
@@ -61,21 +46,15 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(0 if args else 2)
     try:
         config = parse(args)
-    except ValueError as error:
-        fail(error)
-    import pandas as pd
-    import torch
+        import pandas as pd
+        import torch
 
-    from experiments.run_folder import environment
-    from experiments.tables import benchmark_lines, measured_on
+        from experiments.run_folder import environment
+        from experiments.tables import benchmark_lines, measured_on
 
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
-    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-    warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("gmoe").setLevel(logging.INFO)  # long k-means tell how far they are
-    try:
+        if config.threads > 0:
+            torch.set_num_threads(config.threads)
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
         found = config.run()
     except (ValueError, FileNotFoundError) as error:
         fail(error)

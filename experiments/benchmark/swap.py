@@ -2,30 +2,275 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from filelock import FileLock
+from sklearn.metrics import roc_auc_score
 from torch import nn
+from torch.nn import functional as F
+from torch_geometric import seed_everything
+from torch_geometric.nn import DeepGraphInfomax, Sequential
+from torch_geometric.transforms import RandomLinkSplit
+from torch_geometric.utils import negative_sampling
 from tqdm import tqdm
 
 import gmoe
-from experiments.benchmark.measure import Benchmark, Step, take_turns
-from experiments.benchmark.swap_models import ROWS, Arm, Config, Problem, evaluated
+from experiments.benchmark.measure import Benchmark, take_turns
+from experiments.build import build_model, init_centroids, make_fabric
+from experiments.config import GraphConfig, ImageConfig, RouterOptions
+from experiments.data import Split, load_tasks
 from experiments.files import read_json
+from experiments.loop import Progress, attention_kernel, fit, make_optimizer, set_up
+from experiments.presets import CORA, FACEBOOK, MOSAIC, TEN
 from experiments.run_folder import environment, write_json
-from gmoe import LinearExperts, MoELayer
+from experiments.studies import SHARED, SMALL_VIT
+from gmoe.conv.kinds import factory_of
+
+Arm = Literal["dense", "moe", "dense-flops", "random", "oracle", "k-means", "shared-transform"]
+"""``dense-flops`` is the dense model, widened to the active FLOPs of ``moe``; ``shared-transform`` has that option of
+MoEConv where a layer's input is more than four times as wide as its output."""
+Config = GraphConfig | ImageConfig
+load = lru_cache(maxsize=1)(load_tasks)  # the data of one row at a time
+
+
+@torch.no_grad()
+def evaluated(call: Callable[..., Any], model: nn.Module, *args: Any) -> Any:
+    """``call(model, *args)`` of the model in evaluation."""
+    return call(model.eval(), *args)
+
+
+class Problem:
+    """A model and what it is trained on, with one seed."""
+
+    validated = True  # validation selects the epoch; otherwise it is the last one
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self.config: Any = config
+        self.seed, self.task, self.fabric = seed, load(config)(seed), make_fabric(config)
+        seeds: dict[Split, int | None] = {"train": seed, "val": None, "test": None}
+        firsts = {part: next(iter(self.task.loader(part, config.batch_size, seed))) for part, seed in seeds.items()}
+        self.batch: dict[Split, Any] = self.fabric.to_device(firsts)  # of a whole graph, all there is
+
+    def build(self, arm: Arm, width: int) -> nn.Module:
+        """The model of an arm and a hidden width, drawn from torch's generator."""
+        raise NotImplementedError
+
+    def drawn(self, arm: Arm, width: int) -> nn.Module:
+        """The model of the seed: an arm with experts has the dense layers of the dense arm."""
+        seed_everything(self.seed)
+        return self.build(arm, width).to(self.fabric.device)
+
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        """Of a model."""
+        return torch.optim.Adam(model.parameters(), lr=self.config.lr)
+
+    def forward(self, model: Any, batch: Any = None) -> Any:
+        """Run the model on a batch, by default of the test set."""
+        batch = batch or self.batch["test"]
+        with self.fabric.autocast(), attention_kernel(self.fabric.device, self.config):
+            return batch.counted(model(*batch.inputs))
+
+    def loss(self, model: Any) -> Any:
+        """Of a model in training."""
+        return self.task.loss(self.forward(model, self.batch["train"]), self.batch["train"].target)
+
+    def score(self, model: Any, part: Split) -> float:
+        """The metric on a split, of a model in evaluation."""
+        metric = self.task.metric().to(self.fabric.device)
+        for batch in map(self.fabric.to_device, self.task.loader(part, self.config.batch_size, None)):
+            metric.update(self.forward(model, batch), batch.target)
+        return float(metric.compute())
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Forward, loss, backward and optimizer."""
+        model.train()
+        optimizer.zero_grad()
+        self.loss(model).backward()
+        optimizer.step()
+
+    def train(self, model: nn.Module, folder: Path) -> tuple[float, int]:
+        """Train, and leave the model as it was at the first epoch that validated best; the score and number of it."""
+        optimizer, epochs = self.optimizer(model), self.config.epochs
+        best, state = (-math.inf, epochs), model.state_dict()
+        for epoch in tqdm(range(1, epochs + 1), desc=folder.name, leave=False, mininterval=5):
+            self.step(model, optimizer)
+            val = evaluated(self.score, model, "val") if self.validated else -math.inf
+            if val > best[0]:
+                best, state = (val, epoch), copy.deepcopy(model.state_dict())
+        model.load_state_dict(state)
+        return best
+
+
+def layer(arm: Arm, conv: str, in_channels: int, out_channels: int, **kwargs: Any) -> Any:
+    """PyG's conv, or gmoe's defaults in its place, all but the router of ``random``."""
+    if arm.startswith("dense"):
+        return factory_of(conv)(in_channels, out_channels, **kwargs)
+    if arm == "shared-transform":
+        kwargs["shared_transform"] = in_channels > 4 * out_channels * kwargs.get("heads", 1)
+    router = "random" if arm == "random" else "token_choice"
+    return gmoe.MoEConv(conv, in_channels, out_channels, router=router, **kwargs)
+
+
+class Example(Problem):
+    """PyG's examples/gcn.py and gat.py, and the former with other convs: dropout, conv, activation, dropout, conv."""
+
+    out_channels: int | None = None  # the classes
+    kwargs: ClassVar[dict[str, Any]] = {
+        "gcn": ({"cached": True}, {"cached": True}),
+        "gat": ({"heads": 8, "dropout": 0.6}, {"heads": 1, "concat": False, "dropout": 0.6}),
+    }
+
+    def build(self, arm: Arm, width: int) -> nn.Module:
+        (conv,), edges = self.config.conv, "x, edge_index -> x"
+        first, second = self.kwargs.get(conv, ({}, {}))
+        conv1 = layer(arm, conv, self.task.in_channels, width, **first)
+        width *= first.get("heads", 1)
+        conv2 = layer(arm, conv, width, self.out_channels or self.task.num_classes, **second)
+        before, between = nn.Dropout(self.config.input_dropout), nn.Dropout(self.config.dropout)
+        act = nn.ELU() if conv == "gat" else nn.ReLU()
+        return Sequential("x, edge_index", [(before, "x -> x"), (conv1, edges), act, between, (conv2, edges)])
+
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        decays = {1: self.config.weight_decay, 4: self.config.weight_decay * (self.config.conv == ("gat",))}
+        groups = [{"params": list(model[at].parameters()), "weight_decay": decay} for at, decay in decays.items()]
+        return torch.optim.Adam(groups, lr=self.config.lr)  # gcn.py decays the first layer only
+
+
+class Links(Example):
+    """PyG's examples/link_pred.py; the split is drawn by the seed. A link's logit is the product of its ends."""
+
+    out_channels = 64
+    kwargs: ClassVar[dict[str, Any]] = {}  # each part has edges of its own, so that nothing is cached
+
+    def __init__(self, config: Config, seed: int) -> None:
+        super().__init__(config, seed)
+        seed_everything(seed)
+        split = RandomLinkSplit(num_val=0.05, num_test=0.1, is_undirected=True, add_negative_train_samples=False)
+        parts = [part.to(self.fabric.device) for part in split(copy.copy(self.task.graph))]
+        self.batch = dict(zip(self.batch, parts, strict=True))
+
+    def forward(self, model: Any, batch: Any = None) -> Any:
+        batch = batch or self.batch["test"]
+        return model(batch.x, batch.edge_index)
+
+    def loss(self, model: Any) -> Any:
+        train = self.batch["train"]
+        nodes, label, links = self.forward(model, train), train.edge_label, train.edge_label_index
+        none = negative_sampling(train.edge_index, train.num_nodes, label.numel(), method="sparse")
+        label, (a, b) = torch.cat([label, label.new_zeros(none.size(1))]), torch.cat([links, none], dim=-1)
+        return F.binary_cross_entropy_with_logits((nodes[a] * nodes[b]).sum(dim=-1), label)
+
+    def score(self, model: Any, part: Split) -> float:
+        nodes, batch = self.forward(model, self.batch[part]), self.batch[part]
+        a, b = batch.edge_label_index
+        return float(roc_auc_score(batch.edge_label.cpu(), (nodes[a] * nodes[b]).sum(dim=-1).sigmoid().cpu()))
+
+
+class Infomax(Problem):
+    """PyG's examples/infomax_transductive.py: no labels in training, no validation, the last epoch is tested."""
+
+    validated = False
+
+    def __init__(self, config: Config, seed: int) -> None:
+        super().__init__(config, seed)
+        x, edge_index = self.batch["train"].inputs
+        self.inputs = ((x > 0).float(), edge_index)  # the example does not normalize the features, which are 0 or 1
+
+    def build(self, arm: Arm, width: int) -> Any:
+        conv = layer(arm, "gcn", self.task.in_channels, width, cached=True)
+        encoder = Sequential("x, edge_index", [(conv, "x, edge_index -> x"), nn.PReLU(width)])
+        return DeepGraphInfomax(
+            width,
+            encoder,
+            summary=lambda z, *_: z.mean(dim=0).sigmoid(),
+            corruption=lambda x, edges: (x[torch.randperm(x.size(0), device=x.device)], edges),
+        )
+
+    def forward(self, model: Any, batch: Any = None) -> Any:
+        return model.encoder(*self.inputs)
+
+    def loss(self, model: Any) -> Any:
+        return model.loss(*model(*self.inputs))
+
+    def score(self, model: Any, part: Split) -> float:
+        z, fitted, tested = self.forward(model), self.batch["train"], self.batch[part]
+        return float(model.test(z[fitted.rows], fitted.target, z[tested.rows], tested.target, max_iter=150))
+
+
+ROUTERS: dict[Arm, str] = {"dense-flops": "dense", "moe": "token_choice", "k-means": "multi_centroid"}
+NONE = RouterOptions()
+OPTIONS = {"random": RouterOptions(weight="straight_through"), "k-means": RouterOptions(num_centroids=1)}
+
+
+class Preset(Problem):
+    """A GNNMoE of this project's presets, in the loop that trains them; ``dense`` is the same with plain convs."""
+
+    def build(self, arm: Arm, width: int) -> nn.Module:
+        config = replace(self.config, hidden=width, router=ROUTERS.get(arm, arm), options=OPTIONS.get(arm, NONE))
+        model = build_model(config, self.task)
+        if arm == "k-means":
+            init_centroids(model, self.batch["train"].inputs, self.seed)
+        return model
+
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        return make_optimizer(self.config, model)
+
+    def train(self, model: nn.Module, folder: Path) -> tuple[float, int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        with set_up(self.fabric, model, self.config, self.task) as training:
+            reached = fit(training, self.seed, folder, Progress(self.config.epochs))  # resumes what the folder holds
+            evaluated(self.forward, model)  # where all epochs were done already, nothing was recorded yet
+        return reached.best_val, reached.best_epoch + 1
+
+
+class Images(Preset):
+    """A dense ViT, or the same through :func:`gmoe.moefy`."""
+
+    def build(self, arm: Arm, width: int) -> nn.Module:
+        model = super().build("dense", width)
+        return model if arm.startswith("dense") else gmoe.moefy(model, router=ROUTERS.get(arm, arm))
+
+
+class Row(NamedTuple):
+    """A line of the table: its problems, their configuration, and the arms beside ``dense`` and ``moe``."""
+
+    problem: type[Problem]
+    config: Config
+    arms: tuple[Arm, ...] = ("dense-flops", "random")
+
+
+CITED = replace(CORA, data_root=Path("planetoid"), undirected=False, adjacency="edge_index", input_dropout=0.5)
+GAT = replace(CITED, hidden=8, lr=0.005, input_dropout=0.6, dropout=0.6)
+LINKS = replace(CITED, hidden=128, epochs=100, weight_decay=0.0, input_dropout=0.0, dropout=0.0)
+NARROWED: tuple[Arm, ...] = ("dense-flops", "random", "shared-transform")
+PLAIN: dict[str, Any] = {"seeds": TEN, "adjacency": "edge_index", "shared_router": True, "check_finite": False}
+PLAIN["router_input"] = ("node", "neighbors")
+ROWS: dict[str, Row] = {
+    **{
+        f"{name}-{conv}": Row(Example, replace(GAT if conv == "gat" else CITED, dataset=name, conv=(conv,)), NARROWED)
+        for conv in ("gcn", "gat", "sage", "gin")
+        for name in ("cora", "citeseer")
+    },
+    "facebook-sage": Row(Example, replace(FACEBOOK, dropout=0.5, seeds=TEN, adjacency="edge_index")),
+    "minesweeper": Row(Preset, replace(SHARED, data_root=Path("heterophilous"), **PLAIN)),
+    "mosaic": Row(Preset, replace(MOSAIC, **PLAIN), ("dense-flops", "random", "oracle", "k-means")),
+    "cora-linkpred": Row(Links, LINKS, NARROWED),
+    "cora-infomax": Row(Infomax, replace(CITED, hidden=512, epochs=300, lr=0.001), NARROWED),
+    "cifar10-vit": Row(Images, replace(SMALL_VIT, data_root=Path())),
+}
+"""The class swapped, and nothing else; data roots are inside that of the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +286,6 @@ class SwapBenchmark(Benchmark):
     epochs: int | None = None
     """Epochs in place of the rows' own."""
     threads: int = 1
-    """CPU threads; 0 leaves torch's default."""
     repeats: int = 15
     """Timed steps of each arm, after three that are not; 0 takes no times."""
     data_root: Path = Path("data")
@@ -52,105 +296,78 @@ class SwapBenchmark(Benchmark):
     SMALL: ClassVar = {"rows": ("cora-gcn", "cora-gat", "minesweeper", "mosaic"), "seeds": 1, "epochs": 3, "repeats": 3}
 
     def run(self) -> dict[str, Any]:
-        """Train what the file lacks, seed by seed, and measure steps where it has no times.
+        """Train what the file lacks, and measure steps where it has no times: ``runs`` by arm, and ``time``, by row.
 
         The file is written after each run; beside it is a folder for what is not finished.
-
-        Returns:
-            By row: ``runs``, by arm those of its seeds; ``time``; ``matched``, the ``hidden`` width of ``dense-flops``.
         """
         if unknown := sorted(set(self.rows) - set(ROWS)):
             raise ValueError(f"rows: got {', '.join(unknown)}, expected some of {', '.join(ROWS)}")
         self.check_counts("seeds", "epochs")
         with tempfile.TemporaryDirectory() as scratch:
             path = self.json or Path(scratch) / "swap.json"
-            for name, arm, seed in tqdm(list(self._missing(path)), desc="runs"):
-                problem = ROWS[name].problem(self._config(name), seed)
-                width = problem.config.hidden
-                if arm in ("dense-flops", "times"):
-                    with self._row(path, name) as row:
-                        row["matched"] = row.get("matched") or {"hidden": matched_width(problem)}
-                        width = row["matched"]["hidden"]
-                if arm == "times":
-                    found = step_times(problem, width, self.repeats, "shared-transform" in ROWS[name].arms)
-                    with self._row(path, name) as row:
-                        row["time"] = found
-                    continue
-                part = path.with_suffix("") / f"{name}-{arm}-{seed}-{problem.config.epochs}"
-                result = train_arm(problem, arm, width, part)
-                with self._row(path, name) as row:
-                    others = [run for run in row["runs"].get(arm, []) if run["seed"] != seed]
-                    row["runs"][arm] = sorted([*others, result], key=lambda run: run["seed"])
-                shutil.rmtree(part, ignore_errors=True)
-                off = f", {100 * result['off']:.2f} with the experts off" if "off" in result else ""
-                tqdm.write(f"{name} {arm} seed {seed}: test {100 * result['test']:.2f}{off}", file=sys.stderr)
+            for name in self.rows:
+                config, row = ROWS[name].config, read_rows(path).get(name, {"runs": {}})
+                root, epochs = self.data_root.expanduser() / config.data_root, self.epochs or config.epochs
+                config = replace(config, data_root=root, epochs=epochs, offline=self.offline, device=self.device)
+                done = {(run["seed"], arm, run["epochs"]) for arm, runs in row["runs"].items() for run in runs}
+                arms = ["dense", "moe", *(arm for arm in ROWS[name].arms if arm in self.arms)]
+                for seed, arm in itertools.product(range(self.seeds or len(config.seeds)), arms):
+                    if (seed, arm, epochs) not in done:
+                        part = path.with_suffix("") / f"{name}-{arm}-{seed}-{epochs}"
+                        run = train_arm(ROWS[name].problem(config, seed), arm, width_of(arm, name, config), part)
+                        self._write(path, name, run, arm)
+                        shutil.rmtree(part, ignore_errors=True)
+                if self.repeats and not row.get("time"):
+                    self._write(path, name, step_times(name, config, self.repeats))
             return read_rows(path)
 
-    def _config(self, name: str) -> Config:
-        config, device = ROWS[name].config, self.torch_device().type
-        root, epochs = self.data_root.expanduser() / config.data_root, self.epochs or config.epochs
-        return replace(config, data_root=root, epochs=epochs, offline=self.offline, device=device)
-
-    def _missing(self, path: Path) -> Iterator[tuple[str, Any, int]]:
-        """Row, arm and seed of what the file lacks; the arm ``"times"`` stands for those."""
-        for name in self.rows:
-            config, row = self._config(name), read_rows(path).get(name, {"runs": {}, "time": None})
-            arms = ["dense", "moe", *(arm for arm in ROWS[name].arms if arm in self.arms)]
-            done = {(arm, run["seed"], run["epochs"]) for arm, runs in row["runs"].items() for run in runs}
-            for seed, arm in itertools.product(range(self.seeds or len(config.seeds)), arms):
-                if (arm, seed, config.epochs) not in done:
-                    yield name, arm, seed
-            if self.repeats and not row["time"]:
-                yield name, "times", 0
-
-    @contextmanager
-    def _row(self, path: Path, name: str) -> Iterator[dict[str, Any]]:
-        """A row of the file, to change; other processes, which may write there as well, wait."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _write(self, path: Path, name: str, found: dict[str, Any], arm: Arm | None = None) -> None:
+        """Add a run of an arm, or the times, to a row; other processes, which may write there as well, wait."""
         with FileLock(path.with_suffix(".lock")):
             rows = read_rows(path)
-            yield rows.setdefault(name, {"runs": {}, "time": None})
+            row = rows.setdefault(name, {"runs": {}})
+            if arm is None:
+                row["time"] = found
+            else:
+                others = [run for run in row["runs"].get(arm, []) if run["seed"] != found["seed"]]
+                row["runs"][arm] = sorted([*others, found], key=lambda run: run["seed"])
             write_json(path, self.content({known: rows[known] for known in ROWS if known in rows}))
 
 
-def read_rows(path: Path) -> dict[str, Any]:
+def read_rows(path: Path) -> Any:
     """The rows of a file of results; none where there is no file."""
-    found: dict[str, Any] = read_json(path, dict[str, Any])["variants"] if path.exists() else {}
-    return found
+    return read_json(path, dict[str, Any])["variants"] if path.exists() else {}
 
 
 def train_arm(problem: Problem, arm: Arm, width: int, folder: Path) -> dict[str, Any]:
-    """Train one arm, and test it at the epoch that validation selects.
-
-    Returns:
-        As JSON: ``test``, ``val``, ``best_epoch`` (from 1), and of a model with experts ``off``, the test score with
-        the routed experts switched off, and by layer ``share`` and ``live``, see :func:`routed_part`.
-    """
-    started = time.perf_counter()
+    """Train one arm, and test it at the epoch that validation selects, of experts also with these switched off."""
     model = problem.drawn(arm, width)
     val, best_epoch = problem.train(model, folder)
     result = {
         "seed": problem.seed,
+        "commit": environment()["commit"],
+        "hidden": width,
         "test": evaluated(problem.score, model, "test"),
         "val": val if math.isfinite(val) else None,
-        "best_epoch": best_epoch,
+        "best_epoch": best_epoch,  # from 1
         "epochs": problem.config.epochs,
     }
     if switches(model):
         result |= routed_part(model, problem.forward)
         with switched_off(model):
             result["off"] = evaluated(problem.score, model, "test")
-    return result | {"seconds": round(time.perf_counter() - started, 2), "commit": environment()["commit"]}
+    tqdm.write(f"{folder.name}: test {100 * result['test']:.2f}", file=sys.stderr)
+    return result
 
 
-def switches(model: nn.Module) -> dict[MoELayer, list[nn.Parameter]]:
-    """The layers that start dense, and what starts at zero in them: of a conv the gain, of MLPs their last layers."""
-    found: dict[MoELayer, list[nn.Parameter]] = {}
+def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
+    """By layer that starts dense, what starts at zero in it: of a conv the gain, of MLPs their last layers."""
+    found: dict[nn.Module, list[nn.Parameter]] = {}
     for layer in model.modules():
         if isinstance(layer, gmoe.MoEConv) and layer.gain is not None:
             found[layer] = [layer.gain]
-        if isinstance(layer, gmoe.MoE):
-            last = [part for part in layer.modules() if isinstance(part, LinearExperts) and part.zero_init]
+        elif isinstance(layer, gmoe.MoE):
+            last = [part for part in layer.modules() if isinstance(part, gmoe.LinearExperts) and part.zero_init]
             found[layer] = [parameter for part in last for parameter in part.parameters()]
     return {layer: parts for layer, parts in found.items() if parts}
 
@@ -168,12 +385,8 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def routed_part(model: nn.Module, forward: Callable[[Any], Any]) -> dict[str, list[float]]:
-    """What the routed experts do in evaluation, by layer.
-
-    Returns:
-        ``share``, the norm of what they add over the norm of the layer's output; ``live``, how many of them take more
-        than 1 % of the tokens, by decision of a router.
-    """
+    """What the routed experts do in evaluation: by layer ``share``, the norm of what they add over that of the output;
+    by decision of a router ``live``, how many of them take more than 1 % of the tokens."""
     share: dict[Any, float] = {}
 
     def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -192,26 +405,24 @@ def routed_part(model: nn.Module, forward: Callable[[Any], Any]) -> dict[str, li
     return {"share": list(share.values()), "live": live}
 
 
-def matched_width(problem: Problem) -> int:
-    """The hidden width at which the dense model has the active FLOPs of the one with experts."""
+@cache
+def width_of(arm: Arm, name: str, config: Config) -> int:
+    """The hidden width of an arm; at that of ``dense-flops`` the dense model has the active FLOPs of ``moe``."""
+    if arm != "dense-flops":
+        return config.hidden
+    problem = ROWS[name].problem(config, 0)
 
     def cost(arm: Arm, width: int) -> int:
         return gmoe.count_flops(partial(evaluated, problem.forward), problem.drawn(arm, width))
 
-    width = problem.config.hidden
-    return gmoe.match_width(partial(cost, "dense"), cost("moe", width), start=width, tolerance=0.5)
+    return gmoe.match_width(partial(cost, "dense"), cost("moe", config.hidden), start=config.hidden, tolerance=0.5)
 
 
-def step_times(problem: Problem, hidden: int, repeats: int, narrowed: bool) -> dict[str, Any]:
-    """Seconds of a training step in turns, see :func:`take_turns`: of dense, MoE, the dense model of width ``hidden``,
-    and with ``narrowed`` the shared transform. ``layers`` is how many layers have experts."""
-    width = problem.config.hidden
-    widths: dict[Arm, int] = {"dense": width, "moe": width, "dense-flops": hidden}
-    if narrowed:
-        widths["shared-transform"] = width
-    models = {arm: problem.drawn(arm, of) for arm, of in widths.items()}
-    steps: dict[str, Step] = {
-        arm: partial(problem.step, model, problem.optimizer(model)) for arm, model in models.items()
-    }
+def step_times(name: str, config: Config, repeats: int) -> dict[str, Any]:
+    """Seconds of a training step in turns, see :func:`take_turns`; ``layers`` is how many layers have experts."""
+    problem, untimed = ROWS[name].problem(config, 0), ("random", "oracle", "k-means")
+    arms: list[Arm] = ["dense", "moe", *(arm for arm in ROWS[name].arms if arm not in untimed)]
+    models = {arm: problem.drawn(arm, width_of(arm, name, config)) for arm in arms}
+    steps = {str(arm): partial(problem.step, model, problem.optimizer(model)) for arm, model in models.items()}
     times = take_turns(steps, repeats, problem.fabric.device, warmup=3)
-    return {**times, "layers": len(switches(models["moe"])), "threads": torch.get_num_threads()}
+    return {**times, "layers": len(switches(models["moe"]))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ from unittest.mock import patch
 
 import torch
 from torch_geometric.data import Data
-from tqdm import tqdm
 
 from experiments.benchmark.measure import Benchmark, Steps, spread, wait_for
 from experiments.build import build_model, make_fabric
@@ -28,10 +26,10 @@ from gmoe import StoredGraph, neighbor_loader
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchmark(Benchmark):
-    """One epoch of each preset whose data are at hand, in the loop that trains it."""
+    """One epoch of each preset, in the loop that trains it."""
 
-    presets: tuple[str, ...] = tuple(PRESETS)
-    """Names of presets."""
+    presets: tuple[str, ...] = ("digits", "digits-graph", "mosaic")
+    """Names of presets; those by default need no data."""
     batches: int = 20
     """At most so many batches of an epoch."""
     repeats: int = 3
@@ -39,23 +37,14 @@ class TrainBenchmark(Benchmark):
     data_root: Path = Path("data")
     """Root folder of the data. Nothing is downloaded."""
 
-    SMALL: ClassVar = {"repeats": 1, "batches": 5, "presets": ("digits", "digits-graph", "mosaic")}
+    SMALL: ClassVar = {"repeats": 1, "batches": 5}
 
     def measured(self) -> dict[str, Any]:
         """By preset ``wall``, ``batches``, ``parts`` (seconds of the median epoch) and ``share`` (over their sum)."""
         self.check_counts("batches")
-        unknown = sorted(set(self.presets) - set(PRESETS))
-        if unknown:
+        if unknown := sorted(set(self.presets) - set(PRESETS)):
             raise ValueError(f"presets: got {', '.join(unknown)}, expected some of {', '.join(PRESETS)}")
-        found = {}
-        for name in tqdm(self.presets, desc="preset", leave=False):
-            try:
-                found[name] = self._preset(name)
-            except (FileNotFoundError, ValueError) as error:
-                tqdm.write(f"{name} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
-        if not found:
-            raise ValueError("presets: got none whose data are at hand")
-        return found
+        return {name: self._preset(name) for name in self.presets}
 
     def _preset(self, name: str) -> dict[str, Any]:
         config = PRESETS[name][1]
@@ -91,11 +80,10 @@ def timed_parts(training: Training, batches: int) -> Iterator[dict[str, float]]:
         seconds[part] += now - last
         last = now
 
-    def marked(call: Callable[..., Any], after: str, before: str | None = None) -> Callable[..., Any]:
-        def marked_call(*args: Any, **kwargs: Any) -> Any:
-            if before is not None:
-                mark(before)
-            found = call(*args, **kwargs)
+    def marked(call: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
+        def marked_call(*args: Any) -> Any:
+            mark(before)
+            found = call(*args)
             mark(after)
             return found
 
@@ -109,9 +97,9 @@ def timed_parts(training: Training, batches: int) -> Iterator[dict[str, float]]:
 
     with (
         patch.object(training, "batches", drawn),
-        patch.object(fabric, "to_device", marked(fabric.to_device, "data")),
-        patch.object(fabric, "backward", marked(fabric.backward, "backward", before="forward")),
-        patch.object(training.scheduler, "step", marked(training.scheduler.step, "optimizer")),
+        patch.object(fabric, "to_device", marked(fabric.to_device, "data", "data")),
+        patch.object(fabric, "backward", marked(fabric.backward, "forward", "backward")),
+        patch.object(training.scheduler, "step", marked(training.scheduler.step, "optimizer", "optimizer")),
     ):
         yield seconds
         mark("rest")
@@ -119,8 +107,7 @@ def timed_parts(training: Training, batches: int) -> Iterator[dict[str, float]]:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredBenchmark(Benchmark):
-    """Batches of 1,024 seeds with 15, 10 and 5 neighbors a hop; variants are by place and number of worker processes.
-    Files are cached by the first round."""
+    """Batches of 1,024 seeds with 15, 10 and 5 neighbors a hop, from memory and files, which the first round caches."""
 
     folder: Path = Path("data/stored")
     """Folder that `experiments.convert` wrote, of a graph that fits in memory."""
@@ -131,11 +118,10 @@ class StoredBenchmark(Benchmark):
 
     def groups(self) -> Iterator[Steps]:
         self.check_counts("batches")
-        disk, size = StoredGraph(self.folder), 1024
+        disk = StoredGraph(self.folder)
         memory = Data(x=disk.rows("x", slice(None)), edge_index=torch.stack(disk.in_edges(slice(None))))
-        seeds = torch.randint(disk.num_nodes, (self.batches * size,))
+        seeds, places = torch.randint(disk.num_nodes, (self.batches * 1024,)), {"memory": memory, "disk": disk}
         for workers in (0, 2):
-            options: dict[str, Any] = {"batch_size": size, "is_sorted": True, "num_workers": workers, "backend": "gmoe"}
-            places = {"memory": memory, "disk": disk}
+            options: dict[str, Any] = {"batch_size": 1024, "is_sorted": True, "num_workers": workers, "backend": "gmoe"}
             loaders = {place: neighbor_loader(data, [15, 10, 5], seeds, **options) for place, data in places.items()}
             yield {f"{place}, {workers} workers": partial(deque, loader, maxlen=0) for place, loader in loaders.items()}

