@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "router": ("The routers' share of a layer.", "layers.RouterBenchmark"),
     "vote": ("Attention votes: naive, in blocks, over neighbors.", "layers.VoteBenchmark"),
     "train": ("Where an epoch's time goes: data, forward, backward, optimizer, rest.", "train.TrainBenchmark"),
+    "molecules": ("Four layers on a batch of molecules, forward and backward.", "layers.MoleculesBenchmark"),
     "stored": ("Neighbor sampling from disk beside memory.", "train.StoredBenchmark"),
     "swap": ("Dense layers and gmoe's defaults in their place: accuracy, time of a step.", "swap.SwapBenchmark"),
     "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", "layers.VitBenchmark"),
