@@ -79,6 +79,7 @@ def test_peak_memory_is_that_of_what_lives_at_once(capfd: pytest.CaptureFixture[
         (f"{ROUTER} --layer conv", "layer, random K=1", ["router, random K=1"]),
         (VOTE, "GATConv", ["AttentionVote, neighbors", "naive votes", "AttentionVote, group"]),
         (f"{VIT} --bf16", "dense", ["loop with nonzero", "loop", "padded", "grouped", "with a shared expert"]),
+        ("molecules", "dense", ["MoEConv"]),
     ],
 )
 def test_variants_and_their_ratios(command: str, reference: str, others: list[str], tmp_path: Path) -> None:
