@@ -61,7 +61,6 @@ class GNNMoE(HubMixin, nn.Module):
         jk: ``"cat"``, ``"max"``, ``"lstm"``, or ``"last"``, a plain output projection (default ``None``).
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
-        in_proj: begin with a linear layer to ``hidden_channels`` (default ``False``).
         **conv_kwargs: further arguments of :class:`MoEConv` and of the convs. ``heads`` divide ``hidden_channels``, and
             are averaged in the output layer, as in PyG's ``GAT``.
 
@@ -100,7 +99,6 @@ class GNNMoE(HubMixin, nn.Module):
         norm: Any = None,
         jk: str | None = None,
         residual: Residual = "identity",
-        in_proj: bool = False,
         **conv_kwargs: Any,
     ) -> None:
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
@@ -119,7 +117,7 @@ class GNNMoE(HubMixin, nn.Module):
         routed |= {"num_experts": len(kinds_of(conv, num_experts)), "k": k, "router_input": self.router_input}
         deciding = _shared_router(router, in_channels, routed) if shared_router and moe_layers else None
         routed["router"] = None if shared_router else router
-        widths = [hidden_channels if in_proj else in_channels, *[hidden_channels] * (num_layers - 1)]
+        widths = [in_channels, *[hidden_channels] * (num_layers - 1)]
         self.convs = nn.ModuleList()
         for layer, width in enumerate(widths):
             hidden, options = layer < num_hidden, routed if layer in moe_layers else None
@@ -136,7 +134,6 @@ class GNNMoE(HubMixin, nn.Module):
             self.jk = JumpingKnowledge(jk, hidden_channels, num_layers)
         if jk is not None:
             self.lin = nn.Linear(hidden_channels * (num_layers if jk == "cat" else 1), out_channels)
-        self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None
         added = [residual_of(residual, width, hidden_channels) for width in widths[:num_hidden]]
         self.residuals = nn.ModuleList(module for module in added if module is not None)
         self.shared_router = deciding
@@ -215,7 +212,6 @@ class GNNMoE(HubMixin, nn.Module):
             each: from a module and an input to the output (default: a call).
         """
         x = self.input_dropout(x) if self.training else x
-        x = x if self.lin_in is None else each(self.lin_in, x)
         xs = []
         for layer in range(self.num_layers):
             x = step(layer, x)

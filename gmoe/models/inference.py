@@ -70,7 +70,7 @@ def inference(
     check_counts(batch_size=batch_size)
     device = next(model.parameters()).device if device is None else torch.device(device)
     for layer, conv in enumerate(model.convs):
-        width = model.in_channels if layer == 0 and model.lin_in is None else model.hidden_channels
+        width = model.hidden_channels if layer else model.in_channels
         if isinstance(conv, MoEConv):
             refuse_far([*conv.experts.too_far, *([] if conv.shared_expert is None else conv.shared_expert.too_far)])
         else:
