@@ -165,10 +165,12 @@ def _matches(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     check(patterns, "targets", repr(targets), "a pattern of names of modules, or a list of them")
     named = model.named_modules(remove_duplicate=False)
     names = [name for name, module in named if name and not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+    found: set[str] = set()
     for pattern in patterns:
-        matched = any(fnmatchcase(name, pattern) for name in names)
+        matched = [name for name in names if fnmatchcase(name, pattern)]
         check(matched, "targets", repr(pattern), f"a pattern of names that are there, such as {', '.join(names[:8])}")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        found.update(matched)
+    return [name for name in names if name in found]
 
 
 # MLPs -----------------------------------------------------------------------------------------------------------------

@@ -129,13 +129,12 @@ def expert_maps(
     cell = 1.7 * max(width / height, 0.4)
     figure = Figure(figsize=(cell * (len(weights) + 1) + 0.3, 1.75 * len(images) + 0.8), layout="constrained")
     grid = figure.subplots(len(images), len(weights) + 1, squeeze=False)
-    for number, (row, picture) in enumerate(zip(grid, pictures, strict=True)):
+    for number, (row, picture, title) in enumerate(zip(grid, pictures, titles or [""] * len(images), strict=True)):
         tinted = [_tint(picture, weight[number], (high, wide)) for weight in weights]
         for axis, shown in zip(row, [picture, *tinted], strict=True):
             axis.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        if titles is not None:
-            row[0].set_ylabel(titles[number])
+        row[0].set_ylabel(title)
     for layer, axis in enumerate(grid[0, 1:], start=1):
         axis.set_title(f"MoE layer {layer}", fontsize="medium")
     _legend(figure, max(weight.size(-1) for weight in weights))
@@ -236,11 +235,8 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
     loads = [torch.stack(layer) for layer in zip(*steps, strict=True)]
     rows, columns = -(-len(loads) // 2), min(len(loads), 2)
     figure = Figure(figsize=(3.7 * columns, 2.8 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for axis in axes[len(loads) :]:
-        axis.remove()
-    for number, (axis, load_SE) in enumerate(zip(axes, loads, strict=False)):
-        num_experts = load_SE.size(1)
+    for number, load_SE in enumerate(loads, start=1):
+        axis, num_experts = figure.add_subplot(rows, columns, number), load_SE.size(1)
         if len(steps) == 1:
             axis.bar(range(num_experts), load_SE[0].numpy(), color=palette(num_experts))
             axis.axhline(1 / num_experts, color="0.3", linewidth=0.8, linestyle="--")
@@ -249,7 +245,7 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
             axis.stackplot(range(1, len(steps) + 1), load_SE.T.numpy(), colors=palette(num_experts))
             axis.set(xlabel="step", xlim=(1, len(steps)), ylim=(0, 1))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_title(f"MoE layer {number + 1}", fontsize="medium")
+        axis.set_title(f"MoE layer {number}", fontsize="medium")
         axis.set_ylabel("load (share of pairs)")
     if len(steps) > 1:
         _legend(figure, max(load_SE.size(1) for load_SE in loads))

@@ -518,7 +518,9 @@ def by_hand(model: GNNMoE, c: Config, given: Given) -> tuple[Tensor, list[Routin
     """The definition of a model, layer by layer of its own parts; the routings, and the experts' convs."""
     torch.manual_seed(c.number)
     x, convs = given.x[0], {}
-    decision = None if model.shared_router is None else model.decide(x, given.plain, given.batch)
+    decision, graph = None, Graph(given.plain, x.size(0), flow=model.flow)
+    if model.shared_router is not None:
+        decision = model.shared_router(model.view(x, graph), given.batch, graph.edge_index)
     routings = [] if decision is None else [decision]
     xs = []
     for layer, conv in enumerate(model.convs):
@@ -619,7 +621,7 @@ def in_low_precision(c: Config, module: MoEConv, routing: Routing) -> Outcome:
         y.sum().backward()
         found = {"low y": y.detach(), **{f"low {name}": ref.gradient(leaf) for name, leaf in given.leaves.items()}}
         results.append({name: value for name, value in found.items() if c.low == "float32" or name == "low y"})
-    return compare(*results, {"float32": 1e-4, "bfloat16": 0.1}[c.low])
+    return compare(results[0], results[1], {"float32": 1e-4, "bfloat16": 0.1}[c.low])
 
 
 def finish(y: Tensor, routings: list[Routing], given: Given, module: Any, convs: Any) -> dict[str, Any]:

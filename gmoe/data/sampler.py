@@ -116,8 +116,7 @@ class NeighborSampler(BaseSampler):
         """The function that PyG's ``node_sample`` and ``edge_sample`` call."""
         seeds = seed if isinstance(seed, dict) else {NODES: seed}
         for kind, nodes in seeds.items():
-            legal = [name or None for name in self._sizes]
-            check(kind in self._sizes, "input_type", repr(kind or None), f"one of {legal}")
+            check(kind in self._sizes, "input_type", repr(kind), f"one of {list(self._sizes)}")
             check_nodes("node", nodes, self._sizes[kind])
         unseen = torch.iinfo(self._dtype).max
         try:

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -143,14 +143,6 @@ class GNNMoE(HubMixin, nn.Module):
         for part in self.children():
             reset(part)
 
-    def decide(self, x: Tensor, edge_index: Adj | Graph, batch: Tensor | None = None) -> Routing | None:
-        """Route all nodes from their raw features for all layers; ``None`` where each layer has its own router."""
-        if self.shared_router is None:
-            return None
-        graph = self._graph(x, edge_index, None, None)
-        routing: Routing = self.shared_router(self.view(x, graph), batch, graph.edge_index)
-        return routing
-
     def view(self, x: Tensor, graph: Graph) -> Tensor:
         """(N, dim) what a shared router sees: the raw features, their means over in-edges, the in-degrees."""
         means = graph.mean(x) if "neighbors" in self.router_input else None
@@ -183,7 +175,8 @@ class GNNMoE(HubMixin, nn.Module):
         if isinstance(x, torch.fx.Proxy):
             raise ValueError("x: got a torch.fx proxy, expected a tensor: in place of to_hetero, take HeteroGNNMoE")
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
-        decision = self.decide(x, graph, batch)
+        shared = self.shared_router
+        decision = None if shared is None else shared(self.view(x, graph), batch, graph.edge_index)
         routings = [] if decision is None else [decision]
 
         def step(layer: int, x: Tensor) -> Tensor:
@@ -265,7 +258,7 @@ def norm_of(norm: Any, width: int) -> Any:
 
 def residual_of(residual: Residual, width: int, out: int) -> nn.Module | None:
     """The map of what is added to a hidden layer, if there is one."""
-    check_choice("residual", residual, get_args(Residual))
+    check_choice("residual", residual, Residual)
     if residual == "none":
         return None
     return nn.Identity() if residual == "identity" and width == out else nn.Linear(width, out)

@@ -220,7 +220,6 @@ class PartByPart:
 def _check_stored(model: Any, graph: StoredGraph) -> None:
     """Refuse models that cannot be computed a part of a stored graph at a time."""
     check(graph.num_nodes, "loader", "no nodes", "at least one")
-    check(graph.x_dim == model.in_channels, "x", f"{graph.x_dim} columns", f"in_channels={model.in_channels}")
     dtype = next(model.parameters()).dtype
     check(dtype in (torch.float32, torch.float64), "model", dtype, "float32 or float64: what .npy files hold")
     check(not model.training, "model", "one in training mode", "eval() before inference of a stored graph")

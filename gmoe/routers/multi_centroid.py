@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class MultiCentroid(Router):
     ) -> None:
         weight = weight or ("normalized" if choice == "tokens" and k >= 2 else "score")
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        check_choice("choice", choice, get_args(Choice))
+        check_choice("choice", choice, Choice)
         check_counts(num_centroids=num_centroids)
         check_positive("temperature", temperature)
         check_at_least("separation_coef", separation_coef, 0)
