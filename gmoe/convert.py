@@ -95,7 +95,6 @@ def moefy(
         >>> vit = moefy(timm.create_model("vit_tiny_patch16_224"), blocks=[-3, -1], router="expert_choice")
         >>> gnn = moefy(gnn, targets="conv*")
     """
-    check(isinstance(model, nn.Module), "model", type(model).__name__, "a transformer or a PyG GNN")
     check_counts(every=1 if every is None else every)
     check(
         not isinstance(router, Router), "router", "an instance", "a name or a factory, since several layers are built"

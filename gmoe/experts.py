@@ -170,9 +170,8 @@ class MLPExperts(Experts):
         linear = partial(LinearExperts, num_experts=num_experts, bias=bias, backend=backend)
         self.up = linear(in_features, 2 * hidden_features if glu else hidden_features)
         self.down = linear(hidden_features, out_features, zero_init=zero_init)
-        self.hidden_dropout, self.output_dropout = map(
-            nn.Dropout, dropout if isinstance(dropout, tuple) else (dropout, dropout)
-        )
+        dropouts = dropout if isinstance(dropout, tuple) else (dropout, dropout)
+        self.hidden_dropout, self.output_dropout = map(nn.Dropout, dropouts)
         self.input_norm = input_norm or nn.Identity()
         self.hidden_norm = hidden_norm or nn.Identity()
 

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gmoe._checks import check, check_counts, naming_extras
 from gmoe.routing import Routing, record_routing
@@ -75,7 +76,7 @@ def patch_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
         [torch.Size([2, 8, 8, 8]), torch.Size([2, 8, 8, 8]), torch.Size([2, 8, 8, 8])]
     """
     images = _batch_of(images)
-    high, wide = _patch_size(model, images)
+    high, wide = _patch_size(model)
     h, w = images.size(2) // high, images.size(3) // wide
     parameter = next(model.parameters(), images)
     with _evaluating(model), record_routing(model) as routings:
@@ -123,7 +124,7 @@ def expert_maps(
     images = _batch_of(images)
     check(titles is None or len(titles) == len(images), "titles", titles, f"{len(images)} of them")
     weights = patch_weights(model, images)
-    high, wide = _patch_size(model, images)
+    high, wide = _patch_size(model)
     height, width = images.size(2) // high * high, images.size(3) // wide * wide
     pictures = _to_rgb(images.detach().float().cpu(), mean, std)[..., :height, :width]  # what patches cover
     cell = 1.7 * max(width / height, 0.4)
@@ -162,15 +163,11 @@ def _batch_of(images: Tensor) -> Tensor:
     return batch
 
 
-def _patch_size(model: nn.Module, images: Tensor) -> tuple[int, int]:
+def _patch_size(model: nn.Module) -> tuple[int, int]:
     """Height and width of a patch in pixels."""
     convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     high, wide = next((conv.stride for conv in convs if conv.kernel_size == conv.stride != (1, 1)), (0, 0))
     check(high, "model", f"{type(model).__name__} without a patch embedding", "a Conv2d whose kernel is its stride")
-    height, width = images.shape[2:]
-    check(
-        high <= height and wide <= width, "images", f"{height} x {width} pixels", f"at least a patch, {high} x {wide}"
-    )
     return int(high), int(wide)
 
 
@@ -195,13 +192,13 @@ def _to_rgb(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] |
 
 def _tint(picture: Tensor, weight_hwE: Tensor, patch: tuple[int, int]) -> Tensor:
     """(3, H, W) the picture, each patch mixed with the colors of its experts."""
-    share_hwE = weight_hwE / weight_hwE.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_hwE.dtype).tiny)
-    color = (share_hwE @ torch.tensor(palette(weight_hwE.size(-1)))).permute(2, 0, 1)
+    colors_E3 = torch.tensor(palette(weight_hwE.size(-1)))
+    color = (F.normalize(weight_hwE, p=1, dim=-1) @ colors_E3).permute(2, 0, 1).contiguous()
     (high, wide), (_, height, width) = patch, picture.shape
     while high * color.size(1) < height or wide * color.size(2) < width:  # patches merged 2 x 2
         high, wide = 2 * high, 2 * wide
-    color = color.repeat_interleave(high, dim=1).repeat_interleave(wide, dim=2)[:, :height, :width]
-    return (1 - STRENGTH) * picture + STRENGTH * color
+    color = torch.kron(color, torch.ones(1, high, wide))[:, :height, :width]
+    return torch.lerp(picture, color, STRENGTH)
 
 
 # Load -----------------------------------------------------------------------------------------------------------------
@@ -254,8 +251,8 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
 
 def _load(layer: LayerLoad) -> Tensor:
     """(E,) shares of the pairs."""
-    load_E = (layer.load if isinstance(layer, Routing) else layer["load"]).float().cpu()
-    return load_E / load_E.sum().clamp(min=1e-12)
+    load_E = layer.load if isinstance(layer, Routing) else layer["load"]
+    return F.normalize(load_E.float().cpu(), p=1, dim=0)
 
 
 def _legend(figure: Figure, num_experts: int) -> None:

@@ -72,8 +72,6 @@ class NeighborSampler(BaseSampler):
     """
 
     def __init__(self, data: Data | HeteroData | StoredGraph, num_neighbors: Fanouts, replace: bool = False) -> None:
-        legal = "Data, HeteroData or StoredGraph"
-        check(isinstance(data, Data | HeteroData | StoredGraph), "data", type(data).__name__, legal)
         self.is_hetero = isinstance(data, HeteroData)
         self.replace = replace
         nodes = data.node_items() if isinstance(data, HeteroData) else [(NODES, data)]

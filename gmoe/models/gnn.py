@@ -194,15 +194,12 @@ class GNNMoE(HubMixin, nn.Module):
         x = self.through(x, step)
         return (x, routings) if return_routing else x
 
-    def through(
-        self, x: Any, step: Callable[[int, Any], Tensor], each: Callable[..., Tensor] = nn.Module.__call__
-    ) -> Tensor:
+    def through(self, x: Any, step: Callable[[int, Any], Tensor]) -> Tensor:
         """The loop over layers.
 
         Args:
             x: (N, D) features, or what ``step`` takes for them.
             step: from a layer and its input to its output, on the whole graph or part by part.
-            each: from a module and an input to the output (default: a call).
         """
         x = self.input_dropout(x) if self.training else x
         xs = []
@@ -210,11 +207,11 @@ class GNNMoE(HubMixin, nn.Module):
             x = step(layer, x)
             if hasattr(self, "jk"):  # else nothing holds the layers in between
                 xs.append(x)
-        if xs:
-            # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
-            device = next(self.parameters()).device
-            x = self.jk([h[: x.size(0)].to(device) for h in xs]).to(x.device)
-        return each(self.lin, x) if self.jk_mode is not None else x
+        if not xs:
+            return x
+        # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
+        logits: Tensor = self.lin(self.jk([h[: x.size(0)].to(self.lin.weight.device) for h in xs]))
+        return logits.to(x.device)
 
     def conv(
         self, layer: int, x: Tensor, graph: Graph, batch: Tensor | None, routing: Routing | None
@@ -228,12 +225,13 @@ class GNNMoE(HubMixin, nn.Module):
         return (out + self.residuals[layer](x[: len(out)]) if layer < len(self.residuals) else out), routing
 
     def after(self, layer: int, x: Tensor, batch: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-        """Normalization, activation and dropout, on all but an output conv."""
+        """Normalization, activation and dropout, on all but an output conv; and the output of ``jk="last"``."""
         if layer == len(self.norms):
             return x
         norm = self.norms[layer]
         x = norm(x, batch, batch_size) if self.norm_takes_batch else norm(x)
-        return self.dropout(self.act(x))
+        x = self.dropout(self.act(x))
+        return self.lin(x) if self.jk_mode == "last" and layer == self.num_layers - 1 else x
 
     inference = inference
 

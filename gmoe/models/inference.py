@@ -82,7 +82,7 @@ def inference(
         graph = model._graph(data.x, data.edge_index, data.get("edge_weight"), data.get("edge_attr")).to("cpu")
         batch = None if data.get("batch") is None else data.batch.to(device)
         way = PartByPart(model, graph, data.x.cpu(), graph.num_dst, device, batch_size, progress_bar, batch=batch)
-        logits = model.through(way.raw, way.step, way.each)
+        logits = model.through(way.raw, way.step)
         return (logits, way.routings) if return_routing else logits
     _check_stored(model, data)
     check(not return_routing, "return_routing", "True", "False for a stored graph: it takes memory for all nodes")
@@ -92,7 +92,7 @@ def inference(
     folder.mkdir(parents=True, exist_ok=True)
     way = PartByPart(model, data, data, data.num_nodes, device, batch_size, progress_bar, folder)
     try:
-        logits = model.through(data, way.step, way.each)
+        logits = model.through(data, way.step)
         way.path.replace(folder / "logits.npy")
         return logits
     finally:
@@ -131,10 +131,6 @@ class PartByPart:
     routings: list[Routing] = field(default_factory=list)
     path: Path = Path()
     """The file that was written last."""
-
-    def each(self, module: nn.Module, x: Any) -> Tensor:
-        """(N, D) a module that treats each row by itself."""
-        return self.gathered((rows, module(self.rows(x, rows))) for rows in self.ranges(type(module).__name__))
 
     def step(self, layer: int, x: Any) -> Tensor:
         """(N, D) a layer's output."""
