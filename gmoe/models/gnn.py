@@ -210,7 +210,8 @@ class GNNMoE(HubMixin, nn.Module):
         if not xs:
             return x
         # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
-        logits: Tensor = self.lin(self.jk([h[: x.size(0)].to(self.lin.weight.device) for h in xs]))
+        device = next(self.parameters()).device
+        logits: Tensor = self.lin(self.jk([h[: x.size(0)].to(device) for h in xs]))
         return logits.to(x.device)
 
     def conv(
