@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
+from typing import Any, get_args
 
 EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", "torchvision": "vision"}
 EXTRAS |= {"matplotlib": "plot", "safetensors": "hub", "huggingface_hub": "hub"}
@@ -49,14 +50,9 @@ def check_positive(name: str, value: float) -> None:
     check(0 < value < math.inf, name, value, "a positive number")
 
 
-def check_probability(name: str, value: float) -> None:
-    """Refuse what is outside [0, 1]."""
-    check(0 <= value <= 1, name, value, "a probability in [0, 1]")
-
-
-def check_choice(name: str, value: object, legal: Iterable[object]) -> None:
-    """Refuse a value that is not one of ``legal``."""
-    legal = tuple(legal)
+def check_choice(name: str, value: object, legal: Any) -> None:
+    """Refuse a value that is not one of ``legal``: some values, or a ``Literal`` of them."""
+    legal = get_args(legal) or tuple(legal)
     if value not in legal:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, legal))}{nearest(value, legal)}")
 

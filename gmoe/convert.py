@@ -95,7 +95,6 @@ def moefy(
         >>> vit = moefy(timm.create_model("vit_tiny_patch16_224"), blocks=[-3, -1], router="expert_choice")
         >>> gnn = moefy(gnn, targets="conv*")
     """
-    check(isinstance(model, nn.Module), "model", type(model).__name__, "a transformer or a PyG GNN")
     check_counts(every=1 if every is None else every)
     check(
         not isinstance(router, Router), "router", "an instance", "a name or a factory, since several layers are built"
@@ -165,10 +164,12 @@ def _matches(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     check(patterns, "targets", repr(targets), "a pattern of names of modules, or a list of them")
     named = model.named_modules(remove_duplicate=False)
     names = [name for name, module in named if name and not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+    found: set[str] = set()
     for pattern in patterns:
-        matched = any(fnmatchcase(name, pattern) for name in names)
+        matched = [name for name in names if fnmatchcase(name, pattern)]
         check(matched, "targets", repr(pattern), f"a pattern of names that are there, such as {', '.join(names[:8])}")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        found.update(matched)
+    return [name for name in names if name in found]
 
 
 # MLPs -----------------------------------------------------------------------------------------------------------------

@@ -5,28 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check_choice, check_counts, check_probability
+from gmoe._checks import check, check_choice, check_counts
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.routing import Routing
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "identity": torch.positive,
-    "leaky_relu": F.leaky_relu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
 
 
 class Experts(nn.Module, ABC):
@@ -96,7 +85,7 @@ class LinearExperts(Experts):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(in_features, out_features, num_experts)
-        check_choice("backend", backend, get_args(Backend))
+        check_choice("backend", backend, Backend)
         self.zero_init = zero_init
         self.backend: Backend = backend
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, out_features))
@@ -139,8 +128,8 @@ class MLPExperts(Experts):
         hidden_features: H.
         out_features: O.
         num_experts: E.
-        activation: a name (``"gelu"`` is the default; also elu, gelu_tanh, identity, leaky_relu, relu, silu, tanh) or
-            an elementwise function or module.
+        activation: an elementwise function or module, or the name of one in ``torch.nn.functional`` (default
+            ``"gelu"``).
         glu: gate the hidden layer (default ``False``).
         dropout: probability of dropping a hidden unit, and an output; or the two of them (default 0).
         bias: learn biases (default ``True``).
@@ -173,17 +162,15 @@ class MLPExperts(Experts):
     ) -> None:
         super().__init__(in_features, out_features, num_experts)
         check_counts(hidden_features=hidden_features)
-        if isinstance(activation, str):
-            check_choice("activation", activation, ACTIVATIONS)
-        dropouts = dropout if isinstance(dropout, tuple) else (dropout, dropout)
-        for probability in dropouts:
-            check_probability("dropout", probability)
+        found = getattr(F, activation, None) if isinstance(activation, str) else activation
+        check(callable(found), "activation", repr(activation), "a function, or a name in torch.nn.functional")
         self.hidden_features = hidden_features
-        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.activation: Any = found
         self.glu = glu
         linear = partial(LinearExperts, num_experts=num_experts, bias=bias, backend=backend)
         self.up = linear(in_features, 2 * hidden_features if glu else hidden_features)
         self.down = linear(hidden_features, out_features, zero_init=zero_init)
+        dropouts = dropout if isinstance(dropout, tuple) else (dropout, dropout)
         self.hidden_dropout, self.output_dropout = map(nn.Dropout, dropouts)
         self.input_norm = input_norm or nn.Identity()
         self.hidden_norm = hidden_norm or nn.Identity()

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gmoe._checks import check, check_counts, naming_extras
 from gmoe.routing import Routing, record_routing
@@ -75,7 +76,7 @@ def patch_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
         [torch.Size([2, 8, 8, 8]), torch.Size([2, 8, 8, 8]), torch.Size([2, 8, 8, 8])]
     """
     images = _batch_of(images)
-    high, wide = _patch_size(model, images)
+    high, wide = _patch_size(model)
     h, w = images.size(2) // high, images.size(3) // wide
     parameter = next(model.parameters(), images)
     with _evaluating(model), record_routing(model) as routings:
@@ -123,19 +124,18 @@ def expert_maps(
     images = _batch_of(images)
     check(titles is None or len(titles) == len(images), "titles", titles, f"{len(images)} of them")
     weights = patch_weights(model, images)
-    high, wide = _patch_size(model, images)
+    high, wide = _patch_size(model)
     height, width = images.size(2) // high * high, images.size(3) // wide * wide
     pictures = _to_rgb(images.detach().float().cpu(), mean, std)[..., :height, :width]  # what patches cover
     cell = 1.7 * max(width / height, 0.4)
     figure = Figure(figsize=(cell * (len(weights) + 1) + 0.3, 1.75 * len(images) + 0.8), layout="constrained")
     grid = figure.subplots(len(images), len(weights) + 1, squeeze=False)
-    for number, (row, picture) in enumerate(zip(grid, pictures, strict=True)):
+    for number, (row, picture, title) in enumerate(zip(grid, pictures, titles or [""] * len(images), strict=True)):
         tinted = [_tint(picture, weight[number], (high, wide)) for weight in weights]
         for axis, shown in zip(row, [picture, *tinted], strict=True):
             axis.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        if titles is not None:
-            row[0].set_ylabel(titles[number])
+        row[0].set_ylabel(title)
     for layer, axis in enumerate(grid[0, 1:], start=1):
         axis.set_title(f"MoE layer {layer}", fontsize="medium")
     _legend(figure, max(weight.size(-1) for weight in weights))
@@ -163,15 +163,11 @@ def _batch_of(images: Tensor) -> Tensor:
     return batch
 
 
-def _patch_size(model: nn.Module, images: Tensor) -> tuple[int, int]:
+def _patch_size(model: nn.Module) -> tuple[int, int]:
     """Height and width of a patch in pixels."""
     convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     high, wide = next((conv.stride for conv in convs if conv.kernel_size == conv.stride != (1, 1)), (0, 0))
     check(high, "model", f"{type(model).__name__} without a patch embedding", "a Conv2d whose kernel is its stride")
-    height, width = images.shape[2:]
-    check(
-        high <= height and wide <= width, "images", f"{height} x {width} pixels", f"at least a patch, {high} x {wide}"
-    )
     return int(high), int(wide)
 
 
@@ -196,13 +192,13 @@ def _to_rgb(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] |
 
 def _tint(picture: Tensor, weight_hwE: Tensor, patch: tuple[int, int]) -> Tensor:
     """(3, H, W) the picture, each patch mixed with the colors of its experts."""
-    share_hwE = weight_hwE / weight_hwE.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_hwE.dtype).tiny)
-    color = (share_hwE @ torch.tensor(palette(weight_hwE.size(-1)))).permute(2, 0, 1)
+    colors_E3 = torch.tensor(palette(weight_hwE.size(-1)))
+    color = (F.normalize(weight_hwE, p=1, dim=-1) @ colors_E3).permute(2, 0, 1).contiguous()
     (high, wide), (_, height, width) = patch, picture.shape
     while high * color.size(1) < height or wide * color.size(2) < width:  # patches merged 2 x 2
         high, wide = 2 * high, 2 * wide
-    color = color.repeat_interleave(high, dim=1).repeat_interleave(wide, dim=2)[:, :height, :width]
-    return (1 - STRENGTH) * picture + STRENGTH * color
+    color = torch.kron(color, torch.ones(1, high, wide))[:, :height, :width]
+    return torch.lerp(picture, color, STRENGTH)
 
 
 # Load -----------------------------------------------------------------------------------------------------------------
@@ -236,11 +232,8 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
     loads = [torch.stack(layer) for layer in zip(*steps, strict=True)]
     rows, columns = -(-len(loads) // 2), min(len(loads), 2)
     figure = Figure(figsize=(3.7 * columns, 2.8 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for axis in axes[len(loads) :]:
-        axis.remove()
-    for number, (axis, load_SE) in enumerate(zip(axes, loads, strict=False)):
-        num_experts = load_SE.size(1)
+    for number, load_SE in enumerate(loads, start=1):
+        axis, num_experts = figure.add_subplot(rows, columns, number), load_SE.size(1)
         if len(steps) == 1:
             axis.bar(range(num_experts), load_SE[0].numpy(), color=palette(num_experts))
             axis.axhline(1 / num_experts, color="0.3", linewidth=0.8, linestyle="--")
@@ -249,7 +242,7 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
             axis.stackplot(range(1, len(steps) + 1), load_SE.T.numpy(), colors=palette(num_experts))
             axis.set(xlabel="step", xlim=(1, len(steps)), ylim=(0, 1))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_title(f"MoE layer {number + 1}", fontsize="medium")
+        axis.set_title(f"MoE layer {number}", fontsize="medium")
         axis.set_ylabel("load (share of pairs)")
     if len(steps) > 1:
         _legend(figure, max(load_SE.size(1) for load_SE in loads))
@@ -258,8 +251,8 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
 
 def _load(layer: LayerLoad) -> Tensor:
     """(E,) shares of the pairs."""
-    load_E = (layer.load if isinstance(layer, Routing) else layer["load"]).float().cpu()
-    return load_E / load_E.sum().clamp(min=1e-12)
+    load_E = layer.load if isinstance(layer, Routing) else layer["load"]
+    return F.normalize(load_E.float().cpu(), p=1, dim=0)
 
 
 def _legend(figure: Figure, num_experts: int) -> None:

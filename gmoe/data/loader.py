@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,15 +53,16 @@ def neighbor_loader(
 
     Raises:
         ImportError: ``backend="pyg"``, and neither ``pyg-lib`` nor ``torch-sparse`` is installed.
-        ValueError: with our sampler, an argument that asks for temporal, weighted, disjoint, bidirectional or induced
-            sampling; seeds that do not fit the graph; whatever :class:`gmoe.NeighborSampler` refuses.
+        TypeError: with our sampler, an argument that asks for temporal, weighted, disjoint, bidirectional or induced
+            sampling.
+        ValueError: seeds that do not fit the graph; whatever :class:`gmoe.NeighborSampler` refuses.
 
     Example:
         >>> for batch in gmoe.neighbor_loader(data, [15, 10, 5], data.train_mask, batch_size=1024, shuffle=True):
         ...     logits = model(batch.x, batch.edge_index)[: batch.batch_size]
         ...     loss = F.cross_entropy(logits, batch.y[: batch.batch_size])
     """
-    check_choice("backend", backend, get_args(SamplerBackend))
+    check_choice("backend", backend, SamplerBackend)
     given = (data, data) if isinstance(data, StoredGraph) else data
     kwargs |= {"input_nodes": _seeds(data, input_nodes), "batch_size": batch_size}
     if backend == "pyg" and not (typing.WITH_PYG_LIB or typing.WITH_TORCH_SPARSE):
@@ -70,10 +70,6 @@ def neighbor_loader(
     if backend == "pyg" or (backend == "auto" and typing.WITH_PYG_LIB and given is data):
         return NeighborLoader(given, num_neighbors, replace=replace, **kwargs)
     kwargs.pop("is_sorted", None)  # which our sampler sees for itself
-    theirs, ours = (inspect.signature(loader).parameters for loader in (NeighborLoader, NodeLoader))
-    for name in kwargs.keys() & (theirs.keys() - ours.keys() | {"input_time"}):
-        value, default = kwargs.pop(name), theirs[name].default
-        check(value == default, name, repr(value), f"{default!r}, or backend='pyg' with pyg-lib installed")
     return NodeLoader(given, NeighborSampler(data, num_neighbors, replace), **kwargs)
 
 

@@ -72,8 +72,6 @@ class NeighborSampler(BaseSampler):
     """
 
     def __init__(self, data: Data | HeteroData | StoredGraph, num_neighbors: Fanouts, replace: bool = False) -> None:
-        legal = "Data, HeteroData or StoredGraph"
-        check(isinstance(data, Data | HeteroData | StoredGraph), "data", type(data).__name__, legal)
         self.is_hetero = isinstance(data, HeteroData)
         self.replace = replace
         nodes = data.node_items() if isinstance(data, HeteroData) else [(NODES, data)]
@@ -116,8 +114,7 @@ class NeighborSampler(BaseSampler):
         """The function that PyG's ``node_sample`` and ``edge_sample`` call."""
         seeds = seed if isinstance(seed, dict) else {NODES: seed}
         for kind, nodes in seeds.items():
-            legal = [name or None for name in self._sizes]
-            check(kind in self._sizes, "input_type", repr(kind or None), f"one of {legal}")
+            check(kind in self._sizes, "input_type", repr(kind), f"one of {list(self._sizes)}")
             check_nodes("node", nodes, self._sizes[kind])
         unseen = torch.iinfo(self._dtype).max
         try:

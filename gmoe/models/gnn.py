@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,6 @@ class GNNMoE(HubMixin, nn.Module):
         jk: ``"cat"``, ``"max"``, ``"lstm"``, or ``"last"``, a plain output projection (default ``None``).
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
-        in_proj: begin with a linear layer to ``hidden_channels`` (default ``False``).
         **conv_kwargs: further arguments of :class:`MoEConv` and of the convs. ``heads`` divide ``hidden_channels``, and
             are averaged in the output layer, as in PyG's ``GAT``.
 
@@ -100,7 +99,6 @@ class GNNMoE(HubMixin, nn.Module):
         norm: Any = None,
         jk: str | None = None,
         residual: Residual = "identity",
-        in_proj: bool = False,
         **conv_kwargs: Any,
     ) -> None:
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
@@ -119,7 +117,7 @@ class GNNMoE(HubMixin, nn.Module):
         routed |= {"num_experts": len(kinds_of(conv, num_experts)), "k": k, "router_input": self.router_input}
         deciding = _shared_router(router, in_channels, routed) if shared_router and moe_layers else None
         routed["router"] = None if shared_router else router
-        widths = [hidden_channels if in_proj else in_channels, *[hidden_channels] * (num_layers - 1)]
+        widths = [in_channels, *[hidden_channels] * (num_layers - 1)]
         self.convs = nn.ModuleList()
         for layer, width in enumerate(widths):
             hidden, options = layer < num_hidden, routed if layer in moe_layers else None
@@ -136,7 +134,6 @@ class GNNMoE(HubMixin, nn.Module):
             self.jk = JumpingKnowledge(jk, hidden_channels, num_layers)
         if jk is not None:
             self.lin = nn.Linear(hidden_channels * (num_layers if jk == "cat" else 1), out_channels)
-        self.lin_in = nn.Linear(in_channels, hidden_channels) if in_proj else None
         added = [residual_of(residual, width, hidden_channels) for width in widths[:num_hidden]]
         self.residuals = nn.ModuleList(module for module in added if module is not None)
         self.shared_router = deciding
@@ -145,14 +142,6 @@ class GNNMoE(HubMixin, nn.Module):
         """Draw all parameters anew."""
         for part in self.children():
             reset(part)
-
-    def decide(self, x: Tensor, edge_index: Adj | Graph, batch: Tensor | None = None) -> Routing | None:
-        """Route all nodes from their raw features for all layers; ``None`` where each layer has its own router."""
-        if self.shared_router is None:
-            return None
-        graph = self._graph(x, edge_index, None, None)
-        routing: Routing = self.shared_router(self.view(x, graph), batch, graph.edge_index)
-        return routing
 
     def view(self, x: Tensor, graph: Graph) -> Tensor:
         """(N, dim) what a shared router sees: the raw features, their means over in-edges, the in-degrees."""
@@ -186,7 +175,8 @@ class GNNMoE(HubMixin, nn.Module):
         if isinstance(x, torch.fx.Proxy):
             raise ValueError("x: got a torch.fx proxy, expected a tensor: in place of to_hetero, take HeteroGNNMoE")
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
-        decision = self.decide(x, graph, batch)
+        shared = self.shared_router
+        decision = None if shared is None else shared(self.view(x, graph), batch, graph.edge_index)
         routings = [] if decision is None else [decision]
 
         def step(layer: int, x: Tensor) -> Tensor:
@@ -204,28 +194,25 @@ class GNNMoE(HubMixin, nn.Module):
         x = self.through(x, step)
         return (x, routings) if return_routing else x
 
-    def through(
-        self, x: Any, step: Callable[[int, Any], Tensor], each: Callable[..., Tensor] = nn.Module.__call__
-    ) -> Tensor:
+    def through(self, x: Any, step: Callable[[int, Any], Tensor]) -> Tensor:
         """The loop over layers.
 
         Args:
             x: (N, D) features, or what ``step`` takes for them.
             step: from a layer and its input to its output, on the whole graph or part by part.
-            each: from a module and an input to the output (default: a call).
         """
         x = self.input_dropout(x) if self.training else x
-        x = x if self.lin_in is None else each(self.lin_in, x)
         xs = []
         for layer in range(self.num_layers):
             x = step(layer, x)
             if hasattr(self, "jk"):  # else nothing holds the layers in between
                 xs.append(x)
-        if xs:
-            # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
-            device = next(self.parameters()).device
-            x = self.jk([h[: x.size(0)].to(device) for h in xs]).to(x.device)
-        return each(self.lin, x) if self.jk_mode is not None else x
+        if not xs:
+            return x
+        # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
+        device = next(self.parameters()).device
+        logits: Tensor = self.lin(self.jk([h[: x.size(0)].to(device) for h in xs]))
+        return logits.to(x.device)
 
     def conv(
         self, layer: int, x: Tensor, graph: Graph, batch: Tensor | None, routing: Routing | None
@@ -239,12 +226,13 @@ class GNNMoE(HubMixin, nn.Module):
         return (out + self.residuals[layer](x[: len(out)]) if layer < len(self.residuals) else out), routing
 
     def after(self, layer: int, x: Tensor, batch: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-        """Normalization, activation and dropout, on all but an output conv."""
+        """Normalization, activation and dropout, on all but an output conv; and the output of ``jk="last"``."""
         if layer == len(self.norms):
             return x
         norm = self.norms[layer]
         x = norm(x, batch, batch_size) if self.norm_takes_batch else norm(x)
-        return self.dropout(self.act(x))
+        x = self.dropout(self.act(x))
+        return self.lin(x) if self.jk_mode == "last" and layer == self.num_layers - 1 else x
 
     inference = inference
 
@@ -269,7 +257,7 @@ def norm_of(norm: Any, width: int) -> Any:
 
 def residual_of(residual: Residual, width: int, out: int) -> nn.Module | None:
     """The map of what is added to a hidden layer, if there is one."""
-    check_choice("residual", residual, get_args(Residual))
+    check_choice("residual", residual, Residual)
     if residual == "none":
         return None
     return nn.Identity() if residual == "identity" and width == out else nn.Linear(width, out)

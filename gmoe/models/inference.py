@@ -70,7 +70,7 @@ def inference(
     check_counts(batch_size=batch_size)
     device = next(model.parameters()).device if device is None else torch.device(device)
     for layer, conv in enumerate(model.convs):
-        width = model.in_channels if layer == 0 and model.lin_in is None else model.hidden_channels
+        width = model.hidden_channels if layer else model.in_channels
         if isinstance(conv, MoEConv):
             refuse_far([*conv.experts.too_far, *([] if conv.shared_expert is None else conv.shared_expert.too_far)])
         else:
@@ -82,7 +82,7 @@ def inference(
         graph = model._graph(data.x, data.edge_index, data.get("edge_weight"), data.get("edge_attr")).to("cpu")
         batch = None if data.get("batch") is None else data.batch.to(device)
         way = PartByPart(model, graph, data.x.cpu(), graph.num_dst, device, batch_size, progress_bar, batch=batch)
-        logits = model.through(way.raw, way.step, way.each)
+        logits = model.through(way.raw, way.step)
         return (logits, way.routings) if return_routing else logits
     _check_stored(model, data)
     check(not return_routing, "return_routing", "True", "False for a stored graph: it takes memory for all nodes")
@@ -92,7 +92,7 @@ def inference(
     folder.mkdir(parents=True, exist_ok=True)
     way = PartByPart(model, data, data, data.num_nodes, device, batch_size, progress_bar, folder)
     try:
-        logits = model.through(data, way.step, way.each)
+        logits = model.through(data, way.step)
         way.path.replace(folder / "logits.npy")
         return logits
     finally:
@@ -131,10 +131,6 @@ class PartByPart:
     routings: list[Routing] = field(default_factory=list)
     path: Path = Path()
     """The file that was written last."""
-
-    def each(self, module: nn.Module, x: Any) -> Tensor:
-        """(N, D) a module that treats each row by itself."""
-        return self.gathered((rows, module(self.rows(x, rows))) for rows in self.ranges(type(module).__name__))
 
     def step(self, layer: int, x: Any) -> Tensor:
         """(N, D) a layer's output."""
@@ -220,7 +216,6 @@ class PartByPart:
 def _check_stored(model: Any, graph: StoredGraph) -> None:
     """Refuse models that cannot be computed a part of a stored graph at a time."""
     check(graph.num_nodes, "loader", "no nodes", "at least one")
-    check(graph.x_dim == model.in_channels, "x", f"{graph.x_dim} columns", f"in_channels={model.in_channels}")
     dtype = next(model.parameters()).dtype
     check(dtype in (torch.float32, torch.float64), "model", dtype, "float32 or float64: what .npy files hold")
     check(not model.training, "model", "one in training mode", "eval() before inference of a stored graph")

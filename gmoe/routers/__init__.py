@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
-from gmoe._checks import check, check_choice, nearest
+from gmoe._checks import check, check_choice
 from gmoe.routers.attention_vote import AttentionVote
 from gmoe.routers.base import Router, Weighting
 from gmoe.routers.baselines import OracleRouter, RandomRouter, UniformRouter
@@ -68,16 +68,15 @@ def build_router(
         router = ROUTERS[router]
     if not callable(router):
         raise ValueError(f"router: got {router!r}, expected a name, a factory or an instance")
-    parameters = inspect.signature(router).parameters
-    takes_k = any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in parameters.values())  # uniform and oracle do not
+    signature = inspect.signature(router)
+    options = signature.parameters.values()
+    takes_k = any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in options)  # uniform and oracle do not
     bound = isinstance(router, partial) and "k" in router.keywords
     given = {"k": k} if takes_k and not bound else {}
     try:
-        inspect.signature(router).bind(dim, num_experts, **given, **kwargs)
+        signature.bind(dim, num_experts, **given, **kwargs)
     except TypeError as error:
-        known = [name for name in parameters if name not in ("dim", "num_experts", "k")]
-        hint = nearest(next((name for name in kwargs if name not in known), ""), known)
-        raise ValueError(f"router_kwargs: got {kwargs!r}, expected some of {', '.join(known)}{hint}") from error
+        raise ValueError(f"router_kwargs: got {kwargs!r} ({error}), expected arguments of {signature}") from error
     built = router(dim, num_experts, **given, **kwargs)
     check(isinstance(built, Router), "router", f"a factory that returned {type(built).__name__}", "a Router")
     return built

@@ -7,7 +7,7 @@ self-loop a token.
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class AttentionVote(Router):
     ) -> None:
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
         check_positive("capacity_factor", capacity_factor)
-        check_choice("scope", scope, get_args(Scope))
+        check_choice("scope", scope, Scope)
         check_counts(head_dim=head_dim)
         check_positive("init_scale", init_scale)
         self.capacity_factor, self.scope, self.shared_queries = capacity_factor, scope, shared_queries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +111,8 @@ class ExpertSelection(nn.Module):
     def __init__(self, num_experts: int, capacity_factor: float, normalize: Normalize, inference: Inference) -> None:
         super().__init__()
         check_positive("capacity_factor", capacity_factor)
-        check_choice("normalize", normalize, get_args(Normalize))
-        check_choice("inference", inference, get_args(Inference))
+        check_choice("normalize", normalize, Normalize)
+        check_choice("inference", inference, Inference)
         self.capacity_factor, self.normalize, self.inference = capacity_factor, normalize, inference
         if inference == "threshold":
             self.register_buffer("threshold_E", torch.zeros(num_experts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from gmoe.routers.expert_choice import ExpertSelection, Inference, Normalize
 from gmoe.routing import AuxLoss, Routing
 
 Choice: TypeAlias = Literal["tokens", "experts"]
-Reduce: TypeAlias = Literal["max", "logsumexp"]
 
 RESTARTS, STEPS = 8, 50
 """Runs of k-means, and steps of each at most."""
@@ -43,7 +42,6 @@ class MultiCentroid(Router):
         num_centroids: M, centroids per expert (default 4).
         choice: ``"tokens"`` (default): tokens take their top-K experts, as in :class:`TokenChoice`. ``"experts"``:
             experts take their top-C tokens of a group, as in :class:`ExpertChoice`.
-        reduce: ``"max"`` (default), or the smooth ``"logsumexp"`` over an expert's centroids.
         temperature: initial tau (default 0.1).
         separation_coef: coefficient of the separation loss, the mean squared positive cosine between centroids within
             and across experts (default 0.01; 0 for no loss).
@@ -69,7 +67,6 @@ class MultiCentroid(Router):
         weight: Weighting | None = None,
         num_centroids: int = 4,
         choice: Choice = "tokens",
-        reduce: Reduce = "max",
         temperature: float = 0.1,
         separation_coef: float = 0.01,
         capacity_factor: float = 1.0,
@@ -79,12 +76,11 @@ class MultiCentroid(Router):
     ) -> None:
         weight = weight or ("normalized" if choice == "tokens" and k >= 2 else "score")
         super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
-        check_choice("choice", choice, get_args(Choice))
-        check_choice("reduce", reduce, get_args(Reduce))
+        check_choice("choice", choice, Choice)
         check_counts(num_centroids=num_centroids)
         check_positive("temperature", temperature)
         check_at_least("separation_coef", separation_coef, 0)
-        self.choice, self.reduce, self.num_centroids = choice, reduce, num_centroids
+        self.choice, self.num_centroids = choice, num_centroids
         self.temperature, self.separation_coef = temperature, separation_coef
         self.centroid = nn.Parameter(torch.empty(num_experts, num_centroids, dim))
         self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP2 refuses scalars
@@ -148,10 +144,7 @@ class MultiCentroid(Router):
         norm_T1 = torch.linalg.vector_norm(centered_TD, dim=-1, keepdim=True).clamp(min=EPS)
         cosine_TN = (centered_TD @ unit_ND.T) / norm_T1  # no unit vector a token is held
         cosine_TEM = cosine_TN.unflatten(-1, (self.num_experts, -1))
-        factor = (-self.log_temperature.to(cosine_TN.dtype)).exp()
-        if self.reduce == "max":
-            return cosine_TEM.amax(dim=-1) * factor
-        return (cosine_TEM * factor).logsumexp(dim=-1)
+        return cosine_TEM.amax(dim=-1) * (-self.log_temperature.to(cosine_TN.dtype)).exp()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_centroids={self.num_centroids}, choice={self.choice!r}"

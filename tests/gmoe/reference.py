@@ -118,7 +118,6 @@ CASES = [
         "attention_vote-shared-neighbors", AttentionVote, {"head_dim": 4, "scope": "neighbors", "shared_queries": True}
     ),
     Case("multi_centroid", MultiCentroid, {"num_centroids": 3}),
-    Case("multi_centroid-logsumexp", MultiCentroid, {"reduce": "logsumexp", "separation_coef": 0.0}),
     Case("multi_centroid-experts", MultiCentroid, {"choice": "experts", "num_centroids": 2}),
     Case("multi_centroid-tokens", MultiCentroid, {"choice": "experts", "normalize": "tokens", "num_centroids": 1}),
     Case("multi_centroid-threshold", MultiCentroid, {"choice": "experts", "inference": "threshold"}),
@@ -308,10 +307,7 @@ def naive_logits(router: Router, x_TD: Tensor) -> Grid:
             [F.cosine_similarity(x - router.center_D, c, dim=0) / router.log_temperature[0].exp() for c in mine]
             for mine in router.centroid
         ]
-        if router.reduce == "max":
-            grid.append([max(mine, key=lambda v: v.item()) for mine in cosines_EM])
-        else:
-            grid.append([torch.stack([v.exp() for v in mine]).sum().log() for mine in cosines_EM])
+        grid.append([max(mine, key=lambda v: v.item()) for mine in cosines_EM])
     return grid
 
 

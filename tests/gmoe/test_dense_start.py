@@ -92,7 +92,7 @@ def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any
     "options",
     [
         {"shared_router": True, "router_input": ("node", "neighbors"), "jk": "cat", "norm": "batch_norm"},
-        {"conv": ["sage", "gcn", "gat"], "router": "expert_choice", "residual": "linear", "in_proj": True, "every": 2},
+        {"conv": ["sage", "gcn", "gat"], "router": "expert_choice", "residual": "linear", "every": 2},
     ],
     ids=named,
 )

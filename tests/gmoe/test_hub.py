@@ -46,7 +46,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kinds": (GNN, {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2}),
     "router class": (GNN, {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold"}}),
     "conv options": (GNN, {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "act": None}),
-    "shared": (GNN, {"shared_expert": SAGEConv, "in_proj": True, "shared_router": True, "router_input": ("degree",)}),
+    "shared": (GNN, {"shared_expert": SAGEConv, "shared_router": True, "router_input": ("degree",)}),
     "size": (gmoe.ViTMoE, {"size": SIZE, "router": "token_choice", "k": 2, "router_kwargs": {"z_coef": 0.1}}),
     "dense ViT": (partial(gmoe.ViTMoE, 8), {"router": None, "dropout": 0.1}),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -127,11 +126,9 @@ def test_what_only_pyg_does_is_refused() -> None:
         *(("subgraph_type", "induced"), ("directed", False), ("disjoint", True), ("time_attr", "time")),
         *(("weight_attr", "edge_weight"), ("input_time", torch.arange(NODES)), ("temporal_strategy", "last")),
     ]
-    defaults = inspect.signature(NeighborLoader).parameters
     for name, value in asked:
-        with pytest.raises(ValueError, match=name):
-            neighbor_loader(full_graph(), [3], backend="gmoe", **{name: value})
-        neighbor_loader(full_graph(), [3], backend="gmoe", is_sorted=True, **{name: defaults[name].default})
+        with pytest.raises((TypeError, ValueError), match=name.removeprefix("input_")):
+            next(iter(neighbor_loader(full_graph(), [3], backend="gmoe", is_sorted=True, **{name: value})))
 
 
 @pytest.mark.parametrize("make", [full_graph, hetero_graph])
