@@ -19,8 +19,6 @@ from types import FrameType, ModuleType
 from typing import Any, Literal, NoReturn, get_args
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 
 from experiments.files import parse_json, read_json
 
@@ -429,7 +427,7 @@ def _load_file(path: Path) -> ModuleType:
 
 def fail(error: Exception, where: str = "") -> NoReturn:
     """End the command with an error of whoever called it."""
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}{where}", highlight=False)
+    print(f"error: {error}{where}", file=sys.stderr)
     sys.exit(2)
 
 

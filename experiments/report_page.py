@@ -40,20 +40,8 @@ MOST_MAPPED = 6
 """Images in a map of patches, each of another class."""
 
 
-def report(folders: Sequence[Path], out: Path, data_root: Path | None) -> tuple[Path, list[str]]:
-    """Make the page.
-
-    Args:
-        folders: of the runs.
-        out: the folder of the page.
-        data_root: where the data are; ``None``: where each run was trained on them.
-
-    Returns:
-        The page, and why runs were left out.
-
-    Raises:
-        ValueError: no run can be read.
-    """
+def write_report(folders: Sequence[Path], path: Path, data_root: Path | None) -> list[str]:
+    """Write the page about runs, and say why some were left out; a ``ValueError`` if all were."""
     runs, failed = list[RunFolder](), list[str]()
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         try:
@@ -90,13 +78,14 @@ def report(folders: Sequence[Path], out: Path, data_root: Path | None) -> tuple[
                 "note",
             )
     page.extend(routing)
-    page.write(out / "index.html")
-    return out / "index.html", failed
+    page.write(path)
+    print(f"written to {path}")
+    return failed
 
 
 def has_experts(run: RunFolder) -> bool:
     """True if some of its layers route."""
-    return bool(run.seeds[run.config.seeds[0]].routings)
+    return bool(run.history)
 
 
 def data_of(run: RunFolder) -> str:
@@ -130,21 +119,16 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
 
 
 def similarity(runs: Sequence[RunFolder]) -> tuple[dict[tuple[str, str], float], float]:
-    """Adjusted mutual information of the experts of two runs, mean over their seeds and MoE layers.
+    """Adjusted mutual information of the experts of two runs, by their names; mean over their seeds and MoE layers.
 
-    Args:
-        runs: of one data set; those are compared that route as many tokens in as many layers as most do.
-
-    Returns:
-        By a pair of names (of one run its own seeds are compared), none of fewer than two seeds; and the mean where
-        one of each pair is shuffled.
+    Runs of one data set are compared that route as many tokens in as many layers as most do; of one run its own seeds.
+    The second value is the mean where one of each pair is shuffled.
     """
     groups: dict[Any, Any] = {}
     for run in runs:
-        for log in run.seeds.values():
-            experts = [routing.top_expert for routing in log.routings]
+        for routings in filter(None, run.routings.values()):
+            experts = [routing.top_expert for routing in routings]
             groups.setdefault(tuple(map(len, experts)), []).append((run.name, experts))
-    groups.pop((), None)  # dense runs
     found, shuffled = dict[tuple[str, str], list[float]](), [0.0]
     generator = torch.Generator().manual_seed(0)
     for (one, first), (other, second) in combinations(max(groups.values(), key=len, default=()), 2):
@@ -171,11 +155,7 @@ def _routing(page: Page, run: RunFolder) -> str:
             found = alignment(seen.top_expert(number), seen.properties(number))
             layer |= {f"ami_{name}": value for name, value in found.items()}
     page.heading(f"{run.name}: routing")
-    epochs: dict[float | None, list[dict[str, Tensor]]] = {}
-    for row in run.seeds[seed].routing:
-        load = [value for name, value in row.items() if name.startswith("load_") and value is not None]
-        epochs.setdefault(row["epoch"], []).append({"load": torch.tensor(load)})
-    page.figures([expert_load(list(epochs.values()))], f"Load of each expert in each epoch's steps, seed {seed}.")
+    page.figures([expert_load(run.history)], f"Load of each expert in each epoch's steps, seed {seed}.")
     header = ["MoE layer", *(str(number) for number in range(1, len(layers) + 1))]
     page.table([header, *([_words(name), *(_short(layer[name]) for layer in layers)] for name in layers[0])])
     page.text(
@@ -211,12 +191,9 @@ def _words(name: str) -> str:
 
 
 def sentence(experts: int, dead: Sequence[float], layers: Sequence[Mapping[str, float]]) -> str:
-    """Say how many experts are used and what they follow most.
+    """Say how many experts are used (``dead`` are not, by MoE layer and seed), and what they follow most.
 
-    Args:
-        experts: E.
-        dead: how many experts no token went to, of every MoE layer and seed.
-        layers: by MoE layer, the figures in :data:`PROPERTIES` that are known.
+    ``layers`` holds those figures of :data:`PROPERTIES` that are known, by MoE layer.
     """
     used = dict.fromkeys((experts - int(max(dead)), experts - int(min(dead))))
     text = f"{'–'.join(map(str, used))} of {experts} experts used" + (" (by layer and seed)" if len(used) > 1 else "")
@@ -260,7 +237,7 @@ def _images(page: Page, seen: Seen, maps: Figure, classes: Sequence[str]) -> Non
 
 def _graph(page: Page, run: RunFolder, task: Task) -> None:
     seed, graph = run.config.seeds[0], task.graph
-    routings = run.seeds[seed].routings
+    routings = run.routings[seed]
     if not isinstance(graph, Data) or {routing.num_tokens for routing in routings} != {graph.num_nodes}:
         page.text("Not drawn: the graph is heterogeneous, or the run was evaluated in batches.", "warn")
         return

@@ -25,7 +25,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from lightning_fabric.utilities import rank_zero_only
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import NotRequired, TypedDict
 
@@ -366,38 +366,17 @@ class Checkpoint:
             signal.signal(number, handler)
 
 
-Rows = list[dict[str, float | None]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeedLog:
-    """What one seed left: rows of metrics.csv and of routing.csv, and the routings of the test split, one a layer (of a
-    graph: of all nodes); of a dense model no routing."""
-
-    metrics: Rows
-    routing: Rows
-    routings: list[Routing]
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """A finished run.
-
-    Args:
-        folder: where it lies.
-        name: by which people know it, at first that of the folder.
-        config: the run; its data root is that of :func:`read_run`.
-        science: config.json.
-        summary: summary.json.
-        seeds: by seed.
-    """
+    """A finished run, as :func:`read_run` finds it."""
 
     folder: Path
-    name: str
-    config: RunConfig
-    science: dict[str, Any]
+    name: str  # by which people know it, at first that of the folder
+    config: RunConfig  # with the data root that the data have here
+    science: dict[str, Any]  # config.json
     summary: Summary
-    seeds: dict[int, SeedLog]
+    routings: dict[int, list[Routing]]  # of the test split, by seed, one a layer; of a dense model none
+    history: list[list[dict[str, Tensor]]]  # of the first seed: by epoch and layer the load of each expert
 
     def load_task(self, seed: int) -> Task:
         """The data, as that seed saw them; a ``ValueError`` for others, a ``FileNotFoundError`` for none."""
@@ -420,35 +399,35 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
     if not (folder / "summary.json").exists():
         raise ValueError(f"{folder / 'summary.json'}: is missing; the run is not finished: go on with --resume")
     try:
+        routings = {seed: _routings(folder, config, seed) for seed in config.seeds}
+        first = config.seeds[0]
         return RunFolder(
             folder=folder,
             name=folder.resolve().name,
             config=config,
             science=read_json(folder / "config.json", dict[str, Any]),
             summary=read_json(folder / "summary.json", Summary),
-            seeds={seed: _seed_log(folder, config, seed) for seed in config.seeds},
+            routings=routings,
+            history=_history(folder / f"seed-{first}" / "routing.csv", config.epochs, len(routings[first])),
         )
     except FileNotFoundError as error:
         raise ValueError(str(error)) from error
 
 
-def _seed_log(folder: Path, config: RunConfig, seed: int) -> SeedLog:
-    part, saved = folder / f"seed-{seed}", folder / "routing" / f"seed-{seed}.safetensors"
+def _routings(folder: Path, config: RunConfig, seed: int) -> list[Routing]:
+    saved = folder / "routing" / f"seed-{seed}.safetensors"
     dense = not saved.exists() and (config.router == "dense" or config.model is not None)
-    routings = [] if dense else load_routings(saved)
-    return SeedLog(
-        metrics=_rows(part / "metrics.csv", config.epochs),
-        routing=[] if dense else _rows(part / "routing.csv", config.epochs * len(routings)),
-        routings=routings,
-    )
+    return [] if dense else load_routings(saved)
 
 
-def _rows(path: Path, expected: int) -> Rows:
-    table = read_csv(path, dtype=float, index_col=False)
-    if len(table) != expected:
-        raise ValueError(f"{path}: got {len(table)} rows, expected {expected}: one an epoch, or an epoch and layer")
-    rows: Rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return rows
+def _history(path: Path, epochs: int, layers: int) -> list[list[dict[str, Tensor]]]:
+    if not layers:
+        return []
+    table = read_csv(path, dtype=float, index_col=False).filter(like="load_")
+    if len(table) != epochs * layers:
+        raise ValueError(f"{path}: got {len(table)} rows, expected {epochs * layers}: one an epoch and MoE layer")
+    loads = [{"load": torch.tensor(row.dropna().to_numpy())} for _, row in table.iterrows()]
+    return [loads[row : row + layers] for row in range(0, len(loads), layers)]
 
 
 def read_config(folder: Path, data_root: Path | None = None) -> RunConfig:

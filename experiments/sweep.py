@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 
 from experiments.config import RouterName, fail, interrupt
 from experiments.files import read_json
@@ -138,7 +136,6 @@ def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any],
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = list(sys.argv[1:] if args is None else args)
-    console = Console(stderr=True, soft_wrap=True)
     try:
         config = tyro.extras.overridable_config_cli(STUDIES, args=args, prog=PROG, description=__doc__)
         name, study = make_study(args[0], config)
@@ -148,7 +145,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         results, failed = sweep(name, study, config)
     except KeyboardInterrupt as stopped:
-        console.print("stopped; the same command continues", highlight=False)
+        print("stopped; the same command continues", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     except (ValueError, OSError) as error:
         fail(error)
@@ -156,7 +153,7 @@ def main(args: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, before)
     print(study_table(results))
     for variant, reason in failed.items():
-        console.print(f"[bold red]{variant}:[/] {escape(reason)}", highlight=False)
+        print(f"{variant}: {reason}", file=sys.stderr)
     if failed:
         sys.exit(1)
 

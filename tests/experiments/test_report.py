@@ -93,7 +93,7 @@ def test_a_phone_shows_the_report_without_scrolling_sideways(runs: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "what", ["summary.json", "config.json", "seed-1/metrics.csv", "seed-0/routing.csv", "routing/seed-0.safetensors"]
+    "what", ["summary.json", "config.json", "seed-0/routing.csv", "routing/seed-1.safetensors"]
 )
 @pytest.mark.parametrize("how", ["missing", "half"])
 def test_a_broken_run_is_named_and_the_others_are_reported(
@@ -213,8 +213,8 @@ def test_renumbered_experts_are_the_same(runs: Path) -> None:
     known = read_run(runs / "graph", Path("data"))
 
     def with_routing(name: str, *assignments: Tensor, layers: int = 1) -> RunFolder:
-        logs = [replace(known.seeds[0], routings=layers * [of_assignment(one)]) for one in assignments]
-        return replace(known, name=name, seeds=dict(enumerate(logs)))
+        routings = [layers * [of_assignment(one)] for one in assignments]
+        return replace(known, name=name, routings=dict(enumerate(routings)))
 
     found = similarity([with_routing("a", first, renumbered), with_routing("b", other)])
     assert found[0] == {("a", "a"): pytest.approx(1.0), ("a", "b"): pytest.approx(0.0, abs=0.1)}
