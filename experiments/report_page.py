@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 from torch_geometric.data import Data
 
 from experiments.data import Task

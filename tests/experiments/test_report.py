@@ -92,9 +92,7 @@ def test_a_phone_shows_the_report_without_scrolling_sideways(runs: Path, tmp_pat
     assert "CONSOLE" not in found.stderr
 
 
-@pytest.mark.parametrize(
-    "what", ["summary.json", "config.json", "seed-0/routing.csv", "routing/seed-1.safetensors"]
-)
+@pytest.mark.parametrize("what", ["summary.json", "config.json", "seed-0/routing.csv", "routing/seed-1.safetensors"])
 @pytest.mark.parametrize("how", ["missing", "half"])
 def test_a_broken_run_is_named_and_the_others_are_reported(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, how: str
