@@ -260,10 +260,7 @@ class Log:
 class Logs:
     """What a seed logs each epoch: metrics.csv, routing.csv, and in TensorBoard and Weights & Biases where asked for.
 
-    Args:
-        folder: ``seed-N`` of the run folder.
-        config: the run.
-        keep: the epoch at which it begins, or goes on; what is logged behind it goes.
+    ``folder`` is ``seed-N`` of the run folder; what is logged behind ``keep`` epochs goes.
     """
 
     @rank_zero_only
@@ -391,9 +388,7 @@ class RunFolder:
 def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
     """Read a run folder; a ``ValueError`` names the file that is missing or broken.
 
-    Args:
-        folder: what ``experiments.train --out`` wrote.
-        data_root: where the data of the run are here (default: where it was trained on them, or ``data``).
+    ``data_root`` is where the data of the run are here (default: where it was trained on them, or ``data``).
     """
     config = read_config(folder, data_root)
     if not (folder / "summary.json").exists():

@@ -67,11 +67,7 @@ STUDIES["grid"] = ("A preset over routers, numbers of experts and experts per to
 
 
 def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
-    """The study, and the name of its files.
-
-    Raises:
-        ValueError: an unknown study or preset, or an option out of range.
-    """
+    """The name of a study's files, and the study."""
     if not isinstance(config, GridConfig):
         return name, recorded(name, config.data_root)
     changes: dict[str, Any] = {"data_root": config.data_root}
@@ -81,13 +77,9 @@ def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
 
 
 def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """Run what is not finished.
+    """Run what is not finished: the study's results, and by variant why it could not be run.
 
-    Returns:
-        The study's results, and by variant why it could not be run.
-
-    Raises:
-        ValueError: the result file holds a variant with another configuration.
+    A result file that holds a variant with another configuration is a ``ValueError``.
     """
     from experiments.jobs import train_apart
     from experiments.loop import Progress, run
