@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -32,7 +31,7 @@ from typing_extensions import NotRequired, TypedDict
 from experiments.build import build_model, from_first
 from experiments.config import RECORDS, WHERE, RunConfig, interrupt, read_options, restore
 from experiments.data import Task, load_tasks
-from experiments.files import read_csv, read_json
+from experiments.files import naming, read_csv, read_json
 from experiments.routing_stats import load_routings
 from gmoe import Routing
 from gmoe.distributed import world_sum
@@ -93,12 +92,10 @@ def place(config: RunConfig) -> Path:
         if _is_taken(base) and not config.resume:
             raise ValueError(f"out: got {base}, which holds files; choose another folder, or continue it with --resume")
         return base
-    folder = last = base
-    for number in itertools.count(2):
-        if not _is_taken(folder):
-            break
-        last, folder = folder, base.with_name(f"{base.name}-{number}")
-    return last if config.resume else folder
+    folders = [base]
+    while _is_taken(folders[-1]):
+        folders.append(base.with_name(f"{base.name}-{len(folders) + 1}"))
+    return folders[-2:][0] if config.resume else folders[-1]
 
 
 def _is_taken(folder: Path) -> bool:
@@ -319,11 +316,8 @@ class Checkpoint:
         path = self.folder / "state.ckpt"
         if not from_first(self.fabric, path.exists):
             return None
-        try:
+        with naming(path):
             return self.fabric.load(path, weights_only=True)
-        except Exception as error:  # torch raises what pickle, zip and its own reader raise
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise ValueError(f"{path}: cannot be read ({reason}); delete it to begin this seed anew") from error
 
     def save(self) -> None:
         """Write the state to a new file that then takes the old one's place."""
@@ -440,10 +434,8 @@ def load_model(folder: Path, config: RunConfig, task: Task, seed: int) -> nn.Mod
     """The model of a run with the weights that validation selected; a ``ValueError`` where they are broken."""
     path = folder / f"seed-{seed}" / "checkpoint" / "best.safetensors"
     model = build_model(config, task)
-    try:
+    with naming(path):
         model.load_state_dict(load_file(path))
-    except Exception as error:  # what safetensors and torch raise
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
     return model.eval()
 
 
