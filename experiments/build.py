@@ -285,12 +285,8 @@ def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> N
     if not routers:
         raise ValueError("kmeans_init: got True, expected False, since the model has no multi-centroid router")
 
-    def begin(router: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(router, gmoe.MultiCentroid)
-        router.init_from_data(args[0], seed=seed)
-
     for router in routers:
-        router.register_forward_pre_hook(begin)
+        router.register_forward_pre_hook(lambda router, args: router.init_from_data(args[0], seed=seed))
     copied(*inputs)
     begun = {name: value for name, value in copied.state_dict().items() if name.endswith(("centroid", "center_D"))}
     model.load_state_dict({**model.state_dict(), **begun})

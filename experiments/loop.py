@@ -186,9 +186,7 @@ def batches_left(training: Training, checkpoint: Checkpoint, shuffle_seed: int) 
 class Progress:
     """Epochs over all seeds and variants of a command, with an estimate of the time that is left.
 
-    Args:
-        epochs: of all seeds and variants together.
-        shown: whether anything is shown (default ``True``): a bar in a terminal, elsewhere a line now and then.
+    It is shown as a bar in a terminal, elsewhere as a line now and then.
     """
 
     def __init__(self, epochs: float, shown: bool = True) -> None:

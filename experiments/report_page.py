@@ -53,7 +53,7 @@ def write_report(folders: Sequence[Path], path: Path, data_root: Path | None) ->
     runs = [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
     page, routing = Page(), Page()
     for run in runs:
-        if has_experts(run):
+        if run.history:
             page.text(f"{run.name}: {_routing(routing, run)}", "lead")
     for reason in failed:
         page.text(f"Left out: {reason}", "warn")
@@ -82,11 +82,6 @@ def write_report(folders: Sequence[Path], path: Path, data_root: Path | None) ->
     return failed
 
 
-def has_experts(run: RunFolder) -> bool:
-    """True if some of its layers route."""
-    return bool(run.history)
-
-
 def data_of(run: RunFolder) -> str:
     """What its data are called; graphs and images of one's own go by their content too."""
     name, digest = run.science.get("file") or run.config.dataset, run.science.get("digest")
@@ -99,7 +94,7 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
             "": run.name,
             "data": run.config.dataset,
             "router": run.config.router,
-            "experts, K": f"{run.config.experts}, {run.config.k}" if has_experts(run) else "–",
+            "experts, K": f"{run.config.experts}, {run.config.k}" if run.history else "–",
             "metric": run.summary["metric"],
             "validation (%)": percent(run.summary["val"]),
             "test (%)": percent(run.summary["test"]),

@@ -48,18 +48,15 @@ def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str,
 
 
 def routing_rows(stats: RoutingStats | None) -> list[dict[str, Any]]:
-    """A row a layer for routing.csv: ``load_0``, ... of its experts, empty where it has fewer than others, ..."""
+    """A row a layer for routing.csv: ``load_0``, ... of its experts, ..."""
     rows: list[dict[str, Any]] = []
-    if stats is None:
-        return rows
-    for layer in _rounded(stats):
-        rows.append({"layer": len(rows)})
+    for number, layer in enumerate([] if stats is None else _rounded(stats)):
+        rows.append({"layer": number})
         for name, value in layer.items():
-            values = {name: value}
             if name in PER_EXPERT:
-                values = {f"{name}_{expert}": None for expert in range(max(stats.num_experts))}
-                values |= {f"{name}_{expert}": figure for expert, figure in enumerate(value)}
-            rows[-1] |= values
+                rows[-1] |= {f"{name}_{expert}": figure for expert, figure in enumerate(value)}
+            else:
+                rows[-1][name] = value
     return rows
 
 
