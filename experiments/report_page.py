@@ -66,14 +66,13 @@ def write_report(folders: Sequence[Path], path: Path, data_root: Path | None) ->
         if curves:
             page.heading(f"{name}: learning curves")
             page.figures(curves, "Mean over seeds, and the band from the lowest to the highest.")
-        agreement, shuffled = similarity(mine)
+        agreement = similarity(mine)
         if agreement:
             page.heading(f"{name}: do two runs find the same experts?", 3)
             page.table([["seeds of", "and of", "AMI"], *([*pair, _short(value)] for pair, value in agreement.items())])
             page.text(
                 "Adjusted mutual information of the tokens' experts, mean over the MoE layers: 1 if two routings agree "
-                "up to the experts' numbers, 0 by chance or where one uses a single expert. Shuffled: "
-                f"{_short(shuffled)}.",
+                "up to the experts' numbers, 0 by chance or where one uses a single expert.",
                 "note",
             )
     page.extend(routing)
@@ -112,25 +111,23 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
     page.text("Validation selects the epoch; the test set is read once. Mean ± sample standard deviation.", "note")
 
 
-def similarity(runs: Sequence[RunFolder]) -> tuple[dict[tuple[str, str], float], float]:
+def similarity(runs: Sequence[RunFolder]) -> dict[tuple[str, str], float]:
     """Adjusted mutual information of the experts of two runs, by their names; mean over their seeds and MoE layers.
 
     Runs of one data set are compared that route as many tokens in as many layers as most do; of one run its own seeds.
-    The second value is the mean where one of each pair is shuffled.
     """
     groups: dict[Any, Any] = {}
     for run in runs:
         for routings in filter(None, run.routings.values()):
             experts = [routing.top_expert for routing in routings]
             groups.setdefault(tuple(map(len, experts)), []).append((run.name, experts))
-    found, shuffled = dict[tuple[str, str], list[float]](), [0.0]
+    found = dict[tuple[str, str], list[float]]()
     generator = torch.Generator().manual_seed(0)
     for (one, first), (other, second) in combinations(max(groups.values(), key=len, default=()), 2):
-        tokens, mixed = (torch.randperm(len(first[0]), generator=generator)[:MOST_TOKENS] for _ in range(2))
+        tokens = torch.randperm(len(first[0]), generator=generator)[:MOST_TOKENS]
         pairs = zip(first, second, strict=True)
         found.setdefault((one, other), []).append(statistics.fmean(ami(a[tokens], b[tokens]) for a, b in pairs))
-        shuffled.append(ami(first[0][tokens], second[0][mixed]))
-    return {pair: statistics.fmean(values) for pair, values in found.items()}, statistics.fmean(shuffled[-20:])
+    return {pair: statistics.fmean(values) for pair, values in found.items()}
 
 
 def _routing(page: Page, run: RunFolder) -> str:

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -112,26 +112,23 @@ IMAGE_FOLDERS = {
 
 def described(config: RunConfig) -> dict[str, Any]:
     """The configuration as ``config.json`` holds it: what numbers depend on, and a digest of files of your own."""
-    found, root = config.science(), config.data_root
+    found, root, digest = config.science(), config.data_root, hashlib.sha256()
     if config.data is not None:
         return found
-    parts: Iterable[bytes]
     if config.dataset == "graph":
-        files = sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]
-        parts = (file.read_bytes() for file in files if file.exists())
         found["file"] = root.name
+        for file in sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]:
+            digest.update(file.read_bytes() if file.exists() else b"")
     elif config.dataset in IMAGE_FOLDERS:
         base = next((root / part for part in IMAGE_FOLDERS[config.dataset] if (root / part).is_dir()), root)
-        files = [Path(name) for name in glob.glob("**/*", root_dir=base, recursive=True) if (base / name).is_file()]
-        files.sort(key=lambda file: ("train" not in file.parts, file))
-        parts = (os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n") for file in files)
+        files = map(Path, glob.glob("**/*", root_dir=base, recursive=True))
+        for file in sorted(files, key=lambda file: ("train" not in file.parts, file)):
+            if (base / file).is_file():
+                digest.update(os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n"))
     else:
         return found
-    digest, is_empty = hashlib.sha256(), True
-    for part in filter(None, parts):
-        digest.update(part)
-        is_empty = False
-    return found | {"digest": None if is_empty else digest.hexdigest()[:16]}
+    has_data = digest.digest() != hashlib.sha256().digest()
+    return found | {"digest": digest.hexdigest()[:16] if has_data else None}
 
 
 def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -30,8 +30,9 @@ def mag(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
 
 
 def make_config(**changes: Any) -> HeteroConfig:
-    fanout = {"fanout": (3, 3)} if changes.get("sampling") == "neighbor" else {}
-    return HeteroConfig(**{"dataset": "ogbn-mag", "hidden": 8, "experts": 2, "batch_size": 16} | fanout | changes)
+    if changes.get("sampling") == "neighbor":
+        changes = {"fanout": (3, 3)} | changes
+    return HeteroConfig(dataset="ogbn-mag", hidden=8, experts=2, batch_size=16, **changes)
 
 
 def make_task(mag: GraphData, config: HeteroConfig) -> Task:
