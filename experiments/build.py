@@ -101,11 +101,16 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
         raise ValueError(f"equal: got {config.equal!r} with router={config.router!r}, expected router='dense'")
     if config.model is not None:
         return _own_model(config.model, task)
-    own = config if config.equal is None else _without_experts(config, matched_width(config, task))
-    model: Any = _build(own, task)
+    if config.equal is not None:
+        cost, dense = cost_by(config, task), replace(config, equal=None, options=RouterOptions())
+        target = cost(build_twin(config, task))
+        width = gmoe.match_width(lambda width: cost(_build(replace(dense, hidden=width), task)), target, tolerance=0.5)
+        config = replace(dense, hidden=width)
+    model: Any = _build(config, task)
     if isinstance(config, ImageConfig) and config.mlp_scale != 1:  # where a MoE would have experts
+        scale = config.mlp_scale
         for block in model.encoder.layers[config.every - 1 :: config.every]:
-            block.mlp = ScaledMLP(block.mlp, config.mlp_scale)
+            block.mlp.register_forward_hook(lambda *call: scale * call[-1])
     built: nn.Module = model
     return built
 
@@ -121,24 +126,6 @@ def _own_model(name: str, task: Task) -> nn.Module:
     return model
 
 
-class ScaledMLP(nn.Module):
-    """An MLP whose output is multiplied by a factor, as experts' outputs are by their weights."""
-
-    def __init__(self, mlp: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.mlp = mlp
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.factor * self.mlp(x)
-        return out
-
-
-def _without_experts(config: RunConfig, hidden: int) -> RunConfig:
-    """The dense model of a baseline, of some width."""
-    return replace(config, hidden=hidden, equal=None, options=RouterOptions())
-
-
 def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
     """What a model costs, and its steps an epoch; a conv that does not run on the data is a ``ValueError``."""
     try:
@@ -150,11 +137,15 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
             f"conv: got {', '.join(config.conv)}, expected one that runs with these sizes and data "
             f"({type(error).__name__}: {error})"
         ) from error
+    matched = None
+    if config.equal is not None:  # 1 but for what whole widths cannot meet
+        cost = cost_by(config, task)
+        matched = cost(model) / cost(build_twin(config, task))
     return {
         "flops": active,
         "parameters": num_parameters(model),
         "active_parameters": gmoe.active_parameters(model),
-        "matched": matched_ratio(config, task, model),
+        "matched": matched,
         "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
         "steps": task.steps(config.batch_size),
     }
@@ -165,26 +156,9 @@ def example(config: RunConfig, task: Task) -> tuple[Any, ...]:
     return next(iter(task.loader("train", config.batch_size, None))).inputs
 
 
-def matched_width(config: RunConfig, task: Task) -> int:
-    """The hidden width at which the dense model costs what the MoE ``equal_to`` costs, or the nearest."""
-    cost, target = _cost_of_twin(config, task)
-    return gmoe.match_width(lambda width: cost(_build(_without_experts(config, width), task)), target, tolerance=0.5)
-
-
-def matched_ratio(config: RunConfig, task: Task, model: nn.Module) -> float | None:
-    """Cost of a matched dense baseline over that of its MoE: 1 but for what whole widths cannot meet."""
-    if config.equal is None:
-        return None
-    cost, target = _cost_of_twin(config, task)
-    return cost(model) / target
-
-
-def _cost_of_twin(config: RunConfig, task: Task) -> tuple[Callable[[nn.Module], int], float]:
-    """What ``equal`` counts of a model, and how much of it the MoE has that a dense baseline is matched to."""
-    twin, cost = build_twin(config, task), num_parameters
-    if config.equal == "flops":
-        cost = partial(flops, inputs=example(config, task))
-    return cost, float(cost(twin))
+def cost_by(config: RunConfig, task: Task) -> Callable[[nn.Module], int]:
+    """What ``equal`` counts of a model: parameters, or active FLOPs."""
+    return num_parameters if config.equal == "parameters" else partial(flops, inputs=example(config, task))
 
 
 def build_twin(config: RunConfig, task: Task) -> nn.Module:
@@ -311,12 +285,8 @@ def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> N
     if not routers:
         raise ValueError("kmeans_init: got True, expected False, since the model has no multi-centroid router")
 
-    def begin(router: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(router, gmoe.MultiCentroid)
-        router.init_from_data(args[0], seed=seed)
-
     for router in routers:
-        router.register_forward_pre_hook(begin)
+        router.register_forward_pre_hook(lambda router, args: router.init_from_data(args[0], seed=seed))
     copied(*inputs)
     begun = {name: value for name, value in copied.state_dict().items() if name.endswith(("centroid", "center_D"))}
     model.load_state_dict({**model.state_dict(), **begun})

@@ -14,13 +14,12 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, Literal, NoReturn, get_args
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 
 from experiments.files import parse_json, read_json
 
@@ -84,23 +83,25 @@ class RunConfig:
 
     # model
     router: str = "token_choice"
-    """Who decides: token_choice, expert_choice, attention_vote, multi_centroid, random, uniform, oracle, or your own,
-    `package.module:Class` or `FILE.py:Class`; `dense` is the model without experts, the baseline."""
+    """token_choice, expert_choice, attention_vote, multi_centroid, random, uniform, oracle; your own,
+    `package.module:Class` or `FILE.py:Class`; or `dense`, the model without experts."""
     model: str | None = None
-    """Your own model: `package.module:function` or `FILE.py:function`, called with the width of the input (of images:
-    the height and width) and the number of outputs. Options of gmoe's models and routers do not apply."""
+    """Your own model: a function, named as a router is, of the input's width (or image size) and the outputs'."""
     experts: int = 8
     """Number of experts, E."""
     k: int = 1
     """Experts per token, K."""
     hidden: int = 32
     """Width of the hidden layers; of a ViT, of its MLPs and of each expert."""
+    shared_expert: bool | None = None
+    """One more expert that runs on every token; by default the layer's own choice: there is one."""
+    dense_start: bool | None = None
+    """Beside the shared expert, the others start at zero; by default the layer's own choice: they do."""
     layers: int = 2
     """Message-passing layers, or transformer blocks."""
     every: int = 1
     """Layer i holds experts where i % every == every - 1."""
     dropout: float = 0.0
-    """Dropout."""
     kmeans_init: bool = False
     """Multi-centroid: begin with k-means centroids of the data."""
     options: tyro.conf.OmitArgPrefixes[RouterOptions] = field(default_factory=RouterOptions)
@@ -112,17 +113,16 @@ class RunConfig:
 
     # recipe
     epochs: int = 100
-    """Epochs."""
+    """Passes over the training set."""
     batch_size: int = 128
     """Batch size; of graphs, seed nodes a batch (`neighbor`), or nodes a part (`random_node`)."""
     eval_every: int = 1
     """Epochs between evaluations; validation selects among those."""
     optimizer: Literal["adam", "adamw"] = "adam"
-    """Optimizer."""
     lr: float = 0.01
     """Learning rate."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning-rate schedule: constant, or linear warm-up and cosine to 0, step by step."""
+    """The learning rate is constant, or warms up and falls to 0, step by step."""
     weight_decay: float = 0.0
     """Weight decay; never on biases, norms, temperatures and centroids."""
     clip_norm: float = 0.0
@@ -132,8 +132,7 @@ class RunConfig:
 
     # where
     out: Path | None = None
-    """Run folder; where it holds a run, only with `--resume`. By default runs/DATASET-ROUTER, with a number where that
-    is taken."""
+    """Run folder; by default runs/DATASET-ROUTER, with a number where that is taken."""
     resume: bool = False
     """Continue the run of that folder, by default the last one; seeds that it lacks are added."""
     workers: int = 0
@@ -143,8 +142,7 @@ class RunConfig:
     device: str = "auto"
     """Fabric's accelerator: auto, cpu, cuda, mps."""
     devices: int = 1
-    """Data parallel: processes on this machine, one a device. The batch size is that of all of them together. Start
-    them by `torchrun --nproc-per-node N -m experiments.train ... --devices N`."""
+    """Data parallel: processes on this machine, as many as `torchrun --nproc-per-node N` starts; batches are shared."""
     nodes: int = 1
     """Data parallel: machines, each with as many devices."""
     jobs: int = 1
@@ -227,7 +225,6 @@ class NodeConfig(RunConfig):
     router_input: tuple[RouterInput, ...] | None = None
     """What the router sees: the node (the default), the mean of its neighbors, log-degree."""
     residual: Literal["none", "identity", "linear"] = "identity"
-    """The residual."""
     norm: str | None = None
     """The norm, by PyG's name."""
     sampling: Literal["full", "neighbor", "random_node"] = "full"
@@ -254,10 +251,6 @@ class GraphConfig(NodeConfig):
 
     conv: tuple[str, ...] = ("gcn",)
     """The conv; several are kinds of experts that alternate (a dense model takes the first)."""
-    shared_expert: bool | None = None
-    """One more expert that runs on every token; by default the layer's own choice: there is one."""
-    dense_start: bool | None = None
-    """Beside the shared expert, the others start at zero; by default the layer's own choice: they do."""
     shared_router: bool = False
     """One decision for all layers, not one in each."""
     jk: Literal["last", "cat", "max"] | None = None
@@ -282,9 +275,7 @@ class HeteroConfig(NodeConfig):
     """Nodes of one type in a heterogeneous graph, in a relational GNN."""
 
     sampling: Literal["full", "neighbor"] = "full"
-    """Train on the whole graph, or on sampled neighborhoods."""
     evaluation: Literal["full", "sampled"] = "full"
-    """Evaluate on the whole graph, or as in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -297,13 +288,7 @@ class ImageConfig(RunConfig):
     """Patches of images, in a ViT."""
 
     router: str = "expert_choice"
-    """Who decides, as ViTMoE does by default; otherwise as for graphs, and `dense` is the model without experts."""
     equal_to: RouterName = "expert_choice"
-    """The router of the MoE that the dense baseline is matched to; experts, K and the rest as given."""
-    shared_expert: bool | None = None
-    """One more expert that runs on every token; by default the layer's own choice: there is one."""
-    dense_start: bool | None = None
-    """Beside the shared expert, the others start at zero; by default the layer's own choice: they do."""
     mlp_scale: float = 1.0
     """Dense: factor of the output of the MLPs in whose place experts would be, which weights by score scale."""
     patch: int | None = None
@@ -313,7 +298,6 @@ class ImageConfig(RunConfig):
     vit_heads: int | None = None
     """Attention heads; by default those of the size's preset."""
     label_smoothing: float = 0.0
-    """Label smoothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -405,7 +389,9 @@ def load_object(option: str, name: str) -> Any:
     """What ``package.module:name`` or ``FILE.py:name`` names."""
     where, _, attribute = name.rpartition(":")
     try:
-        return getattr(_load_file(Path(where)), attribute) if where.endswith(".py") else pkgutil.resolve_name(name)
+        if not where.endswith(".py"):
+            return pkgutil.resolve_name(name)
+        return getattr(_load_file(Path(where).resolve()), attribute)
     except (ImportError, AttributeError, FileNotFoundError) as error:
         raise ValueError(
             f"{option}: got {name!r}, which cannot be imported ({error}); modules are found in the working directory "
@@ -413,23 +399,19 @@ def load_object(option: str, name: str) -> Any:
         ) from error
 
 
+@cache
 def _load_file(path: Path) -> ModuleType:
     """The module in a file, which runs once."""
-    name = re.sub(r"\W", "_", str(path.resolve()))
-    if name not in sys.modules:
-        spec: Any = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    name = re.sub(r"\W", "_", str(path))
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def fail(error: Exception, where: str = "") -> NoReturn:
     """End the command with an error of whoever called it."""
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}{where}", highlight=False)
+    print(f"error: {error}{where}", file=sys.stderr)
     sys.exit(2)
 
 

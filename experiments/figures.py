@@ -79,19 +79,12 @@ class Page(list[str]):
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """Images and what a model did with their patches.
+    """Images and what a model did with their patches."""
 
-    Args:
-        images: (B, C, H, W) as the model takes them.
-        labels: (B,).
-        weights: a MoE layer (B, h, w, E).
-        pictures: (B, C, H, W) in 0..1.
-    """
-
-    images: Tensor
-    labels: Tensor
-    weights: list[Tensor]
-    pictures: Tensor
+    images: Tensor  # (B, C, H, W) as the model takes them
+    labels: Tensor  # (B,)
+    weights: list[Tensor]  # a MoE layer (B, h, w, E)
+    pictures: Tensor  # (B, C, H, W) in 0..1
 
     def properties(self, layer: int) -> dict[str, Tensor]:
         """(B * h * w,) the class and the place of every patch."""
@@ -149,9 +142,7 @@ def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
 def shares(weight_TE: Tensor, value_T: Tensor) -> Tensor:
     """(E + 1, V) of each expert's weights the share of every value; last the share of the values among all tokens.
 
-    Args:
-        weight_TE: of every expert on every token.
-        value_T: integers; tokens below 0 are left out.
+    Tokens whose integer in ``value_T`` is below 0 are left out.
     """
     known = value_T >= 0
     weight_TE = torch.cat([weight_TE, torch.ones(len(value_T), 1)], dim=1)[known].double()

@@ -22,7 +22,6 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LambdaLR
-from torch_geometric.data import Data
 from torchmetrics import Metric
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ import gmoe
 from experiments.build import build_model, costs_of, from_first, init_centroids, make_fabric, of_all, share
 from experiments.config import GraphConfig, NodeConfig, RunConfig
 from experiments.data import Batch, Split, Task, load_tasks
-from experiments.routing_stats import node_properties, routing_rows, routing_summary, save_routings
+from experiments.routing_stats import routing_rows, routing_summary, save_routings
 from experiments.run_folder import Checkpoint, Logs, Result, Summary, begin, so_far, summarize, write_json
 from gmoe import Router, Routing, RoutingStats
 from gmoe.distributed import world_sum
@@ -45,11 +44,8 @@ def run(config: RunConfig, progress: Progress | None = None) -> Summary:
     """Train all seeds of a run, write its folder, and return its summary.
 
     What the folder holds of the same run is continued: a finished run is only read; to one of fewer seeds, the others
-    are added. Of several processes the first one writes, and all return what it does.
-
-    Raises:
-        ValueError: the folder holds another run, or what is asked for cannot be run.
-        InterruptedRunError: SIGINT or SIGTERM in training; the folder holds what was trained.
+    are added. Of several processes the first one writes, and all return what it does. What cannot be run is a
+    ``ValueError``; SIGINT and SIGTERM raise :class:`InterruptedRunError` when the folder holds what was trained.
     """
     fabric = make_fabric(config)  # before data are read
     shown = config.progress and fabric.is_global_zero
@@ -101,10 +97,6 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
             reached = fit(training, seed, folder, progress)
             test, routings = training.evaluate("test")
         save_routings(routings, folder.parent / "routing" / f"{folder.name}.safetensors")
-        graph: Any = task.graph
-        whole = isinstance(graph, Data) and len(routings) == 1  # all nodes are routed at once
-        whole = whole and all(routing.num_tokens == graph.num_nodes for routing in routings[0])
-        planted, properties = (task.planted, node_properties(graph)) if whole else (None, {})
         result: Result = {
             "seed": seed,
             "epochs": config.epochs,
@@ -115,7 +107,7 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
             "seconds": round(reached.seconds, 2),
             "peak_memory": round(peak_memory(fabric.device)),
             **costs,
-            "routing": routing_summary(routings, planted, properties),
+            "routing": routing_summary(routings, task),
             "curve": reached.curve,
         }
         write_json(folder / "result.json", result)
@@ -191,51 +183,47 @@ def batches_left(training: Training, checkpoint: Checkpoint, shuffle_seed: int) 
         yield batch, rows
 
 
-class Progress:
+class Progress(tqdm):
     """Epochs over all seeds and variants of a command, with an estimate of the time that is left.
 
-    Args:
-        epochs: of all seeds and variants together.
-        shown: whether anything is shown (default ``True``): a bar in a terminal, elsewhere a line now and then.
+    A bar in a terminal, elsewhere a line now and then.
     """
 
     def __init__(self, epochs: float, shown: bool = True) -> None:
-        self.total, self.done, self._skipped = epochs, 0.0, 0.0
-        in_terminal = sys.stderr.isatty()
-        self._bar: tqdm[Any] = (tqdm if in_terminal else Lines)(
+        self.epochs, self.done, self.initial = epochs, 0.0, 0.0
+        self.in_terminal = sys.stderr.isatty()
+        super().__init__(
             total=epochs,
             disable=not shown,
             leave=False,
             delay=1e-9,
             miniters=0,
-            mininterval=0.1 if in_terminal else SECONDS,
-            bar_format="{percentage:3.0f}%|{bar}| " * in_terminal + "{desc}; about {remaining} left",
+            mininterval=0.1 if self.in_terminal else SECONDS,
+            bar_format="{percentage:3.0f}%|{bar}| " * self.in_terminal + "{desc}; about {remaining} left",
         )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Draw the bar, or print a line."""
+        if self.in_terminal:
+            super().display(msg, pos)
+        elif msg is None:
+            print(self, file=sys.stderr, flush=True)
 
     def skip(self, epochs: float) -> None:
         """So many of a seed were done before, and are no part of the estimate."""
-        self._skipped += epochs
-        self._bar.initial = self._skipped
+        self.initial += epochs
 
     def show(self, name: str, epoch: float, epochs: int, figures: str) -> None:
         """Where a seed is; whole epochs, or parts of one."""
-        self._bar.n = min(self.done + epoch, self.total)
-        self._bar.set_description_str(f"{name}: epoch {epoch:.3g} of {epochs}, {figures}", refresh=epoch >= epochs)
-        self._bar.update(0)
+        self.n = min(self.done + epoch, self.epochs)
+        self.set_description_str(f"{name}: epoch {epoch:.3g} of {epochs}, {figures}", refresh=epoch >= epochs)
+        self.update(0)
 
     def finish(self, epochs: int) -> None:
         """A seed is done."""
         self.done += epochs
-        if self.done >= self.total:
-            self._bar.close()
-
-
-class Lines(tqdm):
-    """A bar as lines, where the output is a file."""
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if msg is None:
-            print(self, file=sys.stderr, flush=True)
+        if self.done >= self.epochs:
+            self.close()
 
 
 class Epoch:

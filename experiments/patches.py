@@ -9,35 +9,20 @@ Needs the run folder only, not its data: the weights of its first seed. A path m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 from experiments.config import fail
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatchesConfig:
-    """Which run, and which images."""
+def patches(run: tyro.conf.Positional[Path], images: tuple[Path, ...], out: Path = Path("runs/patches")) -> None:
+    """Draw the maps, and print where they are: ``NAME.png``, or ``NAME-2.png`` of a second image of that name.
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of an image model with experts."""
-    images: tuple[Path, ...]
-    """Images, or folders of them."""
-    out: Path = Path("runs/patches")
-    """Folder of the pictures."""
-
-
-def patches(config: PatchesConfig) -> list[Path]:
-    """Draw the maps.
-
-    Returns:
-        The pictures, one an image: ``NAME.png``, or ``NAME-2.png`` of a second image of that name.
-
-    Raises:
-        ValueError: the run has no image model with experts; or an image cannot be read, or there is none.
+    Args:
+        run: run folder of an image model with experts.
+        images: images, or folders of them.
+        out: folder of the pictures.
     """
     import torch  # and what needs it, which --help does without
 
@@ -45,27 +30,26 @@ def patches(config: PatchesConfig) -> list[Path]:
     from gmoe.plot import expert_maps
     from vision.sources import decode
 
-    paths = [path for given in config.images for path in _images(given)]
+    paths = [path for given in images for path in _images(given)]
     if not paths:
         raise ValueError("images: got none, expected at least one")
-    run = read_config(config.run, Path())
-    if run.router == "dense":
-        raise ValueError(f"run: got {config.run}, a dense model, expected one with experts")
-    task = image_task_of(config.run)
-    model = load_model(config.run, run, task, run.seeds[0])
+    config = read_config(run, Path())
+    if config.router == "dense":
+        raise ValueError(f"run: got {run}, a dense model, expected one with experts")
+    task = image_task_of(run)
+    model = load_model(run, config, task, config.seeds[0])
     mean, std = (torch.tensor(value)[:, None, None] for value in (task.mean, task.std))
-    written: list[Path] = []
-    for path in paths:
+    for number, path in enumerate(paths):
         picture = decode(str(path), task.in_channels).float() / 255
         image = ((picture.mean(dim=0, keepdim=True) if len(mean) == 1 else picture) - mean) / std
         with torch.no_grad():
             guess = task.classes[int(model(image[None]).argmax())]
         figure = expert_maps(model, image, mean=task.mean, std=task.std, titles=[f"{path.name}\n{guess}?"])
-        before = sum(one.stem == path.stem for one in paths[: len(written)])
-        config.out.mkdir(parents=True, exist_ok=True)
-        written.append(config.out / f"{path.stem}{f'-{before + 1}' if before else ''}.png")
-        figure.savefig(written[-1], dpi=160)
-    return written
+        before = sum(other.stem == path.stem for other in paths[:number])
+        out.mkdir(parents=True, exist_ok=True)
+        written = out / f"{path.stem}{f'-{before + 1}' if before else ''}.png"
+        figure.savefig(written, dpi=160)
+        print(written)
 
 
 def _images(path: Path) -> list[Path]:
@@ -84,11 +68,9 @@ def _images(path: Path) -> list[Path]:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     try:
-        written = patches(tyro.cli(PatchesConfig, args=args, prog="python -m experiments.patches", description=__doc__))
+        tyro.cli(patches, args=args, prog="python -m experiments.patches", description=__doc__)
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
-    for path in written:
-        print(path)
 
 
 if __name__ == "__main__":

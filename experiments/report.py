@@ -12,43 +12,38 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 
 from experiments.config import fail
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Which runs, and where the page goes."""
+def report(
+    runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/report"), data_root: Path | None = None
+) -> list[str]:
+    """Make the page, and say why runs were left out.
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders."""
-    out: Path = Path("runs/report")
-    """Folder of the page."""
-    data_root: Path | None = None
-    """Root folder of the data; of a user's own graph its file or folder, or the folder that holds it. By default where
-    each run was trained on them."""
+    Args:
+        runs: run folders.
+        out: folder of the page.
+        data_root: root folder of the data; of your own graph its file or folder, or the folder that holds it. By
+            default where each run was trained on them.
+    """
+    from experiments.report_page import write_report  # and so torch, which --help does without
+
+    return write_report(runs, out / "index.html", data_root)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     try:
-        config = tyro.cli(ReportConfig, args=args, prog="python -m experiments.report", description=__doc__)
-        from experiments.report_page import report  # and so torch, which --help does without
-
-        path, failed = report(config.runs, config.out, config.data_root)
+        left_out = tyro.cli(report, args=args, prog="python -m experiments.report", description=__doc__)
     except (ValueError, OSError) as error:
         fail(error)
-    print(f"written to {path}")
-    for reason in failed:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]left out:[/] {escape(reason)}", highlight=False)
-    if failed:
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    if left_out:
         sys.exit(1)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 from torch_geometric.data import Data
 
 from experiments.data import Task
@@ -40,20 +39,8 @@ MOST_MAPPED = 6
 """Images in a map of patches, each of another class."""
 
 
-def report(folders: Sequence[Path], out: Path, data_root: Path | None) -> tuple[Path, list[str]]:
-    """Make the page.
-
-    Args:
-        folders: of the runs.
-        out: the folder of the page.
-        data_root: where the data are; ``None``: where each run was trained on them.
-
-    Returns:
-        The page, and why runs were left out.
-
-    Raises:
-        ValueError: no run can be read.
-    """
+def write_report(folders: Sequence[Path], path: Path, data_root: Path | None) -> list[str]:
+    """Write the page about runs, and say why some were left out; a ``ValueError`` if all were."""
     runs, failed = list[RunFolder](), list[str]()
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         try:
@@ -66,7 +53,7 @@ def report(folders: Sequence[Path], out: Path, data_root: Path | None) -> tuple[
     runs = [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
     page, routing = Page(), Page()
     for run in runs:
-        if has_experts(run):
+        if run.history:
             page.text(f"{run.name}: {_routing(routing, run)}", "lead")
     for reason in failed:
         page.text(f"Left out: {reason}", "warn")
@@ -79,24 +66,19 @@ def report(folders: Sequence[Path], out: Path, data_root: Path | None) -> tuple[
         if curves:
             page.heading(f"{name}: learning curves")
             page.figures(curves, "Mean over seeds, and the band from the lowest to the highest.")
-        agreement, shuffled = similarity(mine)
+        agreement = similarity(mine)
         if agreement:
             page.heading(f"{name}: do two runs find the same experts?", 3)
             page.table([["seeds of", "and of", "AMI"], *([*pair, _short(value)] for pair, value in agreement.items())])
             page.text(
                 "Adjusted mutual information of the tokens' experts, mean over the MoE layers: 1 if two routings agree "
-                "up to the experts' numbers, 0 by chance or where one uses a single expert. Shuffled: "
-                f"{_short(shuffled)}.",
+                "up to the experts' numbers, 0 by chance or where one uses a single expert.",
                 "note",
             )
     page.extend(routing)
-    page.write(out / "index.html")
-    return out / "index.html", failed
-
-
-def has_experts(run: RunFolder) -> bool:
-    """True if some of its layers route."""
-    return bool(run.seeds[run.config.seeds[0]].routings)
+    page.write(path)
+    print(f"written to {path}")
+    return failed
 
 
 def data_of(run: RunFolder) -> str:
@@ -111,7 +93,7 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
             "": run.name,
             "data": run.config.dataset,
             "router": run.config.router,
-            "experts, K": f"{run.config.experts}, {run.config.k}" if has_experts(run) else "–",
+            "experts, K": f"{run.config.experts}, {run.config.k}" if run.history else "–",
             "metric": run.summary["metric"],
             "validation (%)": percent(run.summary["val"]),
             "test (%)": percent(run.summary["test"]),
@@ -129,30 +111,23 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
     page.text("Validation selects the epoch; the test set is read once. Mean ± sample standard deviation.", "note")
 
 
-def similarity(runs: Sequence[RunFolder]) -> tuple[dict[tuple[str, str], float], float]:
-    """Adjusted mutual information of the experts of two runs, mean over their seeds and MoE layers.
+def similarity(runs: Sequence[RunFolder]) -> dict[tuple[str, str], float]:
+    """Adjusted mutual information of the experts of two runs, by their names; mean over their seeds and MoE layers.
 
-    Args:
-        runs: of one data set; those are compared that route as many tokens in as many layers as most do.
-
-    Returns:
-        By a pair of names (of one run its own seeds are compared), none of fewer than two seeds; and the mean where
-        one of each pair is shuffled.
+    Runs of one data set are compared that route as many tokens in as many layers as most do; of one run its own seeds.
     """
     groups: dict[Any, Any] = {}
     for run in runs:
-        for log in run.seeds.values():
-            experts = [routing.top_expert for routing in log.routings]
+        for routings in filter(None, run.routings.values()):
+            experts = [routing.top_expert for routing in routings]
             groups.setdefault(tuple(map(len, experts)), []).append((run.name, experts))
-    groups.pop((), None)  # dense runs
-    found, shuffled = dict[tuple[str, str], list[float]](), [0.0]
+    found = dict[tuple[str, str], list[float]]()
     generator = torch.Generator().manual_seed(0)
     for (one, first), (other, second) in combinations(max(groups.values(), key=len, default=()), 2):
-        tokens, mixed = (torch.randperm(len(first[0]), generator=generator)[:MOST_TOKENS] for _ in range(2))
+        tokens = torch.randperm(len(first[0]), generator=generator)[:MOST_TOKENS]
         pairs = zip(first, second, strict=True)
         found.setdefault((one, other), []).append(statistics.fmean(ami(a[tokens], b[tokens]) for a, b in pairs))
-        shuffled.append(ami(first[0][tokens], second[0][mixed]))
-    return {pair: statistics.fmean(values) for pair, values in found.items()}, statistics.fmean(shuffled[-20:])
+    return {pair: statistics.fmean(values) for pair, values in found.items()}
 
 
 def _routing(page: Page, run: RunFolder) -> str:
@@ -171,11 +146,7 @@ def _routing(page: Page, run: RunFolder) -> str:
             found = alignment(seen.top_expert(number), seen.properties(number))
             layer |= {f"ami_{name}": value for name, value in found.items()}
     page.heading(f"{run.name}: routing")
-    epochs: dict[float | None, list[dict[str, Tensor]]] = {}
-    for row in run.seeds[seed].routing:
-        load = [value for name, value in row.items() if name.startswith("load_") and value is not None]
-        epochs.setdefault(row["epoch"], []).append({"load": torch.tensor(load)})
-    page.figures([expert_load(list(epochs.values()))], f"Load of each expert in each epoch's steps, seed {seed}.")
+    page.figures([expert_load(run.history)], f"Load of each expert in each epoch's steps, seed {seed}.")
     header = ["MoE layer", *(str(number) for number in range(1, len(layers) + 1))]
     page.table([header, *([_words(name), *(_short(layer[name]) for layer in layers)] for name in layers[0])])
     page.text(
@@ -211,12 +182,9 @@ def _words(name: str) -> str:
 
 
 def sentence(experts: int, dead: Sequence[float], layers: Sequence[Mapping[str, float]]) -> str:
-    """Say how many experts are used and what they follow most.
+    """Say how many experts are used (``dead`` are not, by MoE layer and seed), and what they follow most.
 
-    Args:
-        experts: E.
-        dead: how many experts no token went to, of every MoE layer and seed.
-        layers: by MoE layer, the figures in :data:`PROPERTIES` that are known.
+    ``layers`` holds those figures of :data:`PROPERTIES` that are known, by MoE layer.
     """
     used = dict.fromkeys((experts - int(max(dead)), experts - int(min(dead))))
     text = f"{'–'.join(map(str, used))} of {experts} experts used" + (" (by layer and seed)" if len(used) > 1 else "")
@@ -260,7 +228,7 @@ def _images(page: Page, seen: Seen, maps: Figure, classes: Sequence[str]) -> Non
 
 def _graph(page: Page, run: RunFolder, task: Task) -> None:
     seed, graph = run.config.seeds[0], task.graph
-    routings = run.seeds[seed].routings
+    routings = run.routings[seed]
     if not isinstance(graph, Data) or {routing.num_tokens for routing in routings} != {graph.num_nodes}:
         page.text("Not drawn: the graph is heterogeneous, or the run was evaluated in batches.", "warn")
         return

@@ -14,6 +14,7 @@ from torch_geometric.data import Data
 from torch_geometric.utils import degree, remove_self_loops, scatter
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
+from experiments.data import Task
 from experiments.files import read_tensors
 from gmoe import Routing, RoutingStats
 from gmoe.metrics import PER_EXPERT
@@ -22,12 +23,10 @@ BINS = 8
 """At most so many degrees, and shares of homophily, are told apart."""
 
 
-def routing_summary(
-    routings: list[list[Routing]], planted: Tensor | None, properties: dict[str, Tensor]
-) -> list[dict[str, Any]]:
+def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str, Any]]:
     """For each MoE layer, over all batches: what :class:`gmoe.RoutingStats` counts, and what the routing follows.
 
-    Of a single batch of all tokens also ``"nmi"`` with the planted experts (T,), and ``"ami_NAME"``: :func:`alignment`.
+    Where all nodes are routed at once, also ``"nmi"`` with planted experts, and ``"ami_NAME"`` of :func:`alignment`.
     """
     if not routings or not routings[0]:
         return []
@@ -35,29 +34,29 @@ def routing_summary(
     stats = RoutingStats(experts, sync_on_compute=False).to(routings[0][0].token.device)  # one process has them all
     for batch in routings:
         stats.update(batch)
-    layers = _rounded(stats)
+    layers, graph = _rounded(stats), task.graph
+    sizes = {routing.num_tokens for batch in routings for routing in batch}
+    if not isinstance(graph, Data) or len(routings) > 1 or sizes != {graph.num_nodes}:
+        return layers
+    properties = node_properties(graph)
     for routing, layer in zip(routings[0], layers, strict=True):
         expert = routing.top_expert.cpu()
-        if planted is not None:
-            layer["nmi"] = float(normalized_mutual_info_score(expert, planted))
-        if properties:
-            layer |= {f"ami_{name}": round(value, 4) for name, value in alignment(expert, properties).items()}
+        if task.planted is not None:
+            layer["nmi"] = float(normalized_mutual_info_score(expert, task.planted))
+        layer |= {f"ami_{name}": round(value, 4) for name, value in alignment(expert, properties).items()}
     return layers
 
 
 def routing_rows(stats: RoutingStats | None) -> list[dict[str, Any]]:
-    """A row a layer for routing.csv: ``load_0``, ... of its experts, empty where it has fewer than others, ..."""
+    """A row a layer for routing.csv: ``load_0``, ... of its experts, ..."""
     rows: list[dict[str, Any]] = []
-    if stats is None:
-        return rows
-    for layer in _rounded(stats):
-        rows.append({"layer": len(rows)})
+    for number, layer in enumerate([] if stats is None else _rounded(stats)):
+        rows.append({"layer": number})
         for name, value in layer.items():
-            values = {name: value}
             if name in PER_EXPERT:
-                values = {f"{name}_{expert}": None for expert in range(max(stats.num_experts))}
-                values |= {f"{name}_{expert}": figure for expert, figure in enumerate(value)}
-            rows[-1] |= values
+                rows[-1] |= {f"{name}_{expert}": figure for expert, figure in enumerate(value)}
+            else:
+                rows[-1][name] = value
     return rows
 
 
@@ -140,8 +139,6 @@ def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) 
 
     ``"shuffled"`` is a baseline: the largest, in size, of the assignment shuffled with ``seed``.
     """
-    if not properties:
-        return {}
     shuffled = assignment[torch.randperm(len(assignment), generator=torch.Generator().manual_seed(seed))]
     found = {name: ami(assignment, value) for name, value in properties.items()}
     return found | {"shuffled": max((ami(shuffled, value) for value in properties.values()), key=abs)}

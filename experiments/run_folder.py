@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -13,7 +12,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,14 +24,14 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from lightning_fabric.utilities import rank_zero_only
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import NotRequired, TypedDict
 
 from experiments.build import build_model, from_first
 from experiments.config import RECORDS, WHERE, RunConfig, interrupt, read_options, restore
 from experiments.data import Task, load_tasks
-from experiments.files import read_csv, read_json
+from experiments.files import naming, read_csv, read_json
 from experiments.routing_stats import load_routings
 from gmoe import Routing
 from gmoe.distributed import world_sum
@@ -93,12 +92,10 @@ def place(config: RunConfig) -> Path:
         if _is_taken(base) and not config.resume:
             raise ValueError(f"out: got {base}, which holds files; choose another folder, or continue it with --resume")
         return base
-    folder = last = base
-    for number in itertools.count(2):
-        if not _is_taken(folder):
-            break
-        last, folder = folder, base.with_name(f"{base.name}-{number}")
-    return last if config.resume else folder
+    folders = [base]
+    while _is_taken(folders[-1]):
+        folders.append(base.with_name(f"{base.name}-{len(folders) + 1}"))
+    return folders[-2:][0] if config.resume else folders[-1]
 
 
 def _is_taken(folder: Path) -> bool:
@@ -115,26 +112,23 @@ IMAGE_FOLDERS = {
 
 def described(config: RunConfig) -> dict[str, Any]:
     """The configuration as ``config.json`` holds it: what numbers depend on, and a digest of files of your own."""
-    found, root = config.science(), config.data_root
+    found, root, digest = config.science(), config.data_root, hashlib.sha256()
     if config.data is not None:
         return found
-    parts: Iterable[bytes]
     if config.dataset == "graph":
-        files = sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]
-        parts = (file.read_bytes() for file in files if file.exists())
         found["file"] = root.name
+        for file in sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]:
+            digest.update(file.read_bytes() if file.exists() else b"")
     elif config.dataset in IMAGE_FOLDERS:
         base = next((root / part for part in IMAGE_FOLDERS[config.dataset] if (root / part).is_dir()), root)
-        files = [Path(name) for name in glob.glob("**/*", root_dir=base, recursive=True) if (base / name).is_file()]
-        files.sort(key=lambda file: ("train" not in file.parts, file))
-        parts = (os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n") for file in files)
+        files = map(Path, glob.glob("**/*", root_dir=base, recursive=True))
+        for file in sorted(files, key=lambda file: ("train" not in file.parts, file)):
+            if (base / file).is_file():
+                digest.update(os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n"))
     else:
         return found
-    digest, is_empty = hashlib.sha256(), True
-    for part in filter(None, parts):
-        digest.update(part)
-        is_empty = False
-    return found | {"digest": None if is_empty else digest.hexdigest()[:16]}
+    has_data = digest.digest() != hashlib.sha256().digest()
+    return found | {"digest": digest.hexdigest()[:16] if has_data else None}
 
 
 def differences_of(config: RunConfig, there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -260,10 +254,7 @@ class Log:
 class Logs:
     """What a seed logs each epoch: metrics.csv, routing.csv, and in TensorBoard and Weights & Biases where asked for.
 
-    Args:
-        folder: ``seed-N`` of the run folder.
-        config: the run.
-        keep: the epoch at which it begins, or goes on; what is logged behind it goes.
+    ``folder`` is ``seed-N`` of the run folder; what is logged behind ``keep`` epochs goes.
     """
 
     @rank_zero_only
@@ -322,11 +313,8 @@ class Checkpoint:
         path = self.folder / "state.ckpt"
         if not from_first(self.fabric, path.exists):
             return None
-        try:
+        with naming(path):
             return self.fabric.load(path, weights_only=True)
-        except Exception as error:  # torch raises what pickle, zip and its own reader raise
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise ValueError(f"{path}: cannot be read ({reason}); delete it to begin this seed anew") from error
 
     def save(self) -> None:
         """Write the state to a new file that then takes the old one's place."""
@@ -366,38 +354,17 @@ class Checkpoint:
             signal.signal(number, handler)
 
 
-Rows = list[dict[str, float | None]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeedLog:
-    """What one seed left: rows of metrics.csv and of routing.csv, and the routings of the test split, one a layer (of a
-    graph: of all nodes); of a dense model no routing."""
-
-    metrics: Rows
-    routing: Rows
-    routings: list[Routing]
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """A finished run.
-
-    Args:
-        folder: where it lies.
-        name: by which people know it, at first that of the folder.
-        config: the run; its data root is that of :func:`read_run`.
-        science: config.json.
-        summary: summary.json.
-        seeds: by seed.
-    """
+    """A finished run, as :func:`read_run` finds it."""
 
     folder: Path
-    name: str
-    config: RunConfig
-    science: dict[str, Any]
+    name: str  # by which people know it, at first that of the folder
+    config: RunConfig  # with the data root that the data have here
+    science: dict[str, Any]  # config.json
     summary: Summary
-    seeds: dict[int, SeedLog]
+    routings: dict[int, list[Routing]]  # of the test split, by seed, one a layer; of a dense model none
+    history: list[list[dict[str, Tensor]]]  # of the first seed: by epoch and layer the load of each expert
 
     def load_task(self, seed: int) -> Task:
         """The data, as that seed saw them; a ``ValueError`` for others, a ``FileNotFoundError`` for none."""
@@ -412,43 +379,41 @@ class RunFolder:
 def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
     """Read a run folder; a ``ValueError`` names the file that is missing or broken.
 
-    Args:
-        folder: what ``experiments.train --out`` wrote.
-        data_root: where the data of the run are here (default: where it was trained on them, or ``data``).
+    ``data_root`` is where the data of the run are here (default: where it was trained on them, or ``data``).
     """
     config = read_config(folder, data_root)
     if not (folder / "summary.json").exists():
         raise ValueError(f"{folder / 'summary.json'}: is missing; the run is not finished: go on with --resume")
     try:
+        routings = {seed: _routings(folder, config, seed) for seed in config.seeds}
+        first = config.seeds[0]
         return RunFolder(
             folder=folder,
             name=folder.resolve().name,
             config=config,
             science=read_json(folder / "config.json", dict[str, Any]),
             summary=read_json(folder / "summary.json", Summary),
-            seeds={seed: _seed_log(folder, config, seed) for seed in config.seeds},
+            routings=routings,
+            history=_history(folder / f"seed-{first}" / "routing.csv", config.epochs, len(routings[first])),
         )
     except FileNotFoundError as error:
         raise ValueError(str(error)) from error
 
 
-def _seed_log(folder: Path, config: RunConfig, seed: int) -> SeedLog:
-    part, saved = folder / f"seed-{seed}", folder / "routing" / f"seed-{seed}.safetensors"
+def _routings(folder: Path, config: RunConfig, seed: int) -> list[Routing]:
+    saved = folder / "routing" / f"seed-{seed}.safetensors"
     dense = not saved.exists() and (config.router == "dense" or config.model is not None)
-    routings = [] if dense else load_routings(saved)
-    return SeedLog(
-        metrics=_rows(part / "metrics.csv", config.epochs),
-        routing=[] if dense else _rows(part / "routing.csv", config.epochs * len(routings)),
-        routings=routings,
-    )
+    return [] if dense else load_routings(saved)
 
 
-def _rows(path: Path, expected: int) -> Rows:
-    table = read_csv(path, dtype=float, index_col=False)
-    if len(table) != expected:
-        raise ValueError(f"{path}: got {len(table)} rows, expected {expected}: one an epoch, or an epoch and layer")
-    rows: Rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return rows
+def _history(path: Path, epochs: int, layers: int) -> list[list[dict[str, Tensor]]]:
+    if not layers:
+        return []
+    table = read_csv(path, dtype=float, index_col=False).filter(like="load_")
+    if len(table) != epochs * layers:
+        raise ValueError(f"{path}: got {len(table)} rows, expected {epochs * layers}: one an epoch and MoE layer")
+    loads = [{"load": torch.tensor(row.dropna().to_numpy())} for _, row in table.iterrows()]
+    return [loads[row : row + layers] for row in range(0, len(loads), layers)]
 
 
 def read_config(folder: Path, data_root: Path | None = None) -> RunConfig:
@@ -466,10 +431,8 @@ def load_model(folder: Path, config: RunConfig, task: Task, seed: int) -> nn.Mod
     """The model of a run with the weights that validation selected; a ``ValueError`` where they are broken."""
     path = folder / f"seed-{seed}" / "checkpoint" / "best.safetensors"
     model = build_model(config, task)
-    try:
+    with naming(path):
         model.load_state_dict(load_file(path))
-    except Exception as error:  # what safetensors and torch raise
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
     return model.eval()
 
 

@@ -17,36 +17,22 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One line of a study's table.
+    """One line of a study's table."""
 
-    Args:
-        name: of its run folder.
-        label: in the table.
-        config: what is run.
-    """
-
-    name: str
-    label: str
+    name: str  # of its run folder
+    label: str  # in the table
     config: RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Variants that are compared.
+    """Variants that are compared."""
 
-    Args:
-        about: what is asked, and what was tuned.
-        variants: the variants.
-        reference: the narrow dense variant that costs and headroom are relative to.
-        wide: the dense variant four times as wide.
-        chosen_on: seeds (splits) that an earlier study chose the variants on, by validation.
-    """
-
-    about: str
+    about: str  # what is asked, and what was tuned
     variants: tuple[Variant, ...]
-    reference: str = "dense"
-    wide: str = "dense-4x"
-    chosen_on: tuple[int, ...] = ()
+    reference: str = "dense"  # the variant that costs and headroom are relative to
+    wide: str = "dense-4x"  # the dense variant four times as wide
+    chosen_on: tuple[int, ...] = ()  # seeds (splits) that an earlier study chose the variants on, by validation
 
 
 RECORDED = {
@@ -66,12 +52,7 @@ RECORDED = {
 
 
 def recorded(name: str, data_root: Path) -> Study:
-    """A study of which the results are committed.
-
-    Args:
-        name: of :data:`RECORDED`.
-        data_root: where the data are here.
-    """
+    """A study of :data:`RECORDED`, of which the results are committed."""
     found = read_json(RESULTS / f"{name}.json", dict[str, Any])
     runs = found["variants"]
     if name == "citeseer":  # whose own results are of the first four only
@@ -93,15 +74,8 @@ def grid(
 ) -> Study:
     """Every router at every E and K that it has, beside the dense model and one four times as wide.
 
-    Args:
-        preset: name of the preset.
-        routers: the routers; ``"dense"`` is always there.
-        experts: numbers of experts, E.
-        ks: experts per token, K; ``"uniform"`` and ``"oracle"`` have none.
-        changes: other options of all variants.
-
-    Raises:
-        ValueError: an unknown preset, or a K larger than every E; of an E the larger ones are left out.
+    ``changes`` are other options of all variants. An unknown preset is a ``ValueError``, or a K larger than every E; of
+    an E the larger ones are left out.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
@@ -125,14 +99,7 @@ def grid(
 
 
 SMALL_VIT = replace(
-    CIFAR10,
-    dim=96,
-    vit_heads=3,
-    hidden=192,
-    label_smoothing=0.0,
-    epochs=5,
-    precision="bf16-mixed",
-    seeds=(0, 1, 2),
+    CIFAR10, dim=96, vit_heads=3, hidden=192, label_smoothing=0.0, epochs=5, precision="bf16-mixed", seeds=(0, 1, 2)
 )
 """Of the CIFAR-10 studies and the swap table."""
 SHARED = replace(MINESWEEPER, hidden=16, experts=4, epochs=200, seeds=(0, 1, 2), shared_expert=True, shared_router=True)

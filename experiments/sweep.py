@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 
 from experiments.config import RouterName, fail, interrupt
 from experiments.files import read_json
@@ -69,11 +67,7 @@ STUDIES["grid"] = ("A preset over routers, numbers of experts and experts per to
 
 
 def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
-    """The study, and the name of its files.
-
-    Raises:
-        ValueError: an unknown study or preset, or an option out of range.
-    """
+    """The name of a study's files, and the study."""
     if not isinstance(config, GridConfig):
         return name, recorded(name, config.data_root)
     changes: dict[str, Any] = {"data_root": config.data_root}
@@ -83,13 +77,9 @@ def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
 
 
 def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """Run what is not finished.
+    """Run what is not finished: the study's results, and by variant why it could not be run.
 
-    Returns:
-        The study's results, and by variant why it could not be run.
-
-    Raises:
-        ValueError: the result file holds a variant with another configuration.
+    A result file that holds a variant with another configuration is a ``ValueError``.
     """
     from experiments.jobs import train_apart
     from experiments.loop import Progress, run
@@ -138,7 +128,6 @@ def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any],
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = list(sys.argv[1:] if args is None else args)
-    console = Console(stderr=True, soft_wrap=True)
     try:
         config = tyro.extras.overridable_config_cli(STUDIES, args=args, prog=PROG, description=__doc__)
         name, study = make_study(args[0], config)
@@ -148,7 +137,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         results, failed = sweep(name, study, config)
     except KeyboardInterrupt as stopped:
-        console.print("stopped; the same command continues", highlight=False)
+        print("stopped; the same command continues", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     except (ValueError, OSError) as error:
         fail(error)
@@ -156,7 +145,7 @@ def main(args: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, before)
     print(study_table(results))
     for variant, reason in failed.items():
-        console.print(f"[bold red]{variant}:[/] {escape(reason)}", highlight=False)
+        print(f"{variant}: {reason}", file=sys.stderr)
     if failed:
         sys.exit(1)
 

@@ -8,15 +8,17 @@ compares variants seed by seed. ``<!-- benchmark: NAME -->`` and ``<!-- swap: NA
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import tyro
+
+from experiments.files import read_json
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(
@@ -30,15 +32,12 @@ Line: TypeAlias = dict[str, str]
 
 def render(page: str, results: Path = ROOT / "results") -> str:
     """The page with all its tables generated anew."""
+    makers: dict[str, Callable[..., str]] = {"table": study_table, "pairs": pair_table, "presets": preset_table}
 
     def table(match: re.Match[str]) -> str:
-        content = json.loads((results / f"{match['study']}.json").read_text())
-        kind, only = match["kind"], (match["variants"] or "").split()
-        if kind in ("table", "pairs"):
-            made = study_table(content, only) if kind == "table" else pair_table(content, only)
-        else:
-            made = preset_table(content) if kind == "presets" else benchmark_table(content)
-        return f"{match[1]}{made}\n{match[5]}"
+        content = read_json(results / f"{match['study']}.json", dict[str, Any])
+        only = [] if match["variants"] is None else [match["variants"].split()]
+        return f"{match[1]}{makers.get(match['kind'], benchmark_table)(content, *only)}\n{match[5]}"
 
     return MARKED.sub(table, page)
 
@@ -58,11 +57,7 @@ def known(lines: Sequence[Line]) -> list[Line]:
 
 
 def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
-    """One line a variant, or one of ``only``: the metric on the test set, what it costs, what the routing follows.
-
-    Raises:
-        ValueError: the study has no such variant.
-    """
+    """One line a variant, or one of ``only``: the metric on the test set, what it costs, what the routing follows."""
     variants = {variant["variant"]: variant for variant in study["variants"]}
     missing = [name for name in only if name not in variants]
     if missing:
@@ -118,10 +113,8 @@ def preset_table(found: dict[str, Any]) -> str:
 def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
     """One line a pair ``"VARIANT/OTHER"``: the difference on the test set, seed by seed (or split by split).
 
-    Where the variants were chosen on some of the seeds, also the difference on the others alone.
-
-    Raises:
-        ValueError: the study has no such variant, or the variants of a pair do not have the same seeds.
+    Where the variants were chosen on some of the seeds, also the difference on the others alone. The variants of a pair
+    need the same seeds.
     """
     variants = {variant["variant"]: variant for variant in study["variants"]}
     chosen_on = set(study.get("chosen_on", ()))
@@ -135,9 +128,12 @@ def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
         if seeds != other["config"]["seeds"]:
             raise ValueError(f"pairs: got {pair!r}, whose variants have other seeds each, expected the same")
         found = [100 * (a - b) for a, b in zip(one["test"]["values"], other["test"]["values"], strict=True)]
-        line = {"variant": one["label"], "minus": other["label"]}
-        line["mean difference ± std of differences"] = mean_std(found, "+.2f")
-        line["better in"] = f"{sum(value > 0 for value in found)} of {len(found)}"
+        line = {
+            "variant": one["label"],
+            "minus": other["label"],
+            "mean difference ± std of differences": mean_std(found, "+.2f"),
+            "better in": f"{sum(value > 0 for value in found)} of {len(found)}",
+        }
         if chosen_on:
             without = f"without splits {', '.join(map(str, sorted(chosen_on)))}, which chose the variants"
             rest = [value for value, seed in zip(found, seeds, strict=True) if seed not in chosen_on]
@@ -225,15 +221,13 @@ def mean_std(values: Sequence[float], form: str = ".2f") -> str:
     return spread({"mean": statistics.fmean(values), "std": statistics.stdev(values) if values[1:] else None}, form)
 
 
-def spread(figures: Mapping[str, Any], form: str) -> str:
+def spread(figures: Mapping[str, Any], form: str = ".2f", factor: int = 1) -> str:
     """Mean ± sample standard deviation that are known."""
-    mean = f"{figures['mean']:{form}}"
-    return mean if figures["std"] is None else f"{mean} ± {figures['std']:{form.removeprefix('+')}}"
+    mean = f"{factor * figures['mean']:{form}}"
+    return mean if figures["std"] is None else f"{mean} ± {factor * figures['std']:{form.removeprefix('+')}}"
 
 
-def percent(figures: Mapping[str, Any]) -> str:
-    """The same in percent."""
-    return spread({name: figures[name] and 100 * figures[name] for name in ("mean", "std")}, ".2f")
+percent = partial(spread, factor=100)
 
 
 def headroom(variant: dict[str, Any], narrow: dict[str, Any] | None, wide: dict[str, Any] | None) -> str:

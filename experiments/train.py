@@ -14,6 +14,7 @@ import os
 import shlex
 import signal
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, redirect_stdout
 from dataclasses import replace
@@ -49,12 +50,10 @@ def parse(args: Sequence[str]) -> RunConfig:
 
 def _take(args: Sequence[str], option: str) -> tuple[str | None, list[str]]:
     """The value of an option, and the arguments without it."""
-    for place, arg in enumerate(args):
-        if arg == option and place + 1 < len(args):
-            return args[place + 1], [*args[:place], *args[place + 2 :]]
-        if arg.startswith(f"{option}="):
-            return arg.partition("=")[2], [*args[:place], *args[place + 1 :]]
-    return None, list(args)
+    parser = ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="value")
+    known, rest = parser.parse_known_args(args)
+    return known.value, rest
 
 
 def show(config: RunConfig, summary: Summary) -> None:

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def run_until(steps: int, args: Sequence[str], rank: str = "0") -> None:
     assert stop.value.code == 128 + signal.SIGTERM
 
 
-def refused(args: Sequence[str], capsys: Any) -> str:
+def refused(args: Sequence[str], capsys: Any, main: Callable[[Sequence[str]], None] = main) -> str:
     """The error of a command that is refused, in one line."""
     with pytest.raises(SystemExit) as stop:
         main(args)

@@ -30,12 +30,9 @@ def mag(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
 
 
 def make_config(**changes: Any) -> HeteroConfig:
-    defaults: dict[str, Any] = {
-        "dataset": "ogbn-mag", "hidden": 8, "experts": 2, "batch_size": 16,
-    }  # fmt: skip
     if changes.get("sampling") == "neighbor":
-        defaults["fanout"] = (3, 3)
-    return HeteroConfig(**(defaults | changes))
+        changes = {"fanout": (3, 3)} | changes
+    return HeteroConfig(dataset="ogbn-mag", hidden=8, experts=2, batch_size=16, **changes)
 
 
 def make_task(mag: GraphData, config: HeteroConfig) -> Task:

@@ -42,13 +42,15 @@ def test_cosine_warms_up_by_steps_and_ends_near_zero() -> None:
     assert learning_rate(replace(SMALL, schedule="constant"), 3, 50) == 1.0
 
 
-def test_the_schedule_runs_over_all_steps() -> None:
-    config, model, task = model_and_task()
+def test_steps_follow_the_schedule_and_clip_gradients() -> None:
+    config, model, task = model_and_task(clip_norm=1e-3)
     with set_up(Fabric(accelerator="cpu", devices=1), model, config, task) as training:
         for epoch in range(2):
             training.train_epoch(epoch)
         assert training.scheduler.last_epoch == 2 * task.steps(300) == 6
         assert training.lr == pytest.approx(config.lr * learning_rate(config, 6, 6))
+    norm = math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in model.parameters()))
+    assert norm == pytest.approx(1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", False)])
@@ -60,14 +62,6 @@ def test_bf16_on_the_cpu_does_without_the_fused_attention(
         training.train_epoch(0)
         assert torch.backends.cuda.flash_sdp_enabled() is fused
     assert torch.backends.cuda.flash_sdp_enabled()
-
-
-def test_gradients_are_clipped() -> None:
-    config, model, task = model_and_task(clip_norm=1e-3)
-    with set_up(Fabric(accelerator="cpu", devices=1), model, config, task) as training:
-        training.train_epoch(0)
-    norm = math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in model.parameters()))
-    assert norm == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_losses_are_logged_layer_by_layer(tmp_path: Path) -> None:

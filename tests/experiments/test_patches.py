@@ -13,6 +13,7 @@ from experiments.loop import run
 from experiments.patches import main
 from experiments.presets import DIGITS
 from experiments.run_folder import image_task_of
+from tests.experiments.command import refused
 from tests.vision.made_images import cut, write_photo
 
 IMAGES = replace(DIGITS, epochs=1, layers=2, hidden=8, experts=3, batch_size=300, progress=False, seeds=(3,))
@@ -62,8 +63,6 @@ def test_bad_runs_and_images(folder: Path, tmp_path: Path, capsys: pytest.Captur
         (folder, tmp_path / "none.jpg", "none.jpg"),
         (folder, tmp_path / "empty", "a folder without images"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            main([str(run_folder), "--images", str(image), "--out", str(tmp_path / "out")])
-        assert stopped.value.code == 2
-        assert message in " ".join(capsys.readouterr().err.split())
+        args = [str(run_folder), "--images", str(image), "--out", str(tmp_path / "out")]
+        assert message in refused(args, capsys, main)
     assert not (tmp_path / "out").exists()

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.config import IMAGES
-from experiments.data import load_tasks
-from experiments.loop import Training, peak_memory, restart_peak_memory, run
+from experiments.loop import Training, peak_memory, restart_peak_memory
 from experiments.presets import PRESETS
 from experiments.train import parse
 from tests.experiments.command import QUICK, quick, refused, rows
@@ -74,15 +73,6 @@ def test_a_run_is_the_same_twice(tmp_path: Path, router: str) -> None:
 def test_kmeans_finds_the_regions_before_any_training(tmp_path: Path) -> None:
     args = ("--router", "multi_centroid", "--shared-router", "--kmeans-init", "--num-centroids", "1")
     assert quick(tmp_path, *args, preset="mosaic")["routing"][0]["nmi"]["mean"] > 0.9
-
-
-def test_nan_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = replace(PRESETS["digits-graph"][1], epochs=1, progress=False, out=tmp_path / "run", seeds=(0,))
-    task = load_tasks(config)(0)
-    next(iter(task.loader("train", 1, None))).inputs[0][3, 4] = torch.nan
-    monkeypatch.setattr("experiments.loop.load_tasks", lambda *_: lambda _: task)
-    with pytest.raises(ValueError, match="values that are NaN or infinite"):
-        run(config)
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +149,9 @@ def test_dense_models_of_equal_cost(equal: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux forgets a peak")
 def test_the_peak_of_memory_is_a_seeds_own() -> None:
-    device = torch.device("cpu")
-    held = torch.ones(60 * 2**20, dtype=torch.uint8)
+    device, held = torch.device("cpu"), torch.ones(60 * 2**20, dtype=torch.uint8)
     restart_peak_memory(device)
     with_it = peak_memory(device)
     del held
-    assert peak_memory(device) == pytest.approx(with_it, abs=5)
     restart_peak_memory(device)
     assert peak_memory(device) < with_it - 50
