@@ -33,7 +33,7 @@ from experiments.config import GraphConfig, ImageConfig, RouterOptions
 from experiments.data import Split, load_tasks
 from experiments.files import read_json
 from experiments.loop import Progress, attention_kernel, fit, make_optimizer, set_up
-from experiments.presets import CORA, FACEBOOK, MOSAIC, TEN
+from experiments.presets import CORA, GRAPH, MOSAIC, TEN
 from experiments.run_folder import environment, write_json
 from experiments.studies import SHARED, SMALL_VIT
 from gmoe.conv.kinds import factory_of
@@ -263,7 +263,10 @@ ROWS: dict[str, Row] = {
         for conv in ("gcn", "gat", "sage", "gin")
         for name in ("cora", "citeseer")
     },
-    "facebook-sage": Row(Example, replace(FACEBOOK, dropout=0.5, seeds=TEN, adjacency="edge_index")),
+    "facebook-sage": Row(
+        Example,
+        replace(GRAPH, data_root=Path("facebook.npz"), eval_every=5, dropout=0.5, seeds=TEN, adjacency="edge_index"),
+    ),
     "minesweeper": Row(Preset, replace(SHARED, data_root=Path("heterophilous"), **PLAIN)),
     "mosaic": Row(Preset, replace(MOSAIC, **PLAIN), ("dense-flops", "random", "oracle", "k-means")),
     "cora-linkpred": Row(Links, LINKS, NARROWED),
