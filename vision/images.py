@@ -93,7 +93,7 @@ def load_images(name: str, root: Path, *, image_size: int | None = None, offline
         return _own(root, image_size)
     if name == "imagenette":
         itself = (root / "train" / next(iter(WNIDS))).is_dir()
-        folder = root if itself else _unpacked(name, root, offline)
+        folder = root if itself else unpacked(name, root, offline, *PUBLISHED[name])
         train, test = (_listing(folder / part, tuple(WNIDS)) for part in ("train", "val"))
         return _read(name, train, test, image_size or 160, NOTES[name], tuple(names[0] for names in WNIDS.values()))
     if name == "cifar10" and not (root / CIFAR10.base_folder).is_dir():
@@ -187,7 +187,7 @@ def _read(
 
 
 def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:
-    folder = _unpacked(name, root, offline)
+    folder = unpacked(name, root, offline, *PUBLISHED[name])
     try:
         parts = [CIFAR[name](root, train=train) for train in (True, False)]
     except RuntimeError as error:  # by MD5
@@ -198,26 +198,33 @@ def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:
     return ImageData(name=name, classes=classes, train=train, test=test, mean=mean, std=std, note=NOTES[name])
 
 
-def _unpacked(name: str, root: Path, offline: bool) -> Path:
-    """The folder of a published data set; where it is missing, its archive is unpacked, or downloaded first."""
-    folder, url, md5, megabytes = PUBLISHED[name]
+def unpacked(
+    name: str, root: Path, offline: bool, folder: str, url: str, md5: str | None, megabytes: int, inside: str = ""
+) -> Path:
+    """The folder of a data set; where it is missing, the archive beside it is unpacked, or downloaded first.
+
+    ``inside`` is the folder's name in the archive, where it is another. For errors see :func:`load_images`.
+    """
     archive = root / Path(url).name
     if (root / folder).is_dir():
         return root / folder
-    if archive.exists() and not check_integrity(archive, md5):
-        raise ValueError(f"{archive}: not whole, or not the published file; delete it, and start again")
+    is_there = archive.exists()
     advice = f"{name}: found neither {root / folder} nor {archive}; put one of them there (from {url})"
-    if offline and not archive.exists():
+    if offline and not is_there:
         raise FileNotFoundError(advice)
-    print(f"{name}: unpacking {archive}" if archive.exists() else f"{name}: downloading {megabytes} MB to {root}")
+    print(f"{name}: unpacking {archive}" if is_there else f"{name}: downloading {megabytes} MB to {root}", flush=True)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=root) as scratch:  # so that no half of it is taken for the whole
-            if archive.exists():
+            if is_there and check_integrity(archive, md5):
                 extract_archive(archive, scratch)
+            elif is_there:
+                raise ValueError("another MD5 than the published file's")
             else:
                 download_and_extract_archive(url, scratch, md5=md5)
-            Path(scratch, folder).replace(root / folder)
+            Path(scratch, inside or folder).replace(root / folder)
     except Exception as error:
+        if is_there:
+            raise ValueError(f"{archive}: cannot be unpacked ({error}); delete it, and start again") from error
         raise FileNotFoundError(f"{advice} (the download failed: {error})") from error
     return root / folder
