@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 from torchvision.datasets.folder import is_image_file, make_dataset
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive, extract_archive
+from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 
 from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
 
@@ -44,25 +44,15 @@ MEMORY = 2 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
-    """A data set of images.
+    """A data set of images."""
 
-    Args:
-        name: how the user calls it.
-        classes: names of the classes, by label.
-        train: the training images; validation is a part of them, see :func:`split_images`, where there is no val.
-        test: the test images.
-        val: the validation images, where the data set has some of its own.
-        mean, std: of the channels, see :func:`vision.batches.batches`.
-        note: source and license, and what sets this copy apart from the published data.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    train: ImageSource
+    name: str  # how the user calls it
+    classes: tuple[str, ...]  # their names, by label
+    train: ImageSource  # validation is a part of them, see :func:`split_images`, where there is no val
     test: ImageSource
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # of the channels, see :func:`vision.batches.batches`
     std: tuple[float, ...]
-    note: str
+    note: str  # source and license, and what sets this copy apart from the published data
     val: ImageSource | None = None
 
 
@@ -216,10 +206,8 @@ def unpacked(
     try:
         root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=root) as scratch:  # so that no half of it is taken for the whole
-            if is_there and check_integrity(archive, md5):
+            if is_there:
                 extract_archive(archive, scratch)
-            elif is_there:
-                raise ValueError("another MD5 than the published file's")
             else:
                 download_and_extract_archive(url, scratch, md5=md5)
             Path(scratch, inside or folder).replace(root / folder)
