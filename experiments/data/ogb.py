@@ -175,8 +175,7 @@ def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
         graph["x"] = scatter(graph["edge_attr"], graph["edge_index"][1], dim_size=nodes, reduce="mean")
     split: Splits = {part: _table(files[part], None, (nodes,)).view(-1) for part in get_args(Split)}
     twice = torch.cat([*split.values()]).bincount()
-    if twice.max() > 1:
-        raise ValueError(f"{files['train'].parent}: got node {int(twice.argmax())} twice, expected each at most once")
+    check(twice.max() < 2, str(files["train"].parent), f"node {int(twice.argmax())} twice", "each at most once")
     return {"graph": graph, "split": split}
 
 
@@ -195,9 +194,8 @@ def _table(path: Path, rows: int | None, below: tuple[int, ...] | None = None) -
     if below is not None:
         wanted = f"{len(below)} whole numbers from 0 to {max(below) - 1}"
         legal &= len(low) == len(below) and bool(((low >= 0) & (high < below)).all() and (values % 1 == 0).all())
-    if not legal:
-        got = f"{len(values)} rows of {len(low)} numbers from {low.min():g} to {high.max():g}"
-        raise ValueError(f"{path}: got {got}, expected {'any' if rows is None else rows} rows of {wanted}")
+    got = f"{len(values)} rows of {len(low)} numbers from {low.min():g} to {high.max():g}"
+    check(legal, str(path), got, f"{'any' if rows is None else rows} rows of {wanted}")
     return torch.from_numpy(values.astype(np.float32 if below is None else np.int64))
 
 
