@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 from experiments.config import PAPERS, fail
 from experiments.files import naming, read_csv, read_npy
-from gmoe._checks import check
 
 Array: TypeAlias = NDArray[Any]
 
@@ -47,6 +46,12 @@ SPILL = 10
 """Bytes of disk that an edge takes while DuckDB sorts it: 8 and some."""
 PIECE = 1 << 22
 """Numbers, or bytes, that are copied at once."""
+
+
+def check(fits: object, name: str, got: object, expected: object) -> None:
+    """Refuse what does not fit; as gmoe's, without torch."""
+    if not fits:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
 def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
