@@ -19,10 +19,8 @@ import os
 import shutil
 import sys
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -33,15 +31,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from experiments.config import PAPERS, fail
-from experiments.files import read_csv, read_npy, read_npz
+from experiments.files import naming, read_csv, read_npy
 
 Array: TypeAlias = NDArray[Any]
 
 PARTS = ("train", "val", "test")
-ARRAYS = ("start", "source", "x", "y", *PARTS)
-TABLES = (".csv", ".gz", ".parquet")
 CLASSES = 172
 """Of ogbn-papers100M."""
+RELEASE = {"data.npz": {"edges": "edge_index", "x": "node_feat"}, "node-label.npz": {"y": "node_label"}}
+"""The arrays of its archives, by what they are here."""
 SCRATCH = "scratch"
 """A folder in DIR.new for what is unpacked and sorted; it says whose DIR.new is."""
 SPILL = 10
@@ -50,100 +48,55 @@ PIECE = 1 << 22
 """Numbers, or bytes, that are copied at once."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Input:
-    """(2, M) or (M, 2) edges or a table of them, (N, D) features, (N,) classes (-1 or NaN: none), nodes by part."""
-
-    name: str
-    edges: Array | Path
-    x: Array
-    y: Array | None = None
-    split: Mapping[str, Array] = field(default_factory=dict)
-    num_classes: int | None = None
-    source: str = ""
-
-    def __post_init__(self) -> None:
-        nodes = len(self.x)
-        if self.x.ndim != 2 or 0 in self.x.shape:
-            raise ValueError(f"x: got shape {self.x.shape}, expected (nodes, features), one of each at least")
-        if isinstance(self.edges, np.ndarray):
-            shape, dtype = self.edges.shape, self.edges.dtype
-            if len(shape) != 2 or 2 not in shape or dtype.kind not in "iu" or not dtype.isnative:
-                raise ValueError(f"edges: got shape {shape} of {dtype.str}, expected (2, M) or (M, 2) native integers")
-        if self.y is not None and self.y.shape not in ((nodes,), (nodes, 1)):
-            raise ValueError(f"y: got shape {self.y.shape}, expected ({nodes},), a label for each row of x")
-        seen = np.zeros(nodes, np.int8)
-        for part, ids in self.split.items():
-            if len(ids) and not 0 <= ids.min() <= ids.max() < nodes:
-                raise ValueError(f"{part}: got nodes {ids.min()} to {ids.max()}, expected 0 to {nodes - 1}")
-            np.add.at(seen, ids, 1)
-            if seen.max() > 1:
-                raise ValueError(f"{part}: got node {seen.argmax()} twice, or in an earlier part too, expected it once")
+def check(fits: object, name: str, got: object, expected: object) -> None:
+    """Refuse what does not fit; as gmoe's, without torch."""
+    if not fits:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
-def papers(root: Path, scratch: Path) -> Input:
-    """ogbn-papers100M as OGB publishes it, in a folder named by ogb or as in the zip file; arrays are unpacked."""
+def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
+    """Source and files of ogbn-papers100M in a folder named by ogb or as in the zip file; arrays are unpacked."""
     folder = root.expanduser() / "ogbn_papers100M"
     folder = folder if folder.exists() else folder.with_name("papers100M-bin")
-    data, planted = folder / "raw" / "data.npz", folder / "PLANTED.txt"
-    if not data.is_file():
-        raise ValueError(f"from: {data} is missing; unzip OGB's papers100M-bin.zip (56 GB) there, or give another")
-    names = ("edge_index.npy", "node_feat.npy")
-    try:
-        with zipfile.ZipFile(data) as archive:
-            check_space(scratch, sum(archive.getinfo(name).file_size for name in names))
-            edges, x = (read_npy(Path(archive.extract(name, scratch)), memory_map=True) for name in names)
-    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{data}: cannot be read ({error})") from error
-    split = {part: folder / "split" / "time" / f"{'valid' if part == 'val' else part}.csv.gz" for part in PARTS}
-    return Input(
-        name=PAPERS,
-        edges=edges,
-        x=x,
-        y=read_npz(folder / "raw" / "node-label.npz")["node_label"],
-        split={part: read_ids(path) for part, path in split.items()},
-        num_classes=CLASSES,
-        source=planted.read_text() if planted.exists() else f"OGB's binary release of {PAPERS}",
-    )
-
-
-def read_ids(path: Path) -> Array:
-    """Node numbers from ``.npy``, ``.csv`` or ``.csv.gz`` (one a line, no header)."""
-    ids = read_npy(path) if path.suffix == ".npy" else read_csv(path, header=None).to_numpy()
-    if ids.dtype.kind not in "iu" or ids.size != len(ids):
-        raise ValueError(f"{path}: got shape {ids.shape} of {ids.dtype}, expected a column of node numbers")
-    return ids.reshape(-1).astype(np.int64)
+    planted = folder / "PLANTED.txt"
+    files = {part: folder / "split" / "time" / f"{'valid' if part == 'val' else part}.csv.gz" for part in PARTS}
+    for archive, arrays in RELEASE.items():
+        path = folder / "raw" / archive
+        check(path.is_file(), "from", f"no {path}", "OGB's papers100M-bin.zip (56 GB) unzipped there")
+        with naming(path), zipfile.ZipFile(path) as file:
+            size = sum(file.getinfo(f"{array}.npy").file_size for array in arrays.values())
+        check_space(scratch, size)
+        with naming(path), zipfile.ZipFile(path) as file:
+            files |= {name: Path(file.extract(f"{array}.npy", scratch)) for name, array in arrays.items()}
+    return planted.read_text() if planted.exists() else f"OGB's binary release of {PAPERS}", files
 
 
 def check_space(folder: Path, needed: int) -> None:
     """Refuse a disk that is too full."""
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise ValueError(f"to: {folder} may need {needed / 1e9:.2f} GB, expected at most the {free / 1e9:.2f} GB free")
+    free = shutil.disk_usage(folder).free
+    check(needed <= free, "to", f"{needed / 1e9:.2f} GB to write", f"at most the {free / 1e9:.2f} GB free at {folder}")
 
 
 @contextmanager
 def building(to: Path) -> Iterator[Path]:
     """A folder ``to.new`` that becomes ``to`` in the end, and goes where there is an error."""
     folder = to.with_name(f"{to.name}.new")
-    if to.exists():
-        raise ValueError(f"to: {to} is there already; delete it, or give another folder")
+    check(not to.exists(), "to", f"{to}, which is there already", "another folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if any(folder.iterdir()) and not (folder / SCRATCH).exists():
-            raise ValueError(f"to: {folder} is not of a conversion that was cut off; move it away")
+        fits = not any(folder.iterdir()) or (folder / SCRATCH).exists()
+        check(fits, "to", f"files of another program in {folder}", "none, or those of a conversion that was cut off")
         try:
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             (folder / SCRATCH).mkdir()
             yield folder
-            shutil.rmtree(folder / SCRATCH)
-            (folder / SCRATCH).mkdir()  # still says whose it is
             folder.rename(to)
-            (to / SCRATCH).rmdir()
+            shutil.rmtree(to / SCRATCH)
         except BaseException:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
     except BlockingIOError as error:
         raise ValueError(f"to: another conversion is writing {folder}") from error
@@ -152,41 +105,102 @@ def building(to: Path) -> Iterator[Path]:
 
 
 def convert(
-    given: Input, folder: Path, *, half: bool = False, directed: bool = False, memory: float = 2.0
+    graph: Annotated[str, tyro.conf.Positional],
+    to: Path,
+    root: Annotated[Path, tyro.conf.arg(name="from")] = Path("data"),
+    x: Path | None = None,
+    y: Path | None = None,
+    train: Path | None = None,
+    val: Path | None = None,
+    test: Path | None = None,
+    half: bool = False,
+    directed: bool = False,
+    memory: float = 2.0,
 ) -> dict[str, Any]:
-    """Write the files of a :class:`gmoe.StoredGraph` into a folder of :func:`building`, and return its ``graph.json``.
+    """Write the folder of a :class:`gmoe.StoredGraph`, and return its ``graph.json``.
 
-    The in-edges of a node ascend by source. Undirected, the reverse of every edge is added and an edge that is there
-    twice is kept once, as PyG's ``to_undirected`` does (a self-loop has itself as its reverse); directed, edges stay as
-    they are, parallel ones too. ``half`` and ``memory`` as in :class:`ConvertConfig`.
+    The in-edges of a node ascend by source. Undirected, edges are what PyG's ``to_undirected`` makes of them.
+
+    Args:
+        graph: ogbn-papers100M, or a file of edges, source and destination by node number from 0: .npy, (2, M) or
+            (M, 2), or .csv, .csv.gz or .parquet with two columns. Of such a file are the options --x to --test.
+        to: the folder to write, for gmoe.StoredGraph.
+        root: where OGB's folder lies, ogbn_papers100M or papers100M-bin.
+        x: the features, .npy with (N, D) numbers. Needed: it says how many nodes there are.
+        y: the classes, .npy with (N,) whole numbers, -1 or NaN where there is none.
+        train: the nodes of train, .npy, or .csv with one a line. Likewise val and test.
+        val: see train.
+        test: see train.
+        half: features as float16: half the disk and the traffic. Numbers beyond 65504 are refused.
+        directed: keep the edges as they are. By default the reverse of each is added, and none is kept twice.
+        memory: gigabytes to sort edges in, which DuckDB may exceed by half; 8 bytes a node come on top.
 
     Raises:
-        ValueError: something in the data that cannot be, with the place where it is; not enough memory or disk.
+        ValueError: options that do not belong together; something in the data that cannot be, with the place where it
+            is; not enough memory or disk.
     """
-    if not memory > 0:
-        raise ValueError(f"memory: got {memory}, expected gigabytes, more than 0")
-    nodes, x_type = len(given.x), np.dtype(np.float16 if half or given.x.dtype == np.float16 else np.float32)
-    num_edges = 0 if isinstance(given.edges, Path) else given.edges.size // (2 if directed else 1)
-    check_space(folder, 4 * num_edges + max(SPILL * num_edges, given.x.size * x_type.itemsize))
-    keys = sorted_keys(given.edges, folder / SCRATCH, nodes, directed=directed, memory=memory)
-    num_edges = write_edges(keys, folder, nodes, directed=directed)
-    write_npy(folder / "x.npy", x_type, finite(given.x, x_type), given.x.shape[1:])
-    num_classes = write_labels(given, folder)
-    for part, ids in given.split.items():
-        np.save(folder / f"{part}.npy", ids)
-    paths = [folder / f"{name}.npy" for name in ARRAYS]
-    graph = {
-        "format": 1,
-        "name": given.name,
-        "source": given.source,
-        "num_nodes": nodes,
-        "num_edges": num_edges,
-        "undirected": not directed,
-        "num_classes": num_classes,
-        "arrays": {path.stem: described(path) for path in paths if path.exists()},
-    }
-    (folder / "graph.json").write_text(json.dumps(graph, indent=2) + "\n")
-    return graph
+    check(memory > 0, "memory", memory, "gigabytes, more than 0")
+    given = {"x": x, "y": y, "train": train, "val": val, "test": test}
+    files, source = {name: path for name, path in given.items() if path is not None}, graph
+    with building(to) as folder:
+        if graph == PAPERS:
+            check(not files, ", ".join(files), f"arrays for {PAPERS}", "none; the release has its own")
+            source, files = papers(root, folder / SCRATCH)
+        edges = read_edges(files.get("edges", Path(graph)))
+        check("x" in files, "x", None, "a .npy file with a row of features for each node")
+        features = read_npy(files["x"], memory_map=True)
+        fits, nodes = features.ndim == 2 and 0 not in features.shape, len(features)
+        check(fits, "x", f"shape {features.shape}", "(nodes, features), one of each at least")
+        split = read_split(files, nodes)
+        num_classes = write_labels(files, split, folder, nodes) if "y" in files else None
+        num_edges = 0 if isinstance(edges, Path) else edges.size // (2 if directed else 1)
+        x_type = np.dtype(np.float16 if half or features.dtype == np.float16 else np.float32)
+        check_space(folder, 4 * num_edges + max(SPILL * num_edges, features.size * x_type.itemsize))
+        for part, ids in split.items():
+            np.save(folder / f"{part}.npy", ids)
+        keys = sorted_keys(edges, folder / SCRATCH, nodes, directed=directed, memory=memory)
+        num_edges = write_edges(keys, folder, nodes, directed=directed)
+        write_npy(folder / "x.npy", x_type, finite(features, x_type), features.shape[1:])
+        arrays = [folder / f"{name}.npy" for name in ("start", "source", *given)]
+        said = {
+            "format": 1,
+            "name": Path(graph).name.partition(".")[0],
+            "source": source,
+            "num_nodes": nodes,
+            "num_edges": num_edges,
+            "undirected": not directed,
+            "num_classes": CLASSES if graph == PAPERS else num_classes,
+            "arrays": {path.stem: described(path) for path in arrays if path.exists()},
+        }
+        (folder / "graph.json").write_text(json.dumps(said, indent=2) + "\n")
+    return said
+
+
+def read_edges(path: Path) -> Array | Path:
+    """(2, M) edges, mapped; or a table, which DuckDB reads."""
+    fits = path.suffix in (".npy", ".csv", ".gz", ".parquet") and path.is_file()
+    check(fits, "graph", path, f"{PAPERS}, or a file, .npy, .csv, .csv.gz or .parquet")
+    if path.suffix != ".npy":
+        return path
+    edges = read_npy(path, memory_map=True)
+    fits = edges.ndim == 2 and 2 in edges.shape and edges.dtype.kind in "iu" and edges.dtype.isnative
+    check(fits, "edges", f"shape {edges.shape} of {edges.dtype.str}", "(2, M) or (M, 2) native integers")
+    return edges if len(edges) == 2 else edges.T
+
+
+def read_split(files: dict[str, Path], nodes: int) -> dict[str, Array]:
+    """Nodes by part from ``.npy``, ``.csv`` or ``.csv.gz`` (one a line, no header)."""
+    split, seen = {}, np.zeros(nodes, np.int8)
+    for part, path in ((part, files[part]) for part in PARTS if part in files):
+        ids = read_npy(path) if path.suffix == ".npy" else read_csv(path, header=None).to_numpy()
+        fits = ids.dtype.kind in "iu" and ids.size == len(ids)
+        check(fits, str(path), f"shape {ids.shape} of {ids.dtype}", "a column of node numbers")
+        split[part] = ids = ids.reshape(-1).astype(np.int64)
+        low, high = (ids.min(), ids.max()) if len(ids) else (0, 0)
+        check(0 <= low <= high < nodes, part, f"nodes {low} to {high}", f"0 to {nodes - 1}")
+        np.add.at(seen, ids, 1)
+        check(seen.max() < 2, part, f"node {seen.argmax()} twice, or in an earlier part too", "it once")
+    return split
 
 
 def sorted_keys(edges: Array | Path, scratch: Path, nodes: int, *, directed: bool, memory: float) -> Iterator[Array]:
@@ -206,8 +220,7 @@ def sorted_keys(edges: Array | Path, scratch: Path, nodes: int, *, directed: boo
             if isinstance(edges, Path):
                 _open_table(connection, edges)
             else:
-                ends = edges if len(edges) == 2 else edges.T
-                connection.register("given", {"s": ends[0], "d": ends[1]})
+                connection.register("given", {"s": edges[0], "d": edges[1]})
                 connection.execute("CREATE TEMP VIEW edges AS SELECT s::BIGINT AS s, d::BIGINT AS d FROM given")
             connection.execute(query)
             while len(table := connection.fetch_df_chunk(512)):  # of 2,048 rows each
@@ -224,23 +237,18 @@ def _open_table(connection: Any, path: Path) -> None:
     quoted = str(path).replace("'", "''")
     table = f"read_parquet('{quoted}')"
     if path.suffix == ".gz":  # some versions of DuckDB take one that is cut off for a whole one
-        try:
-            with gzip.open(path) as file:
-                while file.read(PIECE):
-                    pass
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"edges: {path} cannot be read ({error})") from error
+        with naming(path), gzip.open(path) as file:
+            while file.read(PIECE):
+                pass
     if path.suffix != ".parquet":
         options = "auto_detect=false, delim=',', quote='\"', columns={'s': 'VARCHAR', 'd': 'VARCHAR'}"
         names = "TRY_CAST(s AS DOUBLE) IS NULL AND TRY_CAST(d AS DOUBLE) IS NULL"
         first = f"SELECT {names} FROM read_csv('{quoted}', {options}, header=false) LIMIT 1"
         header = connection.execute(first).fetchone()
-        if header is None:
-            raise ValueError(f"edges: {path} has no rows")
+        check(header, "edges", f"no rows in {path}", "one at least")
         table = f"read_csv('{quoted}', {options}, header={header[0]})"
     columns = connection.sql(f"SELECT * FROM {table}").columns
-    if len(columns) != 2:
-        raise ValueError(f"edges: got columns {', '.join(columns)} in {path}, expected two, source and destination")
+    check(len(columns) == 2, "edges", f"columns {', '.join(columns)} in {path}", "two, source and destination")
     whole = "CASE WHEN trim({0}::VARCHAR) SIMILAR TO '[0-9]+' THEN {0}::BIGINT ELSE error(concat('got node ', {0})) END"
     ends = f"{whole.format('s')} AS s, {whole.format('d')} AS d"
     connection.execute(f"CREATE VIEW edges AS SELECT {ends} FROM {table} AS given (s, d)")
@@ -268,8 +276,8 @@ def write_edges(keys: Iterable[Array], folder: Path, nodes: int, *, directed: bo
 
 def write_npy(path: Path, dtype: Any, pieces: Iterable[Array], width: tuple[int, ...] = ()) -> int:
     """Write rows as they come, with a bar, and return how many they are."""
-    rows, bar = 0, tqdm(desc=path.stem, unit_scale=True, unit=" rows", mininterval=0.1 if sys.stderr.isatty() else 30)
-    with path.open("wb") as file, bar:
+    rows = 0
+    with path.open("wb") as file, tqdm(desc=path.stem, unit_scale=True, unit=" rows", disable=None) as bar:
         file.seek(128)
         for piece in pieces:
             piece.astype(dtype, copy=False).tofile(file)
@@ -295,21 +303,18 @@ def finite(x: Array, dtype: Any) -> Iterator[Array]:
         yield cast
 
 
-def write_labels(given: Input, folder: Path) -> int | None:
+def write_labels(files: dict[str, Path], split: dict[str, Array], folder: Path, nodes: int) -> int:
     """Write ``y.npy``, with -1 for NaN, and return the number of classes."""
-    classes = given.num_classes
-    if given.y is None:
-        return classes
-    y = np.where(np.isnan(given.y), -1, given.y).reshape(-1)
+    y, below = read_npy(files["y"]), CLASSES if "edges" in files else 2**31
+    check(y.shape in ((nodes,), (nodes, 1)), "y", f"shape {y.shape}", f"({nodes},), a label for each row of x")
+    y = np.where(np.isnan(y), -1, y).reshape(-1)
     low, high = y.min(), y.max()
-    if low < -1 or high >= (2**31 if classes is None else classes) or (y % 1 != 0).any():
-        below = "2^31" if classes is None else classes
-        raise ValueError(f"y: got {low:g} to {high:g}, expected whole numbers below {below}, and -1 or NaN for none")
-    for part, ids in given.split.items():
-        if (y[ids] < 0).any():
-            raise ValueError(f"y: node {ids[(y[ids] < 0).argmax()]} of {part} has no label, expected 0 or more")
+    fits = low >= -1 and high < below and (y % 1 == 0).all()
+    check(fits, "y", f"{low:g} to {high:g}", f"whole numbers below {below}, and -1 or NaN for none")
+    for part, ids in split.items():
+        check((y[ids] >= 0).all(), "y", f"a node of {part} without a label", "0 or more")
     np.save(folder / "y.npy", y.astype(np.min_scalar_type(min(-1, -1 - int(high)))))
-    return int(high) + 1 if classes is None else classes
+    return int(high) + 1
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -321,68 +326,17 @@ def described(path: Path) -> dict[str, Any]:
     return {"file": path.name, "dtype": str(array.dtype), "shape": [*array.shape], "sha256": digest.hexdigest()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """A graph, and the folder it goes to."""
-
-    graph: Annotated[str, tyro.conf.Positional]
-    """ogbn-papers100M, or a file of edges, source and destination by node number from 0: .npy, (2, M) or (M, 2), or
-    .csv, .csv.gz or .parquet with two columns. Of such a file are the options --x to --test."""
-    to: Path
-    """The folder to write, for gmoe.StoredGraph."""
-    root: Annotated[Path, tyro.conf.arg(name="from")] = Path("data")
-    """Where OGB's folder lies, ogbn_papers100M or papers100M-bin."""
-    x: Path | None = None
-    """The features, .npy with (N, D) numbers. Needed: it says how many nodes there are."""
-    y: Path | None = None
-    """The classes, .npy with (N,) whole numbers, -1 or NaN where there is none."""
-    train: Path | None = None
-    """The nodes of train, .npy, or .csv with one a line. Likewise val and test."""
-    val: Path | None = None
-    test: Path | None = None
-    half: bool = False
-    """Features as float16: half the disk and the traffic. Numbers beyond 65504 are refused."""
-    directed: bool = False
-    """Keep the edges as they are. By default the reverse of each is added, and none is kept twice."""
-    memory: float = 2.0
-    """Gigabytes to sort edges in, which DuckDB may exceed by half; 8 bytes a node come on top."""
-
-    def input(self, scratch: Path) -> Input:
-        """What is to be converted; refuses options that do not belong together."""
-        own = {name: getattr(self, name) for name in ("x", "y", *PARTS) if getattr(self, name) is not None}
-        if self.graph == PAPERS:
-            if own:
-                raise ValueError(f"{', '.join(own)}: got arrays for {PAPERS}, expected none; the release has its own")
-            return papers(self.root, scratch)
-        edges = Path(self.graph)
-        if edges.suffix not in (".npy", *TABLES) or not edges.is_file():
-            raise ValueError(f"graph: got {edges}, expected {PAPERS}, or a file, .npy, .csv, .csv.gz or .parquet")
-        if self.x is None:
-            raise ValueError("x: got none, expected a .npy file with a row of features for each node")
-        return Input(
-            name=edges.name.partition(".")[0],
-            edges=read_npy(edges, memory_map=True) if edges.suffix == ".npy" else edges,
-            x=read_npy(self.x, memory_map=True),
-            y=None if self.y is None else read_npy(self.y),
-            split={part: read_ids(own[part]) for part in PARTS if part in own},
-            source=self.graph,
-        )
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = tyro.cli(ConvertConfig, args=args, prog="python -m experiments.convert", description=__doc__)
     try:
-        with building(config.to) as folder:
-            given = config.input(folder / SCRATCH)
-            said = convert(given, folder, half=config.half, directed=config.directed, memory=config.memory)
+        said = tyro.cli(convert, args=args, prog="python -m experiments.convert", description=__doc__)
     except KeyboardInterrupt:
         sys.exit(130)
     except ModuleNotFoundError as error:
         fail(ImportError(f"{error}; pip install 'duckdb>=1.4,<3'"))
     except (ValueError, OSError) as error:
         fail(error)
-    print(f"{config.to}: {said['num_nodes']:,} nodes, {said['num_edges']:,} edges")
+    print(f"{said['name']}: {said['num_nodes']:,} nodes, {said['num_edges']:,} edges")
 
 
 if __name__ == "__main__":

@@ -11,27 +11,26 @@ import gzip
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, TypeAlias, cast
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
 from experiments.config import PAPERS, fail
-from experiments.data.ogb import RELATIONS, OGBName, files_of
+from experiments.data.ogb import RELATIONS, files_of
+from gmoe._checks import check, check_at_least, check_choice
 
 Array: TypeAlias = NDArray[Any]
 
-SIZES: dict[str, tuple[int, int, int, int]] = {
-    "ogbn-arxiv": (169_343, 1_166_243, 128, 40),
-    "ogbn-products": (20_000, 300_000, 100, 47),
-    "ogbn-proteins": (2_000, 60_000, 8, 16),
-    "ogbn-mag": (5_000, 36_000, 128, 349),
-    PAPERS: (200_000, 3_000_000, 128, 172),
+SIZES: dict[str, tuple[int, int, int, int, tuple[float, ...]]] = {
+    "ogbn-arxiv": (169_343, 1_166_243, 40, 128, (0.54, 0.18, 0.28)),
+    "ogbn-products": (20_000, 300_000, 47, 100, (0.08, 0.02, 0.90)),
+    "ogbn-proteins": (2_000, 60_000, 16, 8, (0.65, 0.16, 0.19)),
+    "ogbn-mag": (5_000, 36_000, 349, 128, (0.855, 0.088, 0.057)),
+    PAPERS: (200_000, 3_000_000, 172, 128, (0.0109, 0.0011, 0.0019)),
 }
-"""Nodes, edges, features and communities by default."""
-SHARES = ((0.54, 0.18, 0.28), (0.08, 0.02, 0.90), (0.65, 0.16, 0.19), (0.855, 0.088, 0.057), (0.0109, 0.0011, 0.0019))
-"""Training, validation and test nodes of OGB's own splits, in that order."""
+"""Nodes, edges and communities by default, features, and the shares of OGB's train, val and test."""
 REGIMES, HOMOPHILY, NOISE = (0.4, 0.2, 0.2, 0.2), 0.65, 0.15
 """Shares of nodes in a regime, of edges inside a community, and of nodes with a random label."""
 PIECE = 1 << 20
@@ -42,9 +41,7 @@ def write_planted(
     root: Path = Path("data"),
     nodes: int | None = None,
     edges: int | None = None,
-    features: int | None = None,
     classes: int | None = None,
-    labeled: float | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a planted graph as ogb would have downloaded it, and return its folder.
@@ -54,26 +51,21 @@ def write_planted(
         root: as in ogb: the folder ogbn_arxiv is made inside.
         nodes: of ogbn-mag, papers. By default ogbn-arxiv's real number, a small one for the others.
         edges: as drawn (of ogbn-mag, citations); self-loops and repeated edges are left out, but of papers100M.
-        features: of a node, at least 4; of ogbn-proteins, of an edge.
         classes: at most as many as the real data set has; of ogbn-proteins, communities.
-        labeled: share of nodes in the split (default: as in OGB's).
         seed: the same one writes the same graph.
     """
-    if name not in SIZES:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(SIZES)}")
-    given = (nodes, edges, features, classes)
-    size = [usual if own is None else own for own, usual in zip(given, SIZES[name], strict=True)]
-    nodes, edges, features, classes = size
-    if nodes < max(100, classes) or edges < 1 or features < 4 or not 2 <= classes <= SIZES[name][3]:
-        legal = f"{max(100, classes)}, 1, 4, and 2 to {SIZES[name][3]}"
-        raise ValueError(f"nodes, edges, features, classes: got {size}, expected at least {legal}")
+    check_choice("name", name, SIZES)
+    most, features, shares = SIZES[name][2:]
+    given = zip((nodes, edges, classes), SIZES[name][:3], strict=True)
+    nodes, edges, classes = [usual if own is None else own for own, usual in given]
+    check(2 <= classes <= most, "classes", classes, f"2 to {most}")
+    check_at_least("nodes", nodes, max(100, classes))
+    check_at_least("edges", edges, 1)
     folder = root.expanduser() / name.replace("-", "_")
-    if folder.exists():
-        raise ValueError(f"root: {folder} is there already; delete it, or give another root")
-    rng, share = np.random.default_rng(seed), np.array(SHARES[[*SIZES].index(name)])
-    share *= 1 if labeled is None else labeled / share.sum()
-    part = np.searchsorted(np.cumsum(share), (rng.permutation(nodes) + 0.5) / nodes)
-    split = dict(zip(("train", "val", "test"), (np.flatnonzero(part == number) for number in range(3)), strict=True))
+    check(not folder.exists(), "root", f"{folder}, which is there already", "another root, or delete it")
+    rng = np.random.default_rng(seed)
+    part = np.searchsorted(np.cumsum(shares), (rng.permutation(nodes) + 0.5) / nodes)
+    split = {of: np.flatnonzero(part == number) for number, of in enumerate(("train", "val", "test"))}
     popularity = np.arange(1, classes + 1) ** -0.5
     rest = rng.choice(classes, size=nodes - classes, p=popularity / popularity.sum())
     community, regime = rng.permutation([*range(classes), *rest]), rng.choice(4, size=nodes, p=REGIMES)
@@ -101,12 +93,12 @@ def write_planted(
         held["x"] = 1 / (1 + np.exp(-x[held["", "edge"]].mean(axis=1)))
     if name != PAPERS:
         held |= {(of[0], "edges"): len(pairs) for of, pairs in held.items() if isinstance(of, tuple)}
-        files |= {file: held[of] for of, file in files_of(cast("OGBName", name)).items()}
+        files |= {file: held[of] for of, file in files_of(name).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix="planted-") as scratch:  # half a graph never stands at its place
         for file, content in files.items():
             _write(Path(scratch) / "graph" / file, content)
-        text = f"Not OGB's {name}, but a graph that experiments.planted wrote: {size}, {labeled=}, {seed=}\n"
+        text = f"Not OGB's {name}, but a graph of experiments.planted: {nodes=}, {edges=}, {classes=}, {seed=}\n"
         (Path(scratch) / "graph" / "PLANTED.txt").write_text(text)
         (Path(scratch) / "graph").rename(folder)
     return folder

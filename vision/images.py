@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 from torchvision.datasets.folder import is_image_file, make_dataset
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive, extract_archive
+from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 
 from vision.sources import FileImages, ImageSource, MemoryImages, common_size, decode_all
 
@@ -44,25 +44,15 @@ MEMORY = 2 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
-    """A data set of images.
+    """A data set of images."""
 
-    Args:
-        name: how the user calls it.
-        classes: names of the classes, by label.
-        train: the training images; validation is a part of them, see :func:`split_images`, where there is no val.
-        test: the test images.
-        val: the validation images, where the data set has some of its own.
-        mean, std: of the channels, see :func:`vision.batches.batches`.
-        note: source and license, and what sets this copy apart from the published data.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    train: ImageSource
+    name: str  # how the user calls it
+    classes: tuple[str, ...]  # their names, by label
+    train: ImageSource  # validation is a part of them, see :func:`split_images`, where there is no val
     test: ImageSource
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # of the channels, see :func:`vision.batches.batches`
     std: tuple[float, ...]
-    note: str
+    note: str  # source and license, and what sets this copy apart from the published data
     val: ImageSource | None = None
 
 
@@ -93,7 +83,7 @@ def load_images(name: str, root: Path, *, image_size: int | None = None, offline
         return _own(root, image_size)
     if name == "imagenette":
         itself = (root / "train" / next(iter(WNIDS))).is_dir()
-        folder = root if itself else _unpacked(name, root, offline)
+        folder = root if itself else unpacked(name, root, offline, *PUBLISHED[name])
         train, test = (_listing(folder / part, tuple(WNIDS)) for part in ("train", "val"))
         return _read(name, train, test, image_size or 160, NOTES[name], tuple(names[0] for names in WNIDS.values()))
     if name == "cifar10" and not (root / CIFAR10.base_folder).is_dir():
@@ -187,7 +177,7 @@ def _read(
 
 
 def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:
-    folder = _unpacked(name, root, offline)
+    folder = unpacked(name, root, offline, *PUBLISHED[name])
     try:
         parts = [CIFAR[name](root, train=train) for train in (True, False)]
     except RuntimeError as error:  # by MD5
@@ -198,26 +188,31 @@ def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:
     return ImageData(name=name, classes=classes, train=train, test=test, mean=mean, std=std, note=NOTES[name])
 
 
-def _unpacked(name: str, root: Path, offline: bool) -> Path:
-    """The folder of a published data set; where it is missing, its archive is unpacked, or downloaded first."""
-    folder, url, md5, megabytes = PUBLISHED[name]
+def unpacked(
+    name: str, root: Path, offline: bool, folder: str, url: str, md5: str | None, megabytes: int, inside: str = ""
+) -> Path:
+    """The folder of a data set; where it is missing, the archive beside it is unpacked, or downloaded first.
+
+    ``inside`` is the folder's name in the archive, where it is another. For errors see :func:`load_images`.
+    """
     archive = root / Path(url).name
     if (root / folder).is_dir():
         return root / folder
-    if archive.exists() and not check_integrity(archive, md5):
-        raise ValueError(f"{archive}: not whole, or not the published file; delete it, and start again")
+    is_there = archive.exists()
     advice = f"{name}: found neither {root / folder} nor {archive}; put one of them there (from {url})"
-    if offline and not archive.exists():
+    if offline and not is_there:
         raise FileNotFoundError(advice)
-    print(f"{name}: unpacking {archive}" if archive.exists() else f"{name}: downloading {megabytes} MB to {root}")
+    print(f"{name}: unpacking {archive}" if is_there else f"{name}: downloading {megabytes} MB to {root}", flush=True)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=root) as scratch:  # so that no half of it is taken for the whole
-            if archive.exists():
+            if is_there:
                 extract_archive(archive, scratch)
             else:
                 download_and_extract_archive(url, scratch, md5=md5)
-            Path(scratch, folder).replace(root / folder)
+            Path(scratch, inside or folder).replace(root / folder)
     except Exception as error:
+        if is_there:
+            raise ValueError(f"{archive}: cannot be unpacked ({error}); delete it, and start again") from error
         raise FileNotFoundError(f"{advice} (the download failed: {error})") from error
     return root / folder

@@ -11,7 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from experiments.data import GraphData, Split, Splits
 from experiments.files import naming, read_csv, read_tensors
-
-OGBName: TypeAlias = Literal["ogbn-arxiv", "ogbn-products", "ogbn-proteins", "ogbn-mag"]
+from gmoe._checks import check
 
 RELATIONS = (
     ("author", "affiliated_with", "institution"),
@@ -51,7 +50,7 @@ class Published(NamedTuple):
     both_ways: bool  # each edge is stored once, and stands for both directions
 
 
-OGB: dict[OGBName, Published] = {
+OGB: dict[str, Published] = {
     "ogbn-arxiv": Published("arxiv", 1, 0.08, "time", 40, 1, False),
     "ogbn-products": Published("products", 1, 1.38, "sales_ranking", 47, 1, True),
     "ogbn-proteins": Published("proteins", 1, 0.21, "species", 2, 112, True),
@@ -59,7 +58,7 @@ OGB: dict[OGBName, Published] = {
 }
 
 
-def files_of(name: OGBName) -> dict[Any, str]:
+def files_of(name: str) -> dict[Any, str]:
     """The files that are read, by what they hold; relations have two, and proteins the features of edges."""
     paper = "{0}/paper/{0}" if name == "ogbn-mag" else "{0}"
     found: dict[Any, str] = {
@@ -92,8 +91,7 @@ def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downlo
         FileNotFoundError: files are missing, and may not or cannot be downloaded.
         ValueError: an unknown name, a download that needs ``allow_large_downloads``, or a broken file.
     """
-    if name not in OGB:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(OGB)}; ogbn-papers100M stays on disk")
+    check(name in OGB, "name", repr(name), f"one of {', '.join(OGB)}; ogbn-papers100M stays on disk")
     folder, published = provide(name, root.expanduser(), offline, allow_large_downloads), OGB[name]
     hetero, single = name == "ogbn-mag", published.tasks == 1
     if (folder / "PLANTED.txt").exists():
@@ -114,41 +112,24 @@ def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downlo
     )
 
 
-def provide(name: OGBName, root: Path, offline: bool, allow_large_downloads: bool) -> Path:
+def provide(name: str, root: Path, offline: bool, allow_large_downloads: bool) -> Path:
     """The data set's folder, with all its files; a zip file that lies in ``root`` is taken in place of a download."""
-    folder, archive = root / name.replace("-", "_"), root / f"{OGB[name].archive}.zip"
-    gigabytes = OGB[name].gigabytes
+    folder, (archive, _, gigabytes) = root / name.replace("-", "_"), OGB[name][:3]
+    if not any(path.is_file() for path in folder.rglob("*")):
+        from vision.images import unpacked
+
+        fits = offline or allow_large_downloads or gigabytes <= LARGE or (root / f"{archive}.zip").exists()
+        check(fits, name, f"no {folder}", f"OGB's {archive}.zip ({gigabytes} GB) in {root}, or --allow-large-downloads")
+        shutil.rmtree(folder, ignore_errors=True)  # without a file in it, as ogb leaves it where a download failed
+        url = f"{URL}/{archive}.zip"
+        unpacked(name, root, offline, folder.name, url, None, round(1000 * gigabytes), inside=archive)
     missing = [file for file in files_of(name).values() if not (folder / file).is_file()]
-    if not missing:
-        return folder
-    problem = f"{name}: {', '.join(missing)} missing in {folder}"
-    if any(path.is_file() for path in folder.rglob("*")):
-        raise FileNotFoundError(f"{problem}; put what is missing there, or move the folder away")
-    if downloaded := not archive.exists():
-        advice = f"{problem}; put OGB's {archive.name} ({gigabytes:.2f} GB) into {root}"
-        if offline:
-            raise FileNotFoundError(advice)
-        if gigabytes > LARGE and not allow_large_downloads:
-            raise ValueError(f"{advice}, or pass --allow-large-downloads")
-        print(f"{name}: downloading {gigabytes:.2f} GB to {root}", flush=True)
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(f"{URL}/{archive.name}", str(archive))
-        except OSError as error:
-            raise FileNotFoundError(f"{advice} (the download failed: {error})") from error
-    with TemporaryDirectory(dir=root) as scratch:
-        try:
-            shutil.unpack_archive(archive, scratch)
-            shutil.rmtree(folder, ignore_errors=True)  # without a file in it
-            (Path(scratch) / OGB[name].archive).rename(folder)
-        except Exception as error:  # zipfile's are many
-            raise ValueError(f"{archive}: cannot be unpacked ({error}); delete it and start again") from error
-    if downloaded:
-        archive.unlink()
-    return provide(name, root, True, False)
+    if missing:
+        raise FileNotFoundError(f"{name}: {', '.join(missing)} missing in {folder}; put them there, or move it away")
+    return folder
 
 
-def _tensors(name: OGBName, folder: Path) -> dict[str, Any]:
+def _tensors(name: str, folder: Path) -> dict[str, Any]:
     """``graph`` and ``split``: those of the last run where the files have the same sizes, else read from them."""
     files = {of: folder / file for of, file in files_of(name).items()}
     path, sizes = folder / "processed" / "tensors.pt", [file.stat().st_size for file in files.values()]
@@ -167,7 +148,7 @@ def _tensors(name: OGBName, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _read(name: OGBName, files: dict[Any, Path]) -> dict[str, Any]:
+def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
     """``graph``, of ogbn-mag by node type and relation, and ``split``: each (labeled) node in one part at most."""
     classes, tasks, both_ways = OGB[name][4:7]
     if name == "ogbn-mag":
@@ -194,8 +175,7 @@ def _read(name: OGBName, files: dict[Any, Path]) -> dict[str, Any]:
         graph["x"] = scatter(graph["edge_attr"], graph["edge_index"][1], dim_size=nodes, reduce="mean")
     split: Splits = {part: _table(files[part], None, (nodes,)).view(-1) for part in get_args(Split)}
     twice = torch.cat([*split.values()]).bincount()
-    if twice.max() > 1:
-        raise ValueError(f"{files['train'].parent}: got node {int(twice.argmax())} twice, expected each at most once")
+    check(twice.max() < 2, str(files["train"].parent), f"node {int(twice.argmax())} twice", "each at most once")
     return {"graph": graph, "split": split}
 
 
@@ -214,9 +194,8 @@ def _table(path: Path, rows: int | None, below: tuple[int, ...] | None = None) -
     if below is not None:
         wanted = f"{len(below)} whole numbers from 0 to {max(below) - 1}"
         legal &= len(low) == len(below) and bool(((low >= 0) & (high < below)).all() and (values % 1 == 0).all())
-    if not legal:
-        got = f"{len(values)} rows of {len(low)} numbers from {low.min():g} to {high.max():g}"
-        raise ValueError(f"{path}: got {got}, expected {'any' if rows is None else rows} rows of {wanted}")
+    got = f"{len(values)} rows of {len(low)} numbers from {low.min():g} to {high.max():g}"
+    check(legal, str(path), got, f"{'any' if rows is None else rows} rows of {wanted}")
     return torch.from_numpy(values.astype(np.float32 if below is None else np.int64))
 
 
@@ -243,13 +222,7 @@ class OGBMetric(Metric):
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Take in the logits of some nodes."""
-        by_rank = self._evaluator.eval_metric == "rocauc"
-        width = self._evaluator.num_tasks if by_rank else "classes"
-        rows = (len(target), width) if by_rank else (target.numel(), *logits.shape[1:2])
-        if logits.dim() != 2 or logits.shape != rows or (by_rank and target.shape != rows):
-            got = f"{tuple(logits.shape)} for a target of {tuple(target.shape)}"
-            raise ValueError(f"logits: got {got}, expected (n, {width})")
-        logits = logits.detach()
+        logits, by_rank = logits.detach(), self._evaluator.eval_metric == "rocauc"
         self.prediction.append(logits.float() if by_rank else logits.argmax(dim=1, keepdim=True))
         self.target.append(target if by_rank else target.view(-1, 1))
 

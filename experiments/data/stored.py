@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 from experiments.config import PAPERS, STORED, GraphConfig
 from experiments.data import Batch, Shard, Split, Splits, Task
 from experiments.data.graphs import make_metric, neighborhoods, task_loss
 from experiments.data.ogb import OGBMetric
+from gmoe._checks import check
 from gmoe.data.stored import StoredGraph
 
-LEGAL: dict[str, tuple[Any, ...]] = {
-    "sampling": ("neighbor",),
-    "evaluation": ("sampled",),
-}
-"""Values of the options that a graph on disk leaves no choice of."""
 CHECKED = 1 << 28
 """Edges whose sources are read before a run, in a second; those of more were checked as they were converted."""
 
@@ -34,26 +30,22 @@ def stored_task(config: GraphConfig) -> Task:
             f"{PAPERS}: {folder} is missing; make it by python -m experiments.convert {PAPERS} --from "
             f"{config.data_root} --to {folder} --half, or give another --data-root"
         )
-    for name, legal in LEGAL.items():
-        if (got := getattr(config, name)) not in legal:
-            expected = " or ".join(map(repr, legal))
-            raise ValueError(f"{name}: got {got!r} for {folder}, expected {expected}, since the graph stays on disk")
+    for name, legal in {"sampling": "neighbor", "evaluation": "sampled"}.items():
+        got = getattr(config, name)
+        check(got == legal, name, f"{got!r} for {folder}", f"{legal!r}, since the graph stays on disk")
     graph = StoredGraph(folder)
-    said = graph.info
-    if config.undirected is not said["undirected"]:
-        got = f"got {config.undirected} for {folder}"
-        raise ValueError(f"undirected: {got}, expected {said['undirected']}, as it was converted")
+    said, got = graph.info, config.undirected
+    check(got is said["undirected"], "undirected", f"{got} for {folder}", f"{said['undirected']}, as it was converted")
     missing = [name for name in ("y", *get_args(Split)) if name not in said["arrays"]]
-    if missing:
-        raise ValueError(f"data_root: {folder} has no {', '.join(missing)}; convert again, and give them")
+    check(not missing, "data_root", f"no {', '.join(missing)} in {folder}", "them; convert again, and give them")
     split: Splits = {part: getattr(graph, part) for part in get_args(Split)}
     stored = [("source", graph.source)] if graph.num_edges <= CHECKED else []
     for name, ids in (*split.items(), *stored):
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
-        if low < 0 or high >= graph.num_nodes:
-            raise ValueError(f"{folder / name}.npy: got nodes {low} to {high}, expected 0 to {graph.num_nodes - 1}")
-    if stored and bool((graph.start.diff() < 0).any()):
-        raise ValueError(f"{folder / 'start'}.npy: got falling values, expected values that never fall")
+        fits, last = 0 <= low <= high < graph.num_nodes, graph.num_nodes - 1
+        check(fits, f"{folder / name}.npy", f"nodes {low} to {high}", f"0 to {last}")
+    fits = not stored or bool((graph.start.diff() >= 0).all())
+    check(fits, f"{folder / 'start'}.npy", "falling values", "values that never fall")
     if said["source"].startswith("Not OGB's"):
         print(f"{config.dataset}: a planted graph, not OGB's ({folder})", flush=True)
 

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from experiments.config import PAPERS, STORED
-from experiments.convert import SCRATCH, building, convert, papers
-from experiments.data.ogb import OGBName
+from experiments.convert import convert
+from experiments.data.ogb import OGB
 from experiments.planted import write_planted
 
-NAMES: tuple[OGBName, ...] = get_args(OGBName)
-NODES, EDGES, FEATURES, CLASSES = 200, 600, 4, 7
+NAMES = tuple(OGB)
+NODES, EDGES, CLASSES = 200, 600, 7
 
 
 def plant(root: Path) -> Path:
     """All sets, tiny."""
     for name in NAMES:
-        write_planted(name, root, NODES, EDGES, FEATURES, CLASSES)
-    plant_papers(root, nodes=NODES, edges=EDGES, features=FEATURES, classes=CLASSES)
+        write_planted(name, root, NODES, EDGES, CLASSES)
+    plant_papers(root, nodes=3_000, edges=EDGES, classes=CLASSES)
     return root
 
 
 def plant_papers(root: Path, **size: int) -> Path:
-    """ogbn-papers100M, half of its nodes labeled; returns the folder that it is converted to."""
-    write_planted(PAPERS, root, labeled=0.5, **size)
-    with building(root / STORED) as folder:
-        convert(papers(root, folder / SCRATCH), folder, half=True)
+    """ogbn-papers100M, of whose nodes 1.4 % are labeled; returns the folder that it is converted to."""
+    write_planted(PAPERS, root, **size)
+    convert(PAPERS, root / STORED, root, half=True)
     return root / STORED
 
 

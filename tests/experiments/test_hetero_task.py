@@ -23,7 +23,7 @@ PAPERS = 130
 def mag(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
     """Papers whose first feature is their number."""
     root = tmp_path_factory.mktemp("ogb")
-    write_planted("ogbn-mag", root, PAPERS, 400, 4, 5)
+    write_planted("ogbn-mag", root, PAPERS, 400, 5)
     graph = load_graph("ogbn-mag", root, offline=True)
     graph.data["paper"].x[:, 0] = torch.arange(PAPERS)
     return graph
@@ -92,5 +92,5 @@ def test_relations_have_reverses(mag: GraphData, undirected: bool) -> None:
     if undirected:
         writes = graph["author", "writes", "paper"].edge_index
         assert torch.equal(graph["paper", "rev_writes", "author"].edge_index, writes.flip(0))
-    assert task.in_channels == {"paper": 4, "author": None, "institution": None, "field_of_study": None}
+    assert task.in_channels == {"paper": 128, "author": None, "institution": None, "field_of_study": None}
     assert (task.kind, task.target, task.num_classes) == ("hetero", "paper", 349)

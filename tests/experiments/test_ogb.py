@@ -13,10 +13,11 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torchvision.datasets import utils
 
 from experiments.data import ogb
-from experiments.data.ogb import OGB, OGBMetric, OGBName, files_of, load_ogb
-from tests.experiments.ogb_data import FEATURES, NAMES, NODES, numbers, plant, truncate, write
+from experiments.data.ogb import OGB, OGBMetric, files_of, load_ogb
+from tests.experiments.ogb_data import NAMES, NODES, numbers, plant, truncate, write
 from tests.experiments.user_data import Evil
 
 sys.modules["outdated"] = None  # type: ignore[assignment]  # or ogb asks the network for a newer ogb
@@ -34,7 +35,7 @@ def root(templates: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(templates, tmp_path / "data"))
 
 
-def file(name: OGBName, root: Path, of: Any) -> Path:
+def file(name: str, root: Path, of: Any) -> Path:
     return root / name.replace("-", "_") / files_of(name)[of]
 
 
@@ -48,7 +49,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES[:3])
-def test_plain_sets_are_what_ogb_reads(name: OGBName, root: Path) -> None:
+def test_plain_sets_are_what_ogb_reads(name: str, root: Path) -> None:
     graph, raw = load_ogb(name, root), str(file(name, root, "y").parent)
     data = graph.data
     for part, index in graph.splits(3).items():
@@ -63,7 +64,7 @@ def test_plain_sets_are_what_ogb_reads(name: OGBName, root: Path) -> None:
     assert torch.equal(data.edge_attr, theirs.edge_attr)
     for node in range(0, NODES, 20):
         near = theirs.edge_attr[theirs.edge_index[1] == node]
-        torch.testing.assert_close(data.x[node], near.mean(dim=0) if len(near) else torch.zeros(FEATURES))
+        torch.testing.assert_close(data.x[node], near.mean(dim=0) if len(near) else torch.zeros(8))
 
 
 def test_mag_is_what_ogb_reads(root: Path) -> None:
@@ -81,9 +82,7 @@ def test_mag_is_what_ogb_reads(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-mag"])
-def test_the_second_load_reads_tensors_and_runs_nothing(
-    name: OGBName, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_load_reads_tensors_and_runs_nothing(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, processed = tensors(name, root), root / name.replace("-", "_") / "processed" / "tensors.pt"
     with monkeypatch.context() as patch:
         patch.setattr(ogb, "read_csv", lambda *_, **__: pytest.fail("read again"))
@@ -139,9 +138,7 @@ def cell(value: float) -> Callable[[Path], None]:
         ("ogbn-mag", "train", cell(-1), "from -1 to"),
     ],
 )
-def test_a_broken_file_is_named(
-    root: Path, name: OGBName, of: Any, damage: Callable[[Path], None], problem: str
-) -> None:
+def test_a_broken_file_is_named(root: Path, name: str, of: Any, damage: Callable[[Path], None], problem: str) -> None:
     path = file(name, root, of)
     damage(path)
     with pytest.raises(ValueError, match=rf"{path}: .*{problem}"):
@@ -166,7 +163,7 @@ def served(templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("arxiv", "products"):
         shutil.copytree(templates / f"ogbn_{name}", tmp_path / "server" / name)
         shutil.make_archive(str(tmp_path / "server" / name), "zip", tmp_path / "server", name)
-    monkeypatch.setattr(ogb, "URL", (tmp_path / "server").as_uri())
+    monkeypatch.setattr(utils, "download_url", lambda _, to, name, __: shutil.copy(tmp_path / "server" / name, to))
 
 
 @pytest.mark.usefixtures("served")
@@ -176,10 +173,10 @@ def test_a_download_is_announced_and_leaves_one_folder(
     root = tmp_path / "new" / "data"
     (root / "ogbn_arxiv" / "raw").mkdir(parents=True)  # what a download of ogb that failed leaves
     load_ogb("ogbn-arxiv", root)
-    assert f"ogbn-arxiv: downloading 0.08 GB to {root}" in capsys.readouterr().out
+    assert f"ogbn-arxiv: downloading 80 MB to {root}" in capsys.readouterr().out
     assert sorted(root.iterdir()) == [root / "ogbn_arxiv"]
     assert_same(tensors("ogbn-arxiv", root), tensors("ogbn-arxiv", templates))
-    with pytest.raises(ValueError, match=r"products.zip \(1.38 GB\) .*pass --allow-large-downloads"):
+    with pytest.raises(ValueError, match=r"products.zip \(1.38 GB\) .*or --allow-large-downloads"):
         load_ogb("ogbn-products", root)
     assert load_ogb("ogbn-products", root, allow_large_downloads=True).data.num_nodes == NODES
 
@@ -188,7 +185,7 @@ def test_a_zip_that_the_user_brings(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "ogbn_mag", tmp_path / "zip" / "mag")
     archive = Path(shutil.make_archive(str(tmp_path / "new" / "mag"), "zip", tmp_path / "zip", "mag"))
     whole = archive.read_bytes()
-    with pytest.raises(FileNotFoundError, match="put OGB's arxiv"):
+    with pytest.raises(FileNotFoundError, match=r"ogbn-arxiv: found neither .* nor .*arxiv.zip"):
         load_ogb("ogbn-arxiv", tmp_path / "new", offline=True)
     for broken in (whole[: len(whole) // 2], whole[:200] + bytes(200) + whole[400:]):
         archive.write_bytes(broken)
@@ -230,15 +227,3 @@ def test_roc_auc_over_batches_and_processes(dtype: torch.dtype) -> None:
     expected = roc_auc_score(target[:, tasks], logits[:, tasks].double(), average="macro")
     assert float(here.compute()) == pytest.approx(expected, abs=1e-6)
     assert float(there.compute()) != pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "logits", "target"),
-    [
-        ("ogbn-arxiv", (5, 40), (4,)),
-        ("ogbn-proteins", (5, 112), (5,)),
-    ],
-)
-def test_shapes_that_do_not_fit(name: str, logits: tuple[int, ...], target: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"^logits: got \(5"):
-        OGBMetric(name).update(torch.zeros(logits), torch.zeros(target))

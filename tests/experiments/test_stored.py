@@ -22,13 +22,12 @@ from tests.experiments.ogb_data import plant_papers
 from tests.experiments.test_resume import assert_same
 
 SMALL = ("--hidden", "16", "--experts", "2", "--batch-size", "400", "--fanout", "5", "3", "2")
-CLASSES = 6
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("papers")
-    plant_papers(root, nodes=3_000, edges=20_000, features=12, classes=CLASSES)
+    plant_papers(root, nodes=20_000, edges=130_000)
     return root
 
 
@@ -36,25 +35,6 @@ def config_of(root: Path, **change: Any) -> GraphConfig:
     config = PRESETS[PAPERS][1]
     assert isinstance(config, GraphConfig)
     return replace(config, data_root=root, **change)
-
-
-def test_batches_are_the_graphs_own(root: Path) -> None:
-    task = load_tasks(config_of(root, fanout=(-1, -1, -1), batch_size=200))(0)
-    x, y, train = (np.load(root / STORED / f"{name}.npy") for name in ("x", "y", "train"))
-    start, source = (np.load(root / STORED / f"{name}.npy") for name in ("start", "source"))
-    assert (task.in_channels, task.num_classes, task.metric_name) == (12, 172, "accuracy")
-    assert task.steps(200) == -(-len(train) // 200)
-    first = next(iter(task.loader("train", 200, None)))
-    nodes = first.inputs[0]
-    assert nodes.dtype == torch.float32
-    assert torch.equal(nodes[:200], torch.from_numpy(x[train[:200]]).float())
-    assert first.target.tolist() == y[train[:200]].tolist()
-    sources, destinations = first.inputs[1]
-    for row in range(0, 200, 17):
-        node = train[row]
-        theirs = nodes[sources[destinations == row]]
-        ours = torch.from_numpy(x[source[start[node] : start[node + 1]]]).float()
-        assert torch.equal(theirs.sort(dim=0).values, ours.sort(dim=0).values)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -70,17 +50,12 @@ def test_an_epoch_has_every_training_node_once(root: Path, workers: int) -> None
     ]
 
 
-def test_the_preset_learns(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ("--data-root", str(root), "--hidden", "32", "--batch-size", "64", "--lr", "0.01", "--epochs", "12")
-    summary = quick(tmp_path / "run", *args, preset=PAPERS)
-    assert summary["test"]["mean"] > 2 / CLASSES
-    assert summary["config"]["dataset"] == PAPERS
-    assert "a planted graph, not OGB's" in capsys.readouterr().out
-
-
-def test_a_run_that_was_stopped_equals_one_in_one_go(root: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_equals_one_in_one_go(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = ("--data-root", str(root), *SMALL)
-    quick(tmp_path / "whole", *args, preset=PAPERS)
+    assert quick(tmp_path / "whole", *args, preset=PAPERS)["config"]["dataset"] == PAPERS
+    assert "a planted graph, not OGB's" in capsys.readouterr().out
     run_until(2, [PAPERS, *QUICK, *args, "--seeds", "0", "--out", str(tmp_path / "cut")])
     quick(tmp_path / "cut", *args, "--resume", preset=PAPERS)
     assert_same(tmp_path / "whole", tmp_path / "cut")
@@ -143,7 +118,7 @@ def test_a_folder_without_labels_or_split(own: Path) -> None:
     said = json.loads((own / "graph.json").read_text())
     del said["arrays"]["y"], said["arrays"]["val"]
     (own / "graph.json").write_text(json.dumps(said))
-    with pytest.raises(ValueError, match=r"data_root: .* has no y, val; convert again"):
+    with pytest.raises(ValueError, match=r"data_root: got no y, val in .*; convert again"):
         load_tasks(config_of_own(own))
 
 

@@ -146,7 +146,7 @@ def test_published_sets(cls: Any, num_classes: int, tmp_path: Path, monkeypatch:
             load_images(name, root, offline=True)
     shutil.rmtree(root / folder)
     cut(root / file)
-    with pytest.raises(ValueError, match=f"{root}/{file}: not whole"):
+    with pytest.raises(ValueError, match=f"{root}/{file}: cannot be unpacked"):
         load_images(name, root)
 
 
