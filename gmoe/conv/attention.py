@@ -21,13 +21,9 @@ from gmoe._autograd import first_order, untraced
 from gmoe.conv.aggregate import is_plain
 from gmoe.conv.base import StackedExperts, stacked
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
-from gmoe.dispatch import COUNTING, Backend, combine, dispatch, grouped_linear
+from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
-
-FOLD = 128
-"""The scores of GAT follow from the nodes, all experts' in one product, up to so many input columns a head's column,
-times E; beyond, from the transformed rows."""
 
 
 class Messages:
@@ -193,9 +189,8 @@ class GATExperts(AttentionExperts):
     r"""GAT: :math:`s_{ij} = \mathrm{leaky}(a \cdot W x_j + b \cdot V x_i + c \cdot U e_{ij})`, the values are
     :math:`W x_j`.
 
-    The scores follow from the inputs, :math:`a \cdot W x = W^\top a \cdot x`, where these are not much wider than a
-    head. Values are transformed: of each row, or, where a head is no narrower than the input, of the sum that a head
-    receives.
+    Rows are transformed; or, where a head is no narrower than the input, the sum that a head receives is, and the
+    scores follow from the inputs, :math:`a \cdot W x = W^\top a \cdot x`.
     """
 
     layers = ("lin", "lin_src", "lin_dst", "lin_edge", "res")
@@ -209,14 +204,13 @@ class GATExperts(AttentionExperts):
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         lin_src, lin_dst = (self.lin_src, self.lin_dst) if self.lin is None else (self.lin, self.lin)
-        pairs, offsets, ratio = messages.routing, messages.routing.offsets, lin_src.in_features / self.width
-        plain = is_plain(lin_src) and is_plain(lin_dst)
-        raw = plain and ratio <= 1
-        value_UHC: Any = None if raw else self._by_head(self._rows(lin_src, x_src, messages))
-        if raw or (plain and ratio * self.num_experts <= FOLD and not COUNTING.get()):
+        pairs, offsets = messages.routing, messages.routing.offsets
+        raw = lin_src.in_features <= self.width and is_plain(lin_src) and is_plain(lin_dst)
+        if raw:
             score_MH = self._of_all(x_src, lin_src, self.att_src, messages.source, messages.expert)
             at_target = self._of_all(x_dst, lin_dst, self.att_dst, pairs.token, pairs.expert)
         else:
+            value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
             at_source = self._at(value_UHC, self.att_src, messages.rows[0])
             score_MH = at_source.index_select(0, messages.from_rows.sender)
             if x_src is x_dst and lin_src is lin_dst and self.prototype.add_self_loops:  # each pair has a row

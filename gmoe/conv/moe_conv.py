@@ -49,8 +49,7 @@ class MoEConv(MoELayer, MessagePassing):
       nodes; verified by a float64 probe at construction;
     - anything else runs on the whole graph for each expert, with a warning that its cost grows with E.
 
-    A node without an expert gets zero from the routed experts. ``create_graph=True`` is refused, but
-    on a few dozen nodes. ``to_hetero`` and lazy
+    A node without an expert gets zero from the routed experts. ``create_graph=True`` is refused. ``to_hetero`` and lazy
     widths (``in_channels=-1``) work; explainers' edge masks act on the experts' messages, not on the router.
 
     Args:
