@@ -233,7 +233,7 @@ class MoEConv(MoELayer, MessagePassing):
         if size is not None or edge_weight is not None or edge_attr is not None:
             self._check_args(sizes, size, edge_weight=edge_weight, edge_attr=edge_attr)
         if isinstance(edge_index, Graph):
-            graph = edge_index.fitting(sizes, self.flow).with_args(edge_weight, edge_attr)
+            graph = edge_index.fitting(sizes, self.flow, edge_weight, edge_attr)
             if graph.num_dst < sizes[1]:  # a part of a larger one, of which the last nodes are sources only
                 x_dst = x_src[: graph.num_dst]
         else:

@@ -166,7 +166,7 @@ class GNNMoE(HubMixin, nn.Module):
                 raise ValueError(f"{name}: got a tensor, but no conv of the model takes it")
         if not isinstance(edge_index, Graph):
             return Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
-        return edge_index.fitting((x.size(0), x.size(0)), self.flow).with_args(edge_weight, edge_attr)
+        return edge_index.fitting((x.size(0), x.size(0)), self.flow, edge_weight, edge_attr)
 
     def forward(
         self,
