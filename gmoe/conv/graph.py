@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj, SparseTensor
-from torch_geometric.utils import add_self_loops, is_sparse, remove_self_loops, to_edge_index
+from torch_geometric.utils import add_self_loops, is_sparse, remove_self_loops
 
 from gmoe._autograd import first_order, untraced
 from gmoe._checks import check, check_choice
@@ -231,19 +231,16 @@ class Graph:
         if shape != nodes or self.flow != "source_to_target":
             got = f"a sparse matrix of shape {shape} for flow={self.flow!r}"
             raise ValueError(f"edge_index: got {got}, expected (destinations, sources) = {nodes} and the default flow")
-        if isinstance(matrix, Tensor) and matrix.layout == torch.sparse_coo:  # which PyG would mark in place
-            matrix = matrix.coalesce().to_sparse_csr()
-        self.adj = matrix
         if isinstance(matrix, SparseTensor):
-            dst, src, value = matrix.coo()
+            ptr, src, value = matrix.csr()
         else:
-            (dst, src), value = to_edge_index(matrix)
-        self.edge_index, self.matrix_values = torch.stack([src, dst]), value
-        if not isinstance(matrix, SparseTensor) and matrix.layout == torch.sparse_csr:
-            every = torch.arange(src.numel(), device=src.device)
-            self.edges = Edges(matrix.crow_indices().long(), src.long(), dst.long(), self.num_src, every)
-        else:
-            self.edges = Edges.sorted(src, dst, self.num_src, self.num_dst)
+            if matrix.layout != torch.sparse_csr:  # PyG would mark COO in place
+                matrix = matrix.to_sparse_coo().coalesce().to_sparse_csr()
+            ptr, src, value = matrix.crow_indices().long(), matrix.col_indices().long(), matrix.values()
+        self.adj, self.matrix_values = matrix, value
+        dst = torch._convert_indices_from_csr_to_coo(ptr, src)[0]
+        self.edge_index, every = torch.stack([src, dst]), torch.arange(src.numel(), device=src.device)
+        self.edges = Edges(ptr, src, dst, self.num_src, every)
 
     def _check_args(self) -> None:
         weight, attr, rows = self.edge_weight, self.edge_attr, (self.num_edges,)
@@ -295,9 +292,7 @@ class Graph:
         """Move the graph to a device; returns itself if it is there already."""
         if self.adj.device == torch.device(device):
             return self
-        names = ("adj", "edge_index", "edges", "matrix_values", "edge_weight", "edge_attr", "mask", "x")
-        held = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return self._copy(**{name: value.to(device) for name, value in held.items()})
+        return self._copy(**{name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")})
 
     @property
     def num_edges(self) -> int:

@@ -125,7 +125,7 @@ class MoEConv(MoELayer, MessagePassing):
         two = isinstance(widths, tuple | list) and len(widths) == 2
         check(two, "in_channels", repr(in_channels), "a whole number, or two of them")
         for width in widths:
-            if width != -1 or isinstance(width, float):
+            if width != -1:
                 check_counts(in_channels=width)
         super().__init__(len(kinds), k)
         self.in_channels = in_channels
@@ -306,13 +306,14 @@ class MoEConv(MoELayer, MessagePassing):
         readers = sorted({type(conv).__name__ for conv in self._all_convs() if type(conv) not in SOURCES_ALONE})
         legal = f"source and destination nodes, since {', '.join(readers)} reads them"
         check(not readers, "x", "no destination nodes", legal)
-        number = None if size is None else size[1]
-        if number is None and isinstance(edge_index, Graph):
+        if size is not None:
+            number = size[1]
+        elif isinstance(edge_index, Graph):
             number = edge_index.num_dst
-        elif number is None and is_sparse(edge_index):
+        elif is_sparse(edge_index):
             number = edge_index.size(0)
-        elif number is None and isinstance(edge_index, EdgeIndex):
-            number = edge_index.sparse_size(1)
+        else:
+            number = edge_index.sparse_size(1) if isinstance(edge_index, EdgeIndex) else None
         check(number is not None, "size", size, "(sources, destinations), since x has no destination nodes")
         return x_src, x_src.new_zeros(number, self._widths[1])
 
