@@ -68,10 +68,8 @@ class AggregateOnce(StackedExperts):
 
     def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         """(T, D) what the stripped conv itself aggregates."""
-        conv = self.prototype
-        if graph.mask is not None or graph.flow != "source_to_target":
-            conv = copy.copy(conv)  # another thread may be running it
-            conv.flow = "source_to_target"
+        conv = copy.copy(self.prototype)  # another thread may be running it
+        conv.flow = "source_to_target"
         if graph.mask is not None:
             set_masks(conv, graph.mask, graph.edge_index, apply_sigmoid=False)
         adj, size = graph.adj if graph.is_sparse else graph.edge_index, (graph.num_src, graph.num_rows)

@@ -111,7 +111,12 @@ class AttentionExperts(StackedExperts):
 
     def linears(self, conv: Any) -> dict[str, Any]:
         """The linear layers that the options of a conv leave in use."""
-        return {name: layer for name in self.layers if (layer := getattr(conv, name, None)) is not None}
+        found: dict[str, Any] = {}
+        for name in self.layers:
+            layer = getattr(conv, name, None)
+            if layer is not None and layer not in found.values():  # one layer may stand for both ends
+                found[name] = layer
+        return found
 
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
         vectors = [(getattr(self, name), getattr(conv, name)) for name in self.vectors]
@@ -303,12 +308,6 @@ class GATv2Experts(AttentionExperts):
     lin_l: LinearExperts
     lin_r: LinearExperts | None
     att: nn.Parameter
-
-    def linears(self, conv: Any) -> dict[str, Any]:
-        found = super().linears(conv)
-        if conv.share_weights:
-            del found["lin_r"]  # lin_l again
-        return found
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         source_UO = self._rows(self.lin_l, x_src, messages)
