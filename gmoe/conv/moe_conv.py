@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.inits import reset
 from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
 
@@ -128,7 +129,7 @@ class MoEConv(MoELayer, MessagePassing):
             if width != -1:
                 check_counts(in_channels=width)
         super().__init__(len(kinds), k)
-        self.in_channels = in_channels
+        self.in_channels, self._widths = in_channels, tuple(widths)
         self.out_channels = out_channels
         self.router_input = router_parts(router_input)
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
@@ -181,14 +182,12 @@ class MoEConv(MoELayer, MessagePassing):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        if self.shared_expert is not None:
-            self.shared_expert.reset_parameters()
+        reset(self.shared_expert)
         if self.gain is not None:
             nn.init.zeros_(self.gain)
         with nullcontext() if self.shared_expert is None else drawn_apart():
-            for part in (*(self.transform or ()), self.experts, self.router):
-                if part is not None:
-                    part.reset_parameters()
+            for part in (self.transform, self.experts, self.router):
+                reset(part)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return iter(()) if self.experts is None else self.experts.parameters()
@@ -245,7 +244,9 @@ class MoEConv(MoELayer, MessagePassing):
         if routing is None:
             if self.router is None:
                 raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
-            view = u_dst if self.router_input == ("node",) else self._view(graph, u_src, u_dst, h)
+            view = u_dst
+            if self.router_input != ("node",):
+                view = router_view(self.router_input, u_src, u_dst, h, graph)
             routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
         elif getattr(routing, "num_tokens", None) != graph.num_dst or routing.num_experts != self.num_experts:
             legal = f"{graph.num_dst} tokens and {self.num_experts} experts"
@@ -263,12 +264,7 @@ class MoEConv(MoELayer, MessagePassing):
         x_dst = x[: graph.num_dst]
         u_src, u_dst = (x, x_dst) if self.transform is None else self._transformed(x, x_dst)
         h = self.experts.aggregate(graph, u_src) if "neighbors" in self.router_input else None
-        return self._view(graph, u_src, u_dst, h)
-
-    def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None) -> Tensor:
-        if "neighbors" in self.router_input and h is None:
-            h = graph.mean(x_src)
-        return router_view(self.router_input, x_dst, h, graph)
+        return router_view(self.router_input, u_src, u_dst, h, graph)
 
     def _transformed(self, x_src: Tensor, x_dst: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes as router and routed experts get them."""
@@ -281,8 +277,7 @@ class MoEConv(MoELayer, MessagePassing):
         known = len(pair) == 2 and all(isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point() for x in pair)
         got = [described(nodes) for nodes in pair]
         check(known, "x", got, "source and destination nodes, since widths are open")
-        given = (self.in_channels,) * 2 if isinstance(self.in_channels, int) else self.in_channels
-        source, destination = (x.size(-1) if w == -1 else w for w, x in zip(given, pair, strict=True))
+        source, destination = (x.size(-1) if w == -1 else w for w, x in zip(self._widths, pair, strict=True))
         one = isinstance(self.in_channels, int) and pair[0] is pair[1]
         self.in_channels = source if one else (source, destination)
         self._build(self.in_channels)
@@ -405,9 +400,13 @@ def router_width(parts: Sequence[RouterPart], node: int, neighbors: int) -> int:
     return sum({"node": node, "neighbors": neighbors, "degree": 1}[part] for part in parts)
 
 
-def router_view(parts: Sequence[RouterPart], x_dst: Tensor, neighbors: Tensor | None, graph: Graph) -> Tensor:
-    """(T, dim) the parts side by side."""
+def router_view(
+    parts: Sequence[RouterPart], x_src: Tensor, x_dst: Tensor, neighbors: Tensor | None, graph: Graph
+) -> Tensor:
+    """(T, dim) the parts side by side; the neighbors' is the mean over in-edges where it is not given."""
     columns: dict[str, Any] = {"node": x_dst, "neighbors": neighbors}
+    if "neighbors" in parts and neighbors is None:
+        columns["neighbors"] = graph.mean(x_src)
     if "degree" in parts:
         columns["degree"] = graph.edges.degree.to(x_dst.device, x_dst.dtype).log1p()[:, None]
     return columns[parts[0]] if len(parts) == 1 else torch.cat([columns[part] for part in parts], dim=-1)

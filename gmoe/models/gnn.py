@@ -156,8 +156,7 @@ class GNNMoE(HubMixin, nn.Module):
 
     def view(self, x: Tensor, graph: Graph) -> Tensor:
         """(N, dim) what a shared router sees: the raw features, their means over in-edges, the in-degrees."""
-        means = graph.mean(x) if "neighbors" in self.router_input else None
-        return router_view(self.router_input, x[: graph.num_dst], means, graph)
+        return router_view(self.router_input, x, x[: graph.num_dst], None, graph)
 
     def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
         for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
