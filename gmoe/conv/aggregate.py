@@ -53,7 +53,7 @@ class AggregateOnce(StackedExperts):
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         self.prototype = conv = copy.deepcopy(convs[0])
-        linear = isinstance(conv.aggr, str) and conv.aggr in ("add", "sum", "mean")
+        linear = conv.aggr in ("add", "sum", "mean")
         self.matrix = partial(Graph.summing, by=self.weighted_by, mean=conv.aggr == "mean") if linear else None
         self.strip(conv)
 

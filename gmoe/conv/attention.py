@@ -61,10 +61,9 @@ class Messages:
         return needed
 
     @cached_property
-    def rows(self) -> tuple[Tensor, Tensor]:
+    def rows(self) -> tuple[Tensor, ...]:
         """(U,) the expert and (U,) the source of each row, ascending."""
-        expert, source = self._is_row.nonzero(as_tuple=True)
-        return expert, source
+        return self._is_row.nonzero(as_tuple=True)
 
     @cached_property
     def row_offsets(self) -> Tensor:
