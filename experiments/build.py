@@ -189,7 +189,11 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         **config.layer_options(),
     }
     if isinstance(config, ImageConfig):
-        return gmoe.ViTMoE(vit_size(config, task.in_channels), task.num_classes, router, **common)
+        model = gmoe.ViTMoE(vit_size(config, task.in_channels), task.num_classes, router, **common)
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.check_finite = config.check_finite
+        return model
     assert isinstance(config, NodeConfig)
     common |= {"norm": config.norm, "residual": config.residual, "check_finite": config.check_finite}
     if isinstance(config, HeteroConfig):
@@ -272,8 +276,6 @@ def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., Router] 
             raise ValueError(f"{name}: got {value!r}, but the router {config.router!r} has no such option")
     if given.get("balance") == "none":
         given["balance"] = None
-    if isinstance(config, ImageConfig) and "check_finite" in legal:  # GNNs pass it on themselves
-        given["check_finite"] = config.check_finite
     return router, given
 
 

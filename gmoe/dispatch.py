@@ -10,7 +10,6 @@ A layer calls :func:`dispatch`, :func:`grouped_linear` on the rows, and :func:`c
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -20,17 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gmoe._autograd import first_order, untraced
 from gmoe._checks import check_choice
-from gmoe.routing import Routing, owner
+from gmoe.routing import Routing
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
-
-COUNTING = ContextVar("COUNTING", default=False)
-"""Set where FLOPs are counted: layers then do what experts need, not what is quickest, or a dense model of equal FLOPs
-would be as wide as the machine makes it."""
-
-
-FEW = 2**22
-"""Multiply-adds up to which :func:`routed_linear` runs all experts on all tokens: an expert's turn takes longer."""
 
 
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
@@ -95,8 +86,7 @@ def routed_linear(
     r"""(T, O) :math:`y_t = \sum_e w_{te} (x_t W_e + b_e)`: gather, grouped product and weighted scatter.
 
     On a CPU, with the loop backend, all in one step, one expert after the other, so that neither the rows nor the
-    weighted outputs of all pairs are in memory at once; where ``"auto"`` meets few tokens, all experts run on all of
-    them. Follows autocast.
+    weighted outputs of all pairs are in memory at once. Follows autocast.
 
     Args:
         x_TI: the tokens.
@@ -112,11 +102,6 @@ def routed_linear(
         dtype = torch.get_autocast_dtype(device)
     x_TI, weight_EIO = x_TI.to(dtype), weight_EIO.to(dtype)
     bias_EO = None if bias_EO is None else bias_EO.to(dtype)
-    if routing.num_tokens * weight_EIO.numel() <= FEW and backend == "auto" and not COUNTING.get():
-        y_TC = x_TI @ weight_EIO.transpose(0, 1).flatten(1)
-        y_SO = (y_TC if bias_EO is None else y_TC + bias_EO.flatten()).view(-1, weight_EIO.size(2))
-        pair_P = routing.token * len(weight_EIO) + owner(routing.offsets, routing.token)
-        return combine(y_SO.index_select(0, pair_P), routing)
     gate_P = routing.weight.to(dtype)
     return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, x_TI)
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from gmoe._checks import check_counts, check_positive
-from gmoe.dispatch import COUNTING
 from gmoe.moe import MoELayer  # and so the operators of gmoe.dispatch
 
 aten = torch.ops.aten
@@ -40,19 +39,13 @@ def count_flops(model: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     Of a training step: ``count_flops(lambda: model(x).sum().backward())``.
 
     Also counts grouped products, attention on the CPU, and sums over messages (one per element, whether by
-    ``index_add``, ``scatter_add`` or a sparse product). If experts can run in several orders, one fixed order is
-    counted, so that the count does not depend on the machine: attention transforms each (source, expert) pair that an
-    edge needs.
+    ``index_add``, ``scatter_add`` or a sparse product).
 
     Args:
         model: what is called as ``model(*args, **kwargs)``.
     """
-    token = COUNTING.set(True)
-    try:
-        with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
-            model(*args, **kwargs)
-    finally:
-        COUNTING.reset(token)
+    with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
+        model(*args, **kwargs)
     return int(counter.get_total_flops())
 
 

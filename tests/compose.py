@@ -457,7 +457,8 @@ def go_through(module: Any, c: Config, given: Given, before: str) -> Any:
         call(module, c, given_of(c, c.number + 1))
     elif before == "other edge arguments" and given.args and c.in_graph:
         args = {name: value.detach() * 1.5 for name, value in given.args.items()}
-        graph = given.adj.with_args(args.get("edge_weight"), args.get("edge_attr"))
+        sizes = given.adj.num_src, given.adj.num_rows
+        graph = given.adj.fitting(sizes, given.adj.flow, args.get("edge_weight"), args.get("edge_attr"))
         call(module, c, given._replace(adj=graph, args={}))
     elif before == "other thread":
         with ThreadPoolExecutor(1) as pool:

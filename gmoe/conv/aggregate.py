@@ -22,7 +22,7 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_counts
-from gmoe.conv.base import StackedExperts, stacked, to_one, tokens_of
+from gmoe.conv.base import StackedExperts, stacked, tokens_of
 from gmoe.conv.graph import Graph, Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts
@@ -53,12 +53,9 @@ class AggregateOnce(StackedExperts):
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         self.prototype = conv = copy.deepcopy(convs[0])
-        linear = isinstance(conv.aggr, str) and conv.aggr in ("add", "sum", "mean")
+        linear = conv.aggr in ("add", "sum", "mean")
         self.matrix = partial(Graph.summing, by=self.weighted_by, mean=conv.aggr == "mean") if linear else None
         self.strip(conv)
-        for name in ("cached", "_cached_edge_index", "_cached_adj_t"):
-            if hasattr(self.prototype, name):  # one graph for all time: here a Graph holds what is constant
-                setattr(self.prototype, name, False if name == "cached" else None)
 
     @abstractmethod
     def strip(self, conv: Any) -> None:
@@ -71,10 +68,8 @@ class AggregateOnce(StackedExperts):
 
     def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         """(T, D) what the stripped conv itself aggregates."""
-        conv = self.prototype
-        if graph.mask is not None or graph.flow != "source_to_target":
-            conv = copy.copy(conv)  # another thread may be running it
-            conv.flow = "source_to_target"
+        conv = copy.copy(self.prototype)  # another thread may be running it
+        conv.flow = "source_to_target"
         if graph.mask is not None:
             set_masks(conv, graph.mask, graph.edge_index, apply_sigmoid=False)
         adj, size = graph.adj if graph.is_sparse else graph.edge_index, (graph.num_src, graph.num_rows)
@@ -122,12 +117,11 @@ class LinearAggregation(AggregateOnce):
         return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        linear = self.linear
+        x, linear = torch.cat([h, x_dst], dim=-1) if self.root else h, self.linear
         if self.normalize or not is_plain(linear):
             return super().on_all(graph, x_src, x_dst, h)
-        bias, dtype = None if linear.bias is None else linear.bias[0], linear.weight.dtype
-        y_TO = F.linear(h.to(dtype), linear.weight[0, : h.size(1)].T, bias)
-        return torch.addmm(y_TO, x_dst.to(dtype), linear.weight[0, h.size(1) :]) if self.root else y_TO
+        bias = None if linear.bias is None else linear.bias[0]
+        return F.linear(x.to(linear.weight.dtype), linear.weight[0].T, bias)
 
 
 class GCNExperts(LinearAggregation):
@@ -210,14 +204,8 @@ class GINExperts(AggregateOnce):
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         root_PI = (1 + self.eps_E1).index_select(0, routing.expert) * dispatch(x_dst, routing)
-        return combine(self._network(dispatch(h, routing) + root_PI, routing.offsets), routing)
-
-    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        return self._network(h + (1 + self.eps_E1) * x_dst, to_one(x_dst).offsets)
-
-    def _network(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        out: Tensor = self.down(self.up(x_PI, offsets_E).relu(), offsets_E)
-        return out
+        hidden_PH = self.up(dispatch(h, routing) + root_PI, routing.offsets).relu()
+        return combine(self.down(hidden_PH, routing.offsets), routing)
 
 
 def _linears(conv: Any) -> list[Any]:
@@ -349,9 +337,9 @@ class FilterConv(MessagePassing):
 
     def forward(self, x: Tensor, edge_index: Adj | Graph, edge_weight: Tensor | None = None) -> Tensor:
         if self.filter != "identity":
-            graph = edge_index if isinstance(edge_index, Graph) else Graph(edge_index, x.size(0))
-            graph = graph.with_args(edge_weight, None)
-            graph, low = graph.explained(self), x
+            graph, low = edge_index if isinstance(edge_index, Graph) else Graph(edge_index, x.size(0)), x
+            graph = graph.fitting((x.size(0), x.size(0)), self.flow, edge_weight)
+            graph = graph.explained(self) if self.explain else graph
             for _ in range(self.hops):
                 low = self.hop(low, graph)
             x = low if self.filter == "low_pass" else x[: len(low)] - low

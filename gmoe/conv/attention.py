@@ -21,13 +21,9 @@ from gmoe._autograd import first_order, untraced
 from gmoe.conv.aggregate import is_plain
 from gmoe.conv.base import StackedExperts, stacked
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
-from gmoe.dispatch import COUNTING, Backend, combine, dispatch, grouped_linear
+from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
-
-FOLD = 128
-"""The scores of GAT follow from the nodes, all experts' in one product, up to so many input columns a head's column,
-times E; beyond, from the transformed rows."""
 
 
 class Messages:
@@ -65,10 +61,9 @@ class Messages:
         return needed
 
     @cached_property
-    def rows(self) -> tuple[Tensor, Tensor]:
+    def rows(self) -> tuple[Tensor, ...]:
         """(U,) the expert and (U,) the source of each row, ascending."""
-        expert, source = self._is_row.nonzero(as_tuple=True)
-        return expert, source
+        return self._is_row.nonzero(as_tuple=True)
 
     @cached_property
     def row_offsets(self) -> Tensor:
@@ -115,7 +110,12 @@ class AttentionExperts(StackedExperts):
 
     def linears(self, conv: Any) -> dict[str, Any]:
         """The linear layers that the options of a conv leave in use."""
-        return {name: layer for name in self.layers if (layer := getattr(conv, name, None)) is not None}
+        found: dict[str, Any] = {}
+        for name in self.layers:
+            layer = getattr(conv, name, None)
+            if layer is not None and layer not in found.values():  # one layer may stand for both ends
+                found[name] = layer
+        return found
 
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
         vectors = [(getattr(self, name), getattr(conv, name)) for name in self.vectors]
@@ -193,9 +193,8 @@ class GATExperts(AttentionExperts):
     r"""GAT: :math:`s_{ij} = \mathrm{leaky}(a \cdot W x_j + b \cdot V x_i + c \cdot U e_{ij})`, the values are
     :math:`W x_j`.
 
-    The scores follow from the inputs, :math:`a \cdot W x = W^\top a \cdot x`, where these are not much wider than a
-    head. Values are transformed: of each row, or, where a head is no narrower than the input, of the sum that a head
-    receives.
+    Rows are transformed; or, where a head is no narrower than the input, the sum that a head receives is, and the
+    scores follow from the inputs, :math:`a \cdot W x = W^\top a \cdot x`.
     """
 
     layers = ("lin", "lin_src", "lin_dst", "lin_edge", "res")
@@ -209,14 +208,13 @@ class GATExperts(AttentionExperts):
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         lin_src, lin_dst = (self.lin_src, self.lin_dst) if self.lin is None else (self.lin, self.lin)
-        pairs, offsets, ratio = messages.routing, messages.routing.offsets, lin_src.in_features / self.width
-        plain = is_plain(lin_src) and is_plain(lin_dst)
-        raw = plain and ratio <= 1
-        value_UHC: Any = None if raw else self._by_head(self._rows(lin_src, x_src, messages))
-        if raw or (plain and ratio * self.num_experts <= FOLD and not COUNTING.get()):
+        pairs, offsets = messages.routing, messages.routing.offsets
+        raw = lin_src.in_features <= self.width and is_plain(lin_src) and is_plain(lin_dst)
+        if raw:
             score_MH = self._of_all(x_src, lin_src, self.att_src, messages.source, messages.expert)
             at_target = self._of_all(x_dst, lin_dst, self.att_dst, pairs.token, pairs.expert)
         else:
+            value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
             at_source = self._at(value_UHC, self.att_src, messages.rows[0])
             score_MH = at_source.index_select(0, messages.from_rows.sender)
             if x_src is x_dst and lin_src is lin_dst and self.prototype.add_self_loops:  # each pair has a row
@@ -309,12 +307,6 @@ class GATv2Experts(AttentionExperts):
     lin_l: LinearExperts
     lin_r: LinearExperts | None
     att: nn.Parameter
-
-    def linears(self, conv: Any) -> dict[str, Any]:
-        found = super().linears(conv)
-        if conv.share_weights:
-            del found["lin_r"]  # lin_l again
-        return found
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         source_UO = self._rows(self.lin_l, x_src, messages)

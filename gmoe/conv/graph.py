@@ -20,9 +20,9 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj, SparseTensor
-from torch_geometric.utils import add_self_loops, is_sparse, remove_self_loops, to_edge_index
+from torch_geometric.utils import add_self_loops, is_sparse, remove_self_loops
 
-from gmoe._autograd import first_order, in_transform, untraced
+from gmoe._autograd import first_order, untraced
 from gmoe._checks import check, check_choice
 from gmoe.routing import INTEGERS, described
 
@@ -63,16 +63,8 @@ class Edges:
     @staticmethod
     def sorted(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> Edges:
         """The edges in the order of their receivers."""
-        plain = type(receiver) is Tensor and receiver.device.type == "cpu" and not torch.compiler.is_compiling()
-        plain = plain and not in_transform() and not torch._C._len_torch_dispatch_stack()
         with torch.inference_mode(False):  # what a graph keeps is for training too
-            if plain:  # receiver and position in one integer: by NumPy in a quarter of the time of torch's stable sort
-                bits = receiver.numel().bit_length()
-                both = (receiver << bits) + torch.arange(receiver.numel(), device=receiver.device)
-                both.numpy().sort()
-                receiver, order = both >> bits, both & ((1 << bits) - 1)
-            else:
-                receiver, order = receiver.sort(stable=True)
+            receiver, order = receiver.sort(stable=True)
             ptr = torch._convert_indices_from_coo_to_csr(receiver, num_receivers)
             return Edges(ptr, sender.index_select(0, order), receiver, num_senders, order)
 
@@ -239,19 +231,16 @@ class Graph:
         if shape != nodes or self.flow != "source_to_target":
             got = f"a sparse matrix of shape {shape} for flow={self.flow!r}"
             raise ValueError(f"edge_index: got {got}, expected (destinations, sources) = {nodes} and the default flow")
-        if isinstance(matrix, Tensor) and matrix.layout == torch.sparse_coo:  # which PyG would mark in place
-            matrix = matrix.coalesce().to_sparse_csr()
-        self.adj = matrix
         if isinstance(matrix, SparseTensor):
-            dst, src, value = matrix.coo()
+            ptr, src, value = matrix.csr()
         else:
-            (dst, src), value = to_edge_index(matrix)
-        self.edge_index, self.matrix_values = torch.stack([src, dst]), value
-        if not isinstance(matrix, SparseTensor) and matrix.layout == torch.sparse_csr:
-            every = torch.arange(src.numel(), device=src.device)
-            self.edges = Edges(matrix.crow_indices().long(), src.long(), dst.long(), self.num_src, every)
-        else:
-            self.edges = Edges.sorted(src, dst, self.num_src, self.num_dst)
+            if matrix.layout != torch.sparse_csr:  # PyG would mark COO in place
+                matrix = matrix.to_sparse_coo().coalesce().to_sparse_csr()
+            ptr, src, value = matrix.crow_indices().long(), matrix.col_indices().long(), matrix.values()
+        self.adj, self.matrix_values = matrix, value
+        dst = torch._convert_indices_from_csr_to_coo(ptr, src)[0]
+        self.edge_index, every = torch.stack([src, dst]), torch.arange(src.numel(), device=src.device)
+        self.edges = Edges(ptr, src, dst, self.num_src, every)
 
     def _check_args(self) -> None:
         weight, attr, rows = self.edge_weight, self.edge_attr, (self.num_edges,)
@@ -262,15 +251,15 @@ class Graph:
         if attr is not None and not (isinstance(attr, Tensor) and attr.shape[:1] == rows):
             raise ValueError(f"edge_attr: got {described(attr)}, expected a row for each of {rows[0]} edges")
 
-    def fitting(self, num_nodes: tuple[int, int], flow: str) -> Graph:
-        """The graph, if it has so many sources and destinations, and that flow."""
+    def fitting(
+        self, num_nodes: tuple[int, int], flow: str, edge_weight: Tensor | None = None, edge_attr: Tensor | None = None
+    ) -> Graph:
+        """The graph, if it has so many sources and destinations, and that flow; with these edge arguments, in the
+        order of the edges as given, where they are not ``None``.
+        """
         if (self.num_src, self.num_rows, self.flow) != (*num_nodes, flow):
             legal = f"{num_nodes[0]} sources, {num_nodes[1]} destinations and flow {flow!r}"
             raise ValueError(f"edge_index: got {self} of flow {self.flow!r}, expected {legal}")
-        return self
-
-    def with_args(self, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
-        """The same graph with these edge arguments, in the order of the edges as given; ``None`` keeps what it has."""
         if edge_weight is None and edge_attr is None:
             return self
         other = self._copy()
@@ -292,8 +281,6 @@ class Graph:
             ValueError: an explainer that looks at single messages, of which convs that aggregate in one product have
                 none.
         """
-        if not conv.explain:
-            return self
         mask = conv._edge_mask
         if not isinstance(mask, Tensor) or mask.shape != (self.num_edges,):
             got = getattr(mask, "shape", "an explainer without a mask")
@@ -305,9 +292,7 @@ class Graph:
         """Move the graph to a device; returns itself if it is there already."""
         if self.adj.device == torch.device(device):
             return self
-        names = ("adj", "edge_index", "edges", "matrix_values", "edge_weight", "edge_attr", "mask", "x")
-        held = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return self._copy(**{name: value.to(device) for name, value in held.items()})
+        return self._copy(**{name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")})
 
     @property
     def num_edges(self) -> int:
@@ -339,7 +324,8 @@ class Graph:
         with torch.inference_mode(False) if constant else nullcontext():  # for training too
             y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges).squeeze(1)
             if matrix.diagonal is not None:
-                y = torch.addcmul(y, matrix.diagonal[:, None], x_src[: self.num_dst])
+                add = Tensor.addcmul if y.requires_grad else Tensor.addcmul_
+                y = add(y, matrix.diagonal[:, None], x_src[: self.num_dst])
             y = y.to(x_src.dtype)
         if constant:
             matrix.product = y, x_src._version, y._version

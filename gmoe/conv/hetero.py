@@ -257,12 +257,9 @@ def graph_of(relation: EdgeType, adj: Adj | Graph, x_dict: NodeTensors) -> Graph
     """
     size = (len(x_dict[relation[0]]), len(x_dict[relation[-1]]))
     try:
-        graph = adj if isinstance(adj, Graph) else Graph(adj, size)
+        return adj.fitting(size, adj.flow) if isinstance(adj, Graph) else Graph(adj, size)
     except ValueError as error:
         raise ValueError(f"edge_index_dict[{relation}]: {error}") from error
-    if (graph.num_src, graph.num_dst) != size:
-        raise ValueError(f"edge_index_dict[{relation}]: got {graph}, expected {size[0]} and {size[1]} nodes")
-    return graph
 
 
 def checked_metadata(metadata: Metadata) -> tuple[list[NodeType], list[EdgeType]]:

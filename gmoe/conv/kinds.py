@@ -350,11 +350,6 @@ class Trial:
             return int(self.conv.out_channels * (self.conv.heads if getattr(self.conv, "concat", False) else 1))
         return self.outcome[0]
 
-    @property
-    def is_local(self) -> bool:
-        """True if the output at a node follows from the node's in-edges and their ends alone."""
-        return self.outcome[1]
-
     def takes_local_path(self, local: bool | None) -> bool:
         """True if the conv is run on the in-edges of its destinations.
 
@@ -363,10 +358,11 @@ class Trial:
         """
         if local is False or (local is None and type(self.conv) not in LOCAL):
             return False
-        why = self.outcome[2] or "gives another output on a node's in-edges than on the whole graph"
+        _, is_local, failure = self.outcome
+        why = failure or "gives another output on a node's in-edges than on the whole graph"
         got = f"True, but {type(self.conv).__name__} {why}"
-        check(self.is_local or not local, "local", got, "None or False")
-        return self.is_local
+        check(is_local or not local, "local", got, "None or False")
+        return is_local
 
 
 @dataclass(frozen=True)

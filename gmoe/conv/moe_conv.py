@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.inits import reset
 from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
 
@@ -49,8 +50,7 @@ class MoEConv(MoELayer, MessagePassing):
       nodes; verified by a float64 probe at construction;
     - anything else runs on the whole graph for each expert, with a warning that its cost grows with E.
 
-    A node without an expert gets zero from the routed experts. ``create_graph=True`` is refused, but
-    on a few dozen nodes. ``to_hetero`` and lazy
+    A node without an expert gets zero from the routed experts. ``create_graph=True`` is refused. ``to_hetero`` and lazy
     widths (``in_channels=-1``) work; explainers' edge masks act on the experts' messages, not on the router.
 
     Args:
@@ -126,10 +126,10 @@ class MoEConv(MoELayer, MessagePassing):
         two = isinstance(widths, tuple | list) and len(widths) == 2
         check(two, "in_channels", repr(in_channels), "a whole number, or two of them")
         for width in widths:
-            if width != -1 or isinstance(width, float):
+            if width != -1:
                 check_counts(in_channels=width)
         super().__init__(len(kinds), k)
-        self.in_channels = in_channels
+        self.in_channels, self._widths = in_channels, tuple(widths)
         self.out_channels = out_channels
         self.router_input = router_parts(router_input)
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
@@ -182,14 +182,12 @@ class MoEConv(MoELayer, MessagePassing):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        if self.shared_expert is not None:
-            self.shared_expert.reset_parameters()
+        reset(self.shared_expert)
         if self.gain is not None:
             nn.init.zeros_(self.gain)
         with nullcontext() if self.shared_expert is None else drawn_apart():
-            for part in (*(self.transform or ()), self.experts, self.router):
-                if part is not None:
-                    part.reset_parameters()
+            for part in (self.transform, self.experts, self.router):
+                reset(part)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return iter(()) if self.experts is None else self.experts.parameters()
@@ -234,7 +232,7 @@ class MoEConv(MoELayer, MessagePassing):
         if size is not None or edge_weight is not None or edge_attr is not None:
             self._check_args(sizes, size, edge_weight=edge_weight, edge_attr=edge_attr)
         if isinstance(edge_index, Graph):
-            graph = edge_index.fitting(sizes, self.flow).with_args(edge_weight, edge_attr)
+            graph = edge_index.fitting(sizes, self.flow, edge_weight, edge_attr)
             if graph.num_dst < sizes[1]:  # a part of a larger one, of which the last nodes are sources only
                 x_dst = x_src[: graph.num_dst]
         else:
@@ -246,7 +244,9 @@ class MoEConv(MoELayer, MessagePassing):
         if routing is None:
             if self.router is None:
                 raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
-            view = u_dst if self.router_input == ("node",) else self._view(graph, u_src, u_dst, h)
+            view = u_dst
+            if self.router_input != ("node",):
+                view = router_view(self.router_input, u_src, u_dst, h, graph)
             routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
         elif getattr(routing, "num_tokens", None) != graph.num_dst or routing.num_experts != self.num_experts:
             legal = f"{graph.num_dst} tokens and {self.num_experts} experts"
@@ -264,12 +264,7 @@ class MoEConv(MoELayer, MessagePassing):
         x_dst = x[: graph.num_dst]
         u_src, u_dst = (x, x_dst) if self.transform is None else self._transformed(x, x_dst)
         h = self.experts.aggregate(graph, u_src) if "neighbors" in self.router_input else None
-        return self._view(graph, u_src, u_dst, h)
-
-    def _view(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None) -> Tensor:
-        if "neighbors" in self.router_input and h is None:
-            h = graph.mean(x_src)
-        return router_view(self.router_input, x_dst, h, graph)
+        return router_view(self.router_input, u_src, u_dst, h, graph)
 
     def _transformed(self, x_src: Tensor, x_dst: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes as router and routed experts get them."""
@@ -282,8 +277,7 @@ class MoEConv(MoELayer, MessagePassing):
         known = len(pair) == 2 and all(isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point() for x in pair)
         got = [described(nodes) for nodes in pair]
         check(known, "x", got, "source and destination nodes, since widths are open")
-        given = (self.in_channels,) * 2 if isinstance(self.in_channels, int) else self.in_channels
-        source, destination = (x.size(-1) if w == -1 else w for w, x in zip(given, pair, strict=True))
+        source, destination = (x.size(-1) if w == -1 else w for w, x in zip(self._widths, pair, strict=True))
         one = isinstance(self.in_channels, int) and pair[0] is pair[1]
         self.in_channels = source if one else (source, destination)
         self._build(self.in_channels)
@@ -307,13 +301,14 @@ class MoEConv(MoELayer, MessagePassing):
         readers = sorted({type(conv).__name__ for conv in self._all_convs() if type(conv) not in SOURCES_ALONE})
         legal = f"source and destination nodes, since {', '.join(readers)} reads them"
         check(not readers, "x", "no destination nodes", legal)
-        number = None if size is None else size[1]
-        if number is None and isinstance(edge_index, Graph):
+        if size is not None:
+            number = size[1]
+        elif isinstance(edge_index, Graph):
             number = edge_index.num_dst
-        elif number is None and is_sparse(edge_index):
+        elif is_sparse(edge_index):
             number = edge_index.size(0)
-        elif number is None and isinstance(edge_index, EdgeIndex):
-            number = edge_index.sparse_size(1)
+        else:
+            number = edge_index.sparse_size(1) if isinstance(edge_index, EdgeIndex) else None
         check(number is not None, "size", size, "(sources, destinations), since x has no destination nodes")
         return x_src, x_src.new_zeros(number, self._widths[1])
 
@@ -405,9 +400,13 @@ def router_width(parts: Sequence[RouterPart], node: int, neighbors: int) -> int:
     return sum({"node": node, "neighbors": neighbors, "degree": 1}[part] for part in parts)
 
 
-def router_view(parts: Sequence[RouterPart], x_dst: Tensor, neighbors: Tensor | None, graph: Graph) -> Tensor:
-    """(T, dim) the parts side by side."""
+def router_view(
+    parts: Sequence[RouterPart], x_src: Tensor, x_dst: Tensor, neighbors: Tensor | None, graph: Graph
+) -> Tensor:
+    """(T, dim) the parts side by side; the neighbors' is the mean over in-edges where it is not given."""
     columns: dict[str, Any] = {"node": x_dst, "neighbors": neighbors}
+    if "neighbors" in parts and neighbors is None:
+        columns["neighbors"] = graph.mean(x_src)
     if "degree" in parts:
         columns["degree"] = graph.edges.degree.to(x_dst.device, x_dst.dtype).log1p()[:, None]
     return columns[parts[0]] if len(parts) == 1 else torch.cat([columns[part] for part in parts], dim=-1)

@@ -52,7 +52,8 @@ class SeparateExperts(ConvExperts):
             misaligned = getattr(conv, "add_self_loops", False) and graph.num_src < graph.num_dst
             if not token.numel():
                 idle += conv.parameters()
-            elif not local or conv.explain or misaligned:  # a mask is of the whole graph's edges
+            elif not local or conv.explain or misaligned or len(token) == graph.num_dst:
+                # a mask is of the whole graph's edges
                 outs.append(run(conv, graph, x_src, x_dst).index_select(0, token))
             else:
                 outs.append(run_on(conv, graph, x_src, x_dst, token))
@@ -60,9 +61,6 @@ class SeparateExperts(ConvExperts):
         y = combine(torch.cat(outs), routing)
         # experts without a token get zero gradients, not None, or DDP would wait for them
         return y + sum(((p * 0).sum() for p in idle), y.new_zeros(())).to(y.dtype) if idle else y
-
-    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        return run(self.members[0], graph, x_src, x_dst)
 
 
 def run(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:

@@ -145,8 +145,7 @@ class GNNMoE(HubMixin, nn.Module):
 
     def view(self, x: Tensor, graph: Graph) -> Tensor:
         """(N, dim) what a shared router sees: the raw features, their means over in-edges, the in-degrees."""
-        means = graph.mean(x) if "neighbors" in self.router_input else None
-        return router_view(self.router_input, x[: graph.num_dst], means, graph)
+        return router_view(self.router_input, x, x[: graph.num_dst], None, graph)
 
     def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
         for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
@@ -155,7 +154,7 @@ class GNNMoE(HubMixin, nn.Module):
                 raise ValueError(f"{name}: got a tensor, but no conv of the model takes it")
         if not isinstance(edge_index, Graph):
             return Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
-        return edge_index.fitting((x.size(0), x.size(0)), self.flow).with_args(edge_weight, edge_attr)
+        return edge_index.fitting((x.size(0), x.size(0)), self.flow, edge_weight, edge_attr)
 
     def forward(
         self,

@@ -53,7 +53,6 @@ class AttentionVote(Router):
         head_dim: d, the width of queries and keys (default 32).
         init_scale: factor of ``nn.Linear``'s initial weights of the queries (default 0.1): a softmax that is sharp from
             the start, as large features make it, hardly learns.
-        check_finite: see :class:`Router`.
 
     Shapes:
         See :class:`Router`.
@@ -74,9 +73,8 @@ class AttentionVote(Router):
         scope: Scope = "group",
         head_dim: int = 32,
         init_scale: float = 0.1,
-        check_finite: bool = False,
     ) -> None:
-        super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
+        super().__init__(dim, num_experts, k, weight=weight)
         check_positive("capacity_factor", capacity_factor)
         check_choice("scope", scope, Scope)
         check_counts(head_dim=head_dim)

@@ -41,9 +41,9 @@ class Router(nn.Module, ABC):
               Refused at K = 1, where it is constant and the router would get no gradient from the task.
             - ``"straight_through"``: ``g / g.detach()``: the value 1 with the gradient of ``log g``.
             - ``None`` (default): the router's own default; ``"score"`` where it has none.
-        check_finite: raise on NaN or infinity in the tokens. Costs a host sync; default ``False``.
 
     Attributes:
+        check_finite: set to ``True`` to raise on NaN or infinity in the tokens; costs a host sync (default ``False``).
         experts_per_token: average number of experts per token; compute scales with it.
         process_group: under ``torch.distributed``, losses and counters are those of the tokens of all processes of this
             group, ``None`` (default) for all there are. One collective a forward in training with gradients (one more
@@ -63,9 +63,7 @@ class Router(nn.Module, ABC):
         RuntimeError: called inside a transform of ``torch.func``.
     """
 
-    def __init__(
-        self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None, check_finite: bool = False
-    ) -> None:
+    def __init__(self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None) -> None:
         super().__init__()
         weight = weight or "score"
         check_counts(dim=dim, num_experts=num_experts, k=k)
@@ -75,7 +73,7 @@ class Router(nn.Module, ABC):
         check(not constant, "weight", "'normalized' with k=1, the constant 1 without a gradient", "another, or k >= 2")
         self.dim, self.num_experts, self.k = dim, num_experts, k
         self.weight: Weighting = weight
-        self.check_finite = check_finite
+        self.check_finite = False
         self.experts_per_token = float(k)
         self.process_group: Any = None
 

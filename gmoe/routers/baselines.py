@@ -22,7 +22,6 @@ class RandomRouter(Router):
         k: K, experts per token (default 1).
         weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"straight_through"``, the value 1, at
             K = 1: scores of a frozen projection say nothing that an output should be scaled by.
-        check_finite: see :class:`Router`.
 
     Shapes:
         See :class:`Router`.
@@ -33,11 +32,9 @@ class RandomRouter(Router):
 
     projection_DE: Tensor
 
-    def __init__(
-        self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None, check_finite: bool = False
-    ) -> None:
+    def __init__(self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None) -> None:
         weight = weight or ("normalized" if k >= 2 else "straight_through")
-        super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
+        super().__init__(dim, num_experts, k, weight=weight)
         self.register_buffer("projection_DE", torch.empty(dim, num_experts))
         self.reset_parameters()
 
@@ -56,14 +53,13 @@ class UniformRouter(Router):
     Args:
         dim: D, the width of the tokens.
         num_experts: E; also K.
-        check_finite: see :class:`Router`.
 
     Shapes:
         See :class:`Router`.
     """
 
-    def __init__(self, dim: int, num_experts: int, *, check_finite: bool = False) -> None:
-        super().__init__(dim, num_experts, k=num_experts, weight="score", check_finite=check_finite)
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__(dim, num_experts, k=num_experts, weight="score")
 
     def reset_parameters(self) -> None:
         """Nothing to draw."""
@@ -81,7 +77,6 @@ class OracleRouter(Router):
         dim: D, the width of the tokens.
         num_experts: E.
         assignment: (T,) integers in 0..E-1, the expert of each token; calls must bring the same T tokens in order.
-        check_finite: see :class:`Router`.
 
     Shapes:
         See :class:`Router`.
@@ -92,8 +87,8 @@ class OracleRouter(Router):
 
     assignment_T: Tensor
 
-    def __init__(self, dim: int, num_experts: int, assignment: Tensor, *, check_finite: bool = False) -> None:
-        super().__init__(dim, num_experts, k=1, check_finite=check_finite)
+    def __init__(self, dim: int, num_experts: int, assignment: Tensor) -> None:
+        super().__init__(dim, num_experts, k=1)
         fits = assignment.dim() == 1 and assignment.dtype in INTEGERS
         check(fits, "assignment", described(assignment), "(T,) integers")
         check_range("assignment", assignment, num_experts)

@@ -47,7 +47,6 @@ class ExpertChoice(Router):
         z_coef: coefficient of the router z-loss (default 0, no loss).
         init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch Transformer): a softmax that is
             sharp from the start hardly learns.
-        check_finite: see :class:`Router`.
 
     Shapes:
         See :class:`Router`.
@@ -69,9 +68,8 @@ class ExpertChoice(Router):
         inference: Inference = "group",
         z_coef: float = 0.0,
         init_scale: float = 0.1,
-        check_finite: bool = False,
     ) -> None:
-        super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
+        super().__init__(dim, num_experts, k, weight=weight)
         check_at_least("z_coef", z_coef, 0)
         check_at_least("init_scale", init_scale, 0)
         self.z_coef, self.init_scale = z_coef, init_scale

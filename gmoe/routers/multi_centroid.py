@@ -46,7 +46,6 @@ class MultiCentroid(Router):
         separation_coef: coefficient of the separation loss, the mean squared positive cosine between centroids within
             and across experts (default 0.01; 0 for no loss).
         capacity_factor, normalize, inference: for ``choice="experts"``, see :class:`ExpertChoice`.
-        check_finite: see :class:`Router`.
 
     Shapes:
         See :class:`Router`.
@@ -72,10 +71,9 @@ class MultiCentroid(Router):
         capacity_factor: float = 1.0,
         normalize: Normalize = "experts",
         inference: Inference = "group",
-        check_finite: bool = False,
     ) -> None:
         weight = weight or ("normalized" if choice == "tokens" and k >= 2 else "score")
-        super().__init__(dim, num_experts, k, weight=weight, check_finite=check_finite)
+        super().__init__(dim, num_experts, k, weight=weight)
         check_choice("choice", choice, Choice)
         check_counts(num_centroids=num_centroids)
         check_positive("temperature", temperature)

@@ -75,7 +75,6 @@ class SoftSlots(Router):
         dim: D, the width of the tokens.
         num_experts: E; also K, since every token takes part in every expert.
         slots: S, slots per expert and group (default 1).
-        check_finite: see :class:`Router`.
 
     Shapes:
         See :class:`Router`.
@@ -84,8 +83,8 @@ class SoftSlots(Router):
         ValueError: an argument out of range.
     """
 
-    def __init__(self, dim: int, num_experts: int, slots: int = 1, *, check_finite: bool = False) -> None:
-        super().__init__(dim, num_experts, k=num_experts, weight="score", check_finite=check_finite)
+    def __init__(self, dim: int, num_experts: int, slots: int = 1) -> None:
+        super().__init__(dim, num_experts, k=num_experts, weight="score")
         check_counts(slots=slots)
         self.slots = slots
         self.phi = nn.Parameter(torch.empty(num_experts, slots, dim))

@@ -58,7 +58,6 @@ class TokenChoice(BalancedRouter):
             T_group)`` tokens of a group. Pairs are dropped by priority (V-MoE's batch-prioritized routing: first
             choices before second ones, and among them tokens with the highest probability first), never by position.
             ``None`` (default) drops nothing.
-        check_finite: see :class:`Router`.
 
     Shapes:
         See :class:`Router`.
@@ -81,12 +80,11 @@ class TokenChoice(BalancedRouter):
         z_coef: float = 0.0,
         init_scale: float = 0.1,
         capacity_factor: float | None = None,
-        check_finite: bool = False,
     ) -> None:
         weight = weight or ("normalized" if k >= 2 else "score")
         biased = balance == "bias"
         rate = bias_rate if biased else None
-        super().__init__(dim, num_experts, k, bias_rate=rate, weight=weight, check_finite=check_finite)
+        super().__init__(dim, num_experts, k, bias_rate=rate, weight=weight)
         check_choice("balance", balance, (*get_args(Balance), None))
         if noise is None:
             noise = "spread" if biased else balance == "importance_load"

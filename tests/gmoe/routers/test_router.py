@@ -288,9 +288,11 @@ def test_an_oracle_refuses_what_does_not_fit(assignment: list[int]) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_check_finite(value: float) -> None:
     x = torch.tensor([[0.0] * D, [value] * D])
-    TokenChoice(D, E)(x)  # off by default
+    router = TokenChoice(D, E)
+    router(x)  # off by default
+    router.check_finite = True
     with pytest.raises(ValueError, match=f"x: got {D} values that are NaN or infinite, expected none"):
-        TokenChoice(D, E, check_finite=True)(x)
+        router(x)
 
 
 def test_the_noise_of_a_token_does_not_follow_from_a_nan_in_another() -> None:
