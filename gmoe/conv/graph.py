@@ -153,7 +153,6 @@ class Graph:
     Attributes:
         adj: the edges as given; integers are int64.
         edge_index: (2, M) sources and destinations in the order given.
-        edges: the edges by destination.
         matrix_values: (M,) or (M, F) the values of a sparse matrix in that order.
 
     Raises:
