@@ -300,7 +300,7 @@ class Graph:
 
     @property
     def attr(self) -> Tensor | None:
-        """(M, F) the features of each of :attr:`edges`: ``edge_attr``, or a sparse matrix's values if they are rows."""
+        """(M, F) the features of each of ``edges``: ``edge_attr``, or a sparse matrix's values if they are rows."""
         of_matrix = self.matrix_values if self.matrix_values is not None and self.matrix_values.dim() > 1 else None
         given = of_matrix if self.edge_attr is None else self.edge_attr
         return None if given is None else (given if given.dim() > 1 else given[:, None])[self.edges.order]
