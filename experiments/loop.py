@@ -69,8 +69,7 @@ def train_seeds(fabric: Fabric, config: RunConfig, seeds: list[int], progress: P
     if not seeds:  # and no data are needed
         return {}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # a class token's, of one image
         with fabric.rank_zero_first(local=True):  # who downloads what is missing
             task_of = load_tasks(config)

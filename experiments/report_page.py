@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -35,12 +36,10 @@ PROPERTIES = {
 MOST_TOKENS = 50_000
 """Of more tokens a random part is compared, of two runs."""
 
-MOST_MAPPED = 6
-"""Images in a map of patches, each of another class."""
-
 
 def write_report(folders: Sequence[Path], path: Path, data_root: Path | None) -> list[str]:
     """Write the page about runs, and say why some were left out; a ``ValueError`` if all were."""
+    warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
     runs, failed = list[RunFolder](), list[str]()
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         try:
@@ -160,7 +159,9 @@ def _routing(page: Page, run: RunFolder) -> str:
         page.text(missing, "warn")
     elif seen:
         classes = [task.classes[int(label)] for label in seen.labels]
-        chosen = [int((seen.labels == label).nonzero()[0]) for label in seen.labels.unique()[:MOST_MAPPED]]
+        chosen = [
+            int((seen.labels == label).nonzero()[0]) for label in seen.labels.unique()[:6]
+        ]  # each of another class
         titles = [classes[image] for image in chosen]
         maps = expert_maps(model, seen.images[chosen], mean=task.mean, std=task.std, titles=titles)
         _images(page, seen, maps, task.classes)
