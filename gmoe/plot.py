@@ -257,6 +257,6 @@ def _load(layer: LayerLoad) -> Tensor:
 
 def _legend(figure: Figure, num_experts: int) -> None:
     """Color and number of every expert below a figure."""
-    handles = [Patch(color=color, label=str(number)) for number, color in enumerate(palette(num_experts))]
-    columns = min(num_experts, 8)
+    handles = [Patch(color=color, label=number) for number, color in enumerate(palette(num_experts))]
+    columns = min(num_experts, 4)  # which fit below a single layer
     figure.legend(handles=handles, title="expert", ncols=columns, loc="outside lower center", fontsize="small")
