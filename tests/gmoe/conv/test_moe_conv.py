@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch_geometric.nn import GATConv, GraphConv, SAGEConv
 from torch_geometric.utils import to_torch_csr_tensor
 
 from gmoe import MoEConv, TokenChoice
+from tests.contract import Halved
 from tests.gmoe.conv.masked import GRAPHS, features, mean_of_in_edges, routing_of
 from tests.gmoe.conv.test_experts import AGGREGATE_ONCE, ATTENTION, SOME, ids
 
@@ -196,3 +198,12 @@ def test_open_widths_stay_open_after_integers() -> None:
     with pytest.raises(ValueError, match="x: got"):
         layer(torch.ones(5, 6, dtype=torch.long), torch.tensor([[0], [1]]))
     assert layer.experts is None
+
+
+def test_a_replaced_layer_of_attention_runs_for_scores_too() -> None:
+    x, edge_index = graph()
+    plain = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, shared_expert=False).eval()
+    replaced, halved = copy.deepcopy(plain), copy.deepcopy(plain)
+    replaced.experts.lin = Halved(replaced.experts.lin)
+    halved.experts.lin.weight.data /= 2
+    torch.testing.assert_close(replaced(x, edge_index), halved(x, edge_index))
