@@ -32,7 +32,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "vision, raw lines": (475, 500),
     "experiments, raw lines": (6_427, 6_000),
     "experiments, files": (34, 40),
-    "tests, raw lines": (13_342, 12_800),
+    "tests, raw lines": (13_341, 12_800),
     "tests/gmoe and tests/*.py, raw lines": (8_692, 8_800),
     "MoEConv, functions passed": (23, 20),
     "MoEConv, files passed": (9, 9),
