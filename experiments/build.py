@@ -189,7 +189,11 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
         **config.layer_options(),
     }
     if isinstance(config, ImageConfig):
-        model = gmoe.ViTMoE(vit_size(config, task.in_channels), task.num_classes, router, **common)
+        size = vit_size(config, task.in_channels)
+        model = gmoe.ViTMoE(size, task.num_classes, router, **common)
+        if config.router == "soft_slots":
+            for block in model.encoder.layers[config.every - 1 :: config.every]:
+                block.mlp = SoftMLP(block.mlp, size, config)
         for module in model.modules():
             if isinstance(module, Router):
                 module.check_finite = config.check_finite
@@ -226,6 +230,23 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
     )
 
 
+class SoftMLP(nn.Module):
+    """The MLP of a block, and slots that start at zero beside it: as many of an image as it has tokens."""
+
+    def __init__(self, mlp: nn.Module, size: ViTSize, config: ImageConfig) -> None:
+        super().__init__()
+        tokens, width, experts = (size.image_size // size.patch_size) ** 2 + 1, size.hidden_dim, config.experts
+        self.mlp = mlp
+        self.soft = gmoe.SoftMoE(
+            gmoe.SoftSlots(width, experts, slots=-(-tokens // experts)),
+            gmoe.MLPExperts(width, size.mlp_dim, width, experts, dropout=config.dropout, zero_init=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(x) + self.soft(x)
+        return y
+
+
 def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
     """The sizes of the ViT: those of the image size's preset, but for what is given; without a preset, all of them."""
     from gmoe.models.vit import SIZES, ViTSize  # torchvision, which graphs do without
@@ -255,9 +276,11 @@ def kinds_of_experts(config: GraphConfig) -> str | list[str]:
 def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., Router] | None, dict[str, Any]]:
     """The router by name or factory, and its options."""
     given = config.options.given()
-    if config.router == "dense":
+    if config.router in ("dense", "soft_slots"):
         if given:
-            raise ValueError(f"options: got {given} with router='dense', expected none")
+            raise ValueError(f"options: got {given} with router={config.router!r}, expected none")
+        if config.router == "soft_slots" and not isinstance(config, ImageConfig):
+            raise ValueError(f"router: got 'soft_slots' for {task.name}, expected another, or images")
         return None, {}
     router: Any = config.router
     if ":" in config.router:

@@ -26,7 +26,15 @@ from experiments.files import parse_json, read_json
 RouterInput = Literal["node", "neighbors", "degree"]
 
 RouterName = Literal[
-    "dense", "token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform", "oracle"
+    "dense",
+    "token_choice",
+    "expert_choice",
+    "attention_vote",
+    "multi_centroid",
+    "soft_slots",
+    "random",
+    "uniform",
+    "oracle",
 ]
 
 FANOUT = (15, 10, 5)

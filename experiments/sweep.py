@@ -25,7 +25,7 @@ import tyro
 from experiments.config import RouterName, fail, interrupt
 from experiments.files import read_json
 from experiments.studies import RECORDED, Study, grid, recorded
-from experiments.tables import study_table
+from experiments.tables import cell_tables, read_cells, study_table
 
 PROG = "python -m experiments.sweep"
 
@@ -62,8 +62,21 @@ class GridConfig(SweepConfig):
     """The seeds; by default those of the preset."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoutersConfig(SweepConfig):
+    """Cells of the table of routers, and where they go."""
+
+    data_root: Path = Path("data")
+    """Folder of cifar10, imagenette2-160, heterophilous, facebook.npz and planted, each as its loader reads it."""
+    columns: tuple[str, ...] = ()
+    """Data sets; by default all."""
+    rows: tuple[str, ...] = ()
+    """Routers and controls; by default all."""
+
+
 STUDIES: dict[str, tuple[str, SweepConfig]] = {name: (line, SweepConfig()) for name, line in RECORDED.items()}
 STUDIES["grid"] = ("A preset over routers, numbers of experts and experts per token.", GridConfig())
+STUDIES["routers"] = ("One table: the same routers on images and on graphs, a cell a file.", RoutersConfig())
 
 
 def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
@@ -125,17 +138,47 @@ def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any],
     return collect(), failed
 
 
+def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
+    """Run the cells that have no file: the table, and by cell why it could not be run."""
+    from experiments.loop import Progress
+    from experiments.routers import cells, run_cell, write_cell
+    from experiments.run_folder import differences_of
+
+    folder = config.runs if config.runs is not None else Path("runs") / "routers"
+    todo, failed = [], dict[str, str]()
+    for column, row, own in cells(config.columns, config.rows, config.data_root):
+        path = config.results / "routers" / column / f"{row}.json"
+        own = replace(own, out=folder / column / row, resume=True, progress=config.progress)
+        if not path.exists():
+            todo.append((column, row, own))
+            continue
+        for option, (other, value) in differences_of(own, read_json(path, dict[str, Any])["config"]).items():
+            raise ValueError(f"results: {path} has {option}={other!r}, expected {value!r}; choose others by --results")
+    progress = Progress(sum(len(own.seeds) * own.epochs for *_, own in todo), config.progress)
+    for column, row, own in todo:
+        try:
+            write_cell(config.results, run_cell(column, row, own, progress))
+        except (ValueError, OSError) as error:  # of this cell; the others go on
+            failed[f"{column}/{row}"] = str(error)
+            progress.skip(len(own.seeds) * own.epochs)
+            progress.finish(len(own.seeds) * own.epochs)
+    return cell_tables(read_cells(config.results / "routers")), failed
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = list(sys.argv[1:] if args is None else args)
     try:
         config = tyro.extras.overridable_config_cli(STUDIES, args=args, prog=PROG, description=__doc__)
-        name, study = make_study(args[0], config)
     except ValueError as error:
         fail(error)
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        results, failed = sweep(name, study, config)
+        if isinstance(config, RoutersConfig):
+            table, failed = sweep_cells(config)
+        else:
+            results, failed = sweep(*make_study(args[0], config), config)
+            table = study_table(results)
     except KeyboardInterrupt as stopped:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
@@ -143,7 +186,7 @@ def main(args: Sequence[str] | None = None) -> None:
         fail(error)
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(study_table(results))
+    print(table)
     for variant, reason in failed.items():
         print(f"{variant}: {reason}", file=sys.stderr)
     if failed:

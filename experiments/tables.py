@@ -4,6 +4,7 @@ A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is gen
 ``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->``
 compares variants seed by seed. ``<!-- benchmark: NAME -->`` and ``<!-- swap: NAME -->`` are what
 ``experiments.benchmark`` wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its dense model.
+``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``, ``<!-- cells: routers: COLUMN -->`` a column.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from experiments.files import read_json
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap): (?P<study>[\w-]+)(?:: (?P<variants>[\w/ -]+?))? -->\n)"
+    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells): (?P<study>[\w-]+)(?:: (?P<variants>[\w/ -]+?))? -->\n)"
     r".*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -35,8 +36,10 @@ def render(page: str, results: Path = ROOT / "results") -> str:
     makers: dict[str, Callable[..., str]] = {"table": study_table, "pairs": pair_table, "presets": preset_table}
 
     def table(match: re.Match[str]) -> str:
-        content = read_json(results / f"{match['study']}.json", dict[str, Any])
         only = [] if match["variants"] is None else [match["variants"].split()]
+        if match["kind"] == "cells":
+            return f"{match[1]}{cell_tables(read_cells(results / match['study']), *only)}\n{match[5]}"
+        content = read_json(results / f"{match['study']}.json", dict[str, Any])
         return f"{match[1]}{makers.get(match['kind'], benchmark_table)(content, *only)}\n{match[5]}"
 
     return MARKED.sub(table, page)
@@ -140,6 +143,71 @@ def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
             line[without] = mean_std(rest, "+.2f")
         lines.append(line)
     return markdown(lines, left=["minus"])
+
+
+Cells: TypeAlias = dict[str, dict[str, dict[str, Any]]]
+"""The content of the files of ``experiments.sweep routers``, by column and row."""
+
+
+def read_cells(folder: Path) -> Cells:
+    """All that there are, in the order of rows and columns."""
+    from experiments.routers import COLUMNS, ROWS
+
+    files = {column: {row: folder / column / f"{row}.json" for row in ROWS} for column in COLUMNS}
+    found = {
+        column: {row: read_json(path, dict[str, Any]) for row, path in rows.items() if path.exists()}
+        for column, rows in files.items()
+    }
+    return {column: rows for column, rows in found.items() if rows}
+
+
+def cell_tables(cells: Cells, columns: Sequence[str] = ()) -> str:
+    """One line a row: in each column the difference to the dense model of equal FLOPs, seed by seed; or the whole of
+    the columns that are named."""
+    from experiments.routers import ROWS
+
+    if columns:
+        return "\n\n".join(markdown([cell_line(row, cells[column]) for row in cells[column]]) for column in columns)
+    lines = []
+    for row, (label, _) in ROWS.items():
+        line = {"test − equal FLOPs (points)": label}
+        for column, rows in cells.items():
+            line[column] = "–" if row not in rows else difference(rows[row], rows.get("dense-flops"))
+            if row == "dense-flops":
+                line[column] = percent(rows[row]["test"]) if row in rows else "–"
+        lines.append(line)
+    return markdown(lines) if cells else "No cell is finished."
+
+
+def difference(cell: dict[str, Any], other: dict[str, Any] | None) -> str:
+    """The mean ± std of the difference on the test set, seed by seed."""
+    if other is None or cell["config"]["seeds"] != other["config"]["seeds"]:
+        return "–"
+    pairs = zip(cell["test"]["values"], other["test"]["values"], strict=True)
+    return mean_std([100 * (a - b) for a, b in pairs], "+.2f")
+
+
+def cell_line(row: str, cells: dict[str, dict[str, Any]]) -> Line:
+    """A cell in full; of routed experts how many are alive, their share of the output, and the test without them."""
+    from experiments.routers import ROWS
+
+    cell, dense, routed = cells[row], cells.get("dense", cells[row]), cells[row]["routed"]
+    time = {arm: values["wall"]["median"] for arm, values in cell["time"].items()}
+    alive = [cell["config"]["experts"] - layer["dead"]["mean"] for layer in cell["routing"]]
+    return {
+        "row": ROWS[row][0],
+        f"test {cell['metric']} (%)": percent(cell["test"]),
+        "n": str(cell["test"]["n"]),
+        "− equal FLOPs": "–" if row == "dense-flops" else difference(cell, cells.get("dense-flops")),
+        "× FLOPs": f"{cell['flops'] / dense['flops']:.2f}",
+        "parameters": f"{cell['parameters']:,}",
+        "× step": f"{time['cell'] / time['dense']:.2f}",
+        "× step of dense on CSR": f"{time['cell'] / time['dense-csr']:.2f}" if "dense-csr" in time else "–",
+        "live experts": extremes(alive, ".3g") if alive else "–",
+        "share": extremes([share["mean"] for share in routed["share"]], ".2f") if routed else "–",
+        "off": percent(routed["off"]) if routed else "–",
+        "commit": (cell["environment"]["commit"] or "–")[:7],
+    }
 
 
 def benchmark_table(found: dict[str, Any]) -> str:
