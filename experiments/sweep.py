@@ -25,7 +25,7 @@ import tyro
 from experiments.config import RouterName, fail, interrupt
 from experiments.files import read_json
 from experiments.studies import RECORDED, Study, grid, recorded
-from experiments.tables import cell_tables, read_cells, study_table
+from experiments.tables import cell_tables, map_table, read_cells, study_table
 
 PROG = "python -m experiments.sweep"
 
@@ -76,6 +76,7 @@ class RoutersConfig(SweepConfig):
 
 STUDIES: dict[str, tuple[str, SweepConfig]] = {name: (line, SweepConfig()) for name, line in RECORDED.items()}
 STUDIES["grid"] = ("A preset over routers, numbers of experts and experts per token.", GridConfig())
+STUDIES["map"] = ("When experts pay: regimes, labels, widths, and how a regime shows.", SweepConfig())
 STUDIES["routers"] = ("One table: the same routers on images and on graphs, a cell a file.", RoutersConfig())
 
 
@@ -176,6 +177,11 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if isinstance(config, RoutersConfig):
             table, failed = sweep_cells(config)
+        elif args[0] == "map":
+            from experiments.regime_map import sweep_map
+
+            runs = config.runs or Path("runs") / "regime-map"
+            table, failed = map_table(sweep_map(runs, config.results, config.progress)), {}
         else:
             results, failed = sweep(*make_study(args[0], config), config)
             table = study_table(results)

@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,8 +24,8 @@ from experiments.files import read_json
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells): (?P<study>[\w-]+)(?:: (?P<variants>[\w/ -]+?))? -->\n)"
-    r".*?(<!-- end -->)",
+    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|map): (?P<study>[\w-]+)"
+    r"(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
 Line: TypeAlias = dict[str, str]
@@ -33,7 +34,12 @@ Line: TypeAlias = dict[str, str]
 
 def render(page: str, results: Path = ROOT / "results") -> str:
     """The page with all its tables generated anew."""
-    makers: dict[str, Callable[..., str]] = {"table": study_table, "pairs": pair_table, "presets": preset_table}
+    makers: dict[str, Callable[..., str]] = {
+        "table": study_table,
+        "pairs": pair_table,
+        "presets": preset_table,
+        "map": map_table,
+    }
 
     def table(match: re.Match[str]) -> str:
         only = [] if match["variants"] is None else [match["variants"].split()]
@@ -208,6 +214,22 @@ def cell_line(row: str, cells: dict[str, dict[str, Any]]) -> Line:
         "off": percent(routed["off"]) if routed else "–",
         "commit": (cell["environment"]["commit"] or "–")[:7],
     }
+
+
+def map_table(found: dict[str, Any]) -> str:
+    """One line a width, number of labels and way that regimes show: experts, and in brackets the oracle, above the
+    dense model of equal FLOPs, by number of regimes."""
+    from experiments.regime_map import LABELS, REGIMES, WAYS, WIDTHS, gains
+
+    known, lines = gains(found), list[Line]()
+    for shown, width, labels in product(WAYS, WIDTHS, LABELS):
+        line = {"regime shows in": shown, "width": str(width), "labels a regime": str(labels)}
+        for count in REGIMES:
+            pair = [known.get((count, labels, width, shown, model)) for model in ("experts", "oracle")]
+            means = [f"{statistics.fmean(values):+.1f}" if values else "–" for values in pair]
+            line["1 regime" if count == 1 else f"{count} regimes"] = f"{means[0]} ({means[1]})"
+        lines.append(line)
+    return markdown(lines)
 
 
 def benchmark_table(found: dict[str, Any]) -> str:

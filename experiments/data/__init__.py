@@ -93,6 +93,8 @@ def load_tasks(config: RunConfig) -> Callable[[int], Task]:
         FileNotFoundError: files are missing and cannot be fetched.
     """
     place, given = LOADERS.get(config.dataset, "named:configured"), [config]
+    if config.dataset.startswith("regimes-"):
+        place = "made:regimes"
     if config.data is not None:
         place = "images:own_images" if isinstance(config, ImageSetConfig) else "own_graph:own_object"
         given = [load_object("data", config.data)(), config]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -12,6 +14,7 @@ from torch_geometric.data import Data
 
 from experiments.config import RunConfig
 from experiments.data import GraphData, Splits
+from gmoe._checks import check
 
 NODES, REGIONS, CLASSES, FEATURES, EDGES = 8_000, 8, 16, 32, 80_000
 """Of mosaic."""
@@ -46,30 +49,56 @@ def mosaic(config: RunConfig) -> GraphData:
     or in 15 % of the edges a random one. Split 50 / 25 / 25. ``planted`` is the region: the one data set on which the
     right routing is known.
     """
-    rng = np.random.RandomState(0)  # its streams are frozen, unlike those of numpy's newer generators
-    region = rng.permutation(np.arange(NODES) % REGIONS)
-    label = rng.randint(CLASSES, size=NODES)
-    class_center = rng.standard_normal((CLASSES, FEATURES))
-    region_center = rng.standard_normal((REGIONS, FEATURES))
-    x = class_center[label] + 3 * region_center[region] + 3 * rng.standard_normal((NODES, FEATURES))
+    return _regions("mosaic", NODES, REGIONS, CLASSES, EDGES, labels=NODES // 2)
 
-    permutation = np.stack([np.arange(CLASSES), *(rng.permutation(CLASSES) for _ in range(REGIONS - 1))])
-    destination = rng.randint(NODES, size=EDGES)
+
+SHOWN = {"features": 3.0, "neighbors": 0.5, "nothing": 0.0}
+"""How a node's regime shows: the factor of its center in features whose noise has 3. At 0.5 a node says little, but the
+mean of ten neighbors does."""
+
+
+def regimes(config: RunConfig) -> GraphData:
+    """``regimes-R-L-SHOWN``: :func:`mosaic` with R regimes, L training labels in each, and SHOWN of :data:`SHOWN`.
+
+    1,000 nodes a regime, at least 4,000, and ten edges a node; what is not trained on is half validation, half test.
+    """
+    match = re.fullmatch(r"regimes-([1-9]\d?)-([1-9]\d{0,2})-(\w+)", config.dataset)
+    legal = f"regimes-R-L-SHOWN with R from 1 to 99, L from 1 to 800, SHOWN one of {', '.join(SHOWN)}"
+    count, labels, shown = match.groups() if match else ("0", "0", "")
+    check(shown in SHOWN and int(labels) <= 800, "dataset", repr(config.dataset), legal)
+    regions, nodes = int(count), max(4_000, 1_000 * int(count))
+    marked = regions * int(labels)
+    return _regions(config.dataset, nodes, regions, CLASSES, 10 * nodes, labels=marked, shown=SHOWN[shown])
+
+
+def _regions(
+    name: str, nodes: int, regions: int, classes: int, edges: int, labels: int, shown: float = 3.0
+) -> GraphData:
+    rng = np.random.RandomState(0)  # its streams are frozen, unlike those of numpy's newer generators
+    region = rng.permutation(np.arange(nodes) % regions)
+    label = rng.randint(classes, size=nodes)
+    class_center = rng.standard_normal((classes, FEATURES))
+    region_center = rng.standard_normal((regions, FEATURES))
+    x = class_center[label] + shown * region_center[region] + 3 * rng.standard_normal((nodes, FEATURES))
+
+    permutation = np.stack([np.arange(classes), *(rng.permutation(classes) for _ in range(regions - 1))])
+    destination = rng.randint(nodes, size=edges)
     source_label = permutation[region[destination], label[destination]]
-    stray = rng.uniform(size=EDGES) < 0.15
-    source_label[stray] = rng.randint(CLASSES, size=int(stray.sum()))
-    source = np.empty(EDGES, dtype=np.int64)
-    for r in range(REGIONS):
-        for c in range(CLASSES):
+    stray = rng.uniform(size=edges) < 0.15
+    source_label[stray] = rng.randint(classes, size=int(stray.sum()))
+    source = np.empty(edges, dtype=np.int64)
+    for r in range(regions):
+        for c in range(classes):
             wanted = (region[destination] == r) & (source_label == c)
             source[wanted] = rng.choice(np.flatnonzero((region == r) & (label == c)), size=int(wanted.sum()))
 
-    train, val, test = torch.from_numpy(rng.permutation(NODES)).split([NODES // 2, NODES // 4, NODES // 4])
+    held = (nodes - labels) // 2
+    train, val, test = torch.from_numpy(rng.permutation(nodes)).split([labels, held, nodes - labels - held])
     return GraphData(
-        name="mosaic",
+        name=name,
         data=_data(x, np.stack([source, destination]), label),
         splits=lambda _: {"train": train, "val": val, "test": test},
-        num_outputs=CLASSES,
+        num_outputs=classes,
         planted=torch.from_numpy(region).long(),
     )
 

@@ -1,0 +1,100 @@
+"""A map of when experts pay, on planted graphs: ``python -m experiments.sweep map``.
+
+Regimes x labels a regime x width x how a regime shows; at each place a dense model, one of equal active FLOPs, the
+library's default experts, and experts that are told the regime. ``results/regime-map.json`` holds what is finished.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from experiments.config import RunConfig
+from experiments.data.made import SHOWN
+from experiments.files import read_json
+from experiments.loop import Progress, run
+from experiments.presets import MOSAIC
+from experiments.run_folder import environment, write_json
+
+REGIMES, LABELS, WIDTHS, WAYS = (1, 2, 4, 8, 16), (32, 128, 512), (16, 64), tuple(SHOWN)
+BASE = replace(MOSAIC, eval_every=10, seeds=(0, 1, 2), check_finite=False)
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"router": "dense"},
+    "dense-flops": {"router": "dense", "equal": "flops"},
+    "experts": {},
+    "oracle": {"router": "oracle"},
+}
+AXES = ("regimes", "labels", "width", "shown", "model")
+
+
+def places() -> Iterator[tuple[dict[str, Any], RunConfig]]:
+    """Where each run is on the map, and its configuration; few regimes come first."""
+    for values in product(REGIMES, LABELS, WIDTHS, WAYS, MODELS):
+        place: dict[str, Any] = dict(zip(AXES, values, strict=True))
+        name = "regimes-{regimes}-{labels}-{shown}".format(**place)
+        changes = MODELS[place["model"]] | ({"experts": place["regimes"]} if place["model"] == "oracle" else {})
+        yield place, replace(BASE, dataset=name, hidden=place["width"], **changes)
+
+
+def sweep_map(runs: Path, results: Path, shown: bool) -> Any:
+    """Run what is not finished; all that is."""
+    path = results / "regime-map.json"
+    found: Any = read_json(path, dict[str, Any]) if path.exists() else {"config": BASE.science(), "places": []}
+    if found["config"] != BASE.science():
+        raise ValueError(f"results: {path} is of another recipe; choose another folder by --results")
+    done = [{axis: entry[axis] for axis in AXES} for entry in found["places"]]
+    todo = [(place, config) for place, config in places() if place not in done]
+    progress = Progress(sum(len(config.seeds) * config.epochs for _, config in todo), shown)
+    for place, config in todo:
+        folder = runs / "-".join(map(str, place.values()))
+        summary = run(replace(config, out=folder, resume=True, progress=shown), progress)
+        found["places"].append(
+            place
+            | {"test": summary["test"]["values"], "flops": summary["flops"], "hidden": summary["hidden"]}
+            | {"nmi": [layer["nmi"]["mean"] for layer in summary["routing"]]}
+        )
+        write_json(path, found | {"environment": environment()})
+    draw_map(found, results / "regime-map.png")
+    return found
+
+
+def gains(found: Mapping[str, Any]) -> dict[tuple[Any, ...], list[float]]:
+    """By place and model: points above the dense model of equal FLOPs, seed by seed."""
+    tests = {tuple(entry[axis] for axis in AXES): entry["test"] for entry in found["places"]}
+    dense = {key[:-1]: test for key, test in tests.items() if key[-1] == "dense-flops"}
+    return {
+        key: [100 * (a - b) for a, b in zip(test, dense[key[:-1]], strict=True)]
+        for key, test in tests.items()
+        if key[:-1] in dense
+    }
+
+
+def draw_map(found: Mapping[str, Any], path: Path) -> None:
+    """Experts and oracle above equal FLOPs, over the number of regimes: a panel a width and way that regimes show."""
+    known = gains(found)
+    figure, axes = plt.subplots(len(WIDTHS), len(WAYS), figsize=(10, 5.6), sharex=True, sharey=True, squeeze=False)
+    for (row, width), (column, shown) in product(enumerate(WIDTHS), enumerate(WAYS)):
+        panel = axes[row][column]
+        for (number, labels), (model, style) in product(enumerate(LABELS), {"experts": "o-", "oracle": "x:"}.items()):
+            keys = [(count, labels, width, shown, model) for count in REGIMES]
+            line = [(key[0], statistics.fmean(known[key])) for key in keys if key in known]
+            if line:
+                label = f"{model}, {labels} labels a regime"
+                panel.plot(*zip(*line, strict=True), style, color=f"C{number}", label=label)
+        panel.axhline(0, color="gray", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        panel.set_title(f"regime shows in: {shown}, width {width}", fontsize=9)
+    figure.supxlabel("regimes")
+    figure.supylabel("points above dense of equal FLOPs")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper center", ncols=3, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0.02, 0.02, 1, 0.9))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
