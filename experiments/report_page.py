@@ -37,8 +37,8 @@ MOST_TOKENS = 50_000
 """Of more tokens a random part is compared, of two runs."""
 
 
-def write_report(folders: Sequence[Path], path: Path, data_root: Path | None) -> list[str]:
-    """Write the page about runs, and say why some were left out; a ``ValueError`` if all were."""
+def write_report(folders: Sequence[Path], path: Path, data_root: Path | None, first: Sequence[str] = ()) -> list[str]:
+    """Write the page about runs, below first lines, and say why some were left out; a ``ValueError`` if all were."""
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
     runs, failed = list[RunFolder](), list[str]()
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
@@ -51,6 +51,8 @@ def write_report(folders: Sequence[Path], path: Path, data_root: Path | None) ->
     names = [run.name for run in runs]
     runs = [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
     page, routing = Page(), Page()
+    for line in first:
+        page.text(line, "lead")
     for run in runs:
         if run.history:
             page.text(f"{run.name}: {_routing(routing, run)}", "lead")

@@ -1,0 +1,224 @@
+"""Will experts pay on your data? ``python -m experiments.advise graph --data-root FILE.npz --out DIR``, or a preset.
+
+First the dense model against one four times as wide, split by split: where that gains nothing, nothing is left for
+experts to gain, and that is the answer. Else a dense model of the experts' active FLOPs against experts in the two
+settings that the docs name first, in turns, until the answer is clear or the budget is spent. Validation chooses among
+the settings; all that is said is of the test set. The same command goes on where it was stopped.
+
+An answer is clear when the interval of the mean difference is above 0, or below half a point: a 99 % t interval over
+splits, from the third on, and a 95 % interval after the last of ten. Ten splits without a difference are a no; fewer
+are not.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from experiments.config import GraphConfig, HeteroConfig, RouterOptions, RunConfig, fail
+from experiments.files import read_json
+from experiments.presets import PRESETS
+
+Verdict = Literal["yes", "no", "not told"]
+LEAST, MOST, WORTH = 3, 10, 0.5
+"""Splits that an answer takes at least and at most, and the points that are worth having."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A mean of paired differences on the test set, in points, its interval, and what it says."""
+
+    mean: float
+    interval: tuple[float, float] | None  # of fewer than three, none
+    n: int
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        interval = "" if self.interval is None else " [{:+.2f}, {:+.2f}]".format(*self.interval)
+        return f"{self.mean:+.2f} points{interval}, n = {self.n}"
+
+
+def judge(differences: Sequence[float]) -> Difference:
+    """What paired differences say; see the module."""
+    from scipy.stats import t
+
+    n, mean = len(differences), statistics.fmean(differences)
+    if n < LEAST:
+        return Difference(mean=mean, interval=None, n=n, verdict="not told")
+    half = float(t.ppf(0.975 if n >= MOST else 0.995, n - 1)) * statistics.stdev(differences) / n**0.5
+    low, high = mean - half, mean + half
+    verdict: Verdict = "no" if high < WORTH else "yes" if low > 0 else "no" if n >= MOST else "not told"
+    return Difference(mean=mean, interval=(low, high), n=n, verdict=verdict)
+
+
+def arms_of(base: RunConfig) -> dict[str, RunConfig]:
+    """What is compared, by name; the last two are the settings."""
+    dense = replace(base, router="dense")
+    arms = {"dense": dense, "dense-4x": replace(dense, hidden=4 * base.hidden)}
+    settings: dict[str, RunConfig]
+    if isinstance(base, GraphConfig):
+        once = replace(base, router="token_choice", shared_router=True, router_input=("node", "neighbors"))
+        centers: dict[str, Any] = {"kmeans_init": True, "options": RouterOptions(num_centroids=1)}
+        settings = {"route-once": once, "k-means": replace(once, router="multi_centroid", **centers)}
+    else:
+        settings = {name: replace(base, router=name.replace("-", "_")) for name in ("expert-choice", "token-choice")}
+    first = next(iter(settings.values()))
+    matched: Any = {"router": "dense", "equal": "flops", "equal_to": first.router}
+    return arms | {"dense-flops": replace(first, **matched)} | settings
+
+
+class Comparison:
+    """Arms in turns, a seed (and so a split) after the other, as long as the budget lasts."""
+
+    def __init__(self, base: RunConfig, out: Path, seconds: float) -> None:
+        self.arms: dict[str, RunConfig] = {
+            name: replace(arm, out=out / name, resume=True) for name, arm in arms_of(base).items()
+        }
+        self.ends = time.monotonic() + seconds
+        self.summaries: dict[str, Any] = {}
+        self.longest = 0.0  # of a turn so far: another one has to fit into the budget
+
+    def turn(self, names: Sequence[str], n: int) -> bool:
+        """Train some arms with the first ``n`` seeds; whether there was time to."""
+        from experiments.loop import run
+
+        begun = time.monotonic()
+        if n > 1 and begun + self.longest > self.ends:
+            return False
+        for name in names:
+            path = self.arms[name].folder() / "config.json"
+            there = len(read_json(path, dict[str, Any])["seeds"]) if path.exists() else 0
+            self.summaries[name] = run(replace(self.arms[name], seeds=tuple(range(max(n, there)))))
+        self.longest = max(self.longest, time.monotonic() - begun)
+        return True
+
+    def difference(self, one: str, other: str) -> Difference:
+        """Of two arms, over the seeds that both have."""
+        pairs = zip(*(self.summaries[arm]["test"]["values"] for arm in (one, other)), strict=False)
+        return judge([100 * (a - b) for a, b in pairs])
+
+    def step_ratio(self, arm: str) -> float:
+        """The time of a training step over the dense model's."""
+        from experiments.data import load_tasks
+        from experiments.routers import step_times
+
+        config = replace(self.arms[arm], seeds=(0,))
+        times = step_times(config, load_tasks(config)(0))
+        return float(times["cell"]["wall"]["median"] / times["dense"]["wall"]["median"])
+
+    def headroom(self) -> Difference:
+        """Of the dense model, as far as it takes to tell."""
+        for n in range(1, MOST + 1):
+            if not self.turn(("dense", "dense-4x"), n):
+                break
+            if (found := self.difference("dense-4x", "dense")).verdict != "not told":
+                return found
+        return self.difference("dense-4x", "dense")
+
+    def experts(self) -> tuple[str, Difference]:
+        """The setting that validates better, and what it gains over equal FLOPs, as far as it takes to tell."""
+        first, second = list(self.arms)[-2:]
+
+        def found() -> tuple[str, Difference]:
+            means = {name: self.summaries[name]["val"]["mean"] for name in (first, second)}
+            better = max(means, key=means.__getitem__)
+            return better, self.difference(better, "dense-flops")
+
+        for n in range(1, MOST + 1):
+            if not self.turn(("dense-flops", first, second), n):
+                break
+            if found()[1].verdict != "not told":
+                break
+        return found()
+
+
+SAID = {"yes": "headroom", "no": "no headroom", "not told": "headroom is not told"}
+ADVICE = {"no": "do not", "not told": "not told: it takes more splits, or a larger --budget"}
+
+
+def advise(
+    preset: tyro.conf.Positional[str],
+    out: Path,
+    data_root: Path = Path("data"),
+    metric: Literal["accuracy", "roc_auc"] | None = None,
+    width: int | None = None,
+    budget: float = 30.0,
+) -> list[str]:
+    """Three lines of advice, also in ``advice.json`` beside the report of all runs.
+
+    Args:
+        preset: `graph` for your own graph, `images` for a folder of images, or another preset of experiments.train.
+        out: folder of the runs and of the report.
+        data_root: the file of your graph, or the root folder of the data.
+        metric: of your own graph (default accuracy).
+        width: of the dense model's hidden layers; by default the preset's.
+        budget: minutes, in which another turn of all arms has to fit.
+    """
+    if preset not in PRESETS or isinstance(PRESETS[preset][1], HeteroConfig):
+        legal = [name for name, (_, config) in PRESETS.items() if not isinstance(config, HeteroConfig)]
+        raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(legal)}")
+    if budget <= 0:
+        raise ValueError(f"budget: got {budget}, expected minutes above 0")
+    base = replace(PRESETS[preset][1], data_root=data_root, progress=sys.stderr.isatty())
+    if metric is not None and preset != "graph":
+        raise ValueError(f"metric: got {metric!r} for {preset}, expected none; `graph` leaves it open")
+    given = {"metric": metric, "hidden": width}
+    base = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    from experiments.report_page import write_report
+    from experiments.run_folder import write_json
+
+    comparison = Comparison(base, out, 60 * budget)
+    room = comparison.headroom()
+    found: dict[str, Any] = {"headroom": vars(room), "experts": None, "setting": None, "step": None}
+    lines = [f"{SAID[room.verdict]}: a dense model four times as wide gains {room}"]
+    if room.verdict != "yes":
+        lines += ["experts: not tried, since they need headroom", ADVICE[room.verdict]]
+    else:
+        setting, gain = comparison.experts()
+        step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense").mean
+        found |= {"experts": vars(gain), "setting": setting, "step": step}
+        lines.append(
+            f"experts ({setting}): {gain}, above a dense model of their active FLOPs; {100 * more / room.mean:.0f} % "
+            f"of the headroom, at {step:.2f} times the dense model's step"
+        )
+        command = f"use them: python -m experiments.train {preset} {' '.join(options(comparison.arms[setting], base))}"
+        lines.append(ADVICE.get(gain.verdict, command))
+    write_json(out / "advice.json", {"lines": lines, **found})
+    write_report(
+        [comparison.arms[name].folder() for name in comparison.summaries], out / "index.html", data_root, lines
+    )
+    return lines
+
+
+def options(config: RunConfig, base: RunConfig) -> list[str]:
+    """How ``config`` is asked for on the command line, beyond ``base``."""
+    found: list[str] = []
+    for name in ("hidden", "metric", "router", "shared_router", "router_input", "kmeans_init"):
+        value = getattr(config, name, None)
+        if value not in (getattr(base, name, None), None) or name in ("hidden", "metric"):
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            found += [f"--{name.replace('_', '-')}", *map(str, values)] if value is not None else []
+    return found + [f"--{name.replace('_', '-')} {value}" for name, value in config.options.given().items()]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    try:
+        lines = tyro.cli(advise, args=args, prog="python -m experiments.advise", description=__doc__)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
