@@ -91,7 +91,7 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
     if fabric.world_size > 1:  # from here on each process draws its own
         torch.manual_seed(seed + (fabric.global_rank << 50))
     with locked(fabric, folder):
-        begin(config, task)
+        begin(config)
         with set_up(fabric, model, config, task) as training:
             reached = fit(training, seed, folder, progress)
             test, routings = training.evaluate("test")

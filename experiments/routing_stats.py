@@ -131,7 +131,7 @@ def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
     if len(distinct) <= bins:
         return which
     middle = counts.cumsum(0) - (counts + 1) / 2  # the mean rank of each distinct value
-    return (middle / len(values) * bins).long()[which]
+    return (middle / len(values) * bins).long().unique(return_inverse=True)[1][which]  # no bin is empty
 
 
 def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) -> dict[str, float]:

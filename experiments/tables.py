@@ -35,9 +35,13 @@ def render(page: str, results: Path = ROOT / "results") -> str:
     makers: dict[str, Callable[..., str]] = {"table": study_table, "pairs": pair_table, "presets": preset_table}
 
     def table(match: re.Match[str]) -> str:
-        content = read_json(results / f"{match['study']}.json", dict[str, Any])
+        path = results / f"{match['study']}.json"
         only = [] if match["variants"] is None else [match["variants"].split()]
-        return f"{match[1]}{makers.get(match['kind'], benchmark_table)(content, *only)}\n{match[5]}"
+        try:
+            made = makers.get(match["kind"], benchmark_table)(read_json(path, dict[str, Any]), *only)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: lacks what the mark '{match['kind']}' shows ({error!r})") from error
+        return f"{match[1]}{made}\n{match[5]}"
 
     return MARKED.sub(table, page)
 

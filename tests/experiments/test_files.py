@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from experiments.data.named import load_graph
 from experiments.data.own_graph import own_graph
 from experiments.files import read_csv, read_json, read_npy, read_npz, read_pickle, read_tensors
 from tests.experiments.pyg_data import write_raw
+from tests.experiments.test_named import load
 from tests.experiments.user_data import FORMS
 from tests.vision.made_images import write_images
 from vision import load_images
@@ -60,10 +60,10 @@ def read_all(folder: Path) -> dict[str, Any]:
     return {name: read(folder / name) for name, read in READERS.items()}
 
 
-RAW = ("citeseer", "amazon-photo", "wikics", "roman-empire", "actor", "chameleon")
+RAW = ("citeseer", "amazon-photo", "wikics", "roman-empire", "actor")
 FOLDERS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
     "files": (write_all, read_all),
-    **{name: (partial(write_raw, name), partial(load_graph, name, offline=True)) for name in RAW},
+    **{name: (partial(write_raw, name), partial(load, name)) for name in RAW},
     **{form: (write, lambda root: own_graph(next(root.iterdir()))) for form, write in FORMS.items()},
     "images": (partial(write_images, train=2, test=1), partial(load_images, "images")),
 }
