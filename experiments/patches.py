@@ -40,7 +40,7 @@ def patches(
         raise ValueError("images: got none, expected at least one")
     found = read_run(run, data_root)
     task = found.load_task()
-    if task.kind != "image" or not found.routings:
+    if task.kind != "image" or not found.history:
         raise ValueError(f"run: got {run}, a dense model or one of graphs, expected an image model with experts")
     model = found.load_model(task)
     mean, std = (torch.tensor(value)[:, None, None] for value in (task.mean, task.std))

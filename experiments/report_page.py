@@ -21,7 +21,7 @@ from experiments.data import Batch, Task
 from experiments.routing_stats import alignment, node_properties
 from experiments.run_folder import RunFolder, read_run
 from experiments.tables import percent
-from gmoe import Routing
+from gmoe import record_routing
 from gmoe.plot import expert_load, expert_maps, patch_weights
 
 STYLE = """
@@ -143,7 +143,7 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
             "parameters": f"{run.summary['parameters']:,}",
             "active parameters": f"{run.summary['active_parameters']:,}",
             "seconds a seed": f"{run.summary['seconds']['mean']:,.0f}",
-            "peak memory (MiB)": f"{run.summary['peak_memory']:,}" if "peak_memory" in run.summary else "–",
+            "peak memory of the GPU (MiB)": f"{run.summary.get('peak_memory') or '–'}",
         }
         for run in runs
     ]
@@ -166,13 +166,13 @@ def _routing(page: Page, run: RunFolder) -> str:
                 found = alignment(expert, {name.removeprefix("ami_"): value for name, value in known.items()})
                 layer |= {f"ami_{name}": value for name, value in found.items()}
         else:
-            shown = _nodes(run.routings, task)
+            shown = _nodes(run, task)
     except (FileNotFoundError, ValueError) as error:
         missing = f"Not drawn: {error}"
     page.heading(f"{run.folder}: routing")
     page.figures([expert_load(run.history)], f"Load of each expert in each epoch's steps, seed {seed}.")
     header = ["MoE layer", *(str(number) for number in range(1, len(layers) + 1))]
-    page.table([header, *([_words(name), *(_short(layer[name]) for layer in layers)] for name in layers[0])])
+    page.table([header, *([name.replace("_", " "), *(f"{layer[name]:.3f}" for layer in layers)] for name in layers[0])])
     page.text(
         f"Mean over seeds, on {'the test images; AMI on validation images of the first seed' if maps else 'all nodes'}"
         ". Dropped pairs had no room at their expert; dead experts get no token; entropy is in nats. AMI: adjusted "
@@ -224,25 +224,17 @@ def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens]
     return shown, expert_maps(model, images[chosen], mean=task.mean, std=task.std, titles=titles)
 
 
-def _nodes(routings: Sequence[Routing], task: Task) -> list[Tokens]:
-    """By MoE layer, the nodes of a graph that was routed as a whole; a ``ValueError`` of others."""
+def _nodes(run: RunFolder, task: Task) -> list[Tokens]:
+    """By MoE layer, the nodes of a graph that is evaluated as a whole; a ``ValueError`` of others."""
     graph = task.graph
-    if not isinstance(graph, Data) or {routing.num_tokens for routing in routings} != {graph.num_nodes}:
+    if not isinstance(graph, Data) or getattr(run.config, "evaluation", "") != "full":
         raise ValueError("the graph is heterogeneous, or the run was evaluated in batches")
+    model, (batch,) = run.load_model(task), task.loader("test", run.config.batch_size, None)
+    with torch.no_grad(), record_routing(model) as routings:
+        model(*batch.inputs)
     known = {} if task.planted is None else {"nmi": task.planted}
     known |= {f"ami_{name}": value for name, value in node_properties(graph).items()}
     return [(routing.to_dense(), known) for routing in routings]
-
-
-def _short(value: float) -> str:
-    """Three decimals, and no -0.000."""
-    return f"{round(value, 3) + 0.0:.3f}"
-
-
-def _words(name: str) -> str:
-    if name in PROPERTIES:
-        return "{1} with the {0}".format(*PROPERTIES[name])
-    return "AMI, shuffled experts" if name == "ami_shuffled" else name.replace("_", " ")
 
 
 def sentence(experts: int, dead: Sequence[float], layers: Sequence[Mapping[str, float]]) -> str:

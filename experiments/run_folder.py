@@ -10,7 +10,6 @@ import platform
 import signal
 import statistics
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ from experiments.build import build_model, from_first
 from experiments.config import RECORDS, WHERE, RunConfig, interrupt, read_options, restore
 from experiments.data import Task, load_tasks
 from experiments.files import naming, read_csv, read_json
-from experiments.routing_stats import load_routings
-from gmoe import Routing
 from gmoe.distributed import world_sum
 from gmoe.metrics import PER_EXPERT
 
@@ -57,7 +54,7 @@ class Summary(TypedDict):
     test: Spread
     best_epoch: Spread
     seconds: Spread
-    peak_memory: NotRequired[int]
+    peak_memory: NotRequired[int | None]  # of the GPU, MiB
     flops: int
     parameters: int
     active_parameters: int
@@ -164,7 +161,7 @@ def summarize(config: RunConfig, results: list[Result]) -> Summary:
     found: Any = {
         "metric": first["metric"],
         **{name: spread([result[name] for result in results]) for name in spreads},
-        "peak_memory": max(result["peak_memory"] for result in results),
+        "peak_memory": max(result["peak_memory"] or 0 for result in results) or None,
         **{name: first[name] for name in costs},
         "routing": [
             {name: spread([layer[name] for layer in layers]) for name in layers[0] if name not in PER_EXPERT}
@@ -329,8 +326,7 @@ class Checkpoint:
         return int(total)
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # which alone gets signals
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, _: Any) -> None:
         self.signal = number
@@ -349,8 +345,7 @@ class RunFolder:
     config: RunConfig  # with the data root that the data have here
     science: dict[str, Any]  # config.json
     summary: Summary
-    routings: list[Routing]  # of the first seed's test split, one a layer; of a dense model none
-    history: list[list[dict[str, Tensor]]]  # of the first seed: by epoch and layer the load of each expert
+    history: list[list[dict[str, Tensor]]]  # of the first seed, by epoch and MoE layer: the load of each expert
 
     def load_task(self) -> Task:
         """The data, as the first seed saw them; an error where others or none are there."""
@@ -373,29 +368,18 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
 
     ``data_root`` is where the data of the run are here (default: where it was trained on them, or ``data``).
     """
-    path, where, summary = (folder / name for name in ("config.json", "where.json", "summary.json"))
-    if not summary.exists():
-        raise ValueError(f"{summary}: is missing, expected the folder of a run; one not finished goes on by --resume")
+    path, where = folder / "config.json", folder / "where.json"
     try:
-        science = read_json(path, dict[str, Any])
+        summary, science = read_json(folder / "summary.json", Summary), read_json(path, dict[str, Any])
         if data_root is None:
             data_root = Path(read_json(where, dict[str, str]).get("data_root", "data")) if where.exists() else Path()
             data_root = data_root if data_root.exists() else Path("data")
-        config = read_options(path, data_root)
-        seed = config.seeds[0]
-        saved, log = folder / "routing" / f"seed-{seed}.safetensors", folder / f"seed-{seed}" / "routing.csv"
-        is_dense = not saved.exists() and (config.router == "dense" or config.model is not None)
-        routings = [] if is_dense else load_routings(saved)
-        return RunFolder(
-            folder=folder,
-            config=config,
-            science=science,
-            summary=read_json(summary, Summary),
-            routings=routings,
-            history=_history(log, config.epochs, len(routings)) if routings else [],
-        )
+        config, layers = read_options(path, data_root), len(summary["routing"])
+        log = folder / f"seed-{config.seeds[0]}" / "routing.csv"
+        history = _history(log, config.epochs, layers) if layers else []
     except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{error}; expected the folder of a run, which goes on by --resume if unfinished") from error
+    return RunFolder(folder=folder, config=config, science=science, summary=summary, history=history)
 
 
 def _history(path: Path, epochs: int, layers: int) -> list[list[dict[str, Tensor]]]:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from experiments.data.own_graph import own_graph
 from experiments.files import read_csv, read_json, read_npy, read_npz, read_pickle, read_tensors
@@ -41,7 +40,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "a.csv": read_csv,
     "a.pickle": read_pickle,
     "a.pt": read_tensors,
-    "a.safetensors": read_tensors,
 }
 
 
@@ -53,7 +51,6 @@ def write_all(folder: Path) -> None:
     (folder / "a.csv").write_text("a,b\n1,2\n3,4\n")
     (folder / "a.pickle").write_bytes(pickle.dumps(ARRAY, protocol=2))
     torch.save({"x": torch.tensor(ARRAY)}, folder / "a.pt")
-    save_file({"x": torch.tensor(ARRAY)}, folder / "a.safetensors")
 
 
 def read_all(folder: Path) -> dict[str, Any]:
@@ -104,8 +101,7 @@ def test_whole_files_come_back(tmp_path: Path) -> None:
     assert list(found["a.npz"]) == ["x", "y"]
     assert list(read_npz(tmp_path / "a.npz", ["x", "z"])) == ["x"]
     assert found["a.csv"].to_numpy().tolist() == [[1, 2], [3, 4]]
-    for name in ("a.pt", "a.safetensors"):
-        assert torch.equal(found[name]["x"], torch.tensor(ARRAY))
+    assert torch.equal(found["a.pt"]["x"], torch.tensor(ARRAY))
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -25,7 +25,7 @@ def test_a_row_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     half = cut(write_photo(tmp_path / "half.jpg", (60, 50)))
     for folder, image, message in (
         (dense, photos[0], "expected an image model with experts"),
-        (tmp_path / "nowhere", photos[0], "summary.json: is missing"),
+        (tmp_path / "nowhere", photos[0], "summary.json"),
         (moe, half, "half.jpg"),
         (moe, tmp_path / "none.jpg", "none.jpg"),
     ):
