@@ -285,11 +285,6 @@ class HeteroConfig(NodeConfig):
     sampling: Literal["full", "neighbor"] = "full"
     evaluation: Literal["full", "sampled"] = "full"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if "degree" in (self.router_input or ()):
-            raise ValueError(f"router_input: got {self.router_input}, expected node, neighbors, or both of them")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig(RunConfig):
@@ -306,21 +301,15 @@ class ImageConfig(RunConfig):
     vit_heads: int | None = None
     """Attention heads; by default those of the size's preset."""
     label_smoothing: float = 0.0
+    image_size: int | None = None
+    """Height and width that images are brought to; by default the data set's."""
+    augment: Literal["none", "standard"] = "none"
+    """Random crops and flips."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.router != "dense" and self.mlp_scale != 1:
             raise ValueError(f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected router='dense'")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSetConfig(ImageConfig):
-    """Images from files or from your own function."""
-
-    image_size: int | None = None
-    """Height and width that images are brought to; by default the data set's."""
-    augment: Literal["none", "standard"] = "none"
-    """Random crops and flips."""
 
 
 HETERO = ("ogbn-mag", "hetero")
@@ -356,9 +345,7 @@ def config_class(dataset: str) -> type[RunConfig]:
     """The configuration of a data set's kind."""
     if dataset in HETERO:
         return HeteroConfig
-    if dataset in IMAGES:
-        return ImageConfig if dataset == "digits" else ImageSetConfig
-    return GraphConfig
+    return ImageConfig if dataset in IMAGES else GraphConfig
 
 
 def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:

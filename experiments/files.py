@@ -96,13 +96,10 @@ def read_csv(path: Path, **options: Any) -> Any:
 
 
 def read_tensors(path: Path, classes: Collection[Any] = ()) -> Any:
-    """Read ``.safetensors``, or what ``torch.save`` wrote: tensors, plain containers, and objects of ``classes``."""
+    """Read what ``torch.save`` wrote: tensors, plain containers, and objects of ``classes``."""
     import torch
-    from safetensors.torch import load_file
 
     with naming(path):
-        if path.suffix == ".safetensors":
-            return load_file(path)
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():  # torch allocates what they claim
                 _check_size(member.file_size, min(member.compress_size, path.stat().st_size))

@@ -6,12 +6,11 @@ import copy
 import itertools
 import logging
 import math
-import resource
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import gmoe
 from experiments.build import build_model, costs_of, from_first, init_centroids, make_fabric, of_all, share
 from experiments.config import GraphConfig, NodeConfig, RunConfig
 from experiments.data import Batch, Split, Task, load_tasks
-from experiments.routing_stats import routing_rows, routing_summary, save_routings
+from experiments.routing_stats import routing_rows, routing_summary
 from experiments.run_folder import Checkpoint, Logs, Result, Summary, begin, so_far, summarize, write_json
 from gmoe import Router, Routing, RoutingStats
 from gmoe.distributed import world_sum
@@ -82,7 +81,9 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
     An unfinished checkpoint is resumed. Of several processes the first one's figures of the routing are right.
     """
     folder = config.folder() / f"seed-{seed}"
-    restart_peak_memory(fabric.device)
+    is_on_gpu = fabric.device.type == "cuda"
+    if is_on_gpu:
+        torch.cuda.reset_peak_memory_stats(fabric.device)
     fabric.seed_everything(seed, verbose=False)
     model = build_model(config, task)
     if config.kmeans_init:
@@ -91,11 +92,10 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
     if fabric.world_size > 1:  # from here on each process draws its own
         torch.manual_seed(seed + (fabric.global_rank << 50))
     with locked(fabric, folder):
-        begin(config, task)
+        begin(config)
         with set_up(fabric, model, config, task) as training:
             reached = fit(training, seed, folder, progress)
             test, routings = training.evaluate("test")
-        save_routings(routings, folder.parent / "routing" / f"{folder.name}.safetensors")
         result: Result = {
             "seed": seed,
             "epochs": config.epochs,
@@ -104,7 +104,7 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
             "test": test,
             "best_epoch": reached.best_epoch,
             "seconds": round(reached.seconds, 2),
-            "peak_memory": round(peak_memory(fabric.device)),
+            "peak_memory": torch.cuda.max_memory_allocated(fabric.device) // 2**20 if is_on_gpu else None,
             **costs,
             "routing": routing_summary(routings, task),
             "curve": reached.curve,
@@ -495,22 +495,6 @@ def set_rng(states: dict[str, Any]) -> None:
     """Draw on from :func:`get_rng`."""
     torch.set_rng_state(states["cpu"])
     torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def restart_peak_memory(device: torch.device) -> None:
-    """Let :func:`peak_memory` count from here on, where the system can: on a GPU, and on Linux."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory in use since then, in MiB: on a GPU what torch allocated, else the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    scale = 2**20 if sys.platform == "darwin" else 2**10  # of the unit that the system counts in
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
 def _check_finite(name: str, value: float, seed: int, epoch: int, config: RunConfig) -> None:

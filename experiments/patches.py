@@ -1,9 +1,9 @@
-"""Which expert takes which patch of your images: ``python -m experiments.patches RUN --images PATH... --out DIR``.
+"""Which expert takes which patch of your images: ``python -m experiments.patches RUN --images IMAGE... --out DIR``.
 
-    python -m experiments.patches runs/cifar10 --images cat.jpg holiday/ --out runs/patches
+    python -m experiments.patches runs/cifar10 --images cat.jpg holiday/*.jpg --out runs/patches
 
-Writes a PNG an image: the image as the model sees it, and its patches tinted by their experts, one panel a MoE layer.
-Needs the run folder only, not its data: the weights of its first seed. A path may be a folder of images.
+Writes ``maps.png``, a row an image: the image as the model sees it, and its patches tinted by their experts, one panel
+a MoE layer. The model is that of the first seed of the run, whose data say how images are prepared.
 """
 
 from __future__ import annotations
@@ -16,53 +16,43 @@ import tyro
 from experiments.config import fail
 
 
-def patches(run: tyro.conf.Positional[Path], images: tuple[Path, ...], out: Path = Path("runs/patches")) -> None:
-    """Draw the maps, and print where they are: ``NAME.png``, or ``NAME-2.png`` of a second image of that name.
+def patches(
+    run: tyro.conf.Positional[Path],
+    images: tuple[Path, ...],
+    out: Path = Path("runs/patches"),
+    data_root: Path | None = None,
+) -> None:
+    """Draw the maps, and print where they are.
 
     Args:
         run: run folder of an image model with experts.
-        images: images, or folders of them.
-        out: folder of the pictures.
+        images: images.
+        out: folder of the picture.
+        data_root: root folder of the run's data. By default where it was trained on them.
     """
     import torch  # and what needs it, which --help does without
 
-    from experiments.run_folder import image_task_of, load_model, read_config
+    from experiments.run_folder import read_run
     from gmoe.plot import expert_maps
     from vision.sources import decode
 
-    paths = [path for given in images for path in _images(given)]
-    if not paths:
+    if not images:
         raise ValueError("images: got none, expected at least one")
-    config = read_config(run, Path())
-    if config.router == "dense":
-        raise ValueError(f"run: got {run}, a dense model, expected one with experts")
-    task = image_task_of(run)
-    model = load_model(run, config, task, config.seeds[0])
+    found = read_run(run, data_root)
+    task = found.load_task()
+    if task.kind != "image" or not found.history:
+        raise ValueError(f"run: got {run}, a dense model or one of graphs, expected an image model with experts")
+    model = found.load_model(task)
     mean, std = (torch.tensor(value)[:, None, None] for value in (task.mean, task.std))
-    for number, path in enumerate(paths):
-        picture = decode(str(path), task.in_channels).float() / 255
-        image = ((picture.mean(dim=0, keepdim=True) if len(mean) == 1 else picture) - mean) / std
-        with torch.no_grad():
-            guess = task.classes[int(model(image[None]).argmax())]
-        figure = expert_maps(model, image, mean=task.mean, std=task.std, titles=[f"{path.name}\n{guess}?"])
-        before = sum(other.stem == path.stem for other in paths[:number])
-        out.mkdir(parents=True, exist_ok=True)
-        written = out / f"{path.stem}{f'-{before + 1}' if before else ''}.png"
-        figure.savefig(written, dpi=160)
-        print(written)
-
-
-def _images(path: Path) -> list[Path]:
-    """The image, or the images in the folder."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    if not path.is_dir():
-        return [path]
-    files = (file for file in path.iterdir() if not file.name.startswith("."))
-    found = sorted(file for file in files if file.suffix.lower() in IMG_EXTENSIONS)
-    if not found:
-        raise ValueError(f"images: got {path}, a folder without images, expected some of {', '.join(IMG_EXTENSIONS)}")
-    return found
+    seen = [decode(str(path), task.in_channels).float() / 255 for path in images]
+    batch = torch.stack([((one.mean(0, keepdim=True) if len(mean) == 1 else one) - mean) / std for one in seen])
+    with torch.no_grad():
+        guesses = model(batch).argmax(dim=1).tolist()
+    titles = [f"{path.name}\n{task.classes[guess]}?" for path, guess in zip(images, guesses, strict=True)]
+    figure = expert_maps(model, batch, mean=task.mean, std=task.std, titles=titles)
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "maps.png", dpi=160)
+    print(out / "maps.png")
 
 
 def main(args: Sequence[str] | None = None) -> None:

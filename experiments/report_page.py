@@ -1,25 +1,43 @@
-"""The page of ``experiments.report``."""
+"""The page of ``experiments.report``. Shapes: B images, h x w patches, T tokens, E experts."""
 
 from __future__ import annotations
 
-import statistics
+import base64
+import io
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import combinations
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 from torch_geometric.data import Data
 
-from experiments.data import Task
-from experiments.figures import Page, Seen, gallery, learning_curves, look, places, share_map
-from experiments.routing_stats import alignment, ami, node_properties
-from experiments.run_folder import RunFolder, load_model, read_run
+from experiments.data import Batch, Task
+from experiments.routing_stats import alignment, node_properties
+from experiments.run_folder import RunFolder, read_run
 from experiments.tables import percent
-from gmoe.plot import expert_load, expert_maps
+from gmoe import record_routing
+from gmoe.plot import expert_load, expert_maps, patch_weights
+
+STYLE = """
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1120px; margin: 0 auto;
+       padding: 1rem clamp(.8rem, 4vw, 2rem); overflow-wrap: anywhere; }
+h2 { margin-top: 2.4rem; border-bottom: 2px solid #1f77b4; }
+.lead { font-size: 1.15rem; border-left: 4px solid #1f77b4; padding-left: .8rem; }
+.warn { background: #fff4e0; border-left: 4px solid #ff9f1c; padding: .4rem .8rem; }
+p, figcaption { max-width: 80ch; } figcaption, .note { color: #52606d; font-size: 14px; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 15px; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #e3e8ed; text-align: right; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 7em; } td { white-space: nowrap; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
+figure { margin: .6rem 0; max-width: 100%; } img { max-width: 100%; height: auto; display: block; }
+"""
 
 FOLLOWED = 0.1
 """An expert assignment follows what it has at least so much mutual information with."""
@@ -33,49 +51,74 @@ PROPERTIES = {
 }
 """What experts may follow, by the figure that measures it."""
 
-MOST_TOKENS = 50_000
-"""Of more tokens a random part is compared, of two runs."""
+Tokens = tuple[Tensor, dict[str, Tensor]]
+"""Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in :data:`PROPERTIES`."""
+
+
+class Page(list[str]):
+    """The parts of one HTML file that needs nothing else, for wide screens and phones."""
+
+    def heading(self, text: str, level: int = 2) -> None:
+        """Add a heading: 2 for sections, 3 inside them."""
+        self.append(f"<h{level}>{escape(text)}</h{level}>")
+
+    def text(self, text: str, kind: str = "") -> None:
+        """Add a paragraph; ``kind`` is "lead", "note", "warn" or nothing."""
+        self.append(f'<p class="{kind}">{escape(text)}</p>')
+
+    def table(self, rows: Sequence[Sequence[str]]) -> None:
+        """Add a table, header first, which scrolls by itself where it is too wide."""
+        tags = ["th", *["td"] * (len(rows) - 1)]
+        cells = ("".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) for tag, row in zip(tags, rows, strict=True))
+        self.append(f'<div class="scroll"><table><tr>{"</tr><tr>".join(cells)}</tr></table></div>')
+
+    def figures(self, figures: Sequence[Figure], caption: str) -> None:
+        """Add figures side by side, where there is room, and one caption below."""
+        images = []
+        for figure in figures:
+            content = io.BytesIO()
+            figure.savefig(content, format="png", dpi=150)
+            data, width = base64.b64encode(content.getvalue()).decode(), round(96 * figure.get_figwidth())
+            images.append(f'<img width="{width}" alt="{escape(caption)}" src="data:image/png;base64,{data}">')
+        row = f'<div class="row">{"".join(images)}</div>'
+        self.append(f"<figure>{row}<figcaption>{escape(caption)}</figcaption></figure>")
+
+    def write(self, path: Path) -> None:
+        """Write the file, and the folders that it needs."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Routing report</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+            f"<style>{STYLE}</style></head><body><h1>Routing report</h1>{''.join(self)}</body></html>\n",
+            encoding="utf-8",
+        )
 
 
 def write_report(folders: Sequence[Path], path: Path, data_root: Path | None, first: Sequence[str] = ()) -> list[str]:
     """Write the page about runs, below first lines, and say why some were left out; a ``ValueError`` if all were."""
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
     runs, failed = list[RunFolder](), list[str]()
-    for folder in dict.fromkeys(folder.resolve() for folder in folders):
+    for folder in {folder.resolve(): folder for folder in folders}.values():
         try:
             runs.append(read_run(folder, data_root))
         except ValueError as error:
             failed.append(str(error))
     if not runs:
         raise ValueError("; ".join(failed) or "runs: got none, expected at least one folder")
-    names = [run.name for run in runs]
-    runs = [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
     page, routing = Page(), Page()
     for line in first:
         page.text(line, "lead")
     for run in runs:
         if run.history:
-            page.text(f"{run.name}: {_routing(routing, run)}", "lead")
+            page.text(f"{run.folder}: {_routing(routing, run)}", "lead")
     for reason in failed:
         page.text(f"Left out: {reason}", "warn")
     _results(page, runs)
-    groups: dict[str, list[RunFolder]] = {}
-    for run in runs:
-        groups.setdefault(data_of(run), []).append(run)
-    for name, mine in groups.items():
-        curves = learning_curves(mine)
+    for data in dict.fromkeys(map(data_of, runs)):
+        curves = learning_curves([run for run in runs if data_of(run) == data])
         if curves:
-            page.heading(f"{name}: learning curves")
+            page.heading(f"{data}: learning curves")
             page.figures(curves, "Mean over seeds, and the band from the lowest to the highest.")
-        agreement = similarity(mine)
-        if agreement:
-            page.heading(f"{name}: do two runs find the same experts?", 3)
-            page.table([["seeds of", "and of", "AMI"], *([*pair, _short(value)] for pair, value in agreement.items())])
-            page.text(
-                "Adjusted mutual information of the tokens' experts, mean over the MoE layers: 1 if two routings agree "
-                "up to the experts' numbers, 0 by chance or where one uses a single expert.",
-                "note",
-            )
     page.extend(routing)
     page.write(path)
     print(f"written to {path}")
@@ -83,15 +126,14 @@ def write_report(folders: Sequence[Path], path: Path, data_root: Path | None, fi
 
 
 def data_of(run: RunFolder) -> str:
-    """What its data are called; graphs and images of one's own go by their content too."""
-    name, digest = run.science.get("file") or run.config.dataset, run.science.get("digest")
-    return name if digest is None else f"{name} ({digest})"
+    """What its data are called; files of one's own go by their content too."""
+    return " ".join(filter(None, (run.science.get("file", run.config.dataset), run.science.get("digest"))))
 
 
 def _results(page: Page, runs: Sequence[RunFolder]) -> None:
     columns = [
         {
-            "": run.name,
+            "": str(run.folder),
             "data": run.config.dataset,
             "router": run.config.router,
             "experts, K": f"{run.config.experts}, {run.config.k}" if run.history else "–",
@@ -103,7 +145,7 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
             "parameters": f"{run.summary['parameters']:,}",
             "active parameters": f"{run.summary['active_parameters']:,}",
             "seconds a seed": f"{run.summary['seconds']['mean']:,.0f}",
-            "peak memory (MiB)": f"{run.summary['peak_memory']:,}",
+            "peak memory of the GPU (MiB)": f"{run.summary.get('peak_memory') or '–'}",
         }
         for run in runs
     ]
@@ -112,46 +154,29 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
     page.text("Validation selects the epoch; the test set is read once. Mean ± sample standard deviation.", "note")
 
 
-def similarity(runs: Sequence[RunFolder]) -> dict[tuple[str, str], float]:
-    """Adjusted mutual information of the experts of two runs, by their names; mean over their seeds and MoE layers.
-
-    Runs of one data set are compared that route as many tokens in as many layers as most do; of one run its own seeds.
-    """
-    groups: dict[Any, Any] = {}
-    for run in runs:
-        for routings in filter(None, run.routings.values()):
-            experts = [routing.top_expert for routing in routings]
-            groups.setdefault(tuple(map(len, experts)), []).append((run.name, experts))
-    found = dict[tuple[str, str], list[float]]()
-    generator = torch.Generator().manual_seed(0)
-    for (one, first), (other, second) in combinations(max(groups.values(), key=len, default=()), 2):
-        tokens = torch.randperm(len(first[0]), generator=generator)[:MOST_TOKENS]
-        pairs = zip(first, second, strict=True)
-        found.setdefault((one, other), []).append(statistics.fmean(ami(a[tokens], b[tokens]) for a, b in pairs))
-    return {pair: statistics.fmean(values) for pair, values in found.items()}
-
-
 def _routing(page: Page, run: RunFolder) -> str:
     """Write a run's section, and say the most important of it in a sentence."""
-    seed, seen, missing = run.config.seeds[0], None, ""
+    seed, missing, maps, shown = run.config.seeds[0], "", list[Figure](), list[Tokens]()
     layers = [{name: value["mean"] for name, value in layer.items()} for layer in run.summary["routing"]]
     try:
-        task = run.load_task(seed)
+        task = run.load_task()
         if task.kind == "image":
-            model = load_model(run.folder, run.config, task, seed)
-            seen = look(model, task)
+            shown, drawn = _patches(run, task)
+            maps.append(drawn)
+            for layer, (weight, known) in zip(layers, shown, strict=True):
+                expert = weight.argmax(dim=1).where(weight.sum(dim=1) > 0, weight.size(1))
+                found = alignment(expert, {name.removeprefix("ami_"): value for name, value in known.items()})
+                layer |= {f"ami_{name}": value for name, value in found.items()}
+        else:
+            shown = _nodes(run, task)
     except (FileNotFoundError, ValueError) as error:
         missing = f"Not drawn: {error}"
-    if seen:
-        for number, layer in enumerate(layers):
-            found = alignment(seen.top_expert(number), seen.properties(number))
-            layer |= {f"ami_{name}": value for name, value in found.items()}
-    page.heading(f"{run.name}: routing")
+    page.heading(f"{run.folder}: routing")
     page.figures([expert_load(run.history)], f"Load of each expert in each epoch's steps, seed {seed}.")
     header = ["MoE layer", *(str(number) for number in range(1, len(layers) + 1))]
-    page.table([header, *([_words(name), *(_short(layer[name]) for layer in layers)] for name in layers[0])])
+    page.table([header, *([name.replace("_", " "), *(f"{layer[name]:.3f}" for layer in layers)] for name in layers[0])])
     page.text(
-        f"Mean over seeds, on {'the test images; AMI on validation images of the first seed' if seen else 'all nodes'}"
+        f"Mean over seeds, on {'the test images; AMI on validation images of the first seed' if maps else 'all nodes'}"
         ". Dropped pairs had no room at their expert; dead experts get no token; entropy is in nats. AMI: adjusted "
         "mutual information of experts and a property, 1 if they are the same partition, 0 by chance; experts count "
         f"as following it from {FOLLOWED} on.",
@@ -159,29 +184,59 @@ def _routing(page: Page, run: RunFolder) -> str:
     )
     if missing:
         page.text(missing, "warn")
-    elif seen:
-        classes = [task.classes[int(label)] for label in seen.labels]
-        chosen = [
-            int((seen.labels == label).nonzero()[0]) for label in seen.labels.unique()[:6]
-        ]  # each of another class
-        titles = [classes[image] for image in chosen]
-        maps = expert_maps(model, seen.images[chosen], mean=task.mean, std=task.std, titles=titles)
-        _images(page, seen, maps, task.classes)
     else:
-        _graph(page, run, task)
+        page.heading(f"Which {'patches' if maps else 'nodes'} go to which expert?", 3)
+    if maps:
+        page.figures(
+            maps,
+            "Validation images: each patch has the color of its expert, or of its experts mixed by weight; dark "
+            "patches have none. Experts of different layers have nothing to do with each other.",
+        )
+    for number, (weight, known) in enumerate(shown, start=1):
+        page.figures(
+            [
+                share_map(weight, value, PROPERTIES[name][0], task.classes if name == "ami_label" else ())
+                for name, value in known.items()
+            ],
+            f"MoE layer {number}, seed {seed}: of the weights of each expert, the share on each class, place (row by "
+            "row), degree or local homophily (neighbors of the same class), the latter two in bins from few to many. A "
+            "row like the last one says that the expert does not go by it.",
+        )
     dead = [count for layer in run.summary["routing"] for count in layer["dead"]["values"]]
     return sentence(run.config.experts, dead, layers)
 
 
-def _short(value: float) -> str:
-    """Three decimals, and no -0.000."""
-    return f"{round(value, 3) + 0.0:.3f}"
+def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], Figure]:
+    """By MoE layer, the patches of validation images; and maps of images, each of another class."""
+    model = run.load_model(task)
+    batches, weights = list[Batch](), list[list[Tensor]]()
+    for batch in task.loader("val", 128, 0):  # shuffled, since they may lie class by class
+        batches.append(batch)
+        weights.append(patch_weights(model, *batch.inputs))
+        if sum(len(one.target) for one in batches) >= most:
+            break
+    images, labels = (torch.cat(parts) for parts in zip(*((*one.inputs, one.target) for one in batches), strict=True))
+    shown = list[Tokens]()
+    for weight_BhwE in map(torch.cat, zip(*weights, strict=True)):
+        number = weight_BhwE[0, ..., 0].numel()
+        known = {"ami_label": labels.repeat_interleave(number), "ami_place": torch.arange(number).repeat(len(labels))}
+        shown.append((weight_BhwE.flatten(0, 2), known))
+    chosen = [int((labels == label).nonzero()[0]) for label in labels.unique()[:6]]
+    titles = [task.classes[int(labels[image])] for image in chosen]
+    return shown, expert_maps(model, images[chosen], mean=task.mean, std=task.std, titles=titles)
 
 
-def _words(name: str) -> str:
-    if name in PROPERTIES:
-        return "{1} with the {0}".format(*PROPERTIES[name])
-    return "AMI, shuffled experts" if name == "ami_shuffled" else name.replace("_", " ")
+def _nodes(run: RunFolder, task: Task) -> list[Tokens]:
+    """By MoE layer, the nodes of a graph that is evaluated as a whole; a ``ValueError`` of others."""
+    graph = task.graph
+    if not isinstance(graph, Data) or getattr(run.config, "evaluation", "") != "full":
+        raise ValueError("the graph is heterogeneous, or the run was evaluated in batches")
+    model, (batch,) = run.load_model(task), task.loader("test", run.config.batch_size, None)
+    with torch.no_grad(), record_routing(model) as routings:
+        model(*batch.inputs)
+    known = {} if task.planted is None else {"nmi": task.planted}
+    known |= {f"ami_{name}": value for name, value in node_properties(graph).items()}
+    return [(routing.to_dense(), known) for routing in routings]
 
 
 def sentence(experts: int, dead: Sequence[float], layers: Sequence[Mapping[str, float]]) -> str:
@@ -203,49 +258,51 @@ def sentence(experts: int, dead: Sequence[float], layers: Sequence[Mapping[str, 
     return f"{text}; experts do not follow the {' or the '.join(names)}, {measure} at most {value:.2f}."
 
 
-def _images(page: Page, seen: Seen, maps: Figure, classes: Sequence[str]) -> None:
-    layers = range(len(seen.weights))
-    page.heading("Which patches go to which expert?", 3)
-    page.figures(
-        [maps],
-        "Validation images: each patch has the color of its expert, or of its experts mixed by weight; dark patches "
-        "have none. Experts of different layers have nothing to do with each other.",
-    )
-    shown = [(seen.weights[i].flatten(0, 2), seen.properties(i)["label"], f"class, MoE layer {i + 1}") for i in layers]
-    page.figures(
-        [share_map(*one, classes) for one in shown],
-        "Of the weights of each expert, the share on patches of every class. A row like the last one says that the "
-        "expert does not go by class.",
-    )
-    page.figures(
-        [places(seen, layer) for layer in layers],
-        "A panel an expert, by MoE layer: how often it takes the patch at each place.",
-    )
-    for layer in layers:
-        page.figures(
-            [gallery(seen, layer, classes)],
-            f"MoE layer {layer + 1}: the patches of largest weight of each expert, one an image, with the image's "
-            f"class, among {len(seen.images):,} validation images.",
-        )
+def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
+    """Validation metric and training loss: the mean over seeds, and the band from the lowest to the highest."""
+    figures = []
+    for name, factor, label in (
+        ("val", 100, f"validation {runs[0].summary['metric']} (%)"),
+        ("loss", 1, "training loss"),
+    ):
+        figure = Figure(figsize=(4.8, 3.4), layout="constrained")
+        axis = figure.subplots()
+        for run in runs:
+            curve: Any = run.summary.get("curve", {"epoch": []})  # of older runs there is none
+            if len(curve["epoch"]) > 1:
+                epoch, values = curve["epoch"], factor * np.array(curve[name])
+                (line,) = axis.plot(epoch, values.mean(axis=0), label=f"{run.folder} (n = {len(values)})")
+                axis.fill_between(epoch, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="small")
+            figures.append(figure)
+    return figures
 
 
-def _graph(page: Page, run: RunFolder, task: Task) -> None:
-    seed, graph = run.config.seeds[0], task.graph
-    routings = run.routings[seed]
-    if not isinstance(graph, Data) or {routing.num_tokens for routing in routings} != {graph.num_nodes}:
-        page.text("Not drawn: the graph is heterogeneous, or the run was evaluated in batches.", "warn")
-        return
-    page.heading("Which nodes go to which expert?", 3)
-    shown = {} if task.planted is None else {"planted region": task.planted}
-    for name, value in node_properties(graph).items():
-        if name != "label":  # bins, of which some have no node
-            value[value >= 0] = value[value >= 0].unique(return_inverse=True)[1]
-        shown[PROPERTIES[f"ami_{name}"][0]] = value
-    for layer, routing in enumerate(routings, start=1):
-        weight = routing.to_dense()
-        page.figures(
-            [share_map(weight, value, name, task.classes if name == "class" else ()) for name, value in shown.items()],
-            f"MoE layer {layer}, seed {seed}: of the weights of each expert, the share on nodes of every kind; degree "
-            "and local homophily (neighbors of the same class) in bins from few to many. A row like the last one says "
-            "that the expert does not go by it.",
-        )
+def shares(weight_TE: Tensor, value_T: Tensor) -> Tensor:
+    """(E + 1, V) of each expert's weights the share of every value; last the share of the values among all tokens.
+
+    Tokens whose integer in ``value_T`` is below 0 are left out.
+    """
+    known = value_T >= 0
+    weight_TE = torch.cat([weight_TE, torch.ones(len(value_T), 1)], dim=1)[known].double()
+    total_VE = torch.zeros(int(value_T.max()) + 1, weight_TE.size(1), dtype=torch.double)
+    total_VE = total_VE.index_add(0, value_T[known], weight_TE)
+    return (total_VE / total_VE.sum(dim=0).clamp(min=1e-12)).T
+
+
+def share_map(weight_TE: Tensor, value_T: Tensor, title: str, names: Sequence[str] = ()) -> Figure:
+    """:func:`shares` as a heat map, an expert a row."""
+    share = shares(weight_TE, value_T)
+    figure = Figure(figsize=(4.6, 1.3 + 0.25 * len(share)), layout="constrained")
+    axis = figure.subplots()
+    figure.colorbar(axis.imshow(share.numpy(), aspect="auto", cmap="Blues", vmin=0), ax=axis)
+    axis.set_yticks(range(len(share)), [*map(str, range(len(share) - 1)), "all"])
+    axis.set(xlabel=title, ylabel="expert")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(names) == share.size(1):
+        turned = max(map(len, names)) > 2
+        axis.set_xticks(range(len(names)), names, rotation=90 if turned else 0, fontsize="small")
+    return figure

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 from torch_geometric.data import Data
@@ -15,7 +12,6 @@ from torch_geometric.utils import degree, remove_self_loops, scatter
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
 from experiments.data import Task
-from experiments.files import read_tensors
 from gmoe import Routing, RoutingStats
 from gmoe.metrics import PER_EXPERT
 
@@ -71,41 +67,6 @@ def _rounded(stats: RoutingStats) -> list[dict[str, Any]]:
     ]
 
 
-def save_routings(routings: list[list[Routing]], path: Path) -> None:
-    """Write the pairs of every layer: (P,) token (numbered through all batches), expert and weight, and size (T, E)."""
-    tensors: dict[str, Tensor] = {}
-    for layer, parts in enumerate(zip(*routings, strict=True)):
-        *first, size = accumulate((part.num_tokens for part in parts), initial=0)
-        tensors |= {
-            f"layer{layer}.size": torch.tensor([size, parts[0].num_experts]),
-            f"layer{layer}.token": torch.cat([part.token + n for part, n in zip(parts, first, strict=True)]).cpu(),
-            f"layer{layer}.expert": torch.cat([part.expert for part in parts]).cpu(),
-            f"layer{layer}.weight": torch.cat([part.weight.float() for part in parts]).cpu(),
-        }
-    if tensors:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path)
-
-
-def load_routings(path: Path) -> list[Routing]:
-    """What :func:`save_routings` wrote, one routing a layer; without scores, which are not kept."""
-    tensors, layers = read_tensors(path), []
-    try:
-        for layer in range(len(tensors) // 4):
-            names = ("token", "expert", "weight", "size")
-            token, expert, weight, size = (tensors[f"layer{layer}.{name}"] for name in names)
-            num_tokens, num_experts = size.tolist()
-            order = (expert * max(num_tokens, 1) + token).argsort()
-            offsets = expert.bincount(minlength=num_experts).cumsum(0).to(torch.int32)
-            scores = weight.new_zeros(num_tokens, num_experts)
-            layers.append(Routing(token[order], offsets, weight[order], scores, num_tokens))
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: cannot be read as routings ({error})") from error
-    if not layers:
-        raise ValueError(f"{path}: holds no routings, expected layer0.size, layer0.token, ...")
-    return layers
-
-
 def node_properties(data: Data) -> dict[str, Tensor]:
     """(N,) integers a property: ``label``, in-``degree``, ``homophily`` (the share of in-neighbors of the same label).
 
@@ -131,7 +92,7 @@ def quantile_bins(values: Tensor, bins: int = BINS) -> Tensor:
     if len(distinct) <= bins:
         return which
     middle = counts.cumsum(0) - (counts + 1) / 2  # the mean rank of each distinct value
-    return (middle / len(values) * bins).long()[which]
+    return (middle / len(values) * bins).long().unique(return_inverse=True)[1][which]  # no bin is empty
 
 
 def alignment(assignment: Tensor, properties: dict[str, Tensor], seed: int = 0) -> dict[str, float]:

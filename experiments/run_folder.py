@@ -10,7 +10,6 @@ import platform
 import signal
 import statistics
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,15 +24,12 @@ from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from lightning_fabric.utilities import rank_zero_only
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import NotRequired, TypedDict
 
 from experiments.build import build_model, from_first
 from experiments.config import RECORDS, WHERE, RunConfig, interrupt, read_options, restore
 from experiments.data import Task, load_tasks
 from experiments.files import naming, read_csv, read_json
-from experiments.routing_stats import load_routings
-from gmoe import Routing
 from gmoe.distributed import world_sum
 from gmoe.metrics import PER_EXPERT
 
@@ -58,7 +54,7 @@ class Summary(TypedDict):
     test: Spread
     best_epoch: Spread
     seconds: Spread
-    peak_memory: NotRequired[int]
+    peak_memory: NotRequired[int | None]  # of the GPU, MiB
     flops: int
     parameters: int
     active_parameters: int
@@ -73,16 +69,6 @@ class Summary(TypedDict):
 
 Result = dict[str, Any]
 """``result.json`` of a seed."""
-
-
-class ImageSet(TypedDict):
-    """``images.json`` of a run on images: what its model needs of the task."""
-
-    in_channels: int
-    num_classes: int
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def place(config: RunConfig) -> Path:
@@ -158,15 +144,13 @@ def so_far(config: RunConfig) -> tuple[Summary | None, dict[int, Result]]:
 
 
 @rank_zero_only
-def begin(config: RunConfig, task: Task) -> None:
+def begin(config: RunConfig) -> None:
     """Write what a run is, before what it gives."""
     folder = config.folder()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)  # before the configuration says that there is more to it
     write_json(folder / "config.json", described(config))
     write_json(folder / "where.json", {"data_root": str(config.data_root.absolute())})
-    if task.kind == "image":
-        write_json(folder / "images.json", {name: getattr(task, name) for name in ImageSet.__annotations__})
 
 
 def summarize(config: RunConfig, results: list[Result]) -> Summary:
@@ -177,7 +161,7 @@ def summarize(config: RunConfig, results: list[Result]) -> Summary:
     found: Any = {
         "metric": first["metric"],
         **{name: spread([result[name] for result in results]) for name in spreads},
-        "peak_memory": max(result["peak_memory"] for result in results),
+        "peak_memory": max(result["peak_memory"] or 0 for result in results) or None,
         **{name: first[name] for name in costs},
         "routing": [
             {name: spread([layer[name] for layer in layers]) for name in layers[0] if name not in PER_EXPERT}
@@ -342,8 +326,7 @@ class Checkpoint:
         return int(total)
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # which alone gets signals
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, _: Any) -> None:
         self.signal = number
@@ -359,21 +342,25 @@ class RunFolder:
     """A finished run, as :func:`read_run` finds it."""
 
     folder: Path
-    name: str  # by which people know it, at first that of the folder
     config: RunConfig  # with the data root that the data have here
     science: dict[str, Any]  # config.json
     summary: Summary
-    routings: dict[int, list[Routing]]  # of the test split, by seed, one a layer; of a dense model none
-    history: list[list[dict[str, Tensor]]]  # of the first seed: by epoch and layer the load of each expert
+    history: list[list[dict[str, Tensor]]]  # of the first seed, by epoch and MoE layer: the load of each expert
 
-    def load_task(self, seed: int) -> Task:
-        """The data, as that seed saw them; a ``ValueError`` for others, a ``FileNotFoundError`` for none."""
-        here, there = described(self.config).get("digest"), self.science.get("digest")
-        if here is None and there is not None:
-            raise FileNotFoundError(f"{self.config.data_root}: has no data of {self.config.dataset}; give --data-root")
-        if here != there:
-            raise ValueError(f"{self.config.data_root}: holds other data than {self.folder} was trained on")
-        return load_tasks(self.config)(seed)
+    def load_task(self) -> Task:
+        """The data, as the first seed saw them; an error where others or none are there."""
+        if described(self.config).get("digest") != self.science.get("digest"):
+            where = f"{self.config.data_root}: has not the data that {self.folder} was trained on"
+            raise ValueError(f"{where}; give --data-root")
+        return load_tasks(self.config)(self.config.seeds[0])
+
+    def load_model(self, task: Task) -> nn.Module:
+        """The first seed's model, as validation selected it; a ``ValueError`` where the weights are broken."""
+        path = self.folder / f"seed-{self.config.seeds[0]}" / "checkpoint" / "best.safetensors"
+        model = build_model(self.config, task)
+        with naming(path):
+            model.load_state_dict(load_file(path))
+        return model.eval()
 
 
 def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
@@ -381,67 +368,23 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
 
     ``data_root`` is where the data of the run are here (default: where it was trained on them, or ``data``).
     """
-    config = read_config(folder, data_root)
-    if not (folder / "summary.json").exists():
-        raise ValueError(f"{folder / 'summary.json'}: is missing; the run is not finished: go on with --resume")
+    path, where = folder / "config.json", folder / "where.json"
     try:
-        routings = {seed: _routings(folder, config, seed) for seed in config.seeds}
-        first = config.seeds[0]
-        return RunFolder(
-            folder=folder,
-            name=folder.resolve().name,
-            config=config,
-            science=read_json(folder / "config.json", dict[str, Any]),
-            summary=read_json(folder / "summary.json", Summary),
-            routings=routings,
-            history=_history(folder / f"seed-{first}" / "routing.csv", config.epochs, len(routings[first])),
-        )
+        summary, science = read_json(folder / "summary.json", Summary), read_json(path, dict[str, Any])
+        if data_root is None:
+            data_root = Path(read_json(where, dict[str, str]).get("data_root", "data")) if where.exists() else Path()
+            data_root = data_root if data_root.exists() else Path("data")
+        config, layers = read_options(path, data_root), len(summary["routing"])
+        log = folder / f"seed-{config.seeds[0]}" / "routing.csv"
+        history = _history(log, config.epochs, layers) if layers else []
     except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
-
-
-def _routings(folder: Path, config: RunConfig, seed: int) -> list[Routing]:
-    saved = folder / "routing" / f"seed-{seed}.safetensors"
-    dense = not saved.exists() and (config.router == "dense" or config.model is not None)
-    return [] if dense else load_routings(saved)
+        raise ValueError(f"{error}; expected the folder of a run, which goes on by --resume if unfinished") from error
+    return RunFolder(folder=folder, config=config, science=science, summary=summary, history=history)
 
 
 def _history(path: Path, epochs: int, layers: int) -> list[list[dict[str, Tensor]]]:
-    if not layers:
-        return []
     table = read_csv(path, dtype=float, index_col=False).filter(like="load_")
     if len(table) != epochs * layers:
         raise ValueError(f"{path}: got {len(table)} rows, expected {epochs * layers}: one an epoch and MoE layer")
     loads = [{"load": torch.tensor(row.dropna().to_numpy())} for _, row in table.iterrows()]
     return [loads[row : row + layers] for row in range(0, len(loads), layers)]
-
-
-def read_config(folder: Path, data_root: Path | None = None) -> RunConfig:
-    """config.json of a run; arguments and errors as of :func:`read_run`."""
-    path, where = folder / "config.json", folder / "where.json"
-    if not path.exists():
-        raise ValueError(f"{path}: is missing, expected the folder of a run")
-    if data_root is None:
-        data_root = Path(read_json(where, dict[str, str]).get("data_root", "data")) if where.exists() else Path()
-        data_root = data_root if data_root.exists() else Path("data")
-    return read_options(path, data_root)
-
-
-def load_model(folder: Path, config: RunConfig, task: Task, seed: int) -> nn.Module:
-    """The model of a run with the weights that validation selected; a ``ValueError`` where they are broken."""
-    path = folder / f"seed-{seed}" / "checkpoint" / "best.safetensors"
-    model = build_model(config, task)
-    with naming(path):
-        model.load_state_dict(load_file(path))
-    return model.eval()
-
-
-def image_task_of(folder: Path) -> Task:
-    """The task of an image run without its data; a ``ValueError`` where it is another run, or broken."""
-    path = folder / "images.json"
-    if not path.exists():
-        raise ValueError(f"{path}: is missing, expected the run of an image model")
-    sizes = read_json(path, ImageSet)
-    return Task(
-        name=folder.name, kind="image", metric_name="", metric=MulticlassAccuracy, loader=lambda *_: (), **sizes
-    )

@@ -39,14 +39,18 @@ def render(page: str, results: Path = ROOT / "results") -> str:
         "pairs": pair_table,
         "presets": preset_table,
         "map": map_table,
+        "cells": cell_tables,
     }
 
     def table(match: re.Match[str]) -> str:
+        path = results / match["study"] if match["kind"] == "cells" else results / f"{match['study']}.json"
         only = [] if match["variants"] is None else [match["variants"].split()]
-        if match["kind"] == "cells":
-            return f"{match[1]}{cell_tables(read_cells(results / match['study']), *only)}\n{match[5]}"
-        content = read_json(results / f"{match['study']}.json", dict[str, Any])
-        return f"{match[1]}{makers.get(match['kind'], benchmark_table)(content, *only)}\n{match[5]}"
+        try:
+            content = read_cells(path) if match["kind"] == "cells" else read_json(path, dict[str, Any])
+            made = makers.get(match["kind"], benchmark_table)(content, *only)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: lacks what the mark '{match['kind']}' shows ({error!r})") from error
+        return f"{match[1]}{made}\n{match[5]}"
 
     return MARKED.sub(table, page)
 

@@ -4,7 +4,7 @@
     python -m experiments.train graph --data-root FILE.npz
     python -m experiments.train --config runs/digits-graph-expert_choice/config.json --seeds 3
 
-Writes a run folder (config.json, seed-N/metrics.csv, seed-N/checkpoint/, routing/, summary.json), prints the summary.
+Writes a run folder (config.json, seed-N/metrics.csv, seed-N/checkpoint/, summary.json), prints the summary.
 Ctrl-C keeps what was trained, and says how to continue.
 """
 
@@ -69,8 +69,7 @@ def show(config: RunConfig, summary: Summary) -> None:
         print(pd.DataFrame(layers, index=range(1, len(layers) + 1)).T.to_string(float_format="{:.3f}".format))
     print(
         f"\n{summary['active_parameters']:,} of {summary['parameters']:,} parameters and {summary['flops']:,} FLOPs "
-        f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed, {summary['peak_memory']:,} MiB at most; "
-        f"written to {config.folder()}"
+        f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed; written to {config.folder()}"
     )
 
 

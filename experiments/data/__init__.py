@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data, HeteroData
 from torchmetrics import Metric
 
-from experiments.config import PAPERS, ImageSetConfig, RunConfig, load_object
+from experiments.config import PAPERS, ImageConfig, RunConfig, load_object
 
 Split: TypeAlias = Literal["train", "val", "test"]
 Splits: TypeAlias = dict[Split, Tensor]
@@ -92,11 +92,11 @@ def load_tasks(config: RunConfig) -> Callable[[int], Task]:
         ValueError: an unknown name, a broken file, or something else than data from ``--data``.
         FileNotFoundError: files are missing and cannot be fetched.
     """
-    place, given = LOADERS.get(config.dataset, "named:configured"), [config]
+    place, given = LOADERS.get(config.dataset, "named:load_graph"), [config]
     if config.dataset.startswith("regimes-"):
         place = "made:regimes"
     if config.data is not None:
-        place = "images:own_images" if isinstance(config, ImageSetConfig) else "own_graph:own_object"
+        place = "images:own_images" if isinstance(config, ImageConfig) else "own_graph:own_object"
         given = [load_object("data", config.data)(), config]
     elif config.dataset == "graph" and (config.data_root / "graph.json").is_file():  # of experiments.convert
         place = LOADERS[PAPERS]

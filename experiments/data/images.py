@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.v2.functional import to_image
 
-from experiments.config import ImageConfig, ImageSetConfig
+from experiments.config import ImageConfig
 from experiments.data import Batch, Shard, Split, Splits, Task
 from experiments.data.made import digits_split
 from gmoe._checks import check
@@ -24,7 +24,7 @@ VAL_SHARE = 0.1
 """Share of the training images that validate, of each class, where the data have none of their own."""
 
 
-def image_set(config: ImageSetConfig) -> Task:
+def image_set(config: ImageConfig) -> Task:
     """``cifar10``, ``cifar100``, ``imagenette``, or ``images``, a folder of your own: :func:`vision.load_images`."""
     data = load_images(config.dataset, config.data_root, image_size=config.image_size, offline=config.offline)
     return image_task(data, config)
@@ -34,7 +34,8 @@ def digits(config: ImageConfig) -> Task:
     """scikit-learn's digits, see :func:`experiments.data.made.digits_graph`, standardized over the training set."""
     found = load_digits()
     images, labels = torch.from_numpy(found.images).float()[:, None] / 16.0, torch.from_numpy(found.target).long()
-    parts = {part: MemoryImages(images[rows], labels[rows], 8) for part, rows in digits_split(found.target).items()}
+    split, size = digits_split(found.target), config.image_size or 8
+    parts = {part: MemoryImages(images[rows], labels[rows], size) for part, rows in split.items()}
     train = parts["train"].images
     mean, std, classes = (float(train.mean()),), (float(train.std()),), tuple(map(str, found.target_names))
     data = ImageData(name="digits", classes=classes, mean=mean, std=std, note="scikit-learn's", **parts)
@@ -76,17 +77,16 @@ def _load(
     part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1),
 ) -> Iterator[Batch]:  # fmt: skip
     """The batches of a part."""
-    is_augmented = part == "train" and isinstance(config, ImageSetConfig)
     drawn = batches(
         sources[part], split[part], batch_size, mean=data.mean, std=data.std,
-        augment=make_augment(config.augment, data.train.image_size) if is_augmented else None,
+        augment=make_augment(config.augment, data.train.image_size) if part == "train" else None,
         seed=seed, workers=config.workers, shard=shard,
     )  # fmt: skip
     for images, labels in drawn:
         yield Batch((images,), labels)
 
 
-def own_images(found: Any, config: ImageSetConfig) -> Task:
+def own_images(found: Any, config: ImageConfig) -> Task:
     """A task of images that a user's function made.
 
     It gives ``(train, test)`` or ``(train, val, test)``, each a torch ``Dataset`` of (image, class), or a pair of

@@ -65,12 +65,6 @@ class PyGSet:
         check_graph(str(folder), data)  # as in the files: a sum over a row spreads NaN
         data = data if dataset.transform is None else dataset.transform(data)
         data.x, data.y = data.x.float(), data.y.long()
-        if self.cls is datasets.WikipediaNetwork:
-            print(
-                f"{name}: many of its nodes are duplicates, with one of them in training and another in test (Platonov "
-                f"et al., 2023); compare models on {name}-filtered",
-                flush=True,
-            )
         classes, splits = int(data.y.max()) + 1, partial(self.splits, data)
         with naming(folder):  # drawn splits need some nodes of each class
             splits(0)
@@ -96,15 +90,12 @@ def _platonov(name: str, metric: MetricName, megabytes: float) -> PyGSet:
     return PyGSet(cls, {"name": name}, f"{name}/raw", (f"{name}.npz",), megabytes, metric)
 
 
-def _geom(cls: Any, kwargs: dict[str, Any], folder: str, file: str, megabytes: float) -> PyGSet:
-    """Pei et al., 2020; graphdml-uiuc-jlu/geom-gcn; 10 fixed splits, 48/32/20."""
-    splits = (f"{file}_split_0.6_0.2_{split}.npz" for split in range(10))
-    return PyGSet(cls, kwargs, folder, ("out1_node_feature_label.txt", "out1_graph_edges.txt", *splits), megabytes)
-
-
-def _wikipedia(name: str, megabytes: float) -> PyGSet:
-    return _geom(datasets.WikipediaNetwork, {"name": name}, f"{name}/geom_gcn/raw", name, megabytes)
-
+ACTOR = (
+    "out1_node_feature_label.txt",
+    "out1_graph_edges.txt",
+    *(f"film_split_0.6_0.2_{split}.npz" for split in range(10)),
+)
+"""Pei et al., 2020; graphdml-uiuc-jlu/geom-gcn; 10 fixed splits, 48/32/20."""
 
 PYG: dict[str, PyGSet] = {
     "cora": _planetoid("Cora", 0.2),
@@ -121,25 +112,20 @@ PYG: dict[str, PyGSet] = {
     "minesweeper": _platonov("minesweeper", "roc_auc", 0.2),
     "tolokers": _platonov("tolokers", "roc_auc", 1),
     "questions": _platonov("questions", "roc_auc", 3),
-    "actor": _geom(datasets.Actor, {}, "raw", "film", 1),
-    "chameleon": _wikipedia("chameleon", 3),
-    "squirrel": _wikipedia("squirrel", 9),
+    "actor": PyGSet(datasets.Actor, {}, "raw", ACTOR, 1),
 }
 """PyG's data sets by the name of the command line; PyG's ``root`` is the data root."""
 
 FILTERED = ("chameleon-filtered", "squirrel-filtered")
-"""Without duplicate nodes: ``chameleon_filtered.npz`` in the data root, from yandex-research/heterophilous-graphs."""
+"""Without nodes that are both in training and, as a duplicate, in test (Platonov et al., 2023):
+``chameleon_filtered.npz`` in the data root, from yandex-research/heterophilous-graphs."""
 
 
-def configured(config: GraphConfig | HeteroConfig) -> GraphData:
-    """The data set of a run."""
-    return load_graph(config.dataset, config.data_root, config.offline, config.allow_large_downloads)
-
-
-def load_graph(name: str, root: Path, offline: bool = False, allow_large_downloads: bool = False) -> GraphData:
+def load_graph(config: GraphConfig | HeteroConfig) -> GraphData:
     """A graph data set of :data:`PYG`, :data:`FILTERED` or OGB, whose files lie in the data root."""
+    name, root = config.dataset, config.data_root
     if name in PYG:
-        return PYG[name].load(name, root, offline)
+        return PYG[name].load(name, root, config.offline)
     if name in FILTERED:
         from experiments.data.own_graph import own_graph
 
@@ -148,7 +134,7 @@ def load_graph(name: str, root: Path, offline: bool = False, allow_large_downloa
         raise ValueError(f"dataset: got {name!r}, expected one of {', '.join([*PYG, *FILTERED])}, or one of OGB's")
     from experiments.data.ogb import load_ogb
 
-    return load_ogb(name, root, offline=offline, allow_large_downloads=allow_large_downloads)
+    return load_ogb(name, root, offline=config.offline, allow_large_downloads=config.allow_large_downloads)
 
 
 ARRAYS = [f"{of}_{part}" for of in ("adj", "attr") for part in ("data", "indices", "indptr", "shape")]

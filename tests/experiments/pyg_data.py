@@ -45,7 +45,7 @@ def write_raw(name: str, root: Path) -> Raw:
         return shchur(folder, given.files[0])
     if kind == "HeterophilousGraphDataset":
         return platonov(folder, given.files[0])
-    return {"Planetoid": planetoid, "WikiCS": wikics}.get(kind, geom)(folder, given)
+    return {"Planetoid": planetoid, "WikiCS": wikics, "Actor": actor}[kind](folder, given)
 
 
 def graph(nodes: int = NODES, classes: int = CLASSES) -> tuple[Array, Array, Array]:
@@ -126,12 +126,11 @@ def platonov(folder: Path, file: str) -> Raw:
     return Raw(folder, x, y, edges, masks())
 
 
-def geom(folder: Path, given: PyGSet) -> Raw:
-    """Two tables, the first of features as indices (actor) or as numbers, and ten npz with a split each."""
+def actor(folder: Path, given: PyGSet) -> Raw:
+    """Two tables, the first of features as indices, and ten npz with a split each."""
     x, y, edges = graph()
-    by_index = given.cls.__name__ == "Actor"
-    parts = masks(np.int64 if by_index else np.uint8)
-    rows = [",".join(map(str, np.flatnonzero(row) if by_index else row.astype(int))) for row in x]
+    parts = masks(np.int64)
+    rows = [",".join(map(str, np.flatnonzero(row))) for row in x]
     nodes = ["node_id\tfeature\tlabel", *(f"{node}\t{rows[node]}\t{y[node]}" for node in range(NODES))]
     links = ["node_id\tnode_id", *(f"{source}\t{target}" for source, target in edges.tolist())]
     for file, lines in zip(given.files, (nodes, links), strict=False):

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from experiments.build import build_model, build_twin, init_centroids
-from experiments.config import ImageSetConfig
+from experiments.config import ImageConfig
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
 from experiments.train import main
@@ -43,7 +43,7 @@ def test_every_preset_runs_on_tiny_files(preset: str, tmp_path: Path, monkeypatc
 
 
 def folder_task(root: Path, **changes: Any) -> Any:
-    return load_tasks(ImageSetConfig(dataset="images", data_root=root, **changes))(0)
+    return load_tasks(ImageConfig(dataset="images", data_root=root, **changes))(0)
 
 
 def rows(task: Any, part: Any, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +86,7 @@ def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"layers": 3, "patch": 4, "dim": 8, "vit_heads": 2, "hidden": 8, "experts": 2}
     root = write_images(tmp_path / "data")
-    config = ImageSetConfig(dataset="images", data_root=root, router="dense", every=2, mlp_scale=0.25, **sizes)
+    config = ImageConfig(dataset="images", data_root=root, router="dense", every=2, mlp_scale=0.25, **sizes)
     task = load_tasks(config)(0)
     blocks: Any = build_model(config, task)
     x = torch.randn(2, 3, 8)

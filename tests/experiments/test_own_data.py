@@ -12,14 +12,14 @@ import torch
 from torch_geometric.data import Data, HeteroData
 from torchvision.datasets import FakeData
 
-from experiments.config import GraphConfig, HeteroConfig, ImageConfig, ImageSetConfig
+from experiments.config import GraphConfig, HeteroConfig, ImageConfig
 from experiments.data.images import own_images
 from experiments.data.own_graph import own_object
 from experiments.train import main
 from tests.experiments.user_data import arrays, as_data
 
 GRAPH, HETERO = GraphConfig(dataset="graph"), HeteroConfig(dataset="hetero")
-DIGITS, IMAGES = ImageConfig(dataset="digits"), ImageSetConfig(dataset="images")
+IMAGES = ImageConfig(dataset="images")
 SIZES = ["--layers", "2", "--hidden", "8", "--experts", "2", "--epochs", "1", "--seeds", "0", "--no-progress"]
 
 
@@ -104,7 +104,7 @@ def test_floats_are_seen_as_they_are_and_val_is_taken() -> None:
 def test_datasets_of_pil_images() -> None:
     fake = FakeData(30, (3, 16, 16), 4)
     fake.classes = list("abcd")
-    task = own_images((fake, fake), ImageSetConfig(dataset="images", image_size=8))
+    task = own_images((fake, fake), ImageConfig(dataset="images", image_size=8))
     assert (task.classes, task.in_channels) == (("a", "b", "c", "d"), 8)
     assert next(iter(task.loader("test", 8, None))).inputs[0].shape == (8, 3, 8, 8)
 
@@ -114,7 +114,6 @@ def test_datasets_of_pil_images() -> None:
     [
         (3, GRAPH, "data: got a int for graph, expected a Data"),
         (make_hetero(), GRAPH, "data: got a HeteroData for graph"),
-        (make_parts(), DIGITS, "data: got a tuple for digits"),
         (HeteroData(), HETERO, "hetero: got y of no node type"),
         (make_hetero(train_mask=torch.ones(40)), HETERO, "hetero: got no val_mask, test_mask"),
         (make_graph(), IMAGES, r"data: got a Data for images, expected \(train, test\)"),

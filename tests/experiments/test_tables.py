@@ -42,10 +42,17 @@ def test_check_fails_on_an_old_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mark", "message"), [("nothing", r"No such file.*nothing\.json"), ("digits: nobody", "only: got nobody, expected")]
+    ("mark", "message"),
+    [
+        ("table: nothing", r"No such file.*nothing\.json"),
+        ("table: digits: nobody", "only: got nobody, expected"),
+        ("swap: mosaic", r"results/mosaic\.json: lacks what the mark 'swap' shows .AttributeError"),
+        ("pairs: benchmark-conv: a/b", r"results/benchmark-conv\.json: lacks .* .TypeError"),
+        ("table: presets", r"results/presets\.json: lacks .* .KeyError.'reference'"),
+    ],
 )
 def test_what_a_page_asks_in_vain(mark: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "page.md").write_text(f"<!-- table: {mark} -->\n<!-- end -->")
+    (tmp_path / "page.md").write_text(f"<!-- {mark} -->\n<!-- end -->")
     with pytest.raises(SystemExit, match=rf"error: .*page\.md: .*{message}"):
         update((tmp_path / "page.md",))
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from experiments.config import IMAGES
-from experiments.loop import Training, peak_memory, restart_peak_memory
+from experiments.loop import Training
 from experiments.presets import PRESETS
 from experiments.train import parse
 from tests.experiments.command import QUICK, quick, refused, rows
@@ -34,15 +32,12 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counted = {"coverage", "experts_per_token", "entropy", "dropped", "dead"}
     assert set(layer) == counted | {"ami_label", "ami_degree", "ami_homophily", "ami_shuffled"}
     for seed in (0, 1):
-        part = tmp_path / "run" / f"seed-{seed}"
         assert [row["epoch"] for row in rows(tmp_path / "run", seed=seed)] == ["0", "1", "2"]
         routing = rows(tmp_path / "run", "routing.csv", seed)
         assert [(row["epoch"], row["layer"]) for row in routing] == [("0", "0"), ("1", "0"), ("2", "0")]
         for row in routing:
             assert sum(float(row[f"load_{expert}"]) for expert in range(8)) == pytest.approx(1.0, abs=1e-3)
-        assert load_file(part / "checkpoint" / "best.safetensors")
-        pairs = load_file(tmp_path / "run" / "routing" / f"seed-{seed}.safetensors")
-        assert pairs["layer0.size"].tolist() == [1797, 8]
+        assert load_file(tmp_path / "run" / f"seed-{seed}" / "checkpoint" / "best.safetensors")
     assert "test accuracy (%)" in capsys.readouterr().out
 
 
@@ -128,7 +123,6 @@ def test_options_of_graphs(args: str, tmp_path: Path) -> None:
         ("digits-graph --k 9", "k: got 9, expected at most num_experts=8"),
         ("digits-graph --equal flops", "equal: got 'flops' with router='token_choice'"),
         ("digits-graph --kmeans-init", "kmeans_init: got True"),
-        ("ogbn-mag --router-input node degree", "router_input: got ('node', 'degree')"),
         ("digits --patch 3", "image_size: got 8, expected a multiple of patch_size=3"),
         ("cora --offline --data-root none", "ind.cora.x"),
     ],
@@ -145,13 +139,3 @@ def test_dense_models_of_equal_cost(equal: str, tmp_path: Path) -> None:
     args = ("--router", "dense", "--equal", equal, "--equal-to", "expert_choice", "--epochs", "1")
     assert quick(tmp_path / "run", *args)["matched"] == pytest.approx(1, abs=0.05)
     assert quick(tmp_path / "own", "--router", "dense", "--epochs", "1")["matched"] is None
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux forgets a peak")
-def test_the_peak_of_memory_is_a_seeds_own() -> None:
-    device, held = torch.device("cpu"), torch.ones(60 * 2**20, dtype=torch.uint8)
-    restart_peak_memory(device)
-    with_it = peak_memory(device)
-    del held
-    restart_peak_memory(device)
-    assert peak_memory(device) < with_it - 50
