@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -34,9 +33,7 @@ def parse(args: Sequence[str]) -> Any:
         raise ValueError(f"benchmark: got {name!r}, expected one of {', '.join(BENCHMARKS)}")
     module, kind = BENCHMARKS[name][1].split(".")
     made = getattr(import_module(f"experiments.benchmark.{module}"), kind)
-    config = tyro.cli(made, args=rest, prog=f"python -m experiments.benchmark {name}")
-    small = {name: value for name, value in made.SMALL.items() if getattr(config, name) == getattr(made, name)}
-    return replace(config, **small) if config.quick else config
+    return tyro.cli(made, args=rest, prog=f"python -m experiments.benchmark {name}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -57,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> None:
             torch.set_num_threads(config.threads)
         warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
         found = config.run()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         fail(error)
     print(pd.DataFrame(benchmark_lines(found)).to_string(index=False))
     print(measured_on(environment(), config.device))
