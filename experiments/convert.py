@@ -74,16 +74,16 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def building(to: Path) -> Iterator[Path]:
+def building(to: Path, option: str = "to") -> Iterator[Path]:
     """A folder ``to.new`` that becomes ``to`` in the end, and goes where there is an error."""
     folder = to.with_name(f"{to.name}.new")
-    check(not to.exists(), "to", f"{to}, which is there already", "another folder, or delete it")
+    check(not to.exists(), option, f"{to}, which is there already", "another folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fits = not any(folder.iterdir()) or (folder / SCRATCH).exists()
-        check(fits, "to", f"files of another program in {folder}", "none, or those of a conversion that was cut off")
+        check(fits, option, f"files of another program in {folder}", "none, or those of a run that was cut off")
         try:
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -94,7 +94,7 @@ def building(to: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except BlockingIOError as error:
-        raise ValueError(f"to: another conversion is writing {folder}") from error
+        raise ValueError(f"{option}: another process is writing {folder}") from error
     finally:
         os.close(lock)
 

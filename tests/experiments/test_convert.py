@@ -187,7 +187,7 @@ def test_folders_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert error in refused(args, capsys, main)
         assert (tmp_path / folder / "thesis.tex").exists()
     with building(tmp_path / "two"):
-        assert "another conversion is writing" in refused([*args, "--to", str(tmp_path / "two")], capsys, main)
+        assert "another process is writing" in refused([*args, "--to", str(tmp_path / "two")], capsys, main)
 
 
 KILLED = """
