@@ -172,17 +172,10 @@ def test_a_download_is_announced_and_leaves_one_folder(
 def test_a_zip_that_the_user_brings(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "ogbn_mag", tmp_path / "zip" / "mag")
     archive = Path(shutil.make_archive(str(tmp_path / "new" / "mag"), "zip", tmp_path / "zip", "mag"))
-    whole = archive.read_bytes()
-    with pytest.raises(FileNotFoundError, match=r"ogbn-arxiv: found neither .* nor .*arxiv.zip"):
-        load_ogb("ogbn-arxiv", tmp_path / "new", offline=True)
-    for broken in (whole[: len(whole) // 2], whole[:200] + bytes(200) + whole[400:]):
-        archive.write_bytes(broken)
-        with pytest.raises(ValueError, match=rf"{archive}: cannot be unpacked .*; delete it"):
-            load_ogb("ogbn-mag", tmp_path / "new", offline=True)
-        assert list(archive.parent.iterdir()) == [archive]
-    archive.write_bytes(whole)
     assert_same(tensors("ogbn-mag", tmp_path / "new"), tensors("ogbn-mag", root))
     assert archive.exists()
+    with pytest.raises(FileNotFoundError, match=r"ogbn-arxiv: found neither .* nor .*arxiv.zip"):
+        load_ogb("ogbn-arxiv", tmp_path / "new", offline=True)
 
 
 def test_accuracy_by_hand() -> None:
