@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch_geometric.utils import to_undirected
 
 from experiments.config import PAPERS
-from experiments.convert import CLASSES, building, convert, main
+from experiments.convert import CLASSES, building, convert, main, write_edges
 from experiments.planted import write_planted
 from gmoe import StoredGraph
 from tests.experiments.command import refused
@@ -82,6 +82,13 @@ def test_the_folder_is_the_graph(edges: NDArray[Any], directed: bool, tmp_path: 
     assert rows(out) == in_edges(edges, not directed, nodes=8)
     assert StoredGraph(out).info["undirected"] == (not directed)
     shutil.rmtree(out)
+
+
+def test_an_edge_at_the_end_of_a_piece_and_in_the_next_is_kept_once(tmp_path: Path) -> None:
+    pieces = [np.array([1, 2]), np.array([2, 7, 8])]  # destination * 3 + source
+    assert write_edges(iter(pieces), tmp_path, 3, directed=False) == 4
+    assert np.load(tmp_path / "source.npy").tolist() == [1, 2, 1, 2]
+    assert np.load(tmp_path / "start.npy").tolist() == [0, 2, 2, 4]
 
 
 def test_undirected_is_what_pyg_makes_of_it_where_edges_spill(tmp_path: Path) -> None:
