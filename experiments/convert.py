@@ -1,9 +1,9 @@
 """Write a graph larger than memory as the folder that gmoe.StoredGraph opens.
 
     python -m experiments.convert ogbn-papers100M --from data --to data/ogbn_papers100M_stored --half
-    python -m experiments.convert edges.csv.gz --x x.npy --y y.npy --train a.npy --val b.npy --test c.npy --to DIR
+    python -m experiments.convert edges.csv --x x.npy --y y.npy --train a.npy --val b.npy --test c.npy --to DIR
 
-Reads OGB's binary release, or edges from .npy, .csv, .csv.gz or .parquet. DuckDB sorts them in about --memory, and on
+Reads OGB's binary release, or edges from .npy, .csv or .parquet. DuckDB sorts them in about --memory, and on
 10 bytes of disk an edge (20 where its reverse is added); a release is unpacked first: ogbn-papers100M takes 160 GB of
 disk in all, 43 GB in the end. The folder appears when it is whole; a conversion that was killed leaves DIR.new, which
 the next one replaces.
@@ -12,7 +12,6 @@ the next one replaces.
 from __future__ import annotations
 
 import fcntl
-import gzip
 import hashlib
 import json
 import os
@@ -36,16 +35,13 @@ from experiments.files import naming, read_csv, read_npy
 Array: TypeAlias = NDArray[Any]
 
 PARTS = ("train", "val", "test")
-CLASSES = 172
-"""Of ogbn-papers100M."""
+CLASSES = 172  # of ogbn-papers100M
 RELEASE = {"data.npz": {"edges": "edge_index", "x": "node_feat"}, "node-label.npz": {"y": "node_label"}}
 """The arrays of its archives, by what they are here."""
 SCRATCH = "scratch"
 """A folder in DIR.new for what is unpacked and sorted; it says whose DIR.new is."""
-SPILL = 10
-"""Bytes of disk that an edge takes while DuckDB sorts it: 8 and some."""
-PIECE = 1 << 22
-"""Numbers, or bytes, that are copied at once."""
+SPILL = 10  # bytes of disk that an edge takes while DuckDB sorts it: 8 and some
+PIECE = 1 << 22  # numbers, or bytes, that are copied at once
 
 
 def check(fits: object, name: str, got: object, expected: object) -> None:
@@ -78,16 +74,16 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def building(to: Path) -> Iterator[Path]:
+def building(to: Path, option: str = "to") -> Iterator[Path]:
     """A folder ``to.new`` that becomes ``to`` in the end, and goes where there is an error."""
     folder = to.with_name(f"{to.name}.new")
-    check(not to.exists(), "to", f"{to}, which is there already", "another folder, or delete it")
+    check(not to.exists(), option, f"{to}, which is there already", "another folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fits = not any(folder.iterdir()) or (folder / SCRATCH).exists()
-        check(fits, "to", f"files of another program in {folder}", "none, or those of a conversion that was cut off")
+        check(fits, option, f"files of another program in {folder}", "none, or those of a run that was cut off")
         try:
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -95,11 +91,10 @@ def building(to: Path) -> Iterator[Path]:
             yield folder
             folder.rename(to)
             shutil.rmtree(to / SCRATCH)
-        except BaseException:
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
-            raise
     except BlockingIOError as error:
-        raise ValueError(f"to: another conversion is writing {folder}") from error
+        raise ValueError(f"{option}: another process is writing {folder}") from error
     finally:
         os.close(lock)
 
@@ -123,21 +118,18 @@ def convert(
 
     Args:
         graph: ogbn-papers100M, or a file of edges, source and destination by node number from 0: .npy, (2, M) or
-            (M, 2), or .csv, .csv.gz or .parquet with two columns. Of such a file are the options --x to --test.
+            (M, 2), or .csv or .parquet with two columns. Of such a file are the options --x to --test.
         to: the folder to write, for gmoe.StoredGraph.
         root: where OGB's folder lies, ogbn_papers100M or papers100M-bin.
         x: the features, .npy with (N, D) numbers. Needed: it says how many nodes there are.
         y: the classes, .npy with (N,) whole numbers, -1 or NaN where there is none.
         train: the nodes of train, .npy, or .csv with one a line. Likewise val and test.
-        val: see train.
-        test: see train.
         half: features as float16: half the disk and the traffic. Numbers beyond 65504 are refused.
         directed: keep the edges as they are. By default the reverse of each is added, and none is kept twice.
         memory: gigabytes to sort edges in, which DuckDB may exceed by half; 8 bytes a node come on top.
 
     Raises:
-        ValueError: options that do not belong together; something in the data that cannot be, with the place where it
-            is; not enough memory or disk.
+        ValueError: options that do not fit; something in the data that cannot be, and where; not enough memory or disk.
     """
     check(memory > 0, "memory", memory, "gigabytes, more than 0")
     given = {"x": x, "y": y, "train": train, "val": val, "test": test}
@@ -178,8 +170,8 @@ def convert(
 
 def read_edges(path: Path) -> Array | Path:
     """(2, M) edges, mapped; or a table, which DuckDB reads."""
-    fits = path.suffix in (".npy", ".csv", ".gz", ".parquet") and path.is_file()
-    check(fits, "graph", path, f"{PAPERS}, or a file, .npy, .csv, .csv.gz or .parquet")
+    fits = path.suffix in (".npy", ".csv", ".parquet") and path.is_file()
+    check(fits, "graph", path, f"{PAPERS}, or a file, .npy, .csv or .parquet")
     if path.suffix != ".npy":
         return path
     edges = read_npy(path, memory_map=True)
@@ -236,11 +228,7 @@ def _open_table(connection: Any, path: Path) -> None:
     """Make a table's two columns the view ``edges``. DuckDB guesses nothing: it would skip lines, and round numbers."""
     quoted = str(path).replace("'", "''")
     table = f"read_parquet('{quoted}')"
-    if path.suffix == ".gz":  # some versions of DuckDB take one that is cut off for a whole one
-        with naming(path), gzip.open(path) as file:
-            while file.read(PIECE):
-                pass
-    if path.suffix != ".parquet":
+    if path.suffix == ".csv":
         options = "auto_detect=false, delim=',', quote='\"', columns={'s': 'VARCHAR', 'd': 'VARCHAR'}"
         names = "TRY_CAST(s AS DOUBLE) IS NULL AND TRY_CAST(d AS DOUBLE) IS NULL"
         first = f"SELECT {names} FROM read_csv('{quoted}', {options}, header=false) LIMIT 1"
@@ -297,9 +285,8 @@ def finite(x: Array, dtype: Any) -> Iterator[Array]:
         with np.errstate(over="ignore"):
             cast = x[begin : begin + size].astype(dtype)
         good = np.isfinite(cast).all(axis=1)
-        if not good.all():
-            row, most = begin + int(good.argmin()), np.finfo(dtype).max
-            raise ValueError(f"x: row {row} holds {np.abs(x[row]).max():g}, expected finite numbers up to {most:g}")
+        row, most = begin + int(good.argmin()), np.finfo(dtype).max
+        check(good.all(), "x", f"{np.abs(x[row]).max():g} in row {row}", f"finite numbers up to {most:g}")
         yield cast
 
 

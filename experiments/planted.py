@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
@@ -18,6 +17,7 @@ import tyro
 from numpy.typing import NDArray
 
 from experiments.config import PAPERS, fail
+from experiments.convert import building
 from experiments.data.ogb import RELATIONS, files_of
 from gmoe._checks import check, check_at_least, check_choice
 
@@ -55,15 +55,23 @@ def write_planted(
         seed: the same one writes the same graph.
     """
     check_choice("name", name, SIZES)
-    most, features, shares = SIZES[name][2:]
-    given = zip((nodes, edges, classes), SIZES[name][:3], strict=True)
+    most, given = SIZES[name][2], zip((nodes, edges, classes), SIZES[name][:3], strict=True)
     nodes, edges, classes = [usual if own is None else own for own, usual in given]
     check(2 <= classes <= most, "classes", classes, f"2 to {most}")
     check_at_least("nodes", nodes, max(100, classes))
     check_at_least("edges", edges, 1)
     folder = root.expanduser() / name.replace("-", "_")
-    check(not folder.exists(), "root", f"{folder}, which is there already", "another root, or delete it")
-    rng = np.random.default_rng(seed)
+    text = f"Not OGB's {name}, but a graph of experiments.planted: {nodes=}, {edges=}, {classes=}, {seed=}\n"
+    with building(folder, "root") as made:  # half a graph never stands at its place
+        files = _drawn(np.random.default_rng(seed), name, nodes, edges, classes)
+        for file, content in (files | {"PLANTED.txt": text}).items():
+            _write(made / file, content)
+    return folder
+
+
+def _drawn(rng: Any, name: str, nodes: int, edges: int, classes: int) -> dict[str, Any]:
+    """The content of each file."""
+    features, shares = SIZES[name][3:]
     part = np.searchsorted(np.cumsum(shares), (rng.permutation(nodes) + 0.5) / nodes)
     split = {of: np.flatnonzero(part == number) for number, of in enumerate(("train", "val", "test"))}
     popularity = np.arange(1, classes + 1) ** -0.5
@@ -75,33 +83,22 @@ def write_planted(
         x[begin : begin + PIECE] += center[community[begin : begin + PIECE]]
     x[np.arange(nodes), regime] += 3
     y = np.where(rng.random(nodes) < NOISE, rng.integers(classes, size=nodes), (community + regime) % classes)
-    held: dict[Any, Any] = {"x": x, "y": y, "nodes": nodes, "release": "planted\n", **split}
-    if name == "ogbn-mag":
-        files = _mag(rng, held, community, edges)
-    else:
-        files, pairs = {}, links(rng, community, community, edges)
     if name == PAPERS:
-        label = np.where(part < 3, y, np.nan).astype(np.float32)[:, None]
-        files = {"raw/data.npz": {"edge_index": pairs, "node_feat": x}, "raw/node-label.npz": {"node_label": label}}
-        files |= {f"split/time/{'valid' if of == 'val' else of}.csv.gz": ids for of, ids in split.items()}
-    elif name != "ogbn-mag":
-        held["", "edge"] = _simple(pairs, undirected=name != "ogbn-arxiv")
+        label = {"node_label": np.where(part < 3, y, np.nan).astype(np.float32)[:, None]}
+        graph = {"edge_index": links(rng, community, community, edges), "node_feat": x}
+        tables = {f"split/time/{'valid' if of == 'val' else of}.csv.gz": ids for of, ids in split.items()}
+        return {"raw/data.npz": graph, "raw/node-label.npz": label, **tables}
+    held: dict[Any, Any] = {"x": x, "y": y, "nodes": nodes, "release": "planted\n", **split}
+    files = _mag(rng, held, community, edges) if name == "ogbn-mag" else {}
+    if name != "ogbn-mag":
+        held["", "edge"] = _simple(links(rng, community, community, edges), undirected=name != "ogbn-arxiv")
     if name == "ogbn-proteins":  # the features are of edges; 112 labels, other functions in each regime
         score = np.tanh(x) @ rng.standard_normal((features, 112)) * rng.choice([-1, 1], (4, 112))[regime]
         score += rng.standard_normal(score.shape)
         held["y"] = score > [np.quantile(column, rng.uniform(0.6, 0.95)) for column in score.T]
         held["x"] = 1 / (1 + np.exp(-x[held["", "edge"]].mean(axis=1)))
-    if name != PAPERS:
-        held |= {(of[0], "edges"): len(pairs) for of, pairs in held.items() if isinstance(of, tuple)}
-        files |= {file: held[of] for of, file in files_of(name).items()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix="planted-") as scratch:  # half a graph never stands at its place
-        for file, content in files.items():
-            _write(Path(scratch) / "graph" / file, content)
-        text = f"Not OGB's {name}, but a graph of experiments.planted: {nodes=}, {edges=}, {classes=}, {seed=}\n"
-        (Path(scratch) / "graph" / "PLANTED.txt").write_text(text)
-        (Path(scratch) / "graph").rename(folder)
-    return folder
+    held |= {(of[0], "edges"): len(pairs) for of, pairs in held.items() if isinstance(of, tuple)}
+    return files | {file: held[of] for of, file in files_of(name).items()}
 
 
 def _mag(rng: Any, held: dict[Any, Any], venue: Array, citations: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -27,37 +26,29 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
 """By the name of the command line: a line of help, and the class, which is imported when it is asked for."""
 
 
-def parse(args: Sequence[str]) -> Any:
-    """The benchmark with its options; a name or an option that there is not is a ``ValueError``."""
-    name, *rest = args
-    if name not in BENCHMARKS:
-        raise ValueError(f"benchmark: got {name!r}, expected one of {', '.join(BENCHMARKS)}")
-    module, kind = BENCHMARKS[name][1].split(".")
-    made = getattr(import_module(f"experiments.benchmark.{module}"), kind)
-    config = tyro.cli(made, args=rest, prog=f"python -m experiments.benchmark {name}")
-    small = {name: value for name, value in made.SMALL.items() if getattr(config, name) == getattr(made, name)}
-    return replace(config, **small) if config.quick else config
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
-    args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help"):
+    name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if name in ("-h", "--help"):
         print(__doc__, *(f"  {name:<12}{line}" for name, (line, _) in BENCHMARKS.items()), sep="\n")
-        sys.exit(0 if args else 2)
+        sys.exit()
+    if name not in BENCHMARKS:
+        fail(ValueError(f"benchmark: got {name!r}, expected one of {', '.join(BENCHMARKS)}"))
+    module, kind = BENCHMARKS[name][1].split(".")
+    made: Any = getattr(import_module(f"experiments.benchmark.{module}"), kind)
+    config = tyro.cli(made, args=rest, prog=f"python -m experiments.benchmark {name}")
+    import pandas as pd  # help does without them
+    import torch
+
+    from experiments.run_folder import environment
+    from experiments.tables import benchmark_lines, measured_on
+
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
     try:
-        config = parse(args)
-        import pandas as pd
-        import torch
-
-        from experiments.run_folder import environment
-        from experiments.tables import benchmark_lines, measured_on
-
-        if config.threads > 0:
-            torch.set_num_threads(config.threads)
-        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
         found = config.run()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         fail(error)
     print(pd.DataFrame(benchmark_lines(found)).to_string(index=False))
     print(measured_on(environment(), config.device))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,8 +136,6 @@ class ConvBenchmark(Benchmark):
     masked: bool = True
     """Time E masked convs and HeteroLinear too."""
 
-    SMALL: ClassVar = {"repeats": 3, "nodes": 5000}
-
     def groups(self) -> Iterator[Steps]:
         forms = dict(zip(("edge_index", "csr"), power_law_graph(self.nodes, self.edges), strict=True))
         x = torch.randn(self.nodes, NODE, requires_grad=True)
@@ -190,8 +188,6 @@ class FFNBenchmark(Benchmark):
     peers: bool = True
     """Time others' layers too; with many experts the loop takes long."""
 
-    SMALL: ClassVar = {"repeats": 3, "tokens": 1024}
-
     def groups(self) -> Iterator[Steps]:
         x = torch.randn(self.tokens, TOKEN, requires_grad=True)
         for k in self.ks:
@@ -236,8 +232,6 @@ class VitBenchmark(Benchmark):
     bf16: bool = False
     """Under bfloat16 autocast, not in float32."""
 
-    SMALL: ClassVar = {"repeats": 3, "batch": 16}
-
     def groups(self) -> Iterator[Steps]:
         from gmoe.models.vit import ViTMoE, ViTSize  # torchvision, which graphs do without
 
@@ -275,8 +269,6 @@ class RouterBenchmark(Benchmark):
     ks: tuple[int, ...] = (1,)
     """Experts per token, K."""
 
-    SMALL: ClassVar = {"repeats": 3, "tokens": 2048}
-
     def groups(self) -> Iterator[Steps]:
         convs = self.layer == "conv"
         tokens, width = self.tokens or (169_343 if convs else 8192), NODE if convs else TOKEN
@@ -300,8 +292,6 @@ class VoteBenchmark(Benchmark):
     tokens: int = 4096
     group: bool = True
     """Time the votes over the group too, also by a (T, T) matrix an expert, which is checked to be equal."""
-
-    SMALL: ClassVar = {"repeats": 3, "tokens": 1024}
 
     def groups(self) -> Iterator[Steps]:
         edge_index, _ = power_law_graph(self.tokens)

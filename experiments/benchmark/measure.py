@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import gmoe
 from experiments.run_folder import environment, write_json
+from gmoe._checks import check_counts
 
 Step = Callable[[], object]
 Steps = Mapping[str, Step]
@@ -40,16 +41,11 @@ class Benchmark:
     """Timed runs of each variant."""
     json: Path | None = None
     """Where to write the figures."""
-    quick: bool = False
-    """A small case, of less than two minutes on one core: to see that all runs."""
-
-    SMALL: ClassVar[Mapping[str, Any]] = {"repeats": 3}
-    """Values with `quick`, of options that have their defaults."""
 
     def run(self) -> dict[str, Any]:
         """Measure, write the figures if there is where to, and return those of each variant."""
         seed_everything(0)
-        self.check_counts("repeats")
+        check_counts(repeats=self.repeats)
         found = self.measured()
         if self.json is not None:
             write_json(self.json, self.content(found))
@@ -81,13 +77,6 @@ class Benchmark:
         """The content of the file."""
         settings = {name: value for name, value in asdict(self).items() if name not in ("json", "data_root", "folder")}
         return {"config": settings, "variants": found, "environment": environment()}
-
-    def check_counts(self, *names: str) -> None:
-        """Refuse options below 1."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
 def take_turns(steps: Steps, repeats: int, device: torch.device, warmup: int = 1) -> dict[str, dict[str, Any]]:

@@ -6,14 +6,11 @@ import copy
 import itertools
 import math
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from filelock import FileLock
@@ -36,12 +33,14 @@ from experiments.loop import Progress, attention_kernel, fit, make_optimizer, se
 from experiments.presets import CORA, GRAPH, MOSAIC, TEN
 from experiments.run_folder import environment, write_json
 from experiments.studies import SHARED, SMALL_VIT
+from gmoe._checks import check_choice, check_counts
 from gmoe.conv.kinds import factory_of
 
 Arm = Literal["dense", "moe", "dense-flops", "random", "oracle", "k-means", "shared-transform"]
 """``dense-flops`` is the dense model, widened to the active FLOPs of ``moe``; ``shared-transform`` has that option of
 MoEConv where a layer's input is more than four times as wide as its output."""
 Config = GraphConfig | ImageConfig
+PARTS: tuple[Split, ...] = get_args(Split)
 load = lru_cache(maxsize=1)(load_tasks)  # the data of one row at a time
 
 
@@ -52,20 +51,30 @@ def evaluated(call: Callable[..., Any], model: nn.Module, *args: Any) -> Any:
 
 
 class Problem:
-    """A model and what it is trained on, with one seed."""
+    """PyG's examples/gcn.py and gat.py, and the former with other convs: dropout, conv, activation, dropout, conv.
 
-    validated = True  # validation selects the epoch; otherwise it is the last one
+    A model and what it is trained on, with one seed. Validation selects the epoch.
+    """
 
     def __init__(self, config: Config, seed: int) -> None:
         self.config: Any = config
         self.seed, self.task, self.fabric = seed, load(config)(seed), make_fabric(config)
-        seeds: dict[Split, int | None] = {"train": seed, "val": None, "test": None}
-        firsts = {part: next(iter(self.task.loader(part, config.batch_size, seed))) for part, seed in seeds.items()}
+        firsts = {part: next(iter(self.task.loader(part, config.batch_size, None))) for part in PARTS}
         self.batch: dict[Split, Any] = self.fabric.to_device(firsts)  # of a whole graph, all there is
+        self.out_channels, self.cached = self.task.num_classes, True
 
     def build(self, arm: Arm, width: int) -> nn.Module:
         """The model of an arm and a hidden width, drawn from torch's generator."""
-        raise NotImplementedError
+        (conv,), edges = self.config.conv, "x, edge_index -> x"
+        first: dict[str, Any] = {"cached": self.cached} if conv == "gcn" else {}
+        second = first
+        if conv == "gat":
+            first, second = {"heads": 8, "dropout": 0.6}, {"concat": False, "dropout": 0.6}
+        conv1 = layer(arm, conv, self.task.in_channels, width, **first)
+        conv2 = layer(arm, conv, width * first.get("heads", 1), self.out_channels, **second)
+        before, between = nn.Dropout(self.config.input_dropout), nn.Dropout(self.config.dropout)
+        act = nn.ELU() if conv == "gat" else nn.ReLU()
+        return Sequential("x, edge_index", [(before, "x -> x"), (conv1, edges), act, between, (conv2, edges)])
 
     def drawn(self, arm: Arm, width: int) -> nn.Module:
         """The model of the seed: an arm with experts has the dense layers of the dense arm."""
@@ -74,7 +83,9 @@ class Problem:
 
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
         """Of a model."""
-        return torch.optim.Adam(model.parameters(), lr=self.config.lr)
+        decays = {1: self.config.weight_decay, 4: self.config.weight_decay * (self.config.conv == ("gat",))}
+        groups = [{"params": list(model[at].parameters()), "weight_decay": decay} for at, decay in decays.items()]
+        return torch.optim.Adam(groups, lr=self.config.lr)  # gcn.py decays the first layer only
 
     def forward(self, model: Any, batch: Any = None) -> Any:
         """Run the model on a batch, by default of the test set."""
@@ -106,7 +117,7 @@ class Problem:
         best, state = (-math.inf, epochs), model.state_dict()
         for epoch in tqdm(range(1, epochs + 1), desc=folder.name, leave=False, mininterval=5):
             self.step(model, optimizer)
-            val = evaluated(self.score, model, "val") if self.validated else -math.inf
+            val = evaluated(self.score, model, "val")
             if val > best[0]:
                 best, state = (val, epoch), copy.deepcopy(model.state_dict())
         model.load_state_dict(state)
@@ -123,43 +134,16 @@ def layer(arm: Arm, conv: str, in_channels: int, out_channels: int, **kwargs: An
     return gmoe.MoEConv(conv, in_channels, out_channels, router=router, **kwargs)
 
 
-class Example(Problem):
-    """PyG's examples/gcn.py and gat.py, and the former with other convs: dropout, conv, activation, dropout, conv."""
-
-    out_channels: int | None = None  # the classes
-    kwargs: ClassVar[dict[str, Any]] = {
-        "gcn": ({"cached": True}, {"cached": True}),
-        "gat": ({"heads": 8, "dropout": 0.6}, {"heads": 1, "concat": False, "dropout": 0.6}),
-    }
-
-    def build(self, arm: Arm, width: int) -> nn.Module:
-        (conv,), edges = self.config.conv, "x, edge_index -> x"
-        first, second = self.kwargs.get(conv, ({}, {}))
-        conv1 = layer(arm, conv, self.task.in_channels, width, **first)
-        width *= first.get("heads", 1)
-        conv2 = layer(arm, conv, width, self.out_channels or self.task.num_classes, **second)
-        before, between = nn.Dropout(self.config.input_dropout), nn.Dropout(self.config.dropout)
-        act = nn.ELU() if conv == "gat" else nn.ReLU()
-        return Sequential("x, edge_index", [(before, "x -> x"), (conv1, edges), act, between, (conv2, edges)])
-
-    def optimizer(self, model: Any) -> torch.optim.Optimizer:
-        decays = {1: self.config.weight_decay, 4: self.config.weight_decay * (self.config.conv == ("gat",))}
-        groups = [{"params": list(model[at].parameters()), "weight_decay": decay} for at, decay in decays.items()]
-        return torch.optim.Adam(groups, lr=self.config.lr)  # gcn.py decays the first layer only
-
-
-class Links(Example):
+class Links(Problem):
     """PyG's examples/link_pred.py; the split is drawn by the seed. A link's logit is the product of its ends."""
-
-    out_channels = 64
-    kwargs: ClassVar[dict[str, Any]] = {}  # each part has edges of its own, so that nothing is cached
 
     def __init__(self, config: Config, seed: int) -> None:
         super().__init__(config, seed)
+        self.out_channels, self.cached = 64, False  # each part has edges of its own
         seed_everything(seed)
         split = RandomLinkSplit(num_val=0.05, num_test=0.1, is_undirected=True, add_negative_train_samples=False)
         parts = [part.to(self.fabric.device) for part in split(copy.copy(self.task.graph))]
-        self.batch = dict(zip(self.batch, parts, strict=True))
+        self.batch = dict(zip(PARTS, parts, strict=True))
 
     def forward(self, model: Any, batch: Any = None) -> Any:
         batch = batch or self.batch["test"]
@@ -179,9 +163,7 @@ class Links(Example):
 
 
 class Infomax(Problem):
-    """PyG's examples/infomax_transductive.py: no labels in training, no validation, the last epoch is tested."""
-
-    validated = False
+    """PyG's examples/infomax_transductive.py: no labels in training, no validation."""
 
     def __init__(self, config: Config, seed: int) -> None:
         super().__init__(config, seed)
@@ -191,12 +173,12 @@ class Infomax(Problem):
     def build(self, arm: Arm, width: int) -> Any:
         conv = layer(arm, "gcn", self.task.in_channels, width, cached=True)
         encoder = Sequential("x, edge_index", [(conv, "x, edge_index -> x"), nn.PReLU(width)])
-        return DeepGraphInfomax(
-            width,
-            encoder,
-            summary=lambda z, *_: z.mean(dim=0).sigmoid(),
-            corruption=lambda x, edges: (x[torch.randperm(x.size(0), device=x.device)], edges),
+        return DeepGraphInfomax(  # summary, corruption
+            width, encoder, lambda z, *_: z.mean(dim=0).sigmoid(), lambda x, edges: (x[torch.randperm(len(x))], edges)
         )
+
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=self.config.lr)
 
     def forward(self, model: Any, batch: Any = None) -> Any:
         return model.encoder(*self.inputs)
@@ -205,20 +187,24 @@ class Infomax(Problem):
         return model.loss(*model(*self.inputs))
 
     def score(self, model: Any, part: Split) -> float:
+        if part == "val":
+            return math.nan  # the last epoch is tested
         z, fitted, tested = self.forward(model), self.batch["train"], self.batch[part]
         return float(model.test(z[fitted.rows], fitted.target, z[tested.rows], tested.target, max_iter=150))
 
 
 ROUTERS: dict[Arm, str] = {"dense-flops": "dense", "moe": "token_choice", "k-means": "multi_centroid"}
-NONE = RouterOptions()
 OPTIONS = {"random": RouterOptions(weight="straight_through"), "k-means": RouterOptions(num_centroids=1)}
 
 
 class Preset(Problem):
-    """A GNNMoE of this project's presets, in the loop that trains them; ``dense`` is the same with plain convs."""
+    """A GNNMoE of this project's presets, in the loop that trains them, or a dense ViT and :func:`gmoe.moefy` of it."""
 
     def build(self, arm: Arm, width: int) -> nn.Module:
-        config = replace(self.config, hidden=width, router=ROUTERS.get(arm, arm), options=OPTIONS.get(arm, NONE))
+        router = ROUTERS.get(arm, arm)
+        if isinstance(self.config, ImageConfig) and router != "dense":
+            return gmoe.moefy(self.build("dense", width), router=router)
+        config = replace(self.config, hidden=width, router=router, options=OPTIONS.get(arm, RouterOptions()))
         model = build_model(config, self.task)
         if arm == "k-means":
             init_centroids(model, self.batch["train"].inputs, self.seed)
@@ -235,45 +221,28 @@ class Preset(Problem):
         return reached.best_val, reached.best_epoch + 1
 
 
-class Images(Preset):
-    """A dense ViT, or the same through :func:`gmoe.moefy`."""
-
-    def build(self, arm: Arm, width: int) -> nn.Module:
-        model = super().build("dense", width)
-        return model if arm.startswith("dense") else gmoe.moefy(model, router=ROUTERS.get(arm, arm))
-
-
-class Row(NamedTuple):
-    """A line of the table: its problems, their configuration, and the arms beside ``dense`` and ``moe``."""
-
-    problem: type[Problem]
-    config: Config
-    arms: tuple[Arm, ...] = ("dense-flops", "random")
-
-
 CITED = replace(CORA, data_root=Path("planetoid"), undirected=False, adjacency="edge_index", input_dropout=0.5)
 GAT = replace(CITED, hidden=8, lr=0.005, input_dropout=0.6, dropout=0.6)
 LINKS = replace(CITED, hidden=128, epochs=100, weight_decay=0.0, input_dropout=0.0, dropout=0.0)
-NARROWED: tuple[Arm, ...] = ("dense-flops", "random", "shared-transform")
+FACEBOOK = replace(GRAPH, data_root=Path("facebook.npz"), dropout=0.5, seeds=TEN, adjacency="edge_index")
+CONTROLS: tuple[Arm, ...] = ("dense-flops", "random")
+NARROWED: tuple[Arm, ...] = (*CONTROLS, "shared-transform")
 PLAIN: dict[str, Any] = {"seeds": TEN, "adjacency": "edge_index", "shared_router": True, "check_finite": False}
 PLAIN["router_input"] = ("node", "neighbors")
-ROWS: dict[str, Row] = {
+ROWS: dict[str, tuple[type[Problem], Config, tuple[Arm, ...]]] = {
     **{
-        f"{name}-{conv}": Row(Example, replace(GAT if conv == "gat" else CITED, dataset=name, conv=(conv,)), NARROWED)
+        f"{name}-{conv}": (Problem, replace(GAT if conv == "gat" else CITED, dataset=name, conv=(conv,)), NARROWED)
         for conv in ("gcn", "gat", "sage", "gin")
         for name in ("cora", "citeseer")
     },
-    "facebook-sage": Row(
-        Example,
-        replace(GRAPH, data_root=Path("facebook.npz"), eval_every=5, dropout=0.5, seeds=TEN, adjacency="edge_index"),
-    ),
-    "minesweeper": Row(Preset, replace(SHARED, data_root=Path("heterophilous"), **PLAIN)),
-    "mosaic": Row(Preset, replace(MOSAIC, **PLAIN), ("dense-flops", "random", "oracle", "k-means")),
-    "cora-linkpred": Row(Links, LINKS, NARROWED),
-    "cora-infomax": Row(Infomax, replace(CITED, hidden=512, epochs=300, lr=0.001), NARROWED),
-    "cifar10-vit": Row(Images, replace(SMALL_VIT, data_root=Path())),
+    "facebook-sage": (Problem, FACEBOOK, CONTROLS),
+    "minesweeper": (Preset, replace(SHARED, data_root=Path("heterophilous"), **PLAIN), CONTROLS),
+    "mosaic": (Preset, replace(MOSAIC, **PLAIN), (*CONTROLS, "oracle", "k-means")),
+    "cora-linkpred": (Links, LINKS, NARROWED),
+    "cora-infomax": (Infomax, replace(CITED, hidden=512, epochs=300, lr=0.001), NARROWED),
+    "cifar10-vit": (Preset, replace(SMALL_VIT, data_root=Path()), CONTROLS),
 }
-"""The class swapped, and nothing else; data roots are inside that of the command line."""
+"""Problem, configuration, with a data root inside that of the command line, and the arms beside dense and moe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,8 +253,8 @@ class SwapBenchmark(Benchmark):
     """Names of rows."""
     arms: tuple[Arm, ...] = get_args(Arm)
     """What is trained beside `dense` and `moe`, where a row has it. `moe-off` is read off `moe`."""
-    seeds: int | None = None
-    """Seeds; by default 10, of images 3."""
+    seeds: int = 10
+    """Seeds at most; images have 3."""
     epochs: int | None = None
     """Epochs in place of the rows' own."""
     threads: int = 1
@@ -295,51 +264,37 @@ class SwapBenchmark(Benchmark):
     """Folder that holds planetoid, heterophilous, facebook.npz and cifar10."""
     offline: bool = False
     """Never download."""
-
-    SMALL: ClassVar = {"rows": ("cora-gcn", "cora-gat", "minesweeper", "mosaic"), "seeds": 1, "epochs": 3, "repeats": 3}
+    json: Path = Path("runs/swap.json")
 
     def run(self) -> dict[str, Any]:
-        """Train what the file lacks, and measure steps where it has no times: ``runs`` by arm, and ``time``, by row.
-
-        The file is written after each run; beside it is a folder for what is not finished.
-        """
-        if unknown := sorted(set(self.rows) - set(ROWS)):
-            raise ValueError(f"rows: got {', '.join(unknown)}, expected some of {', '.join(ROWS)}")
-        self.check_counts("seeds", "epochs")
-        with tempfile.TemporaryDirectory() as scratch:
-            path = self.json or Path(scratch) / "swap.json"
+        """By row ``runs`` by arm and ``time`` of a step; a folder beside the file holds what is not finished."""
+        for name in self.rows:
+            check_choice("rows", name, ROWS)
+        check_counts(seeds=self.seeds)
+        with FileLock(self.json.with_suffix(".lock"), timeout=0):  # two processes would overwrite each other's runs
+            found = read_json(self.json, dict[str, Any])["variants"] if self.json.exists() else {}
             for name in self.rows:
-                config, row = ROWS[name].config, read_rows(path).get(name, {"runs": {}})
-                root, epochs = self.data_root.expanduser() / config.data_root, self.epochs or config.epochs
-                config = replace(config, data_root=root, epochs=epochs, offline=self.offline, device=self.device)
-                done = {(run["seed"], arm, run["epochs"]) for arm, runs in row["runs"].items() for run in runs}
-                arms = ["dense", "moe", *(arm for arm in ROWS[name].arms if arm in self.arms)]
-                for seed, arm in itertools.product(range(self.seeds or len(config.seeds)), arms):
-                    if (seed, arm, epochs) not in done:
-                        part = path.with_suffix("") / f"{name}-{arm}-{seed}-{epochs}"
-                        run = train_arm(ROWS[name].problem(config, seed), arm, width_of(arm, name, config), part)
-                        self._write(path, name, run, arm)
-                        shutil.rmtree(part, ignore_errors=True)
+                (problem, config, arms), row = self._row(name), found.setdefault(name, {"runs": {}})
+                for seed, arm in itertools.product(config.seeds[: self.seeds], arms):
+                    runs = row["runs"].setdefault(arm, [])
+                    if any((run["seed"], run["epochs"]) == (seed, config.epochs) for run in runs):
+                        continue
+                    part = self.json.with_suffix("") / f"{name}-{arm}-{seed}-{config.epochs}"
+                    run = train_arm(problem(config, seed), arm, width_of(arm, name, config), part)
+                    row["runs"][arm] = [*(other for other in runs if other["seed"] != seed), run]
+                    write_json(self.json, self.content(found))
+                    shutil.rmtree(part, ignore_errors=True)
                 if self.repeats and not row.get("time"):
-                    self._write(path, name, step_times(name, config, self.repeats))
-            return read_rows(path)
+                    row["time"] = step_times(name, config, self.repeats)
+                    write_json(self.json, self.content(found))
+        return found
 
-    def _write(self, path: Path, name: str, found: dict[str, Any], arm: Arm | None = None) -> None:
-        """Add a run of an arm, or the times, to a row; other processes, which may write there as well, wait."""
-        with FileLock(path.with_suffix(".lock")):
-            rows = read_rows(path)
-            row = rows.setdefault(name, {"runs": {}})
-            if arm is None:
-                row["time"] = found
-            else:
-                others = [run for run in row["runs"].get(arm, []) if run["seed"] != found["seed"]]
-                row["runs"][arm] = sorted([*others, found], key=lambda run: run["seed"])
-            write_json(path, self.content({known: rows[known] for known in ROWS if known in rows}))
-
-
-def read_rows(path: Path) -> Any:
-    """The rows of a file of results; none where there is no file."""
-    return read_json(path, dict[str, Any])["variants"] if path.exists() else {}
+    def _row(self, name: str) -> tuple[type[Problem], Config, list[Arm]]:
+        """As in ``ROWS``, with the options of the command line."""
+        problem, config, arms = ROWS[name]
+        root, epochs = self.data_root / config.data_root, config.epochs if self.epochs is None else self.epochs
+        config = replace(config, data_root=root, epochs=epochs, offline=self.offline, device=self.device)
+        return problem, config, ["dense", "moe", *(arm for arm in arms if arm in self.arms)]
 
 
 def train_arm(problem: Problem, arm: Arm, width: int, folder: Path) -> dict[str, Any]:
@@ -357,55 +312,44 @@ def train_arm(problem: Problem, arm: Arm, width: int, folder: Path) -> dict[str,
     }
     if switches(model):
         result |= routed_part(model, problem.forward)
-        with switched_off(model):
-            result["off"] = evaluated(problem.score, model, "test")
-    tqdm.write(f"{folder.name}: test {100 * result['test']:.2f}", file=sys.stderr)
+        result["off"] = evaluated(problem.score, switched_off(model), "test")
+    tqdm.write(f"{folder.name}: test {100 * result['test']:.2f}")
     return result
 
 
 def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
-    """By layer that starts dense, what starts at zero in it: of a conv the gain, of MLPs their last layers."""
-    found: dict[nn.Module, list[nn.Parameter]] = {}
-    for layer in model.modules():
-        if isinstance(layer, gmoe.MoEConv) and layer.gain is not None:
-            found[layer] = [layer.gain]
-        elif isinstance(layer, gmoe.MoE):
-            last = [part for part in layer.modules() if isinstance(part, gmoe.LinearExperts) and part.zero_init]
-            found[layer] = [parameter for part in last for parameter in part.parameters()]
-    return {layer: parts for layer, parts in found.items() if parts}
+    """By layer of experts what starts at zero in it: of a conv the gain, of MLPs their last layers."""
+    found: dict[Any, Any] = {layer: [layer.gain] for layer in model.modules() if isinstance(layer, gmoe.MoEConv)}
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, gmoe.MoE)]
+    return found | {layer: list(layer.experts.down.parameters()) for layer in layers}
 
 
-@contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
-    """The routed experts give zero, as they did at the start."""
-    kept = [(part, part.detach().clone()) for parts in switches(model).values() for part in parts]
-    with torch.no_grad():
-        for part, _ in kept:
-            part.zero_()
-        yield
-        for part, value in kept:
-            part.copy_(value)
+def switched_off(model: Any) -> Any:
+    """A copy whose routed experts give zero, as they did at the start."""
+    copied = copy.deepcopy(model)
+    for part in itertools.chain(*switches(copied).values()):
+        nn.init.zeros_(part)
+    return copied
 
 
 def routed_part(model: nn.Module, forward: Callable[[Any], Any]) -> dict[str, list[float]]:
     """What the routed experts do in evaluation: by layer ``share``, the norm of what they add over that of the output;
     by decision of a router ``live``, how many of them take more than 1 % of the tokens."""
-    share: dict[Any, float] = {}
+    share: list[float] = []
 
     def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-        with switched_off(layer):
-            off = layer.forward(*args, **kwargs)
+        off = switched_off(layer).forward(*args, **kwargs)
         y, without = (out[0] if isinstance(out, tuple) else out for out in (output, off))
-        share[layer] = float((y - without).double().norm() / y.double().norm())
+        share.append(float((y - without).double().norm() / y.double().norm()))
 
+    compared = copy.deepcopy(model)
+    for layer in switches(compared):
+        layer.register_forward_hook(compare, with_kwargs=True)
+    evaluated(forward, compared)
     with gmoe.record_routing(model) as routings:
         evaluated(forward, model)
-    hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in switches(model)]
-    evaluated(forward, model)
-    for hook in hooks:
-        hook.remove()
     live = [float((routing.load > 0.01 * routing.num_tokens).sum()) for routing in routings]
-    return {"share": list(share.values()), "live": live}
+    return {"share": share, "live": live}
 
 
 @cache
@@ -413,7 +357,7 @@ def width_of(arm: Arm, name: str, config: Config) -> int:
     """The hidden width of an arm; at that of ``dense-flops`` the dense model has the active FLOPs of ``moe``."""
     if arm != "dense-flops":
         return config.hidden
-    problem = ROWS[name].problem(config, 0)
+    problem = ROWS[name][0](config, 0)
 
     def cost(arm: Arm, width: int) -> int:
         return gmoe.count_flops(partial(evaluated, problem.forward), problem.drawn(arm, width))
@@ -423,8 +367,9 @@ def width_of(arm: Arm, name: str, config: Config) -> int:
 
 def step_times(name: str, config: Config, repeats: int) -> dict[str, Any]:
     """Seconds of a training step in turns, see :func:`take_turns`; ``layers`` is how many layers have experts."""
-    problem, untimed = ROWS[name].problem(config, 0), ("random", "oracle", "k-means")
-    arms: list[Arm] = ["dense", "moe", *(arm for arm in ROWS[name].arms if arm not in untimed)]
+    kind, _, others = ROWS[name]
+    problem = kind(config, 0)
+    arms: list[Arm] = ["dense", "moe", *(arm for arm in others if arm not in ("random", "oracle", "k-means"))]
     models = {arm: problem.drawn(arm, width_of(arm, name, config)) for arm in arms}
     steps = {str(arm): partial(problem.step, model, problem.optimizer(model)) for arm, model in models.items()}
     times = take_turns(steps, repeats, problem.fabric.device, warmup=3)

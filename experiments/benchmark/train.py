@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -22,6 +22,7 @@ from experiments.data import Batch, load_tasks
 from experiments.loop import Training, set_up
 from experiments.presets import PRESETS
 from gmoe import StoredGraph, neighbor_loader
+from gmoe._checks import check_choice, check_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,11 @@ class TrainBenchmark(Benchmark):
     data_root: Path = Path("data")
     """Root folder of the data. Nothing is downloaded."""
 
-    SMALL: ClassVar = {"repeats": 1, "batches": 5}
-
     def measured(self) -> dict[str, Any]:
         """By preset ``wall``, ``batches``, ``parts`` (seconds of the median epoch) and ``share`` (over their sum)."""
-        self.check_counts("batches")
-        if unknown := sorted(set(self.presets) - set(PRESETS)):
-            raise ValueError(f"presets: got {', '.join(unknown)}, expected some of {', '.join(PRESETS)}")
+        check_counts(batches=self.batches)
+        for name in self.presets:
+            check_choice("presets", name, PRESETS)
         return {name: self._preset(name) for name in self.presets}
 
     def _preset(self, name: str) -> dict[str, Any]:
@@ -114,10 +113,8 @@ class StoredBenchmark(Benchmark):
     batches: int = 5
     """Batches a run."""
 
-    SMALL: ClassVar = {"repeats": 2, "batches": 2}
-
     def groups(self) -> Iterator[Steps]:
-        self.check_counts("batches")
+        check_counts(batches=self.batches)
         disk = StoredGraph(self.folder)
         memory = Data(x=disk.rows("x", slice(None)), edge_index=torch.stack(disk.in_edges(slice(None))))
         seeds, places = torch.randint(disk.num_nodes, (self.batches * 1024,)), {"memory": memory, "disk": disk}

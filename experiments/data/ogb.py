@@ -34,8 +34,7 @@ RELATIONS = (
 """Of ogbn-mag: source, relation, destination. Papers alone have features, labels and a split."""
 
 URL = "http://snap.stanford.edu/ogb/data/nodeproppred"
-LARGE = 1.0
-"""Gigabytes above which a download needs ``allow_large_downloads``; ogb's own limit."""
+LARGE = 1.0  # gigabytes above which a download needs allow_large_downloads; ogb's own limit
 
 
 class Published(NamedTuple):
@@ -67,8 +66,7 @@ def files_of(name: str) -> dict[Any, str]:
         "y": f"raw/{paper.format('node-label')}.csv.gz",
         "nodes": f"raw/num-node-{'dict' if name == 'ogbn-mag' else 'list'}.csv.gz",
     }
-    for part in get_args(Split):
-        found[part] = f"split/{OGB[name].split}/{'valid' if part == 'val' else part}.csv.gz"
+    found |= {part: f"split/{OGB[name].split}/{'valid' if part == 'val' else part}.csv.gz" for part in get_args(Split)}
     for relation in RELATIONS if name == "ogbn-mag" else ("",):
         folder = f"raw/relations/{'___'.join(relation)}" if relation else "raw"
         found[relation, "edge"], found[relation, "edges"] = f"{folder}/edge.csv.gz", f"{folder}/num-edge-list.csv.gz"
@@ -76,20 +74,11 @@ def files_of(name: str) -> dict[Any, str]:
 
 
 def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downloads: bool = False) -> GraphData:
-    """One of OGB's node data sets, with its official split and metric.
+    """One of OGB's node data sets, with its official split and metric; ``root`` holds ogb's folder, ``ogbn_arxiv``.
 
     Edges are as in the files (of products and proteins in both directions); proteins' ``x`` is the mean of
     ``edge_attr`` over the edges of a node. ogbn-mag is a ``HeteroData`` whose papers alone have ``x`` and ``y``.
-
-    Args:
-        name: of the data set.
-        root: what ogb calls root: the folder ``ogbn_arxiv`` lies inside. Tensors are kept there for the next run.
-        offline: leave the network alone (default ``False``).
-        allow_large_downloads: download more than 1 GB (default ``False``).
-
-    Raises:
-        FileNotFoundError: files are missing, and may not or cannot be downloaded.
-        ValueError: an unknown name, a download that needs ``allow_large_downloads``, or a broken file.
+    Missing files that may not or cannot be downloaded are a ``FileNotFoundError``, broken ones a ``ValueError``.
     """
     check(name in OGB, "name", repr(name), f"one of {', '.join(OGB)}; ogbn-papers100M stays on disk")
     folder, published = provide(name, root.expanduser(), offline, allow_large_downloads), OGB[name]
@@ -200,11 +189,9 @@ def _table(path: Path, rows: int | None, below: tuple[int, ...] | None = None) -
 
 
 class OGBMetric(Metric):
-    """What ``ogb.nodeproppred.Evaluator`` says: accuracy of the argmax, or the mean ROC-AUC over the tasks.
+    """What ``ogb.nodeproppred.Evaluator`` says: accuracy of the argmax, or the mean ROC-AUC over tasks of both classes.
 
-    All predictions are kept, and evaluated at once over all processes: the ROC-AUC does not follow from its parts. ogb
-    leaves out a task that has one class only. Logits are (n, classes) and targets (n,) or (n, 1); for the ROC-AUC both
-    are (n, tasks).
+    All predictions are kept, and evaluated at once over all processes: the ROC-AUC does not follow from its parts.
     """
 
     full_state_update = False

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,20 +33,9 @@ def plant_papers(root: Path, **size: int) -> Path:
 
 def numbers(path: Path) -> NDArray[np.float64]:
     """A compressed table."""
-    with gzip.open(path, "rt") as file:
-        return np.loadtxt(file, delimiter=",", ndmin=2)
+    return np.loadtxt(path, delimiter=",", ndmin=2)
 
 
-def write(path: Path, content: str | NDArray[Any]) -> None:
-    """Text or a table, compressed."""
-    with gzip.open(path, "wt") as file:
-        if isinstance(content, str):
-            file.write(content)
-        else:
-            np.savetxt(file, content, fmt="%.6g", delimiter=",")
-
-
-def truncate(path: Path) -> None:
-    """Leave the first half."""
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+def write(path: Path, table: NDArray[np.float64]) -> None:
+    """A compressed table."""
+    np.savetxt(path, table, fmt="%.6g", delimiter=",")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torchvision.datasets import utils
 
 from experiments.data import ogb
 from experiments.data.ogb import OGB, OGBMetric, files_of, load_ogb
-from tests.experiments.ogb_data import NAMES, NODES, numbers, plant, truncate, write
+from tests.experiments.ogb_data import NAMES, NODES, numbers, plant, write
 from tests.experiments.user_data import Evil
 
 sys.modules["outdated"] = None  # type: ignore[assignment]  # or ogb asks the network for a newer ogb
@@ -68,8 +67,7 @@ def test_plain_sets_are_what_ogb_reads(name: str, root: Path) -> None:
 
 
 def test_mag_is_what_ogb_reads(root: Path) -> None:
-    graph = load_ogb("ogbn-mag", root)
-    raw = str(root / "ogbn_mag" / "raw")
+    graph, raw = load_ogb("ogbn-mag", root), str(root / "ogbn_mag" / "raw")
     (theirs,) = read_graph_pyg.read_heterograph_pyg(raw, additional_node_files=[], additional_edge_files=[])
     assert graph.target == "paper"
     assert graph.data.node_types == sorted(theirs.num_nodes_dict)  # models are drawn in this order
@@ -78,7 +76,6 @@ def test_mag_is_what_ogb_reads(root: Path) -> None:
     assert_same(graph.data.edge_index_dict, dict(theirs.edge_index_dict))
     assert_same(graph.data.x_dict, dict(theirs.x_dict))
     assert graph.data["paper"].y.tolist() == numbers(file("ogbn-mag", root, "y")).ravel().tolist()
-    graph.data.validate()
 
 
 @pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-mag"])
@@ -114,34 +111,31 @@ def test_a_folder_that_cannot_be_written_is_read(
     assert list((root / "ogbn_arxiv" / "processed").iterdir()) == []
 
 
-def cell(value: float) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        table = numbers(path)
-        table[5, 0] = value
-        write(path, table)
-
-    return change
-
-
 @pytest.mark.parametrize(
-    ("name", "of", "damage", "problem"),
+    ("name", "of", "cell", "problem"),
     [
-        ("ogbn-arxiv", ("", "edge"), truncate, "cannot be read"),
-        ("ogbn-arxiv", ("", "edges"), lambda path: write(path, "not,a\nnumber,table\n"), "cannot be read"),
-        ("ogbn-arxiv", ("", "edge"), lambda path: write(path, numbers(path)[:9]), "got 9 rows .*, expected"),
-        ("ogbn-arxiv", ("", "edge"), cell(NODES), "to 200, expected .* whole numbers from 0 to 199"),
-        ("ogbn-arxiv", ("", "edge"), cell(0.5), "whole numbers"),
-        ("ogbn-arxiv", "y", cell(40), "to 40, expected"),
-        ("ogbn-arxiv", "x", cell(np.nan), "nan, expected 200 rows of finite numbers"),
-        ("ogbn-proteins", "y", cell(2), "to 2, expected"),
-        ("ogbn-mag", (("author", "writes", "paper"), "edge"), cell(400), "to 400, expected"),
-        ("ogbn-mag", "train", cell(-1), "from -1 to"),
+        ("ogbn-arxiv", ("", "edge"), NODES, "to 200, expected .* whole numbers from 0 to 199"),
+        ("ogbn-arxiv", ("", "edge"), 0.5, "whole numbers"),
+        ("ogbn-arxiv", "y", 40, "to 40, expected"),
+        ("ogbn-arxiv", "x", np.nan, "nan, expected 200 rows of finite numbers"),
+        ("ogbn-proteins", "y", 2, "to 2, expected"),
+        ("ogbn-mag", (("author", "writes", "paper"), "edge"), 400, "to 400, expected"),
+        ("ogbn-mag", "train", -1, "from -1 to"),
     ],
 )
-def test_a_broken_file_is_named(root: Path, name: str, of: Any, damage: Callable[[Path], None], problem: str) -> None:
+def test_a_broken_file_is_named(root: Path, name: str, of: Any, cell: float, problem: str) -> None:
     path = file(name, root, of)
-    damage(path)
+    table, whole = numbers(path), path.read_bytes()
+    table[5, 0] = cell
+    write(path, table)
     with pytest.raises(ValueError, match=rf"{path}: .*{problem}"):
+        load_ogb(name, root)
+    if of != "train":
+        write(path, numbers(path)[:9])
+        with pytest.raises(ValueError, match=rf"{path}: got 9 rows .*, expected"):
+            load_ogb(name, root)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"{path}: cannot be read"):
         load_ogb(name, root)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=rf"{name}: {files_of(name)[of]} missing in "):
@@ -149,27 +143,21 @@ def test_a_broken_file_is_named(root: Path, name: str, of: Any, damage: Callable
 
 
 def test_an_overlapping_split_is_refused(root: Path) -> None:
-    node = int(numbers(file("ogbn-products", root, "train"))[0, 0])
-    cell(node)(file("ogbn-products", root, "test"))
-    with pytest.raises(ValueError, match=f"sales_ranking: got node {node} twice"):
+    both = numbers(file("ogbn-products", root, "train"))[:3]
+    write(file("ogbn-products", root, "test"), both)
+    with pytest.raises(ValueError, match=f"sales_ranking: got node {int(both.min())} twice"):
         load_ogb("ogbn-products", root)
     with pytest.raises(ValueError, match="name: got 'ogbn-pubmed', expected one of ogbn-arxiv"):
         load_ogb("ogbn-pubmed", root)
 
 
-@pytest.fixture
-def served(templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with OGB's zips, in the place of OGB's server."""
+def test_a_download_is_announced_and_leaves_one_folder(
+    templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("arxiv", "products"):
         shutil.copytree(templates / f"ogbn_{name}", tmp_path / "server" / name)
         shutil.make_archive(str(tmp_path / "server" / name), "zip", tmp_path / "server", name)
     monkeypatch.setattr(utils, "download_url", lambda _, to, name, __: shutil.copy(tmp_path / "server" / name, to))
-
-
-@pytest.mark.usefixtures("served")
-def test_a_download_is_announced_and_leaves_one_folder(
-    templates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     root = tmp_path / "new" / "data"
     (root / "ogbn_arxiv" / "raw").mkdir(parents=True)  # what a download of ogb that failed leaves
     load_ogb("ogbn-arxiv", root)
@@ -184,17 +172,10 @@ def test_a_download_is_announced_and_leaves_one_folder(
 def test_a_zip_that_the_user_brings(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "ogbn_mag", tmp_path / "zip" / "mag")
     archive = Path(shutil.make_archive(str(tmp_path / "new" / "mag"), "zip", tmp_path / "zip", "mag"))
-    whole = archive.read_bytes()
-    with pytest.raises(FileNotFoundError, match=r"ogbn-arxiv: found neither .* nor .*arxiv.zip"):
-        load_ogb("ogbn-arxiv", tmp_path / "new", offline=True)
-    for broken in (whole[: len(whole) // 2], whole[:200] + bytes(200) + whole[400:]):
-        archive.write_bytes(broken)
-        with pytest.raises(ValueError, match=rf"{archive}: cannot be unpacked .*; delete it"):
-            load_ogb("ogbn-mag", tmp_path / "new", offline=True)
-        assert list(archive.parent.iterdir()) == [archive]
-    archive.write_bytes(whole)
     assert_same(tensors("ogbn-mag", tmp_path / "new"), tensors("ogbn-mag", root))
     assert archive.exists()
+    with pytest.raises(FileNotFoundError, match=r"ogbn-arxiv: found neither .* nor .*arxiv.zip"):
+        load_ogb("ogbn-arxiv", tmp_path / "new", offline=True)
 
 
 def test_accuracy_by_hand() -> None:
@@ -216,14 +197,10 @@ def test_roc_auc_over_batches_and_processes(dtype: torch.dtype) -> None:
     there = OGBMetric("ogbn-proteins")
     there.update(logits[50:], target[50:])
     states: list[Tensor] = [*there.prediction, *there.target]
-    here = OGBMetric(
-        "ogbn-proteins",
-        dist_sync_fn=lambda tensor, group: [tensor, states.pop(0)],  # noqa: ARG005
-        distributed_available_fn=lambda: True,
-    )
+    gathering: dict[str, Any] = {"dist_sync_fn": lambda tensor, group: [tensor, states.pop(0)]}  # noqa: ARG005
+    here = OGBMetric("ogbn-proteins", distributed_available_fn=lambda: True, **gathering)
     for rows in torch.arange(50).split(17):
         here.update(logits[rows], target[rows])
-    tasks = [task for task in range(112) if task != 7]
-    expected = roc_auc_score(target[:, tasks], logits[:, tasks].double(), average="macro")
+    expected = roc_auc_score(*(np.delete(part.double().numpy(), 7, 1) for part in (target, logits)), average="macro")
     assert float(here.compute()) == pytest.approx(expected, abs=1e-6)
     assert float(there.compute()) != pytest.approx(expected, abs=1e-4)

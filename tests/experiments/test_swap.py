@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch_geometric.nn import GCNConv
 
 import gmoe
 from experiments.benchmark import swap
 from experiments.benchmark.__main__ import main
-from experiments.benchmark.swap import ROWS, Arm, Images, Problem
+from experiments.benchmark.swap import ROWS, Arm, Preset, Problem
 from experiments.config import ImageConfig
 from experiments.data.images import digits
 from experiments.studies import SMALL_VIT
@@ -33,14 +34,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def problem_of(name: str, root: Path, epochs: int = 2) -> Problem:
-    config = ROWS[name].config
-    return ROWS[name].problem(replace(config, data_root=root / config.data_root, epochs=epochs, offline=True), 0)
+    problem, config, _ = ROWS[name]
+    return problem(replace(config, data_root=root / config.data_root, epochs=epochs, offline=True), 0)
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "cifar10-vit"])
 def test_dense_and_moe_start_alike(name: str, root: Path) -> None:
     problem = problem_of(name, root)
-    arms: tuple[Arm, ...] = ("dense", "moe", *(arm for arm in ROWS[name].arms if arm != "dense-flops"))
+    arms: tuple[Arm, ...] = ("dense", "moe", *(arm for arm in ROWS[name][2] if arm != "dense-flops"))
     models = (problem.drawn(arm, problem.config.hidden) for arm in arms)
     first, *others = (swap.evaluated(problem.forward, model) for model in models)
     for other in others:
@@ -51,7 +52,7 @@ def test_a_vit_starts_alike_too_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp
     config = replace(SMALL_VIT, layers=2, dim=6, hidden=8, image_size=8, patch=4, precision="32-true", epochs=1)
     task = digits(ImageConfig(dataset="digits"))
     monkeypatch.setattr(swap, "load", lambda _: lambda _: task)
-    problem = Images(config, 0)
+    problem = Preset(config, 0)
     dense, moe = (problem.drawn(arm, 8) for arm in ("dense", "moe"))
     torch.testing.assert_close(*(swap.evaluated(problem.forward, model) for model in (dense, moe)))
     result = swap.train_arm(problem, "moe", 8, tmp_path / "run")
@@ -80,8 +81,7 @@ def test_the_share_is_that_of_what_started_at_zero() -> None:
         off, y = dense(x, edges), layer(x, edges)
     found = swap.routed_part(layer, lambda model: model(x, edges))
     assert found["share"] == [pytest.approx(float((y - off).norm() / y.norm()), rel=1e-4)]
-    with swap.switched_off(layer):
-        torch.testing.assert_close(layer(x, edges), off)
+    torch.testing.assert_close(swap.switched_off(layer)(x, edges), off)
     torch.testing.assert_close(layer(x, edges), y)
 
 
@@ -132,8 +132,11 @@ def test_finished_runs_are_kept_and_missing_ones_added(
     assert trained == []
     assert not list((tmp_path / "swap").glob("*"))
     assert "| cora-gcn | 2 | " in render("<!-- swap: swap -->\n<!-- end -->\n", tmp_path)
+    with FileLock(tmp_path / "swap.lock"), pytest.raises(SystemExit):  # of another process
+        run("--seeds", "3")
+    assert trained == []
     runs = run("--seeds", "1", "--arms", "random", "--epochs", "1")["runs"]  # other epochs are another run
-    assert [one["epochs"] for arm in ("dense", "moe", "random") for one in runs[arm]] == [1, 2] * 3
+    assert [one["epochs"] for arm in ("dense", "moe", "random") for one in runs[arm]] == [2, 1] * 3
 
 
 def test_the_matched_model_has_the_flops(root: Path) -> None:
