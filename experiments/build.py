@@ -237,10 +237,8 @@ class SoftMLP(nn.Module):
         super().__init__()
         tokens, width, experts = (size.image_size // size.patch_size) ** 2 + 1, size.hidden_dim, config.experts
         self.mlp = mlp
-        self.soft = gmoe.SoftMoE(
-            gmoe.SoftSlots(width, experts, slots=-(-tokens // experts)),
-            gmoe.MLPExperts(width, size.mlp_dim, width, experts, dropout=config.dropout, zero_init=True),
-        )
+        self.experts = gmoe.MLPExperts(width, size.mlp_dim, width, experts, dropout=config.dropout, zero_init=True)
+        self.soft = gmoe.SoftMoE(gmoe.SoftSlots(width, experts, slots=-(-tokens // experts)), self.experts)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.mlp(x) + self.soft(x)

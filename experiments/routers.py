@@ -8,24 +8,25 @@ K = 1, a shared expert, a dense start, a router in each layer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from safetensors.torch import load_file
 
 import gmoe
 from experiments.benchmark.measure import take_turns
-from experiments.build import SoftMLP, build_model, example, make_fabric
+from experiments.benchmark.swap import switched_off, switches
+from experiments.build import build_model, example, make_fabric
 from experiments.config import GraphConfig, RouterOptions, RunConfig
 from experiments.data import Task, load_tasks
 from experiments.loop import Progress, Training, run, set_up
 from experiments.presets import ARXIV, DIGITS, DIGITS_GRAPH, GRAPH, MINESWEEPER, MOSAIC, TEN
-from experiments.run_folder import load_model, spread, write_json
+from experiments.run_folder import spread, write_json
 from experiments.studies import SMALL_VIT
 
 THREE = (0, 1, 2)
@@ -116,50 +117,24 @@ def write_cell(results: Path, content: Mapping[str, Any]) -> None:
 def routed_part(config: RunConfig, task: Task, seed: int) -> tuple[float, list[float]]:
     """What the routed experts of a trained seed do on the test set: the metric with these switched off, and by layer
     the norm of what they add over that of the layer's output."""
-    model = load_model(config.folder(), config, task, seed)
-    sums: dict[nn.Module, list[float]] = {layer: [0.0, 0.0] for layer in switches(model)}
-    if not sums:
-        return 0.0, []
+    model = build_model(config, task)
+    model.load_state_dict(load_file(config.folder() / f"seed-{seed}" / "checkpoint" / "best.safetensors"))
+    compared = copy.deepcopy(model)
+    sums = {layer: [0.0, 0.0] for layer in switches(compared)}
 
     def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-        with switched_off(layer):
-            off = layer.forward(*args, **kwargs)
+        off = switched_off(layer).forward(*args, **kwargs)
         y, without = (out[0] if isinstance(out, tuple) else out for out in (output, off))
         for place, value in enumerate((y - without, y)):
             sums[layer][place] += float(value.double().square().sum())
 
-    with set_up(make_fabric(config), model, config, task) as training:
-        hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in sums]
-        training.evaluate("test")
-        for hook in hooks:
-            hook.remove()
-        with switched_off(model):
+    for layer in sums:
+        layer.register_forward_hook(compare, with_kwargs=True)
+    off = 0.0
+    for tested in (compared, switched_off(model)) if sums else ():
+        with set_up(make_fabric(config), tested, config, task) as training:
             off, _ = training.evaluate("test")
     return off, [(added / whole) ** 0.5 for added, whole in sums.values()]
-
-
-def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
-    """By layer that starts dense, what starts at zero in it: of a conv the gain, of MLPs their last layers."""
-    found: dict[nn.Module, list[nn.Parameter]] = {}
-    for layer in model.modules():
-        if isinstance(layer, gmoe.MoEConv) and layer.gain is not None:
-            found[layer] = [layer.gain]
-        elif isinstance(layer, gmoe.MoE | SoftMLP):
-            last = [part for part in layer.modules() if isinstance(part, gmoe.LinearExperts) and part.zero_init]
-            found[layer] = [parameter for part in last for parameter in part.parameters()]
-    return {layer: parts for layer, parts in found.items() if parts}
-
-
-@contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
-    """The routed experts give zero, as they did at the start."""
-    kept = [(part, part.detach().clone()) for parts in switches(model).values() for part in parts]
-    with torch.no_grad():
-        for part, _ in kept:
-            part.zero_()
-        yield
-        for part, value in kept:
-            part.copy_(value)
 
 
 def step_times(config: RunConfig, task: Task, repeats: int = 15) -> dict[str, Any]:

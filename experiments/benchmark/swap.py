@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import gmoe
 from experiments.benchmark.measure import Benchmark, take_turns
-from experiments.build import build_model, init_centroids, make_fabric
+from experiments.build import SoftMLP, build_model, init_centroids, make_fabric
 from experiments.config import GraphConfig, ImageConfig, RouterOptions
 from experiments.data import Split, load_tasks
 from experiments.files import read_json
@@ -320,7 +320,7 @@ def train_arm(problem: Problem, arm: Arm, width: int, folder: Path) -> dict[str,
 def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
     """By layer of experts what starts at zero in it: of a conv the gain, of MLPs their last layers."""
     found: dict[Any, Any] = {layer: [layer.gain] for layer in model.modules() if isinstance(layer, gmoe.MoEConv)}
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, gmoe.MoE)]
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, gmoe.MoE | SoftMLP)]
     return found | {layer: list(layer.experts.down.parameters()) for layer in layers}
 
 
