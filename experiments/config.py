@@ -269,6 +269,10 @@ class GraphConfig(NodeConfig):
     """Full-batch: how edges are given; `auto` takes CSR where convs run on it and use no edge weights of some only."""
     metric: Literal["accuracy", "roc_auc"] | None = None
     """Of your own graph: the metric (default accuracy)."""
+    features: str | None = None
+    """Of a named set: a .npy file of (nodes, width) numbers in place of its features, such as GIANT's or TAPE's."""
+    correct_and_smooth: bool = False
+    """Score PyG's CorrectAndSmooth of what the trained model predicts; 50 steps each, alpha 1 and 0.8."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -276,6 +280,8 @@ class GraphConfig(NodeConfig):
             raise ValueError("conv: got none, expected at least one")
         if self.metric is not None and self.dataset != "graph":
             raise ValueError(f"metric: got {self.metric!r} for {self.dataset}, expected none; `graph` leaves it open")
+        if self.features is not None and (self.dataset in ("graph", PAPERS) or self.data is not None):
+            raise ValueError(f"features: got {self.features!r}, expected none for {self.dataset}, which has its own")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ import gmoe
 from experiments.build import build_model, costs_of, from_first, init_centroids, make_fabric, of_all, share
 from experiments.config import GraphConfig, NodeConfig, RunConfig
 from experiments.data import Batch, Split, Task, load_tasks
+from experiments.predictions import has_predictions, keep_predictions
 from experiments.routing_stats import routing_rows, routing_summary
 from experiments.run_folder import Checkpoint, Logs, Result, Summary, begin, so_far, summarize, write_json
 from gmoe import Router, Routing, RoutingStats
@@ -96,11 +97,14 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
         with set_up(fabric, model, config, task) as training:
             reached = fit(training, seed, folder, progress)
             test, routings = training.evaluate("test")
+            val = reached.best_val
+            if has_predictions(config):
+                val, test = from_first(fabric, lambda: keep_predictions(training, folder, (val, test)))
         result: Result = {
             "seed": seed,
             "epochs": config.epochs,
             "metric": task.metric_name,
-            "val": reached.best_val,
+            "val": val,
             "test": test,
             "best_epoch": reached.best_epoch,
             "seconds": round(reached.seconds, 2),
@@ -395,16 +399,24 @@ class Training:
 
     def _by_layer(self, split: Split, metric: Metric) -> list[Routing]:
         """The same logits, layer by layer in pieces."""
-        graph, device, size = self.task.graph, self.fabric.device, self.config.batch_size
+        graph, device = self.task.graph, self.fabric.device
         assert graph is not None
         assert self.task.split is not None
+        logits, routings = self.inference()
+        rows = self.task.split[split]
+        metric.update(logits[rows].to(device), graph.y[rows].to(device))
+        return routings
+
+    def inference(self) -> tuple[Tensor, list[Routing]]:
+        """The logits of all nodes, layer by layer, and the routings."""
+        graph: Any = self.task.graph
+        device, size = self.fabric.device, self.config.batch_size
         if self.config.precision == "64-true":
             graph = copy.copy(graph).apply(lambda value: value.double() if value.is_floating_point() else value)
         with self.fabric.autocast():
-            logits, routings = self.model.module.inference(graph, device, batch_size=size, return_routing=True)
-        rows = self.task.split[split]
-        metric.update(logits[rows].to(device), graph.y[rows].to(device))
-        found: list[Routing] = routings
+            found: tuple[Tensor, list[Routing]] = self.model.module.inference(
+                graph, device, batch_size=size, return_routing=True
+            )
         return found
 
     def weights(self) -> dict[str, Tensor]:

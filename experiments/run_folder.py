@@ -101,6 +101,9 @@ def described(config: RunConfig) -> dict[str, Any]:
     found, root, digest = config.science(), config.data_root, hashlib.sha256()
     if config.data is not None:
         return found
+    if features := getattr(config, "features", None):
+        digest.update(Path(features).read_bytes())
+        return found | {"digest": digest.hexdigest()[:16]}
     if config.dataset == "graph":
         found["file"] = root.name
         for file in sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]:

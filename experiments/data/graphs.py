@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -22,6 +23,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from experiments.config import GraphConfig, HeteroConfig
 from experiments.data import Batch, GraphData, MetricName, Shard, Split, Splits, Task
+from experiments.files import read_npy
 from gmoe._checks import check
 from gmoe.conv.kinds import factory_of
 from gmoe.data.loader import neighbor_loader
@@ -34,7 +36,15 @@ NORMALIZED = CSR_CONVS - {"sage", "graph", "gin", "mlp", "identity"}
 
 
 def directed(graph: GraphData, config: Any) -> GraphData:
-    """The graph, in both directions if the run asks for it; an edge there twice gets the mean of its weights."""
+    """The graph, in both directions if the run asks for it, with features of its own; an edge there twice gets the mean
+    of its weights."""
+    if file := getattr(config, "features", None):
+        found = read_npy(Path(file))
+        legal = found.ndim == 2 and len(found) == graph.data.num_nodes and found.shape[1] and found.dtype.kind in "fiub"
+        x = torch.from_numpy(found.astype("float32")) if legal else torch.empty(0)
+        got = f"{found.dtype} of shape {found.shape}, or values that are not finite"
+        check(len(x) and x.isfinite().all(), file, got, f"finite numbers ({graph.data.num_nodes}, width)")
+        graph.data.x = x
     return replace(graph, data=ToUndirected(reduce="mean")(graph.data)) if config.undirected else graph
 
 

@@ -216,4 +216,4 @@ class OGBMetric(Metric):
     def compute(self) -> Tensor:
         """The metric over everything since the last reset."""
         result = self._evaluator.eval({"y_true": dim_zero_cat(self.target), "y_pred": dim_zero_cat(self.prediction)})
-        return torch.tensor(result[self._evaluator.eval_metric], device=self.device)
+        return torch.tensor(result[self._evaluator.eval_metric], dtype=torch.float64)
