@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from gmoe._checks import check, check_counts
 from gmoe.dispatch import Backend
@@ -95,30 +95,30 @@ def moefy(
         >>> vit = moefy(timm.create_model("vit_tiny_patch16_224"), blocks=[-3, -1], router="expert_choice")
         >>> gnn = moefy(gnn, targets="conv*")
     """
-    check_counts(every=1 if every is None else every)
     check(
         not isinstance(router, Router), "router", "an instance", "a name or a factory, since several layers are built"
     )
     options: dict[str, Any] = {"num_experts": num_experts, "k": k, "router": router, "router_kwargs": router_kwargs}
     options |= {"upcycle": upcycle, "shared_expert": shared_expert, "dense_start": dense_start, "backend": backend}
-    widths: list[int] = []
+    usual, widths = 2 if targets is None else 1, dict[str, int]()
     pyg = sys.modules.get("torch_geometric.nn")  # who has a PyG model has imported it
     if pyg is not None and targets is None and isinstance(model, pyg.models.basic_gnn.BasicGNN):
-        every, widths = every or 1, [model.in_channels, *[model.hidden_channels] * (model.num_layers - 1)]
-        found = [f"convs.{layer}" for layer in range(model.num_layers - (model.jk_mode is None))]
+        hidden = range(model.num_layers - (model.jk_mode is None))
+        usual, widths = 1, {f"convs.{i}": model.hidden_channels if i else model.in_channels for i in hidden}
+        found = list(widths)
     else:
         found = _mlps(model) if targets is None else _matches(model, targets)
     names = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
-    chosen = choose_blocks(len(names), every or (2 if targets is None else 1), blocks)
+    chosen = choose_blocks(len(names), usual if every is None else every, blocks)
     modules = {names[i]: model.get_submodule(names[i]) for i in chosen}
     layers: dict[nn.Module, nn.Module] = {}
     for name, module in modules.items():  # build all before changing any: an error leaves the model as it was
         check(not isinstance(module, MoELayer), "model", f"{name}, a MoE already", "a dense one; see `blocks`")
-        empty = any(isinstance(p, UninitializedParameter) or p.is_meta for p in module.parameters())
+        empty = any(is_lazy(p) or p.is_meta for p in module.parameters())
         check(not empty, "model", "parameters on the meta device or of lazy layers", "ones with values")
         build: Any = _moe
         if pyg is not None and isinstance(module, pyg.MessagePassing):
-            build = partial(_moe_conv, width=widths[int(name.rpartition(".")[2])] if widths else None)
+            build = partial(_moe_conv, width=widths.get(name))
         if module not in layers:  # one that is used twice stays one
             layers[module] = build(name, module, **options)
     for name, module in modules.items():
@@ -133,6 +133,7 @@ def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -
     Raises:
         ValueError: no block, or one that is not there or is named twice.
     """
+    check_counts(every=every)
     if blocks is None:
         check(every <= count, "every", every, f"at most {count}, the number of blocks or hidden layers")
         return list(range(every - 1, count, every))
@@ -267,7 +268,7 @@ def _read(name: str, mlp: nn.Module) -> tuple[list[nn.Linear], nn.Linear, bool, 
     before, end = parts[: parts.index(linears[0])], parts.index(down)
     input_norm, hidden_norm = ([norm for norm in norms if (norm in before) == first] for first in (True, False))
     fits = len({linear.weight.shape for linear in up}) == 1 and (glu or width == hidden)
-    fits = fits and len(activations) == 1 and not any(True for part in others for _ in part.parameters())
+    fits = fits and len(activations) == 1 and not any(list(part.parameters()) for part in others)
     check(fits and len(input_norm) < 2 and len(hidden_norm) < 2, "model", got, legal)
     (activation,) = activations
     if isinstance(activation, nn.GLU):

@@ -32,6 +32,12 @@ from gmoe.routing import Routing
 Residual: TypeAlias = Literal["none", "identity", "linear"]
 
 
+def reset_parameters(model: nn.Module) -> None:
+    """Draw all parameters anew."""
+    for part in model.children():
+        reset(part)
+
+
 class GNNMoE(HubMixin, nn.Module):
     r"""A GNN in the manner of PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and residuals.
 
@@ -103,7 +109,7 @@ class GNNMoE(HubMixin, nn.Module):
     ) -> None:
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
         check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
-        check_counts(num_layers=num_layers, every=every)
+        check_counts(num_layers=num_layers)
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
         super().__init__()
         self.config, self.num_layers, self.jk_mode = config, num_layers, jk
@@ -137,11 +143,6 @@ class GNNMoE(HubMixin, nn.Module):
         added = [residual_of(residual, width, hidden_channels) for width in widths[:num_hidden]]
         self.residuals = nn.ModuleList(module for module in added if module is not None)
         self.shared_router = deciding
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        for part in self.children():
-            reset(part)
 
     def view(self, x: Tensor, graph: Graph) -> Tensor:
         """(N, dim) what a shared router sees: the raw features, their means over in-edges, the in-degrees."""
@@ -234,6 +235,7 @@ class GNNMoE(HubMixin, nn.Module):
         return self.lin(x) if self.jk_mode == "last" and layer == self.num_layers - 1 else x
 
     inference = inference
+    reset_parameters = reset_parameters
 
     def __repr__(self) -> str:
         return (

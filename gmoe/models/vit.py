@@ -95,11 +95,10 @@ class ViTMoE(HubMixin, VisionTransformer):
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
-        config = recorded(locals() | {"size": asdict(size) if isinstance(size, ViTSize) else size}, known=ROUTERS)
-        if not isinstance(size, ViTSize | Mapping):
-            check(size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
-            size = SIZES[size]
-        sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else size)
+        size = asdict(size) if isinstance(size, ViTSize) else size
+        config = recorded(locals(), known=ROUTERS)
+        check(isinstance(size, Mapping) or size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
+        sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else SIZES[size])
         check_counts(num_classes=num_classes, **sizes)
         for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
             check(sizes[whole] % sizes[part] == 0, whole, sizes[whole], f"a multiple of {part}={sizes[part]}")
