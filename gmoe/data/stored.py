@@ -195,7 +195,7 @@ class StoredGraph(FeatureStore, GraphStore):
     # PyG's interfaces
 
     def _get_tensor(self, attr: TensorAttr) -> Tensor | None:
-        if attr.attr_name not in ("x", "y") or attr.attr_name not in self._arrays:
+        if attr.attr_name not in self._arrays:
             return None
         return self.rows(attr.attr_name, slice(None) if attr.index is None else attr.index)
 
