@@ -155,7 +155,7 @@ class ExpertSelection(nn.Module):
 
     def _move(self, router: Router, ranked_TE: Tensor, log_gate_P: Tensor, token_P: Tensor, groups: Groups) -> None:
         """Move the running means by a step's mean over its groups, unless there are none or it is not finite."""
-        token_EC, num_groups = token_P.view(router.num_experts, -1), groups.num_groups if len(token_P) else 0
+        token_EC, num_groups = token_P.view(router.num_experts, -1), groups.num_groups
         group_EC, ranked_EC = groups.of_tokens(token_P).view_as(token_EC), ranked_TE.T.gather(1, token_EC)
         last_EB = ranked_EC.new_full((len(token_EC), num_groups), torch.inf)
         last_EB = last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin")

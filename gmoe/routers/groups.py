@@ -151,9 +151,9 @@ class Groups:
         Gates that run along tokens are divided by their mean over the pairs of the group, which has no gradient.
         """
         capacity = self.capacity(share)
-        per_expert = capacity * self.num_groups if isinstance(capacity, int) else int(capacity.sum())
         chosen_ET = self.top_tokens(scores_TE.detach(), capacity)
-        token_P, offsets_E = pairs_of_mask(chosen_ET, len(chosen_ET) * per_expert)
+        num_pairs = len(chosen_ET) * self.num_groups * capacity if isinstance(capacity, int) else None
+        token_P, offsets_E = pairs_of_mask(chosen_ET, num_pairs)
         log_gate_P = gather_pairs(log_gate_TE, token_P, offsets_E)
         if along_tokens:
             group_P, mean_B = self.of_tokens(token_P), log_gate_P.detach().new_ones(self.num_groups)

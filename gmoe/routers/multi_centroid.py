@@ -148,7 +148,6 @@ class MultiCentroid(Router):
         return f"{super().extra_repr()}, num_centroids={self.num_centroids}, choice={self.choice!r}"
 
 
-@torch.no_grad()
 def kmeans(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Lloyd's k-means with k-means++ starts (Arthur & Vassilvitskii, 2007): the best of several runs.
 
