@@ -21,7 +21,7 @@ from gmoe.flops import active_parameters
 
 Model = TypeVar("Model", bound="HubMixin")
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class HubMixin:
@@ -63,7 +63,7 @@ class HubMixin:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps({"model": name, "arguments": self.config}, indent=2) + "\n")
         total = sum(parameter.numel() for parameter in model.parameters())
-        (folder / CARD).write_text(
+        (folder / "README.md").write_text(
             f"---\nlibrary_name: gmoe\ntags: [mixture-of-experts, pytorch]\n---\n\n# {name}\n\n"
             f"{total:,} parameters, of which an average token uses {active_parameters(model):,}.\n\n"
             f'```python\nimport gmoe\n\nmodel = gmoe.{name}.from_pretrained("THIS FOLDER OR REPOSITORY")\n```\n'

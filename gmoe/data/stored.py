@@ -93,7 +93,7 @@ class StoredGraph(FeatureStore, GraphStore):
             legal_text = "JSON with format, arrays, and whole num_nodes and num_edges"
             raise ValueError(f"{path}: got {error!r}, expected {legal_text}") from error
         check(version == 1, str(path), f"format {version!r}", 1)
-        legal: dict[str, tuple[tuple[str, ...], int | None, tuple[int, ...]]] = {
+        legal: dict[str, Any] = {
             # dtypes, rows (None: any number), numbers of dimensions
             "start": (("int64",), self.num_nodes + 1, (1,)),
             "source": (("int32" if self.num_nodes < 2**31 else "int64",), self.num_edges, (1,)),

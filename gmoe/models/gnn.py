@@ -140,8 +140,8 @@ class GNNMoE(HubMixin, nn.Module):
             self.jk = JumpingKnowledge(jk, hidden_channels, num_layers)
         if jk is not None:
             self.lin = nn.Linear(hidden_channels * (num_layers if jk == "cat" else 1), out_channels)
-        added = [residual_of(residual, width, hidden_channels) for width in widths[:num_hidden]]
-        self.residuals = nn.ModuleList(module for module in added if module is not None)
+        added = [] if residual == "none" else widths[:num_hidden]
+        self.residuals = nn.ModuleList(residual_of(residual, width, hidden_channels) for width in added)
         self.shared_router = deciding
 
     def view(self, x: Tensor, graph: Graph) -> Tensor:
@@ -256,11 +256,9 @@ def norm_of(norm: Any, width: int) -> Any:
     return normalization_resolver(norm, width) or nn.Identity()
 
 
-def residual_of(residual: Residual, width: int, out: int) -> nn.Module | None:
-    """The map of what is added to a hidden layer, if there is one."""
+def residual_of(residual: Residual, width: int, out: int) -> nn.Module:
+    """The map of what is added to a hidden layer, if something is."""
     check_choice("residual", residual, Residual)
-    if residual == "none":
-        return None
     return nn.Identity() if residual == "identity" and width == out else nn.Linear(width, out)
 
 

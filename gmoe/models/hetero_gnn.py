@@ -118,8 +118,8 @@ class HeteroGNNMoE(nn.Module):
         for layer, types in enumerate(types_of[:-1]):
             conv = moe if layer in moe_layers else RelationalConv
             self.convs.append(conv(width, hidden_channels, metadata, out_types=types))
-            added = {t: residual_of(residual, width, hidden_channels) for t in types}
-            self.residuals.append(ModuleDict({t: module for t, module in added.items() if module is not None}))
+            added = [] if residual == "none" else types
+            self.residuals.append(ModuleDict({t: residual_of(residual, width, hidden_channels) for t in added}))
             self.norms.append(ModuleDict({t: copy.deepcopy(norm_layer) for t in types}))
             width = hidden_channels
         self.convs.append(RelationalConv(width, out_channels, metadata, out_types=types_of[-1]))

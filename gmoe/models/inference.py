@@ -68,7 +68,7 @@ def inference(
     data = data[0] if isinstance(data, tuple) else data
     batch_size = getattr(loader, "batch_size", None) or 1024 if batch_size is None else batch_size
     check_counts(batch_size=batch_size)
-    device = next(model.parameters()).device if device is None else torch.device(device)
+    device = torch.device(device or next(model.parameters()).device)
     for layer, conv in enumerate(model.convs):
         width = model.hidden_channels if layer else model.in_channels
         if isinstance(conv, MoEConv):
