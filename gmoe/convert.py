@@ -122,8 +122,7 @@ def moefy(
         if module not in layers:  # one that is used twice stays one
             layers[module] = build(name, module, **options)
     for name, module in modules.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layers[module])
+        model.set_submodule(name, layers[module])
     return model
 
 
@@ -165,12 +164,10 @@ def _matches(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     check(patterns, "targets", repr(targets), "a pattern of names of modules, or a list of them")
     named = model.named_modules(remove_duplicate=False)
     names = [name for name, module in named if name and not isinstance(module, nn.ModuleList | nn.ModuleDict)]
-    found: set[str] = set()
     for pattern in patterns:
-        matched = [name for name in names if fnmatchcase(name, pattern)]
-        check(matched, "targets", repr(pattern), f"a pattern of names that are there, such as {', '.join(names[:8])}")
-        found.update(matched)
-    return [name for name in names if name in found]
+        matches = any(fnmatchcase(name, pattern) for name in names)
+        check(matches, "targets", repr(pattern), f"a pattern of names that are there, such as {', '.join(names[:8])}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 # MLPs -----------------------------------------------------------------------------------------------------------------
@@ -265,18 +262,17 @@ def _read(name: str, mlp: nn.Module) -> tuple[list[nn.Linear], nn.Linear, bool, 
     width, hidden = sum(len(linear.weight) for linear in up), down.weight.size(1)
     glu, gate_last = width == 2 * hidden, getattr(mlp, "gate_last", False)
     activations: list[Any] = others or functions or [F.silu] * glu  # Llama's calls it without naming it
-    before, end = parts[: parts.index(linears[0])], parts.index(down)
-    input_norm, hidden_norm = ([norm for norm in norms if (norm in before) == first] for first in (True, False))
+    start, end = parts.index(linears[0]), parts.index(down)
+    is_first = {norm in parts[:start]: norm for norm in norms}
     fits = len({linear.weight.shape for linear in up}) == 1 and (glu or width == hidden)
     fits = fits and len(activations) == 1 and not any(list(part.parameters()) for part in others)
-    check(fits and len(input_norm) < 2 and len(hidden_norm) < 2, "model", got, legal)
+    check(fits and len(is_first) == len(norms), "model", got, legal)
     (activation,) = activations
     if isinstance(activation, nn.GLU):
         activation, gate_last = torch.sigmoid, True
     dropout = tuple(sum(p.p for p in side if isinstance(p, nn.Dropout)) for side in (parts[:end], parts[end:]))
     form = {"activation": activation, "glu": glu, "dropout": dropout}
-    form |= {"input_norm": next(iter(input_norm), None), "hidden_norm": next(iter(hidden_norm), None)}
-    return up, down, gate_last, form
+    return up, down, gate_last, form | {"input_norm": is_first.get(True), "hidden_norm": is_first.get(False)}
 
 
 def _folded(linears: list[nn.Linear], norm: nn.Module | None) -> tuple[Tensor, Tensor]:
@@ -296,8 +292,8 @@ def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, **optio
     from gmoe.conv.kinds import CopyOf, Trial
     from gmoe.conv.moe_conv import MoEConv
 
-    matrices = [parameter for parameter in conv.parameters() if parameter.dim() == 2]  # of a GIN, which has no widths
-    width = getattr(conv, "in_channels", None) or width or next((matrix.size(1) for matrix in matrices), 0)
+    of_matrix = next((p.size(1) for p in conv.parameters() if p.dim() == 2), 0)  # of a GIN, which has no widths
+    width = getattr(conv, "in_channels", None) or width or of_matrix
     out: Any = getattr(conv, "out_channels", None) or (width and Trial(conv, width).width)
     legal = "a conv with in_channels and out_channels"
     check(out, "model", f"{name}, a {type(conv).__name__} of unknown widths", legal)

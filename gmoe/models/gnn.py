@@ -149,7 +149,7 @@ class GNNMoE(HubMixin, nn.Module):
         return router_view(self.router_input, x, x[: graph.num_dst], None, graph)
 
     def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
-        for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
+        for name, value in {"edge_weight": edge_weight, "edge_attr": edge_attr}.items():
             taken = (c.edge_names if isinstance(c, MoEConv) else parameters_of(c) for c in self.convs)
             if value is not None and not any(name in names for names in taken):  # of kinds, some take less than others
                 raise ValueError(f"{name}: got a tensor, but no conv of the model takes it")

@@ -227,6 +227,6 @@ def _check_stored(model: Any, graph: StoredGraph) -> None:
     legal = "one that decides token by token: token choice, random, uniform, centroids, or inference='threshold'"
     for router in model.modules():
         if isinstance(router, Router):
-            selection: Any = getattr(router, "selection", None)
-            alone = isinstance(router, by_token) and (selection is None or selection.inference == "threshold")
+            selection = getattr(router, "selection", None)
+            alone = isinstance(router, by_token) and getattr(selection, "inference", "threshold") == "threshold"
             check(alone, "router", type(router).__name__, legal)

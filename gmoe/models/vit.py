@@ -41,7 +41,7 @@ class ViTSize:
     mlp_dim: int
 
 
-SIZES: dict[int, ViTSize] = {
+SIZES = {
     8: ViTSize(image_size=8, patch_size=2, num_layers=4, num_heads=4, hidden_dim=48, mlp_dim=96),
     32: ViTSize(image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256),
     160: ViTSize(image_size=160, patch_size=16, num_layers=6, num_heads=4, hidden_dim=192, mlp_dim=384),

@@ -162,7 +162,8 @@ class ExpertSelection(nn.Module):
         means, sums = [self.threshold_E], [last_EB.sum(dim=1)]
         if self.normalize == "tokens":  # gate = exp(logit) / scale, the same scale in all of a group
             scale_EC = ranked_EC - log_gate_P.view_as(token_EC)
-            means, sums = [*means, self.log_scale_E], [*sums, last_EB.scatter(1, group_EC, scale_EC).sum(dim=1)]
+            means.append(self.log_scale_E)
+            sums.append(last_EB.scatter(1, group_EC, scale_EC).sum(dim=1))
         num_groups_all, *sums = router.summed(last_EB.new_tensor(num_groups), *sums)
         some = (num_groups_all > 0) & torch.cat(sums).isfinite().all()
         self.steps += some
