@@ -230,9 +230,7 @@ def test_reset_parameters_draws_anew_and_forgets_counters(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [{"k": 4}, {"k": 0}, {"num_experts": 0}, {"dim": 0}, {"weight": "mean"}, {"weight": "normalized"}],
-    ids=str,
+    "bad", [{"k": 4}, {"k": 0}, {"num_experts": 0}, {"dim": 0}, {"weight": "mean"}, {"weight": "normalized"}], ids=str
 )
 def test_bad_sizes_and_weights(bad: dict[str, Any]) -> None:
     for router in (TokenChoice, ExpertChoice, AttentionVote, MultiCentroid, RandomRouter):
