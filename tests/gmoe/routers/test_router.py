@@ -26,7 +26,7 @@ from gmoe import (
     TokenChoice,
 )
 from gmoe.routers import Groups
-from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, case_names, graph_edges, group_lists
+from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, graph_edges, group_lists
 
 D, E = 5, 3
 
@@ -47,7 +47,7 @@ GROUPED = [case for case in CASES if not case.needs_edges]  # degrees set equal 
 ROW_WISE = [c for c in GROUPED if c.router not in (OracleRouter, AttentionVote) and "choice" not in c.options]
 """Whose scores of equal tokens are equal to the last bit."""
 
-each_case = pytest.mark.parametrize("case", CASES, ids=case_names(CASES))
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def tokens(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -107,7 +107,7 @@ def tied(layer: MoE, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["one_group", "leading", "ragged", "equal_unsorted"])
-@pytest.mark.parametrize("case", GROUPED, ids=case_names(GROUPED))
+@pytest.mark.parametrize("case", GROUPED, ids=label)
 def test_ties_equal_naive(case: Case, name: str) -> None:
     x, batch, _ = make_call(case, name)
     layer = make_layer(case, x[..., 0].numel(), training=False)
@@ -137,7 +137,7 @@ def test_any_groups_and_capacities_equal_naive(
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["one_group", "ragged"])
-@pytest.mark.parametrize("case", ROW_WISE, ids=case_names(ROW_WISE))
+@pytest.mark.parametrize("case", ROW_WISE, ids=label)
 def test_of_many_equal_rows_the_lowest_tokens_are_taken(case: Case, ragged: bool) -> None:
     """Seven distinct rows, as on minesweeper: no equal token is passed over for a later one of its group."""
     torch.manual_seed(0)
