@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch_geometric.typing
-from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import NeighborLoader, NodeLoader
 
@@ -77,21 +76,6 @@ def test_input_nodes() -> None:
     for input_nodes, seeds in cases:
         (batch,) = list(neighbor_loader(full_graph(), [2], input_nodes, NODES, backend="gmoe")) or (None,)
         assert seeds == ([] if batch is None else batch.n_id[: batch.batch_size].tolist())
-
-
-def test_seed_of_torch_repeats_an_epoch() -> None:
-    """With a worker process too."""
-
-    def draw(seed: int) -> list[Tensor]:
-        torch.manual_seed(seed)
-        kwargs: Any = {"shuffle": True, "num_workers": 1}
-        loader = neighbor_loader(full_graph(), [3, 3], batch_size=8, backend="gmoe", **kwargs)
-        return [batch.e_id for _ in range(2) for batch in loader]
-
-    first, second, other = draw(0), draw(0), draw(1)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first[:5], first[5:], strict=True))  # epochs differ
 
 
 def test_auto_takes_pyg_lib_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

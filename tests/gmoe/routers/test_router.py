@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import gmoe
 from gmoe import (
@@ -336,17 +336,6 @@ def test_a_traced_router_routes_other_tokens(router: Router) -> None:
     if isinstance(router, ExpertChoice):  # the sizes of ragged groups would be those of the first call
         with pytest.raises(RuntimeError, match=r"batch: torch.jit.trace would freeze"):
             torch.jit.trace(layer, (torch.randn(9, D), torch.tensor([0] * 4 + [1] * 5)))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("router", [TokenChoice(D, E, 2, noise=True), ExpertChoice(D, E)], ids=["token", "expert"])
-def test_a_quantized_gate_scores_in_float32(router: Router) -> None:
-    x = torch.randn(40, D)
-    quantized = torch.ao.quantization.quantize_dynamic(router.eval(), {nn.Linear})
-    routing = quantized(x)
-    assert type(quantized.gate) is not nn.Linear
-    assert routing.scores.dtype == torch.float32
-    torch.testing.assert_close(routing.scores, router(x).scores, atol=0.02, rtol=0)
 
 
 def test_token_choice_builds_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
