@@ -82,7 +82,7 @@ class NeighborSampler(BaseSampler):
         else:
             largest = max([*self._sizes.values(), data.num_edges])
             # half the memory traffic
-            self._dtype = torch.int32 if largest < 2**31 - 1 else torch.int64
+            self._dtype = torch.int32 if largest < 2**31 else torch.int64
             edges = data.edge_items() if isinstance(data, HeteroData) else [(EDGES, data)]
             self._graph = {kind: self._in_edges(store, kind) for kind, store in edges}
         self._maps: list[dict[NodeType, Tensor]] = []

@@ -108,9 +108,8 @@ class GNNMoE(HubMixin, nn.Module):
         **conv_kwargs: Any,
     ) -> None:
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
-        check_counts(
-            in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels, num_layers=num_layers
-        )
+        check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
+        check_counts(num_layers=num_layers)
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
         super().__init__()
         self.config, self.num_layers, self.jk_mode = config, num_layers, jk
