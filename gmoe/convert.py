@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from gmoe._checks import check, check_counts
 from gmoe.dispatch import Backend
@@ -95,35 +95,34 @@ def moefy(
         >>> vit = moefy(timm.create_model("vit_tiny_patch16_224"), blocks=[-3, -1], router="expert_choice")
         >>> gnn = moefy(gnn, targets="conv*")
     """
-    check_counts(every=1 if every is None else every)
     check(
         not isinstance(router, Router), "router", "an instance", "a name or a factory, since several layers are built"
     )
     options: dict[str, Any] = {"num_experts": num_experts, "k": k, "router": router, "router_kwargs": router_kwargs}
     options |= {"upcycle": upcycle, "shared_expert": shared_expert, "dense_start": dense_start, "backend": backend}
-    widths: list[int] = []
+    usual, widths = 2 if targets is None else 1, dict[str, int]()
     pyg = sys.modules.get("torch_geometric.nn")  # who has a PyG model has imported it
     if pyg is not None and targets is None and isinstance(model, pyg.models.basic_gnn.BasicGNN):
-        every, widths = every or 1, [model.in_channels, *[model.hidden_channels] * (model.num_layers - 1)]
-        found = [f"convs.{layer}" for layer in range(model.num_layers - (model.jk_mode is None))]
+        hidden = range(model.num_layers - (model.jk_mode is None))
+        usual, widths = 1, {f"convs.{i}": model.hidden_channels if i else model.in_channels for i in hidden}
+        found = list(widths)
     else:
         found = _mlps(model) if targets is None else _matches(model, targets)
     names = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
-    chosen = choose_blocks(len(names), every or (2 if targets is None else 1), blocks)
+    chosen = choose_blocks(len(names), usual if every is None else every, blocks)
     modules = {names[i]: model.get_submodule(names[i]) for i in chosen}
     layers: dict[nn.Module, nn.Module] = {}
     for name, module in modules.items():  # build all before changing any: an error leaves the model as it was
         check(not isinstance(module, MoELayer), "model", f"{name}, a MoE already", "a dense one; see `blocks`")
-        empty = any(isinstance(p, UninitializedParameter) or p.is_meta for p in module.parameters())
+        empty = any(is_lazy(p) or p.is_meta for p in module.parameters())
         check(not empty, "model", "parameters on the meta device or of lazy layers", "ones with values")
         build: Any = _moe
         if pyg is not None and isinstance(module, pyg.MessagePassing):
-            build = partial(_moe_conv, width=widths[int(name.rpartition(".")[2])] if widths else None)
+            build = partial(_moe_conv, width=widths.get(name))
         if module not in layers:  # one that is used twice stays one
             layers[module] = build(name, module, **options)
     for name, module in modules.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layers[module])
+        model.set_submodule(name, layers[module])
     return model
 
 
@@ -133,6 +132,7 @@ def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -
     Raises:
         ValueError: no block, or one that is not there or is named twice.
     """
+    check_counts(every=every)
     if blocks is None:
         check(every <= count, "every", every, f"at most {count}, the number of blocks or hidden layers")
         return list(range(every - 1, count, every))
@@ -164,12 +164,10 @@ def _matches(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     check(patterns, "targets", repr(targets), "a pattern of names of modules, or a list of them")
     named = model.named_modules(remove_duplicate=False)
     names = [name for name, module in named if name and not isinstance(module, nn.ModuleList | nn.ModuleDict)]
-    found: set[str] = set()
     for pattern in patterns:
-        matched = [name for name in names if fnmatchcase(name, pattern)]
-        check(matched, "targets", repr(pattern), f"a pattern of names that are there, such as {', '.join(names[:8])}")
-        found.update(matched)
-    return [name for name in names if name in found]
+        matches = any(fnmatchcase(name, pattern) for name in names)
+        check(matches, "targets", repr(pattern), f"a pattern of names that are there, such as {', '.join(names[:8])}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 # MLPs -----------------------------------------------------------------------------------------------------------------
@@ -216,9 +214,9 @@ def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
             expert = _experts(name, dense, 1, True, False, "loop").eval()
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(2, 3, expert.in_features, dtype=torch.float64, generator=generator)
-            found, ys = expert(x.flatten(0, 1), torch.tensor([6])), [dense.train(mode)(x) for mode in (False, True)]
+            found, y = expert(x.flatten(0, 1), torch.tensor([6])), dense.train()(x)  # dropout that is no module shows
         legal = "one that computes linear, activation, linear of each token, as it looks; or shared_expert=True"
-        same = all(y.numel() == found.numel() and torch.allclose(y.view_as(found), found, atol=1e-8) for y in ys)
+        same = y.numel() == found.numel() and torch.allclose(y.view_as(found), found, atol=1e-8)
         check(same, "model", f"{name}, a {type(mlp).__name__} that computes something else", legal)
 
 
@@ -264,18 +262,17 @@ def _read(name: str, mlp: nn.Module) -> tuple[list[nn.Linear], nn.Linear, bool, 
     width, hidden = sum(len(linear.weight) for linear in up), down.weight.size(1)
     glu, gate_last = width == 2 * hidden, getattr(mlp, "gate_last", False)
     activations: list[Any] = others or functions or [F.silu] * glu  # Llama's calls it without naming it
-    before, end = parts[: parts.index(linears[0])], parts.index(down)
-    input_norm, hidden_norm = ([norm for norm in norms if (norm in before) == first] for first in (True, False))
+    start, end = parts.index(linears[0]), parts.index(down)
+    is_first = {norm in parts[:start]: norm for norm in norms}
     fits = len({linear.weight.shape for linear in up}) == 1 and (glu or width == hidden)
-    fits = fits and len(activations) == 1 and not any(True for part in others for _ in part.parameters())
-    check(fits and len(input_norm) < 2 and len(hidden_norm) < 2, "model", got, legal)
+    fits = fits and len(activations) == 1 and not any(list(part.parameters()) for part in others)
+    check(fits and len(is_first) == len(norms), "model", got, legal)
     (activation,) = activations
     if isinstance(activation, nn.GLU):
         activation, gate_last = torch.sigmoid, True
     dropout = tuple(sum(p.p for p in side if isinstance(p, nn.Dropout)) for side in (parts[:end], parts[end:]))
     form = {"activation": activation, "glu": glu, "dropout": dropout}
-    form |= {"input_norm": next(iter(input_norm), None), "hidden_norm": next(iter(hidden_norm), None)}
-    return up, down, gate_last, form
+    return up, down, gate_last, form | {"input_norm": is_first.get(True), "hidden_norm": is_first.get(False)}
 
 
 def _folded(linears: list[nn.Linear], norm: nn.Module | None) -> tuple[Tensor, Tensor]:
@@ -295,8 +292,8 @@ def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, **optio
     from gmoe.conv.kinds import CopyOf, Trial
     from gmoe.conv.moe_conv import MoEConv
 
-    matrices = [parameter for parameter in conv.parameters() if parameter.dim() == 2]  # of a GIN, which has no widths
-    width = getattr(conv, "in_channels", None) or width or next((matrix.size(1) for matrix in matrices), 0)
+    of_matrix = next((p.size(1) for p in conv.parameters() if p.dim() == 2), 0)  # of a GIN, which has no widths
+    width = getattr(conv, "in_channels", None) or width or of_matrix
     out: Any = getattr(conv, "out_channels", None) or (width and Trial(conv, width).width)
     legal = "a conv with in_channels and out_channels"
     check(out, "model", f"{name}, a {type(conv).__name__} of unknown widths", legal)

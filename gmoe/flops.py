@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from gmoe._checks import check_counts, check_positive
 from gmoe.moe import MoELayer  # and so the operators of gmoe.dispatch
@@ -80,23 +80,20 @@ def match_width(
     return width
 
 
-def _product(a: Tensor, b: Tensor) -> int:
+def _product(a: Tensor, b: Tensor, *_: Any) -> int:
     """(N, M) x (M, D): a multiply-add an element of ``a`` and column of ``b``; an add where ``a`` is sparse, as for
-    messages that are gathered and scattered."""
+    messages that are gathered and scattered. In a grouped product each row meets one expert."""
     return (2 * a.numel() if a.layout == torch.strided else a._nnz()) * b.size(-1)
 
 
 _FORMULAS: dict[tuple[Any, ...], Callable[..., int]] = {
-    (aten.mm, aten._sparse_mm_reduce_impl, aten._sparse_mm_reduce_impl_backward): lambda a, b, *_: _product(a, b),
-    (aten.addmm, aten.addmm_, aten._sparse_addmm): lambda _, a, b, *__: _product(a, b),
-    (aten._grouped_mm,): lambda a, b, *_: _product(a, b),  # each row meets one expert; so in the weight's gradient
+    (aten.mm, aten._grouped_mm, aten._sparse_mm_reduce_impl, aten._sparse_mm_reduce_impl_backward): _product,
+    (aten.addmm, aten.addmm_, aten._sparse_addmm): lambda _, *factors: _product(*factors),
     (aten.sparse_sampled_addmm,): lambda pattern, a, *_: 2 * pattern._nnz() * a.size(-1),
     (aten.index_add, aten.index_add_): lambda *args: args[3].numel(),  # self, dim, index, source
     (aten.scatter_add, aten.scatter_add_): lambda *args: args[2].numel(),
-    (aten._scaled_dot_product_flash_attention_for_cpu,): lambda q, k, v, *_: sdpa_flop_count(q.shape, k.shape, v.shape),
-    (aten._scaled_dot_product_flash_attention_for_cpu_backward,): lambda grad, q, k, v, *_: sdpa_backward_flop_count(
-        grad.shape, q.shape, k.shape, v.shape
-    ),
+    (aten._scaled_dot_product_flash_attention_for_cpu,): sdpa_flop,
+    (aten._scaled_dot_product_flash_attention_for_cpu_backward,): sdpa_backward_flop,
 }
 
 

@@ -21,7 +21,7 @@ from gmoe.flops import active_parameters
 
 Model = TypeVar("Model", bound="HubMixin")
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class HubMixin:
@@ -63,7 +63,7 @@ class HubMixin:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps({"model": name, "arguments": self.config}, indent=2) + "\n")
         total = sum(parameter.numel() for parameter in model.parameters())
-        (folder / CARD).write_text(
+        (folder / "README.md").write_text(
             f"---\nlibrary_name: gmoe\ntags: [mixture-of-experts, pytorch]\n---\n\n# {name}\n\n"
             f"{total:,} parameters, of which an average token uses {active_parameters(model):,}.\n\n"
             f'```python\nimport gmoe\n\nmodel = gmoe.{name}.from_pretrained("THIS FOLDER OR REPOSITORY")\n```\n'
@@ -95,8 +95,7 @@ class HubMixin:
         if not Path(folder).is_dir():
             with naming_extras():
                 from huggingface_hub import snapshot_download
-            files = [CONFIG, WEIGHTS]
-            folder = snapshot_download(str(folder), revision=revision, allow_patterns=files)
+            folder = snapshot_download(str(folder), revision=revision, allow_patterns=[CONFIG, WEIGHTS])
         config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
         text = config.read_bytes()
         try:  # whatever is wrong with a file from the network; PyG's constructors raise all kinds of errors
@@ -134,7 +133,7 @@ class HubMixin:
         return str(done.commit_url)
 
 
-def recorded(given: Mapping[str, Any], extra: str = "", known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def recorded(given: Mapping[str, Any], extra: str = "", known: Mapping[str, Any] = {}) -> dict[str, Any]:
     """A constructor's arguments as JSON, tuples as lists; what has no such form is an error, which saving raises.
 
     Nothing is kept but names and numbers, so that the model stays as light, and as picklable, as it is.
@@ -148,7 +147,7 @@ def recorded(given: Mapping[str, Any], extra: str = "", known: Mapping[str, Any]
     def encode(part: Any) -> Any:
         if isinstance(part, Real):  # NumPy's
             return int(part) if isinstance(part, Integral) else float(part)
-        for name, registered in (known or {}).items():
+        for name, registered in known.items():
             if part is registered:
                 return name
         raise TypeError(getattr(part, "__qualname__", f"an instance of {type(part).__name__}"))

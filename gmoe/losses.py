@@ -72,13 +72,12 @@ def separation_loss(centroids_EMD: Tensor) -> Tensor:
 
     0 where no two centroids have a positive cosine; 2 where all are the same. Either part is 0 where it has no pair.
     """
-    num_experts, num_centroids, dim = centroids_EMD.shape
-    unit_ND = F.normalize(centroids_EMD.reshape(-1, dim), dim=-1)
+    num_experts, num_centroids, _ = centroids_EMD.shape
+    unit_ND = F.normalize(centroids_EMD.flatten(0, 1), dim=-1)
     overlap_NN = (unit_ND @ unit_ND.T).clamp(min=0).square()
     owner_N = torch.arange(num_experts, device=unit_ND.device).repeat_interleave(num_centroids)
-    same_NN = owner_N[:, None] == owner_N
-    itself_NN = torch.eye(len(owner_N), dtype=torch.bool, device=unit_ND.device)
-    within = (overlap_NN * (same_NN & ~itself_NN)).sum() / max(num_experts * num_centroids * (num_centroids - 1), 1)
-    pairs_across = num_experts * (num_experts - 1) * num_centroids**2
-    across = (overlap_NN * ~same_NN).sum() / max(pairs_across, 1)
+    across_NN = owner_N[:, None] != owner_N
+    within_NN = (~across_NN).fill_diagonal_(False)
+    within = (overlap_NN * within_NN).sum() / max(num_experts * num_centroids * (num_centroids - 1), 1)
+    across = (overlap_NN * across_NN).sum() / max(num_experts * (num_experts - 1) * num_centroids**2, 1)
     return within + across

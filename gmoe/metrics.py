@@ -111,11 +111,12 @@ class RoutingStats(Metric):
             pairs, tokens = load.sum(), self.tokens[layer].clamp(min=1)
             figures = {
                 "load": load / pairs.clamp(min=1),
-                "weight": self.weight[layer, :experts] / load.clamp(min=1),
+                "weight": (self.weight[layer, :experts] / load.clamp(min=1)).float(),
                 "coverage": torch.where(self.tokens[layer] > 0, self.covered[layer] / tokens, 1.0),
                 "experts_per_token": pairs / tokens,
-                "entropy": self.entropy[layer] / tokens,
+                "entropy": (self.entropy[layer] / tokens).float(),
                 "dropped": dropped / (dropped + pairs).clamp(min=1),
+                "dead": (load == 0).sum(),
             }
-            found.append({**{name: figure.float() for name, figure in figures.items()}, "dead": (load == 0).sum()})
+            found.append(figures)
         return found

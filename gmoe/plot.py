@@ -168,7 +168,7 @@ def _patch_size(model: nn.Module) -> tuple[int, int]:
     convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     high, wide = next((conv.stride for conv in convs if conv.kernel_size == conv.stride != (1, 1)), (0, 0))
     check(high, "model", f"{type(model).__name__} without a patch embedding", "a Conv2d whose kernel is its stride")
-    return int(high), int(wide)
+    return high, wide
 
 
 def _grid(tokens: float, h: int, w: int) -> tuple[int, int] | None:

@@ -10,15 +10,7 @@ import pytest
 import torch
 
 from gmoe import MLPExperts, MoE, RoutingStats, build_router
-from tests.contract import (
-    CASES,
-    CLAUSES,
-    GROUPS,
-    Case,
-    assert_alike,
-    host_syncs,
-    train,
-)
+from tests.contract import CASES, CLAUSES, GROUPS, Case, assert_alike, host_syncs, train
 
 UNBROKEN = ("token_choice", "multi_centroid", "random", "uniform", "linear", "shared")
 """``MoE`` with these is one graph for ``torch.compile``."""

@@ -52,7 +52,7 @@ def neighbor_loader(
         metric belong on them alone. ``n_id``, ``e_id`` and ``input_id`` are the nodes, edges and seeds in ``data``.
 
     Raises:
-        ImportError: ``backend="pyg"``, and neither ``pyg-lib`` nor ``torch-sparse`` is installed.
+        ImportError: PyG's, of the first batch of ``backend="pyg"`` without ``pyg-lib`` and ``torch-sparse``.
         TypeError: with our sampler, an argument that asks for temporal, weighted, disjoint, bidirectional or induced
             sampling.
         ValueError: seeds that do not fit the graph; whatever :class:`gmoe.NeighborSampler` refuses.
@@ -65,8 +65,6 @@ def neighbor_loader(
     check_choice("backend", backend, SamplerBackend)
     given = (data, data) if isinstance(data, StoredGraph) else data
     kwargs |= {"input_nodes": _seeds(data, input_nodes), "batch_size": batch_size}
-    if backend == "pyg" and not (typing.WITH_PYG_LIB or typing.WITH_TORCH_SPARSE):
-        raise ImportError("backend: got 'pyg' without pyg-lib or torch-sparse installed, expected 'auto' or 'gmoe'")
     if backend == "pyg" or (backend == "auto" and typing.WITH_PYG_LIB and given is data):
         return NeighborLoader(given, num_neighbors, replace=replace, **kwargs)
     kwargs.pop("is_sorted", None)  # which our sampler sees for itself

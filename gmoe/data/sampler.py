@@ -82,7 +82,7 @@ class NeighborSampler(BaseSampler):
         else:
             largest = max([*self._sizes.values(), data.num_edges])
             # half the memory traffic
-            self._dtype = torch.int32 if largest < torch.iinfo(torch.int32).max else torch.int64
+            self._dtype = torch.int32 if largest < 2**31 else torch.int64
             edges = data.edge_items() if isinstance(data, HeteroData) else [(EDGES, data)]
             self._graph = {kind: self._in_edges(store, kind) for kind, store in edges}
         self._maps: list[dict[NodeType, Tensor]] = []
@@ -92,11 +92,6 @@ class NeighborSampler(BaseSampler):
         self._fanouts = self.num_neighbors.get_values(list(self._graph))
         whole = all(isinstance(k, int) and k >= -1 for fanout in self._fanouts.values() for k in fanout)
         check(whole, "num_neighbors", num_neighbors, "whole numbers of at least -1 (all)")
-
-    @property
-    def num_nodes(self) -> int | dict[NodeType, int]:
-        """Nodes of the graph, by type in a heterogeneous one."""
-        return self._sizes if self.is_hetero else self._sizes[NODES]
 
     def sample_from_nodes(self, index: NodeSamplerInput, **kwargs: Any) -> SamplerOutput | HeteroSamplerOutput:
         """The subgraph that the seeds ``index.node`` need; called by ``NodeLoader``."""
@@ -108,7 +103,8 @@ class NeighborSampler(BaseSampler):
     ) -> SamplerOutput | HeteroSamplerOutput:
         """The subgraph that both ends of the seed edges need; called by ``LinkLoader``."""
         check(index.time is None, *NO_TIMES)
-        return edge_sample(index, self._sample, self.num_nodes, disjoint=False, neg_sampling=neg_sampling)
+        sizes = self._sizes if self.is_hetero else self._sizes[NODES]
+        return edge_sample(index, self._sample, sizes, disjoint=False, neg_sampling=neg_sampling)
 
     def _sample(self, seed: Tensor | dict[NodeType, Tensor], seed_time: None) -> SamplerOutput | HeteroSamplerOutput:
         """The function that PyG's ``node_sample`` and ``edge_sample`` call."""

@@ -19,7 +19,8 @@ from torch.utils.data import get_worker_info
 from torch_geometric.data import EdgeAttr, FeatureStore, GraphStore, TensorAttr
 from torch_geometric.data.graph_store import EdgeLayout
 
-from gmoe._checks import check
+from gmoe._checks import check, check_choice
+from gmoe.routing import check_range
 
 SPLITS = ("train", "val", "test")
 FEATURES = ("float16", "float32")
@@ -93,7 +94,7 @@ class StoredGraph(FeatureStore, GraphStore):
             legal_text = "JSON with format, arrays, and whole num_nodes and num_edges"
             raise ValueError(f"{path}: got {error!r}, expected {legal_text}") from error
         check(version == 1, str(path), f"format {version!r}", 1)
-        legal: dict[str, tuple[tuple[str, ...], int | None, tuple[int, ...]]] = {
+        legal: dict[str, Any] = {
             # dtypes, rows (None: any number), numbers of dimensions
             "start": (("int64",), self.num_nodes + 1, (1,)),
             "source": (("int32" if self.num_nodes < 2**31 else "int64",), self.num_edges, (1,)),
@@ -108,7 +109,7 @@ class StoredGraph(FeatureStore, GraphStore):
         self.start, self.source, self.x_dim = self._arrays["start"], self._arrays["source"], self._arrays["x"].size(1)
         ids = (self._arrays.get(name) for name in SPLITS)
         self.train, self.val, self.test = (None if split is None else split.clone() for split in ids)
-        ends = [int(self.start[0]), int(self.start[-1])]
+        ends = self.start[[0, -1]].tolist()
         check(ends == [0, self.num_edges], str(self._file("start")), f"ends {ends}", [0, self.num_edges])
 
     def _file(self, name: str) -> Path:
@@ -140,13 +141,18 @@ class StoredGraph(FeatureStore, GraphStore):
         Args:
             name: of the array.
             index: node ids, a boolean mask, or a slice.
+
+        Raises:
+            ValueError: an array that the graph lacks, or ids outside the nodes.
         """
+        check_choice("name", name, self._arrays)
         stored = self._arrays[name]
         dtype = torch.promote_types(stored.dtype, torch.float32 if stored.is_floating_point() else torch.int64)
         if isinstance(index, slice):
             return stored[index].to(dtype, copy=True)
         index = torch.as_tensor(index)
         index = (index.nonzero() if index.dtype == torch.bool else index).view(-1)
+        check_range("index", index, len(stored))
         if stored.dim() > 1:  # the disk is read here, a value a row, and from then on only memory
             stored[:, 0].index_select(0, index.sort().values)
         found = _empty((len(index), *stored.shape[1:]), dtype)
@@ -176,7 +182,7 @@ class StoredGraph(FeatureStore, GraphStore):
             found = digest.hexdigest()
             check(found == said.get("sha256"), str(self._file(name)), f"SHA-256 {found}", said.get("sha256"))
         for _, part in self._blocks("start"):
-            check(bool((part.diff() >= 0).all()), str(self._file("start")), "falling values", "values that never fall")
+            check((part.diff() >= 0).all(), str(self._file("start")), "falling values", "values that never fall")
         for name in ("source", *SPLITS):
             for _, part in self._blocks(name):
                 low, high = map(int, part.aminmax())
@@ -195,7 +201,7 @@ class StoredGraph(FeatureStore, GraphStore):
     # PyG's interfaces
 
     def _get_tensor(self, attr: TensorAttr) -> Tensor | None:
-        if attr.attr_name not in ("x", "y") or attr.attr_name not in self._arrays:
+        if attr.attr_name not in self._arrays:
             return None
         return self.rows(attr.attr_name, slice(None) if attr.index is None else attr.index)
 

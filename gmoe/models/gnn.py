@@ -32,6 +32,12 @@ from gmoe.routing import Routing
 Residual: TypeAlias = Literal["none", "identity", "linear"]
 
 
+def reset_parameters(model: nn.Module) -> None:
+    """Draw all parameters anew."""
+    for part in model.children():
+        reset(part)
+
+
 class GNNMoE(HubMixin, nn.Module):
     r"""A GNN in the manner of PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and residuals.
 
@@ -103,7 +109,7 @@ class GNNMoE(HubMixin, nn.Module):
     ) -> None:
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
         check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
-        check_counts(num_layers=num_layers, every=every)
+        check_counts(num_layers=num_layers)
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
         super().__init__()
         self.config, self.num_layers, self.jk_mode = config, num_layers, jk
@@ -134,21 +140,16 @@ class GNNMoE(HubMixin, nn.Module):
             self.jk = JumpingKnowledge(jk, hidden_channels, num_layers)
         if jk is not None:
             self.lin = nn.Linear(hidden_channels * (num_layers if jk == "cat" else 1), out_channels)
-        added = [residual_of(residual, width, hidden_channels) for width in widths[:num_hidden]]
-        self.residuals = nn.ModuleList(module for module in added if module is not None)
+        added = [] if residual == "none" else widths[:num_hidden]
+        self.residuals = nn.ModuleList(residual_of(residual, width, hidden_channels) for width in added)
         self.shared_router = deciding
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        for part in self.children():
-            reset(part)
 
     def view(self, x: Tensor, graph: Graph) -> Tensor:
         """(N, dim) what a shared router sees: the raw features, their means over in-edges, the in-degrees."""
         return router_view(self.router_input, x, x[: graph.num_dst], None, graph)
 
     def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
-        for name, value in (("edge_weight", edge_weight), ("edge_attr", edge_attr)):
+        for name, value in {"edge_weight": edge_weight, "edge_attr": edge_attr}.items():
             taken = (c.edge_names if isinstance(c, MoEConv) else parameters_of(c) for c in self.convs)
             if value is not None and not any(name in names for names in taken):  # of kinds, some take less than others
                 raise ValueError(f"{name}: got a tensor, but no conv of the model takes it")
@@ -234,6 +235,7 @@ class GNNMoE(HubMixin, nn.Module):
         return self.lin(x) if self.jk_mode == "last" and layer == self.num_layers - 1 else x
 
     inference = inference
+    reset_parameters = reset_parameters
 
     def __repr__(self) -> str:
         return (
@@ -254,11 +256,9 @@ def norm_of(norm: Any, width: int) -> Any:
     return normalization_resolver(norm, width) or nn.Identity()
 
 
-def residual_of(residual: Residual, width: int, out: int) -> nn.Module | None:
-    """The map of what is added to a hidden layer, if there is one."""
+def residual_of(residual: Residual, width: int, out: int) -> nn.Module:
+    """The map of what is added to a hidden layer, if something is."""
     check_choice("residual", residual, Residual)
-    if residual == "none":
-        return None
     return nn.Identity() if residual == "identity" and width == out else nn.Linear(width, out)
 
 

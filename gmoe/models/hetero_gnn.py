@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch_geometric.nn import BatchNorm
-from torch_geometric.nn.inits import reset
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Metadata, NodeType
 
@@ -19,7 +18,7 @@ from gmoe.conv import hetero
 from gmoe.conv.graph import parameters_of
 from gmoe.conv.hetero import HeteroMoEConv, NodeTensors, RelationalConv, RelationEdges
 from gmoe.convert import choose_blocks
-from gmoe.models.gnn import Residual, activation_of, norm_of, residual_of
+from gmoe.models.gnn import Residual, activation_of, norm_of, reset_parameters, residual_of
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
 
@@ -94,7 +93,7 @@ class HeteroGNNMoE(nn.Module):
         residual: Residual = "identity",
         **moe_kwargs: Any,
     ) -> None:
-        check_counts(hidden_channels=hidden_channels, num_layers=num_layers, every=every)
+        check_counts(hidden_channels=hidden_channels, num_layers=num_layers)
         check(not isinstance(router, Router), "router", "an instance for several layers", "a name or a factory")
         moe_layers = [] if router is None else choose_blocks(num_layers - 1, every)
         super().__init__()
@@ -119,17 +118,14 @@ class HeteroGNNMoE(nn.Module):
         for layer, types in enumerate(types_of[:-1]):
             conv = moe if layer in moe_layers else RelationalConv
             self.convs.append(conv(width, hidden_channels, metadata, out_types=types))
-            added = {t: residual_of(residual, width, hidden_channels) for t in types}
-            self.residuals.append(ModuleDict({t: module for t, module in added.items() if module is not None}))
+            added = [] if residual == "none" else types
+            self.residuals.append(ModuleDict({t: residual_of(residual, width, hidden_channels) for t in added}))
             self.norms.append(ModuleDict({t: copy.deepcopy(norm_layer) for t in types}))
             width = hidden_channels
         self.convs.append(RelationalConv(width, out_channels, metadata, out_types=types_of[-1]))
         self.act, self.dropout = activation_of(act), nn.Dropout(dropout)
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        for part in self.children():
-            reset(part)
+    reset_parameters = reset_parameters
 
     def forward(
         self,

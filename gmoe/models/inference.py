@@ -5,7 +5,7 @@ Shapes: N nodes, n destinations of a part, S nodes of a part (these come first),
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +68,7 @@ def inference(
     data = data[0] if isinstance(data, tuple) else data
     batch_size = getattr(loader, "batch_size", None) or 1024 if batch_size is None else batch_size
     check_counts(batch_size=batch_size)
-    device = next(model.parameters()).device if device is None else torch.device(device)
+    device = torch.device(device or next(model.parameters()).device)
     for layer, conv in enumerate(model.convs):
         width = model.hidden_channels if layer else model.in_channels
         if isinstance(conv, MoEConv):
@@ -142,37 +142,33 @@ class PartByPart:
             router: Any = conv.router if shared is None else shared
             self.routings.append(router(torch.cat(views), self.batch, self.graph.edge_index.to(self.device)))
 
-        def computed() -> Iterator[tuple[slice, Tensor]]:
-            for rows, nodes, part in self.parts(f"Layer {layer + 1}"):
-                routing = self.routings[-1].select(rows) if routed and self.routings else None
-                if routed and routing is None and shared is not None:
-                    routing = shared(model.view(self.rows(self.raw, nodes), part))
-                out, _ = model.conv(layer, self.rows(x, nodes), part, None, routing)
-                yield rows, out if self.folder is None else model.after(layer, out)
-
-        out = self.gathered(computed())
+        found = torch.empty(0)
+        for rows, nodes, part in self.parts(f"Layer {layer + 1}"):
+            routing = None
+            if routed and self.routings:
+                routing = self.routings[-1].select(rows)
+            elif routed and shared is not None:
+                routing = shared(model.view(self.rows(self.raw, nodes), part))
+            out, _ = model.conv(layer, self.rows(x, nodes), part, None, routing)
+            out = out if self.folder is None else model.after(layer, out)
+            found = found if rows.start else self.empty(layer, out)
+            found[rows] = out.cpu()
         # all nodes at once, since some norms look at all of them
-        return model.after(layer, out.to(self.device), self.batch).cpu() if self.folder is None else out
+        return model.after(layer, found.to(self.device), self.batch).cpu() if self.folder is None else found
+
+    def empty(self, layer: int, like: Tensor) -> Tensor:
+        """(N, D) for a layer's output, in memory or in a file."""
+        shape = self.num_nodes, like.size(1)
+        if self.folder is None:
+            return like.new_empty(shape, device="cpu")
+        self.path = self.folder / f"hidden-{layer % 2}.npy"
+        return create_npy(self.path, like.dtype, shape)
 
     def rows(self, x: Any, nodes: slice | Tensor) -> Tensor:
         """The features of some nodes, where parts are computed."""
         stored = isinstance(x, StoredGraph)
         found: Tensor = x.rows("x", nodes).to(next(self.model.parameters()).dtype) if stored else x[nodes]
         return found.to(self.device)
-
-    def gathered(self, parts: Iterable[tuple[slice, Tensor]]) -> Tensor:
-        """(N, D) rows of all nodes, in memory or in a file."""
-        found = torch.empty(0)
-        for rows, out in parts:
-            if rows.start == 0:
-                shape = self.num_nodes, out.size(1)
-                if self.folder is None:
-                    found = out.new_empty(shape, device="cpu")
-                else:
-                    self.path = self.folder / f"hidden-{int(self.path.stem == 'hidden-0')}.npy"
-                    found = create_npy(self.path, out.dtype, shape)
-            found[rows] = out.cpu()
-        return found
 
     def ranges(self, name: str) -> Iterator[slice]:
         """The nodes in order, some at a time."""
@@ -231,6 +227,6 @@ def _check_stored(model: Any, graph: StoredGraph) -> None:
     legal = "one that decides token by token: token choice, random, uniform, centroids, or inference='threshold'"
     for router in model.modules():
         if isinstance(router, Router):
-            selection: Any = getattr(router, "selection", None)
-            alone = isinstance(router, by_token) and (selection is None or selection.inference == "threshold")
+            selection = getattr(router, "selection", None)
+            alone = isinstance(router, by_token) and getattr(selection, "inference", "threshold") == "threshold"
             check(alone, "router", type(router).__name__, legal)

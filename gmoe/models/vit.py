@@ -41,7 +41,7 @@ class ViTSize:
     mlp_dim: int
 
 
-SIZES: dict[int, ViTSize] = {
+SIZES = {
     8: ViTSize(image_size=8, patch_size=2, num_layers=4, num_heads=4, hidden_dim=48, mlp_dim=96),
     32: ViTSize(image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256),
     160: ViTSize(image_size=160, patch_size=16, num_layers=6, num_heads=4, hidden_dim=192, mlp_dim=384),
@@ -95,11 +95,10 @@ class ViTMoE(HubMixin, VisionTransformer):
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
-        config = recorded(locals() | {"size": asdict(size) if isinstance(size, ViTSize) else size}, known=ROUTERS)
-        if not isinstance(size, ViTSize | Mapping):
-            check(size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
-            size = SIZES[size]
-        sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else size)
+        size = asdict(size) if isinstance(size, ViTSize) else size
+        config = recorded(locals(), known=ROUTERS)
+        check(isinstance(size, Mapping) or size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
+        sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else SIZES[size])
         check_counts(num_classes=num_classes, **sizes)
         for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
             check(sizes[whole] % sizes[part] == 0, whole, sizes[whole], f"a multiple of {part}={sizes[part]}")

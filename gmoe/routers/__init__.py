@@ -66,11 +66,10 @@ def build_router(
     if isinstance(router, str):
         check_choice("router", router, ROUTERS)
         router = ROUTERS[router]
-    if not callable(router):
-        raise ValueError(f"router: got {router!r}, expected a name, a factory or an instance")
+    check(callable(router), "router", repr(router), "a name, a factory or an instance")
     signature = inspect.signature(router)
-    options = signature.parameters.values()
-    takes_k = any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in options)  # uniform and oracle do not
+    # uniform and oracle do not
+    takes_k = any(p.name == "k" or p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     bound = isinstance(router, partial) and "k" in router.keywords
     given = {"k": k} if takes_k and not bound else {}
     try:

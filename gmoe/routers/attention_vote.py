@@ -93,7 +93,7 @@ class AttentionVote(Router):
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         groups = Groups.of(group, len(x_TD))
         q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim)) / math.sqrt(self.head_dim)
-        k_TEd = float_linear(x_TD, self.key).unflatten(-1, (self.num_experts, self.head_dim))
+        k_TEd = float_linear(x_TD, self.key).unflatten(-1, (-1, self.head_dim))
         if self.scope == "neighbors":
             if edge_index is None:
                 raise ValueError("edge_index: got None with scope='neighbors', expected (2, number of edges)")

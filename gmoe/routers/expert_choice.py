@@ -155,14 +155,15 @@ class ExpertSelection(nn.Module):
 
     def _move(self, router: Router, ranked_TE: Tensor, log_gate_P: Tensor, token_P: Tensor, groups: Groups) -> None:
         """Move the running means by a step's mean over its groups, unless there are none or it is not finite."""
-        token_EC, num_groups = token_P.view(router.num_experts, -1), groups.num_groups if len(token_P) else 0
+        token_EC, num_groups = token_P.view(router.num_experts, -1), groups.num_groups
         group_EC, ranked_EC = groups.of_tokens(token_P).view_as(token_EC), ranked_TE.T.gather(1, token_EC)
         last_EB = ranked_EC.new_full((len(token_EC), num_groups), torch.inf)
         last_EB = last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin")
         means, sums = [self.threshold_E], [last_EB.sum(dim=1)]
         if self.normalize == "tokens":  # gate = exp(logit) / scale, the same scale in all of a group
             scale_EC = ranked_EC - log_gate_P.view_as(token_EC)
-            means, sums = [*means, self.log_scale_E], [*sums, last_EB.scatter(1, group_EC, scale_EC).sum(dim=1)]
+            means.append(self.log_scale_E)
+            sums.append(last_EB.scatter(1, group_EC, scale_EC).sum(dim=1))
         num_groups_all, *sums = router.summed(last_EB.new_tensor(num_groups), *sums)
         some = (num_groups_all > 0) & torch.cat(sums).isfinite().all()
         self.steps += some

@@ -83,12 +83,11 @@ class Groups:
         return token_P // max(self.size, 1) if self.index is None else self.index.index_select(0, token_P)
 
     def capacity(self, share: float) -> int | Tensor:
-        """``clamp(ceil(share * T_group), 1, T_group)``: an int for equal groups, (B,) for ragged ones."""
+        """``clamp(ceil(share * T_group), 1, T_group)``: an int for equal groups, (B,) on the CPU for ragged ones."""
         slack = 1e-9  # 1.1 * 10 is 11.000000000000002 in floating point, and its ceil is not meant to be 12
-        if self.index is None or self.counts is None:
+        if self.counts is None:
             return min(max(math.ceil(share * self.size - slack), 1), self.size)
-        capacity_B = (self.counts.double() * share - slack).ceil().long().clamp(min=1).minimum(self.counts)
-        return capacity_B.to(self.index.device)
+        return (self.counts.double() * share - slack).ceil().long().clamp(min=1).minimum(self.counts)
 
     def batches(self, device: torch.device) -> list[GroupBatch]:
         """Batches of padded groups that hold each token once.
@@ -96,7 +95,7 @@ class Groups:
         Equal groups make one batch without a mask. Ragged groups are bucketed by size, so that a padded group is at
         most twice as long as the group itself; padding slots repeat the group's first token.
         """
-        if self.index is None or self.counts is None:
+        if self.counts is None:
             group = torch.arange(self.num_groups, device=device)
             return [GroupBatch(group, (self.num_groups, self.size), self.order, None)]
         first_B, bucket_B = self.counts.cumsum(0) - self.counts, self.counts.double().log2().ceil()
@@ -134,7 +133,7 @@ class Groups:
             if isinstance(capacity, int):  # topk takes a tenth of the time of a stable sort
                 take, last_BE1 = capacity, scores_BES.topk(capacity, dim=2).values[..., -1:]
             else:
-                take = capacity[part.group, None, None]
+                take = capacity.to(part.group.device)[part.group, None, None]
                 best_BEC = scores_BES.topk(int(take.max()), dim=2).values
                 last_BE1 = best_BEC.gather(2, (take - 1).expand(-1, scores_BES.size(1), -1))
             above_BES, tie_BES = scores_BES > last_BE1, scores_BES == last_BE1
@@ -151,9 +150,9 @@ class Groups:
         Gates that run along tokens are divided by their mean over the pairs of the group, which has no gradient.
         """
         capacity = self.capacity(share)
-        per_expert = capacity * self.num_groups if isinstance(capacity, int) else int(capacity.sum())
         chosen_ET = self.top_tokens(scores_TE.detach(), capacity)
-        token_P, offsets_E = pairs_of_mask(chosen_ET, len(chosen_ET) * per_expert)
+        num_pairs = len(chosen_ET) * self.num_groups * capacity if isinstance(capacity, int) else None
+        token_P, offsets_E = pairs_of_mask(chosen_ET, num_pairs)
         log_gate_P = gather_pairs(log_gate_TE, token_P, offsets_E)
         if along_tokens:
             group_P, mean_B = self.of_tokens(token_P), log_gate_P.detach().new_ones(self.num_groups)

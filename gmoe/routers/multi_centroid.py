@@ -111,10 +111,10 @@ class MultiCentroid(Router):
         check(fits, "x", f"shape {tuple(x.shape)}", f"at least {self.num_experts} tokens of width {self.dim}")
         check(x.isfinite().all(), "x", "values that are NaN or infinite", "none")
         dtype = torch.promote_types(self.centroid.dtype, torch.float32)
-        x_TD = x.reshape(-1, self.dim).to(device=self.centroid.device, dtype=dtype)
+        x_TD = x.reshape(-1, self.dim).to(self.centroid.device, dtype)
         self.center_D.copy_(x_TD.mean(dim=0))
         unit_TD = F.normalize(x_TD - self.center_D, dim=-1)
-        generator = torch.Generator(device=unit_TD.device).manual_seed(seed)
+        generator = torch.Generator(unit_TD.device).manual_seed(seed)
         center_ED, owner_T = kmeans(unit_TD, self.num_experts, generator)
         for expert in range(self.num_experts):
             mine_TD = unit_TD[owner_T == expert]
@@ -148,7 +148,6 @@ class MultiCentroid(Router):
         return f"{super().extra_repr()}, num_centroids={self.num_centroids}, choice={self.choice!r}"
 
 
-@torch.no_grad()
 def kmeans(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Lloyd's k-means with k-means++ starts (Arthur & Vassilvitskii, 2007): the best of several runs.
 
@@ -176,7 +175,7 @@ def _plus_plus(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> T
     """Starts that lie far apart: each next one is drawn with probability proportional to the squared distance."""
     device = x_TD.device
     chosen = [torch.randint(len(x_TD), (1,), generator=generator, device=device)]
-    far_T = torch.full((len(x_TD),), torch.inf, dtype=x_TD.dtype, device=device)
+    far_T = x_TD.new_full((len(x_TD),), torch.inf)
     for _ in range(num_clusters - 1):
         far_T = far_T.minimum((x_TD - x_TD[chosen[-1]]).square().sum(dim=1))
         # all tokens already chosen or repeated: any of them is as good

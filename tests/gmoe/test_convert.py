@@ -228,11 +228,7 @@ def test_convs_by_name(shared_expert: bool) -> None:
 
 @pytest.mark.parametrize(
     ("build", "options"),
-    [
-        (timm_vit, {"every": 1}),
-        (timm_vit, {"every": 1, "shared_expert": False}),
-        (gnn, {"targets": [CONVS, HEAD]}),
-    ],
+    [(timm_vit, {"every": 1}), (timm_vit, {"every": 1, "shared_expert": False}), (gnn, {"targets": [CONVS, HEAD]})],
 )
 def test_a_frozen_model_stays_frozen_but_for_what_is_new(build: Any, options: dict[str, Any]) -> None:
     model = moefy(build().requires_grad_(False), num_experts=2, **options)

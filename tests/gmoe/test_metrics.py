@@ -16,34 +16,21 @@ from gmoe import ROUTERS, Routing, RoutingStats, build_router
 
 
 def counted_slowly(routings: list[Routing]) -> dict[str, Any]:
-    """Of the routings of one layer, token by token and pair by pair."""
-    experts = routings[0].num_experts
-    load, weight = [0] * experts, [0.0] * experts
-    tokens = covered = dropped = 0
-    entropy = 0.0
-    for routing in routings:
-        has = set()
-        for token, expert, w in zip(
-            routing.token.tolist(), routing.expert.tolist(), routing.weight.tolist(), strict=True
-        ):
-            load[expert] += 1
-            weight[expert] += w
-            has.add(token)
-        tokens += routing.num_tokens
-        covered += len(has)
-        dropped += int(routing.dropped)
-        for row in routing.scores.tolist():
-            total = sum(row)
-            entropy -= sum(s / total * math.log(s / total) for s in row if s > 0)
-    pairs = sum(load)
+    """Of the routings of one layer, pair by pair and token by token."""
+    pairs = [pair for r in routings for pair in zip(r.expert.tolist(), r.weight.tolist(), strict=True)]
+    weights = [[weight for e, weight in pairs if e == expert] for expert in range(routings[0].num_experts)]
+    tokens, dropped = sum(r.num_tokens for r in routings), sum(int(r.dropped) for r in routings)
+    covered, entropy = sum(len(set(r.token.tolist())) for r in routings), 0.0
+    for row in [row for r in routings for row in r.scores.tolist()]:
+        entropy -= sum(score / sum(row) * math.log(score / sum(row)) for score in row if score > 0)
     return {
-        "load": [count / max(pairs, 1) for count in load],
-        "weight": [total / max(count, 1) for total, count in zip(weight, load, strict=True)],
+        "load": [len(mine) / max(len(pairs), 1) for mine in weights],
+        "weight": [sum(mine) / max(len(mine), 1) for mine in weights],
         "coverage": covered / tokens if tokens else 1.0,
-        "experts_per_token": pairs / max(tokens, 1),
+        "experts_per_token": len(pairs) / max(tokens, 1),
         "entropy": entropy / max(tokens, 1),
-        "dropped": dropped / max(dropped + pairs, 1),
-        "dead": load.count(0),
+        "dropped": dropped / max(dropped + len(pairs), 1),
+        "dead": weights.count([]),
     }
 
 

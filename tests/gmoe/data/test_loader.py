@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch_geometric.typing
-from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import NeighborLoader, NodeLoader
 
@@ -79,21 +78,6 @@ def test_input_nodes() -> None:
         assert seeds == ([] if batch is None else batch.n_id[: batch.batch_size].tolist())
 
 
-def test_seed_of_torch_repeats_an_epoch() -> None:
-    """With a worker process too."""
-
-    def draw(seed: int) -> list[Tensor]:
-        torch.manual_seed(seed)
-        kwargs: Any = {"shuffle": True, "num_workers": 1}
-        loader = neighbor_loader(full_graph(), [3, 3], batch_size=8, backend="gmoe", **kwargs)
-        return [batch.e_id for _ in range(2) for batch in loader]
-
-    first, second, other = draw(0), draw(0), draw(1)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first[:5], first[5:], strict=True))  # epochs differ
-
-
 def test_auto_takes_pyg_lib_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     data = full_graph()
     monkeypatch.setattr(torch_geometric.typing, "WITH_PYG_LIB", False)
@@ -115,8 +99,8 @@ def test_auto_takes_pyg_lib_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None
 def test_pyg_needs_its_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WITH_PYG_LIB", "WITH_TORCH_SPARSE"):
         monkeypatch.setattr(torch_geometric.typing, name, False)
-    with pytest.raises(ImportError, match="backend"):
-        neighbor_loader(full_graph(), [3], backend="pyg")
+    with pytest.raises(ImportError, match="requires either 'pyg-lib' or 'torch-sparse'"):
+        next(iter(neighbor_loader(full_graph(), [3], backend="pyg")))
     with pytest.raises(ValueError, match="backend"):
         neighbor_loader(full_graph(), [3], backend="cugraph")  # type: ignore[arg-type]
 

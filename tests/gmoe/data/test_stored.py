@@ -132,6 +132,12 @@ def test_a_file_that_was_cut_or_is_missing_is_named(folder: Path) -> None:
             StoredGraph(folder)
 
 
+@pytest.mark.parametrize(("name", "index"), [("z", [0]), ("x", [NODES]), ("y", [-1])])
+def test_rows_that_are_not_there(folder: Path, name: str, index: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"^(name|index): got"):
+        StoredGraph(folder).rows(name, index)
+
+
 @pytest.mark.parametrize("block", [2**22, 1])
 def test_verify_reads_everything(folder: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gmoe.data.stored, "BLOCK", block)

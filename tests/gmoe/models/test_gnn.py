@@ -14,14 +14,7 @@ from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import GAT, GCN, GIN, EdgeCNN, GATConv, GraphSAGE
 
-from gmoe import (
-    GNNMoE,
-    Graph,
-    MoEConv,
-    MultiCentroid,
-    TokenChoice,
-    moefy,
-)
+from gmoe import GNNMoE, Graph, MoEConv, MultiCentroid, TokenChoice, moefy
 from tests.gmoe.conv.masked import GRAPHS, csr, features, mean_of_in_edges
 
 NODES, IN, HIDDEN, OUT, EXPERTS = 8, 4, 6, 3, 3

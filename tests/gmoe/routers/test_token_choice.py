@@ -33,9 +33,6 @@ def test_far_apart_logits_do_not_tie(dtype: torch.dtype) -> None:
     assert router(x).expert.tolist() == [0, 2]
 
 
-# Noise
-
-
 # Capacity
 
 
