@@ -58,15 +58,12 @@ def test_each_seed_counts_once_and_no_other_node(sampling: Any, evaluation: Any,
 def test_shuffling_follows_the_seed(sampling: Any) -> None:
     task = make_task(make_config(sampling=sampling))
 
-    def epoch(seed: int | None) -> list[tuple[Tensor, ...]]:
+    def epoch(seed: int | None) -> list[list[list[float]]]:
         torch.manual_seed(0)
-        return [batch.inputs[:2] for batch in task.loader("train", 7, seed)]
+        return [part.tolist() for batch in task.loader("train", 7, seed) for part in batch.inputs[:2]]
 
-    first, again, other = epoch(1), epoch(1), epoch(2)
-    for one, two in zip(first, again, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert epoch(1) == epoch(1) != epoch(2)
     assert counted(task, "train", seed=1) != counted(task, "train", seed=2)
-    assert not torch.equal(first[0][0][:, 0], other[0][0][:, 0])
     assert counted(task, "train") == counted(task, "train")
 
 

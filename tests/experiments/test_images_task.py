@@ -94,23 +94,3 @@ def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
         torch.testing.assert_close(block.mlp(x), scale * block.mlp.forward(x))
     twin = build_twin(replace(config, equal="flops", equal_to="expert_choice"), task)
     assert not any(module._forward_hooks for module in twin.modules())
-
-
-@pytest.mark.parametrize(
-    ("change", "args", "message"),
-    [
-        ({"size": 10}, [], "image_size: got 10, expected a multiple of patch_size=4"),
-        ({"size": 24}, ["--patch", "None"], "image_size: got 24, expected patch, dim and vit_heads with it"),
-        ({"train": 1}, [], "images: got images of 0 classes in val"),
-        ({}, ["--router", "oracle"], "router: got 'oracle' for images"),
-        ({}, ["--mlp-scale", "0.5"], "mlp_scale: got 0.5 with router='expert_choice', expected router='dense'"),
-    ],
-)
-def test_bad_options(
-    change: dict[str, Any], args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = write_images(tmp_path / "data", **change)
-    with pytest.raises(SystemExit):
-        main(["images", *QUICK, *args, "--data-root", str(root), "--out", str(tmp_path / "run")])
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "run").exists()

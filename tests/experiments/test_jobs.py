@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from experiments import jobs, train
-from tests.experiments.command import refused
 from tests.experiments.test_resume import assert_same
 
 ARGS = ["digits-graph", "--router", "token_choice", "--dropout", "0.2", "--noise", "True", "--epochs", "40"]
@@ -88,7 +87,3 @@ def test_why_a_seed_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert stop.value.code == 1
     error = capsys.readouterr().err
     assert all(f"seed {seed} ended with status 2: error: kmeans_init: got True" in error for seed in (0, 1))
-
-
-def test_a_seed_of_several_processes_is_trained_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "jobs: got 2 with 2 processes a seed" in refused(["digits", "--jobs", "2", "--devices", "2"], capsys)

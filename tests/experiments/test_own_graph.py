@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch_geometric.utils import to_undirected
 from experiments.config import GraphConfig
 from experiments.data import load_tasks
 from experiments.data.own_graph import own_graph
-from experiments.train import main
+from tests.experiments.command import quick
 from tests.experiments.user_data import (
     FORMS,
     NODES,
@@ -176,19 +175,6 @@ def test_a_wrong_csv(file: str, old: str, new: str, tmp_path: Path) -> None:
         own_graph(folder)
 
 
-@pytest.mark.parametrize("form", ["npz", "csv"])
-def test_command_line(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["--epochs", "2", "--hidden", "8", "--experts", "2", "--no-progress", "--out", str(tmp_path / "run")]
-    path = FORMS[form](tmp_path, arrays(classes=2))
-    main(["graph", "--data-root", str(path), *args, "--seeds", "0", "1", "--metric", "roc_auc"])
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["metric"], summary["test"]["n"]) == ("roc_auc", 2)
-    with pytest.raises(SystemExit) as stop:
-        main(["graph", "--data-root", str(tmp_path / "none.npz"), *args, "--out", str(tmp_path / "other")])
-    assert stop.value.code == 2
-    assert "none.npz, which does not exist" in " ".join(capsys.readouterr().err.split())
-
-
 def test_directions_and_metrics_are_those_of_the_command_line(tmp_path: Path) -> None:
     given = arrays()
     path = write_npz(tmp_path, given)
@@ -200,3 +186,7 @@ def test_directions_and_metrics_are_those_of_the_command_line(tmp_path: Path) ->
         assert set(map(tuple, task.graph.edge_index.T.tolist())) == set(map(tuple, expected.T.tolist()))
     with pytest.raises(ValueError, match="metric: got 'roc_auc' for 3 classes"):
         load_tasks(GraphConfig(dataset="graph", data_root=path, metric="roc_auc"))(0)
+    path = write_npz(tmp_path, arrays(classes=2))
+    assert (
+        quick(tmp_path / "run", "--data-root", str(path), "--metric", "roc_auc", preset="graph")["metric"] == "roc_auc"
+    )

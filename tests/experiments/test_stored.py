@@ -16,7 +16,6 @@ from experiments.config import PAPERS, STORED, GraphConfig
 from experiments.convert import main as convert
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
-from experiments.train import main
 from tests.experiments.command import QUICK, quick, run_until
 from tests.experiments.ogb_data import plant_papers
 from tests.experiments.test_resume import assert_same
@@ -72,14 +71,6 @@ def test_a_run_that_was_stopped_equals_one_in_one_go(
 def test_what_needs_memory_is_refused_by_name(root: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_tasks(config_of(root, **change))
-
-
-def test_a_missing_folder_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([PAPERS, "--data-root", str(tmp_path), "--out", str(tmp_path / "run")])
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"python -m experiments.convert {PAPERS} --from {tmp_path} --to {tmp_path / STORED}" in said
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
