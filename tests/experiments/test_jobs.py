@@ -79,11 +79,3 @@ def test_a_signal_ends_all_processes_which_save(
     assert not list(tmp_path.glob("seed-*/result.json"))
     train.main([*ARGS, "--no-progress", "--resume", "--out", str(tmp_path)])
     assert_same(whole, tmp_path)
-
-
-def test_why_a_seed_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        train.main([*ARGS, "--kmeans-init", "--out", str(tmp_path)])
-    assert stop.value.code == 1
-    error = capsys.readouterr().err
-    assert all(f"seed {seed} ended with status 2: error: kmeans_init: got True" in error for seed in (0, 1))

@@ -119,8 +119,6 @@ def test_a_malicious_file_is_not_run(tmp_path: Path) -> None:
 
 
 def test_paths(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data_root: got .*none.npz, which does not exist"):
-        own_graph(tmp_path / "none.npz")
     with pytest.raises(FileNotFoundError, match=r"nodes\.csv"):
         own_graph(tmp_path)
     (tmp_path / "mine.txt").write_text("")
@@ -155,24 +153,19 @@ def test_ids_are_text(names: list[str], tmp_path: Path) -> None:
     assert_holds(own_graph(write_csv(tmp_path, ids=names)), arrays())
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        ("edges.csv", "target", "to"),
-        ("edges.csv", "\nn", "\nx"),  # no node
-        ("edges.csv", "\nn", "\nn1,n"),  # three fields
-        ("nodes.csv", "f1", ""),
-        ("nodes.csv", "n2,", "n1,"),  # twice
-        ("nodes.csv", "n2,", ","),
-        ("nodes.csv", "\nn2,", "\nn2,red"),  # among numbers
-        ("nodes.csv", ",train", ",trian"),
-    ],
-)
-def test_a_wrong_csv(file: str, old: str, new: str, tmp_path: Path) -> None:
+def test_a_wrong_csv(tmp_path: Path) -> None:
     folder = write_csv(tmp_path, ids=[f"n{i}" for i in range(NODES)])
-    (folder / file).write_text((folder / file).read_text().replace(old, new, 1))
-    with pytest.raises(ValueError, match=f"^{folder / file}: "):
-        own_graph(folder)
+    wrong = {
+        "edges.csv": [("target", "to"), ("\nn", "\nx"), ("\nn", "\nn1,n")],  # no node; three fields
+        "nodes.csv": [("f1", ""), ("n2,", "n1,"), ("n2,", ","), ("\nn2,", "\nn2,red"), (",train", ",trian")],
+    }
+    for file, changes in wrong.items():
+        whole = (folder / file).read_text()
+        for old, new in changes:
+            (folder / file).write_text(whole.replace(old, new, 1))
+            with pytest.raises(ValueError, match=f"^{folder / file}: "):
+                own_graph(folder)
+        (folder / file).write_text(whole)
 
 
 def test_directions_and_metrics_are_those_of_the_command_line(tmp_path: Path) -> None:

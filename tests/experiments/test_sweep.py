@@ -71,7 +71,8 @@ def test_processes_give_what_one_gives(
         assert stopped.value.code == 1
         shown = capsys.readouterr()
         assert "| MoE |" in shown.out
-        assert ("dense-4x: kmeans_init" if jobs == "1" else "dense-4x: seed 0 ended with status 2: ") in shown.err
+        why = "kmeans_init" if jobs == "1" else "seed 0 ended with status 2: error: kmeans_init: got True"
+        assert f"dense-4x: {why}" in shown.err
         assert (jobs == "2") is ("4 of 4 seeds done" in shown.err)
         found.append({str(path.relative_to(root)): content_of(path) for path in root.rglob("*") if path.is_file()})
     assert found[0] == found[1]
