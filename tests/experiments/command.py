@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,16 @@ def rows(folder: Path, name: str = "metrics.csv", seed: int = 0) -> list[dict[st
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
-def run_until(steps: int, args: Sequence[str], rank: str = "0") -> None:
-    """The command, of which a process gets SIGTERM in a step, which is finished and saved."""
+def run_until(steps: int, args: Sequence[str], rank: str = "0", number: int = signal.SIGTERM, times: int = 1) -> None:
+    """The command, of which a process gets a signal in a step; after one SIGTERM the step is finished and saved."""
     step, done = Training.step, list[int]()
 
     def signalled(*arguments: Any) -> None:
         done.append(1)
         if len(done) == steps and os.environ.get("RANK", "0") == rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
         step(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:

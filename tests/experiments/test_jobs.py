@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from experiments import jobs, train
-from tests.experiments.command import refused
 from tests.experiments.test_resume import assert_same
 
 ARGS = ["digits-graph", "--router", "token_choice", "--dropout", "0.2", "--noise", "True", "--epochs", "40"]
@@ -80,15 +79,3 @@ def test_a_signal_ends_all_processes_which_save(
     assert not list(tmp_path.glob("seed-*/result.json"))
     train.main([*ARGS, "--no-progress", "--resume", "--out", str(tmp_path)])
     assert_same(whole, tmp_path)
-
-
-def test_why_a_seed_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        train.main([*ARGS, "--kmeans-init", "--out", str(tmp_path)])
-    assert stop.value.code == 1
-    error = capsys.readouterr().err
-    assert all(f"seed {seed} ended with status 2: error: kmeans_init: got True" in error for seed in (0, 1))
-
-
-def test_a_seed_of_several_processes_is_trained_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "jobs: got 2 with 2 processes a seed" in refused(["digits", "--jobs", "2", "--devices", "2"], capsys)

@@ -66,12 +66,6 @@ def test_command_line(preset: str, function: str, args: list[str], tmp_path: Pat
     assert 0 <= summary["test"]["mean"] <= 1
 
 
-def test_hetero_needs_a_function(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        main(["hetero", "--out", str(tmp_path / "run")])
-    assert "data: got None for hetero" in " ".join(capsys.readouterr().err.split())
-
-
 def test_a_heterogeneous_graph() -> None:
     graph = own_object(make_hetero(), HETERO)
     assert (graph.target, graph.num_outputs) == ("paper", 3)
@@ -117,6 +111,7 @@ def test_datasets_of_pil_images() -> None:
         (HeteroData(), HETERO, "hetero: got y of no node type"),
         (make_hetero(train_mask=torch.ones(40)), HETERO, "hetero: got no val_mask, test_mask"),
         (make_graph(), IMAGES, r"data: got a Data for images, expected \(train, test\)"),
+        ((make_images(3), make_images(9)), IMAGES, "images: got images of 0 classes in val"),
         (make_images(), IMAGES, "data: train is a Tensor that cannot be taken"),
         ((FakeData(0), FakeData(0)), IMAGES, "data: train is a FakeData that cannot be taken"),
         ((make_images(), make_images(9, size=6)), IMAGES, "data: test: got images of another size"),

@@ -13,10 +13,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
 
+from experiments import patches
 from experiments.loop import run
 from experiments.presets import DIGITS, DIGITS_GRAPH
 from experiments.presets import GRAPH as GRAPH_PRESET
@@ -25,7 +27,7 @@ from experiments.report_page import Page, sentence, shares
 from experiments.run_folder import read_run, write_json
 from tests.experiments.command import refused
 from tests.experiments.pyg_data import platonov
-from tests.vision.made_images import cut
+from tests.vision.made_images import cut, write_photo
 
 GRAPH = replace(DIGITS_GRAPH, epochs=2, hidden=8, experts=3, progress=False, seeds=(0, 1))
 IMAGES = replace(DIGITS, epochs=1, layers=2, hidden=8, experts=3, batch_size=300, progress=False, seeds=(0,))
@@ -77,6 +79,23 @@ def test_a_broken_run_is_named_and_the_others_are_reported(runs: Path, tmp_path:
         assert str(path) in words
         assert ("Not drawn: " in words) is (part == weights) is (str(path) not in capsys.readouterr().err)
         assert str(runs / "graph-dense") in words
+
+
+def test_patches_of_ones_own_images(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = [write_photo(tmp_path / "one.jpg", (30, 20)), write_photo(tmp_path / "two.png", (9, 40), seed=1)]
+    half, out = cut(write_photo(tmp_path / "half.jpg", (60, 50))), tmp_path / "out"
+    for name, image, message in (
+        ("graph", photos[0], "expected an image model with experts"),
+        ("nowhere", photos[0], "summary.json"),
+        ("images", half, "half.jpg"),
+        ("images", tmp_path / "none.jpg", "none.jpg"),
+    ):
+        args = [str(runs / name), "--images", str(image), "--out", str(out)]
+        assert message in refused(args, capsys, patches.main)
+    assert not out.exists()
+    patches.main([str(runs / "images"), "--images", *map(str, photos), "--out", str(out)])
+    assert capsys.readouterr().out.endswith(f"{out / 'maps.png'}\n")
+    assert matplotlib.image.imread(out / "maps.png").std() > 0.05
 
 
 def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

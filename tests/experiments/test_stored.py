@@ -16,7 +16,6 @@ from experiments.config import PAPERS, STORED, GraphConfig
 from experiments.convert import main as convert
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
-from experiments.train import main
 from tests.experiments.command import QUICK, quick, run_until
 from tests.experiments.ogb_data import plant_papers
 from tests.experiments.test_resume import assert_same
@@ -61,25 +60,10 @@ def test_a_run_that_was_stopped_equals_one_in_one_go(
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sampling": "full"}, "sampling: got 'full' for .*, expected 'neighbor'"),
-        ({"evaluation": "layerwise"}, "evaluation: got 'layerwise'"),
-        ({"undirected": False}, "undirected: got False for .*, expected True, as it was converted"),
-    ],
-)
-def test_what_needs_memory_is_refused_by_name(root: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_tasks(config_of(root, **change))
-
-
-def test_a_missing_folder_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([PAPERS, "--data-root", str(tmp_path), "--out", str(tmp_path / "run")])
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"python -m experiments.convert {PAPERS} --from {tmp_path} --to {tmp_path / STORED}" in said
-    assert not (tmp_path / "run").exists()
+def test_what_needs_memory_is_refused_by_name(root: Path) -> None:
+    for name, got in (("sampling", "full"), ("evaluation", "layerwise"), ("undirected", False)):
+        with pytest.raises(ValueError, match=f"{name}: got {got!r} for .*, expected "):
+            load_tasks(config_of(root, **{name: got}))
 
 
 @pytest.fixture
@@ -109,23 +93,20 @@ def test_the_preset_graph_takes_a_folder_of_ones_own(own: Path, tmp_path: Path) 
         load_tasks(replace(PRESETS["graph"][1], data_root=own))
 
 
-def config_of_own(own: Path) -> Any:
-    config: Any = PRESETS["graph"][1]
-    return replace(config, data_root=own, sampling="neighbor", evaluation="sampled", undirected=False)
-
-
-def test_a_folder_without_labels_or_split(own: Path) -> None:
+def test_what_a_folder_lacks_or_has_wrong_is_named(own: Path) -> None:
+    how: Any = {"data_root": own, "sampling": "neighbor", "evaluation": "sampled", "undirected": False}
+    config = replace(PRESETS["graph"][1], **how)
+    for name, bad in (("source", 300), ("source", -1), ("train", 300), ("test", -7)):
+        ids = np.load(own / f"{name}.npy", mmap_mode="r+")
+        ids[1], before = bad, int(ids[1])
+        ids.flush()
+        with pytest.raises(ValueError, match=rf"{name}.npy: got nodes .*{bad}.*, expected 0 to 299"):
+            load_tasks(config)
+        ids[1] = before
+        ids.flush()
+    load_tasks(config)
     said = json.loads((own / "graph.json").read_text())
     del said["arrays"]["y"], said["arrays"]["val"]
     (own / "graph.json").write_text(json.dumps(said))
     with pytest.raises(ValueError, match=r"data_root: got no y, val in .*; convert again"):
-        load_tasks(config_of_own(own))
-
-
-@pytest.mark.parametrize(("name", "bad"), [("source", 300), ("source", -1), ("train", 300), ("test", -7)])
-def test_ids_out_of_range_are_refused_by_name(name: str, bad: int, own: Path) -> None:
-    ids = np.load(own / f"{name}.npy", mmap_mode="r+")
-    ids[1] = bad
-    ids.flush()
-    with pytest.raises(ValueError, match=rf"{name}.npy: got nodes .*{bad}.*, expected 0 to 299"):
-        load_tasks(config_of_own(own))
+        load_tasks(config)

@@ -1,0 +1,40 @@
+"""A user's own router and models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import GraphSAGE
+
+import gmoe
+
+
+class FirstBits(gmoe.Router):
+    """Even tokens to the first expert, odd ones to the second."""
+
+    def __init__(self, dim: int, num_experts: int, k: int = 1) -> None:
+        super().__init__(dim, num_experts, k, weight="score")
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+
+    def route(self, x_TD: Tensor, group: object, edge_index: object) -> gmoe.Routing:
+        expert_TK = (torch.arange(len(x_TD)) % 2)[:, None]
+        return gmoe.Routing.from_choices(expert_TK, self.scale.expand(len(x_TD), 1), self.num_experts)
+
+
+def sage(in_channels: int, num_classes: int) -> nn.Module:
+    return GraphSAGE(in_channels, 8, 2, num_classes)
+
+
+def moe(in_channels: int, num_classes: int) -> nn.Module:
+    return gmoe.GNNMoE(in_channels, 8, num_classes, 2, num_experts=3)
+
+
+def flat(image_size: int, num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(image_size**2, num_classes))
+
+
+def nothing(*sizes: int) -> int:
+    return 3
