@@ -10,6 +10,7 @@ import platform
 import signal
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -329,7 +330,8 @@ class Checkpoint:
         return int(total)
 
     def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():  # which alone gets signals
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, _: Any) -> None:
         self.signal = number
