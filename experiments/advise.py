@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,11 +86,11 @@ class Comparison:
         self.longest = 0.0  # of a turn so far: another one has to fit into the budget
 
     def turn(self, names: Sequence[str], n: int) -> bool:
-        """Train some arms with the first ``n`` seeds; whether there was time to."""
+        """Train some arms with the first ``n`` seeds; whether there was time to, as there is for the first turn."""
         from experiments.loop import run
 
         begun = time.monotonic()
-        if n > 1 and begun + self.longest > self.ends:
+        if self.summaries and begun + self.longest > self.ends:
             return False
         for name in names:
             path = self.arms[name].folder() / "config.json"
@@ -98,6 +98,14 @@ class Comparison:
             self.summaries[name] = run(replace(self.arms[name], seeds=tuple(range(max(n, there)))))
         self.longest = max(self.longest, time.monotonic() - begun)
         return True
+
+    def told(self, names: Sequence[str], better: Callable[[], str], other: str) -> Difference | None:
+        """The difference of two arms, after as many turns as it takes to tell; none where there was no time for one."""
+        found = None
+        for n in range(1, MOST + 1):
+            if not self.turn(names, n) or (found := self.difference(better(), other)).verdict != "not told":
+                break
+        return found
 
     def difference(self, one: str, other: str) -> Difference:
         """Of two arms, over the seeds that both have."""
@@ -113,30 +121,9 @@ class Comparison:
         times = step_times(config, load_tasks(config)(0))
         return float(times["cell"]["wall"]["median"] / times["dense"]["wall"]["median"])
 
-    def headroom(self) -> Difference:
-        """Of the dense model, as far as it takes to tell."""
-        for n in range(1, MOST + 1):
-            if not self.turn(("dense", "dense-4x"), n):
-                break
-            if (found := self.difference("dense-4x", "dense")).verdict != "not told":
-                return found
-        return self.difference("dense-4x", "dense")
-
-    def experts(self) -> tuple[str, Difference]:
-        """The setting that validates better, and what it gains over equal FLOPs, as far as it takes to tell."""
-        first, second = list(self.arms)[-2:]
-
-        def found() -> tuple[str, Difference]:
-            means = {name: self.summaries[name]["val"]["mean"] for name in (first, second)}
-            better = max(means, key=means.__getitem__)
-            return better, self.difference(better, "dense-flops")
-
-        for n in range(1, MOST + 1):
-            if not self.turn(("dense-flops", first, second), n):
-                break
-            if found()[1].verdict != "not told":
-                break
-        return found()
+    def better(self) -> str:
+        """The setting that validates better."""
+        return max(list(self.arms)[-2:], key=lambda name: self.summaries[name]["val"]["mean"])
 
 
 SAID = {"yes": "headroom", "no": "no headroom", "not told": "headroom is not told"}
@@ -175,13 +162,18 @@ def advise(
     from experiments.run_folder import write_json
 
     comparison = Comparison(base, out, 60 * budget)
-    room = comparison.headroom()
-    found: dict[str, Any] = {"headroom": vars(room), "experts": None, "setting": None, "step": None}
+    room = comparison.told(("dense", "dense-4x"), lambda: "dense-4x", "dense")
+    assert room is not None
     lines = [f"{SAID[room.verdict]}: a dense model four times as wide gains {room}"]
-    if room.verdict != "yes":
-        lines += ["experts: not tried, since they need headroom", ADVICE[room.verdict]]
+    found: dict[str, Any] = {"headroom": vars(room), "experts": None, "setting": None, "step": None}
+    gain = None
+    if room.verdict == "yes":
+        gain = comparison.told(("dense-flops", *list(comparison.arms)[-2:]), comparison.better, "dense-flops")
+    if gain is None:
+        why = "no time was left" if room.verdict == "yes" else "they need headroom"
+        lines += [f"experts: not tried, since {why}", ADVICE["no" if room.verdict == "no" else "not told"]]
     else:
-        setting, gain = comparison.experts()
+        setting = comparison.better()
         step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense").mean
         found |= {"experts": vars(gain), "setting": setting, "step": step}
         lines.append(
@@ -198,13 +190,11 @@ def advise(
 
 
 def options(config: RunConfig, base: RunConfig) -> list[str]:
-    """How ``config`` is asked for on the command line, beyond ``base``."""
-    found: list[str] = []
-    for name in ("hidden", "metric", "router", "shared_router", "router_input", "kmeans_init"):
-        value = getattr(config, name, None)
-        if value not in (getattr(base, name, None), None) or name in ("hidden", "metric"):
-            values = value if isinstance(value, tuple) else () if value is True else (value,)
-            found += [f"--{name.replace('_', '-')}", *map(str, values)] if value is not None else []
+    """How a setting is asked for on the command line."""
+    found = [f"--hidden {base.hidden}", f"--router {config.router}"]
+    if isinstance(config, GraphConfig):
+        found += [f"--metric {config.metric}"] if config.metric else []
+        found += ["--shared-router", "--router-input node neighbors", *["--kmeans-init"] * config.kmeans_init]
     return found + [f"--{name.replace('_', '-')} {value}" for name, value in config.options.given().items()]
 
 

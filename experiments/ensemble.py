@@ -1,24 +1,88 @@
 """What runs on one of OGB's sets say together: ``python -m experiments.ensemble RUN...``
 
 For each run the line that OGB's leaderboards ask for, then the score of the mean of all their seeds' probabilities, by
-OGB's own evaluator.
+OGB's own evaluator. And what a run keeps for it: its predictions for every node, corrected and smoothed if asked for.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.nn import CorrectAndSmooth
 
-from experiments.config import fail
+from experiments.config import GraphConfig, fail
+from experiments.data import Split, Task
 from experiments.files import naming
+
+if TYPE_CHECKING:
+    from experiments.loop import Training
 
 SEEDS = 10
 """That OGB's leaderboards ask for."""
+
+
+def has_predictions(config: Any) -> bool:
+    """Of OGB's sets of one node type that are kept in memory, and where they are corrected."""
+    is_graph = isinstance(config, GraphConfig) and config.data is None
+    return is_graph and (config.dataset.startswith("ogbn-") or config.correct_and_smooth)
+
+
+@torch.no_grad()
+def keep_predictions(training: Training, folder: Path, scores: tuple[float, float]) -> tuple[float, float]:
+    """Write ``predictions.safetensors`` in the folder of a seed: (N, classes) probabilities of all nodes.
+
+    Returns what validation and test score: ``scores``, or what they do after correction and smoothing.
+    """
+    config: Any = training.config
+    task = training.task
+    if not isinstance(task.graph, Data):  # on disk
+        return scores
+    training.model.eval()
+    if config.evaluation == "full":
+        (batch,) = training.fabric.to_device(list(task.loader("test", config.batch_size, None)))
+        logits = training.forward(batch.inputs)
+    else:
+        logits, _ = training.inference()
+    y = task.graph.y.to(logits.device)
+    probability = logits.float().softmax(dim=-1) if y.dim() == 1 else logits.float().sigmoid()
+    if config.correct_and_smooth:
+        probability = corrected(probability, y, task)
+        scores = score(task, probability, "val"), score(task, probability, "test")
+    save_file({"probability": probability.cpu().contiguous()}, folder / "predictions.safetensors")
+    return scores
+
+
+def corrected(probability: Tensor, y: Tensor, task: Task) -> Tensor:
+    """Errors on the training nodes spread to the others, then labels (`Huang et al., 2021
+    <https://arxiv.org/abs/2010.13993>`_), as in PyG's example."""
+    if y.dim() != 1:
+        raise ValueError(f"correct_and_smooth: got True for {task.name}, expected False: it takes one class a node")
+    assert task.graph is not None
+    assert task.split is not None
+    edges, train = task.graph.edge_index.to(y.device), task.split["train"].to(y.device)
+    mask = torch.zeros(len(y), dtype=torch.bool, device=y.device).index_fill(0, train, value=True)
+    post = CorrectAndSmooth(
+        num_correction_layers=50, correction_alpha=1.0, num_smoothing_layers=50, smoothing_alpha=0.8, autoscale=True
+    )
+    found: Tensor = post.smooth(post.correct(probability, y[mask], mask, edges), y[mask], mask, edges)
+    return found
+
+
+def score(task: Task, probability: Tensor, part: Split) -> float:
+    """The task's metric of probabilities of all nodes."""
+    assert task.graph is not None
+    assert task.split is not None
+    rows, metric = task.split[part], task.metric()
+    metric.update(probability.cpu()[rows], task.graph.y[rows])
+    return float(metric.compute())
 
 
 def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | None = None) -> list[str]:
@@ -28,9 +92,6 @@ def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | Non
         runs: run folders of one data set.
         data_root: root folder of the data; by default where they were trained on them.
     """
-    from safetensors.torch import load_file
-
-    from experiments.predictions import score
     from experiments.run_folder import read_run
 
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
@@ -68,7 +129,7 @@ def main(args: Sequence[str] | None = None) -> None:
         lines = tyro.cli(ensemble, args=args, prog="python -m experiments.ensemble", description=__doc__)
     except (ValueError, OSError) as error:
         fail(error)
-    print("\n".join(lines), file=sys.stdout)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,12 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "headroom"),
-    [("digits-graph", "yes"), ("digits-graph", "no"), ("digits-graph", "not told"), ("digits", "yes")],
+    [
+        ("digits-graph", "yes"),
+        ("digits-graph", "no"),
+        ("digits-graph", "not told"),
+        pytest.param("digits", "yes", marks=pytest.mark.slow),
+    ],
 )
 def test_three_lines(
     name: str, headroom: advise.Verdict, presets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
