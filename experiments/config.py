@@ -279,8 +279,8 @@ class HeteroConfig(NodeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "degree" in (self.router_input or ()):
-            raise ValueError(f"router_input: got {self.router_input}, expected node, neighbors, or both of them")
+        if self.router_input:
+            raise ValueError(f"router_input: got {self.router_input} for {self.dataset}, expected none")
 
 
 @dataclass(frozen=True, kw_only=True)

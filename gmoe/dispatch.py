@@ -63,7 +63,7 @@ def grouped_linear(
         ValueError: an unknown backend.
     """
     if backend not in get_args(Backend):
-        check_choice("backend", backend, get_args(Backend))
+        check_choice("backend", backend, Backend)
     if backend == "auto":
         backend = "grouped" if x_PI.is_cuda else "loop"
     if backend == "grouped" and x_PI.dtype == torch.float64:

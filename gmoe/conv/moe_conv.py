@@ -120,7 +120,7 @@ class MoEConv(MoELayer, MessagePassing):
         kinds = kinds_of(conv, num_experts)
         check_counts(k=k)
         check(k <= len(kinds), "k", k, f"at most num_experts={len(kinds)}")
-        check_choice("backend", backend, get_args(Backend))
+        check_choice("backend", backend, Backend)
         check_counts(out_channels=out_channels)
         widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
         two = isinstance(widths, tuple | list) and len(widths) == 2
@@ -390,7 +390,7 @@ def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:
     """
     named = (router_input,) if isinstance(router_input, str) else tuple(router_input)
     for name in named:
-        check_choice("router_input", name, get_args(RouterPart))
+        check_choice("router_input", name, RouterPart)
     check(named, "router_input", "nothing", "one or several of 'node', 'neighbors', 'degree'")
     return tuple(part for part in get_args(RouterPart) if part in named)
 
