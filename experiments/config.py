@@ -230,8 +230,6 @@ class RunConfig:
 class NodeConfig(RunConfig):
     """Nodes of a graph, in a GNN."""
 
-    router_input: tuple[RouterInput, ...] | None = None
-    """What the router sees: the node (the default), the mean of its neighbors, log-degree."""
     residual: Literal["none", "identity", "linear"] = "identity"
     norm: str | None = None
     """The norm, by PyG's name."""
@@ -259,6 +257,8 @@ class GraphConfig(NodeConfig):
 
     conv: tuple[str, ...] = ("gcn",)
     """The conv; several are kinds of experts that alternate (a dense model takes the first)."""
+    router_input: tuple[RouterInput, ...] | None = None
+    """What the router sees: the node (the default), the mean of its neighbors, log-degree."""
     shared_router: bool = False
     """One decision for all layers, not one in each."""
     jk: Literal["last", "cat", "max"] | None = None
@@ -364,7 +364,7 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
     kind = config_class(science["dataset"])
     retired = RETIRED.keys() - {option.name for option in fields(kind)}
     for name in retired & science.keys():
-        if science[name] != RETIRED[name]:
+        if science[name] not in (RETIRED[name], None):
             raise ValueError(f"{name}: got {science[name]!r}, expected {RETIRED[name]!r}: there is no such option now")
     given = {name: value for name, value in science.items() if name not in retired | set(RECORDS)}
     file = str(science.get("file", data_root.name))

@@ -9,7 +9,7 @@ import torch
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, which imports the compiler
 from torch.autograd.function import once_differentiable
 
-__all__ = ["first_order", "in_transform", "refuse_transforms", "untraced"]
+__all__ = ["first_order", "in_transform", "refuse_second_order", "refuse_transforms", "untraced"]
 
 in_transform = torch._C._are_functorch_transforms_active
 """True inside a transform of ``torch.func``."""
@@ -25,13 +25,18 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     once = once_differentiable(backward)
 
     def checked(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph: got True, expected False, since gmoe's layers can be differentiated once only"
-            )
+        refuse_second_order()
         return once(ctx, *grads)
 
     return checked
+
+
+def refuse_second_order(*_: Any) -> None:
+    """In a backward pass, or as the hook of a tensor: refuse ``create_graph=True``."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph: got True, expected False, since gmoe's layers can be differentiated once only"
+        )
 
 
 def refuse_transforms() -> None:

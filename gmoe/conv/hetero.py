@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from gmoe.experts import LinearExperts
 from gmoe.moe import MoELayer, drawn_apart
 from gmoe.routers import RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing
-
-HeteroRouterInput: TypeAlias = Literal["node", "neighbors"] | Sequence[Literal["node", "neighbors"]]
-"""The input of a router: a node's features, the means over its relations, or both."""
 
 NodeTensors: TypeAlias = Mapping[NodeType, Tensor]
 RelationEdges: TypeAlias = Mapping[EdgeType, Adj | Graph]
@@ -120,10 +117,10 @@ class HeteroMoEConv(MoELayer):
     layer (:class:`RelationalConv`). The shared expert runs on every node and the gain g starts at zero, so that with
     the same seed a new layer equals the ``RelationalConv`` it replaces; ``shared_expert=False`` is the plain mixture.
 
-    Each node type has its router and its experts: a mixture of linear layers on :math:`x_i` and the means. It equals,
-    in outputs and gradients, running E relational layers on the whole graph and masking. Each relation is averaged
-    once, and compute scales with K, not E. Parts of ``experts`` may be replaced, as those of :class:`MLPExperts` may,
-    and so may each of ``routers``.
+    Each node type has its router, which sees its features, and its experts: a mixture of linear layers on :math:`x_i`
+    and the means. It equals, in outputs and gradients, running E relational layers on the whole graph and masking. Each
+    relation is averaged once, and compute scales with K, not E. Parts of ``experts`` may be replaced, as those of
+    :class:`MLPExperts` may, and so may each of ``routers``.
 
     A type in which no relation ends keeps its root term. A relation that is absent from a call, or has no edge into a
     node, adds zero. A node without an expert gets zero; the surrounding model adds the residual.
@@ -136,7 +133,6 @@ class HeteroMoEConv(MoELayer):
         router: a name or factory (default ``"token_choice"``), of which each node type gets a router; an instance for
             a single type.
         k: K, experts per node (default 1).
-        router_input: what routers see: ``"node"`` (default), ``"neighbors"`` (the means), or both, side by side.
         out_types: node types to compute (default all); there are no parameters for others.
         shared_expert: one more layer that runs on every node (default ``True``).
         dense_start: with a shared expert, scale the routed experts' output by a learned gain that starts at zero
@@ -171,7 +167,6 @@ class HeteroMoEConv(MoELayer):
         router: RouterLike = "token_choice",
         k: int = 1,
         *,
-        router_input: HeteroRouterInput = "node",
         out_types: Collection[NodeType] | None = None,
         shared_expert: bool = True,
         dense_start: bool = True,
@@ -180,9 +175,6 @@ class HeteroMoEConv(MoELayer):
         check_finite: bool = False,
     ) -> None:
         super().__init__(num_experts, k)
-        seen = {router_input} if isinstance(router_input, str) else set(router_input)
-        check(seen and seen <= {"node", "neighbors"}, "router_input", router_input, "'node', 'neighbors', or both")
-        self.seen = slice(0 if "node" in seen else 1, None if "neighbors" in seen else 1)
         self.make_dense = partial(RelationalConv, in_channels, out_channels, metadata, out_types=out_types)
         self.shared_expert = self.make_dense() if shared_expert else None
         self.gain = nn.Parameter(torch.zeros(1)) if shared_expert and dense_start else None
@@ -190,10 +182,7 @@ class HeteroMoEConv(MoELayer):
         with drawn_apart() if shared_expert else nullcontext():
             self.experts = self.make_dense(linear=partial(LinearExperts, num_experts=num_experts, backend=backend))
             for name in self.experts.relations_into:
-                parts = [name, *(source for source, *_ in self.experts.relations_into[name])]
-                dim = sum(self.experts.in_channels[part] for part in parts[self.seen])
-                check(dim, "router_input", router_input, f"'node' too, since no relation ends in {name!r}")
-                built = build_router(router, dim, num_experts, k, router_kwargs)
+                built = build_router(router, self.experts.in_channels[name], num_experts, k, router_kwargs)
                 check(built is not router or not self.routers, "router", "an instance for several types", "a factory")
                 built.check_finite |= check_finite
                 self.k, self.experts_per_token, self.routers[name] = built.k, built.experts_per_token, built
@@ -239,8 +228,7 @@ class HeteroMoEConv(MoELayer):
         refuse_transforms()
         out, routings = dict[NodeType, Tensor](), dict[NodeType, Routing]()
         for name, parts in self.experts.parts(x_dict, edge_index_dict).items():
-            view = torch.cat(parts[self.seen], dim=1)
-            routing = routings[name] = self.routers[name](view, (batch_dict or {}).get(name))
+            routing = routings[name] = self.routers[name](parts[0], (batch_dict or {}).get(name))
             rows = [dispatch(x, routing) for x in parts]
             y = combine(self.experts.mix(name, rows, routing.offsets), routing)
             if self.gain is not None:

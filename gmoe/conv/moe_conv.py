@@ -120,7 +120,7 @@ class MoEConv(MoELayer, MessagePassing):
         kinds = kinds_of(conv, num_experts)
         check_counts(k=k)
         check(k <= len(kinds), "k", k, f"at most num_experts={len(kinds)}")
-        check_choice("backend", backend, get_args(Backend))
+        check_choice("backend", backend, Backend)
         check_counts(out_channels=out_channels)
         widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
         two = isinstance(widths, tuple | list) and len(widths) == 2
@@ -241,16 +241,12 @@ class MoEConv(MoELayer, MessagePassing):
 
         u_src, u_dst = (x_src, x_dst) if self.transform is None else self._transformed(x_src, x_dst)
         h = self.experts.aggregate(graph, u_src)
-        if routing is None:
-            if self.router is None:
-                raise ValueError("routing: got None, expected a Routing, since the layer was built with router=None")
-            view = u_dst
-            if self.router_input != ("node",):
-                view = router_view(self.router_input, u_src, u_dst, h, graph)
+        if routing is None and self.router is not None:
+            plain = self.router_input == ("node",)
+            view = u_dst if plain else router_view(self.router_input, u_src, u_dst, h, graph)
             routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
-        elif getattr(routing, "num_tokens", None) != graph.num_dst or routing.num_experts != self.num_experts:
-            legal = f"{graph.num_dst} tokens and {self.num_experts} experts"
-            raise ValueError(f"routing: got {routing!r}, expected {legal}")
+        else:
+            self._check_routing(routing, graph.num_dst)
         y = self.experts(graph, u_src, u_dst, h, routing)
         if self.gain is not None:
             y = y * (GAIN_SCALE * self.gain).to(y.dtype)
@@ -321,6 +317,12 @@ class MoEConv(MoELayer, MessagePassing):
             legal = f"None, since the conv takes {sorted(taken) or 'none'}"
             check(value is None or name in taken, name, "a tensor", legal)
 
+    def _check_routing(self, routing: Any, num_tokens: int) -> None:
+        """Refuse a decision made elsewhere that does not fit."""
+        check(routing is not None, "routing", None, "a Routing, since the layer was built with router=None")
+        if getattr(routing, "num_tokens", None) != num_tokens or routing.num_experts != self.num_experts:
+            raise ValueError(f"routing: got {routing!r}, expected {num_tokens} tokens and {self.num_experts} experts")
+
     def _no_hook(self, hook: Any) -> NoReturn:
         """Refuse hooks of message passing, such as AttentionExplainer's, which would never be called.
 
@@ -390,7 +392,7 @@ def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:
     """
     named = (router_input,) if isinstance(router_input, str) else tuple(router_input)
     for name in named:
-        check_choice("router_input", name, get_args(RouterPart))
+        check_choice("router_input", name, RouterPart)
     check(named, "router_input", "nothing", "one or several of 'node', 'neighbors', 'degree'")
     return tuple(part for part in get_args(RouterPart) if part in named)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,7 @@ class Router(nn.Module, ABC):
         weight = weight or "score"
         check_counts(dim=dim, num_experts=num_experts, k=k)
         check(k <= num_experts, "k", k, f"at most num_experts={num_experts}")
-        check_choice("weight", weight, get_args(Weighting))
+        check_choice("weight", weight, Weighting)
         constant = weight == "normalized" and k == 1
         check(not constant, "weight", "'normalized' with k=1, the constant 1 without a gradient", "another, or k >= 2")
         self.dim, self.num_experts, self.k = dim, num_experts, k

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from gmoe.routers.base import Weighting, float_linear, pair_weights, reset_linea
 from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
 from gmoe.routing import AuxLoss, Routing
 
-Balance: TypeAlias = Literal["bias", "importance_load", "switch"]
+Balance: TypeAlias = Literal["bias", "importance_load", "switch", None]
 
 NOISE_FLOOR = 0.01
 """Least standard deviation of the learned noise: at zero the load would have no gradient."""
@@ -74,7 +74,7 @@ class TokenChoice(BalancedRouter):
         *,
         weight: Weighting | None = None,
         noise: bool | Literal["spread"] | None = None,
-        balance: Balance | None = "bias",
+        balance: Balance = "bias",
         balance_coef: float = 0.01,
         bias_rate: float = 0.1,
         z_coef: float = 0.0,
@@ -85,7 +85,7 @@ class TokenChoice(BalancedRouter):
         biased = balance == "bias"
         rate = bias_rate if biased else None
         super().__init__(dim, num_experts, k, bias_rate=rate, weight=weight)
-        check_choice("balance", balance, (*get_args(Balance), None))
+        check_choice("balance", balance, Balance)
         if noise is None:
             noise = "spread" if biased else balance == "importance_load"
         check(isinstance(noise, bool) or noise == "spread", "noise", repr(noise), "True, False, 'spread' or None")

@@ -39,7 +39,6 @@ from tests.gmoe.conv.masked import csr, features, gradient, routing_of
 EXPERTS, WIDTH = 3, 4
 TYPES, RELATIONS = METADATA
 WRITES = ("author", "writes", "paper")
-BOTH = ("node", "neighbors")
 
 
 def dense(widths: Any = WIDTHS, metadata: Any = METADATA, **kwargs: Any) -> RelationalConv:
@@ -108,8 +107,8 @@ def test_absent_relations_and_isolated_nodes_add_zero() -> None:
 
 SWITCH = {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1}
 MASKED: list[dict[str, Any]] = [
-    *({"router": router, "router_input": BOTH} for router in ROUTERS),
-    {"out_types": ["paper"], "router_input": "neighbors", "router_kwargs": SWITCH},
+    *({"router": router} for router in ROUTERS),
+    {"out_types": ["paper"], "router_kwargs": SWITCH},
     {"shared_expert": True},
     {"shared_expert": True, "dense_start": False},
 ]
@@ -149,25 +148,10 @@ def test_equals_masked_layers_without_some_nodes(empty: list[str]) -> None:
     """Relations of types without nodes have no edges, or are absent."""
     xs = {t: x[: 0 if t in empty else None] for t, x in nodes().items()}
     found = {r: e[:, : 0 if {r[0], r[-1]} & set(empty) else None] for r, e in edges().items() if r != WRITES}
-    assert_equals_masked(layer(WIDTHS, k=2, router_input=BOTH).double(), xs, found)
+    assert_equals_masked(layer(WIDTHS, k=2).double(), xs, found)
 
 
 # Routers
-
-
-@pytest.mark.parametrize("router_input", ["node", "neighbors", ["neighbors", "node"]], ids=str)
-def test_the_input_of_routers(router_input: Any) -> None:
-    """A node's features, then the means over its in-edges of each relation, in whatever order they are named."""
-    types = ["paper", "author", "field"]
-    conv, xs, inputs = layer(router_input=router_input, out_types=types).double(), nodes(WIDTH), list[Tensor]()
-    for router in conv.routers.values():
-        router.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    conv(xs, edges())
-    for t, found in zip(types, inputs, strict=True):
-        sums = {r: csr(e, (COUNTS[r[0]], COUNTS[t])).to_dense() for r, e in edges().items() if r[-1] == t}
-        means = [a @ xs[r[0]] / a.sum(dim=1, keepdim=True).clamp(min=1) for r, a in sums.items()]
-        expected = [xs[t]] * (router_input != "neighbors") + means * (router_input != "node")
-        torch.testing.assert_close(found, torch.cat(expected, dim=1))
 
 
 def test_a_router_instance_is_for_one_type() -> None:
@@ -216,7 +200,6 @@ def test_flops_follow_k() -> None:
         ({"out_types": ["book"]}, "out_types"),
         ({"out_channels": 0}, "out_channels"),
         ({"router": TokenChoice(WIDTH, EXPERTS), "router_kwargs": None}, "router"),
-        ({"router_input": "neighbors"}, "router_input"),  # nothing ends in a venue
     ],
     ids=str,
 )
