@@ -6,14 +6,11 @@ library's default experts, and experts that are told the regime. ``results/regim
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import matplotlib.pyplot as plt
 
 from experiments.config import RunConfig
 from experiments.data.made import SHOWN
@@ -60,7 +57,6 @@ def sweep_map(runs: Path, results: Path, shown: bool) -> Any:
             | {"nmi": [layer["nmi"]["mean"] for layer in summary["routing"]]}
         )
         write_json(path, found | {"environment": environment()})
-    draw_map(found, results / "regime-map.png")
     return found
 
 
@@ -73,28 +69,3 @@ def gains(found: Mapping[str, Any]) -> dict[tuple[Any, ...], list[float]]:
         for key, test in tests.items()
         if key[:-1] in dense
     }
-
-
-def draw_map(found: Mapping[str, Any], path: Path) -> None:
-    """Experts and oracle above equal FLOPs, over the number of regimes: a panel a width and way that regimes show."""
-    known = gains(found)
-    figure, axes = plt.subplots(len(WIDTHS), len(WAYS), figsize=(10, 5.6), sharex=True, sharey=True, squeeze=False)
-    for (row, width), (column, shown) in product(enumerate(WIDTHS), enumerate(WAYS)):
-        panel = axes[row][column]
-        for (number, labels), (model, style) in product(enumerate(LABELS), {"experts": "o-", "oracle": "x:"}.items()):
-            keys = [(count, labels, width, shown, model) for count in REGIMES]
-            line = [(key[0], statistics.fmean(known[key])) for key in keys if key in known]
-            if line:
-                label = f"{model}, {labels} labels a regime"
-                panel.plot(*zip(*line, strict=True), style, color=f"C{number}", label=label)
-        panel.axhline(0, color="gray", linewidth=0.8)
-        panel.set_xscale("log", base=2)
-        panel.set_title(f"regime shows in: {shown}, width {width}", fontsize=9)
-    figure.supxlabel("regimes")
-    figure.supylabel("points above dense of equal FLOPs")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="upper center", ncols=3, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0.02, 0.02, 1, 0.9))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -9,10 +9,11 @@ K = 1, a shared expert, a dense start, a router in each layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from experiments.benchmark.swap import switched_off, switches
 from experiments.build import build_model, example, make_fabric
 from experiments.config import GraphConfig, RouterOptions, RunConfig
 from experiments.data import Task, load_tasks
-from experiments.loop import Progress, Training, run, set_up
+from experiments.loop import Training, set_up
 from experiments.presets import ARXIV, DIGITS, DIGITS_GRAPH, GRAPH, MINESWEEPER, MOSAIC, TEN
-from experiments.run_folder import spread, write_json
+from experiments.run_folder import spread
 from experiments.studies import SMALL_VIT
 
 THREE = (0, 1, 2)
@@ -79,39 +80,31 @@ LEFT_OUT = ("dense-parameters", "k-means", "soft-slots", "uniform")
 """Rows that the long columns leave out."""
 
 
-def cells(columns: tuple[str, ...], rows: tuple[str, ...], root: Path) -> Iterator[tuple[str, str, RunConfig]]:
-    """The cells of some columns and rows, all where none are named: column, row and configuration."""
+def cells(columns: Sequence[str], rows: Sequence[str], root: Path) -> dict[str, RunConfig]:
+    """The cells of some columns and rows, all where none are named: ``COLUMN/ROW`` and configuration."""
     for kind, names, known in (("columns", columns, COLUMNS), ("rows", rows, ROWS)):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{kind}: got {', '.join(unknown)}, expected some of {', '.join(known)}")
-    for column in columns or COLUMNS:
+    found = {}
+    for column, row in product(columns or COLUMNS, rows or ROWS):
         base = COLUMNS[column]
-        for row in rows or ROWS:
-            on_graph = isinstance(base, GraphConfig)
-            if (column in LONG and row in LEFT_OUT) or (on_graph and row == "soft-slots"):
-                continue
-            config = replace(base, **ROWS[row][1], data_root=root / base.data_root)
-            if on_graph and row == "attention-vote":  # votes of all nodes for all would be N x N
-                config = replace(config, options=RouterOptions(scope="neighbors"))
-            yield column, row, config
+        on_graph = isinstance(base, GraphConfig)
+        if (column in LONG and row in LEFT_OUT) or (on_graph and row == "soft-slots"):
+            continue
+        config = replace(base, **ROWS[row][1], data_root=root / base.data_root)
+        if on_graph and row == "attention-vote":  # votes of all nodes for all would be N x N
+            config = replace(config, options=RouterOptions(scope="neighbors"))
+        found[f"{column}/{row}"] = config
+    return found
 
 
-def run_cell(column: str, row: str, config: RunConfig, progress: Progress) -> dict[str, Any]:
-    """Train a cell, or read its run folder, and measure it: the content of its file."""
-    summary = run(config, progress)
+def measured(config: RunConfig) -> dict[str, Any]:
+    """Of a finished run, what a cell holds beside its summary: what the routed experts add, and step times."""
     task_of = load_tasks(config)
     found = [routed_part(config, task_of(seed), seed) for seed in config.seeds]
-    routed = {
-        "off": spread([off for off, _ in found]),
-        "share": [spread(list(values)) for values in zip(*(share for _, share in found), strict=True)],
-    }
-    time = step_times(config, task_of(config.seeds[0]))
-    return {"column": column, "row": row, **summary, "routed": routed if routed["share"] else None, "time": time}
-
-
-def write_cell(results: Path, content: Mapping[str, Any]) -> None:
-    """Write the file of a cell."""
-    write_json(results / "routers" / content["column"] / f"{content['row']}.json", content)
+    shares = [spread(list(values)) for values in zip(*(share for _, share in found), strict=True)]
+    routed = {"off": spread([off for off, _ in found]), "share": shares} if shares else None
+    return {"routed": routed, "time": step_times(config, task_of(config.seeds[0]))}
 
 
 def routed_part(config: RunConfig, task: Task, seed: int) -> tuple[float, list[float]]:

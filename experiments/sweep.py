@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 
 import tyro
 
-from experiments.config import RouterName, fail, interrupt
+from experiments.config import RouterName, RunConfig, fail, interrupt
 from experiments.files import read_json
 from experiments.studies import RECORDED, Study, grid, recorded
 from experiments.tables import cell_tables, map_table, read_cells, study_table
@@ -91,36 +91,71 @@ def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
 
 
 def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """Run what is not finished: the study's results, and by variant why it could not be run.
+    """Run what is not finished: the study's results, and by variant why it could not be run."""
+    from experiments.run_folder import write_json
 
-    A result file that holds a variant with another configuration is a ``ValueError``.
-    """
-    from experiments.jobs import train_apart
-    from experiments.loop import Progress, run
-    from experiments.run_folder import differences_of, write_json
-
-    folder = config.runs if config.runs is not None else Path("runs") / name
     path = config.results / f"{name}.json"
     known = read_json(path, dict[str, Any])["variants"] if path.exists() else []
     finished: dict[str, dict[str, Any]] = {variant["variant"]: variant for variant in known}
-    todo = []
-    for variant in study.variants:
-        here = {"out": folder / variant.name, "resume": True, "progress": config.progress, "jobs": config.jobs}
-        own = replace(variant.config, **here)  # type: ignore[arg-type]
-        if variant.name not in finished:
-            todo.append((variant, own))
-            continue
-        for option, (other, value) in differences_of(own, finished[variant.name]["config"]).items():
-            held = f"{path} holds {variant.name} with {option}={other!r}"
-            raise ValueError(f"results: {held}, expected {value!r}; choose other folders by --results and --runs")
+    labels = {variant.name: variant.label for variant in study.variants}
 
     def collect() -> dict[str, Any]:
         """In the order of the study, and then what the file holds of others."""
-        names = dict.fromkeys([*(variant.name for variant in study.variants), *finished])
-        variants = [finished[variant] for variant in names if variant in finished]
+        variants = [finished[variant] for variant in dict.fromkeys([*labels, *finished]) if variant in finished]
         return {"study": name, **vars(study), "variants": variants}
 
-    failed: dict[str, str] = {}
+    def finish(variant: str, _: RunConfig, summary: Any) -> None:
+        finished[variant] = {"variant": variant, "label": labels[variant], **summary}
+        write_json(path, collect())
+
+    configs = {variant.name: variant.config for variant in study.variants}
+    failed = run_all(name, configs, {name: run["config"] for name, run in finished.items()}, path, config, finish)
+    return collect(), failed
+
+
+def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
+    """Run the cells that have no file: the table, and by cell why it could not be run."""
+    from experiments.routers import cells, measured
+    from experiments.run_folder import write_json
+
+    folder = config.results / "routers"
+    known = {
+        f"{column}/{row}": cell["config"] for column, rows in read_cells(folder).items() for row, cell in rows.items()
+    }
+
+    def finish(cell: str, own: RunConfig, summary: Any) -> None:
+        write_json(folder / f"{cell}.json", {**summary, **measured(own)})
+
+    failed = run_all("routers", cells(config.columns, config.rows, config.data_root), known, folder, config, finish)
+    return cell_tables(read_cells(folder)), failed
+
+
+def run_all(
+    name: str,
+    variants: Mapping[str, RunConfig],
+    known: Mapping[str, Any],
+    where: Path,
+    config: SweepConfig,
+    finish: Callable[[str, RunConfig, Any], None],
+) -> dict[str, str]:
+    """Run the variants that are not known, by name, and hand each summary on; by name why one could not be run.
+
+    A known one with another configuration is a ``ValueError``; ``where`` holds them.
+    """
+    from experiments.jobs import train_apart
+    from experiments.loop import Progress, run
+    from experiments.run_folder import differences_of
+
+    folder = config.runs if config.runs is not None else Path("runs") / name
+    todo, failed = [], dict[str, str]()
+    for variant, given in variants.items():
+        own = replace(given, out=folder / variant, resume=True, progress=config.progress, jobs=config.jobs)
+        if variant not in known:
+            todo.append((variant, own))
+            continue
+        for option, (other, value) in differences_of(own, known[variant]).items():
+            held = f"{where} holds {variant} with {option}={other!r}"
+            raise ValueError(f"results: {held}, expected {value!r}; choose other folders by --results and --runs")
     progress = Progress(sum(len(own.seeds) * own.epochs for _, own in todo), config.progress and config.jobs == 1)
     with closing(train_apart([own for _, own in todo])) as ready:
         for place, why in ready:
@@ -128,42 +163,12 @@ def sweep(name: str, study: Study, config: SweepConfig) -> tuple[dict[str, Any],
             try:
                 if why:
                     raise ValueError(why)
-                summary = run(own, progress)
+                finish(variant, own, run(own, progress))
             except (ValueError, OSError) as error:  # of this variant; the others go on
-                failed[variant.name] = str(error)
+                failed[variant] = str(error)
                 progress.skip(len(own.seeds) * own.epochs)
                 progress.finish(len(own.seeds) * own.epochs)
-                continue
-            finished[variant.name] = {"variant": variant.name, "label": variant.label, **summary}
-            write_json(path, collect())
-    return collect(), failed
-
-
-def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
-    """Run the cells that have no file: the table, and by cell why it could not be run."""
-    from experiments.loop import Progress
-    from experiments.routers import cells, run_cell, write_cell
-    from experiments.run_folder import differences_of
-
-    folder = config.runs if config.runs is not None else Path("runs") / "routers"
-    todo, failed = [], dict[str, str]()
-    for column, row, own in cells(config.columns, config.rows, config.data_root):
-        path = config.results / "routers" / column / f"{row}.json"
-        own = replace(own, out=folder / column / row, resume=True, progress=config.progress)
-        if not path.exists():
-            todo.append((column, row, own))
-            continue
-        for option, (other, value) in differences_of(own, read_json(path, dict[str, Any])["config"]).items():
-            raise ValueError(f"results: {path} has {option}={other!r}, expected {value!r}; choose others by --results")
-    progress = Progress(sum(len(own.seeds) * own.epochs for *_, own in todo), config.progress)
-    for column, row, own in todo:
-        try:
-            write_cell(config.results, run_cell(column, row, own, progress))
-        except (ValueError, OSError) as error:  # of this cell; the others go on
-            failed[f"{column}/{row}"] = str(error)
-            progress.skip(len(own.seeds) * own.epochs)
-            progress.finish(len(own.seeds) * own.epochs)
-    return cell_tables(read_cells(config.results / "routers")), failed
+    return failed
 
 
 def main(args: Sequence[str] | None = None) -> None:

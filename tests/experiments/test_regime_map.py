@@ -15,7 +15,7 @@ from experiments.sweep import main
 
 
 def test_the_map_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It holds a place once, is written after each, and is drawn."""
+    """It holds a place once, is written after each."""
     monkeypatch.setattr(regime_map, "BASE", replace(regime_map.BASE, epochs=1, eval_every=1, seeds=(0,)))
     for name, values in {"REGIMES": (1, 2), "LABELS": (8,), "WIDTHS": (4,), "WAYS": ("features",)}.items():
         monkeypatch.setattr(regime_map, name, values)
@@ -29,7 +29,6 @@ def test_the_map_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     main(args)
     again = json.loads(path.read_text())
     assert [*again["places"][-1:], *again["places"][:-1]] == found["places"]
-    assert (tmp_path / "regime-map.png").stat().st_size > 10_000
     assert "| features | 4 | 8 |" in capsys.readouterr().out.replace("|  ", "| ")
 
 

@@ -14,7 +14,7 @@ from experiments import routers
 from experiments.build import build_model
 from experiments.config import ImageConfig
 from experiments.data import load_tasks
-from experiments.loop import Progress
+from experiments.loop import run
 from experiments.presets import DIGITS, DIGITS_GRAPH
 from experiments.sweep import main
 from experiments.tables import Cells, cell_tables, read_cells
@@ -88,18 +88,17 @@ def test_unknown_names_are_refused(
 @pytest.mark.parametrize("row", ["token-choice", "soft-slots"])
 def test_experts_that_were_not_trained_add_nothing(row: str, tmp_path: Path) -> None:
     """At a learning rate of 0 their share is 0, and the test set says the same without them."""
-    ((_, _, config),) = routers.cells(("digits",), (row,), tmp_path)
+    (config,) = routers.cells(("digits",), (row,), tmp_path).values()
     config = replace(config, lr=0.0, epochs=1, seeds=(0,), out=tmp_path / "run", progress=False)
-    cell = routers.run_cell("digits", row, config, Progress(1, shown=False))
-    assert cell["routed"]["off"]["mean"] == cell["test"]["mean"]
+    summary, cell = run(config), routers.measured(config)
+    assert cell["routed"]["off"]["mean"] == summary["test"]["mean"]
     assert {share["mean"] for share in cell["routed"]["share"]} == {0.0}
 
 
 def test_every_cell_can_be_built(tmp_path: Path) -> None:
     """Of the columns that need no file."""
-    for column, row, config in routers.cells(("digits", "digits-graph", "mosaic"), (), tmp_path):
-        task = load_tasks(config)(0)
-        assert build_model(config, task) is not None, (column, row)
+    for cell, config in routers.cells(("digits", "digits-graph", "mosaic"), (), tmp_path).items():
+        assert build_model(config, load_tasks(config)(0)) is not None, cell
 
 
 def test_soft_slots_start_dense() -> None:
