@@ -16,13 +16,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from experiments.config import GraphConfig, HeteroConfig, RouterOptions, RunConfig, fail
+from experiments.config import GraphConfig, HeteroConfig, RouterOptions, RunConfig, program
 from experiments.files import read_json
 from experiments.presets import PRESETS
 
@@ -103,7 +104,11 @@ class Comparison:
         """The difference of two arms, after as many turns as it takes to tell; none where there was no time for one."""
         found = None
         for n in range(1, MOST + 1):
-            if not self.turn(names, n) or (found := self.difference(better(), other)).verdict != "not told":
+            if not self.turn(names, n):
+                break
+            found = self.difference(better(), other)
+            print(f"{better()} - {other}: {found}", file=sys.stderr)
+            if found.verdict != "not told":
                 break
         return found
 
@@ -137,8 +142,8 @@ def advise(
     metric: Literal["accuracy", "roc_auc"] | None = None,
     width: int | None = None,
     budget: float = 30.0,
-) -> list[str]:
-    """Three lines of advice, also in ``advice.json`` beside the report of all runs.
+) -> None:
+    """Print three lines of advice, also in ``advice.json`` beside the report of all runs.
 
     Args:
         preset: `graph` for your own graph, `images` for a folder of images, or another preset of experiments.train.
@@ -162,52 +167,50 @@ def advise(
     from experiments.run_folder import write_json
 
     comparison = Comparison(base, out, 60 * budget)
+    with redirect_stdout(sys.stderr):  # what runs say on the way
+        lines, found = advice(comparison, preset)
+        write_json(out / "advice.json", {"lines": lines, **found})
+        folders = [comparison.arms[name].folder() for name in comparison.summaries]
+        write_report(folders, out / "index.html", data_root, lines)
+    print("\n".join(lines))
+
+
+def advice(comparison: Comparison, preset: str) -> tuple[list[str], dict[str, Any]]:
+    """The three lines, and the figures in them."""
+    *_, matched, first, second = comparison.arms
     room = comparison.told(("dense", "dense-4x"), lambda: "dense-4x", "dense")
     assert room is not None
     lines = [f"{SAID[room.verdict]}: a dense model four times as wide gains {room}"]
     found: dict[str, Any] = {"headroom": vars(room), "experts": None, "setting": None, "step": None}
-    gain = None
-    if room.verdict == "yes":
-        gain = comparison.told(("dense-flops", *list(comparison.arms)[-2:]), comparison.better, "dense-flops")
+    gain = comparison.told((matched, first, second), comparison.better, matched) if room.verdict == "yes" else None
     if gain is None:
         why = "no time was left" if room.verdict == "yes" else "they need headroom"
         lines += [f"experts: not tried, since {why}", ADVICE["no" if room.verdict == "no" else "not told"]]
-    else:
-        setting = comparison.better()
-        step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense").mean
-        found |= {"experts": vars(gain), "setting": setting, "step": step}
-        lines.append(
-            f"experts ({setting}): {gain}, above a dense model of their active FLOPs; {100 * more / room.mean:.0f} % "
-            f"of the headroom, at {step:.2f} times the dense model's step"
-        )
-        command = f"use them: python -m experiments.train {preset} {' '.join(options(comparison.arms[setting], base))}"
-        lines.append(ADVICE.get(gain.verdict, command))
-    write_json(out / "advice.json", {"lines": lines, **found})
-    write_report(
-        [comparison.arms[name].folder() for name in comparison.summaries], out / "index.html", data_root, lines
+        return lines, found
+    setting = comparison.better()
+    step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense").mean
+    lines.append(
+        f"experts ({setting}): {gain}, above a dense model of their active FLOPs; {100 * more / room.mean:.0f} % of "
+        f"the headroom, at {step:.2f} times the dense model's step"
     )
-    return lines
+    command = f"use them: python -m experiments.train {preset} {' '.join(options(comparison.arms[setting]))}"
+    return [*lines, ADVICE.get(gain.verdict, command)], found | {
+        "experts": vars(gain),
+        "setting": setting,
+        "step": step,
+    }
 
 
-def options(config: RunConfig, base: RunConfig) -> list[str]:
+def options(config: RunConfig) -> list[str]:
     """How a setting is asked for on the command line."""
-    found = [f"--hidden {base.hidden}", f"--router {config.router}"]
+    found = [f"--data-root {config.data_root}", f"--hidden {config.hidden}", f"--router {config.router}"]
     if isinstance(config, GraphConfig):
         found += [f"--metric {config.metric}"] if config.metric else []
         found += ["--shared-router", "--router-input node neighbors", *["--kmeans-init"] * config.kmeans_init]
     return found + [f"--{name.replace('_', '-')} {value}" for name, value in config.options.given().items()]
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    try:
-        lines = tyro.cli(advise, args=args, prog="python -m experiments.advise", description=__doc__)
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        sys.exit(130)
-    print("\n".join(lines))
+main = program("advise", advise, __doc__)
 
 
 if __name__ == "__main__":

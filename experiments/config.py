@@ -11,8 +11,9 @@ import json
 import math
 import pkgutil
 import re
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -414,6 +415,21 @@ def fail(error: Exception, where: str = "") -> NoReturn:
     """End the command with an error of whoever called it."""
     print(f"error: {error}{where}", file=sys.stderr)
     sys.exit(2)
+
+
+def program(name: str, function: Callable[..., Any], about: str | None) -> Callable[..., Any]:
+    """The entry point of ``python -m experiments.NAME``: calls a function with the options of the command line."""
+
+    def main(args: Sequence[str] | None = None) -> Any:
+        try:
+            return tyro.cli(function, args=args, prog=f"python -m experiments.{name}", description=about)
+        except (ValueError, OSError, ImportError) as error:
+            fail(error)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+
+    return main
 
 
 class InterruptedRunError(KeyboardInterrupt):

@@ -16,9 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -29,7 +28,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from experiments.config import PAPERS, fail
+from experiments.config import PAPERS, program
 from experiments.files import naming, read_csv, read_npy
 
 Array: TypeAlias = NDArray[Any]
@@ -165,6 +164,7 @@ def convert(
             "arrays": {path.stem: described(path) for path in arrays if path.exists()},
         }
         (folder / "graph.json").write_text(json.dumps(said, indent=2) + "\n")
+    print(f"{said['name']}: {nodes:,} nodes, {num_edges:,} edges")
     return said
 
 
@@ -197,7 +197,10 @@ def read_split(files: dict[str, Path], nodes: int) -> dict[str, Array]:
 
 def sorted_keys(edges: Array | Path, scratch: Path, nodes: int, *, directed: bool, memory: float) -> Iterator[Array]:
     """Each edge as one number, destination * N + source, in ascending order; sorted by DuckDB."""
-    import duckdb
+    try:
+        import duckdb
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}; pip install 'duckdb>=1.4,<3'") from error
 
     settings: dict[str, Any] = {"memory_limit": f"{memory}GB", "temp_directory": str(scratch)}
     settings["preserve_insertion_order"] = False
@@ -313,17 +316,7 @@ def described(path: Path) -> dict[str, Any]:
     return {"file": path.name, "dtype": str(array.dtype), "shape": [*array.shape], "sha256": digest.hexdigest()}
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    try:
-        said = tyro.cli(convert, args=args, prog="python -m experiments.convert", description=__doc__)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except ModuleNotFoundError as error:
-        fail(ImportError(f"{error}; pip install 'duckdb>=1.4,<3'"))
-    except (ValueError, OSError) as error:
-        fail(error)
-    print(f"{said['name']}: {said['num_nodes']:,} nodes, {said['num_edges']:,} edges")
+main = program("convert", convert, __doc__)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ OGB's own evaluator. And what a run keeps for it: its predictions for every node
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.nn import CorrectAndSmooth
 
-from experiments.config import GraphConfig, fail
+from experiments.config import GraphConfig, program
 from experiments.data import Split, Task
 from experiments.files import naming
 
@@ -85,8 +84,8 @@ def score(task: Task, probability: Tensor, part: Split) -> float:
     return float(metric.compute())
 
 
-def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | None = None) -> list[str]:
-    """Lines of each run, and of all of them together.
+def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | None = None) -> None:
+    """Print a line of each run, and one of all of them together.
 
     Args:
         runs: run folders of one data set.
@@ -108,9 +107,10 @@ def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | Non
             part = load_file(file)["probability"]
             total = part if total is None else total.add_(part)
     assert total is not None
-    lines = [f"{run.folder}: {submission(run.summary)}" for run in found]
+    for run in found:
+        print(f"{run.folder}: {submission(run.summary)}")
     test, val = (f"{100 * score(task, total / len(files), part):.2f}" for part in ("test", "val"))
-    return [*lines, f"ensemble of {len(files)}: test {test}, validation {val} (one score, without a spread)"]
+    print(f"ensemble of {len(files)}: test {test}, validation {val} (one score, without a spread)")
 
 
 def submission(summary: Any) -> str:
@@ -123,13 +123,7 @@ def submission(summary: Any) -> str:
     return line if n >= SEEDS else f"{line} (a submission takes {SEEDS} seeds)"
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    try:
-        lines = tyro.cli(ensemble, args=args, prog="python -m experiments.ensemble", description=__doc__)
-    except (ValueError, OSError) as error:
-        fail(error)
-    print("\n".join(lines))
+main = program("ensemble", ensemble, __doc__)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ a MoE layer. The model is that of the first seed of the run, whose data say how 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
-from experiments.config import fail
+from experiments.config import program
 
 
 def patches(
@@ -55,12 +54,7 @@ def patches(
     print(out / "maps.png")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    try:
-        tyro.cli(patches, args=args, prog="python -m experiments.patches", description=__doc__)
-    except (ValueError, OSError, RuntimeError) as error:
-        fail(error)
+main = program("patches", patches, __doc__)
 
 
 if __name__ == "__main__":

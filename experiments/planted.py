@@ -8,7 +8,6 @@ The label is the community, renamed by regime: what neighbors mean depends on th
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -16,7 +15,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from experiments.config import PAPERS, fail
+from experiments.config import PAPERS, program
 from experiments.convert import building
 from experiments.data.ogb import RELATIONS, files_of
 from gmoe._checks import check, check_at_least, check_choice
@@ -66,6 +65,7 @@ def write_planted(
         files = _drawn(np.random.default_rng(seed), name, nodes, edges, classes)
         for file, content in (files | {"PLANTED.txt": text}).items():
             _write(made / file, content)
+    print(folder)
     return folder
 
 
@@ -151,12 +151,7 @@ def _write(path: Path, content: Any) -> None:
             np.savetxt(file, table, fmt="%.3f" if table.dtype.kind == "f" else "%d", delimiter=",")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    try:
-        print(tyro.cli(write_planted, args=args, prog="python -m experiments.planted", description=__doc__))
-    except ValueError as error:
-        fail(error)
+main = program("planted", write_planted, __doc__)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ of the others is made all the same, and the exit status is then 1.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
-from experiments.config import fail
+from experiments.config import program
 
 
 def report(
     runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/report"), data_root: Path | None = None
-) -> list[str]:
+) -> None:
     """Make the page, and say why runs were left out.
 
     Args:
@@ -32,19 +31,14 @@ def report(
     """
     from experiments.report_page import write_report  # and so torch, which --help does without
 
-    return write_report(runs, out / "index.html", data_root)
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    try:
-        left_out = tyro.cli(report, args=args, prog="python -m experiments.report", description=__doc__)
-    except (ValueError, OSError) as error:
-        fail(error)
+    left_out = write_report(runs, out / "index.html", data_root)
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
     if left_out:
         sys.exit(1)
+
+
+main = program("report", report, __doc__)
 
 
 if __name__ == "__main__":

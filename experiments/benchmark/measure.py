@@ -87,7 +87,7 @@ def take_turns(steps: Steps, repeats: int, device: torch.device, warmup: int = 1
     """
     names = list(steps)
     times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in names}
-    for turn in tqdm(range(warmup + repeats), desc="round", leave=False):
+    for turn in tqdm(range(warmup + repeats), desc="round", leave=False, disable=None):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             wait_for(device)
