@@ -28,10 +28,18 @@ SEEDS = 10
 """That OGB's leaderboards ask for."""
 
 
-def has_predictions(config: Any) -> bool:
-    """Of OGB's sets of one node type that are kept in memory, and where they are corrected."""
-    is_graph = isinstance(config, GraphConfig) and config.data is None
-    return is_graph and (config.dataset.startswith("ogbn-") or config.correct_and_smooth)
+def has_predictions(config: Any, task: Task) -> bool:
+    """Of OGB's sets of one node type that are kept in memory, and where they are corrected.
+
+    A model of one's own has them where it sees the whole graph. What cannot be corrected is a ``ValueError``.
+    """
+    if not isinstance(config, GraphConfig):
+        return False
+    possible = isinstance(task.graph, Data) and (config.model is None or config.evaluation == "full")
+    if config.correct_and_smooth and not (possible and task.graph is not None and task.graph.y.dim() == 1):
+        legal = "False: it takes one class a node, a graph in memory, and of a model of your own evaluation='full'"
+        raise ValueError(f"correct_and_smooth: got True for {task.name}, expected {legal}")
+    return possible and (config.correct_and_smooth or config.dataset.startswith("ogbn-"))
 
 
 @torch.no_grad()
@@ -42,8 +50,7 @@ def keep_predictions(training: Training, folder: Path, scores: tuple[float, floa
     """
     config: Any = training.config
     task = training.task
-    if not isinstance(task.graph, Data):  # on disk
-        return scores
+    assert task.graph is not None
     training.model.eval()
     if config.evaluation == "full":
         (batch,) = training.fabric.to_device(list(task.loader("test", config.batch_size, None)))
@@ -62,8 +69,6 @@ def keep_predictions(training: Training, folder: Path, scores: tuple[float, floa
 def corrected(probability: Tensor, y: Tensor, task: Task) -> Tensor:
     """Errors on the training nodes spread to the others, then labels (`Huang et al., 2021
     <https://arxiv.org/abs/2010.13993>`_), as in PyG's example."""
-    if y.dim() != 1:
-        raise ValueError(f"correct_and_smooth: got True for {task.name}, expected False: it takes one class a node")
     assert task.graph is not None
     assert task.split is not None
     edges, train = task.graph.edge_index.to(y.device), task.split["train"].to(y.device)

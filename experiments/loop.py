@@ -90,6 +90,7 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
     if config.kmeans_init:
         init_centroids(model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed)
     costs = costs_of(model, config, task)  # runs it once, and so refuses what cannot run before anything is written
+    keeps = has_predictions(config, task)
     if fabric.world_size > 1:  # from here on each process draws its own
         torch.manual_seed(seed + (fabric.global_rank << 50))
     with locked(fabric, folder):
@@ -98,7 +99,7 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
             reached = fit(training, seed, folder, progress)
             test, routings = training.evaluate("test")
             val = reached.best_val
-            if has_predictions(config):
+            if keeps:
                 val, test = from_first(fabric, lambda: keep_predictions(training, folder, (val, test)))
         result: Result = {
             "seed": seed,

@@ -30,6 +30,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+SAMPLED = ("--sampling", "neighbor", "--fanout", "2", "2", "2", "--evaluation", "sampled")
+OWN = "tests.experiments.own_parts"
+
+
 def run(data: Path, out: Path, *args: str, name: str = "ogbn-arxiv") -> dict[str, Any]:
     """The summary of a short run of two seeds."""
     short = ("--hidden", "8", "--epochs", "3", "--seeds", "0", "1", "--no-progress")
@@ -116,11 +120,18 @@ def test_features_of_ones_own(data: Path, tmp_path: Path, capsys: pytest.Capture
         ([PAPERS, "--features", "x.npy"], "features: got 'x.npy', expected none for ogbn-papers100M"),
         (["ogbn-arxiv", "--features", "nowhere.npy"], "nowhere.npy"),
         (["ogbn-proteins", "--correct-and-smooth"], "correct_and_smooth: got True for ogbn-proteins"),
+        (["ogbn-arxiv", "--correct-and-smooth", *SAMPLED, "--model", f"{OWN}:sage"], "evaluation='full'"),
     ],
 )
 def test_refused(args: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ("--hidden", "4", "--epochs", "1", "--seeds", "0", "--no-progress")
     assert message in refused([*args, "--data-root", str(data), "--out", str(tmp_path / "out"), *short], capsys)
+
+
+def test_a_model_of_ones_own_keeps_them_of_whole_graphs(data: Path, tmp_path: Path) -> None:
+    for name, args in {"full": (), "sampled": SAMPLED}.items():
+        run(data, tmp_path / name, "--model", f"{OWN}:sage", *args)
+        assert (tmp_path / name / "seed-0" / "predictions.safetensors").exists() == (name == "full")
 
 
 def test_an_ensemble_takes_runs_with_predictions(
