@@ -76,7 +76,7 @@ class AggregateOnce(StackedExperts):
         # sparse products have no kernels for half precision
         x = x_src.to(torch.promote_types(x_src.dtype, torch.float32)) if graph.is_sparse else x_src
         with torch.autocast(x_src.device.type, enabled=not graph.is_sparse and torch.is_autocast_enabled()):
-            out: Tensor = conv((x, None), adj, **graph.args_for(conv), size=size)
+            out = conv((x, None), adj, **graph.args_for(conv), size=size)
         return out[: graph.num_dst].to(x_src.dtype)
 
 
@@ -93,8 +93,7 @@ class LinearAggregation(AggregateOnce):
 
     def bias(self, conv: Any) -> Tensor | None:
         """The bias of a conv, or of the linear layer of its aggregate."""
-        found: Tensor | None = getattr(conv, "bias", getattr(conv, self.linears[0]).bias)
-        return found
+        return getattr(conv, "bias", getattr(conv, self.linears[0]).bias)
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         super().build(convs, backend)
@@ -343,7 +342,7 @@ class FilterConv(MessagePassing):
             for _ in range(self.hops):
                 low = self.hop(low, graph)
             x = low if self.filter == "low_pass" else x[: len(low)] - low
-        out: Tensor = self.lin(x)
+        out = self.lin(x)
         return out if self.bias is None else out + self.bias
 
     def hop(self, x: Tensor, graph: Graph) -> Tensor:
@@ -394,5 +393,4 @@ class MLPConv(MessagePassing):
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], edge_index: Adj | None = None) -> Tensor:
         x_dst = x if isinstance(x, Tensor) else x[1]
-        out: Tensor = self.down(self.up(x_dst).relu())
-        return out
+        return self.down(self.up(x_dst).relu())

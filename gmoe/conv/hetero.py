@@ -95,7 +95,7 @@ class RelationalConv(nn.Module):
 
     def mix(self, node_type: NodeType, parts: Sequence[Tensor], *args: Any) -> Tensor:
         """(T, O) the sum of the maps of a node type's parts; ``args`` go to each map."""
-        out: Tensor = self.root[node_type](parts[0], *args)
+        out = self.root[node_type](parts[0], *args)
         for relation, mean in zip(self.relations_into[node_type], parts[1:], strict=True):
             out = out + self.relation[relation](mean, *args)
         return out

@@ -199,7 +199,7 @@ class MoEConv(MoELayer, MessagePassing):
             ValueError: an index outside 0..E-1.
         """
         check(0 <= index < self.num_experts, "index", index, f"0..num_experts-1={self.num_experts - 1}")
-        conv: nn.Module = self.experts.expert(index)
+        conv = self.experts.expert(index)
         if self.gain is not None:
             conv.register_forward_hook(partial(_times, GAIN_SCALE * self.gain.detach()))
         return conv

@@ -167,7 +167,7 @@ class PartByPart:
     def rows(self, x: Any, nodes: slice | Tensor) -> Tensor:
         """The features of some nodes, where parts are computed."""
         stored = isinstance(x, StoredGraph)
-        found: Tensor = x.rows("x", nodes).to(next(self.model.parameters()).dtype) if stored else x[nodes]
+        found = x.rows("x", nodes).to(next(self.model.parameters()).dtype) if stored else x[nodes]
         return found.to(self.device)
 
     def ranges(self, name: str) -> Iterator[slice]:

@@ -155,7 +155,7 @@ class Router(nn.Module, ABC):
         buffers = set(map(id, self.buffers()))
 
         def kept(old: Tensor) -> Tensor:
-            new: Tensor = fn(old)
+            new = fn(old)
             if id(old) not in buffers or not new.is_floating_point() or new.dtype.itemsize >= 4:
                 return new
             return new.float() if old.is_meta else old.to(device=new.device, dtype=torch.float32)
