@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn.inits import reset
+from torch_geometric.nn.inits import reset, zeros
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
@@ -179,7 +178,7 @@ class HeteroMoEConv(MoELayer):
         self.shared_expert = self.make_dense() if shared_expert else None
         self.gain = nn.Parameter(torch.zeros(1)) if shared_expert and dense_start else None
         self.routers = ModuleDict()
-        with drawn_apart() if shared_expert else nullcontext():
+        with drawn_apart(shared_expert):
             self.experts = self.make_dense(linear=partial(LinearExperts, num_experts=num_experts, backend=backend))
             for name in self.experts.relations_into:
                 built = build_router(router, self.experts.in_channels[name], num_experts, k, router_kwargs)
@@ -190,9 +189,8 @@ class HeteroMoEConv(MoELayer):
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         reset(self.shared_expert)
-        if self.gain is not None:
-            nn.init.zeros_(self.gain)
-        with nullcontext() if self.shared_expert is None else drawn_apart():
+        zeros(self.gain)
+        with drawn_apart(self.shared_expert is not None):
             reset(self.experts)
             reset(self.routers)
 

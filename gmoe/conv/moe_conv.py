@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
-from torch_geometric.nn.inits import reset
+from torch_geometric.nn.inits import reset, zeros
 from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
 
@@ -118,10 +117,9 @@ class MoEConv(MoELayer, MessagePassing):
         **conv_kwargs: Any,
     ) -> None:
         kinds = kinds_of(conv, num_experts)
-        check_counts(k=k)
+        check_counts(k=k, out_channels=out_channels)
         check(k <= len(kinds), "k", k, f"at most num_experts={len(kinds)}")
         check_choice("backend", backend, Backend)
-        check_counts(out_channels=out_channels)
         widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
         two = isinstance(widths, tuple | list) and len(widths) == 2
         check(two, "in_channels", repr(in_channels), "a whole number, or two of them")
@@ -143,23 +141,22 @@ class MoEConv(MoELayer, MessagePassing):
         if -1 in widths:
             self.register_load_state_dict_pre_hook(_needs_widths)
         else:
-            self._build(in_channels)
+            self._build()
 
-    def _build(self, in_channels: Any) -> None:
+    def _build(self) -> None:
         """Shared expert, experts and router, once the widths are known."""
         shared_expert, dense_start, shared_transform, local, backend = self._shape
         router, router_kwargs, check_finite = self._routing
-        make = replace(self._make, in_channels=in_channels)
-        self._widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
+        make = replace(self._make, in_channels=self.in_channels)
         alone = replace(make, kinds=[make.kinds[0] if isinstance(shared_expert, bool) else shared_expert])
         dense = alone(0) if shared_expert is not False else None
-        with nullcontext() if dense is None else drawn_apart():
+        with drawn_apart(dense is not None):
             seen, routed = self._widths, make
             if shared_transform:
-                width = Trial(dense or make(0), in_channels).width or self.out_channels
+                width = Trial(dense or make(0), self.in_channels).width or self.out_channels
                 self.transform = nn.ModuleList(nn.Linear(wide, width) for wide in dict.fromkeys(self._widths))
                 seen = (width, width)
-                routed = replace(make, in_channels=width if isinstance(in_channels, int) else seen)
+                routed = replace(make, in_channels=width if isinstance(self.in_channels, int) else seen)
             self.experts, out = build_experts(routed, local, backend)
             self.flow = self.experts.convs()[0].flow
             if router is not None:
@@ -183,9 +180,8 @@ class MoEConv(MoELayer, MessagePassing):
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         reset(self.shared_expert)
-        if self.gain is not None:
-            nn.init.zeros_(self.gain)
-        with nullcontext() if self.shared_expert is None else drawn_apart():
+        zeros(self.gain)
+        with drawn_apart(self.shared_expert is not None):
             for part in (self.transform, self.experts, self.router):
                 reset(part)
 
@@ -274,9 +270,10 @@ class MoEConv(MoELayer, MessagePassing):
         got = [described(nodes) for nodes in pair]
         check(known, "x", got, "source and destination nodes, since widths are open")
         source, destination = (x.size(-1) if w == -1 else w for w, x in zip(self._widths, pair, strict=True))
+        self._widths = source, destination
         one = isinstance(self.in_channels, int) and pair[0] is pair[1]
-        self.in_channels = source if one else (source, destination)
-        self._build(self.in_channels)
+        self.in_channels = source if one else self._widths
+        self._build()
         self.to(device=pair[1].device, dtype=pair[1].dtype).train(self.training)
 
     def _two_sets(self, x: Any, edge_index: Any, size: Any) -> tuple[Tensor, Tensor]:

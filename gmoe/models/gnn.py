@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -265,7 +264,7 @@ def residual_of(residual: Residual, width: int, out: int) -> nn.Module:
 def _shared_router(router: Any, in_channels: int, routed: dict[str, Any]) -> Router:
     """A router of raw features for all layers."""
     dim = router_width(routed["router_input"], in_channels, in_channels)
-    with nullcontext() if routed.get("shared_expert") is False else drawn_apart():
+    with drawn_apart(routed.get("shared_expert") is not False):
         made = build_router(router, dim, routed["num_experts"], routed["k"], routed.get("router_kwargs"))
     made.check_finite |= routed.get("check_finite", False)
     return made
