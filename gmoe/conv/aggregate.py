@@ -64,7 +64,7 @@ class AggregateOnce(StackedExperts):
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
         if self.matrix is None:
             return self._by_pyg(graph, x_src)
-        return graph.product(self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32)), x_src)
+        return graph.product(self.matrix(graph, dtype=x_src.dtype), x_src)
 
     def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         """(T, D) what the stripped conv itself aggregates."""
@@ -347,9 +347,7 @@ class FilterConv(MessagePassing):
 
     def hop(self, x: Tensor, graph: Graph) -> Tensor:
         """(N, D) one product with the normalized adjacency."""
-        exact = torch.promote_types(x.dtype, torch.float32)
-        matrix = graph.normalized(improved=False, loops=self.add_self_loops, dtype=exact)
-        return graph.product(matrix, x)
+        return graph.product(graph.normalized(improved=False, loops=self.add_self_loops, dtype=x.dtype), x)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels}, {self.filter!r}, hops={self.hops})"

@@ -217,7 +217,7 @@ class GNNMoE(HubMixin, nn.Module):
         self, layer: int, x: Tensor, graph: Graph, batch: Tensor | None, routing: Routing | None
     ) -> tuple[Tensor, Routing | None]:
         """Conv and residual of a layer, at the graph's destinations; and the routing of a MoE layer."""
-        conv: Any = self.convs[layer]
+        conv = self.convs[layer]
         if isinstance(conv, MoEConv):
             out, routing = conv(x, graph, batch=batch, routing=routing, return_routing=True)
         else:
@@ -289,8 +289,7 @@ def dense(conv: Any, x: Tensor, graph: Graph) -> Tensor:
         return conv(x, graph)[: graph.num_dst]
     if not isinstance(conv, GCNConv) or not conv.normalize or graph.scale_of is None:
         return run(conv, graph, x, x)
-    exact = torch.promote_types(x.dtype, torch.float32)
-    matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=exact)
+    matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=x.dtype)
     ends, weight = torch.stack([matrix.edges.sender, matrix.edges.receiver]), matrix.weight
     if matrix.diagonal is not None:
         node = torch.arange(graph.num_dst, device=x.device)
