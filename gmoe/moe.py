@@ -73,7 +73,7 @@ class _Mixture(MoELayer):
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
         for part in self.children():
-            reset: Any = getattr(part, "reset_parameters", None)
+            reset = getattr(part, "reset_parameters", None)
             if reset is not None:
                 reset()
 

@@ -283,7 +283,7 @@ class MoEConv(MoELayer, MessagePassing):
         got = [type(nodes).__name__ for nodes in pair] or type(x).__name__
         check(known, "x", got, "a tensor, or a tuple of source and destination nodes")
         x_src, x_dst = pair
-        takers = [(type(part.convs()[0]).__name__, part.takes_two_sets) for part in self._parts()]
+        takers = [(type(part.convs()[0]).__name__, part.takes_two_sets) for part in self.parts()]
         takers += [("a router that votes along edges", not self._router_sees_edges)]
         takers += [("flow='target_to_source'", self.flow == "source_to_target")]
         for name, fits in takers:
@@ -335,9 +335,10 @@ class MoEConv(MoELayer, MessagePassing):
     register_edge_update_forward_pre_hook = register_edge_update_forward_hook = _no_hook
 
     def _all_convs(self) -> list[MessagePassing]:
-        return [conv for part in self._parts() for conv in part.convs()]
+        return [conv for part in self.parts() for conv in part.convs()]
 
-    def _parts(self) -> list[Any]:
+    def parts(self) -> list[Any]:
+        """The routed experts, and the shared one if there is one."""
         return [part for part in (self.experts, self.shared_expert) if part is not None]
 
     @property
@@ -354,7 +355,7 @@ class MoEConv(MoELayer, MessagePassing):
             by_name = "edge_weight= or edge_attr= by name, since the experts' convs disagree about their order"
             legal = by_name if others else f"at most {len(order)}"
             raise ValueError(f"forward: got {len(edge_args)} arguments behind edge_index, expected {legal}")
-        given: dict[str, Any] = {"edge_weight": edge_weight, "edge_attr": edge_attr, "size": size}
+        given = {"edge_weight": edge_weight, "edge_attr": edge_attr, "size": size}
         for name, value in zip(order, edge_args, strict=True):
             if value is not None:
                 got, legal = f"{type(value).__name__} by position", "edge_weight, edge_attr or size, once"
