@@ -5,7 +5,6 @@ Shapes: T tokens (the nodes of a type), D and O widths, M edges of a relation, E
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -66,7 +65,7 @@ class RelationalConv(nn.Module):
         wanted = node_types if out_types is None else out_types
         check(wanted and set(wanted) <= set(node_types), "out_types", out_types, f"some of {node_types}")
         self.relations_into = {t: [r for r in self.edge_types if r[-1] == t] for t in node_types if t in wanted}
-        relations = list(itertools.chain(*self.relations_into.values()))
+        relations = [r for into in self.relations_into.values() for r in into]
         needed = sorted({*wanted, *(source for source, *_ in relations)})
         given = in_channels if isinstance(in_channels, Mapping) else dict.fromkeys(needed, in_channels)
         check(given.keys() >= set(needed), "in_channels", in_channels, f"the widths of {needed}")
@@ -86,10 +85,11 @@ class RelationalConv(nn.Module):
         for name, width in self.in_channels.items():
             check_features(name, x_dict.get(name), width)
         found = {name: [x_dict[name]] for name in self.relations_into}
-        for relation in itertools.chain(*self.relations_into.values()):
-            x_src = x_dict[relation[0]]
-            edges = edge_index_dict.get(relation, x_src.new_empty(2, 0, dtype=torch.long))
-            found[relation[-1]].append(graph_of(relation, edges, x_dict).mean(x_src, by="values"))
+        for name, relations in self.relations_into.items():
+            for relation in relations:
+                x_src = x_dict[relation[0]]
+                edges = edge_index_dict.get(relation, x_src.new_empty(2, 0, dtype=torch.long))
+                found[name].append(graph_of(relation, edges, x_dict).mean(x_src, by="values"))
         return found
 
     def mix(self, node_type: NodeType, parts: Sequence[Tensor], *args: Any) -> Tensor:

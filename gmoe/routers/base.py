@@ -181,9 +181,8 @@ def pair_weights(weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_
 def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
     """``linear(x)`` in the precision of ``x``, at least float32: a model in bfloat16 still scores in float32."""
     if type(linear) is not nn.Linear:  # a user's, or a quantized one, whose weight is no tensor
-        weight: Any = getattr(linear, "weight", None)
-        y = linear(x_TD.to(weight.dtype) if isinstance(weight, Tensor) else x_TD)
-        return torch.as_tensor(y).to(x_TD.dtype)
+        weight = getattr(linear, "weight", None)
+        return linear(x_TD.to(weight.dtype) if isinstance(weight, Tensor) else x_TD).to(x_TD.dtype)
     return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
 
 
