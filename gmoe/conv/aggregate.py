@@ -51,6 +51,10 @@ class AggregateOnce(StackedExperts):
     matrix: Callable[..., Matrix] | None
     """From a graph and a dtype to the A of A x; ``None`` where the aggregation is no such product."""
 
+    @staticmethod
+    def accepts(conv: Any) -> bool:
+        return next(conv.aggr_module.parameters(), None) is None  # what is learned differs from expert to expert
+
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         self.prototype = conv = copy.deepcopy(convs[0])
         linear = conv.aggr in ("add", "sum", "mean")
@@ -149,7 +153,7 @@ class SAGEExperts(LinearAggregation):
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return not conv.project and has_no_parameters(conv.aggr_module)
+        return not conv.project and AggregateOnce.accepts(conv)
 
     def strip(self, conv: Any) -> None:
         self.root, self.normalize = conv.root_weight, conv.normalize
@@ -165,10 +169,6 @@ class GraphConvExperts(LinearAggregation):
     linears = ("lin_rel", "lin_root")
     weighted_by = "weight"
 
-    @staticmethod
-    def accepts(conv: Any) -> bool:
-        return has_no_parameters(conv.aggr_module)
-
     def strip(self, conv: Any) -> None:
         conv.lin_rel = nn.Identity()
         del conv.lin_root
@@ -182,7 +182,7 @@ class GINExperts(AggregateOnce):
     @staticmethod
     def accepts(conv: Any) -> bool:
         types, dropout = [type(part) for part in conv.modules()], getattr(conv.nn, "dropout", [])
-        return has_no_parameters(conv.aggr_module) and types[2:] in MLPS and not any(dropout)
+        return AggregateOnce.accepts(conv) and types[2:] in MLPS and not any(dropout)
 
     def strip(self, conv: Any) -> None:
         conv.nn = nn.Identity()
@@ -274,11 +274,6 @@ def is_plain(linear: nn.Module) -> bool:
     """True if a kernel may stand in for the module: nobody replaced it or hung something on it."""
     hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
     return type(linear) is LinearExperts and not any(hooks)
-
-
-def has_no_parameters(module: nn.Module) -> bool:
-    """True if there is nothing to learn in it."""
-    return next(module.parameters(), None) is None
 
 
 class FilterConv(MessagePassing):

@@ -124,7 +124,7 @@ class AttentionExperts(StackedExperts):
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         first = convs[0]
-        self.backend: Backend = backend
+        self.backend = backend
         self.heads, self.width = first.heads, first.out_channels
         self.prototype = copy.deepcopy(first)
         for name in (*self.layers, *self.vectors):

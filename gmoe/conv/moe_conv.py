@@ -21,7 +21,7 @@ from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.kinds import SOURCES_ALONE, ConvFactory, ConvLike, Make, Trial, build_experts, kinds_of
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, drawn_apart
-from gmoe.routers import Router, RouterLike, build_router
+from gmoe.routers import RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing, described
 
 RouterPart: TypeAlias = Literal["node", "neighbors", "degree"]
@@ -133,7 +133,7 @@ class MoEConv(MoELayer, MessagePassing):
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
         self._shape = (shared_expert, dense_start, shared_transform, local, backend)
         self._routing = (router, router_kwargs, check_finite)
-        self.router: Router | None = None
+        self.router = None
         self.experts: Any = None
         self.shared_expert: Any = None
         self.transform: Any = None

@@ -72,7 +72,7 @@ class Router(nn.Module, ABC):
         constant = weight == "normalized" and k == 1
         check(not constant, "weight", "'normalized' with k=1, the constant 1 without a gradient", "another, or k >= 2")
         self.dim, self.num_experts, self.k = dim, num_experts, k
-        self.weight: Weighting = weight
+        self.weight = weight
         self.check_finite = False
         self.experts_per_token = float(k)
         self.process_group: Any = None
