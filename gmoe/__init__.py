@@ -59,19 +59,22 @@ __all__ += ["FilterConv", "GNNMoE", "Graph", "HeteroGNNMoE", "HeteroMoEConv", "M
 __all__ += ["NeighborSampler", "StoredGraph", "ViTMoE", "ViTSize", "neighbor_loader"]
 
 _LAZY = {
-    "gmoe.conv.aggregate": ("FilterConv", "MLPConv"),
-    "gmoe.conv.graph": ("Graph",),
-    "gmoe.conv.hetero": ("HeteroMoEConv", "RelationalConv"),
-    "gmoe.conv.moe_conv": ("MoEConv",),
-    "gmoe.data.loader": ("neighbor_loader",),
-    "gmoe.data.sampler": ("NeighborSampler",),
-    "gmoe.data.stored": ("StoredGraph",),
-    "gmoe.metrics": ("RoutingStats",),
-    "gmoe.models.gnn": ("GNNMoE",),
-    "gmoe.models.hetero_gnn": ("HeteroGNNMoE",),
-    "gmoe.models.vit": ("ViTMoE", "ViTSize"),
+    "FilterConv": "gmoe.conv.aggregate",
+    "MLPConv": "gmoe.conv.aggregate",
+    "Graph": "gmoe.conv.graph",
+    "HeteroMoEConv": "gmoe.conv.hetero",
+    "RelationalConv": "gmoe.conv.hetero",
+    "MoEConv": "gmoe.conv.moe_conv",
+    "neighbor_loader": "gmoe.data.loader",
+    "NeighborSampler": "gmoe.data.sampler",
+    "StoredGraph": "gmoe.data.stored",
+    "RoutingStats": "gmoe.metrics",
+    "GNNMoE": "gmoe.models.gnn",
+    "HeteroGNNMoE": "gmoe.models.hetero_gnn",
+    "ViTMoE": "gmoe.models.vit",
+    "ViTSize": "gmoe.models.vit",
 }
-"""The names above that are imported on first use, by module (PEP 562)."""
+"""The names above that are imported on first use, and their modules (PEP 562)."""
 
 
 def __getattr__(name: str) -> Any:
@@ -79,11 +82,10 @@ def __getattr__(name: str) -> Any:
 
     if name == "plot":
         return importlib.import_module("gmoe.plot")
-    module = next((module for module, names in _LAZY.items() if name in names), None)
-    if module is None:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with naming_extras():
-        globals()[name] = value = getattr(importlib.import_module(module), name)
+        globals()[name] = value = getattr(importlib.import_module(_LAZY[name]), name)
     return value
 
 

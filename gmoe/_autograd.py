@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, which imports the compiler
 from torch.autograd.function import once_differentiable
 
-__all__ = ["first_order", "in_transform", "refuse_second_order", "refuse_transforms", "untraced"]
+untraced = torch._compile._disable_dynamo  # torch.compiler.disable, which imports the compiler
 
 in_transform = torch._C._are_functorch_transforms_active
 """True inside a transform of ``torch.func``."""

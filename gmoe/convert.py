@@ -116,7 +116,7 @@ def moefy(
         check(not isinstance(module, MoELayer), "model", f"{name}, a MoE already", "a dense one; see `blocks`")
         empty = any(is_lazy(p) or p.is_meta for p in module.parameters())
         check(not empty, "model", "parameters on the meta device or of lazy layers", "ones with values")
-        build: Any = _moe
+        build = _moe
         if pyg is not None and isinstance(module, pyg.MessagePassing):
             build = partial(_moe_conv, width=widths.get(name))
         if module not in layers:  # one that is used twice stays one
@@ -261,7 +261,7 @@ def _read(name: str, mlp: nn.Module) -> tuple[list[nn.Linear], nn.Linear, bool, 
     *up, down = sorted(linears, key=lambda linear: -shapes.count(linear.weight.shape))  # of three, two are of one shape
     width, hidden = sum(len(linear.weight) for linear in up), down.weight.size(1)
     glu, gate_last = width == 2 * hidden, getattr(mlp, "gate_last", False)
-    activations: list[Any] = others or functions or [F.silu] * glu  # Llama's calls it without naming it
+    activations = others or functions or [F.silu] * glu  # Llama's calls it without naming it
     start, end = parts.index(linears[0]), parts.index(down)
     is_first = {norm in parts[:start]: norm for norm in norms}
     fits = len({linear.weight.shape for linear in up}) == 1 and (glu or width == hidden)
@@ -299,7 +299,7 @@ def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, **optio
     check(out, "model", f"{name}, a {type(conv).__name__} of unknown widths", legal)
     frozen = {not parameter.requires_grad for parameter in conv.parameters()}
     check(len(frozen) < 2, "model", f"{name} with some parameters frozen", "all or none: experts stack them")
-    layer: Any = MoEConv(CopyOf(copy.deepcopy(conv).requires_grad_(True)), width, out, **options)
+    layer = MoEConv(CopyOf(copy.deepcopy(conv).requires_grad_(True)), width, out, **options)
     if True in frozen and layer.shared_expert is not None:
         layer.shared_expert.requires_grad_(False)
     if not upcycle:

@@ -75,7 +75,7 @@ def grouped_linear(
         dtype = torch.get_autocast_dtype(x_PI.device.type)
         x_PI, weight_EIO = x_PI.to(dtype), weight_EIO.to(dtype)
         bias_EO = None if bias_EO is None else bias_EO.to(dtype)
-    y_PO: Tensor = _GroupedLinear.apply(backend, offsets_E, x_PI, weight_EIO)
+    y_PO = _GroupedLinear.apply(backend, offsets_E, x_PI, weight_EIO)
     if bias_EO is None:
         return y_PO
     rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))

@@ -87,7 +87,7 @@ class LinearExperts(Experts):
         super().__init__(in_features, out_features, num_experts)
         check_choice("backend", backend, Backend)
         self.zero_init = zero_init
-        self.backend: Backend = backend
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, out_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
         self.reset_parameters()

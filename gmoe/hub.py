@@ -109,8 +109,7 @@ class HubMixin:
             model.load_state_dict(load_file(weights), assign=True)  # assign: in the dtypes of the file
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{weights}: got {error}, expected the weights of the model in {CONFIG}") from error
-        loaded: Model = model.eval()
-        return loaded
+        return model.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
         """Make the repository if it is not there, upload what :meth:`save_pretrained` writes, return the commit's URL.

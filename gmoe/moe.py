@@ -17,8 +17,11 @@ from gmoe.routing import Routing
 
 
 @contextmanager
-def drawn_apart() -> Iterator[None]:
-    """Leave torch's generators as they are, so that a model with experts draws its dense layers as the dense one."""
+def drawn_apart(beside_dense: bool) -> Iterator[None]:
+    """Beside dense layers, leave torch's generators as they are: these are then drawn as in a model without experts."""
+    if not beside_dense:
+        yield
+        return
     device = torch.get_default_device()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         seed = int(torch.randint(2**62, (), device="cpu"))
@@ -70,7 +73,7 @@ class _Mixture(MoELayer):
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
         for part in self.children():
-            reset: Any = getattr(part, "reset_parameters", None)
+            reset = getattr(part, "reset_parameters", None)
             if reset is not None:
                 reset()
 

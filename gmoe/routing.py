@@ -120,8 +120,7 @@ class Routing:
             _check_choices(expert_TK, weight_TK, num_experts, scores)
         (num_tokens, k), expert_TK = expert_TK.shape, expert_TK.long()
         if scores is None:
-            none_TE = weight_TK.detach().new_zeros(num_tokens, num_experts)
-            scores = none_TE.scatter(1, expert_TK, weight_TK.detach())
+            scores = weight_TK.new_zeros(num_tokens, num_experts).scatter(1, expert_TK, weight_TK.detach())
         expert_P, slot_P = expert_TK.reshape(-1).sort(stable=True)
         experts_E = torch.arange(num_experts, device=expert_P.device)
         offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
@@ -167,9 +166,8 @@ class Routing:
     @property
     def top_expert(self) -> Tensor:
         """(T,) int64, the expert with the largest weight of each token; E of a token without an expert."""
-        flat = self.token * self.num_experts + self.expert
-        weight = torch.full_like(self.scores, -torch.inf, dtype=self.weight.dtype).flatten()
-        best_T, expert_T = weight.index_copy(0, flat, self.weight.detach()).view_as(self.scores).max(dim=1)
+        weight_TE = torch.full_like(self.scores, -torch.inf, dtype=self.weight.dtype)
+        best_T, expert_T = weight_TE.index_put((self.token, self.expert), self.weight.detach()).max(dim=1)
         return torch.where(best_T > -torch.inf, expert_T, self.num_experts)
 
     @property
@@ -197,9 +195,8 @@ class Routing:
 
     def to_dense(self) -> Tensor:
         """(T, E) weights; 0 where the token does not go to the expert."""
-        flat = self.token * self.num_experts + self.expert
-        dense = self.weight.new_zeros(self.num_tokens * self.num_experts).index_add(0, flat, self.weight)
-        return dense.view(self.num_tokens, self.num_experts)
+        none_TE = self.weight.new_zeros(self.num_tokens, self.num_experts)
+        return none_TE.index_put((self.token, self.expert), self.weight)
 
     def select(self, tokens: slice | None = None, experts: Sequence[int] | None = None) -> Routing:
         """Restrict the routing to some tokens, some experts, or both, renumbered; the losses stay. Host syncs.

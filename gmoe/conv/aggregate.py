@@ -51,6 +51,10 @@ class AggregateOnce(StackedExperts):
     matrix: Callable[..., Matrix] | None
     """From a graph and a dtype to the A of A x; ``None`` where the aggregation is no such product."""
 
+    @staticmethod
+    def accepts(conv: Any) -> bool:
+        return next(conv.aggr_module.parameters(), None) is None  # what is learned differs from expert to expert
+
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         self.prototype = conv = copy.deepcopy(convs[0])
         linear = conv.aggr in ("add", "sum", "mean")
@@ -64,7 +68,7 @@ class AggregateOnce(StackedExperts):
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
         if self.matrix is None:
             return self._by_pyg(graph, x_src)
-        return graph.product(self.matrix(graph, dtype=torch.promote_types(x_src.dtype, torch.float32)), x_src)
+        return graph.product(self.matrix(graph, dtype=x_src.dtype), x_src)
 
     def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         """(T, D) what the stripped conv itself aggregates."""
@@ -76,7 +80,7 @@ class AggregateOnce(StackedExperts):
         # sparse products have no kernels for half precision
         x = x_src.to(torch.promote_types(x_src.dtype, torch.float32)) if graph.is_sparse else x_src
         with torch.autocast(x_src.device.type, enabled=not graph.is_sparse and torch.is_autocast_enabled()):
-            out: Tensor = conv((x, None), adj, **graph.args_for(conv), size=size)
+            out = conv((x, None), adj, **graph.args_for(conv), size=size)
         return out[: graph.num_dst].to(x_src.dtype)
 
 
@@ -93,8 +97,7 @@ class LinearAggregation(AggregateOnce):
 
     def bias(self, conv: Any) -> Tensor | None:
         """The bias of a conv, or of the linear layer of its aggregate."""
-        found: Tensor | None = getattr(conv, "bias", getattr(conv, self.linears[0]).bias)
-        return found
+        return getattr(conv, "bias", getattr(conv, self.linears[0]).bias)
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         super().build(convs, backend)
@@ -150,7 +153,7 @@ class SAGEExperts(LinearAggregation):
 
     @staticmethod
     def accepts(conv: Any) -> bool:
-        return not conv.project and has_no_parameters(conv.aggr_module)
+        return not conv.project and AggregateOnce.accepts(conv)
 
     def strip(self, conv: Any) -> None:
         self.root, self.normalize = conv.root_weight, conv.normalize
@@ -166,10 +169,6 @@ class GraphConvExperts(LinearAggregation):
     linears = ("lin_rel", "lin_root")
     weighted_by = "weight"
 
-    @staticmethod
-    def accepts(conv: Any) -> bool:
-        return has_no_parameters(conv.aggr_module)
-
     def strip(self, conv: Any) -> None:
         conv.lin_rel = nn.Identity()
         del conv.lin_root
@@ -183,7 +182,7 @@ class GINExperts(AggregateOnce):
     @staticmethod
     def accepts(conv: Any) -> bool:
         types, dropout = [type(part) for part in conv.modules()], getattr(conv.nn, "dropout", [])
-        return has_no_parameters(conv.aggr_module) and types[2:] in MLPS and not any(dropout)
+        return AggregateOnce.accepts(conv) and types[2:] in MLPS and not any(dropout)
 
     def strip(self, conv: Any) -> None:
         conv.nn = nn.Identity()
@@ -277,11 +276,6 @@ def is_plain(linear: nn.Module) -> bool:
     return type(linear) is LinearExperts and not any(hooks)
 
 
-def has_no_parameters(module: nn.Module) -> bool:
-    """True if there is nothing to learn in it."""
-    return next(module.parameters(), None) is None
-
-
 class FilterConv(MessagePassing):
     r"""Filter and transform: :math:`X' = F(\hat A) X W + b`, with
     :math:`\hat A = D^{-1/2} (A + I) D^{-1/2}`.
@@ -343,14 +337,12 @@ class FilterConv(MessagePassing):
             for _ in range(self.hops):
                 low = self.hop(low, graph)
             x = low if self.filter == "low_pass" else x[: len(low)] - low
-        out: Tensor = self.lin(x)
+        out = self.lin(x)
         return out if self.bias is None else out + self.bias
 
     def hop(self, x: Tensor, graph: Graph) -> Tensor:
         """(N, D) one product with the normalized adjacency."""
-        exact = torch.promote_types(x.dtype, torch.float32)
-        matrix = graph.normalized(improved=False, loops=self.add_self_loops, dtype=exact)
-        return graph.product(matrix, x)
+        return graph.product(graph.normalized(improved=False, loops=self.add_self_loops, dtype=x.dtype), x)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels}, {self.filter!r}, hops={self.hops})"
@@ -394,5 +386,4 @@ class MLPConv(MessagePassing):
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], edge_index: Adj | None = None) -> Tensor:
         x_dst = x if isinstance(x, Tensor) else x[1]
-        out: Tensor = self.down(self.up(x_dst).relu())
-        return out
+        return self.down(self.up(x_dst).relu())

@@ -124,7 +124,7 @@ class AttentionExperts(StackedExperts):
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         first = convs[0]
-        self.backend: Backend = backend
+        self.backend = backend
         self.heads, self.width = first.heads, first.out_channels
         self.prototype = copy.deepcopy(first)
         for name in (*self.layers, *self.vectors):
@@ -372,7 +372,7 @@ def _blocks(ends: list[int], att_EOH: Tensor) -> Iterator[tuple[int, slice]]:
 def _sums(rows: Sequence[Any], edges: Edges, expert: int, block: slice) -> Tensor:
     """(B, O) the sums before the leaky ReLU, of a block of messages."""
     source_UO, target_PO, edge_MF, edge_EFO = rows
-    sum_BO: Tensor = source_UO.index_select(0, edges.sender[block])
+    sum_BO = source_UO.index_select(0, edges.sender[block])
     sum_BO += target_PO.index_select(0, edges.receiver[block])
     return sum_BO if edge_MF is None else sum_BO.addmm_(edge_MF[block], edge_EFO[expert])
 

@@ -36,8 +36,7 @@ class ConvExperts(nn.Module, ABC):
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None) -> Tensor:
         """(T, O) a single expert's output at every token."""
-        out: Tensor = self(graph, x_src, x_dst, h, to_one(x_dst))
-        return out
+        return self(graph, x_src, x_dst, h, to_one(x_dst))
 
     def aggregate(self, graph: Graph, x_src: Tensor) -> Tensor | None:
         """(T, D) the sum over neighbors that all experts share, if they do."""
@@ -182,8 +181,7 @@ class MixedExperts(ConvExperts):
 
     def expert(self, index: int) -> MessagePassing:
         group, place = next((g, m.index(index)) for g, m in zip(self.groups, self.members, strict=True) if index in m)
-        found: MessagePassing = group.expert(place)
-        return found
+        return group.expert(place)
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None, routing: Routing) -> Tensor:
         outs = []

@@ -307,8 +307,7 @@ class Graph:
 
     def mean(self, x_src: Tensor, by: Literal["values"] | None = None) -> Tensor:
         """(N_dst, D) the mean over in-edges of (N_src, D) features, see :meth:`summing`; zero without any."""
-        exact = torch.promote_types(x_src.dtype, torch.float32)
-        return self.product(self.summing(by=by, mean=True, dtype=exact), x_src)
+        return self.product(self.summing(by=by, mean=True, dtype=x_src.dtype), x_src)
 
     @untraced
     def product(self, matrix: Matrix, x_src: Tensor) -> Tensor:
@@ -337,8 +336,9 @@ class Graph:
             by: what messages are multiplied by: the weights; or only the values of a ``torch.sparse`` matrix, as PyG's
                 convs without edge weights do.
             mean: divide by the number of in-edges.
-            dtype: of the entries, at least.
+            dtype: of the entries, at least; and these have float32 at least.
         """
+        dtype = torch.promote_types(dtype, torch.float32)
         edges, given = self.edges, self.edge_weight if by == "weight" else None
         if given is None and by is not None and (by == "weight" or not isinstance(self.adj, SparseTensor)):
             given = self.matrix_values
@@ -358,8 +358,9 @@ class Graph:
         Args:
             improved: see ``GCNConv``.
             loops: the ``+ I``.
-            dtype: of the entries.
+            dtype: see :meth:`summing`.
         """
+        dtype = torch.promote_types(dtype, torch.float32)
         edges, given = self.edges, self.matrix_values if self.edge_weight is None else self.edge_weight
         weight = torch.ones_like(edges.sender, dtype=dtype) if given is None else given.index_select(0, edges.order)
         fill = 2.0 if improved and (given is not None or self.is_sparse) else 1.0

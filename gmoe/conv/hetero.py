@@ -5,15 +5,13 @@ Shapes: T tokens (the nodes of a type), D and O widths, M edges of a relation, E
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn.inits import reset
+from torch_geometric.nn.inits import reset, zeros
 from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
@@ -67,7 +65,7 @@ class RelationalConv(nn.Module):
         wanted = node_types if out_types is None else out_types
         check(wanted and set(wanted) <= set(node_types), "out_types", out_types, f"some of {node_types}")
         self.relations_into = {t: [r for r in self.edge_types if r[-1] == t] for t in node_types if t in wanted}
-        relations = list(itertools.chain(*self.relations_into.values()))
+        relations = [r for into in self.relations_into.values() for r in into]
         needed = sorted({*wanted, *(source for source, *_ in relations)})
         given = in_channels if isinstance(in_channels, Mapping) else dict.fromkeys(needed, in_channels)
         check(given.keys() >= set(needed), "in_channels", in_channels, f"the widths of {needed}")
@@ -87,15 +85,16 @@ class RelationalConv(nn.Module):
         for name, width in self.in_channels.items():
             check_features(name, x_dict.get(name), width)
         found = {name: [x_dict[name]] for name in self.relations_into}
-        for relation in itertools.chain(*self.relations_into.values()):
-            x_src = x_dict[relation[0]]
-            edges = edge_index_dict.get(relation, x_src.new_empty(2, 0, dtype=torch.long))
-            found[relation[-1]].append(graph_of(relation, edges, x_dict).mean(x_src, by="values"))
+        for name, relations in self.relations_into.items():
+            for relation in relations:
+                x_src = x_dict[relation[0]]
+                edges = edge_index_dict.get(relation, x_src.new_empty(2, 0, dtype=torch.long))
+                found[name].append(graph_of(relation, edges, x_dict).mean(x_src, by="values"))
         return found
 
     def mix(self, node_type: NodeType, parts: Sequence[Tensor], *args: Any) -> Tensor:
         """(T, O) the sum of the maps of a node type's parts; ``args`` go to each map."""
-        out: Tensor = self.root[node_type](parts[0], *args)
+        out = self.root[node_type](parts[0], *args)
         for relation, mean in zip(self.relations_into[node_type], parts[1:], strict=True):
             out = out + self.relation[relation](mean, *args)
         return out
@@ -179,7 +178,7 @@ class HeteroMoEConv(MoELayer):
         self.shared_expert = self.make_dense() if shared_expert else None
         self.gain = nn.Parameter(torch.zeros(1)) if shared_expert and dense_start else None
         self.routers = ModuleDict()
-        with drawn_apart() if shared_expert else nullcontext():
+        with drawn_apart(shared_expert):
             self.experts = self.make_dense(linear=partial(LinearExperts, num_experts=num_experts, backend=backend))
             for name in self.experts.relations_into:
                 built = build_router(router, self.experts.in_channels[name], num_experts, k, router_kwargs)
@@ -190,9 +189,8 @@ class HeteroMoEConv(MoELayer):
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         reset(self.shared_expert)
-        if self.gain is not None:
-            nn.init.zeros_(self.gain)
-        with nullcontext() if self.shared_expert is None else drawn_apart():
+        zeros(self.gain)
+        with drawn_apart(self.shared_expert is not None):
             reset(self.experts)
             reset(self.routers)
 

@@ -108,8 +108,8 @@ class Make:
     kinds: Sequence[str | ConvFactory]
     in_channels: Any
     out_channels: int
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] | None = None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
     def __call__(self, expert: int) -> MessagePassing:
         factory = factory_of(self.kinds[expert])
@@ -117,7 +117,7 @@ class Make:
         one = isinstance(self.in_channels, int) or name not in ("GCNConv", "FilterConv")
         legal = "one width: it takes no bipartite input (SAGEConv and GraphConv do)"
         check(one, "in_channels", f"{self.in_channels} for {name}", legal)
-        args, kwargs = copy.deepcopy((self.args, self.kwargs or {}))  # a module among them is not shared by the convs
+        args, kwargs = copy.deepcopy((self.args, self.kwargs))  # a module among them is not shared by the convs
         args = (self.in_channels, self.out_channels, *args)
         for option, value in [*zip(takes, args, strict=False), *kwargs.items()]:
             flag = option in takes and takes[option].annotation in (bool, "bool")
@@ -298,6 +298,7 @@ NODES, EDGES = 14, 60
 """Sizes of the graph that convs are tried on."""
 
 
+@dataclass
 class Trial:
     """Runs a float64 copy of a conv, without dropout and in training mode (so that batch norm shows), on a small random
     graph with self-loops, parallel edges and isolated nodes; once, where its outcome is asked for.
@@ -305,11 +306,10 @@ class Trial:
     Args:
         conv: the conv, which is left alone.
         in_channels: its widths.
-
     """
 
-    def __init__(self, conv: Any, in_channels: Widths) -> None:
-        self.conv, self.in_channels = conv, in_channels
+    conv: Any
+    in_channels: Widths
 
     @cached_property
     def outcome(self) -> tuple[int | None, bool, str]:

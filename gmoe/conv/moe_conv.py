@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
-from torch_geometric.nn.inits import reset
+from torch_geometric.nn.inits import reset, zeros
 from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
 
@@ -22,7 +21,7 @@ from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.kinds import SOURCES_ALONE, ConvFactory, ConvLike, Make, Trial, build_experts, kinds_of
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, drawn_apart
-from gmoe.routers import Router, RouterLike, build_router
+from gmoe.routers import RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing, described
 
 RouterPart: TypeAlias = Literal["node", "neighbors", "degree"]
@@ -118,10 +117,9 @@ class MoEConv(MoELayer, MessagePassing):
         **conv_kwargs: Any,
     ) -> None:
         kinds = kinds_of(conv, num_experts)
-        check_counts(k=k)
+        check_counts(k=k, out_channels=out_channels)
         check(k <= len(kinds), "k", k, f"at most num_experts={len(kinds)}")
         check_choice("backend", backend, Backend)
-        check_counts(out_channels=out_channels)
         widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
         two = isinstance(widths, tuple | list) and len(widths) == 2
         check(two, "in_channels", repr(in_channels), "a whole number, or two of them")
@@ -135,7 +133,7 @@ class MoEConv(MoELayer, MessagePassing):
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
         self._shape = (shared_expert, dense_start, shared_transform, local, backend)
         self._routing = (router, router_kwargs, check_finite)
-        self.router: Router | None = None
+        self.router = None
         self.experts: Any = None
         self.shared_expert: Any = None
         self.transform: Any = None
@@ -143,23 +141,22 @@ class MoEConv(MoELayer, MessagePassing):
         if -1 in widths:
             self.register_load_state_dict_pre_hook(_needs_widths)
         else:
-            self._build(in_channels)
+            self._build()
 
-    def _build(self, in_channels: Any) -> None:
+    def _build(self) -> None:
         """Shared expert, experts and router, once the widths are known."""
         shared_expert, dense_start, shared_transform, local, backend = self._shape
         router, router_kwargs, check_finite = self._routing
-        make = replace(self._make, in_channels=in_channels)
-        self._widths = (in_channels, in_channels) if isinstance(in_channels, int) else tuple(in_channels)
+        make = replace(self._make, in_channels=self.in_channels)
         alone = replace(make, kinds=[make.kinds[0] if isinstance(shared_expert, bool) else shared_expert])
         dense = alone(0) if shared_expert is not False else None
-        with nullcontext() if dense is None else drawn_apart():
+        with drawn_apart(dense is not None):
             seen, routed = self._widths, make
             if shared_transform:
-                width = Trial(dense or make(0), in_channels).width or self.out_channels
+                width = Trial(dense or make(0), self.in_channels).width or self.out_channels
                 self.transform = nn.ModuleList(nn.Linear(wide, width) for wide in dict.fromkeys(self._widths))
                 seen = (width, width)
-                routed = replace(make, in_channels=width if isinstance(in_channels, int) else seen)
+                routed = replace(make, in_channels=width if isinstance(self.in_channels, int) else seen)
             self.experts, out = build_experts(routed, local, backend)
             self.flow = self.experts.convs()[0].flow
             if router is not None:
@@ -183,9 +180,8 @@ class MoEConv(MoELayer, MessagePassing):
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         reset(self.shared_expert)
-        if self.gain is not None:
-            nn.init.zeros_(self.gain)
-        with nullcontext() if self.shared_expert is None else drawn_apart():
+        zeros(self.gain)
+        with drawn_apart(self.shared_expert is not None):
             for part in (self.transform, self.experts, self.router):
                 reset(part)
 
@@ -199,7 +195,7 @@ class MoEConv(MoELayer, MessagePassing):
             ValueError: an index outside 0..E-1.
         """
         check(0 <= index < self.num_experts, "index", index, f"0..num_experts-1={self.num_experts - 1}")
-        conv: nn.Module = self.experts.expert(index)
+        conv = self.experts.expert(index)
         if self.gain is not None:
             conv.register_forward_hook(partial(_times, GAIN_SCALE * self.gain.detach()))
         return conv
@@ -274,9 +270,10 @@ class MoEConv(MoELayer, MessagePassing):
         got = [described(nodes) for nodes in pair]
         check(known, "x", got, "source and destination nodes, since widths are open")
         source, destination = (x.size(-1) if w == -1 else w for w, x in zip(self._widths, pair, strict=True))
+        self._widths = source, destination
         one = isinstance(self.in_channels, int) and pair[0] is pair[1]
-        self.in_channels = source if one else (source, destination)
-        self._build(self.in_channels)
+        self.in_channels = source if one else self._widths
+        self._build()
         self.to(device=pair[1].device, dtype=pair[1].dtype).train(self.training)
 
     def _two_sets(self, x: Any, edge_index: Any, size: Any) -> tuple[Tensor, Tensor]:
@@ -286,7 +283,7 @@ class MoEConv(MoELayer, MessagePassing):
         got = [type(nodes).__name__ for nodes in pair] or type(x).__name__
         check(known, "x", got, "a tensor, or a tuple of source and destination nodes")
         x_src, x_dst = pair
-        takers = [(type(part.convs()[0]).__name__, part.takes_two_sets) for part in self._parts()]
+        takers = [(type(part.convs()[0]).__name__, part.takes_two_sets) for part in self.parts()]
         takers += [("a router that votes along edges", not self._router_sees_edges)]
         takers += [("flow='target_to_source'", self.flow == "source_to_target")]
         for name, fits in takers:
@@ -338,9 +335,10 @@ class MoEConv(MoELayer, MessagePassing):
     register_edge_update_forward_pre_hook = register_edge_update_forward_hook = _no_hook
 
     def _all_convs(self) -> list[MessagePassing]:
-        return [conv for part in self._parts() for conv in part.convs()]
+        return [conv for part in self.parts() for conv in part.convs()]
 
-    def _parts(self) -> list[Any]:
+    def parts(self) -> list[Any]:
+        """The routed experts, and the shared one if there is one."""
         return [part for part in (self.experts, self.shared_expert) if part is not None]
 
     @property
@@ -357,7 +355,7 @@ class MoEConv(MoELayer, MessagePassing):
             by_name = "edge_weight= or edge_attr= by name, since the experts' convs disagree about their order"
             legal = by_name if others else f"at most {len(order)}"
             raise ValueError(f"forward: got {len(edge_args)} arguments behind edge_index, expected {legal}")
-        given: dict[str, Any] = {"edge_weight": edge_weight, "edge_attr": edge_attr, "size": size}
+        given = {"edge_weight": edge_weight, "edge_attr": edge_attr, "size": size}
         for name, value in zip(order, edge_args, strict=True):
             if value is not None:
                 got, legal = f"{type(value).__name__} by position", "edge_weight, edge_attr or size, once"

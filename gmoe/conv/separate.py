@@ -38,7 +38,7 @@ class SeparateExperts(ConvExperts):
             conv.reset_parameters()
 
     def expert(self, index: int) -> MessagePassing:
-        conv: MessagePassing = copy.deepcopy(self.members[index])
+        conv = copy.deepcopy(self.members[index])
         conv.zero_grad()  # the copy takes gradients along
         return conv
 
@@ -66,8 +66,7 @@ class SeparateExperts(ConvExperts):
 def run(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
     """(T, O) PyG's conv on a graph."""
     x = (x_src, x_dst) if _are_two(graph, x_src, x_dst) else x_src
-    out: Tensor = conv(x, graph.adj, **graph.args_for(conv))
-    return out[: graph.num_dst]
+    return conv(x, graph.adj, **graph.args_for(conv))[: graph.num_dst]
 
 
 def run_on(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor) -> Tensor:
@@ -76,8 +75,7 @@ def run_on(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor)
     x: Any = x_src.index_select(0, nodes)
     if _are_two(graph, x_src, x_dst):
         x = x, x_dst.index_select(0, nodes if graph.num_src == graph.num_rows else part.destinations)
-    out: Tensor = conv(x, part.adj, **part.args_for(conv))
-    return out[: token.numel()]
+    return conv(x, part.adj, **part.args_for(conv))[: token.numel()]
 
 
 def _are_two(graph: Graph, x_src: Tensor, x_dst: Tensor) -> bool:

@@ -75,7 +75,7 @@ class NeighborSampler(BaseSampler):
         self.is_hetero = isinstance(data, HeteroData)
         self.replace = replace
         nodes = data.node_items() if isinstance(data, HeteroData) else [(NODES, data)]
-        self._sizes: dict[NodeType, int] = {kind: count_nodes(store) for kind, store in nodes}
+        self._sizes = {kind: count_nodes(store) for kind, store in nodes}
         self._graph: dict[EdgeType, InEdges | StoredGraph]
         if isinstance(data, StoredGraph):  # as it lies on disk: nothing is checked, converted or copied
             self._dtype, self._graph = data.source.dtype, {EDGES: data}

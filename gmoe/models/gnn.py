@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -211,14 +210,14 @@ class GNNMoE(HubMixin, nn.Module):
             return x
         # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
         device = next(self.parameters()).device
-        logits: Tensor = self.lin(self.jk([h[: x.size(0)].to(device) for h in xs]))
+        logits = self.lin(self.jk([h[: x.size(0)].to(device) for h in xs]))
         return logits.to(x.device)
 
     def conv(
         self, layer: int, x: Tensor, graph: Graph, batch: Tensor | None, routing: Routing | None
     ) -> tuple[Tensor, Routing | None]:
         """Conv and residual of a layer, at the graph's destinations; and the routing of a MoE layer."""
-        conv: Any = self.convs[layer]
+        conv = self.convs[layer]
         if isinstance(conv, MoEConv):
             out, routing = conv(x, graph, batch=batch, routing=routing, return_routing=True)
         else:
@@ -265,7 +264,7 @@ def residual_of(residual: Residual, width: int, out: int) -> nn.Module:
 def _shared_router(router: Any, in_channels: int, routed: dict[str, Any]) -> Router:
     """A router of raw features for all layers."""
     dim = router_width(routed["router_input"], in_channels, in_channels)
-    with nullcontext() if routed.get("shared_expert") is False else drawn_apart():
+    with drawn_apart(routed.get("shared_expert") is not False):
         made = build_router(router, dim, routed["num_experts"], routed["k"], routed.get("router_kwargs"))
     made.check_finite |= routed.get("check_finite", False)
     return made
@@ -290,8 +289,7 @@ def dense(conv: Any, x: Tensor, graph: Graph) -> Tensor:
         return conv(x, graph)[: graph.num_dst]
     if not isinstance(conv, GCNConv) or not conv.normalize or graph.scale_of is None:
         return run(conv, graph, x, x)
-    exact = torch.promote_types(x.dtype, torch.float32)
-    matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=exact)
+    matrix = graph.normalized(improved=conv.improved, loops=conv.add_self_loops, dtype=x.dtype)
     ends, weight = torch.stack([matrix.edges.sender, matrix.edges.receiver]), matrix.weight
     if matrix.diagonal is not None:
         node = torch.arange(graph.num_dst, device=x.device)

@@ -168,7 +168,7 @@ class HeteroGNNMoE(nn.Module):
                 known = n_id_dict is None or name in n_id_dict
                 check(known, "n_id_dict", f"no {name!r}", "numbers in the whole graph")
                 check(name not in x_dict, f"x_dict[{name!r}]", "features", "none: in_channels has no width of them")
-                embedding: Any = self.embeddings[name]
+                embedding = self.embeddings[name]
                 h_dict[name] = embedding.weight if n_id_dict is None else embedding(n_id_dict[name])
                 continue
             hetero.check_features(name, x_dict.get(name), width)

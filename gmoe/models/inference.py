@@ -64,7 +64,7 @@ def inference(
             in training; a router, norm, ``jk``, ``flow`` or number of hops that needs all nodes at once, by name.
         RuntimeError: a conv that looks further than one hop, such as ``ChebConv``.
     """
-    data: Any = loader if isinstance(loader, Data | StoredGraph) else loader.data
+    data = loader if isinstance(loader, Data | StoredGraph) else loader.data
     data = data[0] if isinstance(data, tuple) else data
     batch_size = getattr(loader, "batch_size", None) or 1024 if batch_size is None else batch_size
     check_counts(batch_size=batch_size)
@@ -72,9 +72,9 @@ def inference(
     for layer, conv in enumerate(model.convs):
         width = model.hidden_channels if layer else model.in_channels
         if isinstance(conv, MoEConv):
-            refuse_far([*conv.experts.too_far, *([] if conv.shared_expert is None else conv.shared_expert.too_far)])
-        else:
-            refuse_far([] if looks_one_hop(conv, width, model.local or None) else [conv])
+            refuse_far(far for part in conv.parts() for far in part.too_far)
+        elif not looks_one_hop(conv, width, model.local or None):
+            refuse_far([conv])
     if not isinstance(data, StoredGraph):
         check(folder is None, "folder", f"{str(folder)!r} for a graph in memory", None)
         if not isinstance(data, Data) or data.x is None or data.edge_index is None:
@@ -139,7 +139,7 @@ class PartByPart:
         owner, seen = (conv, x) if shared is None else (model, self.raw)
         if routed and self.folder is None and (shared is None or not self.routings):
             views = [owner.view(self.rows(seen, nodes), part) for _, nodes, part in self.parts("Routing")]
-            router: Any = conv.router if shared is None else shared
+            router = conv.router if shared is None else shared
             self.routings.append(router(torch.cat(views), self.batch, self.graph.edge_index.to(self.device)))
 
         found = torch.empty(0)
@@ -167,7 +167,7 @@ class PartByPart:
     def rows(self, x: Any, nodes: slice | Tensor) -> Tensor:
         """The features of some nodes, where parts are computed."""
         stored = isinstance(x, StoredGraph)
-        found: Tensor = x.rows("x", nodes).to(next(self.model.parameters()).dtype) if stored else x[nodes]
+        found = x.rows("x", nodes).to(next(self.model.parameters()).dtype) if stored else x[nodes]
         return found.to(self.device)
 
     def ranges(self, name: str) -> Iterator[slice]:

@@ -107,7 +107,7 @@ class ViTMoE(HubMixin, VisionTransformer):
         if router is None:
             return
         options: Any = {"upcycle": False, "shared_expert": shared_expert, "dense_start": dense_start}
-        with drawn_apart() if shared_expert else nullcontext():
+        with drawn_apart(shared_expert):
             moefy(self, every, k, router, num_experts, router_kwargs=router_kwargs, backend=backend, **options)
             for part in self.modules():  # as torchvision initializes its MLPs, and so the dense baseline
                 if isinstance(part, LinearExperts) and part.bias is not None and not part.zero_init:

@@ -72,7 +72,7 @@ class Router(nn.Module, ABC):
         constant = weight == "normalized" and k == 1
         check(not constant, "weight", "'normalized' with k=1, the constant 1 without a gradient", "another, or k >= 2")
         self.dim, self.num_experts, self.k = dim, num_experts, k
-        self.weight: Weighting = weight
+        self.weight = weight
         self.check_finite = False
         self.experts_per_token = float(k)
         self.process_group: Any = None
@@ -155,7 +155,7 @@ class Router(nn.Module, ABC):
         buffers = set(map(id, self.buffers()))
 
         def kept(old: Tensor) -> Tensor:
-            new: Tensor = fn(old)
+            new = fn(old)
             if id(old) not in buffers or not new.is_floating_point() or new.dtype.itemsize >= 4:
                 return new
             return new.float() if old.is_meta else old.to(device=new.device, dtype=torch.float32)
@@ -181,9 +181,8 @@ def pair_weights(weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_
 def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
     """``linear(x)`` in the precision of ``x``, at least float32: a model in bfloat16 still scores in float32."""
     if type(linear) is not nn.Linear:  # a user's, or a quantized one, whose weight is no tensor
-        weight: Any = getattr(linear, "weight", None)
-        y = linear(x_TD.to(weight.dtype) if isinstance(weight, Tensor) else x_TD)
-        return torch.as_tensor(y).to(x_TD.dtype)
+        weight = getattr(linear, "weight", None)
+        return linear(x_TD.to(weight.dtype) if isinstance(weight, Tensor) else x_TD).to(x_TD.dtype)
     return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
 
 
