@@ -6,6 +6,7 @@ import base64
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,14 @@ def write_report(folders: Sequence[Path], path: Path, data_root: Path | None, fi
             failed.append(str(error))
     if not runs:
         raise ValueError("; ".join(failed) or "runs: got none, expected at least one folder")
+    names = [run.name for run in runs]
+    runs = [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
     page, routing = Page(), Page()
     for line in first:
         page.text(line, "lead")
     for run in runs:
         if run.history:
-            page.text(f"{run.folder}: {_routing(routing, run)}", "lead")
+            page.text(f"{run.name}: {_routing(routing, run)}", "lead")
     for reason in failed:
         page.text(f"Left out: {reason}", "warn")
     _results(page, runs)
@@ -133,7 +136,7 @@ def data_of(run: RunFolder) -> str:
 def _results(page: Page, runs: Sequence[RunFolder]) -> None:
     columns = [
         {
-            "": str(run.folder),
+            "": run.name,
             "data": run.config.dataset,
             "router": run.config.router,
             "experts, K": f"{run.config.experts}, {run.config.k}" if run.history else "–",
@@ -171,7 +174,7 @@ def _routing(page: Page, run: RunFolder) -> str:
             shown = _nodes(run, task)
     except (FileNotFoundError, ValueError) as error:
         missing = f"Not drawn: {error}"
-    page.heading(f"{run.folder}: routing")
+    page.heading(f"{run.name}: routing")
     page.figures([expert_load(run.history)], f"Load of each expert in each epoch's steps, seed {seed}.")
     header = ["MoE layer", *(str(number) for number in range(1, len(layers) + 1))]
     page.table([header, *([name.replace("_", " "), *(f"{layer[name]:.3f}" for layer in layers)] for name in layers[0])])
@@ -271,7 +274,7 @@ def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
             curve: Any = run.summary.get("curve", {"epoch": []})  # of older runs there is none
             if len(curve["epoch"]) > 1:
                 epoch, values = curve["epoch"], factor * np.array(curve[name])
-                (line,) = axis.plot(epoch, values.mean(axis=0), label=f"{run.folder} (n = {len(values)})")
+                (line,) = axis.plot(epoch, values.mean(axis=0), label=f"{run.name} (n = {len(values)})")
                 axis.fill_between(epoch, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2)
         axis.set(xlabel="epoch", ylabel=label)
         axis.grid(alpha=0.3)

@@ -347,6 +347,7 @@ class RunFolder:
     """A finished run, as :func:`read_run` finds it."""
 
     folder: Path
+    name: str  # by which the report calls it
     config: RunConfig  # with the data root that the data have here
     science: dict[str, Any]  # config.json
     summary: Summary
@@ -384,7 +385,8 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
         history = _history(log, config.epochs, layers) if layers else []
     except FileNotFoundError as error:
         raise ValueError(f"{error}; expected the folder of a run, which goes on by --resume if unfinished") from error
-    return RunFolder(folder=folder, config=config, science=science, summary=summary, history=history)
+    name = folder.resolve().name
+    return RunFolder(folder=folder, name=name, config=config, science=science, summary=summary, history=history)
 
 
 def _history(path: Path, epochs: int, layers: int) -> list[list[dict[str, Tensor]]]:
