@@ -92,8 +92,8 @@ class RunConfig:
 
     # model
     router: str = "token_choice"
-    """token_choice, expert_choice, attention_vote, multi_centroid, random, uniform, oracle; your own,
-    `package.module:Class` or `FILE.py:Class`; or `dense`, the model without experts."""
+    """token_choice, expert_choice, attention_vote, multi_centroid, random, uniform, oracle; of images soft_slots;
+    your own, `package.module:Class` or `FILE.py:Class`; or `dense`, the model without experts."""
     model: str | None = None
     """Your own model: a function, named as a router is, of the input's width (or image size) and the outputs'."""
     experts: int = 8

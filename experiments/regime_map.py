@@ -15,9 +15,7 @@ from typing import Any
 from experiments.config import RunConfig
 from experiments.data.made import SHOWN
 from experiments.files import read_json
-from experiments.loop import Progress, run
 from experiments.presets import MOSAIC
-from experiments.run_folder import environment, write_json
 
 REGIMES, LABELS, WIDTHS, WAYS = (1, 2, 4, 8, 16), (32, 128, 512), (16, 64), tuple(SHOWN)
 BASE = replace(MOSAIC, eval_every=10, seeds=(0, 1, 2), check_finite=False)
@@ -39,24 +37,11 @@ def places() -> Iterator[tuple[dict[str, Any], RunConfig]]:
         yield place, replace(BASE, dataset=name, hidden=place["width"], **changes)
 
 
-def sweep_map(runs: Path, results: Path, shown: bool) -> Any:
-    """Run what is not finished; all that is."""
-    path = results / "regime-map.json"
+def read_map(path: Path) -> Any:
+    """What is finished; a ``ValueError`` where it is of another recipe."""
     found: Any = read_json(path, dict[str, Any]) if path.exists() else {"config": BASE.science(), "places": []}
     if found["config"] != BASE.science():
         raise ValueError(f"results: {path} is of another recipe; choose another folder by --results")
-    done = [{axis: entry[axis] for axis in AXES} for entry in found["places"]]
-    todo = [(place, config) for place, config in places() if place not in done]
-    progress = Progress(sum(len(config.seeds) * config.epochs for _, config in todo), shown)
-    for place, config in todo:
-        folder = runs / "-".join(map(str, place.values()))
-        summary = run(replace(config, out=folder, resume=True, progress=shown), progress)
-        found["places"].append(
-            place
-            | {"test": summary["test"]["values"], "flops": summary["flops"], "hidden": summary["hidden"]}
-            | {"nmi": [layer["nmi"]["mean"] for layer in summary["routing"]]}
-        )
-        write_json(path, found | {"environment": environment()})
     return found
 
 

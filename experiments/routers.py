@@ -49,7 +49,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Each row's label, and what it changes. Dense models of equal cost are matched to token choice."""
 
-SAMPLED: dict[str, Any] = {"sampling": "neighbor", "fanout": (10, 5)}
 COLUMNS: dict[str, RunConfig] = {
     "digits": replace(DIGITS, seeds=TEN),
     "cifar10": replace(SMALL_VIT, data_root=Path(), seeds=THREE),

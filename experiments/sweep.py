@@ -130,6 +130,26 @@ def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
     return cell_tables(read_cells(folder)), failed
 
 
+def sweep_map(config: SweepConfig) -> tuple[str, dict[str, str]]:
+    """Run the places of the map that its file lacks: the table, and by place why it could not be run."""
+    from experiments.regime_map import AXES, places, read_map
+    from experiments.run_folder import environment, write_json
+
+    path = config.results / "regime-map.json"
+    found = read_map(path)
+    done = [{axis: entry[axis] for axis in AXES} for entry in found["places"]]
+    todo = {"-".join(map(str, place.values())): (place, own) for place, own in places() if place not in done}
+
+    def finish(name: str, _: RunConfig, summary: Any) -> None:
+        figures = {"test": summary["test"]["values"], "flops": summary["flops"], "hidden": summary["hidden"]}
+        nmi = [layer["nmi"]["mean"] for layer in summary["routing"]]
+        found["places"].append(todo[name][0] | figures | {"nmi": nmi})
+        write_json(path, found | {"environment": environment()})
+
+    failed = run_all("regime-map", {name: own for name, (_, own) in todo.items()}, {}, path, config, finish)
+    return map_table(found), failed
+
+
 def run_all(
     name: str,
     variants: Mapping[str, RunConfig],
@@ -183,10 +203,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(config, RoutersConfig):
             table, failed = sweep_cells(config)
         elif args[0] == "map":
-            from experiments.regime_map import sweep_map
-
-            runs = config.runs or Path("runs") / "regime-map"
-            table, failed = map_table(sweep_map(runs, config.results, config.progress)), {}
+            table, failed = sweep_map(config)
         else:
             results, failed = sweep(*make_study(args[0], config), config)
             table = study_table(results)

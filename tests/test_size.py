@@ -30,7 +30,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "gmoe, tokens": (55_897, 56_000),
     "gmoe, longest function": (58, 60),
     "vision, raw lines": (475, 500),
-    "experiments, raw lines": (6_844, 6_800),
+    "experiments, raw lines": (6_843, 6_800),
     "experiments, files": (37, 40),
     "tests, raw lines": (13_218, 12_800),
     "tests/gmoe and tests/*.py, raw lines": (8_564, 8_800),

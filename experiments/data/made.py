@@ -16,7 +16,7 @@ from experiments.config import RunConfig
 from experiments.data import GraphData, Splits
 from gmoe._checks import check
 
-NODES, REGIONS, CLASSES, FEATURES, EDGES = 8_000, 8, 16, 32, 80_000
+NODES, REGIONS, CLASSES, FEATURES = 8_000, 8, 16, 32
 """Of mosaic."""
 
 
@@ -49,7 +49,7 @@ def mosaic(config: RunConfig) -> GraphData:
     or in 15 % of the edges a random one. Split 50 / 25 / 25. ``planted`` is the region: the one data set on which the
     right routing is known.
     """
-    return _regions("mosaic", NODES, REGIONS, CLASSES, EDGES, labels=NODES // 2)
+    return _regions("mosaic", NODES, REGIONS, labels=NODES // 2)
 
 
 SHOWN = {"features": 3.0, "neighbors": 0.5, "nothing": 0.0}
@@ -67,13 +67,11 @@ def regimes(config: RunConfig) -> GraphData:
     count, labels, shown = match.groups() if match else ("0", "0", "")
     check(shown in SHOWN and int(labels) <= 800, "dataset", repr(config.dataset), legal)
     regions, nodes = int(count), max(4_000, 1_000 * int(count))
-    marked = regions * int(labels)
-    return _regions(config.dataset, nodes, regions, CLASSES, 10 * nodes, labels=marked, shown=SHOWN[shown])
+    return _regions(config.dataset, nodes, regions, labels=regions * int(labels), shown=SHOWN[shown])
 
 
-def _regions(
-    name: str, nodes: int, regions: int, classes: int, edges: int, labels: int, shown: float = 3.0
-) -> GraphData:
+def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.0) -> GraphData:
+    classes, edges = CLASSES, 10 * nodes
     rng = np.random.RandomState(0)  # its streams are frozen, unlike those of numpy's newer generators
     region = rng.permutation(np.arange(nodes) % regions)
     label = rng.randint(classes, size=nodes)
