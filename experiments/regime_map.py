@@ -16,6 +16,7 @@ from experiments.config import RunConfig
 from experiments.data.made import SHOWN
 from experiments.files import read_json
 from experiments.presets import MOSAIC
+from experiments.run_folder import differences_of
 
 REGIMES, LABELS, WIDTHS, WAYS = (1, 2, 4, 8, 16), (32, 128, 512), (16, 64), tuple(SHOWN)
 BASE = replace(MOSAIC, eval_every=10, seeds=(0, 1, 2), check_finite=False)
@@ -40,7 +41,7 @@ def places() -> Iterator[tuple[dict[str, Any], RunConfig]]:
 def read_map(path: Path) -> Any:
     """What is finished; a ``ValueError`` where it is of another recipe."""
     found: Any = read_json(path, dict[str, Any]) if path.exists() else {"config": BASE.science(), "places": []}
-    if found["config"] != BASE.science():
+    if differences_of(BASE, found["config"]):
         raise ValueError(f"results: {path} is of another recipe; choose another folder by --results")
     return found
 
