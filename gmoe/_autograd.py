@@ -10,6 +10,11 @@ from torch.autograd.function import once_differentiable
 
 untraced = torch._compile._disable_dynamo  # torch.compiler.disable, which imports the compiler
 
+UNSUPPORTED = (
+    "torch.jit.trace, torch.export and torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers "
+    "on graphs; use torch.compile, or keep the module in Python"
+)
+
 in_transform = torch._C._are_functorch_transforms_active
 """True inside a transform of ``torch.func``."""
 
@@ -44,10 +49,6 @@ def refuse_transforms() -> None:
     Raises:
         RuntimeError: inside ``torch.jit.trace``, ``torch.export`` or a transform of ``torch.func``.
     """
-    if torch._C._is_tracing() or torch.compiler.is_exporting():
-        raise RuntimeError(
-            "torch.jit.trace and torch.export are not supported by gmoe's graph layers, whose shapes follow the data; "
-            "use torch.compile, or keep the module in Python"
-        )
-    if not torch.compiler.is_compiling() and in_transform():
-        raise RuntimeError("torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers")
+    fixed = torch._C._is_tracing() or torch.compiler.is_exporting()  # and shapes follow the data
+    if fixed or (not torch.compiler.is_compiling() and in_transform()):
+        raise RuntimeError(UNSUPPORTED)

@@ -67,19 +67,16 @@ def grouped_linear(
     """
     if backend not in get_args(Backend):
         check_choice("backend", backend, Backend)
-    if backend == "auto":
-        backend = "grouped" if x_PI.is_cuda else "loop"
-    if backend == "grouped" and x_PI.dtype == torch.float64:
+    if (backend == "auto" and not x_PI.is_cuda) or (backend != "padded" and x_PI.dtype == torch.float64):
         backend = "loop"
     if torch.is_autocast_enabled(x_PI.device.type) and x_PI.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x_PI.device.type)
         x_PI, weight_EIO = x_PI.to(dtype), weight_EIO.to(dtype)
-        bias_EO = None if bias_EO is None else bias_EO.to(dtype)
     y_PO = _GroupedLinear.apply(backend, offsets_E, x_PI, weight_EIO)
     if bias_EO is None:
         return y_PO
     rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
-    return y_PO.add_(bias_EO.repeat_interleave(rows_E, dim=0, output_size=len(x_PI)))
+    return y_PO.add_(bias_EO.to(y_PO.dtype).repeat_interleave(rows_E, dim=0, output_size=len(x_PI)))
 
 
 @untraced  # the number of rows of an expert depends on the data
@@ -105,7 +102,6 @@ def routed_linear(
     if torch.is_autocast_enabled(device) and x_TI.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     x_TI, weight_EIO = x_TI.to(dtype), weight_EIO.to(dtype)
-    bias_EO = None if bias_EO is None else bias_EO.to(dtype)
     gate_P = routing.weight.to(dtype)
     # not where FLOPs are counted: those are of a token's own experts
     if backend == "auto" and len(x_TI) * weight_EIO.numel() <= FEW and not torch._C._len_torch_dispatch_stack():
@@ -114,7 +110,7 @@ def routed_linear(
         y_TO = (gate_TE[:, :, None] * x_TI[:, None]).flatten(1) @ weight_EIO.flatten(0, 1)
         if y_TO.requires_grad:
             y_TO.register_hook(refuse_second_order)
-        return y_TO if bias_EO is None else y_TO + gate_TE @ bias_EO
+        return y_TO if bias_EO is None else y_TO + gate_TE @ bias_EO.to(dtype)
     return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, x_TI)
 
 

@@ -118,8 +118,7 @@ class MoE(_Mixture):
     ) -> Any:
         """Route and run; see the class."""
         routing: Routing = self.router(x, batch, edge_index)
-        y_TO = self.experts(x.reshape(-1, x.size(-1)), routing)
-        y = y_TO.view(*x.shape[:-1], y_TO.size(-1))
+        y = self.experts(x.reshape(-1, x.size(-1)), routing).unflatten(0, x.shape[:-1])
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
         return (y, routing) if return_routing else y
@@ -156,6 +155,5 @@ class SoftMoE(_Mixture):
         """Mix, run, and mix back; see the class."""
         routing: SoftRouting = self.router(x, batch)
         slots_RI = routing.dispatch(x.reshape(-1, x.size(-1)))
-        y_TO = routing.combine(self.experts(slots_RI, routing.slot_offsets))
-        y = y_TO.view(*x.shape[:-1], y_TO.size(-1))
+        y = routing.combine(self.experts(slots_RI, routing.slot_offsets)).unflatten(0, x.shape[:-1])
         return (y, routing) if return_routing else y

@@ -22,7 +22,7 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_counts
-from gmoe.conv.base import StackedExperts, stacked, tokens_of
+from gmoe.conv.base import StackedExperts, all_of, stacked, tokens_of
 from gmoe.conv.graph import Graph, Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts
@@ -203,8 +203,13 @@ class GINExperts(AggregateOnce):
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         root_PI = (1 + self.eps_E1).index_select(0, routing.expert) * dispatch(x_dst, routing)
-        hidden_PH = self.up(dispatch(h, routing) + root_PI, routing.offsets).relu()
-        return combine(self.down(hidden_PH, routing.offsets), routing)
+        return combine(self._network(dispatch(h, routing) + root_PI, routing.offsets), routing)
+
+    def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+        return self._network(h + (1 + self.eps_E1) * x_dst, all_of(x_dst))
+
+    def _network(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
+        return self.down(self.up(x_PI, offsets_E).relu(), offsets_E)
 
 
 def _linears(conv: Any) -> list[Any]:

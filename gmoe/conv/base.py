@@ -144,8 +144,12 @@ class StackedExperts(ConvExperts):
 def to_one(x_TD: Tensor) -> Routing:
     """Every token to a single expert, with weight 1."""
     token, ones = torch.arange(len(x_TD), device=x_TD.device), x_TD.new_ones(len(x_TD))
-    ends = torch.full((1,), len(x_TD), dtype=torch.int32, device=x_TD.device)
-    return Routing(token, ends, ones, ones[:, None], len(x_TD), checked=True)
+    return Routing(token, all_of(x_TD), ones, ones[:, None], len(x_TD), checked=True)
+
+
+def all_of(x_TD: Tensor) -> Tensor:
+    """(1,) the offsets of a single expert, which has all tokens."""
+    return torch.full((1,), len(x_TD), dtype=torch.int32, device=x_TD.device)
 
 
 def stacked(linear: Any, num_experts: int, backend: Backend) -> LinearExperts:

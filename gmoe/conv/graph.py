@@ -15,6 +15,7 @@ from functools import cache, cached_property, partial, wraps
 from numbers import Integral
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
@@ -61,10 +62,15 @@ class Edges:
     order: Tensor
 
     @staticmethod
+    @untraced
     def sorted(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> Edges:
         """The edges in the order of their receivers."""
         with torch.inference_mode(False):  # what a graph keeps is for training too
-            receiver, order = receiver.sort(stable=True)
+            if receiver.device.type == "cpu" and num_receivers <= 2**16:  # in a tenth to a half of torch's time
+                order = torch.from_numpy(receiver.numpy().astype(np.uint16).argsort(kind="stable"))  # a radix sort
+            else:
+                order = receiver.argsort(stable=True)
+            receiver = receiver.index_select(0, order)
             ptr = torch._convert_indices_from_coo_to_csr(receiver, num_receivers)
             return Edges(ptr, sender.index_select(0, order), receiver, num_senders, order)
 
@@ -371,8 +377,7 @@ class Graph:
                 added = added.index_put((edges.receiver[is_loop],), weight[is_loop])
             weight = torch.where(is_loop, 0.0, weight)
         if self.scale_of is None:
-            scale = added.index_add(0, edges.receiver, weight).pow(-0.5)
-            scale = scale.masked_fill(scale == torch.inf, 0.0)
+            scale = added.index_add(0, edges.receiver, weight).pow(-0.5).nan_to_num(nan=torch.nan, posinf=0.0)
         else:
             scale = self.scale_of(improved=improved, loops=loops, dtype=dtype).to(weight.device)
         weight = scale.index_select(0, edges.receiver) * weight * scale.index_select(0, edges.sender)

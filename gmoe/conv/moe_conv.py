@@ -238,8 +238,7 @@ class MoEConv(MoELayer, MessagePassing):
         u_src, u_dst = (x_src, x_dst) if self.transform is None else self._transformed(x_src, x_dst)
         h = self.experts.aggregate(graph, u_src)
         if routing is None and self.router is not None:
-            plain = self.router_input == ("node",)
-            view = u_dst if plain else router_view(self.router_input, u_src, u_dst, h, graph)
+            view = u_dst if self.router_input == ("node",) else router_view(self.router_input, u_src, u_dst, h, graph)
             routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
         else:
             self._check_routing(routing, graph.num_dst)

@@ -68,7 +68,8 @@ class BalancedRouter(Router):
         if not is_step:
             return logits_TE
         clean_TE = logits_TE.detach()
-        expert_TK = (clean_TE + self.bias_E).topk(self.k, dim=-1).indices
+        ranked_TE = clean_TE + self.bias_E
+        expert_TK = ranked_TE.argmax(-1, keepdim=True) if self.k == 1 else ranked_TE.topk(self.k, dim=-1).indices
         load_TE = torch.zeros_like(clean_TE).scatter(1, expert_TK, 1.0)
         parts = (load_TE, clean_TE, clean_TE.square(), x_TD.detach())
         (sums,) = self.summed(torch.cat([part.sum(dim=0) for part in parts]))
