@@ -116,8 +116,7 @@ def test_finished_runs_are_kept_and_missing_ones_added(
     def run(*options: str) -> dict[str, Any]:
         trained.clear()
         main([*f"swap --rows cora-gcn --repeats 1 --offline --data-root {root} --json {path}".split(), *options])
-        found: dict[str, Any] = json.loads(path.read_text())["variants"]["cora-gcn"]
-        return found
+        return dict(json.loads(path.read_text())["variants"]["cora-gcn"])
 
     monkeypatch.setattr(swap, "train_arm", counted)
     with pytest.raises(KeyboardInterrupt):
