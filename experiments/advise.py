@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.config import GraphConfig, HeteroConfig, RouterOptions, RunConfig, program
+from experiments.config import GraphConfig, HeteroConfig, RouterOptions, RunConfig, check, program
 from experiments.files import read_json
 from experiments.presets import PRESETS
 
@@ -156,11 +156,9 @@ def advise(
     if preset not in PRESETS or isinstance(PRESETS[preset][1], HeteroConfig):
         legal = [name for name, (_, config) in PRESETS.items() if not isinstance(config, HeteroConfig)]
         raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(legal)}")
-    if budget <= 0:
-        raise ValueError(f"budget: got {budget}, expected minutes above 0")
+    check(budget > 0, "budget", budget, "minutes above 0")
     base = replace(PRESETS[preset][1], data_root=data_root, progress=sys.stderr.isatty())
-    if metric is not None and preset != "graph":
-        raise ValueError(f"metric: got {metric!r} for {preset}, expected none; `graph` leaves it open")
+    check(metric is None or preset == "graph", "metric", f"{metric!r} for {preset}", "none; `graph` leaves it open")
     given = {"metric": metric, "hidden": width}
     base = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     from experiments.report_page import write_report

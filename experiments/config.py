@@ -173,12 +173,10 @@ class RunConfig:
                 names = f"{', '.join(known)}, or " if name == "router" else ""
                 raise ValueError(f"{name}: got {value!r}, expected {names}package.module:name or FILE.py:name")
         for name, value in (asdict(self) | self.options.given()).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name}: got {value}, expected a finite number")
-            if name in LEAST and value is not None and value < LEAST[name]:
-                raise ValueError(f"{name}: got {value}, expected at least {LEAST[name]}")
-            if name in SHARES and value >= 1:
-                raise ValueError(f"{name}: got {value}, expected less than 1")
+            check(not isinstance(value, float) or math.isfinite(value), name, value, "a finite number")
+            if name in LEAST and value is not None:
+                check(value >= LEAST[name], name, value, f"at least {LEAST[name]}")
+            check(name not in SHARES or value < 1, name, value, "less than 1")
         for name in self.logger:
             if importlib.util.find_spec(name) is None:
                 raise ValueError(f"logger: got {name!r}, which needs its package: pip install {name}")
@@ -189,11 +187,10 @@ class RunConfig:
                 f"devices: got {self.devices} x {self.nodes} nodes for {self.dataset} with full batches, expected one: "
                 "a whole graph is one batch, which cannot be split; sample it, or train seeds side by side by --jobs N"
             )
-        if self.world > 1 and self.jobs > 1:
-            raise ValueError(f"jobs: got {self.jobs} with {self.world} processes a seed (devices x nodes), expected 1")
-        if self.batch_size % self.world:
-            expected = f"a multiple of devices x nodes = {self.world}"
-            raise ValueError(f"batch_size: got {self.batch_size}, that of all processes together, expected {expected}")
+        if self.world > 1:
+            check(self.jobs == 1, "jobs", f"{self.jobs} with {self.world} processes a seed (devices x nodes)", 1)
+        legal = f"a multiple of devices x nodes = {self.world}: it is that of all processes together"
+        check(self.batch_size % self.world == 0, "batch_size", self.batch_size, legal)
 
     @property
     def world(self) -> int:
@@ -277,8 +274,7 @@ class GraphConfig(NodeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.conv:
-            raise ValueError("conv: got none, expected at least one")
+        check(self.conv, "conv", "none", "at least one")
         if self.metric is not None and self.dataset != "graph":
             raise ValueError(f"metric: got {self.metric!r} for {self.dataset}, expected none; `graph` leaves it open")
         if self.features is not None and (self.dataset in ("graph", PAPERS) or self.data is not None):
@@ -360,8 +356,7 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
 
     ``data_root`` is where the data are here, if it does not say: your own graph, or the folder that holds it.
     """
-    if not isinstance(science.get("dataset"), str):
-        raise ValueError(f"dataset: got {science.get('dataset')!r}, expected the name of one")
+    check(isinstance(science.get("dataset"), str), "dataset", repr(science.get("dataset")), "the name of one")
     kind = config_class(science["dataset"])
     retired = RETIRED.keys() - {option.name for option in fields(kind)}
     for name in retired & science.keys():
@@ -411,6 +406,12 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
+def check(fits: object, name: str, got: object, expected: object) -> None:
+    """Refuse what does not fit; as gmoe's, without torch."""
+    if not fits:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
 def fail(error: Exception, where: str = "") -> NoReturn:
     """End the command with an error of whoever called it."""
     print(f"error: {error}{where}", file=sys.stderr)
@@ -423,6 +424,8 @@ def program(name: str, function: Callable[..., Any], about: str | None) -> Calla
     def main(args: Sequence[str] | None = None) -> Any:
         try:
             return tyro.cli(function, args=args, prog=f"python -m experiments.{name}", description=about)
+        except ModuleNotFoundError as error:
+            fail(error, where="; all that experiments need: pip install -e '.[convert]'")
         except (ValueError, OSError, ImportError) as error:
             fail(error)
         except KeyboardInterrupt:

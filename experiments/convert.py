@@ -18,7 +18,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -26,9 +26,9 @@ import numpy as np
 import tyro
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
-from experiments.config import PAPERS, program
+from experiments.config import PAPERS, check, program
 from experiments.files import naming, read_csv, read_npy
 
 Array: TypeAlias = NDArray[Any]
@@ -40,13 +40,7 @@ RELEASE = {"data.npz": {"edges": "edge_index", "x": "node_feat"}, "node-label.np
 SCRATCH = "scratch"
 """A folder in DIR.new for what is unpacked and sorted; it says whose DIR.new is."""
 SPILL = 10  # bytes of disk that an edge takes while DuckDB sorts it: 8 and some
-PIECE = 1 << 22  # numbers, or bytes, that are copied at once
-
-
-def check(fits: object, name: str, got: object, expected: object) -> None:
-    """Refuse what does not fit; as gmoe's, without torch."""
-    if not fits:
-        raise ValueError(f"{name}: got {got}, expected {expected}")
+PIECE = 1 << 22  # numbers that are copied at once
 
 
 def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
@@ -60,16 +54,15 @@ def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
         check(path.is_file(), "from", f"no {path}", "OGB's papers100M-bin.zip (56 GB) unzipped there")
         with naming(path), zipfile.ZipFile(path) as file:
             size = sum(file.getinfo(f"{array}.npy").file_size for array in arrays.values())
-        check_space(scratch, size)
-        with naming(path), zipfile.ZipFile(path) as file:
+            check_space(scratch, size, str(path))
             files |= {name: Path(file.extract(f"{array}.npy", scratch)) for name, array in arrays.items()}
     return planted.read_text() if planted.exists() else f"OGB's binary release of {PAPERS}", files
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int, what: str = "to") -> None:
     """Refuse a disk that is too full."""
     free = shutil.disk_usage(folder).free
-    check(needed <= free, "to", f"{needed / 1e9:.2f} GB to write", f"at most the {free / 1e9:.2f} GB free at {folder}")
+    check(needed <= free, what, f"{needed / 1e9:.2f} GB to write", f"at most the {free / 1e9:.2f} GB free at {folder}")
 
 
 @contextmanager
@@ -78,24 +71,22 @@ def building(to: Path, option: str = "to") -> Iterator[Path]:
     folder = to.with_name(f"{to.name}.new")
     check(not to.exists(), option, f"{to}, which is there already", "another folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with ExitStack() as stack:
+        lock = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{option}: another process is writing {folder}") from error
         fits = not any(folder.iterdir()) or (folder / SCRATCH).exists()
         check(fits, option, f"files of another program in {folder}", "none, or those of a run that was cut off")
-        try:
-            for path in folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            (folder / SCRATCH).mkdir()
-            yield folder
-            folder.rename(to)
-            shutil.rmtree(to / SCRATCH)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError as error:
-        raise ValueError(f"{option}: another process is writing {folder}") from error
-    finally:
-        os.close(lock)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (folder / SCRATCH).mkdir()
+        yield folder
+        folder.rename(to)
+        shutil.rmtree(to / SCRATCH)
 
 
 def convert(
@@ -142,16 +133,14 @@ def convert(
         features = read_npy(files["x"], memory_map=True)
         fits, nodes = features.ndim == 2 and 0 not in features.shape, len(features)
         check(fits, "x", f"shape {features.shape}", "(nodes, features), one of each at least")
-        split = read_split(files, nodes)
+        split = write_split(files, folder, nodes)
         num_classes = write_labels(files, split, folder, nodes) if "y" in files else None
         num_edges = 0 if isinstance(edges, Path) else edges.size // (2 if directed else 1)
         x_type = np.dtype(np.float16 if half or features.dtype == np.float16 else np.float32)
         check_space(folder, 4 * num_edges + max(SPILL * num_edges, features.size * x_type.itemsize))
-        for part, ids in split.items():
-            np.save(folder / f"{part}.npy", ids)
         keys = sorted_keys(edges, folder / SCRATCH, nodes, directed=directed, memory=memory)
         num_edges = write_edges(keys, folder, nodes, directed=directed)
-        write_npy(folder / "x.npy", x_type, finite(features, x_type), features.shape[1:])
+        write_features(folder / "x.npy", features, x_type)
         arrays = [folder / f"{name}.npy" for name in ("start", "source", *given)]
         said = {
             "format": 1,
@@ -180,8 +169,8 @@ def read_edges(path: Path) -> Array | Path:
     return edges if len(edges) == 2 else edges.T
 
 
-def read_split(files: dict[str, Path], nodes: int) -> dict[str, Array]:
-    """Nodes by part from ``.npy``, ``.csv`` or ``.csv.gz`` (one a line, no header)."""
+def write_split(files: dict[str, Path], folder: Path, nodes: int) -> dict[str, Array]:
+    """Write the nodes of each part, and return them; from ``.npy``, ``.csv`` or ``.csv.gz`` (one a line, no header)."""
     split, seen = {}, np.zeros(nodes, np.int8)
     for part, path in ((part, files[part]) for part in PARTS if part in files):
         ids = read_npy(path) if path.suffix == ".npy" else read_csv(path, header=None).to_numpy()
@@ -192,15 +181,13 @@ def read_split(files: dict[str, Path], nodes: int) -> dict[str, Array]:
         check(0 <= low <= high < nodes, part, f"nodes {low} to {high}", f"0 to {nodes - 1}")
         np.add.at(seen, ids, 1)
         check(seen.max() < 2, part, f"node {seen.argmax()} twice, or in an earlier part too", "it once")
+        np.save(folder / f"{part}.npy", ids)
     return split
 
 
 def sorted_keys(edges: Array | Path, scratch: Path, nodes: int, *, directed: bool, memory: float) -> Iterator[Array]:
     """Each edge as one number, destination * N + source, in ascending order; sorted by DuckDB."""
-    try:
-        import duckdb
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error}; pip install 'duckdb>=1.4,<3'") from error
+    import duckdb
 
     settings: dict[str, Any] = {"memory_limit": f"{memory}GB", "temp_directory": str(scratch)}
     settings["preserve_insertion_order"] = False
@@ -247,50 +234,41 @@ def _open_table(connection: Any, path: Path) -> None:
 
 def write_edges(keys: Iterable[Array], folder: Path, nodes: int, *, directed: bool) -> int:
     """Write ``source.npy`` and ``start.npy``, and return the number of edges."""
-    start = np.zeros(nodes + 1, np.int64)
-
-    def sources() -> Iterator[Array]:
-        last = -1
+    start, last, dtype = np.zeros(nodes + 1, np.int64), -1, np.dtype(np.int32 if nodes < 2**31 else np.int64)
+    with (folder / "source.npy").open("wb") as file, tqdm(desc="edges", unit_scale=True, disable=None) as bar:
+        write_header(file, dtype, (0,))
         for piece in keys:
             kept = piece if directed else piece[np.diff(piece, prepend=last) != 0]
             last = piece[-1]
             destination, source = np.divmod(kept, nodes)
-            first = int(piece[0]) // nodes
-            count = np.bincount(destination - first)
-            start[first + 1 : first + 1 + len(count)] += count
-            yield source
-
-    num_edges = write_npy(folder / "source.npy", np.int32 if nodes < 2**31 else np.int64, sources())
-    np.save(folder / "start.npy", np.cumsum(start, out=start))
+            np.add.at(start, destination + 1, 1)
+            source.astype(dtype, copy=False).tofile(file)
+            bar.update(len(kept))
+        num_edges = int(np.cumsum(start, out=start)[-1])
+        file.seek(0)
+        write_header(file, dtype, (num_edges,))
+    np.save(folder / "start.npy", start)
     return num_edges
 
 
-def write_npy(path: Path, dtype: Any, pieces: Iterable[Array], width: tuple[int, ...] = ()) -> int:
-    """Write rows as they come, with a bar, and return how many they are."""
-    rows = 0
-    with path.open("wb") as file, tqdm(desc=path.stem, unit_scale=True, unit=" rows", disable=None) as bar:
-        file.seek(128)
-        for piece in pieces:
-            piece.astype(dtype, copy=False).tofile(file)
-            rows += len(piece)
-            bar.update(len(piece))
-        file.seek(0)
-        said = {"descr": npy.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (rows, *width)}
-        npy.write_array_header_1_0(file, said)
-        assert file.tell() == 128
-    return rows
-
-
-def finite(x: Array, dtype: Any) -> Iterator[Array]:
-    """The features in pieces, cast; refuses NaN, infinity, or a number that is too large for the type."""
+def write_features(path: Path, x: Array, dtype: np.dtype[Any]) -> None:
+    """Write features in pieces, cast; refuses NaN, infinity, or a number that is too large for the type."""
     size = max(1, PIECE // x.shape[1])
-    for begin in range(0, len(x), size):
-        with np.errstate(over="ignore"):
-            cast = x[begin : begin + size].astype(dtype)
-        good = np.isfinite(cast).all(axis=1)
-        row, most = begin + int(good.argmin()), np.finfo(dtype).max
-        check(good.all(), "x", f"{np.abs(x[row]).max():g} in row {row}", f"finite numbers up to {most:g}")
-        yield cast
+    with path.open("wb") as file:
+        write_header(file, dtype, x.shape)
+        for begin in trange(0, len(x), size, desc="x", disable=None):
+            with np.errstate(over="ignore"):
+                cast = x[begin : begin + size].astype(dtype)
+            good = np.isfinite(cast).all(axis=1)
+            row, most = begin + int(good.argmin()), np.finfo(dtype).max
+            check(good.all(), "x", f"{np.abs(x[row]).max():g} in row {row}", f"finite numbers up to {most:g}")
+            cast.tofile(file)
+
+
+def write_header(file: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Write what a ``.npy`` file begins with: 128 bytes, however many rows there are."""
+    npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    assert file.tell() == 128
 
 
 def write_labels(files: dict[str, Path], split: dict[str, Array], folder: Path, nodes: int) -> int:
@@ -309,10 +287,7 @@ def write_labels(files: dict[str, Path], split: dict[str, Array], folder: Path, 
 
 def described(path: Path) -> dict[str, Any]:
     """What ``graph.json`` says of an array."""
-    digest, array = hashlib.sha256(), np.load(path, mmap_mode="r")
-    with path.open("rb") as file:
-        while content := file.read(PIECE):
-            digest.update(content)
+    array, digest = np.load(path, mmap_mode="r"), hashlib.sha256(np.memmap(path, mode="r").data)
     return {"file": path.name, "dtype": str(array.dtype), "shape": [*array.shape], "sha256": digest.hexdigest()}
 
 

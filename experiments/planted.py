@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from numpy.typing import NDArray
 
 from experiments.config import PAPERS, program
-from experiments.convert import building
+from experiments.convert import Array, building
 from experiments.data.ogb import RELATIONS, files_of
 from gmoe._checks import check, check_at_least, check_choice
-
-Array: TypeAlias = NDArray[Any]
 
 SIZES: dict[str, tuple[int, int, int, int, tuple[float, ...]]] = {
     "ogbn-arxiv": (169_343, 1_166_243, 40, 128, (0.54, 0.18, 0.28)),
@@ -60,10 +57,10 @@ def write_planted(
     check_at_least("nodes", nodes, max(100, classes))
     check_at_least("edges", edges, 1)
     folder = root.expanduser() / name.replace("-", "_")
-    text = f"Not OGB's {name}, but a graph of experiments.planted: {nodes=}, {edges=}, {classes=}, {seed=}\n"
+    text = f"Not OGB's {name}, but a graph of experiments.planted: {nodes=}, {edges=}, {classes=}, {seed=}"
     with building(folder, "root") as made:  # half a graph never stands at its place
-        files = _drawn(np.random.default_rng(seed), name, nodes, edges, classes)
-        for file, content in (files | {"PLANTED.txt": text}).items():
+        _write(made / "PLANTED.txt", text)
+        for file, content in _drawn(np.random.default_rng(seed), name, nodes, edges, classes).items():
             _write(made / file, content)
     print(folder)
     return folder
@@ -88,14 +85,14 @@ def _drawn(rng: Any, name: str, nodes: int, edges: int, classes: int) -> dict[st
         graph = {"edge_index": links(rng, community, community, edges), "node_feat": x}
         tables = {f"split/time/{'valid' if of == 'val' else of}.csv.gz": ids for of, ids in split.items()}
         return {"raw/data.npz": graph, "raw/node-label.npz": label, **tables}
-    held: dict[Any, Any] = {"x": x, "y": y, "nodes": nodes, "release": "planted\n", **split}
+    held: dict[Any, Any] = {"x": x, "y": y, "nodes": nodes, "release": "planted", **split}
     files = _mag(rng, held, community, edges) if name == "ogbn-mag" else {}
     if name != "ogbn-mag":
         held["", "edge"] = _simple(links(rng, community, community, edges), undirected=name != "ogbn-arxiv")
     if name == "ogbn-proteins":  # the features are of edges; 112 labels, other functions in each regime
         score = np.tanh(x) @ rng.standard_normal((features, 112)) * rng.choice([-1, 1], (4, 112))[regime]
         score += rng.standard_normal(score.shape)
-        held["y"] = score > [np.quantile(column, rng.uniform(0.6, 0.95)) for column in score.T]
+        held["y"] = np.array([column > np.quantile(column, rng.uniform(0.6, 0.95)) for column in score.T], int).T
         held["x"] = 1 / (1 + np.exp(-x[held["", "edge"]].mean(axis=1)))
     held |= {(of[0], "edges"): len(pairs) for of, pairs in held.items() if isinstance(of, tuple)}
     return files | {file: held[of] for of, file in files_of(name).items()}
@@ -109,20 +106,18 @@ def _mag(rng: Any, held: dict[Any, Any], venue: Array, citations: int) -> dict[s
     for relation, share in zip(RELATIONS, (0.19, 1.32, 1.0, 1.39), strict=True):
         pairs = links(rng, of[relation[0]], of[relation[2]], max(1, round(share * citations)))
         held[relation, "edge"] = _simple(pairs) if relation[1] == "cites" else np.unique(pairs, axis=1).T
-    header = ",".join([*count, "paper"])
-    held["nodes"] = f"{header}\n{','.join(map(str, [*count.values(), papers]))}\n"
+    header = [*count, "paper"]
+    held["nodes"] = [header, [*count.values(), papers]]
     names = ("raw/nodetype-has-feat", "raw/nodetype-has-label", "split/time/nodetype-has-split")
-    files = {f"{name}.csv.gz": f"{header}\nFalse,False,False,True\n" for name in names}
-    return files | {"raw/triplet-type-list.csv.gz": "".join(f"{','.join(relation)}\n" for relation in RELATIONS)}
+    files = {f"{name}.csv.gz": [header, ["False", "False", "False", "True"]] for name in names}
+    return files | {"raw/triplet-type-list.csv.gz": RELATIONS}
 
 
 def links(rng: Any, source: Array, destination: Array, edges: int) -> Array:
     """(2, edges) between nodes of these communities; a few destinations have most of them."""
-    order = np.argsort(destination, kind="stable")
-    size = np.bincount(destination)
+    order, size = np.argsort(destination, kind="stable"), np.bincount(destination)
     first, found = np.cumsum(size) - size, np.empty((2, edges), np.int64)
-    for begin in range(0, edges, PIECE):
-        ends = found[:, begin : begin + PIECE]
+    for ends in np.split(found, range(PIECE, edges, PIECE), axis=1):
         count = ends.shape[1]
         ends[0] = rng.integers(len(source), size=count)
         anyone = destination[rng.integers(len(destination), size=count)]
@@ -138,17 +133,14 @@ def _simple(pairs: Array, undirected: bool = False) -> Array:
 
 
 def _write(path: Path, content: Any) -> None:
-    """Text or a table, compressed if the name says so; integers, or three decimals."""
+    """Arrays by name, or a table, compressed if the name says so: of text, integers, or three decimals."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
         np.savez(path, **content)
         return
+    table = np.atleast_1d(content)
     with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else path.open("wb") as file:
-        if isinstance(content, str):
-            file.write(content.encode())
-        else:
-            table = np.atleast_1d(content)
-            np.savetxt(file, table, fmt="%.3f" if table.dtype.kind == "f" else "%d", delimiter=",")
+        np.savetxt(file, table, fmt="%.3f" if table.dtype.kind == "f" else "%s", delimiter=",")
 
 
 main = program("planted", write_planted, __doc__)

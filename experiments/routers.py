@@ -8,7 +8,7 @@ K = 1, a shared expert, a dense start, a router in each layer.
 
 from __future__ import annotations
 
-import copy
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import gmoe
 from experiments.benchmark.measure import take_turns
-from experiments.benchmark.swap import switched_off, switches
 from experiments.build import build_model, example, make_fabric
 from experiments.config import GraphConfig, RouterOptions, RunConfig
 from experiments.data import Task, load_tasks
 from experiments.loop import Training, set_up
 from experiments.presets import ARXIV, DIGITS, DIGITS_GRAPH, GRAPH, MINESWEEPER, MOSAIC, TEN
+from experiments.routing_stats import noting_added, switched_off, switches
 from experiments.run_folder import spread
 from experiments.studies import SMALL_VIT
 
@@ -111,19 +112,14 @@ def routed_part(config: RunConfig, task: Task, seed: int) -> tuple[float, list[f
     the norm of what they add over that of the layer's output."""
     model = build_model(config, task)
     model.load_state_dict(load_file(config.folder() / f"seed-{seed}" / "checkpoint" / "best.safetensors"))
-    compared = copy.deepcopy(model)
-    sums = {layer: [0.0, 0.0] for layer in switches(compared)}
+    sums = defaultdict[nn.Module, list[float]](lambda: [0.0, 0.0])
 
-    def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-        off = switched_off(layer).forward(*args, **kwargs)
-        y, without = (out[0] if isinstance(out, tuple) else out for out in (output, off))
-        for place, value in enumerate((y - without, y)):
-            sums[layer][place] += float(value.double().square().sum())
+    def count(layer: nn.Module, *values: Tensor) -> None:
+        for place, value in enumerate(values):
+            sums[layer][place] += float(value.square().sum())
 
-    for layer in sums:
-        layer.register_forward_hook(compare, with_kwargs=True)
     off = 0.0
-    for tested in (compared, switched_off(model)) if sums else ():
+    for tested in (noting_added(model, count), switched_off(model)) if switches(model) else ():
         with set_up(make_fabric(config), tested, config, task) as training:
             off, _ = training.evaluate("test")
     return off, [(added / whole) ** 0.5 for added, whole in sums.values()]

@@ -1,18 +1,22 @@
-"""What a run says about its routing, and what the routing follows. Shapes: T tokens, E experts, P pairs, N nodes."""
+"""What routing follows, and what routed experts add. Shapes: T tokens, E experts, P pairs, N nodes."""
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.utils import degree, remove_self_loops, scatter
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
+from experiments.build import SoftMLP
 from experiments.data import Task
-from gmoe import Routing, RoutingStats
+from gmoe import MoE, MoEConv, Routing, RoutingStats
 from gmoe.metrics import PER_EXPERT
 
 BINS = 8
@@ -112,3 +116,32 @@ def ami(assignment: Tensor, value: Tensor) -> float:
     if len(assignment.unique()) < 2 or len(value.unique()) < 2:
         return 0.0
     return float(adjusted_mutual_info_score(assignment.numpy(), value.numpy()))
+
+
+def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
+    """By layer of experts what starts at zero in it: of a conv the gain, of MLPs their last layers."""
+    found: dict[Any, Any] = {layer: [layer.gain] for layer in model.modules() if isinstance(layer, MoEConv)}
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, MoE | SoftMLP)]
+    return found | {layer: list(layer.experts.down.parameters()) for layer in layers}
+
+
+def switched_off(model: Any) -> Any:
+    """A copy whose routed experts give zero, as they did at the start."""
+    copied = copy.deepcopy(model)
+    for part in itertools.chain(*switches(copied).values()):
+        nn.init.zeros_(part)
+    return copied
+
+
+def noting_added(model: Any, note: Callable[[nn.Module, Tensor, Tensor], None]) -> Any:
+    """A copy that calls ``note`` for each layer of experts: with what these add to its output, and the output."""
+
+    def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+        off = switched_off(layer).forward(*args, **kwargs)
+        y, without = (out[0] if isinstance(out, tuple) else out for out in (output, off))
+        note(layer, (y - without).double(), y.double())
+
+    copied = copy.deepcopy(model)
+    for layer in switches(copied):
+        layer.register_forward_hook(compare, with_kwargs=True)
+    return copied

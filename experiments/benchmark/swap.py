@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 import gmoe
 from experiments.benchmark.measure import Benchmark, take_turns
-from experiments.build import SoftMLP, build_model, init_centroids, make_fabric
+from experiments.build import build_model, init_centroids, make_fabric
 from experiments.config import GraphConfig, ImageConfig, RouterOptions
 from experiments.data import Split, load_tasks
 from experiments.files import read_json
 from experiments.loop import Progress, attention_kernel, fit, make_optimizer, set_up
 from experiments.presets import CORA, GRAPH, MOSAIC, TEN
+from experiments.routing_stats import noting_added, switched_off, switches
 from experiments.run_folder import environment, write_json
 from experiments.studies import SHARED, SMALL_VIT
 from gmoe._checks import check_choice, check_counts
@@ -255,8 +256,6 @@ class SwapBenchmark(Benchmark):
     """What is trained beside `dense` and `moe`, where a row has it. `moe-off` is read off `moe`."""
     seeds: int = 10
     """Seeds at most; images have 3."""
-    epochs: int | None = None
-    """Epochs in place of the rows' own."""
     threads: int = 1
     repeats: int = 15
     """Timed steps of each arm, after three that are not; 0 takes no times."""
@@ -274,27 +273,22 @@ class SwapBenchmark(Benchmark):
         with FileLock(self.json.with_suffix(".lock"), timeout=0):  # two processes would overwrite each other's runs
             found = read_json(self.json, dict[str, Any])["variants"] if self.json.exists() else {}
             for name in self.rows:
-                (problem, config, arms), row = self._row(name), found.setdefault(name, {"runs": {}})
+                (problem, config, others), row = ROWS[name], found.setdefault(name, {"runs": {}})
+                root = self.data_root / config.data_root
+                config = replace(config, data_root=root, offline=self.offline, device=self.device)
+                arms: list[Arm] = ["dense", "moe", *(arm for arm in others if arm in self.arms)]
                 for seed, arm in itertools.product(config.seeds[: self.seeds], arms):
                     runs = row["runs"].setdefault(arm, [])
-                    if any((run["seed"], run["epochs"]) == (seed, config.epochs) for run in runs):
+                    if seed in [run["seed"] for run in runs]:
                         continue
-                    part = self.json.with_suffix("") / f"{name}-{arm}-{seed}-{config.epochs}"
-                    run = train_arm(problem(config, seed), arm, width_of(arm, name, config), part)
-                    row["runs"][arm] = [*(other for other in runs if other["seed"] != seed), run]
+                    part = self.json.with_suffix("") / f"{name}-{arm}-{seed}"
+                    runs.append(train_arm(problem(config, seed), arm, width_of(arm, name, config), part))
                     write_json(self.json, self.content(found))
                     shutil.rmtree(part, ignore_errors=True)
                 if self.repeats and not row.get("time"):
                     row["time"] = step_times(name, config, self.repeats)
                     write_json(self.json, self.content(found))
         return found
-
-    def _row(self, name: str) -> tuple[type[Problem], Config, list[Arm]]:
-        """As in ``ROWS``, with the options of the command line."""
-        problem, config, arms = ROWS[name]
-        root, epochs = self.data_root / config.data_root, config.epochs if self.epochs is None else self.epochs
-        config = replace(config, data_root=root, epochs=epochs, offline=self.offline, device=self.device)
-        return problem, config, ["dense", "moe", *(arm for arm in arms if arm in self.arms)]
 
 
 def train_arm(problem: Problem, arm: Arm, width: int, folder: Path) -> dict[str, Any]:
@@ -317,35 +311,11 @@ def train_arm(problem: Problem, arm: Arm, width: int, folder: Path) -> dict[str,
     return result
 
 
-def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
-    """By layer of experts what starts at zero in it: of a conv the gain, of MLPs their last layers."""
-    found: dict[Any, Any] = {layer: [layer.gain] for layer in model.modules() if isinstance(layer, gmoe.MoEConv)}
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, gmoe.MoE | SoftMLP)]
-    return found | {layer: list(layer.experts.down.parameters()) for layer in layers}
-
-
-def switched_off(model: Any) -> Any:
-    """A copy whose routed experts give zero, as they did at the start."""
-    copied = copy.deepcopy(model)
-    for part in itertools.chain(*switches(copied).values()):
-        nn.init.zeros_(part)
-    return copied
-
-
 def routed_part(model: nn.Module, forward: Callable[[Any], Any]) -> dict[str, list[float]]:
     """What the routed experts do in evaluation: by layer ``share``, the norm of what they add over that of the output;
     by decision of a router ``live``, how many of them take more than 1 % of the tokens."""
     share: list[float] = []
-
-    def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-        off = switched_off(layer).forward(*args, **kwargs)
-        y, without = (out[0] if isinstance(out, tuple) else out for out in (output, off))
-        share.append(float((y - without).double().norm() / y.double().norm()))
-
-    compared = copy.deepcopy(model)
-    for layer in switches(compared):
-        layer.register_forward_hook(compare, with_kwargs=True)
-    evaluated(forward, compared)
+    evaluated(forward, noting_added(model, lambda _, added, y: share.append(float(added.norm() / y.norm()))))
     with gmoe.record_routing(model) as routings:
         evaluated(forward, model)
     live = [float((routing.load > 0.01 * routing.num_tokens).sum()) for routing in routings]

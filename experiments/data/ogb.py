@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch_geometric.data import Data, HeteroData
@@ -33,41 +36,29 @@ RELATIONS = (
 )
 """Of ogbn-mag: source, relation, destination. Papers alone have features, labels and a split."""
 
-URL = "http://snap.stanford.edu/ogb/data/nodeproppred"
-LARGE = 1.0  # gigabytes above which a download needs allow_large_downloads; ogb's own limit
+MEGABYTES = {"ogbn-arxiv": 80, "ogbn-products": 1_380, "ogbn-proteins": 210, "ogbn-mag": 400}
+"""The data sets, and the sizes of their zip files."""
 
 
-class Published(NamedTuple):
-    """What OGB's table says of a data set: the zip file and its size in GB, the official split, labels of a node."""
-
-    archive: str
-    version: int
-    gigabytes: float
-    split: str
-    classes: int
-    tasks: int
-    both_ways: bool  # each edge is stored once, and stands for both directions
-
-
-OGB: dict[str, Published] = {
-    "ogbn-arxiv": Published("arxiv", 1, 0.08, "time", 40, 1, False),
-    "ogbn-products": Published("products", 1, 1.38, "sales_ranking", 47, 1, True),
-    "ogbn-proteins": Published("proteins", 1, 0.21, "species", 2, 112, True),
-    "ogbn-mag": Published("mag", 2, 0.40, "time/paper", 349, 1, False),
-}
+def published(name: str) -> Any:
+    """What ogb's own table says of a data set, as text; ogb is not imported."""
+    table = distribution("ogb").locate_file("ogb/nodeproppred/master.csv")
+    return pd.read_csv(str(table), index_col=0, dtype=str)[name]
 
 
 def files_of(name: str) -> dict[Any, str]:
     """The files that are read, by what they hold; relations have two, and proteins the features of edges."""
-    paper = "{0}/paper/{0}" if name == "ogbn-mag" else "{0}"
+    said, mag = published(name), name == "ogbn-mag"
+    raw = "raw/{0}/paper/{0}.csv.gz" if mag else "raw/{0}.csv.gz"
+    split = f"split/{said['split']}/paper" if mag else f"split/{said['split']}"
     found: dict[Any, str] = {
-        "release": f"RELEASE_v{OGB[name].version}.txt",
-        "x": "raw/edge-feat.csv.gz" if name == "ogbn-proteins" else f"raw/{paper.format('node-feat')}.csv.gz",
-        "y": f"raw/{paper.format('node-label')}.csv.gz",
-        "nodes": f"raw/num-node-{'dict' if name == 'ogbn-mag' else 'list'}.csv.gz",
+        "release": f"RELEASE_v{said['version']}.txt",
+        "x": raw.format("edge-feat" if name == "ogbn-proteins" else "node-feat"),
+        "y": raw.format("node-label"),
+        "nodes": f"raw/num-node-{'dict' if mag else 'list'}.csv.gz",
     }
-    found |= {part: f"split/{OGB[name].split}/{'valid' if part == 'val' else part}.csv.gz" for part in get_args(Split)}
-    for relation in RELATIONS if name == "ogbn-mag" else ("",):
+    found |= {part: f"{split}/{part.replace('val', 'valid')}.csv.gz" for part in get_args(Split)}
+    for relation in RELATIONS if mag else ("",):
         folder = f"raw/relations/{'___'.join(relation)}" if relation else "raw"
         found[relation, "edge"], found[relation, "edges"] = f"{folder}/edge.csv.gz", f"{folder}/num-edge-list.csv.gz"
     return found
@@ -80,9 +71,9 @@ def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downlo
     ``edge_attr`` over the edges of a node. ogbn-mag is a ``HeteroData`` whose papers alone have ``x`` and ``y``.
     Missing files that may not or cannot be downloaded are a ``FileNotFoundError``, broken ones a ``ValueError``.
     """
-    check(name in OGB, "name", repr(name), f"one of {', '.join(OGB)}; ogbn-papers100M stays on disk")
-    folder, published = provide(name, root.expanduser(), offline, allow_large_downloads), OGB[name]
-    hetero, single = name == "ogbn-mag", published.tasks == 1
+    check(name in MEGABYTES, "name", repr(name), f"one of {', '.join(MEGABYTES)}; ogbn-papers100M stays on disk")
+    folder = provide(name, root.expanduser(), offline, allow_large_downloads)
+    hetero, tasks = name == "ogbn-mag", int(published(name)["num tasks"])
     if (folder / "PLANTED.txt").exists():
         print(f"{name}: a planted graph, not OGB's ({folder / 'PLANTED.txt'})", flush=True)
     found = _tensors(name, folder)
@@ -95,25 +86,24 @@ def load_ogb(name: str, root: Path, *, offline: bool = False, allow_large_downlo
         data=data,
         splits=lambda _: found["split"],
         metric=partial(OGBMetric, name),
-        metric_name="accuracy" if single else "roc_auc",
-        num_outputs=published.classes if single else published.tasks,
+        metric_name="accuracy" if tasks == 1 else "roc_auc",
+        num_outputs=int(published(name)["num classes"]) if tasks == 1 else tasks,
         target="paper" if hetero else None,
     )
 
 
 def provide(name: str, root: Path, offline: bool, allow_large_downloads: bool) -> Path:
     """The data set's folder, with all its files; a zip file that lies in ``root`` is taken in place of a download."""
-    folder, (archive, _, gigabytes) = root / name.replace("-", "_"), OGB[name][:3]
+    folder, megabytes, said = root / name.replace("-", "_"), MEGABYTES[name], published(name)
     if not any(path.is_file() for path in folder.rglob("*")):
         from vision.images import unpacked
 
-        fits = offline or allow_large_downloads or gigabytes <= LARGE or (root / f"{archive}.zip").exists()
-        check(fits, name, f"no {folder}", f"OGB's {archive}.zip ({gigabytes} GB) in {root}, or --allow-large-downloads")
+        archive = Path(said["url"]).name
+        fits = offline or allow_large_downloads or megabytes <= 1_000 or (root / archive).exists()  # as ogb
+        check(fits, name, f"no {folder}", f"OGB's {archive} ({megabytes} MB) in {root}, or --allow-large-downloads")
         shutil.rmtree(folder, ignore_errors=True)  # without a file in it, as ogb leaves it where a download failed
-        url = f"{URL}/{archive}.zip"
-        unpacked(name, root, offline, folder.name, url, None, round(1000 * gigabytes), inside=archive)
-    missing = [file for file in files_of(name).values() if not (folder / file).is_file()]
-    if missing:
+        unpacked(name, root, offline, folder.name, said["url"], None, megabytes, inside=said["download_name"])
+    if missing := [file for file in files_of(name).values() if not (folder / file).is_file()]:
         raise FileNotFoundError(f"{name}: {', '.join(missing)} missing in {folder}; put them there, or move it away")
     return folder
 
@@ -139,49 +129,40 @@ def _tensors(name: str, folder: Path) -> dict[str, Any]:
 
 def _read(name: str, files: dict[Any, Path]) -> dict[str, Any]:
     """``graph``, of ogbn-mag by node type and relation, and ``split``: each (labeled) node in one part at most."""
-    classes, tasks, both_ways = OGB[name][4:7]
+    classes, tasks, both_ways = published(name)[["num classes", "num tasks", "add_inverse_edge"]]
+    graph: dict[Any, Any] = {}
     if name == "ogbn-mag":
-        counts = {str(kind): int(column[0]) for kind, column in sorted(read_csv(files["nodes"]).items())}
-        nodes = counts["paper"]
-    else:
-        nodes = int(_table(files["nodes"], 1, (sys.maxsize,)))
-    y = _table(files["y"], nodes, (classes,) * tasks)
-    graph: dict[Any, Any] = {"y": y.view(-1) if tasks == 1 else y.float()}
+        graph = {str(kind): {"num_nodes": int(column[0])} for kind, column in sorted(read_csv(files["nodes"]).items())}
+    nodes = graph["paper"]["num_nodes"] if graph else int(_table(files["nodes"], 1, [sys.maxsize]))
+    for relation in RELATIONS if graph else ("",):
+        ends = [graph[kind]["num_nodes"] for kind in (relation[0], relation[2])] if relation else [nodes, nodes]
+        number = int(_table(files[relation, "edges"], 1, [sys.maxsize]))
+        graph[relation] = {"edge_index": _table(files[relation, "edge"], number, ends).t().contiguous()}
+    x = _table(files["x"], number if name == "ogbn-proteins" else nodes)
+    y = _table(files["y"], nodes, [int(classes)] * int(tasks))
+    y = y.view(-1) if tasks == "1" else y.float()
     if name == "ogbn-mag":
-        papers = {"x": _table(files["x"], nodes), **graph}
-        graph = {kind: {"num_nodes": count} for kind, count in counts.items()}
-        graph["paper"] |= papers
-        for relation in RELATIONS:
-            graph[relation] = {"edge_index": _edges(files, relation, counts[relation[0]], counts[relation[2]])}
+        graph["paper"] |= {"x": x, "y": y}
     else:
-        graph["edge_index"] = _edges(files, "", nodes, nodes)
-        rows = graph["edge_index"].size(1) if name == "ogbn-proteins" else nodes
-        graph["x"] = _table(files["x"], rows)
-    if both_ways:  # each edge is followed by its reverse, as ogb has it
+        graph = {"y": y, **graph[""], "x": x}
+    if both_ways == "True":  # each edge is followed by its reverse, as ogb has it
         graph["edge_index"] = torch.stack([graph["edge_index"], graph["edge_index"].flip(0)], dim=-1).view(2, -1)
     if name == "ogbn-proteins":
-        graph["edge_attr"] = graph["x"].repeat_interleave(2, dim=0)
+        graph["edge_attr"] = x.repeat_interleave(2, dim=0)
         graph["x"] = scatter(graph["edge_attr"], graph["edge_index"][1], dim_size=nodes, reduce="mean")
-    split: Splits = {part: _table(files[part], None, (nodes,)).view(-1) for part in get_args(Split)}
+    split: Splits = {part: _table(files[part], None, [nodes]).view(-1) for part in get_args(Split)}
     twice = torch.cat([*split.values()]).bincount()
     check(twice.max() < 2, str(files["train"].parent), f"node {int(twice.argmax())} twice", "each at most once")
     return {"graph": graph, "split": split}
 
 
-def _edges(files: dict[Any, Path], of: Any, *below: int) -> Tensor:
-    """(2, edges) as stored."""
-    edges = int(_table(files[of, "edges"], 1, (sys.maxsize,)))
-    return _table(files[of, "edge"], edges, below).t().contiguous()
-
-
-def _table(path: Path, rows: int | None, below: tuple[int, ...] | None = None) -> Tensor:
+def _table(path: Path, rows: int | None, below: Sequence[int] | None = None) -> Tensor:
     """(rows, columns) float32; or int64 from 0 to what each column stays ``below``."""
     values = read_csv(path, header=None, dtype=np.float64).to_numpy()
     low, high = values.min(axis=0), values.max(axis=0)  # NaN where there is one
     legal = rows in (None, len(values)) and bool(np.isfinite([low, high]).all())
-    wanted = "finite numbers"
+    wanted = "finite numbers" if below is None else f"{len(below)} whole numbers from 0 to {max(below) - 1}"
     if below is not None:
-        wanted = f"{len(below)} whole numbers from 0 to {max(below) - 1}"
         legal &= len(low) == len(below) and bool(((low >= 0) & (high < below)).all() and (values % 1 == 0).all())
     got = f"{len(values)} rows of {len(low)} numbers from {low.min():g} to {high.max():g}"
     check(legal, str(path), got, f"{'any' if rows is None else rows} rows of {wanted}")

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from experiments.config import PAPERS, STORED
 from experiments.convert import convert
-from experiments.data.ogb import OGB
+from experiments.data.ogb import MEGABYTES
 from experiments.planted import write_planted
 
-NAMES = tuple(OGB)
+NAMES = tuple(MEGABYTES)
 NODES, EDGES, CLASSES = 200, 600, 7
 
 

@@ -133,7 +133,6 @@ def test_parts_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (f"{CONV} --conv nothing", "conv: got 'nothing'"),
         ("swap --rows nothing", "rows: got 'nothing', expected one of 'cora-gcn'"),
         ("swap --seeds 0", "seeds: got 0, expected at least 1"),
-        ("swap --rows mosaic --epochs 0", "epochs: got 0, expected at least 1"),
         ("swap --rows facebook-sage --offline --data-root nowhere", "facebook.npz, which does not exist"),
     ],
 )

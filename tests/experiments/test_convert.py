@@ -209,7 +209,7 @@ convert.main()
 """
 
 
-@pytest.mark.parametrize("stage", ["sorted_keys", "finite", "described", "rename"])
+@pytest.mark.parametrize("stage", ["sorted_keys", "write_features", "described", "rename"])
 def test_a_killed_conversion_leaves_nothing_that_opens(stage: str, tmp_path: Path) -> None:
     np.save(tmp_path / "e.npy", EDGES)
     np.save(tmp_path / "x.npy", np.ones((NODES, 2)))

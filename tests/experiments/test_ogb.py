@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.datasets import utils
 
 from experiments.data import ogb
-from experiments.data.ogb import OGB, OGBMetric, files_of, load_ogb
+from experiments.data.ogb import OGBMetric, files_of, load_ogb
 from tests.experiments.ogb_data import NAMES, NODES, numbers, plant, write
 from tests.experiments.user_data import Evil
 
@@ -54,7 +54,7 @@ def test_plain_sets_are_what_ogb_reads(name: str, root: Path) -> None:
     for part, index in graph.splits(3).items():
         assert index.tolist() == numbers(file(name, root, part)).ravel().tolist()
     assert graph.num_outputs == {"ogbn-arxiv": 40, "ogbn-products": 47, "ogbn-proteins": 112}[name]
-    (theirs,) = read_graph_pyg.read_graph_pyg(raw, add_inverse_edge=OGB[name].both_ways, additional_node_files=[])
+    (theirs,) = read_graph_pyg.read_graph_pyg(raw, add_inverse_edge=name != "ogbn-arxiv", additional_node_files=[])
     assert torch.equal(data.edge_index, theirs.edge_index)
     assert torch.equal(data.y, torch.from_numpy(numbers(file(name, root, "y"))).to(data.y).view_as(data.y))
     if name != "ogbn-proteins":
@@ -76,6 +76,7 @@ def test_mag_is_what_ogb_reads(root: Path) -> None:
     assert_same(graph.data.edge_index_dict, dict(theirs.edge_index_dict))
     assert_same(graph.data.x_dict, dict(theirs.x_dict))
     assert graph.data["paper"].y.tolist() == numbers(file("ogbn-mag", root, "y")).ravel().tolist()
+    assert files_of("ogbn-mag")["val"] == "split/time/paper/valid.csv.gz"
 
 
 @pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-mag"])
@@ -164,7 +165,7 @@ def test_a_download_is_announced_and_leaves_one_folder(
     assert f"ogbn-arxiv: downloading 80 MB to {root}" in capsys.readouterr().out
     assert sorted(root.iterdir()) == [root / "ogbn_arxiv"]
     assert_same(tensors("ogbn-arxiv", root), tensors("ogbn-arxiv", templates))
-    with pytest.raises(ValueError, match=r"products.zip \(1.38 GB\) .*or --allow-large-downloads"):
+    with pytest.raises(ValueError, match=r"products.zip \(1380 MB\) .*or --allow-large-downloads"):
         load_ogb("ogbn-products", root)
     assert load_ogb("ogbn-products", root, allow_large_downloads=True).data.num_nodes == NODES
 
