@@ -40,7 +40,15 @@ MAINS: dict[str, Any] = {
         ("sweep grid --preset corra", "preset: got 'corra', expected one of digits"),
         ("sweep grid --preset digits --experts 2 --ks 1 3", "ks: got (1, 3), expected"),
         ("benchmark cov", "benchmark: got 'cov', expected one of conv, ffn"),
+        ("benchmark train --presets nothing", "presets: got 'nothing', expected one of 'digits'"),
+        ("benchmark conv --repeats 0", "repeats: got 0, expected at least 1"),
+        ("benchmark conv --conv nothing", "conv: got 'nothing'"),
+        ("benchmark swap --rows nothing", "rows: got 'nothing', expected one of 'cora-gcn'"),
+        ("benchmark swap --seeds 0", "seeds: got 0, expected at least 1"),
+        ("benchmark swap --rows mosaic --epochs 0", "epochs: got 0, expected at least 1"),
+        ("benchmark swap --rows facebook-sage --offline", "facebook.npz, which does not exist"),
         ("report run --ou x", "--out PATH"),
+        ("report nowhere --out report", "nowhere"),
         ("patches run --images x --ou y", "--out PATH"),
         ("train digits-graph --lr 1e30 --clip-norm 1 --router dense", "loss: got nan in epoch"),
         ("train digits-graph --lr -1", "lr: got -1.0, expected at least 0"),
@@ -96,7 +104,7 @@ def test_what_is_refused_is_named_in_one_line(
     name, *args = command.replace("OWN", own_parts.__name__).split()
     args[1:1] = QUICK if name == "train" else []
     assert message in refused(args, capsys, MAINS[name])
-    assert "epoch" in message or not list(tmp_path.rglob("config.json"))
+    assert "epoch" in message or not [*tmp_path.rglob("config.json"), *tmp_path.rglob("*.html")]
 
 
 @pytest.mark.parametrize("command", [*(f"{name} --help" for name in MAINS), "train cora --help", "train cora --k 0"])

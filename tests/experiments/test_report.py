@@ -118,11 +118,6 @@ def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "Not drawn" in words_of(tmp_path / "report" / "index.html")
 
 
-def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nowhere" in refused([str(tmp_path / "nowhere"), "--out", str(tmp_path / "report")], capsys, main)
-    assert not (tmp_path / "report").exists()
-
-
 def test_text_is_escaped(tmp_path: Path) -> None:
     page = Page()
     page.heading("a < b & c")

@@ -13,11 +13,11 @@ import torch
 from torch.utils.data import get_worker_info
 
 from experiments.config import PAPERS, STORED, GraphConfig
-from experiments.convert import main as convert
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
 from tests.experiments.command import QUICK, quick, run_until
 from tests.experiments.ogb_data import plant_papers
+from tests.experiments.test_convert import run
 from tests.experiments.test_resume import assert_same
 
 SMALL = ("--hidden", "16", "--experts", "2", "--batch-size", "400", "--fanout", "5", "3", "2")
@@ -71,17 +71,9 @@ def own(tmp_path: Path) -> Path:
     """A folder converted from arrays: a class a third, which features tell."""
     rng, nodes = np.random.default_rng(0), 300
     y = np.arange(nodes) % 3
-    arrays = {
-        "edges": rng.integers(nodes, size=(2, 900)),
-        "x": rng.standard_normal((nodes, 3)) + 4 * np.eye(3)[y],
-        "y": y,
-        **dict(zip(("train", "val", "test"), np.split(rng.permutation(nodes), [180, 240]), strict=True)),
-    }
-    for name, array in arrays.items():
-        np.save(tmp_path / f"{name}.npy", array)
-    options = [text for name in list(arrays)[1:] for text in (f"--{name}", str(tmp_path / f"{name}.npy"))]
-    convert([str(tmp_path / "edges.npy"), *options, "--directed", "--to", str(tmp_path / "own")])
-    return tmp_path / "own"
+    edges, x = rng.integers(nodes, size=(2, 900)), rng.standard_normal((nodes, 3)) + 4 * np.eye(3)[y]
+    parts: Any = dict(zip(("train", "val", "test"), np.split(rng.permutation(nodes), [180, 240]), strict=True))
+    return run(tmp_path, edges, x=x, y=y, **parts, directed=True)
 
 
 def test_the_preset_graph_takes_a_folder_of_ones_own(own: Path, tmp_path: Path) -> None:

@@ -60,12 +60,6 @@ def test_the_test_set_is_read_once_at_the_best_validation_epoch(
     assert (result["best_epoch"], result["val"]) == (val.index(max(val)), max(val))
 
 
-@pytest.mark.parametrize("router", ["dense", "expert_choice", "attention_vote", "multi_centroid"])
-def test_a_run_is_the_same_twice(tmp_path: Path, router: str) -> None:
-    first, second = (quick(tmp_path / n, "--router", router, "--epochs", "1", preset="digits") for n in "ab")
-    assert (first["val"], first["test"]) == (second["val"], second["test"])
-
-
 def test_kmeans_finds_the_regions_before_any_training(tmp_path: Path) -> None:
     args = ("--router", "multi_centroid", "--shared-router", "--kmeans-init", "--num-centroids", "1")
     assert quick(tmp_path, *args, preset="mosaic")["routing"][0]["nmi"]["mean"] > 0.9
