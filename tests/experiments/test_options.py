@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments import patches, sweep, train
+from experiments import advise, patches, sweep, train
 from experiments.benchmark.__main__ import main as benchmark_main
 from experiments.report import main as report_main
 from tests.experiments import own_parts
@@ -18,6 +18,7 @@ from tests.experiments.command import QUICK, refused
 
 ROOT = Path(__file__).parents[2]
 MAINS: dict[str, Any] = {
+    "advise": advise.main,
     "benchmark": benchmark_main,
     "patches": patches.main,
     "report": report_main,
@@ -47,6 +48,13 @@ MAINS: dict[str, Any] = {
         ("benchmark swap --seeds 0", "seeds: got 0, expected at least 1"),
         ("benchmark swap --rows mosaic --epochs 0", "epochs: got 0, expected at least 1"),
         ("benchmark swap --rows facebook-sage --offline", "facebook.npz, which does not exist"),
+        ("sweep routers --columns cora", "columns: got cora, expected some of"),
+        ("sweep routers --rows oracle", "rows: got oracle, expected some of"),
+        ("advise corra --out out", "preset: got 'corra', expected one of"),
+        ("advise ogbn-mag --out out", "preset: got 'ogbn-mag'"),
+        ("advise digits --metric roc_auc --out out", "metric: got 'roc_auc' for digits"),
+        ("advise digits --budget 0 --out out", "budget: got 0.0, expected minutes above 0"),
+        ("advise graph --data-root nowhere.npz --out out", "nowhere.npz"),
         ("report run --ou x", "--out PATH"),
         ("report nowhere --out report", "nowhere"),
         ("patches run --images x --ou y", "--out PATH"),
@@ -76,6 +84,8 @@ MAINS: dict[str, Any] = {
             "train ogbn-papers100M --data-root none",
             "--from none --to none/ogbn_papers100M_stored --half",
         ),
+        ("train graph --features x.npy", "features: got 'x.npy', expected none for graph"),
+        ("train ogbn-papers100M --features x.npy", "features: got 'x.npy', expected none for ogbn-papers100M"),
         # your own
         ("train digits-graph --router nobodys:Router", "router: got 'nobodys:Router', which cannot be imported"),
         ("train digits-graph --router OWN:Nothing", "own_parts:Nothing', which cannot be imported"),

@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.config import RunConfig
+from experiments.config import PAPERS, RunConfig
 from experiments.data import Task
 from experiments.loop import Training, run, train_seed
 from experiments.run_folder import read_run
 from experiments.train import main, parse
 from tests.experiments.command import QUICK, quick, refused, rows, run_until
+from tests.experiments.ogb_data import plant_papers
 from tests.vision.made_images import write_images
 
 TINY = ("--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--layers", "2", "--batch-size", "8")
@@ -37,6 +38,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "parts": ("digits-graph", "--sampling", "random_node", "--batch-size", "300", "--evaluation", "sampled"),
     "images": ("digits", "--router", "token_choice", "--balance", "bias", "--dropout", "0.1", *SMALL),
     "folder": ("images", "--router", "token_choice", *TINY, *AUGMENTED),
+    "stored": (PAPERS, "--hidden", "16", "--experts", "2", "--batch-size", "40", "--fanout", "5", "3", "2"),
 }  # fmt: skip
 """One batch an epoch (graph, choice), or several; everything that draws or remembers."""
 
@@ -61,6 +63,8 @@ def test_a_run_stopped_three_times_equals_one_in_one_go(
     preset, *args = RUNS[name]
     if preset == "images":
         args += ["--data-root", str(write_images(tmp_path / "data"))]
+    if preset == PAPERS:
+        args += ["--data-root", str(plant_papers(tmp_path / "data", nodes=3_000, edges=20_000).parent)]
     whole, cut = quick(tmp_path / "whole", *args, preset=preset), tmp_path / "cut off"
     assert whole["steps"] == 1 or whole["steps"] > 2
     command = [preset, *QUICK, *args, "--seeds", "0", "--out", str(cut)]

@@ -76,15 +76,6 @@ def test_another_recipe_is_refused(
     assert "hidden=8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("option", "name"), [("--columns", "cora"), ("--rows", "oracle")])
-def test_unknown_names_are_refused(
-    sweep: Callable[..., None], option: str, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        sweep(option, name)
-    assert f"{option[2:]}: got {name}, expected some of" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("row", ["token-choice", "soft-slots"])
 def test_experts_that_were_not_trained_add_nothing(row: str, tmp_path: Path) -> None:
     """At a learning rate of 0 their share is 0, and the test set says the same without them."""

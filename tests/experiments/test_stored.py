@@ -1,4 +1,4 @@
-"""Training on a graph that stays on disk: batches are the graph's, what needs memory is refused, runs resume."""
+"""Training on a graph that stays on disk: batches are the graph's, what needs memory is refused."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ from torch.utils.data import get_worker_info
 from experiments.config import PAPERS, STORED, GraphConfig
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
-from tests.experiments.command import QUICK, quick, run_until
+from tests.experiments.command import quick
 from tests.experiments.ogb_data import plant_papers
 from tests.experiments.test_convert import run
-from tests.experiments.test_resume import assert_same
-
-SMALL = ("--hidden", "16", "--experts", "2", "--batch-size", "400", "--fanout", "5", "3", "2")
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +34,10 @@ def config_of(root: Path, **change: Any) -> GraphConfig:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_has_every_training_node_once(root: Path, workers: int) -> None:
+def test_an_epoch_has_every_training_node_once(root: Path, workers: int, capsys: Any) -> None:
     assert get_worker_info() is None
     task = load_tasks(config_of(root, workers=workers))(0)
+    assert "a planted graph, not OGB's" in capsys.readouterr().out
     assert task.split is not None
     y = np.load(root / STORED / "y.npy")
     seen = torch.cat([batch.target for batch in task.loader("train", 300, 1)])
@@ -47,17 +45,6 @@ def test_an_epoch_has_every_training_node_once(root: Path, workers: int) -> None
     assert [batch.target.tolist() for batch in task.loader("train", 300, 1)] != [
         batch.target.tolist() for batch in task.loader("train", 300, 2)
     ]
-
-
-def test_a_run_that_was_stopped_equals_one_in_one_go(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = ("--data-root", str(root), *SMALL)
-    assert quick(tmp_path / "whole", *args, preset=PAPERS)["config"]["dataset"] == PAPERS
-    assert "a planted graph, not OGB's" in capsys.readouterr().out
-    run_until(2, [PAPERS, *QUICK, *args, "--seeds", "0", "--out", str(tmp_path / "cut")])
-    quick(tmp_path / "cut", *args, "--resume", preset=PAPERS)
-    assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_what_needs_memory_is_refused_by_name(root: Path) -> None:
