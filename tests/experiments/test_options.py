@@ -80,10 +80,7 @@ MAINS: dict[str, Any] = {
         ("train cora --offline --data-root none", "ind.cora.x"),
         ("train graph --data-root none.npz", "none.npz, which does not exist"),
         ("train hetero", "data: got None for hetero"),
-        (
-            "train ogbn-papers100M --data-root none",
-            "--from none --to none/ogbn_papers100M_stored --half",
-        ),
+        ("train ogbn-papers100M --data-root none", "--from none --to none/ogbn_papers100M_stored --half"),
         ("train graph --features x.npy", "features: got 'x.npy', expected none for graph"),
         ("train ogbn-papers100M --features x.npy", "features: got 'x.npy', expected none for ogbn-papers100M"),
         # your own

@@ -116,11 +116,7 @@ def test_datasets_of_pil_images() -> None:
         ((FakeData(0), FakeData(0)), IMAGES, "data: train is a FakeData that cannot be taken"),
         ((make_images(), make_images(9, size=6)), IMAGES, "data: test: got images of another size"),
         ((make_images(6, 2), make_images(6, 2)), IMAGES, r"data: train: got images .*\(6, 2, 8, 8\)"),
-        (
-            (make_images(), (make_images(9)[0], torch.full((9,), 3))),
-            IMAGES,
-            "data: test: got labels that train",
-        ),
+        ((make_images(), (make_images(9)[0], torch.full((9,), 3))), IMAGES, "data: test: got labels that train"),
         (((make_images()[0], np.ones(24)), make_images()), IMAGES, "data: train: got labels torch.float64"),
     ],
 )

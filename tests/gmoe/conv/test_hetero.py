@@ -12,15 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 
-from gmoe import (
-    ROUTERS,
-    Graph,
-    HeteroMoEConv,
-    RelationalConv,
-    TokenChoice,
-    active_parameters,
-    count_flops,
-)
+from gmoe import ROUTERS, Graph, HeteroMoEConv, RelationalConv, TokenChoice, active_parameters, count_flops
 from tests.gmoe.conv.hetero_reference import (
     COUNTS,
     METADATA,

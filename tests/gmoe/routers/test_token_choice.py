@@ -117,3 +117,4 @@ def test_bias_of_one_token_and_of_equal_tokens_rests() -> None:
         for _ in range(3):
             assert torch.isfinite(router(x).weight).all()
         assert not router.bias_E.any()
+        assert router.mean_D.isfinite().all()
