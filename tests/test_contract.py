@@ -69,9 +69,6 @@ def test_counters_advance_once_under_reentrant_checkpointing(case: Case) -> None
             assert_alike(dict(one.named_buffers()), dict(other.named_buffers()))
 
 
-# torch.compile
-
-
 def assert_compiles(case: Case, calls: Sequence[Sequence[int]] = (GROUPS, [0, 2]), **options: Any) -> None:
     """Outputs and gradients, of two calls of other sizes, equal those without."""
     torch.compiler.reset()
@@ -96,9 +93,6 @@ def test_compiles_in_one_graph(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_compiles_in_pieces(case: Case) -> None:
     assert_compiles(case, backend="eager")
-
-
-# host syncs
 
 
 @pytest.mark.gpu

@@ -103,8 +103,6 @@ def test_a_grid_of_routers_experts_and_k() -> None:
     assert variants["dense-4x"].config.hidden == 4 * DIGITS.hidden
 
 
-# What studies and presets say
-
 STUDIED: dict[str, RunConfig] = {
     f"{name}/{variant.name}": variant.config for name in RECORDED for variant in recorded(name, Path()).variants
 }

@@ -117,8 +117,6 @@ def test_dense_models_of_equal_cost(equal: str, tmp_path: Path) -> None:
     assert quick(tmp_path / "own", "--router", "dense", "--epochs", "1")["matched"] is None
 
 
-# Routers, models and loggers that are named
-
 MINE = own_parts.__name__
 
 

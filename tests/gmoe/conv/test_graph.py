@@ -46,9 +46,6 @@ def test_to_another_device_and_repr() -> None:
     assert moved.edge_weight.device.type == moved.adj.device.type == moved.edges.order.device.type == "meta"
 
 
-# what is computed once
-
-
 def watched(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
     """The arguments of each call of a static method, from now on."""
     calls, plain = list[Any](), getattr(owner, name)
@@ -153,8 +150,6 @@ def test_plain_edges_may_be_changed_in_place() -> None:
     edges.copy_(edges.flip(0).roll(1, dims=1))
     assert torch.equal(layer(x, edges), layer(x, edges.clone()))
 
-
-# refusals
 
 PLAIN = torch.tensor([[0, 1], [1, 0]])
 

@@ -93,9 +93,6 @@ def test_auto_takes_pyg_lib_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert type(neighbor_loader(data, [4], backend="gmoe")) is NodeLoader
 
 
-# what is refused
-
-
 def test_what_only_pyg_does_is_refused() -> None:
     asked: list[tuple[str, Any]] = [
         *(("subgraph_type", "induced"), ("directed", False), ("disjoint", True), ("time_attr", "time")),
