@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from ogb.nodeproppred import Evaluator
 from safetensors.torch import load_file, save_file
 from torch_geometric.nn import LabelPropagation
 
-from experiments import ensemble, train
+from experiments import ensemble
 from experiments.config import PAPERS
 from experiments.data.ogb import OGBMetric, load_ogb
 from experiments.planted import write_planted
-from tests.experiments.command import refused
+from tests.experiments.command import quick, refused
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +35,7 @@ OWN = "tests.experiments.own_parts"
 
 def run(data: Path, out: Path, *args: str, name: str = "ogbn-arxiv") -> dict[str, Any]:
     """The summary of a short run of two seeds."""
-    short = ("--hidden", "8", "--epochs", "3", "--seeds", "0", "1", "--no-progress")
-    train.main([name, "--data-root", str(data), "--out", str(out), *short, *args])
-    found: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    return found
+    return quick(out, "--data-root", str(data), "--hidden", "8", *args, preset=name, seeds="0 1")
 
 
 def predicted(run: Path, seed: int) -> torch.Tensor:
@@ -48,9 +44,7 @@ def predicted(run: Path, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-proteins"])
-def test_an_ensemble_is_what_ogb_says_of_the_mean(
-    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_ensemble_is_what_ogb_says_of_the_mean(name: str, data: Path, tmp_path: Path, capsys: Any) -> None:
     """Of two runs with two seeds each; and of one seed alone, what its run says."""
     one = run(data, tmp_path / "one", name=name)
     run(data, tmp_path / "other", "--router", "dense", name=name)
@@ -88,9 +82,8 @@ def test_correct_and_smooth_is_the_papers(data: Path, tmp_path: Path) -> None:
     expected = LabelPropagation(50, 0.8)((before + scale * spread).index_copy(0, rows, labels[rows]), edges)
     torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-4)
     test = graph.splits(0)["test"]
-    assert (after[test].argmax(dim=1) == graph.data.y[test]).double().mean().item() == pytest.approx(
-        smoothed["test"]["values"][1]
-    )
+    accuracy = (after[test].argmax(dim=1) == graph.data.y[test]).double().mean().item()
+    assert accuracy == pytest.approx(smoothed["test"]["values"][1])
 
 
 def test_features_of_ones_own(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,11 +124,9 @@ def test_a_model_of_ones_own_keeps_them_of_whole_graphs(data: Path, tmp_path: Pa
         assert (tmp_path / name / "seed-0" / "predictions.safetensors").exists() == (name == "full")
 
 
-def test_an_ensemble_takes_runs_with_predictions(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_ensemble_takes_runs_with_predictions(data: Path, tmp_path: Path, capsys: Any) -> None:
     run(data, tmp_path / "run")
-    train.main(["digits-graph", "--epochs", "1", "--seeds", "0", "--no-progress", "--out", str(tmp_path / "digits")])
+    quick(tmp_path / "digits")
     for runs, message in {
         ("digits",): "predictions.safetensors: is missing",
         ("run", "digits"): "runs: got those of digits-graph, ogbn-arxiv, expected runs of one data set",

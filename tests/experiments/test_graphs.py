@@ -193,9 +193,7 @@ def test_where_there_is_no_matrix(changes: dict[str, Any], kind: str) -> None:
     ("conv", "takes"),
     [(("gcn",), True), (("graph",), True), (("sage",), False), (("gat",), False), (("gcn", "sage"), True)],
 )
-def test_weights_reach_the_convs_that_take_them(
-    conv: tuple[str, ...], takes: bool, router: Any, adjacency: Any
-) -> None:
+def test_weights_reach_the_convs_that_take_them(conv: Any, takes: bool, router: Any, adjacency: Any) -> None:
     config = make_config(conv=conv, router=router, adjacency=adjacency)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

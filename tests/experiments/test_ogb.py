@@ -83,11 +83,9 @@ def test_the_second_load_reads_tensors_and_runs_nothing(name: str, root: Path, m
     with monkeypatch.context() as patch:
         patch.setattr(ogb, "read_csv", lambda *_, **__: pytest.fail("read again"))
         assert_same(tensors(name, root), first)
-    whole = processed.read_bytes()
-    for damage in (lambda: processed.write_bytes(whole[:1000]), lambda: torch.save(Evil(root / "evil"), processed)):
-        damage()
-        with pytest.raises(ValueError, match=rf"{processed}: cannot be read"):
-            tensors(name, root)
+    torch.save(Evil(root / "evil"), processed)
+    with pytest.raises(ValueError, match=rf"{processed}: cannot be read"):
+        tensors(name, root)
     assert not (root / "evil").exists()
     for other in ({"x": 1}, torch.ones(2)):  # of another program
         torch.save(other, processed)
@@ -96,9 +94,7 @@ def test_the_second_load_reads_tensors_and_runs_nothing(name: str, root: Path, m
     assert len(tensors(name, root)["split"]["train"]) == 3
 
 
-def test_a_folder_that_cannot_be_written_is_read(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_cannot_be_written_is_read(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def full(content: Any, path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError("Read-only file system")

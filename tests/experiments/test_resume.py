@@ -32,15 +32,19 @@ SMALL = ("--layers", "2", "--hidden", "16", "--batch-size", "200")
 SAMPLED = ("--sampling", "neighbor", "--fanout", "4", "3", "--evaluation", "sampled", "--eval-every", "2")
 RUNS: dict[str, tuple[str, ...]] = {
     "graph": ("digits-graph", "--router", "token_choice", "--dropout", "0.2", "--noise", "True"),
-    "choice": ("digits-graph", "--router", "expert_choice", "--schedule", "cosine"),
+    "choice": ("digits-graph", "--router", "expert_choice", "--schedule", "cosine", "--conv", "gcn", "mlp",
+               "--router-input", "node", "degree", "--shared-expert", "False", "--jk", "last", "--clip-norm", "1"),
+    "filters": ("digits-graph", "--conv", "low_pass", "identity", "two_hop", "--experts", "3", "--no-undirected"),
+    "votes": ("digits-graph", "--precision", "bf16-mixed", "--router", "attention_vote", "--scope", "neighbors"),
     "neighbors": ("digits-graph", *SAMPLED, "--batch-size", "300", "--dropout", "0.2", "--balance", "importance_load",
                   "--router", "token_choice"),
-    "parts": ("digits-graph", "--sampling", "random_node", "--batch-size", "300", "--evaluation", "sampled"),
+    "parts": ("digits-graph", "--sampling", "random_node", "--batch-size", "300", "--evaluation", "layerwise",
+              "--precision", "64-true"),
     "images": ("digits", "--router", "token_choice", "--balance", "bias", "--dropout", "0.1", *SMALL),
     "folder": ("images", "--router", "token_choice", *TINY, *AUGMENTED),
     "stored": (PAPERS, "--hidden", "16", "--experts", "2", "--batch-size", "40", "--fanout", "5", "3", "2"),
 }  # fmt: skip
-"""One batch an epoch (graph, choice), or several; everything that draws or remembers."""
+"""One batch an epoch (graph to votes), or several; everything that draws or remembers."""
 
 
 def assert_same(whole: Path, resumed: Path, exact: bool = True) -> None:
@@ -57,9 +61,7 @@ def assert_same(whole: Path, resumed: Path, exact: bool = True) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_stopped_three_times_equals_one_in_one_go(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_stopped_three_times_equals_one_in_one_go(name: str, tmp_path: Path, capsys: Any) -> None:
     preset, *args = RUNS[name]
     if preset == "images":
         args += ["--data-root", str(write_images(tmp_path / "data"))]
@@ -137,9 +139,7 @@ def test_a_seed_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch:
     run(replace(config, seeds=(0, 1)))  # the lock is let go
 
 
-def test_resume_adds_seeds_and_trains_none_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_adds_seeds_and_repeats_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     folder, trained = tmp_path / "run", list[int]()
     first = quick(folder, "--resume", seeds="1")  # nothing there: starts afresh
 

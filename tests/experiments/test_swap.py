@@ -98,9 +98,7 @@ def test_the_selected_epoch_is_tested(root: Path, tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(model[1].lin.weight.detach(), weights[1])
 
 
-def test_finished_runs_are_kept_and_missing_ones_added(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_runs_are_kept_and_others_added(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, trained = tmp_path / "swap.json", list[tuple[str, int]]()
     train_arm = swap.train_arm
 

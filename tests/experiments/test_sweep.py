@@ -62,9 +62,7 @@ def test_finished_variants_are_skipped(
     assert ran == ["moe 3", "moe 1"]
 
 
-def test_processes_give_what_one_gives(
-    run_study: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_give_what_one_gives(run_study: Callable[..., Any], tmp_path: Path, capsys: Any) -> None:
     """A variant that cannot be run is named; of the others all that is written is the same, but for the clock."""
     found = list[dict[str, Any]]()
     for jobs in ("1", "2"):

@@ -96,20 +96,6 @@ def test_every_preset_runs_on_tiny_files(
     assert summary["routing"]
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        "--conv low_pass identity high_pass two_hop --experts 4 --no-undirected",
-        "--conv gcn mlp --router-input node neighbors degree --shared-expert False --jk last --clip-norm 1",
-        "--sampling neighbor --batch-size 400 --fanout -1 2 --evaluation layerwise",
-        "--precision 64-true --conv sage --evaluation layerwise",
-        "--precision bf16-mixed --router attention_vote --scope neighbors",
-    ],
-)
-def test_options_of_graphs(args: str, tmp_path: Path) -> None:
-    assert 0 < quick(tmp_path / "run", *args.split(), "--epochs", "1")["test"]["mean"] <= 1
-
-
 @pytest.mark.parametrize("equal", ["flops", "parameters"])
 def test_dense_models_of_equal_cost(equal: str, tmp_path: Path) -> None:
     args = ("--router", "dense", "--equal", equal, "--equal-to", "expert_choice", "--epochs", "1")
