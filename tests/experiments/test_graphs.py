@@ -112,6 +112,7 @@ def test_random_parts_are_induced() -> None:
     assert seen == NODES
 
 
+@pytest.mark.filterwarnings("ignore:edge_weight. made has some")
 @pytest.mark.parametrize(
     ("conv", "changes"),
     [
@@ -126,9 +127,7 @@ def test_layerwise_evaluation_equals_full(conv: tuple[str, ...], changes: dict[s
     graph = make_graph(weights=conv != ("gatv2",))
     graph.data.x[:, 0] /= NODES
     config = make_config(conv=conv, router=router, **changes)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "edge_weight: made has some")
-        full, layerwise = (make_task(replace(config, evaluation=how), graph) for how in ("full", "layerwise"))
+    full, layerwise = (make_task(replace(config, evaluation=how), graph) for how in ("full", "layerwise"))
     model = model_of(config, full).float()
     with set_up(Fabric(accelerator="cpu", devices=1), model, config, full) as training:
         by_pieces = replace(training, config=replace(config, evaluation="layerwise"), task=layerwise)
@@ -144,6 +143,7 @@ def adjacency_of(task: Task) -> Tensor:
     return adj
 
 
+@pytest.mark.filterwarnings("ignore:edge_weight. made has some")
 @pytest.mark.parametrize(
     ("conv", "changes"),
     [
@@ -163,12 +163,8 @@ def test_a_matrix_gives_the_logits_of_edge_index(
     config = make_config(
         conv=conv, router=router, router_input=("node", "neighbors", "degree"), undirected=undirected, **changes
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "edge_weight: made has some")
-        matrix, plain = (
-            make_task(replace(config, adjacency=form), make_graph(weights, simple=True))
-            for form in ("auto", "edge_index")
-        )
+    graph = make_graph(weights, simple=True)
+    matrix, plain = (make_task(replace(config, adjacency=form), graph) for form in ("auto", "edge_index"))
     assert adjacency_of(matrix).is_sparse_csr
     assert not adjacency_of(plain).is_sparse_csr
     torch.testing.assert_close(logits_of(config, matrix), logits_of(config, plain))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from experiments.config import PAPERS, STORED, GraphConfig
+from experiments.config import PAPERS, STORED, RunConfig
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
 from tests.experiments.command import quick
@@ -27,18 +27,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config_of(root: Path, **change: Any) -> GraphConfig:
-    config = PRESETS[PAPERS][1]
-    assert isinstance(config, GraphConfig)
-    return replace(config, data_root=root, **change)
+def config_of(root: Path, **change: Any) -> RunConfig:
+    return replace(PRESETS[PAPERS][1], data_root=root, **change)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_has_every_training_node_once(root: Path, workers: int, capsys: Any) -> None:
     assert get_worker_info() is None
-    task = load_tasks(config_of(root, workers=workers))(0)
+    task: Any = load_tasks(config_of(root, workers=workers))(0)
     assert "a planted graph, not OGB's" in capsys.readouterr().out
-    assert task.split is not None
     y = np.load(root / STORED / "y.npy")
     seen = torch.cat([batch.target for batch in task.loader("train", 300, 1)])
     assert sorted(seen.tolist()) == sorted(y[task.split["train"].numpy()].tolist())
