@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from gmoe import MLPExperts, MoE, RoutingStats, build_router
+from gmoe import MLPExperts, MoE, Router, RoutingStats, build_router
 from tests.contract import CASES, CLAUSES, GROUPS, Case, assert_alike, host_syncs, train
 
 UNBROKEN = ("token_choice", "multi_centroid", "random", "uniform", "linear", "shared")
@@ -47,7 +49,24 @@ def test_no_parameter_is_a_scalar(case: Case) -> None:
     assert all(parameter.dim() > 0 for parameter in case.make().parameters())
 
 
-# torch.compile
+REENTRANT = ("token_choice bias", "expert_choice threshold", "MoEConv gcn", "GNNMoE", "GNNMoE shared router")
+
+
+@pytest.mark.parametrize("case", named(*REENTRANT), ids=label)
+def test_counters_advance_once_under_reentrant_checkpointing(case: Case) -> None:
+    """Of the other checkpointing see ``is_checkpointed``."""
+    layer = case.make()
+    twin = copy.deepcopy(layer)
+    for seed in range(2):
+        (x, *rest), kwargs = case.call().args, case.call().kwargs
+        x.requires_grad_()
+        torch.manual_seed(seed)
+        layer(x, *rest, **kwargs).sum().backward()
+        torch.manual_seed(seed)
+        checkpoint(partial(twin, **kwargs), x, *rest, use_reentrant=True).sum().backward()
+    for one, other in zip(twin.modules(), layer.modules(), strict=True):
+        if isinstance(one, Router):  # batch norm's statistics move with every forward
+            assert_alike(dict(one.named_buffers()), dict(other.named_buffers()))
 
 
 def assert_compiles(case: Case, calls: Sequence[Sequence[int]] = (GROUPS, [0, 2]), **options: Any) -> None:
@@ -74,9 +93,6 @@ def test_compiles_in_one_graph(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_compiles_in_pieces(case: Case) -> None:
     assert_compiles(case, backend="eager")
-
-
-# host syncs
 
 
 @pytest.mark.gpu

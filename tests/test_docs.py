@@ -1,4 +1,4 @@
-"""The site's pages: their code runs from top to bottom, and the API page has every public name."""
+"""README and pages: their code runs, their figures are the lab book's, and the API page has every public name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import gmoe
 from docs.check_links import broken
 from experiments.presets import PRESETS
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text()
 EXECUTED = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "```python" in path.read_text())
 """The pages with code; of ``your-own-router.md``, ``tests/gmoe/test_own_parts.py`` tests more than that it runs."""
 EXECUTED.remove("your-own-router.md")
@@ -48,3 +50,29 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text('<p id="x"><a href="#x">y</a><a href="b.html#z">y</a><a href="c.html">y</a></p>')
     (tmp_path / "b.html").write_text('<a href="a.html#x">y</a><a href="https://example.org">y</a><img src="d.png">')
     assert sorted(broken(tmp_path)) == ["a.html: b.html#z", "a.html: c.html", "b.html: d.png"]
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["swap", "upcycle"])
+def test_a_snippet_of_the_readme_runs_and_prints_what_it_says(snippet: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(snippet, "README.md", "exec"), {})
+    said = re.findall(r"^print\(.*\)  # (.*)$", snippet, re.MULTILINE)
+    words = [re.sub(r"[\d.…]+", "N", line) for line in said]  # figures may differ by machine
+    assert re.sub(r"[\d.…]+", "N", capsys.readouterr().out).splitlines() == words
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^):]+)\)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+LAB = "\n".join(path.read_text() for path in sorted((ROOT / "docs" / "lab").glob("*.md"))).replace("−", "-")
+FIGURE = re.compile(r"[+-]?\d+\.\d\d(?: ± \d\.\d\d| \(± \d\.\d\d\))?|\d+ of \d+")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/which-settings-first.md", "docs/when-moe-helps.md"])
+def test_the_figures_are_those_of_the_lab_book(page: str) -> None:
+    """Whose tables are generated from the results."""
+    text = (ROOT / page).read_text().replace("−", "-")
+    found = FIGURE.findall(text[text.index("| data | experts against") :] if page == "README.md" else text)
+    assert len(found) > 9
+    assert [figure for figure in found if figure not in LAB] == []

@@ -128,9 +128,6 @@ def test_the_rule_itself(module: str, source: str, bad: bool) -> None:
     assert any(upward(module, name) for name in imports(source)) == bad
 
 
-# What an import loads
-
-
 def run(script: str) -> str:
     """What a new interpreter prints."""
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from experiments.build import build_model
-from experiments.config import GraphConfig
+from experiments.config import GraphConfig, HeteroConfig
 from experiments.data import GraphData, Split, Splits, Task
 from experiments.data.graphs import directed, graph_task
 
@@ -52,7 +52,7 @@ def make_config(**changes: Any) -> GraphConfig:
     return GraphConfig(**(defaults | changes))
 
 
-def make_task(config: GraphConfig, graph: GraphData | None = None) -> Task:
+def make_task(config: GraphConfig | HeteroConfig, graph: GraphData | None = None) -> Task:
     return graph_task(directed(graph or make_graph(), config), config, 0)
 
 

@@ -1,34 +1,37 @@
-"""mosaic and digits: what is planted is there, draws are frozen, splits are stratified."""
+"""mosaic and digits: what is planted is there, draws are frozen, splits are stratified; images in folders."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from torch import nn
 from torch_geometric.utils import coalesce, contains_self_loops, is_undirected
 
-from experiments.data import Split, Task, load_tasks
+from experiments.build import build_model, build_twin
+from experiments.config import ImageConfig
+from experiments.data import Split, load_tasks
 from experiments.data.made import CLASSES, REGIONS
 from experiments.presets import PRESETS
+from tests.experiments.command import quick
+from tests.vision.made_images import write_images
 
 MOSAIC_SUM, MOSAIC_EDGES = -33198.47108442287, 15371898316
 """Of the features, and of the sources times their position modulo 97: figures under results/ belong to this draw."""
 
 
-def task_of(name: str) -> Task:
+def task_of(name: str) -> Any:
     config: Any = PRESETS[name][1]
     return load_tasks(replace(config, adjacency="edge_index"))(0)
 
 
 def test_mosaic_is_as_described() -> None:
     task = task_of("mosaic")
-    assert task.split is not None
-    assert task.graph is not None
-    assert task.planted is not None
     (source, destination), region, y = task.graph.edge_index, task.planted, task.graph.y
     assert task.graph.x.shape == (8_000, 32)
     assert source.shape == (80_000,)
@@ -45,8 +48,6 @@ def test_mosaic_is_as_described() -> None:
 
 def test_digits_graph() -> None:
     task = task_of("digits-graph")
-    assert task.split is not None
-    assert task.graph is not None
     x, edge_index, y = task.graph.x, task.graph.edge_index, task.graph.y
     assert x.shape == (1_797, 64)
     assert 0 <= float(x.min()) < float(x.max()) <= 1
@@ -74,10 +75,59 @@ def test_digits_images() -> None:
     sizes = {split: sum(len(batch.target) for batch in task.loader(split, 64, None)) for split in get_args(Split)}
     assert sizes == {"train": 898, "val": 449, "test": 450}
     assert task.steps(64) == 15
-    first, second, other = (next(iter(task.loader("train", 64, seed))).inputs[0] for seed in (1, 1, 2))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
-    assert first.shape == (64, 1, 8, 8)
     images = torch.cat([batch.inputs[0] for batch in task.loader("train", 64, None)])
+    assert images.shape == (898, 1, 8, 8)
     assert abs(float(images.mean())) < 1e-4
     assert float(images.std()) == pytest.approx(1, abs=1e-4)
+
+
+SHAPE = ["--layers", "2", "--patch", "4", "--dim", "8", "--vit-heads", "2", "--hidden", "8", "--experts", "2"]
+
+
+def folder_task(root: Path, **changes: Any) -> Any:
+    return load_tasks(ImageConfig(dataset="images", data_root=root, **changes))(0)
+
+
+def rows(task: Any, part: Any, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    found = list(task.loader(part, 5, seed))
+    return torch.cat([batch.inputs[0] for batch in found]), torch.cat([batch.target for batch in found])
+
+
+def test_parts_do_not_overlap_and_only_training_is_augmented(tmp_path: Path) -> None:
+    root = write_images(tmp_path)
+    plain, changed = folder_task(root), folder_task(root, augment="standard", label_smoothing=0.3)
+    seen = [{image.numpy().tobytes() for image in rows(plain, part)[0]} for part in ("train", "val", "test")]
+    assert [len(part) for part in seen] == [21, 3, 9]
+    assert len(set.union(*seen)) == 33
+    for part in ("val", "test"):
+        assert all(torch.equal(one, two) for one, two in zip(rows(plain, part), rows(changed, part), strict=True))
+    images = rows(changed, "train", 1)[0]
+    for other in (rows(plain, "train", 1)[0], rows(changed, "train", 2)[0]):
+        assert not torch.equal(images, other)
+    assert changed.steps(5) == len(list(changed.loader("train", 5, 0))) == 5
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    share = nn.functional.one_hot(target, 3) * 0.7 + 0.1
+    torch.testing.assert_close(changed.loss(logits, target), -(share * logits.log_softmax(-1)).sum(dim=1).mean())
+
+
+def test_kmeans_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders list class by class."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr("experiments.loop.init_centroids", lambda *call: seen.extend(call[1]))
+    root = write_images(tmp_path / "data", train=30)
+    args = ("--router", "multi_centroid", "--kmeans-init", "--batch-size", "24", "--data-root", str(root))
+    quick(tmp_path / "run", *SHAPE, *args, preset="images")
+    assert len(seen[0].mean(dim=(2, 3)).argmax(dim=1).unique()) == 3  # a class is bright in one channel
+
+
+def test_a_baseline_with_scaled_mlps(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"layers": 3, "patch": 4, "dim": 8, "vit_heads": 2, "hidden": 8, "experts": 2}
+    root = write_images(tmp_path / "data")
+    config = ImageConfig(dataset="images", data_root=root, router="dense", every=2, mlp_scale=0.25, **sizes)
+    task = load_tasks(config)(0)
+    blocks: Any = build_model(config, task)
+    x = torch.randn(2, 3, 8)
+    for block, scale in zip(blocks.encoder.layers, (1, 0.25, 1), strict=True):
+        torch.testing.assert_close(block.mlp(x), scale * block.mlp.forward(x))
+    twin = build_twin(replace(config, equal="flops", equal_to="expert_choice"), task)
+    assert not any(module._forward_hooks for module in twin.modules())

@@ -1,9 +1,10 @@
-"""From a graph to batches: who counts, and which edges and weights the convs get; the area under the ROC curve."""
+"""From a graph, of one type or several, to batches: who counts, and what edges the convs get; the ROC curve's area."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,16 @@ from hypothesis import strategies as st
 from lightning_fabric import Fabric
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torch_geometric.data import HeteroData
 from torch_geometric.utils import add_self_loops
 
-from experiments.data import Split, Task
+from experiments.build import build_model
+from experiments.config import HeteroConfig
+from experiments.data import GraphData, Split, Task
 from experiments.data.graphs import TwoClassAUROC, directed
+from experiments.data.named import load_graph
 from experiments.loop import set_up
+from experiments.planted import write_planted
 from tests.experiments.made_graph import (
     NODES,
     PARTS,
@@ -106,6 +112,7 @@ def test_random_parts_are_induced() -> None:
     assert seen == NODES
 
 
+@pytest.mark.filterwarnings("ignore:edge_weight. made has some")
 @pytest.mark.parametrize(
     ("conv", "changes"),
     [
@@ -120,9 +127,7 @@ def test_layerwise_evaluation_equals_full(conv: tuple[str, ...], changes: dict[s
     graph = make_graph(weights=conv != ("gatv2",))
     graph.data.x[:, 0] /= NODES
     config = make_config(conv=conv, router=router, **changes)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "edge_weight: made has some")
-        full, layerwise = (make_task(replace(config, evaluation=how), graph) for how in ("full", "layerwise"))
+    full, layerwise = (make_task(replace(config, evaluation=how), graph) for how in ("full", "layerwise"))
     model = model_of(config, full).float()
     with set_up(Fabric(accelerator="cpu", devices=1), model, config, full) as training:
         by_pieces = replace(training, config=replace(config, evaluation="layerwise"), task=layerwise)
@@ -138,6 +143,7 @@ def adjacency_of(task: Task) -> Tensor:
     return adj
 
 
+@pytest.mark.filterwarnings("ignore:edge_weight. made has some")
 @pytest.mark.parametrize(
     ("conv", "changes"),
     [
@@ -157,12 +163,8 @@ def test_a_matrix_gives_the_logits_of_edge_index(
     config = make_config(
         conv=conv, router=router, router_input=("node", "neighbors", "degree"), undirected=undirected, **changes
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "edge_weight: made has some")
-        matrix, plain = (
-            make_task(replace(config, adjacency=form), make_graph(weights, simple=True))
-            for form in ("auto", "edge_index")
-        )
+    graph = make_graph(weights, simple=True)
+    matrix, plain = (make_task(replace(config, adjacency=form), graph) for form in ("auto", "edge_index"))
     assert adjacency_of(matrix).is_sparse_csr
     assert not adjacency_of(plain).is_sparse_csr
     torch.testing.assert_close(logits_of(config, matrix), logits_of(config, plain))
@@ -193,9 +195,7 @@ def test_where_there_is_no_matrix(changes: dict[str, Any], kind: str) -> None:
     ("conv", "takes"),
     [(("gcn",), True), (("graph",), True), (("sage",), False), (("gat",), False), (("gcn", "sage"), True)],
 )
-def test_weights_reach_the_convs_that_take_them(
-    conv: tuple[str, ...], takes: bool, router: Any, adjacency: Any
-) -> None:
+def test_weights_reach_the_convs_that_take_them(conv: Any, takes: bool, router: Any, adjacency: Any) -> None:
     config = make_config(conv=conv, router=router, adjacency=adjacency)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -236,3 +236,59 @@ def test_roc_auc_is_exact(rows: list[tuple[int, float, float]], cut: int) -> Non
     assert float(metric.compute()) == pytest.approx(roc_auc_score(target, score), abs=1e-6)
     metric.update(torch.tensor([[0.0, torch.nan]]), target[:1])
     assert metric.compute().isnan()
+
+
+@pytest.fixture(scope="module")
+def mag(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
+    """Papers whose first feature is their number."""
+    root = tmp_path_factory.mktemp("ogb")
+    write_planted("ogbn-mag", root, 130, 400, 5)
+    graph = load_graph(mag_config(data_root=root, offline=True))
+    graph.data["paper"].x[:, 0] = torch.arange(130)
+    return graph
+
+
+def mag_config(data_root: Path = Path("data"), **changes: Any) -> HeteroConfig:
+    return HeteroConfig(dataset="ogbn-mag", data_root=data_root, hidden=8, experts=2, **changes)
+
+
+def mag_task(mag: GraphData, **changes: Any) -> Task:
+    return make_task(mag_config(**changes), mag)
+
+
+@pytest.mark.parametrize("router", ["dense", "token_choice"])
+@pytest.mark.parametrize("how", [{}, {"sampling": "neighbor", "evaluation": "sampled", "fanout": (-1, -1)}])
+def test_each_paper_counts_once_with_the_logits_of_the_whole_graph(mag: GraphData, router: Any, how: Any) -> None:
+    """Of the experts alone that a paper chooses, whoever else is in the batch."""
+    task = mag_task(mag, router=router, **how)
+    model = build_model(mag_config(router=router), task).eval()
+    (whole,) = mag_task(mag).loader("val", 1, None)
+    full = model(*whole.inputs)
+    for part in PARTS:
+        for batch_size, seed in ((16, None), (16, 2), (1000, 2)):
+            ids: list[int] = []
+            for batch in task.loader(part, batch_size, seed):
+                nodes = batch.counted(batch.inputs[0]["paper"])[:, 0].long()
+                assert torch.equal(batch.target, mag.data["paper"].y[nodes])
+                torch.testing.assert_close(batch.counted(model(*batch.inputs)), full[nodes], rtol=1e-4, atol=1e-4)
+                ids += nodes.tolist()
+            assert sorted(ids) == mag.splits(0)[part].sort().values.tolist()
+
+
+def test_a_batch_without_some_kinds_of_nodes(mag: GraphData) -> None:
+    """No draws at all: the seeds alone are left."""
+    task = mag_task(mag, sampling="neighbor", fanout=(0, 0))
+    model = build_model(mag_config(), task)
+    for batch in task.loader("train", 16, 0):
+        assert {kind: len(ids) for kind, ids in batch.inputs[2].items() if len(ids)} == {"paper": len(batch.target)}
+        task.loss(batch.counted(model(*batch.inputs)), batch.target).backward()
+
+
+@pytest.mark.parametrize("undirected", [True, False])
+def test_relations_have_reverses(mag: GraphData, undirected: bool) -> None:
+    graph = mag_task(mag, undirected=undirected).graph
+    assert isinstance(graph, HeteroData)
+    assert len(graph.edge_types) == (7 if undirected else 4)
+    cites = set(map(tuple, graph["paper", "cites", "paper"].edge_index.T.tolist()))
+    assert (cites == {(b, a) for a, b in cites}) == undirected
+    assert len(mag.data.edge_types) == 4

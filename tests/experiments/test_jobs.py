@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from experiments import jobs, train
 from tests.experiments.test_resume import assert_same
@@ -21,13 +20,11 @@ ARGS += ["--seeds", "0", "1", "--jobs", "2"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The run in one go and by one process, of one thread as the others are."""
-    folder, threads = tmp_path_factory.mktemp("jobs") / "whole", torch.get_num_threads()
-    torch.set_num_threads(1)
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one go and by one process."""
+    folder = tmp_path_factory.mktemp("jobs") / "whole"
     train.main([*ARGS, "--jobs", "1", "--no-progress", "--out", str(folder)])
-    yield folder
-    torch.set_num_threads(threads)
+    return folder
 
 
 def stopped(out: Path, act: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> int:

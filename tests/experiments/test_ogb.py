@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchvision.datasets import utils
 
@@ -85,11 +84,9 @@ def test_the_second_load_reads_tensors_and_runs_nothing(name: str, root: Path, m
     with monkeypatch.context() as patch:
         patch.setattr(ogb, "read_csv", lambda *_, **__: pytest.fail("read again"))
         assert_same(tensors(name, root), first)
-    whole = processed.read_bytes()
-    for damage in (lambda: processed.write_bytes(whole[:1000]), lambda: torch.save(Evil(root / "evil"), processed)):
-        damage()
-        with pytest.raises(ValueError, match=rf"{processed}: cannot be read"):
-            tensors(name, root)
+    torch.save(Evil(root / "evil"), processed)
+    with pytest.raises(ValueError, match=rf"{processed}: cannot be read"):
+        tensors(name, root)
     assert not (root / "evil").exists()
     for other in ({"x": 1}, torch.ones(2)):  # of another program
         torch.save(other, processed)
@@ -98,9 +95,7 @@ def test_the_second_load_reads_tensors_and_runs_nothing(name: str, root: Path, m
     assert len(tensors(name, root)["split"]["train"]) == 3
 
 
-def test_a_folder_that_cannot_be_written_is_read(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_cannot_be_written_is_read(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def full(content: Any, path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError("Read-only file system")
@@ -152,7 +147,7 @@ def test_an_overlapping_split_is_refused(root: Path) -> None:
         load_ogb("ogbn-pubmed", root)
 
 
-def test_a_download_is_announced_and_leaves_one_folder(
+def test_a_zip_is_fetched_or_brought(
     templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("arxiv", "products"):
@@ -168,40 +163,24 @@ def test_a_download_is_announced_and_leaves_one_folder(
     with pytest.raises(ValueError, match=r"products.zip \(1380 MB\) .*or --allow-large-downloads"):
         load_ogb("ogbn-products", root)
     assert load_ogb("ogbn-products", root, allow_large_downloads=True).data.num_nodes == NODES
-
-
-def test_a_zip_that_the_user_brings(root: Path, tmp_path: Path) -> None:
-    shutil.copytree(root / "ogbn_mag", tmp_path / "zip" / "mag")
-    archive = Path(shutil.make_archive(str(tmp_path / "new" / "mag"), "zip", tmp_path / "zip", "mag"))
-    assert_same(tensors("ogbn-mag", tmp_path / "new"), tensors("ogbn-mag", root))
+    (tmp_path / "brought").mkdir()
+    archive = Path(shutil.copy(tmp_path / "server" / "arxiv.zip", tmp_path / "brought"))
+    assert_same(tensors("ogbn-arxiv", tmp_path / "brought"), tensors("ogbn-arxiv", templates))
     assert archive.exists()
-    with pytest.raises(FileNotFoundError, match=r"ogbn-arxiv: found neither .* nor .*arxiv.zip"):
-        load_ogb("ogbn-arxiv", tmp_path / "new", offline=True)
+    with pytest.raises(FileNotFoundError, match=r"ogbn-mag: found neither .* nor .*mag.zip"):
+        load_ogb("ogbn-mag", root, offline=True)
 
 
-def test_accuracy_by_hand() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 9.0], [1.0, 3.0, 2.0], [5.0, 4.0, 4.0]])
-    metric = OGBMetric("ogbn-arxiv")
-    metric.update(logits, torch.tensor([0, 2, 2, 1]))
-    assert float(metric.compute()) == 0.5
-    metric.update(logits[:1], torch.tensor([[0]]))
-    assert float(metric.compute()) == pytest.approx(3 / 5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_roc_auc_over_batches_and_processes(dtype: torch.dtype) -> None:
-    """Two processes with unequal shares, whose gathering is played; the mean over tasks with both classes."""
+def test_processes_are_evaluated_at_once() -> None:
+    """Two with unequal shares, whose gathering is played."""
     torch.manual_seed(0)
-    target = (torch.rand(90, 112) < 0.3).float()
-    target[:, 7] = 0  # ogb leaves this task out
-    logits = (torch.randn(90, 112) + target).to(dtype)
-    there = OGBMetric("ogbn-proteins")
+    target, logits = (torch.rand(90, 112) < 0.3).float(), torch.randn(90, 112).bfloat16()
+    whole, there = OGBMetric("ogbn-proteins"), OGBMetric("ogbn-proteins")
+    whole.update(logits, target)
     there.update(logits[50:], target[50:])
     states: list[Tensor] = [*there.prediction, *there.target]
     gathering: dict[str, Any] = {"dist_sync_fn": lambda tensor, group: [tensor, states.pop(0)]}  # noqa: ARG005
     here = OGBMetric("ogbn-proteins", distributed_available_fn=lambda: True, **gathering)
     for rows in torch.arange(50).split(17):
         here.update(logits[rows], target[rows])
-    expected = roc_auc_score(*(np.delete(part.double().numpy(), 7, 1) for part in (target, logits)), average="macro")
-    assert float(here.compute()) == pytest.approx(expected, abs=1e-6)
-    assert float(there.compute()) != pytest.approx(expected, abs=1e-4)
+    assert here.compute() == whole.compute() != there.compute()

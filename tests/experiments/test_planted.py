@@ -15,22 +15,14 @@ from experiments.config import PAPERS
 from experiments.data.ogb import load_ogb
 from experiments.planted import SIZES, main, write_planted
 from tests.experiments.command import refused
-from tests.experiments.ogb_data import NAMES
 
 NODES, EDGES, CLASSES = 3_000, 24_000, 8
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("planted")
-    for name in NAMES:
-        write_planted(name, root, NODES, EDGES, CLASSES)
-    return root
-
-
 @pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-products"])
-def test_experts_by_regime_learn_more_of_neighbors(root: Path, name: str) -> None:
-    graph = load_ogb(name, root)
+def test_experts_by_regime_learn_more_of_neighbors(tmp_path: Path, name: str) -> None:
+    write_planted(name, tmp_path, NODES, EDGES, CLASSES)
+    graph = load_ogb(name, tmp_path)
     x, y, edges = graph.data.x, graph.data.y, graph.data.edge_index
     assert edges.unique(dim=1).shape == edges.shape
     assert name == "ogbn-arxiv" or is_undirected(edges)

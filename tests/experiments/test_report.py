@@ -20,8 +20,7 @@ import torch
 
 from experiments import patches
 from experiments.loop import run
-from experiments.presets import DIGITS, DIGITS_GRAPH
-from experiments.presets import GRAPH as GRAPH_PRESET
+from experiments.presets import DIGITS, DIGITS_GRAPH, PRESETS
 from experiments.report import main
 from experiments.report_page import Page, sentence, shares
 from experiments.run_folder import read_run, write_json
@@ -101,7 +100,7 @@ def test_patches_of_ones_own_images(runs: Path, tmp_path: Path, capsys: pytest.C
 def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own").mkdir()
     path = platonov(tmp_path / "own", "graph.npz").folder / "graph.npz"
-    small = replace(GRAPH_PRESET, data_root=path, epochs=1, hidden=4, experts=2, seeds=(0,), progress=False)
+    small = replace(PRESETS["graph"][1], data_root=path, epochs=1, hidden=4, experts=2, seeds=(0,), progress=False)
     monkeypatch.chdir(tmp_path)
     run(replace(small, data_root=Path("own/graph.npz"), router="token_choice", out=tmp_path / "run"))
     for root in (path, path.parent):
@@ -118,11 +117,6 @@ def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "Not drawn" in words_of(tmp_path / "report" / "index.html")
 
 
-def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nowhere" in refused([str(tmp_path / "nowhere"), "--out", str(tmp_path / "report")], capsys, main)
-    assert not (tmp_path / "report").exists()
-
-
 def test_text_is_escaped(tmp_path: Path) -> None:
     page = Page()
     page.heading("a < b & c")
@@ -136,9 +130,7 @@ def test_the_sentence_names_what_is_followed_most() -> None:
     layers = [{"ami_label": 0.2, "ami_degree": 0.01, "dead": 1.0}, {"ami_label": 0.558, "ami_degree": 0.3, "dead": 1.0}]
     followed = "7 of 8 experts used; experts follow the class, AMI 0.56 in MoE layer 2."
     assert sentence(8, [1, 1], layers) == followed
-    assert sentence(8, [0, 3], [{"nmi": 1.0}]).startswith(
-        "5–8 of 8 experts used (by layer and seed); experts follow the p"
-    )
+    assert sentence(8, [0, 3], [{"nmi": 1.0}]).startswith("5–8 of 8 experts used (by layer and seed); experts follow")
     none = "8 of 8 experts used; experts do not follow the class or the degree, AMI at most 0.02."
     assert sentence(8, [0], [{"ami_label": 0.02, "ami_degree": 0.0}]) == none
     assert sentence(8, [0], [{"dead": 0.0}]) == "8 of 8 experts used."

@@ -1,4 +1,4 @@
-"""Training on a graph that stays on disk: batches are the graph's, what needs memory is refused, runs resume."""
+"""Training on a graph that stays on disk: batches are the graph's, what needs memory is refused."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from experiments.config import PAPERS, STORED, GraphConfig
-from experiments.convert import main as convert
+from experiments.config import PAPERS, STORED, RunConfig
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
-from tests.experiments.command import QUICK, quick, run_until
+from tests.experiments.command import quick
 from tests.experiments.ogb_data import plant_papers
-from tests.experiments.test_resume import assert_same
-
-SMALL = ("--hidden", "16", "--experts", "2", "--batch-size", "400", "--fanout", "5", "3", "2")
+from tests.experiments.test_convert import run
 
 
 @pytest.fixture(scope="module")
@@ -30,34 +27,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config_of(root: Path, **change: Any) -> GraphConfig:
-    config = PRESETS[PAPERS][1]
-    assert isinstance(config, GraphConfig)
-    return replace(config, data_root=root, **change)
+def config_of(root: Path, **change: Any) -> RunConfig:
+    return replace(PRESETS[PAPERS][1], data_root=root, **change)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_has_every_training_node_once(root: Path, workers: int) -> None:
+def test_an_epoch_has_every_training_node_once(root: Path, workers: int, capsys: Any) -> None:
     assert get_worker_info() is None
-    task = load_tasks(config_of(root, workers=workers))(0)
-    assert task.split is not None
+    task: Any = load_tasks(config_of(root, workers=workers))(0)
+    assert "a planted graph, not OGB's" in capsys.readouterr().out
     y = np.load(root / STORED / "y.npy")
     seen = torch.cat([batch.target for batch in task.loader("train", 300, 1)])
     assert sorted(seen.tolist()) == sorted(y[task.split["train"].numpy()].tolist())
     assert [batch.target.tolist() for batch in task.loader("train", 300, 1)] != [
         batch.target.tolist() for batch in task.loader("train", 300, 2)
     ]
-
-
-def test_a_run_that_was_stopped_equals_one_in_one_go(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = ("--data-root", str(root), *SMALL)
-    assert quick(tmp_path / "whole", *args, preset=PAPERS)["config"]["dataset"] == PAPERS
-    assert "a planted graph, not OGB's" in capsys.readouterr().out
-    run_until(2, [PAPERS, *QUICK, *args, "--seeds", "0", "--out", str(tmp_path / "cut")])
-    quick(tmp_path / "cut", *args, "--resume", preset=PAPERS)
-    assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_what_needs_memory_is_refused_by_name(root: Path) -> None:
@@ -71,26 +55,15 @@ def own(tmp_path: Path) -> Path:
     """A folder converted from arrays: a class a third, which features tell."""
     rng, nodes = np.random.default_rng(0), 300
     y = np.arange(nodes) % 3
-    arrays = {
-        "edges": rng.integers(nodes, size=(2, 900)),
-        "x": rng.standard_normal((nodes, 3)) + 4 * np.eye(3)[y],
-        "y": y,
-        **dict(zip(("train", "val", "test"), np.split(rng.permutation(nodes), [180, 240]), strict=True)),
-    }
-    for name, array in arrays.items():
-        np.save(tmp_path / f"{name}.npy", array)
-    options = [text for name in list(arrays)[1:] for text in (f"--{name}", str(tmp_path / f"{name}.npy"))]
-    convert([str(tmp_path / "edges.npy"), *options, "--directed", "--to", str(tmp_path / "own")])
-    return tmp_path / "own"
+    edges, x = rng.integers(nodes, size=(2, 900)), rng.standard_normal((nodes, 3)) + 4 * np.eye(3)[y]
+    parts: Any = dict(zip(("train", "val", "test"), np.split(rng.permutation(nodes), [180, 240]), strict=True))
+    return run(tmp_path, edges, x=x, y=y, **parts, directed=True)
 
 
 def test_the_preset_graph_takes_a_folder_of_ones_own(own: Path, tmp_path: Path) -> None:
     args = ("--data-root", str(own), "--sampling", "neighbor", "--evaluation", "sampled", "--fanout", "5", "5",
             "--no-undirected", "--lr", "0.05", "--batch-size", "60")  # fmt: skip
-    summary = quick(tmp_path / "run", *args, preset="graph")
-    assert summary["test"]["mean"] > 0.6
-    with pytest.raises(ValueError, match="sampling: got 'full'"):
-        load_tasks(replace(PRESETS["graph"][1], data_root=own))
+    assert quick(tmp_path / "run", *args, preset="graph")["test"]["mean"] > 0.6
 
 
 def test_what_a_folder_lacks_or_has_wrong_is_named(own: Path) -> None:

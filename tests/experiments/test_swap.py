@@ -99,9 +99,7 @@ def test_the_selected_epoch_is_tested(root: Path, tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(model[1].lin.weight.detach(), weights[1])
 
 
-def test_finished_runs_are_kept_and_missing_ones_added(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_runs_are_kept_and_others_added(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, trained = tmp_path / "swap.json", list[tuple[str, int]]()
     train_arm, (problem, config, arms) = swap.train_arm, ROWS["cora-gcn"]
     monkeypatch.setitem(ROWS, "cora-gcn", (problem, replace(config, epochs=2), arms))

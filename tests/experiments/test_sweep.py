@@ -1,7 +1,8 @@
-"""Sweeps skip what is finished, and their variants are what they say."""
+"""Sweeps skip what is finished; their variants say all that they rely on, presets leave it to the library."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 
+import gmoe
 from experiments import loop
 from experiments import sweep as command
-from experiments.presets import DIGITS, DIGITS_GRAPH
-from experiments.studies import Study, Variant
+from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig
+from experiments.presets import DIGITS, DIGITS_GRAPH, PRESETS
+from experiments.studies import RECORDED, Study, Variant, recorded
 from experiments.sweep import GridConfig, SweepConfig, main, make_study
 
 BASE = replace(DIGITS_GRAPH, epochs=1, seeds=(0,), hidden=4)
@@ -59,9 +62,7 @@ def test_finished_variants_are_skipped(
     assert ran == ["moe 3", "moe 1"]
 
 
-def test_processes_give_what_one_gives(
-    run_study: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_give_what_one_gives(run_study: Callable[..., Any], tmp_path: Path, capsys: Any) -> None:
     """A variant that cannot be run is named; of the others all that is written is the same, but for the clock."""
     found = list[dict[str, Any]]()
     for jobs in ("1", "2"):
@@ -98,3 +99,29 @@ def test_a_grid_of_routers_experts_and_k() -> None:
     own = {"experts": 4, "k": 2, "router": "random", "seeds": (5,), "data_root": Path("a")}
     assert variants["random-e4-k2"].config == replace(DIGITS, **own)  # type: ignore[arg-type]
     assert variants["dense-4x"].config.hidden == 4 * DIGITS.hidden
+
+
+STUDIED: dict[str, RunConfig] = {
+    f"{name}/{variant.name}": variant.config for name in RECORDED for variant in recorded(name, Path()).variants
+}
+
+
+@pytest.mark.parametrize("name", STUDIED)
+def test_studies_leave_nothing_to_the_library(name: str) -> None:
+    config = STUDIED[name]
+    router = config.router if config.equal is None else config.equal_to  # of a matched model, what it is matched to
+    made = gmoe.OracleRouter if router == "oracle" else gmoe.ROUTERS.get(router)
+    takes = set() if made is None else {"weight", "balance"} & inspect.signature(made).parameters.keys()
+    assert takes <= config.options.given().keys()
+    layers = {"shared_expert", "dense_start"} | ({"router_input"} if isinstance(config, GraphConfig) else set())
+    assert config.layer_options().keys() == layers
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_leave_routing_to_the_library(name: str) -> None:
+    config = PRESETS[name][1]
+    assert config.layer_options() == config.options.given() == {}
+    models = {ImageConfig: gmoe.ViTMoE, HeteroConfig: gmoe.HeteroGNNMoE, GraphConfig: gmoe.GNNMoE}
+    (model,) = (model for kind, model in models.items() if isinstance(config, kind))
+    default = inspect.signature(model).parameters["router"].default
+    assert (config.router, config.equal_to) == (default, default)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from experiments.config import load_object
 from experiments.loop import Training
 from experiments.presets import PRESETS
-from experiments.train import parse
-from tests.experiments.command import quick, rows
+from experiments.train import main, parse
+from tests.experiments import own_parts
+from tests.experiments.command import QUICK, quick, rows
 from tests.experiments.ogb_data import plant
 from tests.experiments.pyg_data import write_raw
 from tests.vision.made_images import write_cifar, write_imagenette, write_images
@@ -60,12 +64,6 @@ def test_the_test_set_is_read_once_at_the_best_validation_epoch(
     assert (result["best_epoch"], result["val"]) == (val.index(max(val)), max(val))
 
 
-@pytest.mark.parametrize("router", ["dense", "expert_choice", "attention_vote", "multi_centroid"])
-def test_a_run_is_the_same_twice(tmp_path: Path, router: str) -> None:
-    first, second = (quick(tmp_path / n, "--router", router, "--epochs", "1", preset="digits") for n in "ab")
-    assert (first["val"], first["test"]) == (second["val"], second["test"])
-
-
 def test_kmeans_finds_the_regions_before_any_training(tmp_path: Path) -> None:
     args = ("--router", "multi_centroid", "--shared-router", "--kmeans-init", "--num-centroids", "1")
     assert quick(tmp_path, *args, preset="mosaic")["routing"][0]["nmi"]["mean"] > 0.9
@@ -98,22 +96,47 @@ def test_every_preset_runs_on_tiny_files(
     assert summary["routing"]
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        "--conv low_pass identity high_pass two_hop --experts 4 --no-undirected",
-        "--conv gcn mlp --router-input node neighbors degree --shared-expert False --jk last --clip-norm 1",
-        "--sampling neighbor --batch-size 400 --fanout -1 2 --evaluation layerwise",
-        "--precision 64-true --conv sage --evaluation layerwise",
-        "--precision bf16-mixed --router attention_vote --scope neighbors",
-    ],
-)
-def test_options_of_graphs(args: str, tmp_path: Path) -> None:
-    assert 0 < quick(tmp_path / "run", *args.split(), "--epochs", "1")["test"]["mean"] <= 1
-
-
 @pytest.mark.parametrize("equal", ["flops", "parameters"])
 def test_dense_models_of_equal_cost(equal: str, tmp_path: Path) -> None:
     args = ("--router", "dense", "--equal", equal, "--equal-to", "expert_choice", "--epochs", "1")
     assert quick(tmp_path / "run", *args)["matched"] == pytest.approx(1, abs=0.05)
     assert quick(tmp_path / "own", "--router", "dense", "--epochs", "1")["matched"] is None
+
+
+MINE = own_parts.__name__
+
+
+@pytest.mark.parametrize("preset", ["digits-graph", "digits"])
+def test_a_router_of_ones_own(preset: str, tmp_path: Path) -> None:
+    args = ("--router", f"{MINE}:FirstBits", "--experts", "4", "--layers", "2", "--hidden", "16")
+    summary = quick(tmp_path / "run", *args, preset=preset)
+    assert summary["config"]["router"] == f"{MINE}:FirstBits"
+    assert all(layer["dead"]["mean"] == 2 for layer in summary["routing"])
+    assert all(layer["experts_per_token"]["mean"] == 1 for layer in summary["routing"])
+
+
+def test_a_router_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another folder than the working directory, and with a name that a module has."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    shutil.copy(own_parts.__file__, folder / "json.py")
+    monkeypatch.chdir(tmp_path)
+    main(["digits-graph", "--router", "elsewhere/json.py:FirstBits", *QUICK, "--seeds", "0"])
+    assert (tmp_path / "runs" / "digits-graph-json.FirstBits" / "summary.json").exists()
+    assert load_object("model", f"{folder}/json.py:sage") is load_object("model", "elsewhere/json.py:sage")
+
+
+@pytest.mark.parametrize(
+    ("preset", "name", "layers"), [("digits-graph", "sage", 0), ("digits-graph", "moe", 1), ("digits", "flat", 0)]
+)
+def test_a_model_of_ones_own(preset: str, name: str, layers: int, tmp_path: Path) -> None:
+    summary = quick(tmp_path / "run", "--model", f"{MINE}:{name}", preset=preset)
+    assert len(summary["routing"]) == layers
+    assert summary["test"]["mean"] > 0.05
+
+
+def test_tensorboard_gets_figures_and_routing(tmp_path: Path) -> None:
+    quick(tmp_path / "run", "--logger", "tensorboard", "--router", "expert_choice", "--hidden", "16")
+    events = EventAccumulator(str(tmp_path / "run" / "seed-0" / "tensorboard")).Reload()
+    assert {"loss", "val", "lr", "layer_0/load_0", "layer_0/entropy"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("val")] == [0, 1, 2]

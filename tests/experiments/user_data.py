@@ -36,21 +36,23 @@ def arrays(splits: int | None = None, classes: int = CLASSES, seed: int = 0) -> 
     }
 
 
+GIVEN = arrays()
+
+
 def by_pyg(given: Arrays) -> Arrays:
     """The same under PyG's names, in PyG's shapes."""
     masks = {f"{part}_mask": given[f"{part}_masks"].T for part in PARTS if f"{part}_masks" in given}
     return {"x": given["node_features"], "y": given["node_labels"], "edge_index": given["edges"].T, **masks}
 
 
-def write_npz(folder: Path, given: Arrays | None = None, **changes: Any) -> Path:
+def write_npz(folder: Path, given: Arrays = GIVEN, **changes: Any) -> Path:
     path = folder / "mine.npz"
-    content = (arrays() if given is None else given) | changes
-    np.savez(path, **{key: value for key, value in content.items() if value is not None})
+    np.savez(path, **{key: value for key, value in (given | changes).items() if value is not None})
     return path
 
 
-def write_pyg_npz(folder: Path, given: Arrays | None = None) -> Path:
-    return write_npz(folder, by_pyg(arrays() if given is None else given))
+def write_pyg_npz(folder: Path, given: Arrays = GIVEN) -> Path:
+    return write_npz(folder, by_pyg(given))
 
 
 def as_data(given: Arrays, **more: Any) -> Data:
@@ -59,15 +61,14 @@ def as_data(given: Arrays, **more: Any) -> Data:
     return data
 
 
-def write_pt(folder: Path, given: Arrays | None = None, **more: Any) -> Path:
+def write_pt(folder: Path, given: Arrays = GIVEN, **more: Any) -> Path:
     path = folder / "mine.pt"
-    torch.save(as_data(arrays() if given is None else given, **more), path)
+    torch.save(as_data(given, **more), path)
     return path
 
 
-def write_csv(folder: Path, given: Arrays | None = None, ids: list[str] | None = None, **columns: list[Any]) -> Path:
+def write_csv(folder: Path, given: Arrays = GIVEN, ids: list[str] | None = None, **columns: list[Any]) -> Path:
     """``columns`` take the place of others, or come beside them; ``weight`` is the edges'."""
-    given = arrays() if given is None else given
     path = folder / "mine"
     path.mkdir()
     names = ids or [str(node) for node in range(NODES)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,15 +15,12 @@ from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 from gmoe import FilterConv, GNNMoE, MLPConv, MoEConv
 from gmoe.models.vit import ViTMoE, ViTSize
 from tests.gmoe.conv.masked import GRAPHS, features, routing_of
+from tests.gmoe.conv.test_experts import ids
+from tests.gmoe.models.test_gnn import assert_same
 
 NODES, EDGES = GRAPHS["mixed"]
 WIDTH = 4
 SMALL_VIT = ViTSize(image_size=8, patch_size=4, num_layers=4, num_heads=2, hidden_dim=16, mlp_dim=24)
-
-
-def named(value: Any) -> str:
-    """An id that all workers of pytest agree on."""
-    return re.sub(r" at 0x\w+", "", str(value))
 
 
 def gin(width: int, out: int) -> GINConv:
@@ -41,10 +37,6 @@ CONVS += [partial(SAGEConv, project=True), partial(SAGEConv, aggr=["mean", "max"
 CONVS += [[GCNConv, averaged(GATConv), pyg.FiLMConv], [FilterConv, partial(FilterConv, filter="high_pass")]]
 
 
-def assert_same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
 def drawn(make: Any, seed: int = 3) -> tuple[Any, Tensor]:
     """What is made with that seed, in float64, and what is drawn next."""
     torch.manual_seed(seed)
@@ -59,7 +51,7 @@ def pair(conv: Any, **options: Any) -> tuple[tuple[Any, Tensor], tuple[Any, Tens
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("conv", CONVS, ids=named)
+@pytest.mark.parametrize("conv", CONVS, ids=ids)
 def test_a_new_layer_gives_what_its_conv_gives(conv: Any) -> None:
     """Drawn with the same seed; and what is drawn after it is the same too."""
     (layer, after), (plain, expected) = pair(conv)
@@ -94,7 +86,7 @@ def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any
         {"shared_router": True, "router_input": ("node", "neighbors"), "jk": "cat", "norm": "batch_norm"},
         {"conv": ["sage", "gcn", "gat"], "router": "expert_choice", "residual": "linear", "every": 2},
     ],
-    ids=named,
+    ids=ids,
 )
 def test_a_new_gnn_gives_what_the_dense_one_gives(options: dict[str, Any]) -> None:
     model, after = drawn(lambda: GNNMoE(4, 6, 3, 4, **options))

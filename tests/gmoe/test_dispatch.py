@@ -28,9 +28,6 @@ def gradients(y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     return list(found)
 
 
-# grouped_linear
-
-
 @pytest.mark.parametrize(
     ("loads", "width", "out"),
     [([3, 0, 2, 4], 7, 5), ([0, 0, 5, 0], 8, 8), ([0, 0, 0, 0], 7, 5), ([4, 0, 2], 1433, 7), ([1, 3], 1, 1433)],
@@ -75,9 +72,6 @@ def test_strided_rows(backend: Backend) -> None:
     x, weight = torch.randn(7, 4).T, torch.randn(2, 5, 7).transpose(1, 2)
     expected = grouped_linear(x.contiguous(), weight.contiguous(), None, ends([1, 3]), "loop")
     torch.testing.assert_close(grouped_linear(x, weight, None, ends([1, 3]), backend), expected)
-
-
-# routed_linear
 
 
 @each_backend

@@ -86,9 +86,6 @@ def test_a_dropout_in_training_mode_drops_at_evaluation(part: str) -> None:
     assert not torch.equal(experts(x, routing), experts(x, routing))
 
 
-# Construction
-
-
 def test_initialized_as_separate_linears() -> None:
     torch.manual_seed(0)
     linears = [nn.Linear(6, 4) for _ in range(5)]

@@ -83,9 +83,6 @@ def test_a_model_comes_back(build: Any, options: dict[str, Any], tmp_path: Path)
     check_same(model, type(model).from_pretrained(tmp_path / "model"), *inputs)
 
 
-# What is refused when it is saved
-
-
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
@@ -116,9 +113,6 @@ def test_arguments_may_take_the_place_of_saved_ones(tmp_path: Path) -> None:
     assert gmoe.GNNMoE.from_pretrained(tmp_path, dropout=0.5).dropout.p == 0.5
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         gmoe.GNNMoE.from_pretrained(tmp_path, hidden_channels=12)
-
-
-# Files from the network, and broken ones
 
 
 def check_refused(folder: Path, model: Any, name: str) -> None:
@@ -160,9 +154,6 @@ def test_a_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes], tm
     check_refused(tmp_path, gmoe.GNNMoE, name)
     path.unlink()
     check_refused(tmp_path, gmoe.GNNMoE, name)
-
-
-# The Hub, which no test reaches
 
 
 def test_push_uploads_what_save_writes(monkeypatch: pytest.MonkeyPatch) -> None:

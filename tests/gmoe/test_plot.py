@@ -39,9 +39,6 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"maps.png", "load.png"}
 
 
-# Images
-
-
 timm_vit: Any = partial(VisionTransformer, (8, 16), 4, embed_dim=8, depth=2, num_heads=2, num_classes=3)
 swin: Any = partial(SwinTransformer, [4, 4], 8, [2, 2], [2, 2], [2, 2], num_classes=5)
 
@@ -132,9 +129,6 @@ def test_tints_by_hand() -> None:
     assert figure.axes[0].get_ylabel() == "gray"
     stretched = expert_maps(Fixed(), torch.arange(16.0).view(1, 4, 4))
     assert np.allclose(pixels(stretched, 0)[..., 0].ravel(), np.arange(16) / 15)
-
-
-# Load
 
 
 def test_loads_of_routings_and_of_stats_are_the_same() -> None:

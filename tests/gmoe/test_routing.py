@@ -88,9 +88,6 @@ def test_no_tokens() -> None:
     assert "0 tokens" in routing.summary()
 
 
-# From choices
-
-
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data(), num_tokens=st.integers(0, 7), k=st.integers(1, 4))
 def test_from_choices_puts_each_weight_at_its_pair(data: st.DataObject, num_tokens: int, k: int) -> None:
@@ -133,9 +130,6 @@ def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> Non
     assert Routing.from_choices(expert[:, :0], weight[:, :0], 4).top_expert.tolist() == [4, 4, 4]
 
 
-# What is no routing
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -160,16 +154,10 @@ def test_values_of_fake_and_meta_tensors_are_not_read() -> None:
     assert repr(fake) == repr(meta) == "Routing(4 tokens, 3 experts)"
 
 
-# For people
-
-
 def test_summary_names_loads_and_losses() -> None:
     text = dataclasses.replace(example(), dropped_T=torch.tensor([0, 0, 2, 0])).summary()
     for line in ("expert 2: 3 tokens (75.0%", "coverage: 75.0%", "dropped pairs: 2", "loss b: 2 (coefficient 0.25)"):
         assert line in text
-
-
-# Losses that train nothing
 
 
 def test_losses_computed_without_gradients_in_training_warn() -> None:
@@ -184,9 +172,6 @@ def test_losses_computed_without_gradients_in_training_warn() -> None:
         aux_loss([bare, evaluated, frozen])
     with pytest.warns(UserWarning, match="use_reentrant=False"):
         aux_loss([frozen, routing])
-
-
-# Recording
 
 
 class Model(nn.Module):

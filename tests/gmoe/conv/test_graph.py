@@ -46,9 +46,6 @@ def test_to_another_device_and_repr() -> None:
     assert moved.edge_weight.device.type == moved.adj.device.type == moved.edges.order.device.type == "meta"
 
 
-# what is computed once
-
-
 def watched(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
     """The arguments of each call of a static method, from now on."""
     calls, plain = list[Any](), getattr(owner, name)
@@ -154,8 +151,6 @@ def test_plain_edges_may_be_changed_in_place() -> None:
     assert torch.equal(layer(x, edges), layer(x, edges.clone()))
 
 
-# refusals
-
 PLAIN = torch.tensor([[0, 1], [1, 0]])
 
 
@@ -170,12 +165,7 @@ PLAIN = torch.tensor([[0, 1], [1, 0]])
         (PLAIN.float(), 9, {}, r"edge_index: got .* of torch.float32"),
         ([[0], [1]], 3, {}, "edge_index: got list"),
         (csr(PLAIN, (9, 9)), (9, 8), {}, "edge_index: got a sparse matrix of shape"),
-        (
-            csr(PLAIN, (9, 9)),
-            9,
-            {"flow": "target_to_source"},
-            "edge_index: got a sparse matrix .*target_to_source",
-        ),
+        (csr(PLAIN, (9, 9)), 9, {"flow": "target_to_source"}, "edge_index: got a sparse matrix .*target_to_source"),
         (csr(PLAIN, (9, 9)), 9, {"edge_weight": torch.ones(2)}, r"edge_weight: got a tensor, .* a sparse matrix"),
         *((PLAIN, 9, {"edge_weight": wrong}, "edge_weight: got") for wrong in (torch.ones(3), torch.ones(2, 2), [1.0])),
         (PLAIN, 9, {"edge_attr": torch.ones(1, 2)}, "edge_attr: got shape"),

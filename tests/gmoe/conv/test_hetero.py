@@ -12,15 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 
-from gmoe import (
-    ROUTERS,
-    Graph,
-    HeteroMoEConv,
-    RelationalConv,
-    TokenChoice,
-    active_parameters,
-    count_flops,
-)
+from gmoe import ROUTERS, Graph, HeteroMoEConv, RelationalConv, TokenChoice, active_parameters, count_flops
 from tests.gmoe.conv.hetero_reference import (
     COUNTS,
     METADATA,
@@ -63,9 +55,6 @@ def following(weights: Nodes) -> HeteroMoEConv:
     return conv.double()
 
 
-# The dense layer
-
-
 @pytest.mark.parametrize("out_types", [None, ["field", "paper"]], ids=str)
 def test_dense_equals_pyg(out_types: Any) -> None:
     """Outputs and all gradients are those of HeteroConv of SAGEConvs, and a root linear layer a node type."""
@@ -100,9 +89,6 @@ def test_absent_relations_and_isolated_nodes_add_zero() -> None:
     together = conv(xs, edges())
     assert all(torch.allclose(together[t][-1], alone[t][-1]) for t in alone)  # the last ones are isolated
     assert not torch.allclose(together["paper"], alone["paper"])
-
-
-# The mixture equals its reference
 
 
 SWITCH = {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1}
@@ -151,15 +137,9 @@ def test_equals_masked_layers_without_some_nodes(empty: list[str]) -> None:
     assert_equals_masked(layer(WIDTHS, k=2).double(), xs, found)
 
 
-# Routers
-
-
 def test_a_router_instance_is_for_one_type() -> None:
     router = TokenChoice(WIDTH, EXPERTS)
     assert layer(router=router, router_kwargs=None, out_types=["paper"]).routers["paper"] is router
-
-
-# As modules
 
 
 def test_expert_is_a_detached_copy() -> None:
@@ -169,9 +149,6 @@ def test_expert_is_a_detached_copy() -> None:
     assert all(torch.equal(value, state[name]) for name, value in conv.state_dict().items())
     with pytest.raises(ValueError, match="index"):
         conv.expert(EXPERTS)
-
-
-# Cost
 
 
 def test_flops_follow_k() -> None:
@@ -187,9 +164,6 @@ def test_flops_follow_k() -> None:
     assert flops(2, 1) == flops(16, 1)
     products = 2 * OUT * WIDTH * (COUNTS["paper"] * 4 + COUNTS["author"] * 2 + COUNTS["field"] * 2 + COUNTS["venue"])
     assert flops(16, 2) - flops(16, 1) == products + OUT * sum(COUNTS.values())
-
-
-# What is refused
 
 
 @pytest.mark.parametrize(

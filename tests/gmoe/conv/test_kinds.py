@@ -121,9 +121,6 @@ def test_what_a_factory_adds_survives(kind: Any) -> None:
     assert [p.requires_grad for p in layer.experts.parameters()].count(False) == (2 if kind is frozen else 0)
 
 
-# who is local
-
-
 class GatedSum(MessagePassing):
     """Local: a sum over in-edges, gated by both ends."""
 

@@ -40,9 +40,6 @@ def layer(conv: Any = "gcn", in_channels: Any = WIDTH, **kwargs: Any) -> MoEConv
     return MoEConv(conv, in_channels, WIDTH, **{"num_experts": 3, **kwargs})
 
 
-# widths
-
-
 @pytest.mark.parametrize("conv", KINDS, ids=str)
 def test_open_widths_are_filled_in_by_the_first_call(conv: Any) -> None:
     x, edge_index = graph()
@@ -78,9 +75,6 @@ def test_an_open_layer_is_copied_and_takes_a_state_once_it_is_built() -> None:
     lazy[0](x, edge_index)
     lazy.load_state_dict(state)
     assert torch.equal(lazy[0](x, edge_index), built(x, edge_index))
-
-
-# positional arguments
 
 
 def test_the_convs_own_arguments_come_by_position() -> None:
@@ -132,9 +126,6 @@ def test_forward_takes_what_the_conv_takes_by_position() -> None:
             layer(conv)(x, edge_index, weight, **given)
 
 
-# to_hetero
-
-
 class Two(nn.Module):
     """Two layers, as in PyG's tutorials, or those of experts, equal to the dense ones: a gain is zero."""
 
@@ -164,9 +155,6 @@ def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:
         torch.testing.assert_close(found[name], value)
 
 
-# explainers
-
-
 @pytest.mark.parametrize("conv", KINDS, ids=str)
 def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any) -> None:
     """Nor is anything of it left; see ``test_experts.py`` for layers without a router and a shared expert."""
@@ -194,9 +182,6 @@ def test_buffers_of_an_aggregation_move_with_the_layer() -> None:
     name = "experts.prototype.aggr_module.avg_deg_lin"
     assert moe.double().state_dict()[name].dtype == torch.float64
     assert moe.to("meta").state_dict()[name].is_meta
-
-
-# sources alone
 
 
 def test_destinations_without_features_are_counted_by_a_matrix_a_graph_or_a_size() -> None:

@@ -93,23 +93,13 @@ def test_auto_takes_pyg_lib_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert type(neighbor_loader(data, [4], backend="gmoe")) is NodeLoader
 
 
-# what is refused
-
-
-def test_pyg_needs_its_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WITH_PYG_LIB", "WITH_TORCH_SPARSE"):
-        monkeypatch.setattr(torch_geometric.typing, name, False)
-    with pytest.raises(ImportError, match="requires either 'pyg-lib' or 'torch-sparse'"):
-        next(iter(neighbor_loader(full_graph(), [3], backend="pyg")))
-    with pytest.raises(ValueError, match="backend"):
-        neighbor_loader(full_graph(), [3], backend="cugraph")  # type: ignore[arg-type]
-
-
 def test_what_only_pyg_does_is_refused() -> None:
     asked: list[tuple[str, Any]] = [
         *(("subgraph_type", "induced"), ("directed", False), ("disjoint", True), ("time_attr", "time")),
         *(("weight_attr", "edge_weight"), ("input_time", torch.arange(NODES)), ("temporal_strategy", "last")),
     ]
+    with pytest.raises(ValueError, match="backend"):
+        neighbor_loader(full_graph(), [3], backend="cugraph")  # type: ignore[arg-type]
     for name, value in asked:
         with pytest.raises((TypeError, ValueError), match=name.removeprefix("input_")):
             next(iter(neighbor_loader(full_graph(), [3], backend="gmoe", is_sorted=True, **{name: value})))

@@ -101,9 +101,6 @@ def test_replacement_draws_independently() -> None:
     assert within(torch.tensor(list(drawn.values())), trials, degree**-k).all()
 
 
-# forms of graphs, and what is refused
-
-
 def same(a: Any, b: Any) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("node", "row", "col", "edge"))
 

@@ -81,9 +81,6 @@ def test_a_pickle_is_a_path(folder: Path) -> None:
     assert torch.equal(*edges)
 
 
-# what it refuses
-
-
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -163,9 +160,6 @@ def test_verify_reads_everything(folder: Path, block: int, monkeypatch: pytest.M
         StoredGraph(folder).verify()
 
 
-# its batches
-
-
 def assert_same_batches(folder: Path, data: Data, fanouts: list[int], seeds: Any, **kwargs: Any) -> None:
     """The loaders of the stored graph and of the one in memory agree."""
     found = []
@@ -218,9 +212,6 @@ def test_pyg_reads_it_where_pyg_can_sample(folder: Path, monkeypatch: pytest.Mon
     if torch_geometric.typing.WITH_PYG_LIB or torch_geometric.typing.WITH_TORCH_SPARSE:
         batch = next(iter(loader))
         assert torch.equal(batch.x, stored.rows("x", batch.n_id))
-
-
-# its memory
 
 
 @pytest.fixture(scope="module")

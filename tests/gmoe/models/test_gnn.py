@@ -169,8 +169,6 @@ def test_bad_input(shared_router: bool) -> None:
             gnn(given, adj, **options)
 
 
-# moefy
-
 DENSE: list[tuple[Any, dict[str, Any]]] = [
     (GCN, {"jk": "cat", "norm": "layer_norm", "act": "elu"}),
     (GraphSAGE, {}),

@@ -57,9 +57,6 @@ def call(gnn: HeteroGNNMoE, data: HeteroData = DATA, **kwargs: Any) -> Any:
     return gnn(data.x_dict, data.edge_index_dict, **kwargs)
 
 
-# Construction
-
-
 @pytest.mark.parametrize(
     ("kwargs", "moe_layers"), [({}, [0]), ({"num_layers": 5, "every": 2}, [1, 3]), ({"router": None}, [])], ids=str
 )
@@ -85,9 +82,6 @@ def test_a_target_prunes_what_its_logits_do_not_follow_from() -> None:
     assert [name for name, p in pruned.named_parameters() if p.grad is None] == []
 
 
-# Equality
-
-
 def test_forward_by_hand() -> None:
     """Input, conv + residual, norm, activation; a dense conv at the end. Embeddings stand for features."""
     gnn = model(num_layers=3, norm=LayerNorm(HIDDEN, mode="node"), act="elu", target=None)
@@ -101,9 +95,6 @@ def test_forward_by_hand() -> None:
     actual = call(gnn)
     for name in COUNTS:
         assert_same(actual[name], expected[name])
-
-
-# Mini-batches
 
 
 def test_seeds_with_all_their_neighbors_get_the_logits_of_the_whole_graph() -> None:
@@ -140,9 +131,6 @@ def test_few_nodes_of_a_type(count: int, norm: str | None) -> None:
     (logits.square().sum() + aux_loss(routings)).backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in gnn.parameters())
     assert all(bool(b.isfinite().all()) for b in gnn.buffers())
-
-
-# Errors
 
 
 @pytest.mark.parametrize(

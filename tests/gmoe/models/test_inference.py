@@ -45,9 +45,6 @@ def trained(**kwargs: Any) -> GNNMoE:
     return model.eval()
 
 
-# in memory
-
-
 def test_of_a_loader_the_graph_and_the_batch_size_are_taken() -> None:
     model = trained(router="expert_choice")
     before = copy.deepcopy(model.state_dict())
@@ -76,9 +73,6 @@ def test_of_a_users_own_conv_and_what_looks_further() -> None:
     for conv, router in ((GatedSum, "random"), ("tag", "random"), ("two_hop", None), ("two_hop", "random")):
         with pytest.raises(RuntimeError, match=r"inference: .* looks further than one hop"):
             GNNMoE(4, 8, OUT, conv=conv, router=router).inference(DATA)
-
-
-# on disk
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from gmoe import MultiCentroid
 
-# k-means initialisation
-
 
 def directions(num_clusters: int, each: int) -> tuple[Tensor, Tensor]:
     """Clusters of directions about a common offset."""

@@ -170,15 +170,6 @@ def test_the_task_reaches_the_router_and_no_gradient_is_nan(case: Case, k: int) 
 
 
 @each_case
-def test_a_step_without_tokens_moves_no_counter(case: Case) -> None:
-    router, empty, no_edges = make_layer(case, 0).router, torch.zeros(2, 3, 0, D, dtype=DTYPE), torch.zeros(2, 0).long()
-    router(empty, None, no_edges)  # what the last step left takes effect
-    before = copy.deepcopy(router.state_dict())
-    assert router(empty, torch.zeros(2, 3, 0).long(), no_edges).to_dense().shape == (0, E)
-    assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
-
-
-@each_case
 def test_large_tokens_give_finite_weights_and_gradients(case: Case) -> None:
     x, batch, edge_index = make_call(case, "ragged")
     layer = make_layer(case, len(x))

@@ -14,9 +14,6 @@ def with_gate(router: TokenChoice, weight_ED: list[list[float]]) -> TokenChoice:
     return router
 
 
-# Selection and weights
-
-
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_experts", [4, 40])
 def test_equal_experts_go_to_the_lowest_index(num_experts: int, k: int) -> None:
@@ -31,9 +28,6 @@ def test_far_apart_logits_do_not_tie(dtype: torch.dtype) -> None:
     router = with_gate(TokenChoice(3, 3, k=2, balance=None), torch.eye(3).tolist()).to(dtype)
     x = scale * torch.tensor([[200.0, 0.0, 50.0]], dtype=dtype)
     assert router(x).expert.tolist() == [0, 2]
-
-
-# Capacity
 
 
 ONE_OF_FOUR = torch.tensor([[1.0, 0], [3, 0], [2, 0], [4, 0]])
@@ -57,9 +51,6 @@ def test_a_bias_does_not_change_the_priority() -> None:
     router.next_bias_E.copy_(torch.tensor([0.0, 9.0]))  # everyone takes expert 1, which takes one token
     x = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).log()
     assert router(x).token.tolist() == [1]
-
-
-# Loss-free balance
 
 
 def test_bias_by_hand() -> None:
@@ -117,3 +108,4 @@ def test_bias_of_one_token_and_of_equal_tokens_rests() -> None:
         for _ in range(3):
             assert torch.isfinite(router(x).weight).all()
         assert not router.bias_E.any()
+        assert router.mean_D.isfinite().all()
