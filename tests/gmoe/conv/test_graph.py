@@ -31,6 +31,15 @@ def test_the_default_device_and_numpys_integers_do_not_matter() -> None:
     torch.testing.assert_close(graph.mean(x), mean_of_in_edges(x, EDGES))
 
 
+@pytest.mark.parametrize("nodes", [2**16, 2**16 + 1])
+def test_edges_are_in_the_order_of_receivers_and_then_as_given(nodes: int) -> None:
+    """Up to 65,536 nodes NumPy sorts, of more torch."""
+    receiver = torch.tensor([nodes - 1, 256, 1, 0, nodes - 1, 1, 32768, 255, 0])
+    found = Edges.sorted(torch.arange(9), receiver, 9, nodes)
+    assert found.order.tolist() == found.sender.tolist() == [3, 8, 2, 5, 7, 1, 6, 0, 4]
+    assert found.ptr[[0, 1, 2, -2, -1]].tolist() == [0, 2, 4, 7, 9]
+
+
 def test_low_precision_is_summed_in_float32() -> None:
     """A sum of ones in bfloat16 stops at 256."""
     to_one = torch.zeros(1000, dtype=torch.long)
