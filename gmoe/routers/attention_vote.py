@@ -163,8 +163,5 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     self_loops = torch.arange(num_tokens, device=edge_index.device).expand(2, -1)
     voter_M, other_M = torch.cat([edge_index[:, edge_index[0] != edge_index[1]], self_loops], dim=1)
     edges = Edges.sorted(other_M, voter_M, num_tokens, num_tokens)
-    votes = []
-    for q_T1d, k_T1d in zip(q_THd.expand(-1, heads, -1).split(1, dim=1), k_THd.split(1, dim=1), strict=True):
-        share_M = softmax(dot(q_T1d, k_T1d, edges).view(-1), ptr=edges.ptr)
-        votes.append(k_THd.new_zeros(num_tokens).index_add(0, edges.sender, share_M))
-    return torch.stack(votes, dim=1)
+    share_MH = softmax(dot(q_THd.expand(-1, heads, -1), k_THd, edges), ptr=edges.ptr)
+    return k_THd.new_zeros(num_tokens, heads).index_add(0, edges.sender, share_MH)
