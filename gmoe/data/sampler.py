@@ -19,16 +19,16 @@ from torch_geometric.sampler import (
 )
 from torch_geometric.sampler.neighbor_sampler import edge_sample, node_sample
 from torch_geometric.typing import EdgeType, NodeType
-from torch_geometric.utils import index_sort
 
 from gmoe._checks import check
+from gmoe.conv.graph import Edges
 from gmoe.data.stored import StoredGraph
 from gmoe.routers.base import check_edge_index
 from gmoe.routing import INTEGERS, check_range, described
 
 Fanouts: TypeAlias = Sequence[int] | Mapping[EdgeType, Sequence[int]] | NumNeighbors
-InEdges: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
-"""The start of each node's in-edges, their sources, and their ids (``None``: their positions)."""
+InEdges: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""The start of each node's in-edges, their sources, and their ids."""
 
 NODES: NodeType = ""
 EDGES: EdgeType = (NODES, "", NODES)
@@ -55,8 +55,7 @@ class NeighborSampler(BaseSampler):
 
     Args:
         data: the graph, on any device, with ``edge_index`` (a tensor or PyG's ``EdgeIndex``), which is sorted by
-            destination unless it is already; or a :class:`gmoe.StoredGraph`, whose edges stay on disk: memory is 4
-            bytes a node and process.
+            destination; or a :class:`gmoe.StoredGraph`, whose edges stay on disk: memory is 4 bytes a node and process.
         num_neighbors: k of each hop, from the seeds outwards; -1 takes all in-edges. For ``HeteroData`` a list for all
             types of edges, or a dictionary with one for each.
         replace: make k independent draws for each node with in-edges (default ``False``).
@@ -160,12 +159,8 @@ class NeighborSampler(BaseSampler):
         check("edge_index" in store and "adj_t" not in store, "data", store, f"edge_index of {kind}, and no adj_t")
         edge_index = torch.as_tensor(store.edge_index.cpu())
         check_edge_index(edge_index, self._sizes[src], self._sizes[dst])
-        (source, destination), ids = edge_index, None
-        if (destination.diff() < 0).any():
-            destination, order = index_sort(destination, max_value=self._sizes[dst])
-            source, ids = source.index_select(0, order), order.to(self._dtype)
-        start = torch._convert_indices_from_coo_to_csr(destination, self._sizes[dst])
-        return start.to(self._dtype), source.to(self._dtype), ids
+        edges = Edges.sorted(edge_index[0], edge_index[1], self._sizes[src], self._sizes[dst])
+        return edges.ptr.to(self._dtype), edges.sender.to(self._dtype), edges.order.to(self._dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the maps: spawned workers share the memory of pickled tensors, and would all write into one map."""
