@@ -21,9 +21,8 @@ from torch_geometric.sampler.neighbor_sampler import edge_sample, node_sample
 from torch_geometric.typing import EdgeType, NodeType
 
 from gmoe._checks import check
-from gmoe.conv.graph import Edges
+from gmoe.conv.graph import Graph
 from gmoe.data.stored import StoredGraph
-from gmoe.routers.base import check_edge_index
 from gmoe.routing import INTEGERS, check_range, described
 
 Fanouts: TypeAlias = Sequence[int] | Mapping[EdgeType, Sequence[int]] | NumNeighbors
@@ -157,9 +156,7 @@ class NeighborSampler(BaseSampler):
         src, _, dst = kind
         check({src, dst} <= self._sizes.keys(), "data", f"edges {kind}", f"edges between nodes {list(self._sizes)}")
         check("edge_index" in store and "adj_t" not in store, "data", store, f"edge_index of {kind}, and no adj_t")
-        edge_index = torch.as_tensor(store.edge_index.cpu())
-        check_edge_index(edge_index, self._sizes[src], self._sizes[dst])
-        edges = Edges.sorted(edge_index[0], edge_index[1], self._sizes[src], self._sizes[dst])
+        edges = Graph(store.edge_index.cpu(), (self._sizes[src], self._sizes[dst])).edges
         return edges.ptr.to(self._dtype), edges.sender.to(self._dtype), edges.order.to(self._dtype)
 
     def __getstate__(self) -> dict[str, Any]:
