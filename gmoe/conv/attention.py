@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
 from gmoe._autograd import first_order, untraced
+from gmoe._checks import check
 from gmoe.conv.aggregate import is_plain
 from gmoe.conv.base import StackedExperts, stacked
 from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
@@ -97,10 +98,10 @@ class AttentionExperts(StackedExperts):
 
     layers: tuple[str, ...]
     vectors: tuple[str, ...]
-    needs_attr = False
-    bias: nn.Parameter | None
-    lin_edge: LinearExperts | None
-    res: LinearExperts | None
+
+    if TYPE_CHECKING:  # a stacked layer or parameter, None where the options leave it out
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @staticmethod
     def accepts(conv: Any) -> bool:
@@ -118,9 +119,8 @@ class AttentionExperts(StackedExperts):
         return found
 
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
-        vectors = [(getattr(self, name), getattr(conv, name)) for name in self.vectors]
-        linears = [(getattr(self, name), layer) for name, layer in self.linears(conv).items()]
-        return [*linears, *(pair for pair in vectors if pair[0] is not None)]
+        names = (*self.layers, *self.vectors)
+        return [(ours, getattr(conv, name)) for name in names if (ours := getattr(self, name)) is not None]
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         first = convs[0]
@@ -178,14 +178,10 @@ class AttentionExperts(StackedExperts):
         """(M, F) the edge features, where there are some.
 
         Raises:
-            ValueError: edge features for convs that were built without ``edge_dim``, or none where they have to be.
+            ValueError: edge features for convs that were built without ``edge_dim``.
         """
-        attr, name = messages.graph.attr, type(self.prototype).__name__
-        if attr is not None and self.lin_edge is None:
-            raise ValueError(f"edge_attr: got a tensor, expected None, since {name} was built with edge_dim=None")
-        if attr is None and self.lin_edge is not None and self.needs_attr:
-            legal = f"a tensor of shape (edges, {self.lin_edge.in_features}), since {name} was built with an edge_dim"
-            raise ValueError(f"edge_attr: got None, expected {legal}")
+        attr, legal = messages.graph.attr, f"None, since {type(self.prototype).__name__} was built with edge_dim=None"
+        check(attr is None or self.lin_edge is not None, "edge_attr", "a tensor", legal)
         return None if attr is None else attr.index_select(0, messages.edge)
 
 
@@ -199,12 +195,6 @@ class GATExperts(AttentionExperts):
 
     layers = ("lin", "lin_src", "lin_dst", "lin_edge", "res")
     vectors = ("att_src", "att_dst", "att_edge", "bias")
-    lin: LinearExperts | None
-    lin_src: LinearExperts
-    lin_dst: LinearExperts
-    att_src: nn.Parameter
-    att_dst: nn.Parameter
-    att_edge: nn.Parameter
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         lin_src, lin_dst = (self.lin_src, self.lin_dst) if self.lin is None else (self.lin, self.lin)
@@ -223,9 +213,8 @@ class GATExperts(AttentionExperts):
                 target_PHC = self._by_head(lin_dst(dispatch(x_dst, pairs), offsets))
             at_target = self._at(target_PHC, self.att_dst, pairs.expert)
         score_MH = score_MH + at_target.index_select(0, messages.pair)
-        attr = messages.graph.attr
-        if self.lin_edge is not None and attr is not None:
-            edge_EFH, edge_MF = self._folded(self.lin_edge, self.att_edge), attr.index_select(0, messages.edge)
+        if self.lin_edge is not None and (edge_MF := self._edge_attr(messages)) is not None:
+            edge_EFH = self._folded(self.lin_edge, self.att_edge)
             score_MH = score_MH + grouped_linear(edge_MF, edge_EFH, None, messages.offsets, self.backend)
         score_MH = F.leaky_relu(score_MH.to(self.att_src.dtype), self.prototype.negative_slope)
         alpha_MH = self._attention(score_MH, messages)
@@ -258,12 +247,6 @@ class TransformerExperts(AttentionExperts):
 
     layers = ("lin_query", "lin_key", "lin_value", "lin_edge", "lin_skip", "lin_beta")
     vectors = ()
-    needs_attr = True
-    lin_query: LinearExperts
-    lin_key: LinearExperts
-    lin_value: LinearExperts
-    lin_skip: LinearExperts | None
-    lin_beta: LinearExperts | None
 
     def linears(self, conv: Any) -> dict[str, Any]:
         found = super().linears(conv)
@@ -278,7 +261,9 @@ class TransformerExperts(AttentionExperts):
         value_UHC = self._by_head(self._rows(self.lin_value, x_src, messages))
         score_MH = dot(query_PHC, key_UHC, messages.from_rows)
         edge_MF = self._edge_attr(messages)
-        if self.lin_edge is None or edge_MF is None:
+        if edge_MF is None:
+            legal = f"a tensor of shape (edges, {self.prototype.edge_dim}), since TransformerConv has an edge_dim"
+            check(self.lin_edge is None, "edge_attr", None, legal)
             return weighted_sum(self._attention(score_MH, messages), value_UHC, messages.from_rows)
         edge_EFHC = self.lin_edge.weight.unflatten(2, (self.heads, self.width))
         edge_M1F = edge_MF[:, None].to(query_PHC.dtype)
@@ -304,17 +289,13 @@ class GATv2Experts(AttentionExperts):
 
     layers = ("lin_l", "lin_r", "lin_edge", "res")
     vectors = ("att", "bias")
-    lin_l: LinearExperts
-    lin_r: LinearExperts | None
-    att: nn.Parameter
 
     def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         source_UO = self._rows(self.lin_l, x_src, messages)
-        target_PO = (self.lin_l if self.lin_r is None else self.lin_r)(
-            dispatch(x_dst, messages.routing), messages.routing.offsets
-        )
+        lin_r = self.lin_l if self.lin_r is None else self.lin_r
+        target_PO = lin_r(dispatch(x_dst, messages.routing), messages.routing.offsets)
         edge_MF = self._edge_attr(messages)
-        edge_EFO = None if edge_MF is None or self.lin_edge is None else self.lin_edge.weight
+        edge_EFO = None if edge_MF is None else self.lin_edge.weight
         # a head's vector in that head's column, so that one product gives the scores of all
         heads = torch.eye(self.heads, dtype=self.att.dtype, device=self.att.device)
         att_EOH = (self.att.squeeze(1)[..., None] * heads[:, None]).flatten(1, 2)
@@ -350,8 +331,7 @@ class _AdditiveScores(torch.autograd.Function):
         grad_source, grad_target, grad_edge, grad_weight, grad_att = grads
         for expert, block in _blocks(ctx.ends, att_EOH):
             sum_BO = _sums(rows, edges, expert, block)
-            grad_BO = torch.empty_like(sum_BO)
-            torch.mm(grad_MH[block], att_EOH[expert].T, out=grad_BO)
+            grad_BO = torch.empty_like(sum_BO).addmm_(grad_MH[block], att_EOH[expert].T, beta=0)
             grad_BO = torch.ops.aten.leaky_relu_backward(grad_BO, sum_BO, slope, False)
             grad_att[expert].addmm_(F.leaky_relu_(sum_BO, slope).T, grad_MH[block])
             grad_source.index_add_(0, edges.sender[block], grad_BO)
