@@ -155,13 +155,12 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
         k_THd: keys.
         edge_index: (2, num_edges) from voters to those they vote for.
     """
-    from torch_geometric.utils import softmax  # who has a graph has it
+    from torch_geometric.utils import add_remaining_self_loops, softmax  # who has a graph has it
 
     from gmoe.conv.graph import Edges, dot
 
-    num_tokens, heads = k_THd.shape[:2]
-    self_loops = torch.arange(num_tokens, device=edge_index.device).expand(2, -1)
-    voter_M, other_M = torch.cat([edge_index[:, edge_index[0] != edge_index[1]], self_loops], dim=1)
+    num_tokens = len(k_THd)
+    (voter_M, other_M), _ = add_remaining_self_loops(edge_index, num_nodes=num_tokens)
     edges = Edges.sorted(other_M, voter_M, num_tokens, num_tokens)
-    share_MH = softmax(dot(q_THd.expand(-1, heads, -1), k_THd, edges), ptr=edges.ptr)
-    return k_THd.new_zeros(num_tokens, heads).index_add(0, edges.sender, share_MH)
+    share_MH = softmax(dot(q_THd.expand_as(k_THd), k_THd, edges), ptr=edges.ptr)
+    return k_THd.new_zeros(k_THd.shape[:2]).index_add(0, edges.sender, share_MH)
