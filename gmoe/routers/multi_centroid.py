@@ -126,7 +126,12 @@ class MultiCentroid(Router):
             self.centroid[expert] = centroid_MD[torch.arange(self.num_centroids) % clusters]
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        logits_TE = self._logits(x_TD)
+        unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
+        centered_TD = x_TD - self.center_D.to(x_TD.dtype)
+        norm_T1 = torch.linalg.vector_norm(centered_TD, dim=-1, keepdim=True).clamp(min=EPS)
+        cosine_TN = (centered_TD @ unit_ND.T) / norm_T1  # no unit vector a token is held
+        cosine_TEM = cosine_TN.unflatten(-1, (self.num_experts, -1))
+        logits_TE = cosine_TEM.amax(dim=-1) * (-self.log_temperature.to(cosine_TN.dtype)).exp()
         losses = {}
         if self.separation_coef > 0:
             losses["separation"] = AuxLoss(separation_loss(self.centroid), self.separation_coef)
@@ -135,14 +140,6 @@ class MultiCentroid(Router):
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         choices = self._top_k(logits_TE, log_probs_TE)
         return Routing.from_choices(*choices, self.num_experts, log_probs_TE.exp(), losses, checked=True)
-
-    def _logits(self, x_TD: Tensor) -> Tensor:
-        unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
-        centered_TD = x_TD - self.center_D.to(x_TD.dtype)
-        norm_T1 = torch.linalg.vector_norm(centered_TD, dim=-1, keepdim=True).clamp(min=EPS)
-        cosine_TN = (centered_TD @ unit_ND.T) / norm_T1  # no unit vector a token is held
-        cosine_TEM = cosine_TN.unflatten(-1, (self.num_experts, -1))
-        return cosine_TEM.amax(dim=-1) * (-self.log_temperature.to(cosine_TN.dtype)).exp()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_centroids={self.num_centroids}, choice={self.choice!r}"
