@@ -31,8 +31,6 @@ ConvFactory: TypeAlias = Callable[..., MessagePassing]
 ConvLike: TypeAlias = str | ConvFactory | Sequence[str | ConvFactory]
 """A name such as ``"gcn"``, a conv class, a factory, or a list with one per expert."""
 
-Widths: TypeAlias = int | tuple[int, int]
-
 CONVS: dict[str, type[MessagePassing]] = {
     name.removesuffix("Conv").lower(): getattr(pyg.conv, name) for name in pyg.conv.classes if name.endswith("Conv")
 }
@@ -218,8 +216,7 @@ def build_experts(
             differ.
     """
     convs = [make(expert) for expert in range(len(make.kinds))] if convs is None else convs
-    one_a_kind = {id(kind): conv for kind, conv in zip(make.kinds, convs, strict=True)}
-    trials = {kind: Trial(conv, make.in_channels) for kind, conv in one_a_kind.items()}
+    trials = {id(kind): Trial(conv, make.in_channels) for kind, conv in zip(make.kinds, convs, strict=True)}
     width = _common_width(make, convs, [trial.width for trial in trials.values() if trial.width is not None])
     groups: dict[Any, list[int]] = {}
     for expert, conv in enumerate(convs):
@@ -309,7 +306,7 @@ class Trial:
     """
 
     conv: Any
-    in_channels: Widths
+    in_channels: int | tuple[int, int]
 
     @cached_property
     def outcome(self) -> tuple[int | None, bool, str]:
