@@ -95,9 +95,7 @@ def moefy(
         >>> vit = moefy(timm.create_model("vit_tiny_patch16_224"), blocks=[-3, -1], router="expert_choice")
         >>> gnn = moefy(gnn, targets="conv*")
     """
-    check(
-        not isinstance(router, Router), "router", "an instance", "a name or a factory, since several layers are built"
-    )
+    check(not isinstance(router, Router), "router", "an instance for several layers", "a name or a factory")
     options: dict[str, Any] = {"num_experts": num_experts, "k": k, "router": router, "router_kwargs": router_kwargs}
     options |= {"upcycle": upcycle, "shared_expert": shared_expert, "dense_start": dense_start, "backend": backend}
     usual, widths = 2 if targets is None else 1, dict[str, int]()

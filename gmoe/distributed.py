@@ -11,16 +11,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-Group = Any
-"""A ``torch.distributed.ProcessGroup``; ``None`` stands for that of all processes."""
 
-
-def world_size(group: Group = None) -> int:
+def world_size(group: Any = None) -> int:
     """The number of processes: 1 where ``torch.distributed`` was not initialized."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def world_sum(x: Tensor, group: Group = None) -> Tensor:
+def world_sum(x: Tensor, group: Any = None) -> Tensor:
     """The sum of ``x`` over the processes; every process has to call it.
 
     Its gradient is that of the local term times the number of processes: ``DistributedDataParallel`` takes the mean of
@@ -28,7 +25,7 @@ def world_sum(x: Tensor, group: Group = None) -> Tensor:
 
     Args:
         x: of the same shape everywhere.
-        group: the process group (default: all processes).
+        group: a ``torch.distributed.ProcessGroup`` (default: that of all processes).
     """
     size = world_size(group)
     if size == 1:

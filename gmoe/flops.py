@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from gmoe._checks import check_counts, check_positive
+from gmoe._checks import check, check_counts, check_positive
 from gmoe.moe import MoELayer  # and so the operators of gmoe.dispatch
 
 aten = torch.ops.aten
@@ -73,10 +73,8 @@ def match_width(
     low = bisect.bisect_left(range(high), target, lo=low, key=cost)  # the first that costs at least the target
     width = min((w for w in (low - 1, low) if w >= start), key=lambda w: abs(cost(w) - target))
     off = cost(width) / target - 1.0
-    if abs(off) > tolerance:
-        raise ValueError(
-            f"target: got {target:g}; the nearest width, {width}, is off by {off:+.1%}, expected within {tolerance:.0%}"
-        )
+    got = f"{target:g}; the nearest width, {width}, is off by {off:+.1%}"
+    check(abs(off) <= tolerance, "target", got, f"within {tolerance:.0%}")
     return width
 
 

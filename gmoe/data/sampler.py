@@ -161,7 +161,7 @@ class NeighborSampler(BaseSampler):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the maps: spawned workers share the memory of pickled tensors, and would all write into one map."""
-        return {**self.__dict__, "_maps": []}
+        return self.__dict__ | {"_maps": []}
 
 
 def _draw(start: Tensor, nodes_F: Tensor, k: int, replace: bool) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,8 @@ class SoftRouting(Routing):
     @property
     def slot_offsets(self) -> Tensor:
         """(E,) int32 cumulative ends of the slot rows of each expert."""
-        experts_E = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=self.token.device)
-        return experts_E * (self.groups.num_groups * self.dispatch_TES.size(2))
+        rows = self.groups.num_groups * self.dispatch_TES.size(2)
+        return torch.full_like(self.offsets, rows).cumsum(0, dtype=torch.int32)
 
     def dispatch(self, x_TI: Tensor) -> Tensor:
         """(R, I) the slots, weighted means of a group's tokens; sorted by expert, then by group."""
