@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 def cv_squared(value_E: Tensor) -> Tensor:
     """Squared coefficient of variation, ``var(v) / mean(v)^2``, with the population variance."""
-    eps = torch.finfo(value_E.dtype).tiny
-    return value_E.var(unbiased=False) / value_E.mean().square().clamp(min=eps)
+    return value_E.var(unbiased=False) / value_E.mean().square().clamp(min=torch.finfo(value_E.dtype).tiny)
 
 
 def importance_loss(probs_TE: Tensor) -> Tensor:

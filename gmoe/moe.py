@@ -60,6 +60,7 @@ class _Mixture(MoELayer):
     """A layer that holds a router and experts that fit it."""
 
     def __init__(self, router: Router, experts: Experts) -> None:
+        check(hasattr(router, "num_experts"), "router", repr(router), "an instance, which build_router makes of a name")
         if router.num_experts != experts.num_experts or router.dim != experts.in_features:
             raise ValueError(
                 f"experts: got num_experts={experts.num_experts}, in_features={experts.in_features}, expected those of "
@@ -73,8 +74,7 @@ class _Mixture(MoELayer):
     def reset_parameters(self) -> None:
         """Draw router and experts anew."""
         for part in self.children():
-            reset = getattr(part, "reset_parameters", None)
-            if reset is not None:
+            if reset := getattr(part, "reset_parameters", None):
                 reset()
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:

@@ -41,8 +41,9 @@ class AggregateOnce(StackedExperts):
     """Convs that aggregate without parameters, or linearly, and transform rows: A x W_e = (A x) W_e.
 
     Sums and means of the sources' rows are sparse products of the :class:`Graph`. Any other aggregation is PyG's own:
-    the conv itself with its transform taken out. A subclass whose messages are more than rows times a weight sets
-    ``matrix`` to ``None`` in :meth:`strip`.
+    the conv itself with its transform taken out, called as ``conv((x, None), edge_index, size=...)`` with the edge
+    arguments it takes. A subclass whose messages are more than rows times a weight sets ``matrix`` to
+    ``None`` in :meth:`strip`: the product would pass over them.
     """
 
     weighted_by: Literal["weight", "values"] = "values"
@@ -181,6 +182,7 @@ class GINExperts(AggregateOnce):
 
     @staticmethod
     def accepts(conv: Any) -> bool:
+        # those of the conv, its aggregation, and its network
         types, dropout = [type(part) for part in conv.modules()], getattr(conv.nn, "dropout", [])
         return AggregateOnce.accepts(conv) and types[2:] in MLPS and not any(dropout)
 

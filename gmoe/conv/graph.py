@@ -91,8 +91,9 @@ class Edges:
 
     def to(self, device: torch.device | str) -> Edges:
         """The same on another device."""
-        tensors = {name: getattr(self, name).to(device) for name in ("ptr", "sender", "receiver", "order")}
-        return replace(self, **tensors)
+        return replace(
+            self, **{name: getattr(self, name).to(device) for name in ("ptr", "sender", "receiver", "order")}
+        )
 
     def of(self, receivers: Tensor) -> tuple[Tensor, Tensor]:
         """(m,) the messages of some receivers, one after the other, and (m,) the position of each one's receiver."""
@@ -521,8 +522,7 @@ class _Dot(torch.autograd.Function):
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor, Tensor, None]:
         query_RHC, key_UGC = ctx.saved_tensors
         grad_query = weighted_sum(grad_MH, key_UGC, ctx.edges)
-        grad_key = _sent_back(grad_MH, query_RHC, ctx.edges)
-        return grad_query, grad_key.sum_to_size(key_UGC.shape), None
+        return grad_query, _sent_back(grad_MH, query_RHC, ctx.edges).sum_to_size(key_UGC.shape), None
 
 
 def _sent_back(weight_MH: Tensor, value_RHC: Tensor, edges: Edges) -> Tensor:

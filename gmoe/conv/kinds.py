@@ -58,11 +58,15 @@ STACKS: dict[type[MessagePassing], type[StackedExperts]] = {
     pyg.SAGEConv: aggregate.SAGEExperts,
     pyg.TransformerConv: attention.TransformerExperts,
 }
-"""Classes whose experts are stacked, by exact type: a subclass may compute something else. A new kind is listed here or
-in :data:`LOCAL`; what may have a tuple of widths and no destinations, in :data:`SOURCES_ALONE`."""
+"""Classes whose experts are stacked, by exact type: a subclass may compute something else.
+
+A new kind is listed here, and in :data:`LOCAL` for convs that cannot be stacked; in :data:`OWN` for a name, if it is
+not PyG's; in :data:`ADAPTED` if it is not built as ``(in_channels, out_channels)``; in :data:`SOURCES_ALONE` if it may
+have a tuple of widths and no destinations.
+"""
 
 _LOCAL = "cg clustergcn feast film gat gatv2 general gin gine graph le mf pna resgatedgraph sage simple transformer"
-LOCAL = frozenset(CONVS[name] for name in _LOCAL.split())
+LOCAL = frozenset([MLPConv, *(CONVS[name] for name in _LOCAL.split())])
 """Classes whose output at a node follows from its in-edges and their ends alone, under most options; all the same
 verified for each layer that is built."""
 
@@ -288,7 +292,7 @@ def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) ->
     """True if the conv's output follows from in-edges, their ends, and the degrees of the whole graph."""
     if isinstance(conv, FilterConv):
         return conv.hops == 1
-    return isinstance(conv, pyg.GCNConv | MLPConv) or Trial(conv, in_channels).takes_local_path(local)
+    return isinstance(conv, pyg.GCNConv) or Trial(conv, in_channels).takes_local_path(local)
 
 
 NODES, EDGES = 14, 60
@@ -330,12 +334,12 @@ class Trial:
         edge_index = torch.randint(NODES - 2, (2, EDGES), generator=generator)  # the last two nodes are isolated
         edge_index[:, :3] = torch.tensor([[0, 1, 1], [0, 2, 2]])
         weight = random(EDGES).abs() + 0.1 if "edge_weight" in takes else None
+        source, destination = (self.in_channels, 0) if isinstance(self.in_channels, int) else self.in_channels
         edge_dim = getattr(conv, "edge_dim", None) or getattr(conv, "dim", None)
         if isinstance(conv, pyg.GINEConv):
-            edge_dim = self.in_channels if conv.lin is None else conv.lin.in_channels
+            edge_dim = source if conv.lin is None else conv.lin.in_channels
         wanted = "edge_attr" in takes and isinstance(edge_dim, int) and edge_dim > 0
         attr = random(EDGES, edge_dim) if wanted else None
-        source, destination = (self.in_channels, 0) if isinstance(self.in_channels, int) else self.in_channels
         x_src = random(NODES, source)
         graph = Graph(edge_index, NODES, edge_weight=weight, edge_attr=attr, flow=conv.flow)
         return graph, x_src, random(NODES, destination) if destination else x_src
@@ -343,7 +347,7 @@ class Trial:
     @property
     def width(self) -> int | None:
         """Columns of the output; ``None`` if unknown."""
-        if type(self.conv) in STACKS and not isinstance(self.conv, pyg.GINConv | pyg.GINEConv):
+        if type(self.conv) in STACKS and hasattr(self.conv, "out_channels"):
             return int(self.conv.out_channels * (self.conv.heads if getattr(self.conv, "concat", False) else 1))
         return self.outcome[0]
 

@@ -210,8 +210,7 @@ class GNNMoE(HubMixin, nn.Module):
             return x
         # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
         device = next(self.parameters()).device
-        logits = self.lin(self.jk([h[: x.size(0)].to(device) for h in xs]))
-        return logits.to(x.device)
+        return self.lin(self.jk([h[: x.size(0)].to(device) for h in xs])).to(x.device)
 
     def conv(
         self, layer: int, x: Tensor, graph: Graph, batch: Tensor | None, routing: Routing | None

@@ -24,7 +24,7 @@ from gmoe.conv.graph import Graph, numbered
 from gmoe.conv.kinds import looks_one_hop
 from gmoe.conv.moe_conv import MoEConv
 from gmoe.data.stored import StoredGraph, create_npy
-from gmoe.routers import ExpertChoice, MultiCentroid, RandomRouter, Router, TokenChoice, UniformRouter
+from gmoe.routers import Router
 from gmoe.routing import Routing
 
 
@@ -223,10 +223,7 @@ def _check_stored(model: Any, graph: StoredGraph) -> None:
         by_row |= isinstance(plain, LayerNorm) and plain.mode == "node"
         by_row |= isinstance(plain, nn.BatchNorm1d) and plain.track_running_stats
         check(by_row, "norm", type(norm).__name__, "one by row: batch norm, LayerNorm(mode='node') or none")
-    by_token = TokenChoice | RandomRouter | UniformRouter | MultiCentroid | ExpertChoice
     legal = "one that decides token by token: token choice, random, uniform, centroids, or inference='threshold'"
     for router in model.modules():
         if isinstance(router, Router):
-            selection = getattr(router, "selection", None)
-            alone = isinstance(router, by_token) and getattr(selection, "inference", "threshold") == "threshold"
-            check(alone, "router", type(router).__name__, legal)
+            check(router.by_token, "router", type(router).__name__, legal)

@@ -50,6 +50,8 @@ class Router(nn.Module, ABC):
             for a z-loss), so that every process has to call the router; not in the forward of a reentrant
             checkpoint, which has none. Where tokens compete (expert choice, votes, capacities), they do so inside a
             process. A router with a group of its own can be neither copied nor pickled.
+        by_token: a token's experts follow from the token alone in evaluation, so that a graph on disk can be routed a
+            part at a time (default ``False``).
 
     Shapes:
         - ``x``: (..., T, D); leading dimensions are groups, without them all tokens are one group.
@@ -62,6 +64,8 @@ class Router(nn.Module, ABC):
             ``check_finite`` and a value that is not finite.
         RuntimeError: called inside a transform of ``torch.func``.
     """
+
+    by_token = False
 
     def __init__(self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ class RandomRouter(Router):
         ValueError: an argument out of range.
     """
 
+    by_token = True
     projection_DE: Tensor
 
     def __init__(self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None) -> None:
@@ -57,6 +58,8 @@ class UniformRouter(Router):
     Shapes:
         See :class:`Router`.
     """
+
+    by_token = True
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts, k=num_experts, weight="score")

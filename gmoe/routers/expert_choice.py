@@ -75,6 +75,7 @@ class ExpertChoice(Router):
         self.z_coef, self.init_scale = z_coef, init_scale
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.selection = ExpertSelection(num_experts, capacity_factor, normalize, inference)
+        self.by_token = inference == "threshold"
         self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.reset_parameters()
 

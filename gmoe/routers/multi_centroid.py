@@ -85,6 +85,7 @@ class MultiCentroid(Router):
         self.register_buffer("center_D", torch.zeros(dim))
         selection = ExpertSelection(num_experts, capacity_factor, normalize, inference)
         self.selection = selection if choice == "experts" else None
+        self.by_token = choice == "tokens" or inference == "threshold"
         if choice == "experts":
             self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.reset_parameters()

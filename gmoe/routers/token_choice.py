@@ -66,6 +66,8 @@ class TokenChoice(BalancedRouter):
         ValueError: an argument out of range; the message names it, its value and the legal ones.
     """
 
+    by_token = True
+
     def __init__(
         self,
         dim: int,
@@ -83,8 +85,7 @@ class TokenChoice(BalancedRouter):
     ) -> None:
         weight = weight or ("normalized" if k >= 2 else "score")
         biased = balance == "bias"
-        rate = bias_rate if biased else None
-        super().__init__(dim, num_experts, k, bias_rate=rate, weight=weight)
+        super().__init__(dim, num_experts, k, bias_rate=bias_rate if biased else None, weight=weight)
         check_choice("balance", balance, Balance)
         if noise is None:
             noise = "spread" if biased else balance == "importance_load"

@@ -28,6 +28,7 @@ def test_a_shared_expert_is_added() -> None:
         (lambda: MoE(TokenChoice(D, E), LinearExperts(D, 4, 4)), "experts"),
         (lambda: MoE(TokenChoice(D, E), LinearExperts(6, 4, E)), "experts"),
         (lambda: MoE(SoftSlots(D, E), LinearExperts(D, 4, E)), "router"),
+        (lambda: MoE("random", LinearExperts(D, 4, E)), "router: got 'random', expected an instance"),  # type: ignore
         (lambda: SoftMoE(SoftSlots(D, E), LinearExperts(D, 4, 4)), "experts"),
         (lambda: SoftMoE(TokenChoice(D, E), LinearExperts(D, 4, E)), "router"),  # type: ignore[arg-type]
     ],

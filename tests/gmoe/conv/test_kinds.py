@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 
-from gmoe import FilterConv, GNNMoE, MoEConv
+from gmoe import FilterConv, GNNMoE, MLPConv, MoEConv
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph
 
 WIDTH = 8
@@ -181,6 +181,26 @@ def test_a_conv_of_ones_own_that_is_local_takes_the_local_path() -> None:
         expert.register_forward_hook(lambda _, args, __: rows.append((args[0].size(0), args[1].size(1))))
     layer(features(6, 4), torch.stack([torch.arange(6), torch.arange(6).roll(1)]))
     assert sum(edges for _, edges in rows) == 2 * 6  # K messages an edge
+
+
+def deep_gine(inputs: Any, outputs: int) -> MessagePassing:
+    widths = [inputs if isinstance(inputs, int) else inputs[0], 4, 4, outputs]
+    return pyg.GINEConv(pyg.MLP(widths, norm=None))
+
+
+def frozen_mlp(inputs: Any, outputs: int) -> MessagePassing:
+    conv = MLPConv(inputs, outputs)
+    conv.up.requires_grad_(requires_grad=False)
+    return conv
+
+
+@pytest.mark.filterwarnings("error:.*runs on the whole graph")
+@pytest.mark.parametrize("conv", [deep_gine, frozen_mlp])
+def test_what_cannot_be_stacked_is_local_all_the_same(conv: Any) -> None:
+    layer = MoEConv(conv, (6, 6), 5, num_experts=3, k=2).double()
+    pair, edge_index = (features(9, 6), features(7, 6)), random_graph(9, 7, 30)
+    kwargs = {"edge_attr": features(30, 6)} if conv is deep_gine else {}
+    assert_equals_masked(layer, pair, edge_index, **kwargs)
 
 
 def test_a_conv_that_says_nothing_runs_in_full_with_a_warning() -> None:
