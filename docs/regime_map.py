@@ -1,4 +1,4 @@
-"""Draw the map of when experts pay: ``python docs/regime_map.py`` writes ``docs/figures/regime-map.png``."""
+"""Draw the map of when experts pay: ``python -m docs.regime_map`` writes ``docs/figures/regime-map.png``."""
 
 from __future__ import annotations
 
