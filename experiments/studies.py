@@ -45,6 +45,7 @@ RECORDED = {
     "facebook-10splits": "The best of facebook by validation, on all ten splits.",
     "minesweeper": "minesweeper, 8 layers of 16, splits 0 to 2.",
     "minesweeper-10splits": "The best of minesweeper by validation, on all ten splits.",
+    "minesweeper-depth": "minesweeper: four layers with experts beside eight dense ones.",
     "cifar10-scale": "CIFAR-10: weights by score, or straight-through?",
     "cifar10-claims": "CIFAR-10: the five claims that the project began with.",
 }
