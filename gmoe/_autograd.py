@@ -49,6 +49,6 @@ def refuse_transforms() -> None:
     Raises:
         RuntimeError: inside ``torch.jit.trace``, ``torch.export`` or a transform of ``torch.func``.
     """
-    fixed = torch._C._is_tracing() or torch.compiler.is_exporting()  # and shapes follow the data
-    if fixed or (not torch.compiler.is_compiling() and in_transform()):
+    traced = torch._C._is_tracing() or torch.compiler.is_exporting()  # which fixes shapes that follow the data
+    if traced or (not torch.compiler.is_compiling() and in_transform()):
         raise RuntimeError(UNSUPPORTED)

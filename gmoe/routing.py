@@ -122,7 +122,8 @@ class Routing:
         if scores is None:
             scores = weight_TK.new_zeros(num_tokens, num_experts).scatter(1, expert_TK, weight_TK.detach())
         expert_P, slot_P = expert_TK.reshape(-1).sort(stable=True)
-        offsets_E = torch._convert_indices_from_coo_to_csr(expert_P, num_experts, out_int32=True)[1:]
+        experts_E = torch.arange(num_experts, device=expert_P.device)
+        offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
         weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
         return Routing(slot_P // max(k, 1), offsets_E, weight_P, scores, num_tokens, losses or {}, checked=checked)
 

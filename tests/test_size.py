@@ -26,8 +26,8 @@ LIBRARY = Path(gmoe.__file__).parent
 
 LIMITS: dict[str, tuple[int, int]] = {
     # figure: (limit, what DESIGN asks for)
-    "gmoe, lines of code": (4_661, 4_900),
-    "gmoe, tokens": (55_643, 56_000),
+    "gmoe, lines of code": (4_662, 4_900),
+    "gmoe, tokens": (55_657, 56_000),
     "gmoe, longest function": (58, 60),
     "vision, raw lines": (475, 500),
     "experiments, raw lines": (6_793, 6_800),
@@ -36,13 +36,13 @@ LIMITS: dict[str, tuple[int, int]] = {
     "tests/gmoe and tests/*.py, raw lines": (8_380, 8_800),
     "MoEConv, functions passed": (23, 20),
     "MoEConv, files passed": (9, 9),
-    "MoEConv, lines of code passed": (315, 300),
+    "MoEConv, lines of code passed": (316, 300),
     "plain mixture, functions passed": (22, 20),
     "plain mixture, files passed": (9, 9),
-    "plain mixture, lines of code passed": (309, 300),
+    "plain mixture, lines of code passed": (310, 300),
     "MoE, functions passed": (19, 17),
     "MoE, files passed": (7, 8),
-    "MoE, lines of code passed": (169, 180),
+    "MoE, lines of code passed": (170, 180),
 }
 
 
