@@ -76,7 +76,8 @@ def grouped_linear(
     if bias_EO is None:
         return y_PO
     rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
-    return y_PO.add_(bias_EO.to(y_PO.dtype).repeat_interleave(rows_E, dim=0, output_size=len(x_PI)))
+    exact_EO = bias_EO.to(torch.promote_types(bias_EO.dtype, torch.float32))  # its gradient is a sum over many rows
+    return y_PO.add_(exact_EO.repeat_interleave(rows_E, dim=0, output_size=len(x_PI)).to(y_PO.dtype))
 
 
 @untraced  # the number of rows of an expert depends on the data

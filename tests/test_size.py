@@ -26,14 +26,14 @@ LIBRARY = Path(gmoe.__file__).parent
 
 LIMITS: dict[str, tuple[int, int]] = {
     # figure: (limit, what DESIGN asks for)
-    "gmoe, lines of code": (4_662, 4_900),
-    "gmoe, tokens": (55_657, 56_000),
+    "gmoe, lines of code": (4_663, 4_900),
+    "gmoe, tokens": (55_676, 56_000),
     "gmoe, longest function": (58, 60),
     "vision, raw lines": (475, 500),
     "experiments, raw lines": (6_793, 6_800),
     "experiments, files": (37, 40),
-    "tests, raw lines": (12_775, 12_800),
-    "tests/gmoe and tests/*.py, raw lines": (8_380, 8_800),
+    "tests, raw lines": (12_786, 12_800),
+    "tests/gmoe and tests/*.py, raw lines": (8_391, 8_800),
     "MoEConv, functions passed": (23, 20),
     "MoEConv, files passed": (9, 9),
     "MoEConv, lines of code passed": (316, 300),
@@ -42,7 +42,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "plain mixture, lines of code passed": (310, 300),
     "MoE, functions passed": (19, 17),
     "MoE, files passed": (7, 8),
-    "MoE, lines of code passed": (170, 180),
+    "MoE, lines of code passed": (171, 180),
 }
 
 

@@ -120,3 +120,14 @@ def test_operators_keep_torchs_rules(backend: Backend) -> None:
         "grouped_linear_weight": (rows, y, offsets, backend),
     }.items():
         torch.library.opcheck(getattr(torch.ops.gmoe, name).default, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_biases_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """A sum of ones in bfloat16 stops at 256."""
+    weight, bias, rows = torch.zeros(2, 4, 4, dtype=dtype), torch.zeros(2, 4, dtype=dtype, requires_grad=True), 1000
+    with torch.autocast("cpu", torch.bfloat16):
+        x, offsets = torch.ones(rows, 4, dtype=dtype), torch.tensor([rows, rows], dtype=torch.int32)
+        grouped_linear(x, weight, bias, offsets).sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [[rows] * 4, [0] * 4]
