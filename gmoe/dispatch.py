@@ -235,10 +235,11 @@ class _RoutedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         token, offsets, y_PO, gate, weight, bias, x = ctx.saved_tensors
         needs_gate, needs_weight, needs_bias, needs_x = needs = ctx.needs_input_grad[3:]
-        grads: list[Any] = [None if value is None else torch.zeros_like(value) for value in (gate, weight, bias, x)]
+        values = zip((gate, weight, bias, x), needs, strict=True)
+        grads: list[Any] = [torch.zeros_like(value) if needed else None for value, needed in values]
         grad_gate, grad_weight, grad_bias, grad_x = grads
-        ends = offsets[:-1].tolist()
-        by_expert = zip(*(value.tensor_split(ends) for value in (token, gate[:, None], y_PO, grad_gate)), strict=True)
+        ends, at_gate = offsets[:-1].tolist(), grad_gate if needs_gate else gate
+        by_expert = zip(*(value.tensor_split(ends) for value in (token, gate[:, None], y_PO, at_gate)), strict=True)
         for expert, (token, gate, y, at_gate) in enumerate(by_expert):
             grad_y = grad.index_select(0, token)
             if needs_gate:
@@ -250,4 +251,4 @@ class _RoutedLinear(torch.autograd.Function):
                 torch.mm(x.index_select(0, token).T, grad_y, out=grad_weight[expert])
             if needs_x:
                 grad_x.index_add_(0, token, grad_y @ weight[expert].T)
-        return None, None, None, *(value if needed else None for value, needed in zip(grads, needs, strict=True))
+        return None, None, None, *grads

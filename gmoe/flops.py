@@ -46,7 +46,7 @@ def count_flops(model: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """
     with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as counter:
         model(*args, **kwargs)
-    return int(counter.get_total_flops())
+    return counter.get_total_flops()
 
 
 def match_width(

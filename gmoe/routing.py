@@ -186,7 +186,7 @@ class Routing:
         """Mean over tokens of the entropy, in nats, of the scores normalized to sum to 1 over the experts."""
         scores = self.scores.detach()
         prob = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-        return torch.special.entr(prob).sum(dim=-1).sum() / max(self.num_tokens, 1)
+        return torch.special.entr(prob).sum() / max(self.num_tokens, 1)
 
     @property
     def aux_loss(self) -> Tensor:

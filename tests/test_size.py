@@ -26,7 +26,7 @@ LIBRARY = Path(gmoe.__file__).parent
 
 LIMITS: dict[str, tuple[int, int]] = {
     # figure: (limit, what DESIGN asks for)
-    "gmoe, lines of code": (4_663, 4_900),
+    "gmoe, lines of code": (4_662, 4_900),
     "gmoe, tokens": (55_676, 56_000),
     "gmoe, longest function": (58, 60),
     "vision, raw lines": (475, 500),
@@ -36,13 +36,13 @@ LIMITS: dict[str, tuple[int, int]] = {
     "tests/gmoe and tests/*.py, raw lines": (8_391, 8_800),
     "MoEConv, functions passed": (23, 20),
     "MoEConv, files passed": (9, 9),
-    "MoEConv, lines of code passed": (316, 300),
+    "MoEConv, lines of code passed": (314, 300),
     "plain mixture, functions passed": (22, 20),
     "plain mixture, files passed": (9, 9),
-    "plain mixture, lines of code passed": (310, 300),
+    "plain mixture, lines of code passed": (307, 300),
     "MoE, functions passed": (19, 17),
     "MoE, files passed": (7, 8),
-    "MoE, lines of code passed": (171, 180),
+    "MoE, lines of code passed": (169, 180),
 }
 
 

@@ -121,11 +121,12 @@ class LinearAggregation(AggregateOnce):
         return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        x, linear = torch.cat([h, x_dst], dim=-1) if self.root else h, self.linear
+        linear, dtype = self.linear, self.linear.weight.dtype
         if self.normalize or not is_plain(linear):
             return super().on_all(graph, x_src, x_dst, h)
-        bias = None if linear.bias is None else linear.bias[0]
-        return F.linear(x.to(linear.weight.dtype), linear.weight[0].T, bias)
+        weights = linear.weight[0].T.tensor_split([h.size(1)], dim=1)
+        out = F.linear(h.to(dtype), weights[0], None if linear.bias is None else linear.bias[0])
+        return out.add_(F.linear(x_dst.to(dtype), weights[1])) if self.root else out
 
 
 class GCNExperts(LinearAggregation):

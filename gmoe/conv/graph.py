@@ -303,7 +303,7 @@ class Graph:
     @property
     def num_edges(self) -> int:
         """M."""
-        return int(self.edge_index.size(1))
+        return self.edge_index.size(1)
 
     @property
     def attr(self) -> Tensor | None:
@@ -329,7 +329,7 @@ class Graph:
         with torch.inference_mode(False) if constant else nullcontext():  # for training too
             y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges).squeeze(1)
             if matrix.diagonal is not None:
-                y = y.addcmul(matrix.diagonal[:, None], x_src[: self.num_dst])
+                y = y.addcmul_(matrix.diagonal[:, None], x_src[: self.num_dst])
             y = y.to(x_src.dtype)
         if constant:
             matrix.product = y, x_src._version, y._version
@@ -496,7 +496,8 @@ class _WeightedSum(torch.autograd.Function):
             for block in blocks(0, weight_M.numel(), value_UC.size(1), value_UC.device):
                 value_BC = value_UC.index_select(0, edges.sender[block]) * weight_M[block, None]
                 outs[-1].index_add_(0, edges.receiver[block], value_BC)
-        return (outs[0][:, None] if len(outs) == 1 else torch.stack(outs, dim=1)).to(dtype)
+        # .data is no view, to which nothing could be added in place
+        return (outs[0][:, None].data if len(outs) == 1 else torch.stack(outs, dim=1)).to(dtype)
 
     @staticmethod
     @first_order

@@ -243,11 +243,10 @@ class MoEConv(MoELayer, MessagePassing):
         else:
             self._check_routing(routing, graph.num_dst)
         y = self.experts(graph, u_src, u_dst, h, routing)
-        if self.gain is not None:
-            y = y * (GAIN_SCALE * self.gain).to(y.dtype)
         if self.shared_expert is not None:
             h = h if self._aggregates_alike and h is not None else self.shared_expert.aggregate(graph, x_src)
-            y = y + self.shared_expert.on_all(graph, x_src, x_dst, h)
+            shared = self.shared_expert.on_all(graph, x_src, x_dst, h)
+            y = shared + y if self.gain is None else shared.addcmul(y, (GAIN_SCALE * self.gain).to(y.dtype))
         return (y, routing) if return_routing else y
 
     def view(self, x: Tensor, graph: Graph) -> Tensor:

@@ -271,7 +271,7 @@ def _shared_router(router: Any, in_channels: int, routed: dict[str, Any]) -> Rou
 
 def _conv(kind: Any, width: int, out: int, hidden: bool, routed: dict[str, Any] | None, options: Any) -> Any:
     """The conv of a layer, with experts or plain. Heads share the width of a hidden layer, else they are averaged."""
-    first, options, heads = kinds_of(kind, None)[:1], dict(options), int(options.get("heads", 1))
+    first, options, heads = kinds_of(kind, None)[:1], dict(options), options.get("heads", 1)
     if heads > 1 and "concat" in inspect.signature(factory_of(first[0])).parameters:
         options["concat"] = hidden and options.get("concat", True)
         if options["concat"]:

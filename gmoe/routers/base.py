@@ -107,7 +107,7 @@ class Router(nn.Module, ABC):
         x_TD = x.reshape(-1, self.dim)
         if edge_index is not None:
             check_edge_index(edge_index, x_TD.size(0))
-        if self.check_finite and not bool(x_TD.isfinite().all()):
+        if self.check_finite and not x_TD.isfinite().all():
             raise ValueError(f"x: got {int((~x_TD.isfinite()).sum())} values that are NaN or infinite, expected none")
         group = x.size(-2) if batch is None else batch.reshape(-1)
         with torch.autocast(x.device.type, enabled=False):
@@ -123,9 +123,9 @@ class Router(nn.Module, ABC):
     def _top_k(self, ranked_TE: Tensor, log_gate_TE: Tensor) -> tuple[Tensor, Tensor]:
         """(T, K) each token's best experts, best first, ties to the lowest index; and (T, K) their weights."""
         if self.k == 1:  # the first of equal maxima, unlike topk
-            expert_TK = ranked_TE.detach().argmax(dim=-1, keepdim=True)
+            expert_TK = ranked_TE.argmax(dim=-1, keepdim=True)
         else:
-            expert_TK = ranked_TE.detach().argsort(dim=-1, descending=True, stable=True)[:, : self.k]
+            expert_TK = ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, : self.k]
         log_gate_TK = log_gate_TE.gather(1, expert_TK)
         if self.weight == "normalized":
             log_gate_TK = log_gate_TK.log_softmax(dim=-1)

@@ -66,7 +66,7 @@ class Groups:
     @classmethod
     def of(cls, group: Tensor | int, num_tokens: int) -> Groups:
         """Read what ``route`` is given: (T,) group ids, unsorted and with gaps allowed; or the size of equal groups."""
-        if not isinstance(group, Tensor) or group.dim() == 0 or num_tokens == 0:  # jit.trace makes tensors of sizes
+        if not isinstance(group, Tensor) or group.dim() == 0 or not num_tokens:  # jit.trace makes tensors of sizes
             size = int(group) if num_tokens else 0
             return cls(num_tokens, num_tokens // max(size, 1), size)
         if torch._C._get_tracing_state() is not None:
@@ -74,7 +74,7 @@ class Groups:
         _, index, counts = torch.unique(group, return_inverse=True, return_counts=True)
         counts, in_order = counts.cpu(), bool((index[1:] >= index[:-1]).all())
         order = None if in_order else index.argsort(stable=True)
-        if bool((counts == counts[0]).all()):
+        if (counts == counts[0]).all():
             return cls(num_tokens, len(counts), int(counts[0]), None if in_order else index, order)
         return cls(num_tokens, len(counts), 0, index, order, counts)
 

@@ -116,17 +116,16 @@ class TokenChoice(BalancedRouter):
         std_TE: Tensor | None = None
         if self.noise is not None:
             std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
-        elif self.by_spread and self.training and len(x_TD) > 0:
-            spread = clean_TE.detach().var(dim=0, correction=0).mean().sqrt()
-            std_TE = spread.nan_to_num(posinf=0.0)  # a NaN token is no other token's noise
+        elif self.by_spread and self.training and len(x_TD):
+            # a NaN token is no other token's noise
+            std_TE = clean_TE.detach().var(dim=0, correction=0).mean().sqrt().nan_to_num(posinf=0.0)
         if self.training and std_TE is not None:
             logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         # not by probabilities, which may underflow to ties
         expert_TK, weight_TK = self._top_k(logits_TE + self.bias_E if biased else logits_TE, log_probs_TE)
-        losses = {}
-        if self.z_coef > 0 or self.balance in ("importance_load", "switch"):
-            losses = self._losses(clean_TE, logits_TE, std_TE, expert_TK)
+        has_losses = self.z_coef > 0 or self.balance in ("importance_load", "switch")
+        losses = self._losses(clean_TE, logits_TE, std_TE, expert_TK) if has_losses else {}
         if self.training and self.capacity_factor is not None:
             return self._dropped(expert_TK, log_probs_TE, Groups.of(group, len(x_TD)), losses)
         return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, checked=True)
