@@ -324,13 +324,13 @@ class Graph:
         # neither fake, nor counted, nor without a version
         constant = constant and not torch._C._len_torch_dispatch_stack() and not x_src.is_inference()
         kept = matrix.product if constant else None
-        if kept is not None and kept[1:] == (x_src._version, kept[0]._version):
+        if kept and kept[1:] == (x_src._version, kept[0]._version):
             return kept[0]
         with torch.inference_mode(False) if constant else nullcontext():  # for training too
-            y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges).squeeze(1)
+            y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges)
             if matrix.diagonal is not None:
-                y = y.addcmul_(matrix.diagonal[:, None], x_src[: self.num_dst])
-            y = y.to(x_src.dtype)
+                y.addcmul_(matrix.diagonal[:, None, None], x_src[: self.num_dst, None])
+            y = y.squeeze(1).to(x_src.dtype)
         if constant:
             matrix.product = y, x_src._version, y._version
         return y
