@@ -339,10 +339,10 @@ def update(pages: tuple[Path, ...] = (), check: bool = False) -> None:
     """Generate the tables of pages anew.
 
     Args:
-        pages: the pages; by default all of docs.
+        pages: the pages; by default the README and all of docs.
         check: only compare; exit 1 where one is out of date.
     """
-    for page in pages or (ROOT / "docs").rglob("*.md"):
+    for page in pages or [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         try:
             old = page.read_text()
             new = render(old)
