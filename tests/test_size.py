@@ -26,8 +26,8 @@ LIBRARY = Path(gmoe.__file__).parent
 
 LIMITS: dict[str, tuple[int, int]] = {
     # figure: (limit, what DESIGN asks for)
-    "gmoe, lines of code": (4_662, 4_900),
-    "gmoe, tokens": (55_674, 56_000),
+    "gmoe, lines of code": (4_660, 4_900),
+    "gmoe, tokens": (55_673, 56_000),
     "gmoe, longest function": (58, 60),
     "vision, raw lines": (475, 500),
     "experiments, raw lines": (6_793, 6_800),

@@ -160,7 +160,7 @@ class SAGEExperts(LinearAggregation):
     def strip(self, conv: Any) -> None:
         self.root, self.normalize = conv.root_weight, conv.normalize
         conv.lin_l = nn.Identity()
-        conv.root_weight, conv.normalize = False, False
+        conv.root_weight = conv.normalize = False
         if self.root:
             del conv.lin_r
 
@@ -195,21 +195,19 @@ class GINExperts(AggregateOnce):
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         super().build(convs, backend)
         self.up, self.down = (stacked(linear, len(convs), backend) for linear in _linears(convs[0]))
-        eps = torch.stack([conv.eps.detach().view(1) for conv in convs])
-        if isinstance(convs[0].eps, nn.Parameter):
-            self.eps_E1 = nn.Parameter(eps)
-        else:
-            self.register_buffer("eps_E1", eps)
+        kind = nn.Parameter if isinstance(convs[0].eps, nn.Parameter) else nn.Buffer
+        self.eps_E1 = kind(torch.stack([conv.eps.detach().view(1) for conv in convs]))
 
     def parts(self, conv: Any) -> list[tuple[Any, Any]]:
         return [(self.eps_E1, conv.eps), *zip((self.up, self.down), _linears(conv), strict=True)]
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        root_PI = (1 + self.eps_E1).index_select(0, routing.expert) * dispatch(x_dst, routing)
-        return combine(self._network(dispatch(h, routing) + root_PI, routing.offsets), routing)
+        scale_P1 = (1 + self.eps_E1).index_select(0, routing.expert)
+        rows_PI = dispatch(h, routing).addcmul_(dispatch(x_dst, routing), scale_P1)
+        return combine(self._network(rows_PI, routing.offsets), routing)
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        return self._network(h + (1 + self.eps_E1) * x_dst, all_of(x_dst))
+        return self._network(h.addcmul(x_dst, 1 + self.eps_E1), all_of(x_dst))
 
     def _network(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         return self.down(self.up(x_PI, offsets_E).relu(), offsets_E)
