@@ -344,8 +344,7 @@ def update(pages: tuple[Path, ...] = (), check: bool = False) -> None:
     """
     for page in pages or [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         try:
-            old = page.read_text()
-            new = render(old)
+            new = render(old := page.read_text())
         except (OSError, ValueError) as error:
             sys.exit(f"error: {page}: {error}")
         if new != old:

@@ -233,10 +233,10 @@ class _RoutedLinear(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
-        token, offsets, y_PO, gate, weight, bias, x = ctx.saved_tensors
+        token, offsets, y_PO, *values = ctx.saved_tensors
+        gate, weight, _, x = values
         needs_gate, needs_weight, needs_bias, needs_x = needs = ctx.needs_input_grad[3:]
-        values = zip((gate, weight, bias, x), needs, strict=True)
-        grads: list[Any] = [torch.zeros_like(value) if needed else None for value, needed in values]
+        grads: list[Any] = [torch.zeros_like(t) if needed else None for t, needed in zip(values, needs, strict=True)]
         grad_gate, grad_weight, grad_bias, grad_x = grads
         ends, at_gate = offsets[:-1].tolist(), grad_gate if needs_gate else gate
         by_expert = zip(*(value.tensor_split(ends) for value in (token, gate[:, None], y_PO, at_gate)), strict=True)

@@ -27,10 +27,10 @@ LIBRARY = Path(gmoe.__file__).parent
 LIMITS: dict[str, tuple[int, int]] = {
     # figure: (limit, what DESIGN asks for)
     "gmoe, lines of code": (4_660, 4_900),
-    "gmoe, tokens": (55_673, 56_000),
+    "gmoe, tokens": (55_666, 56_000),
     "gmoe, longest function": (58, 60),
     "vision, raw lines": (475, 500),
-    "experiments, raw lines": (6_793, 6_800),
+    "experiments, raw lines": (6_792, 6_800),
     "experiments, files": (37, 40),
     "tests, raw lines": (12_786, 12_800),
     "tests/gmoe and tests/*.py, raw lines": (8_391, 8_800),

@@ -117,7 +117,7 @@ class TokenChoice(BalancedRouter):
         if self.noise is not None:
             std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
         elif self.by_spread and self.training and len(x_TD):
-            # in a tenth of the time of var(dim=0); a NaN token is no other token's noise
+            # in a quarter of the time of var(dim=0); a NaN token is no other token's noise
             std_TE = (clean_TE - clean_TE.mean(dim=0)).detach().std(correction=0).nan_to_num(posinf=0.0)
         if self.training and std_TE is not None:
             logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
