@@ -12,6 +12,7 @@ are not.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import sys
 import time
@@ -192,16 +193,14 @@ def advice(comparison: Comparison, preset: str) -> tuple[list[str], dict[str, An
         f"the headroom, at {step:.2f} times the dense model's step"
     )
     command = f"use them: python -m experiments.train {preset} {' '.join(options(comparison.arms[setting]))}"
-    return [*lines, ADVICE.get(gain.verdict, command)], found | {
-        "experts": vars(gain),
-        "setting": setting,
-        "step": step,
-    }
+    found |= {"experts": vars(gain), "setting": setting, "step": step}
+    return [*lines, ADVICE.get(gain.verdict, command)], found
 
 
 def options(config: RunConfig) -> list[str]:
     """How a setting is asked for on the command line."""
-    found = [f"--data-root {config.data_root}", f"--hidden {config.hidden}", f"--router {config.router}"]
+    root = shlex.quote(str(config.data_root))
+    found = [f"--data-root {root}", f"--hidden {config.hidden}", f"--router {config.router}"]
     if isinstance(config, GraphConfig):
         found += [f"--metric {config.metric}"] if config.metric else []
         found += ["--shared-router", "--router-input node neighbors", *["--kmeans-init"] * config.kmeans_init]

@@ -67,7 +67,7 @@ def test_three_lines(
 
     monkeypatch.setattr(advise, "judge", told)
     monkeypatch.chdir(tmp_path)
-    main([name, "--out", "out"])
+    main([name, "--out", "out", "--data-root", "my data"])
     *_, first, second, third = capsys.readouterr().out.splitlines()
     found = json.loads(Path("out/advice.json").read_text())
     assert found["lines"] == [first, second, third]
@@ -75,14 +75,14 @@ def test_three_lines(
     if headroom == "yes":
         assert len(tried) == 5
         assert found["step"] > 0
-        assert third.startswith(f"use them: python -m experiments.train {name} --")
+        assert third.startswith(f"use them: python -m experiments.train {name} --data-root 'my data' --")
         assert found["setting"] in advise.arms_of(PRESETS[name][1])
     else:
         assert tried == ["dense", "dense-4x"]
         assert third.startswith("do not" if headroom == "no" else "not told")
     assert first in Path("out/index.html").read_text()
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
-    main([name, "--out", "out"])
+    main([name, "--out", "out", "--data-root", "my data"])
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")} == before
 
 
