@@ -52,7 +52,7 @@ def judge(differences: Sequence[float]) -> Difference:
     from scipy.stats import t
 
     n, mean = len(differences), statistics.fmean(differences)
-    if n < LEAST:
+    if n < LEAST or (n < MOST and min(differences) == max(differences)):  # no spread to judge by
         return Difference(mean=mean, interval=None, n=n, verdict="not told")
     half = float(t.ppf(0.975 if n >= MOST else 0.995, n - 1)) * statistics.stdev(differences) / n**0.5
     low, high = mean - half, mean + half
@@ -80,9 +80,7 @@ class Comparison:
     """Arms in turns, a seed (and so a split) after the other, as long as the budget lasts."""
 
     def __init__(self, base: RunConfig, out: Path, seconds: float) -> None:
-        self.arms: dict[str, RunConfig] = {
-            name: replace(arm, out=out / name, resume=True) for name, arm in arms_of(base).items()
-        }
+        self.arms = {name: replace(arm, out=out / name, resume=True) for name, arm in arms_of(base).items()}
         self.ends = time.monotonic() + seconds
         self.summaries: dict[str, Any] = {}
         self.longest = 0.0  # of a turn so far: another one has to fit into the budget

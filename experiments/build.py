@@ -23,7 +23,7 @@ from torch_geometric.data import HeteroData
 import gmoe
 from experiments.config import GraphConfig, HeteroConfig, ImageConfig, NodeConfig, RouterOptions, RunConfig, load_object
 from experiments.data import Task
-from gmoe import OracleRouter, Router
+from gmoe._checks import check
 from gmoe.distributed import world_size
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
     Raises:
         ValueError: an option that the router does not know, or a combination that makes no sense.
     """
-    if config.equal is not None and config.router != "dense":
-        raise ValueError(f"equal: got {config.equal!r} with router={config.router!r}, expected router='dense'")
+    check(config.equal is None or config.router == "dense", "equal", config.equal, "none, or router='dense'")
     if config.model is not None:
         return _own_model(config.model, task)
     if config.equal is not None:
@@ -121,8 +120,7 @@ def _own_model(name: str, task: Task) -> nn.Module:
     if isinstance(task.graph, HeteroData):
         sizes.append(task.graph.metadata())
     model = load_object("model", name)(*sizes)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: got {name}, which returns a {type(model).__name__}, expected an nn.Module")
+    check(isinstance(model, nn.Module), "model", f"{name}, which returns a {type(model).__name__}", "an nn.Module")
     return model
 
 
@@ -130,13 +128,16 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
     """What a model costs, and its steps an epoch; a conv that does not run on the data is a ``ValueError``."""
     try:
         active = flops(model, example(config, task))
-    except (TypeError, RuntimeError, AssertionError) as error:
+    except (TypeError, RuntimeError, AssertionError, AttributeError) as error:
         if not isinstance(config, GraphConfig) or config.model is not None:
             raise
         raise ValueError(
             f"conv: got {', '.join(config.conv)}, expected one that runs with these sizes and data "
             f"({type(error).__name__}: {error})"
         ) from error
+    if isinstance(config, GraphConfig) and config.evaluation == "layerwise":
+        why = fails_by_layer(model, task.graph)
+        check(not why, "evaluation", f"'layerwise' ({why})", "'full' or 'sampled'")
     matched = None
     if config.equal is not None:  # 1 but for what whole widths cannot meet
         cost = cost_by(config, task)
@@ -149,6 +150,17 @@ def costs_of(model: nn.Module, config: RunConfig, task: Task) -> dict[str, Any]:
         "hidden": getattr(model, "mlp_dim", getattr(model, "hidden_channels", None)),
         "steps": task.steps(config.batch_size),
     }
+
+
+def fails_by_layer(model: Any, graph: Any) -> str:
+    """Why a model has no layer-wise inference of a graph, tried on a node of it; empty if it has."""
+    try:
+        model.eval().inference(graph.subgraph(torch.tensor([0])), batch_size=1, return_routing=True)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return str(error)
+    finally:
+        model.train()
+    return ""
 
 
 def example(config: RunConfig, task: Task) -> tuple[Any, ...]:
@@ -195,7 +207,7 @@ def _build(config: RunConfig, task: Task) -> nn.Module:
             for block in model.encoder.layers[config.every - 1 :: config.every]:
                 block.mlp = SoftMLP(block.mlp, size, config)
         for module in model.modules():
-            if isinstance(module, Router):
+            if isinstance(module, gmoe.Router):
                 module.check_finite = config.check_finite
         return model
     assert isinstance(config, NodeConfig)
@@ -254,10 +266,8 @@ def vit_size(config: ImageConfig, image_size: int) -> ViTSize:
     sizes |= {"mlp_dim": config.hidden, "num_layers": config.layers}
     if image_size in SIZES:
         return replace(SIZES[image_size], **sizes)
-    if None in given.values():
-        raise ValueError(
-            f"image_size: got {image_size}, expected patch, dim and vit_heads with it, or one of {sorted(SIZES)}"
-        )
+    legal = f"patch, dim and vit_heads with it, or one of {sorted(SIZES)}"
+    check(None not in given.values(), "image_size", image_size, legal)
     return ViTSize(image_size=image_size, **sizes)
 
 
@@ -266,35 +276,32 @@ def kinds_of_experts(config: GraphConfig) -> str | list[str]:
     if len(config.conv) == 1 or config.router == "dense":
         return config.conv[0]
     times, rest = divmod(config.experts, len(config.conv))
-    if rest:
-        raise ValueError(f"experts: got {config.experts}, expected a multiple of the {len(config.conv)} kinds of conv")
+    check(not rest, "experts", config.experts, f"a multiple of the {len(config.conv)} kinds of conv")
     return list(config.conv) * times
 
 
-def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., Router] | None, dict[str, Any]]:
+def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., gmoe.Router] | None, dict[str, Any]]:
     """The router by name or factory, and its options."""
     given = config.options.given()
     if config.router in ("dense", "soft_slots"):
-        if given:
-            raise ValueError(f"options: got {given} with router={config.router!r}, expected none")
-        if config.router == "soft_slots" and not isinstance(config, ImageConfig):
-            raise ValueError(f"router: got 'soft_slots' for {task.name}, expected another, or images")
+        check(not given, "options", f"{given} with router={config.router!r}", "none")
+        fits = config.router == "dense" or isinstance(config, ImageConfig)
+        check(fits, "router", f"{config.router!r} for {task.name}", "another, or images")
         return None, {}
     router: Any = config.router
     if ":" in config.router:
         router = load_object("router", config.router)
-        if not (isinstance(router, type) and issubclass(router, Router)):
-            raise ValueError(f"router: got {config.router!r}, expected a subclass of gmoe.Router")
+        fits = isinstance(router, type) and issubclass(router, gmoe.Router)
+        check(fits, "router", repr(config.router), "a subclass of gmoe.Router")
     elif config.router == "oracle":
         if task.planted is None:
             raise ValueError(f"router: got 'oracle' for {task.name}, expected another, since no routing is planted")
-        if config.experts != int(task.planted.max()) + 1:
-            raise ValueError(f"experts: got {config.experts}, expected the {int(task.planted.max()) + 1} planted ones")
-        router = partial(OracleRouter, assignment=task.planted)
+        planted = int(task.planted.max()) + 1
+        check(config.experts == planted, "experts", config.experts, f"the {planted} planted ones")
+        router = partial(gmoe.OracleRouter, assignment=task.planted)
     legal = inspect.signature(gmoe.ROUTERS.get(router, router)).parameters
     for name, value in given.items():
-        if name not in legal:
-            raise ValueError(f"{name}: got {value!r}, but the router {config.router!r} has no such option")
+        check(name in legal, name, repr(value), f"none, since the router {config.router!r} has no such option")
     if given.get("balance") == "none":
         given["balance"] = None
     return router, given
@@ -305,9 +312,7 @@ def init_centroids(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> N
     """Begin every multi-centroid router with the k-means centroids of what it sees, in one forward pass."""
     copied = copy.deepcopy(model).train()  # whose counters, norms and caches may move
     routers = [module for module in copied.modules() if isinstance(module, gmoe.MultiCentroid)]
-    if not routers:
-        raise ValueError("kmeans_init: got True, expected False, since the model has no multi-centroid router")
-
+    check(routers, "kmeans_init", True, "False, since the model has no multi-centroid router")
     for router in routers:
         router.register_forward_pre_hook(lambda router, args: router.init_from_data(args[0], seed=seed))
     copied(*inputs)

@@ -90,7 +90,7 @@ def train_seed(fabric: Fabric, config: RunConfig, task: Task, seed: int, progres
     if config.kmeans_init:
         init_centroids(model, next(iter(task.loader("train", config.batch_size, seed))).inputs, seed)
     costs = costs_of(model, config, task)  # runs it once, and so refuses what cannot run before anything is written
-    keeps = has_predictions(config, task)
+    keeps = has_predictions(config, model, task)
     if fabric.world_size > 1:  # from here on each process draws its own
         torch.manual_seed(seed + (fabric.global_rank << 50))
     with locked(fabric, folder):
@@ -342,14 +342,6 @@ class Training:
             for name, value in routing.losses.items()
         }
         self.epoch.add({"loss": loss, "aux": aux} | losses, self.routings, rows)
-
-    def train_epoch(self, shuffle_seed: int) -> dict[str, float]:
-        """One pass over the training set; see :meth:`Epoch.means`."""
-        self.model.train()
-        self.epoch = Epoch(self.lr)
-        for batch in self.batches("train", shuffle_seed):
-            self.step(batch, int(world_sum(torch.tensor(len(batch.target)))))
-        return self.epoch.means()
 
     def end_epoch(self, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Evaluate where it is due, and count the epoch as done; the rows of metrics.csv and routing.csv."""

@@ -264,10 +264,8 @@ def sentence(experts: int, dead: Sequence[float], layers: Sequence[Mapping[str, 
 def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:
     """Validation metric and training loss: the mean over seeds, and the band from the lowest to the highest."""
     figures = []
-    for name, factor, label in (
-        ("val", 100, f"validation {runs[0].summary['metric']} (%)"),
-        ("loss", 1, "training loss"),
-    ):
+    val = f"validation {runs[0].summary['metric']} (%)"
+    for name, factor, label in (("val", 100, val), ("loss", 1, "training loss")):
         figure = Figure(figsize=(4.8, 3.4), layout="constrained")
         axis = figure.subplots()
         for run in runs:

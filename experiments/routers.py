@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import gmoe
 from experiments.benchmark.measure import take_turns
 from experiments.build import build_model, example, make_fabric
-from experiments.config import GraphConfig, RouterOptions, RunConfig
+from experiments.config import GraphConfig, RouterOptions, RunConfig, check
 from experiments.data import Task, load_tasks
 from experiments.loop import Training, set_up
 from experiments.presets import ARXIV, DIGITS, DIGITS_GRAPH, GRAPH, MINESWEEPER, MOSAIC, TEN
@@ -95,6 +95,7 @@ def cells(columns: Sequence[str], rows: Sequence[str], root: Path) -> dict[str, 
         if on_graph and row == "attention-vote":  # votes of all nodes for all would be N x N
             config = replace(config, options=RouterOptions(scope="neighbors"))
         found[f"{column}/{row}"] = config
+    check(found, "rows", ", ".join(rows), f"some that {', '.join(columns)} has")
     return found
 
 

@@ -32,9 +32,10 @@ def check(valid: object, name: str, got: object, expected: object) -> None:
         raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Refuse ``value < least``."""
-    check(value >= least, name, value, f"at least {least}")
+def check_at_least(least: float, **values: float) -> None:
+    """Refuse arguments, by name, below ``least``."""
+    for name, value in values.items():
+        check(value >= least, name, value, f"at least {least}")
 
 
 def check_counts(**values: int) -> None:
@@ -42,7 +43,7 @@ def check_counts(**values: int) -> None:
     for name, value in values.items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's too
         check(whole, name, repr(value), "a whole number")
-        check_at_least(name, value, 1)
+        check(value >= 1, name, value, "at least 1")
 
 
 def check_positive(name: str, value: float) -> None:

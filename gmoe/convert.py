@@ -290,8 +290,9 @@ def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, **optio
     from gmoe.conv.kinds import CopyOf, Trial
     from gmoe.conv.moe_conv import MoEConv
 
-    of_matrix = next((p.size(1) for p in conv.parameters() if p.dim() == 2), 0)  # of a GIN, which has no widths
-    width = getattr(conv, "in_channels", None) or width or of_matrix
+    width = getattr(conv, "in_channels", None) or width
+    if width in (None, -1):  # of a GIN, which has no widths, or where a first call gave them
+        width = next((p.size(1) for p in conv.parameters() if p.dim() == 2), 0)
     out: Any = getattr(conv, "out_channels", None) or (width and Trial(conv, width).width)
     legal = "a conv with in_channels and out_channels"
     check(out, "model", f"{name}, a {type(conv).__name__} of unknown widths", legal)

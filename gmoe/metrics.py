@@ -97,7 +97,7 @@ class RoutingStats(Metric):
             if routing.weight.numel():
                 weight = routing.weight.detach().float()
                 self.weight[layer, : len(load)] += torch.segment_reduce(weight, "sum", lengths=load, unsafe=True)
-            covered = torch.zeros(routing.num_tokens, dtype=torch.bool, device=load.device)
+            covered = load.new_zeros(routing.num_tokens, dtype=torch.bool)
             self.covered[layer] += covered.index_fill_(0, routing.token, True).sum()
             self.tokens[layer] += routing.num_tokens
             self.entropy[layer] += routing.entropy * routing.num_tokens

@@ -218,7 +218,7 @@ class Routing:
             bounds = self.token.new_tensor([start, stop])
             spans = [slice(*torch.searchsorted(token, bounds).tolist()) for token, _ in pairs]
             pairs = [(token[span], weight[span]) for span, (token, weight) in zip(spans, pairs, strict=True)]
-        offsets = torch.tensor([len(token) for token, _ in pairs], device=self.token.device).cumsum(0).to(torch.int32)
+        offsets = self.token.new_tensor([len(token) for token, _ in pairs]).cumsum(0).to(torch.int32)
         token, weight = map(torch.cat, zip(*pairs, strict=True))
         dropped_T = None if self.dropped_T is None else self.dropped_T[rows]
         rest = (weight, scores, len(scores), self.losses, dropped_T, self.detached)

@@ -42,7 +42,7 @@ from gmoe import (
     moefy,
     record_routing,
 )
-from gmoe.conv.base import MixedExperts
+from gmoe.conv.base import ConvExperts, MixedExperts
 
 D, E, K = 8, 8, 2
 SIZES = (7, 3, 5)
@@ -314,9 +314,8 @@ def attributes(layer: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, module in layer.named_modules():
         for key, value in vars(module).items():
-            items = (
-                value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else [value])
-            )
+            listed = value if isinstance(value, list) else [value]
+            items = value.items() if isinstance(value, dict) else enumerate(listed)
             found |= {f"{name}.{key}.{index}": item for index, item in items}
     return found
 
@@ -488,14 +487,15 @@ def is_counted_by_routing_stats(case: Case, device: str) -> None:
 
 
 def runs_what_users_put_in(case: Case, device: str) -> None:
-    """The hooks of every stacked linear layer, and what stands in its place."""
+    """The hooks of a graph's experts, of linear layers of experts and routers, and what stands in place of those."""
     layer, call, called = case.make(device).eval(), case.call(device=device), set[str]()
-    for name, module in layer.named_modules():
-        if isinstance(module, LinearExperts):
-            module.register_forward_hook(lambda *_, name=name: called.add(name))
+    linear, own = ("gate", "query", "key"), (LinearExperts, ConvExperts)
+    hooked = {name: part for name, part in layer.named_modules() if isinstance(part, own) or name.endswith(linear)}
+    for name, module in hooked.items():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
     plain = run(layer, call)
-    assert called == {name for name, module in layer.named_modules() if isinstance(module, LinearExperts)}
-    for name in called:
+    assert called == set(hooked)
+    for name in (name for name in called if not isinstance(hooked[name], ConvExperts)):
         parent, _, leaf = name.rpartition(".")
         twin = copy.deepcopy(layer)
         twin.get_submodule(parent).register_module(leaf, Halved(twin.get_submodule(name)))

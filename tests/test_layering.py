@@ -18,12 +18,9 @@ PYG = frozenset({"torch_geometric", "numpy", "tqdm"})
 """torch_geometric, and its own dependencies for arrays and progress bars."""
 
 ROOMS: dict[str, frozenset[str]] = {
-    "gmoe.conv": PYG,
-    "gmoe.data": PYG,
+    **dict.fromkeys(("gmoe.conv", "gmoe.data"), PYG),
+    **dict.fromkeys(("gmoe.models.gnn", "gmoe.models.hetero_gnn", "gmoe.models.inference"), PYG),
     "gmoe.metrics": frozenset({"torchmetrics"}),
-    "gmoe.models.gnn": PYG,
-    "gmoe.models.hetero_gnn": PYG,
-    "gmoe.models.inference": PYG,
     "gmoe.models.vit": frozenset({"torchvision"}),
     "gmoe.plot": frozenset({"matplotlib"}),
 }
@@ -67,9 +64,8 @@ def imports(source: str) -> Iterator[Import]:
 
     def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
         yield from (Import(name, lazy) for name in named(node))
-        lazy |= isinstance(node, ast.FunctionDef) or (
-            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        )
+        typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        lazy |= typing or isinstance(node, ast.FunctionDef)
         for child in ast.iter_child_nodes(node):
             yield from walk(child, lazy)
 

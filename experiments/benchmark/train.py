@@ -53,13 +53,16 @@ class TrainBenchmark(Benchmark):
         fabric.seed_everything(0, verbose=False)
         with set_up(fabric, build_model(config, task), config, task) as training:
             for epoch in range(config.epochs):
+                training.model.train()
                 with timed_parts(training, self.batches) as parts:
-                    training.train_epoch(epoch)
+                    for batch in training.batches("train", epoch):
+                        training.step(batch, len(batch.target))
                 epochs.append(parts)
         timed = sorted(epochs[1:], key=lambda parts: sum(parts.values()))
         parts, walls = timed[(len(timed) - 1) // 2], [sum(parts.values()) for parts in epochs[1:]]
         share = {part: seconds / sum(parts.values()) for part, seconds in parts.items()}
-        return {"wall": spread(walls), "batches": training.epoch.batches, "parts": parts, "share": share}
+        batches = training.epoch.batches // config.epochs
+        return {"wall": spread(walls), "batches": batches, "parts": parts, "share": share}
 
 
 @contextmanager

@@ -79,9 +79,7 @@ class GraphBatches:
         if graph.target is None:
             data = Data(x=data.x, edge_index=data.edge_index, y=data.y, edge_weight=data.edge_weight)
             if data.edge_weight is not None and not any(weighs_edges(config)):
-                warnings.warn(
-                    f"edge_weight: {graph.name} has some, but {', '.join(config.conv)} takes none", stacklevel=3
-                )
+                warnings.warn(f"edge_weight: {graph.name} has some, {', '.join(config.conv)} takes none", stacklevel=3)
                 del data.edge_weight
             self.whole = _inputs(data, adjacency(config, data))
         else:
@@ -105,8 +103,7 @@ class GraphBatches:
 
     def random_parts(self, rows: Tensor, batch_size: int, seed: int | None, shard: Shard) -> Iterator[Batch]:
         """Subgraphs of random nodes, of which ``rows`` count."""
-        rank, world = shard
-        nodes = self.data.num_nodes
+        (rank, world), nodes = shard, self.data.num_nodes
         member = torch.zeros(nodes, dtype=torch.bool)
         member[rows] = True
         count = -(-nodes // batch_size)

@@ -91,6 +91,8 @@ def graph_of(data: Data | HeteroData, name: str, where: str, metric: MetricName 
     store = data if target is None else data[target]
     classes = int(store.y.max()) + 1
     check(2 <= classes <= len(store.y), where, f"{classes - 1} as the largest label", f"1 to {len(store.y) - 1}")
+    labels = store.y[store.y >= 0].unique().tolist()
+    check(len(labels) > 1, where, f"no label but {labels} (those below 0 are none)", "two classes or more")
     how = f"{store.train_mask[0].numel()} split(s) by its masks" if masks else "each seed splits it 60/20/20 by class"
     print(f"{name}: {data.num_nodes:,} nodes, {data.num_edges:,} edges, {classes} classes; {how}", flush=True)
     return GraphData(

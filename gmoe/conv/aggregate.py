@@ -122,7 +122,7 @@ class LinearAggregation(AggregateOnce):
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
         linear, dtype = self.linear, self.linear.weight.dtype
-        if self.normalize or not is_plain(linear):
+        if self.normalize or self._forward_hooks or not is_plain(linear):
             return super().on_all(graph, x_src, x_dst, h)
         weights = linear.weight[0].T.tensor_split([h.size(1)], dim=1)
         out = F.linear(h.to(dtype), weights[0], None if linear.bias is None else linear.bias[0])
@@ -207,6 +207,8 @@ class GINExperts(AggregateOnce):
         return combine(self._network(rows_PI, routing.offsets), routing)
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
+        if self._forward_hooks:
+            return super().on_all(graph, x_src, x_dst, h)
         return self._network(h.addcmul(x_dst, 1 + self.eps_E1), all_of(x_dst))
 
     def _network(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
@@ -321,11 +323,8 @@ class FilterConv(MessagePassing):
         if filter == "identity" and hops > 1:
             raise ValueError(f"hops: got {hops} with filter='identity', expected 1")
         super().__init__(aggr="add")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.filter = filter
-        self.hops = hops
-        self.add_self_loops = add_self_loops
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.filter, self.hops, self.add_self_loops = filter, hops, add_self_loops
         self.lin = Linear(in_channels, out_channels, bias=False, weight_initializer="glorot")
         self.bias = nn.Parameter(self.lin.weight.new_empty(out_channels)) if bias else None
         self.reset_parameters()

@@ -297,7 +297,7 @@ class GATv2Experts(AttentionExperts):
         edge_MF = self._edge_attr(messages)
         edge_EFO = None if edge_MF is None else self.lin_edge.weight
         # a head's vector in that head's column, so that one product gives the scores of all
-        heads = torch.eye(self.heads, dtype=self.att.dtype, device=self.att.device)
+        heads = self.att.new_ones(self.heads).diag()
         att_EOH = (self.att.squeeze(1)[..., None] * heads[:, None]).flatten(1, 2)
         slope = self.prototype.negative_slope
         score_MH = additive_scores(source_UO, target_PO, edge_MF, edge_EFO, att_EOH, slope, messages)

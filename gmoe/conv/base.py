@@ -135,7 +135,7 @@ class StackedExperts(ConvExperts):
     def expert(self, index: int) -> MessagePassing:
         first = next(self.parameters())
         with torch.random.fork_rng(devices=[]):  # to look at an expert must not change what is drawn next
-            conv = self.make(index).to(device=first.device, dtype=first.dtype)
+            conv = self.make(index).to(first)
         for place, value in self._tensors(conv, index):
             value.copy_(place)
         return conv.train(self.training)
@@ -149,7 +149,7 @@ def to_one(x_TD: Tensor) -> Routing:
 
 def all_of(x_TD: Tensor) -> Tensor:
     """(1,) the offsets of a single expert, which has all tokens."""
-    return torch.full((1,), len(x_TD), dtype=torch.int32, device=x_TD.device)
+    return x_TD.new_full((1,), len(x_TD), dtype=torch.int32)
 
 
 def stacked(linear: Any, num_experts: int, backend: Backend) -> LinearExperts:

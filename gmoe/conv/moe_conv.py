@@ -141,22 +141,22 @@ class MoEConv(MoELayer, MessagePassing):
         if -1 in widths:
             self.register_load_state_dict_pre_hook(_needs_widths)
         else:
-            self._build()
+            self._build(in_channels, widths)
 
-    def _build(self) -> None:
+    def _build(self, in_channels: Any, widths: Any) -> None:
         """Shared expert, experts and router, once the widths are known."""
         shared_expert, dense_start, shared_transform, local, backend = self._shape
         router, router_kwargs, check_finite = self._routing
-        make = replace(self._make, in_channels=self.in_channels)
+        make = replace(self._make, in_channels=in_channels)
         alone = replace(make, kinds=[make.kinds[0] if isinstance(shared_expert, bool) else shared_expert])
         dense = alone(0) if shared_expert is not False else None
         with drawn_apart(dense is not None):
-            seen, routed = self._widths, make
+            seen, routed = widths, make
             if shared_transform:
-                width = Trial(dense or make(0), self.in_channels).width or self.out_channels
-                self.transform = nn.ModuleList(nn.Linear(wide, width) for wide in dict.fromkeys(self._widths))
+                width = Trial(dense or make(0), in_channels).width or self.out_channels
+                self.transform = nn.ModuleList(nn.Linear(wide, width) for wide in dict.fromkeys(widths))
                 seen = (width, width)
-                routed = replace(make, in_channels=width if isinstance(self.in_channels, int) else seen)
+                routed = replace(make, in_channels=width if isinstance(in_channels, int) else seen)
             self.experts, out = build_experts(routed, local, backend)
             self.flow = self.experts.convs()[0].flow
             if router is not None:
@@ -267,12 +267,12 @@ class MoEConv(MoELayer, MessagePassing):
         known = len(pair) == 2 and all(isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point() for x in pair)
         got = [described(nodes) for nodes in pair]
         check(known, "x", got, "source and destination nodes, since widths are open")
-        source, destination = (x.size(-1) if w == -1 else w for w, x in zip(self._widths, pair, strict=True))
-        self._widths = source, destination
+        widths: Any = tuple(x.size(-1) if w == -1 else w for w, x in zip(self._widths, pair, strict=True))
         one = isinstance(self.in_channels, int) and pair[0] is pair[1]
-        self.in_channels = source if one else self._widths
-        self._build()
-        self.to(device=pair[1].device, dtype=pair[1].dtype).train(self.training)
+        in_channels = widths[0] if one else widths
+        self._build(in_channels, widths)
+        self.in_channels, self._widths = in_channels, widths
+        self.to(pair[1]).train(self.training)
 
     def _two_sets(self, x: Any, edge_index: Any, size: Any) -> tuple[Tensor, Tensor]:
         """Source and destination nodes; destinations without features are zeros, which add nothing to the output."""

@@ -47,7 +47,7 @@ class BalancedRouter(Router):
         self.bias_rate = bias_rate or 0.0
         if bias_rate is None:
             return
-        check_at_least("bias_rate", bias_rate, 0)
+        check_at_least(0, bias_rate=bias_rate)
         for when in ("", "next_"):
             self.register_buffer(f"{when}bias_E", torch.zeros(num_experts))
             self.register_buffer(f"{when}mean_D", torch.zeros(dim))

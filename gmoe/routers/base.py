@@ -184,10 +184,10 @@ def pair_weights(weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_
 
 def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
     """``linear(x)`` in the precision of ``x``, at least float32: a model in bfloat16 still scores in float32."""
-    if type(linear) is not nn.Linear:  # a user's, or a quantized one, whose weight is no tensor
-        weight = getattr(linear, "weight", None)
-        return linear(x_TD.to(weight.dtype) if isinstance(weight, Tensor) else x_TD).to(x_TD.dtype)
-    return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
+    if type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks):
+        return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype), linear.bias)
+    dtype = getattr(getattr(linear, "weight", None), "dtype", x_TD.dtype)  # a quantized one's weight is no tensor
+    return linear(x_TD.to(dtype)).to(x_TD.dtype)
 
 
 def reset_linear(linear: nn.Linear, scale: float) -> None:

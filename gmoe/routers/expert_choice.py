@@ -70,8 +70,7 @@ class ExpertChoice(Router):
         init_scale: float = 0.1,
     ) -> None:
         super().__init__(dim, num_experts, k, weight=weight)
-        check_at_least("z_coef", z_coef, 0)
-        check_at_least("init_scale", init_scale, 0)
+        check_at_least(0, z_coef=z_coef, init_scale=init_scale)
         self.z_coef, self.init_scale = z_coef, init_scale
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.selection = ExpertSelection(num_experts, capacity_factor, normalize, inference)

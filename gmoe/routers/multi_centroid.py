@@ -77,7 +77,7 @@ class MultiCentroid(Router):
         check_choice("choice", choice, Choice)
         check_counts(num_centroids=num_centroids)
         check_positive("temperature", temperature)
-        check_at_least("separation_coef", separation_coef, 0)
+        check_at_least(0, separation_coef=separation_coef)
         self.choice, self.num_centroids = choice, num_centroids
         self.temperature, self.separation_coef = temperature, separation_coef
         self.centroid = nn.Parameter(torch.empty(num_experts, num_centroids, dim))

@@ -92,8 +92,7 @@ class TokenChoice(BalancedRouter):
         check(isinstance(noise, bool) or noise == "spread", "noise", repr(noise), "True, False, 'spread' or None")
         needs = "True, which the load loss of balance='importance_load' needs"
         check(noise is True or balance != "importance_load", "noise", noise, needs)
-        for name, value in (("balance_coef", balance_coef), ("z_coef", z_coef), ("init_scale", init_scale)):
-            check_at_least(name, value, 0)
+        check_at_least(0, balance_coef=balance_coef, z_coef=z_coef, init_scale=init_scale)
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)
         self.balance, self.by_spread = balance, noise == "spread"

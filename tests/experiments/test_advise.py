@@ -18,6 +18,7 @@ from experiments.presets import DIGITS, DIGITS_GRAPH, PRESETS
     [
         ([2.0, 2.1], "not told"),  # two are too few
         ([2.0, 2.1, 1.9], "yes"),
+        ([2.0, 2.0, 2.0], "not told"),  # by chance the same
         ([0.1, 0.12, 0.11], "no"),  # above 0, and not worth having
         ([-2.0, -2.1, -1.9], "no"),
         ([2.0, -2.0, 1.0], "not told"),

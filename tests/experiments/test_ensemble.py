@@ -118,9 +118,10 @@ def test_what_cannot_be_smoothed(args: list[str], message: str, data: Path, tmp_
     assert message in refused(command, capsys)
 
 
-def test_a_model_of_ones_own_keeps_them_of_whole_graphs(data: Path, tmp_path: Path) -> None:
-    for name, args in {"full": (), "sampled": SAMPLED}.items():
-        run(data, tmp_path / name, "--model", f"{OWN}:sage", *args)
+def test_models_without_layer_wise_inference_keep_them_of_whole_graphs(data: Path, tmp_path: Path) -> None:
+    own, far = ("--model", f"{OWN}:sage"), ("--conv", "tag", "--router", "dense")
+    for name, args in {"full": own, "sampled": (*own, *SAMPLED), "far": (*far, *SAMPLED)}.items():
+        run(data, tmp_path / name, *args)
         assert (tmp_path / name / "seed-0" / "predictions.safetensors").exists() == (name == "full")
 
 
@@ -128,8 +129,8 @@ def test_an_ensemble_takes_runs_with_predictions(data: Path, tmp_path: Path, cap
     run(data, tmp_path / "run")
     quick(tmp_path / "digits")
     for runs, message in {
-        ("digits",): "predictions.safetensors: is missing",
-        ("run", "digits"): "runs: got those of digits-graph, ogbn-arxiv, expected runs of one data set",
+        ("digits",): "runs: got those of digits-graph, expected runs of one of OGB's data sets",
+        ("run", "digits"): "runs: got those of digits-graph, ogbn-arxiv, expected",
         (): "runs: got those of none",
     }.items():
         assert message in refused([str(tmp_path / name) for name in runs], capsys, ensemble.main)

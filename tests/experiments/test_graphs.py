@@ -202,7 +202,7 @@ def test_weights_reach_the_convs_that_take_them(conv: Any, takes: bool, router: 
         weighted = make_task(config, make_graph(weights=True, simple=True))
     bare = make_task(config, make_graph(simple=True))
     told = [str(w.message) for w in caught if "edge_weight" in str(w.message)]
-    assert told == ([] if takes else [f"edge_weight: made has some, but {conv[0]} takes none"])
+    assert told == ([] if takes else [f"edge_weight: made has some, {conv[0]} takes none"])
     assert torch.equal(logits_of(config, weighted), logits_of(config, bare)) != takes
 
 

@@ -45,8 +45,8 @@ def test_cosine_warms_up_by_steps_and_ends_near_zero() -> None:
 def test_steps_follow_the_schedule_and_clip_gradients() -> None:
     config, model, task = model_and_task(clip_norm=1e-3)
     with set_up(Fabric(accelerator="cpu", devices=1), model, config, task) as training:
-        for epoch in range(2):
-            training.train_epoch(epoch)
+        for batch in itertools.chain(training.batches("train", 0), training.batches("train", 1)):
+            training.step(batch, len(batch.target))
         assert training.scheduler.last_epoch == 2 * task.steps(300) == 6
         assert training.lr == pytest.approx(config.lr * learning_rate(config, 6, 6))
     norm = math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in model.parameters()))
@@ -57,7 +57,7 @@ def test_steps_follow_the_schedule_and_clip_gradients() -> None:
 def test_bf16_on_the_cpu_does_without_the_fused_attention(precision: Any, fused: bool) -> None:
     config, model, task = model_and_task(precision=precision)
     with set_up(Fabric(accelerator="cpu", devices=1, precision=precision), model, config, task) as training:
-        training.train_epoch(0)
+        training.step(next(iter(training.batches("train", 0))), 300)
         assert torch.backends.cuda.flash_sdp_enabled() is fused
     assert torch.backends.cuda.flash_sdp_enabled()
 

@@ -203,8 +203,11 @@ def test_an_mlp_that_is_used_twice_stays_one() -> None:
 
 
 def gnn() -> nn.Module:
-    parts = [GCNConv(8, 6), GATConv(6, 4, heads=2), GINConv(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)))]
-    return GraphSequential("x, edge_index", [*((conv, "x, edge_index -> x") for conv in parts), plain_mlp()])
+    mlp = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8))
+    convs = [(conv, "x, edge_index -> x") for conv in (GCNConv(-1, 6), GATConv(6, 4, heads=2), GINConv(mlp))]
+    net = GraphSequential("x, edge_index", [*convs, plain_mlp()])
+    net(torch.ones(2, 8), torch.tensor([[0], [1]]))  # fills in the first one's width
+    return net
 
 
 CONVS, HEAD = "module_[0-2]", "module_3"

@@ -192,11 +192,12 @@ def test_the_dtype_under_autocast_does_not_follow_the_number_of_nodes(nodes: int
         assert layer(torch.randn(nodes, 6), torch.tensor([[0, 1], [1, 2]])).dtype == torch.bfloat16
 
 
-def test_open_widths_stay_open_after_integers() -> None:
-    layer = MoEConv("gcn", -1, 4)
-    with pytest.raises(ValueError, match="x: got"):
-        layer(torch.ones(5, 6, dtype=torch.long), torch.tensor([[0], [1]]))
-    assert layer.experts is None
+def test_open_widths_stay_open_after_a_wrong_call() -> None:
+    layer, x, edge_index = MoEConv("gcn", -1, 4), torch.ones(5, 6), torch.tensor([[0], [1]])
+    for wrong in (x.long(), (x, x.clone())):
+        with pytest.raises(ValueError, match=r"(x|in_channels): got"):
+            layer(wrong, edge_index)
+    assert layer(x, edge_index).shape == (5, 4)
 
 
 def test_a_replaced_layer_of_attention_runs_for_scores_too() -> None:

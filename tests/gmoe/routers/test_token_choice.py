@@ -95,9 +95,8 @@ def test_two_forwards_before_their_backward() -> None:
     routings.append(router(x[1]))
     loss = sum(routing.scores[:, 0].sum() for routing in routings)
     (actual,) = torch.autograd.grad(loss, router.gate.weight)
-    expected = sum(
-        ((part - mean) @ router.gate.weight.T).softmax(dim=1)[:, 0].sum() for part, mean in zip(x, means, strict=True)
-    )
+    pairs = zip(x, means, strict=True)
+    expected = sum(((part - mean) @ router.gate.weight.T).softmax(dim=1)[:, 0].sum() for part, mean in pairs)
     (wanted,) = torch.autograd.grad(expected, router.gate.weight)
     torch.testing.assert_close(actual, wanted, atol=1e-10, rtol=0)
 
