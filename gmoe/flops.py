@@ -65,7 +65,7 @@ def match_width(
     """
     check_positive("target", target)
     check_counts(start=start)
-    low, high = start, start
+    low = high = start
     # double first, since wide models are slow to measure; not by powers of two, at which a model may have a special
     # case (a residual without a projection where input and hidden width agree)
     while high < stop and cost(high) < target:

@@ -26,7 +26,7 @@ LIBRARY = Path(gmoe.__file__).parent
 
 LIMITS: dict[str, tuple[int, int]] = {
     # figure: (limit, what DESIGN asks for)
-    "gmoe, lines of code": (4_659, 4_900),
+    "gmoe, lines of code": (4_658, 4_900),
     "gmoe, tokens": (55_666, 56_000),
     "gmoe, longest function": (58, 60),
     "vision, raw lines": (475, 500),

@@ -178,10 +178,12 @@ class AttentionExperts(StackedExperts):
         """(M, F) the edge features, where there are some.
 
         Raises:
-            ValueError: edge features for convs that were built without ``edge_dim``.
+            ValueError: edge features for convs that were built without ``edge_dim``, or whose ``lin_edge`` would not
+                run: one that somebody replaced, parametrized or hung something on.
         """
         attr, legal = messages.graph.attr, f"None, since {type(self.prototype).__name__} was built with edge_dim=None"
         check(attr is None or self.lin_edge is not None, "edge_attr", "a tensor", legal)
+        check(attr is None or is_plain(self.lin_edge), "lin_edge", "a changed layer", "a plain one: its weight is read")
         return None if attr is None else attr.index_select(0, messages.edge)
 
 

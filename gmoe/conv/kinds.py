@@ -283,7 +283,7 @@ def _fixed(value: Any) -> Hashable:
     value = value.tolist() if isinstance(value, torch.Tensor) else value
     if isinstance(value, tuple | list):
         return tuple(map(_fixed, value))
-    if isinstance(value, bool | int | float | str | None):
+    if isinstance(value, int | float | str | None):
         return type(value), value
     return id(value) if callable(value) else None
 

@@ -44,8 +44,8 @@ class RandomRouter(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         log_probs_TE = (x_TD @ self.projection_DE.to(x_TD.dtype)).log_softmax(dim=-1)
-        expert_TK, weight_TK = self._top_k(log_probs_TE, log_probs_TE)
-        return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), checked=True)
+        choices = self._top_k(log_probs_TE, log_probs_TE)
+        return Routing.from_choices(*choices, self.num_experts, log_probs_TE.exp(), checked=True)
 
 
 class UniformRouter(Router):

@@ -107,9 +107,8 @@ class SoftSlots(Router):
         weight_TE = combine_TES.sum(dim=-1)
         token_P = torch.arange(len(x_TD), device=x_TD.device).repeat(self.num_experts)
         offsets_E = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=x_TD.device) * len(x_TD)
-        weight_P = weight_TE.T.reshape(-1)
         shares = {"dispatch_TES": dispatch_TN.view_as(combine_TES), "combine_TES": combine_TES, "groups": groups}
-        return SoftRouting(token_P, offsets_E, weight_P, weight_TE, len(x_TD), checked=True, **shares)
+        return SoftRouting(token_P, offsets_E, weight_TE.T.reshape(-1), weight_TE, len(x_TD), checked=True, **shares)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, slots={self.slots}"

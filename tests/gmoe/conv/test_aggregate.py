@@ -46,9 +46,7 @@ def test_mlp_conv_is_an_mlp_of_the_destinations() -> None:
     torch.testing.assert_close(plain((features(6, 3), x)), plain.down(plain.up(x).clamp(min=0)))
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "argument"), [({"filter": "band"}, "filter"), ({"filter": "identity", "hops": 2}, "hops")]
-)
-def test_bad_arguments(kwargs: dict[str, Any], argument: str) -> None:
-    with pytest.raises(ValueError, match=f"^{argument}: got"):
-        FilterConv(WIDTH, 3, **kwargs)
+@pytest.mark.parametrize(("bad", "name"), [({"filter": "band"}, "filter"), ({"filter": "identity", "hops": 2}, "hops")])
+def test_bad_arguments(bad: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        FilterConv(WIDTH, 3, **bad)

@@ -207,3 +207,7 @@ def test_a_replaced_layer_of_attention_runs_for_scores_too() -> None:
     replaced.experts.lin = Halved(replaced.experts.lin)
     halved.experts.lin.weight.data /= 2
     torch.testing.assert_close(replaced(x, edge_index), halved(x, edge_index))
+    edges = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, edge_dim=2)
+    edges.experts.lin_edge = Halved(edges.experts.lin_edge)
+    with pytest.raises(ValueError, match="lin_edge: got a changed layer"):  # of which the weight alone is read
+        edges(x, edge_index, edge_attr=torch.ones(edge_index.size(1), 2))

@@ -184,12 +184,10 @@ def test_batches_are_those_in_memory(tmp_path: Path, half: bool, replace: bool, 
         assert_same_batches(tmp_path, data, fanouts, seeds, replace=replace)
 
 
-@pytest.mark.parametrize(
-    "context", ["fork", *(pytest.param(c, marks=pytest.mark.slow) for c in ("spawn", "forkserver"))]
-)
-def test_batches_of_two_workers_are_those_in_memory(tmp_path: Path, context: str) -> None:
+@pytest.mark.parametrize("way", ["fork", *(pytest.param(w, marks=pytest.mark.slow) for w in ("spawn", "forkserver"))])
+def test_batches_of_two_workers_are_those_in_memory(tmp_path: Path, way: str) -> None:
     data = store(tmp_path, made_graph(), half=True)
-    assert_same_batches(tmp_path, data, [4, 3], None, num_workers=2, multiprocessing_context=context)
+    assert_same_batches(tmp_path, data, [4, 3], None, num_workers=2, multiprocessing_context=way)
 
 
 def test_a_graph_without_edges(tmp_path: Path) -> None:
