@@ -40,7 +40,7 @@ def has_predictions(config: Any, model: Any, task: Task) -> bool:
     possible = wanted and isinstance(task.graph, Data)
     possible = possible and (config.evaluation == "full" or not fails_by_layer(model, task.graph))
     if config.correct_and_smooth and not (possible and task.graph is not None and task.graph.y.dim() == 1):
-        legal = "False: it takes one class a node, and a graph in memory, by layers or evaluation='full'"
+        legal = "False: it takes one class a node, a graph in memory, and layer-wise inference or evaluation='full'"
         raise ValueError(f"correct_and_smooth: got True for {task.name}, expected {legal}")
     return possible
 
