@@ -111,9 +111,9 @@ class Comparison:
                 break
         return found
 
-    def difference(self, one: str, other: str) -> Difference:
+    def difference(self, one: str, other: str, most: int = MOST) -> Difference:
         """Of two arms, over the seeds that both have."""
-        pairs = zip(*(self.summaries[arm]["test"]["values"] for arm in (one, other)), strict=False)
+        pairs = zip(*(self.summaries[arm]["test"]["values"][:most] for arm in (one, other)), strict=False)
         return judge([100 * (a - b) for a, b in pairs])
 
     def step_ratio(self, arm: str) -> float:
@@ -145,7 +145,8 @@ def advise(
     """Print three lines of advice, also in ``advice.json`` beside the report of all runs.
 
     Args:
-        preset: `graph` for your own graph, `images` for a folder of images, or another preset of experiments.train.
+        preset: `graph` for your own graph, whose edge weights are not used; `images` for a folder of squares of 8, 32
+            or 160 pixels; or another preset of experiments.train.
         out: folder of the runs and of the report.
         data_root: the file of your graph, or the root folder of the data.
         metric: of your own graph (default accuracy).
@@ -181,13 +182,14 @@ def advice(comparison: Comparison, preset: str) -> tuple[list[str], dict[str, An
     found: dict[str, Any] = {"headroom": vars(room), "experts": None, "setting": None, "step": None}
     gain = comparison.told((matched, first, second), comparison.better, matched) if room.verdict == "yes" else None
     if gain is None:
-        why = "no time was left" if room.verdict == "yes" else "they need headroom"
+        why = "they need headroom" if room.verdict == "no" or room.n == MOST else "no time was left"
         lines += [f"experts: not tried, since {why}", ADVICE["no" if room.verdict == "no" else "not told"]]
         return lines, found
     setting = comparison.better()
-    step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense").mean
+    step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense")
+    share = 100 * more.mean / comparison.difference("dense-4x", "dense", more.n).mean
     lines.append(
-        f"experts ({setting}): {gain}, above a dense model of their active FLOPs; {100 * more / room.mean:.0f} % of "
+        f"experts ({setting}): {gain}, against a dense model of their active FLOPs; {share:.0f} % of "
         f"the headroom, at {step:.2f} times the dense model's step"
     )
     command = f"use them: python -m experiments.train {preset} {' '.join(options(comparison.arms[setting]))}"

@@ -97,7 +97,8 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
     Raises:
         ValueError: an option that the router does not know, or a combination that makes no sense.
     """
-    check(config.equal is None or config.router == "dense", "equal", config.equal, "none, or router='dense'")
+    fits = config.equal is None or (config.router == "dense" and config.model is None)
+    check(fits, "equal", config.equal, "none, or router='dense' and no model of your own")
     if config.model is not None:
         return _own_model(config.model, task)
     if config.equal is not None:

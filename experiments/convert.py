@@ -53,8 +53,7 @@ def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
         path = folder / "raw" / archive
         check(path.is_file(), "from", f"no {path}", "OGB's papers100M-bin.zip (56 GB) unzipped there")
         with naming(path), zipfile.ZipFile(path) as file:
-            size = sum(file.getinfo(f"{array}.npy").file_size for array in arrays.values())
-            check_space(scratch, size, str(path))
+            check_space(scratch, sum(file.getinfo(f"{array}.npy").file_size for array in arrays.values()), str(path))
             files |= {name: Path(file.extract(f"{array}.npy", scratch)) for name, array in arrays.items()}
     return planted.read_text() if planted.exists() else f"OGB's binary release of {PAPERS}", files
 

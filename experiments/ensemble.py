@@ -71,7 +71,7 @@ def keep_predictions(training: Training, folder: Path, scores: tuple[float, floa
 
 def corrected(probability: Tensor, y: Tensor, task: Task) -> Tensor:
     """Errors on the training nodes spread to the others, then labels (`Huang et al., 2021
-    <https://arxiv.org/abs/2010.13993>`_), as in PyG's example."""
+    <https://arxiv.org/abs/2010.13993>`_), with the steps and alphas of PyG's example; edges weigh the same."""
     assert task.graph is not None
     assert task.split is not None
     edges, train = task.graph.edge_index.to(y.device), task.split["train"].to(y.device)
@@ -105,20 +105,21 @@ def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | Non
 
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
     found = [read_run(folder, data_root) for folder in runs]
+    found = [read_run(folder, data_root or found[0].config.data_root) for folder in runs]  # all on the same data
     sets = sorted({run.config.dataset for run in found})
     one = len(sets) == 1 and sets[0].startswith("ogbn-")  # of others, each seed may test where another one trains
     check(one, "runs", f"those of {', '.join(sets) or 'none'}", "runs of one of OGB's data sets")
-    files = [run.folder / f"seed-{seed}" / "predictions.safetensors" for run in found for seed in run.config.seeds]
-    if missing := [str(file) for file in files if not file.exists()]:
-        raise ValueError(f"{missing[0]}: is missing; runs on OGB's sets of one node type write it")
-    task, total = found[0].load_task(), None
-    for file in files:
-        with naming(file):
-            part = load_file(file)["probability"]
-            total = part if total is None else total.add_(part)
-    assert total is not None
     for run in found:
         print(f"{run.folder}: {submission(run.summary)}")
+    files = [run.folder / f"seed-{seed}" / "predictions.safetensors" for run in found for seed in run.config.seeds]
+    if missing := [str(file) for file in files if not file.exists()]:
+        raise ValueError(f"{missing[0]}: is missing; runs on OGB's sets of one node type, in memory, can write it")
+    for run in reversed(found):  # an error where it was trained on others
+        task = run.load_task()
+    total = torch.zeros(())
+    for file in files:
+        with naming(file):
+            total = total + load_file(file)["probability"]
     test, val = (f"{100 * score(task, total / len(files), part):.2f}" for part in ("test", "val"))
     print(f"ensemble of {len(files)}: test {test}, validation {val} (one score, without a spread)")
 

@@ -90,7 +90,7 @@ def train_apart(configs: Sequence[RunConfig]) -> Generator[tuple[int, str], None
                     last = job.said.decode(errors="replace").strip().rpartition("\n")[2]
                     failed[job.place].append(f"seed {job.seed} ended with status {status}: {last or 'without a word'}")
                 if configs[job.place].progress:
-                    print(f"{number - len(todo) - len(running)} of {number} seeds done", file=sys.stderr, flush=True)
+                    print(f"{number - len(todo) - len(running)} of {number} seeds ended", file=sys.stderr, flush=True)
                 left[job.place] -= 1
                 if not left[job.place]:
                     yield job.place, "; ".join(failed[job.place])

@@ -150,8 +150,7 @@ def fit(training: Training, seed: int, folder: Path, progress: Progress) -> Reac
                     progress.show(name, epoch + training.epoch.batches / steps, config.epochs, figures)
             row, layers = training.end_epoch(seed)
             logs.write(row, layers)
-            figures = f"loss {row['loss']:.3f}, best {reached.best_val:.4f}"
-            progress.show(name, reached.epochs, config.epochs, figures)
+            progress.show(name, reached.epochs, config.epochs, f"loss {row['loss']:.3f}, best {reached.best_val:.4f}")
             checkpoint.save() if reached.epochs == config.epochs else checkpoint.tick()
     logs.close()
     progress.finish(config.epochs)

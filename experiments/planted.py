@@ -54,7 +54,7 @@ def write_planted(
     most, given = SIZES[name][2], zip((nodes, edges, classes), SIZES[name][:3], strict=True)
     nodes, edges, classes = [usual if own is None else own for own, usual in given]
     check(2 <= classes <= most, "classes", classes, f"2 to {most}")
-    check_at_least(max(100, classes), nodes=nodes)
+    check_at_least(max(100, classes, int(1 / min(SIZES[name][4])) + 1), nodes=nodes)  # no part is empty
     check_at_least(1, edges=edges)
     folder = root.expanduser() / name.replace("-", "_")
     text = f"Not OGB's {name}, but a graph of experiments.planted: {nodes=}, {edges=}, {classes=}, {seed=}"

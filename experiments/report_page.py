@@ -304,6 +304,5 @@ def share_map(weight_TE: Tensor, value_T: Tensor, title: str, names: Sequence[st
     axis.set(xlabel=title, ylabel="expert")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(names) == share.size(1):
-        turned = max(map(len, names)) > 2
-        axis.set_xticks(range(len(names)), names, rotation=90 if turned else 0, fontsize="small")
+        axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize="small")
     return figure

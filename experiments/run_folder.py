@@ -98,13 +98,12 @@ IMAGE_FOLDERS = {
 
 
 def described(config: RunConfig) -> dict[str, Any]:
-    """The configuration as ``config.json`` holds it: what numbers depend on, and a digest of files of your own."""
+    """The configuration as ``config.json`` holds it: what numbers depend on, and a digest of data that may differ."""
     found, root, digest = config.science(), config.data_root, hashlib.sha256()
     if config.data is not None:
         return found
     if features := getattr(config, "features", None):
         digest.update(Path(features).read_bytes())
-        return found | {"digest": digest.hexdigest()[:16]}
     if config.dataset == "graph":
         found["file"] = root.name
         for file in sorted([*root.glob("*.csv"), *root.glob("graph.json")]) if root.is_dir() else [root]:
@@ -115,8 +114,9 @@ def described(config: RunConfig) -> dict[str, Any]:
         for file in sorted(files, key=lambda file: ("train" not in file.parts, file)):
             if (base / file).is_file():
                 digest.update(os.fsencode(f"{file.as_posix()} {(base / file).stat().st_size}\n"))
-    else:
-        return found
+    elif config.dataset.startswith("ogbn-"):
+        planted = root / config.dataset.replace("-", "_") / "PLANTED.txt"
+        digest.update(planted.read_bytes() if planted.exists() else b"")
     has_data = digest.digest() != hashlib.sha256().digest()
     return found | {"digest": digest.hexdigest()[:16] if has_data else None}
 
@@ -257,7 +257,8 @@ class Logs:
         if "wandb" in config.logger:
             import wandb
 
-            self.wandb = wandb.init(project="gmoe", name=name, id=name, resume="allow", dir=str(folder), config=options)
+            own = f"{name}-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:8]}"  # not another folder's
+            self.wandb = wandb.init(project="gmoe", name=name, id=own, resume="allow", dir=str(folder), config=options)
 
     @rank_zero_only
     def write(self, row: dict[str, Any], layers: list[dict[str, Any]]) -> None:

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 untraced = torch._compile._disable_dynamo  # torch.compiler.disable, which imports the compiler
 
 UNSUPPORTED = (
-    "torch.jit.trace, torch.export and torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers "
-    "on graphs; use torch.compile, or keep the module in Python"
+    "torch.jit.trace, torch.export, torch.func transforms (grad, vmap, jvp, …) and batches of gradients "
+    "(vectorize=True) are not supported by gmoe's layers; use torch.compile, or keep the module in Python"
 )
 
 in_transform = torch._C._are_functorch_transforms_active
@@ -30,6 +30,9 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     def checked(ctx: Any, *grads: Any) -> Any:
         refuse_second_order()
+        # with which torch's kernels may crash
+        if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
+            raise RuntimeError(UNSUPPORTED)
         return once(ctx, *grads)
 
     return checked

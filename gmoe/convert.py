@@ -132,7 +132,7 @@ def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -
     """
     check_counts(every=every)
     if blocks is None:
-        check(every <= count, "every", every, f"at most {count}, the number of blocks or hidden layers")
+        check(every <= count, "every", every, f"at most {count}, the number of blocks or hidden layers (with jk, all)")
         return list(range(every - 1, count, every))
     try:
         chosen = sorted({range(count)[block] for block in blocks})
@@ -261,8 +261,8 @@ def _read(name: str, mlp: nn.Module) -> tuple[list[nn.Linear], nn.Linear, bool, 
     glu, gate_last = width == 2 * hidden, getattr(mlp, "gate_last", False)
     activations = others or functions or [F.silu] * glu  # Llama's calls it without naming it
     start, end = parts.index(linears[0]), parts.index(down)
-    is_first = {norm in parts[:start]: norm for norm in norms}
-    fits = len({linear.weight.shape for linear in up}) == 1 and (glu or width == hidden)
+    is_first = {norm in parts[:start]: norm for norm in norms if norm in parts[:end]}
+    fits = len({linear.weight.shape for linear in up}) == 1 and (glu or width == hidden) and start == (True in is_first)
     fits = fits and len(activations) == 1 and not any(list(part.parameters()) for part in others)
     check(fits and len(is_first) == len(norms), "model", got, legal)
     (activation,) = activations
@@ -291,7 +291,7 @@ def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, **optio
     from gmoe.conv.moe_conv import MoEConv
 
     width = getattr(conv, "in_channels", None) or width
-    if width in (None, -1):  # of a GIN, which has no widths, or where a first call gave them
+    if width in (None, -1, (-1, -1)):  # of a GIN, which has no widths, or where a first call gave them
         width = next((p.size(1) for p in conv.parameters() if p.dim() == 2), 0)
     out: Any = getattr(conv, "out_channels", None) or (width and Trial(conv, width).width)
     legal = "a conv with in_channels and out_channels"

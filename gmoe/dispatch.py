@@ -142,9 +142,9 @@ def _operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
 @_operator(fake=lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)))
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """(P, O) rows (P, I) times the weight (E, I, O) of their expert."""
-    if backend != "loop" and x.size(0) > 0:
+    if backend != "loop" and len(x):
         return (_padded_mm if backend == "padded" else _grouped_mm)(x, weight, offsets)
-    y_PO, ends = x.new_empty(x.size(0), weight.size(2)), offsets[:-1].tolist()  # one host sync
+    y_PO, ends = x.new_empty(len(x), weight.size(2)), offsets[:-1].tolist()  # one host sync
     for rows, weight_IO, y in zip(x.tensor_split(ends), weight, y_PO.tensor_split(ends), strict=True):
         torch.mm(rows, weight_IO, out=y)
     return y_PO
@@ -153,7 +153,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
 @_operator(fake=lambda x, grad, offsets, *_: x.new_empty(len(offsets), x.size(1), grad.size(1)))
 def _grouped_linear_weight(x: Tensor, grad: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """(E, I, O) the gradient of the weights, from rows (P, I) and gradients (P, O)."""
-    if backend != "loop" and x.size(0) > 0:
+    if backend != "loop" and len(x):
         return (_padded_outer if backend == "padded" else _grouped_outer)(x, grad, offsets)
     grad_EIO, ends = x.new_empty(len(offsets), x.size(1), grad.size(1)), offsets[:-1].tolist()
     for rows, grad_rows, grad_IO in zip(x.tensor_split(ends), grad.tensor_split(ends), grad_EIO, strict=True):

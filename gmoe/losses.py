@@ -57,7 +57,7 @@ def switch_of(importance_E: Tensor, load_E: Tensor, tokens: Tensor) -> Tensor:
 
 def z_loss(logits_TE: Tensor) -> Tensor:
     """Mean over tokens of ``logsumexp_e(logit_te)^2`` (ST-MoE, Zoph et al., 2022)."""
-    return square_sum(logits_TE) / max(logits_TE.size(0), 1)
+    return square_sum(logits_TE) / max(len(logits_TE), 1)
 
 
 def square_sum(logits_TE: Tensor) -> Tensor:

@@ -306,7 +306,8 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
 
     @untraced
     def keep(_: nn.Module, __: Any, routing: Routing) -> None:
-        if threading.get_ident() == thread and torch._C._current_graph_task_id() == -1:  # not in a backward pass
+        # not what a user's own method of that name gives, nor in a backward pass
+        if isinstance(routing, Routing) and threading.get_ident() == thread and torch._C._current_graph_task_id() == -1:
             routings.append(routing)
 
     with ExitStack() as stack:

@@ -26,23 +26,23 @@ LIBRARY = Path(gmoe.__file__).parent
 
 LIMITS: dict[str, tuple[int, int]] = {
     # figure: (limit, what DESIGN asks for)
-    "gmoe, lines of code": (4_658, 4_900),
-    "gmoe, tokens": (55_666, 56_000),
+    "gmoe, lines of code": (4_656, 4_900),
+    "gmoe, tokens": (55_665, 56_000),
     "gmoe, longest function": (58, 60),
     "vision, raw lines": (475, 500),
-    "experiments, raw lines": (6_792, 6_800),
+    "experiments, raw lines": (6_790, 6_800),
     "experiments, files": (37, 40),
-    "tests, raw lines": (12_786, 12_800),
-    "tests/gmoe and tests/*.py, raw lines": (8_390, 8_800),
+    "tests, raw lines": (12_782, 12_800),
+    "tests/gmoe and tests/*.py, raw lines": (8_374, 8_800),
     "MoEConv, functions passed": (23, 20),
     "MoEConv, files passed": (9, 9),
-    "MoEConv, lines of code passed": (314, 300),
+    "MoEConv, lines of code passed": (312, 300),
     "plain mixture, functions passed": (22, 20),
     "plain mixture, files passed": (9, 9),
-    "plain mixture, lines of code passed": (307, 300),
+    "plain mixture, lines of code passed": (305, 300),
     "MoE, functions passed": (19, 17),
     "MoE, files passed": (7, 8),
-    "MoE, lines of code passed": (169, 180),
+    "MoE, lines of code passed": (167, 180),
 }
 
 

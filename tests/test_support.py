@@ -21,16 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch_geometric.explain import (
-    AttentionExplainer,
-    CaptumExplainer,
-    DummyExplainer,
-    Explainer,
-    ExplainerAlgorithm,
-    GNNExplainer,
-    GraphMaskExplainer,
-    PGExplainer,
-)
+from torch_geometric import explain
 from torch_geometric.nn import to_hetero
 
 import gmoe
@@ -92,6 +83,14 @@ def differentiates_twice(case: Case) -> None:
     torch.stack([gradient.square().sum() for gradient in gradients]).sum().backward()
 
 
+def differentiates_a_batch(case: Case) -> None:
+    """By the parameters, and by a layer's input."""
+    layer, call = case.make(), case.call()
+    leaves = [*layer.parameters(), *(x.requires_grad_() for x in call.args[:1] if isinstance(x, torch.Tensor))]
+    out = rows(run(layer, call))
+    torch.autograd.grad(out, leaves, out.new_ones(2, *out.shape), is_grads_batched=True, allow_unused=True)
+
+
 def becomes_hetero(case: Case) -> None:
     convs = Two(partial(gmoe.MoEConv, "sage", (-1, -1), 6, num_experts=8))  # of open widths
     model = to_hetero(case.make() if case.name.startswith("GNNMoE") else convs, METADATA)
@@ -99,16 +98,16 @@ def becomes_hetero(case: Case) -> None:
     assert rows(model(*args)).isfinite().all()
 
 
-def explains(case: Case, algorithm: Callable[[], ExplainerAlgorithm]) -> None:
+def explains(case: Case, algorithm: Callable[[], explain.ExplainerAlgorithm]) -> None:
     """On nodes and edges alone. One that is fitted first needs a target, and gives no masks of nodes."""
     layer, args, node = case.make().eval(), case.call().args[:2], torch.tensor([0])
     made, before = algorithm(), layer(*args)
-    fitted = isinstance(made, PGExplainer)
+    fitted = isinstance(made, explain.PGExplainer)
     config = {"mode": "multiclass_classification", "task_level": "node", "return_type": "raw"}
     options: dict[str, Any] = {"explanation_type": "phenomenon" if fitted else "model", "edge_mask_type": "object"}
-    if not isinstance(made, PGExplainer | AttentionExplainer):
+    if not isinstance(made, explain.PGExplainer | explain.AttentionExplainer):
         options["node_mask_type"] = "attributes"
-    explainer = Explainer(layer, made, model_config=config, **options)
+    explainer = explain.Explainer(layer, made, model_config=config, **options)
     given = {"target": rows(before).argmax(dim=1)} if fitted else {}
     if fitted:
         try:
@@ -153,14 +152,15 @@ PROBES: dict[str, Callable[[Case], object]] = {
     "`torch.jit.script`": lambda case: torch.jit.script(case.make()),
     "`torch.func`": partial(transforms, name="torch.func.grad"),
     "gradients of gradients": differentiates_twice,
+    "batches of gradients (`vectorize=True`)": differentiates_a_batch,
     "dynamic quantization": quantizes,
     "`to_hetero`": becomes_hetero,
-    "GNNExplainer": partial(explains, algorithm=partial(GNNExplainer, epochs=3)),
-    "PGExplainer": partial(explains, algorithm=partial(PGExplainer, epochs=1)),
-    "CaptumExplainer": partial(explains, algorithm=partial(CaptumExplainer, "Saliency")),
-    "DummyExplainer": partial(explains, algorithm=DummyExplainer),
-    "GraphMaskExplainer": partial(explains, algorithm=partial(GraphMaskExplainer, 1, epochs=1)),
-    "AttentionExplainer": partial(explains, algorithm=AttentionExplainer),
+    "GNNExplainer": partial(explains, algorithm=partial(explain.GNNExplainer, epochs=3)),
+    "PGExplainer": partial(explains, algorithm=partial(explain.PGExplainer, epochs=1)),
+    "CaptumExplainer": partial(explains, algorithm=partial(explain.CaptumExplainer, "Saliency")),
+    "DummyExplainer": partial(explains, algorithm=explain.DummyExplainer),
+    "GraphMaskExplainer": partial(explains, algorithm=partial(explain.GraphMaskExplainer, 1, epochs=1)),
+    "AttentionExplainer": partial(explains, algorithm=explain.AttentionExplainer),
     "lazy widths (`-1`)": fills_in_widths,
 }
 

@@ -113,8 +113,7 @@ def naive_votes(router: AttentionVote, x: Tensor) -> Tensor:
     """(T, E) the votes of attention as they are written down: a (T, T) matrix an expert."""
     maps, heads = (router.query, router.key), (router.num_experts, router.head_dim)
     q_ETd, k_ETd = (linear(x).unflatten(-1, heads).transpose(0, 1) for linear in maps)
-    scores_ETT = q_ETd @ k_ETd.transpose(1, 2) / math.sqrt(router.head_dim)
-    return scores_ETT.softmax(dim=-1).sum(dim=1).T
+    return (q_ETd @ k_ETd.transpose(1, 2) / math.sqrt(router.head_dim)).softmax(dim=-1).sum(dim=1).T
 
 
 @dataclass(frozen=True, kw_only=True)

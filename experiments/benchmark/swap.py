@@ -342,5 +342,4 @@ def step_times(name: str, config: Config, repeats: int) -> dict[str, Any]:
     arms: list[Arm] = ["dense", "moe", *(arm for arm in others if arm not in ("random", "oracle", "k-means"))]
     models = {arm: problem.drawn(arm, width_of(arm, name, config)) for arm in arms}
     steps = {str(arm): partial(problem.step, model, problem.optimizer(model)) for arm, model in models.items()}
-    times = take_turns(steps, repeats, problem.fabric.device, warmup=3)
-    return {**times, "layers": len(switches(models["moe"]))}
+    return {**take_turns(steps, repeats, problem.fabric.device, warmup=3), "layers": len(switches(models["moe"]))}

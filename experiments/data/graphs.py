@@ -277,5 +277,4 @@ def check_graph(where: str, data: Any, target: str | None = None) -> None:
     table = torch.stack([mask.view(len(mask), -1).expand(-1, splits) for mask in masks])  # (parts, N, S)
     check(table.any(dim=1).all(), where, "a split without nodes in one part", "some in train, val and test")
     check(table.sum(dim=0).max() <= 1, where, "a node in two parts of a split", "each in one")
-    labels = store.y[table.any(dim=2).any(dim=0)]
-    check((labels >= 0).all(), where, "a negative label in a split", "0 or more")
+    check((store.y[table.any(dim=2).any(dim=0)] >= 0).all(), where, "a negative label in a split", "0 or more")

@@ -134,8 +134,7 @@ def _images(where: str, found: Any) -> tuple[Tensor, Tensor]:
     images = images.float() if images.is_floating_point() else images
     fits = images.dim() == 4 and len(images) > 0 and images.size(1) in (1, 3) and images.size(2) == images.size(3)
     fits = fits and images.dtype in (torch.uint8, torch.float32) and bool(images.isfinite().all())
-    got = f"images {images.dtype} {tuple(images.shape)}"
-    check(fits, where, got, "uint8 or finite float (N, 1 or 3, S, S)")
+    check(fits, where, f"images {images.dtype} {tuple(images.shape)}", "uint8 or finite float (N, 1 or 3, S, S)")
     fits = labels.shape == (len(images),) and not labels.is_floating_point() and labels.dtype != torch.bool
     check(fits, where, f"labels {labels.dtype} {tuple(labels.shape)}", "an integer an image")
     return images, labels.long()

@@ -22,8 +22,7 @@ NODES, REGIONS, CLASSES, FEATURES = 8_000, 8, 16, 32
 
 def digits_split(labels: np.ndarray) -> Splits:
     """A fixed stratified split, 50 / 25 / 25."""
-    everything = np.arange(len(labels))
-    train, rest = train_test_split(everything, train_size=0.5, stratify=labels, random_state=0)
+    train, rest = train_test_split(np.arange(len(labels)), train_size=0.5, stratify=labels, random_state=0)
     val, test = train_test_split(rest, train_size=0.5, stratify=labels[rest], random_state=0)
     return {"train": torch.from_numpy(train), "val": torch.from_numpy(val), "test": torch.from_numpy(test)}
 

@@ -94,7 +94,8 @@ def graph_of(data: Data | HeteroData, name: str, where: str, metric: MetricName 
     labels = store.y[store.y >= 0].unique().tolist()
     check(len(labels) > 1, where, f"no label but {labels} (those below 0 are none)", "two classes or more")
     how = f"{store.train_mask[0].numel()} split(s) by its masks" if masks else "each seed splits it 60/20/20 by class"
-    print(f"{name}: {data.num_nodes:,} nodes, {data.num_edges:,} edges, {classes} classes; {how}", flush=True)
+    size = f"{data.num_nodes:,} nodes, {data.num_edges:,} edges, {store.num_features:,} features, {classes} classes"
+    print(f"{name}: {size}; {how}", flush=True)
     return GraphData(
         name=name,
         data=data,
@@ -178,7 +179,7 @@ def _read_folder(folder: Path) -> Data:
         else:
             labels = pd.Categorical(nodes["label"])
             data.y = torch.from_numpy(labels.codes.astype(np.int64))
-            print(f"{folder.stem}: labels are {', '.join(map(str, labels.categories[:10]))}, …", flush=True)
+            print(f"{folder.stem}: labels are {', '.join(map(str, labels.categories))}", flush=True)
         if "split" in nodes:
             splits = nodes["split"].fillna("none").str.lower().replace({"valid": "val"})
             check(splits.isin([*MASKS, "none"]).all(), "split", set(splits), "train, val, test or nothing")
@@ -215,5 +216,5 @@ def _numbers(column: pd.Series[Any]) -> Tensor:
         return torch.from_numpy(pd.get_dummies(column, dtype=float).to_numpy(copy=True))
     if not np.isfinite(numbers).all():
         row = int(np.argmin(np.isfinite(numbers)))
-        raise ValueError(f"row {row} has {column.name!r}={column[row]!r}, expected a number")
+        raise ValueError(f"row {row} has {column.name!r}={str(column[row])!r}, expected a number, or names in all rows")
     return torch.from_numpy(numbers.copy())[:, None]

@@ -336,8 +336,8 @@ class FilterConv(MessagePassing):
 
     def forward(self, x: Tensor, edge_index: Adj | Graph, edge_weight: Tensor | None = None) -> Tensor:
         if self.filter != "identity":
-            graph, low = edge_index if isinstance(edge_index, Graph) else Graph(edge_index, x.size(0)), x
-            graph = graph.fitting((x.size(0), x.size(0)), self.flow, edge_weight)
+            graph, low = edge_index if isinstance(edge_index, Graph) else Graph(edge_index, len(x)), x
+            graph = graph.fitting((len(x), len(x)), self.flow, edge_weight)
             graph = graph.explained(self) if self.explain else graph
             for _ in range(self.hops):
                 low = self.hop(low, graph)

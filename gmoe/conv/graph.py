@@ -206,7 +206,7 @@ class Graph:
             self._read_sparse(edge_index)
         else:
             plain = isinstance(edge_index, Tensor) and edge_index.dim() == 2 and edge_index.dtype in INTEGERS
-            if not plain or edge_index.size(0) != 2:
+            if not plain or len(edge_index) != 2:
                 legal = "integers of shape (2, number of edges), a sparse matrix or a Graph"
                 raise ValueError(f"edge_index: got {described(edge_index)}, expected {legal}")
             if isinstance(edge_index, EdgeIndex):

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
@@ -142,6 +142,7 @@ def _check_forward(conv: Any) -> None:
     """Refuse a module that is called otherwise than ``conv(x, edge_index)`` with edge weights or features."""
     name = type(conv).__name__
     check(isinstance(conv, MessagePassing), "conv", f"a factory of {name}", "one of PyG's MessagePassing layers")
+    check(not any(map(is_lazy, conv.parameters())), "conv", f"{name} of open widths", "those that factories get")
     takes = inspect.signature(conv.forward).parameters
     first, others = list(takes)[:2], list(takes.values())[2:]
     usual = first == ["x", "edge_index"] or (len(first) == 2 and not of_pyg(type(conv)))  # users name them as they like
@@ -262,10 +263,10 @@ def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
     """A class of stacked experts and all that has to be equal in a stack; ``None`` if the conv is in none.
 
     The filters of FilterConvs may differ. Stacking must not lose what somebody put there: hooks,
-    parametrizations, frozen or lazy parameters.
+    parametrizations, frozen parameters.
     """
     stack, parts = STACKS.get(type(conv)), list(conv.named_modules())
-    if stack is None or any(isinstance(p, UninitializedParameter) or not p.requires_grad for p in conv.parameters()):
+    if stack is None or not all(p.requires_grad for p in conv.parameters()):
         return None
     tables = [t for _, part in parts for name, t in part.__dict__.items() if name.endswith("_hooks")]
     hooks = [getattr(hook, "hook", hook) for table in tables if isinstance(table, dict) for hook in table.values()]

@@ -131,8 +131,8 @@ class MoEConv(MoELayer, MessagePassing):
         self.out_channels = out_channels
         self.router_input = router_parts(router_input)
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
-        self._shape = (shared_expert, dense_start, shared_transform, local, backend)
-        self._routing = (router, router_kwargs, check_finite)
+        self._shape = shared_expert, dense_start, shared_transform, local, backend
+        self._routing = router, router_kwargs, check_finite
         self.router = None
         self.experts: Any = None
         self.shared_expert: Any = None
@@ -155,7 +155,7 @@ class MoEConv(MoELayer, MessagePassing):
             if shared_transform:
                 width = Trial(dense or make(0), in_channels).width or self.out_channels
                 self.transform = nn.ModuleList(nn.Linear(wide, width) for wide in dict.fromkeys(widths))
-                seen = (width, width)
+                seen = width, width
                 routed = replace(make, in_channels=width if isinstance(in_channels, int) else seen)
             self.experts, out = build_experts(routed, local, backend)
             self.flow = self.experts.convs()[0].flow
@@ -173,7 +173,6 @@ class MoEConv(MoELayer, MessagePassing):
             check(fits, "shared_expert", f"{shared_out} columns", f"{out}, as the experts give")
             check(dense.flow == self.flow, "shared_expert", f"a conv of flow={dense.flow!r}", repr(self.flow))
             self.gain = nn.Parameter(torch.zeros(1)) if dense_start else None
-        self._router_sees_edges = getattr(self.router, "scope", None) == "neighbors"
         # the shared expert is of the experts' kind, and can share their aggregate
         self._aggregates_alike = shared_expert is True and not shared_transform
 
@@ -224,7 +223,7 @@ class MoEConv(MoELayer, MessagePassing):
             if nodes.dim() != 2 or nodes.size(1) != width or not dense:
                 legal = f"dense floats of shape (nodes, {width}); graphs side by side are one graph, see batch="
                 raise ValueError(f"x: got {described(nodes)}, {nodes.layout}, expected {legal}")
-        sizes = (x_src.size(0), x_dst.size(0))
+        sizes = len(x_src), len(x_dst)
         if size is not None or edge_weight is not None or edge_attr is not None:
             self._check_args(sizes, size, edge_weight=edge_weight, edge_attr=edge_attr)
         if isinstance(edge_index, Graph):
@@ -239,7 +238,7 @@ class MoEConv(MoELayer, MessagePassing):
         h = self.experts.aggregate(graph, u_src)
         if routing is None and self.router is not None:
             view = u_dst if self.router_input == ("node",) else router_view(self.router_input, u_src, u_dst, h, graph)
-            routing = self.router(view, batch, graph.edge_index if self._router_sees_edges else None)
+            routing = self.router(view, batch, graph.edge_index if x_src is x_dst else None)
         else:
             self._check_routing(routing, graph.num_dst)
         y = self.experts(graph, u_src, u_dst, h, routing)
@@ -261,6 +260,7 @@ class MoEConv(MoELayer, MessagePassing):
         u_dst = self.transform[-1](x_dst)  # that of the sources too, where they are as wide
         return (u_dst if x_src is x_dst else self.transform[0](x_src)), u_dst
 
+    @torch.inference_mode(False)  # for training too
     def _complete(self, x: Any) -> None:
         """Fill in the widths that were left open, and build."""
         pair = tuple(x) if isinstance(x, tuple | list) else (x, x)
@@ -268,8 +268,7 @@ class MoEConv(MoELayer, MessagePassing):
         got = [described(nodes) for nodes in pair]
         check(known, "x", got, "source and destination nodes, since widths are open")
         widths: Any = tuple(x.size(-1) if w == -1 else w for w, x in zip(self._widths, pair, strict=True))
-        one = isinstance(self.in_channels, int) and pair[0] is pair[1]
-        in_channels = widths[0] if one else widths
+        in_channels = widths[0] if isinstance(self.in_channels, int) and pair[0] is pair[1] else widths
         self._build(in_channels, widths)
         self.in_channels, self._widths = in_channels, widths
         self.to(pair[1]).train(self.training)
@@ -282,7 +281,6 @@ class MoEConv(MoELayer, MessagePassing):
         check(known, "x", got, "a tensor, or a tuple of source and destination nodes")
         x_src, x_dst = pair
         takers = [(type(part.convs()[0]).__name__, part.takes_two_sets) for part in self.parts()]
-        takers += [("a router that votes along edges", not self._router_sees_edges)]
         takers += [("flow='target_to_source'", self.flow == "source_to_target")]
         for name, fits in takers:
             legal = f"one tensor: {name} takes no bipartite input"

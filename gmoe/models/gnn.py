@@ -153,8 +153,8 @@ class GNNMoE(HubMixin, nn.Module):
             if value is not None and not any(name in names for names in taken):  # of kinds, some take less than others
                 raise ValueError(f"{name}: got a tensor, but no conv of the model takes it")
         if not isinstance(edge_index, Graph):
-            return Graph(edge_index, x.size(0), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
-        return edge_index.fitting((x.size(0), x.size(0)), self.flow, edge_weight, edge_attr)
+            return Graph(edge_index, len(x), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
+        return edge_index.fitting((len(x), len(x)), self.flow, edge_weight, edge_attr)
 
     def forward(
         self,
@@ -210,7 +210,7 @@ class GNNMoE(HubMixin, nn.Module):
             return x
         # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
         device = next(self.parameters()).device
-        return self.lin(self.jk([h[: x.size(0)].to(device) for h in xs])).to(x.device)
+        return self.lin(self.jk([h[: len(x)].to(device) for h in xs])).to(x.device)
 
     def conv(
         self, layer: int, x: Tensor, graph: Graph, batch: Tensor | None, routing: Routing | None

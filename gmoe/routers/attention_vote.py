@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmoe._checks import check_choice, check_counts, check_positive
-from gmoe.routers.base import Router, Weighting, float_linear, pair_weights, reset_linear
+from gmoe.routers.base import Router, Weighting, edges_among, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
 
@@ -95,9 +95,7 @@ class AttentionVote(Router):
         q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim)) / math.sqrt(self.head_dim)
         k_TEd = float_linear(x_TD, self.key).unflatten(-1, (-1, self.head_dim))
         if self.scope == "neighbors":
-            if edge_index is None:
-                raise ValueError("edge_index: got None with scope='neighbors', expected (2, number of edges)")
-            votes_TE = neighbor_votes(q_THd, k_TEd, edge_index)
+            votes_TE = neighbor_votes(q_THd, k_TEd, edges_among(edge_index, len(x_TD)))
         else:
             votes_TE = k_TEd.new_zeros(k_TEd.shape[:2])
             for part in groups.batches(x_TD.device):

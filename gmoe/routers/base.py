@@ -57,7 +57,8 @@ class Router(nn.Module, ABC):
         - ``x``: (..., T, D); leading dimensions are groups, without them all tokens are one group.
         - ``batch``: optional group ids (PyG's ``batch``), integers of shape ``x.shape[:-1]``, unsorted and with gaps
           allowed.
-        - ``edge_index``: optional (2, number of edges), the graph of the tokens; only some routers look at it.
+        - ``edge_index``: optional (2, number of edges), the graph of the tokens; only some routers look at it. A
+          ``MoEConv`` gives it where sources and destinations are the same nodes.
 
     Raises:
         ValueError: K, E or ``weight`` out of range; tokens, a batch vector or an edge index that do not fit;
@@ -105,16 +106,14 @@ class Router(nn.Module, ABC):
         if batch is not None and (getattr(batch, "dtype", None) not in INTEGERS or batch.shape != x.shape[:-1]):
             raise ValueError(f"batch: got {described(batch)}, expected integers, a tensor of {tuple(x.shape[:-1])}")
         x_TD = x.reshape(-1, self.dim)
-        if edge_index is not None:
-            check_edge_index(edge_index, x_TD.size(0))
         if self.check_finite and not x_TD.isfinite().all():
             raise ValueError(f"x: got {int((~x_TD.isfinite()).sum())} values that are NaN or infinite, expected none")
         group = x.size(-2) if batch is None else batch.reshape(-1)
         with torch.autocast(x.device.type, enabled=False):
             routing = self.route(x_TD.to(torch.promote_types(x.dtype, torch.float32)), group, edge_index)
-        if not isinstance(routing, Routing) or routing.scores.shape != (x_TD.size(0), self.num_experts):
+        if not isinstance(routing, Routing) or routing.scores.shape != (len(x_TD), self.num_experts):
             got = repr(routing) if isinstance(routing, Routing) else described(routing)
-            expected = f"a Routing of {x_TD.size(0)} tokens, {self.num_experts} experts"
+            expected = f"a Routing of {len(x_TD)} tokens, {self.num_experts} experts"
             raise ValueError(f"route: got {got} from {type(self).__name__}, expected {expected}")
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True, checked=True)
@@ -184,8 +183,8 @@ def pair_weights(weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_
 
 def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
     """``linear(x)`` in the precision of ``x``, at least float32: a model in bfloat16 still scores in float32."""
-    if type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks):
-        return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype), linear.bias)
+    if type(linear) is nn.Linear and linear.bias is None and not (linear._forward_hooks or linear._forward_pre_hooks):
+        return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
     dtype = getattr(getattr(linear, "weight", None), "dtype", x_TD.dtype)  # a quantized one's weight is no tensor
     return linear(x_TD.to(dtype)).to(x_TD.dtype)
 
@@ -197,8 +196,9 @@ def reset_linear(linear: nn.Linear, scale: float) -> None:
         linear.weight.mul_(scale)
 
 
-def check_edge_index(edge_index: Tensor, num_tokens: int) -> None:
-    """Refuse edges that point outside the nodes. CPU tensors only: elsewhere it would cost a host sync."""
-    if edge_index.dtype not in INTEGERS or edge_index.dim() != 2 or edge_index.size(0) != 2:
-        raise ValueError(f"edge_index: got {described(edge_index)}, expected (2, number of edges), integers")
-    check_range("edge_index", torch.as_tensor(edge_index), num_tokens)
+def edges_among(edge_index: Tensor | None, num_tokens: int) -> Tensor:
+    """The edges, if they join the tokens, which is looked up on the CPU only: elsewhere it would cost a host sync."""
+    if edge_index is None or edge_index.dtype not in INTEGERS or edge_index.dim() != 2 or len(edge_index) != 2:
+        raise ValueError(f"edge_index: got {described(edge_index)}, expected integers (2, edges), of one set of nodes")
+    check_range("edge_index", edge_index, num_tokens)
+    return edge_index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_an_ensemble_is_what_ogb_says_of_the_mean(name: str, data: Path, tmp_pat
     assert [says(part) for part in parts[:2]] == pytest.approx(one["test"]["values"], abs=1e-4)
     capsys.readouterr()
     ensemble.main([str(tmp_path / "one"), str(tmp_path / "other")])
-    *_, first, second, last = capsys.readouterr().out.splitlines()
+    first, second, last = [line for line in capsys.readouterr().out.splitlines() if "test " in line]
     assert first.startswith(f"{tmp_path / 'one'}: test {100 * one['test']['mean']:.2f} ± ")
     assert f"{one['parameters']:,} parameters" in first
     assert "other: test" in second
@@ -137,6 +138,16 @@ def test_an_ensemble_takes_runs_with_predictions(data: Path, tmp_path: Path, cap
     file = tmp_path / "run" / "seed-1" / "predictions.safetensors"
     save_file({"other": torch.zeros(1)}, file)
     assert str(file) in refused([str(tmp_path / "run")], capsys, ensemble.main)
+    ogbs = shutil.copytree(data, tmp_path / "data")
+    (ogbs / "ogbn_arxiv" / "PLANTED.txt").unlink()  # as if it were OGB's
+    run(ogbs, tmp_path / "other")
+    both = [str(tmp_path / "run"), str(tmp_path / "other")]
+    assert "has not the data that" in refused([*both, "--data-root", str(ogbs)], capsys, ensemble.main)
+    assert "digest=" in refused(["ogbn-arxiv", "--data-root", str(ogbs), "--resume", "--out", both[0]], capsys)
+    file.unlink()  # which a submission does without
+    with pytest.raises(SystemExit):
+        ensemble.main(both[:1])
+    assert ": test " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["ogbn-arxiv", "ogbn-products", "ogbn-proteins", "ogbn-mag", PAPERS])

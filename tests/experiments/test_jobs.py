@@ -50,7 +50,7 @@ def test_a_seed_that_is_killed_leaves_the_other_alone(
 ) -> None:
     assert stopped(tmp_path, lambda: {one.name: one for one in active_children()}["seed 1"].kill(), monkeypatch) == 1
     error = capsys.readouterr().err
-    assert "2 of 2 seeds done" in error
+    assert "2 of 2 seeds ended" in error
     assert "seed 1 ended with status -9: " in error
     assert "continue with: python -m experiments.train digits-graph" in error
     assert [(tmp_path / f"seed-{seed}" / "result.json").exists() for seed in (0, 1)] == [True, False]

@@ -71,6 +71,7 @@ MAINS: dict[str, Any] = {
         ("train digits-graph --router dense --weight score", "options: got"),
         ("train digits-graph --k 9", "k: got 9, expected at most num_experts=8"),
         ("train digits-graph --equal flops", "equal: got flops, expected none, or router='dense'"),
+        ("train digits-graph --equal flops --router dense --model OWN:sage", "equal: got flops, expected none, or"),
         ("train digits-graph --kmeans-init", "kmeans_init: got True"),
         ("train digits --patch 3", "image_size: got 8, expected a multiple of patch_size=3"),
         ("train digits --image-size 24", "image_size: got 24, expected patch, dim and vit_heads with it"),

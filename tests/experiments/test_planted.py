@@ -42,7 +42,7 @@ def test_experts_by_regime_learn_more_of_neighbors(tmp_path: Path, name: str) ->
 @pytest.mark.parametrize("name", SIZES)
 def test_the_seed_is_the_graph(tmp_path: Path, name: str) -> None:
     def files(folder: str, seed: int) -> dict[str, bytes]:
-        made = write_planted(name, tmp_path / folder, 150, 300, 5, seed=seed)
+        made = write_planted(name, tmp_path / folder, 1000, 300, 5, seed=seed)
         assert "Not OGB's" in (made / "PLANTED.txt").read_text()
         opened: dict[str, Any] = {".gz": gzip.open, ".npz": open}
         return {path.name: opened[path.suffix](path, "rb").read() for path in made.rglob("*") if path.suffix in opened}

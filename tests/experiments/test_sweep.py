@@ -74,7 +74,7 @@ def test_processes_give_what_one_gives(run_study: Callable[..., Any], tmp_path: 
         assert "| MoE |" in shown.out
         why = "kmeans_init" if jobs == "1" else "seed 0 ended with status 2: error: kmeans_init: got True"
         assert f"dense-4x: {why}" in shown.err
-        assert (jobs == "2") is ("4 of 4 seeds done" in shown.err)
+        assert (jobs == "2") is ("4 of 4 seeds ended" in shown.err)
         found.append({str(path.relative_to(root)): content_of(path) for path in root.rglob("*") if path.is_file()})
     assert found[0] == found[1]
     assert len(found[0]) > 12

@@ -15,20 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe import (
-    AttentionVote,
-    ExpertChoice,
-    Experts,
-    LinearExperts,
-    MLPExperts,
-    MoE,
-    MultiCentroid,
-    OracleRouter,
-    RandomRouter,
-    Router,
-    TokenChoice,
-    UniformRouter,
-)
+from gmoe import Experts, LinearExperts, MLPExperts, MoE, OracleRouter, RandomRouter, Router, UniformRouter
+from gmoe.routers import AttentionVote, ExpertChoice, MultiCentroid, TokenChoice
 from gmoe.routers.expert_choice import ExpertSelection
 
 Pair: TypeAlias = tuple[int, int]

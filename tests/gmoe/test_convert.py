@@ -204,9 +204,9 @@ def test_an_mlp_that_is_used_twice_stays_one() -> None:
 
 def gnn() -> nn.Module:
     mlp = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8))
-    convs = [(conv, "x, edge_index -> x") for conv in (GCNConv(-1, 6), GATConv(6, 4, heads=2), GINConv(mlp))]
+    convs = [(conv, "x, edge_index -> x") for conv in (GCNConv(-1, 6), GATConv((-1, -1), 4, heads=2), GINConv(mlp))]
     net = GraphSequential("x, edge_index", [*convs, plain_mlp()])
-    net(torch.ones(2, 8), torch.tensor([[0], [1]]))  # fills in the first one's width
+    net(torch.ones(2, 8), torch.tensor([[0], [1]]))  # fills in what is open
     return net
 
 
@@ -303,6 +303,8 @@ def partly_frozen() -> nn.Module:
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: nn.Sequential(plain_mlp()), {}, "model"),
     (lambda: stack(nn.Sequential(*plain_mlp(), nn.ReLU())), {"every": 1}, "model"),
+    (lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8))), {"every": 1}, "model"),
+    (lambda: stack(nn.Sequential(nn.Dropout(0.5), *plain_mlp())), {"every": 1}, "model"),
     (lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8))), {"every": 1}, "model"),
     (lambda: stack(GlobalResponseNormMlp(8, 12)), {"every": 1}, "model"),
     (lambda: stack(Llama(lambda x: F.silu(x).flip(0))), {"every": 1, "shared_expert": False}, "model"),  # misread

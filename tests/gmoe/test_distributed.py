@@ -18,19 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import Batch, Data
 
-from gmoe import (
-    AttentionVote,
-    ExpertChoice,
-    GNNMoE,
-    MLPExperts,
-    MoE,
-    MultiCentroid,
-    Router,
-    RoutingStats,
-    TokenChoice,
-    aux_loss,
-)
+from gmoe import GNNMoE, MLPExperts, MoE, Router, RoutingStats, aux_loss
 from gmoe.distributed import world_size, world_sum
+from gmoe.routers import AttentionVote, ExpertChoice, MultiCentroid, TokenChoice
 
 D, E, T = 5, 4, 6
 STEPS = 20

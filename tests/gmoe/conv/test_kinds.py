@@ -64,6 +64,7 @@ TURNED = partial(pyg.SAGEConv, flow="target_to_source")
         ([lambda i, _: pyg.FiLMConv(i, 8), lambda i, _: pyg.FiLMConv(i, 1)], {}, r"conv: got .* widths \[1, 8\]"),
         (["gcn", partial(pyg.GATConv, heads=2)], {}, r"conv: got .* widths \[8, 16\]"),
         (["sage", TURNED], {}, "conv: got experts of flows"),
+        (lambda _, o: pyg.SAGEConv((-1, -1), o), {}, "conv: got SAGEConv of open widths"),
         ("gcn", {"shared_expert": TURNED}, "shared_expert: got a conv of flow='target_to_source'"),
         (lambda i, _: pyg.GINConv(nn.Linear(i, 3)), {}, "out_channels: got 8, but <lambda> gives 3"),
         (lambda *_: pyg.APPNP(2, 0.1), {}, "out_channels: got 8, but <lambda> gives 4"),

@@ -45,7 +45,9 @@ def test_open_widths_are_filled_in_by_the_first_call(conv: Any) -> None:
     x, edge_index = graph()
     lazy, built = (layer(conv, width, router_input=("node", "neighbors")) for width in (-1, WIDTH))
     assert list(lazy.parameters()) == []
-    assert lazy.double()(x.double(), edge_index).dtype == torch.float64
+    with torch.inference_mode():
+        assert lazy.double()(x.double(), edge_index).dtype == torch.float64
+    lazy(x.double(), edge_index).sum().backward()
     assert lazy.in_channels == WIDTH
     built.load_state_dict(lazy.float().state_dict())
     assert torch.equal(built(x, edge_index), lazy(x, edge_index))

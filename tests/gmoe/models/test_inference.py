@@ -12,13 +12,21 @@ import torch
 from torch_geometric.data import Data
 from torch_geometric.loader import NodeLoader
 
-from gmoe import GNNMoE, NeighborSampler, StoredGraph, neighbor_loader
+from gmoe import GNNMoE, NeighborSampler, Routing, StoredGraph, TokenChoice, neighbor_loader
 from tests.gmoe.conv.test_kinds import GatedSum
 from tests.gmoe.data.sampled import graph
 from tests.gmoe.data.stored_files import store
 from tests.gmoe.models.test_gnn import assert_same
 
 NODES, OUT = 41, 5
+
+
+class AlongEdges(TokenChoice):
+    """A user's router that looks at the neighbors itself."""
+
+    def route(self, x_TD: torch.Tensor, group: Any, edge_index: Any) -> Routing:
+        src, dst = edge_index
+        return super().route(x_TD.index_add(0, dst, x_TD[src]), group, edge_index)
 
 
 def made_graph() -> Data:
@@ -67,9 +75,10 @@ def test_no_edges_and_no_nodes(nodes: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-def test_of_a_users_own_conv_and_what_looks_further() -> None:
-    model = trained(conv=GatedSum, local=True)
-    assert_same(model.inference(DATA, batch_size=5), model(DATA.x, DATA.edge_index))
+def test_of_a_users_own_conv_and_router_and_what_looks_further() -> None:
+    for options in ({"conv": GatedSum, "local": True}, {"router": AlongEdges}):
+        model = trained(**options)
+        assert_same(model.inference(DATA, batch_size=5), model(DATA.x, DATA.edge_index))
     for conv, router in ((GatedSum, "random"), ("tag", "random"), ("two_hop", None), ("two_hop", "random")):
         with pytest.raises(RuntimeError, match=r"inference: .* looks further than one hop"):
             GNNMoE(4, 8, OUT, conv=conv, router=router).inference(DATA)

@@ -13,19 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gmoe
-from gmoe import (
-    AttentionVote,
-    ExpertChoice,
-    LinearExperts,
-    MoE,
-    MultiCentroid,
-    OracleRouter,
-    RandomRouter,
-    Router,
-    SoftSlots,
-    TokenChoice,
-)
-from gmoe.routers import Groups
+from gmoe import LinearExperts, MoE, MultiCentroid, OracleRouter, RandomRouter, Router, SoftSlots, TokenChoice
+from gmoe.routers import AttentionVote, ExpertChoice, Groups
 from tests.gmoe.reference import CASES, DTYPE, Case, assert_same_as_naive, graph_edges, group_lists
 
 D, E = 5, 3
