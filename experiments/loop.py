@@ -303,8 +303,7 @@ class Training:
 
     def batches(self, split: Split, seed: int | None) -> Iterable[Batch]:
         """This process's slices of the batches of an epoch."""
-        shard = (self.fabric.global_rank, self.fabric.world_size)
-        return self.task.loader(split, self.config.batch_size, seed, shard)
+        return self.task.loader(split, self.config.batch_size, seed, (self.fabric.global_rank, self.fabric.world_size))
 
     def forward(self, inputs: tuple[Any, ...]) -> Tensor:
         """Logits; ``routings`` are those of this call. At evaluation processes do not wait for each other."""

@@ -179,7 +179,8 @@ def _read_folder(folder: Path) -> Data:
         else:
             labels = pd.Categorical(nodes["label"])
             data.y = torch.from_numpy(labels.codes.astype(np.int64))
-            print(f"{folder.stem}: labels are {', '.join(map(str, labels.categories))}", flush=True)
+            shown = [*map(str, labels.categories[:10]), *["…"] * (len(labels.categories) > 10)]
+            print(f"{folder.stem}: labels are {', '.join(shown)}", flush=True)
         if "split" in nodes:
             splits = nodes["split"].fillna("none").str.lower().replace({"valid": "val"})
             check(splits.isin([*MASKS, "none"]).all(), "split", set(splits), "train, val, test or nothing")
