@@ -178,8 +178,8 @@ class RunConfig:
                 check(value >= LEAST[name], name, value, f"at least {LEAST[name]}")
             check(name not in SHARES or value < 1, name, value, "less than 1")
         for name in self.logger:
-            if importlib.util.find_spec(name) is None:
-                raise ValueError(f"logger: got {name!r}, which needs its package: pip install {name}")
+            check(importlib.util.find_spec(name), "logger", repr(name), f"its package installed: pip install {name}")
+        check(not self.dense_start or self.shared_expert in (None, True), "dense_start", True, "a shared expert")
         if not 0 < len(set(self.seeds)) == len(self.seeds) or not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
             raise ValueError(f"seeds: got {self.seeds}, expected one number or more from 0 to 2**32 - 1, each once")
         if self.world > 1 and getattr(self, "sampling", None) == "full":
@@ -360,8 +360,8 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
     kind = config_class(science["dataset"])
     retired = RETIRED.keys() - {option.name for option in fields(kind)}
     for name in retired & science.keys():
-        if science[name] not in (RETIRED[name], None):
-            raise ValueError(f"{name}: got {science[name]!r}, expected {RETIRED[name]!r}: there is no such option now")
+        legal = f"{RETIRED[name]!r}: there is no such option now"
+        check(science[name] in (RETIRED[name], None), name, repr(science[name]), legal)
     given = {name: value for name, value in science.items() if name not in retired | set(RECORDS)}
     file = str(science.get("file", data_root.name))
     root = data_root if file == data_root.name else data_root / file
