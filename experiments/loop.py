@@ -471,7 +471,7 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        leaf = name.rsplit(".", 1)[-1]  # a gain is decayed, towards the dense model: it scales weights that are
+        leaf = name.rsplit(".", 1)[-1]  # a gain is decayed, toward the dense model: it scales weights that are
         spare = (parameter.dim() < 2 and leaf != "gain") or leaf in spared
         (plain if spare else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -305,7 +305,7 @@ def measured_on(where: dict[str, Any], device: str) -> str:
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "torch-geometric"))
     place = where["cpu"] if device == "cpu" else where["gpu"]
     commit = "" if where["commit"] is None else f"; commit {where['commit'][:7]}"
-    return f"{place}, {where['threads']} threads; {versions}{commit}."
+    return f"{place}, {where['threads']} thread{'s' * (where['threads'] > 1)}; {versions}{commit}."
 
 
 def mean_std(values: Sequence[float], form: str = ".2f") -> str:

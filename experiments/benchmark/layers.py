@@ -118,8 +118,8 @@ def naive_votes(router: AttentionVote, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvBenchmark(Benchmark):
-    """One layer on a random graph, beside a dense conv, E masked ones and PyG's HeteroLinear (of GCN experts), checked
-    to be equal. The default size is ogbn-arxiv's."""
+    """One layer on a random graph, as the plain mixture and as it is by default, beside a dense conv; E masked ones and
+    PyG's HeteroLinear (of GCN experts) are checked to equal the plain one. The default size is ogbn-arxiv's."""
 
     conv: str = "gcn"
     """The conv, by the name that MoEConv takes; those of attention have 4 heads."""
@@ -138,19 +138,18 @@ class ConvBenchmark(Benchmark):
     def groups(self) -> Iterator[Steps]:
         forms = dict(zip(("edge_index", "csr"), power_law_graph(self.nodes, self.edges), strict=True))
         x = torch.randn(self.nodes, NODE, requires_grad=True)
+        heads: dict[str, Any] = {"heads": 4} if self.conv in ("gat", "gatv2", "transformer") else {}
+        build: Any = partial(MoEConv, self.conv, NODE, NODE // heads.get("heads", 1), **heads)
+        sizes = {f"E={e} K={k}": {"num_experts": e, "k": k} for e in self.experts for k in self.ks}
         # others are compared with what the layer gives, which noise would change
-        options: dict[str, Any] = {"shared_expert": False, "router_kwargs": {"balance": None}}
-        options |= {"heads": 4} if self.conv in ("gat", "gatv2", "transformer") else {}
-        layers = {
-            f"E={e} K={k}": MoEConv(self.conv, NODE, NODE // options.get("heads", 1), num_experts=e, k=k, **options)
-            for e in self.experts
-            for k in self.ks
-        }
+        plain = {"shared_expert": False, "router_kwargs": {"balance": None}}
+        layers = {name: build(**size, **plain) for name, size in sizes.items()}
         others = {"masked": Masked} | ({"HeteroLinear": Grouped} if self.conv == "gcn" else {})
         for form in self.adjacency:
             inputs = (x, forms[form])
             timed = {"dense": next(iter(layers.values())).experts.expert(0)}
             timed |= {f"MoEConv {name}": layer for name, layer in layers.items()}
+            timed |= {f"default MoEConv {name}": build(**size) for name, size in sizes.items()}
             for name, layer in layers.items() if self.masked else ():
                 for kind, make in others.items():
                     timed[f"{kind} {name}"] = other = make(layer)

@@ -109,7 +109,7 @@ class HeteroMoEConv(MoELayer):
 
     .. math::
         x_i' = \mathrm{conv}_{\mathrm{shared}}(x)_i
-            + g \sum_{e \in \mathrm{experts}(i)} w_{ie} \Big( W_{e,\tau(i)} x_i
+            + 0.1 \, g \sum_{e \in \mathrm{experts}(i)} w_{ie} \Big( W_{e,\tau(i)} x_i
             + \sum_r W_{e,r} \, \mathrm{mean}_{j \in N_r(i)} x_j + b_{e,\tau(i)} \Big)
 
     where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it: an expert is an R-GCN
@@ -134,8 +134,8 @@ class HeteroMoEConv(MoELayer):
         k: K, experts per node (default 1).
         out_types: node types to compute (default all); there are no parameters for others.
         shared_expert: one more layer that runs on every node (default ``True``).
-        dense_start: with a shared expert, scale the routed experts' output by a learned gain that starts at zero
-            (default ``True``).
+        dense_start: with a shared expert, scale the routed experts' output by a tenth of a learned gain that starts
+            at zero (default ``True``).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
         check_finite: the routers refuse NaN and infinity (default ``False``; costs a host sync).

@@ -34,7 +34,7 @@ class MoEConv(MoELayer, MessagePassing):
 
     .. math::
         x_i' = \mathrm{conv}_{\mathrm{shared}}(x, A)_i
-            + g \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
+            + 0.1 \, g \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
 
     The shared expert runs on every node and the gain g of the routed experts starts at zero, so with the same seed a
     new layer equals the conv it replaces. ``shared_expert=False`` is the plain mixture, without g.
@@ -67,8 +67,8 @@ class MoEConv(MoELayer, MessagePassing):
             where all experts share it, else the mean over in-edges), its ``"degree"`` (log(1 + in-degree)), or several.
         shared_expert: one more expert that runs on every node with weight 1: ``True`` (default) for one of the same
             kind (the first of a list), a conv as in ``conv``, or ``False`` for none.
-        dense_start: with a shared expert, scale the routed experts' output by a learned gain that starts at zero
-            (default ``True``).
+        dense_start: with a shared expert, scale the routed experts' output by a tenth of a learned gain that starts
+            at zero (default ``True``).
         shared_transform: map the input to the output's width once, before router and routed experts; the shared expert
             sees the input itself. For inputs much wider than the output (default ``False``).
         router_kwargs: further arguments of the router.

@@ -46,7 +46,7 @@ def inference(
 
     Of a :class:`gmoe.StoredGraph`, the features of all nodes are kept on disk, in ``folder``, and memory is that of
     a chunk, its in-edges and their sources. Each chunk is then routed by itself: routers must decide token by token
-    (token choice, random, uniform, centroids, or experts' choice with ``inference="threshold"``), norms row by row.
+    (token choice, random, uniform, centroids, or expert choice with ``inference="threshold"``), norms row by row.
 
     Args:
         loader: a node loader, of which the graph and the batch size are taken (not what it samples), or the graph:

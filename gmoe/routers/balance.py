@@ -20,12 +20,12 @@ ROUNDED = 16.0
 class BalancedRouter(Router):
     r"""A token-choice router whose load is kept even by a bias per expert, without a loss (DeepSeek-V3, 2024).
 
-    The bias is added to the logits for the selection, not for the weights. Each training step moves it towards equal
+    The bias is added to the logits for the selection, not for the weights. Each training step moves it toward equal
     load, by ``bias_rate`` times the spread of the logits times :math:`(\bar n - n_e) / \bar n` in [-1, 1], with
     :math:`n_e` what the expert would take without noise. The logits are those of the centered token,
     :math:`(x_t - \mu) W`, with :math:`\mu` a running mean of the tokens (that of the first step, then a tenth of each
-    new one): what all tokens have in common would move all of them to one expert at each step, faster than the bias
-    follows. A step's load and mean take effect with the next forward in training, so that a checkpoint's recomputation
+    new one): what all tokens have in common would move all of them to one expert at a step, faster than the bias can
+    follow. A step's load and mean take effect with the next forward in training, so that a checkpoint's recomputation
     selects the same, as long as every forward is followed by its own backward.
 
     Args:
