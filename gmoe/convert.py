@@ -294,8 +294,7 @@ def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, **optio
     if width in (None, -1, (-1, -1)):  # of a GIN, which has no widths, or where a first call gave them
         width = next((p.size(1) for p in conv.parameters() if p.dim() == 2), 0)
     out: Any = getattr(conv, "out_channels", None) or (width and Trial(conv, width).width)
-    legal = "a conv with in_channels and out_channels"
-    check(out, "model", f"{name}, a {type(conv).__name__} of unknown widths", legal)
+    check(out, "model", f"{name}, a {type(conv).__name__} of unknown widths", "in_channels and out_channels")
     frozen = {not parameter.requires_grad for parameter in conv.parameters()}
     check(len(frozen) < 2, "model", f"{name} with some parameters frozen", "all or none: experts stack them")
     layer = MoEConv(CopyOf(copy.deepcopy(conv).requires_grad_(True)), width, out, **options)

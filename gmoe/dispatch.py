@@ -223,8 +223,7 @@ class _RoutedLinear(torch.autograd.Function):
         outs = y_PO.tensor_split(ends) if len(y_PO) else [None] * len(weight)
         by_expert = zip(token.tensor_split(ends), gate[:, None].tensor_split(ends), outs, strict=True)
         for expert, (token, gate, y) in enumerate(by_expert):
-            rows = x.index_select(0, token)
-            y = torch.mm(rows, weight[expert], out=y)
+            y = torch.mm(x.index_select(0, token), weight[expert], out=y)
             if bias is not None:
                 y += bias[expert]
             out_TO.index_add_(0, token, y * gate)

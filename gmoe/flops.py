@@ -25,12 +25,13 @@ def active_parameters(model: nn.Module) -> int:
     Args:
         model: any model.
     """
-    total = float(sum(p.numel() for p in model.parameters()))
-    for layer in model.modules():
-        if isinstance(layer, MoELayer):
-            routed = sum(p.numel() for p in layer.routed_parameters())
-            total -= routed * (1.0 - layer.experts_per_token / layer.num_experts)
-    return round(total)
+    share = {
+        p: layer.experts_per_token / layer.num_experts
+        for layer in model.modules()
+        if isinstance(layer, MoELayer)
+        for p in layer.routed_parameters()
+    }
+    return round(sum(p.numel() * share.get(p, 1.0) for p in model.parameters()))
 
 
 def count_flops(model: Callable[..., Any], *args: Any, **kwargs: Any) -> int:

@@ -128,8 +128,7 @@ class HubMixin:
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            done = api.upload_folder(repo_id=repo_id, folder_path=folder)
-        return str(done.commit_url)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
 
 
 def recorded(given: Mapping[str, Any], extra: str = "", known: Mapping[str, Any] = {}) -> dict[str, Any]:

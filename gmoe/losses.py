@@ -36,8 +36,7 @@ def expected_load(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: i
         return (clean_TE * 0.0 + 1.0).sum(dim=0)
     best_TK = noisy_TE.topk(k + 1, dim=-1).values
     kth, next_after = best_TK[:, k - 1 : k], best_TK[:, k:]
-    threshold_TE = torch.where(noisy_TE >= kth, next_after, kth)
-    return torch.special.ndtr((clean_TE - threshold_TE) / noise_std_TE).sum(dim=0)
+    return torch.special.ndtr((clean_TE - torch.where(noisy_TE >= kth, next_after, kth)) / noise_std_TE).sum(dim=0)
 
 
 def switch_loss(probs_TE: Tensor, load_E: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class RoutingStats(Metric):
             load = routing.load
             self.load[layer, : len(load)] += load
             if routing.weight.numel():
-                weight = routing.weight.detach().float()
+                weight = routing.weight.float()
                 self.weight[layer, : len(load)] += torch.segment_reduce(weight, "sum", lengths=load, unsafe=True)
             covered = load.new_zeros(routing.num_tokens, dtype=torch.bool)
             self.covered[layer] += covered.index_fill_(0, routing.token, True).sum()
@@ -109,14 +109,15 @@ class RoutingStats(Metric):
         for layer, experts in enumerate(self.num_experts):
             load, dropped = self.load[layer, :experts], self.dropped[layer]
             pairs, tokens = load.sum(), self.tokens[layer].clamp(min=1)
-            figures = {
-                "load": load / pairs.clamp(min=1),
-                "weight": (self.weight[layer, :experts] / load.clamp(min=1)).float(),
-                "coverage": torch.where(self.tokens[layer] > 0, self.covered[layer] / tokens, 1.0),
-                "experts_per_token": pairs / tokens,
-                "entropy": (self.entropy[layer] / tokens).float(),
-                "dropped": dropped / (dropped + pairs).clamp(min=1),
-                "dead": (load == 0).sum(),
-            }
-            found.append(figures)
+            found.append(
+                {
+                    "load": load / pairs.clamp(min=1),
+                    "weight": (self.weight[layer, :experts] / load.clamp(min=1)).float(),
+                    "coverage": torch.where(self.tokens[layer] > 0, self.covered[layer] / tokens, 1.0),
+                    "experts_per_token": pairs / tokens,
+                    "entropy": (self.entropy[layer] / tokens).float(),
+                    "dropped": dropped / (dropped + pairs).clamp(min=1),
+                    "dead": (load == 0).sum(),
+                }
+            )
         return found

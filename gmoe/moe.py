@@ -108,8 +108,7 @@ class MoE(_Mixture):
     router: Router
 
     def __init__(self, router: Router, experts: Experts, shared_expert: nn.Module | None = None) -> None:
-        legal = "SoftMoE around it"
-        check(not isinstance(router, SoftSlots), "router", "SoftSlots, whose slots are mixtures of tokens", legal)
+        check(not isinstance(router, SoftSlots), "router", "SoftSlots, whose slots mix tokens", "SoftMoE around it")
         super().__init__(router, experts)
         self.shared_expert = shared_expert
 

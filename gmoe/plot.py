@@ -251,7 +251,7 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
 
 def _load(layer: LayerLoad) -> Tensor:
     """(E,) shares of the pairs."""
-    load_E = layer.load if isinstance(layer, Routing) else layer["load"]
+    load_E = layer.load if isinstance(layer, Routing) else layer["load"].reshape(-1)
     return F.normalize(load_E.float().cpu(), p=1, dim=0)
 
 

@@ -345,17 +345,14 @@ class Graph:
             mean: divide by the number of in-edges.
             dtype: of the entries, at least; and these have float32 at least.
         """
-        dtype = torch.promote_types(dtype, torch.float32)
         edges, given = self.edges, self.edge_weight if by == "weight" else None
         if given is None and by is not None and (by == "weight" or not isinstance(self.adj, SparseTensor)):
             given = self.matrix_values
-        if given is None or given.dim() > 1:
-            weight = torch.ones_like(edges.sender, dtype=dtype)
-        else:
-            weight = given.index_select(0, edges.order)
+        weight = torch.ones_like(edges.sender, dtype=torch.promote_types(dtype, torch.float32))
+        if given is not None and given.dim() == 1:
+            weight = weight * given.index_select(0, edges.order)
         if mean:
-            degree = edges.degree.to(torch.promote_types(weight.dtype, dtype))
-            weight = weight / degree.index_select(0, edges.receiver)
+            weight = weight / edges.degree.index_select(0, edges.receiver)
         return Matrix(edges, weight)
 
     @once
@@ -367,9 +364,9 @@ class Graph:
             loops: the ``+ I``.
             dtype: see :meth:`summing`.
         """
-        dtype = torch.promote_types(dtype, torch.float32)
         edges, given = self.edges, self.matrix_values if self.edge_weight is None else self.edge_weight
-        weight = torch.ones_like(edges.sender, dtype=dtype) if given is None else given.index_select(0, edges.order)
+        weight = torch.ones_like(edges.sender, dtype=torch.promote_types(dtype, torch.float32))
+        weight = weight if given is None else weight * given.index_select(0, edges.order)
         fill = 2.0 if improved and (given is not None or self.is_sparse) else 1.0
         added = weight.new_full((self.num_dst,), fill if loops else 0.0)
         if loops and not (self.is_sparse and isinstance(self.adj, Tensor)):  # one, in place of those there are
@@ -426,8 +423,15 @@ class Graph:
             token = torch.cat([token, self.edges.receiver[:1]])
             edge, position = self.edges.of(token)
         nodes, source = numbered(token[token < self.num_src], self.edges.sender.index_select(0, edge))
-        given, names = self.edges.order.index_select(0, edge), ("matrix_values", "edge_weight", "edge_attr")
-        held = {name: rows.index_select(0, given) for name in names if (rows := getattr(self, name)) is not None}
+        if self.is_sparse:  # columns ascend, or torch mixes up the gradients of the matrix's values
+            order = (position * len(nodes) + source).argsort()
+            edge, source = edge[order], source[order]
+        given = self.edges.order.index_select(0, edge)
+        held = {
+            name: rows.index_select(0, given)
+            for name in ("matrix_values", "edge_weight", "edge_attr")
+            if (rows := getattr(self, name)) is not None
+        }
         part = self._copy(**held, num_src=len(nodes), num_dst=number, destinations=token, x=None, mask=None)
         part.num_rows = len(nodes) if self.num_src == self.num_rows else len(token)
         part.edge_index = torch.stack([source, position])

@@ -265,8 +265,7 @@ class MoEConv(MoELayer, MessagePassing):
         """Fill in the widths that were left open, and build."""
         pair = tuple(x) if isinstance(x, tuple | list) else (x, x)
         known = len(pair) == 2 and all(isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point() for x in pair)
-        got = [described(nodes) for nodes in pair]
-        check(known, "x", got, "source and destination nodes, since widths are open")
+        check(known, "x", [*map(described, pair)], "source and destination nodes, since widths are open")
         widths: Any = tuple(x.size(-1) if w == -1 else w for w, x in zip(self._widths, pair, strict=True))
         in_channels = widths[0] if isinstance(self.in_channels, int) and pair[0] is pair[1] else widths
         self._build(in_channels, widths)
@@ -303,12 +302,10 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _check_args(self, sizes: tuple[int, int], size: Any, **edge_args: Tensor | None) -> None:
         """Refuse what a call gives beside x and edges."""
-        fits = size is None or tuple(size) == sizes
-        check(fits, "size", size, f"{sizes} source and destination nodes, as x has")
+        check(size is None or tuple(size) == sizes, "size", size, f"{sizes} source and destination nodes, as x has")
         taken = self.edge_names
         for name, value in edge_args.items():
-            legal = f"None, since the conv takes {sorted(taken) or 'none'}"
-            check(value is None or name in taken, name, "a tensor", legal)
+            check(value is None or name in taken, name, "a tensor", f"None: the conv takes {sorted(taken) or 'none'}")
 
     def _check_routing(self, routing: Any, num_tokens: int) -> None:
         """Refuse a decision made elsewhere that does not fit."""
@@ -374,8 +371,9 @@ def _times(factor: Tensor, conv: nn.Module, args: Any, out: Tensor) -> Tensor:
 def _needs_widths(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:
     """Refuse the state of a built layer while there is nothing to load it into, which strict=False would not notice."""
     if layer.experts is None and any(name.startswith(prefix) for name in state_dict):
-        legal = "a call that fills it in before a state is loaded"
-        raise RuntimeError(f"in_channels: got {layer.in_channels}, expected {legal}")
+        raise RuntimeError(
+            f"in_channels: got {layer.in_channels}, expected a call to fill it in before a state is loaded"
+        )
 
 
 def router_parts(router_input: RouterInput) -> tuple[RouterPart, ...]:

@@ -191,8 +191,7 @@ def _subsets(size_L: Tensor, k: int) -> Tensor:
     for i in range(k):
         last_L = size_L - (k - i)
         value_L = draw_kL[i].mul_(last_L + 1).to(size_L.dtype)
-        taken_L = (chosen_kL[:i] == value_L).any(dim=0)
-        torch.where(taken_L, last_L, value_L, out=chosen_kL[i])
+        torch.where((chosen_kL[:i] == value_L).any(dim=0), last_L, value_L, out=chosen_kL[i])
     return chosen_kL
 
 

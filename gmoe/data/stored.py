@@ -35,8 +35,7 @@ CHUNK = 2**20
 
 def create_npy(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """Create a ``.npy`` file, mapped as a tensor: writing to the tensor writes to the file."""
-    name = str(dtype).removeprefix("torch.")
-    return torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.dtype(name), shape))
+    return torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.dtype(str(dtype).removeprefix("torch.")), shape))
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

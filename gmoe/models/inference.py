@@ -64,7 +64,7 @@ def inference(
             in training; a router, norm, ``jk``, ``flow`` or number of hops that needs all nodes at once, by name.
         RuntimeError: a conv that looks further than one hop, such as ``ChebConv``.
     """
-    data = loader if isinstance(loader, Data | StoredGraph) else loader.data
+    data = loader if isinstance(loader, Data | StoredGraph) else getattr(loader, "data", loader)
     data = data[0] if isinstance(data, tuple) else data
     batch_size = getattr(loader, "batch_size", None) or 1024 if batch_size is None else batch_size
     check_counts(batch_size=batch_size)
@@ -79,7 +79,8 @@ def inference(
         check(folder is None, "folder", f"{str(folder)!r} for a graph in memory", None)
         if not isinstance(data, Data) or data.x is None or data.edge_index is None:
             raise ValueError(f"loader: got one over {type(data).__name__}, expected a Data with x and edge_index")
-        graph = model._graph(data.x, data.edge_index, data.get("edge_weight"), data.get("edge_attr")).to("cpu")
+        weight, attr = (data.get(name) if model.takes(name) else None for name in ("edge_weight", "edge_attr"))
+        graph = model._graph(data.x, data.edge_index, weight, attr).to("cpu")
         batch = None if data.get("batch") is None else data.batch.to(device)
         way = PartByPart(model, graph, data.x.cpu(), graph.num_dst, device, batch_size, progress_bar, batch=batch)
         logits = model.through(way.raw, way.step)

@@ -90,8 +90,7 @@ class TokenChoice(BalancedRouter):
         if noise is None:
             noise = "spread" if biased else balance == "importance_load"
         check(isinstance(noise, bool) or noise == "spread", "noise", repr(noise), "True, False, 'spread' or None")
-        needs = "True, which the load loss of balance='importance_load' needs"
-        check(noise is True or balance != "importance_load", "noise", noise, needs)
+        check(noise is True or balance != "importance_load", "noise", noise, "True with balance='importance_load'")
         check_at_least(0, balance_coef=balance_coef, z_coef=z_coef, init_scale=init_scale)
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)

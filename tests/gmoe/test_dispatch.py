@@ -35,9 +35,7 @@ def gradients(y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @each_backend
-def test_each_row_meets_its_expert(
-    backend: Backend, dtype: torch.dtype, loads: list[int], width: int, out: int
-) -> None:
+def test_a_row_meets_its_expert(backend: Backend, dtype: torch.dtype, loads: list[int], width: int, out: int) -> None:
     """The reference is float64 on the same rounded numbers.
 
     ``grouped_mm`` refuses rows that are no multiple of 16 bytes, and the strides of 0 of a sum's gradient.

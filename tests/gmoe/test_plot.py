@@ -111,8 +111,7 @@ class Fixed(nn.Module):
 
 
 def pixels(figure: Figure, panel: int) -> np.ndarray:
-    found: np.ndarray = np.asarray(figure.axes[panel].images[0].get_array())
-    return found
+    return np.asarray(figure.axes[panel].images[0].get_array())
 
 
 def test_tints_by_hand() -> None:
@@ -150,6 +149,9 @@ def test_loads_of_routings_and_of_stats_are_the_same() -> None:
 def test_one_step_is_drawn_as_bars() -> None:
     (axis,) = expert_load([of_assignment(torch.tensor([0, 0, 0, 2]), 3)]).axes
     assert [bar.get_height() for bar in axis.patches] == [0.75, 0.0, 0.25]  # type: ignore[attr-defined]
+    stats = RoutingStats([1])  # whose figures of a single expert are scalars
+    stats.update(of_assignment(torch.tensor([0]), 1))
+    assert len(expert_load([stats.compute()]).axes) == 1
 
 
 def test_bad_histories_are_refused() -> None:

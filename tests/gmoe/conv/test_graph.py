@@ -46,6 +46,9 @@ def test_low_precision_is_summed_in_float32() -> None:
     ones, edges = torch.ones(1000, 1, dtype=torch.bfloat16), Edges.sorted(to_one, to_one, 1, 1)
     y = weighted_sum(ones, ones[:1, None], edges)
     assert (y.dtype, float(y)) == (torch.bfloat16, 1000.0)
+    for dtype in (torch.bool, torch.uint8, torch.bfloat16):
+        star = Graph(torch.stack([torch.arange(1000), to_one]), 1000, edge_weight=ones[:, 0].to(dtype))
+        assert float(star.normalized(improved=False, loops=False, dtype=dtype).scale[0]) == pytest.approx(1000**-0.5)
 
 
 def test_to_another_device_and_repr() -> None:
@@ -68,9 +71,7 @@ def watched(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("shared_router", [False, True])
-def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(
-    shared_router: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forward_sorts_edges_once_a_graph_never_again(shared_router: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, graph = features(9, 4), Graph(EDGES, 9)
     gnn = GNNMoE(4, 6, 3, 6, shared_router=shared_router, router_input=("node", "neighbors")).double()
     calls = watched(monkeypatch, Edges, "sorted")
@@ -82,9 +83,7 @@ def test_a_forward_sorts_plain_edges_once_and_a_graph_never_again(
 
 
 @pytest.mark.parametrize("kind", ["gcn", "sage", "graph", "gin", "filter"])
-def test_sums_of_the_features_that_the_graph_was_given_are_computed_once(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sums_of_the_features_of_the_graph_are_computed_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the router and the first layer, whose output is the same without it."""
     x = features(9, 9)
     options: dict[str, Any] = {"shared_router": True, "router_input": ("node", "neighbors")}

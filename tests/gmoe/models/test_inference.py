@@ -68,8 +68,8 @@ def test_of_a_loader_the_graph_and_the_batch_size_are_taken() -> None:
 
 
 @pytest.mark.parametrize("nodes", [23, 0])
-def test_no_edges_and_no_nodes(nodes: int) -> None:
-    data = Data(x=torch.randn(nodes, 4).double(), edge_index=torch.empty(2, 0, dtype=torch.long))
+def test_no_edges_and_no_nodes_and_features_that_no_conv_takes(nodes: int) -> None:
+    data = Data(torch.randn(nodes, 4).double(), torch.empty(2, 0, dtype=torch.long), edge_attr=torch.empty(0, 2))
     model = GNNMoE(4, 8, OUT, router="expert_choice").double().eval()
     assert_same(model.inference(data, batch_size=7), model(data.x, data.edge_index))
 
