@@ -123,7 +123,7 @@ class Comparison:
 
         config = replace(self.arms[arm], seeds=(0,))
         times = step_times(config, load_tasks(config)(0))
-        return float(times["cell"]["wall"]["median"] / times["dense"]["wall"]["median"])
+        return float(times["cell"]["wall"]["min"] / times["dense"]["wall"]["min"])
 
     def better(self) -> str:
         """The setting that validates better."""

@@ -303,6 +303,8 @@ def _router(config: RunConfig, task: Task) -> tuple[str | Callable[..., gmoe.Rou
     legal = inspect.signature(gmoe.ROUTERS.get(router, router)).parameters
     for name, value in given.items():
         check(name in legal, name, repr(value), f"none, since the router {config.router!r} has no such option")
+    if router == "token_choice" and given.get("balance") not in ("switch", "importance_load"):
+        check("balance_coef" not in given, "balance_coef", "a number", "none: only switch and importance_load have one")
     if given.get("balance") == "none":
         given["balance"] = None
     return router, given

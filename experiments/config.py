@@ -83,7 +83,7 @@ class RouterOptions:
 class RunConfig:
     """One training run: a data set, a model, a recipe, and where it all goes."""
 
-    dataset: str
+    dataset: tyro.conf.Fixed[str]
     """The data set, by the name that its loader knows."""
     data: str | None = None
     """Your own data: `package.module:function` or `FILE.py:function`, which is called without arguments."""
@@ -313,6 +313,9 @@ class ImageConfig(RunConfig):
         super().__post_init__()
         if self.router != "dense" and self.mlp_scale != 1:
             raise ValueError(f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected router='dense'")
+        soft = self.router != "soft_slots" or (self.k == 1 and False not in (self.shared_expert, self.dense_start))
+        check(soft, "router", "'soft_slots' with another k, shared_expert or dense_start", "the defaults of these")
+        check(self.options.scope != "neighbors", "scope", "'neighbors'", "'group': images have no edges")
 
 
 HETERO = ("ogbn-mag", "hetero")
@@ -324,7 +327,7 @@ WHERE = frozenset({
 })  # fmt: skip
 """Options that no number depends on."""
 SHARES = ("label_smoothing", "dropout", "input_dropout")
-LEAST: dict[str, int] = dict.fromkeys((*SHARES, "mlp_scale", "clip_norm", "weight_decay", "lr"), 0) | dict.fromkeys(
+LEAST = dict.fromkeys((*SHARES, "mlp_scale", "clip_norm", "weight_decay", "lr", "workers"), 0) | dict.fromkeys(
     ("experts", "k", "hidden", "layers", "every", "epochs", "batch_size", "eval_every", "patch", "dim", "vit_heads",
      "image_size", "devices", "nodes", "jobs"), 1,
 )  # fmt: skip

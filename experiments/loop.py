@@ -475,8 +475,7 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
         spare = (parameter.dim() < 2 and leaf != "gain") or leaf in spared
         (plain if spare else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    return optimizers[config.optimizer](groups, lr=config.lr)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, lr=config.lr)
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments.config import program
+from experiments.config import check, program
 
 
 def patches(
@@ -35,8 +35,7 @@ def patches(
     from gmoe.plot import expert_maps
     from vision.sources import decode
 
-    if not images:
-        raise ValueError("images: got none, expected at least one")
+    check(images, "images", "none", "at least one")
     found = read_run(run, data_root)
     task = found.load_task()
     if task.kind != "image" or not found.history:

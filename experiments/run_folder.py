@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from typing_extensions import NotRequired, TypedDict
 
 from experiments.build import build_model, from_first
-from experiments.config import RECORDS, WHERE, RunConfig, interrupt, read_options, restore
+from experiments.config import RECORDS, WHERE, RunConfig, check, interrupt, read_options, restore
 from experiments.data import Task, load_tasks
 from experiments.files import naming, read_csv, read_json
 from gmoe.distributed import world_sum
@@ -76,8 +76,7 @@ def place(config: RunConfig) -> Path:
     """The folder of a run: ``out``; else with ``resume`` the last of its name, or the first that is free, by number."""
     base = config.folder()
     if config.out is not None:
-        if _is_taken(base) and not config.resume:
-            raise ValueError(f"out: got {base}, which holds files; choose another folder, or continue it with --resume")
+        check(config.resume or not _is_taken(base), "out", f"{base}, which holds files", "another, or --resume")
         return base
     folders = [base]
     while _is_taken(folders[-1]):
@@ -358,7 +357,7 @@ class RunFolder:
         """The data, as the first seed saw them; an error where others or none are there."""
         if described(self.config).get("digest") != self.science.get("digest"):
             where = f"{self.config.data_root}: has not the data that {self.folder} was trained on"
-            raise ValueError(f"{where}; give --data-root")
+            raise ValueError(f"{where}; give another --data-root")
         return load_tasks(self.config)(self.config.seeds[0])
 
     def load_model(self, task: Task) -> nn.Module:
@@ -382,8 +381,7 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
             data_root = Path(read_json(where, dict[str, str]).get("data_root", "data")) if where.exists() else Path()
             data_root = data_root if data_root.exists() else Path("data")
         config, layers = read_options(path, data_root), len(summary["routing"])
-        log = folder / f"seed-{config.seeds[0]}" / "routing.csv"
-        history = _history(log, config.epochs, layers) if layers else []
+        history = _history(folder / f"seed-{config.seeds[0]}" / "routing.csv", config.epochs, layers) if layers else []
     except FileNotFoundError as error:
         raise ValueError(f"{error}; expected the folder of a run, which goes on by --resume if unfinished") from error
     name = folder.resolve().name
@@ -392,7 +390,6 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
 
 def _history(path: Path, epochs: int, layers: int) -> list[list[dict[str, Tensor]]]:
     table = read_csv(path, dtype=float, index_col=False).filter(like="load_")
-    if len(table) != epochs * layers:
-        raise ValueError(f"{path}: got {len(table)} rows, expected {epochs * layers}: one an epoch and MoE layer")
+    check(len(table) == epochs * layers, str(path), f"{len(table)} rows", f"{epochs} an MoE layer, one an epoch")
     loads = [{"load": torch.tensor(row.dropna().to_numpy())} for _, row in table.iterrows()]
     return [loads[row : row + layers] for row in range(0, len(loads), layers)]

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from experiments.config import RouterName, RunConfig, restore
+from experiments.config import RouterName, RunConfig, check, restore
 from experiments.files import read_json
 from experiments.presets import CIFAR10, MINESWEEPER, PRESETS
 
@@ -78,10 +78,9 @@ def grid(
     ``changes`` are other options of all variants. An unknown preset is a ``ValueError``, or a K larger than every E; of
     an E the larger ones are left out.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
-    if not ks or max(ks) > max(experts, default=0):
-        raise ValueError(f"ks: got {ks}, expected at least one, and none larger than all of experts={experts}")
+    check(preset in PRESETS, "preset", repr(preset), f"one of {', '.join(PRESETS)}")
+    fits = ks and max(ks) <= max(experts, default=0)
+    check(fits, "ks", ks, f"at least one, and none larger than all of experts={experts}")
     base = replace(PRESETS[preset][1], **changes)
     dense = replace(base, router="dense")
     wide = replace(dense, hidden=4 * base.hidden)

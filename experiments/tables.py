@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import tyro
 
+from experiments.config import check
 from experiments.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -73,8 +74,7 @@ def study_table(study: dict[str, Any], only: Sequence[str] = ()) -> str:
     """One line a variant, or one of ``only``: the metric on the test set, what it costs, what the routing follows."""
     variants = {variant["variant"]: variant for variant in study["variants"]}
     missing = [name for name in only if name not in variants]
-    if missing:
-        raise ValueError(f"only: got {', '.join(missing)}, expected some of {', '.join(variants)}")
+    check(not missing, "only", ", ".join(missing), f"some of {', '.join(variants)}")
     narrow, wide = variants.get(study["reference"]), variants.get(study["wide"])
     names = {name for variant in study["variants"] for layer in variant["routing"] for name in layer}
     followed = sorted(name for name in names if name.startswith("ami_"))
@@ -134,12 +134,11 @@ def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
     lines = []
     for pair in pairs:
         names = pair.split("/")
-        if len(names) != 2 or not set(names) <= set(variants):
-            raise ValueError(f"pairs: got {pair!r}, expected VARIANT/OTHER of {', '.join(variants)}")
+        fits = len(names) == 2 and set(names) <= set(variants)
+        check(fits, "pairs", repr(pair), f"VARIANT/OTHER of {', '.join(variants)}")
         one, other = (variants[name] for name in names)
         seeds = one["config"]["seeds"]
-        if seeds != other["config"]["seeds"]:
-            raise ValueError(f"pairs: got {pair!r}, whose variants have other seeds each, expected the same")
+        check(seeds == other["config"]["seeds"], "pairs", f"{pair!r}, whose variants have other seeds each", "the same")
         found = [100 * (a - b) for a, b in zip(one["test"]["values"], other["test"]["values"], strict=True)]
         line = {
             "variant": one["label"],
@@ -283,8 +282,7 @@ def swap_line(row: Mapping[str, Any]) -> Line:
         line[arm] = mean_std(tests) + (f" ({len(tests)})" if 0 < len(tests) < len(both) else "")
     for name, form in (("share", ".2f"), ("live", ".3g")):
         means = [statistics.fmean(layer) for layer in zip(*(run[name] for run in moes.values()), strict=True)]
-        few = " ".join(f"{mean:{form}}" for mean in means) or "–"
-        line[name] = few if len(means) <= 3 else extremes(means, form)
+        line[name] = extremes(means, form) if len(means) > 3 else " ".join(f"{mean:{form}}" for mean in means) or "–"
     line |= dict.fromkeys(("ms dense / moe / flops", "×", "× shared-transform", "+ms a layer"), "–")
     if times := row.get("time"):
         ms = {arm: 1000 * time["wall"]["median"] for arm, time in times.items() if isinstance(time, dict)}

@@ -63,9 +63,9 @@ def load_images(name: str, root: Path, *, image_size: int | None = None, offline
       ``root/cifar10/{train,test}/<class>`` or ``root/{train,test}/<class>``.
     - ``"cifar100"``: torchvision's ``root/cifar-100-python``.
     - ``"imagenette"``: torchvision's ``root/imagenette2-160``, whose ``val`` is the test set here.
-    - ``"images"``: any ``root/train/<class>/*``, with ``root/test/<class>/*`` or, without it, ``root/val/<class>/*``.
-      Of ``root/<class>/*``, without train and test, 20 % of each class are drawn as the test set. Hidden folders and
-      files, whose names begin with a dot, are left out.
+    - ``"images"``: any ``root/train/<class>/*``, with ``root/test/<class>/*``, ``root/val/<class>/*`` or both; one
+      alone is the test set. Of ``root/<class>/*``, without train and test, 20 % of each class are the test set.
+      Hidden folders and files, whose names begin with a dot, are left out.
 
     Args:
         name: one of those.
@@ -84,14 +84,14 @@ def load_images(name: str, root: Path, *, image_size: int | None = None, offline
     if name == "imagenette":
         itself = (root / "train" / next(iter(WNIDS))).is_dir()
         folder = root if itself else unpacked(name, root, offline, *PUBLISHED[name])
-        train, test = (_listing(folder / part, tuple(WNIDS)) for part in ("train", "val"))
-        return _read(name, train, test, image_size or 160, NOTES[name], tuple(names[0] for names in WNIDS.values()))
+        parts = [_listing(folder / part, tuple(WNIDS)) for part in ("train", "val")]
+        return _read(name, parts, image_size or 160, NOTES[name], tuple(names[0] for names in WNIDS.values()))
     if name == "cifar10" and not (root / CIFAR10.base_folder).is_dir():
         for folder in (root / "cifar10", root):
             if (folder / "train").is_dir():
                 note = "re-encoded as JPEG: accuracies are close to, not the same as, those on the originals"
-                train, test = (_listing(folder / part, CIFAR10_CLASSES) for part in ("train", "test"))
-                return _read(name, train, test, image_size or 32, f"{NOTES[name]}; {note}")
+                parts = [_listing(folder / part, CIFAR10_CLASSES) for part in ("train", "test")]
+                return _read(name, parts, image_size or 32, f"{NOTES[name]}; {note}")
     return _cifar(name, root, image_size or 32, offline)
 
 
@@ -144,36 +144,33 @@ def _listing(folder: Path, expected: tuple[str, ...] = ()) -> Listing:
 def _own(root: Path, image_size: int | None) -> ImageData:
     tests = [root / part for part in ("test", "val") if (root / part).is_dir()]
     if tests and (root / "train").is_dir():
-        train, test = _listing(root / "train"), _listing(tests[0])
-        return _read("images", train, test, image_size, f"a folder of images, test set: {tests[0].name}")
+        found = [_listing(folder) for folder in (root / "train", *tests)]
+        return _read("images", found, image_size, f"a folder of images, test set: {tests[0].name}")
     if tests or (root / "train").is_dir():
         raise FileNotFoundError(
             f"images: got one of {root}/train and {root}/test (or val), expected both, or {root}/<class>/<image>"
         )
     classes, paths, labels = _listing(root)
     parts = split_images(labels, TEST_SHARE, seed=0)
-    train, test = ((classes, [paths[row] for row in rows.tolist()], labels[rows]) for rows in parts)
-    return _read("images", train, test, image_size, f"a folder of images, test set: {TEST_SHARE:.0%} of each class")
+    drawn = [(classes, [paths[row] for row in rows.tolist()], labels[rows]) for rows in parts]
+    return _read("images", drawn, image_size, f"a folder of images, test set: {TEST_SHARE:.0%} of each class")
 
 
-def _read(
-    name: str, train: Listing, test: Listing, image_size: int | None, note: str, names: tuple[str, ...] = ()
-) -> ImageData:
-    classes = train[0]
-    unknown = set(test[0]) - set(classes)
+def _read(name: str, parts: list[Listing], image_size: int | None, note: str, names: tuple[str, ...] = ()) -> ImageData:
+    """Of train, test and perhaps val."""
+    classes, files = parts[0][0], [path for _, paths, _ in parts for path in paths]
+    unknown = {name for known, _, _ in parts for name in known} - set(classes)
     if unknown:
-        raise ValueError(f"{name}: got test images of {', '.join(sorted(unknown))}, expected classes of train")
-    size = image_size or common_size(train[1] + test[1])
-    in_memory = 3 * size * size * (len(train[1]) + len(test[1])) <= MEMORY
-    numbers = torch.tensor([classes.index(known) for known in test[0]])  # each folder has its own
-    sources: list[ImageSource] = []
-    for paths, labels in ((train[1], train[2]), (test[1], numbers[test[2]])):
+        raise ValueError(f"{name}: got images of {', '.join(sorted(unknown))}, expected classes of train")
+    size = image_size or common_size(files)
+    in_memory, sources = 3 * size * size * len(files) <= MEMORY, list[ImageSource]()
+    for known, paths, rows in parts:
+        labels = torch.tensor([classes.index(name) for name in known])[rows]  # each folder has its own
         images = MemoryImages(decode_all(paths, size), labels, size) if in_memory else FileImages(paths, labels, size)
         sources.append(images)
-    mean, std = CONSTANTS.get(name, IMAGENET)
-    return ImageData(
-        name=name, classes=names or classes, train=sources[0], test=sources[1], mean=mean, std=std, note=note
-    )
+    (train, test, *others), (mean, std) = sources, CONSTANTS.get(name, IMAGENET)
+    classes, val = names or classes, others[0] if others else None
+    return ImageData(name=name, classes=classes, train=train, test=test, val=val, mean=mean, std=std, note=note)
 
 
 def _cifar(name: str, root: Path, image_size: int, offline: bool) -> ImageData:

@@ -51,6 +51,10 @@ def directed(graph: GraphData, config: Any) -> GraphData:
 def graph_task(graph: GraphData, config: Any, seed: int) -> Task:
     """Node classification on the split of a seed."""
     split, data, hetero = graph.splits(seed), graph.data, graph.target is not None
+    if graph.metric_name == "roc_auc" and graph.metric is None:
+        y = (data[graph.target] if hetero else data).y
+        one = [part for part in ("val", "test") if len(y[split[part]].unique()) < 2]
+        check(not one, "metric", f"'roc_auc' with nodes of one class only in {' and '.join(one)}", "both classes there")
     batches = GraphBatches(graph, config, split)
     widths = {kind: data[kind].x.size(1) if "x" in data[kind] else None for kind in data.node_types} if hetero else {}
     return Task(
@@ -136,7 +140,9 @@ def neighborhoods(
         seeds = batch if target is None else batch[target]
         if target is None:
             inputs = _inputs(batch, batch.edge_index)
-            if config.layers == len(config.fanout):  # a layer then computes only what the later ones hear
+            if config.model is None and config.layers == len(
+                config.fanout
+            ):  # a layer then computes only what the later ones hear
                 inputs += (None,) * (6 - len(inputs)) + (batch.num_sampled_nodes, batch.num_sampled_edges)
         else:
             inputs = (batch.collect("x"), batch.edge_index_dict, {kind: batch[kind].n_id for kind in batch.node_types})
@@ -171,12 +177,11 @@ def weighs_edges(config: GraphConfig) -> list[bool]:
 def adjacency(config: GraphConfig, data: Data) -> Tensor:
     """The edges of the whole graph: a sparse matrix where convs run on it and it is the same graph, or ``edge_index``.
 
-    It is not in mixed precision (there are no sparse kernels in bfloat16), with edge weights that some of the convs do
-    not take, with self-loops that a conv would double, or with parallel edges, for which a matrix has one place.
+    It is not for one's own model, in mixed precision (no sparse kernels in bfloat16), with edge weights that some of
+    the convs do not take, with self-loops that a conv would double, or with parallel edges (one place in a matrix).
     """
     if (
-        config.adjacency == "auto"
-        and config.sampling == "full"
+        (config.model, config.adjacency, config.sampling) == (None, "auto", "full")
         and config.precision != "bf16-mixed"
         and CSR_CONVS.issuperset(config.conv)
         and (data.edge_weight is None or len(set(weighs_edges(config))) == 1)
@@ -211,8 +216,6 @@ class TwoClassAUROC(BinaryAUROC):
         margin, target = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         if margin.isnan().any():
             return margin.new_tensor(torch.nan)
-        if len(target.unique()) < 2:
-            raise ValueError("metric: got nodes of one class only in val or test, expected both for 'roc_auc'")
         values, rank = margin.unique(return_inverse=True)
         return binary_auroc(rank.double() / len(values), target)
 

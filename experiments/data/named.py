@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 from torch_geometric import datasets
 from torch_geometric.transforms import NormalizeFeatures
 
-from experiments.config import GraphConfig, HeteroConfig
+from experiments.config import GraphConfig, HeteroConfig, check
 from experiments.data import GraphData, MetricName, Splits
 from experiments.data.graphs import MASKS, check_graph, fixed_splits, per_class_splits
 from experiments.files import naming, read_json, read_npz, read_pickle
@@ -130,8 +130,7 @@ def load_graph(config: GraphConfig | HeteroConfig) -> GraphData:
         from experiments.data.own_graph import own_graph
 
         return own_graph(root / f"{name.replace('-', '_')}.npz", name=name)
-    if not name.startswith("ogbn-"):
-        raise ValueError(f"dataset: got {name!r}, expected one of {', '.join([*PYG, *FILTERED])}, or one of OGB's")
+    check(name.startswith("ogbn-"), "dataset", repr(name), f"one of {', '.join([*PYG, *FILTERED])}, or one of OGB's")
     from experiments.data.ogb import load_ogb
 
     return load_ogb(name, root, offline=config.offline, allow_large_downloads=config.allow_large_downloads)

@@ -65,7 +65,7 @@ def own_graph(path: Path, metric: MetricName | None = None, name: str | None = N
     if not path.exists():
         raise FileNotFoundError(f"data_root: got {path}, which does not exist; expected FILE.npz, FILE.pt or a folder")
     readers = {"folder": _read_folder, ".npz": _read_npz, ".pt": _read_pt}
-    kind = "folder" if path.is_dir() else path.suffix
+    kind = "folder" if (path / "nodes.csv").is_file() else path.suffix
     check(kind in readers, "data_root", path, "FILE.npz, FILE.pt, or a folder with nodes.csv and edges.csv")
     return graph_of(readers[kind](path), name or path.stem, str(path), metric)
 
@@ -217,5 +217,7 @@ def _numbers(column: pd.Series[Any]) -> Tensor:
         return torch.from_numpy(pd.get_dummies(column, dtype=float).to_numpy(copy=True))
     if not np.isfinite(numbers).all():
         row = int(np.argmin(np.isfinite(numbers)))
-        raise ValueError(f"row {row} has {column.name!r}={str(column[row])!r}, expected a number, or names in all rows")
+        raise ValueError(
+            f"row {row} has {column.name!r}={str(column[row])!r}, expected a number, or at most {MOST_CATEGORIES} names"
+        )
     return torch.from_numpy(numbers.copy())[:, None]

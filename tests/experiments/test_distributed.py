@@ -117,8 +117,7 @@ def test_slices_of_a_graph_are_those_of_one_process(sampling: str) -> None:
     for part, seed in (("train", 3), ("val", None)):
         slices = [list(task.loader(part, 7, seed, (rank, 8))) for rank in range(8)]
         for number, whole in enumerate(task.loader(part, 7, seed)):
-            targets = torch.cat([one[number].target for one in slices])
-            assert targets.tolist() == whole.target.tolist()
+            assert torch.cat([one[number].target for one in slices]).tolist() == whole.target.tolist()
         assert {len(one) for one in slices} == {number + 1}
 
 

@@ -128,8 +128,7 @@ def test_layerwise_evaluation_equals_full(conv: tuple[str, ...], changes: dict[s
     graph.data.x[:, 0] /= NODES
     config = make_config(conv=conv, router=router, **changes)
     full, layerwise = (make_task(replace(config, evaluation=how), graph) for how in ("full", "layerwise"))
-    model = model_of(config, full).float()
-    with set_up(Fabric(accelerator="cpu", devices=1), model, config, full) as training:
+    with set_up(Fabric(accelerator="cpu", devices=1), model_of(config, full).float(), config, full) as training:
         by_pieces = replace(training, config=replace(config, evaluation="layerwise"), task=layerwise)
         for part in PARTS[1:]:
             two, pieces = by_pieces.evaluate(part)
@@ -180,6 +179,7 @@ def test_a_matrix_gives_the_logits_of_edge_index(
         ({"conv": ("gcn", "sage")}, "weights"),
         ({"conv": ("gat",)}, "simple"),
         ({"sampling": "neighbor"}, "simple"),
+        ({"model": "mine:Net"}, "simple"),
     ],
 )
 def test_where_there_is_no_matrix(changes: dict[str, Any], kind: str) -> None:

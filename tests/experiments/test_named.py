@@ -55,8 +55,7 @@ def test_sets_from_their_raw_layout(name: str, tmp_path: Path) -> None:
         assert not any(parts[a] & parts[b] for a, b in itertools.combinations(parts, 2))
         if raw.masks is not None:
             for part, mask in raw.masks.items():
-                chosen = mask if mask.ndim == 1 else mask[seed % len(mask)]
-                assert parts[part] == set(np.flatnonzero(chosen).tolist())
+                assert parts[part] == set(np.flatnonzero(mask if mask.ndim == 1 else mask[seed % len(mask)]).tolist())
         else:
             labels = {part: raw.y[list(nodes)] for part, nodes in parts.items()}
             assert np.bincount(labels["train"]).tolist() == [20] * CLASSES

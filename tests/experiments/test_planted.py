@@ -28,8 +28,7 @@ def test_experts_by_regime_learn_more_of_neighbors(tmp_path: Path, name: str) ->
     assert name == "ogbn-arxiv" or is_undirected(edges)
     both = torch.cat([edges, edges.flip(0)], dim=1)
     near = scatter(x[both[0]], both[1], dim_size=NODES, reduce="mean")
-    regime = torch.nn.functional.one_hot(x[:, :4].argmax(dim=1), 4).float()
-    by_regime = (regime[:, :, None] * near[:, None]).flatten(1)
+    by_regime = (torch.nn.functional.one_hot(x[:, :4].argmax(dim=1), 4).float()[:, :, None] * near[:, None]).flatten(1)
     split = graph.splits(0)
 
     def score(seen: Any) -> float:

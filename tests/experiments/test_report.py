@@ -89,8 +89,7 @@ def test_patches_of_ones_own_images(runs: Path, tmp_path: Path, capsys: pytest.C
         ("images", half, "half.jpg"),
         ("images", tmp_path / "none.jpg", "none.jpg"),
     ):
-        args = [str(runs / name), "--images", str(image), "--out", str(out)]
-        assert message in refused(args, capsys, patches.main)
+        assert message in refused([str(runs / name), "--images", str(image), "--out", str(out)], capsys, patches.main)
     assert not out.exists()
     patches.main([str(runs / "images"), "--images", *map(str, photos), "--out", str(out)])
     assert capsys.readouterr().out.endswith(f"{out / 'maps.png'}\n")
@@ -111,7 +110,7 @@ def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])  # where it was trained
     assert "Not drawn" not in words_of(tmp_path / "report" / "index.html")
     main([str(tmp_path / "run"), "--data-root", str(tmp_path), "--out", str(tmp_path / "report")])
-    assert "give --data-root" in words_of(tmp_path / "report" / "index.html")
+    assert "give another --data-root" in words_of(tmp_path / "report" / "index.html")
     path.unlink()
     main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])
     assert "Not drawn" in words_of(tmp_path / "report" / "index.html")
@@ -128,8 +127,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
 
 def test_the_sentence_names_what_is_followed_most() -> None:
     layers = [{"ami_label": 0.2, "ami_degree": 0.01, "dead": 1.0}, {"ami_label": 0.558, "ami_degree": 0.3, "dead": 1.0}]
-    followed = "7 of 8 experts used; experts follow the class, AMI 0.56 in MoE layer 2."
-    assert sentence(8, [1, 1], layers) == followed
+    assert sentence(8, [1, 1], layers) == "7 of 8 experts used; experts follow the class, AMI 0.56 in MoE layer 2."
     assert sentence(8, [0, 3], [{"nmi": 1.0}]).startswith("5–8 of 8 experts used (by layer and seed); experts follow")
     none = "8 of 8 experts used; experts do not follow the class or the degree, AMI at most 0.02."
     assert sentence(8, [0], [{"ami_label": 0.02, "ami_degree": 0.0}]) == none
@@ -137,6 +135,5 @@ def test_the_sentence_names_what_is_followed_most() -> None:
 
 
 def test_shares_by_hand() -> None:
-    weight = torch.tensor([[0.2, 0.0], [0.1, 0.3], [0.3, 0.0], [9.0, 9.0]])
-    found = shares(weight, torch.tensor([1, 1, 0, -1]))
+    found = shares(torch.tensor([[0.2, 0.0], [0.1, 0.3], [0.3, 0.0], [9.0, 9.0]]), torch.tensor([1, 1, 0, -1]))
     np.testing.assert_allclose(found, np.array([[0.5, 0.5], [0, 1], [1 / 3, 2 / 3]]), atol=1e-6)

@@ -29,8 +29,7 @@ def page() -> Iterator[dict[str, Any]]:
 
 
 def test_the_router_is_trained_by_the_task(page: dict[str, Any]) -> None:
-    layer = page["layer"]
-    assert layer.router.gate.weight.grad.abs().max() > 0
+    assert page["layer"].router.gate.weight.grad.abs().max() > 0
 
 
 def test_the_router_equals_the_formula(page: dict[str, Any]) -> None:

@@ -115,8 +115,7 @@ def pixels(figure: Figure, panel: int) -> np.ndarray:
 
 
 def test_tints_by_hand() -> None:
-    image = torch.full((1, 4, 4), 0.5)
-    figure = expert_maps(Fixed(), image * 4 - 1, mean=(0.25,), std=(0.25,), titles=["gray"])
+    figure = expert_maps(Fixed(), torch.full((1, 4, 4), 0.5) * 4 - 1, mean=(0.25,), std=(0.25,), titles=["gray"])
     assert np.allclose(pixels(figure, 0), 0.5)
     first, second = (np.array(color) for color in palette(2))
     for place, color in (

@@ -39,7 +39,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_folder(in_memory: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not in_memory:
+    if in_memory:
+        write_folder(folder / "val", {"dog": 2})
+    else:
         (folder / "test").rename(folder / "val")
         monkeypatch.setattr(images, "MEMORY", 0)
     (folder / "train" / ".cache").mkdir()
@@ -50,6 +52,8 @@ def test_a_folder(in_memory: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
     assert isinstance(data.train, MemoryImages if in_memory else FileImages)
     assert shades(data.train) == expected(3, 2, 4)
     assert shades(data.test) == expected(1, 1, 1)
+    assert (data.val is None) != in_memory
+    assert data.val is None or shades(data.val) == [[1, 0]] * 2
     assert load_images("images", folder, image_size=4).train.get(torch.arange(2)).shape == (2, 3, 4, 4)
 
 
@@ -70,7 +74,7 @@ def test_a_flat_folder_is_split_by_class(tmp_path: Path) -> None:
         (lambda root: shutil.rmtree(root / "test"), "got one of"),
         (lambda root: shutil.rmtree(root), "no class folders"),
         (lambda root: (root / "train" / "bat").mkdir(), "no image in the class folder bat"),
-        (lambda root: write_folder(root / "test", {"yak": 1}), "got test images of yak"),
+        (lambda root: write_folder(root / "test", {"yak": 1}), "got images of yak"),
         (lambda root: write_folder(root / "train", {"cat": 1}, (8, 9)), r"image_size: got None.* 8 x 9"),
     ],
 )

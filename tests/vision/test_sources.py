@@ -31,8 +31,7 @@ def test_every_mode_becomes_rgb(mode: str, suffix: str, expected: tuple[int, int
     image = Image.new("RGB", (8, 8), RGB)
     image = Image.new("1", (8, 8)) if mode == "1" else image.convert(mode)
     image.save(tmp_path / f"a{suffix}")
-    found = decode(str(tmp_path / f"a{suffix}"), 8)
-    assert (found.int() - torch.tensor(expected).view(3, 1, 1)).abs().max() <= 2
+    assert (decode(str(tmp_path / f"a{suffix}"), 8).int() - torch.tensor(expected).view(3, 1, 1)).abs().max() <= 2
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])

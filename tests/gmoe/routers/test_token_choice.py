@@ -26,8 +26,7 @@ def test_far_apart_logits_do_not_tie(dtype: torch.dtype) -> None:
     """The second of (200, 0, 50) is 50, though both probabilities underflow in float32."""
     scale = 1.0 if dtype == torch.float32 else 10.0
     router = with_gate(TokenChoice(3, 3, k=2, balance=None), torch.eye(3).tolist()).to(dtype)
-    x = scale * torch.tensor([[200.0, 0.0, 50.0]], dtype=dtype)
-    assert router(x).expert.tolist() == [0, 2]
+    assert router(scale * torch.tensor([[200.0, 0.0, 50.0]], dtype=dtype)).expert.tolist() == [0, 2]
 
 
 ONE_OF_FOUR = torch.tensor([[1.0, 0], [3, 0], [2, 0], [4, 0]])
