@@ -51,7 +51,7 @@ def grouped_linear(
         weight_EIO: stacked weights.
         bias_EO: stacked biases, or ``None``.
         offsets_E: (E,) int32 cumulative ends; the last is P.
-        backend: all give the same result and gradients.
+        backend: all give the same result and gradients, if the weights are finite.
 
             - ``"loop"``: one matmul per expert, written in place. One host sync.
             - ``"padded"``: one ``bmm`` over all experts, padded to the largest load. One host sync.

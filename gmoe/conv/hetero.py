@@ -144,7 +144,7 @@ class HeteroMoEConv(MoELayer):
         - ``x_dict``: (T, D) of each node type that is computed, or that a relation into those starts in; T may be 0.
         - ``edge_index_dict``: of each edge type (2, M), PyG's ``EdgeIndex``, a ``torch.sparse`` matrix or
           ``SparseTensor`` (T_dst, T_src), or a :class:`gmoe.Graph`, which is sorted once for
-          all calls. No (M, D) messages are stored.
+          all calls. A matrix's values weigh its edges, a ``Graph``'s weights do not. No (M, D) messages are stored.
         - ``batch_dict``: (T,) the graph of each node; the graphs of a PyG ``Batch`` are separate groups.
         - returns (T, O) of each node type, and with ``return_routing=True`` the :class:`Routing` of each.
 
