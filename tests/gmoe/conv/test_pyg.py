@@ -72,7 +72,7 @@ def test_an_open_layer_is_copied_and_takes_a_state_once_it_is_built() -> None:
     assert [one.in_channels for one in (*twin, *lazy)] == [WIDTH, -1]
     lazy.load_state_dict(copy.deepcopy(lazy).state_dict())  # an open one's has nothing
     state = nn.ModuleList([built]).state_dict()
-    with pytest.raises(RuntimeError, match="in_channels: got -1, expected a call that fills it in"):
+    with pytest.raises(RuntimeError, match="in_channels: got -1, expected a call to fill it in"):
         lazy.load_state_dict(state, strict=False)
     lazy[0](x, edge_index)
     lazy.load_state_dict(state)
