@@ -36,8 +36,7 @@ def has_predictions(config: Any, model: Any, task: Task) -> bool:
     """
     if not isinstance(config, GraphConfig):
         return False
-    wanted = config.correct_and_smooth or config.dataset.startswith("ogbn-")
-    possible = wanted and isinstance(task.graph, Data)
+    possible = (config.correct_and_smooth or config.dataset.startswith("ogbn-")) and isinstance(task.graph, Data)
     possible = possible and (config.evaluation == "full" or not fails_by_layer(model, task.graph))
     if config.correct_and_smooth and not (possible and task.graph is not None and task.graph.y.dim() == 1):
         legal = "False: it takes one class a node, a graph in memory, and layer-wise inference or evaluation='full'"

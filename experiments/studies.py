@@ -47,6 +47,7 @@ RECORDED = {
     "minesweeper-10splits": "The best of minesweeper by validation, on all ten splits.",
     "minesweeper-depth": "minesweeper: four layers with experts beside eight dense ones.",
     "cifar10-scale": "CIFAR-10: weights by score, or straight-through?",
+    "cifar10-ten-seeds": "CIFAR-10: what three seeds showed of expert choice, on seven more.",
     "cifar10-claims": "CIFAR-10: the five claims that the project began with.",
 }
 """Finished studies with a line of help. Each configuration is in ``results/NAME.json``, from which they run again."""

@@ -26,14 +26,14 @@ LIBRARY = Path(gmoe.__file__).parent
 
 LIMITS: dict[str, tuple[int, int]] = {
     # figure: (limit, what DESIGN asks for)
-    "gmoe, lines of code": (4_656, 4_900),
+    "gmoe, lines of code": (4_653, 4_900),
     "gmoe, tokens": (55_665, 56_000),
     "gmoe, longest function": (58, 60),
-    "vision, raw lines": (475, 500),
+    "vision, raw lines": (472, 500),
     "experiments, raw lines": (6_790, 6_800),
     "experiments, files": (37, 40),
-    "tests, raw lines": (12_782, 12_800),
-    "tests/gmoe and tests/*.py, raw lines": (8_374, 8_800),
+    "tests, raw lines": (12_781, 12_800),
+    "tests/gmoe and tests/*.py, raw lines": (8_368, 8_800),
     "MoEConv, functions passed": (23, 20),
     "MoEConv, files passed": (9, 9),
     "MoEConv, lines of code passed": (312, 300),
