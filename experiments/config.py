@@ -179,7 +179,7 @@ class RunConfig:
             check(name not in SHARES or value < 1, name, value, "less than 1")
         for name in self.logger:
             check(importlib.util.find_spec(name), "logger", repr(name), f"its package installed: pip install {name}")
-        check(not self.dense_start or self.shared_expert in (None, True), "dense_start", True, "a shared expert")
+        check(not self.dense_start or self.shared_expert is not False, "dense_start", True, "a shared expert")
         if not 0 < len(set(self.seeds)) == len(self.seeds) or not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
             raise ValueError(f"seeds: got {self.seeds}, expected one number or more from 0 to 2**32 - 1, each once")
         if self.world > 1 and getattr(self, "sampling", None) == "full":

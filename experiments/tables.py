@@ -147,7 +147,7 @@ def pair_table(study: dict[str, Any], pairs: Sequence[str]) -> str:
             "better in": f"{sum(value > 0 for value in found)} of {len(found)}",
         }
         if chosen_on:
-            without = f"without {', '.join(map(str, sorted(chosen_on)))}, which chose the variants"
+            without = f"without seeds {', '.join(map(str, sorted(chosen_on)))}, which chose the variants"
             rest = [value for value, seed in zip(found, seeds, strict=True) if seed not in chosen_on]
             line[without] = mean_std(rest, "+.2f")
         lines.append(line)

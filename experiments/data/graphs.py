@@ -140,9 +140,7 @@ def neighborhoods(
         seeds = batch if target is None else batch[target]
         if target is None:
             inputs = _inputs(batch, batch.edge_index)
-            if config.model is None and config.layers == len(
-                config.fanout
-            ):  # a layer then computes only what the later ones hear
+            if config.model is None and config.layers == len(config.fanout):  # layers compute what later ones hear
                 inputs += (None,) * (6 - len(inputs)) + (batch.num_sampled_nodes, batch.num_sampled_edges)
         else:
             inputs = (batch.collect("x"), batch.edge_index_dict, {kind: batch[kind].n_id for kind in batch.node_types})
@@ -181,7 +179,9 @@ def adjacency(config: GraphConfig, data: Data) -> Tensor:
     the convs do not take, with self-loops that a conv would double, or with parallel edges (one place in a matrix).
     """
     if (
-        (config.model, config.adjacency, config.sampling) == (None, "auto", "full")
+        config.model is None
+        and config.adjacency == "auto"
+        and config.sampling == "full"
         and config.precision != "bf16-mixed"
         and CSR_CONVS.issuperset(config.conv)
         and (data.edge_weight is None or len(set(weighs_edges(config))) == 1)

@@ -147,13 +147,13 @@ class GNNMoE(HubMixin, nn.Module):
         """(N, dim) what a shared router sees: the raw features, their means over in-edges, the in-degrees."""
         return router_view(self.router_input, x, x[: graph.num_dst], None, graph)
 
-    def takes(self, name: str) -> bool:
+    def _takes(self, name: str) -> bool:
         """Whether a conv takes this edge argument; of kinds, some take less than others."""
         return any(name in (c.edge_names if isinstance(c, MoEConv) else parameters_of(c)) for c in self.convs)
 
     def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
         for name, value in {"edge_weight": edge_weight, "edge_attr": edge_attr}.items():
-            check(value is None or self.takes(name), name, "a tensor, but no conv of the model takes it", None)
+            check(value is None or self._takes(name), name, "a tensor, but no conv of the model takes it", None)
         if not isinstance(edge_index, Graph):
             return Graph(edge_index, len(x), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
         return edge_index.fitting((len(x), len(x)), self.flow, edge_weight, edge_attr)

@@ -79,7 +79,7 @@ def inference(
         check(folder is None, "folder", f"{str(folder)!r} for a graph in memory", None)
         if not isinstance(data, Data) or data.x is None or data.edge_index is None:
             raise ValueError(f"loader: got one over {type(data).__name__}, expected a Data with x and edge_index")
-        weight, attr = (data.get(name) if model.takes(name) else None for name in ("edge_weight", "edge_attr"))
+        weight, attr = (data.get(name) if model._takes(name) else None for name in ("edge_weight", "edge_attr"))
         graph = model._graph(data.x, data.edge_index, weight, attr).to("cpu")
         batch = None if data.get("batch") is None else data.batch.to(device)
         way = PartByPart(model, graph, data.x.cpu(), graph.num_dst, device, batch_size, progress_bar, batch=batch)

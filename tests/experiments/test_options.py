@@ -101,6 +101,7 @@ MAINS: dict[str, Any] = {
         ("train digits --devices 2 --nodes 4", "expected torchrun --nnodes 4 --nproc-per-node 2 -m"),
         ("train digits --devices 2 --batch-size 33", "batch_size: got 33"),
         ("train digits --devices 2 --jobs 2", "jobs: got 2 with 2 processes a seed"),
+        ("train digits --devices 0", "devices: got 0, expected at least 1"),
         ("train cora --devices 2", "a whole graph is one batch, which cannot be split"),
         ("train ogbn-mag --devices 2", "for ogbn-mag with full batches, expected one"),
     ],

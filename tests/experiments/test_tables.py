@@ -72,7 +72,7 @@ def test_pairs_are_compared_seed_by_seed(tmp_path: Path) -> None:
             pair_table(pairs, [pair])
     (tmp_path / "s.json").write_text(json.dumps(pairs | {"chosen_on": [1]}))
     chosen = render("<!-- pairs: s: two/one one/two -->\n<!-- end -->\n", tmp_path).splitlines()
-    assert chosen[1].endswith("| better in | without 1, which chose the variants |")
+    assert chosen[1].endswith("| better in | without seeds 1, which chose the variants |")
     assert chosen[4] == "| one | two | +0.67 ± 2.52 | 2 of 3 | +2.00 ± 1.41 |"
 
 
