@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from gmoe._checks import check, check_counts
+from gmoe._mlps import read_mlp
 from gmoe.dispatch import Backend
-from gmoe.experts import MLPExperts
 from gmoe.moe import MoE, MoELayer
 from gmoe.routers import Router, RouterLike, build_router
 
@@ -54,9 +53,10 @@ def moefy(
 
     An MLP is linear, activation, linear: in a ``Sequential`` as torchvision's, or as timm's ``Mlp``; or gated, with one
     layer twice as wide or two before the last (timm's ``GluMlp`` and ``SwiGLU``, Llama's ``w1``, ``w2``, ``w3``). Norms
-    before the linear layers and dropout are kept. It is read by the order and the shapes of its parts, and sees tokens
-    as (B, ..., D): those of an image, in a row or in a grid, are one group, padding included, so that padding takes
-    places where experts choose.
+    before the linear layers and dropout are kept. It is read by what it computes: it is run once on random tokens, and
+    the order of the calls of its parts counts, not the order of their names. An MLP sees tokens as (B, ..., D): those
+    of an image, in a row or in a grid, are one group, padding included, so that padding takes places where experts
+    choose.
 
     Args:
         model: the dense model.
@@ -88,8 +88,8 @@ def moefy(
     Raises:
         ValueError: no such blocks or targets, fewer than ``every``, or an argument out of range; an MLP of another
             form, or without values (on the meta device); with ``shared_expert=False``, one that computes something
-            else than it looks like, or with a parametrized weight (weight norm, spectral norm, pruning) or hooks, which
-            would be lost.
+            else than it looks like, or with what copies of its weights would lose: a parametrized weight (weight norm,
+            spectral norm, pruning), hooks, linear layers of an own class (LoRA, quantized).
 
     Example:
         >>> vit = moefy(timm.create_model("vit_tiny_patch16_224"), blocks=[-3, -1], router="expert_choice")
@@ -182,104 +182,66 @@ class TokenMoE(MoE):
 
 
 def _moe(
-    name: str, mlp: nn.Module, *, num_experts: int, k: int, router: RouterLike, router_kwargs: Any, upcycle: bool,
-    shared_expert: bool, dense_start: bool, backend: Backend,
-) -> MoE:  # fmt: skip
+    name: str,
+    mlp: nn.Module,
+    *,
+    num_experts: int,
+    k: int,
+    router: RouterLike,
+    router_kwargs: Mapping[str, Any] | None,
+    upcycle: bool,
+    shared_expert: bool,
+    dense_start: bool,
+    backend: Backend,
+) -> MoE:
     """The layer in place of an MLP."""
+    dense = read_mlp(name, mlp)
     if not shared_expert:
         _check_nothing_is_lost(name, mlp, upcycle)
-    experts = _experts(name, mlp, num_experts, upcycle, shared_expert and dense_start, backend)
+    experts = dense.experts(num_experts, upcycle, zero_init=shared_expert and dense_start, backend=backend)
     layer = TokenMoE(build_router(router, experts.in_features, num_experts, k, router_kwargs), experts)
     layer.to(experts.up.weight).train(mlp.training)
-    layer.shared_expert = mlp if shared_expert else None  # not before: its parts keep their types and modes
+    # The MLP joins last, so that its parts keep their own types and modes.
+    layer.shared_expert = mlp if shared_expert else None
     return layer
 
 
 @torch.no_grad()
 def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
     """Refuse an MLP whose copies would not be the MLP."""
+    legal = "a plain MLP, since experts would not run them; keep it with shared_expert=True"
     for path, part in mlp.named_modules(prefix=name):
-        computed = isinstance(part, nn.Linear) and "weight" not in part._parameters
-        hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        legal = "a plain MLP, since experts would not run them; keep it with shared_expert=True"
-        check(not (computed or hooks), "model", f"{path} with hooks or a parametrized weight", legal)
-    if upcycle:
-        dense = copy.deepcopy(mlp).cpu().double()  # not every device has doubles
-        for part in dense.modules():
-            if isinstance(part, nn.Dropout):  # which experts have; any other would be lost
-                part.p = 0.0
-        with torch.device("cpu"):
-            expert = _experts(name, dense, 1, True, False, "loop").eval()
-            generator = torch.Generator().manual_seed(0)
-            x = torch.randn(2, 3, expert.in_features, dtype=torch.float64, generator=generator)
-            found, y = expert(x.flatten(0, 1), torch.tensor([6])), dense.train()(x)  # dropout that is no module shows
-        legal = "one that computes linear, activation, linear of each token, as it looks; or shared_expert=True"
-        same = y.numel() == found.numel() and torch.allclose(y.view_as(found), found, atol=1e-8)
-        check(same, "model", f"{name}, a {type(mlp).__name__} that computes something else", legal)
+        change = put_there(part)
+        check(change is None, "model", f"{path} with {change}", legal)
+    if not upcycle:
+        return
+    dense = copy.deepcopy(mlp).cpu().double()  # not every device has doubles
+    for part in dense.modules():
+        if isinstance(part, nn.Dropout):  # experts have the same dropouts
+            part.p = 0.0
+    with torch.device("cpu"):
+        expert = read_mlp(name, dense).experts(1, upcycle=True, zero_init=False, backend="loop").eval()
+        tokens = torch.randn(2, 3, expert.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        copied = expert(tokens.flatten(0, 1), torch.tensor([6]))
+        expected = dense.train()(tokens)  # in training mode, so that a dropout that is a function shows
+    same = expected.numel() == copied.numel() and torch.allclose(expected.view_as(copied), copied, atol=1e-8)
+    legal = "one that computes linear, activation, linear of each token, as it looks; or shared_expert=True"
+    check(same, "model", f"{name}, a {type(mlp).__name__} that computes something else", legal)
 
 
-@torch.no_grad()
-def _experts(
-    name: str, mlp: nn.Module, num_experts: int, upcycle: bool, zero_init: bool, backend: Backend
-) -> MLPExperts:
-    """Experts of the form of an MLP, with copies of its layers in each or drawn afresh."""
-    up, down, gate_last, form = _read(name, mlp)
-    norms = form["input_norm"], form["hidden_norm"]
-    (up_weight, up_bias), (down_weight, down_bias) = _folded(up, norms[0]), _folded([down], norms[1])
-    if gate_last:  # an expert's gate comes first
-        up_weight, up_bias = (value.roll(len(value) // 2, dims=0) for value in (up_weight, up_bias))
-    form["bias"] = any(getattr(part, "bias", None) is not None for part in (*up, down, *norms))
-    sizes = up_weight.size(1), down_weight.size(1), len(down_weight), num_experts
-    experts = MLPExperts(*sizes, zero_init=zero_init, backend=backend, **copy.deepcopy(form))
-    for norm in (experts.input_norm, experts.hidden_norm):
-        for parameter in list(norm._parameters):  # folded into the layer that follows
-            norm.register_parameter(parameter, None)
-    experts.to(down_weight)
-    if upcycle:
-        experts.up.copy_(slice(None), up_weight.T, up_bias)
-        if not zero_init:
-            experts.down.copy_(slice(None), down_weight.T, down_bias)
-    return experts
-
-
-def _read(name: str, mlp: nn.Module) -> tuple[list[nn.Linear], nn.Linear, bool, dict[str, Any]]:
-    """The first layer (a gate first, if apart), the last, whether a gate comes last, and the form that experts take."""
-    parts = [part for part in mlp._modules.values() if part is not None and not isinstance(part, nn.Identity)]
-    linears = [part for part in parts if isinstance(part, nn.Linear)]
-    norms = [part for part in parts if hasattr(part, "normalized_shape")]
-    others = [part for part in parts if part not in norms and not isinstance(part, nn.Linear | nn.Dropout)]
-    functions = [vars(mlp)[key] for key in ("act", "activation", "act_fn") if key in vars(mlp)]
-    got = f"{name}, a {type(mlp).__name__} of ({', '.join(type(part).__name__ for part in parts)})"
-    legal = (
-        "linear layers with one activation without parameters, gated or not, and at most a norm before each; there are "
-        "no experts of convolutions: name modules of that form by `targets`"
-    )
-    check(len(linears) in (2, 3), "model", got, legal)
-    shapes = [linear.weight.shape for linear in linears]
-    *up, down = sorted(linears, key=lambda linear: -shapes.count(linear.weight.shape))  # of three, two are of one shape
-    width, hidden = sum(len(linear.weight) for linear in up), down.weight.size(1)
-    glu, gate_last = width == 2 * hidden, getattr(mlp, "gate_last", False)
-    activations = others or functions or [F.silu] * glu  # Llama's calls it without naming it
-    start, end = parts.index(linears[0]), parts.index(down)
-    is_first = {norm in parts[:start]: norm for norm in norms if norm in parts[:end]}
-    fits = len({linear.weight.shape for linear in up}) == 1 and (glu or width == hidden) and start == (True in is_first)
-    fits = fits and len(activations) == 1 and not any(list(part.parameters()) for part in others)
-    check(fits and len(is_first) == len(norms), "model", got, legal)
-    (activation,) = activations
-    if isinstance(activation, nn.GLU):
-        activation, gate_last = torch.sigmoid, True
-    dropout = tuple(sum(p.p for p in side if isinstance(p, nn.Dropout)) for side in (parts[:end], parts[end:]))
-    form = {"activation": activation, "glu": glu, "dropout": dropout}
-    return up, down, gate_last, form | {"input_norm": is_first.get(True), "hidden_norm": is_first.get(False)}
-
-
-def _folded(linears: list[nn.Linear], norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """(O, I) weight and (O,) bias of linear layers side by side, with the scale and shift of the norm before them."""
-    weight = torch.cat([part.weight for part in linears])
-    bias = torch.cat([weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in linears])
-    scale, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    bias = bias if shift is None else bias + weight @ shift
-    return weight if scale is None else weight * scale, bias
+def put_there(part: nn.Module) -> str | None:
+    """What somebody put on or into a module, which a copy of its weights would lose; ``None`` if nothing."""
+    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        return "hooks"
+    if "forward" in vars(part):
+        return "a forward of its own"
+    if not isinstance(part, nn.Linear):
+        return None
+    if "weight" not in part._parameters:
+        return "a parametrized weight"
+    if type(part).forward is not nn.Linear.forward or set(part._parameters) != {"weight", "bias"}:
+        return f"a linear layer of its own class, {type(part).__name__}"
+    return None
 
 
 # convs ----------------------------------------------------------------------------------------------------------------

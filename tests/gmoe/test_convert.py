@@ -72,6 +72,43 @@ class Block(nn.Module):
         return out
 
 
+class ActivationFirst(nn.Module):
+    """An MLP whose parts are registered in another order than they are called, as in Hugging Face's transformers."""
+
+    def __init__(self, width: int = 8, hidden: int = 12) -> None:
+        super().__init__()
+        self.activation_fn = nn.GELU()
+        self.norm = nn.LayerNorm(hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.norm(self.activation_fn(self.fc1(x))))
+        return out
+
+
+class GateCalledLast(nn.Module):
+    """A gated MLP that calls its gate after the layer which it gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(x) * F.silu(self.gate(x)))
+        return out
+
+
+class NormBeforeActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.act, self.down = nn.Linear(8, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.act(self.norm(self.up(x))))
+        return out
+
+
 class Llama(nn.Module):
     """A gated MLP whose activation is a function."""
 
@@ -132,6 +169,10 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "Llama, tanh-GELU": partial(Llama, partial(F.gelu, approximate="tanh")),
     "an activation in place": lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(inplace=True), nn.Linear(12, 8)),
     "nn.GLU": lambda: nn.Sequential(nn.Linear(8, 24), nn.GLU(), nn.Linear(12, 8)),
+    "parts registered in another order (Hugging Face)": ActivationFirst,
+    "a last layer as wide as the first, registered before it": partial(ActivationFirst, 12, 12),
+    "a gate called last": GateCalledLast,
+    "layers inside a container": lambda: nn.Sequential(nn.Sequential(*plain_mlp()[:2]), *plain_mlp()[2:]),
     "a norm first (MaxViT)": lambda: nn.Sequential(nn.LayerNorm(8), *plain_mlp()),
 }
 
@@ -142,8 +183,8 @@ def test_experts_are_copies_of_mlps_of_many_forms(form: str) -> None:
     mlp: Any = FORMS[form]().double()
     for parameter in mlp.parameters():
         nn.init.normal_(parameter)
-    x = torch.randn(3, 5, 8, dtype=torch.float64)
     layer = plain(stack(copy.deepcopy(mlp)), every=1, num_experts=4)[0].mlp
+    x = torch.randn(3, 5, layer.experts.in_features, dtype=torch.float64)
     assert_same(layer(x), mlp(x), 1e-8)
     layer(x).square().sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
@@ -300,6 +341,30 @@ def partly_frozen() -> nn.Module:
     return net
 
 
+class OwnLinear(nn.Linear):
+    """A linear layer with more than its weights, such as LoRA's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class TwoArguments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = plain_mlp()
+
+    def forward(self, x: Tensor, height: int) -> Tensor:
+        out: Tensor = self.down(self.act(self.up(x)))
+        return out
+
+
+def patched(mlp: Any) -> Any:
+    mlp[0].forward = partial(nn.Linear.forward, mlp[0])
+    return mlp
+
+
+PLAIN: dict[str, Any] = {"every": 1, "shared_expert": False}
+
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: nn.Sequential(plain_mlp()), {}, "model"),
     (lambda: stack(nn.Sequential(*plain_mlp(), nn.ReLU())), {"every": 1}, "model"),
@@ -308,6 +373,10 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8))), {"every": 1}, "model"),
     (lambda: stack(GlobalResponseNormMlp(8, 12)), {"every": 1}, "model"),
     (lambda: stack(Llama(lambda x: F.silu(x).flip(0))), {"every": 1, "shared_expert": False}, "model"),  # misread
+    (lambda: stack(NormBeforeActivation()), {"every": 1}, "model"),
+    (lambda: stack(nn.Sequential(OwnLinear(8, 12), nn.ReLU(), nn.Linear(12, 8))), PLAIN, "model: got 0.mlp.0 with a"),
+    (lambda: stack(patched(plain_mlp())), PLAIN, "model: got 0.mlp.0 with a forward of its own"),
+    (lambda: stack(TwoArguments()), {"every": 1}, "model: got 0.mlp.* fails on tokens alone"),
     (lambda: stack(Dropping()), {"every": 1, "shared_expert": False}, "model"),
     (lambda: stack(plain_mlp(), Mlp(8, 12, use_conv=True)), {"every": 1}, "model: got 1.mlp"),
     (lambda: moefy(stack(plain_mlp()), every=1), {"every": 1}, "model"),

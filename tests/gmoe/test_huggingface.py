@@ -1,0 +1,89 @@
+"""moefy on real models of Hugging Face's transformers, built from a config: nothing is downloaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from gmoe import MoE, moefy, record_routing
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+WITH_HIDDEN: dict[str, Any] = SIZES | {"intermediate_size": 24}
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "ViT": lambda: hf.ViTForImageClassification(hf.ViTConfig(**WITH_HIDDEN)),
+    "DeiT": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**WITH_HIDDEN)),
+    "DINOv2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**SIZES, mlp_ratio=2)),
+    "DINOv2, gated": lambda: hf.Dinov2Model(hf.Dinov2Config(**SIZES, mlp_ratio=2, use_swiglu_ffn=True)),
+    "CLIP": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**WITH_HIDDEN)),
+    "SigLIP": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**WITH_HIDDEN)),
+    "BEiT": lambda: hf.BeitForImageClassification(hf.BeitConfig(**WITH_HIDDEN)),
+    "ViTMAE": lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**WITH_HIDDEN, mask_ratio=0.0)),
+}
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+def run(model: Any) -> Tensor:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)  # ViTMAE shuffles the patches
+    out: Tensor = model(images)[0]
+    return out
+
+
+@pytest.mark.parametrize("targets", [None, "*.mlp"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_moefied_model_starts_as_the_dense_one_trains_and_loads(
+    name: str, targets: str | None, tmp_path: Path
+) -> None:
+    dense = build(name)
+    model = moefy(copy.deepcopy(dense), num_experts=4, targets=targets)
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    mlps = [name for name, _ in dense.named_modules() if name.endswith(".mlp")]  # SigLIP's head has one too
+    assert len(layers) == (2 if targets is None else len(mlps))
+    assert torch.equal(run(model), run(dense))
+
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    for _ in range(2):
+        with record_routing(model) as routings:
+            loss = run(model).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert len(routings) == len(layers)
+    assert all(layer.experts.down.weight.any() for layer in layers)
+
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    again = moefy(build(name), num_experts=4, targets=targets)
+    again.load_state_dict(torch.load(tmp_path / "model.pt"))
+    assert torch.equal(run(again.eval()), run(model.eval()))
+    assert not torch.equal(run(again), run(dense))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_are_copies_of_the_dense_mlp(name: str) -> None:
+    """Without a shared expert, with weight 1: the plain mixture computes what the dense model does."""
+    dense = build(name).double()
+    straight = {"weight": "straight_through", "balance": None}
+    model = moefy(copy.deepcopy(dense), num_experts=4, shared_expert=False, router_kwargs=straight)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.manual_seed(2)
+    expected = dense(images)[0]
+    torch.manual_seed(2)
+    torch.testing.assert_close(model(images)[0], expected, rtol=0, atol=1e-8)
