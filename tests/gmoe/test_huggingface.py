@@ -67,7 +67,9 @@ def test_a_moefied_model_starts_as_the_dense_one_trains_and_loads(
         loss.backward()
         optimizer.step()
     assert len(routings) == len(layers)
-    assert all(layer.experts.down.weight.any() for layer in layers)
+    # The hidden states do not depend on SigLIP's pooling head.
+    in_blocks = [m for name, m in model.named_modules() if isinstance(m, MoE) and "head" not in name]
+    assert all(layer.experts.down.weight.any() for layer in in_blocks)
 
     torch.save(model.state_dict(), tmp_path / "model.pt")
     again = moefy(build(name), num_experts=4, targets=targets)
