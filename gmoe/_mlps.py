@@ -29,7 +29,7 @@ LEGAL = (
 class Call:
     """A part of an MLP that was called, with what it got and gave."""
 
-    part: nn.Module
+    part: Any
     input: Tensor
     output: Tensor
 
@@ -237,7 +237,7 @@ def _gate_is_second(
 def _folded(linears: Sequence[nn.Linear], norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     """(O, I) weight and (O,) bias of linear layers side by side, with the scale and shift of the norm before them."""
     weight = torch.cat([part.weight for part in linears])
-    biases = [weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in linears]
+    biases: list[Tensor] = [weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in linears]
     bias = torch.cat(biases)
     scale, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if shift is not None:

@@ -68,7 +68,7 @@ def test_a_moefied_model_starts_as_the_dense_one_trains_and_loads(
         optimizer.step()
     assert len(routings) == len(layers)
     # The hidden states do not depend on SigLIP's pooling head.
-    in_blocks = [m for name, m in model.named_modules() if isinstance(m, MoE) and "head" not in name]
+    in_blocks: list[Any] = [m for name, m in model.named_modules() if isinstance(m, MoE) and "head" not in name]
     assert all(layer.experts.down.weight.any() for layer in in_blocks)
 
     torch.save(model.state_dict(), tmp_path / "model.pt")
