@@ -7,12 +7,14 @@ self-loop a token.
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from gmoe._autograd import first_order, untraced
 from gmoe._checks import check_choice, check_counts, check_positive
 from gmoe.routers.base import Router, Weighting, edges_among, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups
@@ -21,7 +23,7 @@ from gmoe.routing import Routing
 Scope: TypeAlias = Literal["group", "neighbors"]
 
 BLOCK_ELEMENTS = 2**22
-"""Scores held at once: 16 MiB in float32. Memory for votes is this plus O(T)."""
+"""Scores held at once: 16 MiB in float32. Memory for votes is this and O(T)."""
 
 KEPT = 4
 """The softmax is kept for the backward pass where a group has at most so many tokens a unit of the head width."""
@@ -114,32 +116,86 @@ class AttentionVote(Router):
 def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -> Tensor:
     """(B, H, S) how much each token is voted for by the tokens of its group; exact, in O(S) memory.
 
-    A block of voters at a time, whose softmax the backward pass computes again; the softmax of small groups is kept.
-
     Args:
         q_BHSd: queries, already divided by sqrt(d); H may be 1 where all heads share them.
         k_BHSd: keys.
-        mask_BS: which slots hold a token; ``None`` for all.
+        mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor is voted for.
     """
-    size = k_BHSd.size(2)
-    if size <= KEPT * k_BHSd.size(3):
-        return _votes(q_BHSd, k_BHSd, mask_BS, slice(None))
-    at_once = max(BLOCK_ELEMENTS // max(k_BHSd.shape[:-1].numel(), 1), 1)
-    block = math.ceil(size / math.ceil(size / at_once))  # as many as fit, of nearly equal length
-    votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
-    for start, q_BHbd in zip(range(0, size, block), q_BHSd.split(block, dim=2), strict=True):
-        args = q_BHbd, k_BHSd, mask_BS, slice(start, start + block)
-        votes_BHS = votes_BHS + checkpoint(_votes, *args, use_reentrant=False, preserve_rng_state=False)
-    return votes_BHS
-
-
-def _votes(q_BHbd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None, voters: slice) -> Tensor:
-    """(B, H, S) the votes of some voters; padding neither votes nor is voted for."""
-    scores_BHbS = q_BHbd @ k_BHSd.transpose(-1, -2)
+    if k_BHSd.size(2) > KEPT * k_BHSd.size(3):
+        return _vote_by_blocks(q_BHSd, k_BHSd, mask_BS)
+    scores_BHSS = q_BHSd @ k_BHSd.transpose(-1, -2)
     if mask_BS is None:
-        return scores_BHbS.softmax(dim=-1).sum(dim=2)
-    shares_BHbS = scores_BHbS.masked_fill_(~mask_BS[:, None, None], -torch.inf).softmax(dim=-1)
-    return (shares_BHbS * mask_BS[:, None, voters, None]).sum(dim=2)
+        return scores_BHSS.softmax(dim=-1).sum(dim=2)
+    shares_BHSS = scores_BHSS.masked_fill_(~mask_BS[:, None, None], -torch.inf).softmax(dim=-1)
+    return (shares_BHSS * mask_BS[:, None, :, None]).sum(dim=2)
+
+
+class _Votes(torch.autograd.Function):
+    """Votes a block of voters at a time, in one buffer that every block uses again.
+
+    A fresh tensor a block would leave the allocator with holes that the next block does not fit into.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None) -> Tensor:
+        votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
+        log_sum_BHS = torch.empty_like(votes_BHS)  # of each voter's exponentials
+        for voters, share_BHbS in _blocks(q_BHSd, k_BHSd, mask_BS):
+            log_sum_BHb = share_BHbS.logsumexp(dim=-1)
+            log_sum_BHS[:, :, voters] = log_sum_BHb
+            share_BHbS.sub_(log_sum_BHb[..., None]).exp_()
+            vote_BHb = torch.ones_like(log_sum_BHb)
+            if mask_BS is not None:
+                vote_BHb *= mask_BS[:, None, voters]
+            votes_BHS += (vote_BHb[:, :, None] @ share_BHbS).squeeze(2)
+        ctx.save_for_backward(q_BHSd, k_BHSd, mask_BS, log_sum_BHS)
+        return votes_BHS
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None]:
+        r"""With shares P of a voter's vote and g the gradient of the votes, that of its scores is P (g - P g).
+
+        Both factors go into the small matrices, so that no second matrix of scores is needed:
+        :math:`dQ = P (g K) - (P g) (P K)` and :math:`dK = g (P^T Q) - P^T ((P g) Q)`.
+        """
+        q_BHSd, k_BHSd, mask_BS, log_sum_BHS = ctx.saved_tensors
+        grad_q_BHSd = torch.zeros_like(k_BHSd)  # one a head, also where heads share their queries
+        grad_k_BHSd = torch.zeros_like(k_BHSd)
+        grad_BHS1 = grad_BHS[..., None]
+        width = k_BHSd.size(-1)
+        # Columns side by side, so that the large matrix is read once for all of them.
+        columns_BHSc = torch.cat([k_BHSd, grad_BHS1 * k_BHSd, grad_BHS1], dim=-1)
+        for voters, share_BHbS in _blocks(q_BHSd, k_BHSd, mask_BS):
+            share_BHbS.sub_(log_sum_BHS[:, :, voters, None]).exp_()
+            if mask_BS is not None:
+                share_BHbS *= mask_BS[:, None, voters, None]
+            mean_k, mean_grad_k, mean_grad = (share_BHbS @ columns_BHSc).split([width, width, 1], dim=-1)
+            grad_q_BHSd[:, :, voters] = mean_grad_k - mean_grad * mean_k
+            q_BHbd = q_BHSd[:, :, voters].expand_as(mean_k)
+            received_BHSc = share_BHbS.transpose(-1, -2) @ torch.cat([q_BHbd, mean_grad * q_BHbd], dim=-1)
+            of_all, of_mean = received_BHSc.split(width, dim=-1)
+            grad_k_BHSd += grad_BHS1 * of_all - of_mean
+        return grad_q_BHSd.sum_to_size(q_BHSd.shape), grad_k_BHSd, None
+
+
+def _blocks(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Some voters at a time, and (B, H, b, S) their scores of all tokens, in a buffer that the next ones overwrite."""
+    batch, heads, size, _ = k_BHSd.shape
+    at_once = max(BLOCK_ELEMENTS // max(batch * heads * size, 1), 1)
+    block = math.ceil(size / math.ceil(size / at_once))  # as many as fit, of nearly equal length
+    buffer = k_BHSd.new_empty(batch * heads * block * size)
+    for start in range(0, size, block):
+        voters = slice(start, min(start + block, size))
+        number = voters.stop - voters.start
+        scores_BHbS = buffer[: batch * heads * number * size].view(batch, heads, number, size)
+        torch.matmul(q_BHSd[:, :, voters], k_BHSd.transpose(-1, -2), out=scores_BHbS)
+        if mask_BS is not None:
+            scores_BHbS.masked_fill_(~mask_BS[:, None, None], -torch.inf)
+        yield voters, scores_BHbS
+
+
+_vote_by_blocks: Callable[..., Tensor] = untraced(partial(_Votes.apply))
 
 
 def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
