@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, get_args
 
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
 EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", "torchvision": "vision"}
 EXTRAS |= {"matplotlib": "plot", "safetensors": "hub", "huggingface_hub": "hub"}
 """The extra that brings a package."""
+
+SIMILAR = 0.6
+"""Least likeness of names, from 0 to 1, at which one is suggested for the other; of few names, half of it."""
+
+FEW_NAMES = 12
+"""So many legal names are few."""
 
 
 @contextmanager
@@ -59,6 +69,56 @@ def check_choice(name: str, value: object, legal: Any) -> None:
 
 
 def nearest(value: object, legal: Iterable[object]) -> str:
-    """The end of a message: the legal name that an unknown one is like, if there is one."""
-    found = difflib.get_close_matches(str(value), [name for name in legal if isinstance(name, str)], n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    """The end of a message: the legal name that is most like an unknown one, if any is like it."""
+    unknown = str(value).lower()
+
+    def likeness(name: str) -> tuple[float, bool, int]:
+        """How alike two names are; of equally alike ones, swapped letters and a common start count more."""
+        ratio = difflib.SequenceMatcher(None, unknown, name).ratio()
+        return ratio, sorted(unknown) == sorted(name), _common_start(unknown, name)
+
+    names = [name for name in legal if isinstance(name, str)]
+    best = max(names, key=likeness, default="")
+    words = [name for name in names if name in unknown.split("_")]  # the k of top_k
+    if words:
+        best = words[0]
+    elif not best or likeness(best)[0] < (SIMILAR if len(names) > FEW_NAMES else SIMILAR / 2):
+        return ""
+    return f"; did you mean {best!r}?"
+
+
+def _common_start(one: str, other: str) -> int:
+    """The number of letters that two words start with alike."""
+    different = [place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b]
+    return different[0] if different else min(len(one), len(other))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True if a forward or a backward hook waits for calls of the module, so that it has to be called."""
+    of_forward = module._forward_pre_hooks or module._forward_hooks
+    return bool(of_forward or module._backward_pre_hooks or module._backward_hooks)
+
+
+def change_of(module: nn.Module) -> str | None:
+    """What somebody put on a module or changed in it, which nothing that reads only its weights would notice.
+
+    Returns:
+        Words for a message, or ``None`` for a module as its class makes it.
+    """
+    tables = [hooks for name, hooks in vars(module).items() if name.endswith("_hooks") and isinstance(hooks, dict)]
+    for hook in (hook for hooks in tables for hook in hooks.values()):
+        function = getattr(hook, "hook", hook)  # torch wraps hooks on states
+        # PyG's own layers have hooks on their states.
+        if not str(getattr(function, "__module__", "")).startswith("torch_geometric."):
+            return "hooks"
+    patched = [name for name in vars(module) if inspect.isfunction(getattr(type(module), name, None))]
+    if patched:
+        return f"a {patched[0]} of its own"
+    if is_parametrized(module):
+        return "a parametrized weight"
+    if any(type(parameter) is not nn.Parameter for parameter in module.parameters(recurse=False)):
+        return "parameters of their own class"
+    plain_linear = type(module).forward is nn.Linear.forward and set(module._parameters) == {"weight", "bias"}
+    if isinstance(module, nn.Linear) and not plain_linear:
+        return f"a linear layer of its own class, {type(module).__name__}"
+    return None

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from inspect import isfunction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gmoe._checks import check, check_counts
+from gmoe._checks import change_of, check, check_counts
 from gmoe._mlps import read_mlp
 from gmoe.dispatch import Backend
 from gmoe.moe import MoE, MoELayer
@@ -211,7 +212,7 @@ def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
     """Refuse an MLP whose copies would not be the MLP."""
     legal = "a plain MLP, since experts would not run them; keep it with shared_expert=True"
     for path, part in mlp.named_modules(prefix=name):
-        change = put_there(part)
+        change = change_of(part)
         check(change is None, "model", f"{path} with {change}", legal)
     if not upcycle:
         return
@@ -229,21 +230,6 @@ def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
     check(same, "model", f"{name}, a {type(mlp).__name__} that computes something else", legal)
 
 
-def put_there(part: nn.Module) -> str | None:
-    """What somebody put on or into a module, which a copy of its weights would lose; ``None`` if nothing."""
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-        return "hooks"
-    if "forward" in vars(part):
-        return "a forward of its own"
-    if not isinstance(part, nn.Linear):
-        return None
-    if "weight" not in part._parameters:
-        return "a parametrized weight"
-    if type(part).forward is not nn.Linear.forward or set(part._parameters) != {"weight", "bias"}:
-        return f"a linear layer of its own class, {type(part).__name__}"
-    return None
-
-
 # convs ----------------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +243,11 @@ def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, **optio
         width = next((p.size(1) for p in conv.parameters() if p.dim() == 2), 0)
     out: Any = getattr(conv, "out_channels", None) or (width and Trial(conv, width).width)
     check(out, "model", f"{name}, a {type(conv).__name__} of unknown widths", "in_channels and out_channels")
+    for path, part in conv.named_modules(prefix=name):
+        # A function may hold the conv itself, which then would run in place of its copies.
+        patched = [key for key, value in vars(part).items() if isfunction(value) and hasattr(type(part), key)]
+        legal = "a conv whose methods are those of a class, since experts are copies of it"
+        check(not patched, "model", f"{path} with a function as its {', '.join(patched)}", legal)
     frozen = {not parameter.requires_grad for parameter in conv.parameters()}
     check(len(frozen) < 2, "model", f"{name} with some parameters frozen", "all or none: experts stack them")
     layer = MoEConv(CopyOf(copy.deepcopy(conv).requires_grad_(True)), width, out, **options)

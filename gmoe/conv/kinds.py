@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.dense.linear import Linear
 
-from gmoe._checks import check, check_choice, check_counts, nearest
+from gmoe._checks import change_of, check, check_choice, check_counts, nearest
 from gmoe.conv import aggregate, attention
 from gmoe.conv.aggregate import FilterConv, MLPConv
 from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, probe_copy
@@ -77,12 +78,16 @@ ADAPTED = (pyg.GINConv, pyg.GINEConv, pyg.CGConv, pyg.SimpleConv)
 """Classes not built as ``(in_channels, out_channels)`` that are made to."""
 
 
+OWN_NETWORK = "pass a factory, such as conv=lambda i, o: GINConv(network(i, o)), that makes a network for each expert"
+"""How to give GIN and GINE another network."""
+
+
 def _adapted(cls: ConvFactory, in_channels: Any, out_channels: int, *args: Any, **kwargs: Any) -> MessagePassing:
     """GIN(E) around the two-layer MLP of PyG's ``GIN`` model; the others of :data:`ADAPTED` keep the width."""
     widths = [in_channels] if isinstance(in_channels, int) else list(in_channels)
     if cls is pyg.GINConv or cls is pyg.GINEConv:
-        legal = "none: it is made, or a factory (in_channels, out_channels) -> conv with another one for each expert"
-        check("nn" not in kwargs and not any(isinstance(arg, nn.Module) for arg in args), "nn", "a network", legal)
+        given = "nn" in kwargs or any(isinstance(arg, nn.Module) for arg in args)
+        check(not given, "nn", "a network", f"nothing: omit it for a two-layer MLP; or {OWN_NETWORK}")
         return cls(pyg.MLP([widths[0], out_channels, out_channels], norm=None), *args, **kwargs)
     same = set(widths) == {out_channels}
     check(same, "out_channels", f"{out_channels} for {name_of(cls)}", f"in_channels={in_channels}")
@@ -116,26 +121,44 @@ class Make:
     def __call__(self, expert: int) -> MessagePassing:
         factory = factory_of(self.kinds[expert])
         name, takes = name_of(factory), inspect.signature(factory).parameters
-        one = isinstance(self.in_channels, int) or name not in ("GCNConv", "FilterConv")
+        one = isinstance(self.in_channels, int) or class_of(factory) not in (pyg.GCNConv, FilterConv)
         legal = "one width: it takes no bipartite input (SAGEConv and GraphConv do)"
         check(one, "in_channels", f"{self.in_channels} for {name}", legal)
-        args, kwargs = copy.deepcopy((self.args, self.kwargs))  # a module among them is not shared by the convs
+        # A module among the arguments must not be shared by the convs.
+        args, kwargs = copy.deepcopy((self.args, self.kwargs))
         args = (self.in_channels, self.out_channels, *args)
         for option, value in [*zip(takes, args, strict=False), *kwargs.items()]:
             flag = option in takes and takes[option].annotation in (bool, "bool")
-            legal = f"True or False; num_experts is given by name, num_experts={value}"  # most likely meant by a number
+            # A number by position was most likely meant for num_experts.
+            legal = f"True or False; num_experts is given by name, num_experts={value}"
             check(not flag or type(value) is not int, option, value, legal)
+        for option, value in kwargs.items():
+            _check_option(option, value, factory)
         try:
             conv = factory(*args, **kwargs)
         except (TypeError, AttributeError, AssertionError) as error:
             got = f"{name}, which cannot be built as conv({args[0]}, {args[1]}, ...) ({error})"
             hetero = "metadata" in takes or factory is pyg.HeteroConv
             legal = "the rest of its arguments, or a factory (in_channels, out_channels) -> conv"
-            legal = "gmoe.HeteroMoEConv for nodes of several types" if hetero else legal
-            hint = nearest(next((option for option in kwargs if option not in takes), ""), (*takes, *OPTIONS))
-            raise ValueError(f"conv: got {got}; expected {legal}{hint}") from error
+            if hetero:
+                legal = "gmoe.HeteroMoEConv for nodes of several types"
+            raise ValueError(f"conv: got {got}; expected {legal}") from error
         _check_forward(conv)
         return conv
+
+
+def _check_option(option: str, value: object, factory: ConvFactory) -> None:
+    """Refuse a keyword argument that neither the layer nor the conv has, where their signatures tell."""
+    names = set(inspect.signature(factory).parameters)
+    cls = class_of(factory)
+    if issubclass(cls, MessagePassing):
+        # The classes pass what they do not know on to their bases.
+        names |= {name for base in cls.__mro__ for name in inspect.signature(base).parameters}
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
+    if option in names or (passes_on and not of_pyg(cls)):
+        return
+    legal = f"an argument of MoEConv or of {name_of(factory)}"
+    raise ValueError(f"{option}: got {value!r}, expected {legal}{nearest(option, (*sorted(names), *OPTIONS))}")
 
 
 def _check_forward(conv: Any) -> None:
@@ -147,9 +170,13 @@ def _check_forward(conv: Any) -> None:
     first, others = list(takes)[:2], list(takes.values())[2:]
     usual = first == ["x", "edge_index"] or (len(first) == 2 and not of_pyg(type(conv)))  # users name them as they like
     needed = {p.name for p in others if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty}
-    typed = "edge_type" in takes and getattr(conv, "num_relations", 1) > 1
+    # Of a single relation FiLM reads no types, but RGCN and RGAT do.
+    relational = isinstance(conv, pyg.RGCNConv | pyg.RGATConv) or getattr(conv, "num_relations", 1) > 1
+    typed = "edge_type" in takes and relational
     fits = usual and not typed and needed <= {"edge_weight", "edge_attr"}
     legal = "one of (x, edge_index, edge_weight or edge_attr)"
+    if typed or "x_dict" in takes:
+        legal = "gmoe.HeteroMoEConv for several types of nodes or relations"
     check(fits, "conv", f"{name}, whose forward takes ({', '.join(takes)})", legal)
 
 
@@ -158,11 +185,23 @@ def of_pyg(code: Any) -> bool:
     return str(getattr(code, "__module__", "")).startswith("torch_geometric.")
 
 
-def name_of(factory: Any) -> str:
-    """The name of a class or function, wrapped in partials or not."""
+def unwrapped(factory: Any) -> Any:
+    """The class or function inside partials."""
     while isinstance(factory, partial):
         factory = factory.args[0] if factory.func is _adapted else factory.func
-    return str(getattr(factory, "__name__", type(factory).__name__))
+    return factory
+
+
+def name_of(factory: Any) -> str:
+    """The name of a class or function, wrapped in partials or not."""
+    inner = unwrapped(factory)
+    return str(getattr(inner, "__name__", type(inner).__name__))
+
+
+def class_of(factory: Any) -> type:
+    """The class that a factory is, wrapped in partials or not; ``object`` for a function."""
+    inner = unwrapped(factory)
+    return inner if isinstance(inner, type) else object
 
 
 def factory_of(conv: str | ConvFactory) -> ConvFactory:
@@ -177,6 +216,10 @@ def factory_of(conv: str | ConvFactory) -> ConvFactory:
         if name not in known:
             check_choice("conv", conv, sorted([*CONVS, *OWN]))
         conv = known[name]
+    if isinstance(conv, nn.Module):
+        name = type(conv).__name__
+        factory = "a factory (in_channels, out_channels) -> conv that makes a new one for each expert"
+        raise ValueError(f"conv: got an instance of {name}, expected the class, {name}, or {factory}")
     check(callable(conv), "conv", repr(conv), KINDS)
     cls, options = (conv.func, conv.keywords) if isinstance(conv, partial) and not conv.args else (conv, {})
     if cls in ADAPTED:
@@ -259,34 +302,62 @@ def _common_width(make: Make, convs: Sequence[MessagePassing], widths: Sequence[
     return widths[0]
 
 
+PLAIN_PARTS = (Linear, pyg.MLP, nn.Linear, nn.ReLU, nn.Identity, nn.Sequential, nn.ModuleList)
+"""Classes of the parts of convs that are stacked, by exact type; beside these there are only aggregations."""
+
+
 def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
     """A class of stacked experts and all that has to be equal in a stack; ``None`` if the conv is in none.
 
-    The filters of FilterConvs may differ. Stacking must not lose what somebody put there: hooks,
-    parametrizations, frozen parameters.
+    The filters of FilterConvs may differ. Stacking must not lose what somebody put there: hooks, parametrizations,
+    frozen parameters, linear layers of an own class, methods of an instance.
     """
-    stack, parts = STACKS.get(type(conv)), list(conv.named_modules())
+    stack = STACKS.get(type(conv))
     if stack is None or not all(p.requires_grad for p in conv.parameters()):
         return None
-    tables = [t for _, part in parts for name, t in part.__dict__.items() if name.endswith("_hooks")]
-    hooks = [getattr(hook, "hook", hook) for table in tables if isinstance(table, dict) for hook in table.values()]
-    plain = all(map(of_pyg, hooks)) and not any(is_parametrized(part) for _, part in parts)  # PyG has hooks of states
-    if not plain or not stack.accepts(conv):
+    if any(change_of(part) is not None for part in conv.modules()) or not stack.accepts(conv):
         return None
-    free = ("filter", "hops") if isinstance(conv, FilterConv) else ()
-    options = [(name, key, _fixed(v)) for name, part in parts for key, v in vars(part).items() if key not in free]
-    shapes = [(name, p.shape) for name, p in conv.named_parameters()]
+    aggregation = set(conv.aggr_module.modules()) if isinstance(conv.aggr_module, nn.Module) else set()
+    options, shapes = list[Hashable](), list[Hashable]()
+    for name, part in conv.named_modules():
+        if part is not conv and part not in aggregation and type(part) not in PLAIN_PARTS:
+            return None
+        options += [
+            (name, type(part), key, _comparable(value)) for key, value in vars(part).items() if _tells(part, key)
+        ]
+        # The buffers of an aggregation are part of what it computes; that of a GIN, its eps, is stacked.
+        buffers = part.named_buffers(recurse=False) if part in aggregation else ()
+        options += [(name, key, _comparable(value)) for key, value in buffers]
+        shapes += [(name, key, value.shape) for key, value in part.named_parameters(recurse=False)]
     return stack, tuple(options), tuple(shapes)
 
 
-def _fixed(value: Any) -> Hashable:
-    """Equal for values that mean the same, as far as they say what a conv computes."""
-    value = value.tolist() if isinstance(value, torch.Tensor) else value
+def _tells(part: nn.Module, key: str) -> bool:
+    """True if an attribute says what a part of a conv computes, and has to be equal in a stack."""
+    if isinstance(part, FilterConv) and key in ("filter", "hops"):
+        return False
+    # Parameters, buffers and parts are compared one by one; hooks are PyG's own.
+    is_kept_by_torch = key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return not (is_kept_by_torch or "_hooks" in key or key in ("training", "inspector"))
+
+
+def _comparable(value: Any) -> Hashable:
+    """Equal for values that surely mean the same; what is not known equals only itself."""
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor, value.dtype, value.shape, tuple(value.detach().flatten().tolist())
+    if isinstance(value, np.ndarray):
+        return np.ndarray, value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, np.generic):
+        return type(value), value.item()
+    if isinstance(value, dict):
+        return type(value), tuple((_comparable(key), _comparable(item)) for key, item in value.items())
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(map(_comparable, value))
     if isinstance(value, tuple | list):
-        return tuple(map(_fixed, value))
-    if isinstance(value, int | float | str | None):
+        return type(value), tuple(map(_comparable, value))
+    if isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device | None):
         return type(value), value
-    return id(value) if callable(value) else None
+    return type(value), id(value)
 
 
 def looks_one_hop(conv: MessagePassing, in_channels: int, local: bool | None) -> bool:
@@ -348,7 +419,7 @@ class Trial:
     @property
     def width(self) -> int | None:
         """Columns of the output; ``None`` if unknown."""
-        if type(self.conv) in STACKS and hasattr(self.conv, "out_channels"):
+        if hasattr(self.conv, "out_channels") and _stack_of(self.conv) is not None:
             return int(self.conv.out_channels * (self.conv.heads if getattr(self.conv, "concat", False) else 1))
         return self.outcome[0]
 

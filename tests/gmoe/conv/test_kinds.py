@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from types import MethodType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch_geometric import nn as pyg
-from torch_geometric.nn import MessagePassing
+from torch_geometric.nn import Aggregation, MessagePassing
 
-from gmoe import FilterConv, GNNMoE, MLPConv, MoEConv
+from gmoe import FilterConv, GNNMoE, MLPConv, MoEConv, moefy
 from tests.gmoe.conv.masked import GRAPHS, assert_equals_masked, features, random_graph
 
 WIDTH = 8
@@ -37,6 +39,18 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
     for build in builds:
         with pytest.raises(ValueError, match=r"conv: got 'gatt', .*did you mean 'gat'"):
             build(4, 4)
+
+
+@pytest.mark.parametrize("text", ["gcm", "gnc"])
+def test_of_equally_near_names_the_one_with_swapped_letters_or_the_same_start_is_suggested(text: str) -> None:
+    with pytest.raises(ValueError, match="did you mean 'gcn'"):
+        MoEConv(text, 4, 4)
+
+
+@pytest.mark.parametrize(("text", "name"), [("expert-choice", "expert_choice"), ("top_k", "token_choice")])
+def test_an_unknown_router_suggests_the_nearest(text: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^router: got '{text}', .*did you mean '{name}'"):
+        MoEConv("gcn", 4, 4, router=text)
 
 
 @pytest.mark.parametrize("cls", [pyg.GINConv, pyg.GINEConv])
@@ -113,10 +127,130 @@ class Own(pyg.GATConv):
     """A subclass may compute something else."""
 
 
+class LoRA(nn.Linear):
+    """A linear layer with more than its weight."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.down = nn.Parameter(torch.randn(1, in_features))
+        self.up = nn.Parameter(torch.randn(out_features, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+def lora_gcn(i: int, o: int) -> pyg.GCNConv:
+    conv = pyg.GCNConv(i, o)
+    conv.lin = LoRA(i, o)
+    return conv
+
+
+def lora_sage(i: int, o: int) -> pyg.SAGEConv:
+    conv = pyg.SAGEConv(i, o)
+    conv.lin_r = LoRA(i, o)
+    return conv
+
+
+def lora_gat(i: int, o: int) -> pyg.GATConv:
+    conv = pyg.GATConv(i, o)
+    conv.lin = LoRA(i, o)
+    return conv
+
+
+def patched(i: int, o: int) -> pyg.SAGEConv:
+    conv = pyg.SAGEConv(i, o)
+    conv.lin_l.forward = MethodType(twice, conv.lin_l)
+    return conv
+
+
+def twice(linear: Any, x: Tensor) -> Tensor:
+    return 2 * x @ linear.weight.T
+
+
+ADDED: list[Any] = [spectral, hooked, frozen, Own, lora_gcn, lora_sage, lora_gat, patched]
+
+
 @pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
-@pytest.mark.parametrize("kind", [spectral, hooked, frozen, Own], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [kind for kind in ADDED if kind is not frozen], ids=lambda kind: kind.__name__)
+def test_what_somebody_put_into_a_conv_survives_a_swap(kind: Any) -> None:
+    """The first forward of a layer built by a factory, and of one that moefy puts in place of a conv."""
+    torch.manual_seed(0)
+    conv = kind(4, 4).eval()  # spectral norm moves in training
+    x, edge_index = torch.randn(9, 4), random_graph(9, 9, 30)
+    model = pyg.Sequential("x, edge_index", [(copy.deepcopy(conv), "x, edge_index -> x")])
+    torch.testing.assert_close(moefy(model, num_experts=2, targets="module_0")(x, edge_index), conv(x, edge_index))
+    torch.manual_seed(0)
+    layer = MoEConv(kind, 4, 4, num_experts=2).eval()
+    torch.testing.assert_close(layer(x, edge_index), conv(x, edge_index))
+    assert sum(p.numel() for p in layer.experts.parameters()) == 2 * sum(p.numel() for p in conv.parameters())
+
+
+def test_a_conv_with_a_function_as_its_forward_is_refused_by_moefy() -> None:
+    """The function holds the conv, which would run in place of every copy."""
+    conv = pyg.SAGEConv(4, 4)
+    before = conv.forward
+    conv.forward = lambda *args: 2 * before(*args)
+    model = pyg.Sequential("x, edge_index", [(conv, "x, edge_index -> x")])
+    with pytest.raises(ValueError, match=r"^model: got \w+ with a function as its forward"):
+        moefy(model, num_experts=2, targets="module_0")
+
+
+class Scaled(Aggregation):
+    """A sum times what the aggregation holds."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        if isinstance(held, Tensor):
+            self.register_buffer("held", held)
+        else:
+            self.held = held
+
+    def forward(self, x: Tensor, index: Any = None, ptr: Any = None, dim_size: Any = None, dim: int = -2) -> Tensor:
+        factor: Any = self.held
+        if isinstance(factor, dict | set):
+            factor = sum(factor)
+        return self.reduce(x, index, ptr, dim_size, dim, reduce="sum") * factor
+
+
+DIFFERENT: dict[str, tuple[Any, Any]] = {
+    "a NumPy float": (np.float32(1.0), np.float32(2.0)),
+    "a buffer": (torch.tensor(1.0), torch.tensor(2.0)),
+    "a dict": ({1: "a"}, {2: "a"}),
+    "a set": ({1}, {2}),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_convs_of_a_list_that_hold_different_values_are_not_one_stack(what: str) -> None:
+    convs = [lambda i, o, held=held: pyg.SAGEConv(i, o, aggr=Scaled(held)) for held in DIFFERENT[what]]
+    layer = MoEConv(convs, 4, 4, shared_expert=False).double()
+    assert len(layer.experts.groups) == 2
+    assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
+
+
+def test_convs_of_a_list_that_differ_in_a_numpy_bool_are_not_one_stack() -> None:
+    convs = [partial(pyg.SAGEConv, normalize=np.bool_(normalize)) for normalize in (False, True)]
+    layer = MoEConv(convs, 4, 4, shared_expert=False).double()
+    assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
+
+
+def test_convs_that_hold_equal_values_are_one_stack() -> None:
+    convs = [lambda i, o: pyg.SAGEConv(i, o, aggr=Scaled({np.float32(2.0): {"a"}}))] * 3
+    layer = MoEConv(convs, 4, 4, shared_expert=False).double()
+    assert layer.experts.num_experts == 3
+    assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
+
+
+def test_a_class_of_ones_own_with_the_name_of_pygs_is_not_taken_for_it() -> None:
+    cls = type("GCNConv", (pyg.SAGEConv,), {})
+    layer = MoEConv(cls, (4, 6), 5, num_experts=2, local=True)
+    assert layer((torch.randn(9, 4), torch.randn(7, 6)), random_graph(9, 7, 30)).shape == (7, 5)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize("kind", ADDED, ids=lambda kind: kind.__name__)
 def test_what_a_factory_adds_survives(kind: Any) -> None:
-    """Parametrizations, hooks and frozen parameters: stacking would lose them."""
+    """Parametrizations, hooks, own linear layers, patched methods, frozen parameters: stacking would lose them."""
     layer = MoEConv(kind, 4, 4, num_experts=2, shared_expert=False).double()
     assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
     assert [p.requires_grad for p in layer.experts.parameters()].count(False) == (2 if kind is frozen else 0)
