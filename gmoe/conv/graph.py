@@ -118,8 +118,27 @@ class Matrix:
     diagonal: Tensor | None = None
     scale: Tensor | None = None
     """(N,) what rows and columns were multiplied by."""
-    product: tuple[Tensor, int, int] | None = None
-    """A x of the graph's ``x``, and the versions of both."""
+    product: Kept | None = None
+    """A x of the graph's ``x``, if it was computed."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A result that a graph keeps, and the tensors that it was computed from, with their versions."""
+
+    sources: tuple[Tensor | None, ...]
+    versions: tuple[int | None, ...]
+    result: Any
+
+    def is_of(self, sources: tuple[Tensor | None, ...]) -> bool:
+        """True if the result was computed from these tensors, and none was written to since."""
+        same = all(old is new for old, new in zip(self.sources, sources, strict=True))
+        return same and self.versions == versions_of(sources)
+
+
+def versions_of(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
+    """How often each tensor was written to; ``None`` for those of inference mode, which have no count."""
+    return tuple(None if value is None or value.is_inference() else value._version for value in tensors)
 
 
 def once(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,14 +146,17 @@ def once(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def kept(self: Graph, **options: Any) -> Any:
-        given = (self.edge_weight, self.edge_attr, self.matrix_values, *options.values())
+        sources = (self.edge_weight, self.edge_attr, self.matrix_values)
+        given = (*sources, *options.values())
         if any(isinstance(value, Tensor) and value.requires_grad for value in given):
             return method(self, **options)
         key = method.__name__, *options.items()
-        if key not in self._kept:
+        known = self._kept.get(key)
+        if known is None or not known.is_of(sources):
+            self._check_args()  # a user may have set them anew
             with torch.inference_mode(False):  # for training too
-                self._kept[key] = method(self, **options)
-        return self._kept[key]
+                known = self._kept[key] = Kept(sources, versions_of(sources), method(self, **options))
+        return known.result
 
     return kept
 
@@ -143,8 +165,9 @@ class Graph:
     """Validate and sort a graph once, for all layers and calls.
 
     Pass it instead of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order, degrees,
-    normalization and transpose are computed once, so do not change its tensors in place. A plain ``edge_index`` is
-    converted at each call of a layer or model.
+    normalization and transpose are computed once. Sums and norms follow if ``x``, ``edge_weight`` or ``edge_attr`` are
+    set anew or written to; the edges are fixed, so do not write to ``edge_index``. A plain ``edge_index`` is converted
+    at each call of a layer or model.
 
     Args:
         edge_index: (2, M) integers, PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or ``SparseTensor`` of shape
@@ -215,10 +238,7 @@ class Graph:
             self.adj = edge_index.long()
             self.edge_index = self.adj if flow == "source_to_target" else self.adj.flip(0)
             for row, size in zip(self.edge_index, nodes, strict=True):
-                if row.device.type == "cpu" and row.numel():  # elsewhere it would cost a host sync
-                    low, high = map(int, row.aminmax())
-                    if low < 0 or high >= size:
-                        raise ValueError(f"edge_index: got nodes {low}..{high}, expected values in 0..{size - 1}")
+                _check_nodes(row, size)
             self.edges = Edges.sorted(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
         if edge_weight is not None or edge_attr is not None:
             self._check_args()
@@ -321,18 +341,18 @@ class Graph:
         """(N_dst, D) A x, in the type of ``x_src``; computed once of the ``x`` that the graph was given."""
         weight = matrix.weight if self.mask is None else matrix.weight * self.mask.index_select(0, matrix.edges.order)
         constant = x_src is self.x and not (x_src.requires_grad or weight.requires_grad)
-        # neither fake, nor counted, nor without a version
+        # Not under fake tensors or where FLOPs are counted, nor of tensors of inference mode, which have no version.
         constant = constant and not torch._C._len_torch_dispatch_stack() and not x_src.is_inference()
         kept = matrix.product if constant else None
-        if kept and kept[1:] == (x_src._version, kept[0]._version):
-            return kept[0]
+        if kept is not None and kept.is_of((x_src, kept.result)):
+            return kept.result
         with torch.inference_mode(False) if constant else nullcontext():  # for training too
             y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges)
             if matrix.diagonal is not None:
                 y.addcmul_(matrix.diagonal[:, None, None], x_src[: self.num_dst, None])
             y = y.squeeze(1).to(x_src.dtype)
         if constant:
-            matrix.product = y, x_src._version, y._version
+            matrix.product = Kept((x_src, y), versions_of((x_src, y)), y)
         return y
 
     @once
@@ -456,6 +476,18 @@ class Graph:
 
     def __repr__(self) -> str:
         return f"Graph({self.num_src} sources, {self.num_dst} destinations, {self.num_edges} edges)"
+
+
+def _check_nodes(row: Tensor, size: int) -> None:
+    """Refuse edges outside the nodes: sums over them would read and write elsewhere."""
+    if row.device.type != "cpu":
+        # A message with values would cost a host sync; this is checked on the device, when its turn comes.
+        inside = ((row >= 0) & (row < size)).all()
+        torch._assert_async(inside, f"edge_index: got nodes outside 0..{size - 1}")
+    elif row.numel():
+        low, high = map(int, row.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(f"edge_index: got nodes {low}..{high}, expected values in 0..{size - 1}")
 
 
 def numbered(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmoe import GNNMoE, Graph, MoEConv, count_flops
 from gmoe.conv.graph import Edges, _WeightedSum, weighted_sum
@@ -198,3 +199,51 @@ def test_a_graph_that_does_not_fit_the_layer_is_refused() -> None:
     for one, graph, weight, message in given:
         with pytest.raises(ValueError, match=message):
             one(x, graph, edge_weight=weight)
+
+
+@pytest.mark.parametrize("name", ["x", "edge_weight"])
+def test_sums_follow_what_is_set_anew(name: str) -> None:
+    layer = MoEConv("gcn", 4, 4, num_experts=2)
+    edge_index = random_graph(6, 6, 20)
+    old: dict[str, Any] = {"x": torch.randn(6, 4), "edge_weight": torch.rand(20)}
+    new = old | {name: torch.rand_like(old[name])}
+    graph = Graph(edge_index, 6, **old)
+    layer(old["x"], graph)
+    setattr(graph, name, new[name])
+    torch.testing.assert_close(layer(new["x"], graph), layer(new["x"], edge_index, new["edge_weight"]))
+
+
+def test_sums_follow_a_weight_that_was_learned_and_frozen_again() -> None:
+    layer = MoEConv("gcn", 4, 4, num_experts=2)
+    edge_index, x, weight = random_graph(6, 6, 20), torch.randn(6, 4), torch.rand(20)
+    graph = Graph(edge_index, 6, x=x, edge_weight=weight)
+    layer(x, graph)  # keeps the norms of the weight as it is
+    optimizer = torch.optim.SGD([weight.requires_grad_()], lr=1e-3)
+    layer(x, graph).square().sum().backward()
+    optimizer.step()
+    weight.requires_grad_(False)
+    torch.testing.assert_close(layer(x, graph), layer(x, edge_index, weight))
+
+
+def test_a_weight_that_is_set_anew_has_to_fit() -> None:
+    graph = Graph(random_graph(6, 6, 20), 6)
+    graph.edge_weight = torch.rand(21)
+    with pytest.raises(ValueError, match=r"^edge_weight: got shape \(21,\)"):
+        MoEConv("gcn", 4, 4, num_experts=2)(torch.randn(6, 4), graph)
+
+
+class Asserts(TorchDispatchMode):
+    """Counts the assertions that run on the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name().startswith("aten::_assert_async")
+        return func(*args, **(kwargs or {}))
+
+
+def test_off_the_cpu_edges_are_checked_on_the_device_without_a_wait() -> None:
+    edge_index = torch.randint(6, (2, 20)).to("meta")
+    with Asserts() as asserts:
+        Graph(edge_index, 6)
+    assert asserts.count == 2  # sources and destinations
