@@ -106,12 +106,19 @@ def routed_linear(
     gate_P = routing.weight.to(dtype)
     # not where FLOPs are counted: those are of a token's own experts
     if backend == "auto" and len(x_TI) * weight_EIO.numel() <= FEW and not torch._C._len_torch_dispatch_stack():
-        pairs = routing.token, owner(routing.offsets, routing.token)
-        gate_TE = gate_P.new_zeros(len(x_TI), len(weight_EIO)).index_put(pairs, gate_P)
-        y_TO = (gate_TE[:, :, None] * x_TI[:, None]).flatten(1) @ weight_EIO.flatten(0, 1)
+        expert_P = owner(routing.offsets, routing.token)
+        num_tokens, num_experts = len(x_TI), len(weight_EIO)
+        # Only rows of pairs are written: zero times a NaN of a token that is not an expert's would be NaN there too.
+        row_PI = gate_P[:, None] * x_TI.index_select(0, routing.token)
+        rows_TEI = x_TI.new_zeros(num_tokens * num_experts, x_TI.size(1))
+        rows_TEI = rows_TEI.index_copy(0, routing.token * num_experts + expert_P, row_PI)
+        y_TO = rows_TEI.view(num_tokens, num_experts * x_TI.size(1)) @ weight_EIO.flatten(0, 1)
         if y_TO.requires_grad:
             y_TO.register_hook(refuse_second_order)
-        return y_TO if bias_EO is None else y_TO + gate_TE @ bias_EO.to(dtype)
+        if bias_EO is None:
+            return y_TO
+        gate_TE = gate_P.new_zeros(num_tokens, num_experts).index_put((routing.token, expert_P), gate_P)
+        return y_TO + gate_TE @ bias_EO.to(dtype)
     return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, x_TI)
 
 

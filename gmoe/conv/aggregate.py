@@ -21,7 +21,8 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
-from gmoe._checks import check_choice, check_counts
+from gmoe._autograd import untraced
+from gmoe._checks import check_choice, check_counts, has_hooks
 from gmoe.conv.base import StackedExperts, all_of, stacked, tokens_of
 from gmoe.conv.graph import Graph, Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
@@ -71,6 +72,7 @@ class AggregateOnce(StackedExperts):
             return self._by_pyg(graph, x_src)
         return graph.product(self.matrix(graph, dtype=x_src.dtype), x_src)
 
+    @untraced  # dynamo fails on a copy of a module
     def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         """(T, D) what the stripped conv itself aggregates."""
         conv = copy.copy(self.prototype)  # another thread may be running it
@@ -122,7 +124,7 @@ class LinearAggregation(AggregateOnce):
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
         linear, dtype = self.linear, self.linear.weight.dtype
-        if self.normalize or self._forward_hooks or not is_plain(linear):
+        if self.normalize or has_hooks(self) or not is_plain(linear):
             return super().on_all(graph, x_src, x_dst, h)
         weights = linear.weight[0].T.tensor_split([h.size(1)], dim=1)
         out = F.linear(h.to(dtype), weights[0], None if linear.bias is None else linear.bias[0])
@@ -207,7 +209,7 @@ class GINExperts(AggregateOnce):
         return combine(self._network(rows_PI, routing.offsets), routing)
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        if self._forward_hooks:
+        if has_hooks(self):
             return super().on_all(graph, x_src, x_dst, h)
         return self._network(h.addcmul(x_dst, 1 + self.eps_E1), all_of(x_dst))
 
@@ -280,8 +282,7 @@ class MLPConvExperts(StackedExperts):
 
 def is_plain(linear: nn.Module) -> bool:
     """True if a kernel may stand in for the module: nobody replaced it or hung something on it."""
-    hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
-    return type(linear) is LinearExperts and not any(hooks)
+    return type(linear) is LinearExperts and not has_hooks(linear)
 
 
 class FilterConv(MessagePassing):

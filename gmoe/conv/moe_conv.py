@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import torch
@@ -16,9 +18,9 @@ from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check, check_choice, check_counts
+from gmoe._checks import check, check_choice, check_counts, nearest
 from gmoe.conv.graph import Graph, parameters_of
-from gmoe.conv.kinds import SOURCES_ALONE, ConvFactory, ConvLike, Make, Trial, build_experts, kinds_of
+from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvFactory, ConvLike, Make, Trial, build_experts, kinds_of
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, drawn_apart
 from gmoe.routers import RouterLike, build_router
@@ -101,7 +103,7 @@ class MoEConv(MoELayer, MessagePassing):
         self,
         conv: ConvLike,
         in_channels: int | tuple[int, int],
-        out_channels: int,
+        out_channels: int | None = None,
         *conv_args: Any,
         num_experts: int | None = None,
         router: RouterLike | None = "token_choice",
@@ -116,18 +118,27 @@ class MoEConv(MoELayer, MessagePassing):
         check_finite: bool = False,
         **conv_kwargs: Any,
     ) -> None:
+        if isinstance(in_channels, nn.Module):
+            raise ValueError(f"in_channels: got a {type(in_channels).__name__}, expected a whole number; {OWN_NETWORK}")
+        if out_channels is None:
+            raise ValueError("out_channels: got nothing, expected a whole number")
         kinds = kinds_of(conv, num_experts)
         check_counts(k=k, out_channels=out_channels)
         check(k <= len(kinds), "k", k, f"at most num_experts={len(kinds)}")
         check_choice("backend", backend, Backend)
-        widths = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
-        two = isinstance(widths, tuple | list) and len(widths) == 2
+        is_one = isinstance(in_channels, Integral)
+        given: Any = (in_channels, in_channels) if is_one else in_channels
+        two = isinstance(given, tuple | list) and len(given) == 2
         check(two, "in_channels", repr(in_channels), "a whole number, or two of them")
-        for width in widths:
+        for width in given:
             if width != -1:
                 check_counts(in_channels=width)
+        # NumPy's numbers are taken too, and kept as Python's.
+        widths = int(given[0]), int(given[1])
+        in_channels = widths[0] if is_one else widths
+        out_channels = int(out_channels)
         super().__init__(len(kinds), k)
-        self.in_channels, self._widths = in_channels, tuple(widths)
+        self.in_channels, self._widths = in_channels, widths
         self.out_channels = out_channels
         self.router_input = router_parts(router_input)
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
@@ -210,8 +221,11 @@ class MoEConv(MoELayer, MessagePassing):
         batch: Tensor | None = None,
         routing: Routing | None = None,
         return_routing: bool = False,
+        **unknown: Any,
     ) -> Any:
         """Route and run; see the class. ``routing``: a decision made elsewhere, used instead of the router's."""
+        if unknown:
+            self._refuse_unknown(unknown)
         refuse_transforms()
         if self.experts is None:
             self._complete(x)
@@ -223,6 +237,8 @@ class MoEConv(MoELayer, MessagePassing):
             if nodes.dim() != 2 or nodes.size(1) != width or not dense:
                 legal = f"dense floats of shape (nodes, {width}); graphs side by side are one graph, see batch="
                 raise ValueError(f"x: got {described(nodes)}, {nodes.layout}, expected {legal}")
+        if not torch.is_autocast_enabled(x_src.device.type):
+            self._check_dtype(x_src)
         sizes = len(x_src), len(x_dst)
         if size is not None or edge_weight is not None or edge_attr is not None:
             self._check_args(sizes, size, edge_weight=edge_weight, edge_attr=edge_attr)
@@ -254,6 +270,12 @@ class MoEConv(MoELayer, MessagePassing):
         u_src, u_dst = (x, x_dst) if self.transform is None else self._transformed(x, x_dst)
         h = self.experts.aggregate(graph, u_src) if "neighbors" in self.router_input else None
         return router_view(self.router_input, u_src, u_dst, h, graph)
+
+    def _check_dtype(self, x_src: Tensor) -> None:
+        """Refuse features of another type than the experts' weights, as PyG's layers do."""
+        weight = next(self.experts.parameters(), None)
+        if weight is not None and weight.is_floating_point() and weight.dtype != x_src.dtype:
+            raise ValueError(f"x: got {x_src.dtype}, expected {weight.dtype}, the type of the layer's weights")
 
     def _transformed(self, x_src: Tensor, x_dst: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes as router and routed experts get them."""
@@ -306,6 +328,18 @@ class MoEConv(MoELayer, MessagePassing):
         taken = self.edge_names
         for name, value in edge_args.items():
             check(value is None or name in taken, name, "a tensor", f"None: the conv takes {sorted(taken) or 'none'}")
+
+    def _refuse_unknown(self, unknown: Mapping[str, Any]) -> NoReturn:
+        """Refuse arguments of a call that the layer does not have, some of which the conv may have."""
+        legal = [name for name in inspect.signature(self.forward).parameters if name not in ("edge_args", "unknown")]
+        name, value = next(iter(unknown.items()))
+        got = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+        of_convs = sorted({type(conv).__name__ for conv in self._all_convs() if name in parameters_of(conv)})
+        if of_convs:
+            hint = f", since {', '.join(of_convs)} takes it but a layer of experts does not"
+        else:
+            hint = nearest(name, legal)
+        raise ValueError(f"{name}: got {got}, expected one of the arguments {', '.join(legal)}{hint}")
 
     def _check_routing(self, routing: Any, num_tokens: int) -> None:
         """Refuse a decision made elsewhere that does not fit."""

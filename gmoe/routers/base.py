@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gmoe._autograd import in_transform
-from gmoe._checks import check, check_choice, check_counts
+from gmoe._checks import check, check_choice, check_counts, has_hooks
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
 from gmoe.routing import INTEGERS, Routing, check_range, described
@@ -183,7 +183,7 @@ def pair_weights(weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_
 
 def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
     """``linear(x)`` in the precision of ``x``, at least float32: a model in bfloat16 still scores in float32."""
-    if type(linear) is nn.Linear and linear.bias is None and not (linear._forward_hooks or linear._forward_pre_hooks):
+    if type(linear) is nn.Linear and linear.bias is None and not has_hooks(linear):
         return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
     dtype = getattr(getattr(linear, "weight", None), "dtype", x_TD.dtype)  # a quantized one's weight is no tensor
     return linear(x_TD.to(dtype)).to(x_TD.dtype)

@@ -211,3 +211,62 @@ def test_a_replaced_layer_of_attention_runs_for_scores_too() -> None:
     edges.experts.lin_edge = Halved(edges.experts.lin_edge)
     with pytest.raises(ValueError, match="lin_edge: got a changed layer"):  # of which the weight alone is read
         edges(x, edge_index, edge_attr=torch.ones(edge_index.size(1), 2))
+
+
+@pytest.mark.parametrize("conv", ["gcn", "sage", "gin", "gat", "mlp", "filter"])
+def test_hooks_on_the_shared_expert_and_the_gate_run(conv: str) -> None:
+    """Of all kinds, once a call; and what a pre-hook returns counts."""
+    x, edge_index = graph()
+    moe = MoEConv(conv, WIDTH, WIDTH, num_experts=3, router_kwargs={"balance": None})
+    called: list[str] = []
+    hooked: dict[str, Any] = {"shared": moe.shared_expert, "gate": moe.get_submodule("router.gate")}
+    for name, module in hooked.items():
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(f"{name} pre"))
+        module.register_full_backward_pre_hook(lambda *_, name=name: called.append(f"{name} backward pre"))
+        module.register_full_backward_hook(lambda *_, name=name: called.append(f"{name} backward"))
+    moe(x.requires_grad_(), edge_index).sum().backward()
+    expected = [f"{name} {hook}" for name in ("gate", "shared") for hook in ("pre", "backward", "backward pre")]
+    assert sorted(called) == sorted(expected)
+
+
+@pytest.mark.parametrize("hook", ["pre", "full backward"])
+def test_a_hook_changes_nothing(hook: str) -> None:
+    x, edge_index = graph()
+    moe = MoEConv("gcn", WIDTH, WIDTH, num_experts=3)
+    expected = moe(x, edge_index)
+    if hook == "pre":
+        moe.shared_expert.register_forward_pre_hook(lambda *_: None)
+    else:
+        moe.shared_expert.register_full_backward_hook(lambda *_: None)
+    torch.testing.assert_close(moe(x, edge_index), expected)
+
+
+def test_an_unrouted_node_of_nan_features_touches_no_other() -> None:
+    """Its own routed part is zero, and no weight gets a NaN from it."""
+    x, edge_index = graph()
+    x[0] = torch.nan
+    moe = MoEConv("gcn", WIDTH, WIDTH, num_experts=3, router=None, shared_expert=False)
+    edge_index = edge_index[:, (edge_index != 0).all(dim=0)]
+    gate = torch.eye(3)[torch.arange(NODES) % 3]
+    gate[0] = 0
+    out = moe(x, edge_index, routing=routing_of(gate))
+    assert not out[0].any()
+    out.sum().backward()
+    gradients = [parameter.grad for parameter in moe.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("conv", "kwargs"),
+    [("gine", {}), ("sage", {"aggr": "max"}), ("sage", {"aggr": ["mean", "max"]}), ("graph", {"aggr": "std"})],
+    ids=ids,
+)
+def test_compiled_where_pyg_aggregates(conv: str, kwargs: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    x, edge_index = graph()
+    moe = MoEConv(conv, WIDTH, WIDTH, num_experts=3, **kwargs).eval()
+    edge_args = {"edge_attr": torch.randn(edge_index.size(1), WIDTH)} if conv == "gine" else {}
+    nn.init.ones_(moe.gain)  # type: ignore[arg-type]
+    expected = moe(x, edge_index, **edge_args)
+    compiled = torch.compile(moe, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, edge_index, **edge_args), expected)

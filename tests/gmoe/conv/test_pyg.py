@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ from torch_geometric.nn import (
     DegreeScalerAggregation,
     GATConv,
     GCNConv,
+    GINConv,
     HeteroConv,
+    HGTConv,
     MessagePassing,
     MLPAggregation,
+    RGCNConv,
     SAGEConv,
     to_hetero,
 )
@@ -91,17 +95,61 @@ def test_mistyped_and_misplaced_arguments_are_told_what_is_meant() -> None:
     by_name = {name for name, part in inspect.signature(MoEConv).parameters.items() if part.kind is part.KEYWORD_ONLY}
     assert set(OPTIONS) == by_name
     moe, gnn = partial(MoEConv, GCNConv, WIDTH, 8), partial(GNNMoE, WIDTH, 8, 3)
+    own_network: Any = nn.Sequential(nn.Linear(WIDTH, 8))
     calls: list[tuple[Callable[[], Any], str]] = [
-        *((partial(build, num_expert=3), r"did you mean 'num_experts'\?") for build in (moe, gnn)),
+        *(
+            (partial(build, num_expert=3), r"^num_expert: got 3, .*did you mean 'num_experts'\?")
+            for build in (moe, gnn)
+        ),
+        (partial(moe, top_k=2), r"^top_k: got 2, .*did you mean 'k'\?"),
+        (partial(moe, hops=2), "^hops: got 2, expected an argument of MoEConv or of GCNConv"),
         *((partial(build, router_kwargs=[1]), r"router_kwargs: got \[1\]") for build in (moe, gnn)),
-        *((partial(MoEConv, conv, WIDTH, 8), r"gmoe\.HeteroMoEConv") for conv in ("hgt", HeteroConv)),
-        (partial(MoEConv, "gin", WIDTH, 8, nn.Linear(WIDTH, 8)), "nn: got a network"),
+        *((partial(MoEConv, conv, WIDTH, 8), r"gmoe\.HeteroMoEConv") for conv in ("hgt", HGTConv, HeteroConv)),
+        (partial(MoEConv, HGTConv, WIDTH, 8, (["a"], [("a", "to", "a")])), r"gmoe\.HeteroMoEConv"),
+        (partial(MoEConv, "gin", WIDTH, 8, own_network), "^nn: got a network, expected nothing: .*pass a factory"),
+        (partial(MoEConv, "gin", WIDTH, 8, nn=own_network), "^nn: got a network, expected nothing: .*pass a factory"),
+        (partial(MoEConv, GINConv, own_network), "^in_channels: got a Sequential, .*pass a factory"),
+        (partial(MoEConv, GCNConv, WIDTH), "^out_channels: got nothing"),
+        (partial(MoEConv, GCNConv(8, 8), 8, 8), "^conv: got an instance of GCNConv, expected the class, GCNConv, or a"),
+        (partial(MoEConv, ["gcn", GCNConv(8, 8)], 8, 8), "^conv: got an instance of GCNConv"),
+        (partial(MoEConv, RGCNConv, 8, 8, 1), "^conv: got RGCNConv, whose forward takes .*edge_type"),
         (partial(moe, *[True] * 9), "conv: got GCNConv, which cannot be built as"),
-        (partial(moe, hops=2), "conv: got GCNConv, which cannot be built as"),
     ]
     for call, message in calls:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("conv", "name", "message"),
+    [
+        ("gat", "return_attention_weights", "since GATConv takes it but a layer of experts does not"),
+        ("gcn", "edge_wieght", r"did you mean 'edge_weight'\?"),
+    ],
+)
+def test_an_unknown_argument_of_a_call_is_named(conv: str, name: str, message: str) -> None:
+    x, edge_index = graph()
+    with pytest.raises(ValueError, match=f"^{name}: got True, expected one of the arguments x, edge_index.*{message}"):
+        MoEConv(conv, WIDTH, 8)(x, edge_index, **{name: True})
+
+
+def test_widths_may_be_numpys() -> None:
+    x, edge_index = graph()
+    moe = MoEConv(SAGEConv, (np.int64(WIDTH), np.int32(WIDTH)), np.int64(8), num_experts=np.int64(3))
+    assert moe((x, x), edge_index).shape == (NODES, 8)
+    assert (type(moe.in_channels[0]), type(moe.out_channels)) == (int, int)  # type: ignore[index]
+    assert MoEConv(GCNConv, np.int64(WIDTH), 8).in_channels == WIDTH
+
+
+@pytest.mark.parametrize("conv", ["gcn", "gat", partial(SAGEConv, aggr="max")])
+def test_features_of_another_type_than_the_weights_are_refused(conv: Any) -> None:
+    """As PyG's layers do; GCN cast them in silence."""
+    x, edge_index = graph()
+    moe = MoEConv(conv, WIDTH, 8)
+    with pytest.raises(ValueError, match=r"^x: got torch.float64, expected torch.float32"):
+        moe(x.double(), edge_index)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert moe(x.bfloat16(), edge_index).shape == (NODES, 8)
 
 
 def test_a_module_among_the_arguments_is_each_experts_own() -> None:
