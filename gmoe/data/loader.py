@@ -13,8 +13,8 @@ from torch_geometric.loader import NeighborLoader, NodeLoader
 from torch_geometric.typing import NodeType
 
 from gmoe._checks import check, check_choice
-from gmoe.data.sampler import Fanouts, NeighborSampler, check_nodes, count_nodes
-from gmoe.data.stored import StoredGraph
+from gmoe.data.sampler import Fanouts, NeighborSampler, count_nodes
+from gmoe.data.stored import StoredGraph, node_index
 
 SamplerBackend: TypeAlias = Literal["auto", "pyg", "gmoe"]
 InputNodes: TypeAlias = Tensor | Sequence[int] | NodeType | tuple[NodeType, Tensor | Sequence[int] | None] | None
@@ -84,11 +84,5 @@ def _seeds(data: Data | HeteroData | StoredGraph, input_nodes: Any) -> Any:
 
 
 def _ids(nodes: Any, num_nodes: int) -> Tensor:
-    """Ids or a mask as a tensor: of a list or an array of booleans PyG would take 0 and 1 as ids."""
-    nodes = torch.arange(num_nodes) if nodes is None else torch.as_tensor(nodes)
-    if nodes.dtype == torch.bool:
-        check(nodes.shape == (num_nodes,), "input_nodes", f"a mask of shape {tuple(nodes.shape)}", f"({num_nodes},)")
-    else:
-        nodes = nodes if nodes.numel() else nodes.long()  # an empty list makes floats
-        check_nodes("input_nodes", nodes, num_nodes)
-    return nodes
+    """Ids or a mask as a tensor; by default all nodes."""
+    return node_index("input_nodes", torch.arange(num_nodes) if nodes is None else nodes, num_nodes)
