@@ -112,6 +112,9 @@ class GNNMoE(HubMixin, nn.Module):
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
         check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
         check_counts(num_layers=num_layers)
+        # they may be NumPy's, which torch and PyG do not take everywhere
+        in_channels, hidden_channels = int(in_channels), int(hidden_channels)
+        out_channels, num_layers = int(out_channels), int(num_layers)
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
         super().__init__()
         self.config, self.num_layers, self.jk_mode = config, num_layers, jk
