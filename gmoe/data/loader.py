@@ -31,7 +31,7 @@ PYG_ONLY: dict[str, Any] = {
     "neighbor_sampler": None,
     "directed": True,
 }
-"""Arguments of PyG's ``NeighborLoader`` that our sampler lacks, and their defaults: what it does."""
+"""Arguments of PyG's ``NeighborLoader`` that ours lacks, and their defaults: what it does."""
 
 
 def neighbor_loader(

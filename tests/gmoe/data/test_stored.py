@@ -198,7 +198,8 @@ def test_rows_take_ids_of_any_integer_type(folder: Path) -> None:
         assert torch.equal(stored.rows("x", index), expected)
     for one in (3, np.int64(3), torch.tensor(3)):
         assert torch.equal(stored.rows("x", one), expected[:1])
-    for none in ([], torch.empty(0, dtype=torch.long), torch.zeros(NODES, dtype=torch.bool)):
+    nothing: list[Any] = [[], torch.empty(0, dtype=torch.long), torch.zeros(NODES).bool()]
+    for none in nothing:
         assert stored.rows("x", none).shape == (0, 4)
 
 

@@ -155,12 +155,12 @@ def test_a_conv_of_another_width_is_refused(jk: str | None, options: dict[str, A
 @pytest.mark.parametrize("router", ["token_choice", None])
 def test_sizes_may_be_integers_of_numpy(router: str | None) -> None:
     x, edge_index = graph()
-    sizes: Any = [np.int64(IN), np.int32(HIDDEN), np.uint8(OUT), np.int16(3)]
+    size: Any = np.int64
+    counts = {"num_experts": size(2), "k": size(2), "every": size(1)}
     for options in ({}, {"conv": "gin", "jk": "lstm"}, {"conv": "gat", "heads": np.int64(2)}):
         common: dict[str, Any] = {"router": router, "dropout": np.float32(0), **options}
         torch.manual_seed(0)
-        counts: Any = {"num_experts": np.int64(2), "k": np.int64(2), "every": np.int64(1)}
-        gnn = GNNMoE(*sizes, **counts, **common)
+        gnn = GNNMoE(size(IN), size(HIDDEN), size(OUT), size(3), **common | counts)
         torch.manual_seed(0)
         expected = GNNMoE(IN, HIDDEN, OUT, 3, num_experts=2, k=2, **common)
         assert_same(gnn.eval()(x.float(), edge_index), expected.eval()(x.float(), edge_index))
