@@ -10,14 +10,28 @@ from torch import Tensor
 from torch_geometric import typing
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import NeighborLoader, NodeLoader
+from torch_geometric.sampler.base import SubgraphType
 from torch_geometric.typing import NodeType
 
 from gmoe._checks import check, check_choice
-from gmoe.data.sampler import Fanouts, NeighborSampler, check_nodes, count_nodes
-from gmoe.data.stored import StoredGraph
+from gmoe.data.sampler import Fanouts, NeighborSampler, count_nodes
+from gmoe.data.stored import StoredGraph, node_index
+from gmoe.routing import described
 
 SamplerBackend: TypeAlias = Literal["auto", "pyg", "gmoe"]
 InputNodes: TypeAlias = Tensor | Sequence[int] | NodeType | tuple[NodeType, Tensor | Sequence[int] | None] | None
+
+PYG_ONLY: dict[str, Any] = {
+    "subgraph_type": "directional",
+    "disjoint": False,
+    "temporal_strategy": "uniform",
+    "time_attr": None,
+    "input_time": None,
+    "weight_attr": None,
+    "neighbor_sampler": None,
+    "directed": True,
+}
+"""Arguments of PyG's ``NeighborLoader`` that ours lacks, and their defaults: what it does."""
 
 
 def neighbor_loader(
@@ -46,6 +60,7 @@ def neighbor_loader(
             for a ``StoredGraph``, whose edges PyG would copy into memory.
         **kwargs: further arguments of the loader and of ``torch.utils.data.DataLoader``. ``shuffle=True`` for training;
             ``num_workers=1, persistent_workers=True`` draws the next batches while the model computes.
+            ``is_sorted`` is for PyG's sampler: ours looks at the order of the edges itself.
 
     Returns:
         A loader of ``Data`` or ``HeteroData``. The first ``batch.batch_size`` nodes of a batch are its seeds: loss and
@@ -53,9 +68,11 @@ def neighbor_loader(
 
     Raises:
         ImportError: PyG's, of the first batch of ``backend="pyg"`` without ``pyg-lib`` and ``torch-sparse``.
-        TypeError: with our sampler, an argument that asks for temporal, weighted, disjoint, bidirectional or induced
-            sampling.
-        ValueError: seeds that do not fit the graph; whatever :class:`gmoe.NeighborSampler` refuses.
+        ValueError: seeds that do not fit the graph; whatever :class:`gmoe.NeighborSampler` refuses;
+            with our sampler, an argument that asks for temporal, weighted, disjoint, bidirectional
+            or induced sampling, for which PyG needs ``pyg-lib``: ``time_attr``, ``input_time``,
+            ``temporal_strategy``, ``weight_attr``, ``disjoint``, ``subgraph_type``, ``directed``,
+            ``neighbor_sampler``.
 
     Example:
         >>> for batch in gmoe.neighbor_loader(data, [15, 10, 5], data.train_mask, batch_size=1024, shuffle=True):
@@ -68,7 +85,18 @@ def neighbor_loader(
     if backend == "pyg" or (backend == "auto" and typing.WITH_PYG_LIB and given is data):
         return NeighborLoader(given, num_neighbors, replace=replace, **kwargs)
     kwargs.pop("is_sorted", None)  # which our sampler sees for itself
+    for name, default in PYG_ONLY.items():
+        _check_default(name, kwargs.pop(name, default), default)
     return NodeLoader(given, NeighborSampler(data, num_neighbors, replace), **kwargs)
+
+
+def _check_default(name: str, given: Any, default: Any) -> None:
+    """Refuse an argument that asks for more than our sampler does."""
+    given = given.value if isinstance(given, SubgraphType) else given
+    got = described(given) if isinstance(given, Tensor) else repr(given)
+    way = "use torch_geometric.loader.NeighborLoader with pyg-lib"
+    is_default = type(given) is type(default) and given == default
+    check(is_default, name, got, f"{default!r}: our sampler draws uniformly, and no more; {way}")
 
 
 def _seeds(data: Data | HeteroData | StoredGraph, input_nodes: Any) -> Any:
@@ -84,11 +112,5 @@ def _seeds(data: Data | HeteroData | StoredGraph, input_nodes: Any) -> Any:
 
 
 def _ids(nodes: Any, num_nodes: int) -> Tensor:
-    """Ids or a mask as a tensor: of a list or an array of booleans PyG would take 0 and 1 as ids."""
-    nodes = torch.arange(num_nodes) if nodes is None else torch.as_tensor(nodes)
-    if nodes.dtype == torch.bool:
-        check(nodes.shape == (num_nodes,), "input_nodes", f"a mask of shape {tuple(nodes.shape)}", f"({num_nodes},)")
-    else:
-        nodes = nodes if nodes.numel() else nodes.long()  # an empty list makes floats
-        check_nodes("input_nodes", nodes, num_nodes)
-    return nodes
+    """Ids or a mask as a tensor; by default all nodes."""
+    return node_index("input_nodes", torch.arange(num_nodes) if nodes is None else nodes, num_nodes)

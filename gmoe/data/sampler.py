@@ -22,8 +22,7 @@ from torch_geometric.typing import EdgeType, NodeType
 
 from gmoe._checks import check
 from gmoe.conv.graph import Graph
-from gmoe.data.stored import StoredGraph
-from gmoe.routing import INTEGERS, check_range, described
+from gmoe.data.stored import StoredGraph, check_nodes
 
 Fanouts: TypeAlias = Sequence[int] | Mapping[EdgeType, Sequence[int]] | NumNeighbors
 InEdges: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -208,9 +207,3 @@ def count_nodes(store: Any) -> int:
     """The number of nodes of a graph or a type, which PyG cannot always tell."""
     check(store.num_nodes is not None, "data", f"{store} without a number of nodes", "num_nodes")
     return int(store.num_nodes)
-
-
-def check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:
-    """Refuse what is no vector of node ids."""
-    check(nodes.dim() == 1 and nodes.dtype in INTEGERS, name, described(nodes), "a vector of node ids")
-    check_range(name, nodes, num_nodes)

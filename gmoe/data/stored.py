@@ -9,7 +9,7 @@ import mmap
 import warnings
 from collections.abc import Iterator
 from operator import index
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch_geometric.data import EdgeAttr, FeatureStore, GraphStore, TensorAttr
 from torch_geometric.data.graph_store import EdgeLayout
 
 from gmoe._checks import check, check_choice
-from gmoe.routing import check_range
+from gmoe.routing import INTEGERS, check_range, described
 
 SPLITS = ("train", "val", "test")
 FEATURES = ("float16", "float32")
@@ -84,14 +84,14 @@ class StoredGraph(FeatureStore, GraphStore):
         super().__init__()
         self.folder = Path(folder).absolute()
         path = self.folder / "graph.json"
-        text = path.read_text()
         try:  # whatever is wrong with the file
-            self.info: dict[str, Any] = json.loads(text)
+            self.info: dict[str, Any] = json.loads(path.read_bytes())
             version, listed = self.info["format"], self.info["arrays"]
             self.num_nodes, self.num_edges = index(self.info["num_nodes"]), index(self.info["num_edges"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            got = f"{type(error).__name__}: {error}"
             legal_text = "JSON with format, arrays, and whole num_nodes and num_edges"
-            raise ValueError(f"{path}: got {error!r}, expected {legal_text}") from error
+            raise ValueError(f"{path}: got {got}, expected {legal_text}") from error
         check(version == 1, str(path), f"format {version!r}", 1)
         legal: dict[str, Any] = {
             # dtypes, rows (None: any number), numbers of dimensions
@@ -112,7 +112,13 @@ class StoredGraph(FeatureStore, GraphStore):
         check(ends == [0, self.num_edges], str(self._file("start")), f"ends {ends}", [0, self.num_edges])
 
     def _file(self, name: str) -> Path:
-        return self.folder / str(self.info["arrays"][name].get("file"))
+        """Where an array is; never outside the folder, whoever wrote graph.json."""
+        file = self.info["arrays"][name].get("file")
+        path = PurePath(file) if isinstance(file, str) else None
+        inside = path is not None and not path.anchor and ".." not in path.parts
+        got = f"file {file!r} of array {name!r}"
+        check(inside, str(self.folder / "graph.json"), got, "a path inside the folder, without '..'")
+        return self.folder / file
 
     def _open(self, name: str, dtypes: tuple[str, ...], rows: int | None, dims: tuple[int, ...]) -> Tensor:
         """The array as a mapped tensor, if header and size are as they should be."""
@@ -139,19 +145,20 @@ class StoredGraph(FeatureStore, GraphStore):
 
         Args:
             name: of the array.
-            index: node ids, a boolean mask, or a slice.
+            index: node ids, a boolean mask of all nodes, or a slice.
 
         Raises:
-            ValueError: an array that the graph lacks, or ids outside the nodes.
+            ValueError: an array that the graph lacks; ids outside the nodes; a mask of another
+                shape; what is neither a vector of ids nor a mask.
         """
         check_choice("name", name, self._arrays)
         stored = self._arrays[name]
         dtype = torch.promote_types(stored.dtype, torch.float32 if stored.is_floating_point() else torch.int64)
         if isinstance(index, slice):
             return stored[index].to(dtype, copy=True)
-        index = torch.as_tensor(index)
-        index = (index.nonzero() if index.dtype == torch.bool else index).view(-1)
-        check_range("index", index, len(stored))
+        is_one = isinstance(index, int) or getattr(index, "ndim", 1) == 0  # as PyG's stores take it
+        index = node_index("index", [index] if is_one else index, len(stored))
+        index = index.nonzero().view(-1) if index.dtype == torch.bool else index.long()
         if stored.dim() > 1:  # the disk is read here, a value a row, and from then on only memory
             stored[:, 0].index_select(0, index.sort().values)
         found = _empty((len(index), *stored.shape[1:]), dtype)
@@ -232,3 +239,26 @@ class StoredGraph(FeatureStore, GraphStore):
 
     def __repr__(self) -> str:
         return f"StoredGraph({str(self.folder)!r}: {self.num_nodes} nodes, {self.num_edges} edges, x {self.x_dim})"
+
+
+def node_index(name: str, nodes: Any, num_nodes: int) -> Tensor:
+    """Node ids or a mask of all nodes as a tensor; a list of booleans is a mask, not 0 and 1."""
+    try:
+        nodes = torch.as_tensor(nodes)
+    except (RuntimeError, TypeError, ValueError) as error:  # of text, None, or lists that differ
+        got = f"{type(nodes).__name__} ({error})"
+        raise ValueError(f"{name}: got {got}, expected node ids or a mask") from error
+    if nodes.dtype == torch.bool:
+        got = f"a mask of shape {tuple(nodes.shape)}"
+        check(nodes.shape == (num_nodes,), name, got, f"({num_nodes},)")
+        return nodes
+    nodes = nodes if nodes.numel() else nodes.long()  # an empty list makes floats
+    check_nodes(name, nodes, num_nodes)
+    return nodes
+
+
+def check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:
+    """Refuse anything but a vector of node ids."""
+    is_vector = nodes.dim() == 1 and nodes.dtype in INTEGERS
+    check(is_vector, name, described(nodes), "a vector of node ids")
+    check_range(name, nodes, num_nodes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,7 +19,7 @@ from gmoe._autograd import refuse_transforms
 from gmoe._checks import check, check_choice, check_counts
 from gmoe.conv.aggregate import FilterConv
 from gmoe.conv.graph import Graph, parameters_of
-from gmoe.conv.kinds import CONVS, OPTIONS, OWN, ConvLike, Make, factory_of, kinds_of
+from gmoe.conv.kinds import CONVS, OPTIONS, OWN, ConvLike, Make, Trial, factory_of, kinds_of
 from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view, router_width
 from gmoe.conv.separate import run
 from gmoe.convert import choose_blocks
@@ -66,8 +67,9 @@ class GNNMoE(HubMixin, nn.Module):
         jk: ``"cat"``, ``"max"``, ``"lstm"``, or ``"last"``, a plain output projection (default ``None``).
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
             output layer has none.
-        **conv_kwargs: further arguments of :class:`MoEConv` and of the convs. ``heads`` divide ``hidden_channels``, and
-            are averaged in the output layer, as in PyG's ``GAT``.
+        **conv_kwargs: further arguments of :class:`MoEConv` and of the convs. ``heads``, given here
+            or by a ``functools.partial``, divide ``hidden_channels``, and are averaged in the
+            output layer, as in PyG's ``GAT``.
 
     Shapes:
         - as PyG's ``BasicGNN``; ``edge_index`` may be a :class:`gmoe.Graph`; ``batch`` (N,) also makes the graphs
@@ -76,7 +78,8 @@ class GNNMoE(HubMixin, nn.Module):
           layer; one in all with ``shared_router``).
 
     Raises:
-        ValueError: no layer would be a MoE; a router instance for several layers; whatever :class:`MoEConv` refuses.
+        ValueError: no layer would be a MoE; a router instance for several layers; a conv whose
+            output has another width than its layer; whatever :class:`MoEConv` refuses.
 
     Example:
         >>> model = GNNMoE(128, 256, 40, num_layers=3, conv="gcn", router="token_choice")
@@ -109,6 +112,9 @@ class GNNMoE(HubMixin, nn.Module):
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
         check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
         check_counts(num_layers=num_layers)
+        # they may be NumPy's, which torch and PyG do not take everywhere
+        in_channels, hidden_channels = int(in_channels), int(hidden_channels)
+        out_channels, num_layers = int(out_channels), int(num_layers)
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
         super().__init__()
         self.config, self.num_layers, self.jk_mode = config, num_layers, jk
@@ -272,16 +278,45 @@ def _shared_router(router: Any, in_channels: int, routed: dict[str, Any]) -> Rou
 
 
 def _conv(kind: Any, width: int, out: int, hidden: bool, routed: dict[str, Any] | None, options: Any) -> Any:
-    """The conv of a layer, with experts or plain. Heads share the width of a hidden layer, else they are averaged."""
-    first, options, heads = kinds_of(kind, None)[:1], dict(options), options.get("heads", 1)
-    if heads > 1 and "concat" in inspect.signature(factory_of(first[0])).parameters:
-        options["concat"] = hidden and options.get("concat", True)
+    """The conv of a layer, with experts or plain.
+
+    Heads share the width of a hidden layer, else they are averaged.
+    """
+    kinds, options, asked = kinds_of(kind, None), dict(options), out
+    if routed is None:
+        kinds = kinds[:1]  # of several kinds, the first is the dense one
+    heads, concat = _heads(kinds, options)
+    if heads > 1 and "concat" in inspect.signature(factory_of(kinds[0])).parameters:
+        options["concat"] = hidden and concat
         if options["concat"]:
             check(out % heads == 0, "hidden_channels", out, f"a multiple of heads={heads}")
-            out //= heads
+            asked = out // heads
     if routed is None:
-        return Make(first, width, out, (), options)(0)  # of several kinds, the first is the dense one
-    return MoEConv(kind, width, out, **routed, **options)
+        made = Make(kinds, width, asked, (), options)(0)
+        _check_width(made, width, asked, out)
+        return made
+    made = MoEConv(kind, width, asked, **routed, **options)
+    seen = width if made.transform is None else made.transform[-1].out_features
+    _check_width(made.experts.expert(0), seen, asked, out)
+    return made
+
+
+def _check_width(conv: Any, in_channels: int, asked: int, out: int) -> None:
+    """Refuse a conv that, asked for some columns, does not give those of the layer."""
+    found = Trial(conv, in_channels).width
+    got = f"{type(conv).__name__}, which gives {found} columns for out_channels={asked}"
+    legal = f"{out}; of several heads, heads= as an argument of the model, or concat=False"
+    check(found in (None, out), "conv", got, legal)
+
+
+def _heads(kinds: Sequence[Any], options: Mapping[str, Any]) -> tuple[int, bool]:
+    """The number of heads, and if they are concatenated, as arguments and partials say.
+
+    One head for kinds that disagree: the layer's width is then not divided among heads.
+    """
+    given = [(kind.keywords if isinstance(kind, partial) else {}) | dict(options) for kind in kinds]
+    first, *others = {(said.get("heads", 1), said.get("concat", True)) for said in given}
+    return (1, True) if others else first
 
 
 def dense(conv: Any, x: Tensor, graph: Graph) -> Tensor:

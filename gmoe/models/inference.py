@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -56,8 +57,10 @@ def inference(
         progress_bar: show one (default ``False``).
         batch_size: nodes per chunk (default: the loader's, or 1,024).
         return_routing: return the routings too, as :meth:`forward` does.
-        folder: of a stored graph, where to write: hidden features, which are removed in the end, and
-            ``logits.npy``, as which the result is mapped.
+        folder: of a stored graph, where to write ``logits.npy``, as which the result is mapped.
+            Hidden features go into a fresh folder inside it, which is removed in the end, so
+            that several calls may share ``folder``: the last one to end leaves its ``logits.npy``.
+            Results of earlier calls stay as they are.
 
     Raises:
         ValueError: of a stored graph, no ``folder``; ``return_routing``, which would take memory for all nodes; a model
@@ -91,14 +94,14 @@ def inference(
         raise ValueError("folder: got None, expected where to write the hidden features of a stored graph")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    way = PartByPart(model, data, data, data.num_nodes, device, batch_size, progress_bar, folder)
-    try:
+    # calls that run at once, in other threads or processes, each have a folder of their own
+    with TemporaryDirectory(prefix="inference-", dir=folder) as name:
+        own = Path(name)
+        way = PartByPart(model, data, data, data.num_nodes, device, batch_size, progress_bar, own)
         logits = model.through(data, way.step)
+        # in one step: readers find the earlier file or this one, and keep the one that they opened
         way.path.replace(folder / "logits.npy")
-        return logits
-    finally:
-        for turn in (0, 1):
-            (folder / f"hidden-{turn}.npy").unlink(missing_ok=True)
+    return logits
 
 
 @dataclass(eq=False)
@@ -116,7 +119,7 @@ class PartByPart:
         device: where parts are computed.
         batch_size: destinations a part.
         progress_bar: show one.
-        folder: for the files of a stored graph.
+        folder: for the files of a stored graph, which no other call writes to.
         batch: (N,) the graph of each node.
     """
 

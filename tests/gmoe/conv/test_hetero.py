@@ -7,6 +7,7 @@ import re
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -164,6 +165,16 @@ def test_flops_follow_k() -> None:
     assert flops(2, 1) == flops(16, 1)
     products = 2 * OUT * WIDTH * (COUNTS["paper"] * 4 + COUNTS["author"] * 2 + COUNTS["field"] * 2 + COUNTS["venue"])
     assert flops(16, 2) - flops(16, 1) == products + OUT * sum(COUNTS.values())
+
+
+def test_sizes_may_be_integers_of_numpy() -> None:
+    size: Any = np.int64
+    widths = {name: size(width) for name, width in WIDTHS.items()}
+    for given, expected, xs in ((size(WIDTH), WIDTH, nodes(WIDTH)), (widths, WIDTHS, nodes())):
+        counts = {"out_channels": size(OUT), "num_experts": size(EXPERTS), "k": size(2)}
+        found = layer(given, shared_expert=True, **counts).double()
+        plain = layer(expected, shared_expert=True, k=2).double()
+        assert_all_close(found(xs, edges()), plain(xs, edges()))
 
 
 @pytest.mark.parametrize(

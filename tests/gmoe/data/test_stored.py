@@ -99,6 +99,44 @@ def test_what_the_description_must_be(folder: Path, change: dict[str, Any], name
         StoredGraph(folder)
 
 
+DEEP = b"[" * 50_000 + b"]" * 50_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [DEEP, b'{"format": 1, "arrays": %b}' % DEEP, b"[]", b"", b"{", b"\xff\xfe{"],
+    ids=["deep", "deep inside", "a list", "empty", "cut", "no text"],
+)
+def test_a_description_that_is_damaged_is_named(folder: Path, content: bytes) -> None:
+    (folder / "graph.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"/graph\.json: got"):
+        StoredGraph(folder)
+
+
+def describe(folder: Path, array: str, **said: Any) -> None:
+    """Change what graph.json says of an array."""
+    path = folder / "graph.json"
+    info = json.loads(path.read_text())
+    info["arrays"][array] |= said
+    path.write_text(json.dumps(info))
+
+
+def test_files_outside_the_folder_are_refused(folder: Path) -> None:
+    """Also by a link in the folder, whose parent is elsewhere."""
+    (folder.parent / "elsewhere" / "below").mkdir(parents=True)
+    (folder / "link").symlink_to(folder.parent / "elsewhere" / "below")
+    outside = folder.parent / "elsewhere" / "x.npy"
+    (folder / "x.npy").rename(outside)
+    for file in (f"../elsewhere/{outside.name}", str(outside), "link/../x.npy", "..", None, 3):
+        describe(folder, "x", file=file)
+        with pytest.raises(ValueError, match=r"/graph\.json: got file .* of array 'x'"):
+            StoredGraph(folder)
+    (folder / "arrays").mkdir()
+    outside.rename(folder / "arrays" / "x.npy")
+    describe(folder, "x", file="arrays/x.npy")
+    StoredGraph(folder).verify()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -133,6 +171,36 @@ def test_a_file_that_was_cut_or_is_missing_is_named(folder: Path) -> None:
 def test_rows_that_are_not_there(folder: Path, name: str, index: list[int]) -> None:
     with pytest.raises(ValueError, match=r"^(name|index): got"):
         StoredGraph(folder).rows(name, index)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        *(torch.ones(size, dtype=torch.bool) for size in (NODES - 1, NODES + 1, (NODES, 1))),
+        *([True, False], True, np.ones((1, NODES), bool)),
+        *([0.0, 1.0], torch.zeros(3), np.zeros(3, np.float16), 0.5, torch.tensor(0.5)),
+        *([[0, 1], [2, 3]], [[0], [1, 2]], torch.zeros(2, 2, dtype=torch.long), [[]]),
+        *(None, "x", ["x"], {0: 1}),
+    ],
+    ids=lambda index: type(index).__name__,
+)
+def test_rows_refuse_what_is_neither_ids_nor_a_mask(folder: Path, index: Any) -> None:
+    with pytest.raises(ValueError, match=r"^index: got .*, expected"):
+        StoredGraph(folder).rows("x", index)
+
+
+def test_rows_take_ids_of_any_integer_type(folder: Path) -> None:
+    stored = StoredGraph(folder)
+    expected = stored.rows("x", torch.tensor([3, 1]))
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(stored.rows("x", torch.tensor([3, 1], dtype=dtype)), expected)
+    for index in ([3, 1], (3, 1), np.array([3, 1])):
+        assert torch.equal(stored.rows("x", index), expected)
+    for one in (3, np.int64(3), torch.tensor(3)):
+        assert torch.equal(stored.rows("x", one), expected[:1])
+    nothing: list[Any] = [[], torch.empty(0, dtype=torch.long), torch.zeros(NODES).bool()]
+    for none in nothing:
+        assert stored.rows("x", none).shape == (0, 4)
 
 
 @pytest.mark.parametrize("block", [2**22, 1])

@@ -8,11 +8,22 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import GAT, GCN, GIN, EdgeCNN, GATConv, GraphSAGE
+from torch_geometric.nn import (
+    GAT,
+    GCN,
+    GIN,
+    EdgeCNN,
+    GATConv,
+    GINConv,
+    GraphSAGE,
+    MixHopConv,
+    TransformerConv,
+)
 
 from gmoe import GNNMoE, Graph, MoEConv, MultiCentroid, TokenChoice, moefy
 from tests.gmoe.conv.masked import GRAPHS, csr, features, mean_of_in_edges
@@ -99,6 +110,60 @@ def test_heads_divide_the_hidden_width(jk: str | None) -> None:
     assert model(conv="general", heads=4, jk=jk)(x, edge_index).shape == (NODES, OUT)  # which are averaged
     with pytest.raises(ValueError, match="hidden_channels: got 6"):
         model(conv="gat", heads=4)
+
+
+@pytest.mark.parametrize("router", ["token_choice", None])
+@pytest.mark.parametrize("jk", [None, "cat"])
+def test_heads_of_a_partial_are_those_of_the_model(jk: str | None, router: str | None) -> None:
+    """The same weights and logits, of a kind and of a list whose kinds agree."""
+    x, edge_index = graph()
+    for options in ({"heads": 2}, {"heads": 3, "concat": False}):
+        expected = model(conv=GATConv, jk=jk, router=router, **options)
+        one: Any = partial(GATConv, **options)
+        for conv in (one, [one] * EXPERTS):
+            found = model(conv=conv, jk=jk, router=router)
+            assert_same(found(x, edge_index), expected(x, edge_index))
+    averaged: Any = model(conv=partial(GATConv, concat=False), heads=2, jk=jk, router=None)
+    assert averaged.convs[0].out_channels == HIDDEN
+    with pytest.raises(ValueError, match=r"hidden_channels: got 6, expected a multiple of heads=4"):
+        model(conv=partial(GATConv, heads=4), jk=jk, router=router)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize("jk", [None, "cat"])
+@pytest.mark.parametrize("options", [{}, {"shared_transform": True}, {"router": None}], ids=str)
+def test_a_conv_of_another_width_is_refused(jk: str | None, options: dict[str, Any]) -> None:
+    """When the model is built, not at the first call, and with what to do about heads."""
+    convs: list[Any] = [
+        lambda width, out: GATConv(width, out, heads=2),
+        lambda width, out, **kwargs: TransformerConv(width, out, heads=2, **kwargs),
+        lambda width, out: GINConv(nn.Linear(width, 2 * out)),
+        partial(MixHopConv, powers=[0, 1]),
+    ]
+    for conv in convs:
+        message = "which gives 12 columns for out_channels=6, expected 6; of .*heads"
+        with pytest.raises(ValueError, match=rf"^conv: got \w+Conv, {message}"):
+            model(conv=conv, jk=jk, **options)
+    if options.get("router", "") is None:
+        with pytest.raises(ValueError, match="which gives 6 columns for out_channels=3"):
+            model(conv=convs[0], num_layers=1, **options)
+    else:
+        with pytest.raises(ValueError, match=r"conv: got experts of output widths \[6, 12\]"):
+            model(conv=["gcn", partial(GATConv, heads=2)], jk=jk, **options)
+
+
+@pytest.mark.parametrize("router", ["token_choice", None])
+def test_sizes_may_be_integers_of_numpy(router: str | None) -> None:
+    x, edge_index = graph()
+    size: Any = np.int64
+    counts = {"num_experts": size(2), "k": size(2), "every": size(1)}
+    for options in ({}, {"conv": "gin", "jk": "lstm"}, {"conv": "gat", "heads": np.int64(2)}):
+        common: dict[str, Any] = {"router": router, "dropout": np.float32(0), **options}
+        torch.manual_seed(0)
+        gnn = GNNMoE(size(IN), size(HIDDEN), size(OUT), size(3), **common | counts)
+        torch.manual_seed(0)
+        expected = GNNMoE(IN, HIDDEN, OUT, 3, num_experts=2, k=2, **common)
+        assert_same(gnn.eval()(x.float(), edge_index), expected.eval()(x.float(), edge_index))
 
 
 def sampled() -> tuple[Tensor, Tensor, dict[str, list[int]]]:

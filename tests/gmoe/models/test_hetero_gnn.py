@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -120,6 +121,14 @@ def test_graphs_of_a_batch_are_separate() -> None:
     together = gnn(batch.x_dict, batch.edge_index_dict, batch_dict=batch.batch_dict)
     for name in COUNTS:
         assert_same(together[name], torch.cat([y[name] for y in alone]))
+
+
+def test_sizes_may_be_integers_of_numpy() -> None:
+    size: Any = np.int64
+    counts = {"num_layers": size(3), "num_experts": size(EXPERTS), "every": size(1)}
+    counts["num_nodes_dict"] = {name: size(count) for name, count in COUNTS.items()}
+    found = model(hidden_channels=size(HIDDEN), **counts)
+    assert_same(call(found), call(model(num_layers=3)))
 
 
 @pytest.mark.parametrize(("count", "norm"), [(0, None), (0, "layer_norm"), (1, "batch_norm")])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,63 @@ def test_it_equals_the_forward_on_the_whole_graph(stored: StoredGraph, tmp_path:
         assert np.array_equal(np.load(out / "logits.npy"), found.numpy())
     found = model.float().inference(neighbor_loader(stored, [2, 2], batch_size=9), folder=str(out), progress_bar=True)
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def infer_in_step(number: int, calls: int, meet: Any, graph_folder: Path, out: Path) -> None:
+    """One of several processes: infer as the others do at the same time, and compare."""
+    model, graph = trained(num_layers=4), StoredGraph(graph_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + number / 10)  # each process has other logits
+    expected = model(DATA.x, DATA.edge_index)
+
+    def wait(*_: Any) -> None:
+        meet.wait(20)
+
+    for conv in model.convs:
+        conv.register_forward_hook(wait)
+    for _ in range(calls):
+        found = model.inference(graph, batch_size=7, folder=out)
+        assert_same(found, expected)
+        wait()  # until all of them have put their file in place
+        assert_same(found, expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
+def test_processes_may_share_a_folder(stored: StoredGraph, tmp_path: Path) -> None:
+    """They meet after each part of each layer, so that all have the same layer's files open."""
+    fork, out = multiprocessing.get_context("fork"), tmp_path / "out"
+    meet = fork.Barrier(5)
+    processes = [
+        fork.Process(target=infer_in_step, args=(i, 3, meet, stored.folder, out), daemon=True)
+        for i in range(meet.parties)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * meet.parties
+    assert [path.name for path in out.iterdir()] == ["logits.npy"]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_an_error_leaves_no_new_file(stored: StoredGraph, tmp_path: Path, layer: int) -> None:
+    """The error comes in the second part of a layer, whose file is written in half."""
+    model, out, calls = trained(), tmp_path / "out", list[int]()
+
+    def fail(*_: Any) -> None:
+        calls.append(layer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    before = model.inference(stored, folder=out)
+    expected = before.clone()
+    model.convs[layer].register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model.inference(stored, batch_size=7, folder=out)
+    assert [path.name for path in out.iterdir()] == ["logits.npy"]
+    assert np.array_equal(np.load(out / "logits.npy"), expected.numpy())
+    assert_same(before, expected)
 
 
 @pytest.mark.gpu
