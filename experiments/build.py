@@ -23,6 +23,7 @@ from torch_geometric.data import HeteroData
 import gmoe
 from experiments.config import GraphConfig, HeteroConfig, ImageConfig, NodeConfig, RouterOptions, RunConfig, load_object
 from experiments.data import Task
+from experiments.sharing import share_among_copies
 from gmoe._checks import check
 from gmoe.distributed import world_size
 
@@ -107,6 +108,8 @@ def build_model(config: RunConfig, task: Task) -> nn.Module:
         width = gmoe.match_width(lambda width: cost(_build(replace(dense, hidden=width), task)), target, tolerance=0.5)
         config = replace(dense, hidden=width)
     model: Any = _build(config, task)
+    if config.sharing is not None and config.router != "dense":
+        share_among_copies(model, config.sharing)
     if isinstance(config, ImageConfig) and config.mlp_scale != 1:  # where a MoE would have experts
         scale = config.mlp_scale
         for block in model.encoder.layers[config.every - 1 :: config.every]:

@@ -106,6 +106,13 @@ class RunConfig:
     """One more expert that runs on every token; by default the layer's own choice: there is one."""
     dense_start: bool | None = None
     """Beside the shared expert, the others start at zero; by default the layer's own choice: they do."""
+    start: Literal["copies", "shared", "plain"] | None = None
+    """How layers start: experts as copies of one layer, beside a shared expert, or each by itself; by default the
+    layer's own choice."""
+    sharing: Literal["pooled", "difference"] | None = None
+    """Copies: pool the gradients of all (`pooled`), or train a common base and differences from it (`difference`)."""
+    anneal_noise: bool = False
+    """Token choice: the noise on the selection falls to zero over the first half of the steps."""
     layers: int = 2
     """Message-passing layers, or transformer blocks."""
     every: int = 1
@@ -179,6 +186,10 @@ class RunConfig:
             check(name not in SHARES or value < 1, name, value, "less than 1")
         for name in self.logger:
             check(importlib.util.find_spec(name), "logger", repr(name), f"its package installed: pip install {name}")
+        copies = self.start == "copies"
+        check(self.sharing is None or copies, "sharing", repr(self.sharing), "none without start='copies'")
+        noisy = self.router == "token_choice" and self.options.noise is not False
+        check(noisy or not self.anneal_noise, "anneal_noise", True, "False without token choice and its noise")
         check(not self.dense_start or self.shared_expert is not False, "dense_start", True, "a shared expert")
         if not 0 < len(set(self.seeds)) == len(self.seeds) or not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
             raise ValueError(f"seeds: got {self.seeds}, expected one number or more from 0 to 2**32 - 1, each once")
@@ -212,7 +223,7 @@ class RunConfig:
 
     def layer_options(self) -> dict[str, Any]:
         """Options of the MoE layers; one that is ``None`` is left to the layer's own default."""
-        values = {name: getattr(self, name, None) for name in ("shared_expert", "dense_start", "router_input")}
+        values = {name: getattr(self, name, None) for name in ("shared_expert", "dense_start", "start", "router_input")}
         return {name: value for name, value in values.items() if value is not None}
 
     def science(self) -> dict[str, Any]:

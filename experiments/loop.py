@@ -326,6 +326,8 @@ class Training:
         share_of_mean = rows * self.fabric.world_size / total
         batch = self.fabric.to_device(batch)
         self.optimizer.zero_grad()
+        if self.config.anneal_noise:
+            self.anneal()
         logits = batch.counted(self.forward(batch.inputs))
         loss = self.task.loss(logits, batch.target) if rows else logits.sum()
         aux = gmoe.aux_loss(self.routings).to(loss.device)
@@ -340,6 +342,14 @@ class Training:
             for name, value in routing.losses.items()
         }
         self.epoch.add({"loss": loss, "aux": aux} | losses, self.routings, rows)
+
+    def anneal(self) -> None:
+        """Scale the noise of the routers: from 1 to 0 over the first half of all steps."""
+        steps = self.config.epochs * self.task.steps(self.config.batch_size)
+        scale = max(0.0, 1.0 - 2.0 * self.scheduler.last_epoch / steps)
+        for module in self.model.modules():
+            if isinstance(module, gmoe.TokenChoice):
+                module.noise_scale = scale
 
     def end_epoch(self, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Evaluate where it is due, and count the epoch as done; the rows of metrics.csv and routing.csv."""

@@ -74,10 +74,22 @@ class RoutersConfig(SweepConfig):
     """Routers and controls; by default all."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartsConfig(SweepConfig):
+    """Columns of the study of copies, and where they go."""
+
+    data_root: Path = Path("data")
+    """Folder of planetoid, heterophilous and facebook.npz, each as its loader reads it."""
+    columns: tuple[str, ...] = ()
+    """Data sets; by default all."""
+
+
 STUDIES: dict[str, tuple[str, SweepConfig]] = {name: (line, SweepConfig()) for name, line in RECORDED.items()}
 STUDIES["grid"] = ("A preset over routers, numbers of experts and experts per token.", GridConfig())
 STUDIES["map"] = ("When experts pay: regimes, labels, widths, and how a regime shows.", SweepConfig())
 STUDIES["routers"] = ("One table: the same routers on images and on graphs, a cell a file.", RoutersConfig())
+
+STUDIES["starts"] = ("Experts that begin as copies of one layer, at the dense FLOPs.", StartsConfig())
 
 
 def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
@@ -128,6 +140,26 @@ def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
 
     failed = run_all("routers", cells(config.columns, config.rows, config.data_root), known, folder, config, finish)
     return cell_tables(read_cells(folder)), failed
+
+
+def sweep_starts(config: StartsConfig) -> tuple[str, dict[str, str]]:
+    """Run the arms that have no file: the ranking, and by arm why it could not be run."""
+    from experiments.run_folder import write_json
+    from experiments.starts import cells, read_results, table
+
+    folder = config.results / "starts"
+    known = {
+        f"{column}/{arm}": summary["config"]
+        for column, arms in read_results(folder).items()
+        for arm, summary in arms.items()
+    }
+
+    def finish(cell: str, _: RunConfig, summary: Any) -> None:
+        left_out = ("curve", "routing")  # long, and in the run folder
+        write_json(folder / f"{cell}.json", {name: value for name, value in summary.items() if name not in left_out})
+
+    failed = run_all("starts", cells(config.columns, config.data_root), known, folder, config, finish)
+    return table(read_results(folder)), failed
 
 
 def sweep_map(config: SweepConfig) -> tuple[str, dict[str, str]]:
@@ -202,6 +234,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if isinstance(config, RoutersConfig):
             table, failed = sweep_cells(config)
+        elif isinstance(config, StartsConfig):
+            table, failed = sweep_starts(config)
         elif args[0] == "map":
             table, failed = sweep_map(config)
         else:

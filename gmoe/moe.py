@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,16 @@ from gmoe._checks import check
 from gmoe.experts import Experts
 from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing
+
+Start: TypeAlias = Literal["copies", "shared", "plain"]
+"""How a layer with experts starts.
+
+- ``"copies"``: all experts are copies of one dense layer, and nothing runs beside them. The first forward is the dense
+  layer's where a token's weights sum to 1.
+- ``"shared"``: a shared expert, which is the dense layer, runs on every token; what the routed experts add starts at
+  zero.
+- ``"plain"``: independent experts, and nothing beside them.
+"""
 
 
 @contextmanager

@@ -93,8 +93,9 @@ def load_tasks(config: RunConfig) -> Callable[[int], Task]:
         FileNotFoundError: files are missing and cannot be fetched.
     """
     place, given = LOADERS.get(config.dataset, "named:load_graph"), [config]
-    if config.dataset.startswith("regimes-"):
-        place = "made:regimes"
+    for family in ("regimes", "concept"):
+        if config.dataset.startswith(f"{family}-"):
+            place = f"made:{family}"
     if config.data is not None:
         place = "images:own_images" if isinstance(config, ImageConfig) else "own_graph:own_object"
         given = [load_object("data", config.data)(), config]

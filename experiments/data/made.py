@@ -100,5 +100,57 @@ def _regions(name: str, nodes: int, regions: int, labels: int, shown: float = 3.
     )
 
 
+CONCEPT_CLASSES, CONCEPT_FEATURES, SIGN_FEATURES = 8, 16, 8
+"""Of concept graphs: classes, features that the label follows from, and features that show the regime."""
+
+
+def concept(config: RunConfig) -> GraphData:
+    """``concept-R-L-SHOWN``: R regimes, each with a rule of its own that turns neighbors' features into a label.
+
+    ``y = argmax(x U + h W_regime)`` with ``h`` the sum of in-neighbors' features over the square root of the in-degree.
+    All features, U and W are N(0, 1); 5 % of the labels are random. Neighbors are drawn without regard to class or
+    regime, so that edges say nothing of either, in no direction. SHOWN ``features``: eight more features, 3 x regime
+    center N(0, 1) + 3 x N(0, 1); ``nothing``: none. 1,000 nodes a regime, at least 4,000, ten edges a node, L training
+    labels a regime; what is not trained on is half validation, half test. ``planted`` is the regime.
+    """
+    match = re.fullmatch(r"concept-([1-9]\d?)-([1-9]\d{0,2})-(features|nothing)", config.dataset)
+    legal = "concept-R-L-SHOWN with R from 1 to 99, L from 1 to 800, SHOWN features or nothing"
+    if match is None or int(match[2]) > 800:
+        raise ValueError(f"dataset: got {config.dataset!r}, expected {legal}")
+    regimes, labels = int(match[1]), int(match[1]) * int(match[2])
+    nodes, classes = max(4_000, 1_000 * regimes), CONCEPT_CLASSES
+
+    rng = np.random.RandomState(0)  # its streams are frozen, unlike those of numpy's newer generators
+    regime = rng.permutation(np.arange(nodes) % regimes)
+    x = rng.standard_normal((nodes, CONCEPT_FEATURES))
+    source, destination = rng.randint(nodes, size=(2, 10 * nodes))
+    degree = np.bincount(destination, minlength=nodes)
+    received = np.zeros_like(x)
+    np.add.at(received, destination, x[source])
+    received /= np.sqrt(np.maximum(degree, 1))[:, None]
+
+    own_rule = rng.standard_normal((CONCEPT_FEATURES, classes))
+    regime_rules = rng.standard_normal((regimes, CONCEPT_FEATURES, classes))
+    scores = x @ own_rule
+    for one in range(regimes):
+        scores[regime == one] += received[regime == one] @ regime_rules[one]
+    label = scores.argmax(axis=1)
+    is_random = rng.uniform(size=nodes) < 0.05
+    label[is_random] = rng.randint(classes, size=int(is_random.sum()))
+    if match[3] == "features":
+        centers = rng.standard_normal((regimes, SIGN_FEATURES))
+        x = np.hstack([x, 3 * centers[regime] + 3 * rng.standard_normal((nodes, SIGN_FEATURES))])
+
+    held = (nodes - labels) // 2
+    train, val, test = torch.from_numpy(rng.permutation(nodes)).split([labels, held, nodes - labels - held])
+    return GraphData(
+        name=config.dataset,
+        data=_data(x, np.stack([source, destination]), label),
+        splits=lambda _: {"train": train, "val": val, "test": test},
+        num_outputs=classes,
+        planted=torch.from_numpy(regime).long(),
+    )
+
+
 def _data(x: np.ndarray, edges: np.ndarray, y: np.ndarray) -> Data:
     return Data(x=torch.from_numpy(x).float(), edge_index=torch.from_numpy(edges).long(), y=torch.from_numpy(y).long())

@@ -59,6 +59,10 @@ class ConvExperts(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
 
+    @abstractmethod
+    def become(self, conv: MessagePassing) -> None:
+        """Make every expert a copy of this conv, which is of their kind."""
+
 
 class StackedExperts(ConvExperts):
     """E convs of one class and the same options, their parameters stacked.
@@ -124,6 +128,9 @@ class StackedExperts(ConvExperts):
             for place, value in self._tensors(conv, expert):
                 place.copy_(value)
 
+    def become(self, conv: MessagePassing) -> None:
+        self.fill([conv] * self.num_experts)
+
     def reset_parameters(self) -> None:
         with torch.random.fork_rng(devices=[]):  # what is drawn while building is thrown away
             made = [self.make(expert) for expert in range(self.num_experts)]
@@ -182,6 +189,9 @@ class MixedExperts(ConvExperts):
     def reset_parameters(self) -> None:
         for group in self.groups:
             group.reset_parameters()
+
+    def become(self, conv: MessagePassing) -> None:
+        raise ValueError("start: got 'copies' for experts of several kinds, expected 'shared' or 'plain'")
 
     def expert(self, index: int) -> MessagePassing:
         group, place = next((g, m.index(index)) for g, m in zip(self.groups, self.members, strict=True) if index in m)

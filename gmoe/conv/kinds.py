@@ -95,7 +95,7 @@ def _adapted(cls: ConvFactory, in_channels: Any, out_channels: int, *args: Any, 
 
 
 OPTIONS = (
-    *("num_experts", "router", "k", "router_input", "shared_expert", "dense_start", "shared_transform"),
+    *("num_experts", "router", "k", "router_input", "shared_expert", "dense_start", "start", "shared_transform"),
     *("router_kwargs", "local", "backend", "check_finite"),
 )
 """The keyword arguments of a :class:`gmoe.MoEConv`, suggested where one is mistyped."""
@@ -329,7 +329,8 @@ def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
         buffers = part.named_buffers(recurse=False) if part in aggregation else ()
         options += [(name, key, _comparable(value)) for key, value in buffers]
         shapes += [(name, key, value.shape) for key, value in part.named_parameters(recurse=False)]
-    return stack, tuple(options), tuple(shapes)
+    # A copy may list its attributes in another order.
+    return stack, frozenset(options), tuple(shapes)
 
 
 def _tells(part: nn.Module, key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from gmoe._checks import check, check_choice, check_counts, nearest
 from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvFactory, ConvLike, Make, Trial, build_experts, kinds_of
 from gmoe.dispatch import Backend
-from gmoe.moe import MoELayer, drawn_apart
+from gmoe.moe import MoELayer, Start, drawn_apart
 from gmoe.routers import RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing, described
 
@@ -111,6 +112,7 @@ class MoEConv(MoELayer, MessagePassing):
         router_input: RouterInput = "node",
         shared_expert: bool | str | ConvFactory = True,
         dense_start: bool = True,
+        start: Start | None = None,
         shared_transform: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
         local: bool | None = None,
@@ -142,6 +144,9 @@ class MoEConv(MoELayer, MessagePassing):
         self.out_channels = out_channels
         self.router_input = router_parts(router_input)
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
+        self.start = start or ("plain" if shared_expert is False else "shared")
+        if self.start != "shared":
+            shared_expert = False
         self._shape = shared_expert, dense_start, shared_transform, local, backend
         self._routing = router, router_kwargs, check_finite
         self.router = None
@@ -160,7 +165,7 @@ class MoEConv(MoELayer, MessagePassing):
         router, router_kwargs, check_finite = self._routing
         make = replace(self._make, in_channels=in_channels)
         alone = replace(make, kinds=[make.kinds[0] if isinstance(shared_expert, bool) else shared_expert])
-        dense = alone(0) if shared_expert is not False else None
+        dense = alone(0) if self.start != "plain" else None
         with drawn_apart(dense is not None):
             seen, routed = widths, make
             if shared_transform:
@@ -168,7 +173,10 @@ class MoEConv(MoELayer, MessagePassing):
                 self.transform = nn.ModuleList(nn.Linear(wide, width) for wide in dict.fromkeys(widths))
                 seen = width, width
                 routed = replace(make, in_channels=width if isinstance(in_channels, int) else seen)
-            self.experts, out = build_experts(routed, local, backend)
+            copies = None
+            if self.start == "copies":
+                copies = [dense, *(copy.deepcopy(dense) for _ in range(1, self.num_experts))]
+            self.experts, out = build_experts(routed, local, backend, copies)
             self.flow = self.experts.convs()[0].flow
             if router is not None:
                 # filters, and several aggregations, give several aggregates side by side
@@ -177,9 +185,9 @@ class MoEConv(MoELayer, MessagePassing):
                 self.router = build_router(router, dim, self.num_experts, self.k, router_kwargs)
                 self.router.check_finite |= check_finite
                 self.k, self.experts_per_token = self.router.k, self.router.experts_per_token
-            if dense is not None:
+            if self.start == "shared":
                 self.shared_expert, shared_out = build_experts(alone, local, backend, [dense])
-        if dense is not None:
+        if self.start == "shared":
             fits = None in (out, shared_out) or out == shared_out
             check(fits, "shared_expert", f"{shared_out} columns", f"{out}, as the experts give")
             check(dense.flow == self.flow, "shared_expert", f"a conv of flow={dense.flow!r}", repr(self.flow))
@@ -191,8 +199,12 @@ class MoEConv(MoELayer, MessagePassing):
         """Draw all parameters anew."""
         reset(self.shared_expert)
         zeros(self.gain)
-        with drawn_apart(self.shared_expert is not None):
-            for part in (self.transform, self.experts, self.router):
+        if self.start == "copies":
+            dense = self.experts.expert(0)
+            reset(dense)
+            self.experts.become(dense)
+        with drawn_apart(self.start != "plain"):
+            for part in (self.transform, None if self.start == "copies" else self.experts, self.router):
                 reset(part)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:

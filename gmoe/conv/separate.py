@@ -37,6 +37,10 @@ class SeparateExperts(ConvExperts):
         for conv in self.members:
             conv.reset_parameters()
 
+    def become(self, conv: MessagePassing) -> None:
+        for member in self.members:
+            member.load_state_dict(conv.state_dict())
+
     def expert(self, index: int) -> MessagePassing:
         conv = copy.deepcopy(self.members[index])
         conv.zero_grad()  # the copy takes gradients along

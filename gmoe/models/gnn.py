@@ -271,7 +271,7 @@ def residual_of(residual: Residual, width: int, out: int) -> nn.Module:
 def _shared_router(router: Any, in_channels: int, routed: dict[str, Any]) -> Router:
     """A router of raw features for all layers."""
     dim = router_width(routed["router_input"], in_channels, in_channels)
-    with drawn_apart(routed.get("shared_expert") is not False):
+    with drawn_apart(routed.get("shared_expert") is not False and routed.get("start") != "plain"):
         made = build_router(router, dim, routed["num_experts"], routed["k"], routed.get("router_kwargs"))
     made.check_finite |= routed.get("check_finite", False)
     return made

@@ -15,7 +15,7 @@ from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.hub import HubMixin, recorded
-from gmoe.moe import drawn_apart
+from gmoe.moe import Start, drawn_apart
 from gmoe.routers import ROUTERS, Router, RouterLike
 from gmoe.routing import Routing, record_routing
 
@@ -91,6 +91,7 @@ class ViTMoE(HubMixin, VisionTransformer):
         every: int = 2,
         shared_expert: bool = True,
         dense_start: bool = True,
+        start: Start | None = None,
         dropout: float = 0.0,
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
@@ -106,9 +107,13 @@ class ViTMoE(HubMixin, VisionTransformer):
         self.config = config
         if router is None:
             return
-        options: Any = {"upcycle": False, "shared_expert": shared_expert, "dense_start": dense_start}
-        with drawn_apart(shared_expert):
+        if start is not None:
+            shared_expert = start == "shared"
+        options: Any = {"upcycle": start == "copies", "shared_expert": shared_expert, "dense_start": dense_start}
+        with drawn_apart(shared_expert or start == "copies"):
             moefy(self, every, k, router, num_experts, router_kwargs=router_kwargs, backend=backend, **options)
+            if start == "copies":
+                return
             for part in self.modules():  # as torchvision initializes its MLPs, and so the dense baseline
                 if isinstance(part, LinearExperts) and part.bias is not None and not part.zero_init:
                     for weight in part.weight:

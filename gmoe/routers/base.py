@@ -50,6 +50,8 @@ class Router(nn.Module, ABC):
             for a z-loss), so that every process has to call the router; not in the forward of a reentrant
             checkpoint, which has none. Where tokens compete (expert choice, votes, capacities), they do so inside a
             process. A router with a group of its own can be neither copied nor pickled.
+        sums_to_one: each token's weights sum to 1 by construction, whatever the values, so that copies of one layer
+            give what that layer gives (default ``False``).
         by_token: a token's experts follow from the token alone in evaluation, so that a graph on disk can be routed a
             part at a time (default ``False``).
 
@@ -67,6 +69,7 @@ class Router(nn.Module, ABC):
     """
 
     by_token = False
+    sums_to_one = False
 
     def __init__(self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None) -> None:
         super().__init__()
@@ -118,6 +121,11 @@ class Router(nn.Module, ABC):
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True, checked=True)
         return routing
+
+    @property
+    def _picks_sum_to_one(self) -> bool:
+        """True if the weights of K chosen experts sum to 1: normalized ones, and the 1 of a single expert."""
+        return self.weight == "normalized" or (self.weight == "straight_through" and self.k == 1)
 
     def _top_k(self, ranked_TE: Tensor, log_gate_TE: Tensor) -> tuple[Tensor, Tensor]:
         """(T, K) each token's best experts, best first, ties to the lowest index; and (T, K) their weights."""

@@ -36,6 +36,7 @@ class RandomRouter(Router):
     def __init__(self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None) -> None:
         weight = weight or ("normalized" if k >= 2 else "straight_through")
         super().__init__(dim, num_experts, k, weight=weight)
+        self.sums_to_one = self._picks_sum_to_one
         self.register_buffer("projection_DE", torch.empty(dim, num_experts))
         self.reset_parameters()
 
@@ -60,6 +61,7 @@ class UniformRouter(Router):
     """
 
     by_token = True
+    sums_to_one = True
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts, k=num_experts, weight="score")
@@ -88,6 +90,7 @@ class OracleRouter(Router):
         ValueError: an assignment outside 0..E-1, or a call with another number of tokens.
     """
 
+    sums_to_one = True
     assignment_T: Tensor
 
     def __init__(self, dim: int, num_experts: int, assignment: Tensor) -> None:

@@ -86,6 +86,7 @@ class MultiCentroid(Router):
         selection = ExpertSelection(num_experts, capacity_factor, normalize, inference)
         self.selection = selection if choice == "experts" else None
         self.by_token = choice == "tokens" or inference == "threshold"
+        self.sums_to_one = choice == "tokens" and self._picks_sum_to_one
         if choice == "experts":
             self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.reset_parameters()

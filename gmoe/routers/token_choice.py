@@ -67,6 +67,8 @@ class TokenChoice(BalancedRouter):
     """
 
     by_token = True
+    noise_scale = 1.0
+    """Factor of the noise on the logits, for schedules; 0 for none."""
 
     def __init__(
         self,
@@ -97,6 +99,8 @@ class TokenChoice(BalancedRouter):
         self.balance, self.by_spread = balance, noise == "spread"
         self.balance_coef, self.z_coef, self.init_scale = balance_coef, z_coef, init_scale
         self.capacity_factor = capacity_factor
+        # A capacity drops experts of a token, and their weights with them.
+        self.sums_to_one = capacity_factor is None and self._picks_sum_to_one
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.noise = nn.Linear(dim, num_experts, bias=False) if noise is True else None
         self.reset_parameters()
@@ -118,7 +122,7 @@ class TokenChoice(BalancedRouter):
             # in a quarter of the time of var(dim=0); a NaN token is no other token's noise
             std_TE = (clean_TE - clean_TE.mean(dim=0)).detach().std(correction=0).nan_to_num(posinf=0.0)
         if self.training and std_TE is not None:
-            logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
+            logits_TE = clean_TE + self.noise_scale * torch.randn_like(clean_TE) * std_TE
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         # not by probabilities, which may underflow to ties
         expert_TK, weight_TK = self._top_k(logits_TE + self.bias_E if biased else logits_TE, log_probs_TE)
