@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from gmoe._checks import change_of, check, check_counts
 from gmoe._mlps import read_mlp
 from gmoe.dispatch import Backend
-from gmoe.moe import MoE, MoELayer
+from gmoe.moe import MoE, MoELayer, Start, check_start
 from gmoe.routers import Router, RouterLike, build_router
 
 
@@ -34,8 +34,7 @@ def moefy(
     *,
     targets: str | Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
-    shared_expert: bool = True,
-    dense_start: bool = True,
+    start: Start | None = None,
     router_kwargs: Mapping[str, Any] | None = None,
     backend: Backend = "auto",
 ) -> nn.Module:
@@ -66,20 +65,23 @@ def moefy(
         k: K, experts per token (default 1).
         router: a name or factory (default ``"token_choice"``); each layer gets its own router.
         num_experts: E (default 8).
-        upcycle: start the experts as copies of the dense MLP or conv, of its weights as they are now (default; sparse
-            upcycling, `Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_), or afresh; of an MLP with a
-            dense start, all but the last layer.
+        upcycle: with ``start="shared"``, begin the experts as copies of the dense conv, or of all but the last layer of
+            the dense MLP, of its weights as they are now (default); ``False`` draws them afresh.
         targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1", "conv2"]``, instead
             of the ``mlp`` of all blocks (default ``None``). Modules inside a match go with it.
         blocks: numbers of the blocks, or targets, that become MoE, instead of ``every``; -1 is the last (default
             ``None``).
-        shared_expert: keep the dense MLP (default). ``False`` is the plain mixture, whose experts are all that is left
-            of the MLP, and train even if it was frozen. Upcycled, it starts as ``(sum of the token's weights) *
-            mlp(x)``: the dense model with routers whose weights sum to 1 (random, uniform, token choice and
-            multi-centroid at K >= 2), a scaled one else, and zero for tokens that no expert took. That the copies
-            compute what the MLP does is verified on random tokens.
-        dense_start: start an expert's last layer at zero, of a conv the gain of :class:`MoEConv` (default); ``False``
-            adds the experts as they are. Without a shared expert there is no dense start.
+        start: how the layers start.
+
+            - ``"shared"`` (default, ``None``): the dense MLP or conv stays, as a shared expert, and what is added to it
+              starts at zero: an expert's last layer, of a conv the gain of :class:`MoEConv`.
+            - ``"copies"``: the experts are copies of it and all that is left of it, and train even if it was frozen
+              (sparse upcycling, `Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). The model starts as
+              ``(sum of the token's weights) * mlp(x)``: the dense model with routers whose weights sum to 1
+              (``router.sums_to_one``: random, uniform, token choice and centroids at K >= 2 or with
+              ``weight="straight_through"``), a scaled one else, and zero for tokens that no expert took. That the
+              copies compute what the MLP does is verified on random tokens.
+            - ``"plain"``: independent experts of its form, drawn afresh.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
 
@@ -88,8 +90,8 @@ def moefy(
 
     Raises:
         ValueError: no such blocks or targets, fewer than ``every``, or an argument out of range; an MLP of another
-            form, or without values (on the meta device); with ``shared_expert=False``, one that computes something
-            else than it looks like, or with what copies of its weights would lose: a parametrized weight (weight norm,
+            form, or without values (on the meta device); with copies or plain experts, one that computes something
+            else than it looks like, or with what its weights alone would lose: a parametrized weight (weight norm,
             spectral norm, pruning), hooks, linear layers of an own class (LoRA, quantized).
 
     Example:
@@ -98,7 +100,8 @@ def moefy(
     """
     check(not isinstance(router, Router), "router", "an instance for several layers", "a name or a factory")
     options: dict[str, Any] = {"num_experts": num_experts, "k": k, "router": router, "router_kwargs": router_kwargs}
-    options |= {"upcycle": upcycle, "shared_expert": shared_expert, "dense_start": dense_start, "backend": backend}
+    options |= {"upcycle": upcycle, "start": check_start(start), "backend": backend}
+    check(upcycle or start != "copies", "upcycle", False, "True with start='copies'")
     usual, widths = 2 if targets is None else 1, dict[str, int]()
     pyg = sys.modules.get("torch_geometric.nn")  # who has a PyG model has imported it
     if pyg is not None and targets is None and isinstance(model, pyg.models.basic_gnn.BasicGNN):
@@ -191,26 +194,26 @@ def _moe(
     router: RouterLike,
     router_kwargs: Mapping[str, Any] | None,
     upcycle: bool,
-    shared_expert: bool,
-    dense_start: bool,
+    start: Start,
     backend: Backend,
 ) -> MoE:
     """The layer in place of an MLP."""
     dense = read_mlp(name, mlp)
-    if not shared_expert:
+    if start != "shared":
+        upcycle = start == "copies"
         _check_nothing_is_lost(name, mlp, upcycle)
-    experts = dense.experts(num_experts, upcycle, zero_init=shared_expert and dense_start, backend=backend)
+    experts = dense.experts(num_experts, upcycle, zero_init=start == "shared", backend=backend)
     layer = TokenMoE(build_router(router, experts.in_features, num_experts, k, router_kwargs), experts)
     layer.to(experts.up.weight).train(mlp.training)
     # The MLP joins last, so that its parts keep their own types and modes.
-    layer.shared_expert = mlp if shared_expert else None
+    layer.shared_expert = mlp if start == "shared" else None
     return layer
 
 
 @torch.no_grad()
 def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
     """Refuse an MLP whose copies would not be the MLP."""
-    legal = "a plain MLP, since experts would not run them; keep it with shared_expert=True"
+    legal = "a plain MLP, since experts would not run them; keep it with start='shared'"
     for path, part in mlp.named_modules(prefix=name):
         change = change_of(part)
         check(change is None, "model", f"{path} with {change}", legal)
@@ -226,14 +229,14 @@ def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
         copied = expert(tokens.flatten(0, 1), torch.tensor([6]))
         expected = dense.train()(tokens)  # in training mode, so that a dropout that is a function shows
     same = expected.numel() == copied.numel() and torch.allclose(expected.view_as(copied), copied, atol=1e-8)
-    legal = "one that computes linear, activation, linear of each token, as it looks; or shared_expert=True"
+    legal = "one that computes linear, activation, linear of each token, as it looks; or start='shared'"
     check(same, "model", f"{name}, a {type(mlp).__name__} that computes something else", legal)
 
 
 # convs ----------------------------------------------------------------------------------------------------------------
 
 
-def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, **options: Any) -> Any:
+def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, start: Start, **options: Any) -> Any:
     """The layer in place of a PyG conv: copies of it as its experts and, frozen if it is, as the shared one."""
     from gmoe.conv.kinds import CopyOf, Trial
     from gmoe.conv.moe_conv import MoEConv
@@ -250,9 +253,9 @@ def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, **optio
         check(not patched, "model", f"{path} with a function as its {', '.join(patched)}", legal)
     frozen = {not parameter.requires_grad for parameter in conv.parameters()}
     check(len(frozen) < 2, "model", f"{name} with some parameters frozen", "all or none: experts stack them")
-    layer = MoEConv(CopyOf(copy.deepcopy(conv).requires_grad_(True)), width, out, **options)
+    layer = MoEConv(CopyOf(copy.deepcopy(conv).requires_grad_(True)), width, out, start=start, **options)
     if True in frozen and layer.shared_expert is not None:
         layer.shared_expert.requires_grad_(False)
-    if not upcycle:
+    if start == "plain" or not upcycle:
         layer.experts.reset_parameters()
     return layer.to(next(conv.parameters())).train(conv.training)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check
+from gmoe._checks import check, check_choice
 from gmoe.experts import Experts
 from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing
@@ -24,6 +24,32 @@ Start: TypeAlias = Literal["copies", "shared", "plain"]
   zero.
 - ``"plain"``: independent experts, and nothing beside them.
 """
+
+REMOVED = ("shared_expert", "dense_start")
+"""Arguments that ``start`` stands for now."""
+
+
+def check_start(start: Start | None) -> Start:
+    """The start that is meant; ``None`` is a layer's default.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if start is None:
+        return "shared"
+    check_choice("start", start, Start)
+    return start
+
+
+def refuse_removed(arguments: Iterable[str]) -> None:
+    """Name the argument that stands for those that are gone.
+
+    Raises:
+        ValueError: one of these is given.
+    """
+    for name in arguments:
+        legal = "start='shared' (a shared expert, a dense start), 'copies' or 'plain' (no shared expert) in its place"
+        check(name not in REMOVED, name, "an argument that is gone", legal)
 
 
 @contextmanager

@@ -154,7 +154,7 @@ class Config:
     edges: int
     edge_dim: int | None
     kinds: tuple[Kind, ...]
-    shared: Any
+    start: str
     partials: bool
     widths: tuple[int, int, int]
     edge_args: tuple[str, ...]
@@ -224,7 +224,7 @@ def draw_kind(random: Random, name: str, found: Mapping[str, Any], alike: bool) 
 
 
 def draw_kinds(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
-    """A kind for all experts or a list, the shared expert, and edge features for all that take them or for none."""
+    """A kind for all experts or a list, how they start, and edge features for all that take them or for none."""
     sparse, way = found["form"] in SPARSE, found["way"]
     edge_dim = None if way == "disk" or flip(random) else random.choice((EDGE_DIM, EDGE_DIM, WIDTH))
     found = {**found, "edge_dim": edge_dim}
@@ -244,20 +244,16 @@ def draw_kinds(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
 
     pool = [name for name in (OFTEN if flip(random, 0.7) else KINDS) if fits(name)] or ["gat"]
     names = random.choices(pool, k=random.choice((1, 1, 2, 3)))
-    other, partials = flip(random, 0.15), len(names) > 1 or names == ["mlp"] or flip(random)
-    alike = len(names) > 1 or other or (way != "layer" and partials)
+    partials = len(names) > 1 or names == ["mlp"] or flip(random)
+    alike = len(names) > 1 or (way != "layer" and partials)
     kinds = tuple(draw_kind(random, name, found, alike) for name in names)
-    shared = draw_kind(random, random.choice(pool), found, True) if other else flip(random, 0.7)
-    return {"edge_dim": edge_dim, "kinds": kinds, "shared": shared, "partials": partials or other}
-
-
-def every_kind(found: Mapping[str, Any]) -> list[Kind]:
-    return [*found["kinds"], *([found["shared"]] if isinstance(found["shared"], Kind) else [])]
+    starts = ("shared", "shared", "plain") if len(names) > 1 else ("shared", "shared", "plain", "copies")
+    return {"edge_dim": edge_dim, "kinds": kinds, "start": random.choice(starts), "partials": partials}
 
 
 def draw_widths(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     """Of sources, destinations and outputs: of a model, of hidden layers."""
-    kinds, width = every_kind(found), random.choice((WIDTH, WIDTH, 9))
+    kinds, width = found["kinds"], random.choice((WIDTH, WIDTH, 9))
     if any(kind.name in ("simple", "cg", "gine") for kind in kinds):
         return {"widths": (WIDTH,) * 3}
     same = any(KINDS[kind.name].two == "one" or kind.options.get("share_weights") for kind in kinds)
@@ -267,7 +263,7 @@ def draw_widths(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
 def draw_edge_args(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     """Which edge arguments there are, where they are given, and which need gradients."""
     sparse, wraps = found["form"] in SPARSE, found["way"] not in ("sampled", "disk") and flip(random, 0.6)
-    taken = set() if sparse or found["way"] == "disk" else {KINDS[kind.name].edges for kind in every_kind(found)}
+    taken = set() if sparse or found["way"] == "disk" else {KINDS[kind.name].edges for kind in found["kinds"]}
     args = [name for name in ("edge_weight",) if name in taken and flip(random, 0.7)]
     args += ["edge_attr"] if "edge_attr" in taken and found["edge_dim"] is not None else []
     values = "" if not sparse else "rows" if found["edge_dim"] is not None else random.choice(("ones", "some"))
@@ -323,18 +319,19 @@ def draw(number: int) -> Config:
     for dimension in (draw_kinds, draw_widths, draw_edge_args, draw_past):
         found |= dimension(random, found)
     backend = random.choice(("auto", "auto", "grouped", "padded", "loop"))
-    options = {**draw_router(random, found), "dense_start": flip(random, 0.7), "backend": backend}
-    keeps = {kind.name for kind in every_kind(found)} & {"simple", "cg", "gine"}
+    options = {**draw_router(random, found), "start": found["start"], "backend": backend}
+    keeps = {kind.name for kind in found["kinds"]} & {"simple", "cg", "gine"}
+    keeps = keeps or found["start"] == "copies"
     options |= {"shared_transform": not keeps and flip(random, 0.15)} if way == "layer" else draw_model(random, found)
     found["batch"] = random.choice((1, 3, 7, 100)) * (way in ("sampled", "disk", "inference") or flip(random, 0.3))
-    found["alone"] &= all(CONVS.get(kind.name) in SOURCES_ALONE for kind in every_kind(found))
+    found["alone"] &= all(CONVS.get(kind.name) in SOURCES_ALONE for kind in found["kinds"])
     training = way in ("layer", "forward") and flip(random, 0.6)
     positional = way == "layer" and found["edge_args"] == (KINDS[found["kinds"][0].name].edges,) and flip(random, 0.3)
     found |= {"positional": positional and len(found["kinds"]) == 1, "as_on_gpus": flip(random, 0.25)}
     lowers = way == "layer" and found["form"] in PLAIN and flip(random, 0.15)
-    lowers = lowers and all(kind.name != "mf" for kind in every_kind(found))  # which fails under autocast
+    lowers = lowers and all(kind.name != "mf" for kind in found["kinds"])  # which fails under autocast
     low = random.choice(("float32", "bfloat16")) if lowers else ""
-    if all(CONVS.get(kind.name) in LOCAL for kind in every_kind(found)):  # each conv on its own
+    if all(CONVS.get(kind.name) in LOCAL for kind in found["kinds"]):  # each conv on its own
         options |= some(random, {"local": (True, False) if way in ("layer", "forward") else (True,)})
     return Config(**found, options=options, training=training, low=low)
 
@@ -349,7 +346,6 @@ def build(c: Config) -> Any:
     made = [kind.build() if c.partials else kind.name for kind in c.kinds]
     options = {"conv": made if several else made[0], "num_experts": None if several else EXPERTS, **c.options}
     options |= {} if c.partials else c.kinds[0].options
-    options["shared_expert"] = c.shared.build() if isinstance(c.shared, Kind) else c.shared
     if c.way == "layer":
         widths: Any = c.widths[:2] if c.two else c.widths[0]
         module: Any = MoEConv(in_channels=widths, out_channels=c.widths[2], **options)
@@ -369,6 +365,8 @@ def build(c: Config) -> Any:
             nn.init.normal_(value, -1.0 if leaf == "threshold_E" else 0.0, std=0.2)
         elif leaf == "bias" or name.endswith("noise.weight"):
             nn.init.normal_(value, std=0.2)
+        elif c.start == "copies" and re.search(r"(^|\.)experts\.", name) and value.is_floating_point():
+            value.data.add_(0.1 * torch.randn_like(value))  # experts that are equal would hide who took a token
     return module.train(c.training)
 
 
@@ -416,8 +414,7 @@ def given_of(c: Config, seed: int, dtype: torch.dtype = torch.float64) -> Given:
     args = {name: every[name].requires_grad_(name in c.learned) for name in c.edge_args}
     x_src, x_dst = (leaf(*shape).requires_grad_("x" in c.learned) for shape in zip(c.sizes, c.widths[:2], strict=True))
     of_graph: dict[str, Any] = {name: value for name, value in {"x": x_src, **args}.items() if name in c.in_graph}
-    kinds = [*c.kinds, *([c.shared] if isinstance(c.shared, Kind) else [])]
-    flow = {kind.options.get("flow", "source_to_target") for kind in kinds}.pop()  # of several, all are refused
+    flow = {kind.options.get("flow", "source_to_target") for kind in c.kinds}.pop()  # of several, all are refused
     adj = Graph(adj, c.sizes, flow=flow, **of_graph) if c.in_graph else adj
     batch = torch.arange(c.sizes[1]) * 7 % 3 * 2 if c.batch and c.way in ("layer", "forward", "inference") else None
     weight_TE = None

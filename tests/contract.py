@@ -241,7 +241,7 @@ CASES = [
     *(Case(f"MoEConv {name}", partial(conv, kind), graphs) for name, kind in CONVS.items()),
     Case(
         "MoEConv gcn full",
-        partial(conv, "gcn", router_input=("node", "neighbors", "degree"), shared_expert=True),
+        partial(conv, "gcn", router_input=("node", "neighbors", "degree"), start="shared"),
         weighted_graphs,
     ),
     Case("MoEConv sage narrow", lambda: opened(MoEConv("sage", D, 2, num_experts=3, k=K)), graphs),

@@ -40,7 +40,7 @@ def moe_conv() -> Callable[[], Any]:
 
 
 def mixture() -> Callable[[], Any]:
-    layer = gmoe.MoEConv(GCNConv, 16, 16, shared_expert=False)
+    layer = gmoe.MoEConv(GCNConv, 16, 16, start="plain")
     x, edge_index = torch.randn(30, 16), torch.randint(30, (2, 90))
     return lambda: layer(x, edge_index)
 

@@ -142,7 +142,7 @@ class ConvBenchmark(Benchmark):
         build: Any = partial(MoEConv, self.conv, NODE, NODE // heads.get("heads", 1), **heads)
         sizes = {f"E={e} K={k}": {"num_experts": e, "k": k} for e in self.experts for k in self.ks}
         # others are compared with what the layer gives, which noise would change
-        plain = {"shared_expert": False, "router_kwargs": {"balance": None}}
+        plain = {"start": "plain", "router_kwargs": {"balance": None}}
         layers = {name: build(**size, **plain) for name, size in sizes.items()}
         others = {"masked": Masked} | ({"HeteroLinear": Grouped} if self.conv == "gcn" else {})
         for form in self.adjacency:
@@ -245,10 +245,10 @@ class VitBenchmark(Benchmark):
             nn.init.normal_(model.heads[-1].weight)  # which starts at zero, where all would be equal
             return model
 
-        ways = {"loop with nonzero": build("loop", shared_expert=False)}
+        ways = {"loop with nonzero": build("loop", start="plain")}
         for block in ways["loop with nonzero"].encoder.layers[1::2]:
             block.mlp = NonzeroLoop(block.mlp)
-        ways |= {backend: build(backend, shared_expert=False) for backend in ("loop", "padded", "grouped")}
+        ways |= {backend: build(backend, start="plain") for backend in ("loop", "padded", "grouped")}
         for name, model in ways.items():
             check_equal(name, model(images), ways["loop"](images))
         ways = {"dense": build(router=None), **ways, "with a shared expert": build()}  # as ViTMoE is by default
@@ -276,7 +276,7 @@ class RouterBenchmark(Benchmark):
             for name in ("token_choice", "expert_choice", "multi_centroid", "random"):
                 layer: Any
                 if convs:
-                    layer = MoEConv("gcn", width, width, k=k, router=name, shared_expert=False)
+                    layer = MoEConv("gcn", width, width, k=k, router=name, start="plain")
                 else:
                     layer = MoE(build_router(name, width, 8, k), MLPExperts(width, 4 * width, width, num_experts=8))
                 step, route = layer_step(layer, inputs), route_step(layer.router, x)

@@ -20,7 +20,7 @@ from gmoe._checks import check, check_counts
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend, combine, dispatch
 from gmoe.experts import LinearExperts
-from gmoe.moe import MoELayer, drawn_apart
+from gmoe.moe import MoELayer, Start, check_start, drawn_apart
 from gmoe.routers import RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing
 
@@ -114,7 +114,8 @@ class HeteroMoEConv(MoELayer):
 
     where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it: an expert is an R-GCN
     layer (:class:`RelationalConv`). The shared expert runs on every node and the gain g starts at zero, so that with
-    the same seed a new layer equals the ``RelationalConv`` it replaces; ``shared_expert=False`` is the plain mixture.
+    the same seed a new layer equals the ``RelationalConv`` it replaces. With ``start="copies"`` or ``"plain"`` there is
+    neither of them.
 
     Each node type has its router, which sees its features, and its experts: a mixture of linear layers on :math:`x_i`
     and the means. It equals, in outputs and gradients, running E relational layers on the whole graph and masking. Each
@@ -133,9 +134,9 @@ class HeteroMoEConv(MoELayer):
             a single type.
         k: K, experts per node (default 1).
         out_types: node types to compute (default all); there are no parameters for others.
-        shared_expert: one more layer that runs on every node (default ``True``).
-        dense_start: with a shared expert, scale the routed experts' output by a tenth of a learned gain that starts
-            at zero (default ``True``).
+        start: ``"shared"`` (default, ``None``): beside one more layer that runs on every node, scaled by a tenth of a
+            learned gain that starts at zero; ``"copies"``: as copies of one layer; ``"plain"``: each by itself. See
+            :class:`MoEConv`.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
         check_finite: the routers refuse NaN and infinity (default ``False``; costs a host sync).
@@ -167,32 +168,46 @@ class HeteroMoEConv(MoELayer):
         k: int = 1,
         *,
         out_types: Collection[NodeType] | None = None,
-        shared_expert: bool = True,
-        dense_start: bool = True,
+        start: Start | None = None,
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
         check_finite: bool = False,
     ) -> None:
         super().__init__(num_experts, k)
         self.make_dense = partial(RelationalConv, in_channels, out_channels, metadata, out_types=out_types)
-        self.shared_expert = self.make_dense() if shared_expert else None
-        self.gain = nn.Parameter(torch.zeros(1)) if shared_expert and dense_start else None
+        self.start = check_start(start)
+        dense = None if self.start == "plain" else self.make_dense()
+        self.shared_expert = dense if self.start == "shared" else None
+        self.gain = nn.Parameter(torch.zeros(1)) if self.start == "shared" else None
         self.routers = ModuleDict()
-        with drawn_apart(shared_expert):
+        with drawn_apart(self.start != "plain"):
             self.experts = self.make_dense(linear=partial(LinearExperts, num_experts=num_experts, backend=backend))
             for name in self.experts.relations_into:
                 built = build_router(router, self.experts.in_channels[name], num_experts, k, router_kwargs)
                 check(built is not router or not self.routers, "router", "an instance for several types", "a factory")
                 built.check_finite |= check_finite
                 self.k, self.experts_per_token, self.routers[name] = built.k, built.experts_per_token, built
+        if self.start == "copies" and dense is not None:
+            self._become(dense)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         reset(self.shared_expert)
         zeros(self.gain)
-        with drawn_apart(self.shared_expert is not None):
-            reset(self.experts)
+        if self.start == "copies":
+            dense = self.expert(0)
+            reset(dense)
+            self._become(dense)
+        with drawn_apart(self.start != "plain"):
+            if self.start != "copies":
+                reset(self.experts)
             reset(self.routers)
+
+    @torch.no_grad()
+    def _become(self, dense: RelationalConv) -> None:
+        """Make every expert a copy of a dense layer."""
+        for name, parameter in dense.named_parameters():
+            self.experts.get_parameter(name).copy_(parameter.T if parameter.dim() == 2 else parameter)
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()

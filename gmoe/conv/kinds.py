@@ -25,6 +25,7 @@ from gmoe.conv.base import ConvExperts, MixedExperts, StackedExperts, probe_copy
 from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.separate import SeparateExperts, run, run_on
 from gmoe.dispatch import Backend
+from gmoe.moe import refuse_removed
 
 ConvFactory: TypeAlias = Callable[..., MessagePassing]
 """Called as ``conv(in_channels, out_channels, *conv_args, **conv_kwargs)``."""
@@ -95,7 +96,7 @@ def _adapted(cls: ConvFactory, in_channels: Any, out_channels: int, *args: Any, 
 
 
 OPTIONS = (
-    *("num_experts", "router", "k", "router_input", "shared_expert", "dense_start", "start", "shared_transform"),
+    *("num_experts", "router", "k", "router_input", "start", "shared_transform"),
     *("router_kwargs", "local", "backend", "check_finite"),
 )
 """The keyword arguments of a :class:`gmoe.MoEConv`, suggested where one is mistyped."""
@@ -149,6 +150,7 @@ class Make:
 
 def _check_option(option: str, value: object, factory: ConvFactory) -> None:
     """Refuse a keyword argument that neither the layer nor the conv has, where their signatures tell."""
+    refuse_removed([option])
     names = set(inspect.signature(factory).parameters)
     cls = class_of(factory)
     if issubclass(cls, MessagePassing):
@@ -249,9 +251,8 @@ def kinds_of(conv: Any, num_experts: int | None) -> list[str | ConvFactory]:
 
 def build_experts(
     make: Make, local: bool | None, backend: Backend, convs: Sequence[MessagePassing] | None = None
-) -> tuple[ConvExperts, int | None]:
-    """The experts of a layer, each kind of conv run in the cheapest way that is right for it; and the columns of their
-    output, if known.
+) -> ConvExperts:
+    """The experts of a layer, each kind of conv run in the cheapest way that is right for it.
 
     Args:
         make: makes the conv of an expert.
@@ -265,7 +266,7 @@ def build_experts(
     """
     convs = [make(expert) for expert in range(len(make.kinds))] if convs is None else convs
     trials = {id(kind): Trial(conv, make.in_channels) for kind, conv in zip(make.kinds, convs, strict=True)}
-    width = _common_width(make, convs, [trial.width for trial in trials.values() if trial.width is not None])
+    _check_together(make, convs, [trial.width for trial in trials.values() if trial.width is not None])
     groups: dict[Any, list[int]] = {}
     for expert, conv in enumerate(convs):
         groups.setdefault(_stack_of(conv) if local is None else None, []).append(expert)
@@ -284,26 +285,28 @@ def build_experts(
                 "its output at a node follows from the node's in-edges alone, pass local=True",
                 stacklevel=4,
             )
-    return built[0] if len(built) == 1 else MixedExperts(built, list(groups.values())), width
+    return built[0] if len(built) == 1 else MixedExperts(built, list(groups.values()))
 
 
-def _common_width(make: Make, convs: Sequence[MessagePassing], widths: Sequence[int]) -> int | None:
-    """The one output width, if it is known; refuses convs that do not go together."""
+def _check_together(make: Make, convs: Sequence[MessagePassing], widths: Sequence[int]) -> None:
+    """Refuse convs that do not go together; ``widths`` are those of their outputs, where these are known."""
     ids = [id(parameter) for conv in convs for parameter in conv.parameters()]
     check(len(ids) == len(set(ids)), "conv", "a factory whose convs share parameters", "fresh ones at each call")
     flows = sorted({conv.flow for conv in convs})
     check(len(flows) == 1, "conv", f"experts of flows {flows}", "one flow for all")
     check(len(set(widths)) < 2, "conv", f"experts of output widths {sorted(set(widths))}", "one width for all")
-    if not widths:
-        return None
-    got = f"{make.out_channels}, but {name_of(make.kinds[0])} gives {widths[0]} columns"
-    fits = widths[0] % make.out_channels == 0  # heads and powers give multiples
-    check(fits, "out_channels", got, "that width, or a multiple of it")
-    return widths[0]
+    if widths:
+        got = f"{make.out_channels}, but {name_of(make.kinds[0])} gives {widths[0]} columns"
+        fits = widths[0] % make.out_channels == 0  # heads and powers give multiples
+        check(fits, "out_channels", got, "that width, or a multiple of it")
 
 
-PLAIN_PARTS = (Linear, pyg.MLP, nn.Linear, nn.ReLU, nn.Identity, nn.Sequential, nn.ModuleList)
-"""Classes of the parts of convs that are stacked, by exact type; beside these there are only aggregations."""
+def _is_usual(part: nn.Module) -> bool:
+    """True for a part of a conv that stacks know: a linear layer, or one of torch's or PyG's without parameters."""
+    if type(part) in (nn.Linear, Linear):
+        return True
+    package = type(part).__module__.partition(".")[0]
+    return package in ("torch", "torch_geometric") and not any(True for _ in part.parameters(recurse=False))
 
 
 def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
@@ -320,7 +323,7 @@ def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
     aggregation = set(conv.aggr_module.modules()) if isinstance(conv.aggr_module, nn.Module) else set()
     options, shapes = list[Hashable](), list[Hashable]()
     for name, part in conv.named_modules():
-        if part is not conv and part not in aggregation and type(part) not in PLAIN_PARTS:
+        if part is not conv and part not in aggregation and not _is_usual(part):
             return None
         options += [
             (name, type(part), key, _comparable(value)) for key, value in vars(part).items() if _tells(part, key)

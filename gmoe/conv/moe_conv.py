@@ -21,9 +21,9 @@ from torch_geometric.utils import is_sparse
 from gmoe._autograd import refuse_transforms
 from gmoe._checks import check, check_choice, check_counts, nearest
 from gmoe.conv.graph import Graph, parameters_of
-from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvFactory, ConvLike, Make, Trial, build_experts, kinds_of
+from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvLike, Make, Trial, build_experts, kinds_of
 from gmoe.dispatch import Backend
-from gmoe.moe import MoELayer, Start, drawn_apart
+from gmoe.moe import MoELayer, Start, check_start, drawn_apart
 from gmoe.routers import RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing, described
 
@@ -40,7 +40,7 @@ class MoEConv(MoELayer, MessagePassing):
             + 0.1 \, g \sum_{e \in \mathrm{experts}(i)} w_{ie} \; \mathrm{conv}_e(x, A)_i
 
     The shared expert runs on every node and the gain g of the routed experts starts at zero, so with the same seed a
-    new layer equals the conv it replaces. ``shared_expert=False`` is the plain mixture, without g.
+    new layer equals the conv it replaces. With ``start="copies"`` or ``"plain"`` there is neither of them.
 
     Equal, in outputs and gradients, to running E convs on the whole graph and masking. Compute scales with the K
     experts a node uses, not with the total E:
@@ -68,12 +68,18 @@ class MoEConv(MoELayer, MessagePassing):
         k: K, experts per node (default 1).
         router_input: what the router sees: the ``"node"`` (default), its ``"neighbors"`` (the conv's own aggregate
             where all experts share it, else the mean over in-edges), its ``"degree"`` (log(1 + in-degree)), or several.
-        shared_expert: one more expert that runs on every node with weight 1: ``True`` (default) for one of the same
-            kind (the first of a list), a conv as in ``conv``, or ``False`` for none.
-        dense_start: with a shared expert, scale the routed experts' output by a tenth of a learned gain that starts
-            at zero (default ``True``).
+        start: how the layer starts.
+
+            - ``"shared"`` (default, ``None``): beside a shared expert, a conv of the same kind (of a list, the first)
+              that runs on every node with weight 1; the routed experts' output is scaled by a tenth of a learned gain
+              that starts at zero.
+            - ``"copies"``: all experts as copies of one conv, at the FLOPs of one. The first forward is that conv's if
+              a node's weights sum to 1: of token choice and centroids with ``weight="straight_through"`` at K = 1 and
+              ``"normalized"`` above, of random and uniform routers always (``router.sums_to_one``). Sparse upcycling,
+              `Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_.
+            - ``"plain"``: independent experts.
         shared_transform: map the input to the output's width once, before router and routed experts; the shared expert
-            sees the input itself. For inputs much wider than the output (default ``False``).
+            sees the input itself. For inputs much wider than the output (default ``False``; not with copies).
         router_kwargs: further arguments of the router.
         local: ``True`` declares your own class local (verified), ``False`` disables the local path; either runs the
             convs one by one. ``None`` (default) uses the local path for classes known to be local.
@@ -110,8 +116,6 @@ class MoEConv(MoELayer, MessagePassing):
         router: RouterLike | None = "token_choice",
         k: int = 1,
         router_input: RouterInput = "node",
-        shared_expert: bool | str | ConvFactory = True,
-        dense_start: bool = True,
         start: Start | None = None,
         shared_transform: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
@@ -144,16 +148,16 @@ class MoEConv(MoELayer, MessagePassing):
         self.out_channels = out_channels
         self.router_input = router_parts(router_input)
         self._make = Make(kinds, None, out_channels, conv_args, conv_kwargs)
-        self.start = start or ("plain" if shared_expert is False else "shared")
-        if self.start != "shared":
-            shared_expert = False
-        self._shape = shared_expert, dense_start, shared_transform, local, backend
+        self.start = check_start(start)
+        fits = self.start != "copies" or (kinds.count(kinds[0]) == len(kinds) and not shared_transform)
+        check(fits, "start", "'copies' for several kinds or a shared transform", "'shared' or 'plain'")
+        self._shape = shared_transform, local, backend
         self._routing = router, router_kwargs, check_finite
         self.router = None
         self.experts: Any = None
         self.shared_expert: Any = None
         self.transform: Any = None
-        self.gain: nn.Parameter | None = None
+        self.gain: Any = None
         if -1 in widths:
             self.register_load_state_dict_pre_hook(_needs_widths)
         else:
@@ -161,10 +165,10 @@ class MoEConv(MoELayer, MessagePassing):
 
     def _build(self, in_channels: Any, widths: Any) -> None:
         """Shared expert, experts and router, once the widths are known."""
-        shared_expert, dense_start, shared_transform, local, backend = self._shape
+        shared_transform, local, backend = self._shape
         router, router_kwargs, check_finite = self._routing
         make = replace(self._make, in_channels=in_channels)
-        alone = replace(make, kinds=[make.kinds[0] if isinstance(shared_expert, bool) else shared_expert])
+        alone = replace(make, kinds=[make.kinds[0]])  # of several kinds, the first
         dense = alone(0) if self.start != "plain" else None
         with drawn_apart(dense is not None):
             seen, routed = widths, make
@@ -176,7 +180,7 @@ class MoEConv(MoELayer, MessagePassing):
             copies = None
             if self.start == "copies":
                 copies = [dense, *(copy.deepcopy(dense) for _ in range(1, self.num_experts))]
-            self.experts, out = build_experts(routed, local, backend, copies)
+            self.experts = build_experts(routed, local, backend, copies)
             self.flow = self.experts.convs()[0].flow
             if router is not None:
                 # filters, and several aggregations, give several aggregates side by side
@@ -186,14 +190,10 @@ class MoEConv(MoELayer, MessagePassing):
                 self.router.check_finite |= check_finite
                 self.k, self.experts_per_token = self.router.k, self.router.experts_per_token
             if self.start == "shared":
-                self.shared_expert, shared_out = build_experts(alone, local, backend, [dense])
-        if self.start == "shared":
-            fits = None in (out, shared_out) or out == shared_out
-            check(fits, "shared_expert", f"{shared_out} columns", f"{out}, as the experts give")
-            check(dense.flow == self.flow, "shared_expert", f"a conv of flow={dense.flow!r}", repr(self.flow))
-            self.gain = nn.Parameter(torch.zeros(1)) if dense_start else None
+                self.shared_expert = build_experts(alone, local, backend, [dense])
+                self.gain = nn.Parameter(torch.zeros(1))
         # the shared expert is of the experts' kind, and can share their aggregate
-        self._aggregates_alike = shared_expert is True and not shared_transform
+        self._aggregates_alike = not shared_transform
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -273,7 +273,7 @@ class MoEConv(MoELayer, MessagePassing):
         if self.shared_expert is not None:
             h = h if self._aggregates_alike and h is not None else self.shared_expert.aggregate(graph, x_src)
             shared = self.shared_expert.on_all(graph, x_src, x_dst, h)
-            y = shared + y if self.gain is None else shared.addcmul(y, (GAIN_SCALE * self.gain).to(y.dtype))
+            y = shared.addcmul(y, (GAIN_SCALE * self.gain).to(y.dtype))
         return (y, routing) if return_routing else y
 
     def view(self, x: Tensor, graph: Graph) -> Tensor:

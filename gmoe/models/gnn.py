@@ -25,7 +25,7 @@ from gmoe.conv.separate import run
 from gmoe.convert import choose_blocks
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
-from gmoe.moe import drawn_apart
+from gmoe.moe import check_start, drawn_apart
 from gmoe.routers import ROUTERS, Router, RouterLike, build_router
 from gmoe.routing import Routing
 
@@ -109,6 +109,7 @@ class GNNMoE(HubMixin, nn.Module):
         residual: Residual = "identity",
         **conv_kwargs: Any,
     ) -> None:
+        conv_kwargs["start"] = check_start(conv_kwargs.get("start"))  # as it is now, to be saved
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
         check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
         check_counts(num_layers=num_layers)
@@ -271,7 +272,7 @@ def residual_of(residual: Residual, width: int, out: int) -> nn.Module:
 def _shared_router(router: Any, in_channels: int, routed: dict[str, Any]) -> Router:
     """A router of raw features for all layers."""
     dim = router_width(routed["router_input"], in_channels, in_channels)
-    with drawn_apart(routed.get("shared_expert") is not False and routed.get("start") != "plain"):
+    with drawn_apart(routed.get("start") != "plain"):
         made = build_router(router, dim, routed["num_experts"], routed["k"], routed.get("router_kwargs"))
     made.check_finite |= routed.get("check_finite", False)
     return made

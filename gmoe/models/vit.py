@@ -15,7 +15,7 @@ from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.hub import HubMixin, recorded
-from gmoe.moe import Start, drawn_apart
+from gmoe.moe import Start, check_start, drawn_apart
 from gmoe.routers import ROUTERS, Router, RouterLike
 from gmoe.routing import Routing, record_routing
 
@@ -61,9 +61,10 @@ class ViTMoE(HubMixin, VisionTransformer):
         num_experts: E (default 8).
         k: K, experts per token (default 1).
         every: block ``i`` is MoE where ``i % every == every - 1`` (default 2).
-        shared_expert, dense_start: the dense MLP runs beside the routed experts, which start at zero, so that a new
-            model gives what the dense one (``router=None``) gives that is drawn with the same seed; see :func:`moefy`
-            (default ``True``).
+        start: ``"shared"`` (default, ``None``): the dense MLP runs beside the routed experts, which start at zero;
+            ``"copies"``: all experts start as copies of the dense MLP; ``"plain"``: each by itself. With the first, and
+            with copies where a token's weights sum to 1, a new model gives what the dense one (``router=None``) gives
+            that is drawn with the same seed; see :func:`moefy`.
         dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
@@ -89,14 +90,13 @@ class ViTMoE(HubMixin, VisionTransformer):
         num_experts: int = 8,
         k: int = 1,
         every: int = 2,
-        shared_expert: bool = True,
-        dense_start: bool = True,
         start: Start | None = None,
         dropout: float = 0.0,
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
     ) -> None:
         size = asdict(size) if isinstance(size, ViTSize) else size
+        start = check_start(start)
         config = recorded(locals(), known=ROUTERS)
         check(isinstance(size, Mapping) or size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
         sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else SIZES[size])
@@ -107,11 +107,9 @@ class ViTMoE(HubMixin, VisionTransformer):
         self.config = config
         if router is None:
             return
-        if start is not None:
-            shared_expert = start == "shared"
-        options: Any = {"upcycle": start == "copies", "shared_expert": shared_expert, "dense_start": dense_start}
-        with drawn_apart(shared_expert or start == "copies"):
-            moefy(self, every, k, router, num_experts, router_kwargs=router_kwargs, backend=backend, **options)
+        options: Any = {"start": start, "upcycle": start == "copies", "router_kwargs": router_kwargs}
+        with drawn_apart(start != "plain"):
+            moefy(self, every, k, router, num_experts, backend=backend, **options)
             if start == "copies":
                 return
             for part in self.modules():  # as torchvision initializes its MLPs, and so the dense baseline

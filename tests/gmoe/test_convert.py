@@ -31,7 +31,7 @@ def plain(model: Any, **options: Any) -> Any:
     if options.get("router", "token_choice") == "token_choice":
         weight = STRAIGHT if options.get("k", 1) == 1 else {"balance": None}
         options["router_kwargs"] = weight | options.get("router_kwargs", {})
-    return moefy(model, shared_expert=False, **options)
+    return moefy(model, start="copies", **options)
 
 
 def torchvision_vit(layers: int = 3) -> VisionTransformer:
@@ -147,14 +147,15 @@ def test_the_first_forward_is_the_dense_one(build: Callable[[], Any], upcycle: b
     assert {torch.equal(*mlp.experts.up.weight[:2]) for mlp in mlps(model)} == {upcycle}
 
 
-@pytest.mark.parametrize("dense_start", [True, False])
-def test_without_a_dense_start_experts_are_added_from_the_start(dense_start: bool) -> None:
+@pytest.mark.parametrize("start", ["copies", "plain"])
+def test_nothing_is_left_of_the_mlp_beside_copies_and_plain_experts(start: Any) -> None:
     mlp = plain_mlp()
     x = torch.randn(2, 5, 8)
-    straight: Any = {"router_kwargs": STRAIGHT, "dense_start": dense_start}
-    layer = moefy(stack(mlp), every=1, num_experts=2, **straight)[0].mlp  # type: ignore[index]
-    torch.testing.assert_close(layer(x), mlp(x) if dense_start else 2 * mlp(x))
-    assert bool(layer.experts.down.weight.any()) != dense_start
+    layer = moefy(stack(mlp), every=1, num_experts=2, start=start, router_kwargs=STRAIGHT)[0].mlp  # type: ignore[index]
+    assert layer.shared_expert is None
+    assert layer.experts.down.weight.any()
+    assert torch.allclose(layer(x), mlp(x), atol=1e-6) == (start == "copies")
+    assert torch.equal(*layer.experts.up.weight) == (start == "copies")
 
 
 # Gated MLPs, norms, activations that are functions
@@ -254,17 +255,17 @@ def gnn() -> nn.Module:
 CONVS, HEAD = "module_[0-2]", "module_3"
 
 
-@pytest.mark.parametrize("shared_expert", [True, False])
-def test_convs_by_name(shared_expert: bool) -> None:
+@pytest.mark.parametrize("start", ["shared", "copies"])
+def test_convs_by_name(start: str) -> None:
     torch.manual_seed(0)
     dense = gnn().double()
     x, edge_index = torch.randn(9, 8, dtype=torch.float64), torch.randint(9, (2, 30))
-    options: dict[str, Any] = {"targets": CONVS, "num_experts": 3, "shared_expert": shared_expert}
+    options: dict[str, Any] = {"targets": CONVS, "num_experts": 3, "start": start}
     model = moefy(copy.deepcopy(dense), router_kwargs=STRAIGHT, **options)
     assert sum(isinstance(module, MoEConv) for module in model.modules()) == 3
     assert_same(model(x, edge_index), dense(x, edge_index))
-    fresh = moefy(copy.deepcopy(dense), upcycle=False, **options)
-    assert torch.allclose(fresh(x, edge_index), dense(x, edge_index)) == shared_expert
+    fresh = moefy(copy.deepcopy(dense), **options | {"start": "plain"})
+    assert not torch.allclose(fresh(x, edge_index), dense(x, edge_index))
 
 
 # As a model
@@ -272,7 +273,7 @@ def test_convs_by_name(shared_expert: bool) -> None:
 
 @pytest.mark.parametrize(
     ("build", "options"),
-    [(timm_vit, {"every": 1}), (timm_vit, {"every": 1, "shared_expert": False}), (gnn, {"targets": [CONVS, HEAD]})],
+    [(timm_vit, {"every": 1}), (timm_vit, {"every": 1, "start": "copies"}), (gnn, {"targets": [CONVS, HEAD]})],
 )
 def test_a_frozen_model_stays_frozen_but_for_what_is_new(build: Any, options: dict[str, Any]) -> None:
     model = moefy(build().requires_grad_(False), num_experts=2, **options)
@@ -307,8 +308,6 @@ def test_the_shared_expert_keeps_parametrizations_and_hooks_that_a_plain_mixture
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     layer = moefy(stack(mlp), every=1, num_experts=2)[0].mlp  # type: ignore[index]
     assert_same(layer(x), mlp(x))
-    copies = moefy(stack(mlp), every=1, num_experts=2, dense_start=False)[0].mlp.experts  # type: ignore[index]
-    assert_same(copies.down.weight[1], mlp[2].weight.T.detach())
     with pytest.raises(ValueError, match="model"):
         plain(stack(mlp), every=1, num_experts=4)
 
@@ -363,7 +362,7 @@ def patched(mlp: Any) -> Any:
     return mlp
 
 
-PLAIN: dict[str, Any] = {"every": 1, "shared_expert": False}
+PLAIN: dict[str, Any] = {"every": 1, "start": "copies"}
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: nn.Sequential(plain_mlp()), {}, "model"),
@@ -372,12 +371,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: stack(nn.Sequential(nn.Dropout(0.5), *plain_mlp())), {"every": 1}, "model"),
     (lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8))), {"every": 1}, "model"),
     (lambda: stack(GlobalResponseNormMlp(8, 12)), {"every": 1}, "model"),
-    (lambda: stack(Llama(lambda x: F.silu(x).flip(0))), {"every": 1, "shared_expert": False}, "model"),  # misread
+    (lambda: stack(Llama(lambda x: F.silu(x).flip(0))), {"every": 1, "start": "copies"}, "model"),  # misread
     (lambda: stack(NormBeforeActivation()), {"every": 1}, "model"),
     (lambda: stack(nn.Sequential(OwnLinear(8, 12), nn.ReLU(), nn.Linear(12, 8))), PLAIN, "model: got 0.mlp.0 with a"),
     (lambda: stack(patched(plain_mlp())), PLAIN, "model: got 0.mlp.0 with a forward of its own"),
     (lambda: stack(TwoArguments()), {"every": 1}, "model: got 0.mlp.* fails on tokens alone"),
-    (lambda: stack(Dropping()), {"every": 1, "shared_expert": False}, "model"),
+    (lambda: stack(Dropping()), {"every": 1, "start": "copies"}, "model"),
     (lambda: stack(plain_mlp(), Mlp(8, 12, use_conv=True)), {"every": 1}, "model: got 1.mlp"),
     (lambda: moefy(stack(plain_mlp()), every=1), {"every": 1}, "model"),
     (lambda: stack(plain_mlp().to("meta")), {"every": 1}, "model"),

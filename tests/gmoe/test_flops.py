@@ -55,7 +55,7 @@ def test_active_parameters_are_those_of_a_token(router: str, k: int, kwargs: dic
 @pytest.mark.parametrize("shared_router", [False, True])
 def test_active_parameters_of_gnn_moe(shared_router: bool) -> None:
     """Two MoE layers of (D, D), a dense (D, O), identity residuals."""
-    model = GNNMoE(D, D, O, 3, num_experts=E, k=2, shared_router=shared_router, shared_expert=False)
+    model = GNNMoE(D, D, O, 3, num_experts=E, k=2, shared_router=shared_router, start="plain")
     routers = (1 if shared_router else 2) * D * E
     assert active_parameters(model) == routers + 2 * 2 * (D * D + D) + LINEAR
     model.convs[1].experts = model.convs[0].experts  # which count once
@@ -123,7 +123,7 @@ def test_flops_of_aggregation(form: int) -> None:
     x = torch.randn(T, D)
     assert count_flops(GCNConv(D, O, normalize=False), x, graph) == 2 * T * D * O + edges * O
     # aggregated once, D wide, for two experts a node
-    layer = MoEConv("gcn", D, O, num_experts=E, router=None, normalize=False, shared_expert=False)
+    layer = MoEConv("gcn", D, O, num_experts=E, router=None, normalize=False, start="plain")
     routing = routing_of(torch.ones(T, E) * torch.tensor([1.0, 1.0, 0.0, 0.0]))
     experts = 2 * 2 * T * D * O + 2 * T * O
     assert count_flops(layer, x, graph, routing=routing) == edges * D + experts

@@ -46,7 +46,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kinds": (GNN, {"conv": ("gcn", SAGEConv, gmoe.MLPConv, "high_pass"), "k": 2}),
     "router class": (GNN, {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold"}}),
     "conv options": (GNN, {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "act": None}),
-    "shared": (GNN, {"shared_expert": SAGEConv, "shared_router": True, "router_input": ("degree",)}),
+    "shared router": (GNN, {"start": "plain", "shared_router": True, "router_input": ("degree",)}),
+    "copies": (GNN, {"conv": "sage", "start": "copies"}),
     "size": (gmoe.ViTMoE, {"size": SIZE, "router": "token_choice", "k": 2, "router_kwargs": {"z_coef": 0.1}}),
     "dense ViT": (partial(gmoe.ViTMoE, 8), {"router": None, "dropout": 0.1}),
 }
@@ -89,7 +90,6 @@ def test_a_model_comes_back(build: Any, options: dict[str, Any], tmp_path: Path)
         ("router", MyRouter),
         ("router", TokenChoice(16, 8)),
         ("conv", ["gcn", lambda a, b: GCNConv(a, b)]),
-        ("shared_expert", partial(SAGEConv, aggr="max")),
         ("act", nn.ReLU()),
         ("improved", float("inf")),
     ],
@@ -115,13 +115,28 @@ def test_arguments_may_take_the_place_of_saved_ones(tmp_path: Path) -> None:
         gmoe.GNNMoE.from_pretrained(tmp_path, hidden_channels=12)
 
 
+@pytest.mark.parametrize(("shared_expert", "start"), [(True, "shared"), (False, "plain")])
+def test_a_model_saved_in_former_words_loads_as_it_was(shared_expert: bool, start: Any, tmp_path: Path) -> None:
+    model = gmoe.GNNMoE(16, 8, 3, start=start).double().eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["arguments"].pop("start") == start
+    config["arguments"] |= {"shared_expert": shared_expert, "dense_start": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_same(model, gmoe.GNNMoE.from_pretrained(tmp_path), X, EDGES)
+    config["arguments"] |= {"shared_expert": True, "dense_start": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: .*shared_expert: got True with dense_start=False"):
+        gmoe.GNNMoE.from_pretrained(tmp_path)
+
+
 def check_refused(folder: Path, model: Any, name: str) -> None:
     """One of two types of error, and the file in its message."""
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(str(folder / name))):
         model.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("argument", ["conv", "router", "shared_expert", "act", "norm", "jk", "router_kwargs", "more"])
+@pytest.mark.parametrize("argument", ["conv", "router", "start", "act", "norm", "jk", "router_kwargs", "more"])
 def test_no_code_of_a_file_runs(argument: str, tmp_path: Path) -> None:
     GNN().save_pretrained(tmp_path)
     config, code = json.loads((tmp_path / "config.json").read_text()), f"open({str(tmp_path / 'ran')!r}, 'w')"

@@ -83,7 +83,7 @@ def test_experts_are_copies_of_the_dense_mlp(name: str) -> None:
     """Without a shared expert, with weight 1: the plain mixture computes what the dense model does."""
     dense = build(name).double()
     straight = {"weight": "straight_through", "balance": None}
-    model = moefy(copy.deepcopy(dense), num_experts=4, shared_expert=False, router_kwargs=straight)
+    model = moefy(copy.deepcopy(dense), num_experts=4, start="copies", router_kwargs=straight)
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     torch.manual_seed(2)
     expected = dense(images)[0]

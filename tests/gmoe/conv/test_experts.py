@@ -85,7 +85,7 @@ def build(
     conv: Any, kwargs: dict[str, Any], in_channels: Any = WIDTH, out_channels: int = WIDTH, **moe: Any
 ) -> MoEConv:
     torch.manual_seed(0)
-    options = {"num_experts": None if isinstance(conv, list) else 3, "router": None, "shared_expert": False, **moe}
+    options = {"num_experts": None if isinstance(conv, list) else 3, "router": None, "start": "plain", **moe}
     layer = MoEConv(conv, in_channels, out_channels, **options, **kwargs).double()
     if layer.gain is not None:  # so that the routed experts count
         torch.nn.init.constant_(layer.gain, 2.0)

@@ -43,7 +43,7 @@ def layer(widths: Any = WIDTH, **kwargs: Any) -> HeteroMoEConv:
     torch.manual_seed(0)
     if kwargs.get("router", "token_choice") == "token_choice":  # noise would differ from call to call
         kwargs.setdefault("router_kwargs", {"balance": None})
-    kwargs.setdefault("shared_expert", False)
+    kwargs.setdefault("start", "plain")
     return HeteroMoEConv(widths, **{"out_channels": OUT, "metadata": METADATA, "num_experts": EXPERTS, **kwargs})
 
 
@@ -96,8 +96,8 @@ SWITCH = {"balance": "switch", "balance_coef": 0.5, "z_coef": 0.1}
 MASKED: list[dict[str, Any]] = [
     *({"router": router} for router in ROUTERS),
     {"out_types": ["paper"], "router_kwargs": SWITCH},
-    {"shared_expert": True},
-    {"shared_expert": True, "dense_start": False},
+    {"start": "shared"},
+    {"start": "copies"},
 ]
 
 
@@ -120,7 +120,7 @@ def test_equals_masked_layers_under_routers_that_a_user_put_in() -> None:
 
 def test_a_new_layer_is_the_dense_one() -> None:
     """With one seed, also after ``reset_parameters``; and what is added for an expert is nothing."""
-    conv, plain = layer(shared_expert=True), dense(WIDTH).float()
+    conv, plain = layer(start="shared"), dense(WIDTH).float()
     for _ in range(2):
         xs = {t: x.float() for t, x in nodes(WIDTH).items()}
         assert_all_close(conv(xs, edges()), plain(xs, edges()), atol=1e-6)
@@ -172,8 +172,8 @@ def test_sizes_may_be_integers_of_numpy() -> None:
     widths = {name: size(width) for name, width in WIDTHS.items()}
     for given, expected, xs in ((size(WIDTH), WIDTH, nodes(WIDTH)), (widths, WIDTHS, nodes())):
         counts = {"out_channels": size(OUT), "num_experts": size(EXPERTS), "k": size(2)}
-        found = layer(given, shared_expert=True, **counts).double()
-        plain = layer(expected, shared_expert=True, k=2).double()
+        found = layer(given, start="shared", **counts).double()
+        plain = layer(expected, start="shared", k=2).double()
         assert_all_close(found(xs, edges()), plain(xs, edges()))
 
 

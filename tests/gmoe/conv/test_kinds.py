@@ -29,7 +29,7 @@ SHARED: Any = pyg.GINConv(nn.Linear(4, 4))
     ],
 )
 def test_names(text: str, cls: type) -> None:
-    layer = MoEConv(text, 4, 4, num_experts=2, shared_expert=False)
+    layer = MoEConv(text, 4, 4, num_experts=2, start="plain")
     assert type(layer.expert(0)) is cls
     assert layer(torch.randn(5, 4), random_graph(5, 5, 9)).shape == (5, 4)
 
@@ -55,7 +55,7 @@ def test_an_unknown_router_suggests_the_nearest(text: str, name: str) -> None:
 
 @pytest.mark.parametrize("cls", [pyg.GINConv, pyg.GINEConv])
 def test_gin_gets_the_mlp_of_pygs_model(cls: Any) -> None:
-    conv: Any = MoEConv(cls, 4, 6, train_eps=True, shared_expert=False).expert(0)
+    conv: Any = MoEConv(cls, 4, 6, train_eps=True, start="plain").expert(0)
     assert [tuple(lin.weight.shape) for lin in conv.nn.lins] == [(6, 4), (6, 6)]
     assert conv.eps.requires_grad
 
@@ -79,10 +79,12 @@ TURNED = partial(pyg.SAGEConv, flow="target_to_source")
         (["gcn", partial(pyg.GATConv, heads=2)], {}, r"conv: got .* widths \[8, 16\]"),
         (["sage", TURNED], {}, "conv: got experts of flows"),
         (lambda _, o: pyg.SAGEConv((-1, -1), o), {}, "conv: got SAGEConv of open widths"),
-        ("gcn", {"shared_expert": TURNED}, "shared_expert: got a conv of flow='target_to_source'"),
         (lambda i, _: pyg.GINConv(nn.Linear(i, 3)), {}, "out_channels: got 8, but <lambda> gives 3"),
         (lambda *_: pyg.APPNP(2, 0.1), {}, "out_channels: got 8, but <lambda> gives 4"),
-        ("gat", {"heads": 2, "shared_expert": lambda i, o, **_: pyg.GCNConv(i, o)}, "shared_expert: got 8 columns"),
+        *(("gcn", {name: True}, f"^{name}: got an argument that is gone") for name in ("shared_expert", "dense_start")),
+        ("gcn", {"start": "dense"}, "^start: got 'dense', expected one of 'copies', 'shared', 'plain'"),
+        (["gcn", "sage"], {"start": "copies"}, "^start: got 'copies' for several kinds"),
+        ("gcn", {"start": "copies", "shared_transform": True}, "^start: got 'copies' for several kinds or a shared"),
         ("simple", {}, "out_channels: got 8 for SimpleConv"),
         ("cg", {}, "out_channels: got 8 for CGConv"),
         *((wrong, {}, "conv: got ") for wrong in (None, [], [None, "gcn"])),
@@ -93,16 +95,16 @@ TURNED = partial(pyg.SAGEConv, flow="target_to_source")
 )
 def test_refusals(conv: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MoEConv(conv, 4, 8, **{"shared_expert": False, **kwargs})
+        MoEConv(conv, 4, 8, **{"start": "plain", **kwargs})
 
 
 @pytest.mark.parametrize("value", [6.0, "6", None, (6,), True, -2, (3, 0)])
 def test_bad_widths(value: Any) -> None:
     with pytest.raises(ValueError, match="in_channels: got "):
-        MoEConv("sage", value, 4, shared_expert=False)
+        MoEConv("sage", value, 4, start="plain")
     if not isinstance(value, tuple):
         with pytest.raises(ValueError, match="out_channels: got "):
-            MoEConv("sage", 4, value, shared_expert=False)
+            MoEConv("sage", 4, value, start="plain")
 
 
 def spectral(i: int, o: int) -> pyg.SAGEConv:
@@ -223,20 +225,20 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_convs_of_a_list_that_hold_different_values_are_not_one_stack(what: str) -> None:
     convs = [lambda i, o, held=held: pyg.SAGEConv(i, o, aggr=Scaled(held)) for held in DIFFERENT[what]]
-    layer = MoEConv(convs, 4, 4, shared_expert=False).double()
+    layer = MoEConv(convs, 4, 4, start="plain").double()
     assert len(layer.experts.groups) == 2
     assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
 
 
 def test_convs_of_a_list_that_differ_in_a_numpy_bool_are_not_one_stack() -> None:
     convs = [partial(pyg.SAGEConv, normalize=np.bool_(normalize)) for normalize in (False, True)]
-    layer = MoEConv(convs, 4, 4, shared_expert=False).double()
+    layer = MoEConv(convs, 4, 4, start="plain").double()
     assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
 
 
 def test_convs_that_hold_equal_values_are_one_stack() -> None:
     convs = [lambda i, o: pyg.SAGEConv(i, o, aggr=Scaled({np.float32(2.0): {"a"}}))] * 3
-    layer = MoEConv(convs, 4, 4, shared_expert=False).double()
+    layer = MoEConv(convs, 4, 4, start="plain").double()
     assert layer.experts.num_experts == 3
     assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
 
@@ -251,7 +253,7 @@ def test_a_class_of_ones_own_with_the_name_of_pygs_is_not_taken_for_it() -> None
 @pytest.mark.parametrize("kind", ADDED, ids=lambda kind: kind.__name__)
 def test_what_a_factory_adds_survives(kind: Any) -> None:
     """Parametrizations, hooks, own linear layers, patched methods, frozen parameters: stacking would lose them."""
-    layer = MoEConv(kind, 4, 4, num_experts=2, shared_expert=False).double()
+    layer = MoEConv(kind, 4, 4, num_experts=2, start="plain").double()
     assert_equals_masked(layer, features(9, 4), random_graph(9, 9, 30))
     assert [p.requires_grad for p in layer.experts.parameters()].count(False) == (2 if kind is frozen else 0)
 
@@ -302,14 +304,14 @@ NOT_LOCAL: dict[str, Any] = {
 @pytest.mark.parametrize("name", NOT_LOCAL)
 def test_local_is_refused_where_it_is_not_true(name: str) -> None:
     with pytest.raises(ValueError, match=r"local: got True, but \w+ .*expected None or False"):
-        MoEConv(NOT_LOCAL[name], WIDTH, WIDTH, local=True, shared_expert=False)
-    layer = MoEConv(NOT_LOCAL[name], WIDTH, WIDTH, num_experts=3, k=2, shared_expert=False).double()
+        MoEConv(NOT_LOCAL[name], WIDTH, WIDTH, local=True, start="plain")
+    layer = MoEConv(NOT_LOCAL[name], WIDTH, WIDTH, num_experts=3, k=2, start="plain").double()
     assert_equals_masked(layer, features(11, WIDTH), random_graph(11, 11, 40))
 
 
 def test_a_conv_of_ones_own_that_is_local_takes_the_local_path() -> None:
     num_nodes, edge_index = GRAPHS["mixed"]
-    layer = MoEConv(GatedSum, 4, 4, num_experts=3, k=2, local=True, shared_expert=False).double()
+    layer = MoEConv(GatedSum, 4, 4, num_experts=3, k=2, local=True, start="plain").double()
     assert_equals_masked(layer, features(num_nodes, 4), edge_index)
     rows: list[tuple[int, int]] = []
     for expert in layer.experts.convs():
@@ -352,13 +354,13 @@ def test_local_true_for_a_conv_that_cannot_run_on_the_probe() -> None:
             raise RuntimeError("only on Tuesdays")
 
     with pytest.raises(ValueError, match="local: got True, but Picky fails on a small random graph: only on Tuesdays"):
-        MoEConv(Picky, 4, 4, local=True, shared_expert=False)
+        MoEConv(Picky, 4, 4, local=True, start="plain")
 
 
 def test_trying_a_conv_out_leaves_it_alone() -> None:
     network: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     conv = pyg.GINConv(network).eval()
     before = copy.deepcopy(conv.state_dict())
-    MoEConv(lambda *_: conv, 4, 4, num_experts=1, local=False, shared_expert=False)
+    MoEConv(lambda *_: conv, 4, 4, num_experts=1, local=False, start="plain")
     assert (conv.training, network[2].p) == (False, 0.5)
     assert all(torch.equal(value, before[name]) for name, value in conv.state_dict().items())

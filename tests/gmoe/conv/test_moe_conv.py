@@ -24,7 +24,7 @@ NODES, WIDTH, EXPERTS = 8, 4, 3
 
 def layer(conv: Any = "gcn", **kwargs: Any) -> MoEConv:
     torch.manual_seed(0)
-    return MoEConv(conv, WIDTH, WIDTH, **{"num_experts": EXPERTS, "shared_expert": False, **kwargs})
+    return MoEConv(conv, WIDTH, WIDTH, **{"num_experts": EXPERTS, "start": "plain", **kwargs})
 
 
 def graph() -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def test_expert_is_a_detached_copy(conv: Any, kwargs: dict[str, Any]) -> None:
     ids=ids,
 )
 def test_initialized_as_separate_convs(conv: str, kwargs: dict[str, Any]) -> None:
-    moe = MoEConv(conv, 6, 5, num_experts=EXPERTS, router=None, shared_expert=False, **kwargs)
+    moe = MoEConv(conv, 6, 5, num_experts=EXPERTS, router=None, start="plain", **kwargs)
     torch.manual_seed(7)
     moe.reset_parameters()
     separate: Any = [moe.expert(index) for index in range(EXPERTS)]
@@ -187,7 +187,7 @@ def test_an_edge_index_that_knows_its_size() -> None:
 
 @pytest.mark.parametrize("nodes", [12, 20_000])
 def test_the_dtype_under_autocast_does_not_follow_the_number_of_nodes(nodes: int) -> None:
-    layer = MoEConv("sage", 6, 16, shared_expert=False)
+    layer = MoEConv("sage", 6, 16, start="plain")
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(nodes, 6), torch.tensor([[0, 1], [1, 2]])).dtype == torch.bfloat16
 
@@ -202,7 +202,7 @@ def test_open_widths_stay_open_after_a_wrong_call() -> None:
 
 def test_a_replaced_layer_of_attention_runs_for_scores_too() -> None:
     x, edge_index = graph()
-    plain = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, shared_expert=False).eval()
+    plain = MoEConv("gat", WIDTH, 8, num_experts=EXPERTS, start="plain").eval()
     replaced, halved = copy.deepcopy(plain), copy.deepcopy(plain)
     replaced.experts.lin = Halved(replaced.experts.lin)
     halved.experts.lin.weight.data /= 2
@@ -245,7 +245,7 @@ def test_an_unrouted_node_of_nan_features_touches_no_other() -> None:
     """Its own routed part is zero, and no weight gets a NaN from it."""
     x, edge_index = graph()
     x[0] = torch.nan
-    moe = MoEConv("gcn", WIDTH, WIDTH, num_experts=3, router=None, shared_expert=False)
+    moe = MoEConv("gcn", WIDTH, WIDTH, num_experts=3, router=None, start="plain")
     edge_index = edge_index[:, (edge_index != 0).all(dim=0)]
     gate = torch.eye(3)[torch.arange(NODES) % 3]
     gate[0] = 0

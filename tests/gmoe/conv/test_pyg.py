@@ -84,7 +84,7 @@ def test_an_open_layer_is_copied_and_takes_a_state_once_it_is_built() -> None:
 
 
 def test_the_convs_own_arguments_come_by_position() -> None:
-    gat: Any = MoEConv(GATConv, WIDTH, 8, 8, num_experts=2, shared_expert=False)
+    gat: Any = MoEConv(GATConv, WIDTH, 8, 8, num_experts=2, start="plain")
     assert (gat.num_experts, gat.expert(0).heads) == (2, 8)
     assert MoEConv(GATConv, -1, 8, 2)(*graph()).shape == (NODES, 16)
     with pytest.raises(ValueError, match=r"improved: got 8, .* num_experts=8"):
@@ -155,7 +155,7 @@ def test_features_of_another_type_than_the_weights_are_refused(conv: Any) -> Non
 def test_a_module_among_the_arguments_is_each_experts_own() -> None:
     x, edge_index = graph()
     aggr = MLPAggregation(WIDTH, WIDTH, max_num_elements=9, num_layers=1)
-    moe: Any = MoEConv(SAGEConv, WIDTH, 8, aggr=aggr, num_experts=3, shared_expert=False)
+    moe: Any = MoEConv(SAGEConv, WIDTH, 8, aggr=aggr, num_experts=3, start="plain")
     weights = [next(moe.expert(index).aggr_module.parameters()) for index in range(3)]
     assert not torch.equal(weights[0], weights[1])
     assert moe(x, edge_index[:, edge_index[1].argsort()]).shape == (NODES, 8)
@@ -192,7 +192,7 @@ def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:
     x = {"paper": features(7, 5).float(), "author": features(4, 3).float()}
     ends = [("paper", "cites", "paper"), ("author", "writes", "paper"), ("paper", "has", "author")]
     edges = {(a, by, b): random_graph(len(x[a]), len(x[b]), 15) for a, by, b in ends}
-    options: dict[str, Any] = {"num_experts": 4, "router": "uniform", "k": 4, "shared_expert": False}
+    options: dict[str, Any] = {"num_experts": 4, "router": "uniform", "k": 4, "start": "plain"}
     plain = to_hetero(Two(lambda: SAGEConv((-1, -1), 6)), (list(x), ends))
     expected = plain(x, edges)
     moe = to_hetero(Two(lambda: MoEConv(SAGEConv, (-1, -1), 6, **options)), (list(x), ends))
@@ -208,7 +208,7 @@ def test_to_hetero_gives_what_it_gives_for_the_plain_conv() -> None:
 @pytest.mark.parametrize("conv", KINDS, ids=str)
 def test_a_mask_acts_on_messages_and_not_on_the_router(conv: Any) -> None:
     """Nor is anything of it left; see ``test_experts.py`` for layers without a router and a shared expert."""
-    (x, edge_index), moe = graph(), layer(conv, shared_expert="sage", k=2).double().eval()
+    (x, edge_index), moe = graph(), layer(conv, start="shared", k=2).double().eval()
     x, mask = x.double(), features(edge_index.size(1), seed=9)
     before, routing = moe(x, edge_index, return_routing=True)
     assert_equals_masked(moe, x, edge_index, mask=mask)
@@ -228,7 +228,7 @@ def test_a_stacked_layer_is_one_hop(conv: Any) -> None:
 
 def test_buffers_of_an_aggregation_move_with_the_layer() -> None:
     """Though explainers must not see the conv that they are in."""
-    moe = layer("sage", aggr=DegreeScalerAggregation("mean", "identity", torch.tensor([1, 2, 1])), shared_expert=False)
+    moe = layer("sage", aggr=DegreeScalerAggregation("mean", "identity", torch.tensor([1, 2, 1])), start="plain")
     name = "experts.prototype.aggr_module.avg_deg_lin"
     assert moe.double().state_dict()[name].dtype == torch.float64
     assert moe.to("meta").state_dict()[name].is_meta

@@ -38,7 +38,7 @@ def model(**kwargs: Any) -> GNNMoE:
     options = {"hidden_channels": HIDDEN, "out_channels": OUT, "num_layers": 3, "num_experts": experts, **kwargs}
     if options.get("router", "token_choice") == "token_choice":  # noise would differ from call to call
         options.setdefault("router_kwargs", {"balance": None})
-    return GNNMoE(IN, **{"shared_expert": False, **options}).double()
+    return GNNMoE(IN, **{"start": "plain", **options}).double()
 
 
 def graph() -> tuple[Tensor, Tensor]:
