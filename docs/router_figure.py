@@ -42,9 +42,11 @@ Gains: TypeAlias = dict[str, dict[str, list[float]]]
 
 def gains(cells: Cells) -> Gains:
     """What is drawn."""
-    return {
-        column: {row: differences(rows[row], rows["dense-flops"]) for row in STYLE} for column, rows in cells.items()
-    }
+    found: Gains = {}
+    for column, rows in cells.items():
+        base = rows["dense-flops"]
+        found[column] = {row: differences(rows[row], base) for row in STYLE}
+    return found
 
 
 def description(found: Gains) -> str:
@@ -93,9 +95,10 @@ def draw(found: Gains, theme: str, path: Path) -> None:
         left.set_ylabel("points above a dense model\nof equal active FLOPs")
         right.set_title("another scale", fontsize=9)
         handles, names = right.get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", ncols=len(names), fontsize=10, frameon=False)
+        figure.legend(handles, names, loc="upper center", ncols=4, fontsize=10, frameon=False)
         figure.tight_layout(rect=(0, 0, 1, 0.93))
-        figure.savefig(path, dpi=110, transparent=True, metadata={"Description": description(found)})
+        note = {"Description": description(found)}
+        figure.savefig(path, dpi=110, transparent=True, metadata=note)
 
 
 def main(folder: Path = FIGURES) -> None:

@@ -4,8 +4,9 @@ A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is gen
 ``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->``
 compares variants seed by seed. ``<!-- benchmark: NAME -->`` and ``<!-- swap: NAME -->`` are what
 ``experiments.benchmark`` wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its dense model.
-``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``, ``<!-- cells: routers: COLUMN -->`` a column;
-``<!-- gains: routers: COLUMN COLUMN -->`` is what the default router gains in some columns.
+``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``,
+``<!-- cells: routers: COLUMN -->`` a column of it, and ``<!-- gains: routers: COLUMN COLUMN -->``
+what the default router gains in some columns.
 """
 
 from __future__ import annotations
@@ -205,7 +206,8 @@ def differences(cell: dict[str, Any], other: dict[str, Any]) -> list[float]:
 
 
 def gain_table(cells: Cells, columns: Sequence[str]) -> str:
-    """One line a column: what token choice, and a dense model of its parameters, add to one of its FLOPs."""
+    """One line a column: what token choice adds to a dense model of its FLOPs, and what a dense
+    model of its parameters does."""
     from experiments.routers import ROWS
 
     base = "dense-flops"

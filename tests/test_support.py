@@ -1,8 +1,8 @@
 """Every cell of the table in ``docs/support.md`` is a test: what is put into what, and whether it works.
 
-``yes``: outputs and, where it trains, gradients are those without. ``partly``: it runs, and leaves the experts as they
-are. ``refused``: an error of gmoe's own, which says what to use instead. ``no``: torch's or PyG's. ``test_contract.py``
-runs the clauses of the contract.
+``yes``: outputs and, where it trains, gradients are those without. ``partly``: it runs, and leaves
+the experts as they are. ``refused``: an error of gmoe's own, which says what to use instead.
+``no``: torch's or PyG's. ``test_contract.py`` runs the clauses of the contract.
 """
 
 from __future__ import annotations

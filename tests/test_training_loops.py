@@ -1,4 +1,4 @@
-"""What ``docs/training-loops.md`` shows: the losses of the routers are in the loss that is trained."""
+"""What ``docs/training-loops.md`` shows: the losses of the routers are in what is trained."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def parts(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def trainer_of(page: Page, model: nn.Module, folder: Path, **options: Any) -> Any:
-    arguments = page["TrainingArguments"](output_dir=str(folder), save_strategy="no", report_to="none", **options)
+    options = {"output_dir": str(folder), "save_strategy": "no", "report_to": "none", **options}
+    arguments = page["TrainingArguments"](**options)
     return page["MoETrainer"](model=model, args=arguments, train_dataset=page["images"])
 
 
@@ -83,7 +84,7 @@ class OfAllItems(nn.Module):
 
 
 @pytest.mark.parametrize("of_all_items", [False, True])
-def test_accumulated_batches_train_the_mean_of_their_losses(of_all_items: bool, page: Page, tmp_path: Path) -> None:
+def test_accumulated_batches_train_their_mean_loss(of_all_items: bool, page: Page, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = OfAllItems(page["Classifier"]()) if of_all_items else page["Classifier"]()
     before, seen = copy.deepcopy(model), list[dict[str, Tensor]]()
