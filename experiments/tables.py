@@ -4,7 +4,9 @@ A table stands between ``<!-- table: STUDY -->`` and ``<!-- end -->``; it is gen
 ``<!-- table: STUDY: VARIANT VARIANT -->`` it has those variants only; ``<!-- pairs: STUDY: VARIANT/VARIANT ... -->``
 compares variants seed by seed. ``<!-- benchmark: NAME -->`` and ``<!-- swap: NAME -->`` are what
 ``experiments.benchmark`` wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its dense model.
-``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``, ``<!-- cells: routers: COLUMN -->`` a column.
+``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``,
+``<!-- cells: routers: COLUMN -->`` a column of it, and ``<!-- gains: routers: COLUMN COLUMN -->``
+what the default router gains in some columns.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from experiments.files import read_json
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|map): (?P<study>[\w-]+)"
+    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|map): (?P<study>[\w-]+)"
     r"(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -41,13 +43,15 @@ def render(page: str, results: Path = ROOT / "results") -> str:
         "presets": preset_table,
         "map": map_table,
         "cells": cell_tables,
+        "gains": gain_table,
     }
 
     def table(match: re.Match[str]) -> str:
-        path = results / match["study"] if match["kind"] == "cells" else results / f"{match['study']}.json"
+        in_cells = match["kind"] in ("cells", "gains")
+        path = results / match["study"] if in_cells else results / f"{match['study']}.json"
         only = [] if match["variants"] is None else [match["variants"].split()]
         try:
-            content = read_cells(path) if match["kind"] == "cells" else read_json(path, dict[str, Any])
+            content = read_cells(path) if in_cells else read_json(path, dict[str, Any])
             made = makers.get(match["kind"], benchmark_table)(content, *only)
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: lacks what the mark '{match['kind']}' shows ({error!r})") from error
@@ -192,8 +196,29 @@ def difference(cell: dict[str, Any], other: dict[str, Any] | None) -> str:
     """The mean ± std of the difference on the test set, seed by seed."""
     if other is None or cell["config"]["seeds"] != other["config"]["seeds"]:
         return "–"
+    return mean_std(differences(cell, other), "+.2f")
+
+
+def differences(cell: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """By seed the difference on the test set, in points, of cells that have the same seeds."""
     pairs = zip(cell["test"]["values"], other["test"]["values"], strict=True)
-    return mean_std([100 * (a - b) for a, b in pairs], "+.2f")
+    return [100 * (a - b) for a, b in pairs]
+
+
+def gain_table(cells: Cells, columns: Sequence[str]) -> str:
+    """One line a column: what token choice adds to a dense model of its FLOPs, and what a dense
+    model of its parameters does."""
+    from experiments.routers import ROWS
+
+    base = "dense-flops"
+    lines = []
+    for column in columns:
+        score = 100 * cells[column][base]["test"]["mean"]
+        line = {"test (points)": column, ROWS[base][0]: f"{score:.2f}"}
+        for row in ("token-choice", "dense-parameters"):
+            line[ROWS[row][0]] = difference(cells[column][row], cells[column][base])
+        lines.append(line)
+    return markdown(lines)
 
 
 def cell_line(row: str, cells: dict[str, dict[str, Any]]) -> Line:

@@ -5,6 +5,7 @@ Shapes: N nodes, T tokens, D width, H hidden width, E experts, K experts a token
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -134,6 +135,9 @@ class ConvBenchmark(Benchmark):
     """How edges are given; every variant of a form is compared with the dense conv in that form."""
     masked: bool = True
     """Time E masked convs and HeteroLinear too."""
+    compiled: bool = False
+    """Time the dense conv under ``torch.compile(fullgraph=True)`` too, on edge_index alone:
+    it does not take matrices."""
 
     def groups(self) -> Iterator[Steps]:
         forms = dict(zip(("edge_index", "csr"), power_law_graph(self.nodes, self.edges), strict=True))
@@ -148,6 +152,9 @@ class ConvBenchmark(Benchmark):
         for form in self.adjacency:
             inputs = (x, forms[form])
             timed = {"dense": next(iter(layers.values())).experts.expert(0)}
+            if self.compiled and form == "edge_index":
+                timed["compiled dense"] = copy.deepcopy(timed["dense"])
+                timed["compiled dense"].compile(fullgraph=True)
             timed |= {f"MoEConv {name}": layer for name, layer in layers.items()}
             timed |= {f"default MoEConv {name}": build(**size) for name, size in sizes.items()}
             for name, layer in layers.items() if self.masked else ():

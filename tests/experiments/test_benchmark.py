@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.data import Data
+from torch_geometric.nn import GCNConv
 
 from experiments.benchmark import layers, measure, train
 from experiments.benchmark.__main__ import main
@@ -93,6 +94,22 @@ def test_what_computes_something_else_is_found(name: str, command: str, monkeypa
     monkeypatch.setattr(owner, part, lambda *args: -right(*args))
     with pytest.raises(AssertionError, match="and gmoe differ"):
         main(command.split())
+
+
+def test_a_compiled_conv_is_timed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose compilation itself takes longer than a test should."""
+    compiled: list[tuple[nn.Module, Any]] = []
+
+    def note(conv: nn.Module, **options: Any) -> None:
+        compiled.append((conv, options))
+
+    monkeypatch.setattr(nn.Module, "compile", note)
+    found = found_by(f"{CONV} --ks 1 --no-masked --compiled", tmp_path)
+    names = [name for name in found if "compiled" in name]
+    assert names == ["compiled dense, edge_index"]  # no matrices
+    ((conv, options),) = compiled
+    assert isinstance(conv, GCNConv)
+    assert options == {"fullgraph": True}
 
 
 def test_stored_benchmark(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments.tables import pair_table, render, study_table, swap_line, update
+from experiments.tables import gain_table, pair_table, render, study_table, swap_line, update
 
 
 def variant(name: str, values: list[float], flops: int = 1, layers: Any = ()) -> dict[str, Any]:
@@ -49,6 +49,7 @@ def test_check_fails_on_an_old_page(tmp_path: Path) -> None:
         ("swap: mosaic", r"results/mosaic\.json: lacks what the mark 'swap' shows .AttributeError"),
         ("pairs: benchmark-conv: a/b", r"results/benchmark-conv\.json: lacks .* .TypeError"),
         ("table: presets", r"results/presets\.json: lacks .* .KeyError.'reference'"),
+        ("gains: routers: nowhere", r"results/routers: lacks .* 'gains' shows .KeyError.'nowhere'"),
     ],
 )
 def test_what_a_page_asks_in_vain(mark: str, message: str, tmp_path: Path) -> None:
@@ -74,6 +75,20 @@ def test_pairs_are_compared_seed_by_seed(tmp_path: Path) -> None:
     chosen = render("<!-- pairs: s: two/one one/two -->\n<!-- end -->\n", tmp_path).splitlines()
     assert chosen[1].endswith("| better in | without seeds 1, which chose the variants |")
     assert chosen[4] == "| one | two | +0.67 ± 2.52 | 2 of 3 | +2.00 ± 1.41 |"
+
+
+def test_a_gain_is_the_difference_to_equal_flops() -> None:
+    cells = {
+        "graph": {
+            "dense-flops": variant("dense-flops", [0.90, 0.92]),
+            "token-choice": variant("token-choice", [0.91, 0.95]),
+            "dense-parameters": variant("dense-parameters", [0.89, 0.92]),
+        }
+    }
+    head, _, line = gain_table(cells, ["graph"]).splitlines()
+    labels = "dense, equal active FLOPs | token choice | dense, equal parameters"
+    assert head == f"| test (points) | {labels} |"
+    assert line == "| graph | 91.00 | +2.00 ± 1.41 | -0.50 ± 0.71 |"
 
 
 def test_ok_is_within_a_standard_deviation() -> None:  # of 81 ± 1.41: from 79.59 on
