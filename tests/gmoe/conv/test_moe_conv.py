@@ -266,7 +266,7 @@ def test_compiled_where_pyg_aggregates(conv: str, kwargs: dict[str, Any]) -> Non
     x, edge_index = graph()
     moe = MoEConv(conv, WIDTH, WIDTH, num_experts=3, **kwargs).eval()
     edge_args = {"edge_attr": torch.randn(edge_index.size(1), WIDTH)} if conv == "gine" else {}
-    nn.init.ones_(moe.gain)  # type: ignore[arg-type]
+    nn.init.ones_(moe.gain)
     expected = moe(x, edge_index, **edge_args)
     compiled = torch.compile(moe, backend="aot_eager")
     torch.testing.assert_close(compiled(x, edge_index, **edge_args), expected)

@@ -1,0 +1,229 @@
+"""A layer with experts starts as the dense one, beside a shared expert or as copies. Shapes: N nodes, E experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_geometric import nn as pyg
+from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
+
+from gmoe import (
+    FilterConv,
+    GNNMoE,
+    HeteroMoEConv,
+    MLPConv,
+    MoEConv,
+    OracleRouter,
+    RelationalConv,
+    TokenChoice,
+)
+from gmoe.models.vit import ViTMoE, ViTSize
+from tests.gmoe.conv.masked import GRAPHS, features, random_graph, routing_of
+from tests.gmoe.conv.test_experts import ids
+from tests.gmoe.models.test_gnn import assert_same
+
+NODES, EDGES = GRAPHS["mixed"]
+WIDTH = 4
+SMALL_VIT = ViTSize(image_size=8, patch_size=4, num_layers=4, num_heads=2, hidden_dim=16, mlp_dim=24)
+
+
+def gin(width: int, out: int) -> GINConv:
+    return GINConv(nn.Sequential(nn.Linear(width, out), nn.ReLU(), nn.Linear(out, out)), train_eps=True)
+
+
+def averaged(conv: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(conv, heads=2, concat=False)
+
+
+CONVS: list[Any] = [GCNConv, gin, pyg.GraphConv, MLPConv, partial(pyg.TAGConv, K=2)]
+CONVS += map(averaged, (GATConv, pyg.GATv2Conv, pyg.TransformerConv))
+CONVS += [partial(SAGEConv, project=True), partial(SAGEConv, aggr=["mean", "max"]), [SAGEConv, GCNConv, MLPConv]]
+CONVS += [[GCNConv, averaged(GATConv), pyg.FiLMConv], [FilterConv, partial(FilterConv, filter="high_pass")]]
+
+
+def drawn(make: Any, seed: int = 3) -> tuple[Any, Tensor]:
+    """What is made with that seed, in float64, and what is drawn next."""
+    torch.manual_seed(seed)
+    return make().double().eval(), torch.rand(1)
+
+
+def pair(conv: Any, **options: Any) -> tuple[tuple[Any, Tensor], tuple[Any, Tensor]]:
+    """A layer, and the conv that it starts as."""
+    first, experts = (conv[0], None) if isinstance(conv, list) else (conv, 3)
+    layer = drawn(lambda: MoEConv(conv, WIDTH, WIDTH, num_experts=experts, **options))
+    return layer, drawn(lambda: first(WIDTH, WIDTH))
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize("conv", CONVS, ids=ids)
+def test_a_new_layer_gives_what_its_conv_gives(conv: Any) -> None:
+    """Drawn with the same seed; and what is drawn after it is the same too."""
+    (layer, after), (plain, expected) = pair(conv)
+    assert torch.equal(after, expected)
+    x = features(NODES, WIDTH)
+    assert_same(layer(x, EDGES), plain(x, EDGES))
+    for module in (layer, plain):
+        torch.manual_seed(3)
+        module.float().reset_parameters()
+    assert_same(layer.double()(x, EDGES), plain.double()(x, EDGES))
+
+
+STRAIGHT: dict[str, Any] = {"weight": "straight_through"}
+SUMS_TO_ONE: dict[str, dict[str, Any]] = {
+    "token choice": {"router": "token_choice", "router_kwargs": STRAIGHT},
+    "token choice, K = 2": {"router": "token_choice", "k": 2},
+    "centroids": {"router": "multi_centroid", "router_kwargs": STRAIGHT},
+    "centroids, K = 2": {"router": "multi_centroid", "k": 2},
+    "random": {"router": "random"},
+    "random, K = 3": {"router": "random", "k": 3},
+    "uniform": {"router": "uniform"},
+    "oracle": {"router": partial(OracleRouter, assignment=torch.arange(NODES) % 3)},
+}
+NOT_ONE: dict[str, dict[str, Any]] = {
+    "scores": {"router": "token_choice"},
+    "capacity": {"router": "token_choice", "router_kwargs": {**STRAIGHT, "capacity_factor": 1.0}},
+    "straight-through at K = 2": {"router": "token_choice", "k": 2, "router_kwargs": STRAIGHT},
+    "expert choice": {"router": "expert_choice"},
+    "votes": {"router": "attention_vote"},
+    "centroids that choose": {"router": "multi_centroid", "router_kwargs": {"choice": "experts"}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+@pytest.mark.parametrize("router", SUMS_TO_ONE)
+@pytest.mark.parametrize("conv", [conv for conv in CONVS if not isinstance(conv, list)], ids=ids)
+def test_copies_give_what_their_conv_gives(conv: Any, router: str) -> None:
+    """Drawn with the same seed, in training too; and what is drawn after it, and after a reset, is the same."""
+    (layer, after), (plain, expected) = pair(conv, start="copies", **SUMS_TO_ONE[router])
+    assert layer.router.sums_to_one
+    assert layer.shared_expert is None
+    assert torch.equal(after, expected)
+    x = features(NODES, WIDTH)
+    for training in (False, True):
+        assert_same(layer.train(training)(x, EDGES), plain.train(training)(x, EDGES))
+    drawn_next = []
+    for module in (layer, plain):
+        torch.manual_seed(3)
+        module.float().reset_parameters()
+        drawn_next.append(torch.rand(1))
+    assert torch.equal(*drawn_next)
+    assert_same(layer.double()(x, EDGES), plain.double()(x, EDGES))
+
+
+@pytest.mark.parametrize("router", NOT_ONE)
+def test_routers_whose_weights_do_not_sum_to_one_say_so(router: str) -> None:
+    (layer, _), (plain, _) = pair(GCNConv, start="copies", **NOT_ONE[router])
+    assert not layer.router.sums_to_one
+    x = features(NODES, WIDTH)
+    assert not torch.allclose(layer.train()(x, EDGES), plain(x, EDGES))
+
+
+def test_copies_learn_apart() -> None:
+    (layer, _), _ = pair(GCNConv, start="copies", **SUMS_TO_ONE["oracle"])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(features(NODES, WIDTH), EDGES).sin().sum().backward()
+    optimizer.step()
+    weights = layer.experts.linear.weight
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_copies_have_the_parameters_of_their_experts_and_of_the_router_alone() -> None:
+    conv = GCNConv(WIDTH, WIDTH)
+    layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, start="copies")
+    counted = sum(parameter.numel() for parameter in layer.parameters())
+    assert counted == 3 * sum(parameter.numel() for parameter in conv.parameters()) + 3 * WIDTH
+
+
+def test_a_routers_instance_is_not_changed() -> None:
+    router = TokenChoice(WIDTH, 3)
+    layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, router=router, start="copies")
+    assert layer.router is router
+    assert router.weight == "score"
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_transform": True}, {"router": "attention_vote"}], ids=str)
+def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any]) -> None:
+    """The first one's gradient opens the gain."""
+    (layer, _), (plain, _) = pair(GCNConv, **options)
+    x = features(NODES, WIDTH)
+    assert_same(layer.train()(x, EDGES), plain.train()(x, EDGES))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        layer(x, EDGES).sin().sum().backward()
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None, name
+            assert bool(parameter.grad.any()) == (step > 0 or name.startswith(("gain", "shared_expert"))), name
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shared_router": True, "router_input": ("node", "neighbors"), "jk": "cat", "norm": "batch_norm"},
+        {"conv": ["sage", "gcn", "gat"], "router": "expert_choice", "residual": "linear", "every": 2},
+        {"start": "copies", "router_kwargs": {"weight": "straight_through"}},
+        {"start": "copies", "router_kwargs": {"weight": "straight_through"}, "shared_router": True, "conv": "gat"},
+        {"start": "copies", "k": 2, "conv": "sage", "norm": "batch_norm"},
+    ],
+    ids=ids,
+)
+def test_a_new_gnn_gives_what_the_dense_one_gives(options: dict[str, Any]) -> None:
+    model, after = drawn(lambda: GNNMoE(4, 6, 3, 4, **options))
+    dense = {name: value for name, value in options.items() if name not in ("router_kwargs", "k")}
+    plain, expected = drawn(lambda: GNNMoE(4, 6, 3, 4, **{**dense, "router": None}))
+    assert torch.equal(after, expected)
+    x = features(NODES, 4)
+    assert_same(model(x, EDGES), plain(x, EDGES))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"router": "expert_choice"}, {"start": "copies", "router": "token_choice", "k": 2}],
+    ids=ids,
+)
+def test_a_new_vit_gives_what_the_dense_one_gives(options: dict[str, Any]) -> None:
+    model, after = drawn(lambda: ViTMoE(SMALL_VIT, **options))
+    plain, expected = drawn(lambda: ViTMoE(SMALL_VIT, router=None))
+    assert torch.equal(after, expected)
+    nn.init.normal_(model.heads[0].weight)  # torchvision's starts at zero
+    plain.heads.load_state_dict(model.heads.state_dict())
+    images = features(2, 3, 8, 8)
+    assert_same(model(images), plain(images))
+
+
+def test_a_new_relational_layer_of_copies_gives_what_the_dense_one_gives() -> None:
+    metadata = (["a", "b"], [("a", "to", "b"), ("b", "back", "a")])
+    x_dict = {"a": features(5, 4), "b": features(7, 4)}
+    edges = {("a", "to", "b"): random_graph(5, 7, 20), ("b", "back", "a"): random_graph(7, 5, 20)}
+    layer, after = drawn(lambda: HeteroMoEConv(4, 6, metadata, num_experts=3, k=2, start="copies"))
+    plain, expected = drawn(lambda: RelationalConv(4, 6, metadata))
+    assert torch.equal(after, expected)
+    for module in (layer, plain):
+        torch.manual_seed(5)
+        module.float().reset_parameters()
+    ours, theirs = layer.double()(x_dict, edges), plain.double()(x_dict, edges)
+    for name in x_dict:
+        assert_same(ours[name], theirs[name])
+
+
+def test_an_expert_is_what_is_added_for_it() -> None:
+    layer: Any = MoEConv("sage", WIDTH, WIDTH, num_experts=3, router=None).double()
+    nn.init.constant_(layer.gain, 2.0)
+    x, weight_TE = features(NODES, WIDTH), torch.eye(3, dtype=torch.float64)[torch.arange(NODES) % 3]
+    added = layer(x, EDGES, routing=routing_of(weight_TE)) - layer.shared_expert.expert(0)(x, EDGES)
+    found = torch.stack([layer.expert(e)(x, EDGES) for e in range(3)])
+    assert_same(added, found[torch.arange(NODES) % 3, torch.arange(NODES)])
+
+
+def test_experts_follow_the_seed_and_differ() -> None:
+    """What leaves torch's generator alone is drawn from it all the same."""
+    layers = [drawn(lambda: nn.ModuleList([MoEConv("gcn", 4, 4), MoEConv("gcn", 4, 4)]), seed)[0] for seed in (3, 3, 4)]
+    first, again, other = ([layer.experts.expert(e).lin.weight for layer in pair for e in (0, 1)] for pair in layers)
+    assert all(map(torch.equal, first, again))
+    assert len({weight[0, 0].item() for weight in (*first, *other)}) == 8
