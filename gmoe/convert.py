@@ -46,8 +46,8 @@ def moefy(
     The MLP stays as the shared expert, with its hooks, parametrizations, dropout and frozen parameters.
     Router and experts train even if the model is frozen.
 
-    - Transformers are changed in place: torchvision's and timm's ViTs and Swins, or any model with blocks in a
-      ``ModuleList`` or ``Sequential`` that each hold an ``mlp``. Blocks are numbered across stages.
+    - Transformers are changed in place: torchvision's, timm's and Hugging Face's ViTs, Swins, or any model with blocks
+      in a ``ModuleList`` or ``Sequential`` that each hold an ``mlp``. Blocks are numbered across stages.
     - Any other model is changed in place if ``targets`` names its MLPs or PyG convs.
     - Of a PyG ``GCN``, ``GraphSAGE``, ``GIN``, ``GAT``, ... without ``targets`` all convs but an output layer's.
 
