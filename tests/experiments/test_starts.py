@@ -1,0 +1,145 @@
+"""The study of experts begun as copies: its arms, what copies share, its planted graph, and how arms are ranked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gmoe
+from experiments.build import build_model
+from experiments.config import RouterOptions
+from experiments.data import load_tasks
+from experiments.loop import run
+from experiments.presets import DIGITS_GRAPH, MOSAIC
+from experiments.sharing import share_among_copies
+from experiments.starts import ARMS, COLUMNS, RANDOM, arms_of, cells, ranking, table
+
+STRAIGHT = {"weight": "straight_through", "noise": False, "balance": None}
+
+
+def trained(sharing: Any, steps: int = 3) -> Any:
+    """A layer of copies after a few steps of plain gradient descent."""
+    torch.manual_seed(0)
+    layer = gmoe.MoEConv("sage", 4, 4, num_experts=3, start="copies", router_kwargs=STRAIGHT).double()
+    if sharing is not None:
+        share_among_copies(layer, sharing)
+    x, edge_index = torch.randn(20, 4, dtype=torch.float64), torch.randint(20, (2, 60))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        layer(x, edge_index).sin().sum().backward()
+        optimizer.step()
+    return layer
+
+
+def test_pooled_gradients_are_a_base_and_differences_under_gradient_descent() -> None:
+    pooled, difference, alone = trained("pooled"), trained("difference"), trained(None)
+    weight = pooled.experts.linear.weight
+    torch.testing.assert_close(weight, difference.experts.linear.weight, rtol=0, atol=1e-12)
+    torch.testing.assert_close(pooled.router.gate.weight, difference.router.gate.weight, rtol=0, atol=1e-12)
+    assert not torch.allclose(weight, alone.experts.linear.weight)
+    assert not torch.allclose(weight[0], weight[1])
+
+
+def test_a_model_whose_copies_share_starts_as_the_dense_one() -> None:
+    task = load_tasks(DIGITS_GRAPH)(0)
+    inputs = next(iter(task.loader("train", 128, 0))).inputs
+    outputs = []
+    for config in (
+        replace(DIGITS_GRAPH, router="dense"),
+        *(arm.applied(DIGITS_GRAPH) for arm in ARMS if arm.choice == "quiet"),
+    ):
+        torch.manual_seed(0)
+        outputs.append(build_model(config, task).eval()(*inputs))
+    assert len(outputs) == 13
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-5)
+
+
+def test_the_noise_falls_to_zero_over_the_first_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scales: list[float] = []
+    route = gmoe.TokenChoice.route
+
+    def noted(router: gmoe.TokenChoice, *args: Any) -> Any:
+        if router.training:
+            scales.append(router.noise_scale)
+        return route(router, *args)
+
+    monkeypatch.setattr(gmoe.TokenChoice, "route", noted)
+    config = replace(DIGITS_GRAPH, epochs=8, seeds=(0,), anneal_noise=True, out=tmp_path / "run", progress=False)
+    run(config)
+    assert scales[-8:] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_the_arms_are_those_that_were_fixed() -> None:
+    names = {arm.name for arm in ARMS}
+    assert len(names) == len(ARMS) == 36
+    assert len(RANDOM) == 12
+    found = cells((), Path("data"))
+    assert len(found) == 7 * (36 + 12 + 5) + (9 + 3 + 5)
+    mosaic = found["mosaic/pooled-once-neighbors-annealed"]
+    assert (mosaic.start, mosaic.sharing, mosaic.anneal_noise) == ("copies", "pooled", True)
+    assert found["cora/dense-lr2"].lr == 2 * COLUMNS["cora"].lr
+    assert found["digits/copies-layer-node-random"].router == "random"
+    with pytest.raises(ValueError, match="columns: got sea, expected some of digits-graph"):
+        cells(["sea"], Path("data"))
+
+
+def test_arms_are_ranked_by_their_mean_gain_in_validation() -> None:
+    def summary(value: float) -> dict[str, Any]:
+        return {"val": {"values": [value, value]}}
+
+    results = {}
+    for column, best in (("digits-graph", "copies-layer-node-quiet"), ("digits", "copies-layer-node-quiet")):
+        results[column] = {arm.name: summary(0.5) for arm in arms_of(column)}
+        results[column] |= {"dense": summary(0.4), best: summary(0.8)}
+    results["cora"] = {"dense": summary(0.4)}  # is not complete, and does not count
+    (first, mean, gains), *others = ranking(results)
+    assert first == "copies-layer-node-quiet"
+    assert mean == pytest.approx(40.0)
+    assert set(gains) == {"digits-graph", "digits"}
+    # On images, arms that differ in what images lack are one.
+    assert {name for name, mean, _ in others if mean > 10.1} == {
+        f"copies-{decided}-{seen}-quiet" for decided in ("layer", "once") for seen in ("node", "neighbors")
+    } - {first}
+    assert "copies-layer-node-quiet" in table(results).splitlines()[1]
+    assert table({}) == "no column is complete yet"
+
+
+def test_edges_of_a_concept_graph_say_nothing_and_the_rule_of_the_regime_does() -> None:
+    task = load_tasks(replace(MOSAIC, dataset="concept-8-512-features"))(0)
+    data: Any = task.graph
+    planted: Any = task.planted
+    source, destination = data.edge_index
+    assert data.x.shape == (8_000, 24)
+    assert planted.bincount().tolist() == [1_000] * 8
+    same_class = (data.y[source] == data.y[destination]).float().mean()
+    chance = (data.y.bincount() / 8_000).square().sum()
+    assert abs(same_class - chance) < 0.01
+    same_regime = (planted[source] == planted[destination]).float().mean()
+    assert abs(same_regime - 1 / 8) < 0.01
+    plain: Any = load_tasks(replace(MOSAIC, dataset="concept-8-512-nothing"))(0).graph
+    assert torch.equal(plain.x, data.x[:, :16])
+
+
+@pytest.mark.parametrize("name", ["concept-0-8-features", "concept-2-801-features", "concept-2-8-colors", "concept-2"])
+def test_an_unknown_concept_graph_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^dataset: got 'concept-"):
+        load_tasks(replace(MOSAIC, dataset=name))(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sharing": "pooled"}, "sharing: got 'pooled', expected none without start='copies'"),
+        ({"anneal_noise": True, "router": "random"}, "anneal_noise: got True"),
+        ({"anneal_noise": True, "options": RouterOptions(noise=False)}, "anneal_noise: got True"),
+    ],
+)
+def test_options_that_need_another_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        replace(DIGITS_GRAPH, **changes)
