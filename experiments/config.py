@@ -5,6 +5,7 @@ And how commands end: by an error of one line, or by a signal. Imports nothing h
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import json
@@ -13,7 +14,7 @@ import pkgutil
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -413,6 +414,18 @@ def check(fits: object, name: str, got: object, expected: object) -> None:
     """Refuse what does not fit; as gmoe's, without torch."""
     if not fits:
         raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
+def check_choice(name: str, got: str, legal: Iterable[str]) -> None:
+    """Refuse a name that is not one of ``legal``, and suggest the nearest of them."""
+    known = list(legal)
+    check(got in known, name, repr(got), f"one of {', '.join(known)}{nearest(got, known)}")
+
+
+def nearest(got: str, legal: Iterable[str]) -> str:
+    """The end of a message: the legal name that an unknown one is like, if there is one."""
+    found = difflib.get_close_matches(got, legal, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def fail(error: Exception, where: str = "") -> NoReturn:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments import advise, patches, sweep, train
+from experiments import advise, convert, ensemble, patches, planted, sweep, train
 from experiments.benchmark.__main__ import main as benchmark_main
 from experiments.report import main as report_main
 from tests.experiments import own_parts
@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[2]
 MAINS: dict[str, Any] = {
     "advise": advise.main,
     "benchmark": benchmark_main,
+    "convert": convert.main,
+    "ensemble": ensemble.main,
     "patches": patches.main,
+    "planted": planted.main,
     "report": report_main,
     "sweep": sweep.main,
     "train": train.main,
