@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from experiments.config import check, program
+from experiments.files import check_finished
 from experiments.tables import percent
 
 SEEDS = 10
@@ -26,8 +27,8 @@ def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | Non
         runs: run folders of one data set.
         data_root: root folder of the data; by default where they were trained on them.
     """
-    # and so torch, which --help does without
-    from experiments.predictions import mean_of, score
+    check_finished(*runs)
+    from experiments.predictions import mean_of, score  # and so torch, which --help does without
     from experiments.run_folder import read_run
 
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")

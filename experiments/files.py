@@ -131,6 +131,16 @@ class _ArraysOnly(pickle.Unpickler):
         raise ValueError(f"holds {module}.{name}, expected arrays")
 
 
+def check_finished(*runs: Path) -> None:
+    """Refuse run folders of which none holds a finished run. Costs nothing: commands ask before they import torch."""
+    if not runs:
+        raise ValueError("runs: got none, expected at least one folder")
+    missing = [path for path in (run / "summary.json" for run in runs) if not path.exists()]
+    if len(missing) == len(runs):
+        expected = "the folder of a finished run; an unfinished one continues by --resume"
+        raise ValueError(f"{', '.join(map(str, missing))}: is missing, expected {expected}")
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Whatever is wrong with a file, in one line that begins with its path."""

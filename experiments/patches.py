@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 
 from experiments.config import check, program
+from experiments.files import check_finished
 
 
 def patches(
@@ -29,13 +30,14 @@ def patches(
         out: folder of the picture.
         data_root: root folder of the run's data. By default where it was trained on them.
     """
+    check(images, "images", "none", "at least one")
+    check_finished(run)
     import torch  # and what needs it, which --help does without
 
     from experiments.run_folder import read_run
     from gmoe.plot import expert_maps
     from vision.sources import decode
 
-    check(images, "images", "none", "at least one")
     found = read_run(run, data_root)
     task = found.load_task()
     if task.kind != "image" or not found.history:

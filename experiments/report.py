@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 
 from experiments.config import program
+from experiments.files import check_finished
 
 
 def report(
@@ -29,6 +30,7 @@ def report(
         data_root: root folder of the data; of your own graph its file or folder, or the folder that holds it. By
             default where each run was trained on them.
     """
+    check_finished(*runs)
     from experiments.report_page import write_report  # and so torch, which --help does without
 
     left_out = write_report(runs, out / "index.html", data_root)

@@ -30,7 +30,7 @@ from typing_extensions import NotRequired, TypedDict
 from experiments.build import build_model, from_first
 from experiments.config import RECORDS, WHERE, RunConfig, check, interrupt, read_options, restore
 from experiments.data import Task, load_tasks
-from experiments.files import naming, read_csv, read_json
+from experiments.files import check_finished, naming, read_csv, read_json
 from gmoe.distributed import world_sum
 from gmoe.metrics import PER_EXPERT
 
@@ -374,6 +374,7 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
 
     ``data_root`` is where the data of the run are here (default: where it was trained on them, or ``data``).
     """
+    check_finished(folder)
     path, where = folder / "config.json", folder / "where.json"
     try:
         summary, science = read_json(folder / "summary.json", Summary), read_json(path, dict[str, Any])
@@ -383,7 +384,7 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
         config, layers = read_options(path, data_root), len(summary["routing"])
         history = _history(folder / f"seed-{config.seeds[0]}" / "routing.csv", config.epochs, layers) if layers else []
     except FileNotFoundError as error:
-        raise ValueError(f"{error}; expected the folder of a run, which goes on by --resume if unfinished") from error
+        raise ValueError(f"{error.filename}: is missing, expected the folder of a finished run") from error
     name = folder.resolve().name
     return RunFolder(folder=folder, name=name, config=config, science=science, summary=summary, history=history)
 

@@ -132,7 +132,7 @@ def test_an_ensemble_takes_runs_with_predictions(data: Path, tmp_path: Path, cap
     for runs, message in {
         ("digits",): "runs: got those of digits-graph, expected runs of one of OGB's data sets",
         ("run", "digits"): "runs: got those of digits-graph, ogbn-arxiv, expected",
-        (): "runs: got those of none",
+        (): "runs: got none",
     }.items():
         assert message in refused([str(tmp_path / name) for name in runs], capsys, ensemble.main)
     file = tmp_path / "run" / "seed-1" / "predictions.safetensors"

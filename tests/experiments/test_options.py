@@ -57,7 +57,9 @@ MAINS: dict[str, Any] = {
         ("advise digits --budget 0 --out out", "budget: got 0.0, expected minutes above 0"),
         ("advise graph --data-root nowhere.npz --out out", "nowhere.npz"),
         ("report run --ou x", "--out PATH"),
-        ("report nowhere --out report", "nowhere"),
+        ("report nowhere --out report", "nowhere/summary.json: is missing, expected the folder of a finished run"),
+        ("report nowhere other", "nowhere/summary.json, other/summary.json: is missing"),
+        ("report", "runs: got none, expected at least one folder"),
         ("patches run --images x --ou y", "--out PATH"),
         ("train digits-graph --lr 1e30 --clip-norm 1 --router dense", "loss: got nan in epoch"),
         ("train digits-graph --lr -1", "lr: got -1.0, expected at least 0"),
@@ -121,7 +123,12 @@ def test_what_is_refused_is_named_in_one_line(
     assert "epoch" in message or not [*tmp_path.rglob("config.json"), *tmp_path.rglob("*.html")]
 
 
-@pytest.mark.parametrize("command", [*(f"{name} --help" for name in MAINS), "train cora --help", "train cora --k 0"])
+NO_RUN = ("report nowhere other", "patches nowhere --images x.png", "ensemble nowhere")
+
+
+@pytest.mark.parametrize(
+    "command", [*(f"{name} --help" for name in MAINS), "train cora --help", "train cora --k 0", *NO_RUN]
+)
 def test_help_and_errors_do_without_torch(command: str) -> None:
     name, *args = command.split()
     module = f"experiments.{name}" + ".__main__" * (name == "benchmark")
