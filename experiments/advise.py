@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.config import GraphConfig, HeteroConfig, RouterOptions, RunConfig, check, program
+from experiments.config import GraphConfig, HeteroConfig, RouterOptions, RunConfig, check, check_choice, program
 from experiments.files import read_json
 from experiments.presets import PRESETS
 
@@ -153,11 +153,10 @@ def advise(
         width: of the dense model's hidden layers; by default the preset's.
         budget: minutes, in which another turn of all arms has to fit.
     """
-    if preset not in PRESETS or isinstance(PRESETS[preset][1], HeteroConfig):
-        legal = [name for name, (_, config) in PRESETS.items() if not isinstance(config, HeteroConfig)]
-        raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(legal)}")
+    legal = {name: config for name, (_, config) in PRESETS.items() if not isinstance(config, HeteroConfig)}
+    check_choice("preset", preset, legal)
     check(budget > 0, "budget", budget, "minutes above 0")
-    base = replace(PRESETS[preset][1], data_root=data_root, progress=sys.stderr.isatty())
+    base = replace(legal[preset], data_root=data_root, progress=sys.stderr.isatty())
     check(metric is None or preset == "graph", "metric", f"{metric!r} for {preset}", "none; `graph` leaves it open")
     given = {"metric": metric, "hidden": width}
     base = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]

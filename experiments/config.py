@@ -169,10 +169,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("router", "model", "data"):
             value = getattr(self, name)
-            known = get_args(RouterName) if name == "router" else (None,)
-            if value not in known and not all(value.rpartition(":")):
-                names = f"{', '.join(known)}, or " if name == "router" else ""
-                raise ValueError(f"{name}: got {value!r}, expected {names}package.module:name or FILE.py:name")
+            known = get_args(RouterName) if name == "router" else ()
+            if value is not None and value not in known and not all(value.rpartition(":")):
+                names = f"{', '.join(known)}, or " if known else ""
+                legal = f"{names}package.module:name or FILE.py:name{nearest(value, known)}"
+                raise ValueError(f"{name}: got {value!r}, expected {legal}")
         for name, value in (asdict(self) | self.options.given()).items():
             check(not isinstance(value, float) or math.isfinite(value), name, value, "a finite number")
             if name in LEAST and value is not None:
@@ -420,6 +421,12 @@ def check_choice(name: str, got: str, legal: Iterable[str]) -> None:
     """Refuse a name that is not one of ``legal``, and suggest the nearest of them."""
     known = list(legal)
     check(got in known, name, repr(got), f"one of {', '.join(known)}{nearest(got, known)}")
+
+
+def check_first(name: str, args: Sequence[str], legal: Iterable[str]) -> None:
+    """Refuse a command line that does not begin with one of the names whose options follow."""
+    check(not args[0].startswith("-"), name, repr(args[0]), f"the {name} first, then its options")
+    check_choice(name, args[0], legal)
 
 
 def nearest(got: str, legal: Iterable[str]) -> str:

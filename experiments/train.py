@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from experiments.config import RunConfig, fail, interrupt, read_options
+from experiments.config import RunConfig, check_first, fail, interrupt, read_options
 from experiments.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def parse(args: Sequence[str]) -> RunConfig:
     file, args = _take(args, "--config")
     preset = args.pop(0) if args and args[0] in PRESETS else None
     if file is None and preset is None:
+        if args and {"-h", "--help"}.isdisjoint(args):
+            check_first("preset", args, PRESETS)
         about = __doc__.partition("\n\n    ")[0] + "\n\n--config FILE begins with the options of a JSON file."
         return tyro.extras.overridable_config_cli(PRESETS, args=args, prog=PROG, description=about)
     base = None if preset is None else PRESETS[preset][1]
@@ -45,7 +47,9 @@ def parse(args: Sequence[str]) -> RunConfig:
         base = read_options(Path(file), Path("data") if base is None else base.data_root, base)
     assert base is not None
     about = f"The preset {preset}: {PRESETS[preset][0]}" if preset else f"The options of {file}."
-    return tyro.cli(type(base), args=args, prog=PROG, description=about, default=base)
+    # what was given before the options, so that an error leads to the help that explains them
+    given = [*filter(None, [preset]), *(["--config", shlex.quote(file)] if file is not None else [])]
+    return tyro.cli(type(base), args=args, prog=" ".join([PROG, *given]), description=about, default=base)
 
 
 def _take(args: Sequence[str], option: str) -> tuple[str | None, list[str]]:

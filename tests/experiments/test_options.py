@@ -35,14 +35,21 @@ MAINS: dict[str, Any] = {
     [
         ("train cora --epoch 5", "--epochs INT"),
         ("train digits --balance-coeff=3", "--balance-coef {None}|FLOAT"),
-        ("train digit", "digits, cifar10"),
+        ("train digit", "preset: got 'digit', expected one of digits, cifar10"),
+        ("train digit", "did you mean 'digits'?"),
         ("train digits more", "Unrecognized options: more"),
         ("train digits --lr nan", "lr: got nan, expected a finite number"),
-        ("sweep mosaik", "mosaic"),
+        ("sweep mosaik", "study: got 'mosaik', expected one of mosaic, digits"),
+        ("sweep mosaik", "did you mean 'mosaic'?"),
+        ("sweep --jobs 2 mosaic", "study: got '--jobs', expected the study first, then its options"),
         ("sweep mosaic --jobs 0", "jobs: got 0, expected at least 1"),
         ("sweep grid --preset corra", "preset: got 'corra', expected one of digits"),
+        ("sweep grid --preset corra", "did you mean 'cora'?"),
+        ("sweep grid --preset cora --routers expert-choice", "routers: got 'expert-choice', expected one of dense"),
+        ("sweep grid --preset cora --routers expert-choice", "did you mean 'expert_choice'?"),
         ("sweep grid --preset digits --experts 2 --ks 1 3", "ks: got (1, 3), expected"),
         ("benchmark cov", "benchmark: got 'cov', expected one of conv, ffn"),
+        ("benchmark cov", "did you mean 'conv'?"),
         ("benchmark train --presets nothing", "presets: got 'nothing', expected one of 'digits'"),
         ("benchmark conv --repeats 0", "repeats: got 0, expected at least 1"),
         ("benchmark conv --conv nothing", "conv: got 'nothing'"),
@@ -52,6 +59,7 @@ MAINS: dict[str, Any] = {
         ("sweep routers --columns cora", "columns: got cora, expected some of"),
         ("sweep routers --rows oracle", "rows: got oracle, expected some of"),
         ("advise corra --out out", "preset: got 'corra', expected one of"),
+        ("advise corra --out out", "did you mean 'cora'?"),
         ("advise ogbn-mag --out out", "preset: got 'ogbn-mag'"),
         ("advise digits --metric roc_auc --out out", "metric: got 'roc_auc' for digits"),
         ("advise digits --budget 0 --out out", "budget: got 0.0, expected minutes above 0"),
@@ -97,6 +105,7 @@ MAINS: dict[str, Any] = {
         ("train digits-graph --router OWN:Nothing", "own_parts:Nothing', which cannot be imported"),
         ("train digits-graph --router OWN:sage", "expected a subclass of gmoe.Router"),
         ("train digits-graph --router token-choice", "router: got 'token-choice', expected dense, token_choice"),
+        ("train digits-graph --router expert-choice", "did you mean 'expert_choice'?"),
         ("train digits-graph --router OWN:FirstBits --balance bias", "balance: got 'bias', expected none"),
         ("train digits-graph --model OWN:nothing", "returns a int, expected an nn.Module"),
         ("train digits-graph --model sage", "model: got 'sage', expected package.module:name"),
@@ -121,6 +130,32 @@ def test_what_is_refused_is_named_in_one_line(
     args[1:1] = QUICK if name == "train" else []
     assert message in refused(args, capsys, MAINS[name])
     assert "epoch" in message or not [*tmp_path.rglob("config.json"), *tmp_path.rglob("*.html")]
+
+
+@pytest.mark.parametrize(
+    ("command", "prefix"),
+    [
+        ("train cora --epoch 5", "train cora"),
+        ("train cora --k x", "train cora"),
+        ("train --config own.json --epoch 5", "train --config own.json"),
+        ("train digits --config own.json --epoch 5", "train digits --config own.json"),
+        ("sweep mosaic --job 3", "sweep mosaic"),
+        ("sweep grid --jobs x", "sweep grid"),
+        ("benchmark conv --repeat 3", "benchmark conv"),
+        *((f"{name} --nothing x", name) for name in ("advise", "convert", "ensemble", "patches", "planted", "report")),
+    ],
+)
+def test_an_error_leads_to_the_help_that_has_the_options(
+    command: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.json").write_text('{"dataset": "digits"}')
+    name, *args = command.split()
+    assert f"python -m experiments.{prefix} --help" in refused(args, capsys, MAINS[name])
+
+
+def test_the_preset_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "preset: got '--seeds', expected the preset first" in refused(["--seeds", "0", "digits"], capsys)
 
 
 NO_RUN = ("report nowhere other", "patches nowhere --images x.png", "ensemble nowhere")
