@@ -119,7 +119,7 @@ class RunConfig:
     equal: Literal["flops", "parameters"] | None = None
     """With --router dense: widen it until it costs what the MoE of `equal_to` costs (active FLOPs, or parameters)."""
     equal_to: RouterName = "token_choice"
-    """The router of the MoE that the dense baseline is matched to; experts, K and the rest as given."""
+    """With --equal: the router of the MoE that the dense baseline is matched to; experts, K and the rest as given."""
 
     # recipe
     epochs: int = 100
@@ -181,6 +181,9 @@ class RunConfig:
             check(name not in SHARES or value < 1, name, value, "less than 1")
         for name in self.logger:
             check(importlib.util.find_spec(name), "logger", repr(name), f"its package installed: pip install {name}")
+        if self.router in ("uniform", "oracle"):
+            legal = "1: uniform takes all experts, and oracle the planted one"
+            check(self.k == 1, "k", f"{self.k} with router={self.router!r}", legal)
         check(not self.dense_start or self.shared_expert is not False, "dense_start", True, "a shared expert")
         if not 0 < len(set(self.seeds)) == len(self.seeds) or not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
             raise ValueError(f"seeds: got {self.seeds}, expected one number or more from 0 to 2**32 - 1, each once")

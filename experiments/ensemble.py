@@ -27,6 +27,9 @@ def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | Non
         runs: run folders of one data set.
         data_root: root folder of the data; by default where they were trained on them.
     """
+    folders = [run.resolve() for run in runs]
+    twice = [str(run) for run, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1]
+    check(not twice, "runs", f"{' and '.join(twice)}, one folder", "each run once")
     check_finished(*runs)
     from experiments.predictions import mean_of, score  # and so torch, which --help does without
     from experiments.run_folder import read_run

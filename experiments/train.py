@@ -49,7 +49,12 @@ def parse(args: Sequence[str]) -> RunConfig:
     about = f"The preset {preset}: {PRESETS[preset][0]}" if preset else f"The options of {file}."
     # what was given before the options, so that an error leads to the help that explains them
     given = [*filter(None, [preset]), *(["--config", shlex.quote(file)] if file is not None else [])]
-    return tyro.cli(type(base), args=args, prog=" ".join([PROG, *given]), description=about, default=base)
+    config = tyro.cli(type(base), args=args, prog=" ".join([PROG, *given]), description=about, default=base)
+    named = {arg.partition("=")[0].replace("_", "-") for arg in args}
+    if config.equal is None and "--equal-to" in named:  # its default has to be legal too, so that only args tell
+        got = f"{config.equal_to!r} with router={config.router!r} and no --equal"
+        raise ValueError(f"equal_to: got {got}, expected --router dense --equal flops (or parameters) with it")
+    return config
 
 
 def _take(args: Sequence[str], option: str) -> tuple[str | None, list[str]]:

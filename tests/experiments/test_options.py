@@ -85,6 +85,23 @@ MAINS: dict[str, Any] = {
         ("train digits-graph --k 9", "k: got 9, expected at most num_experts=8"),
         ("train digits-graph --equal flops", "equal: got flops, expected none, or router='dense'"),
         ("train digits-graph --equal flops --router dense --model OWN:sage", "equal: got flops, expected none, or"),
+        ("train digits-graph --router uniform --k 3", "k: got 3 with router='uniform', expected 1"),
+        ("train mosaic --router oracle --k 3", "k: got 3 with router='oracle', expected 1"),
+        (
+            "train digits-graph --router uniform --equal-to token_choice",
+            "equal_to: got 'token_choice' with router='uni",
+        ),
+        (
+            "train digits-graph --router dense --equal_to=random",
+            "equal_to: got 'random' with router='dense' and no --eq",
+        ),
+        ("train digits-graph --router uniform --equal flops --equal-to random", "equal: got flops, expected none, or"),
+        ("train digits-graph --router dense --equal flops --equal-to uniform --k 3", "k: got 3 with router='uniform'"),
+        (
+            "train digits-graph --router dense --equal flops --equal-to dense",
+            "equal_to: got 'dense', expected a router",
+        ),
+        ("train digits-graph --router dense --equal flops --equal-to oracle", "(of the MoE with equal_to='oracle')"),
         ("train digits-graph --kmeans-init", "kmeans_init: got True"),
         ("train digits --patch 3", "image_size: got 8, expected a multiple of patch_size=3"),
         ("train digits --image-size 24", "image_size: got 24, expected patch, dim and vit_heads with it"),
