@@ -1,4 +1,4 @@
-"""The one way to read each kind of file.
+"""The one way to read each kind of file, and to name one that cannot be written.
 
 What is broken is one ``ValueError`` that begins with the path, and nothing is allocated that a header merely claims.
 A missing file is a ``FileNotFoundError``.
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 T = TypeVar("T")
 HEADER = 16_384
@@ -153,6 +154,17 @@ def naming(path: Path) -> Iterator[None]:
             raise
         why = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"{path}: cannot be read ({why})") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file that cannot be written: the error of a full disk does not."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None) is not None:  # as where it cannot be opened
+            raise
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def _header(start: bytes) -> tuple[tuple[int, ...], Any, np.dtype[Any], int]:

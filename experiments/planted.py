@@ -16,6 +16,7 @@ import tyro
 
 from experiments.config import PAPERS, check, check_choice, program
 from experiments.convert import Array, building
+from experiments.files import writing
 
 SIZES: dict[str, tuple[int, int, int, int, tuple[float, ...]]] = {
     "ogbn-arxiv": (169_343, 1_166_243, 40, 128, (0.54, 0.18, 0.28)),
@@ -138,12 +139,15 @@ def _simple(pairs: Array, undirected: bool = False) -> Array:
 def _write(path: Path, content: Any) -> None:
     """Arrays by name, or a table, compressed if the name says so: of text, integers, or three decimals."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npz":
-        np.savez(path, **content)
-        return
-    table = np.atleast_1d(content)
-    with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else path.open("wb") as file:
-        np.savetxt(file, table, fmt="%.3f" if table.dtype.kind == "f" else "%s", delimiter=",")
+    with writing(path):
+        if path.suffix == ".npz":
+            np.savez(path, **content)
+            return
+        table = np.atleast_1d(content)
+        form = "%.3f" if table.dtype.kind == "f" else "%s"
+        compressed = path.suffix == ".gz"
+        with gzip.open(path, "wb", compresslevel=1) if compressed else path.open("wb") as file:
+            np.savetxt(file, table, fmt=form, delimiter=",")
 
 
 main = program("planted", write_planted, __doc__)

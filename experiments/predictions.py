@@ -15,7 +15,7 @@ from torch_geometric.nn import CorrectAndSmooth
 from experiments.build import fails_by_layer
 from experiments.config import GraphConfig
 from experiments.data import Split, Task
-from experiments.files import naming
+from experiments.files import naming, writing
 
 if TYPE_CHECKING:
     from experiments.loop import Training
@@ -56,7 +56,9 @@ def keep_predictions(training: Training, folder: Path, scores: tuple[float, floa
     if config.correct_and_smooth:
         probability = corrected(probability, y, task)
         scores = score(task, probability, "val"), score(task, probability, "test")
-    save_file({"probability": probability.cpu().contiguous()}, folder / "predictions.safetensors")
+    path = folder / "predictions.safetensors"
+    with writing(path):
+        save_file({"probability": probability.cpu().contiguous()}, path)
     return scores
 
 

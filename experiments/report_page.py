@@ -19,6 +19,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from experiments.data import Batch, Task
+from experiments.files import writing
 from experiments.routing_stats import alignment, node_properties
 from experiments.run_folder import RunFolder, read_run
 from experiments.tables import percent
@@ -87,12 +88,13 @@ class Page(list[str]):
     def write(self, path: Path) -> None:
         """Write the file, and the folders that it needs."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
+        page = (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Routing report</title>'
             '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f"<style>{STYLE}</style></head><body><h1>Routing report</h1>{''.join(self)}</body></html>\n",
-            encoding="utf-8",
+            f"<style>{STYLE}</style></head><body><h1>Routing report</h1>{''.join(self)}</body></html>\n"
         )
+        with writing(path):
+            path.write_text(page, encoding="utf-8")
 
 
 def write_report(folders: Sequence[Path], path: Path, data_root: Path | None, first: Sequence[str] = ()) -> list[str]:

@@ -30,7 +30,7 @@ from typing_extensions import NotRequired, TypedDict
 from experiments.build import build_model, from_first
 from experiments.config import RECORDS, WHERE, RunConfig, check, interrupt, read_options, restore
 from experiments.data import Task, load_tasks
-from experiments.files import check_finished, naming, read_csv, read_json
+from experiments.files import check_finished, naming, read_csv, read_json, writing
 from gmoe.distributed import world_sum
 from gmoe.metrics import PER_EXPERT
 
@@ -213,8 +213,9 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step; of several processes the first one does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}.new")  # seeds of a sweep may be trained side by side
-    fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    fresh.replace(path)
+    with writing(path):
+        fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        fresh.replace(path)
 
 
 class Log:
@@ -229,13 +230,17 @@ class Log:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")  # the last may be half a row
         fresh = path.with_suffix(".new")
         epoch = pd.to_numeric(rows["epoch"], errors="coerce")
-        rows[(epoch < keep) & (epoch >= epoch.cummax())].to_csv(fresh, index=False)  # 12 cut off after a digit is no 1
-        fresh.replace(path)
+        kept = rows[(epoch < keep) & (epoch >= epoch.cummax())]  # 12 cut off after a digit is no 1
+        with writing(path):
+            kept.to_csv(fresh, index=False)
+            fresh.replace(path)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows, if there are any; a new file gets their names first."""
         if rows:
-            pd.DataFrame(rows).to_csv(self.path, mode="a", index=False, header=not self.path.exists())
+            is_new = not self.path.exists()
+            with writing(self.path):
+                pd.DataFrame(rows).to_csv(self.path, mode="a", index=False, header=is_new)
 
 
 class Logs:
@@ -308,9 +313,12 @@ class Checkpoint:
         """Write the state to a new file that then takes the old one's place."""
         state = self.state()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.fabric.save(self.folder / "state.new", state)
+        with writing(self.folder / "state.ckpt"):
+            self.fabric.save(self.folder / "state.new", state)
         if self.fabric.is_global_zero:
-            save_file({name: value.contiguous() for name, value in state["best"].items()}, self.folder / "best.new")
+            best = {name: value.contiguous() for name, value in state["best"].items()}
+            with writing(self.folder / "best.safetensors"):
+                save_file(best, self.folder / "best.new")
             (self.folder / "state.new").replace(self.folder / "state.ckpt")
             (self.folder / "best.new").replace(self.folder / "best.safetensors")
         self.fabric.barrier()  # or a process might be ended by another that has ended, before it has written
