@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import pkgutil
 import re
 import signal
@@ -402,6 +403,31 @@ def load_object(option: str, name: str) -> Any:
             f"{option}: got {name!r}, which cannot be imported ({error}); modules are found in the working directory "
             f"and in PYTHONPATH, and FILE.py:{attribute} takes a file"
         ) from error
+
+
+def check_trusted(config: RunConfig, folder: Path) -> None:
+    """Refuse a run whose own folder holds the code that its configuration names: somebody may have put it there."""
+    for option in ("router", "model", "data"):
+        name = getattr(config, option)
+        if name is not None and ":" in name and _code_lies_in(name.rpartition(":")[0], folder):
+            got = f"{name!r}, code in the run folder {folder}"
+            raise ValueError(f"{option}: got {got}, expected code that lies elsewhere, or --trust after you read it")
+
+
+def _code_lies_in(where: str, folder: Path) -> bool:
+    """Whether a file, or a module or a package that it is in, would be imported from a folder."""
+    paths = [Path(where)]
+    if not where.endswith(".py"):
+        parts = where.split(".")
+        places = [Path(entry, *parts[:depth]) for entry in sys.path for depth in range(1, len(parts) + 1)]
+        paths = [path for place in places for path in (place, *place.parent.glob(f"{place.name}.*")) if path.exists()]
+    inside = [Path(os.path.abspath(folder)), folder.resolve()]  # a link may lead in or out
+    return any(
+        way.is_relative_to(one)
+        for path in paths
+        for way in (Path(os.path.abspath(path)), path.resolve())
+        for one in inside
+    )
 
 
 @cache

@@ -20,12 +20,13 @@ SEEDS = 10
 """That OGB's leaderboards ask for."""
 
 
-def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | None = None) -> None:
+def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | None = None, trust: bool = False) -> None:
     """Print a line of each run, and one of all of them together.
 
     Args:
         runs: run folders of one data set.
         data_root: root folder of the data; by default where they were trained on them.
+        trust: take router, model and data of a run also from code in its own folder, which can do whatever you can.
     """
     folders = [run.resolve() for run in runs]
     twice = [str(run) for run, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1]
@@ -35,8 +36,8 @@ def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | Non
     from experiments.run_folder import read_run
 
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
-    found = [read_run(folder, data_root) for folder in runs]
-    found = [read_run(folder, data_root or found[0].config.data_root) for folder in runs]  # all on the same data
+    data_root = data_root or read_run(runs[0], None, trust).config.data_root  # all on the same data
+    found = [read_run(folder, data_root, trust) for folder in runs]
     sets = sorted({run.config.dataset for run in found})
     one = len(sets) == 1 and sets[0].startswith("ogbn-")  # of others, each seed may test where another one trains
     check(one, "runs", f"those of {', '.join(sets) or 'none'}", "runs of one of OGB's data sets")

@@ -21,6 +21,7 @@ def patches(
     images: tuple[Path, ...],
     out: Path = Path("runs/patches"),
     data_root: Path | None = None,
+    trust: bool = False,
 ) -> None:
     """Draw the maps, and print where they are.
 
@@ -29,6 +30,7 @@ def patches(
         images: images.
         out: folder of the picture.
         data_root: root folder of the run's data. By default where it was trained on them.
+        trust: take router, model and data of the run also from code in its own folder, which can do whatever you can.
     """
     check(images, "images", "none", "at least one")
     check_finished(run)
@@ -38,7 +40,7 @@ def patches(
     from gmoe.plot import expert_maps
     from vision.sources import decode
 
-    found = read_run(run, data_root)
+    found = read_run(run, data_root, trust)
     task = found.load_task()
     if task.kind != "image" or not found.history:
         raise ValueError(f"run: got {run}, a dense model or one of graphs, expected an image model with experts")

@@ -20,7 +20,10 @@ from experiments.files import check_finished
 
 
 def report(
-    runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/report"), data_root: Path | None = None
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path = Path("runs/report"),
+    data_root: Path | None = None,
+    trust: bool = False,
 ) -> None:
     """Make the page, and say why runs were left out.
 
@@ -29,11 +32,12 @@ def report(
         out: folder of the page.
         data_root: root folder of the data; of your own graph its file or folder, or the folder that holds it. By
             default where each run was trained on them.
+        trust: take router, model and data of a run also from code in its own folder, which can do whatever you can.
     """
     check_finished(*runs)
     from experiments.report_page import write_report  # and so torch, which --help does without
 
-    left_out = write_report(runs, out / "index.html", data_root)
+    left_out = write_report(runs, out / "index.html", data_root, trust=trust)
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
     if left_out:

@@ -97,13 +97,18 @@ class Page(list[str]):
             path.write_text(page, encoding="utf-8")
 
 
-def write_report(folders: Sequence[Path], path: Path, data_root: Path | None, first: Sequence[str] = ()) -> list[str]:
-    """Write the page about runs, below first lines, and say why some were left out; a ``ValueError`` if all were."""
+def write_report(
+    folders: Sequence[Path], path: Path, data_root: Path | None, first: Sequence[str] = (), trust: bool = False
+) -> list[str]:
+    """Write the page about runs, below first lines, and say why some were left out; a ``ValueError`` if all were.
+
+    ``data_root`` and ``trust`` are those of :func:`experiments.run_folder.read_run`.
+    """
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
     runs, failed = list[RunFolder](), list[str]()
     for folder in {folder.resolve(): folder for folder in folders}.values():
         try:
-            runs.append(read_run(folder, data_root))
+            runs.append(read_run(folder, data_root, trust))
         except ValueError as error:
             failed.append(str(error))
     if not runs:

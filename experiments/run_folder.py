@@ -28,7 +28,16 @@ from torch import Tensor, nn
 from typing_extensions import NotRequired, TypedDict
 
 from experiments.build import build_model, from_first
-from experiments.config import RECORDS, WHERE, RunConfig, check, interrupt, read_options, restore
+from experiments.config import (
+    RECORDS,
+    WHERE,
+    RunConfig,
+    check,
+    check_trusted,
+    interrupt,
+    read_options,
+    restore,
+)
 from experiments.data import Task, load_tasks
 from experiments.files import check_finished, naming, read_csv, read_json, writing
 from gmoe.distributed import world_sum
@@ -377,10 +386,11 @@ class RunFolder:
         return model.eval()
 
 
-def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
+def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -> RunFolder:
     """Read a run folder; a ``ValueError`` names the file that is missing or broken.
 
     ``data_root`` is where the data of the run are here (default: where it was trained on them, or ``data``).
+    Without ``trust``, a run whose router, model or data are code in the folder itself is refused.
     """
     check_finished(folder)
     path, where = folder / "config.json", folder / "where.json"
@@ -390,6 +400,8 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
             data_root = Path(read_json(where, dict[str, str]).get("data_root", "data")) if where.exists() else Path()
             data_root = data_root if data_root.exists() else Path("data")
         config, layers = read_options(path, data_root), len(summary["routing"])
+        if not trust:
+            check_trusted(config, folder)
         history = _history(folder / f"seed-{config.seeds[0]}" / "routing.csv", config.epochs, layers) if layers else []
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename}: is missing, expected the folder of a finished run") from error

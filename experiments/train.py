@@ -20,27 +20,31 @@ from contextlib import closing, nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from experiments.config import RunConfig, check_first, fail, interrupt, read_options
+from experiments.config import RunConfig, check, check_first, check_trusted, fail, interrupt, read_options
 from experiments.presets import PRESETS
 
 if TYPE_CHECKING:
     from experiments.run_folder import Summary
 
 PROG = "python -m experiments.train"
+FILES = """--config FILE begins with the options of a JSON file. Where it is the config.json of a run, code in
+the run folder itself is imported with --trust only."""
 
 
 def parse(args: Sequence[str]) -> RunConfig:
     """The configuration from the command line: a preset, a file, and what is changed of them."""
     file, args = _take(args, "--config")
+    trusted, args = _take(args, "--trust", action="store_true")
+    check(file is not None or not trusted, "trust", True, "it with --config FILE only")
     preset = args.pop(0) if args and args[0] in PRESETS else None
     if file is None and preset is None:
         if args and {"-h", "--help"}.isdisjoint(args):
             check_first("preset", args, PRESETS)
-        about = __doc__.partition("\n\n    ")[0] + "\n\n--config FILE begins with the options of a JSON file."
+        about = __doc__.partition("\n\n    ")[0] + "\n\n" + FILES
         return tyro.extras.overridable_config_cli(PRESETS, args=args, prog=PROG, description=about)
     base = None if preset is None else PRESETS[preset][1]
     if file is not None:
@@ -50,6 +54,8 @@ def parse(args: Sequence[str]) -> RunConfig:
     # what was given before the options, so that an error leads to the help that explains them
     given = [*filter(None, [preset]), *(["--config", shlex.quote(file)] if file is not None else [])]
     config = tyro.cli(type(base), args=args, prog=" ".join([PROG, *given]), description=about, default=base)
+    if file is not None and Path(file).name == "config.json" and not trusted:
+        check_trusted(config, Path(file).parent)
     named = {arg.partition("=")[0].replace("_", "-") for arg in args}
     if config.equal is None and "--equal-to" in named:  # its default has to be legal too, so that only args tell
         got = f"{config.equal_to!r} with router={config.router!r} and no --equal"
@@ -57,10 +63,10 @@ def parse(args: Sequence[str]) -> RunConfig:
     return config
 
 
-def _take(args: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+def _take(args: Sequence[str], option: str, **kind: Any) -> tuple[Any, list[str]]:
     """The value of an option, and the arguments without it."""
     parser = ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
-    parser.add_argument(option, dest="value")
+    parser.add_argument(option, dest="value", **kind)
     known, rest = parser.parse_known_args(args)
     return known.value, rest
 

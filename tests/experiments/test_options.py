@@ -102,6 +102,7 @@ MAINS: dict[str, Any] = {
             "equal_to: got 'dense', expected a router",
         ),
         ("train digits-graph --router dense --equal flops --equal-to oracle", "(of the MoE with equal_to='oracle')"),
+        ("train digits-graph --trust", "trust: got True, expected it with --config FILE only"),
         ("train digits-graph --kmeans-init", "kmeans_init: got True"),
         ("train digits --patch 3", "image_size: got 8, expected a multiple of patch_size=3"),
         ("train digits --image-size 24", "image_size: got 24, expected patch, dim and vit_heads with it"),
