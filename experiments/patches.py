@@ -3,7 +3,8 @@
     python -m experiments.patches runs/cifar10 --images cat.jpg holiday/*.jpg --out runs/patches
 
 Writes ``maps.png``, a row an image: the image as the model sees it, and its patches tinted by their experts, one panel
-a MoE layer. The model is that of the first seed of the run, whose data say how images are prepared.
+a MoE layer; of more than twelve images ``maps-1.png``, ``maps-2.png``, ... The model is that of the first seed of the
+run, whose data say how images are prepared.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from pathlib import Path
 import tyro
 
 from experiments.config import check, program
-from experiments.files import check_finished
+from experiments.files import check_finished, writing
+
+ROWS, DPI = 12, 160
+"""Images a page: with so many dots an inch it is at most 3,500 pixels high."""
 
 
 def patches(
@@ -23,12 +27,12 @@ def patches(
     data_root: Path | None = None,
     trust: bool = False,
 ) -> None:
-    """Draw the maps, and print where they are.
+    """Draw the maps, and print the files that hold them.
 
     Args:
         run: run folder of an image model with experts.
         images: images.
-        out: folder of the picture.
+        out: folder of the pictures.
         data_root: root folder of the run's data. By default where it was trained on them.
         trust: take router, model and data of the run also from code in its own folder, which can do whatever you can.
     """
@@ -51,10 +55,14 @@ def patches(
     with torch.no_grad():
         guesses = model(batch).argmax(dim=1).tolist()
     titles = [f"{path.name}\n{task.classes[guess]}?" for path, guess in zip(images, guesses, strict=True)]
-    figure = expert_maps(model, batch, mean=task.mean, std=task.std, titles=titles)
     out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "maps.png", dpi=160)
-    print(out / "maps.png")
+    for page, begin in enumerate(range(0, len(images), ROWS), start=1):
+        rows = slice(begin, begin + ROWS)
+        figure = expert_maps(model, batch[rows], mean=task.mean, std=task.std, titles=titles[rows])
+        file = out / ("maps.png" if len(images) <= ROWS else f"maps-{page}.png")
+        with writing(file):
+            figure.savefig(file, dpi=DPI)
+        print(file)
 
 
 main = program("patches", patches, __doc__)

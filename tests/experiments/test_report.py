@@ -119,6 +119,20 @@ def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "Not drawn" in words_of(tmp_path / "report" / "index.html")
 
 
+def test_many_images_are_drawn_on_pages(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of bounded height; each image is on one of them, and is drawn as it is alone."""
+    photos = [write_photo(tmp_path / f"{number}.png", (8, 8), seed=number) for number in range(25)]
+    run, out = str(runs / "images"), tmp_path / "out"
+    patches.main([run, "--images", *map(str, photos), "--out", str(out)])
+    files = [out / f"maps-{page}.png" for page in (1, 2, 3)]
+    assert capsys.readouterr().out.splitlines()[-3:] == [str(file) for file in files]
+    assert sorted(out.iterdir()) == files
+    pages = [matplotlib.image.imread(file) for file in files]
+    assert max(len(page) for page in pages) <= 3500
+    patches.main([run, "--images", str(photos[-1]), "--out", str(tmp_path / "alone")])
+    np.testing.assert_array_equal(pages[-1], matplotlib.image.imread(tmp_path / "alone" / "maps.png"))
+
+
 @pytest.fixture
 def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run folder whose router is a file in it, which leaves a trace where it is imported."""
