@@ -24,7 +24,16 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.config import GraphConfig, HeteroConfig, RouterOptions, RunConfig, check, check_choice, program
+from experiments.config import (
+    GraphConfig,
+    HeteroConfig,
+    RouterOptions,
+    RunConfig,
+    check,
+    check_choice,
+    fit_to_disk,
+    program,
+)
 from experiments.files import read_json
 from experiments.presets import PRESETS
 
@@ -160,6 +169,7 @@ def advise(
     check(metric is None or preset == "graph", "metric", f"{metric!r} for {preset}", "none; `graph` leaves it open")
     given = {"metric": metric, "hidden": width}
     base = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    base = fit_to_disk(base)
     from experiments.report_page import write_report
     from experiments.run_folder import write_json
 

@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -358,6 +358,24 @@ def config_class(dataset: str) -> type[RunConfig]:
     if dataset in HETERO:
         return HeteroConfig
     return ImageConfig if dataset in IMAGES else GraphConfig
+
+
+def stored_folder(config: RunConfig) -> Path | None:
+    """Where the graph of a run stays on disk, as ``experiments.convert`` wrote it; ``None`` if memory holds it."""
+    if config.dataset == PAPERS:
+        return config.data_root / STORED
+    is_stored = config.dataset == "graph" and (config.data_root / "graph.json").is_file()
+    return config.data_root if is_stored else None
+
+
+def fit_to_disk(config: RunConfig) -> RunConfig:
+    """The same; of a graph that stays on disk with the only sampling, evaluation and direction that it allows."""
+    folder = stored_folder(config)
+    if folder is None or not (folder / "graph.json").is_file():
+        return config
+    said = read_json(folder / "graph.json", dict[str, Any])
+    legal: dict[str, Any] = {"sampling": "neighbor", "evaluation": "sampled"}
+    return replace(config, **legal | {"undirected": said.get("undirected", True)})
 
 
 def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:

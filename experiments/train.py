@@ -24,7 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from experiments.config import RunConfig, check, check_first, check_trusted, fail, interrupt, read_options
+from experiments.config import (
+    PAPERS,
+    RunConfig,
+    check,
+    check_first,
+    check_trusted,
+    fail,
+    fit_to_disk,
+    interrupt,
+    read_options,
+)
 from experiments.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -47,6 +57,9 @@ def parse(args: Sequence[str]) -> RunConfig:
         about = __doc__.partition("\n\n    ")[0] + "\n\n" + FILES
         return tyro.extras.overridable_config_cli(PRESETS, args=args, prog=PROG, description=about)
     base = None if preset is None else PRESETS[preset][1]
+    if base is not None and base.dataset in ("graph", PAPERS):
+        root, _ = _take(args, "--data-root", "--data_root", type=Path, default=base.data_root)
+        base = fit_to_disk(replace(base, data_root=root))
     if file is not None:
         base = read_options(Path(file), Path("data") if base is None else base.data_root, base)
     assert base is not None
@@ -63,10 +76,10 @@ def parse(args: Sequence[str]) -> RunConfig:
     return config
 
 
-def _take(args: Sequence[str], option: str, **kind: Any) -> tuple[Any, list[str]]:
+def _take(args: Sequence[str], *names: str, **kind: Any) -> tuple[Any, list[str]]:
     """The value of an option, and the arguments without it."""
     parser = ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
-    parser.add_argument(option, dest="value", **kind)
+    parser.add_argument(*names, dest="value", **kind)
     known, rest = parser.parse_known_args(args)
     return known.value, rest
 
