@@ -16,9 +16,11 @@ import shlex
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +39,7 @@ from experiments.config import (
 from experiments.files import read_json
 from experiments.presets import PRESETS
 
-Verdict = Literal["yes", "no", "not told"]
+Verdict = Literal["yes", "no", "inconclusive"]
 LEAST, MOST, WORTH = 3, 10, 0.5
 """Splits that an answer takes at least and at most, and the points that are worth having."""
 
@@ -62,10 +64,10 @@ def judge(differences: Sequence[float]) -> Difference:
 
     n, mean = len(differences), statistics.fmean(differences)
     if n < LEAST or (n < MOST and min(differences) == max(differences)):  # no spread to judge by
-        return Difference(mean=mean, interval=None, n=n, verdict="not told")
+        return Difference(mean=mean, interval=None, n=n, verdict="inconclusive")
     half = float(t.ppf(0.975 if n >= MOST else 0.995, n - 1)) * statistics.stdev(differences) / n**0.5
     low, high = mean - half, mean + half
-    verdict: Verdict = "no" if high < WORTH else "yes" if low > 0 else "no" if n >= MOST else "not told"
+    verdict: Verdict = "no" if high < WORTH else "yes" if low > 0 else "no" if n >= MOST else "inconclusive"
     return Difference(mean=mean, interval=(low, high), n=n, verdict=verdict)
 
 
@@ -94,6 +96,40 @@ class Comparison:
         self.summaries: dict[str, Any] = {}
         self.longest = 0.0  # of a turn so far: another one has to fit into the budget
 
+    def foretell(self, names: Sequence[str]) -> None:
+        """Say how long the first turn of some arms takes, if it is not finished."""
+        if all((self.arms[name].folder() / "summary.json").exists() for name in names):
+            return
+        seconds, epochs = self.seconds_of(names), self.arms[names[0]].epochs
+        length = f"{seconds / 60:.1f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+        first = f"the first turn ({' and '.join(names)}, {epochs} epochs on one split)"
+        print(f"{first} takes about {length}", file=sys.stderr, flush=True)
+
+    def seconds_of(self, names: Sequence[str]) -> float:
+        """About how long a turn takes: training steps, and validations that take a whole graph."""
+        from experiments.benchmark.measure import take_turns
+        from experiments.build import build_model, make_fabric
+        from experiments.data import load_tasks
+        from experiments.loop import set_up
+        from experiments.routers import train_step
+
+        config = self.arms[names[0]]  # the others have the same data
+        task, fabric = load_tasks(config)(0), make_fabric(config)
+        calls: dict[str, Callable[[], object]] = {}
+        times_each: dict[str, float] = {}
+        with ExitStack() as stack:
+            for name in names:
+                arm = self.arms[name]
+                training = stack.enter_context(set_up(fabric, build_model(arm, task), arm, task))
+                batch = fabric.to_device(next(iter(task.loader("train", arm.batch_size, 0))))
+                calls[f"{name}: step"] = partial(train_step, training, batch)
+                times_each[f"{name}: step"] = arm.epochs * task.steps(arm.batch_size)
+                if getattr(arm, "sampling", "") == "full":
+                    calls[f"{name}: validation"] = partial(training.evaluate, "val")
+                    times_each[f"{name}: validation"] = arm.epochs / arm.eval_every
+            measured = take_turns(calls, 1, fabric.device)
+        return sum(times_each[call] * measured[call]["wall"]["min"] for call in calls)
+
     def turn(self, names: Sequence[str], n: int) -> bool:
         """Train some arms with the first ``n`` seeds; whether there was time to, as there is for the first turn."""
         from experiments.loop import run
@@ -116,7 +152,7 @@ class Comparison:
                 break
             found = self.difference(better(), other)
             print(f"{better()} - {other}: {found}", file=sys.stderr)
-            if found.verdict != "not told":
+            if found.verdict != "inconclusive":
                 break
         return found
 
@@ -139,8 +175,11 @@ class Comparison:
         return max(list(self.arms)[-2:], key=lambda name: self.summaries[name]["val"]["mean"])
 
 
-SAID = {"yes": "headroom", "no": "no headroom", "not told": "headroom is not told"}
-ADVICE = {"no": "do not", "not told": "not told: it takes more splits, or a larger --budget"}
+SAID = {"yes": "headroom", "no": "no headroom", "inconclusive": "headroom inconclusive"}
+ADVICE = {
+    "no": "do not use experts",
+    "inconclusive": "inconclusive: run more splits; the same command goes on where it stopped",
+}
 
 
 def advise(
@@ -170,8 +209,12 @@ def advise(
     given = {"metric": metric, "hidden": width}
     base = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     base = fit_to_disk(base)
-    from experiments.report_page import write_report
+    plan = f"comparing a dense model with one four times as wide, split by split; budget {budget:g} min"
+    print(f"{plan}; measuring how long the first turn takes", file=sys.stderr, flush=True)
+    from experiments.report_page import write_report  # and so torch, for which nobody waits in silence
     from experiments.run_folder import write_json
+
+    warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
 
     comparison = Comparison(base, out, 60 * budget)
     with redirect_stdout(sys.stderr):  # what runs say on the way
@@ -185,6 +228,7 @@ def advise(
 def advice(comparison: Comparison, preset: str) -> tuple[list[str], dict[str, Any]]:
     """The three lines, and the figures in them."""
     *_, matched, first, second = comparison.arms
+    comparison.foretell(("dense", "dense-4x"))
     room = comparison.told(("dense", "dense-4x"), lambda: "dense-4x", "dense")
     assert room is not None
     lines = [f"{SAID[room.verdict]}: a dense model four times as wide gains {room}"]
@@ -192,7 +236,7 @@ def advice(comparison: Comparison, preset: str) -> tuple[list[str], dict[str, An
     gain = comparison.told((matched, first, second), comparison.better, matched) if room.verdict == "yes" else None
     if gain is None:
         why = "they need headroom" if room.verdict == "no" or room.n == MOST else "no time was left"
-        lines += [f"experts: not tried, since {why}", ADVICE["no" if room.verdict == "no" else "not told"]]
+        lines += [f"experts: not tried, since {why}", ADVICE["no" if room.verdict == "no" else "inconclusive"]]
         return lines, found
     setting = comparison.better()
     step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense")
