@@ -12,7 +12,6 @@ are not.
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import sys
 import time
@@ -37,7 +36,7 @@ from experiments.config import (
     program,
 )
 from experiments.files import read_json
-from experiments.presets import PRESETS
+from experiments.presets import PRESETS, command
 
 Verdict = Literal["yes", "no", "inconclusive"]
 LEAST, MOST, WORTH = 3, 10, 0.5
@@ -218,14 +217,14 @@ def advise(
 
     comparison = Comparison(base, out, 60 * budget)
     with redirect_stdout(sys.stderr):  # what runs say on the way
-        lines, found = advice(comparison, preset)
+        lines, found = advice(comparison)
         write_json(out / "advice.json", {"lines": lines, **found})
         folders = [comparison.arms[name].folder() for name in comparison.summaries]
         write_report(folders, out / "index.html", data_root, lines)
     print("\n".join(lines))
 
 
-def advice(comparison: Comparison, preset: str) -> tuple[list[str], dict[str, Any]]:
+def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
     """The three lines, and the figures in them."""
     *_, matched, first, second = comparison.arms
     comparison.foretell(("dense", "dense-4x"))
@@ -245,19 +244,9 @@ def advice(comparison: Comparison, preset: str) -> tuple[list[str], dict[str, An
         f"experts ({setting}): {gain}, against a dense model of their active FLOPs; {share:.0f} % of "
         f"the headroom, at {step:.2f} times the dense model's step"
     )
-    command = f"use them: python -m experiments.train {preset} {' '.join(options(comparison.arms[setting]))}"
+    use = f"use them: {command(comparison.arms[setting])}"
     found |= {"experts": vars(gain), "setting": setting, "step": step}
-    return [*lines, ADVICE.get(gain.verdict, command)], found
-
-
-def options(config: RunConfig) -> list[str]:
-    """How a setting is asked for on the command line."""
-    root = shlex.quote(str(config.data_root))
-    found = [f"--data-root {root}", f"--hidden {config.hidden}", f"--router {config.router}"]
-    if isinstance(config, GraphConfig):
-        found += [f"--metric {config.metric}"] if config.metric else []
-        found += ["--shared-router", "--router-input node neighbors", *["--kmeans-init"] * config.kmeans_init]
-    return found + [f"--{name.replace('_', '-')} {value}" for name, value in config.options.given().items()]
+    return [*lines, ADVICE.get(gain.verdict, use)], found
 
 
 main = program("advise", advise, __doc__)

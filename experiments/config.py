@@ -360,6 +360,22 @@ def config_class(dataset: str) -> type[RunConfig]:
     return ImageConfig if dataset in IMAGES else GraphConfig
 
 
+OF_EXPERTS = (
+    "experts", "k", "shared_expert", "dense_start", "kmeans_init", "options", "equal", "equal_to", "router_input",
+    "shared_router",
+)  # fmt: skip
+"""Options that a dense model has no use for."""
+
+
+def dense_of(config: RunConfig) -> RunConfig:
+    """The run of the dense model that stands where the one with experts does."""
+    usual = type(config)(dataset=config.dataset)
+    changes = {name: getattr(usual, name) for name in OF_EXPERTS if hasattr(usual, name)}
+    if isinstance(config, GraphConfig):
+        changes["conv"] = config.conv[:1]  # of several kinds of experts a dense model takes the first
+    return replace(config, router="dense", **changes)
+
+
 def stored_folder(config: RunConfig) -> Path | None:
     """Where the graph of a run stays on disk, as ``experiments.convert`` wrote it; ``None`` if memory holds it."""
     if config.dataset == PAPERS:
