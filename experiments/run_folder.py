@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -175,10 +175,7 @@ def summarize(config: RunConfig, results: list[Result]) -> Summary:
         **{name: spread([result[name] for result in results]) for name in spreads},
         "peak_memory": max(result["peak_memory"] or 0 for result in results) or None,
         **{name: first[name] for name in costs},
-        "routing": [
-            {name: spread([layer[name] for layer in layers]) for name in layers[0] if name not in PER_EXPERT}
-            for layers in zip(*(result["routing"] for result in results), strict=True)
-        ],
+        "routing": [_spreads(layers) for layers in zip(*(result["routing"] for result in results), strict=True)],
         "curve": {
             "epoch": first["curve"]["epoch"],
             **{name: [result["curve"][name] for result in results] for name in ("loss", "val")},
@@ -187,6 +184,16 @@ def summarize(config: RunConfig, results: list[Result]) -> Summary:
         "environment": environment(),
     }
     return found
+
+
+def _spreads(layers: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
+    """The figures of a MoE layer over its seeds; of its loads the number of experts and the largest over the mean."""
+    loads = [layer["load"] for layer in layers]
+    return {
+        "experts": spread([len(load) for load in loads]),
+        **{name: spread([layer[name] for layer in layers]) for name in layers[0] if name not in PER_EXPERT},
+        "max_over_mean_load": spread([round(max(load) * len(load), 4) for load in loads]),
+    }
 
 
 def spread(values: list[float]) -> Spread:

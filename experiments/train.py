@@ -25,17 +25,22 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from experiments.config import (
+    IMAGES,
     PAPERS,
     RunConfig,
     check,
     check_first,
     check_trusted,
+    dense_of,
     fail,
     fit_to_disk,
     interrupt,
     read_options,
 )
-from experiments.presets import PRESETS
+from experiments.files import read_json
+from experiments.presets import PRESETS, command
+from experiments.studies import RESULTS
+from experiments.tables import percent
 
 if TYPE_CHECKING:
     from experiments.run_folder import Summary
@@ -85,13 +90,21 @@ def _take(args: Sequence[str], *names: str, **kind: Any) -> tuple[Any, list[str]
 
 
 def show(config: RunConfig, summary: Summary) -> None:
-    """Print a summary as tables."""
+    """Print a summary: scores and the dense model's, the routing in words and in figures, and costs."""
     import pandas as pd
+
+    from experiments.routing_stats import in_words
 
     scores = pd.DataFrame({f"{split} {summary['metric']} (%)": summary[split] for split in ("val", "test")}).T
     scores[["mean", "std"]] = 100 * scores[["mean", "std"]].astype(float)
     print(scores[["mean", "std", "n"]].to_string(float_format="{:.2f}".format, na_rep="–"))
+    if line := dense_line(config, summary["metric"]):
+        print(f"\n{line}")
     if summary["routing"]:
+        values = [{name: figure["values"] for name, figure in layer.items()} for layer in summary["routing"]]
+        print(f"\nrouting: {in_words(values, config.experts)}")
+        if config.dataset in IMAGES:
+            print(f"what experts follow: python -m experiments.report {shlex.quote(str(config.folder()))}")
         print("\nrouting, by MoE layer")
         layers = [{name: figure["mean"] for name, figure in layer.items()} for layer in summary["routing"]]
         print(pd.DataFrame(layers, index=range(1, len(layers) + 1)).T.to_string(float_format="{:.3f}".format))
@@ -99,6 +112,23 @@ def show(config: RunConfig, summary: Summary) -> None:
         f"\n{summary['active_parameters']:,} of {summary['parameters']:,} parameters and {summary['flops']:,} FLOPs "
         f"active in a forward pass; {summary['seconds']['mean']:.1f} s a seed; written to {config.folder()}"
     )
+
+
+def dense_line(config: RunConfig, metric: str) -> str:
+    """What the dense model scores, if that is on file, or the command that tells; of a dense model nothing."""
+    from experiments.run_folder import differences_of
+
+    has_preset = any(own.dataset == config.dataset for _, own in PRESETS.values())
+    if config.router == "dense" or config.model is not None or not has_preset:
+        return ""
+    dense, file = dense_of(config), RESULTS / "presets.json"
+    for row in read_json(file, dict[str, Any])["variants"]:
+        there, test = row["config"], row["test"]
+        same_data = there["dataset"] == config.dataset and "planted" not in row["label"]
+        if same_data and differences_of(dense, there).keys() <= {"seeds"}:
+            score = f"test {metric} (%) {percent(test)}, {test['n']} seeds"
+            return f"dense model: {score} (results/{file.name})"
+    return f"dense model, to compare: {command(dense)}"
 
 
 def resume_command(config: RunConfig, args: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from experiments.config import _load_file
 from experiments.loop import run
 from experiments.presets import DIGITS, DIGITS_GRAPH, PRESETS
 from experiments.report import main
-from experiments.report_page import Page, sentence, shares
+from experiments.report_page import Page, shares
 from experiments.run_folder import read_run, write_json
 from experiments.train import parse
 from tests.experiments import own_parts
@@ -207,15 +207,6 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     page.table([["<b>"], ["&"]])
     page.write(tmp_path / "page.html")
     assert not re.search("<(img|b)[ >]", (tmp_path / "page.html").read_text())
-
-
-def test_the_sentence_names_what_is_followed_most() -> None:
-    layers = [{"ami_label": 0.2, "ami_degree": 0.01, "dead": 1.0}, {"ami_label": 0.558, "ami_degree": 0.3, "dead": 1.0}]
-    assert sentence(8, [1, 1], layers) == "7 of 8 experts used; experts follow the class, AMI 0.56 in MoE layer 2."
-    assert sentence(8, [0, 3], [{"nmi": 1.0}]).startswith("5–8 of 8 experts used (by layer and seed); experts follow")
-    none = "8 of 8 experts used; experts do not follow the class or the degree, AMI at most 0.02."
-    assert sentence(8, [0], [{"ami_label": 0.02, "ami_degree": 0.0}]) == none
-    assert sentence(8, [0], [{"dead": 0.0}]) == "8 of 8 experts used."
 
 
 def test_shares_by_hand() -> None:
