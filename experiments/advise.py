@@ -66,7 +66,13 @@ def judge(differences: Sequence[float]) -> Difference:
         return Difference(mean=mean, interval=None, n=n, verdict="inconclusive")
     half = float(t.ppf(0.975 if n >= MOST else 0.995, n - 1)) * statistics.stdev(differences) / n**0.5
     low, high = mean - half, mean + half
-    verdict: Verdict = "no" if high < WORTH else "yes" if low > 0 else "no" if n >= MOST else "inconclusive"
+    verdict: Verdict = "inconclusive"
+    if high < WORTH:
+        verdict = "no"
+    elif low > 0:
+        verdict = "yes"
+    elif n >= MOST:
+        verdict = "no"
     return Difference(mean=mean, interval=(low, high), n=n, verdict=verdict)
 
 
@@ -200,20 +206,24 @@ def advise(
         width: of the dense model's hidden layers; by default the preset's.
         budget: minutes, in which another turn of all arms has to fit.
     """
-    legal = {name: config for name, (_, config) in PRESETS.items() if not isinstance(config, HeteroConfig)}
+    presets = {name: config for name, (_, config) in PRESETS.items()}
+    legal = [name for name, config in presets.items() if not isinstance(config, HeteroConfig)]
     check_choice("preset", preset, legal)
     check(budget > 0, "budget", budget, "minutes above 0")
-    base = replace(legal[preset], data_root=data_root, progress=sys.stderr.isatty())
+    base = replace(presets[preset], data_root=data_root, progress=sys.stderr.isatty())
     check(metric is None or preset == "graph", "metric", f"{metric!r} for {preset}", "none; `graph` leaves it open")
     given = {"metric": metric, "hidden": width}
     base = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     base = fit_to_disk(base)
-    plan = f"comparing a dense model with one four times as wide, split by split; budget {budget:g} min"
-    print(f"{plan}; measuring how long the first turn takes", file=sys.stderr, flush=True)
-    from experiments.report_page import write_report  # and so torch, for which nobody waits in silence
+    plan = "comparing a dense model with one four times as wide, split by split"
+    plan += f"; budget {budget:g} min; measuring how long the first turn takes"
+    print(plan, file=sys.stderr, flush=True)
+    # and so torch, for which nobody waits in silence
+    from experiments.report_page import write_report
     from experiments.run_folder import write_json
 
-    warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
+    usual = "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
+    warnings.filterwarnings("ignore", usual)
 
     comparison = Comparison(base, out, 60 * budget)
     with redirect_stdout(sys.stderr):  # what runs say on the way
@@ -235,7 +245,8 @@ def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
     gain = comparison.told((matched, first, second), comparison.better, matched) if room.verdict == "yes" else None
     if gain is None:
         why = "they need headroom" if room.verdict == "no" or room.n == MOST else "no time was left"
-        lines += [f"experts: not tried, since {why}", ADVICE["no" if room.verdict == "no" else "inconclusive"]]
+        what = ADVICE["no" if room.verdict == "no" else "inconclusive"]
+        lines += [f"experts: not tried, since {why}", what]
         return lines, found
     setting = comparison.better()
     step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense")

@@ -178,7 +178,8 @@ def build_twin(config: RunConfig, task: Task) -> nn.Module:
     """The MoE that a dense baseline is matched to."""
     scale: dict[str, Any] = {"mlp_scale": 1.0} if isinstance(config, ImageConfig) else {}
     router = config.equal_to
-    check(router != "dense", "equal_to", repr(router), "a router, since a dense model equals itself")
+    legal = "a router, since a dense model equals itself"
+    check(router != "dense", "equal_to", repr(router), legal)
     try:
         return _build(replace(config, router=router, equal=None, **scale), task)
     except ValueError as error:

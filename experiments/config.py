@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, Literal, NoReturn, get_args
@@ -120,7 +121,9 @@ class RunConfig:
     equal: Literal["flops", "parameters"] | None = None
     """With --router dense: widen it until it costs what the MoE of `equal_to` costs (active FLOPs, or parameters)."""
     equal_to: RouterName = "token_choice"
-    """With --equal: the router of the MoE that the dense baseline is matched to; experts, K and the rest as given."""
+    """With --equal: the router of the MoE that the dense baseline is matched to.
+
+    Experts, K and the rest are as given."""
 
     # recipe
     epochs: int = 100
@@ -361,8 +364,8 @@ def config_class(dataset: str) -> type[RunConfig]:
 
 
 OF_EXPERTS = (
-    "experts", "k", "shared_expert", "dense_start", "kmeans_init", "options", "equal", "equal_to", "router_input",
-    "shared_router",
+    "experts", "k", "shared_expert", "dense_start", "kmeans_init", "options", "equal", "equal_to",
+    "router_input", "shared_router",
 )  # fmt: skip
 """Options that a dense model has no use for."""
 
@@ -371,13 +374,13 @@ def dense_of(config: RunConfig) -> RunConfig:
     """The run of the dense model that stands where the one with experts does."""
     usual = type(config)(dataset=config.dataset)
     changes = {name: getattr(usual, name) for name in OF_EXPERTS if hasattr(usual, name)}
-    if isinstance(config, GraphConfig):
-        changes["conv"] = config.conv[:1]  # of several kinds of experts a dense model takes the first
+    if isinstance(config, GraphConfig):  # of several kinds of experts a dense model takes the first
+        changes["conv"] = config.conv[:1]
     return replace(config, router="dense", **changes)
 
 
 def stored_folder(config: RunConfig) -> Path | None:
-    """Where the graph of a run stays on disk, as ``experiments.convert`` wrote it; ``None`` if memory holds it."""
+    """The folder of a graph that stays on disk, see ``experiments.convert``; ``None`` in memory."""
     if config.dataset == PAPERS:
         return config.data_root / STORED
     is_stored = config.dataset == "graph" and (config.data_root / "graph.json").is_file()
@@ -385,7 +388,7 @@ def stored_folder(config: RunConfig) -> Path | None:
 
 
 def fit_to_disk(config: RunConfig) -> RunConfig:
-    """The same; of a graph that stays on disk with the only sampling, evaluation and direction that it allows."""
+    """The same; of a graph on disk with the only sampling, evaluation and direction that fit it."""
     folder = stored_folder(config)
     if folder is None or not (folder / "graph.json").is_file():
         return config
@@ -440,21 +443,27 @@ def load_object(option: str, name: str) -> Any:
 
 
 def check_trusted(config: RunConfig, folder: Path) -> None:
-    """Refuse a run whose own folder holds the code that its configuration names: somebody may have put it there."""
+    """Refuse a run whose folder holds the code that its configuration names.
+
+    Somebody else may have put it there, and it would run with all rights of the user.
+    """
     for option in ("router", "model", "data"):
         name = getattr(config, option)
         if name is not None and ":" in name and _code_lies_in(name.rpartition(":")[0], folder):
+            legal = "code that lies elsewhere, or --trust after you read it"
             got = f"{name!r}, code in the run folder {folder}"
-            raise ValueError(f"{option}: got {got}, expected code that lies elsewhere, or --trust after you read it")
+            raise ValueError(f"{option}: got {got}, expected {legal}")
 
 
 def _code_lies_in(where: str, folder: Path) -> bool:
     """Whether a file, or a module or a package that it is in, would be imported from a folder."""
     paths = [Path(where)]
     if not where.endswith(".py"):
-        parts = where.split(".")
-        places = [Path(entry, *parts[:depth]) for entry in sys.path for depth in range(1, len(parts) + 1)]
-        paths = [path for place in places for path in (place, *place.parent.glob(f"{place.name}.*")) if path.exists()]
+        parts, paths = where.split("."), []
+        for entry, depth in product(sys.path, range(1, len(parts) + 1)):
+            place = Path(entry, *parts[:depth])  # a package, or a file of this name
+            paths += [place] if place.exists() else []
+            paths += place.parent.glob(f"{place.name}.*")
     inside = [Path(os.path.abspath(folder)), folder.resolve()]  # a link may lead in or out
     return any(
         way.is_relative_to(one)

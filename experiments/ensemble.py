@@ -1,7 +1,7 @@
 """What runs on one of OGB's sets say together: ``python -m experiments.ensemble RUN...``
 
-For each run the line that OGB's leaderboards ask for, then the score of the mean of all their seeds' probabilities, by
-OGB's own evaluator. A run keeps its predictions for every node, corrected and smoothed if asked for.
+For each run the line that OGB's leaderboards ask for, then the score of the mean of all their
+seeds' probabilities, by OGB's own evaluator. See :mod:`experiments.predictions`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ SEEDS = 10
 """That OGB's leaderboards ask for."""
 
 
-def ensemble(runs: tyro.conf.Positional[tuple[Path, ...]], data_root: Path | None = None, trust: bool = False) -> None:
+def ensemble(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    data_root: Path | None = None,
+    trust: bool = False,
+) -> None:
     """Print a line of each run, and one of all of them together.
 
     Args:
         runs: run folders of one data set.
         data_root: root folder of the data; by default where they were trained on them.
-        trust: take router, model and data of a run also from code in its own folder, which can do whatever you can.
+        trust: import code also from a run's own folder. It can do whatever you can.
     """
     folders = [run.resolve() for run in runs]
-    twice = [str(run) for run, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1]
+    twice = [str(run) for run in runs if folders.count(run.resolve()) > 1]
     check(not twice, "runs", f"{' and '.join(twice)}, one folder", "each run once")
     check_finished(*runs)
     from experiments.predictions import mean_of, score  # and so torch, which --help does without

@@ -133,7 +133,10 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def check_finished(*runs: Path) -> None:
-    """Refuse run folders of which none holds a finished run. Costs nothing: commands ask before they import torch."""
+    """Refuse run folders of which none holds a finished run.
+
+    Takes no time, so that commands ask before they import torch.
+    """
     if not runs:
         raise ValueError("runs: got none, expected at least one folder")
     missing = [path for path in (run / "summary.json" for run in runs) if not path.exists()]

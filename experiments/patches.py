@@ -2,9 +2,9 @@
 
     python -m experiments.patches runs/cifar10 --images cat.jpg holiday/*.jpg --out runs/patches
 
-Writes ``maps.png``, a row an image: the image as the model sees it, and its patches tinted by their experts, one panel
-a MoE layer; of more than twelve images ``maps-1.png``, ``maps-2.png``, ... The model is that of the first seed of the
-run, whose data say how images are prepared.
+Writes ``maps.png``, a row an image: the image as the model sees it, and its patches tinted by their
+experts, one panel a MoE layer; of more than twelve images ``maps-1.png``, ``maps-2.png``, ...
+The model is that of the first seed of the run, whose data say how images are prepared.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def patches(
         images: images.
         out: folder of the pictures.
         data_root: root folder of the run's data. By default where it was trained on them.
-        trust: take router, model and data of the run also from code in its own folder, which can do whatever you can.
+        trust: import code also from the run's own folder. It can do whatever you can.
     """
     check(images, "images", "none", "at least one")
     check_finished(run)

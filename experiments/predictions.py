@@ -1,4 +1,7 @@
-"""The predictions of a run for every node, which ``experiments.ensemble`` reads."""
+"""What a run keeps for ``experiments.ensemble``: its predictions for every node.
+
+They are corrected and smoothed if asked for.
+"""
 
 from __future__ import annotations
 

@@ -148,15 +148,17 @@ for name in ("amazon-computers", "amazon-photo", "coauthor-cs", "coauthor-physic
 
 
 def command(config: RunConfig) -> str:
-    """The command line of a run: the preset that is most like it, and the options in which it differs.
+    """The command line of a run: the preset that is most like it, and what differs from it.
 
     Where it is written, and how fast it goes, is left to whoever runs it.
     """
-    same_data = {name: own for name, (_, own) in PRESETS.items() if own.dataset == config.dataset}
-    preset, differences = min(
-        ((name, differing_options(config, own)) for name, own in same_data.items()), key=lambda pair: len(pair[1])
-    )
-    return f"{config.launcher} -m experiments.train {shlex.join([preset, *differences])}"
+    lines = [
+        [name, *differing_options(config, preset)]
+        for name, (_, preset) in PRESETS.items()
+        if preset.dataset == config.dataset
+    ]
+    shortest = sorted(lines, key=len)[0]
+    return f"{config.launcher} -m experiments.train {shlex.join(shortest)}"
 
 
 def differing_options(config: RunConfig, preset: RunConfig) -> list[str]:

@@ -32,7 +32,7 @@ def report(
         out: folder of the page.
         data_root: root folder of the data; of your own graph its file or folder, or the folder that holds it. By
             default where each run was trained on them.
-        trust: take router, model and data of a run also from code in its own folder, which can do whatever you can.
+        trust: import code also from a run's own folder. It can do whatever you can.
     """
     check_finished(*runs)
     from experiments.report_page import write_report  # and so torch, which --help does without

@@ -21,7 +21,14 @@ from torch_geometric.data import Data
 
 from experiments.data import Batch, Task
 from experiments.files import writing
-from experiments.routing_stats import IN_WORDS, PROPERTIES, alignment, in_words, node_properties
+from experiments.routing_stats import (
+    IN_WORDS,
+    PROPERTIES,
+    alignment,
+    in_words,
+    node_properties,
+    values_of,
+)
 from experiments.run_folder import RunFolder, read_run
 from experiments.tables import percent
 from gmoe import record_routing
@@ -79,19 +86,25 @@ class Page(list[str]):
         path.parent.mkdir(parents=True, exist_ok=True)
         page = (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Routing report</title>'
-            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f"<style>{STYLE}</style></head><body><h1>Routing report</h1>{''.join(self)}</body></html>\n"
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>'
+            f"<body><h1>Routing report</h1>{''.join(self)}</body></html>\n"
         )
         with writing(path):
             path.write_text(page, encoding="utf-8")
 
 
 def write_report(
-    folders: Sequence[Path], path: Path, data_root: Path | None, first: Sequence[str] = (), trust: bool = False
+    folders: Sequence[Path],
+    path: Path,
+    data_root: Path | None,
+    first: Sequence[str] = (),
+    trust: bool = False,
 ) -> list[str]:
-    """Write the page about runs, below first lines, and say why some were left out; a ``ValueError`` if all were.
+    """Write the page about runs, below first lines, and say why some were left out.
 
-    ``data_root`` and ``trust`` are those of :func:`experiments.run_folder.read_run`.
+    If all were, it is a ``ValueError``. ``data_root`` and ``trust`` are those of
+    :func:`experiments.run_folder.read_run`.
     """
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
     runs, failed = list[RunFolder](), list[str]()
@@ -156,7 +169,7 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
 def _routing(page: Page, run: RunFolder) -> str:
     """Write a run's section, and say the most important of it in a sentence."""
     seed, missing, maps, shown = run.config.seeds[0], "", list[Figure](), list[Tokens]()
-    layers = [{name: figure["values"] for name, figure in layer.items()} for layer in run.summary["routing"]]
+    layers = values_of(run.summary["routing"])
     try:
         task = run.load_task()
         if task.kind == "image":
@@ -178,7 +191,8 @@ def _routing(page: Page, run: RunFolder) -> str:
     page.text(
         f"Mean over seeds, on {'the test images; AMI on validation images of the first seed' if maps else 'all nodes'}"
         ". Dropped pairs had no room at their expert; dead experts get no token; entropy is in nats. AMI: adjusted "
-        f"mutual information of experts and a property, 1 if they are the same partition, 0 by chance. {IN_WORDS}",
+        "mutual information of experts and a property, 1 if they are the same partition, 0 by "
+        f"chance. {IN_WORDS}",
         "note",
     )
     if missing:

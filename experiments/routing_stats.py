@@ -25,13 +25,13 @@ BINS = 8
 
 
 BALANCED, MISSED, LOOSELY, FOLLOWED = 2.0, 0.01, 0.1, 0.3
-"""What :func:`in_words` calls balanced, mentions as missed, and calls loosely followed and followed."""
+"""What :func:`in_words` calls balanced, mentions as missed, calls loosely followed and followed."""
 
 IN_WORDS = (
-    "An expert is used if it gets a token. Experts are balanced if all are used and none takes more "
-    f"than {BALANCED:g} times an even share of the (token, expert) pairs. Tokens without an expert are "
-    f"mentioned from {MISSED:.0%} on. Experts follow a property from a mutual information of {FOLLOWED} "
-    f"on, and loosely from {LOOSELY} on."
+    "An expert is used if it gets a token. Experts are balanced if all are used and none takes "
+    f"more than {BALANCED:g} times an even share of the (token, expert) pairs. Tokens without an "
+    f"expert are mentioned from {MISSED:.0%} on. Experts follow a property from a mutual "
+    f"information of {FOLLOWED} on, and loosely from {LOOSELY} on."
 )
 """The words of :func:`in_words`, as the report explains them."""
 
@@ -140,11 +140,16 @@ def ami(assignment: Tensor, value: Tensor) -> float:
     return float(adjusted_mutual_info_score(assignment.numpy(), value.numpy()))
 
 
+def values_of(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Sequence[float]]]:
+    """By MoE layer of a summary, the values of each figure over the seeds."""
+    return [{name: figure["values"] for name, figure in layer.items()} for layer in layers]
+
+
 def in_words(layers: Sequence[Mapping[str, Sequence[float]]], experts: int) -> str:
     """Say how many experts are used, whether evenly, and what they follow most.
 
-    ``layers`` holds the figures of each MoE layer over the seeds; of older runs some are missing, and ``experts`` is
-    the number of experts that these were asked for.
+    ``layers`` holds the figures of each MoE layer over the seeds. Of older runs some are missing,
+    and ``experts`` is the number of experts that these were asked for.
     """
     total = int(max(max(layer.get("experts", [experts])) for layer in layers))
     used = [total - int(dead) for layer in layers for dead in layer["dead"]]
@@ -172,7 +177,8 @@ def in_words(layers: Sequence[Mapping[str, Sequence[float]]], experts: int) -> s
     if value >= LOOSELY:
         how = "follow" if value >= FOLLOWED else "loosely follow"
         return f"{text}; they {how} the {name} ({measure} {value:.2f}{where})"
-    *names, last = [name for key, (name, _) in PROPERTIES.items() if any(key in layer for layer in layers)]
+    known = {key for _, _, key in means}
+    *names, last = [name for key, (name, _) in PROPERTIES.items() if key in known]
     others = f"{', '.join(names)} or " if names else ""
     return f"{text}; they do not follow {others}{last} ({measure} at most {value:.2f})"
 

@@ -170,12 +170,13 @@ def summarize(config: RunConfig, results: list[Result]) -> Summary:
     first = results[0]
     spreads = ("val", "test", "best_epoch", "seconds")
     costs = ("flops", "parameters", "active_parameters", "matched", "hidden", "steps")
+    routings = [result["routing"] for result in results]
     found: Any = {
         "metric": first["metric"],
         **{name: spread([result[name] for result in results]) for name in spreads},
         "peak_memory": max(result["peak_memory"] or 0 for result in results) or None,
         **{name: first[name] for name in costs},
-        "routing": [_spreads(layers) for layers in zip(*(result["routing"] for result in results), strict=True)],
+        "routing": [_spreads(layers) for layers in zip(*routings, strict=True)],
         "curve": {
             "epoch": first["curve"]["epoch"],
             **{name: [result["curve"][name] for result in results] for name in ("loss", "val")},
@@ -187,11 +188,15 @@ def summarize(config: RunConfig, results: list[Result]) -> Summary:
 
 
 def _spreads(layers: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
-    """The figures of a MoE layer over its seeds; of its loads the number of experts and the largest over the mean."""
+    """The figures of a MoE layer over its seeds.
+
+    Of the loads of its experts, their number and how much the largest is above the mean.
+    """
     loads = [layer["load"] for layer in layers]
+    names = [name for name in layers[0] if name not in PER_EXPERT]
     return {
         "experts": spread([len(load) for load in loads]),
-        **{name: spread([layer[name] for layer in layers]) for name in layers[0] if name not in PER_EXPERT},
+        **{name: spread([layer[name] for layer in layers]) for name in names},
         "max_over_mean_load": spread([round(max(load) * len(load), 4) for load in loads]),
     }
 
@@ -411,7 +416,8 @@ def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -
             check_trusted(config, folder)
         history = _history(folder / f"seed-{config.seeds[0]}" / "routing.csv", config.epochs, layers) if layers else []
     except FileNotFoundError as error:
-        raise ValueError(f"{error.filename}: is missing, expected the folder of a finished run") from error
+        legal = "the folder of a finished run"
+        raise ValueError(f"{error.filename}: is missing, expected {legal}") from error
     name = folder.resolve().name
     return RunFolder(folder=folder, name=name, config=config, science=science, summary=summary, history=history)
 

@@ -71,11 +71,17 @@ def recorded(name: str, data_root: Path) -> Study:
     )
 
 
-def grid(preset: str, routers: Sequence[str], experts: Sequence[int], ks: Sequence[int], **changes: Any) -> Study:
+def grid(
+    preset: str,
+    routers: Sequence[str],
+    experts: Sequence[int],
+    ks: Sequence[int],
+    **changes: Any,
+) -> Study:
     """Every router at every E and K that it has, beside the dense model and one four times as wide.
 
-    ``changes`` are other options of all variants. An unknown preset or router is a ``ValueError``, or a K larger than
-    every E; of an E the larger ones are left out.
+    ``changes`` are other options of all variants. An unknown preset or router is a ``ValueError``,
+    or a K larger than every E; of an E the larger ones are left out.
     """
     check_choice("preset", preset, PRESETS)
     for router in routers:

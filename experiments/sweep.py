@@ -52,9 +52,15 @@ class GridConfig(SweepConfig):
 
     preset: str = ""
     """The preset."""
-    routers: tuple[str, ...] = ("random", "uniform", "token_choice", "expert_choice", "multi_centroid")
-    """The routers: some of these, attention_vote, oracle, and of images soft_slots. A dense model, and one four times
-    as wide, are always there."""
+    routers: tuple[str, ...] = (
+        "random",
+        "uniform",
+        "token_choice",
+        "expert_choice",
+        "multi_centroid",
+    )
+    """The routers: some of these, attention_vote, oracle, and of images soft_slots. A dense model,
+    and one four times as wide, are always there."""
     experts: tuple[int, ...] = (8,)
     """Numbers of experts, E."""
     ks: tuple[int, ...] = (1, 2)
@@ -198,8 +204,8 @@ def parse(args: Sequence[str]) -> tuple[str, SweepConfig]:
         study, *rest = args
         about, config = STUDIES[study]
         # a command of its own, so that its errors lead to its own help
-        prog = f"{PROG} {study}"
-        return study, tyro.cli(type(config), args=rest, prog=prog, description=about, default=config)
+        given: dict[str, Any] = {"prog": f"{PROG} {study}", "description": about}
+        return study, tyro.cli(type(config), args=rest, default=config, **given)
     if args and {"-h", "--help"}.isdisjoint(args):
         check_first("study", args, STUDIES)
     tyro.extras.overridable_config_cli(STUDIES, args=args, prog=PROG, description=__doc__)

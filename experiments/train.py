@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from experiments.run_folder import Summary
 
 PROG = "python -m experiments.train"
-FILES = """--config FILE begins with the options of a JSON file. Where it is the config.json of a run, code in
-the run folder itself is imported with --trust only."""
+FILES = """--config FILE begins with the options of a JSON file. Where it is the config.json of a
+run, code in the run folder itself is imported with --trust only."""
 
 
 def parse(args: Sequence[str]) -> RunConfig:
@@ -70,14 +70,16 @@ def parse(args: Sequence[str]) -> RunConfig:
     assert base is not None
     about = f"The preset {preset}: {PRESETS[preset][0]}" if preset else f"The options of {file}."
     # what was given before the options, so that an error leads to the help that explains them
-    given = [*filter(None, [preset]), *(["--config", shlex.quote(file)] if file is not None else [])]
-    config = tyro.cli(type(base), args=args, prog=" ".join([PROG, *given]), description=about, default=base)
+    prog = PROG if preset is None else f"{PROG} {preset}"
+    prog += "" if file is None else f" --config {shlex.quote(file)}"
+    config = tyro.cli(type(base), args=args, prog=prog, description=about, default=base)
     if file is not None and Path(file).name == "config.json" and not trusted:
         check_trusted(config, Path(file).parent)
     named = {arg.partition("=")[0].replace("_", "-") for arg in args}
-    if config.equal is None and "--equal-to" in named:  # its default has to be legal too, so that only args tell
+    if config.equal is None and "--equal-to" in named:  # a value may be the default: args tell
         got = f"{config.equal_to!r} with router={config.router!r} and no --equal"
-        raise ValueError(f"equal_to: got {got}, expected --router dense --equal flops (or parameters) with it")
+        legal = "--router dense --equal flops (or parameters) with it"
+        raise ValueError(f"equal_to: got {got}, expected {legal}")
     return config
 
 
@@ -90,10 +92,10 @@ def _take(args: Sequence[str], *names: str, **kind: Any) -> tuple[Any, list[str]
 
 
 def show(config: RunConfig, summary: Summary) -> None:
-    """Print a summary: scores and the dense model's, the routing in words and in figures, and costs."""
+    """Print scores, the dense model's score, the routing in words and in figures, and costs."""
     import pandas as pd
 
-    from experiments.routing_stats import in_words
+    from experiments.routing_stats import in_words, values_of
 
     scores = pd.DataFrame({f"{split} {summary['metric']} (%)": summary[split] for split in ("val", "test")}).T
     scores[["mean", "std"]] = 100 * scores[["mean", "std"]].astype(float)
@@ -101,10 +103,10 @@ def show(config: RunConfig, summary: Summary) -> None:
     if line := dense_line(config, summary["metric"]):
         print(f"\n{line}")
     if summary["routing"]:
-        values = [{name: figure["values"] for name, figure in layer.items()} for layer in summary["routing"]]
-        print(f"\nrouting: {in_words(values, config.experts)}")
+        print(f"\nrouting: {in_words(values_of(summary['routing']), config.experts)}")
         if config.dataset in IMAGES:
-            print(f"what experts follow: python -m experiments.report {shlex.quote(str(config.folder()))}")
+            folder = shlex.quote(str(config.folder()))
+            print(f"what experts follow: python -m experiments.report {folder}")
         print("\nrouting, by MoE layer")
         layers = [{name: figure["mean"] for name, figure in layer.items()} for layer in summary["routing"]]
         print(pd.DataFrame(layers, index=range(1, len(layers) + 1)).T.to_string(float_format="{:.3f}".format))
@@ -115,7 +117,10 @@ def show(config: RunConfig, summary: Summary) -> None:
 
 
 def dense_line(config: RunConfig, metric: str) -> str:
-    """What the dense model scores, if that is on file, or the command that tells; of a dense model nothing."""
+    """What the dense model scores, if that is on file, or the command that tells.
+
+    Nothing of a dense model itself, and of a model of one's own.
+    """
     from experiments.run_folder import differences_of
 
     has_preset = any(own.dataset == config.dataset for _, own in PRESETS.values())

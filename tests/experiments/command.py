@@ -55,7 +55,7 @@ def run_until(steps: int, args: Sequence[str], rank: str = "0", number: int = si
 
 @contextmanager
 def full_disk(room: int = 2_000) -> Iterator[None]:
-    """No file grows beyond ``room`` bytes; the error of the system is the one of a full disk, but for its number."""
+    """No file grows beyond ``room`` bytes; the error is a full disk's, but for its number."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:

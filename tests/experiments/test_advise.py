@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,8 @@ def test_three_lines(
     judged = advise.judge
 
     def told(differences: list[float]) -> advise.Difference:
-        return replace(judged(differences), verdict=headroom if len(differences) == 2 else "inconclusive")
+        verdict: advise.Verdict = headroom if len(differences) == 2 else "inconclusive"
+        return replace(judged(differences), verdict=verdict)
 
     monkeypatch.setattr(advise, "judge", told)
     monkeypatch.chdir(tmp_path)
@@ -93,7 +95,7 @@ def test_three_lines(
 
 @pytest.mark.parametrize("name", ["digits-graph", "digits"])
 def test_the_length_of_the_first_turn_is_said_before_it_begins(
-    name: str, presets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, presets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """In the second line at once, where a pipe gets no other progress."""
     begun = list[list[str]]()
@@ -112,9 +114,11 @@ def test_the_length_of_the_first_turn_is_said_before_it_begins(
 
 
 def test_the_length_is_that_of_all_epochs(presets: None, tmp_path: Path) -> None:
-    few, many = (replace(PRESETS["digits-graph"][1], epochs=epochs) for epochs in (10, 10_000))
-    seconds = [advise.Comparison(base, tmp_path, 60).seconds_of(("dense", "dense-4x")) for base in (few, many)]
-    assert seconds[1] > 50 * seconds[0]
+    def seconds(epochs: int) -> float:
+        base = replace(PRESETS["digits-graph"][1], epochs=epochs)
+        return advise.Comparison(base, tmp_path, 60).seconds_of(("dense", "dense-4x"))
+
+    assert seconds(10_000) > 50 * seconds(10)
 
 
 def test_the_budget_ends_it(presets: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,23 +97,24 @@ def test_a_broken_file_is_one_error(layout: str, data: st.DataObject, tmp_path: 
     assert "\n" not in said
 
 
-LARGE = np.random.default_rng(0).random((500, 4))
+LARGE, MANY = np.random.default_rng(0).random((500, 4)), np.arange(9_000)
+STATE = {"best": {"weight": torch.tensor(LARGE)}}
 WRITERS: dict[str, Callable[[Path], object]] = {
     "a.json": lambda path: write_json(path, LARGE.tolist()),
-    "a.csv": lambda path: Log(path, keep=0).write([{"epoch": 0, "loss": loss} for loss in LARGE[:, 0]]),
+    "a.csv": lambda path: Log(path, keep=0).write([{"loss": loss} for loss in LARGE[:, 0]]),
     "a.html": Page(["<p>"] * 1_000).write,
     "a.npy": lambda path: convert.write_npy(path, LARGE),
     "x.npy": lambda path: convert.write_features(path, LARGE, LARGE.dtype),
-    "source.npy": lambda path: convert.write_edges([np.arange(9_000)], path.parent, 9_000, directed=True),
+    "source.npy": lambda path: convert.write_edges([MANY], path.parent, len(MANY), directed=True),
     "a.csv.gz": lambda path: planted._write(path, LARGE),
     "a.npz": lambda path: planted._write(path, {"x": LARGE}),
-    "state.ckpt": lambda path: Checkpoint(CPU, path.parent, lambda: {"best": {"w": torch.tensor(LARGE)}}).save(),
-    "best.safetensors": lambda path: Checkpoint(CPU, path.parent, lambda: {"best": {"w": torch.zeros(999)}}).save(),
+    "state.ckpt": lambda path: Checkpoint(CPU, path.parent, lambda: STATE).save(),
+    "best.safetensors": lambda path: Checkpoint(CPU, path.parent, lambda: STATE).save(),
 }
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_names_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_file(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     if name == "best.safetensors":  # which is written after the state
         monkeypatch.setattr(CPU, "save", lambda *_: None)
     with full_disk(), pytest.raises(OSError, match=rf"^{tmp_path / name}: cannot be written \("):

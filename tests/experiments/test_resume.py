@@ -181,7 +181,8 @@ def test_a_run_on_a_full_disk_names_the_file_and_goes_on_later(tmp_path: Path, c
     command = ["digits-graph", *QUICK, "--seeds", "0", "--out", str(tmp_path / "cut"), "--resume"]
     with full_disk(10_000):
         message = refused(command, capsys)
-    assert f"error: {tmp_path / 'cut' / 'seed-0' / 'checkpoint' / 'state.ckpt'}: cannot be written (" in message
+    state = tmp_path / "cut" / "seed-0" / "checkpoint" / "state.ckpt"
+    assert f"error: {state}: cannot be written (" in message
     main(command)
     quick(tmp_path / "whole")
     assert_same(tmp_path / "whole", tmp_path / "cut")

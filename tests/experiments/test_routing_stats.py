@@ -60,10 +60,11 @@ def test_unlabeled_nodes_are_left_out() -> None:
 
 def layer(experts: int = 8, **figures: list[float]) -> dict[str, list[float]]:
     """The figures of a MoE layer, of one seed or several, whose experts are all used alike."""
-    usual = {"experts": [float(experts)], "dead": [0.0], "coverage": [1.0], "max_over_mean_load": [1.0]}
-    return usual | figures
+    usual = {"experts": [float(experts)], "dead": [0.0], "coverage": [1.0]}
+    return usual | {"max_over_mean_load": [1.0]} | figures
 
 
+UNEVEN = "not balanced (the busiest takes {} times an even share)"
 EVEN = "8 of 8 experts used, balanced (the busiest takes 1.0 times an even share)"
 
 
@@ -72,21 +73,24 @@ EVEN = "8 of 8 experts used, balanced (the busiest takes 1.0 times an even share
     [
         ([layer()], EVEN),
         ([layer(max_over_mean_load=[1.1, 2.0])], EVEN.replace("1.0", "2.0")),
-        ([layer(max_over_mean_load=[2.01])], EVEN.replace("1.0", "2.0").replace("balanced", "not balanced")),
+        (
+            [layer(max_over_mean_load=[2.1])],
+            f"8 of 8 experts used, {UNEVEN.format('2.1')}",
+        ),
         (
             [layer(dead=[1], max_over_mean_load=[1.4])],
-            "7 of 8 experts used, not balanced (the busiest takes 1.4 times an even share)",
+            f"7 of 8 experts used, {UNEVEN.format('1.4')}",
         ),
         (
             [layer(dead=[0, 2]), layer(dead=[1, 3], max_over_mean_load=[4.0, 5.0])],
-            "5–8 of 8 experts used (by layer and seed), not balanced (the busiest takes 5.0 times an even share)",
+            f"5–8 of 8 experts used (by layer and seed), {UNEVEN.format('5.0')}",
         ),
         ([layer(3)], EVEN.replace("8 of 8", "3 of 3")),
         ([layer(coverage=[0.8, 0.9]), layer()], f"{EVEN}; up to 15% of the tokens have no expert"),
         ([layer(nmi=[0.3])], f"{EVEN}; they follow the planted region (NMI 0.30)"),
         ([layer(ami_label=[0.1])], f"{EVEN}; they loosely follow the class (AMI 0.10)"),
         (
-            [layer(ami_label=[0.2], ami_degree=[0.0]), layer(ami_label=[0.5, 0.6], ami_degree=[0.3])],
+            [layer(ami_label=[0.2], ami_degree=[0.1]), layer(ami_label=[0.5, 0.6])],
             f"{EVEN}; they follow the class (AMI 0.55 in MoE layer 2)",
         ),
         (

@@ -60,7 +60,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_the_preset_graph_takes_a_folder_of_ones_own(own: Path, tmp_path: Path) -> None:
-    """What it allows is the default: nothing has to be said of sampling, evaluation and direction."""
+    """What it allows is the default: nothing is said of sampling, evaluation and direction."""
     args = ("--data-root", str(own), "--fanout", "5", "5", "--lr", "0.05", "--batch-size", "60")
     summary = quick(tmp_path / "run", *args, preset="graph")
     assert summary["test"]["mean"] > 0.6
@@ -68,8 +68,8 @@ def test_the_preset_graph_takes_a_folder_of_ones_own(own: Path, tmp_path: Path) 
     assert found == {"sampling": "neighbor", "evaluation": "sampled", "undirected": False}
 
 
-def test_another_sampling_or_evaluation_is_refused_by_name(own: Path, tmp_path: Path, capsys: Any) -> None:
-    command = ["graph", "--data-root", str(own), "--sampling", "neighbor", "--out", str(tmp_path / "run")]
+def test_another_sampling_or_evaluation_is_refused_by_name(own: Path, capsys: Any) -> None:
+    command = ["graph", "--data-root", str(own), "--sampling", "neighbor"]
     error = refused([*command, "--evaluation", "full"], capsys)
     assert f"evaluation: got 'full' for {own}, expected 'sampled'" in error
     error = refused([*command, f"--data_root={own}", "--sampling", "full"], capsys)
