@@ -12,23 +12,33 @@ are not.
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from experiments.config import GraphConfig, HeteroConfig, RouterOptions, RunConfig, check, program
+from experiments.config import (
+    GraphConfig,
+    HeteroConfig,
+    RouterOptions,
+    RunConfig,
+    check,
+    check_choice,
+    fit_to_disk,
+    program,
+)
 from experiments.files import read_json
-from experiments.presets import PRESETS
+from experiments.presets import PRESETS, command
 
-Verdict = Literal["yes", "no", "not told"]
+Verdict = Literal["yes", "no", "inconclusive"]
 LEAST, MOST, WORTH = 3, 10, 0.5
 """Splits that an answer takes at least and at most, and the points that are worth having."""
 
@@ -53,10 +63,16 @@ def judge(differences: Sequence[float]) -> Difference:
 
     n, mean = len(differences), statistics.fmean(differences)
     if n < LEAST or (n < MOST and min(differences) == max(differences)):  # no spread to judge by
-        return Difference(mean=mean, interval=None, n=n, verdict="not told")
+        return Difference(mean=mean, interval=None, n=n, verdict="inconclusive")
     half = float(t.ppf(0.975 if n >= MOST else 0.995, n - 1)) * statistics.stdev(differences) / n**0.5
     low, high = mean - half, mean + half
-    verdict: Verdict = "no" if high < WORTH else "yes" if low > 0 else "no" if n >= MOST else "not told"
+    verdict: Verdict = "inconclusive"
+    if high < WORTH:
+        verdict = "no"
+    elif low > 0:
+        verdict = "yes"
+    elif n >= MOST:
+        verdict = "no"
     return Difference(mean=mean, interval=(low, high), n=n, verdict=verdict)
 
 
@@ -85,6 +101,40 @@ class Comparison:
         self.summaries: dict[str, Any] = {}
         self.longest = 0.0  # of a turn so far: another one has to fit into the budget
 
+    def foretell(self, names: Sequence[str]) -> None:
+        """Say how long the first turn of some arms takes, if it is not finished."""
+        if all((self.arms[name].folder() / "summary.json").exists() for name in names):
+            return
+        seconds, epochs = self.seconds_of(names), self.arms[names[0]].epochs
+        length = f"{seconds / 60:.1f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+        first = f"the first turn ({' and '.join(names)}, {epochs} epochs on one split)"
+        print(f"{first} takes about {length}", file=sys.stderr, flush=True)
+
+    def seconds_of(self, names: Sequence[str]) -> float:
+        """About how long a turn takes: training steps, and validations that take a whole graph."""
+        from experiments.benchmark.measure import take_turns
+        from experiments.build import build_model, make_fabric
+        from experiments.data import load_tasks
+        from experiments.loop import set_up
+        from experiments.routers import train_step
+
+        config = self.arms[names[0]]  # the others have the same data
+        task, fabric = load_tasks(config)(0), make_fabric(config)
+        calls: dict[str, Callable[[], object]] = {}
+        times_each: dict[str, float] = {}
+        with ExitStack() as stack:
+            for name in names:
+                arm = self.arms[name]
+                training = stack.enter_context(set_up(fabric, build_model(arm, task), arm, task))
+                batch = fabric.to_device(next(iter(task.loader("train", arm.batch_size, 0))))
+                calls[f"{name}: step"] = partial(train_step, training, batch)
+                times_each[f"{name}: step"] = arm.epochs * task.steps(arm.batch_size)
+                if getattr(arm, "sampling", "") == "full":
+                    calls[f"{name}: validation"] = partial(training.evaluate, "val")
+                    times_each[f"{name}: validation"] = arm.epochs / arm.eval_every
+            measured = take_turns(calls, 1, fabric.device)
+        return sum(times_each[call] * measured[call]["wall"]["min"] for call in calls)
+
     def turn(self, names: Sequence[str], n: int) -> bool:
         """Train some arms with the first ``n`` seeds; whether there was time to, as there is for the first turn."""
         from experiments.loop import run
@@ -107,7 +157,7 @@ class Comparison:
                 break
             found = self.difference(better(), other)
             print(f"{better()} - {other}: {found}", file=sys.stderr)
-            if found.verdict != "not told":
+            if found.verdict != "inconclusive":
                 break
         return found
 
@@ -130,8 +180,11 @@ class Comparison:
         return max(list(self.arms)[-2:], key=lambda name: self.summaries[name]["val"]["mean"])
 
 
-SAID = {"yes": "headroom", "no": "no headroom", "not told": "headroom is not told"}
-ADVICE = {"no": "do not", "not told": "not told: it takes more splits, or a larger --budget"}
+SAID = {"yes": "headroom", "no": "no headroom", "inconclusive": "headroom inconclusive"}
+ADVICE = {
+    "no": "do not use experts",
+    "inconclusive": "inconclusive: run more splits; the same command goes on where it stopped",
+}
 
 
 def advise(
@@ -153,29 +206,38 @@ def advise(
         width: of the dense model's hidden layers; by default the preset's.
         budget: minutes, in which another turn of all arms has to fit.
     """
-    if preset not in PRESETS or isinstance(PRESETS[preset][1], HeteroConfig):
-        legal = [name for name, (_, config) in PRESETS.items() if not isinstance(config, HeteroConfig)]
-        raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(legal)}")
+    presets = {name: config for name, (_, config) in PRESETS.items()}
+    legal = [name for name, config in presets.items() if not isinstance(config, HeteroConfig)]
+    check_choice("preset", preset, legal)
     check(budget > 0, "budget", budget, "minutes above 0")
-    base = replace(PRESETS[preset][1], data_root=data_root, progress=sys.stderr.isatty())
+    base = replace(presets[preset], data_root=data_root, progress=sys.stderr.isatty())
     check(metric is None or preset == "graph", "metric", f"{metric!r} for {preset}", "none; `graph` leaves it open")
     given = {"metric": metric, "hidden": width}
     base = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    base = fit_to_disk(base)
+    plan = "comparing a dense model with one four times as wide, split by split"
+    plan += f"; budget {budget:g} min; measuring how long the first turn takes"
+    print(plan, file=sys.stderr, flush=True)
+    # and so torch, for which nobody waits in silence
     from experiments.report_page import write_report
     from experiments.run_folder import write_json
 
+    usual = "Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
+    warnings.filterwarnings("ignore", usual)
+
     comparison = Comparison(base, out, 60 * budget)
     with redirect_stdout(sys.stderr):  # what runs say on the way
-        lines, found = advice(comparison, preset)
+        lines, found = advice(comparison)
         write_json(out / "advice.json", {"lines": lines, **found})
         folders = [comparison.arms[name].folder() for name in comparison.summaries]
         write_report(folders, out / "index.html", data_root, lines)
     print("\n".join(lines))
 
 
-def advice(comparison: Comparison, preset: str) -> tuple[list[str], dict[str, Any]]:
+def advice(comparison: Comparison) -> tuple[list[str], dict[str, Any]]:
     """The three lines, and the figures in them."""
     *_, matched, first, second = comparison.arms
+    comparison.foretell(("dense", "dense-4x"))
     room = comparison.told(("dense", "dense-4x"), lambda: "dense-4x", "dense")
     assert room is not None
     lines = [f"{SAID[room.verdict]}: a dense model four times as wide gains {room}"]
@@ -183,7 +245,8 @@ def advice(comparison: Comparison, preset: str) -> tuple[list[str], dict[str, An
     gain = comparison.told((matched, first, second), comparison.better, matched) if room.verdict == "yes" else None
     if gain is None:
         why = "they need headroom" if room.verdict == "no" or room.n == MOST else "no time was left"
-        lines += [f"experts: not tried, since {why}", ADVICE["no" if room.verdict == "no" else "not told"]]
+        what = ADVICE["no" if room.verdict == "no" else "inconclusive"]
+        lines += [f"experts: not tried, since {why}", what]
         return lines, found
     setting = comparison.better()
     step, more = comparison.step_ratio(setting), comparison.difference(setting, "dense")
@@ -192,19 +255,9 @@ def advice(comparison: Comparison, preset: str) -> tuple[list[str], dict[str, An
         f"experts ({setting}): {gain}, against a dense model of their active FLOPs; {share:.0f} % of "
         f"the headroom, at {step:.2f} times the dense model's step"
     )
-    command = f"use them: python -m experiments.train {preset} {' '.join(options(comparison.arms[setting]))}"
+    use = f"use them: {command(comparison.arms[setting])}"
     found |= {"experts": vars(gain), "setting": setting, "step": step}
-    return [*lines, ADVICE.get(gain.verdict, command)], found
-
-
-def options(config: RunConfig) -> list[str]:
-    """How a setting is asked for on the command line."""
-    root = shlex.quote(str(config.data_root))
-    found = [f"--data-root {root}", f"--hidden {config.hidden}", f"--router {config.router}"]
-    if isinstance(config, GraphConfig):
-        found += [f"--metric {config.metric}"] if config.metric else []
-        found += ["--shared-router", "--router-input node neighbors", *["--kmeans-init"] * config.kmeans_init]
-    return found + [f"--{name.replace('_', '-')} {value}" for name, value in config.options.given().items()]
+    return [*lines, ADVICE.get(gain.verdict, use)], found
 
 
 main = program("advise", advise, __doc__)

@@ -180,7 +180,13 @@ def cost_by(config: RunConfig, task: Task) -> Callable[[nn.Module], int]:
 def build_twin(config: RunConfig, task: Task) -> nn.Module:
     """The MoE that a dense baseline is matched to."""
     scale: dict[str, Any] = {"mlp_scale": 1.0} if isinstance(config, ImageConfig) else {}
-    return _build(replace(config, router=config.equal_to, equal=None, **scale), task)
+    router = config.equal_to
+    legal = "a router, since a dense model equals itself"
+    check(router != "dense", "equal_to", repr(router), legal)
+    try:
+        return _build(replace(config, router=router, equal=None, **scale), task)
+    except ValueError as error:
+        raise ValueError(f"{error} (of the MoE with equal_to={router!r})") from error
 
 
 def num_parameters(model: nn.Module) -> int:

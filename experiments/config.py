@@ -5,17 +5,20 @@ And how commands end: by an error of one line, or by a signal. Imports nothing h
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import json
 import math
+import os
 import pkgutil
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, Literal, NoReturn, get_args
@@ -125,7 +128,9 @@ class RunConfig:
     equal: Literal["flops", "parameters"] | None = None
     """With --router dense: widen it until it costs what the MoE of `equal_to` costs (active FLOPs, or parameters)."""
     equal_to: RouterName = "token_choice"
-    """The router of the MoE that the dense baseline is matched to; experts, K and the rest as given."""
+    """With --equal: the router of the MoE that the dense baseline is matched to.
+
+    Experts, K and the rest are as given."""
 
     # recipe
     epochs: int = 100
@@ -175,10 +180,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("router", "model", "data"):
             value = getattr(self, name)
-            known = get_args(RouterName) if name == "router" else (None,)
-            if value not in known and not all(value.rpartition(":")):
-                names = f"{', '.join(known)}, or " if name == "router" else ""
-                raise ValueError(f"{name}: got {value!r}, expected {names}package.module:name or FILE.py:name")
+            known = get_args(RouterName) if name == "router" else ()
+            if value is not None and value not in known and not all(value.rpartition(":")):
+                names = f"{', '.join(known)}, or " if known else ""
+                legal = f"{names}package.module:name or FILE.py:name{nearest(value, known)}"
+                raise ValueError(f"{name}: got {value!r}, expected {legal}")
         for name, value in (asdict(self) | self.options.given()).items():
             check(not isinstance(value, float) or math.isfinite(value), name, value, "a finite number")
             if name in LEAST and value is not None:
@@ -190,6 +196,9 @@ class RunConfig:
         check(self.sharing is None or copies, "sharing", repr(self.sharing), "none without start='copies'")
         noisy = self.router == "token_choice" and self.options.noise is not False
         check(noisy or not self.anneal_noise, "anneal_noise", True, "False without token choice and its noise")
+        if self.router in ("uniform", "oracle"):
+            legal = "1: uniform takes all experts, and oracle the planted one"
+            check(self.k == 1, "k", f"{self.k} with router={self.router!r}", legal)
         check(not self.dense_start or self.shared_expert is not False, "dense_start", True, "a shared expert")
         if not 0 < len(set(self.seeds)) == len(self.seeds) or not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
             raise ValueError(f"seeds: got {self.seeds}, expected one number or more from 0 to 2**32 - 1, each once")
@@ -365,6 +374,40 @@ def config_class(dataset: str) -> type[RunConfig]:
     return ImageConfig if dataset in IMAGES else GraphConfig
 
 
+OF_EXPERTS = (
+    "experts", "k", "shared_expert", "dense_start", "kmeans_init", "options", "equal", "equal_to",
+    "router_input", "shared_router",
+)  # fmt: skip
+"""Options that a dense model has no use for."""
+
+
+def dense_of(config: RunConfig) -> RunConfig:
+    """The run of the dense model that stands where the one with experts does."""
+    usual = type(config)(dataset=config.dataset)
+    changes = {name: getattr(usual, name) for name in OF_EXPERTS if hasattr(usual, name)}
+    if isinstance(config, GraphConfig):  # of several kinds of experts a dense model takes the first
+        changes["conv"] = config.conv[:1]
+    return replace(config, router="dense", **changes)
+
+
+def stored_folder(config: RunConfig) -> Path | None:
+    """The folder of a graph that stays on disk, see ``experiments.convert``; ``None`` in memory."""
+    if config.dataset == PAPERS:
+        return config.data_root / STORED
+    is_stored = config.dataset == "graph" and (config.data_root / "graph.json").is_file()
+    return config.data_root if is_stored else None
+
+
+def fit_to_disk(config: RunConfig) -> RunConfig:
+    """The same; of a graph on disk with the only sampling, evaluation and direction that fit it."""
+    folder = stored_folder(config)
+    if folder is None or not (folder / "graph.json").is_file():
+        return config
+    said = read_json(folder / "graph.json", dict[str, Any])
+    legal: dict[str, Any] = {"sampling": "neighbor", "evaluation": "sampled"}
+    return replace(config, **legal | {"undirected": said.get("undirected", True)})
+
+
 def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
     """The configuration of which :meth:`RunConfig.science` was written, also by an earlier version.
 
@@ -410,6 +453,37 @@ def load_object(option: str, name: str) -> Any:
         ) from error
 
 
+def check_trusted(config: RunConfig, folder: Path) -> None:
+    """Refuse a run whose folder holds the code that its configuration names.
+
+    Somebody else may have put it there, and it would run with all rights of the user.
+    """
+    for option in ("router", "model", "data"):
+        name = getattr(config, option)
+        if name is not None and ":" in name and _code_lies_in(name.rpartition(":")[0], folder):
+            legal = "code that lies elsewhere, or --trust after you read it"
+            got = f"{name!r}, code in the run folder {folder}"
+            raise ValueError(f"{option}: got {got}, expected {legal}")
+
+
+def _code_lies_in(where: str, folder: Path) -> bool:
+    """Whether a file, or a module or a package that it is in, would be imported from a folder."""
+    paths = [Path(where)]
+    if not where.endswith(".py"):
+        parts, paths = where.split("."), []
+        for entry, depth in product(sys.path, range(1, len(parts) + 1)):
+            place = Path(entry, *parts[:depth])  # a package, or a file of this name
+            paths += [place] if place.exists() else []
+            paths += place.parent.glob(f"{place.name}.*")
+    inside = [Path(os.path.abspath(folder)), folder.resolve()]  # a link may lead in or out
+    return any(
+        way.is_relative_to(one)
+        for path in paths
+        for way in (Path(os.path.abspath(path)), path.resolve())
+        for one in inside
+    )
+
+
 @cache
 def _load_file(path: Path) -> ModuleType:
     """The module in a file, which runs once."""
@@ -424,6 +498,24 @@ def check(fits: object, name: str, got: object, expected: object) -> None:
     """Refuse what does not fit; as gmoe's, without torch."""
     if not fits:
         raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
+def check_choice(name: str, got: str, legal: Iterable[str]) -> None:
+    """Refuse a name that is not one of ``legal``, and suggest the nearest of them."""
+    known = list(legal)
+    check(got in known, name, repr(got), f"one of {', '.join(known)}{nearest(got, known)}")
+
+
+def check_first(name: str, args: Sequence[str], legal: Iterable[str]) -> None:
+    """Refuse a command line that does not begin with one of the names whose options follow."""
+    check(not args[0].startswith("-"), name, repr(args[0]), f"the {name} first, then its options")
+    check_choice(name, args[0], legal)
+
+
+def nearest(got: str, legal: Iterable[str]) -> str:
+    """The end of a message: the legal name that an unknown one is like, if there is one."""
+    found = difflib.get_close_matches(got, legal, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def fail(error: Exception, where: str = "") -> NoReturn:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm, trange
 
 from experiments.config import PAPERS, check, program
-from experiments.files import naming, read_csv, read_npy
+from experiments.files import naming, read_csv, read_npy, writing
 
 Array: TypeAlias = NDArray[Any]
 
@@ -54,7 +54,9 @@ def papers(root: Path, scratch: Path) -> tuple[str, dict[str, Path]]:
         check(path.is_file(), "from", f"no {path}", "OGB's papers100M-bin.zip (56 GB) unzipped there")
         with naming(path), zipfile.ZipFile(path) as file:
             check_space(scratch, sum(file.getinfo(f"{array}.npy").file_size for array in arrays.values()), str(path))
-            files |= {name: Path(file.extract(f"{array}.npy", scratch)) for name, array in arrays.items()}
+            for name, array in arrays.items():
+                with writing(scratch / f"{array}.npy"):
+                    files[name] = Path(file.extract(f"{array}.npy", scratch))
     return planted.read_text() if planted.exists() else f"OGB's binary release of {PAPERS}", files
 
 
@@ -151,7 +153,8 @@ def convert(
             "num_classes": CLASSES if graph == PAPERS else num_classes,
             "arrays": {path.stem: described(path) for path in arrays if path.exists()},
         }
-        (folder / "graph.json").write_text(json.dumps(said, indent=2) + "\n")
+        with writing(folder / "graph.json"):
+            (folder / "graph.json").write_text(json.dumps(said, indent=2) + "\n")
     print(f"{said['name']}: {nodes:,} nodes, {num_edges:,} edges")
     return said
 
@@ -180,7 +183,7 @@ def write_split(files: dict[str, Path], folder: Path, nodes: int) -> dict[str, A
         check(0 <= low <= high < nodes, part, f"nodes {low} to {high}", f"0 to {nodes - 1}")
         np.add.at(seen, ids, 1)
         check(seen.max() < 2, part, f"node {seen.argmax()} twice, or in an earlier part too", "it once")
-        np.save(folder / f"{part}.npy", ids)
+        write_npy(folder / f"{part}.npy", ids)
     return split
 
 
@@ -234,7 +237,8 @@ def _open_table(connection: Any, path: Path) -> None:
 def write_edges(keys: Iterable[Array], folder: Path, nodes: int, *, directed: bool) -> int:
     """Write ``source.npy`` and ``start.npy``, and return the number of edges."""
     start, last, dtype = np.zeros(nodes + 1, np.int64), -1, np.dtype(np.int32 if nodes < 2**31 else np.int64)
-    with (folder / "source.npy").open("wb") as file, tqdm(desc="edges", unit_scale=True, disable=None) as bar:
+    path, bar = folder / "source.npy", tqdm(desc="edges", unit_scale=True, disable=None)
+    with writing(path), path.open("wb") as file, bar:
         write_header(file, dtype, (0,))
         for piece in keys:
             kept = piece if directed else piece[np.diff(piece, prepend=last) != 0]
@@ -246,14 +250,14 @@ def write_edges(keys: Iterable[Array], folder: Path, nodes: int, *, directed: bo
         num_edges = int(np.cumsum(start, out=start)[-1])
         file.seek(0)
         write_header(file, dtype, (num_edges,))
-    np.save(folder / "start.npy", start)
+    write_npy(folder / "start.npy", start)
     return num_edges
 
 
 def write_features(path: Path, x: Array, dtype: np.dtype[Any]) -> None:
     """Write features in pieces, cast; refuses NaN, infinity, or a number that is too large for the type."""
     size = max(1, PIECE // x.shape[1])
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         write_header(file, dtype, x.shape)
         for begin in trange(0, len(x), size, desc="x", disable=None):
             with np.errstate(over="ignore"):
@@ -262,6 +266,12 @@ def write_features(path: Path, x: Array, dtype: np.dtype[Any]) -> None:
             row, most = begin + int(good.argmin()), np.finfo(dtype).max
             check(good.all(), "x", f"{np.abs(x[row]).max():g} in row {row}", f"finite numbers up to {most:g}")
             cast.tofile(file)
+
+
+def write_npy(path: Path, array: Array) -> None:
+    """Write an array."""
+    with writing(path):
+        np.save(path, array)
 
 
 def write_header(file: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
@@ -280,7 +290,7 @@ def write_labels(files: dict[str, Path], split: dict[str, Array], folder: Path, 
     check(fits, "y", f"{low:g} to {high:g}", f"whole numbers below {below}, and -1 or NaN for none")
     for part, ids in split.items():
         check((y[ids] >= 0).all(), "y", f"a node of {part} without a label", "0 or more")
-    np.save(folder / "y.npy", y.astype(np.min_scalar_type(min(-1, -1 - int(high)))))
+    write_npy(folder / "y.npy", y.astype(np.min_scalar_type(min(-1, -1 - int(high)))))
     return int(high) + 1
 
 

@@ -1,4 +1,4 @@
-"""The one way to read each kind of file.
+"""The one way to read each kind of file, and to name one that cannot be written.
 
 What is broken is one ``ValueError`` that begins with the path, and nothing is allocated that a header merely claims.
 A missing file is a ``FileNotFoundError``.
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 T = TypeVar("T")
 HEADER = 16_384
@@ -131,6 +132,19 @@ class _ArraysOnly(pickle.Unpickler):
         raise ValueError(f"holds {module}.{name}, expected arrays")
 
 
+def check_finished(*runs: Path) -> None:
+    """Refuse run folders of which none holds a finished run.
+
+    Takes no time, so that commands ask before they import torch.
+    """
+    if not runs:
+        raise ValueError("runs: got none, expected at least one folder")
+    missing = [path for path in (run / "summary.json" for run in runs) if not path.exists()]
+    if len(missing) == len(runs):
+        expected = "the folder of a finished run; an unfinished one continues by --resume"
+        raise ValueError(f"{', '.join(map(str, missing))}: is missing, expected {expected}")
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Whatever is wrong with a file, in one line that begins with its path."""
@@ -143,6 +157,17 @@ def naming(path: Path) -> Iterator[None]:
             raise
         why = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"{path}: cannot be read ({why})") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file that cannot be written: the error of a full disk does not."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None) is not None:  # as where it cannot be opened
+            raise
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def _header(start: bytes) -> tuple[tuple[int, ...], Any, np.dtype[Any], int]:

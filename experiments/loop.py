@@ -28,7 +28,7 @@ import gmoe
 from experiments.build import build_model, costs_of, from_first, init_centroids, make_fabric, of_all, share
 from experiments.config import GraphConfig, NodeConfig, RunConfig
 from experiments.data import Batch, Split, Task, load_tasks
-from experiments.ensemble import has_predictions, keep_predictions
+from experiments.predictions import has_predictions, keep_predictions
 from experiments.routing_stats import routing_rows, routing_summary
 from experiments.run_folder import Checkpoint, Logs, Result, Summary, begin, so_far, summarize, write_json
 from gmoe import Router, Routing, RoutingStats

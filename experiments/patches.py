@@ -2,8 +2,9 @@
 
     python -m experiments.patches runs/cifar10 --images cat.jpg holiday/*.jpg --out runs/patches
 
-Writes ``maps.png``, a row an image: the image as the model sees it, and its patches tinted by their experts, one panel
-a MoE layer. The model is that of the first seed of the run, whose data say how images are prepared.
+Writes ``maps.png``, a row an image: the image as the model sees it, and its patches tinted by their
+experts, one panel a MoE layer; of more than twelve images ``maps-1.png``, ``maps-2.png``, ...
+The model is that of the first seed of the run, whose data say how images are prepared.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from pathlib import Path
 import tyro
 
 from experiments.config import check, program
+from experiments.files import check_finished, writing
+
+ROWS, DPI = 12, 160
+"""Images a page: with so many dots an inch it is at most 3,500 pixels high."""
 
 
 def patches(
@@ -20,23 +25,26 @@ def patches(
     images: tuple[Path, ...],
     out: Path = Path("runs/patches"),
     data_root: Path | None = None,
+    trust: bool = False,
 ) -> None:
-    """Draw the maps, and print where they are.
+    """Draw the maps, and print the files that hold them.
 
     Args:
         run: run folder of an image model with experts.
         images: images.
-        out: folder of the picture.
+        out: folder of the pictures.
         data_root: root folder of the run's data. By default where it was trained on them.
+        trust: import code also from the run's own folder. It can do whatever you can.
     """
+    check(images, "images", "none", "at least one")
+    check_finished(run)
     import torch  # and what needs it, which --help does without
 
     from experiments.run_folder import read_run
     from gmoe.plot import expert_maps
     from vision.sources import decode
 
-    check(images, "images", "none", "at least one")
-    found = read_run(run, data_root)
+    found = read_run(run, data_root, trust)
     task = found.load_task()
     if task.kind != "image" or not found.history:
         raise ValueError(f"run: got {run}, a dense model or one of graphs, expected an image model with experts")
@@ -47,10 +55,14 @@ def patches(
     with torch.no_grad():
         guesses = model(batch).argmax(dim=1).tolist()
     titles = [f"{path.name}\n{task.classes[guess]}?" for path, guess in zip(images, guesses, strict=True)]
-    figure = expert_maps(model, batch, mean=task.mean, std=task.std, titles=titles)
     out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "maps.png", dpi=160)
-    print(out / "maps.png")
+    for page, begin in enumerate(range(0, len(images), ROWS), start=1):
+        rows = slice(begin, begin + ROWS)
+        figure = expert_maps(model, batch[rows], mean=task.mean, std=task.std, titles=titles[rows])
+        file = out / ("maps.png" if len(images) <= ROWS else f"maps-{page}.png")
+        with writing(file):
+            figure.savefig(file, dpi=DPI)
+        print(file)
 
 
 main = program("patches", patches, __doc__)

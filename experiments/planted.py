@@ -14,10 +14,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from experiments.config import PAPERS, program
+from experiments.config import PAPERS, check, check_choice, program
 from experiments.convert import Array, building
-from experiments.data.ogb import RELATIONS, files_of
-from gmoe._checks import check, check_at_least, check_choice
+from experiments.files import writing
 
 SIZES: dict[str, tuple[int, int, int, int, tuple[float, ...]]] = {
     "ogbn-arxiv": (169_343, 1_166_243, 40, 128, (0.54, 0.18, 0.28)),
@@ -54,8 +53,9 @@ def write_planted(
     most, given = SIZES[name][2], zip((nodes, edges, classes), SIZES[name][:3], strict=True)
     nodes, edges, classes = [usual if own is None else own for own, usual in given]
     check(2 <= classes <= most, "classes", classes, f"2 to {most}")
-    check_at_least(max(100, classes, int(1 / min(SIZES[name][4])) + 1), nodes=nodes)  # no part is empty
-    check_at_least(1, edges=edges)
+    least = max(100, classes, int(1 / min(SIZES[name][4])) + 1)  # no part is empty
+    check(nodes >= least, "nodes", nodes, f"at least {least}")
+    check(edges >= 1, "edges", edges, "at least 1")
     folder = root.expanduser() / name.replace("-", "_")
     text = f"Not OGB's {name}, but a graph of experiments.planted: {nodes=}, {edges=}, {classes=}, {seed=}"
     with building(folder, "root") as made:  # half a graph never stands at its place
@@ -68,6 +68,8 @@ def write_planted(
 
 def _drawn(rng: Any, name: str, nodes: int, edges: int, classes: int) -> dict[str, Any]:
     """The content of each file."""
+    from experiments.data.ogb import files_of  # and so torch, which --help does without
+
     features, shares = SIZES[name][3:]
     part = np.searchsorted(np.cumsum(shares), (rng.permutation(nodes) + 0.5) / nodes)
     split = {of: np.flatnonzero(part == number) for number, of in enumerate(("train", "val", "test"))}
@@ -100,6 +102,8 @@ def _drawn(rng: Any, name: str, nodes: int, edges: int, classes: int) -> dict[st
 
 def _mag(rng: Any, held: dict[Any, Any], venue: Array, citations: int) -> dict[str, Any]:
     """Put in authors, institutions and fields, in about the real proportions; return what ogb alone reads."""
+    from experiments.data.ogb import RELATIONS
+
     papers, kinds = len(venue), int(venue.max()) + 1
     count = {"author": papers * 3 // 2, "field_of_study": papers // 12, "institution": papers // 84 + 2}
     of = {kind: rng.permutation(number) % kinds for kind, number in count.items()} | {"paper": venue}
@@ -135,12 +139,15 @@ def _simple(pairs: Array, undirected: bool = False) -> Array:
 def _write(path: Path, content: Any) -> None:
     """Arrays by name, or a table, compressed if the name says so: of text, integers, or three decimals."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npz":
-        np.savez(path, **content)
-        return
-    table = np.atleast_1d(content)
-    with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else path.open("wb") as file:
-        np.savetxt(file, table, fmt="%.3f" if table.dtype.kind == "f" else "%s", delimiter=",")
+    with writing(path):
+        if path.suffix == ".npz":
+            np.savez(path, **content)
+            return
+        table = np.atleast_1d(content)
+        form = "%.3f" if table.dtype.kind == "f" else "%s"
+        compressed = path.suffix == ".gz"
+        with gzip.open(path, "wb", compresslevel=1) if compressed else path.open("wb") as file:
+            np.savetxt(file, table, fmt=form, delimiter=",")
 
 
 main = program("planted", write_planted, __doc__)

@@ -6,10 +6,11 @@ the library's defaults. Accuracies are those of results/presets.json, with exper
 
 from __future__ import annotations
 
-from dataclasses import replace
+import shlex
+from dataclasses import fields, replace
 from typing import Any
 
-from experiments.config import GraphConfig, HeteroConfig, ImageConfig, RunConfig
+from experiments.config import WHERE, GraphConfig, HeteroConfig, ImageConfig, RunConfig
 
 THREE, TEN = (0, 1, 2), tuple(range(10))
 VIT: dict[str, Any] = {"every": 2, "optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.05}
@@ -144,3 +145,35 @@ for name in ("roman-empire", "amazon-ratings", "tolokers", "questions"):
 for name in ("amazon-computers", "amazon-photo", "coauthor-cs", "coauthor-physics", "wikics", "actor",
              "chameleon-filtered", "squirrel-filtered"):  # fmt: skip
     PRESETS[name] = (f"{name}; a 2-layer GCN, not tuned.", replace(SMALL, dataset=name))
+
+
+def command(config: RunConfig) -> str:
+    """The command line of a run: the preset that is most like it, and what differs from it.
+
+    Where it is written, and how fast it goes, is left to whoever runs it.
+    """
+    lines = [
+        [name, *differing_options(config, preset)]
+        for name, (_, preset) in PRESETS.items()
+        if preset.dataset == config.dataset
+    ]
+    shortest = sorted(lines, key=len)[0]
+    return f"{config.launcher} -m experiments.train {shlex.join(shortest)}"
+
+
+def differing_options(config: RunConfig, preset: RunConfig) -> list[str]:
+    """The words on a command line that make a preset a configuration of the same data set."""
+    words = list[str]()
+    for option in fields(config):
+        name, value, usual = option.name, getattr(config, option.name), getattr(preset, option.name)
+        flag = f"--{name.replace('_', '-')}"
+        if value == usual or (name in WHERE and name != "data_root"):
+            continue
+        if name == "options":
+            for own, given in vars(value).items():
+                words += [] if given is None else [f"--{own.replace('_', '-')}", str(given)]
+        elif option.type == "bool":
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return words

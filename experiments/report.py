@@ -16,10 +16,14 @@ from pathlib import Path
 import tyro
 
 from experiments.config import program
+from experiments.files import check_finished
 
 
 def report(
-    runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/report"), data_root: Path | None = None
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path = Path("runs/report"),
+    data_root: Path | None = None,
+    trust: bool = False,
 ) -> None:
     """Make the page, and say why runs were left out.
 
@@ -28,10 +32,12 @@ def report(
         out: folder of the page.
         data_root: root folder of the data; of your own graph its file or folder, or the folder that holds it. By
             default where each run was trained on them.
+        trust: import code also from a run's own folder. It can do whatever you can.
     """
+    check_finished(*runs)
     from experiments.report_page import write_report  # and so torch, which --help does without
 
-    left_out = write_report(runs, out / "index.html", data_root)
+    left_out = write_report(runs, out / "index.html", data_root, trust=trust)
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
     if left_out:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,15 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from experiments.data import Batch, Task
-from experiments.routing_stats import alignment, node_properties
+from experiments.files import writing
+from experiments.routing_stats import (
+    IN_WORDS,
+    PROPERTIES,
+    alignment,
+    in_words,
+    node_properties,
+    values_of,
+)
 from experiments.run_folder import RunFolder, read_run
 from experiments.tables import percent
 from gmoe import record_routing
@@ -39,18 +48,6 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 7
 .row { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
 figure { margin: .6rem 0; max-width: 100%; } img { max-width: 100%; height: auto; display: block; }
 """
-
-FOLLOWED = 0.1
-"""An expert assignment follows what it has at least so much mutual information with."""
-
-PROPERTIES = {
-    "nmi": ("planted region", "NMI"),
-    "ami_label": ("class", "AMI"),
-    "ami_place": ("place in the image", "AMI"),
-    "ami_degree": ("degree", "AMI"),
-    "ami_homophily": ("local homophily", "AMI"),
-}
-"""What experts may follow, by the figure that measures it."""
 
 Tokens = tuple[Tensor, dict[str, Tensor]]
 """Of a MoE layer (T, E) the weights of the experts, and (T,) what they may follow, as in :data:`PROPERTIES`."""
@@ -87,21 +84,33 @@ class Page(list[str]):
     def write(self, path: Path) -> None:
         """Write the file, and the folders that it needs."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
+        page = (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Routing report</title>'
-            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f"<style>{STYLE}</style></head><body><h1>Routing report</h1>{''.join(self)}</body></html>\n",
-            encoding="utf-8",
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>'
+            f"<body><h1>Routing report</h1>{''.join(self)}</body></html>\n"
         )
+        with writing(path):
+            path.write_text(page, encoding="utf-8")
 
 
-def write_report(folders: Sequence[Path], path: Path, data_root: Path | None, first: Sequence[str] = ()) -> list[str]:
-    """Write the page about runs, below first lines, and say why some were left out; a ``ValueError`` if all were."""
+def write_report(
+    folders: Sequence[Path],
+    path: Path,
+    data_root: Path | None,
+    first: Sequence[str] = (),
+    trust: bool = False,
+) -> list[str]:
+    """Write the page about runs, below first lines, and say why some were left out.
+
+    If all were, it is a ``ValueError``. ``data_root`` and ``trust`` are those of
+    :func:`experiments.run_folder.read_run`.
+    """
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
     runs, failed = list[RunFolder](), list[str]()
     for folder in {folder.resolve(): folder for folder in folders}.values():
         try:
-            runs.append(read_run(folder, data_root))
+            runs.append(read_run(folder, data_root, trust))
         except ValueError as error:
             failed.append(str(error))
     if not runs:
@@ -160,7 +169,7 @@ def _results(page: Page, runs: Sequence[RunFolder]) -> None:
 def _routing(page: Page, run: RunFolder) -> str:
     """Write a run's section, and say the most important of it in a sentence."""
     seed, missing, maps, shown = run.config.seeds[0], "", list[Figure](), list[Tokens]()
-    layers = [{name: value["mean"] for name, value in layer.items()} for layer in run.summary["routing"]]
+    layers = values_of(run.summary["routing"])
     try:
         task = run.load_task()
         if task.kind == "image":
@@ -169,7 +178,7 @@ def _routing(page: Page, run: RunFolder) -> str:
             for layer, (weight, known) in zip(layers, shown, strict=True):
                 expert = weight.argmax(dim=1).where(weight.sum(dim=1) > 0, weight.size(1))
                 found = alignment(expert, {name.removeprefix("ami_"): value for name, value in known.items()})
-                layer |= {f"ami_{name}": value for name, value in found.items()}
+                layer |= {f"ami_{name}": [value] for name, value in found.items()}
         else:
             shown = _nodes(run, task)
     except (FileNotFoundError, ValueError) as error:
@@ -177,12 +186,13 @@ def _routing(page: Page, run: RunFolder) -> str:
     page.heading(f"{run.name}: routing")
     page.figures([expert_load(run.history)], f"Load of each expert in each epoch's steps, seed {seed}.")
     header = ["MoE layer", *(str(number) for number in range(1, len(layers) + 1))]
-    page.table([header, *([name.replace("_", " "), *(f"{layer[name]:.3f}" for layer in layers)] for name in layers[0])])
+    rows = {name: [f"{fmean(layer[name]):.3f}" for layer in layers] for name in layers[0]}
+    page.table([header, *([name.replace("_", " "), *row] for name, row in rows.items())])
     page.text(
         f"Mean over seeds, on {'the test images; AMI on validation images of the first seed' if maps else 'all nodes'}"
         ". Dropped pairs had no room at their expert; dead experts get no token; entropy is in nats. AMI: adjusted "
-        "mutual information of experts and a property, 1 if they are the same partition, 0 by chance; experts count "
-        f"as following it from {FOLLOWED} on.",
+        "mutual information of experts and a property, 1 if they are the same partition, 0 by "
+        f"chance. {IN_WORDS}",
         "note",
     )
     if missing:
@@ -205,8 +215,7 @@ def _routing(page: Page, run: RunFolder) -> str:
             "row), degree or local homophily (neighbors of the same class), the latter two in bins from few to many. A "
             "row like the last one says that the expert does not go by it.",
         )
-    dead = [count for layer in run.summary["routing"] for count in layer["dead"]["values"]]
-    return sentence(run.config.experts, dead, layers)
+    return in_words(layers, run.config.experts)
 
 
 def _patches(run: RunFolder, task: Task, most: int = 1024) -> tuple[list[Tokens], Figure]:
@@ -240,25 +249,6 @@ def _nodes(run: RunFolder, task: Task) -> list[Tokens]:
     known = {} if task.planted is None else {"nmi": task.planted}
     known |= {f"ami_{name}": value for name, value in node_properties(graph).items()}
     return [(routing.to_dense(), known) for routing in routings]
-
-
-def sentence(experts: int, dead: Sequence[float], layers: Sequence[Mapping[str, float]]) -> str:
-    """Say how many experts are used (``dead`` are not, by MoE layer and seed), and what they follow most.
-
-    ``layers`` holds those figures of :data:`PROPERTIES` that are known, by MoE layer.
-    """
-    used = dict.fromkeys((experts - int(max(dead)), experts - int(min(dead))))
-    text = f"{'–'.join(map(str, used))} of {experts} experts used" + (" (by layer and seed)" if len(used) > 1 else "")
-    found = [(layer[key], i, key) for i, layer in enumerate(layers, start=1) for key in PROPERTIES if key in layer]
-    if not found:
-        return f"{text}."
-    value, number, key = max(found)
-    name, measure = PROPERTIES[key]
-    if value >= FOLLOWED:
-        where = f" in MoE layer {number}" if len(layers) > 1 else ""
-        return f"{text}; experts follow the {name}, {measure} {value:.2f}{where}."
-    names = [name for key, (name, _) in PROPERTIES.items() if any(key == other for *_, other in found)]
-    return f"{text}; experts do not follow the {' or the '.join(names)}, {measure} at most {value:.2f}."
 
 
 def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:

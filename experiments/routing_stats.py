@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,27 @@ from gmoe.metrics import PER_EXPERT
 
 BINS = 8
 """At most so many degrees, and shares of homophily, are told apart."""
+
+
+BALANCED, MISSED, LOOSELY, FOLLOWED = 2.0, 0.01, 0.1, 0.3
+"""What :func:`in_words` calls balanced, mentions as missed, calls loosely followed and followed."""
+
+IN_WORDS = (
+    "An expert is used if it gets a token. Experts are balanced if all are used and none takes "
+    f"more than {BALANCED:g} times an even share of the (token, expert) pairs. Tokens without an "
+    f"expert are mentioned from {MISSED:.0%} on. Experts follow a property from a mutual "
+    f"information of {FOLLOWED} on, and loosely from {LOOSELY} on."
+)
+"""The words of :func:`in_words`, as the report explains them."""
+
+PROPERTIES = {
+    "nmi": ("planted region", "NMI"),
+    "ami_label": ("class", "AMI"),
+    "ami_place": ("place in the image", "AMI"),
+    "ami_degree": ("degree", "AMI"),
+    "ami_homophily": ("local homophily", "AMI"),
+}
+"""What experts may follow, by the figure that measures it."""
 
 
 def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str, Any]]:
@@ -116,6 +138,49 @@ def ami(assignment: Tensor, value: Tensor) -> float:
     if len(assignment.unique()) < 2 or len(value.unique()) < 2:
         return 0.0
     return float(adjusted_mutual_info_score(assignment.numpy(), value.numpy()))
+
+
+def values_of(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Sequence[float]]]:
+    """By MoE layer of a summary, the values of each figure over the seeds."""
+    return [{name: figure["values"] for name, figure in layer.items()} for layer in layers]
+
+
+def in_words(layers: Sequence[Mapping[str, Sequence[float]]], experts: int) -> str:
+    """Say how many experts are used, whether evenly, and what they follow most.
+
+    ``layers`` holds the figures of each MoE layer over the seeds. Of older runs some are missing,
+    and ``experts`` is the number of experts that these were asked for.
+    """
+    total = int(max(max(layer.get("experts", [experts])) for layer in layers))
+    used = [total - int(dead) for layer in layers for dead in layer["dead"]]
+    peaks = [peak for layer in layers for peak in layer.get("max_over_mean_load", [])]
+    text = f"{'–'.join(map(str, dict.fromkeys([min(used), max(used)])))} of {total} experts used"
+    text += " (by layer and seed)" if len(set(used)) > 1 else ""
+    if peaks:
+        is_balanced = min(used) == total and max(peaks) <= BALANCED
+        share = f"the busiest takes {max(peaks):.1f} times an even share"
+        text += f", {'balanced' if is_balanced else 'not balanced'} ({share})"
+    missed = 1 - min(statistics.fmean(layer["coverage"]) for layer in layers)
+    if missed >= MISSED:
+        text += f"; up to {missed:.0%} of the tokens have no expert"
+    means = {
+        (statistics.fmean(layer[key]), number, key)
+        for number, layer in enumerate(layers, start=1)
+        for key in PROPERTIES
+        if key in layer
+    }
+    if not means:
+        return text
+    value, number, key = max(means)
+    name, measure = PROPERTIES[key]
+    where = f" in MoE layer {number}" if len(layers) > 1 else ""
+    if value >= LOOSELY:
+        how = "follow" if value >= FOLLOWED else "loosely follow"
+        return f"{text}; they {how} the {name} ({measure} {value:.2f}{where})"
+    known = {key for _, _, key in means}
+    *names, last = [name for key, (name, _) in PROPERTIES.items() if key in known]
+    others = f"{', '.join(names)} or " if names else ""
+    return f"{text}; they do not follow {others}{last} ({measure} at most {value:.2f})"
 
 
 def switches(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +28,18 @@ from torch import Tensor, nn
 from typing_extensions import NotRequired, TypedDict
 
 from experiments.build import build_model, from_first
-from experiments.config import RECORDS, WHERE, RunConfig, check, interrupt, read_options, restore
+from experiments.config import (
+    RECORDS,
+    WHERE,
+    RunConfig,
+    check,
+    check_trusted,
+    interrupt,
+    read_options,
+    restore,
+)
 from experiments.data import Task, load_tasks
-from experiments.files import naming, read_csv, read_json
+from experiments.files import check_finished, naming, read_csv, read_json, writing
 from gmoe.distributed import world_sum
 from gmoe.metrics import PER_EXPERT
 
@@ -161,15 +170,13 @@ def summarize(config: RunConfig, results: list[Result]) -> Summary:
     first = results[0]
     spreads = ("val", "test", "best_epoch", "seconds")
     costs = ("flops", "parameters", "active_parameters", "matched", "hidden", "steps")
+    routings = [result["routing"] for result in results]
     found: Any = {
         "metric": first["metric"],
         **{name: spread([result[name] for result in results]) for name in spreads},
         "peak_memory": max(result["peak_memory"] or 0 for result in results) or None,
         **{name: first[name] for name in costs},
-        "routing": [
-            {name: spread([layer[name] for layer in layers]) for name in layers[0] if name not in PER_EXPERT}
-            for layers in zip(*(result["routing"] for result in results), strict=True)
-        ],
+        "routing": [_spreads(layers) for layers in zip(*routings, strict=True)],
         "curve": {
             "epoch": first["curve"]["epoch"],
             **{name: [result["curve"][name] for result in results] for name in ("loss", "val")},
@@ -178,6 +185,20 @@ def summarize(config: RunConfig, results: list[Result]) -> Summary:
         "environment": environment(),
     }
     return found
+
+
+def _spreads(layers: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
+    """The figures of a MoE layer over its seeds.
+
+    Of the loads of its experts, their number and how much the largest is above the mean.
+    """
+    loads = [layer["load"] for layer in layers]
+    names = [name for name in layers[0] if name not in PER_EXPERT]
+    return {
+        "experts": spread([len(load) for load in loads]),
+        **{name: spread([layer[name] for layer in layers]) for name in names},
+        "max_over_mean_load": spread([round(max(load) * len(load), 4) for load in loads]),
+    }
 
 
 def spread(values: list[float]) -> Spread:
@@ -213,8 +234,9 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step; of several processes the first one does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}.new")  # seeds of a sweep may be trained side by side
-    fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    fresh.replace(path)
+    with writing(path):
+        fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        fresh.replace(path)
 
 
 class Log:
@@ -229,13 +251,17 @@ class Log:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="skip")  # the last may be half a row
         fresh = path.with_suffix(".new")
         epoch = pd.to_numeric(rows["epoch"], errors="coerce")
-        rows[(epoch < keep) & (epoch >= epoch.cummax())].to_csv(fresh, index=False)  # 12 cut off after a digit is no 1
-        fresh.replace(path)
+        kept = rows[(epoch < keep) & (epoch >= epoch.cummax())]  # 12 cut off after a digit is no 1
+        with writing(path):
+            kept.to_csv(fresh, index=False)
+            fresh.replace(path)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows, if there are any; a new file gets their names first."""
         if rows:
-            pd.DataFrame(rows).to_csv(self.path, mode="a", index=False, header=not self.path.exists())
+            is_new = not self.path.exists()
+            with writing(self.path):
+                pd.DataFrame(rows).to_csv(self.path, mode="a", index=False, header=is_new)
 
 
 class Logs:
@@ -308,9 +334,12 @@ class Checkpoint:
         """Write the state to a new file that then takes the old one's place."""
         state = self.state()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.fabric.save(self.folder / "state.new", state)
+        with writing(self.folder / "state.ckpt"):
+            self.fabric.save(self.folder / "state.new", state)
         if self.fabric.is_global_zero:
-            save_file({name: value.contiguous() for name, value in state["best"].items()}, self.folder / "best.new")
+            best = {name: value.contiguous() for name, value in state["best"].items()}
+            with writing(self.folder / "best.safetensors"):
+                save_file(best, self.folder / "best.new")
             (self.folder / "state.new").replace(self.folder / "state.ckpt")
             (self.folder / "best.new").replace(self.folder / "best.safetensors")
         self.fabric.barrier()  # or a process might be ended by another that has ended, before it has written
@@ -369,11 +398,13 @@ class RunFolder:
         return model.eval()
 
 
-def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
+def read_run(folder: Path, data_root: Path | None = None, trust: bool = False) -> RunFolder:
     """Read a run folder; a ``ValueError`` names the file that is missing or broken.
 
     ``data_root`` is where the data of the run are here (default: where it was trained on them, or ``data``).
+    Without ``trust``, a run whose router, model or data are code in the folder itself is refused.
     """
+    check_finished(folder)
     path, where = folder / "config.json", folder / "where.json"
     try:
         summary, science = read_json(folder / "summary.json", Summary), read_json(path, dict[str, Any])
@@ -381,9 +412,12 @@ def read_run(folder: Path, data_root: Path | None = None) -> RunFolder:
             data_root = Path(read_json(where, dict[str, str]).get("data_root", "data")) if where.exists() else Path()
             data_root = data_root if data_root.exists() else Path("data")
         config, layers = read_options(path, data_root), len(summary["routing"])
+        if not trust:
+            check_trusted(config, folder)
         history = _history(folder / f"seed-{config.seeds[0]}" / "routing.csv", config.epochs, layers) if layers else []
     except FileNotFoundError as error:
-        raise ValueError(f"{error}; expected the folder of a run, which goes on by --resume if unfinished") from error
+        legal = "the folder of a finished run"
+        raise ValueError(f"{error.filename}: is missing, expected {legal}") from error
     name = folder.resolve().name
     return RunFolder(folder=folder, name=name, config=config, science=science, summary=summary, history=history)
 

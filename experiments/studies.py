@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from experiments.config import RouterName, RunConfig, check, restore
+from experiments.config import RouterName, RunConfig, check, check_choice, restore
 from experiments.files import read_json
 from experiments.presets import CIFAR10, MINESWEEPER, PRESETS
 
@@ -72,14 +72,20 @@ def recorded(name: str, data_root: Path) -> Study:
 
 
 def grid(
-    preset: str, routers: Sequence[RouterName], experts: Sequence[int], ks: Sequence[int], **changes: Any
+    preset: str,
+    routers: Sequence[str],
+    experts: Sequence[int],
+    ks: Sequence[int],
+    **changes: Any,
 ) -> Study:
     """Every router at every E and K that it has, beside the dense model and one four times as wide.
 
-    ``changes`` are other options of all variants. An unknown preset is a ``ValueError``, or a K larger than every E; of
-    an E the larger ones are left out.
+    ``changes`` are other options of all variants. An unknown preset or router is a ``ValueError``,
+    or a K larger than every E; of an E the larger ones are left out.
     """
-    check(preset in PRESETS, "preset", repr(preset), f"one of {', '.join(PRESETS)}")
+    check_choice("preset", preset, PRESETS)
+    for router in routers:
+        check_choice("routers", router, get_args(RouterName))
     fits = ks and max(ks) <= max(experts, default=0)
     check(fits, "ks", ks, f"at least one, and none larger than all of experts={experts}")
     base = replace(PRESETS[preset][1], **changes)

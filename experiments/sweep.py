@@ -22,7 +22,7 @@ from typing import Any
 
 import tyro
 
-from experiments.config import RouterName, RunConfig, fail, interrupt
+from experiments.config import RunConfig, check_first, fail, interrupt
 from experiments.files import read_json
 from experiments.studies import RECORDED, Study, grid, recorded
 from experiments.tables import cell_tables, map_table, read_cells, study_table
@@ -52,8 +52,15 @@ class GridConfig(SweepConfig):
 
     preset: str = ""
     """The preset."""
-    routers: tuple[RouterName, ...] = ("random", "uniform", "token_choice", "expert_choice", "multi_centroid")
-    """The routers. A dense model, and one four times as wide, are always there."""
+    routers: tuple[str, ...] = (
+        "random",
+        "uniform",
+        "token_choice",
+        "expert_choice",
+        "multi_centroid",
+    )
+    """The routers: some of these, attention_vote, oracle, and of images soft_slots. A dense model,
+    and one four times as wide, are always there."""
     experts: tuple[int, ...] = (8,)
     """Numbers of experts, E."""
     ks: tuple[int, ...] = (1, 2)
@@ -223,11 +230,24 @@ def run_all(
     return failed
 
 
+def parse(args: Sequence[str]) -> tuple[str, SweepConfig]:
+    """The study that the command line names, and where it goes."""
+    if args and args[0] in STUDIES:
+        study, *rest = args
+        about, config = STUDIES[study]
+        # a command of its own, so that its errors lead to its own help
+        given: dict[str, Any] = {"prog": f"{PROG} {study}", "description": about}
+        return study, tyro.cli(type(config), args=rest, default=config, **given)
+    if args and {"-h", "--help"}.isdisjoint(args):
+        check_first("study", args, STUDIES)
+    tyro.extras.overridable_config_cli(STUDIES, args=args, prog=PROG, description=__doc__)
+    raise AssertionError("the help, or what is missing, has ended the command")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
-    args = list(sys.argv[1:] if args is None else args)
     try:
-        config = tyro.extras.overridable_config_cli(STUDIES, args=args, prog=PROG, description=__doc__)
+        study, config = parse(sys.argv[1:] if args is None else args)
     except ValueError as error:
         fail(error)
     before = signal.signal(signal.SIGTERM, interrupt)
@@ -236,10 +256,10 @@ def main(args: Sequence[str] | None = None) -> None:
             table, failed = sweep_cells(config)
         elif isinstance(config, StartsConfig):
             table, failed = sweep_starts(config)
-        elif args[0] == "map":
+        elif study == "map":
             table, failed = sweep_map(config)
         else:
-            results, failed = sweep(*make_study(args[0], config), config)
+            results, failed = sweep(*make_study(study, config), config)
             table = study_table(results)
     except KeyboardInterrupt as stopped:
         print("stopped; the same command continues", file=sys.stderr)

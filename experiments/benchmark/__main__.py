@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from experiments.config import fail
+from experiments.config import check_choice, fail
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "conv": ("A layer of message passing, forward and backward.", "layers.ConvBenchmark"),
@@ -32,8 +32,10 @@ def main(args: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print(__doc__, *(f"  {name:<12}{line}" for name, (line, _) in BENCHMARKS.items()), sep="\n")
         sys.exit()
-    if name not in BENCHMARKS:
-        fail(ValueError(f"benchmark: got {name!r}, expected one of {', '.join(BENCHMARKS)}"))
+    try:
+        check_choice("benchmark", name, BENCHMARKS)
+    except ValueError as error:
+        fail(error)
     module, kind = BENCHMARKS[name][1].split(".")
     made: Any = getattr(import_module(f"experiments.benchmark.{module}"), kind)
     config = tyro.cli(made, args=rest, prog=f"python -m experiments.benchmark {name}")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data, HeteroData
 from torchmetrics import Metric
 
-from experiments.config import PAPERS, ImageConfig, RunConfig, load_object
+from experiments.config import PAPERS, ImageConfig, RunConfig, load_object, stored_folder
 
 Split: TypeAlias = Literal["train", "val", "test"]
 Splits: TypeAlias = dict[Split, Tensor]
@@ -99,7 +99,7 @@ def load_tasks(config: RunConfig) -> Callable[[int], Task]:
     if config.data is not None:
         place = "images:own_images" if isinstance(config, ImageConfig) else "own_graph:own_object"
         given = [load_object("data", config.data)(), config]
-    elif config.dataset == "graph" and (config.data_root / "graph.json").is_file():  # of experiments.convert
+    elif stored_folder(config) is not None:
         place = LOADERS[PAPERS]
     found = load_object("dataset", f"experiments.data.{place}")(*given)
     if isinstance(found, Task):

@@ -122,7 +122,7 @@ def _tensors(name: str, folder: Path) -> dict[str, Any]:
         with TemporaryDirectory(dir=path.parent) as scratch:
             torch.save(found, Path(scratch) / path.name)
             (Path(scratch) / path.name).replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter is torch's, of a full disk
         print(f"{name}: the next run reads them again, since they cannot be kept ({error})", flush=True)
     return found
 

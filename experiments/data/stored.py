@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import get_args
 
-from experiments.config import PAPERS, STORED, GraphConfig
+from experiments.config import PAPERS, GraphConfig, stored_folder
 from experiments.data import Batch, Shard, Split, Splits, Task
 from experiments.data.graphs import make_metric, neighborhoods, task_loss
 from experiments.data.ogb import OGBMetric
@@ -24,7 +24,8 @@ def stored_task(config: GraphConfig) -> Task:
         FileNotFoundError: it is not there; says how it is made.
         ValueError: no labels or split, other edges than asked for, ids out of range, an option that needs memory.
     """
-    folder = config.data_root / STORED if config.dataset == PAPERS else config.data_root
+    folder = stored_folder(config)
+    assert folder is not None
     if not (folder / "graph.json").is_file():
         raise FileNotFoundError(
             f"{PAPERS}: {folder} is missing; make it by python -m experiments.convert {PAPERS} --from "

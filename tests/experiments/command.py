@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,17 @@ def run_until(steps: int, args: Sequence[str], rank: str = "0", number: int = si
         with pytest.raises(SystemExit) as stop:
             main(args)
     assert stop.value.code == 128 + signal.SIGTERM
+
+
+@contextmanager
+def full_disk(room: int = 2_000) -> Iterator[None]:
+    """No file grows beyond ``room`` bytes; the error is a full disk's, but for its number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def refused(args: Sequence[str], capsys: Any, main: Callable[[Sequence[str]], None] = main) -> str:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments import advise
 from experiments.advise import judge, main
+from experiments.config import RunConfig
 from experiments.presets import DIGITS, DIGITS_GRAPH, PRESETS
+from tests.experiments.command import refused
 
 
 @pytest.mark.parametrize(
     ("differences", "verdict"),
     [
-        ([2.0, 2.1], "not told"),  # two are too few
+        ([2.0, 2.1], "inconclusive"),  # two are too few
         ([2.0, 2.1, 1.9], "yes"),
-        ([2.0, 2.0, 2.0], "not told"),  # by chance the same
+        ([2.0, 2.0, 2.0], "inconclusive"),  # by chance the same
         ([0.1, 0.12, 0.11], "no"),  # above 0, and not worth having
         ([-2.0, -2.1, -1.9], "no"),
-        ([2.0, -2.0, 1.0], "not told"),
+        ([2.0, -2.0, 1.0], "inconclusive"),
         ([2.0, -2.0, 1.0] * 3 + [0.0], "no"),  # ten without a difference
         ([1.0, 0.8, 1.2, 0.4, 1.6, 1.0, 0.7, 1.3, 0.9, 1.1], "yes"),
     ],
@@ -52,7 +56,7 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("digits-graph", "yes"),
         ("digits-graph", "no"),
-        ("digits-graph", "not told"),
+        ("digits-graph", "inconclusive"),
         pytest.param("digits", "yes", marks=pytest.mark.slow),
     ],
 )
@@ -64,7 +68,8 @@ def test_three_lines(
     judged = advise.judge
 
     def told(differences: list[float]) -> advise.Difference:
-        return replace(judged(differences), verdict=headroom if len(differences) == 2 else "not told")
+        verdict: advise.Verdict = headroom if len(differences) == 2 else "inconclusive"
+        return replace(judged(differences), verdict=verdict)
 
     monkeypatch.setattr(advise, "judge", told)
     monkeypatch.chdir(tmp_path)
@@ -80,15 +85,44 @@ def test_three_lines(
         assert found["setting"] in advise.arms_of(PRESETS[name][1])
     else:
         assert tried == ["dense", "dense-4x"]
-        assert third.startswith("do not" if headroom == "no" else "not told")
+        expected = {"no": "do not use experts", "inconclusive": "inconclusive: run more splits"}
+        assert third.startswith(expected[headroom])
     assert first in Path("out/index.html").read_text()
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
     main([name, "--out", "out", "--data-root", "my data"])
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")} == before
 
 
+@pytest.mark.parametrize("name", ["digits-graph", "digits"])
+def test_the_length_of_the_first_turn_is_said_before_it_begins(
+    name: str, presets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """In the second line at once, where a pipe gets no other progress."""
+    begun = list[list[str]]()
+
+    def run(config: RunConfig) -> None:
+        begun.append(capsys.readouterr().err.splitlines())
+        raise ValueError("it is enough")
+
+    monkeypatch.setattr("experiments.loop.run", run)
+    assert "it is enough" in refused([name, "--out", str(tmp_path)], capsys, main)
+    ((first, *_, second),) = begun
+    assert first.startswith("comparing a dense model with one four times as wide")
+    epochs = PRESETS[name][1].epochs
+    turn = f"the first turn (dense and dense-4x, {epochs} epochs on one split) takes about "
+    assert re.fullmatch(re.escape(turn) + r"\d+ seconds", second)
+
+
+def test_the_length_is_that_of_all_epochs(presets: None, tmp_path: Path) -> None:
+    def seconds(epochs: int) -> float:
+        base = replace(PRESETS["digits-graph"][1], epochs=epochs)
+        return advise.Comparison(base, tmp_path, 60).seconds_of(("dense", "dense-4x"))
+
+    assert seconds(10_000) > 50 * seconds(10)
+
+
 def test_the_budget_ends_it(presets: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One turn is made, and the next that would not fit is not."""
     main(["digits-graph", "--out", str(tmp_path), "--budget", "0.001", "--width", "2"])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("not told")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("inconclusive: run more splits")
     assert len(list(tmp_path.rglob("result.json"))) == 2

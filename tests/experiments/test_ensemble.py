@@ -126,13 +126,23 @@ def test_models_without_layer_wise_inference_keep_them_of_whole_graphs(data: Pat
         assert (tmp_path / name / "seed-0" / "predictions.safetensors").exists() == (name == "full")
 
 
+def test_a_run_that_is_given_twice_is_named(tmp_path: Path, capsys: Any) -> None:
+    """By whatever path: its seeds would count double."""
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    runs = [str(tmp_path / name) for name in ("one", "other", "link")]
+    expected = f"runs: got {runs[0]} and {runs[2]}, one folder, expected each run once"
+    assert expected in refused(runs, capsys, ensemble.main)
+
+
 def test_an_ensemble_takes_runs_with_predictions(data: Path, tmp_path: Path, capsys: Any) -> None:
     run(data, tmp_path / "run")
     quick(tmp_path / "digits")
     for runs, message in {
         ("digits",): "runs: got those of digits-graph, expected runs of one of OGB's data sets",
         ("run", "digits"): "runs: got those of digits-graph, ogbn-arxiv, expected",
-        (): "runs: got those of none",
+        (): "runs: got none",
     }.items():
         assert message in refused([str(tmp_path / name) for name in runs], capsys, ensemble.main)
     file = tmp_path / "run" / "seed-1" / "predictions.safetensors"

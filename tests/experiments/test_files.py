@@ -16,9 +16,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lightning_fabric import Fabric
 
+from experiments import convert, planted
 from experiments.data.own_graph import own_graph
 from experiments.files import read_csv, read_json, read_npy, read_npz, read_pickle, read_tensors
+from experiments.report_page import Page
+from experiments.run_folder import Checkpoint, Log, write_json
+from tests.experiments.command import full_disk
 from tests.experiments.pyg_data import write_raw
 from tests.experiments.test_named import load
 from tests.experiments.user_data import FORMS
@@ -32,6 +37,7 @@ class Run:
     lr: float = 0.1
 
 
+CPU = Fabric(accelerator="cpu", devices=1)
 ARRAY = np.arange(6.0).reshape(2, 3)
 READERS: dict[str, Callable[[Path], Any]] = {
     "a.json": lambda path: read_json(path, Run),
@@ -89,6 +95,35 @@ def test_a_broken_file_is_one_error(layout: str, data: st.DataObject, tmp_path: 
     path.write_bytes(whole)
     assert str(tmp_path) in said
     assert "\n" not in said
+
+
+LARGE, MANY = np.random.default_rng(0).random((500, 4)), np.arange(9_000)
+STATE = {"best": {"weight": torch.tensor(LARGE)}}
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.json": lambda path: write_json(path, LARGE.tolist()),
+    "a.csv": lambda path: Log(path, keep=0).write([{"loss": loss} for loss in LARGE[:, 0]]),
+    "a.html": Page(["<p>"] * 1_000).write,
+    "a.npy": lambda path: convert.write_npy(path, LARGE),
+    "x.npy": lambda path: convert.write_features(path, LARGE, LARGE.dtype),
+    "source.npy": lambda path: convert.write_edges([MANY], path.parent, len(MANY), directed=True),
+    "a.csv.gz": lambda path: planted._write(path, LARGE),
+    "a.npz": lambda path: planted._write(path, {"x": LARGE}),
+    "state.ckpt": lambda path: Checkpoint(CPU, path.parent, lambda: STATE).save(),
+    "best.safetensors": lambda path: Checkpoint(CPU, path.parent, lambda: STATE).save(),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_names_the_file(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    if name == "best.safetensors":  # which is written after the state
+        monkeypatch.setattr(CPU, "save", lambda *_: None)
+    with full_disk(), pytest.raises(OSError, match=rf"^{tmp_path / name}: cannot be written \("):
+        WRITERS[name](tmp_path / name)
+
+
+def test_a_file_that_cannot_be_opened_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"^[^:]*: '{tmp_path / 'none' / 'a.npy'}'$"):
+        convert.write_npy(tmp_path / "none" / "a.npy", LARGE)
 
 
 def test_whole_files_come_back(tmp_path: Path) -> None:

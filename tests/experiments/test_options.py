@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments import advise, patches, sweep, train
+from experiments import advise, convert, ensemble, patches, planted, sweep, train
 from experiments.benchmark.__main__ import main as benchmark_main
 from experiments.report import main as report_main
 from tests.experiments import own_parts
@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[2]
 MAINS: dict[str, Any] = {
     "advise": advise.main,
     "benchmark": benchmark_main,
+    "convert": convert.main,
+    "ensemble": ensemble.main,
     "patches": patches.main,
+    "planted": planted.main,
     "report": report_main,
     "sweep": sweep.main,
     "train": train.main,
@@ -32,14 +35,21 @@ MAINS: dict[str, Any] = {
     [
         ("train cora --epoch 5", "--epochs INT"),
         ("train digits --balance-coeff=3", "--balance-coef {None}|FLOAT"),
-        ("train digit", "digits, cifar10"),
+        ("train digit", "preset: got 'digit', expected one of digits, cifar10"),
+        ("train digit", "did you mean 'digits'?"),
         ("train digits more", "Unrecognized options: more"),
         ("train digits --lr nan", "lr: got nan, expected a finite number"),
-        ("sweep mosaik", "mosaic"),
+        ("sweep mosaik", "study: got 'mosaik', expected one of mosaic, digits"),
+        ("sweep mosaik", "did you mean 'mosaic'?"),
+        ("sweep --jobs 2 mosaic", "study: got '--jobs', expected the study first"),
         ("sweep mosaic --jobs 0", "jobs: got 0, expected at least 1"),
         ("sweep grid --preset corra", "preset: got 'corra', expected one of digits"),
+        ("sweep grid --preset corra", "did you mean 'cora'?"),
+        ("sweep grid --preset cora --routers tokens", "routers: got 'tokens', expected one of"),
+        ("sweep grid --preset cora --routers expert-choice", "did you mean 'expert_choice'?"),
         ("sweep grid --preset digits --experts 2 --ks 1 3", "ks: got (1, 3), expected"),
         ("benchmark cov", "benchmark: got 'cov', expected one of conv, ffn"),
+        ("benchmark cov", "did you mean 'conv'?"),
         ("benchmark train --presets nothing", "presets: got 'nothing', expected one of 'digits'"),
         ("benchmark conv --repeats 0", "repeats: got 0, expected at least 1"),
         ("benchmark conv --conv nothing", "conv: got 'nothing'"),
@@ -49,12 +59,15 @@ MAINS: dict[str, Any] = {
         ("sweep routers --columns cora", "columns: got cora, expected some of"),
         ("sweep routers --rows oracle", "rows: got oracle, expected some of"),
         ("advise corra --out out", "preset: got 'corra', expected one of"),
+        ("advise corra --out out", "did you mean 'cora'?"),
         ("advise ogbn-mag --out out", "preset: got 'ogbn-mag'"),
         ("advise digits --metric roc_auc --out out", "metric: got 'roc_auc' for digits"),
         ("advise digits --budget 0 --out out", "budget: got 0.0, expected minutes above 0"),
         ("advise graph --data-root nowhere.npz --out out", "nowhere.npz"),
         ("report run --ou x", "--out PATH"),
-        ("report nowhere --out report", "nowhere"),
+        ("report nowhere", "nowhere/summary.json: is missing, expected the folder of a finished"),
+        ("report nowhere other", "nowhere/summary.json, other/summary.json: is missing"),
+        ("report", "runs: got none, expected at least one folder"),
         ("patches run --images x --ou y", "--out PATH"),
         ("train digits-graph --lr 1e30 --clip-norm 1 --router dense", "loss: got nan in epoch"),
         ("train digits-graph --lr -1", "lr: got -1.0, expected at least 0"),
@@ -72,6 +85,15 @@ MAINS: dict[str, Any] = {
         ("train digits-graph --k 9", "k: got 9, expected at most num_experts=8"),
         ("train digits-graph --equal flops", "equal: got flops, expected none, or router='dense'"),
         ("train digits-graph --equal flops --router dense --model OWN:sage", "equal: got flops, expected none, or"),
+        ("train mosaic --router uniform --k 3", "k: got 3 with router='uniform', expected 1"),
+        ("train mosaic --router oracle --k 3", "k: got 3 with router='oracle', expected 1"),
+        ("train mosaic --router uniform --equal-to token_choice", "equal_to: got 'token_choice'"),
+        ("train mosaic --router dense --equal_to=random", "'dense' and no --equal, expected"),
+        ("train mosaic --router uniform --equal flops --equal-to random", "equal: got flops"),
+        ("train mosaic --equal flops --equal-to uniform --k 3 --router dense", "k: got 3 with"),
+        ("train mosaic --router dense --equal flops --equal-to dense", "equal_to: got 'dense'"),
+        ("train digits --router dense --equal flops --equal-to oracle", "with equal_to='oracle')"),
+        ("train digits-graph --trust", "trust: got True, expected it with --config FILE only"),
         ("train digits-graph --kmeans-init", "kmeans_init: got True"),
         ("train digits --patch 3", "image_size: got 8, expected a multiple of patch_size=3"),
         ("train digits --image-size 24", "image_size: got 24, expected patch, dim and vit_heads with it"),
@@ -92,6 +114,7 @@ MAINS: dict[str, Any] = {
         ("train digits-graph --router OWN:Nothing", "own_parts:Nothing', which cannot be imported"),
         ("train digits-graph --router OWN:sage", "expected a subclass of gmoe.Router"),
         ("train digits-graph --router token-choice", "router: got 'token-choice', expected dense, token_choice"),
+        ("train digits-graph --router expert-choice", "did you mean 'expert_choice'?"),
         ("train digits-graph --router OWN:FirstBits --balance bias", "balance: got 'bias', expected none"),
         ("train digits-graph --model OWN:nothing", "returns a int, expected an nn.Module"),
         ("train digits-graph --model sage", "model: got 'sage', expected package.module:name"),
@@ -118,7 +141,39 @@ def test_what_is_refused_is_named_in_one_line(
     assert "epoch" in message or not [*tmp_path.rglob("config.json"), *tmp_path.rglob("*.html")]
 
 
-@pytest.mark.parametrize("command", [*(f"{name} --help" for name in MAINS), "train cora --help", "train cora --k 0"])
+@pytest.mark.parametrize(
+    ("command", "prefix"),
+    [
+        ("train cora --epoch 5", "train cora"),
+        ("train cora --k x", "train cora"),
+        ("train --config own.json --epoch 5", "train --config own.json"),
+        ("train digits --config own.json --epoch 5", "train digits --config own.json"),
+        ("sweep mosaic --job 3", "sweep mosaic"),
+        ("sweep grid --jobs x", "sweep grid"),
+        ("benchmark conv --repeat 3", "benchmark conv"),
+        *((f"{name} --nothing x", name) for name in set(MAINS) - {"train", "sweep", "benchmark"}),
+    ],
+)
+def test_an_error_leads_to_the_help_that_has_the_options(
+    command: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.json").write_text('{"dataset": "digits"}')
+    name, *args = command.split()
+    assert f"python -m experiments.{prefix} --help" in refused(args, capsys, MAINS[name])
+
+
+def test_the_preset_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(["--seeds", "0", "digits"], capsys)
+    assert "preset: got '--seeds', expected the preset first, then its options" in error
+
+
+AT_ONCE = [f"{name} --help" for name in MAINS]
+AT_ONCE += ["train cora --help", "train cora --k 0"]
+AT_ONCE += ["report nowhere other", "patches nowhere --images x.png", "ensemble nowhere"]
+
+
+@pytest.mark.parametrize("command", AT_ONCE)
 def test_help_and_errors_do_without_torch(command: str) -> None:
     name, *args = command.split()
     module = f"experiments.{name}" + ".__main__" * (name == "benchmark")

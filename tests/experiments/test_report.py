@@ -18,12 +18,15 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import patches
+from experiments import ensemble, patches
+from experiments.config import _load_file
 from experiments.loop import run
 from experiments.presets import DIGITS, DIGITS_GRAPH, PRESETS
 from experiments.report import main
-from experiments.report_page import Page, sentence, shares
+from experiments.report_page import Page, shares
 from experiments.run_folder import read_run, write_json
+from experiments.train import parse
+from tests.experiments import own_parts
 from tests.experiments.command import refused
 from tests.experiments.pyg_data import platonov
 from tests.vision.made_images import cut, write_photo
@@ -116,6 +119,89 @@ def test_a_graph_of_ones_own_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "Not drawn" in words_of(tmp_path / "report" / "index.html")
 
 
+def test_many_images_are_drawn_on_pages(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    """Of bounded height; each image is on one of them, and is drawn as it is alone."""
+    photos = [write_photo(tmp_path / f"{number}.png", (8, 8), seed=number) for number in range(25)]
+    run, out = str(runs / "images"), tmp_path / "out"
+    patches.main([run, "--images", *map(str, photos), "--out", str(out)])
+    files = [out / f"maps-{page}.png" for page in (1, 2, 3)]
+    assert capsys.readouterr().out.splitlines()[-3:] == [str(file) for file in files]
+    assert sorted(out.iterdir()) == files
+    pages = [matplotlib.image.imread(file) for file in files]
+    assert max(len(page) for page in pages) <= 3500
+    patches.main([run, "--images", str(photos[-1]), "--out", str(tmp_path / "alone")])
+    alone = matplotlib.image.imread(tmp_path / "alone" / "maps.png")
+    np.testing.assert_array_equal(pages[-1], alone)
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder whose router is a file in it, which leaves a trace where it is imported."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "foreign"
+    folder.mkdir(parents=True)
+    code = f"from {own_parts.__name__} import FirstBits\nopen('trace', 'w')\n"
+    (folder / "evil.py").write_text(code)
+    run(replace(GRAPH, router="runs/foreign/evil.py:FirstBits", out=folder, resume=True))
+    Path("trace").unlink()
+    return folder
+
+
+def renamed(folder: Path, name: str) -> None:
+    """Give the router of a run another name, of the same code."""
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"router": name})
+    _load_file.cache_clear()
+
+
+REFUSED = "code in the run folder runs/foreign, expected code that lies elsewhere, or --trust"
+
+
+@pytest.mark.parametrize("name", ["runs/foreign/evil.py:FirstBits", "runs.foreign.evil:FirstBits"])
+@pytest.mark.parametrize("link", [False, True])
+def test_code_in_a_run_folder_is_refused_and_not_run(
+    name: str, link: bool, foreign: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """By every command that makes the model again: as a file or a module, and through a link."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    if link:
+        shutil.move(foreign, "elsewhere")
+        foreign.symlink_to(Path("elsewhere").resolve())
+    renamed(foreign, name)
+    commands: dict[str, tuple[Any, list[str]]] = {
+        "report": (main, ["--out", "page"]),
+        "patches": (patches.main, ["--images", "x.png"]),
+        "ensemble": (ensemble.main, []),
+    }
+    for command, args in commands.values():
+        error = refused(["runs/foreign", *args], capsys, command)
+        assert f"router: got '{name}', {REFUSED}" in error
+    again = ["--config", "runs/foreign/config.json", "--out", "again"]
+    assert f"router: got '{name}', {REFUSED}" in refused(again, capsys)
+    assert not Path("trace").exists()
+    assert parse([*again, "--router", "random"]).router == "random"
+
+
+def test_trusted_code_is_run(foreign: Path) -> None:
+    renamed(foreign, "runs/foreign/evil.py:FirstBits")
+    main(["runs/foreign", "--out", "page", "--trust"])
+    assert Path("trace").exists()
+    assert "Not drawn" not in words_of(Path("page/index.html"))
+    config = parse(["--config", "runs/foreign/config.json", "--trust"])
+    assert config.router == "runs/foreign/evil.py:FirstBits"
+
+
+def test_code_that_lies_elsewhere_is_run_as_before(foreign: Path) -> None:
+    """Beside the folder; or in a package, though a file in the folder has the same name."""
+    shutil.move(foreign / "evil.py", "runs/mine.py")
+    renamed(foreign, "runs/mine.py:FirstBits")
+    main(["runs/foreign", "--out", "page"])
+    assert Path("trace").exists()
+    (foreign / "own_parts.py").write_text("raise AssertionError")
+    renamed(foreign, f"{own_parts.__name__}:FirstBits")
+    main(["runs/foreign", "--out", "page"])
+
+
 def test_text_is_escaped(tmp_path: Path) -> None:
     page = Page()
     page.heading("a < b & c")
@@ -123,15 +209,6 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     page.table([["<b>"], ["&"]])
     page.write(tmp_path / "page.html")
     assert not re.search("<(img|b)[ >]", (tmp_path / "page.html").read_text())
-
-
-def test_the_sentence_names_what_is_followed_most() -> None:
-    layers = [{"ami_label": 0.2, "ami_degree": 0.01, "dead": 1.0}, {"ami_label": 0.558, "ami_degree": 0.3, "dead": 1.0}]
-    assert sentence(8, [1, 1], layers) == "7 of 8 experts used; experts follow the class, AMI 0.56 in MoE layer 2."
-    assert sentence(8, [0, 3], [{"nmi": 1.0}]).startswith("5–8 of 8 experts used (by layer and seed); experts follow")
-    none = "8 of 8 experts used; experts do not follow the class or the degree, AMI at most 0.02."
-    assert sentence(8, [0], [{"ami_label": 0.02, "ami_degree": 0.0}]) == none
-    assert sentence(8, [0], [{"dead": 0.0}]) == "8 of 8 experts used."
 
 
 def test_shares_by_hand() -> None:

@@ -22,7 +22,7 @@ from experiments.data import Task
 from experiments.loop import Training, run, train_seed
 from experiments.run_folder import read_run
 from experiments.train import main, parse
-from tests.experiments.command import QUICK, quick, refused, rows, run_until
+from tests.experiments.command import QUICK, full_disk, quick, refused, rows, run_until
 from tests.experiments.ogb_data import plant_papers
 from tests.vision.made_images import write_images
 
@@ -175,6 +175,17 @@ def test_a_configuration_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     config = parse(["digits", f"--config={partial}", "--epochs", "7"])
     assert (config.lr, config.seeds, config.epochs, config.hidden, config.out) == (1.0, (4, 5), 7, 96, Path("a"))
     assert config.options.given() == {"balance": "switch"}
+
+
+def test_a_run_on_a_full_disk_names_the_file_and_goes_on_later(tmp_path: Path, capsys: Any) -> None:
+    command = ["digits-graph", *QUICK, "--seeds", "0", "--out", str(tmp_path / "cut"), "--resume"]
+    with full_disk(10_000):
+        message = refused(command, capsys)
+    state = tmp_path / "cut" / "seed-0" / "checkpoint" / "state.ckpt"
+    assert f"error: {state}: cannot be written (" in message
+    main(command)
+    quick(tmp_path / "whole")
+    assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

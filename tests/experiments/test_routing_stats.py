@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch_geometric.data import Data
 
-from experiments.routing_stats import alignment, node_properties, quantile_bins
+from experiments.routing_stats import alignment, in_words, node_properties, quantile_bins
 
 
 def test_properties_of_a_small_graph() -> None:
@@ -56,3 +56,49 @@ def test_unlabeled_nodes_are_left_out() -> None:
     assert properties["label"].tolist() == [0, 1, -1, 0]
     assert properties["homophily"][2] == -1
     assert alignment(torch.tensor([0, 1, 0, 0]), properties)["label"] == pytest.approx(1)
+
+
+def layer(experts: int = 8, **figures: list[float]) -> dict[str, list[float]]:
+    """The figures of a MoE layer, of one seed or several, whose experts are all used alike."""
+    usual = {"experts": [float(experts)], "dead": [0.0], "coverage": [1.0]}
+    return usual | {"max_over_mean_load": [1.0]} | figures
+
+
+UNEVEN = "not balanced (the busiest takes {} times an even share)"
+EVEN = "8 of 8 experts used, balanced (the busiest takes 1.0 times an even share)"
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([layer()], EVEN),
+        ([layer(max_over_mean_load=[1.1, 2.0])], EVEN.replace("1.0", "2.0")),
+        (
+            [layer(max_over_mean_load=[2.1])],
+            f"8 of 8 experts used, {UNEVEN.format('2.1')}",
+        ),
+        (
+            [layer(dead=[1], max_over_mean_load=[1.4])],
+            f"7 of 8 experts used, {UNEVEN.format('1.4')}",
+        ),
+        (
+            [layer(dead=[0, 2]), layer(dead=[1, 3], max_over_mean_load=[4.0, 5.0])],
+            f"5–8 of 8 experts used (by layer and seed), {UNEVEN.format('5.0')}",
+        ),
+        ([layer(3)], EVEN.replace("8 of 8", "3 of 3")),
+        ([layer(coverage=[0.8, 0.9]), layer()], f"{EVEN}; up to 15% of the tokens have no expert"),
+        ([layer(nmi=[0.3])], f"{EVEN}; they follow the planted region (NMI 0.30)"),
+        ([layer(ami_label=[0.1])], f"{EVEN}; they loosely follow the class (AMI 0.10)"),
+        (
+            [layer(ami_label=[0.2], ami_degree=[0.1]), layer(ami_label=[0.5, 0.6])],
+            f"{EVEN}; they follow the class (AMI 0.55 in MoE layer 2)",
+        ),
+        (
+            [layer(ami_label=[0.02], ami_degree=[0.0], ami_homophily=[0.09], ami_shuffled=[0.5])],
+            f"{EVEN}; they do not follow class, degree or local homophily (AMI at most 0.09)",
+        ),
+        ([{"dead": [1.0], "coverage": [1.0]}], "7 of 8 experts used"),  # of an older version
+    ],
+)
+def test_routing_in_words(layers: list[dict[str, list[float]]], words: str) -> None:
+    assert in_words(layers, 8) == words

@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from experiments.config import PAPERS, STORED, RunConfig
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
-from tests.experiments.command import quick
+from tests.experiments.command import quick, refused
 from tests.experiments.ogb_data import plant_papers
 from tests.experiments.test_convert import run
 
@@ -60,9 +60,20 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_the_preset_graph_takes_a_folder_of_ones_own(own: Path, tmp_path: Path) -> None:
-    args = ("--data-root", str(own), "--sampling", "neighbor", "--evaluation", "sampled", "--fanout", "5", "5",
-            "--no-undirected", "--lr", "0.05", "--batch-size", "60")  # fmt: skip
-    assert quick(tmp_path / "run", *args, preset="graph")["test"]["mean"] > 0.6
+    """What it allows is the default: nothing is said of sampling, evaluation and direction."""
+    args = ("--data-root", str(own), "--fanout", "5", "5", "--lr", "0.05", "--batch-size", "60")
+    summary = quick(tmp_path / "run", *args, preset="graph")
+    assert summary["test"]["mean"] > 0.6
+    found = {name: summary["config"][name] for name in ("sampling", "evaluation", "undirected")}
+    assert found == {"sampling": "neighbor", "evaluation": "sampled", "undirected": False}
+
+
+def test_another_sampling_or_evaluation_is_refused_by_name(own: Path, capsys: Any) -> None:
+    command = ["graph", "--data-root", str(own), "--sampling", "neighbor"]
+    error = refused([*command, "--evaluation", "full"], capsys)
+    assert f"evaluation: got 'full' for {own}, expected 'sampled'" in error
+    error = refused([*command, f"--data_root={own}", "--sampling", "full"], capsys)
+    assert f"sampling: got 'full' for {own}, expected 'neighbor'" in error
 
 
 def test_what_a_folder_lacks_or_has_wrong_is_named(own: Path) -> None:

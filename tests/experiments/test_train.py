@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from experiments.config import load_object
+from experiments.config import GraphConfig, load_object
 from experiments.loop import Training
-from experiments.presets import PRESETS
-from experiments.train import main, parse
+from experiments.presets import PRESETS, command
+from experiments.train import dense_line, main, parse
 from tests.experiments import own_parts
 from tests.experiments.command import QUICK, quick, rows
 from tests.experiments.ogb_data import plant
@@ -35,6 +36,7 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert summary["config"] == json.loads((tmp_path / "run" / "config.json").read_text())
     (layer,) = summary["routing"]
     counted = {"coverage", "experts_per_token", "entropy", "dropped", "dead"}
+    counted |= {"experts", "max_over_mean_load"}
     assert set(layer) == counted | {"ami_label", "ami_degree", "ami_homophily", "ami_shuffled"}
     for seed in (0, 1):
         assert [row["epoch"] for row in rows(tmp_path / "run", seed=seed)] == ["0", "1", "2"]
@@ -44,6 +46,70 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert sum(float(row[f"load_{expert}"]) for expert in range(8)) == pytest.approx(1.0, abs=1e-3)
         assert load_file(tmp_path / "run" / f"seed-{seed}" / "checkpoint" / "best.safetensors")
     assert "test accuracy (%)" in capsys.readouterr().out
+
+
+def test_the_terminal_says_first_what_a_reader_wants(tmp_path: Path, capsys: Any) -> None:
+    """Scores; the command of the dense model; the routing in words, and only then in figures."""
+    summary = quick(tmp_path / "run", "--router", "token_choice", "--k", "2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    options = "digits-graph --router dense --epochs 3 --seeds 0"
+    dense = f"dense model, to compare: python -m experiments.train {options}"
+    begun = ["val accuracy (%)", "test accuracy (%)", dense, "routing: ", "routing, by MoE layer"]
+    assert [line[: len(start)] for line, start in zip(lines[1:], begun, strict=False)] == begun
+    (figures,) = summary["routing"]
+    used = 8 - figures["dead"]["values"][0]
+    assert lines[4].startswith(f"routing: {used} of 8 experts used, ")
+    result = json.loads((tmp_path / "run" / "seed-0" / "result.json").read_text())
+    loads = result["routing"][0]["load"]
+    assert figures["max_over_mean_load"]["values"] == [pytest.approx(8 * max(loads), abs=1e-3)]
+    expected = replace(PRESETS["digits-graph"][1], router="dense", epochs=3, seeds=(0,))
+    assert parse(options.split()) == expected
+
+
+def test_the_dense_model_on_file_is_that_of_the_docs() -> None:
+    """Whatever the experts are. Of another recipe there is a command; of a dense model, nothing."""
+    run = replace(PRESETS["digits-graph"][1], seeds=(7,), router="random", experts=4, k=2)
+    assert isinstance(run, GraphConfig)
+    run = replace(run, shared_expert=False, router_input=("node", "degree"))
+    line = dense_line(run, "accuracy")
+    assert line == "dense model: test accuracy (%) 98.49 ± 0.19, 5 seeds (results/presets.json)"
+    line = dense_line(replace(run, hidden=33), "accuracy")
+    assert line.endswith("experiments.train digits-graph --router dense --hidden 33 --seeds 7")
+    cifar10 = replace(PRESETS["cifar10"][1], out=Path("x"))  # of which 5 epochs are on file
+    line = dense_line(cifar10, "accuracy")
+    assert line.endswith("python -m experiments.train cifar10 --router dense")
+    for alone in (replace(run, router="dense"), replace(run, model=f"{MINE}:moe")):
+        assert dense_line(alone, "accuracy") == ""
+
+
+ON_FILE = {"digits", "digits-graph", "mosaic", "cora", "citeseer", "minesweeper"}
+"""Presets of which the docs have the dense model; others have other epochs or planted graphs."""
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_of_a_preset_the_dense_model_is_on_file_or_a_command(name: str, tmp_path: Path) -> None:
+    line = dense_line(replace(PRESETS[name][1], data_root=tmp_path), "accuracy")
+    own = f": python -m experiments.train {name} --data-root {tmp_path} --router dense"
+    assert ("results/presets.json" in line) if name in ON_FILE else line.endswith(own)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "digits-graph --epochs 3 --seeds 0 4 --router expert_choice --k 2",
+        "digits --balance switch --shared-expert False --check-finite",
+        "ogbn-products-tuned --norm None --fanout -1 -1 --sampling neighbor",
+        "ogbn-arxiv --conv gcn sage --kmeans-init --router multi_centroid --num-centroids 2",
+        "graph --data-root 'a b/x.npz' --metric roc_auc --router-input node degree --lr 1e-5",
+        "cora --router x.py:Router --no-undirected --shared-router",
+        "ogbn-mag --hidden 3",
+    ],
+)
+def test_a_command_gives_the_configuration_that_it_was_made_of(args: str) -> None:
+    config = parse(shlex.split(args))
+    made = shlex.split(command(config))
+    assert made[:4] == ["python", "-m", "experiments.train", args.split()[0]]
+    assert parse(made[3:]) == config
 
 
 def test_the_test_set_is_read_once_at_the_best_validation_epoch(
