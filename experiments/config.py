@@ -105,10 +105,6 @@ class RunConfig:
     """Experts per token, K."""
     hidden: int = 32
     """Width of the hidden layers; of a ViT, of its MLPs and of each expert."""
-    shared_expert: bool | None = None
-    """One more expert that runs on every token; by default the layer's own choice: there is one."""
-    dense_start: bool | None = None
-    """Beside the shared expert, the others start at zero; by default the layer's own choice: they do."""
     start: Literal["copies", "shared", "plain"] | None = None
     """How layers start: experts as copies of one layer, beside a shared expert, or each by itself; by default the
     layer's own choice."""
@@ -199,7 +195,6 @@ class RunConfig:
         if self.router in ("uniform", "oracle"):
             legal = "1: uniform takes all experts, and oracle the planted one"
             check(self.k == 1, "k", f"{self.k} with router={self.router!r}", legal)
-        check(not self.dense_start or self.shared_expert is not False, "dense_start", True, "a shared expert")
         if not 0 < len(set(self.seeds)) == len(self.seeds) or not 0 <= min(self.seeds) <= max(self.seeds) < 2**32:
             raise ValueError(f"seeds: got {self.seeds}, expected one number or more from 0 to 2**32 - 1, each once")
         if self.world > 1 and getattr(self, "sampling", None) == "full":
@@ -232,7 +227,7 @@ class RunConfig:
 
     def layer_options(self) -> dict[str, Any]:
         """Options of the MoE layers; one that is ``None`` is left to the layer's own default."""
-        values = {name: getattr(self, name, None) for name in ("shared_expert", "dense_start", "start", "router_input")}
+        values = {name: getattr(self, name, None) for name in ("start", "router_input")}
         return {name: value for name, value in values.items() if value is not None}
 
     def science(self) -> dict[str, Any]:
@@ -333,8 +328,8 @@ class ImageConfig(RunConfig):
         super().__post_init__()
         if self.router != "dense" and self.mlp_scale != 1:
             raise ValueError(f"mlp_scale: got {self.mlp_scale} with router={self.router!r}, expected router='dense'")
-        soft = self.router != "soft_slots" or (self.k == 1 and False not in (self.shared_expert, self.dense_start))
-        check(soft, "router", "'soft_slots' with another k, shared_expert or dense_start", "the defaults of these")
+        soft = self.router != "soft_slots" or (self.k == 1 and self.start in (None, "shared"))
+        check(soft, "router", "'soft_slots' with another k or start", "the defaults of these")
         check(self.options.scope != "neighbors", "scope", "'neighbors'", "'group': images have no edges")
 
 
@@ -375,7 +370,7 @@ def config_class(dataset: str) -> type[RunConfig]:
 
 
 OF_EXPERTS = (
-    "experts", "k", "shared_expert", "dense_start", "kmeans_init", "options", "equal", "equal_to",
+    "experts", "k", "start", "sharing", "anneal_noise", "kmeans_init", "options", "equal", "equal_to",
     "router_input", "shared_router",
 )  # fmt: skip
 """Options that a dense model has no use for."""
@@ -414,6 +409,7 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
     ``data_root`` is where the data are here, if it does not say: your own graph, or the folder that holds it.
     """
     check(isinstance(science.get("dataset"), str), "dataset", repr(science.get("dataset")), "the name of one")
+    science = _with_start(science)
     kind = config_class(science["dataset"])
     retired = RETIRED.keys() - {option.name for option in fields(kind)}
     for name in retired & science.keys():
@@ -423,6 +419,17 @@ def restore(science: Mapping[str, Any], data_root: Path) -> RunConfig:
     file = str(science.get("file", data_root.name))
     root = data_root if file == data_root.name else data_root / file
     return parse_json(json.dumps({"data_root": str(root)} | given), kind)
+
+
+def _with_start(science: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with ``start`` in place of the two options that it stands for."""
+    known = dict(science)
+    shared, dense_start = known.pop("shared_expert", None), known.pop("dense_start", None)
+    if shared is None and dense_start is None:
+        return known
+    gone = shared is not False and dense_start is False and known.get("router") != "dense"
+    check(not gone, "dense_start", "False beside a shared expert", "another: there are no such layers any more")
+    return known | {"start": "plain" if shared is False else "shared"}
 
 
 def read_options(path: Path, data_root: Path, base: RunConfig | None = None) -> RunConfig:

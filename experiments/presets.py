@@ -1,6 +1,6 @@
 """The presets: one frozen configuration a data set. `python -m experiments.train NAME` runs one.
 
-They name data, widths and recipe. Router, balance, weights, shared expert, dense start and what the router sees are
+They name data, widths and recipe. Router, balance, weights, how layers start and what the router sees are
 the library's defaults. Accuracies are those of results/presets.json, with experts and dense.
 """
 

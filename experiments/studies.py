@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -60,11 +61,17 @@ def recorded(name: str, data_root: Path) -> Study:
     if name == "citeseer":  # whose own results are of the first four only
         runs = read_json(RESULTS / "cora.json", dict[str, Any])["variants"]
         runs = [run | {"config": run["config"] | {"dataset": name}} for run in runs]
+    variants = []
+    for run in runs:
+        try:
+            config = restore(run["config"], data_root)
+        except ValueError as error:  # of a form of layers that is gone
+            print(f"{name}: {run['variant']} cannot be run again ({error})", file=sys.stderr)
+            continue
+        variants.append(Variant(name=run["variant"], label=run["label"], config=config))
     return Study(
         about=found["about"],
-        variants=tuple(
-            Variant(name=run["variant"], label=run["label"], config=restore(run["config"], data_root)) for run in runs
-        ),
+        variants=tuple(variants),
         reference=found["reference"],
         wide=found["wide"],
         chosen_on=tuple(found.get("chosen_on", ())),
@@ -109,5 +116,5 @@ SMALL_VIT = replace(
     CIFAR10, dim=96, vit_heads=3, hidden=192, label_smoothing=0.0, epochs=5, precision="bf16-mixed", seeds=(0, 1, 2)
 )
 """Of the CIFAR-10 studies and the swap table."""
-SHARED = replace(MINESWEEPER, hidden=16, experts=4, epochs=200, seeds=(0, 1, 2), shared_expert=True, shared_router=True)
+SHARED = replace(MINESWEEPER, hidden=16, experts=4, epochs=200, seeds=(0, 1, 2), start="shared", shared_router=True)
 """Of the minesweeper studies and the swap table."""

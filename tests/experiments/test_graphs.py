@@ -116,7 +116,7 @@ def test_random_parts_are_induced() -> None:
 @pytest.mark.parametrize(
     ("conv", "changes"),
     [
-        (("gcn",), {"shared_expert": True, "undirected": True}),
+        (("gcn",), {"start": "shared", "undirected": True}),
         (("gatv2",), {}),
         (("graph", "sage"), {"shared_router": True, "router_input": ("node", "neighbors", "degree")}),
         (("low_pass", "high_pass", "identity", "mlp"), {"experts": 4, "jk": "last"}),
@@ -151,7 +151,7 @@ def adjacency_of(task: Task) -> Tensor:
         (("gin",), {}),
         (("mlp", "sage"), {}),
         (("low_pass", "identity", "high_pass", "two_hop"), {"experts": 4}),
-        (("gcn", "graph"), {"shared_expert": True, "shared_router": True}),
+        (("gcn", "graph"), {"start": "shared", "shared_router": True}),
     ],
 )
 @pytest.mark.parametrize(("router", "undirected"), [("dense", True), ("token_choice", False)])

@@ -102,7 +102,8 @@ MAINS: dict[str, Any] = {
         ("train digits --router soft_slots --k 2", "router: got 'soft_slots' with another k"),
         ("train digits --router attention_vote --scope neighbors", "scope: got 'neighbors', expected 'group'"),
         ("train digits-graph --workers -1", "workers: got -1, expected at least 0"),
-        ("train digits --dense-start True --shared-expert False", "dense_start: got True, expected a shared expert"),
+        ("train digits --router soft_slots --start plain", "router: got 'soft_slots' with another k or start"),
+        ("train digits --sharing pooled", "sharing: got 'pooled', expected none without start='copies'"),
         ("train digits --mlp-scale 0.5", "mlp_scale: got 0.5 with router='expert_choice', expected router='dense'"),
         ("train graph --data-root none.npz", "none.npz, which does not exist"),
         ("train hetero", "data: got None for hetero"),
@@ -151,7 +152,7 @@ def test_what_is_refused_is_named_in_one_line(
         ("sweep mosaic --job 3", "sweep mosaic"),
         ("sweep grid --jobs x", "sweep grid"),
         ("benchmark conv --repeat 3", "benchmark conv"),
-        *((f"{name} --nothing x", name) for name in set(MAINS) - {"train", "sweep", "benchmark"}),
+        *((f"{name} --nothing x", name) for name in sorted(set(MAINS) - {"train", "sweep", "benchmark"})),
     ],
 )
 def test_an_error_leads_to_the_help_that_has_the_options(

@@ -113,7 +113,7 @@ def test_studies_leave_nothing_to_the_library(name: str) -> None:
     made = gmoe.OracleRouter if router == "oracle" else gmoe.ROUTERS.get(router)
     takes = set() if made is None else {"weight", "balance"} & inspect.signature(made).parameters.keys()
     assert takes <= config.options.given().keys()
-    layers = {"shared_expert", "dense_start"} | ({"router_input"} if isinstance(config, GraphConfig) else set())
+    layers = {"start"} | ({"router_input"} if isinstance(config, GraphConfig) else set())
     assert config.layer_options().keys() == layers
 
 

@@ -70,7 +70,7 @@ def test_the_dense_model_on_file_is_that_of_the_docs() -> None:
     """Whatever the experts are. Of another recipe there is a command; of a dense model, nothing."""
     run = replace(PRESETS["digits-graph"][1], seeds=(7,), router="random", experts=4, k=2)
     assert isinstance(run, GraphConfig)
-    run = replace(run, shared_expert=False, router_input=("node", "degree"))
+    run = replace(run, start="plain", router_input=("node", "degree"))
     line = dense_line(run, "accuracy")
     assert line == "dense model: test accuracy (%) 98.49 ± 0.19, 5 seeds (results/presets.json)"
     line = dense_line(replace(run, hidden=33), "accuracy")
@@ -97,7 +97,7 @@ def test_of_a_preset_the_dense_model_is_on_file_or_a_command(name: str, tmp_path
     "args",
     [
         "digits-graph --epochs 3 --seeds 0 4 --router expert_choice --k 2",
-        "digits --balance switch --shared-expert False --check-finite",
+        "digits --balance switch --start plain --check-finite",
         "ogbn-products-tuned --norm None --fanout -1 -1 --sampling neighbor",
         "ogbn-arxiv --conv gcn sage --kmeans-init --router multi_centroid --num-centroids 2",
         "graph --data-root 'a b/x.npz' --metric roc_auc --router-input node degree --lr 1e-5",
