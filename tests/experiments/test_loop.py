@@ -92,7 +92,7 @@ def test_every_committed_run_is_still_read() -> None:
         beside = config.get("shared_expert", False) is not False and config.get("dense_start") is False
         if beside and config["router"] != "dense":
             gone += 1
-            with pytest.raises(ValueError, match="^dense_start: got False beside a shared expert"):
+            with pytest.raises(ValueError, match=r"^dense_start: got False beside a shared expert"):
                 restore(config, Path())
             continue
         differences = differences_of(restore(config, Path()), config)
