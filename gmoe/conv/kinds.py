@@ -342,12 +342,13 @@ def _tells(part: nn.Module, key: str) -> bool:
         return False
     # Parameters, buffers and parts are compared one by one; hooks are PyG's own.
     is_kept_by_torch = key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    return not (is_kept_by_torch or "_hooks" in key or key in ("training", "inspector"))
+    is_table_of_hooks = key.startswith("_") and "_hooks" in key
+    return not (is_kept_by_torch or is_table_of_hooks or key in ("training", "inspector"))
 
 
 def _comparable(value: Any) -> Hashable:
     """Equal for values that surely mean the same; what is not known equals only itself."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not value.is_meta:
         return torch.Tensor, value.dtype, value.shape, tuple(value.detach().flatten().tolist())
     if isinstance(value, np.ndarray):
         return np.ndarray, value.dtype.str, value.shape, value.tobytes()
