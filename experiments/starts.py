@@ -151,15 +151,28 @@ def ranking(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float, 
     return sorted(ranked, key=lambda entry: -entry[1])
 
 
+def lines(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A line an arm, best first, and then the controls: gains in validation over the dense model, and FLOPs."""
+    columns = [column for column in results if "dense" in results[column]]
+    ranked = {name: mean for name, mean, _ in ranking(results)}
+    names = [*ranked, *(arm.name for arm in ARMS if arm.name not in ranked)]
+    names += [*CONTROLS, *(arm.name for arm in RANDOM)]
+    found = []
+    for name in names:
+        line = {"validation − dense (points)": name, "mean": f"{ranked[name]:+.2f}" if name in ranked else "–"}
+        for column in columns:
+            known = results[column]
+            line[column] = "–" if name not in known else f"{gain(known, name):+.2f}"
+            if name == "dense" and name in known:
+                line[column] = f"{100 * known[name]['val']['mean']:.2f}"
+        if set(line.values()) - {name, "–"}:
+            found.append(line)
+    return found
+
+
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The ranking as text: validation gains over the dense model, column by column."""
-    ranked = ranking(results)
-    if not ranked:
-        return "no column is complete yet"
-    columns = list(ranked[0][2])
-    lines = [
-        f"{'points above dense, validation, seeds 0 to 2':44} {'mean':>7} " + " ".join(f"{c:>12}" for c in columns)
-    ]
-    for name, mean, gains in ranked:
-        lines.append(f"{name:44} {mean:7.2f} " + " ".join(f"{gains[column]:12.2f}" for column in columns))
-    return "\n".join(lines)
+    """The same in Markdown."""
+    from experiments.tables import markdown
+
+    found = lines(results)
+    return markdown(found) if found else "no arm is finished yet"

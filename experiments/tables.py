@@ -6,7 +6,7 @@ compares variants seed by seed. ``<!-- benchmark: NAME -->`` and ``<!-- swap: NA
 ``experiments.benchmark`` wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its dense model.
 ``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``,
 ``<!-- cells: routers: COLUMN -->`` a column of it, and ``<!-- gains: routers: COLUMN COLUMN -->``
-what the default router gains in some columns.
+what the default router gains in some columns. ``<!-- arms: starts -->`` is the table of ``experiments.sweep starts``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from experiments.files import read_json
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|map): (?P<study>[\w-]+)"
+    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|map|arms): (?P<study>[\w-]+)"
     r"(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -37,6 +37,8 @@ Line: TypeAlias = dict[str, str]
 
 def render(page: str, results: Path = ROOT / "results") -> str:
     """The page with all its tables generated anew."""
+    from experiments import starts
+
     makers: dict[str, Callable[..., str]] = {
         "table": study_table,
         "pairs": pair_table,
@@ -44,14 +46,16 @@ def render(page: str, results: Path = ROOT / "results") -> str:
         "map": map_table,
         "cells": cell_tables,
         "gains": gain_table,
+        "arms": starts.table,
     }
+    readers = {"cells": read_cells, "gains": read_cells, "arms": starts.read_results}
 
     def table(match: re.Match[str]) -> str:
-        in_cells = match["kind"] in ("cells", "gains")
-        path = results / match["study"] if in_cells else results / f"{match['study']}.json"
+        read_folder = readers.get(match["kind"])
+        path = results / match["study"] if read_folder else results / f"{match['study']}.json"
         only = [] if match["variants"] is None else [match["variants"].split()]
         try:
-            content = read_cells(path) if in_cells else read_json(path, dict[str, Any])
+            content = read_folder(path) if read_folder else read_json(path, dict[str, Any])
             made = makers.get(match["kind"], benchmark_table)(content, *only)
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: lacks what the mark '{match['kind']}' shows ({error!r})") from error

@@ -91,7 +91,7 @@ def test_the_arms_are_those_that_were_fixed() -> None:
 
 def test_arms_are_ranked_by_their_mean_gain_in_validation() -> None:
     def summary(value: float) -> dict[str, Any]:
-        return {"val": {"values": [value, value]}}
+        return {"val": {"values": [value, value], "mean": value}}
 
     results = {}
     for column, best in (("digits-graph", "copies-layer-node-quiet"), ("digits", "copies-layer-node-quiet")):
@@ -106,8 +106,11 @@ def test_arms_are_ranked_by_their_mean_gain_in_validation() -> None:
     assert {name for name, mean, _ in others if mean > 10.1} == {
         f"copies-{decided}-{seen}-quiet" for decided in ("layer", "once") for seen in ("node", "neighbors")
     } - {first}
-    assert "copies-layer-node-quiet" in table(results).splitlines()[1]
-    assert table({}) == "no column is complete yet"
+    head, _, best, *_ = table(results).splitlines()
+    assert head == "| validation − dense (points) | mean | digits-graph | digits | cora |"
+    assert best == "| copies-layer-node-quiet | +40.00 | +40.00 | +40.00 | – |"
+    assert "| dense | – | 40.00 | 40.00 | 40.00 |" in table(results)
+    assert table({}) == "no arm is finished yet"
 
 
 def test_edges_of_a_concept_graph_say_nothing_and_the_rule_of_the_regime_does() -> None:
