@@ -23,8 +23,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import sqrt
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from experiments.config import GraphConfig, ImageConfig, RouterOptions, RunConfig
@@ -32,6 +33,13 @@ from experiments.files import read_json
 from experiments.presets import CORA, DIGITS, DIGITS_GRAPH, GRAPH, MINESWEEPER, MOSAIC
 
 SEEDS = (0, 1, 2)
+"""Of the first stage, which ranks the arms by validation."""
+
+CONFIRMED = tuple(range(3, 13))
+"""Of the second stage, whose test scores are read once."""
+
+LEAST = -0.3
+"""Points: an interval wholly below this says that an arm is worse than the dense model."""
 
 COLUMNS: dict[str, RunConfig] = {
     "digits-graph": DIGITS_GRAPH,
@@ -128,33 +136,103 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def gain(results: Mapping[str, Any], arm: str, part: str = "val") -> float:
-    """Points above the dense model of one column, seed by seed, on average."""
-    pairs = zip(results[arm][part]["values"], results["dense"][part]["values"], strict=True)
-    return 100 * fmean(ours - dense for ours, dense in pairs)
+def differences(known: Mapping[str, Any], arm: str, other: str, part: str) -> list[float]:
+    """Points between two runs on one column, seed by seed."""
+    pairs = zip(known[arm][part]["values"], known[other][part]["values"], strict=True)
+    return [100 * (ours - theirs) for ours, theirs in pairs]
 
 
-def ranking(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float, dict[str, float]]]:
+def gain(known: Mapping[str, Any], arm: str) -> float:
+    """Points above the dense model of one column in validation, on average."""
+    return fmean(differences(known, arm, "dense", "val"))
+
+
+def on_column(arm: Arm, column: str) -> Arm:
+    """What an arm is on a column: on images there is a router in each layer, which sees the node."""
+    on_images = isinstance(COLUMNS[column], ImageConfig)
+    return replace(arm, decided="layer", seen="node") if on_images else arm
+
+
+def complete_columns(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The columns that have all arms."""
+    return [column for column, known in results.items() if {arm.name for arm in arms_of(column)} <= set(known)]
+
+
+def ranking(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float]]:
     """Arms by their mean gain in validation over the columns that have all of them, best first."""
-    complete = [
-        column for column, of_column in results.items() if {arm.name for arm in arms_of(column)} <= set(of_column)
+    complete = complete_columns(results)
+    if not complete:
+        return []
+    means = [
+        (arm.name, fmean(gain(results[column], on_column(arm, column).name) for column in complete)) for arm in ARMS
     ]
-    ranked = []
-    for arm in ARMS:
-        gains = {}
-        for column in complete:
-            on_images = isinstance(COLUMNS[column], ImageConfig)
-            there = replace(arm, decided="layer", seen="node") if on_images else arm
-            gains[column] = gain(results[column], there.name)
-        if gains:
-            ranked.append((arm.name, fmean(gains.values()), gains))
-    return sorted(ranked, key=lambda entry: -entry[1])
+    return sorted(means, key=lambda entry: -entry[1])
+
+
+def best_two(screened: Mapping[str, Mapping[str, Any]]) -> list[Arm]:
+    """The two arms of the highest mean gain in validation.
+
+    Raises:
+        ValueError: some column lacks some arm.
+    """
+    missing = [column for column in COLUMNS if column not in complete_columns(screened)]
+    if missing:
+        raise ValueError(f"columns: got no complete {', '.join(missing)}, expected all before arms are confirmed")
+    by_name = {arm.name: arm for arm in ARMS}
+    return [by_name[name] for name, _ in ranking(screened)[:2]]
+
+
+def confirmed(columns: Sequence[str], root: Path, screened: Mapping[str, Mapping[str, Any]]) -> dict[str, RunConfig]:
+    """The runs of the second stage, on seeds that were not looked at: ``COLUMN/ARM`` and configuration.
+
+    Raises:
+        ValueError: the first stage is not finished on all columns, so that no arm is chosen yet.
+    """
+    chosen = best_two(screened)
+    first_stage = cells(columns, root)
+    found = {}
+    for column in columns or COLUMNS:
+        names = ["dense", "dense-flops", "default", *(on_column(arm, column).name for arm in chosen)]
+        for name in dict.fromkeys(names):
+            found[f"{column}/{name}"] = replace(first_stage[f"{column}/{name}"], seeds=CONFIRMED)
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean, by Student's t."""
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * stdev(values) / sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
+def passes(known: Mapping[str, Any], arm: str) -> bool:
+    """True if an arm is not surely worse than the dense model on a column: the rule's part on single columns."""
+    return interval(differences(known, arm, "dense", "test"))[1] >= LEAST
+
+
+def confirmed_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a column and arm: the test score, and paired intervals against dense and dense of equal FLOPs."""
+    from experiments.tables import markdown
+
+    found = []
+    for column, known in results.items():
+        if not {"dense", "dense-flops", "default"} <= set(known):
+            continue
+        for name in [name for name in known if name not in ("dense", "dense-flops")]:
+            line = {"column": column, "arm": name, "test": f"{100 * known[name]['test']['mean']:.2f}"}
+            for other in ("dense", "dense-flops"):
+                values = differences(known, name, other, "test")
+                low, high = interval(values)
+                line[f"− {other}"] = f"{fmean(values):+.2f} ({low:+.2f} to {high:+.2f})"
+            found.append(line | {"not surely worse": "yes" if passes(known, name) else "no"})
+    return markdown(found, left=("arm",)) if found else "no arm is confirmed yet"
 
 
 def lines(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """A line an arm, best first, and then the controls: gains in validation over the dense model, and FLOPs."""
     columns = [column for column in results if "dense" in results[column]]
-    ranked = {name: mean for name, mean, _ in ranking(results)}
+    ranked = dict(ranking(results))
     names = [*ranked, *(arm.name for arm in ARMS if arm.name not in ranked)]
     names += [*CONTROLS, *(arm.name for arm in RANDOM)]
     found = []

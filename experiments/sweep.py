@@ -85,6 +85,9 @@ class RoutersConfig(SweepConfig):
 class StartsConfig(SweepConfig):
     """Columns of the study of copies, and where they go."""
 
+    confirm: bool = False
+    """The second stage: the best two arms and the default on ten seeds that were not looked at."""
+
     data_root: Path = Path("data")
     """Folder of planetoid, heterophilous and facebook.npz, each as its loader reads it."""
     columns: tuple[str, ...] = ()
@@ -150,23 +153,27 @@ def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
 
 
 def sweep_starts(config: StartsConfig) -> tuple[str, dict[str, str]]:
-    """Run the arms that have no file: the ranking, and by arm why it could not be run."""
+    """Run the arms of a stage that have no file: the table, and by arm why it could not be run."""
     from experiments.run_folder import write_json
-    from experiments.starts import cells, read_results, table
+    from experiments.starts import cells, confirmed, confirmed_table, read_results, table
 
-    folder = config.results / "starts"
-    known = {
-        f"{column}/{arm}": summary["config"]
-        for column, arms in read_results(folder).items()
-        for arm, summary in arms.items()
-    }
+    if config.confirm:
+        name = "starts-confirmed"
+        todo = confirmed(config.columns, config.data_root, read_results(config.results / "starts"))
+    else:
+        name = "starts"
+        todo = cells(config.columns, config.data_root)
+    folder = config.results / name
+    results = read_results(folder)
+    known = {f"{column}/{arm}": run["config"] for column, arms in results.items() for arm, run in arms.items()}
 
     def finish(cell: str, _: RunConfig, summary: Any) -> None:
         left_out = ("curve", "routing")  # long, and in the run folder
         write_json(folder / f"{cell}.json", {name: value for name, value in summary.items() if name not in left_out})
 
-    failed = run_all("starts", cells(config.columns, config.data_root), known, folder, config, finish)
-    return table(read_results(folder)), failed
+    failed = run_all(name, todo, known, folder, config, finish)
+    show = confirmed_table if config.confirm else table
+    return show(read_results(folder)), failed
 
 
 def sweep_map(config: SweepConfig) -> tuple[str, dict[str, str]]:
