@@ -140,7 +140,7 @@ def test_the_best_two_are_confirmed_on_seeds_that_were_not_looked_at() -> None:
     }
     assert {config.seeds for config in found.values()} == {tuple(range(3, 13))}
     del screened["mosaic"]["pooled-once-node-quiet"]
-    with pytest.raises(ValueError, match="^columns: got no complete mosaic, expected all"):
+    with pytest.raises(ValueError, match=r"^columns: got no complete mosaic, expected all"):
         confirmed((), Path("data"), screened)
 
 
