@@ -178,9 +178,12 @@ def _matches(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
 class TokenMoE(MoE):
     """A MoE on (B, ..., D) whose groups are the B entries: all tokens of an image, in a row or in a grid."""
 
-    def forward(self, x: Tensor, *args: Any, return_routing: bool = False) -> Any:
-        """See :class:`MoE`."""
-        y, routing = super().forward(x.flatten(1, -2) if x.dim() > 3 else x, *args, return_routing=True)
+    def forward(self, x: Tensor, *others: Any, return_routing: bool = False) -> Any:
+        """See :class:`MoE`; it takes tokens alone."""
+        if others:
+            got = f"{len(others)} arguments behind the tokens"
+            raise ValueError(f"forward: got {got}, expected none: experts see tokens alone")
+        y, routing = super().forward(x.flatten(1, -2) if x.dim() > 3 else x, return_routing=True)
         y = y.view(*x.shape[:-1], y.size(-1))
         return (y, routing) if return_routing else y
 
@@ -199,10 +202,10 @@ def _moe(
 ) -> MoE:
     """The layer in place of an MLP."""
     dense = read_mlp(name, mlp)
+    copied = start == "copies" or (start == "shared" and upcycle)
     if start != "shared":
-        upcycle = start == "copies"
-        _check_nothing_is_lost(name, mlp, upcycle)
-    experts = dense.experts(num_experts, upcycle, zero_init=start == "shared", backend=backend)
+        _check_nothing_is_lost(name, mlp, copied)
+    experts = dense.experts(num_experts, copied, zero_init=start == "shared", backend=backend)
     layer = TokenMoE(build_router(router, experts.in_features, num_experts, k, router_kwargs), experts)
     layer.to(experts.up.weight).train(mlp.training)
     # The MLP joins last, so that its parts keep their own types and modes.
@@ -251,10 +254,12 @@ def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, start: 
         patched = [key for key, value in vars(part).items() if isfunction(value) and hasattr(type(part), key)]
         legal = "a conv whose methods are those of a class, since experts are copies of it"
         check(not patched, "model", f"{path} with a function as its {', '.join(patched)}", legal)
-    frozen = {not parameter.requires_grad for parameter in conv.parameters()}
-    check(len(frozen) < 2, "model", f"{name} with some parameters frozen", "all or none: experts stack them")
-    layer = MoEConv(CopyOf(copy.deepcopy(conv).requires_grad_(True)), width, out, start=start, **options)
-    if True in frozen and layer.shared_expert is not None:
+    is_frozen = not any(parameter.requires_grad for parameter in conv.parameters())
+    copied = copy.deepcopy(conv)
+    if is_frozen:  # Experts train all the same. Where some parameters are frozen, as under LoRA, they stay so.
+        copied.requires_grad_(True)
+    layer = MoEConv(CopyOf(copied), width, out, start=start, **options)
+    if is_frozen and layer.shared_expert is not None:
         layer.shared_expert.requires_grad_(False)
     if start == "plain" or not upcycle:
         layer.experts.reset_parameters()

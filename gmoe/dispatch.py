@@ -24,9 +24,11 @@ from gmoe.routing import Routing, owner
 Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
 
 FEW = 2**19
-"""Multiply-adds of one expert on all tokens up to which :func:`routed_linear` runs all experts on all of them. An
-expert's turn takes longer then, and both roads grow with the number of experts: measured with 4 to 64 experts, one
-product takes .10 to .81 of the time up to 2^18.6 multiply-adds, about the same at 2^19.4, and more from 2^20 on."""
+"""Multiply-adds of one expert on all tokens, T * I * O, up to which :func:`routed_linear` runs all experts on all of
+them: an expert's turn takes longer then, and both roads grow with the number of experts."""
+
+FEW_NUMBERS = 2**19
+"""Numbers of the rows that this takes, T * E * I, up to which it does so: of few columns, writing them is the work."""
 
 
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
@@ -107,7 +109,8 @@ def routed_linear(
     x_TI, weight_EIO = x_TI.to(dtype), weight_EIO.to(dtype)
     gate_P = routing.weight.to(dtype)
     # Not where FLOPs are counted: those are of a token's own experts.
-    is_small = len(x_TI) * weight_EIO[0].numel() <= FEW
+    num_experts, width, _ = weight_EIO.shape
+    is_small = len(x_TI) * weight_EIO[0].numel() <= FEW and len(x_TI) * num_experts * width <= FEW_NUMBERS
     if backend == "auto" and is_small and not torch._C._len_torch_dispatch_stack():
         return _in_one_product(x_TI, weight_EIO, None if bias_EO is None else bias_EO.to(dtype), gate_P, routing)
     return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, x_TI)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial, wraps
+from functools import cache, cached_property, partial
 from numbers import Integral
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from torch_geometric.utils import add_self_loops, is_sparse, remove_self_loops
 
 from gmoe._autograd import first_order, untraced
 from gmoe._checks import check, check_choice
+from gmoe.conv.kept import Kept, once, versions_of
 from gmoe.routing import INTEGERS, described
 
 with warnings.catch_warnings():  # torch says once a process that such matrices are in beta; here it has said so
@@ -122,52 +123,13 @@ class Matrix:
     """A x of the graph's ``x``, if it was computed."""
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A result that a graph keeps, and the tensors that it was computed from, with their versions."""
-
-    sources: tuple[Tensor | None, ...]
-    versions: tuple[int | None, ...]
-    result: Any
-
-    def is_of(self, sources: tuple[Tensor | None, ...]) -> bool:
-        """True if the result was computed from these tensors, and none was written to since."""
-        same = all(old is new for old, new in zip(self.sources, sources, strict=True))
-        return same and self.versions == versions_of(sources)
-
-
-def versions_of(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
-    """How often each tensor was written to; ``None`` for those of inference mode, which have no count."""
-    return tuple(None if value is None or value.is_inference() else value._version for value in tensors)
-
-
-def once(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of :class:`Graph` whose results the graph keeps, but where a gradient is part of them."""
-
-    @wraps(method)
-    def kept(self: Graph, **options: Any) -> Any:
-        sources = (self.edge_weight, self.edge_attr, self.matrix_values)
-        given = (*sources, *options.values())
-        if any(isinstance(value, Tensor) and value.requires_grad for value in given):
-            return method(self, **options)
-        key = method.__name__, *options.items()
-        known = self._kept.get(key)
-        if known is None or not known.is_of(sources):
-            self._check_args()  # a user may have set them anew
-            with torch.inference_mode(False):  # for training too
-                known = self._kept[key] = Kept(sources, versions_of(sources), method(self, **options))
-        return known.result
-
-    return kept
-
-
 class Graph:
     """Validate and sort a graph once, for all layers and calls.
 
     Pass it instead of ``edge_index`` to :class:`gmoe.MoEConv` and :class:`gmoe.GNNMoE`: its order, degrees,
     normalization and transpose are computed once. Sums and norms follow if ``x``, ``edge_weight`` or ``edge_attr`` are
-    set anew or written to; the edges are fixed, so do not write to ``edge_index``. A plain ``edge_index`` is converted
-    at each call of a layer or model.
+    set anew or written to (not by ``.data``); the edges are fixed, so do not write to ``edge_index``. A plain
+    ``edge_index`` is converted at each call of a layer or model.
 
     Args:
         edge_index: (2, M) integers, PyG's ``EdgeIndex``, or a ``torch.sparse`` matrix or ``SparseTensor`` of shape
@@ -343,8 +305,10 @@ class Graph:
         constant = x_src is self.x and not (x_src.requires_grad or weight.requires_grad)
         # Not under fake tensors or where FLOPs are counted, nor of tensors of inference mode, which have no version.
         constant = constant and not torch._C._len_torch_dispatch_stack() and not x_src.is_inference()
+        if not constant and x_src is self.x:
+            matrix.product = None  # optimizers may write to what they train without a trace in its version
         kept = matrix.product if constant else None
-        if kept is not None and kept.is_of((x_src, kept.result)):
+        if kept is not None and kept.is_fresh((x_src, kept.result)):
             return kept.result
         with torch.inference_mode(False) if constant else nullcontext():  # for training too
             y = weighted_sum(weight[:, None], x_src[:, None], matrix.edges)

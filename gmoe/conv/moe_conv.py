@@ -199,7 +199,7 @@ class MoEConv(MoELayer, MessagePassing):
         """Draw all parameters anew."""
         reset(self.shared_expert)
         zeros(self.gain)
-        if self.start == "copies":
+        if self.start == "copies" and self.experts is not None:  # there are none while widths are open
             dense = self.experts.expert(0)
             reset(dense)
             self.experts.become(dense)

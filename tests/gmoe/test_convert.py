@@ -99,6 +99,44 @@ class GateCalledLast(nn.Module):
         return out
 
 
+class CalledByKeyword(nn.Module):
+    """It calls its parts by keyword, and its activation by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(input=F.gelu(self.fc1(input=x), approximate="tanh"))
+        return out
+
+
+class GEGLU(nn.Module):
+    """Diffusers' form: one layer twice as wide, the second half is the gate of a GELU that is a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(hidden * F.gelu(gate))
+        return out
+
+
+class RowsOnly(nn.Module):
+    """It takes (tokens, width) only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = plain_mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, _ = x.shape
+        out: Tensor = self.down(self.act(self.up(x))).view(tokens, 8)
+        return out
+
+
 class NormBeforeActivation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -173,6 +211,9 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "parts registered in another order (Hugging Face)": ActivationFirst,
     "a last layer as wide as the first, registered before it": partial(ActivationFirst, 12, 12),
     "a gate called last": GateCalledLast,
+    "parts called by keyword, an activation called by itself": CalledByKeyword,
+    "GEGLU (Diffusers)": GEGLU,
+    "two dropouts behind each other": lambda: nn.Sequential(*plain_mlp(), nn.Dropout(0.0), nn.Dropout(0.0)),
     "layers inside a container": lambda: nn.Sequential(nn.Sequential(*plain_mlp()[:2]), *plain_mlp()[2:]),
     "a norm first (MaxViT)": lambda: nn.Sequential(nn.LayerNorm(8), *plain_mlp()),
 }
@@ -189,6 +230,42 @@ def test_experts_are_copies_of_mlps_of_many_forms(form: str) -> None:
     assert_same(layer(x), mlp(x), 1e-8)
     layer(x).square().sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_an_mlp_of_rows_alone_is_read() -> None:
+    mlp = RowsOnly()
+    layer = moefy(stack(mlp), every=1, num_experts=2)[0].mlp  # type: ignore[index]
+    x = torch.randn(5, 8)
+    assert torch.equal(layer(x), mlp(x))
+
+
+def test_reading_an_mlp_leaves_it_as_it_is() -> None:
+    """Spectral norm moves its buffers at each call in training, and a hook may count."""
+    calls: list[None] = []
+    mlp = plain_mlp().train()
+    parametrizations.spectral_norm(mlp[0])
+    mlp[2].register_forward_pre_hook(lambda *_: calls.append(None))
+    before = copy.deepcopy(mlp.state_dict())
+    moefy(stack(mlp), every=1, num_experts=2)
+    assert calls == []
+    assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
+    assert all(part.training for part in mlp.modules())
+
+
+def test_a_hidden_activation_that_no_function_gives_is_refused() -> None:
+    class Sine(CalledByKeyword):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc2(self.fc1(x).sin())
+            return out
+
+    with pytest.raises(ValueError, match=r"^model: got 0\.mlp, a Sine .* whose activation is none that is known"):
+        moefy(stack(Sine()), every=1)
+
+
+def test_more_arguments_than_tokens_are_refused() -> None:
+    layer = moefy(stack(plain_mlp()), every=1, num_experts=2)[0].mlp  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"^forward: got 2 arguments behind the tokens"):
+        layer(torch.randn(2, 5, 8), None, 2.0)
 
 
 # Grids of tokens
@@ -282,6 +359,18 @@ def test_a_frozen_model_stays_frozen_but_for_what_is_new(build: Any, options: di
         assert parameter.requires_grad == (name.startswith(layers) and ".shared_expert." not in name), name
 
 
+@pytest.mark.filterwarnings("ignore:.*runs on the whole graph")
+def test_a_conv_with_some_frozen_parts_keeps_them_frozen() -> None:
+    """As under LoRA, whose base is frozen: such convs run one by one."""
+    dense: Any = GraphSequential("x, edge_index", [(GCNConv(8, 4), "x, edge_index -> x")])
+    dense.module_0.lin.weight.requires_grad_(False)
+    x, edge_index = torch.randn(9, 8), torch.randint(9, (2, 30))
+    model: Any = moefy(copy.deepcopy(dense), targets="module_0", num_experts=3)
+    torch.testing.assert_close(model(x, edge_index), dense(x, edge_index))
+    for name, parameter in model.module_0.experts.named_parameters():
+        assert parameter.requires_grad != name.endswith("lin.weight")
+
+
 def test_the_shared_expert_keeps_its_modes_and_types() -> None:
     mlp = nn.Sequential(*plain_mlp().to(torch.bfloat16), nn.Dropout(0.5).eval()).train()
     mlp[3].eval()
@@ -334,12 +423,6 @@ class Dropping(nn.Module):
         return out
 
 
-def partly_frozen() -> nn.Module:
-    net = gnn()
-    next(net.parameters()).requires_grad_(False)
-    return net
-
-
 class OwnLinear(nn.Linear):
     """A linear layer with more than its weights, such as LoRA's."""
 
@@ -385,7 +468,6 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: stack(Llama()), {"targets": "0.mlp.w1"}, "model"),
     (lambda: nn.Sequential(SimpleConv()), {"targets": "0"}, "model"),
     (lambda: nn.Sequential(GCNConv(-1, 4)), {"targets": "0"}, "model"),
-    (partly_frozen, {"targets": CONVS}, "model"),
     *((timm_vit, {"every": every}, "every") for every in (0, 4)),
     (timm_vit, {"router": TokenChoice(16, 8)}, "router"),
     *((timm_vit, {"blocks": blocks}, "blocks") for blocks in (3, [], [0, -3], [3], [1.0])),

@@ -123,6 +123,15 @@ def test_routers_whose_weights_do_not_sum_to_one_say_so(router: str) -> None:
     assert not torch.allclose(layer.train()(x, EDGES), plain(x, EDGES))
 
 
+def test_copies_of_open_widths_are_filled_in_by_the_first_call() -> None:
+    torch.manual_seed(0)
+    layer = MoEConv(SAGEConv, -1, WIDTH, num_experts=3, start="copies", router_kwargs=STRAIGHT)
+    layer.reset_parameters()
+    x = features(NODES, WIDTH).float()
+    layer.eval()(x, EDGES)
+    torch.testing.assert_close(layer(x, EDGES), layer.expert(0)(x, EDGES))
+
+
 def test_copies_learn_apart() -> None:
     (layer, _), _ = pair(GCNConv, start="copies", **SUMS_TO_ONE["oracle"])
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

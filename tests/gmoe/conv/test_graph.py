@@ -225,6 +225,33 @@ def test_sums_follow_a_weight_that_was_learned_and_frozen_again() -> None:
     torch.testing.assert_close(layer(x, graph), layer(x, edge_index, weight))
 
 
+@pytest.mark.parametrize("name", ["x", "edge_weight"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_sums_follow_what_an_optimizer_wrote(name: str, fused: bool) -> None:
+    """A fused optimizer leaves no trace in a tensor's version."""
+    layer = MoEConv("gcn", 4, 4, num_experts=2)
+    edge_index = random_graph(6, 6, 20)
+    given: dict[str, Any] = {"x": torch.randn(6, 4), "edge_weight": torch.rand(20)}
+    graph = Graph(edge_index, 6, **given)
+    layer(given["x"], graph)  # keeps what follows from them as they are
+    optimizer = torch.optim.Adam([given[name].requires_grad_()], lr=1e-2, fused=fused)
+    layer(given["x"], graph).square().sum().backward()
+    optimizer.step()
+    given[name].requires_grad_(False)
+    torch.testing.assert_close(layer(given["x"], graph), layer(given["x"], edge_index, given["edge_weight"]))
+
+
+def test_sums_follow_a_weight_of_inference_mode() -> None:
+    layer = MoEConv("gcn", 4, 4, num_experts=2)
+    edge_index, x = random_graph(6, 6, 20), torch.randn(6, 4)
+    with torch.inference_mode():
+        weight = torch.rand(20)
+        graph = Graph(edge_index, 6, edge_weight=weight)
+        layer(x, graph)
+        weight.mul_(torch.rand(20))
+        torch.testing.assert_close(layer(x, graph), layer(x, edge_index, weight))
+
+
 def test_a_weight_that_is_set_anew_has_to_fit() -> None:
     graph = Graph(random_graph(6, 6, 20), 6)
     graph.edge_weight = torch.rand(21)
