@@ -190,8 +190,8 @@ class RunConfig:
             check(importlib.util.find_spec(name), "logger", repr(name), f"its package installed: pip install {name}")
         copies = self.start == "copies"
         check(self.sharing is None or copies, "sharing", repr(self.sharing), "none without start='copies'")
-        noisy = self.router == "token_choice" and self.options.noise is not False
-        check(noisy or not self.anneal_noise, "anneal_noise", True, "False without token choice and its noise")
+        noisy = self.router == "token_choice" and self.options.noise is None
+        check(noisy or not self.anneal_noise, "anneal_noise", True, "False without token choice and its default noise")
         if self.router in ("uniform", "oracle"):
             legal = "1: uniform takes all experts, and oracle the planted one"
             check(self.k == 1, "k", f"{self.k} with router={self.router!r}", legal)

@@ -64,7 +64,12 @@ NOISE: dict[str, dict[str, Any]] = {
 CONTROLS: dict[str, dict[str, Any]] = {
     "dense": {"router": "dense"},
     "dense-lr2": {"router": "dense"},  # at twice the learning rate of the column
-    "dense-difference": {"start": "copies", "sharing": "difference", "experts": 1},
+    "dense-difference": {
+        "start": "copies",
+        "sharing": "difference",
+        "experts": 1,
+        "options": RouterOptions(weight="straight_through"),
+    },
     "dense-flops": {"router": "dense", "equal": "flops", "equal_to": "token_choice"},
     "default": {"router": "token_choice"},
 }

@@ -17,11 +17,11 @@ EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", 
 EXTRAS |= {"matplotlib": "plot", "safetensors": "hub", "huggingface_hub": "hub"}
 """The extra that brings a package."""
 
-SIMILAR = 0.6
-"""Least likeness of names, from 0 to 1, at which one is suggested for the other; of few names, half of it."""
+SIMILAR = 0.65
+"""Least likeness of names, from 0 to 1, at which one is suggested for the other."""
 
-FEW_NAMES = 12
-"""So many legal names are few."""
+ALSO_CALLED = {"top_k": "token_choice", "topk": "token_choice", "switch": "token_choice"}
+"""What else routers are called, and the names that they have here."""
 
 
 @contextmanager
@@ -80,9 +80,11 @@ def nearest(value: object, legal: Iterable[object]) -> str:
     names = [name for name in legal if isinstance(name, str)]
     best = max(names, key=likeness, default="")
     words = [name for name in names if name in unknown.split("_")]  # the k of top_k
-    if words:
+    if ALSO_CALLED.get(unknown) in names:
+        best = ALSO_CALLED[unknown]
+    elif words:
         best = words[0]
-    elif not best or likeness(best)[0] < (SIMILAR if len(names) > FEW_NAMES else SIMILAR / 2):
+    elif not best or likeness(best)[0] < SIMILAR:
         return ""
     return f"; did you mean {best!r}?"
 
@@ -94,7 +96,7 @@ def _common_start(one: str, other: str) -> int:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """True if a forward or a backward hook waits for calls of the module, so that it has to be called."""
+    """True if the module has forward or backward hooks, which only a call runs."""
     of_forward = module._forward_pre_hooks or module._forward_hooks
     return bool(of_forward or module._backward_pre_hooks or module._backward_hooks)
 

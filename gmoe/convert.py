@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from gmoe._checks import change_of, check, check_counts
 from gmoe._mlps import read_mlp
 from gmoe.dispatch import Backend
-from gmoe.moe import MoE, MoELayer, Start, check_start
+from gmoe.moe import MoE, MoELayer, Start, check_copies, check_start
 from gmoe.routers import Router, RouterLike, build_router
 
 
@@ -65,8 +65,8 @@ def moefy(
         k: K, experts per token (default 1).
         router: a name or factory (default ``"token_choice"``); each layer gets its own router.
         num_experts: E (default 8).
-        upcycle: with ``start="shared"``, begin the experts as copies of the dense conv, or of all but the last layer of
-            the dense MLP, of its weights as they are now (default); ``False`` draws them afresh.
+        upcycle: with ``start="shared"``, the experts begin as copies of the dense layer as it is now, of an MLP all but
+            its last layer (default); ``False`` draws them afresh.
         targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1", "conv2"]``, instead
             of the ``mlp`` of all blocks (default ``None``). Modules inside a match go with it.
         blocks: numbers of the blocks, or targets, that become MoE, instead of ``every``; -1 is the last (default
@@ -77,10 +77,9 @@ def moefy(
               starts at zero: an expert's last layer, of a conv the gain of :class:`MoEConv`.
             - ``"copies"``: the experts are copies of it and all that is left of it, and train even if it was frozen
               (sparse upcycling, `Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). The model starts as
-              ``(sum of the token's weights) * mlp(x)``: the dense model with routers whose weights sum to 1
-              (``router.sums_to_one``: random, uniform, token choice and centroids at K >= 2 or with
-              ``weight="straight_through"``), a scaled one else, and zero for tokens that no expert took. That the
-              copies compute what the MLP does is verified on random tokens.
+              the dense one, since a token's weights sum to 1; other routers are refused (``router.sums_to_one``): token
+              choice and centroids take ``router_kwargs={"weight": "straight_through"}`` at K = 1 and are right as they
+              are above. That the copies compute what the MLP does is verified on random tokens.
             - ``"plain"``: independent experts of its form, drawn afresh.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
@@ -206,7 +205,9 @@ def _moe(
     if start != "shared":
         _check_nothing_is_lost(name, mlp, copied)
     experts = dense.experts(num_experts, copied, zero_init=start == "shared", backend=backend)
-    layer = TokenMoE(build_router(router, experts.in_features, num_experts, k, router_kwargs), experts)
+    built = build_router(router, experts.in_features, num_experts, k, router_kwargs)
+    check_copies(start, built)
+    layer = TokenMoE(built, experts)
     layer.to(experts.up.weight).train(mlp.training)
     # The MLP joins last, so that its parts keep their own types and modes.
     layer.shared_expert = mlp if start == "shared" else None

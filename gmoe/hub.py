@@ -101,7 +101,7 @@ class HubMixin:
         try:  # whatever is wrong with a file from the network; PyG's constructors raise all kinds of errors
             saved = json.loads(text)
             check(saved["model"] == cls.__name__, "model", saved["model"], cls.__name__)
-            model: Any = cls(**(_in_todays_words(saved["arguments"]) | arguments))
+            model: Any = cls(**(_with_start(saved["arguments"]) | arguments))
         except Exception as error:
             legal = f"what save_pretrained writes of a {cls.__name__}"
             raise ValueError(f"{config}: got {type(error).__name__}: {error}, expected {legal}") from error
@@ -131,7 +131,7 @@ class HubMixin:
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
 
 
-def _in_todays_words(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _with_start(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a model that was saved before ``start`` took the place of two.
 
     Raises:
@@ -143,7 +143,7 @@ def _in_todays_words(arguments: Mapping[str, Any]) -> dict[str, Any]:
     shared, dense_start = known.pop("shared_expert", True), known.pop("dense_start", True)
     is_known = shared is False or (shared is True and dense_start)
     got = f"{shared!r} with dense_start={dense_start!r}"
-    check(is_known, "shared_expert", got, "False, or True with dense_start=True: other layers are gone")
+    check(is_known, "shared_expert", got, "False, or True with dense_start=True: other layers no longer exist")
     return known | {"start": "shared" if shared else "plain"}
 
 

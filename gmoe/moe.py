@@ -19,14 +19,14 @@ Start: TypeAlias = Literal["copies", "shared", "plain"]
 """How a layer with experts starts.
 
 - ``"copies"``: all experts are copies of one dense layer, and nothing runs beside them. The first forward is the dense
-  layer's where a token's weights sum to 1.
+  layer's, since a token's weights sum to 1: other routers are refused.
 - ``"shared"``: a shared expert, which is the dense layer, runs on every token; what the routed experts add starts at
   zero.
 - ``"plain"``: independent experts, and nothing beside them.
 """
 
 REMOVED = ("shared_expert", "dense_start")
-"""Arguments that ``start`` stands for now."""
+"""Arguments that ``start`` has replaced."""
 
 
 def check_start(start: Start | None) -> Start:
@@ -41,6 +41,18 @@ def check_start(start: Start | None) -> Start:
     return start
 
 
+def check_copies(start: Start, router: Router) -> None:
+    """Refuse copies under a router that would scale what they give.
+
+    Raises:
+        ValueError: copies, and a router whose weights of a token do not sum to 1 by construction.
+    """
+    if start == "copies" and not router.sums_to_one:
+        got = f"'copies' with {type(router).__name__}(k={router.k}, weight={router.weight!r})"
+        one = "weight='straight_through' at k=1, 'normalized' above, no capacity, tokens that choose"
+        check(False, "start", got, f"a router whose weights of a token sum to 1 ({one}), or start='shared'")
+
+
 def refuse_removed(arguments: Iterable[str]) -> None:
     """Name the argument that stands for those that are gone.
 
@@ -49,7 +61,7 @@ def refuse_removed(arguments: Iterable[str]) -> None:
     """
     for name in arguments:
         legal = "start='shared' (a shared expert, a dense start), 'copies' or 'plain' (no shared expert) in its place"
-        check(name not in REMOVED, name, "an argument that is gone", legal)
+        check(name not in REMOVED, name, "a removed argument", legal)
 
 
 @contextmanager

@@ -278,6 +278,8 @@ def draw_router(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
     names = ["token_choice", *ROUTERS]
     if found["way"] in ("sampled", "disk"):  # where tokens decide alone
         names = ["token_choice", "token_choice", "multi_centroid", "random", "uniform"]
+    if found["start"] == "copies":  # where a token's weights sum to 1
+        names = ["token_choice", "token_choice", "multi_centroid", "random", "uniform", None]
     router = random.choice(names if found["way"] == "layer" else [name for name in names if name is not None])
     options = some(random, ROUTERS[router])
     if options.get("balance") == "importance_load":
@@ -286,6 +288,11 @@ def draw_router(random: Random, found: Mapping[str, Any]) -> dict[str, Any]:
         options = {name: value for name, value in options.items() if name not in ("scope", "choice")}
     if router not in ("uniform", Sigmoids, None) and flip(random):
         options["weight"] = random.choice(("score", "straight_through", *(["normalized"] if k > 1 else [])))
+    if found["start"] == "copies":
+        drops = ("capacity_factor", "choice", "normalize", "inference")
+        options = {name: value for name, value in options.items() if name not in drops}
+        if router not in ("uniform", None):
+            options["weight"] = "normalized" if k > 1 else "straight_through"
     sees = tuple(part for part in ("node", "neighbors", "degree") if flip(random, 0.4)) or ("node",)
     return {"k": k, "router": router, "router_kwargs": options, "router_input": sees}
 

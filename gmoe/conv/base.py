@@ -43,6 +43,11 @@ class ConvExperts(nn.Module, ABC):
         return None
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of features that the experts take; ``None`` where each conv sees to it."""
+        return None
+
+    @property
     def too_far(self) -> list[MessagePassing]:
         """Convs whose output at a node follows from more than in-edges, their ends, and the graph's norms."""
         return []
@@ -128,6 +133,10 @@ class StackedExperts(ConvExperts):
             for place, value in self._tensors(conv, expert):
                 place.copy_(value)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+
     def become(self, conv: MessagePassing) -> None:
         self.fill([conv] * self.num_experts)
 
@@ -182,6 +191,10 @@ class MixedExperts(ConvExperts):
     @property
     def too_far(self) -> list[MessagePassing]:
         return [conv for group in self.groups for conv in group.too_far]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return next((group.dtype for group in self.groups if group.dtype is not None), None)
 
     def convs(self) -> list[MessagePassing]:
         return [conv for group in self.groups for conv in group.convs()]

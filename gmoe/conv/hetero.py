@@ -20,7 +20,7 @@ from gmoe._checks import check, check_counts
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend, combine, dispatch
 from gmoe.experts import LinearExperts
-from gmoe.moe import MoELayer, Start, check_start, drawn_apart
+from gmoe.moe import MoELayer, Start, check_copies, check_start, drawn_apart
 from gmoe.routers import RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing
 
@@ -185,6 +185,7 @@ class HeteroMoEConv(MoELayer):
             for name in self.experts.relations_into:
                 built = build_router(router, self.experts.in_channels[name], num_experts, k, router_kwargs)
                 check(built is not router or not self.routers, "router", "an instance for several types", "a factory")
+                check_copies(self.start, built)
                 built.check_finite |= check_finite
                 self.k, self.experts_per_token, self.routers[name] = built.k, built.experts_per_token, built
         if self.start == "copies" and dense is not None:

@@ -26,6 +26,7 @@ from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.separate import SeparateExperts, run, run_on
 from gmoe.dispatch import Backend
 from gmoe.moe import refuse_removed
+from gmoe.routers import ROUTERS
 
 ConvFactory: TypeAlias = Callable[..., MessagePassing]
 """Called as ``conv(in_channels, out_channels, *conv_args, **conv_kwargs)``."""
@@ -157,10 +158,14 @@ def _check_option(option: str, value: object, factory: ConvFactory) -> None:
         # The classes pass what they do not know on to their bases.
         names |= {name for base in cls.__mro__ for name in inspect.signature(base).parameters}
     passes_on = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
-    if option in names or (passes_on and not of_pyg(cls)):
+    if option in names or (passes_on and not of_pyg(cls)):  # a factory of one's own may take anything
         return
     legal = f"an argument of MoEConv or of {name_of(factory)}"
-    raise ValueError(f"{option}: got {value!r}, expected {legal}{nearest(option, (*sorted(names), *OPTIONS))}")
+    if any(option in inspect.signature(router).parameters for router in ROUTERS.values()):
+        hint = f"; a router's options are given as router_kwargs={{{option!r}: ...}}"
+    else:
+        hint = nearest(option, (*sorted(names), *OPTIONS))
+    raise ValueError(f"{option}: got {value!r}, expected {legal}{hint}")
 
 
 def _check_forward(conv: Any) -> None:
@@ -326,7 +331,7 @@ def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
         if part is not conv and part not in aggregation and not _is_usual(part):
             return None
         options += [
-            (name, type(part), key, _comparable(value)) for key, value in vars(part).items() if _tells(part, key)
+            (name, type(part), key, _comparable(value)) for key, value in vars(part).items() if _is_option(part, key)
         ]
         # The buffers of an aggregation are part of what it computes; that of a GIN, its eps, is stacked.
         buffers = part.named_buffers(recurse=False) if part in aggregation else ()
@@ -336,8 +341,8 @@ def _stack_of(conv: MessagePassing) -> tuple[Any, ...] | None:
     return stack, frozenset(options), tuple(shapes)
 
 
-def _tells(part: nn.Module, key: str) -> bool:
-    """True if an attribute says what a part of a conv computes, and has to be equal in a stack."""
+def _is_option(part: nn.Module, key: str) -> bool:
+    """True for an attribute that must be equal in all convs of a stack."""
     if isinstance(part, FilterConv) and key in ("filter", "hops"):
         return False
     # Parameters, buffers and parts are compared one by one; hooks are PyG's own.

@@ -23,7 +23,7 @@ from gmoe._checks import check, check_choice, check_counts, nearest
 from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvLike, Make, Trial, build_experts, kinds_of
 from gmoe.dispatch import Backend
-from gmoe.moe import MoELayer, Start, check_start, drawn_apart
+from gmoe.moe import MoELayer, Start, check_copies, check_start, drawn_apart
 from gmoe.routers import RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing, described
 
@@ -73,10 +73,11 @@ class MoEConv(MoELayer, MessagePassing):
             - ``"shared"`` (default, ``None``): beside a shared expert, a conv of the same kind (of a list, the first)
               that runs on every node with weight 1; the routed experts' output is scaled by a tenth of a learned gain
               that starts at zero.
-            - ``"copies"``: all experts as copies of one conv, at the FLOPs of one. The first forward is that conv's if
-              a node's weights sum to 1: of token choice and centroids with ``weight="straight_through"`` at K = 1 and
-              ``"normalized"`` above, of random and uniform routers always (``router.sums_to_one``). Sparse upcycling,
-              `Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_.
+            - ``"copies"``: all experts as copies of one conv, at the FLOPs of one. The first forward is that conv's,
+              since a node's weights sum to 1. Others are refused (``router.sums_to_one``): token choice and centroids
+              take ``router_kwargs={"weight": "straight_through"}`` at K = 1 and are right as they are above; random and
+              uniform routers are by default. Sparse upcycling, `Komatsuzaki et al., 2023
+              <https://arxiv.org/abs/2212.05055>`_.
             - ``"plain"``: independent experts.
         shared_transform: map the input to the output's width once, before router and routed experts; the shared expert
             sees the input itself. For inputs much wider than the output (default ``False``; not with copies).
@@ -187,6 +188,7 @@ class MoEConv(MoELayer, MessagePassing):
                 neighbors = getattr(self.experts, "aggregate_width", seen[0])
                 dim = router_width(self.router_input, seen[1], neighbors)
                 self.router = build_router(router, dim, self.num_experts, self.k, router_kwargs)
+                check_copies(self.start, self.router)
                 self.router.check_finite |= check_finite
                 self.k, self.experts_per_token = self.router.k, self.router.experts_per_token
             if self.start == "shared":
@@ -250,7 +252,7 @@ class MoEConv(MoELayer, MessagePassing):
                 legal = f"dense floats of shape (nodes, {width}); graphs side by side are one graph, see batch="
                 raise ValueError(f"x: got {described(nodes)}, {nodes.layout}, expected {legal}")
         if not torch.is_autocast_enabled(x_src.device.type):
-            self._check_dtype(x_src)
+            self._check_dtype(x_src, x_dst)
         sizes = len(x_src), len(x_dst)
         if size is not None or edge_weight is not None or edge_attr is not None:
             self._check_args(sizes, size, edge_weight=edge_weight, edge_attr=edge_attr)
@@ -283,11 +285,12 @@ class MoEConv(MoELayer, MessagePassing):
         h = self.experts.aggregate(graph, u_src) if "neighbors" in self.router_input else None
         return router_view(self.router_input, u_src, u_dst, h, graph)
 
-    def _check_dtype(self, x_src: Tensor) -> None:
-        """Refuse features of another type than the experts' weights, as PyG's layers do."""
-        weight = next(self.experts.parameters(), None)
-        if weight is not None and weight.is_floating_point() and weight.dtype != x_src.dtype:
-            raise ValueError(f"x: got {x_src.dtype}, expected {weight.dtype}, the type of the layer's weights")
+    def _check_dtype(self, *nodes: Tensor) -> None:
+        """Refuse features of another type than the weights of stacked experts, as PyG's layers do."""
+        dtype = self.experts.dtype
+        for x in nodes:
+            if dtype is not None and x.dtype != dtype:
+                raise ValueError(f"x: got {x.dtype}, expected {dtype}, the type of the layer's weights")
 
     def _transformed(self, x_src: Tensor, x_dst: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes as router and routed experts get them."""

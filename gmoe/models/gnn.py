@@ -25,7 +25,7 @@ from gmoe.conv.separate import run
 from gmoe.convert import choose_blocks
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
-from gmoe.moe import check_start, drawn_apart
+from gmoe.moe import check_copies, check_start, drawn_apart
 from gmoe.routers import ROUTERS, Router, RouterLike, build_router
 from gmoe.routing import Routing
 
@@ -274,6 +274,7 @@ def _shared_router(router: Any, in_channels: int, routed: dict[str, Any]) -> Rou
     dim = router_width(routed["router_input"], in_channels, in_channels)
     with drawn_apart(routed.get("start") != "plain"):
         made = build_router(router, dim, routed["num_experts"], routed["k"], routed.get("router_kwargs"))
+    check_copies(routed["start"], made)
     made.check_finite |= routed.get("check_finite", False)
     return made
 

@@ -63,7 +63,7 @@ class ViTMoE(HubMixin, VisionTransformer):
         every: block ``i`` is MoE where ``i % every == every - 1`` (default 2).
         start: ``"shared"`` (default, ``None``): the dense MLP runs beside the routed experts, which start at zero;
             ``"copies"``: all experts start as copies of the dense MLP; ``"plain"``: each by itself. With the first, and
-            with copies where a token's weights sum to 1, a new model gives what the dense one (``router=None``) gives
+            with copies, a new model gives what the dense one (``router=None``) gives
             that is drawn with the same seed; see :func:`moefy`.
         dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
@@ -107,7 +107,7 @@ class ViTMoE(HubMixin, VisionTransformer):
         self.config = config
         if router is None:
             return
-        options: Any = {"start": start, "upcycle": start == "copies", "router_kwargs": router_kwargs}
+        options: Any = {"start": start, "upcycle": start != "shared", "router_kwargs": router_kwargs}
         with drawn_apart(start != "plain"):
             moefy(self, every, k, router, num_experts, backend=backend, **options)
             if start == "copies":

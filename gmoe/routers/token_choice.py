@@ -68,7 +68,7 @@ class TokenChoice(BalancedRouter):
 
     by_token = True
     noise_scale = 1.0
-    """Factor of the noise on the logits, for schedules; 0 for none."""
+    """Factor of the noise by the logits' spread, for schedules; 0 for none."""
 
     def __init__(
         self,
@@ -121,8 +121,9 @@ class TokenChoice(BalancedRouter):
         elif self.by_spread and self.training and len(x_TD):
             # in a quarter of the time of var(dim=0); a NaN token is no other token's noise
             std_TE = (clean_TE - clean_TE.mean(dim=0)).detach().std(correction=0).nan_to_num(posinf=0.0)
+            std_TE = self.noise_scale * std_TE
         if self.training and std_TE is not None:
-            logits_TE = clean_TE + self.noise_scale * torch.randn_like(clean_TE) * std_TE
+            logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         # not by probabilities, which may underflow to ties
         expert_TK, weight_TK = self._top_k(logits_TE + self.bias_E if biased else logits_TE, log_probs_TE)

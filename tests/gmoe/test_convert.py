@@ -27,10 +27,11 @@ STRAIGHT = {"weight": "straight_through", "balance": None}
 
 
 def plain(model: Any, **options: Any) -> Any:
-    """moefied into a plain mixture, whose weights are 1 where one expert is chosen."""
-    if options.get("router", "token_choice") == "token_choice":
-        weight = STRAIGHT if options.get("k", 1) == 1 else {"balance": None}
-        options["router_kwargs"] = weight | options.get("router_kwargs", {})
+    """moefied into copies, whose weights are 1 where one expert is chosen; into plain experts where these choose."""
+    if options.get("router", "token_choice") != "token_choice":
+        return moefy(model, start="plain", **options)
+    weight = STRAIGHT if options.get("k", 1) == 1 else {"balance": None}
+    options["router_kwargs"] = weight | options.get("router_kwargs", {})
     return moefy(model, start="copies", **options)
 
 
@@ -350,7 +351,7 @@ def test_convs_by_name(start: str) -> None:
 
 @pytest.mark.parametrize(
     ("build", "options"),
-    [(timm_vit, {"every": 1}), (timm_vit, {"every": 1, "start": "copies"}), (gnn, {"targets": [CONVS, HEAD]})],
+    [(timm_vit, {"every": 1}), (timm_vit, {"every": 1, "start": "copies", "k": 2}), (gnn, {"targets": [CONVS, HEAD]})],
 )
 def test_a_frozen_model_stays_frozen_but_for_what_is_new(build: Any, options: dict[str, Any]) -> None:
     model = moefy(build().requires_grad_(False), num_experts=2, **options)
@@ -445,7 +446,7 @@ def patched(mlp: Any) -> Any:
     return mlp
 
 
-PLAIN: dict[str, Any] = {"every": 1, "start": "copies"}
+PLAIN: dict[str, Any] = {"every": 1, "start": "copies", "k": 2}
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: nn.Sequential(plain_mlp()), {}, "model"),
@@ -454,12 +455,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: stack(nn.Sequential(nn.Dropout(0.5), *plain_mlp())), {"every": 1}, "model"),
     (lambda: stack(nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 8))), {"every": 1}, "model"),
     (lambda: stack(GlobalResponseNormMlp(8, 12)), {"every": 1}, "model"),
-    (lambda: stack(Llama(lambda x: F.silu(x).flip(0))), {"every": 1, "start": "copies"}, "model"),  # misread
+    (lambda: stack(Llama(lambda x: F.silu(x).flip(0))), {"every": 1, "start": "copies", "k": 2}, "model"),  # misread
     (lambda: stack(NormBeforeActivation()), {"every": 1}, "model"),
     (lambda: stack(nn.Sequential(OwnLinear(8, 12), nn.ReLU(), nn.Linear(12, 8))), PLAIN, "model: got 0.mlp.0 with a"),
     (lambda: stack(patched(plain_mlp())), PLAIN, "model: got 0.mlp.0 with a forward of its own"),
     (lambda: stack(TwoArguments()), {"every": 1}, "model: got 0.mlp.* fails on tokens alone"),
-    (lambda: stack(Dropping()), {"every": 1, "start": "copies"}, "model"),
+    (lambda: stack(Dropping()), {"every": 1, "start": "copies", "k": 2}, "model"),
     (lambda: stack(plain_mlp(), Mlp(8, 12, use_conv=True)), {"every": 1}, "model: got 1.mlp"),
     (lambda: moefy(stack(plain_mlp()), every=1), {"every": 1}, "model"),
     (lambda: stack(plain_mlp().to("meta")), {"every": 1}, "model"),

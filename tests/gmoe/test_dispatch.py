@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gmoe import grouped_linear
-from gmoe.dispatch import Backend, routed_linear
+from gmoe.dispatch import Backend, is_few, routed_linear
 from tests.gmoe.conv.masked import features, routing_of
 
 each_backend = pytest.mark.parametrize("backend", get_args(Backend))
@@ -129,3 +129,20 @@ def test_gradients_of_biases_are_summed_in_float32(dtype: torch.dtype) -> None:
         grouped_linear(x, weight, bias, offsets).sum().backward()
     assert bias.grad is not None
     assert bias.grad.tolist() == [[rows] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "few"),
+    [
+        (30, (8, 16, 16), True),
+        (30, (64, 64, 64), True),
+        (1_000, (8, 16, 16), True),
+        (2_708, (8, 64, 64), False),
+        (8_192, (8, 64, 1), False),  # few outputs: writing the rows is the work
+        (1_000, (256, 512, 1), False),  # nor a gigabyte of rows
+        (200, (1024, 64, 1), False),
+    ],
+    ids=str,
+)
+def test_few_tokens_take_one_product(tokens: int, shape: tuple[int, int, int], few: bool) -> None:
+    assert is_few(tokens, torch.empty(shape, device="meta")) == few

@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "router class": (GNN, {"router": gmoe.ExpertChoice, "router_kwargs": {"inference": "threshold"}}),
     "conv options": (GNN, {"conv": "gat", "heads": 2, "negative_slope": 0.3, "norm": "batch_norm", "act": None}),
     "shared router": (GNN, {"start": "plain", "shared_router": True, "router_input": ("degree",)}),
-    "copies": (GNN, {"conv": "sage", "start": "copies"}),
+    "copies": (GNN, {"conv": "sage", "start": "copies", "k": 2}),
     "size": (gmoe.ViTMoE, {"size": SIZE, "router": "token_choice", "k": 2, "router_kwargs": {"z_coef": 0.1}}),
     "dense ViT": (partial(gmoe.ViTMoE, 8), {"router": None, "dropout": 0.1}),
 }

@@ -20,7 +20,6 @@ from gmoe import (
     MoEConv,
     OracleRouter,
     RelationalConv,
-    TokenChoice,
 )
 from gmoe.models.vit import ViTMoE, ViTSize
 from tests.gmoe.conv.masked import GRAPHS, features, random_graph, routing_of
@@ -116,11 +115,10 @@ def test_copies_give_what_their_conv_gives(conv: Any, router: str) -> None:
 
 
 @pytest.mark.parametrize("router", NOT_ONE)
-def test_routers_whose_weights_do_not_sum_to_one_say_so(router: str) -> None:
-    (layer, _), (plain, _) = pair(GCNConv, start="copies", **NOT_ONE[router])
-    assert not layer.router.sums_to_one
-    x = features(NODES, WIDTH)
-    assert not torch.allclose(layer.train()(x, EDGES), plain(x, EDGES))
+def test_copies_under_a_router_that_would_scale_them_are_refused(router: str) -> None:
+    for build in (partial(MoEConv, GCNConv, WIDTH, WIDTH), partial(GNNMoE, WIDTH, WIDTH, WIDTH, shared_router=True)):
+        with pytest.raises(ValueError, match=r"^start: got 'copies' with \w+\(k=\d, weight='\w+'\), expected a router"):
+            build(num_experts=3, start="copies", **NOT_ONE[router])
 
 
 def test_copies_of_open_widths_are_filled_in_by_the_first_call() -> None:
@@ -143,16 +141,9 @@ def test_copies_learn_apart() -> None:
 
 def test_copies_have_the_parameters_of_their_experts_and_of_the_router_alone() -> None:
     conv = GCNConv(WIDTH, WIDTH)
-    layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, start="copies")
+    layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, start="copies", router_kwargs=STRAIGHT)
     counted = sum(parameter.numel() for parameter in layer.parameters())
     assert counted == 3 * sum(parameter.numel() for parameter in conv.parameters()) + 3 * WIDTH
-
-
-def test_a_routers_instance_is_not_changed() -> None:
-    router = TokenChoice(WIDTH, 3)
-    layer = MoEConv(GCNConv, WIDTH, WIDTH, num_experts=3, router=router, start="copies")
-    assert layer.router is router
-    assert router.weight == "score"
 
 
 @pytest.mark.parametrize("options", [{}, {"shared_transform": True}, {"router": "attention_vote"}], ids=str)

@@ -81,7 +81,7 @@ TURNED = partial(pyg.SAGEConv, flow="target_to_source")
         (lambda _, o: pyg.SAGEConv((-1, -1), o), {}, "conv: got SAGEConv of open widths"),
         (lambda i, _: pyg.GINConv(nn.Linear(i, 3)), {}, "out_channels: got 8, but <lambda> gives 3"),
         (lambda *_: pyg.APPNP(2, 0.1), {}, "out_channels: got 8, but <lambda> gives 4"),
-        *(("gcn", {name: True}, f"^{name}: got an argument that is gone") for name in ("shared_expert", "dense_start")),
+        *(("gcn", {name: True}, f"^{name}: got a removed argument") for name in ("shared_expert", "dense_start")),
         ("gcn", {"start": "dense"}, "^start: got 'dense', expected one of 'copies', 'shared', 'plain'"),
         (["gcn", "sage"], {"start": "copies"}, "^start: got 'copies' for several kinds"),
         ("gcn", {"start": "copies", "shared_transform": True}, "^start: got 'copies' for several kinds or a shared"),
