@@ -125,7 +125,8 @@ class Routing:
         experts_E = torch.arange(num_experts, device=expert_P.device)
         offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
         weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
-        return Routing(slot_P // max(k, 1), offsets_E, weight_P, scores, num_tokens, losses or {}, checked=checked)
+        token_P = slot_P if k == 1 else slot_P // max(k, 1)
+        return Routing(token_P, offsets_E, weight_P, scores, num_tokens, losses or {}, checked=checked)
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__}({self.num_tokens} tokens, {self.num_experts} experts"

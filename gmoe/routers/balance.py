@@ -62,24 +62,29 @@ class BalancedRouter(Router):
         if is_step:
             self.bias_E.copy_(self.next_bias_E)
             self.mean_D.copy_(self.next_mean_D)
-        # A sum, since inductor keeps sums: a copy it would read again in the backward, where it is a later step's.
-        mean_1D = torch.stack((self.mean_D, torch.zeros_like(self.mean_D))).sum(dim=0, keepdim=True)
+        # A mean of two, since inductor keeps sums: a copy it would read again in the backward,
+        # where it is a later step's.
+        mean_1D = self.mean_D.expand(2, -1).mean(dim=0, keepdim=True)
         logits_TE = float_linear(x_TD, gate) - float_linear(mean_1D.to(x_TD.dtype), gate)
-        if not is_step:
-            return logits_TE
-        clean_TE = logits_TE.detach()
-        ranked_TE = clean_TE + self.bias_E
+        if is_step:
+            self._count(x_TD.detach(), logits_TE.detach())
+        return logits_TE
+
+    def _count(self, x_TD: Tensor, clean_TE: Tensor) -> None:
+        """Store the bias and the mean that follow from a step's tokens and their logits without noise."""
+        num_experts, ranked_TE = self.num_experts, clean_TE + self.bias_E
         expert_TK = ranked_TE.argmax(-1, keepdim=True) if self.k == 1 else ranked_TE.topk(self.k, dim=-1).indices
         load_TE = torch.zeros_like(clean_TE).scatter(1, expert_TK, 1.0)
-        parts = (load_TE, clean_TE, clean_TE.square(), x_TD.detach())
+        parts = (load_TE, clean_TE, clean_TE.square(), x_TD)
         (sums,) = self.summed(torch.cat([part.sum(dim=0) for part in parts]))
-        means = sums * (self.k / sums[: self.num_experts].sum())  # NaN where there are no tokens
-        load_E, logit_E, square_E, mean_D = means.split([*[self.num_experts] * 3, self.dim])
-        var_E = square_E - logit_E.square()
+        means = sums / (sums[:num_experts].sum() / self.k)  # NaN where there are no tokens
+        load_E, logit_E, square_E, mean_D = means.split([*[num_experts] * 3, self.dim])
+        var_E = torch.addcmul(square_E, logit_E, logit_E, value=-1)
         var_E = var_E * (var_E > ROUNDED * torch.finfo(var_E.dtype).eps * square_E)  # equal logits have no spread
-        step_E = (1.0 - load_E * (self.num_experts / self.k)).clamp(min=-1.0) * var_E.mean().sqrt()
+        even = self.k / num_experts
+        step_E = (even - load_E).clamp(min=-even)
+        bias_E = torch.addcmul(self.bias_E, step_E, var_E.mean().sqrt(), value=self.bias_rate / even)
         mean_D = torch.where(self.mean_D.any(), self.mean_D.add(mean_D - self.mean_D, alpha=MEAN_RATE), mean_D)
-        finite = means.isfinite().all()
-        self.next_bias_E.copy_(torch.where(finite, self.bias_E.add(step_E, alpha=self.bias_rate), self.bias_E))
+        finite = torch.linalg.vector_norm(means, torch.inf) < torch.inf
+        self.next_bias_E.copy_(torch.where(finite, bias_E, self.bias_E))
         self.next_mean_D.copy_(torch.where(finite, mean_D, self.mean_D))
-        return logits_TE

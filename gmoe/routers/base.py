@@ -137,7 +137,7 @@ class Router(nn.Module, ABC):
         if self.weight == "normalized":
             log_gate_TK = log_gate_TK.log_softmax(dim=-1)
         elif self.weight == "straight_through":
-            log_gate_TK = log_gate_TK - log_gate_TK.detach()
+            return expert_TK, straight_through(log_gate_TK)
         return expert_TK, log_gate_TK.exp()
 
     def summed(self, *parts: Tensor) -> Sequence[Tensor]:
@@ -182,11 +182,26 @@ def pair_weights(weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_
     if weighting == "score":
         return log_gate_P.exp().clamp(max=MAX_WEIGHT)
     if weighting == "straight_through":
-        return (log_gate_P - log_gate_P.detach()).exp()
+        return straight_through(log_gate_P)
     best_T = log_gate_P.detach().new_zeros(num_tokens)
     best_T = best_T.scatter_reduce(0, token_P, log_gate_P.detach(), "amax", include_self=False)
     gate_P = (log_gate_P - best_T.index_select(0, token_P)).exp()
     return gate_P / gate_P.new_zeros(num_tokens).index_add(0, token_P, gate_P).index_select(0, token_P)
+
+
+def straight_through(log_gate: Tensor) -> Tensor:
+    """1, with the gradient of ``log_gate``."""
+    return (log_gate - log_gate.detach()) + 1.0
+
+
+def log_probs(logits_TE: Tensor) -> Tensor:
+    """``logits.log_softmax(dim=-1)``; of few experts by columns, in a third of the time.
+
+    Over rows shorter than a vector of 16 floats, torch's kernel for CPUs takes one number at a time.
+    """
+    if logits_TE.is_cpu and logits_TE.size(-1) < 16:
+        return logits_TE.T.log_softmax(dim=0).T
+    return logits_TE.log_softmax(dim=-1)
 
 
 def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
