@@ -9,7 +9,7 @@ A layer calls :func:`dispatch`, :func:`grouped_linear` on the rows, and :func:`c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -92,7 +92,7 @@ def grouped_linear(
 
 @untraced  # the number of rows of an expert depends on the data
 def routed_linear(
-    x_TI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, routing: Routing, backend: Backend = "auto"
+    parts: Sequence[Tensor], weight_EIO: Tensor, bias_EO: Tensor | None, routing: Routing, backend: Backend = "auto"
 ) -> Tensor:
     r"""(T, O) :math:`y_t = \sum_e w_{te} (x_t W_e + b_e)`: gather, grouped product and weighted scatter.
 
@@ -101,32 +101,35 @@ def routed_linear(
     them in one product. Follows autocast.
 
     Args:
-        x_TI: the tokens.
+        parts: the tokens, whose columns are those of one or several tensors (T, .) side by side.
         weight_EIO: stacked weights.
         bias_EO: stacked biases, or ``None``.
         routing: the pairs and their weights.
         backend: see :func:`grouped_linear`.
     """
-    device, dtype = x_TI.device.type, weight_EIO.dtype
+    device, dtype = parts[0].device.type, weight_EIO.dtype
     if device == "cuda" or backend not in ("auto", "loop"):
+        x_TI = parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)
         return combine(grouped_linear(dispatch(x_TI, routing), weight_EIO, bias_EO, routing.offsets, backend), routing)
-    if torch.is_autocast_enabled(device) and x_TI.dtype != torch.float64:
+    if torch.is_autocast_enabled(device) and parts[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    x_TI, weight_EIO = x_TI.to(dtype), weight_EIO.to(dtype)
+    parts, weight_EIO = [part.to(dtype) for part in parts], weight_EIO.to(dtype)
     gate_P = routing.weight.to(dtype)
     # Not where FLOPs are counted: those are of a token's own experts.
-    if backend == "auto" and is_few(len(x_TI), weight_EIO) and not torch._C._len_torch_dispatch_stack():
-        return _in_one_product(x_TI, weight_EIO, None if bias_EO is None else bias_EO.to(dtype), gate_P, routing)
-    return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, x_TI)
+    few = is_few(len(parts[0]), weight_EIO)
+    if backend == "auto" and few and not torch._C._len_torch_dispatch_stack():
+        return _in_one_product(parts, weight_EIO, None if bias_EO is None else bias_EO.to(dtype), gate_P, routing)
+    return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, *parts)
 
 
 def _in_one_product(
-    x_TI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, gate_P: Tensor, routing: Routing
+    parts: Sequence[Tensor], weight_EIO: Tensor, bias_EO: Tensor | None, gate_P: Tensor, routing: Routing
 ) -> Tensor:
     """(T, O) all experts on all tokens: rows of E blocks, one an expert, zero where the token is not the expert's."""
     if bias_EO is not None:  # as the weight of a column of ones
-        x_TI = torch.cat([x_TI, x_TI.new_ones(len(x_TI), 1)], dim=1)
+        parts = [*parts, parts[0].new_ones(len(parts[0]), 1)]
         weight_EIO = torch.cat([weight_EIO, bias_EO[:, None]], dim=1)
+    x_TI = torch.cat([*parts], dim=1)
     num_experts, width, _ = weight_EIO.shape
     place_P = routing.token * num_experts + owner(routing.offsets, routing.token)
     # Only the rows of pairs are written: zero times a NaN would be NaN at experts that the token does not go to.
@@ -237,16 +240,20 @@ def _aligned(x: Tensor, dims: int = 1) -> Tensor:
 class _RoutedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, num_tokens: int, token: Tensor, offsets: Tensor, *values: Any) -> Tensor:
-        gate, weight, bias, x = values
-        out_TO = x.new_zeros(num_tokens, weight.size(2))
+        gate, weight, bias, *parts = values
+        out_TO = weight.new_zeros(num_tokens, weight.size(2))
         # of the gate, whose gradient is that of the experts' outputs before they are weighted
-        y_PO = x.new_empty(len(token) if ctx.needs_input_grad[3] else 0, weight.size(2))
+        y_PO = weight.new_empty(len(token) if ctx.needs_input_grad[3] else 0, weight.size(2))
         ctx.save_for_backward(token, offsets, y_PO, *values)
         ends = offsets[:-1].tolist()  # one host sync
         outs = y_PO.tensor_split(ends) if len(y_PO) else [None] * len(weight)
-        by_expert = zip(token.tensor_split(ends), gate[:, None].tensor_split(ends), outs, strict=True)
-        for expert, (token, gate, y) in enumerate(by_expert):
-            y = torch.mm(x.index_select(0, token), weight[expert], out=y)
+        by_expert = zip(
+            token.tensor_split(ends), gate[:, None].tensor_split(ends), outs, _by_part(weight, parts), strict=True
+        )
+        for expert, (token, gate, y, weights) in enumerate(by_expert):
+            y = torch.mm(parts[0].index_select(0, token), weights[0], out=y)
+            for x, weight_IO in zip(parts[1:], weights[1:], strict=True):
+                y.addmm_(x.index_select(0, token), weight_IO)
             if bias is not None:
                 y += bias[expert]
             out_TO.index_add_(0, token, y * gate)
@@ -256,12 +263,14 @@ class _RoutedLinear(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
         token, offsets, y_PO, *values = ctx.saved_tensors
-        gate, weight, _, x = values
-        needs_gate, needs_weight, needs_bias, needs_x = needs = ctx.needs_input_grad[3:]
+        gate, weight, _, *parts = values
+        needs_gate, needs_weight, needs_bias, *needs_parts = needs = ctx.needs_input_grad[3:]
         grads: list[Any] = [torch.zeros_like(t) if needed else None for t, needed in zip(values, needs, strict=True)]
-        grad_gate, grad_weight, grad_bias, grad_x = grads
+        grad_gate, grad_weight, grad_bias, *grad_parts = grads
         ends, at_gate = offsets[:-1].tolist(), grad_gate if needs_gate else gate
         by_expert = zip(*(value.tensor_split(ends) for value in (token, gate[:, None], y_PO, at_gate)), strict=True)
+        weights = _by_part(weight, parts)
+        grad_weights = _by_part(grad_weight, parts) if needs_weight else weights
         for expert, (token, gate, y, at_gate) in enumerate(by_expert):
             grad_y = grad.index_select(0, token)
             if needs_gate:
@@ -269,8 +278,15 @@ class _RoutedLinear(torch.autograd.Function):
             grad_y.mul_(gate)
             if needs_bias:
                 torch.sum(grad_y, dim=0, out=grad_bias[expert])
-            if needs_weight:
-                torch.mm(x.index_select(0, token).T, grad_y, out=grad_weight[expert])
-            if needs_x:
-                grad_x.index_add_(0, token, grad_y @ weight[expert].T)
+            for part, x in enumerate(parts):
+                if needs_weight:
+                    torch.mm(x.index_select(0, token).T, grad_y, out=grad_weights[expert][part])
+                if needs_parts[part]:
+                    grad_parts[part].index_add_(0, token, grad_y @ weights[expert][part].T)
         return None, None, None, *grads
+
+
+def _by_part(weight_EIO: Tensor, parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """For each expert, the weight of each part of the input."""
+    widths = [part.size(1) for part in parts]
+    return [weight_IO.split(widths) for weight_IO in weight_EIO.unbind()]

@@ -116,10 +116,10 @@ class LinearAggregation(AggregateOnce):
         return [*zip(stacked, weights, strict=True), *biases]
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        x, linear = torch.cat([h, x_dst], dim=-1) if self.root else h, self.linear
+        parts, linear = [h, x_dst][: 1 + self.root], self.linear
         if not self.normalize and is_plain(linear):
-            return routed_linear(x, linear.weight, linear.bias, routing, linear.backend)
-        y_PO = linear(dispatch(x, routing), routing.offsets)
+            return routed_linear(parts, linear.weight, linear.bias, routing, linear.backend)
+        y_PO = linear(dispatch(torch.cat(parts, dim=-1), routing), routing.offsets)
         return combine(F.normalize(y_PO, p=2.0, dim=-1) if self.normalize else y_PO, routing)
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:

@@ -77,24 +77,31 @@ def test_strided_rows(backend: Backend) -> None:
 @given(
     tokens=st.integers(0, 9),
     experts=st.integers(1, 4),
-    width=st.integers(1, 8),
+    widths=st.lists(st.integers(1, 8), min_size=1, max_size=3),
     bias=st.booleans(),
     share=st.sampled_from([0.0, 0.4, 1.0]),
-    frozen=st.integers(0, 3),
+    frozen=st.integers(0, 5),
     seed=st.integers(0, 99),
 )
 def test_routed_linear_is_the_mixture(
-    backend: Backend, tokens: int, experts: int, width: int, bias: bool, share: float, frozen: int, seed: int
+    backend: Backend,
+    tokens: int,
+    experts: int,
+    widths: list[int],
+    bias: bool,
+    share: float,
+    frozen: int,
+    seed: int,
 ) -> None:
     """Outputs and gradients, of all but a frozen input; and what the caller holds stays as it is."""
     chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)) < share
-    gate = (features(tokens, experts, seed=seed + 9) * chosen).requires_grad_(frozen < 3)
-    shapes = [(tokens, width), (experts, width, 3), (experts, 3)]
+    gate = (features(tokens, experts, seed=seed + 9) * chosen).requires_grad_(frozen < 5)
+    shapes = [(experts, sum(widths), 3), (experts, 3), *((tokens, width) for width in widths)]
     values = [features(*shape, seed=seed + i).requires_grad_(i != frozen) for i, shape in enumerate(shapes)]
     before = [value.detach().clone() for value in values]
-    x, weight, bias_EO = values
-    ours = routed_linear(x, weight, bias_EO if bias else None, routing_of(gate), backend)
-    of_each = torch.einsum("ti,eio->teo", x, weight) + bias * bias_EO
+    weight, bias_EO, *parts = values
+    ours = routed_linear(parts, weight, bias_EO if bias else None, routing_of(gate), backend)
+    of_each = torch.einsum("ti,eio->teo", torch.cat(parts, dim=1), weight) + bias * bias_EO
     theirs = torch.einsum("te,teo->to", gate, of_each)
     # where a weight is no pair's, the formula's gradient is not zero
     leaves = [value for value in [*values, *([gate] if share == 1 else [])] if value.requires_grad]
@@ -105,7 +112,7 @@ def test_routed_linear_is_the_mixture(
 
 def test_routed_linear_is_of_the_type_of_its_weights() -> None:
     x, weight, routing = features(5, 5).bfloat16(), features(2, 5, 3).float(), routing_of(torch.ones(5, 2))
-    assert routed_linear(x, weight, None, routing).dtype == torch.float32
+    assert routed_linear([x], weight, None, routing).dtype == torch.float32
 
 
 @pytest.mark.parametrize("backend", ["loop", "padded"])
