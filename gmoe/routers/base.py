@@ -15,7 +15,7 @@ from gmoe._autograd import in_transform
 from gmoe._checks import check, check_choice, check_counts, has_hooks
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
-from gmoe.routing import INTEGERS, Routing, check_range, described
+from gmoe.routing import INTEGERS, Routing, check_range, described, readable
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
 
@@ -199,7 +199,7 @@ def log_probs(logits_TE: Tensor) -> Tensor:
 
     Over rows shorter than a vector of 16 floats, torch's kernel for CPUs takes one number at a time.
     """
-    if logits_TE.is_cpu and logits_TE.size(-1) < 16:
+    if readable(logits_TE) and logits_TE.size(-1) < 16:  # compilers have a kernel of their own
         return logits_TE.T.log_softmax(dim=0).T
     return logits_TE.log_softmax(dim=-1)
 
