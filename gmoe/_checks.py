@@ -95,10 +95,10 @@ def _common_start(one: str, other: str) -> int:
     return different[0] if different else min(len(one), len(other))
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """True if the module has forward or backward hooks, which only a call runs."""
+def must_be_called(module: nn.Module) -> bool:
+    """True if the module has forward or backward hooks, or a patched forward, which only a call runs."""
     of_forward = module._forward_pre_hooks or module._forward_hooks
-    return bool(of_forward or module._backward_pre_hooks or module._backward_hooks)
+    return bool(of_forward or module._backward_pre_hooks or module._backward_hooks) or "forward" in vars(module)
 
 
 def change_of(module: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import untraced
-from gmoe._checks import check_choice, check_counts, has_hooks
+from gmoe._checks import check_choice, check_counts, must_be_called
 from gmoe.conv.base import StackedExperts, all_of, stacked, tokens_of
 from gmoe.conv.graph import Graph, Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
@@ -124,7 +124,7 @@ class LinearAggregation(AggregateOnce):
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
         linear, dtype = self.linear, self.linear.weight.dtype
-        if self.normalize or has_hooks(self) or not is_plain(linear):
+        if self.normalize or must_be_called(self) or not is_plain(linear):
             return super().on_all(graph, x_src, x_dst, h)
         weights = linear.weight[0].T.tensor_split([h.size(1)], dim=1)
         out = F.linear(h.to(dtype), weights[0], None if linear.bias is None else linear.bias[0])
@@ -209,7 +209,7 @@ class GINExperts(AggregateOnce):
         return combine(self._network(rows_PI, routing.offsets), routing)
 
     def on_all(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any) -> Tensor:
-        if has_hooks(self):
+        if must_be_called(self):
             return super().on_all(graph, x_src, x_dst, h)
         return self._network(h.addcmul(x_dst, 1 + self.eps_E1), all_of(x_dst))
 
@@ -282,7 +282,7 @@ class MLPConvExperts(StackedExperts):
 
 def is_plain(linear: nn.Module) -> bool:
     """True if a kernel may stand in for the module: nobody replaced it or hung something on it."""
-    return type(linear) is LinearExperts and not has_hooks(linear)
+    return type(linear) is LinearExperts and not must_be_called(linear)
 
 
 class FilterConv(MessagePassing):

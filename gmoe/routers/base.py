@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gmoe._autograd import in_transform
-from gmoe._checks import check, check_choice, check_counts, has_hooks
+from gmoe._checks import check, check_choice, check_counts, must_be_called
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
 from gmoe.routing import INTEGERS, Routing, check_range, described, readable
@@ -206,7 +206,7 @@ def log_probs(logits_TE: Tensor) -> Tensor:
 
 def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
     """``linear(x)`` in the precision of ``x``, at least float32: a model in bfloat16 still scores in float32."""
-    if type(linear) is nn.Linear and linear.bias is None and not has_hooks(linear):
+    if type(linear) is nn.Linear and linear.bias is None and not must_be_called(linear):
         return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
     dtype = getattr(getattr(linear, "weight", None), "dtype", x_TD.dtype)  # a quantized one's weight is no tensor
     return linear(x_TD.to(dtype)).to(x_TD.dtype)

@@ -241,6 +241,24 @@ def test_a_hook_changes_nothing(hook: str) -> None:
     torch.testing.assert_close(moe(x, edge_index), expected)
 
 
+@pytest.mark.parametrize("name", ["shared_expert", "shared_expert.linear", "experts.linear", "router.gate"])
+def test_a_patched_forward_runs(name: str) -> None:
+    """As accelerate patches modules whose weights it moves."""
+    x, edge_index = graph()
+    moe = MoEConv("gcn", WIDTH, WIDTH, num_experts=3, router_kwargs={"balance": None})
+    expected = moe(x, edge_index)
+    module: Any = moe.get_submodule(name)
+    forward, called = module.forward, []
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        called.append(name)
+        return forward(*args, **kwargs)
+
+    module.forward = patched
+    torch.testing.assert_close(moe(x, edge_index), expected)
+    assert called
+
+
 def test_an_unrouted_node_of_nan_features_touches_no_other() -> None:
     """Its own routed part is zero, and no weight gets a NaN from it."""
     x, edge_index = graph()
