@@ -62,9 +62,8 @@ class BalancedRouter(Router):
         if is_step:
             self.bias_E.copy_(self.next_bias_E)
             self.mean_D.copy_(self.next_mean_D)
-        # A mean of two, since inductor keeps sums: a copy it would read again in the backward,
-        # where it is a later step's.
-        mean_1D = self.mean_D.expand(2, -1).mean(dim=0, keepdim=True)
+        # A sum, since inductor keeps sums: a copy it would read again in the backward, where it is a later step's.
+        mean_1D = torch.stack((self.mean_D, torch.zeros_like(self.mean_D))).sum(dim=0, keepdim=True)
         logits_TE = float_linear(x_TD, gate) - float_linear(mean_1D.to(x_TD.dtype), gate)
         if is_step:
             self._count(x_TD.detach(), logits_TE.detach())

@@ -15,7 +15,7 @@ from gmoe._autograd import in_transform
 from gmoe._checks import check, check_choice, check_counts, must_be_called
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
-from gmoe.routing import INTEGERS, Routing, check_range, described, readable
+from gmoe.routing import INTEGERS, Routing, check_range, described
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
 
@@ -192,16 +192,6 @@ def pair_weights(weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_
 def straight_through(log_gate: Tensor) -> Tensor:
     """1, with the gradient of ``log_gate``."""
     return (log_gate - log_gate.detach()) + 1.0
-
-
-def log_probs(logits_TE: Tensor) -> Tensor:
-    """``logits.log_softmax(dim=-1)``; of few experts by columns, in a third of the time.
-
-    Over rows shorter than a vector of 16 floats, torch's kernel for CPUs takes one number at a time.
-    """
-    if readable(logits_TE) and logits_TE.size(-1) < 16:  # compilers have a kernel of their own
-        return logits_TE.T.log_softmax(dim=0).T
-    return logits_TE.log_softmax(dim=-1)
 
 
 def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gmoe._checks import check
-from gmoe.routers.base import Router, Weighting, log_probs
+from gmoe.routers.base import Router, Weighting
 from gmoe.routing import INTEGERS, Routing, check_range, described
 
 
@@ -45,7 +45,7 @@ class RandomRouter(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TE = x_TD @ self.projection_DE.to(x_TD.dtype)
-        log_probs_TE = log_probs(logits_TE)
+        log_probs_TE = logits_TE.log_softmax(dim=-1)
         choices = self._top_k(logits_TE, log_probs_TE)
         return Routing.from_choices(*choices, self.num_experts, log_probs_TE.exp(), checked=True)
 

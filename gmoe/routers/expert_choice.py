@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._checks import check_at_least, check_choice, check_positive
-from gmoe.routers.base import Router, Weighting, float_linear, log_probs, pair_weights, reset_linear
+from gmoe.routers.base import Router, Weighting, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups, gather_pairs, pairs_of_mask
 from gmoe.routing import AuxLoss, Routing
 
@@ -134,7 +134,7 @@ class ExpertSelection(nn.Module):
         """
         along_tokens, num_tokens = self.normalize == "tokens", len(logits_TE)
         # inside a group the softmax along tokens ranks as the logits do
-        ranked_TE = log_scores_TE = logits_TE if along_tokens else log_probs(logits_TE)
+        ranked_TE = log_scores_TE = logits_TE if along_tokens else logits_TE.log_softmax(dim=-1)
         if self.inference == "threshold" and not self.training:
             if int(self.steps) == 0:
                 raise RuntimeError("inference='threshold' has no thresholds yet: run a training step or load a state")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from gmoe._checks import check, check_at_least, check_choice, check_positive
 from gmoe.losses import cv_squared, expected_load, switch_of
 from gmoe.routers.balance import BalancedRouter
-from gmoe.routers.base import Weighting, float_linear, log_probs, pair_weights, reset_linear
+from gmoe.routers.base import Weighting, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups, drop_over_capacity, gather_pairs
 from gmoe.routing import AuxLoss, Routing
 
@@ -125,7 +125,7 @@ class TokenChoice(BalancedRouter):
             std_TE = self.noise_scale * std_TE.nan_to_num(posinf=0.0)  # a NaN token is no other token's noise
         if self.training and std_TE is not None:
             logits_TE = torch.addcmul(clean_TE, torch.randn_like(clean_TE), std_TE)
-        log_probs_TE = log_probs(logits_TE)
+        log_probs_TE = logits_TE.log_softmax(dim=-1)
         # not by probabilities, which may underflow to ties
         expert_TK, weight_TK = self._top_k(logits_TE + self.bias_E if biased else logits_TE, log_probs_TE)
         has_losses = self.z_coef > 0 or self.balance in ("importance_load", "switch")

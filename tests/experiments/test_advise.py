@@ -81,7 +81,7 @@ def test_three_lines(
     if headroom == "yes":
         assert len(tried) == 5
         assert found["step"] > 0
-        assert third.startswith(f"use them: python -m experiments.train {name} --data-root 'my data' --")
+        assert third.startswith(f"use them: python -m experiments.train {name} --data-root 'my data'")
         assert found["setting"] in advise.arms_of(PRESETS[name][1])
     else:
         assert tried == ["dense", "dense-4x"]
