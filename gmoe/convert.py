@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from gmoe._checks import change_of, check, check_counts
 from gmoe._mlps import read_mlp
 from gmoe.dispatch import Backend
-from gmoe.moe import MoE, MoELayer, Start, check_copies, check_start
+from gmoe.moe import MoE, MoELayer, Start, check_copies, check_start, refuse_unknown
 from gmoe.routers import Router, RouterLike, build_router
 
 
@@ -37,6 +37,7 @@ def moefy(
     start: Start | None = None,
     router_kwargs: Mapping[str, Any] | None = None,
     backend: Backend = "auto",
+    **unknown: Any,
 ) -> nn.Module:
     r"""Add experts to a transformer's MLPs or a GNN's convs; the first forward stays the dense model's.
 
@@ -97,6 +98,7 @@ def moefy(
         >>> vit = moefy(timm.create_model("vit_tiny_patch16_224"), blocks=[-3, -1], router="expert_choice")
         >>> gnn = moefy(gnn, targets="conv*")
     """
+    refuse_unknown("moefy", unknown)
     check(not isinstance(router, Router), "router", "an instance for several layers", "a name or a factory")
     options: dict[str, Any] = {"num_experts": num_experts, "k": k, "router": router, "router_kwargs": router_kwargs}
     options |= {"upcycle": upcycle, "start": check_start(start), "backend": backend}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -62,6 +62,18 @@ def refuse_removed(arguments: Iterable[str]) -> None:
     for name in arguments:
         legal = "start='shared' (a shared expert, a dense start), 'copies' or 'plain' (no shared expert) in its place"
         check(name not in REMOVED, name, "a removed argument", legal)
+
+
+def refuse_unknown(caller: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that a function collects only to name those which ``start`` has replaced.
+
+    Raises:
+        ValueError: one of these.
+        TypeError: any other, as Python raises it.
+    """
+    refuse_removed(arguments)
+    if arguments:
+        raise TypeError(f"{caller}() got an unexpected keyword argument {next(iter(arguments))!r}")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from gmoe._checks import check, check_counts
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend, combine, dispatch
 from gmoe.experts import LinearExperts
-from gmoe.moe import MoELayer, Start, check_copies, check_start, drawn_apart
+from gmoe.moe import MoELayer, Start, check_copies, check_start, drawn_apart, refuse_unknown
 from gmoe.routers import RouterLike, build_router
 from gmoe.routing import GAIN_SCALE, Routing
 
@@ -172,7 +172,9 @@ class HeteroMoEConv(MoELayer):
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
         check_finite: bool = False,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown("HeteroMoEConv", unknown)
         super().__init__(num_experts, k)
         self.make_dense = partial(RelationalConv, in_channels, out_channels, metadata, out_types=out_types)
         self.start = check_start(start)

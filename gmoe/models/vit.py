@@ -15,7 +15,7 @@ from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
 from gmoe.hub import HubMixin, recorded
-from gmoe.moe import Start, check_start, drawn_apart
+from gmoe.moe import Start, check_start, drawn_apart, refuse_unknown
 from gmoe.routers import ROUTERS, Router, RouterLike
 from gmoe.routing import Routing, record_routing
 
@@ -94,10 +94,12 @@ class ViTMoE(HubMixin, VisionTransformer):
         dropout: float = 0.0,
         router_kwargs: Mapping[str, Any] | None = None,
         backend: Backend = "auto",
+        **unknown: Any,
     ) -> None:
+        refuse_unknown("ViTMoE", unknown)
         size = asdict(size) if isinstance(size, ViTSize) else size
         start = check_start(start)
-        config = recorded(locals(), known=ROUTERS)
+        config = recorded(locals(), "unknown", ROUTERS)
         check(isinstance(size, Mapping) or size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
         sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else SIZES[size])
         check_counts(num_classes=num_classes, **sizes)

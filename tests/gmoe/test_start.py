@@ -15,11 +15,13 @@ from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 from gmoe import (
     FilterConv,
     GNNMoE,
+    HeteroGNNMoE,
     HeteroMoEConv,
     MLPConv,
     MoEConv,
     OracleRouter,
     RelationalConv,
+    moefy,
 )
 from gmoe.models.vit import ViTMoE, ViTSize
 from tests.gmoe.conv.masked import GRAPHS, features, random_graph, routing_of
@@ -128,6 +130,33 @@ def test_copies_of_open_widths_are_filled_in_by_the_first_call() -> None:
     x = features(NODES, WIDTH).float()
     layer.eval()(x, EDGES)
     torch.testing.assert_close(layer(x, EDGES), layer.expert(0)(x, EDGES))
+
+
+METADATA = (["a"], [("a", "to", "a")])
+
+
+@pytest.mark.parametrize("name", ["shared_expert", "dense_start"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(MoEConv, GCNConv, WIDTH, WIDTH),
+        partial(GNNMoE, WIDTH, WIDTH, WIDTH),
+        partial(HeteroMoEConv, WIDTH, WIDTH, METADATA),
+        partial(HeteroGNNMoE, WIDTH, WIDTH, WIDTH, METADATA),
+        partial(ViTMoE, SMALL_VIT),
+        lambda **options: moefy(ViTMoE(SMALL_VIT, router=None), **options),
+    ],
+    ids=["MoEConv", "GNNMoE", "HeteroMoEConv", "HeteroGNNMoE", "ViTMoE", "moefy"],
+)
+def test_arguments_that_start_replaced_name_it(build: Callable[..., Any], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: got a removed argument, expected start='shared'"):
+        build(**{name: False})
+
+
+def test_an_unknown_argument_is_a_type_error_as_ever() -> None:
+    for build in (partial(ViTMoE, SMALL_VIT), partial(HeteroMoEConv, WIDTH, WIDTH, METADATA)):
+        with pytest.raises(TypeError, match=r"\(\) got an unexpected keyword argument 'num_expert'"):
+            build(num_expert=3)
 
 
 def test_copies_learn_apart() -> None:
