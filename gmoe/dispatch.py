@@ -26,8 +26,8 @@ Backend: TypeAlias = Literal["auto", "grouped", "padded", "loop"]
 FEW = {"inputs": 2**14, "products": 2**19, "rows": 2**19}
 """Up to T * I inputs, T * I * O multiply-adds of an expert, and T * E * I numbers in the rows of one product,
 :func:`routed_linear` runs all experts on all tokens: the loop takes some 45 us an expert, more than its share of the
-product. Measured with 4 to 64 experts of 1 to 64 outputs on one thread: .14 to .93 of the loop's time inside these
-bounds, 1.0 to 6 times outside."""
+product. Measured with 4 to 64 experts of 1 to 64 outputs on one thread: .10 to .93 of the loop's time inside these
+bounds; outside .5 to 7 times, more often above 1 than below."""
 
 
 def is_few(num_tokens: int, weight_EIO: Tensor) -> bool:
