@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, get_args
@@ -19,9 +19,6 @@ EXTRAS |= {"matplotlib": "plot", "safetensors": "hub", "huggingface_hub": "hub"}
 
 SIMILAR = 0.65
 """Least likeness of names, from 0 to 1, at which one is suggested for the other."""
-
-ALSO_CALLED = {"top_k": "token_choice", "topk": "token_choice", "switch": "token_choice"}
-"""What else routers are called, and the names that they have here."""
 
 
 @contextmanager
@@ -61,11 +58,15 @@ def check_positive(name: str, value: float) -> None:
     check(0 < value < math.inf, name, value, "a positive number")
 
 
-def check_choice(name: str, value: object, legal: Any) -> None:
-    """Refuse a value that is not one of ``legal``: some values, or a ``Literal`` of them."""
+def check_choice(name: str, value: object, legal: Any, also_called: Mapping[Any, str] = {}) -> None:
+    """Refuse a value that is not one of ``legal``: some values, or a ``Literal`` of them.
+
+    ``also_called`` has legal names by what else they are called.
+    """
     legal = get_args(legal) or tuple(legal)
     if value not in legal:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, legal))}{nearest(value, legal)}")
+        hint = f"; did you mean {also_called[value]!r}?" if value in also_called else nearest(value, legal)
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, legal))}{hint}")
 
 
 def nearest(value: object, legal: Iterable[object]) -> str:
@@ -80,9 +81,7 @@ def nearest(value: object, legal: Iterable[object]) -> str:
     names = [name for name in legal if isinstance(name, str)]
     best = max(names, key=likeness, default="")
     words = [name for name in names if name in unknown.split("_")]  # the k of top_k
-    if ALSO_CALLED.get(unknown) in names:
-        best = ALSO_CALLED[unknown]
-    elif words:
+    if words:
         best = words[0]
     elif not best or likeness(best)[0] < SIMILAR:
         return ""

@@ -36,6 +36,10 @@ ROUTERS: dict[str, Callable[..., Router]] = {
 :class:`SoftSlots` are for :class:`gmoe.SoftMoE`."""
 
 
+ALSO_CALLED = {"top_k": "token_choice", "topk": "token_choice", "switch": "token_choice"}
+"""What else routers are called, and their names here."""
+
+
 def build_router(
     router: RouterLike, dim: int, num_experts: int, k: int, kwargs: Mapping[str, Any] | None = None
 ) -> Router:
@@ -64,7 +68,7 @@ def build_router(
         check(fits, "router", got, f"dim={dim}, num_experts={num_experts}")
         return router
     if isinstance(router, str):
-        check_choice("router", router, ROUTERS)
+        check_choice("router", router, ROUTERS, ALSO_CALLED)
         router = ROUTERS[router]
     check(callable(router), "router", repr(router), "a name, a factory or an instance")
     signature = inspect.signature(router)
