@@ -55,7 +55,9 @@ CALLS = {"MoEConv": moe_conv, "plain mixture": mixture, "MoE": moe}
 
 
 def files(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    """Python files, without those that the docs' gallery copies."""
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return sorted(path for path in found if "auto_examples" not in path.parts)
 
 
 @cache
