@@ -61,18 +61,19 @@ NOISE: dict[str, dict[str, Any]] = {
     "annealed": {"anneal_noise": True},
     "quiet": {"options": RouterOptions(weight="straight_through", noise=False)},
 }
-CONTROLS: dict[str, dict[str, Any]] = {
-    "dense": {"router": "dense"},
-    "dense-lr2": {"router": "dense"},  # at twice the learning rate of the column
-    "dense-difference": {
-        "start": "copies",
-        "sharing": "difference",
-        "experts": 1,
-        "options": RouterOptions(weight="straight_through"),
-    },
-    "dense-flops": {"router": "dense", "equal": "flops", "equal_to": "token_choice"},
-    "default": {"router": "token_choice"},
-}
+
+
+def controls(base: RunConfig) -> dict[str, RunConfig]:
+    """What arms are compared with on a column."""
+    dense = replace(base, router="dense")
+    one = RouterOptions(weight="straight_through")
+    return {
+        "dense": dense,
+        "dense-lr2": replace(dense, lr=2 * base.lr),
+        "dense-difference": replace(base, start="copies", sharing="difference", experts=1, options=one),
+        "dense-flops": replace(dense, equal="flops", equal_to="token_choice"),
+        "default": replace(base, router="token_choice"),
+    }
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,10 @@ def cells(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
     """The runs of some columns, all where none are named: ``COLUMN/ARM`` and configuration."""
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise ValueError(f"columns: got {', '.join(unknown)}, expected some of {', '.join(COLUMNS)}")
-    found = {}
+    found = dict[str, RunConfig]()
     for column in columns or COLUMNS:
         base = replace(COLUMNS[column], seeds=SEEDS, data_root=root / COLUMNS[column].data_root)
-        for name, changes in CONTROLS.items():
-            found[f"{column}/{name}"] = replace(base, **changes)
-        found[f"{column}/dense-lr2"] = replace(base, router="dense", lr=2 * base.lr)
+        found |= {f"{column}/{name}": config for name, config in controls(base).items()}
         for arm in arms_of(column):
             found[f"{column}/{arm.name}"] = arm.applied(base)
     return found
@@ -239,7 +238,7 @@ def lines(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     columns = [column for column in results if "dense" in results[column]]
     ranked = dict(ranking(results))
     names = [*ranked, *(arm.name for arm in ARMS if arm.name not in ranked)]
-    names += [*CONTROLS, *(arm.name for arm in RANDOM)]
+    names += [*controls(DIGITS_GRAPH), *(arm.name for arm in RANDOM)]
     found = []
     for name in names:
         line = {"validation − dense (points)": name, "mean": f"{ranked[name]:+.2f}" if name in ranked else "–"}
