@@ -253,6 +253,14 @@ def test_reading_an_mlp_leaves_it_as_it_is() -> None:
     assert all(part.training for part in mlp.modules())
 
 
+def test_an_mlp_in_training_with_a_dropout_that_is_a_function_stays_as_the_shared_expert() -> None:
+    mlp = Dropping().train()
+    layer = moefy(stack(mlp), every=1, num_experts=2)[0].mlp  # type: ignore[index]
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(layer.eval()(x), mlp.eval()(x))
+    assert isinstance(layer.experts.activation, nn.GELU)
+
+
 def test_a_hidden_activation_that_no_function_gives_is_refused() -> None:
     class Sine(CalledByKeyword):
         def forward(self, x: Tensor) -> Tensor:
