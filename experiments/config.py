@@ -29,6 +29,17 @@ from experiments.files import parse_json, read_json
 
 RouterInput = Literal["node", "neighbors", "degree"]
 
+Sharing = Literal[
+    "pooled",
+    "pooled-10",
+    "tied-quarter",
+    "tied-half",
+    "difference",
+    "difference-gain",
+    "difference-rank",
+    "difference-decay",
+]
+
 RouterName = Literal[
     "dense",
     "token_choice",
@@ -108,8 +119,9 @@ class RunConfig:
     start: Literal["copies", "shared", "plain"] | None = None
     """How layers start: experts as copies of one layer, beside a shared expert, or each by itself; by default the
     layer's own choice."""
-    sharing: Literal["pooled", "difference"] | None = None
-    """Copies: pool the gradients of all (`pooled`), or train a common base and differences from it (`difference`)."""
+    sharing: Sharing | None = None
+    """Copies: pool the gradients of all (`pooled`), stay equal for the first part of the steps (`tied`), or train
+    a common base and differences from it (`difference`)."""
     anneal_noise: bool = False
     """Token choice: the noise on the selection falls to zero over the first half of the steps."""
     layers: int = 2

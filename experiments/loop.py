@@ -31,6 +31,7 @@ from experiments.data import Batch, Split, Task, load_tasks
 from experiments.predictions import has_predictions, keep_predictions
 from experiments.routing_stats import routing_rows, routing_summary
 from experiments.run_folder import Checkpoint, Logs, Result, Summary, begin, so_far, summarize, write_json
+from experiments.sharing import TIED, tie_copies
 from gmoe import Router, Routing, RoutingStats
 from gmoe.distributed import world_sum
 
@@ -332,6 +333,8 @@ class Training:
         loss = self.task.loss(logits, batch.target) if rows else logits.sum()
         aux = gmoe.aux_loss(self.routings).to(loss.device)
         self.fabric.backward(share_of_mean * loss + aux)  # DDP takes the mean of the processes' gradients
+        if self.progress < TIED.get(self.config.sharing or "", 0.0):
+            tie_copies(self.model)
         if norm := self.config.clip_norm:
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=norm, error_if_nonfinite=False)
         self.optimizer.step()
@@ -343,10 +346,15 @@ class Training:
         }
         self.epoch.add({"loss": loss, "aux": aux} | losses, self.routings, rows)
 
+    @property
+    def progress(self) -> float:
+        """The share of all steps that is done."""
+        steps = self.config.epochs * self.task.steps(self.config.batch_size)
+        return float(self.scheduler.last_epoch / steps)
+
     def anneal(self) -> None:
         """Scale the noise of the routers: from 1 to 0 over the first half of all steps."""
-        steps = self.config.epochs * self.task.steps(self.config.batch_size)
-        scale = max(0.0, 1.0 - 2.0 * self.scheduler.last_epoch / steps)
+        scale = max(0.0, 1.0 - 2.0 * self.progress)
         for module in self.model.modules():
             if isinstance(module, gmoe.TokenChoice):
                 module.noise_scale = scale

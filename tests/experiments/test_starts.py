@@ -15,12 +15,13 @@ from experiments.config import RouterOptions
 from experiments.data import load_tasks
 from experiments.loop import run
 from experiments.presets import DIGITS_GRAPH, MOSAIC
-from experiments.sharing import share_among_copies
+from experiments.sharing import FromBaseOfLowRank, GumbelChoice, Unbalanced, share_among_copies, tie_copies
 from experiments.starts import (
     ARMS,
     COLUMNS,
     RANDOM,
-    arms_of,
+    SECOND,
+    WEIGHED,
     cells,
     confirmed,
     confirmed_table,
@@ -57,6 +58,54 @@ def test_pooled_gradients_are_a_base_and_differences_under_gradient_descent() ->
     assert not torch.allclose(weight[0], weight[1])
 
 
+def test_ten_times_the_pooled_gradient_moves_copies_together() -> None:
+    apart = [
+        (trained(sharing).experts.linear.weight.std(dim=0) / trained(sharing).experts.linear.weight.std()).mean()
+        for sharing in (None, "pooled", "pooled-10")
+    ]
+    assert apart[0] > apart[1] > apart[2] > 0
+
+
+def test_tied_copies_train_as_the_dense_layer() -> None:
+    layer = trained("tied-half", steps=0)
+    x, edge_index = torch.randn(20, 4, dtype=torch.float64), torch.randint(20, (2, 60))
+    layer(x, edge_index).sin().sum().backward()
+    weight = layer.experts.linear.weight
+    summed = weight.grad.sum(dim=0)
+    assert not torch.allclose(weight.grad[0], weight.grad[1])
+    tie_copies(layer)
+    for gradient in weight.grad:
+        torch.testing.assert_close(gradient, summed)
+
+
+@pytest.mark.parametrize("sharing", ["difference-gain", "difference-rank", "difference-decay"])
+def test_differences_that_are_held_back_start_at_zero_and_are_trained(sharing: Any) -> None:
+    at_start, later = (trained(sharing, steps).experts.linear.weight for steps in (0, 3))
+    torch.testing.assert_close(at_start, at_start[:1].expand_as(at_start))
+    assert not torch.allclose(later[0], later[1])
+    if sharing == "difference-rank":
+        wide = torch.nn.Linear(12, 12)
+        wide.weight = torch.nn.Parameter(wide.weight.detach().expand(2, 12, 12).clone())
+        difference = FromBaseOfLowRank(wide.weight.detach()[:1], wide.weight)
+        torch.nn.init.ones_(difference.right)
+        added = difference(wide.weight.detach() * 0) - difference.base
+        assert torch.linalg.matrix_rank(added).tolist() == [1, 1]  # of ones; 4 at most
+        assert difference.left.shape == (2, 12, 4)
+
+
+def test_the_routers_to_compare_with_draw_and_leave_the_load_alone() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 6)
+    gumbel = GumbelChoice(6, 4, weight="straight_through")
+    first, second = (gumbel(x).offsets for _ in range(2))
+    assert not torch.equal(first, second)
+    gumbel.eval()
+    torch.testing.assert_close(gumbel(x).weight, torch.ones(200))
+    unbalanced = Unbalanced(6, 4)
+    assert unbalanced.by_spread
+    assert "bias_E" not in dict(unbalanced.named_buffers())
+
+
 def test_a_model_whose_copies_share_starts_as_the_dense_one() -> None:
     task = load_tasks(DIGITS_GRAPH)(0)
     inputs = next(iter(task.loader("train", 128, 0))).inputs
@@ -88,11 +137,13 @@ def test_the_noise_falls_to_zero_over_the_first_half(monkeypatch: pytest.MonkeyP
 
 
 def test_the_arms_are_those_that_were_fixed() -> None:
-    names = {arm.name for arm in ARMS}
-    assert len(names) == len(ARMS) == 36
-    assert len(RANDOM) == 12
+    names = {arm.name for arm in (*ARMS, *SECOND)}
+    assert (len(ARMS), len(SECOND), len(RANDOM)) == (36, 14, 12)
+    assert len(names) == 36 + 14
     found = cells((), Path("data"))
-    assert len(found) == 7 * (36 + 12 + 5) + (9 + 3 + 5)
+    assert len(found) == 7 * (36 + 12 + 5) + (9 + 3 + 5) + 14 * len(WEIGHED)
+    top_2 = found["cora/difference-once-neighbors-constant-top2"]
+    assert (top_2.k, top_2.options.weight, top_2.sharing) == (2, "normalized", "difference")
     mosaic = found["mosaic/pooled-once-neighbors-annealed"]
     assert (mosaic.start, mosaic.sharing, mosaic.anneal_noise) == ("copies", "pooled", True)
     assert found["cora/dense-lr2"].lr == 2 * COLUMNS["cora"].lr
@@ -101,46 +152,55 @@ def test_the_arms_are_those_that_were_fixed() -> None:
         cells(["sea"], Path("data"))
 
 
-def test_arms_are_ranked_by_their_mean_gain_in_validation() -> None:
-    def summary(value: float) -> dict[str, Any]:
-        return {"val": {"values": [value, value], "mean": value}}
+def validated(value: float) -> dict[str, Any]:
+    """The summary of two seeds of a score."""
+    return {"val": {"values": [value, value], "mean": value}}
 
-    results = {}
-    for column, best in (("digits-graph", "copies-layer-node-quiet"), ("digits", "copies-layer-node-quiet")):
-        results[column] = {arm.name: summary(0.5) for arm in arms_of(column)}
-        results[column] |= {"dense": summary(0.4), best: summary(0.8)}
-    results["cora"] = {"dense": summary(0.4)}  # is not complete, and does not count
-    (first, mean), *others = ranking(results)
-    assert first == "copies-layer-node-quiet"
-    assert mean == pytest.approx(40.0)
-    # On images, arms that differ in what images lack are one.
-    assert {name for name, mean in others if mean > 10.1} == {
-        f"copies-{decided}-{seen}-quiet" for decided in ("layer", "once") for seen in ("node", "neighbors")
-    } - {first}
+
+def screened_columns() -> dict[str, dict[str, Any]]:
+    """Results of all arms and variants on the weighed columns; two stand out."""
+    columns = {}
+    for column in WEIGHED:
+        known = {arm.name: validated(0.5) for arm in (*ARMS, *SECOND)}
+        known |= {"dense": validated(0.4), "copies-layer-node-quiet": validated(0.8)}
+        columns[column] = known | {"copies-once-neighbors-constant-tied-half": validated(0.7)}
+    return columns
+
+
+def test_arms_are_ranked_by_their_mean_gain_in_validation_over_the_weighed_columns() -> None:
+    results = screened_columns()
+    results["mosaic"]["copies-layer-node-quiet"] = validated(0.9)
+    results["digits"] = {"dense": validated(0.4), "copies-layer-node-quiet": validated(0.0)}  # is not weighed
+    del results["cora"]["pooled-layer-node-quiet"]  # so that this arm is not ranked
+    ranked = ranking(results)
+    assert [name for name, _ in ranked[:2]] == [
+        "copies-layer-node-quiet",
+        "copies-once-neighbors-constant-tied-half",
+    ]
+    assert [mean for _, mean in ranked[:2]] == pytest.approx([42.0, 30.0])
+    assert len(ranked) == len(ARMS) + len(SECOND) - 1
     head, _, best, *_ = table(results).splitlines()
-    assert head == "| validation − dense (points) | mean | digits-graph | digits | cora |"
-    assert best == "| copies-layer-node-quiet | +40.00 | +40.00 | +40.00 | – |"
+    assert head.startswith("| validation − dense (points) | mean | digits-graph | cora | mosaic |")
+    assert best.startswith("| copies-layer-node-quiet | +42.00 | +40.00 | +40.00 | +50.00 |")
     assert "| dense | – | 40.00 | 40.00 | 40.00 |" in table(results)
+    assert "| pooled-layer-node-quiet | – | +10.00 | – | +10.00 |" in table(results)
     assert table({}) == "no arm is finished yet"
 
 
 def test_the_best_two_are_confirmed_on_seeds_that_were_not_looked_at() -> None:
-    def summary(value: float) -> dict[str, Any]:
-        return {"val": {"values": [value, value], "mean": value}}
-
-    screened: dict[str, dict[str, Any]] = {}
-    for column in COLUMNS:
-        screened[column] = {arm.name: summary(0.5) for arm in arms_of(column)} | {"dense": summary(0.4)}
-        screened[column]["copies-layer-node-quiet"] = summary(0.8)
-        screened[column]["pooled-layer-node-quiet"] = summary(0.7)
+    screened = screened_columns()
     found = confirmed((), Path("data"), screened)
-    assert {name.partition("/")[2] for name in found} == {
+    on_graphs = {name for name in found if not name.startswith("digits/")}
+    assert {name.partition("/")[2] for name in on_graphs} == {
         *("dense", "dense-flops", "default"),
-        *("copies-layer-node-quiet", "pooled-layer-node-quiet"),
+        *("copies-layer-node-quiet", "copies-once-neighbors-constant-tied-half"),
     }
+    # Images have a router in each layer, and a patch has no neighbors.
+    tied = found["digits/copies-layer-node-constant-tied-half"]
+    assert (tied.sharing, tied.options.weight) == ("tied-half", "straight_through")
     assert {config.seeds for config in found.values()} == {tuple(range(3, 13))}
-    del screened["mosaic"]["pooled-once-node-quiet"]
-    with pytest.raises(ValueError, match=r"^columns: got no complete mosaic, expected all"):
+    del screened["mosaic"]["difference-once-neighbors-constant-gain"]
+    with pytest.raises(ValueError, match=r"^columns: got not all variants of mosaic, expected all"):
         confirmed((), Path("data"), screened)
 
 
