@@ -180,12 +180,13 @@ def cells(columns: Sequence[str], root: Path) -> dict[str, RunConfig]:
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is finished: by column and arm, the summary."""
-    return {
-        column: {path.stem: read_json(path, dict[str, Any]) for path in sorted((folder / column).glob("*.json"))}
-        for column in COLUMNS
-        if (folder / column).is_dir()
-    }
+    """What is finished: by column and run, the summary."""
+    found = {}
+    for column in COLUMNS:
+        paths = sorted((folder / column).glob("*.json"))
+        if paths:
+            found[column] = {path.stem: read_json(path, dict[str, Any]) for path in paths}
+    return found
 
 
 def differences(known: Mapping[str, Any], arm: str, other: str, part: str) -> list[float]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tyro
 
@@ -26,6 +26,9 @@ from experiments.config import RunConfig, check_first, fail, interrupt
 from experiments.files import read_json
 from experiments.studies import RECORDED, Study, grid, recorded
 from experiments.tables import cell_tables, map_table, read_cells, study_table
+
+Results: TypeAlias = dict[str, dict[str, Any]]
+"""By column and run, the summary."""
 
 PROG = "python -m experiments.sweep"
 
@@ -82,16 +85,21 @@ class RoutersConfig(SweepConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartsConfig(SweepConfig):
-    """Columns of the study of copies, and where they go."""
-
-    confirm: bool = False
-    """The second stage: the best two arms and the default on ten seeds that were not looked at."""
+class CurvesConfig(SweepConfig):
+    """Columns of the curves over FLOPs, and where they go."""
 
     data_root: Path = Path("data")
     """Folder of planetoid, heterophilous and facebook.npz, each as its loader reads it."""
     columns: tuple[str, ...] = ()
     """Data sets; by default all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartsConfig(CurvesConfig):
+    """Columns of the study of copies, and where they go."""
+
+    confirm: bool = False
+    """The second stage: the best two arms and the default on ten seeds that were not looked at."""
 
 
 STUDIES: dict[str, tuple[str, SweepConfig]] = {name: (line, SweepConfig()) for name, line in RECORDED.items()}
@@ -100,6 +108,7 @@ STUDIES["map"] = ("When experts pay: regimes, labels, widths, and how a regime s
 STUDIES["routers"] = ("One table: the same routers on images and on graphs, a cell a file.", RoutersConfig())
 
 STUDIES["starts"] = ("Experts that begin as copies of one layer, at the dense FLOPs.", StartsConfig())
+STUDIES["curves"] = ("Test scores over FLOPs: dense models and two shapes of experts by width.", CurvesConfig())
 
 
 def make_study(name: str, config: SweepConfig) -> tuple[str, Study]:
@@ -154,26 +163,44 @@ def sweep_cells(config: RoutersConfig) -> tuple[str, dict[str, str]]:
 
 def sweep_starts(config: StartsConfig) -> tuple[str, dict[str, str]]:
     """Run the arms of a stage that have no file: the table, and by arm why it could not be run."""
-    from experiments.run_folder import write_json
     from experiments.starts import cells, confirmed, confirmed_table, read_results, table
 
     if config.confirm:
-        name = "starts-confirmed"
-        todo = confirmed(config.columns, config.data_root, read_results(config.results / "starts"))
-    else:
-        name = "starts"
-        todo = cells(config.columns, config.data_root)
+        screened = read_results(config.results / "starts")
+        todo = confirmed(config.columns, config.data_root, screened)
+        results, failed = run_columns("starts-confirmed", todo, config)
+        return confirmed_table(results), failed
+    results, failed = run_columns("starts", cells(config.columns, config.data_root), config)
+    return table(results), failed
+
+
+def sweep_curves(config: CurvesConfig) -> tuple[str, dict[str, str]]:
+    """Run the points that have no file: the table, and by point why it could not be run."""
+    from experiments.curves import points, table
+
+    results, failed = run_columns("curves", points(config.columns, config.data_root), config)
+    return table(results), failed
+
+
+def run_columns(name: str, todo: Mapping[str, RunConfig], config: SweepConfig) -> tuple[Results, dict[str, str]]:
+    """Run what has no file ``COLUMN/RUN.json``: all results, and by run why it could not be run."""
+    from experiments.run_folder import write_json
+    from experiments.starts import read_results
+
     folder = config.results / name
-    results = read_results(folder)
-    known = {f"{column}/{arm}": run["config"] for column, arms in results.items() for arm, run in arms.items()}
+    known = {
+        f"{column}/{run}": summary["config"]
+        for column, runs in read_results(folder).items()
+        for run, summary in runs.items()
+    }
 
     def finish(cell: str, _: RunConfig, summary: Any) -> None:
         left_out = ("curve", "routing")  # long, and in the run folder
-        write_json(folder / f"{cell}.json", {name: value for name, value in summary.items() if name not in left_out})
+        kept = {part: value for part, value in summary.items() if part not in left_out}
+        write_json(folder / f"{cell}.json", kept)
 
     failed = run_all(name, todo, known, folder, config, finish)
-    show = confirmed_table if config.confirm else table
-    return show(read_results(folder)), failed
+    return read_results(folder), failed
 
 
 def sweep_map(config: SweepConfig) -> tuple[str, dict[str, str]]:
@@ -263,6 +290,8 @@ def main(args: Sequence[str] | None = None) -> None:
             table, failed = sweep_cells(config)
         elif isinstance(config, StartsConfig):
             table, failed = sweep_starts(config)
+        elif isinstance(config, CurvesConfig):
+            table, failed = sweep_curves(config)
         elif study == "map":
             table, failed = sweep_map(config)
         else:

@@ -6,7 +6,9 @@ compares variants seed by seed. ``<!-- benchmark: NAME -->`` and ``<!-- swap: NA
 ``experiments.benchmark`` wrote, ``<!-- presets: NAME -->`` runs of ``experiments.train``, each beside its dense model.
 ``<!-- cells: routers -->`` is the table of ``experiments.sweep routers``,
 ``<!-- cells: routers: COLUMN -->`` a column of it, and ``<!-- gains: routers: COLUMN COLUMN -->``
-what the default router gains in some columns. ``<!-- arms: starts -->`` is the table of ``experiments.sweep starts``.
+what the default router gains in some columns. ``<!-- arms: starts -->`` is the table of ``experiments.sweep starts``,
+``<!-- confirmed: starts-confirmed -->`` that of its second stage, ``<!-- curves: curves -->`` that of
+``experiments.sweep curves``.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from experiments.files import read_json
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(
-    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|map|arms): (?P<study>[\w-]+)"
+    r"(<!-- (?P<kind>table|pairs|presets|benchmark|swap|cells|gains|map|arms|confirmed|curves): (?P<study>[\w-]+)"
     r"(?:: (?P<variants>[\w/ -]+?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -37,7 +39,7 @@ Line: TypeAlias = dict[str, str]
 
 def render(page: str, results: Path = ROOT / "results") -> str:
     """The page with all its tables generated anew."""
-    from experiments import starts
+    from experiments import curves, starts
 
     makers: dict[str, Callable[..., str]] = {
         "table": study_table,
@@ -47,8 +49,11 @@ def render(page: str, results: Path = ROOT / "results") -> str:
         "cells": cell_tables,
         "gains": gain_table,
         "arms": starts.table,
+        "confirmed": starts.confirmed_table,
+        "curves": curves.table,
     }
-    readers = {"cells": read_cells, "gains": read_cells, "arms": starts.read_results}
+    readers = {"cells": read_cells, "gains": read_cells}
+    readers |= dict.fromkeys(("arms", "confirmed", "curves"), starts.read_results)
 
     def table(match: re.Match[str]) -> str:
         read_folder = readers.get(match["kind"])
