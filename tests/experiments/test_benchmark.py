@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.nn import GCNConv
 
-from experiments.benchmark import layers, measure, train
+from experiments.benchmark import compiled, layers, measure, train
 from experiments.benchmark.__main__ import main
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
+from gmoe import MoE
+from gmoe.conv.kinds import factory_of
 from tests.gmoe.data.stored_files import store
 
 CPU = torch.device("cpu")
@@ -131,3 +135,79 @@ def test_parts_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(figures["share"].values()) == pytest.approx(1.0)
     assert min(figures["parts"].values()) > 0
     assert figures["parts"]["forward"] >= 0.4
+
+
+# under torch.compile ---------------------------------------------------------------------------------
+
+
+class Broken(nn.Linear):
+    """What torch cannot compile as one graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        torch._dynamo.graph_break()
+        return x.relu()
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured, but no code is made of them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_row_says_which_layers_are_compiled_in_pieces() -> None:
+    row: list[nn.Module] = [nn.Linear(4, 4), Broken(4, 4), nn.Linear(4, 4)]
+    found = compiled.measure_row("row", row, (torch.randn(3, 4),), repeats=2)
+    graphs = {name: figures["graph"] for name, figures in found.items() if "graph" in figures}
+    assert graphs == {
+        "row: dense, compiled whole": "whole",
+        "row: MoE shared, compiled in pieces (1 break)": "in pieces (1 break)",
+        "row: MoE copies, compiled whole": "whole",
+    }
+    assert list(found)[::2] == [f"row: {name}, eager" for name in compiled.LAYERS]
+    base = found["row: dense, compiled whole"]["cpu"]
+    for figures in found.values():
+        assert figures["ratio"]["cpu"] == figures["cpu"]["min"] / base["min"]
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_whole_layer_beside_one_in_pieces_is_compiled() -> None:
+    """torch remembers by code object what it could not compile: the next layer would run as it is."""
+    inputs = (torch.randn(3, 4),)
+    assert compiled.compile_step(Broken(4, 4), inputs).graph == "in pieces (1 break)"
+    assert compiled.compile_step(Broken(4, 4), inputs).graph == "in pieces (1 break)"
+
+
+def test_each_setting_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "measure_setting", note_setting)
+    found = compiled.CompileBenchmark(thread_counts=(2,)).measured()
+    assert list(found) == ["default 2", "kept 2"]
+    assert len({setting["process"] for setting in found.values()} | {os.getpid()}) == 3
+    assert [setting["trim"] for setting in found.values()] == [None, "4000000000"]
+    assert [setting["omp"] for setting in found.values()] == ["2", "2"]
+
+
+def note_setting(config: compiled.CompileBenchmark, threads: int, allocator: str) -> dict[str, Any]:
+    """In the place of the measurement: the process that it would run in."""
+    trim, omp = os.environ.get("MALLOC_TRIM_THRESHOLD_"), os.environ["OMP_NUM_THREADS"]
+    return {f"{allocator} {threads}": {"process": os.getpid(), "trim": trim, "omp": omp}}
+
+
+@pytest.mark.parametrize("kind", ["gcn", "gat"])
+def test_rows_of_convs_have_the_dense_conv_and_both_starts(kind: Any) -> None:
+    ((name, (dense, shared, copies), (x, edge_index)),) = compiled.rows_of(
+        compiled.CompileBenchmark(kinds=(kind,), nodes=(30,))
+    )
+    assert name == f"{kind}, 30 nodes"
+    assert type(dense) is factory_of(kind)
+    assert [layer.start for layer in (shared, copies)] == ["shared", "copies"]
+    assert dense(x, edge_index).shape == shared(x, edge_index).shape == copies(x, edge_index).shape
+
+
+def test_rows_of_vits_have_the_dense_one_and_both_starts() -> None:
+    ((name, models, (images,)),) = compiled.rows_of(compiled.CompileBenchmark(kinds=("vit",), images=2))
+    assert name == "vit, 2 images"
+    counts = [sum(isinstance(part, MoE) for part in model.modules()) for model in models]
+    assert counts == [0, 3, 3]
+    assert len({model(images).shape for model in models}) == 1
