@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -17,10 +18,11 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.nn import GCNConv
 
-from experiments.benchmark import compiled, layers, measure, train
+from experiments.benchmark import compiled, gpu, layers, measure, train
 from experiments.benchmark.__main__ import main
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
+from experiments.tables import benchmark_lines
 from gmoe import MoE
 from gmoe.conv.kinds import factory_of
 from tests.gmoe.data.stored_files import store
@@ -211,3 +213,71 @@ def test_rows_of_vits_have_the_dense_one_and_both_starts() -> None:
     counts = [sum(isinstance(part, MoE) for part in model.modules()) for model in models]
     assert counts == [0, 3, 3]
     assert len({model(images).shape for model in models}) == 1
+
+
+# on a GPU, dry ---------------------------------------------------------------------------------------
+
+DRY = "gpu --device cpu --nodes 40 --tokens 32 --images 2"
+
+
+def test_a_dry_run_for_gpus_finds_every_row_equal(tmp_path: Path) -> None:
+    found = found_by(DRY, tmp_path)
+    assert list(found) == [f"{row}, {precision}" for row in gpu.ROWS for precision in ("fp32", "bf16")]
+    for name, figures in found.items():
+        assert "error" not in figures, (name, figures)
+        assert figures["waits"] == {}  # of which a CPU has none
+        assert figures["ratio"]["wall"] == figures["wall"]["median"] / figures["dense"]["wall"]["median"]
+        if name.endswith("fp32"):
+            assert all(of["within"] for of in figures["equal"].values()), (name, figures["equal"])
+
+
+def test_a_row_that_differs_from_the_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu.run
+
+    def wrong(*args: Any) -> list[Tensor]:
+        values = right(*args)
+        values[-1] += 1e-3 * next(errors) * max(float(value.abs().max()) for value in values[1:])
+        return values
+
+    errors = itertools.cycle([0, 1])  # the CPU's come first
+    monkeypatch.setattr(gpu, "run", wrong)
+    equal = gpu.compared(gpu.ROWS["gcn"](), CPU)
+    assert equal["float64"] == pytest.approx({"output": 0, "gradients": 1e-3, "within": False, "tolerance": 1e-9})
+    assert not equal["float32"]["within"]
+    lines = benchmark_lines({"gcn, fp32": {"equal": equal, "error": "none"}})
+    assert lines[0]["float64"] == "NOT EQUAL"
+
+
+def test_a_row_that_fails_costs_no_other_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of memory\nsomewhere")
+
+    monkeypatch.setitem(gpu.ROWS, "gcn", lambda: gpu.Row("graph", gpu.ROWS["sage"]().moe, fails))
+    found = found_by(f"{DRY} --rows gcn sage", tmp_path)
+    assert found["gcn, bf16"] == {"error": "RuntimeError: out of memory\nsomewhere"}
+    assert "wall" in found["sage, bf16"]
+    assert [line["error"] for line in benchmark_lines(found)][1:] == ["RuntimeError: out of memory", "–", "–"]
+
+
+def test_waits_are_counted_by_name_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "WAITS", {"aten::nonzero", "aten::unique_dim"})
+    x = torch.randn(4, requires_grad=True)
+
+    def look(_: Tensor) -> None:
+        x.nonzero()
+
+    def step() -> None:
+        x.nonzero()
+        y = x * 2
+        y.register_hook(look)  # in the backward pass
+        y.sum().backward()
+
+    assert gpu.waits_of(step, CPU) == {"aten::nonzero": 2}
+
+
+def test_a_gpu_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        main(["gpu", "--rows", "gcn"])
+    assert "device: got 'cuda' without such a device, expected a machine that has one" in capsys.readouterr().err
