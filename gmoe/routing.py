@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import InitVar, dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -200,7 +201,9 @@ class Routing:
         return none_TE.index_put((self.token, self.expert), self.weight)
 
     def select(self, tokens: slice | None = None, experts: Sequence[int] | None = None) -> Routing:
-        """Restrict the routing to some tokens, some experts, or both, renumbered; the losses stay. Host syncs.
+        """Restrict the routing to some tokens, some experts, or both, renumbered; the losses stay.
+
+        One host sync for all calls of a routing, and one more for each slice.
 
         Args:
             tokens: a slice of step 1, whose cost is that of the pairs it holds; ``None`` for all.
@@ -211,19 +214,32 @@ class Routing:
         whole = (start, stop) == (0, self.num_tokens)
         if whole and experts is None:
             return self
-        ends, scores = self.offsets[:-1].tolist(), self.scores[rows]
-        pairs = [*zip(self.token.tensor_split(ends), self.weight.tensor_split(ends), strict=True)]
-        if experts is not None:
-            pairs, scores = [pairs[expert] for expert in experts], scores[:, list(experts)]
+        load_E, spans = self.load, self._spans
         if not whole:  # an expert's pairs lie in the order of their tokens
-            bounds = self.token.new_tensor([start, stop])
-            spans = [slice(*torch.searchsorted(token, bounds).tolist()) for token, _ in pairs]
-            pairs = [(token[span], weight[span]) for span, (token, weight) in zip(spans, pairs, strict=True)]
-        offsets = self.token.new_tensor([len(token) for token, _ in pairs]).cumsum(0).to(torch.int32)
-        token, weight = map(torch.cat, zip(*pairs, strict=True))
+            bounds = start + (stop - start) * torch.arange(2, device=self.token.device)
+            found_E2 = torch.stack([torch.searchsorted(self.token[first:end], bounds) for first, end in spans])
+            load_E = found_E2[:, 1] - found_E2[:, 0]
+            spans = [
+                (first + skipped, first + taken)
+                for (first, _), (skipped, taken) in zip(spans, found_E2.tolist(), strict=True)
+            ]
+        scores = self.scores[rows]
+        if experts is not None:
+            # One by one: a list as an index would be copied to the device, for which the host waits.
+            load_E = torch.stack([load_E[expert] for expert in experts])
+            scores = torch.stack([scores[:, expert] for expert in experts], dim=1)
+            spans = [spans[expert] for expert in experts]
+        token, weight = (torch.cat([values[first:end] for first, end in spans]) for values in (self.token, self.weight))
+        offsets = load_E.cumsum(0).to(torch.int32)
         dropped_T = None if self.dropped_T is None else self.dropped_T[rows]
         rest = (weight, scores, len(scores), self.losses, dropped_T, self.detached)
         return Routing(token - start, offsets, *rest, checked=True)
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int]]:
+        """First and end of each expert's pairs, read from the device once."""
+        ends = self.offsets.tolist()
+        return [*zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def owner(offsets_E: Tensor, token_P: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ COUNTS = {
     "gcn on a Graph": 3,
     "gat on a Graph": 8,
     "filters": 5,
-    "mixed kinds": 17,
+    "mixed kinds": 10,
     "GNNMoE": 7,
     "MoE, token_choice": 6,
     "MoE, expert_choice": 6,
@@ -29,7 +29,7 @@ COUNTS = {
     "MoE, multi_centroid": 6,
     "MoE, random": 6,
     "MoE, uniform": 6,
-    "MoE, capacity": 8,
+    "MoE, capacity": 7,
     "SoftMoE": 6,
 }
 """Waits of a training step, forward and backward, in float32 on a GPU of capability 8.0."""

@@ -140,8 +140,8 @@ class TokenChoice(BalancedRouter):
         share = (self.capacity_factor or 1.0) * self.k / self.num_experts
         token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, share)
         weight_P = pair_weights(self.weight, gather_pairs(log_probs_TE, token_P, offsets_E), token_P, num_tokens)
-        dropped_T = self.k - token_P.bincount(minlength=num_tokens)
-        return Routing(token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, dropped_T, checked=True)
+        kept_T = token_P.new_zeros(num_tokens).index_add(0, token_P, torch.ones_like(token_P))  # bincount waits
+        return Routing(token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, self.k - kept_T, checked=True)
 
     def _losses(
         self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, expert_TK: Tensor
