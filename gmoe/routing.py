@@ -49,6 +49,8 @@ class Routing:
         num_tokens: T.
         losses: auxiliary losses by name, each with its coefficient.
         dropped_T: (T,) int64, how many pairs of each token exceeded the capacity; ``None`` if nothing can be dropped.
+        slot: (P,) int64, where each token has the same number K of pairs: ``token * K + j``, each once. It is for speed
+            alone; ``None`` (default) elsewhere.
         detached: the losses were computed in training while gradients were off, so that they train nothing.
         checked: everything is right by construction: check nothing.
 
@@ -65,6 +67,7 @@ class Routing:
     losses: Mapping[str, AuxLoss] = field(default_factory=dict)
     dropped_T: Tensor | None = None
     detached: bool = False
+    slot: Tensor | None = None
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
@@ -72,12 +75,13 @@ class Routing:
             self._check()
 
     def _check(self) -> None:
-        token, offsets, weight = self.token, self.offsets, self.weight
+        token, offsets, weight, slot = self.token, self.offsets, self.weight, self.slot
         for name, fits, expected in (
             ("token", token.dim() == 1 and token.dtype == torch.int64, "(P,) int64"),
             ("offsets", offsets.dim() == 1 and offsets.dtype == torch.int32 and offsets.numel(), "(E,) int32"),
             ("weight", weight.shape == token.shape and weight.is_floating_point(), "(P,) floats"),
             ("scores", self.scores.shape == (self.num_tokens, offsets.numel()), "(num_tokens, E)"),
+            ("slot", slot is None or (slot.shape, slot.dtype) == (token.shape, torch.int64), "(P,) int64, or None"),
         ):
             if not fits:
                 raise ValueError(f"{name}: got {described(getattr(self, name))}, expected {expected}")
@@ -89,6 +93,12 @@ class Routing:
             check(cumulative, "offsets", ends[1:], legal)
             ascending = (self.expert * self.num_tokens + token).diff() > 0
             check(ascending.all(), "token", "pairs out of order or twice", "each expert's tokens strictly ascending")
+            if slot is not None and len(token):
+                k = len(token) // max(self.num_tokens, 1)
+                each = torch.equal(slot.sort().values, torch.arange(len(slot))) and torch.equal(
+                    slot // max(k, 1), token
+                )
+                check(each, "slot", slot[:3].tolist(), f"token * {k} + j, each of 0..{len(slot) - 1} once")
 
     @staticmethod
     def from_choices(
@@ -127,7 +137,8 @@ class Routing:
         offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
         weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
         token_P = slot_P if k == 1 else slot_P // max(k, 1)
-        return Routing(token_P, offsets_E, weight_P, scores, num_tokens, losses or {}, checked=checked)
+        rest = (weight_P, scores, num_tokens, losses or {})
+        return Routing(token_P, offsets_E, *rest, slot=slot_P, checked=checked)
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__}({self.num_tokens} tokens, {self.num_experts} experts"

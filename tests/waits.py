@@ -33,6 +33,7 @@ BRANCHES = {
     r"\bdevice == \"cuda\"": "True",
     r"[\w.]*\bdevice\.type == \"cpu\"": "False",
     r"[\w.]*\bdevice\.type != \"cpu\"": "True",
+    r"torch\._C\._len_torch_dispatch_stack\(\)": "0",  # the operators' mode is no count of FLOPs
     r"SPARSE_DEVICES = \(\"cpu\",\)": "SPARSE_DEVICES = ()",
 }
 """Regular expressions of gmoe's questions for a device, and the answers that they would get on CUDA."""
