@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.waits import BRANCHES, Waits, copy_with_cuda_branches, count_waits, step_waits
+from tests.waits import (
+    BRANCHES,
+    Found,
+    Results,
+    copy_with_cuda_branches,
+    on_cuda_branches,
+    results,
+    step_waits,
+)
 
 COUNTS = {
     "gcn": 0,
@@ -36,18 +44,30 @@ COUNTS = {
 
 
 @pytest.fixture(scope="module")
-def found() -> Waits:
-    return count_waits()
+def found() -> Found:
+    return on_cuda_branches()
 
 
-def test_the_table_has_every_layer(found: Waits) -> None:
-    assert [*found] == [*COUNTS]
+@pytest.fixture(scope="module")
+def expected() -> Results:
+    return results()
+
+
+def test_the_table_has_every_layer(found: Found) -> None:
+    assert [*found.waits] == [*found.results] == [*COUNTS]
 
 
 @pytest.mark.parametrize("layer", COUNTS)
-def test_a_training_step_waits_as_often_as_the_table_says(layer: str, found: Waits) -> None:
-    places = found[layer]
+def test_a_training_step_waits_as_often_as_the_table_says(layer: str, found: Found) -> None:
+    places = found.waits[layer]
     assert sum(places.values()) == COUNTS[layer], places
+
+
+@pytest.mark.parametrize("layer", COUNTS)
+def test_the_branches_of_cuda_compute_what_those_of_the_cpu_do(layer: str, found: Found, expected: Results) -> None:
+    """Outputs and gradients of a training step, in float64."""
+    assert len(found.results[layer]) > 2
+    torch.testing.assert_close(found.results[layer], expected[layer], atol=1e-10, rtol=1e-10)
 
 
 class Waiting(nn.Module):

@@ -1,8 +1,9 @@
 """How often a training step on a GPU would wait for it, counted on a CPU: ``python -m tests.waits`` prints where.
 
 A copy of gmoe takes the branches of CUDA on tensors of the CPU, in a process of its own. There every operator is noted
-that on CUDA must know values before Python goes on. What waits inside an operator of torch is known by name only, and
-nothing here replaces a run on a GPU (``python -m experiments.benchmark gpu``).
+that on CUDA must know values before Python goes on; and what the step computes, to be compared with the CPU's own
+branches. What waits inside an operator of torch is known by name only, and nothing here replaces a run on a GPU
+(``python -m experiments.benchmark gpu``).
 """
 
 from __future__ import annotations
@@ -18,15 +19,24 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Waits = dict[str, dict[str, int]]
-"""By layer: how often a step waits, by operator and line of code."""
+Results = dict[str, list[Tensor]]
+"""By layer: its output in training, and the gradients of its input and parameters; in float64."""
+
+
+class Found(NamedTuple):
+    """What there is to know of all layers."""
+
+    waits: dict[str, dict[str, int]]
+    """By layer: how often a step waits, by operator and line of code."""
+    results: Results
+
 
 BRANCHES = {
     r"\.is_cuda\b": ".is_floating_point()",
@@ -43,6 +53,9 @@ QUESTIONS = re.compile(r"\.is_cuda\b|\.is_cpu\b|\bdevice(\.type)? (==|!=|in) \W*
 
 IN_CONSTRUCTORS = ("moe.py",)
 """Files that ask for a device where layers are built, not where they run."""
+
+COPY = "counted.py"
+"""Name of this file where it runs beside that copy."""
 
 CAPABILITY = (8, 0)
 """Of the GPU that is played: one for which torch has no grouped product."""
@@ -67,17 +80,16 @@ INDEXING = {f"aten.{name}" for name in ("index", "index_put", "index_put_", "_in
 """Operators that read values where the index is a mask."""
 
 
-def count_waits() -> Waits:
-    """Count in a copy of gmoe, in a process of its own."""
+def on_cuda_branches() -> Found:
+    """Run all layers in a copy of gmoe that takes the branches of CUDA, in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_with_cuda_branches(folder)
-        script = shutil.copy(__file__, folder / "counted.py")
-        command = [sys.executable, str(script)]
+        command = [sys.executable, shutil.copy(__file__, folder / COPY)]
         ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise RuntimeError(ran.stderr)
-        return json.loads(ran.stdout.splitlines()[-1])
+        return Found(json.loads((folder / "waits.json").read_text()), torch.load(folder / "results.pt"))
 
 
 def copy_with_cuda_branches(folder: Path) -> None:
@@ -150,9 +162,6 @@ def place() -> str:
 
 def step_waits(model: nn.Module, *inputs: Any) -> dict[str, int]:
     """The waits of a training step that is not the first."""
-    for part in model.modules():
-        if isinstance(gain := getattr(part, "gain", None), nn.Parameter):
-            nn.init.constant_(gain, 0.5)
     model.train()(*inputs)
     found: Counter[str] = Counter()
     with Calls(found), Operators(found):
@@ -160,8 +169,41 @@ def step_waits(model: nn.Module, *inputs: Any) -> dict[str, int]:
     return dict(found)
 
 
+def step_results(model: nn.Module, *inputs: Any) -> list[Tensor]:
+    """The output of a model in training, and the gradients of its first input and its parameters."""
+    leaves = [inputs[0], *model.parameters()]
+    y = model.train()(*inputs)
+    cotangent = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return [y.detach(), *torch.autograd.grad(y, leaves, cotangent, allow_unused=True, materialize_grads=True)]
+
+
+def results() -> Results:
+    """What the gmoe that is imported computes, in float64."""
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return {name: step_results(layer, *inputs) for name, layer, inputs in layers()}
+    finally:
+        torch.set_default_dtype(default)
+
+
+def opened(model: nn.Module) -> nn.Module:
+    """Let routed experts that start at zero count in the output."""
+    for part in model.modules():
+        if isinstance(gain := getattr(part, "gain", None), nn.Parameter):
+            nn.init.constant_(gain, 0.5)
+    return model
+
+
 def layers() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
     """Name, layer and inputs of each layer."""
+    for name, layer, inputs in drawn():
+        yield name, opened(layer), inputs
+
+
+def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
+    """The same as they are drawn."""
     from gmoe import GNNMoE, Graph, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, build_router
 
     x, edge_index = torch.randn(60, 64, requires_grad=True), torch.randint(60, (2, 240))
@@ -188,16 +230,18 @@ def layers() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
 
 
 def main() -> None:
-    """Print the waits of all layers as JSON."""
+    """Write what is found of all layers into the working directory."""
     warnings.simplefilter("ignore")
     torch.cuda.get_device_capability = lambda *_: CAPABILITY
     torch.manual_seed(0)
-    print(json.dumps({name: step_waits(layer, *inputs) for name, layer, inputs in layers()}))
+    waits = {name: step_waits(layer, *inputs) for name, layer, inputs in layers()}
+    Path("waits.json").write_text(json.dumps(waits))
+    torch.save(results(), "results.pt")
 
 
 if __name__ == "__main__":
-    if Path(__file__).name == "counted.py":
+    if Path(__file__).name == COPY:
         main()
     else:
-        for layer, places in count_waits().items():
+        for layer, places in on_cuda_branches().waits.items():
             print(f"{layer}: {sum(places.values())}", *(f"  {n} x {at}" for at, n in places.items()), sep="\n")
