@@ -254,12 +254,16 @@ def test_no_sum_on_cuda_is_by_atomic_adds(monkeypatch: pytest.MonkeyPatch) -> No
         assert not noted.names & {"index_add", "index_add_", "scatter_add", "scatter_add_", "_local_scalar_dense"}
 
 
-def test_a_padded_product_compiles_as_one_graph() -> None:
-    leaves = [features(*shape).requires_grad_() for shape in ((7, 3), (2, 3, 4), (2, 4))]
-    offsets = ends([3, 4])
+@pytest.mark.parametrize("routing", routings()[1::2], ids=["K=3", "any number"])
+def test_what_runs_on_cuda_compiles_as_one_graph(routing: Routing) -> None:
+    leaves = [features(*shape).requires_grad_() for shape in ((9, 3), (4, 3, 5), (4, 5))]
 
-    def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return grouped_linear(x, weight, bias, offsets, "padded")
+    def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        rows = _ToPairs.apply(x, routing.token, routing.slot)
+        y = grouped_linear(rows, weight, bias, routing.offsets, "padded")
+        return _ToTokens.apply(y, routing.token, routing.slot, routing.num_tokens)
 
-    eager, compiled = product(*leaves), torch.compile(product, backend="aot_eager", fullgraph=True)(*leaves)
-    torch.testing.assert_close([compiled, *gradients(compiled, leaves)], [eager, *gradients(eager, leaves)])
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    outputs = [run(*leaves) for run in (compiled, layer)]
+    found, expected = ([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))] for y in outputs)
+    torch.testing.assert_close(found, expected)
