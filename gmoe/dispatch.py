@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._autograd import first_order, refuse_second_order, untraced
+from gmoe._autograd import first_order, is_watched, refuse_second_order, untraced
 from gmoe._checks import check_choice
 from gmoe.routing import Routing, owner
 
@@ -44,7 +44,7 @@ def is_few(num_tokens: int, weight_EIO: Tensor) -> bool:
 
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
     """Gather the token of each pair, expert by expert: (P, I)."""
-    if x_TI.is_cuda and not _flops_are_counted():
+    if x_TI.is_cuda and not is_watched():
         return _ToPairs.apply(x_TI, routing.token, routing.slot)
     return x_TI.index_select(0, routing.token)
 
@@ -55,14 +55,9 @@ def combine(y_PO: Tensor, routing: Routing) -> Tensor:
     .. math:: y_t = \sum_{e} w_{te} f_e(x_t)
     """
     weighted_PO = y_PO * routing.weight.to(y_PO.dtype)[:, None]
-    if y_PO.is_cuda and not _flops_are_counted():
+    if y_PO.is_cuda and not is_watched():
         return _ToTokens.apply(weighted_PO, routing.token, routing.slot, routing.num_tokens)
     return weighted_PO.new_zeros(routing.num_tokens, y_PO.size(1)).index_add_(0, routing.token, weighted_PO)
-
-
-def _flops_are_counted() -> bool:
-    """True inside ``count_flops``, whose formulas are those of the CPU's operators; and of any mode like it."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def kernel_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Literal["grouped", "padded", "loop"]:
@@ -111,17 +106,17 @@ def grouped_linear(
     if torch.is_autocast_enabled(x_PI.device.type) and x_PI.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x_PI.device.type)
         x_PI, weight_EIO = x_PI.to(dtype), weight_EIO.to(dtype)
-    if backend == "auto":
+    if backend == "auto" and x_PI.is_cuda and is_watched():
+        backend = "grouped"  # whose FLOPs are those of the rows, not of what fills up their blocks
+    elif backend == "auto":
         capability = torch.cuda.get_device_capability(x_PI.device) if x_PI.is_cuda else None
         backend = kernel_of(x_PI.dtype, capability)
-        if backend == "padded" and _flops_are_counted():  # those of rows, not of what blocks are filled up with
-            backend = "grouped"
     if backend == "grouped" and x_PI.dtype == torch.float64:
         backend = "loop"
     y_PO = _GroupedLinear.apply(backend, offsets_E, x_PI, weight_EIO)
     if bias_EO is None:
         return y_PO
-    if backend != "loop" and not _flops_are_counted():
+    if backend != "loop" and not is_watched():
         return y_PO.add_(_ExpertBias.apply(bias_EO, offsets_E, len(x_PI), y_PO.dtype))
     rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
     exact_EO = bias_EO.to(torch.promote_types(bias_EO.dtype, torch.float32))  # its gradient is a sum over many rows

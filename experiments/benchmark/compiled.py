@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from experiments.benchmark.layers import power_law_graph
 from experiments.benchmark.measure import Benchmark, Step, layer_step, take_turns
+from experiments.run_folder import write_json
 from gmoe import MoEConv
 from gmoe._checks import check_choice, check_counts
 from gmoe.conv.kinds import factory_of
@@ -114,6 +115,8 @@ class CompileBenchmark(Benchmark):
                     ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
                 ):
                     found |= process.submit(measure_setting, self, threads, allocator).result()
+                if self.json is not None:  # a setting may take an hour
+                    write_json(self.json, self.content(found))
         return found
 
 

@@ -243,7 +243,7 @@ class Noted(TorchDispatchMode):
 
 def test_no_sum_on_cuda_is_by_atomic_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     """``index_add`` on CUDA adds in any order: each run would give other last digits."""
-    monkeypatch.setattr(import_module("gmoe.dispatch"), "_flops_are_counted", lambda: False)
+    monkeypatch.setattr(import_module("gmoe.dispatch"), "is_watched", lambda: False)
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((9, 5), (4, 5, 5), (4, 5)))
     for routing in routings():
         with Noted() as noted:
