@@ -28,6 +28,7 @@ COUNTS = {
     "transformer": 4,
     "gcn on a Graph": 0,
     "gat on a Graph": 2,
+    "gcn, weighted edges": 2,
     "filters": 2,
     "mixed kinds": 1,
     "GNNMoE": 1,

@@ -212,6 +212,7 @@ def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
         yield conv, MoEConv(conv, 64, 64), edges
     for conv in ("gcn", "gat"):
         yield f"{conv} on a Graph", MoEConv(conv, 64, 64), graph
+    yield "gcn, weighted edges", MoEConv("gcn", 64, 64), (*edges, torch.rand(240))
     filters = ["identity", "low_pass", "high_pass", "low_pass"]
     yield "filters", MoEConv(filters, 64, 64), edges
     mixed = ["gcn", "sage", "gin", "graph"]
