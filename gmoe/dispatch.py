@@ -374,7 +374,7 @@ def _sum_by_token(y_PO: Tensor, token_P: Tensor, slot_P: Tensor | None, num_toke
     if slot_P is None or not num_tokens:
         return _sum_at(token_P, y_PO, num_tokens)
     place_P = torch.empty_like(slot_P).scatter_(0, slot_P, torch.arange(len(slot_P), device=slot_P.device))
-    y_TKO = y_PO.index_select(0, place_P).unflatten(0, (num_tokens, -1))
+    y_TKO = y_PO.index_select(0, place_P).unflatten(0, (num_tokens, len(slot_P) // num_tokens))
     return y_TKO.sum(dim=1)
 
 
