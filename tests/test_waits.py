@@ -38,7 +38,10 @@ COUNTS = {
     "MoE, multi_centroid": 0,
     "MoE, random": 0,
     "MoE, uniform": 0,
+    "MoE, importance and load": 0,
+    "MoE, switch and z": 0,
     "MoE, capacity": 1,
+    "MoE, threshold": 0,
     "SoftMoE": 0,
 }
 """Waits of a training step, forward and backward, in float32 on a GPU of capability 8.0."""

@@ -225,8 +225,15 @@ def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
 
     for router in ("token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform"):
         yield f"MoE, {router}", MoE(build_router(router, 64, 8, 2), mlps()), images
-    limits: dict[str, Any] = {"capacity_factor": 1.0}
-    yield "MoE, capacity", MoE(build_router("token_choice", 64, 8, 2, limits), mlps()), images
+    balances: dict[str, dict[str, Any]] = {
+        "importance and load": {"balance": "importance_load"},
+        "switch and z": {"balance": "switch", "z_coef": 0.1},
+        "capacity": {"capacity_factor": 1.0},
+    }
+    for name, options in balances.items():
+        yield f"MoE, {name}", MoE(build_router("token_choice", 64, 8, 2, options), mlps()), images
+    threshold = build_router("expert_choice", 64, 8, 2, {"inference": "threshold"})
+    yield "MoE, threshold", MoE(threshold, mlps()), images
     yield "SoftMoE", SoftMoE(SoftSlots(64, 8, slots=2), mlps()), images
 
 

@@ -7,6 +7,7 @@ the system after each step and faults them in again. So each setting is measured
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -177,7 +178,9 @@ def measure_row(name: str, layers: list[nn.Module], inputs: tuple[Any, ...], rep
         ratio = {clock: times["min"] / base[clock]["min"] for clock, times in clocks.items()}
         found[f"{name}: {variant}"] = {**clocks, "ratio": ratio}
         milliseconds = 1000 * clocks["cpu"]["min"]
-        tqdm.write(f"{name}: {variant}: {milliseconds:,.2f} ms CPU, {ratio['cpu']:.2f} × compiled dense")
+        tqdm.write(
+            f"{name}: {variant}: {milliseconds:,.2f} ms CPU, {ratio['cpu']:.2f} × compiled dense", file=sys.stderr
+        )
     for layer_name, made in compiled.items():
         figures = found[f"{name}: {layer_name}, compiled {made.graph}"]
         figures |= {"graph": made.graph, "compilation": made.seconds}

@@ -7,6 +7,7 @@ It was written without such a device: nothing in this project was ever run on on
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -147,7 +148,7 @@ class GpuBenchmark(Benchmark):
         for name in tqdm(self.rows, desc="rows"):
             for variant, figures in self._row(name, timed):
                 found[variant] = figures
-                tqdm.write(f"{variant}: {summary(figures)}")
+                tqdm.write(f"{variant}: {summary(figures)}", file=sys.stderr)
         return found
 
     def _row(self, name: str, timed: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -153,7 +153,7 @@ class TokenChoice(BalancedRouter):
             values = dict(zip(("importance", "load"), map(cv_squared, sums), strict=True))
         elif self.balance == "switch":
             load_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, 1.0).sum(dim=0)
-            tokens = importance_E.new_tensor(len(logits_TE))
+            tokens = importance_E.new_full((), len(logits_TE))
             values = {"switch": switch_of(*self.summed(importance_E, load_E, tokens))}
         losses = {name: AuxLoss(value, self.balance_coef) for name, value in values.items()}
         return losses if self.z_coef == 0 else losses | {"z": AuxLoss(self.z_loss(logits_TE), self.z_coef)}
