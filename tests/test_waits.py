@@ -42,6 +42,7 @@ COUNTS = {
     "MoE, switch and z": 0,
     "MoE, capacity": 1,
     "MoE, threshold": 0,
+    "MoE, token_choice on a batch": 0,
     "SoftMoE": 0,
 }
 """Waits of a training step, forward and backward, in float32 on a GPU of capability 8.0."""

@@ -2,8 +2,9 @@
 
 A copy of gmoe takes the branches of CUDA on tensors of the CPU, in a process of its own. There every operator is noted
 that on CUDA must know values before Python goes on; and what the step computes, to be compared with the CPU's own
-branches. What waits inside an operator of torch is known by name only, and nothing here replaces a run on a GPU
-(``python -m experiments.benchmark gpu``).
+branches. What waits inside an operator of torch is known by name only; tensors that are kept on the host on purpose (the
+sizes of groups, where experts choose in a ragged batch) look like the others, so that such layers are left out. Nothing
+here replaces a run on a GPU (``python -m experiments.benchmark gpu``).
 """
 
 from __future__ import annotations
@@ -234,6 +235,8 @@ def drawn() -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
         yield f"MoE, {name}", MoE(build_router("token_choice", 64, 8, 2, options), mlps()), images
     threshold = build_router("expert_choice", 64, 8, 2, {"inference": "threshold"})
     yield "MoE, threshold", MoE(threshold, mlps()), images
+    ragged = (x, torch.tensor([0] * 25 + [1] * 35))
+    yield "MoE, token_choice on a batch", MoE(build_router("token_choice", 64, 8, 2), mlps()), ragged
     yield "SoftMoE", SoftMoE(SoftSlots(64, 8, slots=2), mlps()), images
 
 
