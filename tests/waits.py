@@ -2,9 +2,11 @@
 
 A copy of gmoe takes the branches of CUDA on tensors of the CPU, in a process of its own. There every operator is noted
 that on CUDA must know values before Python goes on; and what the step computes, to be compared with the CPU's own
-branches. What waits inside an operator of torch is known by name only; tensors that are kept on the host on purpose (the
-sizes of groups, where experts choose in a ragged batch) look like the others, so that such layers are left out. Nothing
-here replaces a run on a GPU (``python -m experiments.benchmark gpu``).
+branches.
+
+What waits inside an operator of torch is known by name only. Tensors that are kept on the host on purpose (the sizes of
+groups, where experts choose in a ragged batch) look like the others, so that such layers are left out. Nothing here
+replaces a run on a GPU (``python -m experiments.benchmark gpu``).
 """
 
 from __future__ import annotations
