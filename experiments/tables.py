@@ -279,6 +279,8 @@ def benchmark_lines(variants: Mapping[str, Any]) -> list[Line]:
     """One line a variant: times, ratios to the reference, memory; of ``train``, shares; of ``swap``, accuracies."""
     if any("runs" in variant for variant in variants.values()):
         return known([{"": name} | swap_line(row) for name, row in variants.items()])
+    if any("waits" in variant or "error" in variant for variant in variants.values()):
+        return [gpu_line(name, variant) for name, variant in variants.items()]
     return [_time_line(name, variant) for name, variant in variants.items()]
 
 
@@ -297,6 +299,19 @@ def _time_line(name: str, variant: Mapping[str, Any]) -> Line:
         "× FLOPs": "–" if ratio.get("flops") is None else f"{ratio['flops']:.2f}",
         "MiB": f"{variant['memory'] / 2**20:,.0f}" if "memory" in variant else "–",
     }
+
+
+def gpu_line(name: str, variant: Mapping[str, Any]) -> Line:
+    """A layer on a GPU: times, waits of a step, whether results are the CPU's; or only why it failed."""
+    columns = ("moe (ms)", "dense (ms)", "×", "waits", "float64", "float32", "error")
+    line = {"variant": name} | dict.fromkeys(columns, "–")
+    for dtype, of in variant.get("equal", {}).items():
+        line[dtype] = "equal" if of["within"] else "NOT EQUAL"
+    if "error" in variant:
+        return line | {"error": variant["error"].partition("\n")[0]}
+    moe, dense = (1000 * of["median"] for of in (variant["wall"], variant["dense"]["wall"]))
+    times = {"moe (ms)": f"{moe:.2f}", "dense (ms)": f"{dense:.2f}", "×": f"{moe / dense:.2f}"}
+    return line | times | {"waits": str(sum(variant["waits"].values()))}
 
 
 def swap_line(row: Mapping[str, Any]) -> Line:

@@ -10,14 +10,13 @@ A layer calls :func:`dispatch`, :func:`grouped_linear` on the rows, and :func:`c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
-from gmoe._autograd import first_order, refuse_second_order, untraced
+from gmoe._autograd import first_order, is_watched, refuse_second_order, untraced
 from gmoe._checks import check_choice
 from gmoe.routing import Routing, owner
 
@@ -29,6 +28,12 @@ FEW = {"inputs": 2**14, "products": 2**19, "rows": 2**19}
 product. Measured with 4 to 64 experts of 1 to 64 outputs on one thread: .10 to .93 of the loop's time inside these
 bounds; outside .5 to 7 times, more often above 1 than below."""
 
+GROUPED = (9, 10)
+"""Major compute capabilities for which ``torch.nn.functional.grouped_mm`` has a kernel."""
+
+BLOCK = 16
+"""The least number of rows in a block of the padded product."""
+
 
 def is_few(num_tokens: int, weight_EIO: Tensor) -> bool:
     """True for so few numbers that one product of all experts is faster than a loop over them; see :data:`FEW`."""
@@ -39,6 +44,8 @@ def is_few(num_tokens: int, weight_EIO: Tensor) -> bool:
 
 def dispatch(x_TI: Tensor, routing: Routing) -> Tensor:
     """Gather the token of each pair, expert by expert: (P, I)."""
+    if x_TI.is_cuda and not is_watched():
+        return _ToPairs.apply(x_TI, routing.token, routing.slot)
     return x_TI.index_select(0, routing.token)
 
 
@@ -48,7 +55,25 @@ def combine(y_PO: Tensor, routing: Routing) -> Tensor:
     .. math:: y_t = \sum_{e} w_{te} f_e(x_t)
     """
     weighted_PO = y_PO * routing.weight.to(y_PO.dtype)[:, None]
+    if y_PO.is_cuda and not is_watched():
+        return _ToTokens.apply(weighted_PO, routing.token, routing.slot, routing.num_tokens)
     return weighted_PO.new_zeros(routing.num_tokens, y_PO.size(1)).index_add_(0, routing.token, weighted_PO)
+
+
+def kernel_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Literal["grouped", "padded", "loop"]:
+    """The backend of :func:`grouped_linear` that ``"auto"`` stands for.
+
+    ``"loop"`` where there is no CUDA device. On one, the backend that waits for nothing: ``"grouped"`` where torch has
+    a kernel of its own (bfloat16 on capability 9 and 10, as torch 2.10 to 2.13 have it; elsewhere it copies the offsets
+    to the host, waits for them, and loops), else ``"padded"``.
+
+    Args:
+        dtype: of rows and weights, after autocast.
+        capability: of the CUDA device, or ``None`` on another one.
+    """
+    if capability is None:
+        return "loop"
+    return "grouped" if dtype == torch.bfloat16 and capability[0] in GROUPED else "padded"
 
 
 def grouped_linear(
@@ -64,11 +89,12 @@ def grouped_linear(
         backend: all give the same result and gradients, if the weights are finite.
 
             - ``"loop"``: one matmul per expert, written in place. One host sync.
-            - ``"padded"``: one ``bmm`` over all experts, padded to the largest load. One host sync.
+            - ``"padded"``: one ``bmm`` over blocks of rows, whose last one of each expert is filled up. No host sync,
+              whatever the dtype and device; up to five copies of the weights, and up to a quarter more rows.
             - ``"grouped"``: ``torch.nn.functional.grouped_mm``; no host sync where torch has a kernel for it (bfloat16
               on recent CUDA devices), a loop of torch's own elsewhere. float64, which it refuses, runs as ``"loop"``;
               widths that its alignment rule refuses are padded with zeros.
-            - ``"auto"`` (default): ``"grouped"`` on CUDA, else ``"loop"``.
+            - ``"auto"`` (default): ``"loop"`` on the CPU, on CUDA what waits for nothing; see :func:`kernel_of`.
 
     Follows autocast as ``nn.Linear`` does. Can be differentiated once.
 
@@ -77,14 +103,21 @@ def grouped_linear(
     """
     if backend not in get_args(Backend):
         check_choice("backend", backend, Backend)
-    if (backend == "auto" and not x_PI.is_cuda) or (backend != "padded" and x_PI.dtype == torch.float64):
-        backend = "loop"
     if torch.is_autocast_enabled(x_PI.device.type) and x_PI.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x_PI.device.type)
         x_PI, weight_EIO = x_PI.to(dtype), weight_EIO.to(dtype)
+    if backend == "auto" and x_PI.is_cuda and is_watched():
+        backend = "grouped"  # whose FLOPs are those of the rows, not of what fills up their blocks
+    elif backend == "auto":
+        capability = torch.cuda.get_device_capability(x_PI.device) if x_PI.is_cuda else None
+        backend = kernel_of(x_PI.dtype, capability)
+    if backend == "grouped" and x_PI.dtype == torch.float64:
+        backend = "loop"
     y_PO = _GroupedLinear.apply(backend, offsets_E, x_PI, weight_EIO)
     if bias_EO is None:
         return y_PO
+    if backend != "loop" and not is_watched():
+        return y_PO.add_(_ExpertBias.apply(bias_EO, offsets_E, len(x_PI), y_PO.dtype))
     rows_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
     exact_EO = bias_EO.to(torch.promote_types(bias_EO.dtype, torch.float32))  # its gradient is a sum over many rows
     return y_PO.add_(exact_EO.repeat_interleave(rows_E, dim=0, output_size=len(x_PI)).to(y_PO.dtype))
@@ -168,8 +201,10 @@ def _operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
 @_operator(fake=lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)))
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """(P, O) rows (P, I) times the weight (E, I, O) of their expert."""
-    if backend != "loop" and len(x):
-        return (_padded_mm if backend == "padded" else _grouped_mm)(x, weight, offsets)
+    if backend == "padded":
+        return _padded_mm(x, weight, offsets)
+    if backend == "grouped" and len(x):
+        return _grouped_mm(x, weight, offsets)
     y_PO, ends = x.new_empty(len(x), weight.size(2)), offsets[:-1].tolist()  # one host sync
     for rows, weight_IO, y in zip(x.tensor_split(ends), weight, y_PO.tensor_split(ends), strict=True):
         torch.mm(rows, weight_IO, out=y)
@@ -179,8 +214,10 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
 @_operator(fake=lambda x, grad, offsets, *_: x.new_empty(len(offsets), x.size(1), grad.size(1)))
 def _grouped_linear_weight(x: Tensor, grad: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """(E, I, O) the gradient of the weights, from rows (P, I) and gradients (P, O)."""
-    if backend != "loop" and len(x):
-        return (_padded_outer if backend == "padded" else _grouped_outer)(x, grad, offsets)
+    if backend == "padded":
+        return _padded_outer(x, grad, offsets)
+    if backend == "grouped" and len(x):
+        return _grouped_outer(x, grad, offsets)
     grad_EIO, ends = x.new_empty(len(offsets), x.size(1), grad.size(1)), offsets[:-1].tolist()
     for rows, grad_rows, grad_IO in zip(x.tensor_split(ends), grad.tensor_split(ends), grad_EIO, strict=True):
         torch.mm(rows.T, grad_rows, out=grad_IO)  # zero where the expert has no rows
@@ -204,16 +241,80 @@ class _GroupedLinear(torch.autograd.Function):
         return None, None, grad_x, _grouped_linear_weight(x, grad, *way) if needs_weight else None
 
 
+class _Blocks(NamedTuple):
+    """Rows sorted by expert, laid out in blocks of one expert each. N blocks of B rows."""
+
+    place_P: Tensor
+    """(P,) int64, where each row lies among the N * B."""
+    expert_N: Tensor
+    """(N,) int64, the expert of each block; the last blocks may hold no rows."""
+    size: int
+    """B."""
+
+    def filled(self, x_PI: Tensor) -> Tensor:
+        """(N, B, I) the rows in their blocks, and zeros."""
+        none = x_PI.new_zeros(len(self.expert_N) * self.size, x_PI.size(1))
+        return none.index_copy_(0, self.place_P, x_PI).unflatten(0, (-1, self.size))
+
+    def sum_by_expert(self, value_NO: Tensor, num_experts: int) -> Tensor:
+        """(E, O) sums over the blocks of each expert, in a fixed order on any device."""
+        return _sum_at(self.expert_N, value_NO, num_experts)
+
+
+def _blocks_of(offsets_E: Tensor, num_rows: int) -> _Blocks:
+    """Lay rows out in blocks, by sizes that the host knows: nothing is read from the device.
+
+    Blocks of a quarter of the mean load: at most 4 E full ones, and E that are filled up, so that the weights are
+    copied five times at most, and a quarter of the rows is added.
+    """
+    num_experts = len(offsets_E)
+    size = max(BLOCK, -(-num_rows // (4 * num_experts)))
+    ends_E = offsets_E.long()
+    starts_E = F.pad(ends_E, (1, -1))
+    block_ends_E = ((ends_E - starts_E + (size - 1)) // size).cumsum(0)
+    block_starts_E = F.pad(block_ends_E, (1, -1))
+    row_P = torch.arange(num_rows, device=offsets_E.device)
+    expert_P = torch.searchsorted(ends_E, row_P, right=True)
+    place_P = row_P + (block_starts_E * size - starts_E).index_select(0, expert_P)
+    block_N = torch.arange(num_rows // size + num_experts, device=offsets_E.device)
+    expert_N = torch.searchsorted(block_ends_E, block_N, right=True).clamp_(max=num_experts - 1)
+    return _Blocks(place_P, expert_N, size)
+
+
 def _padded_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
-    rows = [*x_PI.tensor_split(offsets_E[:-1].tolist())]  # one host sync
-    y_ECO = torch.bmm(pad_sequence(rows, batch_first=True), weight_EIO)
-    return torch.cat([y_CO[: len(row)] for y_CO, row in zip(y_ECO, rows, strict=True)])
+    blocks = _blocks_of(offsets_E, len(x_PI))
+    if weight_EIO.stride(1) == 1:  # transposed: copy along memory
+        weight_NIO = weight_EIO.transpose(1, 2).index_select(0, blocks.expert_N).transpose(1, 2)
+    else:
+        weight_NIO = weight_EIO.index_select(0, blocks.expert_N)
+    y_NBO = torch.bmm(blocks.filled(x_PI), weight_NIO)
+    return y_NBO.flatten(0, 1).index_select(0, blocks.place_P)
 
 
 def _padded_outer(x_PI: Tensor, grad_PO: Tensor, offsets_E: Tensor) -> Tensor:
-    ends = offsets_E[:-1].tolist()
-    x_ECI, grad_ECO = (pad_sequence([*rows.tensor_split(ends)], batch_first=True) for rows in (x_PI, grad_PO))
-    return torch.bmm(x_ECI.transpose(1, 2), grad_ECO)
+    blocks = _blocks_of(offsets_E, len(x_PI))
+    grad_NIO = torch.bmm(blocks.filled(x_PI).transpose(1, 2), blocks.filled(grad_PO))
+    return blocks.sum_by_expert(grad_NIO, len(offsets_E))
+
+
+class _ExpertBias(torch.autograd.Function):
+    """(P, O) the bias of each row's expert; its gradient is summed in float32 at least, without atomic adds."""
+
+    @staticmethod
+    def forward(ctx: Any, bias_EO: Tensor, offsets_E: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(offsets_E)
+        ctx.bias_dtype = bias_EO.dtype
+        row_P = torch.arange(num_rows, device=offsets_E.device)
+        return bias_EO.to(dtype).index_select(0, torch.searchsorted(offsets_E.long(), row_P, right=True))
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_PO: Tensor) -> Any:
+        (offsets_E,) = ctx.saved_tensors
+        blocks = _blocks_of(offsets_E, len(grad_PO))
+        exact = torch.promote_types(grad_PO.dtype, torch.float32)
+        grad_NO = blocks.filled(grad_PO).sum(dim=1, dtype=exact)
+        return blocks.sum_by_expert(grad_NO, len(offsets_E)).to(ctx.bias_dtype), None, None, None
 
 
 def _grouped_mm(x_PI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
@@ -232,6 +333,56 @@ def _aligned(x: Tensor, dims: int = 1) -> Tensor:
     step = 16 // x.element_size()
     missing = [pad for width in reversed(x.shape[-dims:]) for pad in (0, -width % step)]
     return F.pad(x, missing) if any(missing) else x
+
+
+# tokens and pairs on a GPU, without atomic adds of floats -------------------------------------------------------------
+
+
+class _ToPairs(torch.autograd.Function):
+    """(P, I) the token of each pair."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, token_P: Tensor, slot_P: Tensor | None) -> Tensor:
+        ctx.save_for_backward(token_P, slot_P)
+        ctx.num_tokens = len(x_TI)
+        return x_TI.index_select(0, token_P)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_PI: Tensor) -> Any:
+        token_P, slot_P = ctx.saved_tensors
+        return _sum_by_token(grad_PI, token_P, slot_P, ctx.num_tokens), None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """(T, O) the sum over each token's pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, y_PO: Tensor, token_P: Tensor, slot_P: Tensor | None, num_tokens: int) -> Tensor:
+        ctx.save_for_backward(token_P)
+        return _sum_by_token(y_PO, token_P, slot_P, num_tokens)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_TO: Tensor) -> Any:
+        (token_P,) = ctx.saved_tensors
+        return grad_TO.index_select(0, token_P), None, None, None
+
+
+def _sum_by_token(y_PO: Tensor, token_P: Tensor, slot_P: Tensor | None, num_tokens: int) -> Tensor:
+    """(T, O) sums over each token's pairs, in a fixed order: by the inverse permutation where each token has K."""
+    if slot_P is None or not num_tokens:
+        return _sum_at(token_P, y_PO, num_tokens)
+    place_P = torch.empty_like(slot_P).scatter_(0, slot_P, torch.arange(len(slot_P), device=slot_P.device))
+    y_TKO = y_PO.index_select(0, place_P).unflatten(0, (num_tokens, len(slot_P) // num_tokens))
+    return y_TKO.sum(dim=1)
+
+
+def _sum_at(index: Tensor, values: Tensor, size: int) -> Tensor:
+    """Sums of values with the same index. On CUDA torch sorts the indices for this, where ``index_add`` adds in any
+    order; and checks no range, for which older versions wait."""
+    none = values.new_zeros(size, *values.shape[1:])
+    return torch._index_put_impl_(none, [index], values, accumulate=True, unsafe=True)
 
 
 # from tokens to tokens, one expert after the other --------------------------------------------------------------------

@@ -45,7 +45,7 @@ def switch_loss(probs_TE: Tensor, load_E: Tensor) -> Tensor:
     It is 1 where both are uniform, and E where one expert gets everything.
     """
     importance_E = probs_TE.sum(dim=0)
-    return switch_of(importance_E, load_E, importance_E.new_tensor(len(probs_TE)))
+    return switch_of(importance_E, load_E, importance_E.new_full((), len(probs_TE)))
 
 
 def switch_of(importance_E: Tensor, load_E: Tensor, tokens: Tensor) -> Tensor:

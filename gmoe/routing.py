@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import InitVar, dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ class Routing:
         num_tokens: T.
         losses: auxiliary losses by name, each with its coefficient.
         dropped_T: (T,) int64, how many pairs of each token exceeded the capacity; ``None`` if nothing can be dropped.
+        slot: (P,) int64, where each token has the same number K of pairs: ``token * K + j``, each once. It is for speed
+            alone; ``None`` (default) elsewhere.
         detached: the losses were computed in training while gradients were off, so that they train nothing.
         checked: everything is right by construction: check nothing.
 
@@ -64,6 +67,7 @@ class Routing:
     losses: Mapping[str, AuxLoss] = field(default_factory=dict)
     dropped_T: Tensor | None = None
     detached: bool = False
+    slot: Tensor | None = None
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
@@ -71,12 +75,13 @@ class Routing:
             self._check()
 
     def _check(self) -> None:
-        token, offsets, weight = self.token, self.offsets, self.weight
+        token, offsets, weight, slot = self.token, self.offsets, self.weight, self.slot
         for name, fits, expected in (
             ("token", token.dim() == 1 and token.dtype == torch.int64, "(P,) int64"),
             ("offsets", offsets.dim() == 1 and offsets.dtype == torch.int32 and offsets.numel(), "(E,) int32"),
             ("weight", weight.shape == token.shape and weight.is_floating_point(), "(P,) floats"),
             ("scores", self.scores.shape == (self.num_tokens, offsets.numel()), "(num_tokens, E)"),
+            ("slot", slot is None or (slot.shape, slot.dtype) == (token.shape, torch.int64), "(P,) int64, or None"),
         ):
             if not fits:
                 raise ValueError(f"{name}: got {described(getattr(self, name))}, expected {expected}")
@@ -88,6 +93,12 @@ class Routing:
             check(cumulative, "offsets", ends[1:], legal)
             ascending = (self.expert * self.num_tokens + token).diff() > 0
             check(ascending.all(), "token", "pairs out of order or twice", "each expert's tokens strictly ascending")
+            if slot is not None and len(token):
+                k = len(token) // max(self.num_tokens, 1)
+                each = torch.equal(slot.sort().values, torch.arange(len(slot))) and torch.equal(
+                    slot // max(k, 1), token
+                )
+                check(each, "slot", slot[:3].tolist(), f"token * {k} + j, each of 0..{len(slot) - 1} once")
 
     @staticmethod
     def from_choices(
@@ -126,7 +137,8 @@ class Routing:
         offsets_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
         weight_P = weight_TK.reshape(-1).index_select(0, slot_P)
         token_P = slot_P if k == 1 else slot_P // max(k, 1)
-        return Routing(token_P, offsets_E, weight_P, scores, num_tokens, losses or {}, checked=checked)
+        rest = (weight_P, scores, num_tokens, losses or {})
+        return Routing(token_P, offsets_E, *rest, slot=slot_P, checked=checked)
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__}({self.num_tokens} tokens, {self.num_experts} experts"
@@ -200,7 +212,9 @@ class Routing:
         return none_TE.index_put((self.token, self.expert), self.weight)
 
     def select(self, tokens: slice | None = None, experts: Sequence[int] | None = None) -> Routing:
-        """Restrict the routing to some tokens, some experts, or both, renumbered; the losses stay. Host syncs.
+        """Restrict the routing to some tokens, some experts, or both, renumbered; the losses stay.
+
+        One host sync for all calls of a routing, and one more for each slice.
 
         Args:
             tokens: a slice of step 1, whose cost is that of the pairs it holds; ``None`` for all.
@@ -211,19 +225,32 @@ class Routing:
         whole = (start, stop) == (0, self.num_tokens)
         if whole and experts is None:
             return self
-        ends, scores = self.offsets[:-1].tolist(), self.scores[rows]
-        pairs = [*zip(self.token.tensor_split(ends), self.weight.tensor_split(ends), strict=True)]
-        if experts is not None:
-            pairs, scores = [pairs[expert] for expert in experts], scores[:, list(experts)]
+        load_E, spans = self.load, self._spans
         if not whole:  # an expert's pairs lie in the order of their tokens
-            bounds = self.token.new_tensor([start, stop])
-            spans = [slice(*torch.searchsorted(token, bounds).tolist()) for token, _ in pairs]
-            pairs = [(token[span], weight[span]) for span, (token, weight) in zip(spans, pairs, strict=True)]
-        offsets = self.token.new_tensor([len(token) for token, _ in pairs]).cumsum(0).to(torch.int32)
-        token, weight = map(torch.cat, zip(*pairs, strict=True))
+            bounds = start + (stop - start) * torch.arange(2, device=self.token.device)
+            found_E2 = torch.stack([torch.searchsorted(self.token[first:end], bounds) for first, end in spans])
+            load_E = found_E2[:, 1] - found_E2[:, 0]
+            spans = [
+                (first + skipped, first + taken)
+                for (first, _), (skipped, taken) in zip(spans, found_E2.tolist(), strict=True)
+            ]
+        scores = self.scores[rows]
+        if experts is not None:
+            # One by one: a list as an index would be copied to the device, for which the host waits.
+            load_E = torch.stack([load_E[expert] for expert in experts])
+            scores = torch.stack([scores[:, expert] for expert in experts], dim=1)
+            spans = [spans[expert] for expert in experts]
+        token, weight = (torch.cat([values[first:end] for first, end in spans]) for values in (self.token, self.weight))
+        offsets = load_E.cumsum(0).to(torch.int32)
         dropped_T = None if self.dropped_T is None else self.dropped_T[rows]
         rest = (weight, scores, len(scores), self.losses, dropped_T, self.detached)
         return Routing(token - start, offsets, *rest, checked=True)
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int]]:
+        """First and end of each expert's pairs, read from the device once."""
+        ends = self.offsets.tolist()
+        return [*zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def owner(offsets_E: Tensor, token_P: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "stored": ("Neighbor sampling from disk beside memory.", "train.StoredBenchmark"),
     "swap": ("Dense layers and gmoe's defaults in their place: accuracy, time of a step.", "swap.SwapBenchmark"),
     "vit": ("A ViT whose experts run in a loop with nonzero, in a loop, padded and grouped.", "layers.VitBenchmark"),
+    "compile": ("A layer under torch.compile, forward and backward; dense layers too.", "compiled.CompileBenchmark"),
+    "gpu": ("A CUDA device: equal to the CPU, waits, and times beside dense layers.", "gpu.GpuBenchmark"),
 }
 """By the name of the command line: a line of help, and the class, which is imported when it is asked for."""
 

@@ -153,7 +153,7 @@ class Router(nn.Module, ABC):
 
     def z_loss(self, logits_TE: Tensor) -> Tensor:
         """The router z-loss over the tokens of all processes."""
-        squares, tokens = self.summed(square_sum(logits_TE), logits_TE.new_tensor(len(logits_TE)))
+        squares, tokens = self.summed(square_sum(logits_TE), logits_TE.new_full((), len(logits_TE)))
         return squares / tokens.clamp(min=1)
 
     def is_training_step(self) -> bool:

@@ -164,7 +164,7 @@ class ExpertSelection(nn.Module):
             scale_EC = ranked_EC - log_gate_P.view_as(token_EC)
             means.append(self.log_scale_E)
             sums.append(last_EB.scatter(1, group_EC, scale_EC).sum(dim=1))
-        num_groups_all, *sums = router.summed(last_EB.new_tensor(num_groups), *sums)
+        num_groups_all, *sums = router.summed(last_EB.new_full((), num_groups), *sums)
         some = (num_groups_all > 0) & torch.cat(sums).isfinite().all()
         self.steps += some
         share = (1.0 / self.steps.clamp(min=1)).clamp(min=MOMENTUM)

@@ -140,8 +140,8 @@ class TokenChoice(BalancedRouter):
         share = (self.capacity_factor or 1.0) * self.k / self.num_experts
         token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, share)
         weight_P = pair_weights(self.weight, gather_pairs(log_probs_TE, token_P, offsets_E), token_P, num_tokens)
-        dropped_T = self.k - token_P.bincount(minlength=num_tokens)
-        return Routing(token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, dropped_T, checked=True)
+        kept_T = token_P.new_zeros(num_tokens).index_add(0, token_P, torch.ones_like(token_P))  # bincount waits
+        return Routing(token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, self.k - kept_T, checked=True)
 
     def _losses(
         self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, expert_TK: Tensor
@@ -153,7 +153,7 @@ class TokenChoice(BalancedRouter):
             values = dict(zip(("importance", "load"), map(cv_squared, sums), strict=True))
         elif self.balance == "switch":
             load_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, 1.0).sum(dim=0)
-            tokens = importance_E.new_tensor(len(logits_TE))
+            tokens = importance_E.new_full((), len(logits_TE))
             values = {"switch": switch_of(*self.summed(importance_E, load_E, tokens))}
         losses = {name: AuxLoss(value, self.balance_coef) for name, value in values.items()}
         return losses if self.z_coef == 0 else losses | {"z": AuxLoss(self.z_loss(logits_TE), self.z_coef)}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,13 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.nn import GCNConv
 
-from experiments.benchmark import layers, measure, train
+from experiments.benchmark import compiled, gpu, layers, measure, train
 from experiments.benchmark.__main__ import main
 from experiments.data import load_tasks
 from experiments.presets import PRESETS
+from experiments.tables import benchmark_lines
+from gmoe import MoE
+from gmoe.conv.kinds import factory_of
 from tests.gmoe.data.stored_files import store
 
 CPU = torch.device("cpu")
@@ -131,3 +137,159 @@ def test_parts_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(figures["share"].values()) == pytest.approx(1.0)
     assert min(figures["parts"].values()) > 0
     assert figures["parts"]["forward"] >= 0.4
+
+
+# under torch.compile ---------------------------------------------------------------------------------
+
+
+class Broken(nn.Linear):
+    """What torch cannot compile as one graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        torch._dynamo.graph_break()
+        return x.relu()
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured, but no code is made of them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_row_says_which_layers_are_compiled_in_pieces() -> None:
+    row: list[nn.Module] = [nn.Linear(4, 4), Broken(4, 4), nn.Linear(4, 4)]
+    found = compiled.measure_row("row", row, (torch.randn(3, 4),), repeats=2)
+    graphs = {name: figures["graph"] for name, figures in found.items() if "graph" in figures}
+    assert graphs == {
+        "row: dense, compiled whole": "whole",
+        "row: MoE shared, compiled in pieces (1 break)": "in pieces (1 break)",
+        "row: MoE copies, compiled whole": "whole",
+    }
+    assert list(found)[::2] == [f"row: {name}, eager" for name in compiled.LAYERS]
+    base = found["row: dense, compiled whole"]["cpu"]
+    for figures in found.values():
+        assert figures["ratio"]["cpu"] == figures["cpu"]["min"] / base["min"]
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_whole_layer_beside_one_in_pieces_is_compiled() -> None:
+    """torch remembers by code object what it could not compile: the next layer would run as it is."""
+    inputs = (torch.randn(3, 4),)
+    assert compiled.compile_step(Broken(4, 4), inputs).graph == "in pieces (1 break)"
+    assert compiled.compile_step(Broken(4, 4), inputs).graph == "in pieces (1 break)"
+
+
+def test_each_setting_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "measure_setting", note_setting)
+    found = compiled.CompileBenchmark(thread_counts=(2,)).measured()
+    assert list(found) == ["default 2", "kept 2"]
+    assert len({setting["process"] for setting in found.values()} | {os.getpid()}) == 3
+    assert [setting["trim"] for setting in found.values()] == [None, "4000000000"]
+    assert [setting["omp"] for setting in found.values()] == ["2", "2"]
+
+
+def note_setting(config: compiled.CompileBenchmark, threads: int, allocator: str) -> dict[str, Any]:
+    """In the place of the measurement: the process that it would run in."""
+    trim, omp = os.environ.get("MALLOC_TRIM_THRESHOLD_"), os.environ["OMP_NUM_THREADS"]
+    return {f"{allocator} {threads}": {"process": os.getpid(), "trim": trim, "omp": omp}}
+
+
+@pytest.mark.parametrize("kind", ["gcn", "gat"])
+def test_rows_of_convs_have_the_dense_conv_and_both_starts(kind: Any) -> None:
+    ((name, (dense, shared, copies), (x, edge_index)),) = compiled.rows_of(
+        compiled.CompileBenchmark(kinds=(kind,), nodes=(30,))
+    )
+    assert name == f"{kind}, 30 nodes"
+    assert type(dense) is factory_of(kind)
+    assert [layer.start for layer in (shared, copies)] == ["shared", "copies"]
+    assert dense(x, edge_index).shape == shared(x, edge_index).shape == copies(x, edge_index).shape
+
+
+def test_rows_of_vits_have_the_dense_one_and_both_starts() -> None:
+    ((name, models, (images,)),) = compiled.rows_of(compiled.CompileBenchmark(kinds=("vit",), images=2))
+    assert name == "vit, 2 images"
+    counts = [sum(isinstance(part, MoE) for part in model.modules()) for model in models]
+    assert counts == [0, 3, 3]
+    assert len({model(images).shape for model in models}) == 1
+
+
+# on a GPU, dry ---------------------------------------------------------------------------------------
+
+DRY = "gpu --device cpu --nodes 40 --tokens 32 --images 2"
+
+
+def test_a_dry_run_for_gpus_finds_every_row_equal(tmp_path: Path) -> None:
+    found = found_by(DRY, tmp_path)
+    assert list(found) == [f"{row}, {precision}" for row in gpu.ROWS for precision in ("fp32", "bf16")]
+    for name, figures in found.items():
+        assert "error" not in figures, (name, figures)
+        assert figures["waits"] == {}  # of which a CPU has none
+        assert figures["ratio"]["wall"] == figures["wall"]["median"] / figures["dense"]["wall"]["median"]
+        if name.endswith("fp32"):
+            assert all(of["within"] for of in figures["equal"].values()), (name, figures["equal"])
+
+
+def test_a_row_that_differs_from_the_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu.run
+
+    def wrong(*args: Any) -> list[Tensor]:
+        values = right(*args)
+        values[-1] += 1e-3 * next(errors) * max(float(value.abs().max()) for value in values[1:])
+        return values
+
+    errors = itertools.cycle([0, 1])  # the CPU's come first
+    monkeypatch.setattr(gpu, "run", wrong)
+    equal = gpu.compared(gpu.ROWS["gcn"](), CPU)
+    assert equal["float64"] == pytest.approx({"output": 0, "gradients": 1e-3, "within": False, "tolerance": 1e-9})
+    assert not equal["float32"]["within"]
+    lines = benchmark_lines({"gcn, fp32": {"equal": equal, "error": "none"}})
+    assert lines[0]["float64"] == "NOT EQUAL"
+
+
+def test_a_row_that_fails_costs_no_other_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of memory\nsomewhere")
+
+    monkeypatch.setitem(gpu.ROWS, "gcn", lambda: gpu.Row("graph", gpu.ROWS["sage"]().moe, fails))
+    found = found_by(f"{DRY} --rows gcn sage", tmp_path)
+    assert found["gcn, bf16"] == {"error": "RuntimeError: out of memory\nsomewhere"}
+    assert "wall" in found["sage, bf16"]
+    assert [line["error"] for line in benchmark_lines(found)][1:] == ["RuntimeError: out of memory", "–", "–"]
+
+
+def test_waits_are_counted_by_name_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "WAITS", {"aten::nonzero", "aten::unique_dim"})
+    x = torch.randn(4, requires_grad=True)
+
+    def look(_: Tensor) -> None:
+        x.nonzero()
+
+    def step() -> None:
+        x.nonzero()
+        y = x * 2
+        y.register_hook(look)  # in the backward pass
+        y.sum().backward()
+
+    class Around(torch.profiler.record_function):
+        """The profiler itself waits beside the step."""
+
+        def __enter__(self) -> Any:
+            x.nonzero()
+            return super().__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            x.nonzero()
+
+    monkeypatch.setattr(gpu, "record_function", Around)
+    assert gpu.waits_of(step, CPU) == {"aten::nonzero": 2}
+
+
+def test_a_gpu_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        main(["gpu", "--rows", "gcn"])
+    assert "device: got 'cuda' without such a device, expected a machine that has one" in capsys.readouterr().err

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from importlib import import_module
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmoe import grouped_linear
-from gmoe.dispatch import Backend, is_few, routed_linear
+from gmoe.dispatch import Backend, _blocks_of, _ToPairs, _ToTokens, is_few, kernel_of, routed_linear
+from gmoe.routing import Routing
 from tests.gmoe.conv.masked import features, routing_of
 
 each_backend = pytest.mark.parametrize("backend", get_args(Backend))
@@ -153,3 +156,114 @@ def test_gradients_of_biases_are_summed_in_float32(dtype: torch.dtype) -> None:
 )
 def test_few_tokens_take_one_product(tokens: int, shape: tuple[int, int, int], few: bool) -> None:
     assert is_few(tokens, torch.empty(shape, device="meta")) == few
+
+
+# without a host sync ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kernel"),
+    [
+        (None, torch.float32, "loop"),  # no CUDA device
+        (None, torch.bfloat16, "loop"),
+        ((9, 0), torch.bfloat16, "grouped"),
+        ((10, 3), torch.bfloat16, "grouped"),
+        ((9, 0), torch.float32, "padded"),  # for these torch reads the offsets
+        ((9, 0), torch.float16, "padded"),
+        ((9, 0), torch.float64, "padded"),
+        ((8, 0), torch.bfloat16, "padded"),
+        ((8, 9), torch.float32, "padded"),
+        ((12, 0), torch.bfloat16, "padded"),
+    ],
+    ids=str,
+)
+def test_on_cuda_auto_is_what_waits_for_nothing(
+    capability: tuple[int, int] | None, dtype: torch.dtype, kernel: str
+) -> None:
+    assert kernel_of(dtype, capability) == kernel
+
+
+@settings(max_examples=60, deadline=None)
+@given(loads=st.lists(st.integers(0, 90), min_size=1, max_size=6))
+def test_blocks_hold_each_row_once_and_rows_of_one_expert(loads: list[int]) -> None:
+    num_rows, num_experts = sum(loads), len(loads)
+    blocks = _blocks_of(ends(loads), num_rows)
+    expert_P = torch.arange(num_experts).repeat_interleave(torch.tensor(loads))
+    assert len(blocks.place_P.unique()) == num_rows
+    assert torch.equal(blocks.expert_N[blocks.place_P // blocks.size], expert_P)
+    assert torch.equal(blocks.expert_N, blocks.expert_N.sort().values)
+    assert len(blocks.expert_N) <= 5 * num_experts  # copies of an expert's weights
+    assert len(blocks.expert_N) * blocks.size <= num_rows + num_experts * max(16, num_rows / (4 * num_experts) + 1)
+
+
+def test_what_fills_a_block_up_meets_no_other_expert() -> None:
+    """Zero times infinity would be NaN: one expert's bad numbers stay its own."""
+    x, weight = torch.ones(5, 3), torch.ones(2, 3, 4)
+    x[4], weight[1] = torch.inf, torch.nan
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    y = grouped_linear(x, weight, None, ends([4, 1]), "padded")
+    grad_x, grad_weight = torch.autograd.grad(y[:4].sum(), leaves)
+    assert y[:4].isfinite().all()
+    assert grad_x[:4].isfinite().all()
+    assert grad_weight[0].isfinite().all()
+
+
+def routings() -> list[Routing]:
+    """Of tokens that have K pairs each, and of tokens that have any number."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = [torch.rand(9, 4, generator=generator).topk(k).indices for k in (1, 3, 0)]
+    weights = [torch.rand(9, k, generator=generator, dtype=torch.float64) for k in (1, 3, 0)]
+    by_token = [Routing.from_choices(*pair, num_experts=4) for pair in zip(chosen, weights, strict=True)]
+    none = Routing.from_choices(chosen[0][:0], weights[0][:0], num_experts=4)
+    return [*by_token, none, routing_of(features(9, 4) * (features(9, 4, seed=1) > 0))]
+
+
+@pytest.mark.parametrize("routing", routings(), ids=["K=1", "K=3", "K=0", "no tokens", "any number"])
+def test_tokens_and_pairs_on_cuda_as_on_the_cpu(routing: Routing) -> None:
+    x_TI = features(routing.num_tokens, 5).requires_grad_()
+    y_PO = features(len(routing.token), 5, seed=2).requires_grad_()
+    gathered, expected = _ToPairs.apply(x_TI, routing.token, routing.slot), x_TI[routing.token]
+    torch.testing.assert_close([gathered, *gradients(gathered, [x_TI])], [expected, *gradients(expected, [x_TI])])
+    summed = _ToTokens.apply(y_PO, routing.token, routing.slot, routing.num_tokens)
+    expected = torch.zeros(x_TI.shape, dtype=torch.float64).index_add(0, routing.token, y_PO)
+    torch.testing.assert_close([summed, *gradients(summed, [y_PO])], [expected, *gradients(expected, [y_PO])])
+
+
+class Noted(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func).split(".")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_sum_on_cuda_is_by_atomic_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``index_add`` on CUDA adds in any order: each run would give other last digits."""
+    monkeypatch.setattr(import_module("gmoe.dispatch"), "is_watched", lambda: False)
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((9, 5), (4, 5, 5), (4, 5)))
+    for routing in routings():
+        with Noted() as noted:
+            rows = _ToPairs.apply(x[: routing.num_tokens], routing.token, routing.slot)
+            y = grouped_linear(rows, weight, bias, routing.offsets, "padded")
+            _ToTokens.apply(y, routing.token, routing.slot, routing.num_tokens).sum().backward()
+        assert "bmm" in noted.names
+        assert not noted.names & {"index_add", "index_add_", "scatter_add", "scatter_add_", "_local_scalar_dense"}
+
+
+@pytest.mark.parametrize("routing", routings()[1::3], ids=["K=3", "any number"])
+def test_what_runs_on_cuda_compiles_as_one_graph(routing: Routing) -> None:
+    leaves = [features(*shape).requires_grad_() for shape in ((9, 3), (4, 3, 5), (4, 5))]
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        rows = _ToPairs.apply(x, routing.token, routing.slot)
+        y = grouped_linear(rows, weight, bias, routing.offsets, "padded")
+        return _ToTokens.apply(y, routing.token, routing.slot, routing.num_tokens)
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    outputs = [run(*leaves) for run in (compiled, layer)]
+    found, expected = ([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))] for y in outputs)
+    torch.testing.assert_close(found, expected)

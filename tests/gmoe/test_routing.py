@@ -139,6 +139,10 @@ def test_the_top_expert_is_that_of_the_largest_weight_whatever_its_sign() -> Non
         {"token": torch.tensor([1, 0, 1, 3]).int()},
         {"weight": torch.ones(3)},
         {"scores": torch.ones(4, 2)},
+        {"slot": torch.tensor([1, 0, 2])},
+        {"slot": torch.tensor([1, 0, 1, 3])},  # twice
+        {"slot": torch.tensor([1, 0, 2, 3])},  # of other tokens
+        {"slot": torch.tensor([1, 0, 2, 3]).int()},
     ],
     ids=str,
 )

@@ -1,0 +1,275 @@
+"""What anybody with a CUDA device can find out in ten minutes: are results those of the CPU, does a training step wait
+for the device, and how long does it take beside a dense layer?
+
+It was written without such a device: nothing in this project was ever run on one by its authors.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+from tqdm import tqdm
+
+from experiments.benchmark.layers import NODE, TOKEN, power_law_graph
+from experiments.benchmark.measure import Benchmark, Step, layer_step, take_turns, wait_for
+from gmoe import GNNMoE, MLPExperts, MoE, MoEConv, SoftMoE, SoftSlots, build_router
+from gmoe._checks import check, check_choice, check_counts
+from gmoe.conv.kinds import factory_of
+
+WAITS = frozenset(
+    prefix + name
+    for prefix in ("cuda", "hip")
+    for name in ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "Memcpy")
+)
+"""Calls of the driver in which the host waits for the device."""
+
+STEP = "training step"
+"""Name of what is profiled."""
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest difference from the CPU, over the largest number there."""
+
+COMPARED = {"nodes": 300, "tokens": 256, "images": 4}
+"""Sizes at which results are compared: the CPU computes them too."""
+
+HEADS = 4
+"""Of convs with attention, whose heads share the width."""
+
+CLASSES = 10
+"""Of models."""
+
+
+class Inputs(NamedTuple):
+    """Random inputs on the CPU, by what a layer takes."""
+
+    graph: tuple[Tensor, Tensor]
+    tokens: tuple[Tensor]
+    images: tuple[Tensor]
+
+
+class Row(NamedTuple):
+    """A layer with experts, the dense one that it is timed beside, and which inputs they take."""
+
+    takes: Literal["graph", "tokens", "images"]
+    moe: Callable[[], nn.Module]
+    dense: Callable[[], nn.Module]
+
+
+def conv_row(conv: str | list[str], dense: str) -> Row:
+    """A layer of message passing, and PyG's conv."""
+    heads: dict[str, Any] = {"heads": HEADS} if dense in ("gat", "gatv2", "transformer") else {}
+    sizes = (NODE, NODE // heads.get("heads", 1))
+    return Row("graph", partial(MoEConv, conv, *sizes, **heads), partial(factory_of(dense), *sizes, **heads))
+
+
+def mlp_row(router: str, **options: Any) -> Row:
+    """MLP experts under a router, and timm's MLP."""
+    from timm.layers.mlp import Mlp
+
+    def moe() -> nn.Module:
+        experts = MLPExperts(TOKEN, 4 * TOKEN, TOKEN, num_experts=8)
+        if router == "soft_slots":
+            return SoftMoE(SoftSlots(TOKEN, 8, slots=8), experts)
+        return MoE(build_router(router, TOKEN, 8, 1, options), experts)
+
+    return Row("tokens", moe, partial(Mlp, TOKEN, 4 * TOKEN))
+
+
+def gnn_row() -> Row:
+    """A model of three layers; the dense one has no experts in them."""
+    model = partial(GNNMoE, NODE, NODE, CLASSES, 3)
+    return Row("graph", model, partial(model, router=None))
+
+
+def vit_row() -> Row:
+    """A ViT of CIFAR's size; the dense one has no experts in its blocks."""
+    from gmoe.models.vit import ViTMoE
+
+    return Row("images", partial(ViTMoE, 32), partial(ViTMoE, 32, router=None))
+
+
+CONVS = ("gcn", "sage", "graph", "gin", "gat", "gatv2", "transformer")
+ROUTERS = ("token_choice", "expert_choice", "attention_vote", "multi_centroid", "random", "uniform", "soft_slots")
+FILTERS = ["identity", "low_pass", "high_pass", "low_pass"]
+
+ROWS: dict[str, Callable[[], Row]] = {
+    **{name: partial(conv_row, name, name) for name in CONVS},
+    "filters": partial(conv_row, FILTERS, "gcn"),
+    "mixed": partial(conv_row, ["gcn", "sage", "gin", "graph"], "gcn"),
+    **{name: partial(mlp_row, name) for name in ROUTERS},
+    "capacity": partial(mlp_row, "token_choice", capacity_factor=1.0),
+    "gnn": gnn_row,
+    "vit": vit_row,
+}
+"""What is measured: convs, MLPs under each router, and two models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuBenchmark(Benchmark):
+    """Layers and models on a CUDA device: equal to the CPU (float64, float32), waits of a training step as the profiler
+    counts them, and its time beside PyG's conv or timm's MLP. `--device cpu` is a dry run."""
+
+    device: Literal["cpu", "cuda", "mps"] = "cuda"
+    """Device."""
+    rows: tuple[str, ...] = tuple(ROWS)
+    """Convs, routers and models."""
+    nodes: int = 20_000
+    """Nodes of the graph that is timed."""
+    tokens: int = 8192
+    """Tokens that are timed."""
+    images: int = 64
+    """Images that are timed."""
+    repeats: int = 15
+    """Timed steps of each layer, after three that are not."""
+
+    def measured(self) -> dict[str, Any]:
+        """By row and precision ``wall`` and ``cpu`` of the layer, their ``ratio`` to the dense one's, ``waits`` by the
+        name of the call, and ``places`` in the code where torch saw them; in float32 also ``equal``. A row that fails
+        has an ``error`` in their place, and the others go on."""
+        check_counts(nodes=self.nodes, tokens=self.tokens, images=self.images)
+        for name in self.rows:
+            check_choice("rows", name, ROWS)
+        there = self.device != "cuda" or torch.cuda.is_available()
+        check(there, "device", "'cuda' without such a device", "a machine that has one, or --device cpu (a dry run)")
+        timed = inputs_of(self.nodes, self.tokens, self.images)
+        found: dict[str, Any] = {}
+        for name in tqdm(self.rows, desc="rows"):
+            for variant, figures in self._row(name, timed):
+                found[variant] = figures
+                tqdm.write(f"{variant}: {summary(figures)}", file=sys.stderr)
+        return found
+
+    def _row(self, name: str, timed: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
+        row, device = ROWS[name](), torch.device(self.device)
+        for precision in ("fp32", "bf16"):
+            figures: dict[str, Any] = {}
+            # On unknown hardware one layer that fails must not cost the other rows.
+            try:
+                if precision == "fp32":
+                    figures["equal"] = compared(row, device)
+                figures |= measured_row(row, timed, device, self.repeats, bf16=precision == "bf16")
+            except Exception as error:
+                figures["error"] = f"{type(error).__name__}: {error}"
+            yield f"{name}, {precision}", figures
+
+
+def inputs_of(nodes: int, tokens: int, images: int) -> Inputs:
+    """Random inputs of these sizes."""
+    edge_index, _ = power_law_graph(nodes, 5 * nodes)
+    graph = (torch.randn(nodes, NODE), edge_index)
+    return Inputs(graph, (torch.randn(tokens, TOKEN),), (torch.randn(images, 3, 32, 32),))
+
+
+def on(device: torch.device, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Copies on the device; floats in the dtype, and the first with a gradient."""
+    values = [value.to(device, dtype if value.is_floating_point() else None, copy=True) for value in inputs]
+    values[0].requires_grad_()
+    return tuple(values)
+
+
+@torch.no_grad()
+def opened(model: nn.Module) -> nn.Module:
+    """Let routed experts that start at zero count in the output."""
+    for part in model.modules():
+        if isinstance(gain := getattr(part, "gain", None), nn.Parameter):
+            gain.fill_(0.5)
+    heads = getattr(model, "heads", None)  # of a ViT, which starts at zero too
+    if isinstance(heads, nn.Module):
+        for parameter in heads.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def compared(row: Row, device: torch.device) -> dict[str, Any]:
+    """By dtype the largest differences of outputs and gradients from the CPU's, and whether they are within bounds.
+
+    In evaluation, where routers draw no noise: the two devices have different generators.
+    """
+    model, inputs = opened(row.moe()).eval(), getattr(inputs_of(**COMPARED), row.takes)
+    found: dict[str, Any] = {}
+    for dtype, tolerance in TOLERANCES.items():
+        outputs = run(model, inputs, torch.device("cpu"), dtype)
+        # By default torch rounds the inputs of convolutions on a GPU, as of a ViT's patches, to ten bits.
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            others = run(model, inputs, device, dtype)
+        pairs = zip(outputs, others, strict=True)
+        # The output first; the gradients after it are taken together.
+        scales = [float(outputs[0].abs().max()), max(float(grad.abs().max()) for grad in outputs[1:])]
+        off = [float((a - b).abs().max()) for a, b in pairs]
+        figures = {"output": off[0] / scales[0], "gradients": max(off[1:]) / scales[1]}
+        within = all(figure <= tolerance for figure in figures.values())
+        found[str(dtype).removeprefix("torch.")] = figures | {"within": within, "tolerance": tolerance}
+    return found
+
+
+def run(model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """The output of a copy of the model on a device, and the gradients of its input and parameters; on the CPU."""
+    model, inputs = copy.deepcopy(model).to(device, dtype), on(device, inputs, dtype)
+    y = model(*inputs)
+    # The same numbers on all devices, and no two alike: a sum would hide much.
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y).to(device))
+    gradients = [value.grad for value in (inputs[0], *model.parameters())]
+    return [value.detach().cpu() for value in (y, *gradients) if value is not None]
+
+
+def measured_row(row: Row, timed: Inputs, device: torch.device, repeats: int, bf16: bool) -> dict[str, Any]:
+    """Waits of a training step of the layer, and times of it and of the dense layer in turns."""
+    inputs = on(device, getattr(timed, row.takes), torch.float32)
+    layers = {"dense": row.dense().to(device), "moe": opened(row.moe()).to(device)}
+    steps = {name: layer_step(layer, inputs, bf16=bf16) for name, layer in layers.items()}
+    times = take_turns(steps, repeats, device, warmup=3)
+    moe, dense = times["moe"], times["dense"]
+    ratio = {clock: moe[clock]["median"] / dense[clock]["median"] for clock in moe}
+    waits = {"waits": waits_of(steps["moe"], device), "places": places_of_waits(steps["moe"], device)}
+    return {**moe, "dense": dense, "ratio": ratio, **waits}
+
+
+def waits_of(step: Step, device: torch.device) -> dict[str, int]:
+    """How often the step, which ran before, calls what waits for the device; by name."""
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
+    wait_for(device)
+    with profile(activities=activities) as profiled, record_function(STEP):
+        step()
+    events = profiled.events() or []
+    # Not what comes after the step, where the profiler itself waits; of its two spans that of the host.
+    spans = [event for event in events if event.name == STEP and event.device_type == DeviceType.CPU]
+    span = spans[0].time_range
+    inside = [event for event in events if span.start <= event.time_range.start < span.end]
+    return dict(Counter(event.name for event in inside if event.name in WAITS))
+
+
+def places_of_waits(step: Step, device: torch.device) -> list[str]:
+    """The lines of Python from which torch itself says that it waits, which it does not of all waits."""
+    if device.type != "cuda":
+        return []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    return sorted({f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits})
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """One line of a row, as it is found."""
+    if "error" in figures:
+        return str(figures["error"]).partition("\n")[0]
+    parts = [f"{1000 * figures['wall']['median']:.2f} ms", f"{figures['ratio']['wall']:.2f} × dense"]
+    parts.append(f"{sum(figures['waits'].values())} waits")
+    parts += [f"{dtype} {'equal' if of['within'] else 'NOT EQUAL'}" for dtype, of in figures.get("equal", {}).items()]
+    return ", ".join(parts)
