@@ -24,6 +24,9 @@ so that none can pass; fixed before the first result of it:
   four experts, top-2 normalized, no balance, Gumbel sampling in place of spread noise; of copies, ten times the pooled
   gradient, and copies that stay equal for the first quarter or half of training (sparse upcycling within a run); of
   differences, a gain of 0.1 that is learned, rank 4, weight decay.
+- Copies **without balance** were the best of these: on Cora they leave one expert all nodes, which is then the dense
+  layer, and on mosaic they use all eight. So the same without balance in the other three places, of copies and of
+  differences; fixed before the first result of it.
 - They are ranked beside the arms on :data:`WEIGHED`, by the same mean gain in validation, and the rule goes on with the
   best two of all.
 """
@@ -153,8 +156,12 @@ SECOND = tuple(
     Arm(sharing, "once", "neighbors", "constant", variant)
     for sharing, variants in VARIANTS.items()
     for variant in variants
+) + tuple(
+    Arm(sharing, decided, seen, "constant", "unbalanced")
+    for sharing, decided, seen in product(VARIANTS, DECIDED, SEEN)
+    if (decided, seen) != ("once", "neighbors")
 )
-"""The variants of the best two arms."""
+"""The variants of the best two arms, and the best of these in other places."""
 
 
 def arms_of(column: str) -> list[Arm]:
