@@ -19,6 +19,11 @@ in_transform = torch._C._are_functorch_transforms_active
 """True inside a transform of ``torch.func``."""
 
 
+def is_watched() -> bool:
+    """True under fake tensors, and where operators are counted, as FLOPs are; never in compiled code."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A ``backward`` that has no gradient of its own, and says so: torch's ``once_differentiable`` alone lets
     ``torch.autograd.grad(..., create_graph=True)`` go on with parts of the second-order gradient missing.
@@ -52,6 +57,6 @@ def refuse_transforms() -> None:
     Raises:
         RuntimeError: inside ``torch.jit.trace``, ``torch.export`` or a transform of ``torch.func``.
     """
-    traced = torch._C._is_tracing() or torch.compiler.is_exporting()  # which fixes shapes that follow the data
-    if traced or (not torch.compiler.is_compiling() and in_transform()):
+    exported = torch.compiler.is_exporting()  # which fixes shapes that follow the data
+    if exported or (not torch.compiler.is_compiling() and (torch._C._is_tracing() or in_transform())):
         raise RuntimeError(UNSUPPORTED)

@@ -9,7 +9,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,9 @@ from gmoe._autograd import first_order, untraced
 from gmoe._checks import check
 from gmoe.conv.aggregate import is_plain
 from gmoe.conv.base import StackedExperts, stacked
-from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
+from gmoe.conv.edges import Edges, blocks, dot, weighted_sum
+from gmoe.conv.graph import Graph
+from gmoe.conv.kept import lazy
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
@@ -49,34 +51,34 @@ class Messages:
         self.offsets = self.ptr[routing.offsets.long()].to(torch.int32)
         """(E,) cumulative ends of each expert's messages."""
 
-    @cached_property
+    @lazy
     def expert(self) -> Tensor:
         """(M,) the expert of the pair, ascending."""
         return self.routing.expert.index_select(0, self.pair)
 
-    @cached_property
+    @lazy
     def _is_row(self) -> Tensor:
         """(E, N) True for each (expert, source) with a message."""
         needed = self.pair.new_zeros(self.routing.num_experts, self.graph.num_src, dtype=torch.bool)
         needed[self.expert, self.source] = True
         return needed
 
-    @cached_property
+    @lazy
     def rows(self) -> tuple[Tensor, ...]:
         """(U,) the expert and (U,) the source of each row, ascending."""
         return self._is_row.nonzero(as_tuple=True)
 
-    @cached_property
+    @lazy
     def row_offsets(self) -> Tensor:
         """(E,) int32, cumulative ends of each expert's rows."""
         return self._is_row.sum(dim=1).cumsum(0).to(torch.int32)
 
-    @cached_property
+    @lazy
     def place(self) -> Tensor:
         """(E, N) the position of (expert, source) among the rows, if it is one."""
         return self._is_row.view(-1).cumsum(0).view_as(self._is_row) - 1
 
-    @cached_property
+    @lazy
     def from_rows(self) -> Edges:
         """From the rows to the pairs."""
         return self.edges_from(self.place[self.expert, self.source], len(self.rows[0]))

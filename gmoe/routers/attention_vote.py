@@ -97,7 +97,7 @@ class AttentionVote(Router):
         q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim)) / math.sqrt(self.head_dim)
         k_TEd = float_linear(x_TD, self.key).unflatten(-1, (-1, self.head_dim))
         if self.scope == "neighbors":
-            votes_TE = neighbor_votes(q_THd, k_TEd, edges_among(edge_index, len(x_TD)))
+            votes_TE = neighbor_votes(q_THd, k_TEd, edges_among(edge_index))
         else:
             votes_TE = k_TEd.new_zeros(k_TEd.shape[:2])
             for part in groups.batches(x_TD.device):
@@ -202,19 +202,22 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     """(T, H) votes where each node spreads one vote over its out-neighbors and itself; O(edges).
 
     Every node has itself once, whether or not the graph has self-loops; parallel edges count once each. Scores and
-    gradients are those of :func:`gmoe.conv.graph.dot`: no (M, d) tensor.
+    gradients are those of :func:`gmoe.conv.edges.dot`: no (M, d) tensor.
 
     Args:
         q_THd: queries, already divided by sqrt(d); H may be 1 where all heads share them.
         k_THd: keys.
         edge_index: (2, num_edges) from voters to those they vote for.
     """
-    from torch_geometric.utils import add_remaining_self_loops, softmax  # who has a graph has it
+    from torch_geometric.utils import softmax  # who has a graph has it
 
-    from gmoe.conv.graph import Edges, dot
+    from gmoe.conv.edges import Edges, dot
 
-    num_tokens = len(k_THd)
-    (voter_M, other_M), _ = add_remaining_self_loops(edge_index, num_nodes=num_tokens)
-    edges = Edges.sorted(other_M, voter_M, num_tokens, num_tokens)
-    share_MH = softmax(dot(q_THd.expand_as(k_THd), k_THd, edges), ptr=edges.ptr)
+    num_tokens, (voter_M, other_M) = len(k_THd), edge_index
+    every_T = torch.arange(num_tokens, device=k_THd.device)
+    edges = Edges.sorted(torch.cat([other_M, every_T]), torch.cat([voter_M, every_T]), num_tokens, num_tokens)
+    # Loops that the graph has itself stay, without a share: how many there are depends on the data.
+    is_second = (edges.sender == edges.receiver) & (edges.order < len(voter_M))
+    score_MH = dot(q_THd.expand_as(k_THd), k_THd, edges).masked_fill(is_second[:, None], -torch.inf)
+    share_MH = softmax(score_MH, ptr=edges.ptr)
     return k_THd.new_zeros(k_THd.shape[:2]).index_add(0, edges.sender, share_MH)
