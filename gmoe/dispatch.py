@@ -115,7 +115,7 @@ def routed_linear(
     parts, weight_EIO = [part.to(dtype) for part in parts], weight_EIO.to(dtype)
     gate_P = routing.weight.to(dtype)
     # Not where FLOPs are counted: those are of a token's own experts.
-    if backend == "auto" and is_few(len(parts[0]), weight_EIO) and not is_watched():
+    if backend == "auto" and is_few(routing.num_tokens, weight_EIO) and not is_watched():
         return _in_one_product(parts, weight_EIO, None if bias_EO is None else bias_EO.to(dtype), gate_P, routing)
     return _RoutedLinear.apply(routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, *parts)
 

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from gmoe import GNNMoE, Graph, MoEConv
+from gmoe.routers import ROUTERS
 
 WIDTH = 8
 SIZES = (30, 37, 50, 64, 101, 33, 77)
 EDGES_OF_A_NODE = 4
+
+AGGREGATIONS = ("max", "min", "mul", "std", "var", "softmax", "powermean")
 
 conv: Callable[..., nn.Module] = partial(MoEConv, in_channels=WIDTH, out_channels=WIDTH)
 four: Callable[..., nn.Module] = partial(conv, num_experts=4)
@@ -30,7 +33,14 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "SAGE, normalized": partial(four, "sage", normalize=True),
     "GraphConv": partial(four, "graph"),
     "GIN": partial(four, "gin"),
+    "GINE": partial(four, "gine"),
     "MLP": partial(four, "mlp"),
+    "filters": partial(conv, ["identity", "low_pass", "high_pass", "two_hop"]),
+    **{f"SAGE, {aggr}": partial(four, "sage", aggr=aggr) for aggr in AGGREGATIONS},
+    "SAGE, max and mean": partial(four, "sage", aggr=["max", "mean"]),
+    **{f"GCN, {router}": partial(four, "gcn", router=router) for router in ROUTERS},
+    "GCN, capacity": partial(four, "gcn", router_kwargs={"capacity_factor": 1.0}),
+    "GCN, votes of neighbors": partial(four, "gcn", router="attention_vote", router_kwargs={"scope": "neighbors"}),
 }
 """Layers that are one graph; in training, with a shared expert where nothing else is said."""
 
@@ -62,6 +72,8 @@ def inputs(name: str, nodes: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     of_edges: dict[str, Tensor] = {}
     if "edge weights" in name:
         of_edges["edge_weight"] = torch.rand(edges, generator=generator)
+    if "edge features" in name or name == "GINE":
+        of_edges["edge_attr"] = torch.randn(edges, WIDTH, generator=generator)
     return x, edge_index, of_edges
 
 

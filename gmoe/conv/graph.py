@@ -9,7 +9,6 @@ import copy
 import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from numbers import Integral
 from typing import Any, Literal
 
@@ -373,9 +372,14 @@ def numbered(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     return nodes, order[torch.searchsorted(known, others)]
 
 
-_signature = cache(inspect.signature)  # which takes as long as a small graph's products
+_parameters: dict[type, tuple[str, ...]] = {}
+"""What :func:`parameters_of` gave, which takes as long as a small graph's products. ``torch.compile`` warns of
+``functools.cache``."""
 
 
 def parameters_of(conv: torch.nn.Module) -> tuple[str, ...]:
     """The arguments of the conv's forward, in order."""
-    return tuple(_signature(type(conv).forward).parameters)[1:]
+    cls = type(conv)
+    if cls not in _parameters:
+        _parameters[cls] = tuple(inspect.signature(cls.forward).parameters)[1:]
+    return _parameters[cls]

@@ -28,6 +28,7 @@ class SeparateExperts(ConvExperts):
         super().__init__()
         self.members: Any = nn.ModuleList(convs)
         self.is_local = list(local)
+        self.flow = convs[0].flow
 
     @property
     def too_far(self) -> list[MessagePassing]:
