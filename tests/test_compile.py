@@ -110,7 +110,7 @@ def assert_is_one_graph(name: str, backend: str, sizes: Sequence[int], near: flo
             torch.testing.assert_close(ours, theirs, rtol=0, atol=near * scale)
 
 
-@pytest.mark.parametrize("name", ["GCN", "SAGE", "GIN"])
+@pytest.mark.parametrize("name", ["GCN", "SAGE", "GIN", "GAT", "GATv2", "Transformer"])
 def test_a_layer_is_one_graph(name: str) -> None:
     assert_is_one_graph(name, "aot_eager", SIZES[:2], near=0)
 

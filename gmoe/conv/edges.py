@@ -100,12 +100,29 @@ class Edges:
             **{name: getattr(self, name).to(device) for name in ("ptr", "sender", "receiver", "order")},
         )
 
-    def of(self, receivers: Tensor) -> tuple[Tensor, Tensor]:
-        """(m,) the messages of some receivers, one after the other, and (m,) the position of each one's receiver."""
-        degree = self.degree.index_select(0, receivers)
-        position = torch.arange(len(receivers), device=receivers.device).repeat_interleave(degree)
-        shift = self.ptr.index_select(0, receivers) - (degree.cumsum(0) - degree)
-        return torch.arange(len(position), device=receivers.device) + shift.index_select(0, position), position
+    def of(self, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The messages of some receivers, one receiver after the other.
+
+        Args:
+            receivers: (r,) integers, each as often as it likes.
+
+        Returns:
+            (m,) the messages; (m,) the position of each one's receiver; (r + 1,) where those of each position start.
+        """
+        return _find_messages(self.ptr, receivers)
+
+    def with_loops(self, number: int) -> tuple[Edges, Tensor]:
+        """The edges with a loop at each of the first nodes, in place of the loops that there are.
+
+        Args:
+            number: of nodes that get one.
+
+        Returns:
+            The edges, in order those that stay and then the loops; and (m,) which of these edges stay.
+        """
+        with torch.inference_mode(False):  # what a graph keeps is for training too
+            ptr, sender, receiver, order, kept = _add_loops(self.ptr, self.sender, self.receiver, number)
+        return Edges(ptr, sender, receiver, self.num_senders, order), kept
 
 
 def weighted_sum(weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
@@ -233,6 +250,46 @@ def _sort_edges(
     receiver = receiver.index_select(0, order)
     ptr = torch._convert_indices_from_coo_to_csr(receiver, num_receivers)
     return ptr, sender.index_select(0, order), receiver, order
+
+
+def _empty_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    messages = torch.library.get_ctx().new_dynamic_size()
+    return ptr.new_empty(messages), ptr.new_empty(messages), ptr.new_empty(receivers.size(0) + 1)
+
+
+@operator(fake=_empty_messages)
+def _find_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :meth:`Edges.of`."""
+    first = ptr.index_select(0, receivers)
+    degree = ptr.index_select(0, receivers + 1) - first
+    starts = torch.cat([ptr.new_zeros(1), degree.cumsum(0)])
+    position = torch.arange(len(receivers), device=ptr.device).repeat_interleave(degree)
+    shift = (first - starts[:-1]).index_select(0, position)
+    return torch.arange(len(position), device=ptr.device) + shift, position, starts
+
+
+def _empty_loops(ptr: Tensor, sender: Tensor, _: Tensor, number: int) -> tuple[Tensor, ...]:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    edges = (sender.new_empty(kept + number) for _ in range(3))
+    return ptr.new_empty(ptr.shape), *edges, sender.new_empty(kept)
+
+
+@operator(fake=_empty_loops)
+def _add_loops(
+    ptr: Tensor, sender: Tensor, receiver: Tensor, number: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :meth:`Edges.with_loops`. A receiver's loop is its last message, so that nothing has to be sorted."""
+    kept = (sender != receiver).nonzero().view(-1)
+    node, every = torch.arange(number, device=ptr.device), torch.arange(len(kept), device=ptr.device)
+    old = receiver.index_select(0, kept)
+    loops_before = torch.arange(len(ptr), device=ptr.device).clamp(max=number)
+    ptr = torch._convert_indices_from_coo_to_csr(old, len(ptr) - 1) + loops_before
+    # The place of what stays, behind the loops of the receivers before; and that of the loops.
+    place = torch.cat([every + old.clamp(max=number), ptr[1 : number + 1] - 1])
+    order = torch.empty_like(place).index_copy_(0, place, torch.arange(len(place), device=ptr.device))
+    senders = torch.cat([sender.index_select(0, kept), node]).index_select(0, order)
+    receivers = torch.cat([old, node]).index_select(0, order)
+    return ptr, senders, receivers, order, kept
 
 
 def _empty_sums(weight_MH: Tensor, value_UGC: Tensor, ptr: Tensor, *_: Any) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj, SparseTensor
-from torch_geometric.utils import add_self_loops, is_sparse, remove_self_loops
+from torch_geometric.utils import add_self_loops, is_sparse
 
 from gmoe._autograd import is_watched
 from gmoe._checks import check, check_choice
@@ -295,16 +295,30 @@ class Graph:
         Args:
             fill_value: the loops' edge features, see ``torch_geometric.utils.add_self_loops``.
         """
-        edges, nodes = self.edges, (self.num_src, self.num_dst)
-        ends = torch.stack([edges.sender, edges.receiver])
-        ends, kept_M = remove_self_loops(ends, torch.arange(ends.size(1), device=ends.device))
+        loops = min(self.num_src, self.num_dst)
+        edges, kept_M = self.edges.with_loops(loops)
+        ends = torch.stack([self.edges.sender, self.edges.receiver]).index_select(1, kept_M)
         attr = None if self.attr is None else self.attr.index_select(0, kept_M)
-        ends, attr = add_self_loops(ends, attr, fill_value, min(nodes))
-        looped = Graph(ends, nodes, edge_attr=attr)
+        ends, attr = add_self_loops(ends, attr, fill_value, loops)
+        mask = None
         if self.mask is not None:  # added loops have none, see MessagePassing.explain_message
-            mask = self.mask[edges.order].index_select(0, kept_M)
-            looped.mask = torch.cat([mask, mask.new_ones(min(nodes))])
-        return looped
+            mask = self.mask[self.edges.order].index_select(0, kept_M)
+            mask = torch.cat([mask, mask.new_ones(loops)])
+        return self._copy(
+            edges=edges,
+            edge_index=ends,
+            adj=ends,
+            edge_attr=attr,
+            mask=mask,
+            x=None,
+            edge_weight=None,
+            matrix_values=None,
+            is_sparse=False,
+            flow="source_to_target",
+            scale_of=None,
+            destinations=None,
+            num_rows=self.num_dst,
+        )
 
     def args_for(self, conv: MessagePassing) -> dict[str, Tensor]:
         """The edge arguments that this conv takes, in the order of the edges as given."""
@@ -324,11 +338,11 @@ class Graph:
             since some convs fail on graphs without edges.
         """
         number = len(token)
-        edge, position = self.edges.of(token)
+        edge, position, _ = self.edges.of(token)
         messages = edge.numel()
         if messages == 0 and self.num_edges:
             token = torch.cat([token, self.edges.receiver[:1]])
-            edge, position = self.edges.of(token)
+            edge, position, _ = self.edges.of(token)
         nodes, source = numbered(token[token < self.num_src], self.edges.sender.index_select(0, edge))
         if self.is_sparse:  # columns ascend, or torch mixes up the gradients of the matrix's values
             order = (position * len(nodes) + source).argsort()

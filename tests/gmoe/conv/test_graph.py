@@ -48,10 +48,24 @@ def test_operators_keep_torchs_rules() -> None:
     ends, weight, value = (edges.ptr, edges.sender, edges.receiver), features(30, 2), features(7, 2, 3)
     for name, inputs in {
         "sort_edges": (receiver, sender, 9, 7, False),
+        "find_messages": (edges.ptr, torch.tensor([3, 0, 8, 3])),
+        "add_loops": (*ends, 7),
         "sum_messages": (weight, value, *ends, None),
         "multiply_ends": (features(9, 2, 3), value, *ends),
     }.items():
         torch.library.opcheck(getattr(torch.ops.gmoe, name).default, inputs)
+
+
+def test_loops_are_the_last_messages_of_their_receivers() -> None:
+    """As if all edges had been sorted anew."""
+    sender, receiver = torch.tensor([[4, 0, 1, 1, 2, 4, 0], [0, 0, 1, 2, 2, 2, 3]])
+    found, kept = Edges.sorted(sender, receiver, 5, 4).with_loops(3)
+    stays = sender != receiver
+    ends = torch.cat([sender[stays], torch.arange(3)]), torch.cat([receiver[stays], torch.arange(3)])
+    expected = Edges.sorted(*ends, 5, 4)
+    assert kept.tolist() == stays.nonzero().view(-1).tolist()
+    for name in ("ptr", "sender", "receiver", "order"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def test_low_precision_is_summed_in_float32() -> None:
