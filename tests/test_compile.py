@@ -40,7 +40,23 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "SAGE, max and mean": partial(four, "sage", aggr=["max", "mean"]),
     **{f"GCN, {router}": partial(four, "gcn", router=router) for router in ROUTERS},
     "GCN, capacity": partial(four, "gcn", router_kwargs={"capacity_factor": 1.0}),
-    "GCN, votes of neighbors": partial(four, "gcn", router="attention_vote", router_kwargs={"scope": "neighbors"}),
+    "GCN, votes of neighbors": partial(
+        four,
+        "gcn",
+        router="attention_vote",
+        router_kwargs={"scope": "neighbors"},
+    ),
+    "GAT": partial(four, "gat"),
+    "GAT, narrow heads": partial(MoEConv, "gat", WIDTH, WIDTH // 2, num_experts=4, heads=2),
+    "GAT, edge features": partial(four, "gat", edge_dim=WIDTH),
+    "GATv2": partial(four, "gatv2"),
+    "GATv2, edge features": partial(four, "gatv2", edge_dim=WIDTH),
+    "Transformer": partial(four, "transformer"),
+    "Transformer, edge features": partial(four, "transformer", edge_dim=WIDTH),
+    "GNNMoE of GCN": gnn,
+    "GNNMoE of GCN, one router": partial(gnn, shared_router=True),
+    "GNNMoE of SAGE": partial(gnn, conv="sage"),
+    "GNNMoE of GAT": partial(gnn, conv="gat"),
 }
 """Layers that are one graph; in training, with a shared expert where nothing else is said."""
 
