@@ -161,9 +161,10 @@ def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[s
 
 
 def _transpose_where_compiled(edges: Edges) -> None:
-    """Sort the edges the other way in the forward, where the compiler could not have edges keep it in the backward.
+    """Sort the edges the other way in the forward of compiled code.
 
-    It drops the sort again where no gradient asks for it.
+    In its backward, edges could not keep what they find. The compiler drops the sort again where no
+    gradient asks for it.
     """
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
         _ = edges.transpose
@@ -238,7 +239,7 @@ def _sort_edges(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row pointers, senders, receivers and order of the edges by receiver.
 
-    Checks them first, inside the operator: compiled code, which has no values to look at, keeps the check.
+    Checks them first, inside the operator, so that compiled code keeps the check.
     """
     if not checked:
         check_nodes(sender, num_senders)
@@ -278,7 +279,7 @@ def _empty_loops(ptr: Tensor, sender: Tensor, _: Tensor, number: int) -> tuple[T
 def _add_loops(
     ptr: Tensor, sender: Tensor, receiver: Tensor, number: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :meth:`Edges.with_loops`. A receiver's loop is its last message, so that nothing has to be sorted."""
+    """See :meth:`Edges.with_loops`. A receiver's loop is its last message: nothing has to be sorted."""
     kept = (sender != receiver).nonzero().view(-1)
     node, every = torch.arange(number, device=ptr.device), torch.arange(len(kept), device=ptr.device)
     old = receiver.index_select(0, kept)
