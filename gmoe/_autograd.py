@@ -57,6 +57,6 @@ def refuse_transforms() -> None:
     Raises:
         RuntimeError: inside ``torch.jit.trace``, ``torch.export`` or a transform of ``torch.func``.
     """
-    traced = torch._C._is_tracing() or torch.compiler.is_exporting()  # which fixes shapes that follow the data
-    if traced or (not torch.compiler.is_compiling() and in_transform()):
+    exported = torch.compiler.is_exporting()  # which fixes shapes that follow the data
+    if exported or (not torch.compiler.is_compiling() and (torch._C._is_tracing() or in_transform())):
         raise RuntimeError(UNSUPPORTED)

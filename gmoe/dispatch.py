@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._autograd import first_order, is_watched, refuse_second_order, untraced
+from gmoe._autograd import first_order, is_watched, refuse_second_order
 from gmoe._checks import check_choice
 from gmoe.routing import Routing, owner
 
@@ -123,7 +123,6 @@ def grouped_linear(
     return y_PO.add_(exact_EO.repeat_interleave(rows_E, dim=0, output_size=len(x_PI)).to(y_PO.dtype))
 
 
-@untraced  # the number of rows of an expert depends on the data
 def routed_linear(
     parts: Sequence[Tensor], weight_EIO: Tensor, bias_EO: Tensor | None, routing: Routing, backend: Backend = "auto"
 ) -> Tensor:
@@ -149,10 +148,9 @@ def routed_linear(
     parts, weight_EIO = [part.to(dtype) for part in parts], weight_EIO.to(dtype)
     gate_P = routing.weight.to(dtype)
     # Not where FLOPs are counted: those are of a token's own experts.
-    few = is_few(len(parts[0]), weight_EIO)
-    if backend == "auto" and few and not torch._C._len_torch_dispatch_stack():
+    if backend == "auto" and is_few(routing.num_tokens, weight_EIO) and not is_watched():
         return _in_one_product(parts, weight_EIO, None if bias_EO is None else bias_EO.to(dtype), gate_P, routing)
-    return _RoutedLinear.apply(routing.num_tokens, routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, *parts)
+    return _RoutedLinear.apply(routing.token, routing.offsets, gate_P, weight_EIO, bias_EO, *parts)
 
 
 def _in_one_product(
@@ -169,12 +167,12 @@ def _in_one_product(
     row_PI = gate_P[:, None] * x_TI.index_select(0, routing.token)
     blocks_TEI = x_TI.new_zeros(len(x_TI) * num_experts, width).index_copy(0, place_P, row_PI)
     y_TO = blocks_TEI.view(len(x_TI), num_experts * width) @ weight_EIO.flatten(0, 1)
-    if y_TO.requires_grad:
+    if y_TO.requires_grad and not torch.compiler.is_compiling():  # which refuses it too
         y_TO.register_hook(refuse_second_order)
     return y_TO
 
 
-def _operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a kernel an operator of torch; ``fake`` gives empty results of the right shapes.
 
     Where there are numbers to compute, the kernel is called without torch's dispatcher, which takes longer than the
@@ -198,7 +196,7 @@ def _operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
 # rows sorted by expert ------------------------------------------------------------------------------------------------
 
 
-@_operator(fake=lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)))
+@operator(fake=lambda x, weight, *_: x.new_empty(x.size(0), weight.size(2)))
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """(P, O) rows (P, I) times the weight (E, I, O) of their expert."""
     if backend == "padded":
@@ -211,7 +209,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
     return y_PO
 
 
-@_operator(fake=lambda x, grad, offsets, *_: x.new_empty(len(offsets), x.size(1), grad.size(1)))
+@operator(fake=lambda x, grad, offsets, *_: x.new_empty(len(offsets), x.size(1), grad.size(1)))
 def _grouped_linear_weight(x: Tensor, grad: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """(E, I, O) the gradient of the weights, from rows (P, I) and gradients (P, O)."""
     if backend == "padded":
@@ -388,53 +386,97 @@ def _sum_at(index: Tensor, values: Tensor, size: int) -> Tensor:
 # from tokens to tokens, one expert after the other --------------------------------------------------------------------
 
 
+def _empty_routed(weight: Tensor, _: Any, __: Any, parts: Sequence[Tensor], token: Tensor, *rest: Any) -> Any:
+    rows = token.size(0) if rest[-1] else 0
+    return weight.new_empty(parts[0].size(0), weight.size(2)), weight.new_empty(rows, weight.size(2))
+
+
+@operator(fake=_empty_routed)
+def _routed_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    parts: Sequence[Tensor],
+    token: Tensor,
+    offsets: Tensor,
+    keeps_rows: bool,
+) -> tuple[Tensor, Tensor]:
+    """(T, O) the sums, and (P, O) the experts' outputs before they are weighted, none if they are not kept."""
+    out_TO = weight.new_zeros(len(parts[0]), weight.size(2))
+    y_PO = weight.new_empty(len(token) if keeps_rows else 0, weight.size(2))
+    ends = offsets[:-1].tolist()  # one host sync
+    outs = y_PO.tensor_split(ends) if len(y_PO) else [None] * len(weight)
+    by_expert = zip(
+        token.tensor_split(ends), gate[:, None].tensor_split(ends), outs, _by_part(weight, parts), strict=True
+    )
+    for expert, (token, gate, y, weights) in enumerate(by_expert):
+        y = torch.mm(parts[0].index_select(0, token), weights[0], out=y)
+        for x, weight_IO in zip(parts[1:], weights[1:], strict=True):
+            y.addmm_(x.index_select(0, token), weight_IO)
+        if bias is not None:
+            y += bias[expert]
+        out_TO.index_add_(0, token, y * gate)
+    return out_TO, y_PO
+
+
+def _empty_gradients(
+    _: Any, __: Any, weight: Tensor, bias: Any, gate: Tensor, parts: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    values = (gate, weight, bias, *parts)
+    return [torch.empty_like(value) for value, needed in zip(values, rest[-1], strict=True) if needed]
+
+
+@operator(fake=_empty_gradients)
+def _routed_linear_backward(
+    grad: Tensor,
+    y_PO: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    parts: Sequence[Tensor],
+    token: Tensor,
+    offsets: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of gate, weight, bias and parts, of those that need one."""
+    values: tuple[Any, ...] = (gate, weight, bias, *parts)
+    grads: list[Any] = [torch.zeros_like(t) if needed else None for t, needed in zip(values, needs, strict=True)]
+    grad_gate, grad_weight, grad_bias, *grad_parts = grads
+    ends, at_gate = offsets[:-1].tolist(), gate if grad_gate is None else grad_gate
+    by_expert = zip(*(value.tensor_split(ends) for value in (token, gate[:, None], y_PO, at_gate)), strict=True)
+    weights = _by_part(weight, parts)
+    grad_weights = weights if grad_weight is None else _by_part(grad_weight, parts)
+    for expert, (token, gate, y, at_gate) in enumerate(by_expert):
+        grad_y = grad.index_select(0, token)
+        if grad_gate is not None:
+            torch.linalg.vecdot(grad_y, y, out=at_gate)
+        grad_y.mul_(gate)
+        if grad_bias is not None:
+            torch.sum(grad_y, dim=0, out=grad_bias[expert])
+        for part, x in enumerate(parts):
+            if grad_weight is not None:
+                torch.mm(x.index_select(0, token).T, grad_y, out=grad_weights[expert][part])
+            if grad_parts[part] is not None:
+                grad_parts[part].index_add_(0, token, grad_y @ weights[expert][part].T)
+    return [grad for grad in grads if grad is not None]
+
+
 class _RoutedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, num_tokens: int, token: Tensor, offsets: Tensor, *values: Any) -> Tensor:
+    def forward(ctx: Any, token: Tensor, offsets: Tensor, *values: Any) -> Tensor:
         gate, weight, bias, *parts = values
-        out_TO = weight.new_zeros(num_tokens, weight.size(2))
         # of the gate, whose gradient is that of the experts' outputs before they are weighted
-        y_PO = weight.new_empty(len(token) if ctx.needs_input_grad[3] else 0, weight.size(2))
+        out_TO, y_PO = _routed_linear(weight, bias, gate, parts, token, offsets, ctx.needs_input_grad[2])
         ctx.save_for_backward(token, offsets, y_PO, *values)
-        ends = offsets[:-1].tolist()  # one host sync
-        outs = y_PO.tensor_split(ends) if len(y_PO) else [None] * len(weight)
-        by_expert = zip(
-            token.tensor_split(ends), gate[:, None].tensor_split(ends), outs, _by_part(weight, parts), strict=True
-        )
-        for expert, (token, gate, y, weights) in enumerate(by_expert):
-            y = torch.mm(parts[0].index_select(0, token), weights[0], out=y)
-            for x, weight_IO in zip(parts[1:], weights[1:], strict=True):
-                y.addmm_(x.index_select(0, token), weight_IO)
-            if bias is not None:
-                y += bias[expert]
-            out_TO.index_add_(0, token, y * gate)
         return out_TO
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
-        token, offsets, y_PO, *values = ctx.saved_tensors
-        gate, weight, _, *parts = values
-        needs_gate, needs_weight, needs_bias, *needs_parts = needs = ctx.needs_input_grad[3:]
-        grads: list[Any] = [torch.zeros_like(t) if needed else None for t, needed in zip(values, needs, strict=True)]
-        grad_gate, grad_weight, grad_bias, *grad_parts = grads
-        ends, at_gate = offsets[:-1].tolist(), grad_gate if needs_gate else gate
-        by_expert = zip(*(value.tensor_split(ends) for value in (token, gate[:, None], y_PO, at_gate)), strict=True)
-        weights = _by_part(weight, parts)
-        grad_weights = _by_part(grad_weight, parts) if needs_weight else weights
-        for expert, (token, gate, y, at_gate) in enumerate(by_expert):
-            grad_y = grad.index_select(0, token)
-            if needs_gate:
-                torch.linalg.vecdot(grad_y, y, out=at_gate)
-            grad_y.mul_(gate)
-            if needs_bias:
-                torch.sum(grad_y, dim=0, out=grad_bias[expert])
-            for part, x in enumerate(parts):
-                if needs_weight:
-                    torch.mm(x.index_select(0, token).T, grad_y, out=grad_weights[expert][part])
-                if needs_parts[part]:
-                    grad_parts[part].index_add_(0, token, grad_y @ weights[expert][part].T)
-        return None, None, None, *grads
+        token, offsets, y_PO, gate, weight, bias, *parts = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        found = iter(_routed_linear_backward(grad, y_PO, weight, bias, gate, parts, token, offsets, needs))
+        return None, None, *(next(found) if needed else None for needed in needs)
 
 
 def _by_part(weight_EIO: Tensor, parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:

@@ -31,7 +31,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import CGConv, LayerNorm, PNAConv
 
 from gmoe import GNNMoE, Graph, MoEConv, Router, Routing, StoredGraph, neighbor_loader
-from gmoe.conv import graph as graph_module
+from gmoe.conv import edges as edges_module
 from gmoe.conv.graph import parameters_of
 from gmoe.conv.kinds import CONVS, LOCAL, OWN, SOURCES_ALONE
 from gmoe.routing import GAIN_SCALE
@@ -589,7 +589,7 @@ def compute(c: Config) -> Outcome:
     """Build, run, and compare with the definition."""
     module = build(c)
     twin, given, theirs = copy.deepcopy(module), *(given_of(c, c.number) for _ in range(2))
-    as_on_gpus: Any = mock.patch.multiple(graph_module, SPARSE_DEVICES=(), NUMBERS=20)  # small blocks, no products
+    as_on_gpus: Any = mock.patch.multiple(edges_module, SPARSE_DEVICES=(), NUMBERS=20)  # small blocks, no products
     with as_on_gpus if c.as_on_gpus else nullcontext():
         for before in c.before:
             module = go_through(module, c, given, before)

@@ -21,9 +21,8 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
-from gmoe._autograd import untraced
 from gmoe._checks import check_choice, check_counts, must_be_called
-from gmoe.conv.base import StackedExperts, all_of, stacked, tokens_of
+from gmoe.conv.base import StackedExperts, all_of, stacked
 from gmoe.conv.graph import Graph, Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts
@@ -59,6 +58,7 @@ class AggregateOnce(StackedExperts):
 
     def build(self, convs: Sequence[Any], backend: Backend) -> None:
         self.prototype = conv = copy.deepcopy(convs[0])
+        conv.flow = "source_to_target"  # as edges run inside a graph
         linear = conv.aggr in ("add", "sum", "mean")
         self.matrix = partial(Graph.summing, by=self.weighted_by, mean=conv.aggr == "mean") if linear else None
         self.strip(conv)
@@ -72,12 +72,11 @@ class AggregateOnce(StackedExperts):
             return self._by_pyg(graph, x_src)
         return graph.product(self.matrix(graph, dtype=x_src.dtype), x_src)
 
-    @untraced  # dynamo fails on a copy of a module
     def _by_pyg(self, graph: Graph, x_src: Tensor) -> Tensor:
         """(T, D) what the stripped conv itself aggregates."""
-        conv = copy.copy(self.prototype)  # another thread may be running it
-        conv.flow = "source_to_target"
+        conv = self.prototype
         if graph.mask is not None:
+            conv = copy.copy(conv)  # another thread may be running it
             set_masks(conv, graph.mask, graph.edge_index, apply_sigmoid=False)
         adj, size = graph.adj if graph.is_sparse else graph.edge_index, (graph.num_src, graph.num_rows)
         # sparse products have no kernels for half precision
@@ -254,12 +253,23 @@ class FilterExperts(GCNExperts):
         return torch.cat(powers[1:], dim=-1) if self.hops else None
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        after = [x_dst] if h is None else [x_dst, *h.split(x_dst.size(1), dim=1)]
-        rows = []
-        for (name, hops), token in zip(self.filters, tokens_of(routing), strict=True):
-            row = after[0 if name == "identity" else hops].index_select(0, token)
-            rows.append(x_dst.index_select(0, token) - row if name == "high_pass" else row)
-        return combine(self.linear(torch.cat(rows), routing.offsets), routing)
+        kinds = sorted(set(self.filters))
+        after = [self._after(kind, x_dst, h) for kind in kinds]
+        if len(kinds) == 1:
+            return combine(self.linear(dispatch(after[0], routing), routing.offsets), routing)
+        # A token after one filter is a row of its own: which of them experts take depends on the data.
+        kind_E = routing.token.new_tensor([kinds.index(kind) for kind in self.filters])
+        row_P = routing.token * len(kinds) + kind_E.index_select(0, routing.expert)
+        rows_PI = torch.cat(after, dim=1).view(-1, x_dst.size(1)).index_select(0, row_P)
+        return combine(self.linear(rows_PI, routing.offsets), routing)
+
+    def _after(self, kind: tuple[FilterName, int], x_dst: Tensor, h: Any) -> Tensor:
+        """(T, I) the tokens after a filter, given what :meth:`aggregate` gave."""
+        name, hops = kind
+        if name == "identity":
+            return x_dst
+        low = h.split(x_dst.size(1), dim=1)[hops - 1]
+        return low if name == "low_pass" else x_dst - low
 
     on_all = StackedExperts.on_all  # not the linear map of h
 

@@ -8,29 +8,63 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.utils import softmax
 
-from gmoe._autograd import first_order, untraced
+from gmoe._autograd import first_order
 from gmoe._checks import check
 from gmoe.conv.aggregate import is_plain
 from gmoe.conv.base import StackedExperts, stacked
-from gmoe.conv.graph import Edges, Graph, blocks, dot, weighted_sum
-from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
+from gmoe.conv.edges import Edges, blocks, dot, weighted_sum
+from gmoe.conv.graph import Graph
+from gmoe.conv.kept import lazy
+from gmoe.dispatch import Backend, combine, dispatch, grouped_linear, operator
 from gmoe.experts import LinearExperts
 from gmoe.routing import Routing
 
 
+class Rows(NamedTuple):
+    """What experts transform: U rows, one for each (expert, source) with a message, ascending.
+
+    Args:
+        expert: (U,) the expert of each row.
+        source: (U,) its source.
+        offsets: (E,) int32, cumulative ends of each expert's rows.
+        place: (E, N) the position of (expert, source) among the rows, if it is one.
+    """
+
+    expert: Tensor
+    source: Tensor
+    offsets: Tensor
+    place: Tensor
+
+
+def _empty_rows(expert: Tensor, _: Tensor, num_experts: int, num_sources: int) -> tuple[Tensor, ...]:
+    rows = torch.library.get_ctx().new_dynamic_size()
+    offsets = expert.new_empty(num_experts, dtype=torch.int32)
+    return expert.new_empty(rows), expert.new_empty(rows), offsets, expert.new_empty(num_experts, num_sources)
+
+
+@operator(fake=_empty_rows)
+def _find_rows(
+    expert: Tensor, source: Tensor, num_experts: int, num_sources: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The :class:`Rows` of messages, given the expert and the source of each."""
+    is_row = expert.new_zeros(num_experts, num_sources, dtype=torch.bool)
+    is_row[expert, source] = True
+    # Copies: columns of one tensor, as an operator's results must not be.
+    row_expert, row_source = (column.clone() for column in is_row.nonzero(as_tuple=True))
+    offsets = is_row.sum(dim=1).cumsum(0).to(torch.int32)
+    return row_expert, row_source, offsets, is_row.view(-1).cumsum(0).view_as(is_row) - 1
+
+
 class Messages:
     """The in-edges of each pair of a routing, pair by pair: one message an edge and expert of its destination.
-
-    Each expert transforms the sources that it needs: U rows, one for each (expert, source) with a message.
 
     Args:
         graph: the edges, self-loops included.
@@ -40,46 +74,29 @@ class Messages:
     def __init__(self, graph: Graph, routing: Routing) -> None:
         self.graph = graph
         self.routing = routing
-        self.edge, self.pair = graph.edges.of(routing.token)
-        """(M,) the edge that each message runs along, and the pair that receives it, ascending."""
+        self.edge, self.pair, self.ptr = graph.edges.of(routing.token)
+        """(M,) the edge that each message runs along, the pair that receives it, ascending; and (P + 1,) where the
+        messages of each pair start."""
         self.source = graph.edges.sender.index_select(0, self.edge)
         """(M,) the node that sends it."""
-        self.ptr = torch._convert_indices_from_coo_to_csr(self.pair, len(routing.token))
-        """(P + 1,) where the messages of each pair start."""
         self.offsets = self.ptr[routing.offsets.long()].to(torch.int32)
         """(E,) cumulative ends of each expert's messages."""
 
-    @cached_property
+    @lazy
     def expert(self) -> Tensor:
         """(M,) the expert of the pair, ascending."""
         return self.routing.expert.index_select(0, self.pair)
 
-    @cached_property
-    def _is_row(self) -> Tensor:
-        """(E, N) True for each (expert, source) with a message."""
-        needed = self.pair.new_zeros(self.routing.num_experts, self.graph.num_src, dtype=torch.bool)
-        needed[self.expert, self.source] = True
-        return needed
+    @lazy
+    def rows(self) -> Rows:
+        """The sources that each expert transforms."""
+        sizes = self.routing.num_experts, self.graph.num_src
+        return Rows(*_find_rows(self.expert, self.source, *sizes))
 
-    @cached_property
-    def rows(self) -> tuple[Tensor, ...]:
-        """(U,) the expert and (U,) the source of each row, ascending."""
-        return self._is_row.nonzero(as_tuple=True)
-
-    @cached_property
-    def row_offsets(self) -> Tensor:
-        """(E,) int32, cumulative ends of each expert's rows."""
-        return self._is_row.sum(dim=1).cumsum(0).to(torch.int32)
-
-    @cached_property
-    def place(self) -> Tensor:
-        """(E, N) the position of (expert, source) among the rows, if it is one."""
-        return self._is_row.view(-1).cumsum(0).view_as(self._is_row) - 1
-
-    @cached_property
+    @lazy
     def from_rows(self) -> Edges:
         """From the rows to the pairs."""
-        return self.edges_from(self.place[self.expert, self.source], len(self.rows[0]))
+        return self.edges_from(self.rows.place[self.expert, self.source], len(self.rows.source))
 
     def edges_from(self, sender: Tensor, num_senders: int) -> Edges:
         """To the pairs, from whatever sends each message."""
@@ -155,7 +172,7 @@ class AttentionExperts(StackedExperts):
 
     def _rows(self, linear: LinearExperts, x_src: Tensor, messages: Messages) -> Tensor:
         """(U, O) each row, transformed by its expert."""
-        return linear(x_src.index_select(0, messages.rows[1]), messages.row_offsets)
+        return linear(x_src.index_select(0, messages.rows.source), messages.rows.offsets)
 
     def _by_head(self, row_UO: Tensor) -> Tensor:
         """(U, H, C)"""
@@ -207,10 +224,10 @@ class GATExperts(AttentionExperts):
             at_target = self._of_all(x_dst, lin_dst, self.att_dst, pairs.token, pairs.expert)
         else:
             value_UHC = self._by_head(self._rows(lin_src, x_src, messages))
-            at_source = self._at(value_UHC, self.att_src, messages.rows[0])
+            at_source = self._at(value_UHC, self.att_src, messages.rows.expert)
             score_MH = at_source.index_select(0, messages.from_rows.sender)
             if x_src is x_dst and lin_src is lin_dst and self.prototype.add_self_loops:  # each pair has a row
-                target_PHC = value_UHC.index_select(0, messages.place[pairs.expert, pairs.token])
+                target_PHC = value_UHC.index_select(0, messages.rows.place[pairs.expert, pairs.token])
             else:
                 target_PHC = self._by_head(lin_dst(dispatch(x_dst, pairs), offsets))
             at_target = self._at(target_PHC, self.att_dst, pairs.expert)
@@ -307,41 +324,106 @@ class GATv2Experts(AttentionExperts):
         return weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_rows)
 
 
-class _AdditiveScores(torch.autograd.Function):
-    """In float32 at least. Products are written in place: autocast leaves those alone."""
+def additive_scores(
+    source_UO: Tensor,
+    target_PO: Tensor,
+    edge_MF: Tensor | None,
+    edge_EFO: Tensor | None,
+    att_EOH: Tensor,
+    negative_slope: float,
+    messages: Messages,
+) -> Tensor:
+    r"""(M, H) the scores :math:`a^\top \mathrm{leaky}(s_{u(m)} + t_{p(m)} + e_m U)`, by blocks: no row for each message
+    is kept. Can be differentiated once.
 
+    Args:
+        source_UO: transformed rows of the senders.
+        target_PO: transformed rows of the pairs.
+        edge_MF: edge features, or ``None``.
+        edge_EFO: their linear layer, or ``None``.
+        att_EOH: the experts' attention vectors.
+        negative_slope: of the leaky ReLU.
+        messages: from the rows to the pairs.
+    """
+    edges = messages.from_rows
+    places = edges.sender, edges.receiver, messages.offsets
+    return _AdditiveScores.apply(source_UO, target_PO, edge_MF, edge_EFO, att_EOH, negative_slope, *places)
+
+
+class _AdditiveScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, ctx.negative_slope, messages = inputs
-        ctx.edges, ctx.ends, dtype = messages.from_rows, messages.offsets.tolist(), tensors[-1].dtype
-        tensors = [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-        ctx.save_for_backward(*tensors)
-        *rows, att_EOH = tensors
-        out_MH = att_EOH.new_empty(ctx.edges.sender.numel(), att_EOH.size(2))
-        for expert, block in _blocks(ctx.ends, att_EOH):
-            sum_BO = F.leaky_relu_(_sums(rows, ctx.edges, expert, block), ctx.negative_slope)
-            torch.mm(sum_BO, att_EOH[expert], out=out_MH[block])
-        return out_MH.to(dtype)
+        *rows, att_EOH, ctx.negative_slope, sender, receiver, offsets = inputs
+        ctx.save_for_backward(*rows, att_EOH, sender, receiver, offsets)
+        return _score_additively(att_EOH, *rows, ctx.negative_slope, sender, receiver, offsets)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
-        *rows, att_EOH = ctx.saved_tensors
-        grad_MH = grad_MH.to(att_EOH.dtype)
-        edges, slope = ctx.edges, ctx.negative_slope
-        grads: list[Any] = [None if t is None else torch.zeros_like(t) for t in (*rows, att_EOH)]
-        grad_source, grad_target, grad_edge, grad_weight, grad_att = grads
-        for expert, block in _blocks(ctx.ends, att_EOH):
-            sum_BO = _sums(rows, edges, expert, block)
-            grad_BO = torch.empty_like(sum_BO).addmm_(grad_MH[block], att_EOH[expert].T, beta=0)
-            grad_BO = torch.ops.aten.leaky_relu_backward(grad_BO, sum_BO, slope, False)
-            grad_att[expert].addmm_(F.leaky_relu_(sum_BO, slope).T, grad_MH[block])
-            grad_source.index_add_(0, edges.sender[block], grad_BO)
-            grad_target.index_add_(0, edges.receiver[block], grad_BO)
-            if grad_edge is not None:
-                torch.mm(grad_BO, rows[3][expert].T, out=grad_edge[block])
-                grad_weight[expert].addmm_(rows[2][block].T, grad_BO)
-        return *grads, None, None
+        *rows, att_EOH, sender, receiver, offsets = ctx.saved_tensors
+        places = sender, receiver, offsets
+        found = _score_additively_backward(grad_MH, att_EOH, *rows, ctx.negative_slope, *places)
+        grad_att, grad_source, grad_target, *of_edges = found
+        return grad_source, grad_target, *(of_edges or [None, None]), grad_att, None, None, None, None
+
+
+@operator(fake=lambda att_EOH, *rest: att_EOH.new_empty(rest[-2].size(0), att_EOH.size(2)))
+def _score_additively(
+    att_EOH: Tensor,
+    source_UO: Tensor,
+    target_PO: Tensor,
+    edge_MF: Tensor | None,
+    edge_EFO: Tensor | None,
+    negative_slope: float,
+    sender: Tensor,
+    receiver: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    """In float32 at least. Products are written in place: autocast leaves those alone."""
+    dtype = att_EOH.dtype
+    *rows, att_EOH = _exact(source_UO, target_PO, edge_MF, edge_EFO, att_EOH)
+    out_MH = att_EOH.new_empty(len(sender), att_EOH.size(2))
+    for expert, block in _blocks(offsets.tolist(), att_EOH):
+        sum_BO = F.leaky_relu_(_sums(rows, sender, receiver, expert, block), negative_slope)
+        torch.mm(sum_BO, att_EOH[expert], out=out_MH[block])
+    return out_MH.to(dtype)
+
+
+@operator(fake=lambda _, *rest: [torch.empty_like(t) for t in rest[:5] if t is not None])
+def _score_additively_backward(
+    grad_MH: Tensor,
+    att_EOH: Tensor,
+    source_UO: Tensor,
+    target_PO: Tensor,
+    edge_MF: Tensor | None,
+    edge_EFO: Tensor | None,
+    negative_slope: float,
+    sender: Tensor,
+    receiver: Tensor,
+    offsets: Tensor,
+) -> list[Tensor]:
+    """The gradients of the tensors that there are, in their order."""
+    given = (att_EOH, source_UO, target_PO, edge_MF, edge_EFO)
+    att_EOH, *rows = _exact(*given)
+    grad_MH = grad_MH.to(att_EOH.dtype)
+    grads: list[Any] = [None if t is None else torch.zeros_like(t) for t in (att_EOH, *rows)]
+    grad_att, grad_source, grad_target, grad_edge, grad_weight = grads
+    for expert, block in _blocks(offsets.tolist(), att_EOH):
+        sum_BO = _sums(rows, sender, receiver, expert, block)
+        grad_BO = torch.empty_like(sum_BO).addmm_(grad_MH[block], att_EOH[expert].T, beta=0)
+        grad_BO = torch.ops.aten.leaky_relu_backward(grad_BO, sum_BO, negative_slope, False)
+        grad_att[expert].addmm_(F.leaky_relu_(sum_BO, negative_slope).T, grad_MH[block])
+        grad_source.index_add_(0, sender[block], grad_BO)
+        grad_target.index_add_(0, receiver[block], grad_BO)
+        if grad_edge is not None:
+            torch.mm(grad_BO, rows[3][expert].T, out=grad_edge[block])
+            grad_weight[expert].addmm_(rows[2][block].T, grad_BO)
+    return [grad.to(t.dtype) for grad, t in zip(grads, given, strict=True) if t is not None]
+
+
+def _exact(*tensors: Any) -> list[Any]:
+    """In float32 at least, those that there are."""
+    return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
 def _blocks(ends: list[int], att_EOH: Tensor) -> Iterator[tuple[int, slice]]:
@@ -351,16 +433,9 @@ def _blocks(ends: list[int], att_EOH: Tensor) -> Iterator[tuple[int, slice]]:
             yield expert, block
 
 
-def _sums(rows: Sequence[Any], edges: Edges, expert: int, block: slice) -> Tensor:
+def _sums(rows: Sequence[Any], sender: Tensor, receiver: Tensor, expert: int, block: slice) -> Tensor:
     """(B, O) the sums before the leaky ReLU, of a block of messages."""
     source_UO, target_PO, edge_MF, edge_EFO = rows
-    sum_BO = source_UO.index_select(0, edges.sender[block])
-    sum_BO += target_PO.index_select(0, edges.receiver[block])
+    sum_BO = source_UO.index_select(0, sender[block])
+    sum_BO += target_PO.index_select(0, receiver[block])
     return sum_BO if edge_MF is None else sum_BO.addmm_(edge_MF[block], edge_EFO[expert])
-
-
-additive_scores: Callable[..., Tensor] = untraced(partial(_AdditiveScores.apply))
-r"""(M, H) the scores :math:`a^\top \mathrm{leaky}(s_{u(m)} + t_{p(m)} + e_m U)`, by blocks: no row for each message is
-kept. Of (U, O) and (P, O) transformed rows of the two ends; (M, F) edge features and their linear layer (E, F, O), or
-``None`` twice; the experts' attention vectors (E, O, H); the slope of the leaky ReLU; and the :class:`Messages`. Can be
-differentiated once."""

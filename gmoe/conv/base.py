@@ -29,6 +29,8 @@ class ConvExperts(nn.Module, ABC):
 
     takes_two_sets: bool = True
     """True if sources and destinations may be two sets of nodes."""
+    flow: str
+    """PyG's ``flow`` of the convs."""
 
     @abstractmethod
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Tensor | None, routing: Routing) -> Tensor:
@@ -86,6 +88,7 @@ class StackedExperts(ConvExperts):
         super().__init__()
         self.make = make
         self.num_experts = len(convs)
+        self.flow = convs[0].flow
         self.build(convs, backend)
         self.fill(convs)
 
@@ -186,6 +189,7 @@ class MixedExperts(ConvExperts):
         super().__init__()
         self.groups: Any = nn.ModuleList(groups)
         self.members = [tuple(indices) for indices in members]
+        self.flow = groups[0].flow
         self.takes_two_sets = all(group.takes_two_sets for group in groups)
 
     @property

@@ -1,107 +1,31 @@
-"""The graph of message passing, and the sums along its edges: the one place where an adjacency is sorted or multiplied.
+"""The graph of message passing: its edges, their norms, and the sums along them.
 
-Shapes: N_src sources, N_dst destinations (the tokens), M edges or messages, U senders, R receivers, H heads, C width.
+Shapes: N_src sources, N_dst destinations (the tokens), M edges, S sources of a part.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import warnings
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj, SparseTensor
-from torch_geometric.utils import add_self_loops, is_sparse, remove_self_loops
+from torch_geometric.utils import add_self_loops, is_sparse
 
-from gmoe._autograd import first_order, untraced
+from gmoe._autograd import is_watched
 from gmoe._checks import check, check_choice
+from gmoe.conv.edges import Edges, weighted_sum
 from gmoe.conv.kept import Kept, once, versions_of
 from gmoe.routing import INTEGERS, described
 
-with warnings.catch_warnings():  # torch says once a process that such matrices are in beta; here it has said so
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
-
-SPARSE_DEVICES = ("cpu",)
-"""Devices on which torch's sparse products beat gathered blocks of messages."""
-
 FLOWS = ("source_to_target", "target_to_source")
-
-NUMBERS = 2**21
-"""Numbers in a block of messages: few enough for a CPU's caches, and for memory without fresh pages."""
-
-NUMBERS_ON_GPU = 2**26
-"""The same there: enough to fill it."""
-
-
-@dataclass(eq=False)
-class Edges:
-    """Messages sorted by receiver: the structure of a CSR matrix.
-
-    Args:
-        ptr: (R + 1,) where the messages of each receiver start.
-        sender: (M,) in 0..U-1.
-        receiver: (M,) in 0..R-1, ascending.
-        num_senders: U.
-        order: (M,) which of some given edges each of these is.
-    """
-
-    ptr: Tensor
-    sender: Tensor
-    receiver: Tensor
-    num_senders: int
-    order: Tensor
-
-    @staticmethod
-    @untraced
-    def sorted(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> Edges:
-        """The edges in the order of their receivers."""
-        with torch.inference_mode(False):  # what a graph keeps is for training too
-            if receiver.device.type == "cpu" and num_receivers <= 2**16:  # in a tenth to a half of torch's time
-                order = torch.from_numpy(receiver.numpy().astype(np.uint16).argsort(kind="stable"))  # a radix sort
-            else:
-                order = receiver.argsort(stable=True)
-            receiver = receiver.index_select(0, order)
-            ptr = torch._convert_indices_from_coo_to_csr(receiver, num_receivers)
-            return Edges(ptr, sender.index_select(0, order), receiver, num_senders, order)
-
-    @property
-    def num_receivers(self) -> int:
-        """R."""
-        return self.ptr.numel() - 1
-
-    @cached_property
-    def degree(self) -> Tensor:
-        """(R,) messages of each receiver."""
-        return self.ptr.diff()
-
-    @cached_property
-    def transpose(self) -> Edges:
-        """The same messages sent the other way."""
-        return Edges.sorted(self.receiver, self.sender, self.num_receivers, self.num_senders)
-
-    def to(self, device: torch.device | str) -> Edges:
-        """The same on another device."""
-        return replace(
-            self, **{name: getattr(self, name).to(device) for name in ("ptr", "sender", "receiver", "order")}
-        )
-
-    def of(self, receivers: Tensor) -> tuple[Tensor, Tensor]:
-        """(m,) the messages of some receivers, one after the other, and (m,) the position of each one's receiver."""
-        degree = self.degree.index_select(0, receivers)
-        position = torch.arange(len(receivers), device=receivers.device).repeat_interleave(degree)
-        shift = self.ptr.index_select(0, receivers) - (degree.cumsum(0) - degree)
-        return torch.arange(len(position), device=receivers.device) + shift.index_select(0, position), position
 
 
 @dataclass(eq=False)
@@ -199,8 +123,6 @@ class Graph:
             # torch's gather on the CPU misreads expanded int32 indices, so that gradients would be silently wrong
             self.adj = edge_index.long()
             self.edge_index = self.adj if flow == "source_to_target" else self.adj.flip(0)
-            for row, size in zip(self.edge_index, nodes, strict=True):
-                _check_nodes(row, size)
             self.edges = Edges.sorted(self.edge_index[0], self.edge_index[1], self.num_src, self.num_dst)
         if edge_weight is not None or edge_attr is not None:
             self._check_args()
@@ -298,13 +220,12 @@ class Graph:
         """(N_dst, D) the mean over in-edges of (N_src, D) features, see :meth:`summing`; zero without any."""
         return self.product(self.summing(by=by, mean=True, dtype=x_src.dtype), x_src)
 
-    @untraced
     def product(self, matrix: Matrix, x_src: Tensor) -> Tensor:
         """(N_dst, D) A x, in the type of ``x_src``; computed once of the ``x`` that the graph was given."""
         weight = matrix.weight if self.mask is None else matrix.weight * self.mask.index_select(0, matrix.edges.order)
         constant = x_src is self.x and not (x_src.requires_grad or weight.requires_grad)
-        # Not under fake tensors or where FLOPs are counted, nor of tensors of inference mode, which have no version.
-        constant = constant and not torch._C._len_torch_dispatch_stack() and not x_src.is_inference()
+        # Not in compiled code, nor of tensors of inference mode, which both know no versions.
+        constant = constant and not (torch.compiler.is_compiling() or is_watched() or x_src.is_inference())
         if not constant and x_src is self.x:
             matrix.product = None  # optimizers may write to what they train without a trace in its version
         kept = matrix.product if constant else None
@@ -355,8 +276,10 @@ class Graph:
         added = weight.new_full((self.num_dst,), fill if loops else 0.0)
         if loops and not (self.is_sparse and isinstance(self.adj, Tensor)):  # one, in place of those there are
             is_loop = edges.sender == edges.receiver
-            if given is not None and not self.is_sparse:  # which keeps their weight
-                added = added.index_put((edges.receiver[is_loop],), weight[is_loop])
+            if given is not None and not self.is_sparse:  # which keeps their weight, of several the last one's
+                # Other edges write to a row that is cut off: how many loops there are depends on the data.
+                row = torch.where(is_loop, edges.receiver, self.num_dst)
+                added = torch.cat([added, added[:1]]).scatter(0, row, weight)[:-1]
             weight = torch.where(is_loop, 0.0, weight)
         if self.scale_of is None:
             scale = added.index_add(0, edges.receiver, weight).pow(-0.5).nan_to_num(nan=torch.nan, posinf=0.0)
@@ -372,16 +295,30 @@ class Graph:
         Args:
             fill_value: the loops' edge features, see ``torch_geometric.utils.add_self_loops``.
         """
-        edges, nodes = self.edges, (self.num_src, self.num_dst)
-        ends = torch.stack([edges.sender, edges.receiver])
-        ends, kept_M = remove_self_loops(ends, torch.arange(ends.size(1), device=ends.device))
+        loops = min(self.num_src, self.num_dst)
+        edges, kept_M = self.edges.with_loops(loops)
+        ends = torch.stack([self.edges.sender, self.edges.receiver]).index_select(1, kept_M)
         attr = None if self.attr is None else self.attr.index_select(0, kept_M)
-        ends, attr = add_self_loops(ends, attr, fill_value, min(nodes))
-        looped = Graph(ends, nodes, edge_attr=attr)
+        ends, attr = add_self_loops(ends, attr, fill_value, loops)
+        mask = None
         if self.mask is not None:  # added loops have none, see MessagePassing.explain_message
-            mask = self.mask[edges.order].index_select(0, kept_M)
-            looped.mask = torch.cat([mask, mask.new_ones(min(nodes))])
-        return looped
+            mask = self.mask[self.edges.order].index_select(0, kept_M)
+            mask = torch.cat([mask, mask.new_ones(loops)])
+        return self._copy(
+            edges=edges,
+            edge_index=ends,
+            adj=ends,
+            edge_attr=attr,
+            mask=mask,
+            x=None,
+            edge_weight=None,
+            matrix_values=None,
+            is_sparse=False,
+            flow="source_to_target",
+            scale_of=None,
+            destinations=None,
+            num_rows=self.num_dst,
+        )
 
     def args_for(self, conv: MessagePassing) -> dict[str, Tensor]:
         """The edge arguments that this conv takes, in the order of the edges as given."""
@@ -401,11 +338,11 @@ class Graph:
             since some convs fail on graphs without edges.
         """
         number = len(token)
-        edge, position = self.edges.of(token)
+        edge, position, _ = self.edges.of(token)
         messages = edge.numel()
         if messages == 0 and self.num_edges:
             token = torch.cat([token, self.edges.receiver[:1]])
-            edge, position = self.edges.of(token)
+            edge, position, _ = self.edges.of(token)
         nodes, source = numbered(token[token < self.num_src], self.edges.sender.index_select(0, edge))
         if self.is_sparse:  # columns ascend, or torch mixes up the gradients of the matrix's values
             order = (position * len(nodes) + source).argsort()
@@ -442,18 +379,6 @@ class Graph:
         return f"Graph({self.num_src} sources, {self.num_dst} destinations, {self.num_edges} edges)"
 
 
-def _check_nodes(row: Tensor, size: int) -> None:
-    """Refuse edges outside the nodes: sums over them would read and write elsewhere."""
-    if row.device.type != "cpu":
-        # A message with values would cost a host sync; this is checked on the device, when its turn comes.
-        inside = ((row >= 0) & (row < size)).all()
-        torch._assert_async(inside, f"edge_index: got nodes outside 0..{size - 1}")
-    elif row.numel():
-        low, high = map(int, row.aminmax())
-        if low < 0 or high >= size:
-            raise ValueError(f"edge_index: got nodes {low}..{high}, expected values in 0..{size - 1}")
-
-
 def numbered(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """(S,) distinct nodes, those of ``first`` in front, and the places of ``others`` among them."""
     nodes = torch.cat([first, others[~torch.isin(others, first)].unique()])
@@ -461,102 +386,14 @@ def numbered(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     return nodes, order[torch.searchsorted(known, others)]
 
 
-_signature = cache(inspect.signature)  # which takes as long as a small graph's products
+_parameters: dict[type, tuple[str, ...]] = {}
+"""What :func:`parameters_of` gave, which takes as long as a small graph's products. ``torch.compile`` warns of
+``functools.cache``."""
 
 
 def parameters_of(conv: torch.nn.Module) -> tuple[str, ...]:
     """The arguments of the conv's forward, in order."""
-    return tuple(_signature(type(conv).forward).parameters)[1:]
-
-
-def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of the messages ``start:end``, to be worked on one after the other with a row of that width for each."""
-    step = max((NUMBERS if device.type == "cpu" else NUMBERS_ON_GPU) // max(width, 1), 1)
-    for first in range(start, end, step):
-        yield slice(first, min(first + step, end))
-
-
-class _WeightedSum(torch.autograd.Function):
-    """In float32 at least, as sparse products, one a head: no row for each message."""
-
-    @staticmethod
-    def forward(ctx: Any, weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
-        ctx.save_for_backward(weight_MH, value_UGC)
-        ctx.edges = edges
-        dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
-        exact = torch.promote_types(dtype, torch.float32)
-        size, outs = (edges.ptr.numel() - 1, edges.num_senders), []
-        values = value_UGC.to(exact).expand(-1, weight_MH.size(1), -1).unbind(1)
-        for weight_M, value_UC in zip(weight_MH.to(exact).T.contiguous(), values, strict=True):
-            if value_UC.device.type in SPARSE_DEVICES and weight_M.numel():
-                matrix = torch.sparse_csr_tensor(edges.ptr, edges.sender, weight_M, size, check_invariants=False)
-                outs.append(torch.sparse.mm(matrix, value_UC.contiguous(), "sum"))
-                continue
-            outs.append(value_UC.new_zeros(size[0], value_UC.size(1)))
-            for block in blocks(0, weight_M.numel(), value_UC.size(1), value_UC.device):
-                value_BC = value_UC.index_select(0, edges.sender[block]) * weight_M[block, None]
-                outs[-1].index_add_(0, edges.receiver[block], value_BC)
-        # .data is no view, to which nothing could be added in place
-        return (outs[0][:, None].data if len(outs) == 1 else torch.stack(outs, dim=1)).to(dtype)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_RHC: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        weight_MH, value_UGC = ctx.saved_tensors
-        grad_weight = grad_value = None
-        if ctx.needs_input_grad[0]:
-            grad_weight = _products(grad_RHC, value_UGC, ctx.edges)
-        if ctx.needs_input_grad[1]:
-            grad_value = _sent_back(weight_MH, grad_RHC, ctx.edges).sum_to_size(value_UGC.shape)
-        return grad_weight, grad_value, None
-
-
-class _Dot(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
-        ctx.save_for_backward(query_RHC, key_UGC)
-        ctx.edges = edges
-        return _products(query_RHC, key_UGC, edges)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor, Tensor, None]:
-        query_RHC, key_UGC = ctx.saved_tensors
-        grad_query = weighted_sum(grad_MH, key_UGC, ctx.edges)
-        return grad_query, _sent_back(grad_MH, query_RHC, ctx.edges).sum_to_size(key_UGC.shape), None
-
-
-def _sent_back(weight_MH: Tensor, value_RHC: Tensor, edges: Edges) -> Tensor:
-    """(U, H, C) the sum of each sender's messages, of what their receivers have."""
-    reverse = edges.transpose  # rows of one number are slow to gather
-    weight_MH = weight_MH.squeeze(1).index_select(0, reverse.order).view_as(weight_MH)
-    return weighted_sum(weight_MH, value_RHC, reverse)
-
-
-def _products(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
-    """(M, H) the product of the two ends of each message."""
-    dtype = torch.promote_types(query_RHC.dtype, key_UGC.dtype)
-    exact = torch.promote_types(dtype, torch.float32)
-    size, messages = (edges.num_receivers, edges.num_senders), edges.sender.numel()
-    keys, outs = key_UGC.to(exact).expand(-1, query_RHC.size(1), -1).unbind(1), []
-    for query_RC, key_UC in zip(query_RHC.to(exact).unbind(1), keys, strict=True):
-        outs.append(query_RC.new_zeros(messages))
-        # torch cuts a matrix down to as many entries as it has cells
-        if query_RC.device.type in SPARSE_DEVICES and 0 < messages <= size[0] * size[1]:
-            matrix = torch.sparse_csr_tensor(edges.ptr, edges.sender, outs[-1], size, check_invariants=False)
-            torch.sparse.sampled_addmm(matrix, query_RC.contiguous(), key_UC.contiguous().T, out=matrix)
-            outs[-1] = matrix.values()
-            continue
-        for block in blocks(0, messages, query_RC.size(1), query_RC.device):
-            query_BC = query_RC.index_select(0, edges.receiver[block])
-            torch.sum(query_BC * key_UC.index_select(0, edges.sender[block]), dim=-1, out=outs[-1][block])
-    return torch.stack(outs, dim=1).to(dtype)
-
-
-weighted_sum: Callable[[Tensor, Tensor, Edges], Tensor] = untraced(partial(_WeightedSum.apply))
-r"""(R, H, C) the sum of each receiver's messages, :math:`y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}`, of weights (M, H)
-and values (U, H, C), or (U, 1, C) where all heads share them. Can be differentiated once."""
-
-dot: Callable[[Tensor, Tensor, Edges], Tensor] = untraced(partial(_Dot.apply))
-r"""(M, H) the products of the two ends, :math:`s_{mh} = q_{r(m) h} \cdot k_{u(m) h}`, of queries (R, H, C) and keys
-(U, H, C), or (U, 1, C) where all heads share them. Can be differentiated once."""
+    cls = type(conv)
+    if cls not in _parameters:
+        _parameters[cls] = tuple(inspect.signature(cls.forward).parameters)[1:]
+    return _parameters[cls]

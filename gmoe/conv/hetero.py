@@ -242,7 +242,8 @@ class HeteroMoEConv(MoELayer):
     ) -> Any:
         """Route and run; see the class."""
         refuse_transforms()
-        out, routings = dict[NodeType, Tensor](), dict[NodeType, Routing]()
+        out: dict[NodeType, Tensor] = {}
+        routings: dict[NodeType, Routing] = {}
         for name, parts in self.experts.parts(x_dict, edge_index_dict).items():
             routing = routings[name] = self.routers[name](parts[0], (batch_dict or {}).get(name))
             rows = [dispatch(x, routing) for x in parts]

@@ -30,11 +30,29 @@ def versions_of(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
     return tuple(None if value is None else value._version for value in tensors)
 
 
+class lazy:  # noqa: N801
+    """A property that its object keeps once it was computed.
+
+    ``functools.cached_property`` has a lock in Python 3.11, at which ``torch.compile`` stops.
+    """
+
+    def __init__(self, method: Callable[[Any], Any]) -> None:
+        self.method = method
+        self.__doc__ = method.__doc__
+
+    def __get__(self, instance: Any, _: type | None = None) -> Any:
+        result = self.method(instance)
+        setattr(instance, self.method.__name__, result)  # which Python finds before it asks here again
+        return result
+
+
 def once(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of :class:`gmoe.Graph` whose results the graph keeps, but where a gradient is part of them."""
 
     @wraps(method)
     def kept(self: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():  # which knows no versions: compiled code computes it anew
+            return method(self, **options)
         sources = (self.edge_weight, self.edge_attr, self.matrix_values)
         given = [value for value in (*sources, *options.values()) if isinstance(value, Tensor)]
         key = method.__name__, *options.items()

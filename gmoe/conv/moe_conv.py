@@ -182,7 +182,7 @@ class MoEConv(MoELayer, MessagePassing):
             if self.start == "copies":
                 copies = [dense, *(copy.deepcopy(dense) for _ in range(1, self.num_experts))]
             self.experts = build_experts(routed, local, backend, copies)
-            self.flow = self.experts.convs()[0].flow
+            self.flow = self.experts.flow
             if router is not None:
                 # filters, and several aggregations, give several aggregates side by side
                 neighbors = getattr(self.experts, "aggregate_width", seen[0])

@@ -1,4 +1,7 @@
-"""Experts that are run one by one. Shapes: T tokens (destinations), S sources, O width, E experts."""
+"""Experts that are run one by one. Shapes: T tokens (destinations), S sources, O width, E experts.
+
+``torch.compile`` runs them in pieces: each conv gets a graph of its own, whose sizes follow the data.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ class SeparateExperts(ConvExperts):
         super().__init__()
         self.members: Any = nn.ModuleList(convs)
         self.is_local = list(local)
+        self.flow = convs[0].flow
 
     @property
     def too_far(self) -> list[MessagePassing]:
@@ -50,7 +54,8 @@ class SeparateExperts(ConvExperts):
         return list(self.members)
 
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        outs, idle = list[Tensor](), list[Tensor]()
+        outs: list[Tensor] = []
+        idle: list[Tensor] = []
         for conv, local, token in zip(self.members, self.is_local, tokens_of(routing), strict=True):
             # loops of a bipartite graph join nodes of equal index, which a part keeps only where N_src >= N_dst
             misaligned = getattr(conv, "add_self_loops", False) and graph.num_src < graph.num_dst

@@ -7,15 +7,15 @@ self-loop a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from gmoe._autograd import first_order, untraced
+from gmoe._autograd import first_order
 from gmoe._checks import check_choice, check_counts, check_positive
+from gmoe.dispatch import operator
 from gmoe.routers.base import Router, Weighting, edges_among, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
@@ -97,7 +97,7 @@ class AttentionVote(Router):
         q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim)) / math.sqrt(self.head_dim)
         k_TEd = float_linear(x_TD, self.key).unflatten(-1, (-1, self.head_dim))
         if self.scope == "neighbors":
-            votes_TE = neighbor_votes(q_THd, k_TEd, edges_among(edge_index, len(x_TD)))
+            votes_TE = neighbor_votes(q_THd, k_TEd, edges_among(edge_index))
         else:
             votes_TE = k_TEd.new_zeros(k_TEd.shape[:2])
             for part in groups.batches(x_TD.device):
@@ -122,7 +122,7 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -
         mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor is voted for.
     """
     if k_BHSd.size(2) > KEPT * k_BHSd.size(3):
-        return _vote_by_blocks(q_BHSd, k_BHSd, mask_BS)
+        return _Votes.apply(q_BHSd, k_BHSd, mask_BS)
     scores_BHSS = q_BHSd @ k_BHSd.transpose(-1, -2)
     if mask_BS is None:
         return scores_BHSS.softmax(dim=-1).sum(dim=2)
@@ -130,53 +130,75 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -
     return (shares_BHSS * mask_BS[:, None, :, None]).sum(dim=2)
 
 
-class _Votes(torch.autograd.Function):
-    """Votes a block of voters at a time, in one buffer that every block uses again.
+def _empty_votes(k_BHSd: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return k_BHSd.new_empty(k_BHSd.shape[:-1]), k_BHSd.new_empty(k_BHSd.shape[:-1])
 
-    A fresh tensor a block would leave the allocator with holes that the next block does not fit into.
+
+@operator(fake=_empty_votes)
+def _vote_by_blocks(k_BHSd: Tensor, q_BHSd: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, H, S) votes, and each voter's log-sum-exp, a block of voters at a time.
+
+    In one buffer that every block uses again: a fresh tensor a block would leave the allocator with holes that the
+    next block does not fit into.
     """
+    votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
+    log_sum_BHS = torch.empty_like(votes_BHS)  # of each voter's exponentials
+    for voters, share_BHbS in _blocks(q_BHSd, k_BHSd, mask_BS):
+        log_sum_BHb = share_BHbS.logsumexp(dim=-1)
+        log_sum_BHS[:, :, voters] = log_sum_BHb
+        share_BHbS.sub_(log_sum_BHb[..., None]).exp_()
+        vote_BHb = torch.ones_like(log_sum_BHb)
+        if mask_BS is not None:
+            vote_BHb *= mask_BS[:, None, voters]
+        votes_BHS += (vote_BHb[:, :, None] @ share_BHbS).squeeze(2)
+    return votes_BHS, log_sum_BHS
 
+
+def _empty_like_keys(_: Tensor, k_BHSd: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
+    return k_BHSd.new_empty(k_BHSd.shape), k_BHSd.new_empty(k_BHSd.shape)
+
+
+@operator(fake=_empty_like_keys)
+def _vote_by_blocks_backward(
+    grad_BHS: Tensor, k_BHSd: Tensor, q_BHSd: Tensor, mask_BS: Tensor | None, log_sum_BHS: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""(B, H, S, d) the gradients of the queries, one a head also where heads share them, and of the keys.
+
+    With shares P of a voter's vote and g the gradient of the votes, that of its scores is P (g - P g). Both factors go
+    into the small matrices, so that no second matrix of scores is needed: :math:`dQ = P (g K) - (P g) (P K)` and
+    :math:`dK = g (P^T Q) - P^T ((P g) Q)`.
+    """
+    grad_q_BHSd, grad_k_BHSd = k_BHSd.new_zeros(k_BHSd.shape), k_BHSd.new_zeros(k_BHSd.shape)
+    grad_BHS1 = grad_BHS[..., None]
+    width = k_BHSd.size(-1)
+    # Columns side by side, so that the large matrix is read once for all of them.
+    columns_BHSc = torch.cat([k_BHSd, grad_BHS1 * k_BHSd, grad_BHS1], dim=-1)
+    for voters, share_BHbS in _blocks(q_BHSd, k_BHSd, mask_BS):
+        share_BHbS.sub_(log_sum_BHS[:, :, voters, None]).exp_()
+        if mask_BS is not None:
+            share_BHbS *= mask_BS[:, None, voters, None]
+        mean_k, mean_grad_k, mean_grad = (share_BHbS @ columns_BHSc).split([width, width, 1], dim=-1)
+        grad_q_BHSd[:, :, voters] = mean_grad_k - mean_grad * mean_k
+        q_BHbd = q_BHSd[:, :, voters].expand_as(mean_k)
+        received_BHSc = share_BHbS.transpose(-1, -2) @ torch.cat([q_BHbd, mean_grad * q_BHbd], dim=-1)
+        of_all, of_mean = received_BHSc.split(width, dim=-1)
+        grad_k_BHSd += grad_BHS1 * of_all - of_mean
+    return grad_q_BHSd, grad_k_BHSd
+
+
+class _Votes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None) -> Tensor:
-        votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
-        log_sum_BHS = torch.empty_like(votes_BHS)  # of each voter's exponentials
-        for voters, share_BHbS in _blocks(q_BHSd, k_BHSd, mask_BS):
-            log_sum_BHb = share_BHbS.logsumexp(dim=-1)
-            log_sum_BHS[:, :, voters] = log_sum_BHb
-            share_BHbS.sub_(log_sum_BHb[..., None]).exp_()
-            vote_BHb = torch.ones_like(log_sum_BHb)
-            if mask_BS is not None:
-                vote_BHb *= mask_BS[:, None, voters]
-            votes_BHS += (vote_BHb[:, :, None] @ share_BHbS).squeeze(2)
+        votes_BHS, log_sum_BHS = _vote_by_blocks(k_BHSd, q_BHSd, mask_BS)
         ctx.save_for_backward(q_BHSd, k_BHSd, mask_BS, log_sum_BHS)
         return votes_BHS
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None]:
-        r"""With shares P of a voter's vote and g the gradient of the votes, that of its scores is P (g - P g).
-
-        Both factors go into the small matrices, so that no second matrix of scores is needed:
-        :math:`dQ = P (g K) - (P g) (P K)` and :math:`dK = g (P^T Q) - P^T ((P g) Q)`.
-        """
         q_BHSd, k_BHSd, mask_BS, log_sum_BHS = ctx.saved_tensors
-        grad_q_BHSd = torch.zeros_like(k_BHSd)  # one a head, also where heads share their queries
-        grad_k_BHSd = torch.zeros_like(k_BHSd)
-        grad_BHS1 = grad_BHS[..., None]
-        width = k_BHSd.size(-1)
-        # Columns side by side, so that the large matrix is read once for all of them.
-        columns_BHSc = torch.cat([k_BHSd, grad_BHS1 * k_BHSd, grad_BHS1], dim=-1)
-        for voters, share_BHbS in _blocks(q_BHSd, k_BHSd, mask_BS):
-            share_BHbS.sub_(log_sum_BHS[:, :, voters, None]).exp_()
-            if mask_BS is not None:
-                share_BHbS *= mask_BS[:, None, voters, None]
-            mean_k, mean_grad_k, mean_grad = (share_BHbS @ columns_BHSc).split([width, width, 1], dim=-1)
-            grad_q_BHSd[:, :, voters] = mean_grad_k - mean_grad * mean_k
-            q_BHbd = q_BHSd[:, :, voters].expand_as(mean_k)
-            received_BHSc = share_BHbS.transpose(-1, -2) @ torch.cat([q_BHbd, mean_grad * q_BHbd], dim=-1)
-            of_all, of_mean = received_BHSc.split(width, dim=-1)
-            grad_k_BHSd += grad_BHS1 * of_all - of_mean
-        return grad_q_BHSd.sum_to_size(q_BHSd.shape), grad_k_BHSd, None
+        grad_q, grad_k = _vote_by_blocks_backward(grad_BHS, k_BHSd, q_BHSd, mask_BS, log_sum_BHS)
+        return grad_q.sum_to_size(q_BHSd.shape), grad_k, None
 
 
 def _blocks(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
@@ -195,26 +217,26 @@ def _blocks(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None) -> Iterator[
         yield voters, scores_BHbS
 
 
-_vote_by_blocks: Callable[..., Tensor] = untraced(partial(_Votes.apply))
-
-
 def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     """(T, H) votes where each node spreads one vote over its out-neighbors and itself; O(edges).
 
     Every node has itself once, whether or not the graph has self-loops; parallel edges count once each. Scores and
-    gradients are those of :func:`gmoe.conv.graph.dot`: no (M, d) tensor.
+    gradients are those of :func:`gmoe.conv.edges.dot`: no (M, d) tensor.
 
     Args:
         q_THd: queries, already divided by sqrt(d); H may be 1 where all heads share them.
         k_THd: keys.
         edge_index: (2, num_edges) from voters to those they vote for.
     """
-    from torch_geometric.utils import add_remaining_self_loops, softmax  # who has a graph has it
+    from torch_geometric.utils import softmax  # who has a graph has it
 
-    from gmoe.conv.graph import Edges, dot
+    from gmoe.conv.edges import Edges, dot
 
-    num_tokens = len(k_THd)
-    (voter_M, other_M), _ = add_remaining_self_loops(edge_index, num_nodes=num_tokens)
-    edges = Edges.sorted(other_M, voter_M, num_tokens, num_tokens)
-    share_MH = softmax(dot(q_THd.expand_as(k_THd), k_THd, edges), ptr=edges.ptr)
+    num_tokens, (voter_M, other_M) = len(k_THd), edge_index
+    every_T = torch.arange(num_tokens, device=k_THd.device)
+    edges = Edges.sorted(torch.cat([other_M, every_T]), torch.cat([voter_M, every_T]), num_tokens, num_tokens)
+    # Loops that the graph has itself stay, without a share: how many there are depends on the data.
+    is_second = (edges.sender == edges.receiver) & (edges.order < len(voter_M))
+    score_MH = dot(q_THd.expand_as(k_THd), k_THd, edges).masked_fill(is_second[:, None], -torch.inf)
+    share_MH = softmax(score_MH, ptr=edges.ptr)
     return k_THd.new_zeros(k_THd.shape[:2]).index_add(0, edges.sender, share_MH)

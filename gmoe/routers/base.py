@@ -15,7 +15,7 @@ from gmoe._autograd import in_transform
 from gmoe._checks import check, check_choice, check_counts, must_be_called
 from gmoe.distributed import world_sum
 from gmoe.losses import square_sum
-from gmoe.routing import INTEGERS, Routing, check_range, described
+from gmoe.routing import INTEGERS, Routing, described
 
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
 
@@ -209,9 +209,8 @@ def reset_linear(linear: nn.Linear, scale: float) -> None:
         linear.weight.mul_(scale)
 
 
-def edges_among(edge_index: Tensor | None, num_tokens: int) -> Tensor:
-    """The edges, if they join the tokens, which is looked up on the CPU only: elsewhere it would cost a host sync."""
+def edges_among(edge_index: Tensor | None) -> Tensor:
+    """The edges, if they have the form of some. Whether they join the tokens is checked where they are sorted."""
     if edge_index is None or edge_index.dtype not in INTEGERS or edge_index.dim() != 2 or len(edge_index) != 2:
         raise ValueError(f"edge_index: got {described(edge_index)}, expected integers (2, edges), of one set of nodes")
-    check_range("edge_index", edge_index, num_tokens)
     return edge_index

@@ -147,7 +147,8 @@ class TokenChoice(BalancedRouter):
         self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, expert_TK: Tensor
     ) -> dict[str, AuxLoss]:
         """Compute the losses from sums over tokens, for which all processes are asked."""
-        importance_E, values = logits_TE.softmax(dim=-1).sum(dim=0), dict[str, Tensor]()
+        importance_E = logits_TE.softmax(dim=-1).sum(dim=0)
+        values: dict[str, Tensor] = {}
         if std_TE is not None and self.balance == "importance_load":
             sums = self.summed(importance_E, expected_load(clean_TE, logits_TE, std_TE, self.k))
             values = dict(zip(("importance", "load"), map(cv_squared, sums), strict=True))

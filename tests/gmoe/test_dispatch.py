@@ -123,9 +123,13 @@ def test_operators_keep_torchs_rules(backend: Backend) -> None:
     """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
     offsets, weight = ends([1, 0, 9, 2]), features(4, 3, 5)
     rows, y = features(12, 3), features(12, 5)
+    parts, token, gate, bias = [features(20, 1), features(20, 2)], torch.arange(12), features(12), features(4, 5)
+    values = (weight, bias, gate, parts, token, offsets)
     for name, inputs in {
         "grouped_linear": (rows, weight, offsets, backend),
         "grouped_linear_weight": (rows, y, offsets, backend),
+        "routed_linear": (*values, True),
+        "routed_linear_backward": (features(20, 5), y, *values, [True, False, True, True, True]),
     }.items():
         torch.library.opcheck(getattr(torch.ops.gmoe, name).default, inputs)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmoe import GNNMoE, Graph, MoEConv, count_flops
-from gmoe.conv.graph import Edges, _WeightedSum, weighted_sum
+from gmoe.conv.edges import Edges, _WeightedSum, check_nodes, weighted_sum
 from tests.gmoe.conv.masked import csr, features, mean_of_in_edges, random_graph
 
 EDGES = random_graph(9, 9, 30)
@@ -39,6 +39,33 @@ def test_edges_are_in_the_order_of_receivers_and_then_as_given(nodes: int) -> No
     found = Edges.sorted(torch.arange(9), receiver, 9, nodes)
     assert found.order.tolist() == found.sender.tolist() == [3, 8, 2, 5, 7, 1, 6, 0, 4]
     assert found.ptr[[0, 1, 2, -2, -1]].tolist() == [0, 2, 4, 7, 9]
+
+
+def test_operators_keep_torchs_rules() -> None:
+    """Schema, fake kernel, tracing: what ``torch.compile`` needs."""
+    sender, receiver = random_graph(7, 9, 30)
+    edges = Edges.sorted(sender, receiver, 7, 9)
+    ends, weight, value = (edges.ptr, edges.sender, edges.receiver), features(30, 2), features(7, 2, 3)
+    for name, inputs in {
+        "sort_edges": (receiver, sender, 9, 7, False),
+        "find_messages": (edges.ptr, torch.tensor([3, 0, 8, 3])),
+        "add_loops": (*ends, 7),
+        "sum_messages": (weight, value, *ends, None),
+        "multiply_ends": (features(9, 2, 3), value, *ends),
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.gmoe, name).default, inputs)
+
+
+def test_loops_are_the_last_messages_of_their_receivers() -> None:
+    """As if all edges had been sorted anew."""
+    sender, receiver = torch.tensor([[4, 0, 1, 1, 2, 4, 0], [0, 0, 1, 2, 2, 2, 3]])
+    found, kept = Edges.sorted(sender, receiver, 5, 4).with_loops(3)
+    stays = sender != receiver
+    ends = torch.cat([sender[stays], torch.arange(3)]), torch.cat([receiver[stays], torch.arange(3)])
+    expected = Edges.sorted(*ends, 5, 4)
+    assert kept.tolist() == stays.nonzero().view(-1).tolist()
+    for name in ("ptr", "sender", "receiver", "order"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def test_low_precision_is_summed_in_float32() -> None:
@@ -63,9 +90,9 @@ def watched(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
     """The arguments of each call of a static method, from now on."""
     calls, plain = list[Any](), getattr(owner, name)
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
         calls.append(args)
-        return plain(*args)
+        return plain(*args, **options)
 
     patch.setattr(owner, name, staticmethod(call))
     return calls
@@ -270,7 +297,7 @@ class Asserts(TorchDispatchMode):
 
 
 def test_off_the_cpu_edges_are_checked_on_the_device_without_a_wait() -> None:
-    edge_index = torch.randint(6, (2, 20)).to("meta")
+    """The device of no values stands for a GPU."""
     with Asserts() as asserts:
-        Graph(edge_index, 6)
-    assert asserts.count == 2  # sources and destinations
+        check_nodes(torch.randint(6, (20,)).to("meta"), 6)
+    assert asserts.count == 1

@@ -1,0 +1,356 @@
+"""Messages along edges, and the sums over them: the one place where edges are sorted or multiplied.
+
+Shapes: M edges or messages, U senders, R receivers, H heads, C width.
+
+The kernels are operators of torch (``torch.ops.gmoe``), opaque to ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmoe._autograd import first_order
+from gmoe.conv.kept import lazy
+from gmoe.dispatch import operator
+
+with warnings.catch_warnings():  # torch says once a process that such matrices are in beta; here it has said so
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
+
+SPARSE_DEVICES = ("cpu",)
+"""Devices on which torch's sparse products beat gathered blocks of messages."""
+
+NUMBERS = 2**21
+"""Numbers in a block of messages: few enough for a CPU's caches, and for memory without fresh pages."""
+
+NUMBERS_ON_GPU = 2**26
+"""The same there: enough to fill it."""
+
+
+@dataclass(eq=False)
+class Edges:
+    """Messages sorted by receiver: the structure of a CSR matrix.
+
+    Args:
+        ptr: (R + 1,) where the messages of each receiver start.
+        sender: (M,) in 0..U-1.
+        receiver: (M,) in 0..R-1, ascending.
+        num_senders: U.
+        order: (M,) which of some given edges each of these is.
+    """
+
+    ptr: Tensor
+    sender: Tensor
+    receiver: Tensor
+    num_senders: int
+    order: Tensor
+
+    @staticmethod
+    def sorted(
+        sender: Tensor,
+        receiver: Tensor,
+        num_senders: int,
+        num_receivers: int,
+        checked: bool = False,
+    ) -> Edges:
+        """The edges in the order of their receivers.
+
+        Args:
+            sender: (M,) integers.
+            receiver: (M,) integers.
+            num_senders: U.
+            num_receivers: R.
+            checked: both are known to be in range (default ``False``).
+
+        Raises:
+            ValueError: nodes out of range (CPU tensors).
+        """
+        with torch.inference_mode(False):  # what a graph keeps is for training too
+            found = _sort_edges(receiver, sender, num_receivers, num_senders, checked)
+        ptr, sender, receiver, order = found
+        return Edges(ptr, sender, receiver, num_senders, order)
+
+    @property
+    def num_receivers(self) -> int:
+        """R."""
+        return self.ptr.numel() - 1
+
+    @lazy
+    def degree(self) -> Tensor:
+        """(R,) messages of each receiver."""
+        return self.ptr.diff()
+
+    @lazy
+    def transpose(self) -> Edges:
+        """The same messages sent the other way."""
+        sizes = self.num_receivers, self.num_senders
+        return Edges.sorted(self.receiver, self.sender, *sizes, checked=True)
+
+    def to(self, device: torch.device | str) -> Edges:
+        """The same on another device."""
+        return replace(
+            self,
+            **{name: getattr(self, name).to(device) for name in ("ptr", "sender", "receiver", "order")},
+        )
+
+    def of(self, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The messages of some receivers, one receiver after the other.
+
+        Args:
+            receivers: (r,) integers, each as often as it likes.
+
+        Returns:
+            (m,) the messages; (m,) the position of each one's receiver; (r + 1,) where those of each position start.
+        """
+        return _find_messages(self.ptr, receivers)
+
+    def with_loops(self, number: int) -> tuple[Edges, Tensor]:
+        """The edges with a loop at each of the first nodes, in place of the loops that there are.
+
+        Args:
+            number: of nodes that get one.
+
+        Returns:
+            The edges, in order those that stay and then the loops; and (m,) which of these edges stay.
+        """
+        with torch.inference_mode(False):  # what a graph keeps is for training too
+            ptr, sender, receiver, order, kept = _add_loops(self.ptr, self.sender, self.receiver, number)
+        return Edges(ptr, sender, receiver, self.num_senders, order), kept
+
+
+def weighted_sum(weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
+    r"""(R, H, C) the sum of each receiver's messages, :math:`y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}`.
+
+    Can be differentiated once.
+
+    Args:
+        weight_MH: (M, H) the messages' weights.
+        value_UGC: (U, H, C) what the senders have, or (U, 1, C) where all heads share it.
+        edges: the messages.
+    """
+    _transpose_where_compiled(edges)
+    return _WeightedSum.apply(weight_MH, value_UGC, edges)
+
+
+def dot(query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
+    r"""(M, H) the products of the two ends of each message, :math:`s_{mh} = q_{r(m) h} \cdot k_{u(m) h}`.
+
+    Can be differentiated once.
+
+    Args:
+        query_RHC: (R, H, C) what the receivers have.
+        key_UGC: (U, H, C) what the senders have, or (U, 1, C) where all heads share it.
+        edges: the messages.
+    """
+    _transpose_where_compiled(edges)
+    return _Dot.apply(query_RHC, key_UGC, edges)
+
+
+def blocks(start: int, end: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of the messages ``start:end``, to be worked on one after the other with a row of that width for each."""
+    step = max((NUMBERS if device.type == "cpu" else NUMBERS_ON_GPU) // max(width, 1), 1)
+    for first in range(start, end, step):
+        yield slice(first, min(first + step, end))
+
+
+def _transpose_where_compiled(edges: Edges) -> None:
+    """Sort the edges the other way in the forward of compiled code.
+
+    In its backward, edges could not keep what they find. The compiler drops the sort again where no
+    gradient asks for it.
+    """
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        _ = edges.transpose
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
+        ctx.save_for_backward(weight_MH, value_UGC)
+        ctx.edges = edges
+        return _sum_messages(weight_MH, value_UGC, edges.ptr, edges.sender, edges.receiver, None)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_RHC: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight_MH, value_UGC = ctx.saved_tensors
+        edges, grad_weight, grad_value = ctx.edges, None, None
+        if ctx.needs_input_grad[0]:
+            grad_weight = _multiply_ends(grad_RHC, value_UGC, edges.ptr, edges.sender, edges.receiver)
+        if ctx.needs_input_grad[1]:
+            grad_value = _sum_sent(weight_MH, grad_RHC, edges).sum_to_size(value_UGC.shape)
+        return grad_weight, grad_value, None
+
+
+class _Dot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query_RHC: Tensor, key_UGC: Tensor, edges: Edges) -> Tensor:
+        ctx.save_for_backward(query_RHC, key_UGC)
+        ctx.edges = edges
+        return _multiply_ends(query_RHC, key_UGC, edges.ptr, edges.sender, edges.receiver)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        query_RHC, key_UGC = ctx.saved_tensors
+        edges, grad_query, grad_key = ctx.edges, None, None
+        if ctx.needs_input_grad[0]:
+            grad_query = _sum_messages(grad_MH, key_UGC, edges.ptr, edges.sender, edges.receiver, None)
+        if ctx.needs_input_grad[1]:
+            grad_key = _sum_sent(grad_MH, query_RHC, edges).sum_to_size(key_UGC.shape)
+        return grad_query, grad_key, None
+
+
+def _sum_sent(weight_MH: Tensor, value_RHC: Tensor, edges: Edges) -> Tensor:
+    """(U, H, C) the sum of each sender's messages, of what their receivers have."""
+    back = edges.transpose
+    return _sum_messages(weight_MH, value_RHC, back.ptr, back.sender, back.receiver, back.order)
+
+
+# the kernels ----------------------------------------------------------------------------------------------------------
+
+
+def check_nodes(row: Tensor, size: int) -> None:
+    """Refuse edges outside the nodes: sums over them would read and write elsewhere."""
+    if row.device.type != "cpu":
+        # A message with values would cost a host sync; this is checked on the device, when its turn comes.
+        inside = ((row >= 0) & (row < size)).all()
+        torch._assert_async(inside, f"edge_index: got nodes outside 0..{size - 1}")
+    elif row.numel():
+        low, high = map(int, row.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(f"edge_index: got nodes {low}..{high}, expected values in 0..{size - 1}")
+
+
+def _empty_edges(receiver: Tensor, sender: Tensor, num_receivers: int, *_: Any) -> tuple[Tensor, ...]:
+    return receiver.new_empty(num_receivers + 1), *(torch.empty_like(sender) for _ in range(3))
+
+
+@operator(fake=_empty_edges)
+def _sort_edges(
+    receiver: Tensor, sender: Tensor, num_receivers: int, num_senders: int, checked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row pointers, senders, receivers and order of the edges by receiver.
+
+    Checks them first, inside the operator, so that compiled code keeps the check.
+    """
+    if not checked:
+        check_nodes(sender, num_senders)
+        check_nodes(receiver, num_receivers)
+    if receiver.device.type == "cpu" and num_receivers <= 2**16:  # in a tenth to a half of torch's time
+        order = torch.from_numpy(receiver.numpy().astype(np.uint16).argsort(kind="stable"))  # a radix sort
+    else:
+        order = receiver.argsort(stable=True)
+    receiver = receiver.index_select(0, order)
+    ptr = torch._convert_indices_from_coo_to_csr(receiver, num_receivers)
+    return ptr, sender.index_select(0, order), receiver, order
+
+
+def _empty_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    messages = torch.library.get_ctx().new_dynamic_size()
+    return ptr.new_empty(messages), ptr.new_empty(messages), ptr.new_empty(receivers.size(0) + 1)
+
+
+@operator(fake=_empty_messages)
+def _find_messages(ptr: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :meth:`Edges.of`."""
+    first = ptr.index_select(0, receivers)
+    degree = ptr.index_select(0, receivers + 1) - first
+    starts = torch.cat([ptr.new_zeros(1), degree.cumsum(0)])
+    position = torch.arange(len(receivers), device=ptr.device).repeat_interleave(degree)
+    shift = (first - starts[:-1]).index_select(0, position)
+    return torch.arange(len(position), device=ptr.device) + shift, position, starts
+
+
+def _empty_loops(ptr: Tensor, sender: Tensor, _: Tensor, number: int) -> tuple[Tensor, ...]:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    edges = (sender.new_empty(kept + number) for _ in range(3))
+    return ptr.new_empty(ptr.shape), *edges, sender.new_empty(kept)
+
+
+@operator(fake=_empty_loops)
+def _add_loops(
+    ptr: Tensor, sender: Tensor, receiver: Tensor, number: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :meth:`Edges.with_loops`. A receiver's loop is its last message: nothing has to be sorted."""
+    kept = (sender != receiver).nonzero().view(-1)
+    node, every = torch.arange(number, device=ptr.device), torch.arange(len(kept), device=ptr.device)
+    old = receiver.index_select(0, kept)
+    loops_before = torch.arange(len(ptr), device=ptr.device).clamp(max=number)
+    ptr = torch._convert_indices_from_coo_to_csr(old, len(ptr) - 1) + loops_before
+    # The place of what stays, behind the loops of the receivers before; and that of the loops.
+    place = torch.cat([every + old.clamp(max=number), ptr[1 : number + 1] - 1])
+    order = torch.empty_like(place).index_copy_(0, place, torch.arange(len(place), device=ptr.device))
+    senders = torch.cat([sender.index_select(0, kept), node]).index_select(0, order)
+    receivers = torch.cat([old, node]).index_select(0, order)
+    return ptr, senders, receivers, order, kept
+
+
+def _empty_sums(weight_MH: Tensor, value_UGC: Tensor, ptr: Tensor, *_: Any) -> Tensor:
+    dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
+    return value_UGC.new_empty(ptr.size(0) - 1, weight_MH.size(1), value_UGC.size(2), dtype=dtype)
+
+
+@operator(fake=_empty_sums)
+def _sum_messages(
+    weight_MH: Tensor,
+    value_UGC: Tensor,
+    ptr: Tensor,
+    sender: Tensor,
+    receiver: Tensor,
+    order: Tensor | None,
+) -> Tensor:
+    """(R, H, C) in float32 at least, as sparse products, one a head: no row for each message.
+
+    Message ``m`` has the weights ``order[m]``, if an order is given.
+    """
+    dtype = torch.promote_types(weight_MH.dtype, value_UGC.dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    size, outs = (ptr.numel() - 1, value_UGC.size(0)), []
+    values = value_UGC.to(exact).expand(-1, weight_MH.size(1), -1).unbind(1)
+    for weight_M, value_UC in zip(weight_MH.to(exact).T.contiguous(), values, strict=True):
+        if order is not None:  # head by head: rows of one number are slow to gather
+            weight_M = weight_M.index_select(0, order)
+        if value_UC.device.type in SPARSE_DEVICES and weight_M.numel():
+            matrix = torch.sparse_csr_tensor(ptr, sender, weight_M, size, check_invariants=False)
+            outs.append(torch.sparse.mm(matrix, value_UC.contiguous(), "sum"))
+            continue
+        outs.append(value_UC.new_zeros(size[0], value_UC.size(1)))
+        for block in blocks(0, weight_M.numel(), value_UC.size(1), value_UC.device):
+            value_BC = value_UC.index_select(0, sender[block]) * weight_M[block, None]
+            outs[-1].index_add_(0, receiver[block], value_BC)
+    # .data is no view, to which nothing could be added in place
+    return (outs[0][:, None].data if len(outs) == 1 else torch.stack(outs, dim=1)).to(dtype)
+
+
+def _empty_products(query_RHC: Tensor, key_UGC: Tensor, _: Tensor, sender: Tensor, *__: Any) -> Tensor:
+    dtype = torch.promote_types(query_RHC.dtype, key_UGC.dtype)
+    return query_RHC.new_empty(sender.size(0), query_RHC.size(1), dtype=dtype)
+
+
+@operator(fake=_empty_products)
+def _multiply_ends(query_RHC: Tensor, key_UGC: Tensor, ptr: Tensor, sender: Tensor, receiver: Tensor) -> Tensor:
+    """(M, H) the product of the two ends of each message."""
+    dtype = torch.promote_types(query_RHC.dtype, key_UGC.dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    size, messages = (ptr.numel() - 1, key_UGC.size(0)), sender.numel()
+    keys, outs = key_UGC.to(exact).expand(-1, query_RHC.size(1), -1).unbind(1), []
+    for query_RC, key_UC in zip(query_RHC.to(exact).unbind(1), keys, strict=True):
+        outs.append(query_RC.new_zeros(messages))
+        # torch cuts a matrix down to as many entries as it has cells
+        if query_RC.device.type in SPARSE_DEVICES and 0 < messages <= size[0] * size[1]:
+            matrix = torch.sparse_csr_tensor(ptr, sender, outs[-1], size, check_invariants=False)
+            torch.sparse.sampled_addmm(matrix, query_RC.contiguous(), key_UC.contiguous().T, out=matrix)
+            outs[-1] = matrix.values()
+            continue
+        for block in blocks(0, messages, query_RC.size(1), query_RC.device):
+            query_BC = query_RC.index_select(0, receiver[block])
+            torch.sum(query_BC * key_UC.index_select(0, sender[block]), dim=-1, out=outs[-1][block])
+    return torch.stack(outs, dim=1).to(dtype)
