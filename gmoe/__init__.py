@@ -1,12 +1,13 @@
 """Mixture-of-Experts for graphs and images over one shared router core.
 
-To read it, in this order: ``routing`` (which expert handles which token), ``dispatch`` (where tokens move),
-``experts``, ``moe`` (the layer), ``routers`` (from ``base`` and ``token_choice``), ``conv.graph``, ``conv.aggregate``,
-``conv.moe_conv`` (the layer on graphs), ``models.gnn``; then ``convert`` and ``models.vit`` for images. ``losses``,
-``metrics``, ``flops``, ``distributed``, ``plot`` and ``hub`` each stand alone.
+To read it, in this order: ``routing`` (which expert handles which token), ``dispatch`` (where
+tokens move), ``experts``, ``moe`` (the layer), ``routers`` (from ``base`` and ``token_choice``),
+``conv.graph``, ``conv.aggregate``, ``conv.moe_conv`` (the layer on graphs), ``models.gnn``; then
+``convert`` and ``models.vit`` for images. ``losses``, ``metrics``, ``flops``, ``distributed``,
+``plot`` and ``hub`` each stand alone.
 
-Importing it takes torch alone. What needs torch_geometric, torchvision, torchmetrics or matplotlib is imported where it
-is first used.
+Importing it takes torch alone. What needs torch_geometric, torchvision, torchmetrics or matplotlib
+is imported where it is first used.
 """
 
 import importlib
@@ -50,12 +51,44 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["Experts", "LinearExperts", "MLPExperts", "MoE", "MoELayer", "SoftMoE", "__version__"]
-__all__ += ["AuxLoss", "Routing", "aux_loss", "combine", "dispatch", "grouped_linear", "record_routing"]
-__all__ += ["ROUTERS", "AttentionVote", "ExpertChoice", "MultiCentroid", "Router", "TokenChoice", "build_router"]
+__all__ += [
+    "AuxLoss",
+    "Routing",
+    "aux_loss",
+    "combine",
+    "dispatch",
+    "grouped_linear",
+    "record_routing",
+]
+__all__ += [
+    "ROUTERS",
+    "AttentionVote",
+    "ExpertChoice",
+    "MultiCentroid",
+    "Router",
+    "TokenChoice",
+    "build_router",
+]
 __all__ += ["OracleRouter", "RandomRouter", "SoftSlots", "UniformRouter"]
-__all__ += ["cv_squared", "importance_loss", "load_loss", "separation_loss", "switch_loss", "z_loss"]
+__all__ += [
+    "cv_squared",
+    "importance_loss",
+    "load_loss",
+    "separation_loss",
+    "switch_loss",
+    "z_loss",
+]
 __all__ += ["RoutingStats", "active_parameters", "count_flops", "match_width", "moefy", "plot"]
-__all__ += ["FilterConv", "GNNMoE", "Graph", "HeteroGNNMoE", "HeteroMoEConv", "MLPConv", "MoEConv", "RelationalConv"]
+__all__ += [
+    "FilterConv",
+    "GNNMoE",
+    "Graph",
+    "HeteroGNNMoE",
+    "HeteroMoEConv",
+    "MLPConv",
+    "MoEConv",
+    "RelationalConv",
+]
 __all__ += ["NeighborSampler", "StoredGraph", "ViTMoE", "ViTSize", "neighbor_loader"]
 
 _LAZY = {

@@ -13,7 +13,12 @@ from typing import Any, get_args
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-EXTRAS = {"torch_geometric": "graph", "torchmetrics": "graph", "tqdm": "graph", "torchvision": "vision"}
+EXTRAS = {
+    "torch_geometric": "graph",
+    "torchmetrics": "graph",
+    "tqdm": "graph",
+    "torchvision": "vision",
+}
 EXTRAS |= {"matplotlib": "plot", "safetensors": "hub", "huggingface_hub": "hub"}
 """The extra that brings a package."""
 
@@ -30,11 +35,15 @@ def naming_extras() -> Iterator[None]:
         package = str(error.name).partition(".")[0]
         if package not in EXTRAS:
             raise
-        raise ImportError(f'this part of gmoe needs {package}: pip install "gmoe[{EXTRAS[package]}]"') from error
+        raise ImportError(
+            f'this part of gmoe needs {package}: pip install "gmoe[{EXTRAS[package]}]"'
+        ) from error
 
 
 def check(valid: object, name: str, got: object, expected: object) -> None:
-    """Refuse what is not valid; not by sizes of tensors in a forward, which compilers would take as fixed."""
+    """Refuse what is not valid; not by sizes of tensors in a forward, which compilers would take as
+    fixed.
+    """
     if not valid:
         raise ValueError(f"{name}: got {got}, expected {expected}")
 
@@ -65,8 +74,14 @@ def check_choice(name: str, value: object, legal: Any, also_called: Mapping[Any,
     """
     legal = get_args(legal) or tuple(legal)
     if value not in legal:
-        hint = f"; did you mean {also_called[value]!r}?" if value in also_called else nearest(value, legal)
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, legal))}{hint}")
+        hint = (
+            f"; did you mean {also_called[value]!r}?"
+            if value in also_called
+            else nearest(value, legal)
+        )
+        raise ValueError(
+            f"{name}: got {value!r}, expected one of {', '.join(map(repr, legal))}{hint}"
+        )
 
 
 def nearest(value: object, legal: Iterable[object]) -> str:
@@ -74,7 +89,9 @@ def nearest(value: object, legal: Iterable[object]) -> str:
     unknown = str(value).lower()
 
     def likeness(name: str) -> tuple[float, bool, int]:
-        """How alike two names are; of equally alike ones, swapped letters and a common start count more."""
+        """How alike two names are; of equally alike ones, swapped letters and a common start count
+        more.
+        """
         ratio = difflib.SequenceMatcher(None, unknown, name).ratio()
         return ratio, sorted(unknown) == sorted(name), _common_start(unknown, name)
 
@@ -95,31 +112,45 @@ def _common_start(one: str, other: str) -> int:
 
 
 def must_be_called(module: nn.Module) -> bool:
-    """True if the module has forward or backward hooks, or a patched forward, which only a call runs."""
+    """True if the module has forward or backward hooks, or a patched forward, which only a call
+    runs.
+    """
     of_forward = module._forward_pre_hooks or module._forward_hooks
-    return bool(of_forward or module._backward_pre_hooks or module._backward_hooks) or "forward" in vars(module)
+    return bool(
+        of_forward or module._backward_pre_hooks or module._backward_hooks
+    ) or "forward" in vars(module)
 
 
 def change_of(module: nn.Module) -> str | None:
-    """What somebody put on a module or changed in it, which nothing that reads only its weights would notice.
+    """What somebody put on a module or changed in it, which nothing that reads only its weights
+    would notice.
 
     Returns:
         Words for a message, or ``None`` for a module as its class makes it.
     """
-    tables = [hooks for name, hooks in vars(module).items() if name.endswith("_hooks") and isinstance(hooks, dict)]
+    tables = [
+        hooks
+        for name, hooks in vars(module).items()
+        if name.endswith("_hooks") and isinstance(hooks, dict)
+    ]
     for hook in (hook for hooks in tables for hook in hooks.values()):
         function = getattr(hook, "hook", hook)  # torch wraps hooks on states
         # PyG's own layers have hooks on their states.
         if not str(getattr(function, "__module__", "")).startswith("torch_geometric."):
             return "hooks"
-    patched = [name for name in vars(module) if inspect.isfunction(getattr(type(module), name, None))]
+    patched = [
+        name for name in vars(module) if inspect.isfunction(getattr(type(module), name, None))
+    ]
     if patched:
         return f"a {patched[0]} of its own"
     if is_parametrized(module):
         return "a parametrized weight"
     if any(type(parameter) is not nn.Parameter for parameter in module.parameters(recurse=False)):
         return "parameters of their own class"
-    plain_linear = type(module).forward is nn.Linear.forward and set(module._parameters) == {"weight", "bias"}
+    plain_linear = type(module).forward is nn.Linear.forward and set(module._parameters) == {
+        "weight",
+        "bias",
+    }
     if isinstance(module, nn.Linear) and not plain_linear:
         return f"a linear layer of its own class, {type(module).__name__}"
     return None

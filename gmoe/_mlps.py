@@ -1,4 +1,5 @@
-"""Read a dense MLP by what it computes: its linear layers, activation, norms and dropouts, in the order of their calls.
+"""Read a dense MLP by what it computes: its linear layers, activation, norms and dropouts, in the
+order of their calls.
 
 Shapes: I in, H hidden features of an MLP, O out features of a linear layer.
 """
@@ -28,7 +29,15 @@ LEGAL = (
 )
 
 FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
-    *(F.silu, F.gelu, partial(F.gelu, approximate="tanh"), F.relu, torch.sigmoid, torch.tanh, nn.Identity()),
+    *(
+        F.silu,
+        F.gelu,
+        partial(F.gelu, approximate="tanh"),
+        F.relu,
+        torch.sigmoid,
+        torch.tanh,
+        nn.Identity(),
+    ),
 )
 """Activations that an MLP may call by itself; the one that gives its numbers is taken."""
 
@@ -69,8 +78,12 @@ class DenseMLP:
     like: Tensor
 
     @torch.no_grad()
-    def experts(self, num_experts: int, upcycle: bool, zero_init: bool, backend: Backend) -> MLPExperts:
-        """Experts of this form, drawn afresh or as copies of the MLP; with ``zero_init`` but for the last layer."""
+    def experts(
+        self, num_experts: int, upcycle: bool, zero_init: bool, backend: Backend
+    ) -> MLPExperts:
+        """Experts of this form, drawn afresh or as copies of the MLP; with ``zero_init`` but for
+        the last layer.
+        """
         up_weight, up_bias = _folded(self.ups, self.input_norm)
         down_weight, down_bias = _folded([self.down], self.hidden_norm)
         if self.gate_is_second:  # an expert's gate is the first half
@@ -100,22 +113,27 @@ class DenseMLP:
 
 
 def read_mlp(name: str, mlp: nn.Module) -> DenseMLP:
-    """Find out which part of an MLP plays which role, by running a copy of it once on random tokens.
+    """Find out which part of an MLP plays which role, by running a copy of it once on random
+    tokens.
 
-    What counts is the order in which the parts are called, not the order in which they are registered; the activation
-    that an MLP calls by itself, and the gate of a gated one, are found by the numbers.
+    What counts is the order in which the parts are called, not the order in which they are
+    registered; the activation that an MLP calls by itself, and the gate of a gated one, are found
+    by the numbers.
 
     Args:
         name: of the MLP in its model, for errors.
         mlp: the module, which is left as it is.
 
     Raises:
-        ValueError: a module that does not run on tokens alone, or that is not linear, activation, linear.
+        ValueError: a module that does not run on tokens alone, or that is not linear, activation,
+            linear.
     """
     got = f"{name}, a {type(mlp).__name__} of ({', '.join(type(part).__name__ for part in _parts(mlp))})"
     linears = [part for part in _parts(mlp) if isinstance(part, nn.Linear)]
     check(linears, "model", got, LEGAL)
-    like = next(linears[0].parameters()).detach()  # its weight may be computed, and its norms move at each look
+    like = next(
+        linears[0].parameters()
+    ).detach()  # its weight may be computed, and its norms move at each look
     with torch.no_grad(), _to_be_tried(mlp) as tried:
         calls = _trial_calls(got, tried)
         return _roles(got, tried, calls, like)
@@ -139,7 +157,8 @@ def _roles(got: str, mlp: nn.Module, calls: Sequence[Call], like: Tensor) -> Den
         # Nothing but a norm comes first, and nothing but dropouts last.
         len(before) == len(input_norms) <= 1,
         all(isinstance(call.part, nn.Dropout) for call in after),
-        # The activation comes right behind the linear layers: a norm or a dropout would change its input.
+        # The activation comes right behind the linear layers: a norm or a dropout would change its
+        # input.
         len(activations) <= 1 and behind_ups[: len(activations)] == activations,
         len(hidden_norms) <= 1,
     )
@@ -189,10 +208,11 @@ def _is_activation(part: nn.Module) -> bool:
 
 @contextmanager
 def _to_be_tried(mlp: nn.Module) -> Iterator[nn.Module]:
-    """A copy to be run, in evaluation and in float64 on the CPU, without hooks but torch's own (pruning, weight norm).
+    """A copy to be run, in evaluation and in float64 on the CPU, without hooks but torch's own
+    (pruning, weight norm).
 
-    Of a module that cannot be copied, as torch's old weight norm makes, it is the module itself, whose buffers and
-    modes are put back.
+    Of a module that cannot be copied, as torch's old weight norm makes, it is the module itself,
+    whose buffers and modes are put back.
     """
     try:
         tried = copy.deepcopy(mlp).cpu().double().eval()
@@ -218,13 +238,18 @@ def _to_be_tried(mlp: nn.Module) -> Iterator[nn.Module]:
 def _trial_calls(got: str, mlp: nn.Module) -> list[Call]:
     """The parts in the order of their calls, when the MLP runs on a few random tokens."""
     linears = [part for part in _parts(mlp) if isinstance(part, nn.Linear)]
-    # By their shapes alone, of two linear layers I x H and H x I either could be the first: try the width of each.
+    # By their shapes alone, of two linear layers I x H and H x I either could be the first: try the
+    # width of each.
     shapes = [
-        (*rows, width) for width in dict.fromkeys(part.in_features for part in linears) for rows in ((2, 3), (6,))
+        (*rows, width)
+        for width in dict.fromkeys(part.in_features for part in linears)
+        for rows in ((2, 3), (6,))
     ]
     failures = []
     for shape in shapes:
-        tokens = torch.randn(shape, device="cpu", generator=torch.Generator().manual_seed(0)).to(linears[0].weight)
+        tokens = torch.randn(shape, device="cpu", generator=torch.Generator().manual_seed(0)).to(
+            linears[0].weight
+        )
         calls: list[Call] = []
         try:
             with ExitStack() as stack:
@@ -237,13 +262,17 @@ def _trial_calls(got: str, mlp: nn.Module) -> list[Call]:
             failures.append(f"{type(error).__name__}: {error}")
             continue
         return calls
-    raise ValueError(f"model: got {got}, which fails on tokens alone ({failures[0]}), expected {LEGAL}")
+    raise ValueError(
+        f"model: got {got}, which fails on tokens alone ({failures[0]}), expected {LEGAL}"
+    )
 
 
 def _recorder(calls: list[Call]) -> Callable[..., None]:
     """A forward hook that notes a call, with copies: an activation may work in place."""
 
-    def record(part: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+    def record(
+        part: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> None:
         given = inputs[0] if inputs else next(iter(named.values()))
         calls.append(Call(part, given.clone(), output.clone()))
 
@@ -251,9 +280,16 @@ def _recorder(calls: list[Call]) -> Callable[..., None]:
 
 
 def _activation(
-    got: str, mlp: nn.Module, calls: Sequence[Call], ups: Sequence[Call], activations: Sequence[Call], glu: bool
+    got: str,
+    mlp: nn.Module,
+    calls: Sequence[Call],
+    ups: Sequence[Call],
+    activations: Sequence[Call],
+    glu: bool,
 ) -> tuple[Callable[[Tensor], Tensor], bool]:
-    """The activation, and whether the second of a gated MLP's two hidden rows is the gate: what gives the numbers."""
+    """The activation, and whether the second of a gated MLP's two hidden rows is the gate: what
+    gives the numbers.
+    """
     part = activations[0].part if activations else None
     if part is not None:
         check(not any(True for _ in part.parameters()), "model", got, LEGAL)
@@ -282,7 +318,9 @@ def _activation(
 
 
 def _is_close(ours: Tensor, theirs: Tensor) -> bool:
-    """True for equal numbers, up to the rounding of an MLP in half precision that could not be copied."""
+    """True for equal numbers, up to the rounding of an MLP in half precision that could not be
+    copied.
+    """
     if ours.shape != theirs.shape:
         return False
     rounding = 1e-9 if theirs.dtype == torch.float64 else 1e-2
@@ -295,9 +333,13 @@ def _dropped(calls: Sequence[Call]) -> float:
 
 
 def _folded(linears: Sequence[nn.Linear], norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """(O, I) weight and (O,) bias of linear layers side by side, with the scale and shift of the norm before them."""
+    """(O, I) weight and (O,) bias of linear layers side by side, with the scale and shift of the
+    norm before them.
+    """
     weight = torch.cat([part.weight for part in linears])
-    biases: list[Tensor] = [weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in linears]
+    biases: list[Tensor] = [
+        weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in linears
+    ]
     bias = torch.cat(biases)
     scale, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if shift is not None:

@@ -1,7 +1,9 @@
-"""Sums over the processes of ``torch.distributed``, so that statistics are those of the global batch.
+"""Sums over the processes of ``torch.distributed``, so that statistics are those of the global
+batch.
 
-Under data parallelism every process sees a part of the batch. Loads, balance losses and running means of routers follow
-from sums over tokens, so that the sums over processes give what one process with the whole batch would have.
+Under data parallelism every process sees a part of the batch. Loads, balance losses and running
+means of routers follow from sums over tokens, so that the sums over processes give what one process
+with the whole batch would have.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ def world_size(group: Any = None) -> int:
 def world_sum(x: Tensor, group: Any = None) -> Tensor:
     """The sum of ``x`` over the processes; every process has to call it.
 
-    Its gradient is that of the local term times the number of processes: ``DistributedDataParallel`` takes the mean of
-    gradients over processes, which makes it the gradient of the sum.
+    Its gradient is that of the local term times the number of processes:
+    ``DistributedDataParallel`` takes the mean of gradients over processes, which makes it the
+    gradient of the sum.
 
     Args:
         x: of the same shape everywhere.

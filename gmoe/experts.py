@@ -1,4 +1,6 @@
-"""Stacked experts. Shapes: E experts, T tokens, P pairs sorted by expert, I in, H hidden, O out features."""
+"""Stacked experts. Shapes: E experts, T tokens, P pairs sorted by expert, I in, H hidden, O out
+features.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ class Experts(nn.Module, ABC):
     """E functions of the same shape.
 
     ``experts(x (T, I), routing) -> (T, O)`` is the mixture :math:`y_t = \\sum_e w_{te} f_e(x_t)`;
-    ``experts(x (P, I), offsets (E,)) -> (P, O)`` runs expert ``e`` on the rows ``offsets[e - 1]:offsets[e]``. A
-    subclass writes :meth:`rows`.
+    ``experts(x (P, I), offsets (E,)) -> (P, O)`` runs expert ``e`` on the rows
+    ``offsets[e - 1]:offsets[e]``. A subclass writes :meth:`rows`.
 
     Args:
         in_features: I.
@@ -112,7 +114,11 @@ class LinearExperts(Experts):
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         if self.num_experts == 1:
-            return F.linear(x_PI.to(self.weight.dtype), self.weight[0].T, None if self.bias is None else self.bias[0])
+            return F.linear(
+                x_PI.to(self.weight.dtype),
+                self.weight[0].T,
+                None if self.bias is None else self.bias[0],
+            )
         return grouped_linear(x_PI, self.weight, self.bias, offsets_E, self.backend)
 
 
@@ -122,24 +128,28 @@ class MLPExperts(Experts):
     With ``glu`` the first layer is twice as wide and gates itself: :math:`\phi(g) \odot u` with
     :math:`[g, u] = x W_e + b_e` (`Shazeer, 2020 <https://arxiv.org/abs/2002.05202>`_).
 
-    Its parts may be replaced: ``up`` and ``down`` by anything that is called with ``(rows (P, I), offsets (E,))``, such
-    as LoRA or quantized layers, the dropouts and norms by any module; whatever is there runs.
+    Its parts may be replaced: ``up`` and ``down`` by anything that is called with
+    ``(rows (P, I), offsets (E,))``, such as LoRA or quantized layers, the dropouts and norms by any
+    module; whatever is there runs.
 
     Args:
         in_features: I.
         hidden_features: H.
         out_features: O.
         num_experts: E.
-        activation: an elementwise function or module, or the name of one in ``torch.nn.functional`` (default
-            ``"gelu"``).
+        activation: an elementwise function or module, or the name of one in ``torch.nn.functional``
+            (default ``"gelu"``).
         glu: gate the hidden layer (default ``False``).
-        dropout: probability of dropping a hidden unit, and an output; or the two of them (default 0).
+        dropout: probability of dropping a hidden unit, and an output; or the two of them (default
+            0).
         bias: learn biases (default ``True``).
-        input_norm: a module on the rows (P, I) before the first layer (default ``None``). All experts share it, so
-            that it had better have no parameters: an expert's own scale and shift are part of its next layer.
+        input_norm: a module on the rows (P, I) before the first layer (default ``None``). All
+            experts share it, so that it had better have no parameters: an expert's own scale and
+            shift are part of its next layer.
         hidden_norm: the same on the hidden rows (P, H), before the second layer.
-        zero_init: start the second layer at zero, so that the experts add nothing to a shared expert at first; its
-            gradient is not zero, and from the second step on all have one (default ``False``).
+        zero_init: start the second layer at zero, so that the experts add nothing to a shared
+            expert at first; its gradient is not zero, and from the second step on all have one
+            (default ``False``).
         backend: see :func:`gmoe.grouped_linear` (default ``"auto"``).
 
     Raises:
@@ -165,7 +175,12 @@ class MLPExperts(Experts):
         super().__init__(in_features, out_features, num_experts)
         check_counts(hidden_features=hidden_features)
         found = getattr(F, activation, None) if isinstance(activation, str) else activation
-        check(callable(found), "activation", repr(activation), "a function, or a name in torch.nn.functional")
+        check(
+            callable(found),
+            "activation",
+            repr(activation),
+            "a function, or a name in torch.nn.functional",
+        )
         self.hidden_features = hidden_features
         self.activation: Any = found
         self.glu = glu
@@ -184,5 +199,9 @@ class MLPExperts(Experts):
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         u_PU = self.up(self.input_norm(x_PI), offsets_E)
         half = u_PU.size(1) // 2  # slices, which an activation may overwrite
-        h_PH = self.activation(u_PU[:, :half]) * u_PU[:, half:] if self.glu else self.activation(u_PU)
-        return self.output_dropout(self.down(self.hidden_norm(self.hidden_dropout(h_PH)), offsets_E))
+        h_PH = (
+            self.activation(u_PU[:, :half]) * u_PU[:, half:] if self.glu else self.activation(u_PU)
+        )
+        return self.output_dropout(
+            self.down(self.hidden_norm(self.hidden_dropout(h_PH)), offsets_E)
+        )

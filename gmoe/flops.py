@@ -19,8 +19,8 @@ aten = torch.ops.aten
 def active_parameters(model: nn.Module) -> int:
     """Count the active parameters per token.
 
-    The experts of a :class:`gmoe.MoE` or :class:`gmoe.MoEConv` count with the share ``experts_per_token / E``,
-    everything else in full. A shared parameter counts once.
+    The experts of a :class:`gmoe.MoE` or :class:`gmoe.MoEConv` count with the share
+    ``experts_per_token / E``, everything else in full. A shared parameter counts once.
 
     Args:
         model: any model.
@@ -39,8 +39,8 @@ def count_flops(model: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     Of a training step: ``count_flops(lambda: model(x).sum().backward())``.
 
-    Also counts grouped products, attention on the CPU, and sums over messages (one per element, whether by
-    ``index_add``, ``scatter_add`` or a sparse product).
+    Also counts grouped products, attention on the CPU, and sums over messages (one per element,
+    whether by ``index_add``, ``scatter_add`` or a sparse product).
 
     Args:
         model: what is called as ``model(*args, **kwargs)``.
@@ -51,7 +51,12 @@ def count_flops(model: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 
 def match_width(
-    cost: Callable[[int], float], target: float, *, start: int = 1, stop: int = 2**16, tolerance: float = 0.02
+    cost: Callable[[int], float],
+    target: float,
+    *,
+    start: int = 1,
+    stop: int = 2**16,
+    tolerance: float = 0.02,
 ) -> int:
     """Find the width whose cost is nearest to ``target``, to match a dense baseline to a MoE.
 
@@ -59,7 +64,8 @@ def match_width(
         cost: FLOPs or parameters of the model of that width; grows with it.
         target: the cost to meet.
         start, stop: the range of widths.
-        tolerance: largest relative difference (default 0.02); a narrow model may have no width that close.
+        tolerance: largest relative difference (default 0.02); a narrow model may have no width that
+            close.
 
     Raises:
         ValueError: no width in range comes within ``tolerance``; the message says which is nearest.
@@ -67,11 +73,13 @@ def match_width(
     check_positive("target", target)
     check_counts(start=start)
     low = high = start
-    # double first, since wide models are slow to measure; not by powers of two, at which a model may have a special
-    # case (a residual without a projection where input and hidden width agree)
+    # double first, since wide models are slow to measure; not by powers of two, at which a model
+    # may have a special case (a residual without a projection where input and hidden width agree)
     while high < stop and cost(high) < target:
         low, high = high, min(2 * high + 1, stop)
-    low = bisect.bisect_left(range(high), target, lo=low, key=cost)  # the first that costs at least the target
+    low = bisect.bisect_left(
+        range(high), target, lo=low, key=cost
+    )  # the first that costs at least the target
     width = min((w for w in (low - 1, low) if w >= start), key=lambda w: abs(cost(w) - target))
     off = cost(width) / target - 1.0
     got = f"{target:g}; the nearest width, {width}, is off by {off:+.1%}"
@@ -80,13 +88,20 @@ def match_width(
 
 
 def _product(a: Tensor, b: Tensor, *_: Any) -> int:
-    """(N, M) x (M, D): a multiply-add an element of ``a`` and column of ``b``; an add where ``a`` is sparse, as for
-    messages that are gathered and scattered. In a grouped product each row meets one expert."""
+    """(N, M) x (M, D): a multiply-add an element of ``a`` and column of ``b``; an add where ``a``
+    is sparse, as for messages that are gathered and scattered. In a grouped product each row meets
+    one expert.
+    """
     return (2 * a.numel() if a.layout == torch.strided else a._nnz()) * b.size(-1)
 
 
 _FORMULAS: dict[tuple[Any, ...], Callable[..., int]] = {
-    (aten.mm, aten._grouped_mm, aten._sparse_mm_reduce_impl, aten._sparse_mm_reduce_impl_backward): _product,
+    (
+        aten.mm,
+        aten._grouped_mm,
+        aten._sparse_mm_reduce_impl,
+        aten._sparse_mm_reduce_impl_backward,
+    ): _product,
     (aten.addmm, aten.addmm_, aten._sparse_addmm): lambda _, *factors: _product(*factors),
     (aten.sparse_sampled_addmm,): lambda pattern, a, *_: 2 * pattern._nnz() * a.size(-1),
     (aten.index_add, aten.index_add_): lambda *args: args[3].numel(),  # self, dim, index, source
@@ -106,4 +121,8 @@ def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
     return count
 
 
-_EXTRA_FLOPS = {operator: _of_tensors(formula) for operators, formula in _FORMULAS.items() for operator in operators}
+_EXTRA_FLOPS = {
+    operator: _of_tensors(formula)
+    for operators, formula in _FORMULAS.items()
+    for operator in operators
+}

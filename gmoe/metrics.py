@@ -18,7 +18,8 @@ PER_EXPERT = ("load", "weight")
 
 
 class RoutingStats(Metric):
-    """Track load, coverage, entropy and weights of every MoE layer over all updates and, under DDP, all ranks.
+    """Track load, coverage, entropy and weights of every MoE layer over all updates and, under DDP,
+    all ranks.
 
     Cheap enough to leave on in training; adds no host sync.
 
@@ -27,8 +28,9 @@ class RoutingStats(Metric):
         kwargs: of :class:`torchmetrics.Metric`.
 
     Shapes:
-        - ``update(routings)``: one :class:`gmoe.Routing` of T tokens, or a list with one per layer, as
-          ``return_routing=True`` (a ``HeteroMoEConv`` by ``values()``) and :func:`gmoe.record_routing` give them.
+        - ``update(routings)``: one :class:`gmoe.Routing` of T tokens, or a list with one per layer,
+          as ``return_routing=True`` (a ``HeteroMoEConv`` by ``values()``) and
+          :func:`gmoe.record_routing` give them.
         - ``compute()``: a list with one dictionary per layer:
 
           - ``load`` (E,): the expert's share of all pairs; 0 without pairs. torchmetrics makes a
@@ -36,12 +38,14 @@ class RoutingStats(Metric):
           - ``weight`` (E,): mean weight of the expert's pairs; 0 if it has none.
           - ``coverage``: share of tokens with at least one expert; 1 without tokens.
           - ``experts_per_token``: pairs over tokens.
-          - ``entropy``: mean over tokens of the entropy of their scores, in nats; see :attr:`gmoe.Routing.entropy`.
+          - ``entropy``: mean over tokens of the entropy of their scores, in nats; see
+            :attr:`gmoe.Routing.entropy`.
           - ``dropped``: share of the chosen pairs that exceeded an expert's capacity.
           - ``dead``: number of experts without a token.
 
     Raises:
-        ValueError: no layer, a number of experts below 1, or routings of another number of layers or experts.
+        ValueError: no layer, a number of experts below 1, or routings of another number of layers
+            or experts.
 
     Example:
         >>> stats = RoutingStats.of(model)
@@ -76,7 +80,8 @@ class RoutingStats(Metric):
 
     @classmethod
     def of(cls, model: nn.Module, **kwargs: Any) -> RoutingStats:
-        """Match :func:`gmoe.record_routing` on a model that calls each of its routers once per forward.
+        """Match :func:`gmoe.record_routing` on a model that calls each of its routers once per
+        forward.
 
         Raises:
             ValueError: the model has no router.
@@ -90,13 +95,20 @@ class RoutingStats(Metric):
         """Count the routings of one forward pass."""
         layers = [routings] if isinstance(routings, Routing) else list(routings)
         experts = tuple(routing.num_experts for routing in layers)
-        check(experts == self.num_experts, "routings", f"layers of {experts} experts", self.num_experts)
+        check(
+            experts == self.num_experts,
+            "routings",
+            f"layers of {experts} experts",
+            self.num_experts,
+        )
         for layer, routing in enumerate(layers):
             load = routing.load
             self.load[layer, : len(load)] += load
             if routing.weight.numel():
                 weight = routing.weight.float()
-                self.weight[layer, : len(load)] += torch.segment_reduce(weight, "sum", lengths=load, unsafe=True)
+                self.weight[layer, : len(load)] += torch.segment_reduce(
+                    weight, "sum", lengths=load, unsafe=True
+                )
             covered = load.new_zeros(routing.num_tokens, dtype=torch.bool)
             self.covered[layer] += covered.index_fill_(0, routing.token, True).sum()
             self.tokens[layer] += routing.num_tokens
@@ -113,7 +125,9 @@ class RoutingStats(Metric):
                 {
                     "load": load / pairs.clamp(min=1),
                     "weight": (self.weight[layer, :experts] / load.clamp(min=1)).float(),
-                    "coverage": torch.where(self.tokens[layer] > 0, self.covered[layer] / tokens, 1.0),
+                    "coverage": torch.where(
+                        self.tokens[layer] > 0, self.covered[layer] / tokens, 1.0
+                    ),
                     "experts_per_token": pairs / tokens,
                     "entropy": (self.entropy[layer] / tokens).float(),
                     "dropped": dropped / (dropped + pairs).clamp(min=1),

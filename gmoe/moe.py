@@ -1,4 +1,6 @@
-"""MoE: a router and its experts. Shapes: T tokens, D width, E experts, K experts per token, P pairs."""
+"""MoE: a router and its experts. Shapes: T tokens, D width, E experts, K experts per token, P
+pairs.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ from gmoe.routing import Routing
 Start: TypeAlias = Literal["copies", "shared", "plain"]
 """How a layer with experts starts.
 
-- ``"copies"``: all experts are copies of one dense layer, and nothing runs beside them. The first forward is the dense
-  layer's, since a token's weights sum to 1: other routers are refused.
-- ``"shared"``: a shared expert, which is the dense layer, runs on every token; what the routed experts add starts at
-  zero.
+- ``"copies"``: all experts are copies of one dense layer, and nothing runs beside them. The first
+  forward is the dense layer's, since a token's weights sum to 1: other routers are refused.
+- ``"shared"``: a shared expert, which is the dense layer, runs on every token; what the routed
+  experts add starts at zero.
 - ``"plain"``: independent experts, and nothing beside them.
 """
 
@@ -49,8 +51,15 @@ def check_copies(start: Start, router: Router) -> None:
     """
     if start == "copies" and not router.sums_to_one:
         got = f"'copies' with {type(router).__name__}(k={router.k}, weight={router.weight!r})"
-        one = "weight='straight_through' at k=1, 'normalized' above, no capacity, tokens that choose"
-        check(False, "start", got, f"a router whose weights of a token sum to 1 ({one}), or start='shared'")
+        one = (
+            "weight='straight_through' at k=1, 'normalized' above, no capacity, tokens that choose"
+        )
+        check(
+            False,
+            "start",
+            got,
+            f"a router whose weights of a token sum to 1 ({one}), or start='shared'",
+        )
 
 
 def refuse_removed(arguments: Iterable[str]) -> None:
@@ -65,7 +74,8 @@ def refuse_removed(arguments: Iterable[str]) -> None:
 
 
 def refuse_unknown(caller: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse keyword arguments that a function collects only to name those which ``start`` has replaced.
+    """Refuse keyword arguments that a function collects only to name those which ``start`` has
+    replaced.
 
     Raises:
         ValueError: one of these.
@@ -78,7 +88,9 @@ def refuse_unknown(caller: str, arguments: Mapping[str, Any]) -> None:
 
 @contextmanager
 def drawn_apart(beside_dense: bool) -> Iterator[None]:
-    """Beside dense layers, leave torch's generators as they are: these are then drawn as in a model without experts."""
+    """Beside dense layers, leave torch's generators as they are: these are then drawn as in a model
+    without experts.
+    """
     if not beside_dense:
         yield
         return
@@ -120,7 +132,12 @@ class _Mixture(MoELayer):
     """A layer that holds a router and experts that fit it."""
 
     def __init__(self, router: Router, experts: Experts) -> None:
-        check(hasattr(router, "num_experts"), "router", repr(router), "an instance, which build_router makes of a name")
+        check(
+            hasattr(router, "num_experts"),
+            "router",
+            repr(router),
+            "an instance, which build_router makes of a name",
+        )
         if router.num_experts != experts.num_experts or router.dim != experts.in_features:
             raise ValueError(
                 f"experts: got num_experts={experts.num_experts}, in_features={experts.in_features}, expected those of "
@@ -142,20 +159,24 @@ class _Mixture(MoELayer):
 
 
 class MoE(_Mixture):
-    r"""Route tokens to experts: :math:`y_t = s(x_t) + \sum_e w_{te} f_e(x_t)`, with a shared expert s.
+    r"""Route tokens to experts: :math:`y_t = s(x_t) + \sum_e w_{te} f_e(x_t)`, with a shared expert
+    s.
 
-    A token without an expert gets zero from the routed experts; the surrounding model adds the residual. Experts that
-    start at zero (``MLPExperts(zero_init=True)``) make the first forward the shared expert's.
+    A token without an expert gets zero from the routed experts; the surrounding model adds the
+    residual. Experts that start at zero (``MLPExperts(zero_init=True)``) make the first forward the
+    shared expert's.
 
     Args:
         router: assigns tokens to experts.
         experts: the stacked experts, as many as the router expects.
-        shared_expert: a module that runs on every token with weight 1 and is added (default ``None``).
+        shared_expert: a module that runs on every token with weight 1 and is added (default
+            ``None``).
 
     Shapes:
-        - ``x``: (..., T, D); leading dimensions are groups. ``batch`` and ``edge_index`` as in :class:`Router`.
-        - returns (..., T, O), and the :class:`Routing` too with ``return_routing=True``. Losses are in the routing:
-          ``loss = task + gmoe.aux_loss(routing)``.
+        - ``x``: (..., T, D); leading dimensions are groups. ``batch`` and ``edge_index`` as in
+          :class:`Router`.
+        - returns (..., T, O), and the :class:`Routing` too with ``return_routing=True``. Losses are
+          in the routing: ``loss = task + gmoe.aux_loss(routing)``.
 
     Raises:
         ValueError: E or D of router and experts differ.
@@ -167,13 +188,25 @@ class MoE(_Mixture):
 
     router: Router
 
-    def __init__(self, router: Router, experts: Experts, shared_expert: nn.Module | None = None) -> None:
-        check(not isinstance(router, SoftSlots), "router", "SoftSlots, whose slots mix tokens", "SoftMoE around it")
+    def __init__(
+        self, router: Router, experts: Experts, shared_expert: nn.Module | None = None
+    ) -> None:
+        check(
+            not isinstance(router, SoftSlots),
+            "router",
+            "SoftSlots, whose slots mix tokens",
+            "SoftMoE around it",
+        )
         super().__init__(router, experts)
         self.shared_expert = shared_expert
 
     def forward(
-        self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None, *, return_routing: bool = False
+        self,
+        x: Tensor,
+        batch: Tensor | None = None,
+        edge_index: Tensor | None = None,
+        *,
+        return_routing: bool = False,
     ) -> Any:
         """Route and run; see the class."""
         routing: Routing = self.router(x, batch, edge_index)
@@ -184,17 +217,18 @@ class MoE(_Mixture):
 
 
 class SoftMoE(_Mixture):
-    r"""Run experts on slots that are mixtures of tokens (`Soft MoE <https://arxiv.org/abs/2308.00951>`_,
-    Puigcerver et al., 2024): :math:`y = C f(D^\top X)`.
+    r"""Run experts on slots that are mixtures of tokens (`Soft MoE
+    <https://arxiv.org/abs/2308.00951>`_, Puigcerver et al., 2024): :math:`y = C f(D^\top X)`.
 
     Args:
         router: the slots.
         experts: the stacked experts, as many as the router expects.
 
     Shapes:
-        - ``x``: (..., T, D); leading dimensions are groups, each with its own E * S slots. ``batch`` as in
-          :class:`Router`.
-        - returns (..., T, O), and the :class:`gmoe.routers.SoftRouting` too with ``return_routing=True``.
+        - ``x``: (..., T, D); leading dimensions are groups, each with its own E * S slots.
+          ``batch`` as in :class:`Router`.
+        - returns (..., T, O), and the :class:`gmoe.routers.SoftRouting` too with
+          ``return_routing=True``.
 
     Raises:
         ValueError: ``router`` is not a :class:`SoftSlots`, or E or D of router and experts differ.
@@ -210,7 +244,9 @@ class SoftMoE(_Mixture):
         check(isinstance(router, SoftSlots), "router", type(router).__name__, "SoftSlots")
         super().__init__(router, experts)
 
-    def forward(self, x: Tensor, batch: Tensor | None = None, *, return_routing: bool = False) -> Any:
+    def forward(
+        self, x: Tensor, batch: Tensor | None = None, *, return_routing: bool = False
+    ) -> Any:
         """Mix, run, and mix back; see the class."""
         routing: SoftRouting = self.router(x, batch)
         slots_RI = routing.dispatch(x.reshape(-1, x.size(-1)))

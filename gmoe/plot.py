@@ -1,7 +1,8 @@
 """Figures of what routers do: experts on images and over training. Needs matplotlib.
 
-The functions return a matplotlib ``Figure`` that belongs to no window: save it with ``figure.savefig("x.png")``, end a
-notebook cell with it, or hand it to TensorBoard's ``add_figure``.
+The functions return a matplotlib ``Figure`` that belongs to no window: save it with
+``figure.savefig("x.png")``, end a notebook cell with it, or hand it to TensorBoard's
+``add_figure``.
 
 Shapes: B images, H x W pixels, h x w patches, T tokens, E experts, S steps.
 """
@@ -32,7 +33,9 @@ STRENGTH = 0.6
 """Share of an expert's color in a tinted patch."""
 
 MOST_PREFIX_TOKENS = 16
-"""More tokens before an image's patches are no class and register tokens, but a sign of another patch size."""
+"""More tokens before an image's patches are no class and register tokens, but a sign of another
+patch size.
+"""
 
 
 def palette(num_experts: int) -> list[tuple[float, float, float]]:
@@ -49,25 +52,28 @@ def palette(num_experts: int) -> list[tuple[float, float, float]]:
     return [(red, green, blue) for red, green, blue, _ in colors.tolist()]
 
 
-# Images ---------------------------------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------------------
 
 
 def patch_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Run a vision transformer on images and return the weight of every expert on every patch.
 
-    The model is torchvision's, timm's or any other whose tokens are the patches row by row, with at most 16 class and
-    register tokens before them, or the grids of a Swin, which halve from stage to stage. Patches are as large as the
-    kernel of its first convolution whose kernel is its stride. It runs in evaluation mode without gradients.
+    The model is torchvision's, timm's or any other whose tokens are the patches row by row, with at
+    most 16 class and register tokens before them, or the grids of a Swin, which halve from stage to
+    stage. Patches are as large as the kernel of its first convolution whose kernel is its stride.
+    It runs in evaluation mode without gradients.
 
     Args:
         model: a model that holds MoE layers.
-        images: (B, C, H, W), or one image (C, H, W), as the model takes them; moved to its device and dtype.
+        images: (B, C, H, W), or one image (C, H, W), as the model takes them; moved to its device
+            and dtype.
 
     Returns:
         A tensor a MoE layer, (B, h, w, E) on the CPU; 0 where an expert does not take the patch.
 
     Raises:
-        ValueError: images of another shape, a model without a patch embedding, or tokens that are not the patches.
+        ValueError: images of another shape, a model without a patch embedding, or tokens that are
+            not the patches.
         RuntimeError: the model ran no router.
 
     Example:
@@ -105,16 +111,18 @@ def expert_maps(
 ) -> Figure:
     """Tint each patch of images by its expert: a row an image, a column a MoE layer.
 
-    A patch of several experts has their colors mixed by weight; one that no expert took is dark. Experts of different
-    layers have nothing to do with each other.
+    A patch of several experts has their colors mixed by weight; one that no expert took is dark.
+    Experts of different layers have nothing to do with each other.
 
     Args:
         model, images: see :func:`patch_weights`.
-        mean, std: by channel, as the images were normalized; by default each image is stretched to 0..1.
+        mean, std: by channel, as the images were normalized; by default each image is stretched to
+            0..1.
         titles: a text an image.
 
     Raises:
-        ValueError: see :func:`patch_weights`; one of ``mean`` and ``std`` alone, titles of another number.
+        ValueError: see :func:`patch_weights`; one of ``mean`` and ``std`` alone, titles of another
+            number.
 
     Example:
         >>> vit = gmoe.moefy(timm.create_model("vit_tiny_patch16_224"), num_experts=8)
@@ -126,11 +134,17 @@ def expert_maps(
     weights = patch_weights(model, images)
     high, wide = _patch_size(model)
     height, width = images.size(2) // high * high, images.size(3) // wide * wide
-    pictures = _to_rgb(images.detach().float().cpu(), mean, std)[..., :height, :width]  # what patches cover
+    pictures = _to_rgb(images.detach().float().cpu(), mean, std)[
+        ..., :height, :width
+    ]  # what patches cover
     cell = 1.7 * max(width / height, 0.4)
-    figure = Figure(figsize=(cell * (len(weights) + 1) + 0.3, 1.75 * len(images) + 0.8), layout="constrained")
+    figure = Figure(
+        figsize=(cell * (len(weights) + 1) + 0.3, 1.75 * len(images) + 0.8), layout="constrained"
+    )
     grid = figure.subplots(len(images), len(weights) + 1, squeeze=False)
-    for number, (row, picture, title) in enumerate(zip(grid, pictures, titles or [""] * len(images), strict=True)):
+    for number, (row, picture, title) in enumerate(
+        zip(grid, pictures, titles or [""] * len(images), strict=True)
+    ):
         tinted = [_tint(picture, weight[number], (high, wide)) for weight in weights]
         for axis, shown in zip(row, [picture, *tinted], strict=True):
             axis.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -144,9 +158,13 @@ def expert_maps(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and without compilation, which would trace the model anew; then as it was."""
+    """Evaluation mode without gradients, and without compilation, which would trace the model anew;
+    then as it was.
+    """
     modes = {module: module.training for module in model.modules()}
-    compiled = "torch._dynamo" in sys.modules  # which takes seconds to import; who compiled the model has done so
+    compiled = (
+        "torch._dynamo" in sys.modules
+    )  # which takes seconds to import; who compiled the model has done so
     with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         model.eval()
         try:
@@ -159,20 +177,34 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _batch_of(images: Tensor) -> Tensor:
     batch = images[None] if images.dim() == 3 else images
     legal = "(B, 3 or 1, H, W), or one image (3 or 1, H, W)"
-    check(batch.dim() == 4 and batch.size(1) in (1, 3) and len(batch), "images", f"shape {tuple(images.shape)}", legal)
+    check(
+        batch.dim() == 4 and batch.size(1) in (1, 3) and len(batch),
+        "images",
+        f"shape {tuple(images.shape)}",
+        legal,
+    )
     return batch
 
 
 def _patch_size(model: nn.Module) -> tuple[int, int]:
     """Height and width of a patch in pixels."""
     convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    high, wide = next((conv.stride for conv in convs if conv.kernel_size == conv.stride != (1, 1)), (0, 0))
-    check(high, "model", f"{type(model).__name__} without a patch embedding", "a Conv2d whose kernel is its stride")
+    high, wide = next(
+        (conv.stride for conv in convs if conv.kernel_size == conv.stride != (1, 1)), (0, 0)
+    )
+    check(
+        high,
+        "model",
+        f"{type(model).__name__} without a patch embedding",
+        "a Conv2d whose kernel is its stride",
+    )
     return high, wide
 
 
 def _grid(tokens: float, h: int, w: int) -> tuple[int, int] | None:
-    """The grid that an image's tokens end with: all patches, or all of them merged 2 x 2 once or more."""
+    """The grid that an image's tokens end with: all patches, or all of them merged 2 x 2 once or
+    more.
+    """
     if h * w <= tokens <= h * w + MOST_PREFIX_TOKENS and tokens == int(tokens):
         return h, w
     while h * w > max(tokens, 1):
@@ -201,7 +233,7 @@ def _tint(picture: Tensor, weight_hwE: Tensor, patch: tuple[int, int]) -> Tensor
     return torch.lerp(picture, color, STRENGTH)
 
 
-# Load -----------------------------------------------------------------------------------------------------------------
+# Load ---------------------------------------------------------------------------------------------
 
 LayerLoad: TypeAlias = Routing | Mapping[str, Tensor]
 
@@ -212,8 +244,8 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
     The load is the share of an expert among all (token, expert) pairs: 1/E each if balanced.
 
     Args:
-        history: a step an entry, each what :func:`gmoe.record_routing` gives or what :meth:`gmoe.RoutingStats.compute`
-            returns, for all layers.
+        history: a step an entry, each what :func:`gmoe.record_routing` gives or what
+            :meth:`gmoe.RoutingStats.compute` returns, for all layers.
 
     Raises:
         ValueError: an empty history, or steps of different layers or experts.
@@ -226,9 +258,17 @@ def expert_load(history: Sequence[Routing | Sequence[LayerLoad]]) -> Figure:
         ...     history.append(routings)
         >>> expert_load(history).savefig("load.png")
     """
-    steps = [[_load(layer) for layer in ([entry] if isinstance(entry, Routing) else entry)] for entry in history]
+    steps = [
+        [_load(layer) for layer in ([entry] if isinstance(entry, Routing) else entry)]
+        for entry in history
+    ]
     sizes = {tuple(map(len, step)) for step in steps}
-    check(len(sizes) == 1 and sizes != {()}, "history", f"layers of {sorted(sizes)} experts", "the same in all steps")
+    check(
+        len(sizes) == 1 and sizes != {()},
+        "history",
+        f"layers of {sorted(sizes)} experts",
+        "the same in all steps",
+    )
     loads = [torch.stack(layer) for layer in zip(*steps, strict=True)]
     rows, columns = -(-len(loads) // 2), min(len(loads), 2)
     figure = Figure(figsize=(3.7 * columns, 2.8 * rows), layout="constrained")
@@ -257,6 +297,10 @@ def _load(layer: LayerLoad) -> Tensor:
 
 def _legend(figure: Figure, num_experts: int) -> None:
     """Color and number of every expert below a figure."""
-    handles = [Patch(color=color, label=number) for number, color in enumerate(palette(num_experts))]
+    handles = [
+        Patch(color=color, label=number) for number, color in enumerate(palette(num_experts))
+    ]
     columns = min(num_experts, 4)  # which fit below a single layer
-    figure.legend(handles=handles, title="expert", ncols=columns, loc="outside lower center", fontsize="small")
+    figure.legend(
+        handles=handles, title="expert", ncols=columns, loc="outside lower center", fontsize="small"
+    )

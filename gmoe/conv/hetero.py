@@ -1,6 +1,7 @@
 """Relational layers on heterogeneous graphs: RelationalConv, and HeteroMoEConv, a mixture of them.
 
-Shapes: T tokens (the nodes of a type), D and O widths, M edges of a relation, E experts, K experts per token.
+Shapes: T tokens (the nodes of a type), D and O widths, M edges of a relation, E experts, K experts
+per token.
 """
 
 from __future__ import annotations
@@ -29,23 +30,25 @@ RelationEdges: TypeAlias = Mapping[EdgeType, Adj | Graph]
 
 
 class RelationalConv(nn.Module):
-    r"""A dense relational layer: `R-GCN <https://arxiv.org/abs/1703.06103>`_ (Schlichtkrull et al., 2018), as in OGB's
-    ogbn-mag example.
+    r"""A dense relational layer: `R-GCN <https://arxiv.org/abs/1703.06103>`_ (Schlichtkrull et al.,
+    2018), as in OGB's ogbn-mag example.
 
     .. math::
         x_i' = W_{\tau(i)} x_i + \sum_r W_r \, \mathrm{mean}_{j \in N_r(i)} x_j + b_{\tau(i)}
 
-    where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it. It equals
-    PyG's ``HeteroConv`` of ``SAGEConv``\ s with one root weight per node type instead of one per relation. It is the
-    dense baseline of :class:`HeteroMoEConv`; see there for shapes and for absent types and relations.
+    where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it. It
+    equals PyG's ``HeteroConv`` of ``SAGEConv``\ s with one root weight per node type instead of one
+    per relation. It is the dense baseline of :class:`HeteroMoEConv`; see there for shapes and for
+    absent types and relations.
 
     Args:
         in_channels: width of the nodes, of all types or of each.
         out_channels: width of the output.
         metadata: node types and edge types, ``data.metadata()``.
         out_types: node types to compute (default all); there are no parameters for others.
-        linear: ``linear(in_channels, out_channels, bias=...)`` makes the map of one part of a node type's input: its
-            features, and the mean over each relation that ends in it (default ``nn.Linear``).
+        linear: ``linear(in_channels, out_channels, bias=...)`` makes the map of one part of a node
+            type's input: its features, and the mean over each relation that ends in it (default
+            ``nn.Linear``).
 
     Raises:
         ValueError: metadata, widths or edges that do not fit.
@@ -63,25 +66,48 @@ class RelationalConv(nn.Module):
         super().__init__()
         node_types, self.edge_types = checked_metadata(metadata)
         wanted = node_types if out_types is None else out_types
-        check(wanted and set(wanted) <= set(node_types), "out_types", out_types, f"some of {node_types}")
-        self.relations_into = {t: [r for r in self.edge_types if r[-1] == t] for t in node_types if t in wanted}
+        check(
+            wanted and set(wanted) <= set(node_types),
+            "out_types",
+            out_types,
+            f"some of {node_types}",
+        )
+        self.relations_into = {
+            t: [r for r in self.edge_types if r[-1] == t] for t in node_types if t in wanted
+        }
         relations = [r for into in self.relations_into.values() for r in into]
         needed = sorted({*wanted, *(source for source, *_ in relations)})
-        given = in_channels if isinstance(in_channels, Mapping) else dict.fromkeys(needed, in_channels)
+        given = (
+            in_channels if isinstance(in_channels, Mapping) else dict.fromkeys(needed, in_channels)
+        )
         check(given.keys() >= set(needed), "in_channels", in_channels, f"the widths of {needed}")
         self.in_channels = {name: given[name] for name in needed}
-        check_counts(out_channels=out_channels, **{f"in_channels[{t!r}]": size for t, size in self.in_channels.items()})
-        self.root = ModuleDict({t: linear(given[t], out_channels, bias=True) for t in self.relations_into})
-        self.relation = ModuleDict({r: linear(given[r[0]], out_channels, bias=False) for r in relations})
+        check_counts(
+            out_channels=out_channels,
+            **{f"in_channels[{t!r}]": size for t, size in self.in_channels.items()},
+        )
+        self.root = ModuleDict(
+            {t: linear(given[t], out_channels, bias=True) for t in self.relations_into}
+        )
+        self.relation = ModuleDict(
+            {r: linear(given[r[0]], out_channels, bias=False) for r in relations}
+        )
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
         reset(self.root)
         reset(self.relation)
 
-    def parts(self, x_dict: NodeTensors, edge_index_dict: RelationEdges) -> dict[NodeType, list[Tensor]]:
+    def parts(
+        self, x_dict: NodeTensors, edge_index_dict: RelationEdges
+    ) -> dict[NodeType, list[Tensor]]:
         """(T, its width) each part of the input of each node type."""
-        check(edge_index_dict.keys() <= set(self.edge_types), "edge_index_dict", [*edge_index_dict], self.edge_types)
+        check(
+            edge_index_dict.keys() <= set(self.edge_types),
+            "edge_index_dict",
+            [*edge_index_dict],
+            self.edge_types,
+        )
         for name, width in self.in_channels.items():
             check_features(name, x_dict.get(name), width)
         found = {name: [x_dict[name]] for name in self.relations_into}
@@ -99,9 +125,14 @@ class RelationalConv(nn.Module):
             out = out + self.relation[relation](mean, *args)
         return out
 
-    def forward(self, x_dict: NodeTensors, edge_index_dict: RelationEdges) -> dict[NodeType, Tensor]:
+    def forward(
+        self, x_dict: NodeTensors, edge_index_dict: RelationEdges
+    ) -> dict[NodeType, Tensor]:
         """(T, O) of each node type."""
-        return {name: self.mix(name, parts) for name, parts in self.parts(x_dict, edge_index_dict).items()}
+        return {
+            name: self.mix(name, parts)
+            for name, parts in self.parts(x_dict, edge_index_dict).items()
+        }
 
 
 class HeteroMoEConv(MoELayer):
@@ -112,45 +143,52 @@ class HeteroMoEConv(MoELayer):
             + 0.1 \, g \sum_{e \in \mathrm{experts}(i)} w_{ie} \Big( W_{e,\tau(i)} x_i
             + \sum_r W_{e,r} \, \mathrm{mean}_{j \in N_r(i)} x_j + b_{e,\tau(i)} \Big)
 
-    where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it: an expert is an R-GCN
-    layer (:class:`RelationalConv`). The shared expert runs on every node and the gain g starts at zero, so that with
-    the same seed a new layer equals the ``RelationalConv`` it replaces. With ``start="copies"`` or ``"plain"`` there is
-    neither of them.
+    where :math:`\tau(i)` is the type of the node and r runs over the relations that end in it: an
+    expert is an R-GCN layer (:class:`RelationalConv`). The shared expert runs on every node and the
+    gain g starts at zero, so that with the same seed a new layer equals the ``RelationalConv`` it
+    replaces. With ``start="copies"`` or ``"plain"`` there is neither of them.
 
-    Each node type has its router, which sees its features, and its experts: a mixture of linear layers on :math:`x_i`
-    and the means. It equals, in outputs and gradients, running E relational layers on the whole graph and masking. Each
-    relation is averaged once, and compute scales with K, not E. Parts of ``experts`` may be replaced, as those of
-    :class:`MLPExperts` may, and so may each of ``routers``.
+    Each node type has its router, which sees its features, and its experts: a mixture of linear
+    layers on :math:`x_i` and the means. It equals, in outputs and gradients, running E relational
+    layers on the whole graph and masking. Each relation is averaged once, and compute scales with
+    K, not E. Parts of ``experts`` may be replaced, as those of :class:`MLPExperts` may, and so may
+    each of ``routers``.
 
-    A type in which no relation ends keeps its root term. A relation that is absent from a call, or has no edge into a
-    node, adds zero. A node without an expert gets zero; the surrounding model adds the residual.
+    A type in which no relation ends keeps its root term. A relation that is absent from a call, or
+    has no edge into a node, adds zero. A node without an expert gets zero; the surrounding model
+    adds the residual.
 
     Args:
         in_channels: width of the nodes, of all types or of each.
         out_channels: width of the output.
         metadata: node types and edge types, ``data.metadata()``.
         num_experts: E (default 8).
-        router: a name or factory (default ``"token_choice"``), of which each node type gets a router; an instance for
-            a single type.
+        router: a name or factory (default ``"token_choice"``), of which each node type gets a
+            router; an instance for a single type.
         k: K, experts per node (default 1).
         out_types: node types to compute (default all); there are no parameters for others.
-        start: ``"shared"`` (default, ``None``): beside one more layer that runs on every node, scaled by a tenth of a
-            learned gain that starts at zero; ``"copies"``: as copies of one layer; ``"plain"``: each by itself. See
-            :class:`MoEConv`.
+        start: ``"shared"`` (default, ``None``): beside one more layer that runs on every node,
+            scaled by a tenth of a learned gain that starts at zero; ``"copies"``: as copies of one
+            layer; ``"plain"``: each by itself. See :class:`MoEConv`.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
         check_finite: the routers refuse NaN and infinity (default ``False``; costs a host sync).
 
     Shapes:
-        - ``x_dict``: (T, D) of each node type that is computed, or that a relation into those starts in; T may be 0.
-        - ``edge_index_dict``: of each edge type (2, M), PyG's ``EdgeIndex``, a ``torch.sparse`` matrix or
-          ``SparseTensor`` (T_dst, T_src), or a :class:`gmoe.Graph`, which is sorted once for
-          all calls. A matrix's values weigh its edges, a ``Graph``'s weights do not. No (M, D) messages are stored.
-        - ``batch_dict``: (T,) the graph of each node; the graphs of a PyG ``Batch`` are separate groups.
-        - returns (T, O) of each node type, and with ``return_routing=True`` the :class:`Routing` of each.
+        - ``x_dict``: (T, D) of each node type that is computed, or that a relation into those
+          starts in; T may be 0.
+        - ``edge_index_dict``: of each edge type (2, M), PyG's ``EdgeIndex``, a ``torch.sparse``
+          matrix or ``SparseTensor`` (T_dst, T_src), or a :class:`gmoe.Graph`, which is sorted once
+          for all calls. A matrix's values weigh its edges, a ``Graph``'s weights do not. No (M, D)
+          messages are stored.
+        - ``batch_dict``: (T,) the graph of each node; the graphs of a PyG ``Batch`` are separate
+          groups.
+        - returns (T, O) of each node type, and with ``return_routing=True`` the :class:`Routing` of
+          each.
 
     Raises:
-        ValueError: K > E; metadata, widths or edges that do not fit; a router instance for several types.
+        ValueError: K > E; metadata, widths or edges that do not fit; a router instance for several
+            types.
 
     Example:
         >>> conv = HeteroMoEConv(128, 64, data.metadata(), num_experts=8, router="expert_choice")
@@ -176,20 +214,35 @@ class HeteroMoEConv(MoELayer):
     ) -> None:
         refuse_unknown("HeteroMoEConv", unknown)
         super().__init__(num_experts, k)
-        self.make_dense = partial(RelationalConv, in_channels, out_channels, metadata, out_types=out_types)
+        self.make_dense = partial(
+            RelationalConv, in_channels, out_channels, metadata, out_types=out_types
+        )
         self.start = check_start(start)
         dense = None if self.start == "plain" else self.make_dense()
         self.shared_expert = dense if self.start == "shared" else None
         self.gain = nn.Parameter(torch.zeros(1)) if self.start == "shared" else None
         self.routers = ModuleDict()
         with drawn_apart(self.start != "plain"):
-            self.experts = self.make_dense(linear=partial(LinearExperts, num_experts=num_experts, backend=backend))
+            self.experts = self.make_dense(
+                linear=partial(LinearExperts, num_experts=num_experts, backend=backend)
+            )
             for name in self.experts.relations_into:
-                built = build_router(router, self.experts.in_channels[name], num_experts, k, router_kwargs)
-                check(built is not router or not self.routers, "router", "an instance for several types", "a factory")
+                built = build_router(
+                    router, self.experts.in_channels[name], num_experts, k, router_kwargs
+                )
+                check(
+                    built is not router or not self.routers,
+                    "router",
+                    "an instance for several types",
+                    "a factory",
+                )
                 check_copies(self.start, built)
                 built.check_finite |= check_finite
-                self.k, self.experts_per_token, self.routers[name] = built.k, built.experts_per_token, built
+                self.k, self.experts_per_token, self.routers[name] = (
+                    built.k,
+                    built.experts_per_token,
+                    built,
+                )
         if self.start == "copies" and dense is not None:
             self._become(dense)
 
@@ -210,7 +263,9 @@ class HeteroMoEConv(MoELayer):
     def _become(self, dense: RelationalConv) -> None:
         """Make every expert a copy of a dense layer."""
         for name, parameter in dense.named_parameters():
-            self.experts.get_parameter(name).copy_(parameter.T if parameter.dim() == 2 else parameter)
+            self.experts.get_parameter(name).copy_(
+                parameter.T if parameter.dim() == 2 else parameter
+            )
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
         return self.experts.parameters()
@@ -222,13 +277,20 @@ class HeteroMoEConv(MoELayer):
         Raises:
             ValueError: an index outside 0..E-1.
         """
-        check(0 <= index < self.num_experts, "index", index, f"0..num_experts-1={self.num_experts - 1}")
+        check(
+            0 <= index < self.num_experts,
+            "index",
+            index,
+            f"0..num_experts-1={self.num_experts - 1}",
+        )
         with torch.device("meta"):  # nothing is drawn
             dense = self.make_dense()
         first = next(self.experts.parameters())
         dense.to_empty(device=first.device).to(first.dtype)
         for name, parameter in dense.named_parameters():
-            stacked = self.experts.get_parameter(name)[index] * (1 if self.gain is None else GAIN_SCALE * self.gain)
+            stacked = self.experts.get_parameter(name)[index] * (
+                1 if self.gain is None else GAIN_SCALE * self.gain
+            )
             parameter.copy_(stacked.T if stacked.dim() == 2 else stacked)
         return dense.train(self.training)
 

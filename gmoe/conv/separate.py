@@ -1,4 +1,6 @@
-"""Experts that are run one by one. Shapes: T tokens (destinations), S sources, O width, E experts."""
+"""Experts that are run one by one. Shapes: T tokens (destinations), S sources, O width, E
+experts.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from gmoe.routing import Routing
 
 
 class SeparateExperts(ConvExperts):
-    """E convs run one by one, each on the in-edges of its own destinations where it is local, else on the whole graph.
+    """E convs run one by one, each on the in-edges of its own destinations where it is local, else
+    on the whole graph.
 
     Args:
         convs: the E convs.
@@ -49,10 +52,13 @@ class SeparateExperts(ConvExperts):
     def convs(self) -> list[MessagePassing]:
         return list(self.members)
 
-    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
+    def forward(
+        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
+    ) -> Tensor:
         outs, idle = list[Tensor](), list[Tensor]()
         for conv, local, token in zip(self.members, self.is_local, tokens_of(routing), strict=True):
-            # loops of a bipartite graph join nodes of equal index, which a part keeps only where N_src >= N_dst
+            # loops of a bipartite graph join nodes of equal index, which a part keeps only where
+            # N_src >= N_dst
             misaligned = getattr(conv, "add_self_loops", False) and graph.num_src < graph.num_dst
             if not token.numel():
                 idle += conv.parameters()
@@ -74,11 +80,16 @@ def run(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
 
 
 def run_on(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor) -> Tensor:
-    """(n, O) PyG's conv on the in-edges of ``token`` only, the destinations first among the sources."""
+    """(n, O) PyG's conv on the in-edges of ``token`` only, the destinations first among the
+    sources.
+    """
     nodes, part = graph.part(token)
     x: Any = x_src.index_select(0, nodes)
     if _are_two(graph, x_src, x_dst):
-        x = x, x_dst.index_select(0, nodes if graph.num_src == graph.num_rows else part.destinations)
+        x = (
+            x,
+            x_dst.index_select(0, nodes if graph.num_src == graph.num_rows else part.destinations),
+        )
     return conv(x, part.adj, **part.args_for(conv))[: token.numel()]
 
 

@@ -19,7 +19,9 @@ from gmoe.data.stored import StoredGraph, node_index
 from gmoe.routing import described
 
 SamplerBackend: TypeAlias = Literal["auto", "pyg", "gmoe"]
-InputNodes: TypeAlias = Tensor | Sequence[int] | NodeType | tuple[NodeType, Tensor | Sequence[int] | None] | None
+InputNodes: TypeAlias = (
+    Tensor | Sequence[int] | NodeType | tuple[NodeType, Tensor | Sequence[int] | None] | None
+)
 
 PYG_ONLY: dict[str, Any] = {
     "subgraph_type": "directional",
@@ -44,30 +46,35 @@ def neighbor_loader(
     backend: SamplerBackend = "auto",
     **kwargs: Any,
 ) -> NodeLoader:
-    """Load mini-batches by PyG's ``NeighborLoader``, or without ``pyg-lib`` by a sampler of the same distribution.
+    """Load mini-batches by PyG's ``NeighborLoader``, or without ``pyg-lib`` by a sampler of the
+    same distribution.
 
     Args:
         data: the graph, in memory or a :class:`gmoe.StoredGraph` on disk.
         num_neighbors: in-edges drawn per node in each hop, from the seeds outwards (-1: all); for
             ``HeteroData`` also a dictionary by type of edges.
-        input_nodes: the seeds of an epoch: ids, a boolean mask, or all nodes (``None``, default). For ``HeteroData`` a
-            type of nodes, or a type and any of these.
+        input_nodes: the seeds of an epoch: ids, a boolean mask, or all nodes (``None``, default).
+            For ``HeteroData`` a type of nodes, or a type and any of these.
         batch_size: seeds in a batch (default 1).
         replace: draw with replacement (default ``False``).
-        backend: ``"pyg"``: PyG's ``NeighborLoader``, which needs ``pyg-lib`` (``torch-sparse`` will do, but leaves out
-            ``num_sampled_nodes`` and ``num_sampled_edges``). ``"gmoe"``: PyG's ``NodeLoader`` over
-            :class:`gmoe.NeighborSampler`. ``"auto"`` (default): the former where ``pyg-lib`` is installed, the latter
-            for a ``StoredGraph``, whose edges PyG would copy into memory.
-        **kwargs: further arguments of the loader and of ``torch.utils.data.DataLoader``. ``shuffle=True`` for training;
-            ``num_workers=1, persistent_workers=True`` draws the next batches while the model computes.
-            ``is_sorted`` is for PyG's sampler: ours looks at the order of the edges itself.
+        backend: ``"pyg"``: PyG's ``NeighborLoader``, which needs ``pyg-lib`` (``torch-sparse`` will
+            do, but leaves out ``num_sampled_nodes`` and ``num_sampled_edges``). ``"gmoe"``: PyG's
+            ``NodeLoader`` over :class:`gmoe.NeighborSampler`. ``"auto"`` (default): the former
+            where ``pyg-lib`` is installed, the latter for a ``StoredGraph``, whose edges PyG would
+            copy into memory.
+        **kwargs: further arguments of the loader and of ``torch.utils.data.DataLoader``.
+            ``shuffle=True`` for training; ``num_workers=1, persistent_workers=True`` draws the next
+            batches while the model computes. ``is_sorted`` is for PyG's sampler: ours looks at the
+            order of the edges itself.
 
     Returns:
-        A loader of ``Data`` or ``HeteroData``. The first ``batch.batch_size`` nodes of a batch are its seeds: loss and
-        metric belong on them alone. ``n_id``, ``e_id`` and ``input_id`` are the nodes, edges and seeds in ``data``.
+        A loader of ``Data`` or ``HeteroData``. The first ``batch.batch_size`` nodes of a batch are
+        its seeds: loss and metric belong on them alone. ``n_id``, ``e_id`` and ``input_id`` are the
+        nodes, edges and seeds in ``data``.
 
     Raises:
-        ImportError: PyG's, of the first batch of ``backend="pyg"`` without ``pyg-lib`` and ``torch-sparse``.
+        ImportError: PyG's, of the first batch of ``backend="pyg"`` without ``pyg-lib`` and
+            ``torch-sparse``.
         ValueError: seeds that do not fit the graph; whatever :class:`gmoe.NeighborSampler` refuses;
             with our sampler, an argument that asks for temporal, weighted, disjoint, bidirectional
             or induced sampling, for which PyG needs ``pyg-lib``: ``time_attr``, ``input_time``,

@@ -35,7 +35,9 @@ CHUNK = 2**20
 
 def create_npy(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """Create a ``.npy`` file, mapped as a tensor: writing to the tensor writes to the file."""
-    return torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.dtype(str(dtype).removeprefix("torch.")), shape))
+    return torch.from_numpy(
+        np.lib.format.open_memmap(path, "w+", np.dtype(str(dtype).removeprefix("torch.")), shape)
+    )
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -49,14 +51,17 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 class StoredGraph(FeatureStore, GraphStore):
     """A graph in a folder of ``.npy`` files, opened memory-mapped: it may be larger than memory.
 
-    Give it to :func:`gmoe.neighbor_loader` or :class:`gmoe.NeighborSampler` in place of PyG's ``Data``, or as
-    ``(graph, graph)`` to what takes PyG's ``(FeatureStore, GraphStore)``. Opening reads headers and splits.
-    A pickle holds the path alone, so that workers of any start method open the files themselves.
+    Give it to :func:`gmoe.neighbor_loader` or :class:`gmoe.NeighborSampler` in place of PyG's
+    ``Data``, or as ``(graph, graph)`` to what takes PyG's ``(FeatureStore, GraphStore)``. Opening
+    reads headers and splits. A pickle holds the path alone, so that workers of any start method
+    open the files themselves.
 
-    ``graph.json`` lists the arrays with file, dtype, shape and SHA-256; ``python -m experiments.convert`` writes it:
+    ``graph.json`` lists the arrays with file, dtype, shape and SHA-256;
+    ``python -m experiments.convert`` writes it:
 
-    - ``start`` (N + 1,) int64 and ``source`` (M,) int32 (int64 from 2^31 nodes on): the in-edges of node i come from
-      ``source[start[i]:start[i + 1]]``, ascending. The position of an edge is its id.
+    - ``start`` (N + 1,) int64 and ``source`` (M,) int32 (int64 from 2^31 nodes on): the in-edges of
+      node i come from ``source[start[i]:start[i + 1]]``, ascending. The position of an edge is its
+      id.
     - ``x`` (N, D) float16 or float32: handed out as float32.
     - ``y`` (N,) or (N, C), optional: integers (-1: no label), handed out as int64, or floats.
     - ``train``, ``val``, ``test``, optional: node ids, int64.
@@ -69,7 +74,8 @@ class StoredGraph(FeatureStore, GraphStore):
         info: the content of ``graph.json``.
         num_nodes, num_edges, x_dim: N, M and D.
         start, source: the mapped in-edges; read-only: writing to them ends the process.
-        train, val, test: the ids of the nodes of each split, in memory; ``None`` where there is no such file.
+        train, val, test: the ids of the nodes of each split, in memory; ``None`` where there is no
+            such file.
 
     Raises:
         FileNotFoundError: no ``graph.json`` in the folder, or no file of an array.
@@ -87,7 +93,10 @@ class StoredGraph(FeatureStore, GraphStore):
         try:  # whatever is wrong with the file
             self.info: dict[str, Any] = json.loads(path.read_bytes())
             version, listed = self.info["format"], self.info["arrays"]
-            self.num_nodes, self.num_edges = index(self.info["num_nodes"]), index(self.info["num_edges"])
+            self.num_nodes, self.num_edges = (
+                index(self.info["num_nodes"]),
+                index(self.info["num_edges"]),
+            )
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             got = f"{type(error).__name__}: {error}"
             legal_text = "JSON with format, arrays, and whole num_nodes and num_edges"
@@ -101,15 +110,33 @@ class StoredGraph(FeatureStore, GraphStore):
             "y": (LABELS, self.num_nodes, (1, 2)),
             **dict.fromkeys(SPLITS, (("int64",), None, (1,))),
         }
-        are_objects = isinstance(listed, dict) and all(isinstance(said, dict) for said in listed.values())
+        are_objects = isinstance(listed, dict) and all(
+            isinstance(said, dict) for said in listed.values()
+        )
         fits = are_objects and {"start", "source", "x"} <= listed.keys() <= legal.keys()
-        check(fits, str(path), f"arrays {listed}", f"objects of {', '.join(legal)}, the first three always")
+        check(
+            fits,
+            str(path),
+            f"arrays {listed}",
+            f"objects of {', '.join(legal)}, the first three always",
+        )
         self._arrays = {name: self._open(name, *legal[name]) for name in listed}
-        self.start, self.source, self.x_dim = self._arrays["start"], self._arrays["source"], self._arrays["x"].size(1)
+        self.start, self.source, self.x_dim = (
+            self._arrays["start"],
+            self._arrays["source"],
+            self._arrays["x"].size(1),
+        )
         ids = (self._arrays.get(name) for name in SPLITS)
-        self.train, self.val, self.test = (None if split is None else split.clone() for split in ids)
+        self.train, self.val, self.test = (
+            None if split is None else split.clone() for split in ids
+        )
         ends = self.start[[0, -1]].tolist()
-        check(ends == [0, self.num_edges], str(self._file("start")), f"ends {ends}", [0, self.num_edges])
+        check(
+            ends == [0, self.num_edges],
+            str(self._file("start")),
+            f"ends {ends}",
+            [0, self.num_edges],
+        )
 
     def _file(self, name: str) -> Path:
         """Where an array is; never outside the folder, whoever wrote graph.json."""
@@ -117,10 +144,14 @@ class StoredGraph(FeatureStore, GraphStore):
         path = PurePath(file) if isinstance(file, str) else None
         inside = path is not None and not path.anchor and ".." not in path.parts
         got = f"file {file!r} of array {name!r}"
-        check(inside, str(self.folder / "graph.json"), got, "a path inside the folder, without '..'")
+        check(
+            inside, str(self.folder / "graph.json"), got, "a path inside the folder, without '..'"
+        )
         return self.folder / file
 
-    def _open(self, name: str, dtypes: tuple[str, ...], rows: int | None, dims: tuple[int, ...]) -> Tensor:
+    def _open(
+        self, name: str, dtypes: tuple[str, ...], rows: int | None, dims: tuple[int, ...]
+    ) -> Tensor:
         """The array as a mapped tensor, if header and size are as they should be."""
         path, said = self._file(name), self.info["arrays"][name]
         try:
@@ -133,15 +164,23 @@ class StoredGraph(FeatureStore, GraphStore):
         is_shaped = array.ndim in dims and rows in (None, len(array))
         legal = f"native {' or '.join(dtypes)} in C order, {'any number of' if rows is None else rows} rows"
         got = {"dtype": array.dtype.name, "shape": list(array.shape)}
-        check(is_typed and is_shaped and said | got == said, str(path), got, f"{legal}, as graph.json says: {said}")
-        if name in ("x", "y") and hasattr(mmap, "MADV_RANDOM"):  # rows are read here and there: no readahead
+        check(
+            is_typed and is_shaped and said | got == said,
+            str(path),
+            got,
+            f"{legal}, as graph.json says: {said}",
+        )
+        if name in ("x", "y") and hasattr(
+            mmap, "MADV_RANDOM"
+        ):  # rows are read here and there: no readahead
             array.base.madvise(mmap.MADV_RANDOM)
         with warnings.catch_warnings():  # of memory that must not be written to
             warnings.simplefilter("ignore")
             return torch.from_numpy(array)
 
     def rows(self, name: str, index: Any) -> Tensor:
-        """Rows of ``"x"`` or ``"y"``, in memory; read from disk in ascending order, whatever that of ``index``.
+        """Rows of ``"x"`` or ``"y"``, in memory; read from disk in ascending order, whatever that
+        of ``index``.
 
         Args:
             name: of the array.
@@ -153,7 +192,9 @@ class StoredGraph(FeatureStore, GraphStore):
         """
         check_choice("name", name, self._arrays)
         stored = self._arrays[name]
-        dtype = torch.promote_types(stored.dtype, torch.float32 if stored.is_floating_point() else torch.int64)
+        dtype = torch.promote_types(
+            stored.dtype, torch.float32 if stored.is_floating_point() else torch.int64
+        )
         if isinstance(index, slice):
             return stored[index].to(dtype, copy=True)
         is_one = isinstance(index, int) or getattr(index, "ndim", 1) == 0  # as PyG's stores take it
@@ -175,7 +216,8 @@ class StoredGraph(FeatureStore, GraphStore):
         return source, torch.arange(first, last).repeat_interleave(start.diff())
 
     def verify(self) -> None:
-        """Read everything once, in bounded memory: SHA-256, the order of the edges, and that ids are in range.
+        """Read everything once, in bounded memory: SHA-256, the order of the edges, and that ids
+        are in range.
 
         Raises:
             ValueError: a file that is not as ``graph.json`` says, or not in the format.
@@ -186,23 +228,49 @@ class StoredGraph(FeatureStore, GraphStore):
                 while read := file.read(BLOCK):
                     digest.update(read)
             found = digest.hexdigest()
-            check(found == said.get("sha256"), str(self._file(name)), f"SHA-256 {found}", said.get("sha256"))
+            check(
+                found == said.get("sha256"),
+                str(self._file(name)),
+                f"SHA-256 {found}",
+                said.get("sha256"),
+            )
         for _, part in self._blocks("start"):
-            check((part.diff() >= 0).all(), str(self._file("start")), "falling values", "values that never fall")
+            check(
+                (part.diff() >= 0).all(),
+                str(self._file("start")),
+                "falling values",
+                "values that never fall",
+            )
         for name in ("source", *SPLITS):
             for _, part in self._blocks(name):
                 low, high = map(int, part.aminmax())
                 legal = f"node ids in 0..{self.num_nodes - 1}"
-                check(low >= 0 and high < self.num_nodes, str(self._file(name)), f"{low}..{high}", legal)
+                check(
+                    low >= 0 and high < self.num_nodes,
+                    str(self._file(name)),
+                    f"{low}..{high}",
+                    legal,
+                )
         for first, part in self._blocks("source"):
-            fall = (part.diff() < 0).nonzero().view(-1) + first + 1  # legal where the next node's in-edges begin
+            fall = (
+                (part.diff() < 0).nonzero().view(-1) + first + 1
+            )  # legal where the next node's in-edges begin
             bad = fall[self.start[torch.searchsorted(self.start, fall)] != fall].tolist()
-            check(not bad, str(self._file("source")), f"falling sources at {bad[:1]}", "each node's in ascending order")
+            check(
+                not bad,
+                str(self._file("source")),
+                f"falling sources at {bad[:1]}",
+                "each node's in ascending order",
+            )
 
     def _blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Some values of an array at a time, the next block's first value among them, and where they begin."""
+        """Some values of an array at a time, the next block's first value among them, and where
+        they begin.
+        """
         stored = self._arrays.get(name, torch.empty(0))
-        return ((first, stored[first : first + BLOCK + 1]) for first in range(0, len(stored), BLOCK))
+        return (
+            (first, stored[first : first + BLOCK + 1]) for first in range(0, len(stored), BLOCK)
+        )
 
     # PyG's interfaces
 
@@ -220,7 +288,9 @@ class StoredGraph(FeatureStore, GraphStore):
         return [TensorAttr(None, name) for name in ("x", "y") if name in self._arrays]
 
     def _get_edge_index(self, edge_attr: EdgeAttr) -> tuple[Tensor, Tensor] | None:
-        """(source, start): PyG's samplers want both in int64, so that the sources are copied into memory."""
+        """(source, start): PyG's samplers want both in int64, so that the sources are copied into
+        memory.
+        """
         if edge_attr.edge_type is not None or edge_attr.layout != EdgeLayout.CSC:
             return None
         return self.source.long(), self.start

@@ -1,1 +1,3 @@
-"""Whole models. ``gnn`` and ``hetero_gnn`` need torch_geometric, ``vit`` torchvision: import each by itself."""
+"""Whole models. ``gnn`` and ``hetero_gnn`` need torch_geometric, ``vit`` torchvision: import each
+by itself.
+"""

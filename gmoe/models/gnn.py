@@ -1,4 +1,6 @@
-"""GNNMoE: a GNN with MoEConv layers. Shapes: N nodes, M edges, D width, E experts, K experts per node."""
+"""GNNMoE: a GNN with MoEConv layers. Shapes: N nodes, M edges, D width, E experts, K experts per
+node.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,14 @@ def reset_parameters(model: nn.Module) -> None:
 
 
 class GNNMoE(HubMixin, nn.Module):
-    r"""A GNN in the manner of PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and residuals.
+    r"""A GNN in the manner of PyG's ``GCN``, ``GraphSAGE``, ..., with :class:`MoEConv` layers and
+    residuals.
 
     .. math::
         h^{(l+1)} = \mathrm{dropout}(\phi(\mathrm{norm}(\mathrm{MoEConv}_l(h^{(l)}, A) + \mathrm{res}(h^{(l)}))))
 
-    The output is dense: with ``jk=None`` the last layer is a plain conv, otherwise a linear layer follows the last
-    conv.
+    The output is dense: with ``jk=None`` the last layer is a plain conv, otherwise a linear layer
+    follows the last conv.
 
     Args:
         in_channels: width of the input.
@@ -53,29 +56,34 @@ class GNNMoE(HubMixin, nn.Module):
         out_channels: width of the output, such as the number of classes.
         num_layers: number of convs (default 2).
         conv: see :class:`MoEConv` (default ``"gcn"``).
-        router: a name or factory (default ``"token_choice"``); an instance is allowed with ``shared_router`` or a
-            single MoE layer. ``None`` builds the dense baseline: the same model with plain convs in all layers.
+        router: a name or factory (default ``"token_choice"``); an instance is allowed with
+            ``shared_router`` or a single MoE layer. ``None`` builds the dense baseline: the same
+            model with plain convs in all layers.
         num_experts: E (default 8, or the length of a list of convs).
         k: K, experts per node (default 1).
-        shared_router: route each node once, from the raw features, for all layers; by default (``False``) each layer
-            has its own router on its own input.
-        router_input: what routers see: the ``"node"`` (default), its ``"neighbors"``, its ``"degree"``, or several.
-        every: layer ``i`` is a MoEConv where ``i % every == every - 1`` (default 1), the output layer excepted.
+        shared_router: route each node once, from the raw features, for all layers; by default
+            (``False``) each layer has its own router on its own input.
+        router_input: what routers see: the ``"node"`` (default), its ``"neighbors"``, its
+            ``"degree"``, or several.
+        every: layer ``i`` is a MoEConv where ``i % every == every - 1`` (default 1), the output
+            layer excepted.
         dropout: default 0.
         input_dropout: dropout of the input features (default 0).
-        act, norm: as in PyG's ``BasicGNN``: a name, a function or a module (defaults: relu, no norm).
-        jk: ``"cat"``, ``"max"``, ``"lstm"``, or ``"last"``, a plain output projection (default ``None``).
-        residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
-            output layer has none.
+        act, norm: as in PyG's ``BasicGNN``: a name, a function or a module (defaults: relu, no
+            norm).
+        jk: ``"cat"``, ``"max"``, ``"lstm"``, or ``"last"``, a plain output projection (default
+            ``None``).
+        residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always,
+            or ``"none"``. The output layer has none.
         **conv_kwargs: further arguments of :class:`MoEConv` and of the convs. ``heads``, given here
             or by a ``functools.partial``, divide ``hidden_channels``, and are averaged in the
             output layer, as in PyG's ``GAT``.
 
     Shapes:
-        - as PyG's ``BasicGNN``; ``edge_index`` may be a :class:`gmoe.Graph`; ``batch`` (N,) also makes the graphs
-          separate groups.
-        - returns (N, out_channels), and the list of :class:`Routing` with ``return_routing=True`` (one per MoE
-          layer; one in all with ``shared_router``).
+        - as PyG's ``BasicGNN``; ``edge_index`` may be a :class:`gmoe.Graph`; ``batch`` (N,) also
+          makes the graphs separate groups.
+        - returns (N, out_channels), and the list of :class:`Routing` with ``return_routing=True``
+          (one per MoE layer; one in all with ``shared_router``).
 
     Raises:
         ValueError: no layer would be a MoE; a router instance for several layers; a conv whose
@@ -111,7 +119,9 @@ class GNNMoE(HubMixin, nn.Module):
     ) -> None:
         conv_kwargs["start"] = check_start(conv_kwargs.get("start"))  # as it is now, to be saved
         config = recorded(locals(), "conv_kwargs", CONVS | OWN | ROUTERS)
-        check_counts(in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels)
+        check_counts(
+            in_channels=in_channels, hidden_channels=hidden_channels, out_channels=out_channels
+        )
         check_counts(num_layers=num_layers)
         # they may be NumPy's, which torch and PyG do not take everywhere
         in_channels, hidden_channels = int(in_channels), int(hidden_channels)
@@ -119,21 +129,40 @@ class GNNMoE(HubMixin, nn.Module):
         check_choice("jk", jk, (None, "cat", "max", "lstm", "last"))
         super().__init__()
         self.config, self.num_layers, self.jk_mode = config, num_layers, jk
-        self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
-        num_hidden = num_layers - (jk is None)  # without jumping knowledge the last conv is the output
+        self.in_channels, self.hidden_channels, self.out_channels = (
+            in_channels,
+            hidden_channels,
+            out_channels,
+        )
+        num_hidden = num_layers - (
+            jk is None
+        )  # without jumping knowledge the last conv is the output
         moe_layers = [] if router is None else choose_blocks(num_hidden, every)
         fits = shared_router or len(moe_layers) < 2 or not isinstance(router, Router)
         check(fits, "router", "an instance for several layers", "a name or a factory")
         routed = {name: conv_kwargs.pop(name) for name in OPTIONS if name in conv_kwargs}
         self.local, self.router_input = routed.get("local"), router_parts(router_input)
-        routed |= {"num_experts": len(kinds_of(conv, num_experts)), "k": k, "router_input": self.router_input}
-        deciding = _shared_router(router, in_channels, routed) if shared_router and moe_layers else None
+        routed |= {
+            "num_experts": len(kinds_of(conv, num_experts)),
+            "k": k,
+            "router_input": self.router_input,
+        }
+        deciding = (
+            _shared_router(router, in_channels, routed) if shared_router and moe_layers else None
+        )
         routed["router"] = None if shared_router else router
         widths = [in_channels, *[hidden_channels] * (num_layers - 1)]
         self.convs = nn.ModuleList()
         for layer, width in enumerate(widths):
             hidden, options = layer < num_hidden, routed if layer in moe_layers else None
-            made = _conv(conv, width, hidden_channels if hidden else out_channels, hidden, options, conv_kwargs)
+            made = _conv(
+                conv,
+                width,
+                hidden_channels if hidden else out_channels,
+                hidden,
+                options,
+                conv_kwargs,
+            )
             self.convs.append(made)
             if options and deciding:  # what a layer costs follows from its router
                 made.k, made.experts_per_token = deciding.k, deciding.experts_per_token
@@ -147,22 +176,38 @@ class GNNMoE(HubMixin, nn.Module):
         if jk is not None:
             self.lin = nn.Linear(hidden_channels * (num_layers if jk == "cat" else 1), out_channels)
         added = [] if residual == "none" else widths[:num_hidden]
-        self.residuals = nn.ModuleList(residual_of(residual, width, hidden_channels) for width in added)
+        self.residuals = nn.ModuleList(
+            residual_of(residual, width, hidden_channels) for width in added
+        )
         self.shared_router = deciding
 
     def view(self, x: Tensor, graph: Graph) -> Tensor:
-        """(N, dim) what a shared router sees: the raw features, their means over in-edges, the in-degrees."""
+        """(N, dim) what a shared router sees: the raw features, their means over in-edges, the
+        in-degrees.
+        """
         return router_view(self.router_input, x, x[: graph.num_dst], None, graph)
 
     def _takes(self, name: str) -> bool:
         """Whether a conv takes this edge argument; of kinds, some take less than others."""
-        return any(name in (c.edge_names if isinstance(c, MoEConv) else parameters_of(c)) for c in self.convs)
+        return any(
+            name in (c.edge_names if isinstance(c, MoEConv) else parameters_of(c))
+            for c in self.convs
+        )
 
-    def _graph(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None) -> Graph:
+    def _graph(
+        self, x: Tensor, edge_index: Any, edge_weight: Tensor | None, edge_attr: Tensor | None
+    ) -> Graph:
         for name, value in {"edge_weight": edge_weight, "edge_attr": edge_attr}.items():
-            check(value is None or self._takes(name), name, "a tensor, but no conv of the model takes it", None)
+            check(
+                value is None or self._takes(name),
+                name,
+                "a tensor, but no conv of the model takes it",
+                None,
+            )
         if not isinstance(edge_index, Graph):
-            return Graph(edge_index, len(x), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow)
+            return Graph(
+                edge_index, len(x), edge_weight=edge_weight, edge_attr=edge_attr, flow=self.flow
+            )
         return edge_index.fitting((len(x), len(x)), self.flow, edge_weight, edge_attr)
 
     def forward(
@@ -181,7 +226,9 @@ class GNNMoE(HubMixin, nn.Module):
         """Logits of all nodes; see the class and PyG's ``BasicGNN``."""
         refuse_transforms()
         if isinstance(x, torch.fx.Proxy):
-            raise ValueError("x: got a torch.fx proxy, expected a tensor: in place of to_hetero, take HeteroGNNMoE")
+            raise ValueError(
+                "x: got a torch.fx proxy, expected a tensor: in place of to_hetero, take HeteroGNNMoE"
+            )
         graph = self._graph(x, edge_index, edge_weight, edge_attr)
         shared = self.shared_router
         decision = None if shared is None else shared(self.view(x, graph), batch, graph.edge_index)
@@ -189,7 +236,11 @@ class GNNMoE(HubMixin, nn.Module):
 
         def step(layer: int, x: Tensor) -> Tensor:
             part, followed, groups = graph, decision, batch
-            if num_sampled_nodes_per_hop is not None and num_sampled_edges_per_hop is not None and layer:  # trim
+            if (
+                num_sampled_nodes_per_hop is not None
+                and num_sampled_edges_per_hop is not None
+                and layer
+            ):  # trim
                 x = x[: sum(num_sampled_nodes_per_hop[:-layer])]
                 part = graph.first(len(x), sum(num_sampled_edges_per_hop[:-layer]))
                 groups = None if batch is None else batch[: len(x)]
@@ -217,23 +268,32 @@ class GNNMoE(HubMixin, nn.Module):
                 xs.append(x)
         if not xs:
             return x
-        # trimming leaves the later layers fewer nodes; inference may keep all of them on another device
+        # trimming leaves the later layers fewer nodes; inference may keep all of them on another
+        # device
         device = next(self.parameters()).device
         return self.lin(self.jk([h[: len(x)].to(device) for h in xs])).to(x.device)
 
     def conv(
         self, layer: int, x: Tensor, graph: Graph, batch: Tensor | None, routing: Routing | None
     ) -> tuple[Tensor, Routing | None]:
-        """Conv and residual of a layer, at the graph's destinations; and the routing of a MoE layer."""
+        """Conv and residual of a layer, at the graph's destinations; and the routing of a MoE
+        layer.
+        """
         conv = self.convs[layer]
         if isinstance(conv, MoEConv):
             out, routing = conv(x, graph, batch=batch, routing=routing, return_routing=True)
         else:
             out, routing = dense(conv, x, graph), None
-        return (out + self.residuals[layer](x[: len(out)]) if layer < len(self.residuals) else out), routing
+        return (
+            out + self.residuals[layer](x[: len(out)]) if layer < len(self.residuals) else out
+        ), routing
 
-    def after(self, layer: int, x: Tensor, batch: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-        """Normalization, activation and dropout, on all but an output conv; and the output of ``jk="last"``."""
+    def after(
+        self, layer: int, x: Tensor, batch: Tensor | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Normalization, activation and dropout, on all but an output conv; and the output of
+        ``jk="last"``.
+        """
         if layer == len(self.norms):
             return x
         norm = self.norms[layer]
@@ -273,13 +333,17 @@ def _shared_router(router: Any, in_channels: int, routed: dict[str, Any]) -> Rou
     """A router of raw features for all layers."""
     dim = router_width(routed["router_input"], in_channels, in_channels)
     with drawn_apart(routed.get("start") != "plain"):
-        made = build_router(router, dim, routed["num_experts"], routed["k"], routed.get("router_kwargs"))
+        made = build_router(
+            router, dim, routed["num_experts"], routed["k"], routed.get("router_kwargs")
+        )
     check_copies(routed["start"], made)
     made.check_finite |= routed.get("check_finite", False)
     return made
 
 
-def _conv(kind: Any, width: int, out: int, hidden: bool, routed: dict[str, Any] | None, options: Any) -> Any:
+def _conv(
+    kind: Any, width: int, out: int, hidden: bool, routed: dict[str, Any] | None, options: Any
+) -> Any:
     """The conv of a layer, with experts or plain.
 
     Heads share the width of a hidden layer, else they are averaged.
@@ -331,7 +395,10 @@ def dense(conv: Any, x: Tensor, graph: Graph) -> Tensor:
     ends, weight = torch.stack([matrix.edges.sender, matrix.edges.receiver]), matrix.weight
     if matrix.diagonal is not None:
         node = torch.arange(graph.num_dst, device=x.device)
-        ends, weight = torch.cat([ends, node.expand(2, -1)], dim=1), torch.cat([weight, matrix.diagonal])
+        ends, weight = (
+            torch.cat([ends, node.expand(2, -1)], dim=1),
+            torch.cat([weight, matrix.diagonal]),
+        )
     plain = copy.copy(conv)  # another thread may be running the conv itself
     plain.flow, plain.normalize = "source_to_target", False
     return plain(x, ends, weight)[: graph.num_dst]

@@ -40,20 +40,23 @@ def inference(
     return_routing: bool = False,
     folder: str | Path | None = None,
 ) -> Any:
-    """Logits of all nodes, layer by layer in chunks, without gradients: equal to the forward on the whole graph.
+    """Logits of all nodes, layer by layer in chunks, without gradients: equal to the forward on the
+    whole graph.
 
-    Each layer routes once over all nodes, so that no node's experts depend on its chunk, and GCN's degrees are
-    those of the whole graph. Call ``eval()`` first, as for any evaluation.
+    Each layer routes once over all nodes, so that no node's experts depend on its chunk, and GCN's
+    degrees are those of the whole graph. Call ``eval()`` first, as for any evaluation.
 
-    Of a :class:`gmoe.StoredGraph`, the features of all nodes are kept on disk, in ``folder``, and memory is that of
-    a chunk, its in-edges and their sources. Each chunk is then routed by itself: routers must decide token by token
-    (token choice, random, uniform, centroids, or expert choice with ``inference="threshold"``), norms row by row.
+    Of a :class:`gmoe.StoredGraph`, the features of all nodes are kept on disk, in ``folder``, and
+    memory is that of a chunk, its in-edges and their sources. Each chunk is then routed by itself:
+    routers must decide token by token (token choice, random, uniform, centroids, or expert choice
+    with ``inference="threshold"``), norms row by row.
 
     Args:
-        loader: a node loader, of which the graph and the batch size are taken (not what it samples), or the graph:
-            ``x``, ``edge_index``, and, where they are there and the convs take them, ``edge_weight``, ``edge_attr``
-            and ``batch``. Or a stored graph.
-        device: where chunks are computed (default: where the model is); the features of all nodes stay on the CPU.
+        loader: a node loader, of which the graph and the batch size are taken (not what it
+            samples), or the graph: ``x``, ``edge_index``, and, where they are there and the convs
+            take them, ``edge_weight``, ``edge_attr`` and ``batch``. Or a stored graph.
+        device: where chunks are computed (default: where the model is); the features of all nodes
+            stay on the CPU.
         progress_bar: show one (default ``False``).
         batch_size: nodes per chunk (default: the loader's, or 1,024).
         return_routing: return the routings too, as :meth:`forward` does.
@@ -63,8 +66,9 @@ def inference(
             Results of earlier calls stay as they are.
 
     Raises:
-        ValueError: of a stored graph, no ``folder``; ``return_routing``, which would take memory for all nodes; a model
-            in training; a router, norm, ``jk``, ``flow`` or number of hops that needs all nodes at once, by name.
+        ValueError: of a stored graph, no ``folder``; ``return_routing``, which would take memory
+            for all nodes; a model in training; a router, norm, ``jk``, ``flow`` or number of hops
+            that needs all nodes at once, by name.
         RuntimeError: a conv that looks further than one hop, such as ``ChebConv``.
     """
     data = loader if isinstance(loader, Data | StoredGraph) else getattr(loader, "data", loader)
@@ -81,17 +85,30 @@ def inference(
     if not isinstance(data, StoredGraph):
         check(folder is None, "folder", f"{str(folder)!r} for a graph in memory", None)
         if not isinstance(data, Data) or data.x is None or data.edge_index is None:
-            raise ValueError(f"loader: got one over {type(data).__name__}, expected a Data with x and edge_index")
-        weight, attr = (data.get(name) if model._takes(name) else None for name in ("edge_weight", "edge_attr"))
+            raise ValueError(
+                f"loader: got one over {type(data).__name__}, expected a Data with x and edge_index"
+            )
+        weight, attr = (
+            data.get(name) if model._takes(name) else None for name in ("edge_weight", "edge_attr")
+        )
         graph = model._graph(data.x, data.edge_index, weight, attr).to("cpu")
         batch = None if data.get("batch") is None else data.batch.to(device)
-        way = PartByPart(model, graph, data.x.cpu(), graph.num_dst, device, batch_size, progress_bar, batch=batch)
+        way = PartByPart(
+            model, graph, data.x.cpu(), graph.num_dst, device, batch_size, progress_bar, batch=batch
+        )
         logits = model.through(way.raw, way.step)
         return (logits, way.routings) if return_routing else logits
     _check_stored(model, data)
-    check(not return_routing, "return_routing", "True", "False for a stored graph: it takes memory for all nodes")
+    check(
+        not return_routing,
+        "return_routing",
+        "True",
+        "False for a stored graph: it takes memory for all nodes",
+    )
     if folder is None:
-        raise ValueError("folder: got None, expected where to write the hidden features of a stored graph")
+        raise ValueError(
+            "folder: got None, expected where to write the hidden features of a stored graph"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # calls that run at once, in other threads or processes, each have a folder of their own
@@ -108,8 +125,9 @@ def inference(
 class PartByPart:
     """A GNNMoE's loop over layers, each computed part by part.
 
-    In memory, each layer routes once over all nodes. Of a stored graph, features are in files, two of which take turns,
-    and each part is routed by itself; memory is that of a part: its in-edges, and the features of their sources.
+    In memory, each layer routes once over all nodes. Of a stored graph, features are in files, two
+    of which take turns, and each part is routed by itself; memory is that of a part: its in-edges,
+    and the features of their sources.
 
     Args:
         model: a ``GNNMoE``.
@@ -142,9 +160,13 @@ class PartByPart:
         routed = isinstance(conv, MoEConv)
         owner, seen = (conv, x) if shared is None else (model, self.raw)
         if routed and self.folder is None and (shared is None or not self.routings):
-            views = [owner.view(self.rows(seen, nodes), part) for _, nodes, part in self.parts("Routing")]
+            views = [
+                owner.view(self.rows(seen, nodes), part) for _, nodes, part in self.parts("Routing")
+            ]
             router = conv.router if shared is None else shared
-            self.routings.append(router(torch.cat(views), self.batch, self.graph.edge_index.to(self.device)))
+            self.routings.append(
+                router(torch.cat(views), self.batch, self.graph.edge_index.to(self.device))
+            )
 
         found = torch.empty(0)
         for rows, nodes, part in self.parts(f"Layer {layer + 1}"):
@@ -158,7 +180,11 @@ class PartByPart:
             found = found if rows.start else self.empty(layer, out)
             found[rows] = out.cpu()
         # all nodes at once, since some norms look at all of them
-        return model.after(layer, found.to(self.device), self.batch).cpu() if self.folder is None else found
+        return (
+            model.after(layer, found.to(self.device), self.batch).cpu()
+            if self.folder is None
+            else found
+        )
 
     def empty(self, layer: int, like: Tensor) -> Tensor:
         """(N, D) for a layer's output, in memory or in a file."""
@@ -176,11 +202,15 @@ class PartByPart:
 
     def ranges(self, name: str) -> Iterator[slice]:
         """The nodes in order, some at a time."""
-        for start in tqdm(range(0, max(self.num_nodes, 1), self.batch_size), name, disable=not self.progress_bar):
+        for start in tqdm(
+            range(0, max(self.num_nodes, 1), self.batch_size), name, disable=not self.progress_bar
+        ):
             yield slice(start, min(start + self.batch_size, self.num_nodes))
 
     def parts(self, name: str) -> Iterator[tuple[slice, Tensor, Graph]]:
-        """Some destinations as a range, the nodes of their part of the graph (they come first), and the part."""
+        """Some destinations as a range, the nodes of their part of the graph (they come first), and
+        the part.
+        """
         part_of = self.graph.part if self.folder is None else self.stored_part
         for rows in self.ranges(name):
             nodes, part = part_of(torch.arange(rows.start, rows.stop))
@@ -196,7 +226,9 @@ class PartByPart:
 
         def scale(improved: bool, loops: bool, dtype: torch.dtype) -> Tensor:
             degree = start[nodes + 1] - start[nodes]
-            degree = degree - self.loops[nodes] + 1 if loops else degree  # one a node, in place of those there are
+            degree = (
+                degree - self.loops[nodes] + 1 if loops else degree
+            )  # one a node, in place of those there are
             found = degree.to(dtype).pow(-0.5)
             return found.masked_fill(found == torch.inf, 0.0)
 
@@ -209,7 +241,9 @@ class PartByPart:
         loops = torch.empty(self.num_nodes, dtype=torch.int32)
         for rows in self.ranges("Loops"):
             source, node = self.graph.in_edges(rows)
-            loops[rows] = (node[source == node] - rows.start).bincount(minlength=rows.stop - rows.start).int()
+            loops[rows] = (
+                (node[source == node] - rows.start).bincount(minlength=rows.stop - rows.start).int()
+            )
         return loops
 
 
@@ -217,16 +251,41 @@ def _check_stored(model: Any, graph: StoredGraph) -> None:
     """Refuse models that cannot be computed a part of a stored graph at a time."""
     check(graph.num_nodes, "loader", "no nodes", "at least one")
     dtype = next(model.parameters()).dtype
-    check(dtype in (torch.float32, torch.float64), "model", dtype, "float32 or float64: what .npy files hold")
-    check(not model.training, "model", "one in training mode", "eval() before inference of a stored graph")
-    check(model.jk_mode in (None, "last"), "jk", repr(model.jk_mode), "None or 'last': others keep every layer")
-    check(model.flow == "source_to_target", "flow", repr(model.flow), "'source_to_target': in-edges are stored")
+    check(
+        dtype in (torch.float32, torch.float64),
+        "model",
+        dtype,
+        "float32 or float64: what .npy files hold",
+    )
+    check(
+        not model.training,
+        "model",
+        "one in training mode",
+        "eval() before inference of a stored graph",
+    )
+    check(
+        model.jk_mode in (None, "last"),
+        "jk",
+        repr(model.jk_mode),
+        "None or 'last': others keep every layer",
+    )
+    check(
+        model.flow == "source_to_target",
+        "flow",
+        repr(model.flow),
+        "'source_to_target': in-edges are stored",
+    )
     for norm in model.norms:
         plain = norm.module if isinstance(norm, BatchNorm) else norm
         by_row = isinstance(plain, nn.Identity | nn.LayerNorm)
         by_row |= isinstance(plain, LayerNorm) and plain.mode == "node"
         by_row |= isinstance(plain, nn.BatchNorm1d) and plain.track_running_stats
-        check(by_row, "norm", type(norm).__name__, "one by row: batch norm, LayerNorm(mode='node') or none")
+        check(
+            by_row,
+            "norm",
+            type(norm).__name__,
+            "one by row: batch norm, LayerNorm(mode='node') or none",
+        )
     legal = "one that decides token by token: token choice, random, uniform, centroids, or inference='threshold'"
     for router in model.modules():
         if isinstance(router, Router):

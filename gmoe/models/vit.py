@@ -1,4 +1,6 @@
-"""ViTMoE: torchvision's VisionTransformer with experts. Shapes: B images, C channels, T tokens, E experts."""
+"""ViTMoE: torchvision's VisionTransformer with experts. Shapes: B images, C channels, T tokens, E
+experts.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,12 @@ class ViTSize:
 
 SIZES = {
     8: ViTSize(image_size=8, patch_size=2, num_layers=4, num_heads=4, hidden_dim=48, mlp_dim=96),
-    32: ViTSize(image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256),
-    160: ViTSize(image_size=160, patch_size=16, num_layers=6, num_heads=4, hidden_dim=192, mlp_dim=384),
+    32: ViTSize(
+        image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256
+    ),
+    160: ViTSize(
+        image_size=160, patch_size=16, num_layers=6, num_heads=4, hidden_dim=192, mlp_dim=384
+    ),
 }
 """Sizes by image size: handwritten digits (8x8), CIFAR (32x32), Imagenette (160x160)."""
 
@@ -52,29 +58,34 @@ SIZES = {
 class ViTMoE(HubMixin, VisionTransformer):
     r"""torchvision's ViT (Dosovitskiy et al., 2021) with a MoE in the MLP of every n-th block.
 
-    The tokens of one image, the class token included, form a group: they compete for experts only among themselves.
+    The tokens of one image, the class token included, form a group: they compete for experts only
+    among themselves.
 
     Args:
-        size: a :class:`ViTSize`, a dictionary of its sizes, or an image size with defaults: 8, 32 or 160.
+        size: a :class:`ViTSize`, a dictionary of its sizes, or an image size with defaults: 8, 32
+            or 160.
         num_classes: default 10.
-        router: a name or factory (default ``"expert_choice"``); ``None`` leaves the dense ViT, the baseline.
+        router: a name or factory (default ``"expert_choice"``); ``None`` leaves the dense ViT, the
+            baseline.
         num_experts: E (default 8).
         k: K, experts per token (default 1).
         every: block ``i`` is MoE where ``i % every == every - 1`` (default 2).
-        start: ``"shared"`` (default, ``None``): the dense MLP runs beside the routed experts, which start at zero;
-            ``"copies"``: all experts start as copies of the dense MLP; ``"plain"``: each by itself. With the first, and
-            with copies, a new model gives what the dense one (``router=None``) gives
-            that is drawn with the same seed; see :func:`moefy`.
+        start: ``"shared"`` (default, ``None``): the dense MLP runs beside the routed experts, which
+            start at zero; ``"copies"``: all experts start as copies of the dense MLP; ``"plain"``:
+            each by itself. With the first, and with copies, a new model gives what the dense one
+            (``router=None``) gives that is drawn with the same seed; see :func:`moefy`.
         dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
 
     Shapes:
         - ``images``: (B, 3, H, W), or (B, 1, H, W) gray ones, H = W = ``image_size``.
-        - returns (B, num_classes), and the list of :class:`gmoe.Routing` with ``return_routing=True``, empty if dense.
+        - returns (B, num_classes), and the list of :class:`gmoe.Routing` with
+          ``return_routing=True``, empty if dense.
 
     Raises:
-        ValueError: an image size without a preset, sizes below 1 or that do not divide, or images of another shape.
+        ValueError: an image size without a preset, sizes below 1 or that do not divide, or images
+            of another shape.
 
     Example:
         >>> logits, routings = ViTMoE(32, router="expert_choice")(images, return_routing=True)
@@ -100,33 +111,55 @@ class ViTMoE(HubMixin, VisionTransformer):
         size = asdict(size) if isinstance(size, ViTSize) else size
         start = check_start(start)
         config = recorded(locals(), "unknown", ROUTERS)
-        check(isinstance(size, Mapping) or size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
+        check(
+            isinstance(size, Mapping) or size in SIZES,
+            "size",
+            repr(size),
+            f"a ViTSize or one of {sorted(SIZES)}",
+        )
         sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else SIZES[size])
         check_counts(num_classes=num_classes, **sizes)
         for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
-            check(sizes[whole] % sizes[part] == 0, whole, sizes[whole], f"a multiple of {part}={sizes[part]}")
+            check(
+                sizes[whole] % sizes[part] == 0,
+                whole,
+                sizes[whole],
+                f"a multiple of {part}={sizes[part]}",
+            )
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout)
         self.config = config
         if router is None:
             return
-        options: Any = {"start": start, "upcycle": start != "shared", "router_kwargs": router_kwargs}
+        options: Any = {
+            "start": start,
+            "upcycle": start != "shared",
+            "router_kwargs": router_kwargs,
+        }
         with drawn_apart(start != "plain"):
             moefy(self, every, k, router, num_experts, backend=backend, **options)
             if start == "copies":
                 return
-            for part in self.modules():  # as torchvision initializes its MLPs, and so the dense baseline
+            for (
+                part
+            ) in self.modules():  # as torchvision initializes its MLPs, and so the dense baseline
                 if isinstance(part, LinearExperts) and part.bias is not None and not part.zero_init:
                     for weight in part.weight:
                         nn.init.xavier_uniform_(weight)
                     nn.init.normal_(part.bias, std=1e-6)
 
-    def forward(self, images: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, list[Routing]]:
+    def forward(
+        self, images: Tensor, *, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, list[Routing]]:
         """Logits of the images; see the class."""
         side = self.image_size
         if images.dim() != 4 or images.size(1) not in (1, 3) or images.shape[2:] != (side, side):
-            raise ValueError(f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})")
+            raise ValueError(
+                f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})"
+            )
         routed = any(isinstance(module, Router) for module in self.modules())
-        recording: Any = record_routing(self.encoder) if return_routing and routed else nullcontext([])
+        recording: Any = (
+            record_routing(self.encoder) if return_routing and routed else nullcontext([])
+        )
         with recording as routings:
             logits = super().forward(images.expand(-1, 3, -1, -1))
         return (logits, routings) if return_routing else logits

@@ -17,12 +17,23 @@ from gmoe.routers.multi_centroid import MultiCentroid
 from gmoe.routers.soft import SoftRouting, SoftSlots
 from gmoe.routers.token_choice import TokenChoice
 
-__all__ = ["ROUTERS", "Groups", "Router", "RouterLike", "SoftRouting", "SoftSlots", "Weighting", "build_router"]
+__all__ = [
+    "ROUTERS",
+    "Groups",
+    "Router",
+    "RouterLike",
+    "SoftRouting",
+    "SoftSlots",
+    "Weighting",
+    "build_router",
+]
 __all__ += ["AttentionVote", "ExpertChoice", "MultiCentroid", "TokenChoice"]
 __all__ += ["OracleRouter", "RandomRouter", "UniformRouter"]
 
 RouterLike: TypeAlias = str | Router | Callable[..., Router]
-"""A name of :data:`ROUTERS`; a class or factory ``router(dim, num_experts, k=k, **kwargs)``; an instance."""
+"""A name of :data:`ROUTERS`; a class or factory ``router(dim, num_experts, k=k, **kwargs)``; an
+instance.
+"""
 
 ROUTERS: dict[str, Callable[..., Router]] = {
     "token_choice": TokenChoice,
@@ -32,8 +43,9 @@ ROUTERS: dict[str, Callable[..., Router]] = {
     "random": RandomRouter,
     "uniform": UniformRouter,
 }
-"""Routers that a name can build. :class:`OracleRouter` needs the assignment, so it takes a factory; the slots of
-:class:`SoftSlots` are for :class:`gmoe.SoftMoE`."""
+"""Routers that a name can build. :class:`OracleRouter` needs the assignment, so it takes a factory;
+the slots of :class:`SoftSlots` are for :class:`gmoe.SoftMoE`.
+"""
 
 
 ALSO_CALLED = {"top_k": "token_choice", "topk": "token_choice", "switch": "token_choice"}
@@ -46,21 +58,31 @@ def build_router(
     """Build a layer's router from a name, a factory or an instance.
 
     Args:
-        router: a name of ``gmoe.ROUTERS``, a class or factory ``router(dim, num_experts, k=k, **kwargs)``, or an
-            instance.
+        router: a name of ``gmoe.ROUTERS``, a class or factory
+            ``router(dim, num_experts, k=k, **kwargs)``, or an instance.
         dim: width of the tokens.
         num_experts: E.
-        k: experts per token, passed where the router has such a parameter and a ``partial`` does not bind it; an
-            instance keeps its own.
+        k: experts per token, passed where the router has such a parameter and a ``partial`` does
+            not bind it; an instance keeps its own.
         kwargs: further arguments of the router.
 
     Raises:
-        ValueError: an unknown name, or an argument that the router does not take; an instance of other ``dim`` or
-            ``num_experts``, or with ``kwargs``; K > E.
+        ValueError: an unknown name, or an argument that the router does not take; an instance of
+            other ``dim`` or ``num_experts``, or with ``kwargs``; K > E.
     """
-    check(isinstance(kwargs, Mapping | None), "router_kwargs", repr(kwargs), "a dictionary of arguments")
+    check(
+        isinstance(kwargs, Mapping | None),
+        "router_kwargs",
+        repr(kwargs),
+        "a dictionary of arguments",
+    )
     kwargs = dict(kwargs or {})
-    check(SoftSlots not in (router, type(router)), "router", "SoftSlots", "another: its slots are for gmoe.SoftMoE")
+    check(
+        SoftSlots not in (router, type(router)),
+        "router",
+        "SoftSlots",
+        "another: its slots are for gmoe.SoftMoE",
+    )
     if isinstance(router, Router):
         check(not kwargs, "router_kwargs", f"{kwargs} beside a router instance", "none")
         got = f"an instance for dim={router.dim}, num_experts={router.num_experts}"
@@ -79,7 +101,14 @@ def build_router(
     try:
         signature.bind(dim, num_experts, **given, **kwargs)
     except TypeError as error:
-        raise ValueError(f"router_kwargs: got {kwargs!r} ({error}), expected arguments of {signature}") from error
+        raise ValueError(
+            f"router_kwargs: got {kwargs!r} ({error}), expected arguments of {signature}"
+        ) from error
     built = router(dim, num_experts, **given, **kwargs)
-    check(isinstance(built, Router), "router", f"a factory that returned {type(built).__name__}", "a Router")
+    check(
+        isinstance(built, Router),
+        "router",
+        f"a factory that returned {type(built).__name__}",
+        "a Router",
+    )
     return built

@@ -1,7 +1,7 @@
 """Attention vote.
 
-Shapes: T tokens, D width, E experts, H voting heads, d head width, B groups, S tokens per group, M edges with one
-self-loop a token.
+Shapes: T tokens, D width, E experts, H voting heads, d head width, B groups, S tokens per group, M
+edges with one self-loop a token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from gmoe._autograd import first_order, untraced
 from gmoe._checks import check_choice, check_counts, check_positive
-from gmoe.routers.base import Router, Weighting, edges_among, float_linear, pair_weights, reset_linear
+from gmoe.routers.base import (
+    Router,
+    Weighting,
+    edges_among,
+    float_linear,
+    pair_weights,
+    reset_linear,
+)
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
 
@@ -26,19 +33,22 @@ BLOCK_ELEMENTS = 2**22
 """Scores held at once: 16 MiB in float32. Memory for votes is this and O(T)."""
 
 KEPT = 4
-"""The softmax is kept for the backward pass where a group has at most so many tokens a unit of the head width."""
+"""The softmax is kept for the backward pass where a group has at most so many tokens a unit of the
+head width.
+"""
 
 
 class AttentionVote(Router):
-    r"""Each expert picks a group's top-C tokens by votes (a PyG ``Batch`` needs ``batch=``: else its graphs compete).
+    r"""Each expert picks a group's top-C tokens by votes (a PyG ``Batch`` needs ``batch=``: else
+    its graphs compete).
 
     A token's votes are the attention that it gets from other tokens.
 
     .. math::
         \mathrm{votes}_j^e = \sum_i \mathrm{softmax}_j(q_i^e \cdot k_j^e / \sqrt{d})
 
-    Every token has one vote per expert, so votes average 1. Capacity and ties are those of :class:`ExpertChoice`. Votes
-    run along tokens: with ``weight="score"`` they are divided by the
+    Every token has one vote per expert, so votes average 1. Capacity and ties are those of
+    :class:`ExpertChoice`. Votes run along tokens: with ``weight="score"`` they are divided by the
     detached mean of the group's selected votes and capped at 10.
 
     Args:
@@ -47,14 +57,15 @@ class AttentionVote(Router):
         k: K, the average number of experts of a token at ``capacity_factor=1`` (default 1).
         weight: see :class:`Router`; default ``"score"``.
         capacity_factor: scales the number of tokens that an expert takes (default 1).
-        shared_queries: ``False`` (default): E queries and E keys. ``True``: one global query and E keys, E + 1
-            projections instead of 2E.
-        scope: ``"group"`` (default): all tokens of a group vote; exact, O(T^2) time, O(T) memory forward and backward.
-            ``"neighbors"``: a node spreads its vote over its out-neighbors and itself, O(edges); needs ``edge_index``
-            and torch_geometric. Experts choose inside groups either way.
+        shared_queries: ``False`` (default): E queries and E keys. ``True``: one global query and E
+            keys, E + 1 projections instead of 2E.
+        scope: ``"group"`` (default): all tokens of a group vote; exact, O(T^2) time, O(T) memory
+            forward and backward. ``"neighbors"``: a node spreads its vote over its out-neighbors
+            and itself, O(edges); needs ``edge_index`` and torch_geometric. Experts choose inside
+            groups either way.
         head_dim: d, the width of queries and keys (default 32).
-        init_scale: factor of ``nn.Linear``'s initial weights of the queries (default 0.1): a softmax that is sharp from
-            the start, as large features make it, hardly learns.
+        init_scale: factor of ``nn.Linear``'s initial weights of the queries (default 0.1): a
+            softmax that is sharp from the start, as large features make it, hardly learns.
 
     Shapes:
         See :class:`Router`.
@@ -81,7 +92,11 @@ class AttentionVote(Router):
         check_choice("scope", scope, Scope)
         check_counts(head_dim=head_dim)
         check_positive("init_scale", init_scale)
-        self.capacity_factor, self.scope, self.shared_queries = capacity_factor, scope, shared_queries
+        self.capacity_factor, self.scope, self.shared_queries = (
+            capacity_factor,
+            scope,
+            shared_queries,
+        )
         self.head_dim, self.init_scale = head_dim, init_scale
         self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.query = nn.Linear(dim, (1 if shared_queries else num_experts) * head_dim, bias=False)
@@ -94,18 +109,24 @@ class AttentionVote(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         groups = Groups.of(group, len(x_TD))
-        q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim)) / math.sqrt(self.head_dim)
+        q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim)) / math.sqrt(
+            self.head_dim
+        )
         k_TEd = float_linear(x_TD, self.key).unflatten(-1, (-1, self.head_dim))
         if self.scope == "neighbors":
             votes_TE = neighbor_votes(q_THd, k_TEd, edges_among(edge_index, len(x_TD)))
         else:
             votes_TE = k_TEd.new_zeros(k_TEd.shape[:2])
             for part in groups.batches(x_TD.device):
-                votes_BES = group_votes(part.take(q_THd).transpose(1, 2), part.take(k_TEd).transpose(1, 2), part.mask)
+                votes_BES = group_votes(
+                    part.take(q_THd).transpose(1, 2), part.take(k_TEd).transpose(1, 2), part.mask
+                )
                 votes_TE = part.add(votes_TE, votes_BES.transpose(1, 2))
         share = self.capacity_factor * self.k / self.num_experts
         log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
-        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, share, along_tokens=True)
+        token_P, offsets_E, log_gate_P = groups.best_pairs(
+            votes_TE, log_gate_TE, share, along_tokens=True
+        )
         weight_P = pair_weights(self.weight, log_gate_P, token_P, len(x_TD))
         return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD), checked=True)
 
@@ -133,7 +154,8 @@ def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -
 class _Votes(torch.autograd.Function):
     """Votes a block of voters at a time, in one buffer that every block uses again.
 
-    A fresh tensor a block would leave the allocator with holes that the next block does not fit into.
+    A fresh tensor a block would leave the allocator with holes that the next block does not fit
+    into.
     """
 
     @staticmethod
@@ -154,7 +176,8 @@ class _Votes(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None]:
-        r"""With shares P of a voter's vote and g the gradient of the votes, that of its scores is P (g - P g).
+        r"""With shares P of a voter's vote and g the gradient of the votes, that of its scores is P
+        (g - P g).
 
         Both factors go into the small matrices, so that no second matrix of scores is needed:
         :math:`dQ = P (g K) - (P g) (P K)` and :math:`dK = g (P^T Q) - P^T ((P g) Q)`.
@@ -170,17 +193,25 @@ class _Votes(torch.autograd.Function):
             share_BHbS.sub_(log_sum_BHS[:, :, voters, None]).exp_()
             if mask_BS is not None:
                 share_BHbS *= mask_BS[:, None, voters, None]
-            mean_k, mean_grad_k, mean_grad = (share_BHbS @ columns_BHSc).split([width, width, 1], dim=-1)
+            mean_k, mean_grad_k, mean_grad = (share_BHbS @ columns_BHSc).split(
+                [width, width, 1], dim=-1
+            )
             grad_q_BHSd[:, :, voters] = mean_grad_k - mean_grad * mean_k
             q_BHbd = q_BHSd[:, :, voters].expand_as(mean_k)
-            received_BHSc = share_BHbS.transpose(-1, -2) @ torch.cat([q_BHbd, mean_grad * q_BHbd], dim=-1)
+            received_BHSc = share_BHbS.transpose(-1, -2) @ torch.cat(
+                [q_BHbd, mean_grad * q_BHbd], dim=-1
+            )
             of_all, of_mean = received_BHSc.split(width, dim=-1)
             grad_k_BHSd += grad_BHS1 * of_all - of_mean
         return grad_q_BHSd.sum_to_size(q_BHSd.shape), grad_k_BHSd, None
 
 
-def _blocks(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Some voters at a time, and (B, H, b, S) their scores of all tokens, in a buffer that the next ones overwrite."""
+def _blocks(
+    q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some voters at a time, and (B, H, b, S) their scores of all tokens, in a buffer that the next
+    ones overwrite.
+    """
     batch, heads, size, _ = k_BHSd.shape
     at_once = max(BLOCK_ELEMENTS // max(batch * heads * size, 1), 1)
     block = math.ceil(size / math.ceil(size / at_once))  # as many as fit, of nearly equal length
@@ -201,8 +232,8 @@ _vote_by_blocks: Callable[..., Tensor] = untraced(partial(_Votes.apply))
 def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
     """(T, H) votes where each node spreads one vote over its out-neighbors and itself; O(edges).
 
-    Every node has itself once, whether or not the graph has self-loops; parallel edges count once each. Scores and
-    gradients are those of :func:`gmoe.conv.graph.dot`: no (M, d) tensor.
+    Every node has itself once, whether or not the graph has self-loops; parallel edges count once
+    each. Scores and gradients are those of :func:`gmoe.conv.graph.dot`: no (M, d) tensor.
 
     Args:
         q_THd: queries, already divided by sqrt(d); H may be 1 where all heads share them.

@@ -1,4 +1,6 @@
-"""Baselines: random, uniform and oracle routing. Shapes: T tokens, D width, E experts, K experts per token."""
+"""Baselines: random, uniform and oracle routing. Shapes: T tokens, D width, E experts, K experts
+per token.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,20 @@ from gmoe.routing import INTEGERS, Routing, check_range, described
 
 
 class RandomRouter(Router):
-    r"""Baseline: token choice by a frozen random projection, ``softmax(x R)`` with :math:`R_{de} \sim N(0, 1/D)`.
+    r"""Baseline: token choice by a frozen random projection, ``softmax(x R)`` with
+    :math:`R_{de} \sim N(0, 1/D)`.
 
-    Random but a function of the token, so that it follows permutations and equal tokens share experts (hash-like
-    routing, Roller et al., 2021). What a learned router gains over it is due to learned routing.
+    Random but a function of the token, so that it follows permutations and equal tokens share
+    experts (hash-like routing, Roller et al., 2021). What a learned router gains over it is due to
+    learned routing.
 
     Args:
         dim: D, the width of the tokens.
         num_experts: E.
         k: K, experts per token (default 1).
-        weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"straight_through"``, the value 1, at
-            K = 1: scores of a frozen projection say nothing that an output should be scaled by.
+        weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"straight_through"``,
+            the value 1, at K = 1: scores of a frozen projection say nothing that an output should
+            be scaled by.
 
     Shapes:
         See :class:`Router`.
@@ -33,7 +38,9 @@ class RandomRouter(Router):
     by_token = True
     projection_DE: Tensor
 
-    def __init__(self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None) -> None:
+    def __init__(
+        self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None
+    ) -> None:
         weight = weight or ("normalized" if k >= 2 else "straight_through")
         super().__init__(dim, num_experts, k, weight=weight)
         self.sums_to_one = self._picks_sum_to_one
@@ -73,7 +80,9 @@ class UniformRouter(Router):
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         scores_TE = x_TD.new_full((len(x_TD), self.num_experts), 1.0 / self.num_experts)
         experts_TE = torch.arange(self.num_experts, device=x_TD.device).expand(len(x_TD), -1)
-        return Routing.from_choices(experts_TE, scores_TE, self.num_experts, scores_TE, checked=True)
+        return Routing.from_choices(
+            experts_TE, scores_TE, self.num_experts, scores_TE, checked=True
+        )
 
 
 class OracleRouter(Router):
@@ -82,7 +91,8 @@ class OracleRouter(Router):
     Args:
         dim: D, the width of the tokens.
         num_experts: E.
-        assignment: (T,) integers in 0..E-1, the expert of each token; calls must bring the same T tokens in order.
+        assignment: (T,) integers in 0..E-1, the expert of each token; calls must bring the same T
+            tokens in order.
 
     Shapes:
         See :class:`Router`.
@@ -99,7 +109,9 @@ class OracleRouter(Router):
         fits = assignment.dim() == 1 and assignment.dtype in INTEGERS
         check(fits, "assignment", described(assignment), "(T,) integers")
         check_range("assignment", assignment, num_experts)
-        self.assignment = assignment  # what a buffer that went through the meta device is restored from
+        self.assignment = (
+            assignment  # what a buffer that went through the meta device is restored from
+        )
         self.register_buffer("assignment_T", assignment.long())
 
     def reset_parameters(self) -> None:

@@ -17,11 +17,14 @@ Normalize: TypeAlias = Literal["experts", "tokens"]
 Inference: TypeAlias = Literal["group", "threshold"]
 
 MOMENTUM = 0.1
-"""Share of the newest training step in the running means; the first ten steps are averaged evenly."""
+"""Share of the newest training step in the running means; the first ten steps are averaged
+evenly.
+"""
 
 
 class ExpertChoice(Router):
-    r"""Each expert picks its top-C tokens of a group (a PyG ``Batch`` needs ``batch=``: else its graphs compete).
+    r"""Each expert picks its top-C tokens of a group (a PyG ``Batch`` needs ``batch=``: else its
+    graphs compete).
 
     From Zhou et al. (2022); the load is even by construction.
 
@@ -29,7 +32,8 @@ class ExpertChoice(Router):
         g = \mathrm{softmax}(X W), \quad
         C = \mathrm{clamp}(\lceil \mathrm{cf} \cdot K \cdot T_\mathrm{group} / E \rceil, 1, T_\mathrm{group})
 
-    A token may get several experts, or none (then the layer gives it zero). Ties go to the lowest token index.
+    A token may get several experts, or none (then the layer gives it zero). Ties go to the lowest
+    token index.
 
     Args:
         dim: D, the width of the tokens.
@@ -37,16 +41,16 @@ class ExpertChoice(Router):
         k: K, the average number of experts of a token at ``capacity_factor=1`` (default 1).
         weight: see :class:`Router`; default ``"score"``.
         capacity_factor: scales the number of tokens that an expert takes (default 1).
-        normalize: ``"experts"`` (default): softmax over experts, as in the paper. ``"tokens"``: softmax along the
-            tokens of the group; with ``weight="score"`` the weights are then divided by the detached mean of the
-            group's selected ones and capped at 10.
-        inference: at evaluation, ``"group"`` (default): as in training, so that a token's experts depend on its group.
-            ``"threshold"``: an expert takes every token whose score reaches a running mean of the last scores that
-            were taken in training, a tenth of each new one, so that each token decides alone; needs at least one
-            training step before.
+        normalize: ``"experts"`` (default): softmax over experts, as in the paper. ``"tokens"``:
+            softmax along the tokens of the group; with ``weight="score"`` the weights are then
+            divided by the detached mean of the group's selected ones and capped at 10.
+        inference: at evaluation, ``"group"`` (default): as in training, so that a token's experts
+            depend on its group. ``"threshold"``: an expert takes every token whose score reaches a
+            running mean of the last scores that were taken in training, a tenth of each new one, so
+            that each token decides alone; needs at least one training step before.
         z_coef: coefficient of the router z-loss (default 0, no loss).
-        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch Transformer): a softmax that is
-            sharp from the start hardly learns.
+        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch
+            Transformer): a softmax that is sharp from the start hardly learns.
 
     Shapes:
         See :class:`Router`.
@@ -89,11 +93,13 @@ class ExpertChoice(Router):
 
 
 class ExpertSelection(nn.Module):
-    """Each expert takes its ``C = clamp(ceil(capacity_factor * K * T_group / E), 1, T_group)`` best tokens of a group.
+    """Each expert takes its ``C = clamp(ceil(capacity_factor * K * T_group / E), 1, T_group)`` best
+    tokens of a group.
 
-    In threshold inference it keeps, for each expert, a running mean of the logarithm of the score of the last token
-    taken (the *threshold*) and, where gates run along tokens, of what divides them (the *scale*; the threshold is then
-    one of logits); at evaluation each token then decides alone.
+    In threshold inference it keeps, for each expert, a running mean of the logarithm of the score
+    of the last token taken (the *threshold*) and, where gates run along tokens, of what divides
+    them (the *scale*; the threshold is then one of logits); at evaluation each token then decides
+    alone.
 
     Args:
         num_experts: E.
@@ -106,7 +112,9 @@ class ExpertSelection(nn.Module):
     log_scale_E: Tensor
     steps: Tensor
 
-    def __init__(self, num_experts: int, capacity_factor: float, normalize: Normalize, inference: Inference) -> None:
+    def __init__(
+        self, num_experts: int, capacity_factor: float, normalize: Normalize, inference: Inference
+    ) -> None:
         super().__init__()
         check_positive("capacity_factor", capacity_factor)
         check_choice("normalize", normalize, Normalize)
@@ -123,7 +131,9 @@ class ExpertSelection(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
-    def forward(self, router: Router, logits_TE: Tensor, group: Tensor | int, losses: Mapping[str, AuxLoss]) -> Routing:
+    def forward(
+        self, router: Router, logits_TE: Tensor, group: Tensor | int, losses: Mapping[str, AuxLoss]
+    ) -> Routing:
         """Select the pairs, and move the running means.
 
         Args:
@@ -137,7 +147,9 @@ class ExpertSelection(nn.Module):
         ranked_TE = log_scores_TE = logits_TE if along_tokens else logits_TE.log_softmax(dim=-1)
         if self.inference == "threshold" and not self.training:
             if int(self.steps) == 0:
-                raise RuntimeError("inference='threshold' has no thresholds yet: run a training step or load a state")
+                raise RuntimeError(
+                    "inference='threshold' has no thresholds yet: run a training step or load a state"
+                )
             if along_tokens:
                 log_scores_TE = logits_TE - self.log_scale_E
             token_P, offsets_E = pairs_of_mask((ranked_TE >= self.threshold_E).T)
@@ -147,20 +159,33 @@ class ExpertSelection(nn.Module):
             if along_tokens:
                 log_scores_TE = logits_TE - groups.logsumexp(logits_TE)
             share = self.capacity_factor * router.k / router.num_experts
-            token_P, offsets_E, log_gate_P = groups.best_pairs(ranked_TE, log_scores_TE, share, along_tokens)
+            token_P, offsets_E, log_gate_P = groups.best_pairs(
+                ranked_TE, log_scores_TE, share, along_tokens
+            )
             if self.inference == "threshold" and router.is_training_step():
                 self._move(router, ranked_TE.detach(), log_gate_P.detach(), token_P, groups)
         weight_P = pair_weights(router.weight, log_gate_P, token_P, num_tokens)
-        return Routing(token_P, offsets_E, weight_P, log_scores_TE.exp(), num_tokens, losses, checked=True)
+        return Routing(
+            token_P, offsets_E, weight_P, log_scores_TE.exp(), num_tokens, losses, checked=True
+        )
 
-    def _move(self, router: Router, ranked_TE: Tensor, log_gate_P: Tensor, token_P: Tensor, groups: Groups) -> None:
-        """Move the running means by a step's mean over its groups, unless there are none or it is not finite."""
+    def _move(
+        self, router: Router, ranked_TE: Tensor, log_gate_P: Tensor, token_P: Tensor, groups: Groups
+    ) -> None:
+        """Move the running means by a step's mean over its groups, unless there are none or it is
+        not finite.
+        """
         token_EC, num_groups = token_P.view(router.num_experts, -1), groups.num_groups
-        group_EC, ranked_EC = groups.of_tokens(token_P).view_as(token_EC), ranked_TE.T.gather(1, token_EC)
+        group_EC, ranked_EC = (
+            groups.of_tokens(token_P).view_as(token_EC),
+            ranked_TE.T.gather(1, token_EC),
+        )
         last_EB = ranked_EC.new_full((len(token_EC), num_groups), torch.inf)
         last_EB = last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin")
         means, sums = [self.threshold_E], [last_EB.sum(dim=1)]
-        if self.normalize == "tokens":  # gate = exp(logit) / scale, the same scale in all of a group
+        if (
+            self.normalize == "tokens"
+        ):  # gate = exp(logit) / scale, the same scale in all of a group
             scale_EC = ranked_EC - log_gate_P.view_as(token_EC)
             means.append(self.log_scale_E)
             sums.append(last_EB.scatter(1, group_EC, scale_EC).sum(dim=1))
@@ -170,7 +195,9 @@ class ExpertSelection(nn.Module):
         share = (1.0 / self.steps.clamp(min=1)).clamp(min=MOMENTUM)
         for mean_E, sum_E in zip(means, sums, strict=True):
             step_E = sum_E / num_groups_all.clamp(min=1)
-            mean_E.copy_(torch.where(some, mean_E + share.to(mean_E.dtype) * (step_E - mean_E), mean_E))
+            mean_E.copy_(
+                torch.where(some, mean_E + share.to(mean_E.dtype) * (step_E - mean_E), mean_E)
+            )
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize!r}, inference={self.inference!r}, capacity_factor={self.capacity_factor}"

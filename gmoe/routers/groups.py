@@ -1,7 +1,8 @@
 """Groups: which tokens compete with each other; and from scores to (token, expert) pairs.
 
-Shapes: T tokens, E experts, K experts per token, B groups, S slots in each of some groups, C capacity, P pairs.
-Pairs come as ``(token (P,) int64, offsets (E,) int32)``, sorted by expert and then by token.
+Shapes: T tokens, E experts, K experts per token, B groups, S slots in each of some groups, C
+capacity, P pairs. Pairs come as ``(token (P,) int64, offsets (E,) int32)``, sorted by expert and
+then by token.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class GroupBatch(NamedTuple):
         """(b, s, ...) what the tokens have; padding repeats a token, or has the given value."""
         taken = value_T if self.token is None else value_T.index_select(0, self.token)
         taken = taken.unflatten(0, self.shape)
-        return taken if self.mask is None or padding is None else taken.masked_fill(~self.mask[..., None], padding)
+        return (
+            taken
+            if self.mask is None or padding is None
+            else taken.masked_fill(~self.mask[..., None], padding)
+        )
 
     def add(self, total_T: Tensor, value_BS: Tensor) -> Tensor:
         """(T, ...) ``total`` plus what the slots have, which is zero for padding."""
@@ -45,14 +50,17 @@ class GroupBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Groups:
-    """The split of ``num_tokens`` tokens into ``num_groups`` non-empty groups, processed as padded batches.
+    """The split of ``num_tokens`` tokens into ``num_groups`` non-empty groups, processed as padded
+    batches.
 
     Args:
         num_tokens: T.
         num_groups: B; 0 only where there are no tokens.
         size: S, the tokens of each group, where all groups are equal.
-        index: (T,) group of each token, in 0..B-1; ``None`` where equal groups lie one behind the other.
-        order: (T,) tokens listed group by group, in token order inside a group; ``None`` where they lie so already.
+        index: (T,) group of each token, in 0..B-1; ``None`` where equal groups lie one behind the
+            other.
+        order: (T,) tokens listed group by group, in token order inside a group; ``None`` where they
+            lie so already.
         counts: (B,) tokens of each group, on the CPU; ``None`` where groups are equal.
     """
 
@@ -65,12 +73,18 @@ class Groups:
 
     @classmethod
     def of(cls, group: Tensor | int, num_tokens: int) -> Groups:
-        """Read what ``route`` is given: (T,) group ids, unsorted and with gaps allowed; or the size of equal groups."""
-        if not isinstance(group, Tensor) or group.dim() == 0 or not num_tokens:  # jit.trace makes tensors of sizes
+        """Read what ``route`` is given: (T,) group ids, unsorted and with gaps allowed; or the size
+        of equal groups.
+        """
+        if (
+            not isinstance(group, Tensor) or group.dim() == 0 or not num_tokens
+        ):  # jit.trace makes tensors of sizes
             size = int(group) if num_tokens else 0
             return cls(num_tokens, num_tokens // max(size, 1), size)
         if torch._C._get_tracing_state() is not None:
-            raise RuntimeError("batch: torch.jit.trace would freeze the sizes of the groups; use torch.compile")
+            raise RuntimeError(
+                "batch: torch.jit.trace would freeze the sizes of the groups; use torch.compile"
+            )
         _, index, counts = torch.unique(group, return_inverse=True, return_counts=True)
         counts, in_order = counts.cpu(), bool((index[1:] >= index[:-1]).all())
         order = None if in_order else index.argsort(stable=True)
@@ -80,20 +94,29 @@ class Groups:
 
     def of_tokens(self, token_P: Tensor) -> Tensor:
         """(P,) the group of each of the given tokens."""
-        return token_P // max(self.size, 1) if self.index is None else self.index.index_select(0, token_P)
+        return (
+            token_P // max(self.size, 1)
+            if self.index is None
+            else self.index.index_select(0, token_P)
+        )
 
     def capacity(self, share: float) -> int | Tensor:
-        """``clamp(ceil(share * T_group), 1, T_group)``: an int for equal groups, (B,) on the CPU for ragged ones."""
+        """``clamp(ceil(share * T_group), 1, T_group)``: an int for equal groups, (B,) on the CPU
+        for ragged ones.
+        """
         slack = 1e-9  # 1.1 * 10 is 11.000000000000002 in floating point, and its ceil is not meant to be 12
         if self.counts is None:
             return min(max(math.ceil(share * self.size - slack), 1), self.size)
-        return (self.counts.double() * share - slack).ceil().long().clamp(min=1).minimum(self.counts)
+        return (
+            (self.counts.double() * share - slack).ceil().long().clamp(min=1).minimum(self.counts)
+        )
 
     def batches(self, device: torch.device) -> list[GroupBatch]:
         """Batches of padded groups that hold each token once.
 
-        Equal groups make one batch without a mask. Ragged groups are bucketed by size, so that a padded group is at
-        most twice as long as the group itself; padding slots repeat the group's first token.
+        Equal groups make one batch without a mask. Ragged groups are bucketed by size, so that a
+        padded group is at most twice as long as the group itself; padding slots repeat the group's
+        first token.
         """
         if self.counts is None:
             group = torch.arange(self.num_groups, device=device)
@@ -106,20 +129,27 @@ class Groups:
             mask = step < self.counts[group, None]
             token = (first_B[group, None] + torch.where(mask, step, 0)).view(-1).to(device)
             token = token if self.order is None else self.order[token]
-            batches.append(GroupBatch(group.to(device), (len(group), len(step)), token, mask.to(device)))
+            batches.append(
+                GroupBatch(group.to(device), (len(group), len(step)), token, mask.to(device))
+            )
         return batches
 
     def logsumexp(self, logits_TE: Tensor) -> Tensor:
         """(T, E) for each token, the log-sum-exp over all tokens of its group."""
         lse_BE = logits_TE.new_zeros(self.num_groups, logits_TE.size(1))
         for part in self.batches(logits_TE.device):
-            lse_BE = lse_BE.index_copy(0, part.group, part.take(logits_TE, padding=-torch.inf).logsumexp(dim=1))
-        return lse_BE.index_select(0, self.of_tokens(torch.arange(self.num_tokens, device=logits_TE.device)))
+            lse_BE = lse_BE.index_copy(
+                0, part.group, part.take(logits_TE, padding=-torch.inf).logsumexp(dim=1)
+            )
+        return lse_BE.index_select(
+            0, self.of_tokens(torch.arange(self.num_tokens, device=logits_TE.device))
+        )
 
     def top_tokens(self, scores_TE: Tensor, capacity: int | Tensor) -> Tensor:
         """(E, T) True for the ``capacity`` best tokens of each group for each expert.
 
-        Ties go to the lowest token index; NaN counts as infinity. Every expert gets the same number of tokens.
+        Ties go to the lowest token index; NaN counts as infinity. Every expert gets the same number
+        of tokens.
 
         Args:
             scores_TE: the scores.
@@ -145,42 +175,63 @@ class Groups:
     def best_pairs(
         self, scores_TE: Tensor, log_gate_TE: Tensor, share: float, along_tokens: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs of each expert's best share of a group's tokens, and (P,) the logarithms of their gates.
+        """The pairs of each expert's best share of a group's tokens, and (P,) the logarithms of
+        their gates.
 
-        Gates that run along tokens are divided by their mean over the pairs of the group, which has no gradient.
+        Gates that run along tokens are divided by their mean over the pairs of the group, which has
+        no gradient.
         """
         capacity = self.capacity(share)
         chosen_ET = self.top_tokens(scores_TE.detach(), capacity)
-        num_pairs = len(chosen_ET) * self.num_groups * capacity if isinstance(capacity, int) else None
+        num_pairs = (
+            len(chosen_ET) * self.num_groups * capacity if isinstance(capacity, int) else None
+        )
         token_P, offsets_E = pairs_of_mask(chosen_ET, num_pairs)
         log_gate_P = gather_pairs(log_gate_TE, token_P, offsets_E)
         if along_tokens:
             group_P, mean_B = self.of_tokens(token_P), log_gate_P.detach().new_ones(self.num_groups)
-            mean_B = mean_B.scatter_reduce(0, group_P, log_gate_P.detach().exp(), "mean", include_self=False)
+            mean_B = mean_B.scatter_reduce(
+                0, group_P, log_gate_P.detach().exp(), "mean", include_self=False
+            )
             mean_B = mean_B.clamp(min=torch.finfo(mean_B.dtype).tiny)
             log_gate_P = log_gate_P - mean_B.log().index_select(0, group_P)
         return token_P, offsets_E, log_gate_P
 
 
-def drop_over_capacity(expert_TK: Tensor, probs_TE: Tensor, groups: Groups, share: float) -> tuple[Tensor, Tensor]:
+def drop_over_capacity(
+    expert_TK: Tensor, probs_TE: Tensor, groups: Groups, share: float
+) -> tuple[Tensor, Tensor]:
     """The pairs that are left where an expert takes at most that share of a group's tokens.
 
-    V-MoE's batch-prioritized routing: all first choices before all second ones, and among those the tokens with the
-    highest probability of their first choice first; ties go to the lowest token index.
+    V-MoE's batch-prioritized routing: all first choices before all second ones, and among those the
+    tokens with the highest probability of their first choice first; ties go to the lowest token
+    index.
     """
-    place_T = probs_TE.gather(1, expert_TK[:, :1])[:, 0].argsort(descending=True, stable=True).argsort()
+    place_T = (
+        probs_TE.gather(1, expert_TK[:, :1])[:, 0].argsort(descending=True, stable=True).argsort()
+    )
     # whole numbers, which float64 holds
-    rank_TK = -(place_T[:, None] + len(place_T) * torch.arange(expert_TK.size(1), device=place_T.device)).double()
-    rank_TE = torch.full_like(probs_TE, -torch.inf, dtype=torch.float64).scatter(1, expert_TK, rank_TK)
+    rank_TK = -(
+        place_T[:, None] + len(place_T) * torch.arange(expert_TK.size(1), device=place_T.device)
+    ).double()
+    rank_TE = torch.full_like(probs_TE, -torch.inf, dtype=torch.float64).scatter(
+        1, expert_TK, rank_TK
+    )
     return pairs_of_mask(groups.top_tokens(rank_TE, groups.capacity(share)) & rank_TE.T.isfinite())
 
 
 def pairs_of_mask(mask_ET: Tensor, num_pairs: int | None = None) -> tuple[Tensor, Tensor]:
     """The pairs at which ``mask`` is true; no host sync where their number is known."""
-    pair_P2 = mask_ET.nonzero() if num_pairs is None else torch.nonzero_static(mask_ET, size=num_pairs)
+    pair_P2 = (
+        mask_ET.nonzero() if num_pairs is None else torch.nonzero_static(mask_ET, size=num_pairs)
+    )
     return pair_P2[:, 1].contiguous(), mask_ET.sum(dim=1).cumsum(0).to(torch.int32)
 
 
 def gather_pairs(value_TE: Tensor, token_P: Tensor, offsets_E: Tensor) -> Tensor:
-    """(P,) the entries of ``value`` at the pairs. One flat ``index_select``, whose backward is an ``index_add``."""
-    return value_TE.reshape(-1).index_select(0, token_P * value_TE.size(1) + owner(offsets_E, token_P))
+    """(P,) the entries of ``value`` at the pairs. One flat ``index_select``, whose backward is an
+    ``index_add``.
+    """
+    return value_TE.reshape(-1).index_select(
+        0, token_P * value_TE.size(1) + owner(offsets_E, token_P)
+    )

@@ -1,4 +1,6 @@
-"""Multi-centroid routing. Shapes: T tokens, D width, E experts, M centroids per expert, N centroids or clusters."""
+"""Multi-centroid routing. Shapes: T tokens, D width, E experts, M centroids per expert, N centroids
+or clusters.
+"""
 
 from __future__ import annotations
 
@@ -27,24 +29,27 @@ EPS = 1e-12
 class MultiCentroid(Router):
     r"""Score an expert by the cosine similarity of its nearest centroid; each expert has several.
 
-    The nearest relative is `X-MoE <https://arxiv.org/abs/2204.09179>`_ (Chi et al., 2022): one centroid per expert.
+    The nearest relative is `X-MoE <https://arxiv.org/abs/2204.09179>`_ (Chi et al., 2022): one
+    centroid per expert.
 
     .. math::
         l_{te} = \max_m \cos(x_t - \mu, c_{em}) / \tau, \qquad g_t = \mathrm{softmax}_e(l_t)
 
-    The temperature :math:`\tau` is learned. The center :math:`\mu` is zero until :meth:`init_from_data` sets it.
+    The temperature :math:`\tau` is learned. The center :math:`\mu` is zero until
+    :meth:`init_from_data` sets it.
 
     Args:
         dim: D, the width of the tokens.
         num_experts: E.
         k: K, experts per token (on average, where experts choose; default 1).
-        weight: see :class:`Router`; default ``"normalized"`` where tokens choose and K >= 2, else ``"score"``.
+        weight: see :class:`Router`; default ``"normalized"`` where tokens choose and K >= 2, else
+            ``"score"``.
         num_centroids: M, centroids per expert (default 4).
-        choice: ``"tokens"`` (default): tokens take their top-K experts, as in :class:`TokenChoice`. ``"experts"``:
-            experts take their top-C tokens of a group, as in :class:`ExpertChoice`.
+        choice: ``"tokens"`` (default): tokens take their top-K experts, as in :class:`TokenChoice`.
+            ``"experts"``: experts take their top-C tokens of a group, as in :class:`ExpertChoice`.
         temperature: initial tau (default 0.1).
-        separation_coef: coefficient of the separation loss, the mean squared positive cosine between centroids within
-            and across experts (default 0.01; 0 for no loss).
+        separation_coef: coefficient of the separation loss, the mean squared positive cosine
+            between centroids within and across experts (default 0.01; 0 for no loss).
         capacity_factor, normalize, inference: for ``choice="experts"``, see :class:`ExpertChoice`.
 
     Shapes:
@@ -100,17 +105,24 @@ class MultiCentroid(Router):
 
     @torch.no_grad()
     def init_from_data(self, x: Tensor, *, seed: int = 0) -> None:
-        """Set the centroids by spherical k-means: E clusters of the centered data, and M clusters inside each.
+        """Set the centroids by spherical k-means: E clusters of the centered data, and M clusters
+        inside each.
 
         Args:
             x: (..., D) tokens, at least E of them; a sample is enough.
             seed: of the k-means++ starts (default 0).
 
         Raises:
-            ValueError: a width that does not fit, fewer tokens than experts, or values that are not finite.
+            ValueError: a width that does not fit, fewer tokens than experts, or values that are not
+                finite.
         """
         fits = x.size(-1) == self.dim and x.numel() >= self.dim * self.num_experts
-        check(fits, "x", f"shape {tuple(x.shape)}", f"at least {self.num_experts} tokens of width {self.dim}")
+        check(
+            fits,
+            "x",
+            f"shape {tuple(x.shape)}",
+            f"at least {self.num_experts} tokens of width {self.dim}",
+        )
         check(x.isfinite().all(), "x", "values that are NaN or infinite", "none")
         dtype = torch.promote_types(self.centroid.dtype, torch.float32)
         x_TD = x.reshape(-1, self.dim).to(self.centroid.device, dtype)
@@ -141,18 +153,21 @@ class MultiCentroid(Router):
             return self.selection(self, logits_TE, group, losses)
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         choices = self._top_k(logits_TE, log_probs_TE)
-        return Routing.from_choices(*choices, self.num_experts, log_probs_TE.exp(), losses, checked=True)
+        return Routing.from_choices(
+            *choices, self.num_experts, log_probs_TE.exp(), losses, checked=True
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_centroids={self.num_centroids}, choice={self.choice!r}"
 
 
 def kmeans(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Lloyd's k-means with k-means++ starts (Arthur & Vassilvitskii, 2007): the best of several runs.
+    """Lloyd's k-means with k-means++ starts (Arthur & Vassilvitskii, 2007): the best of several
+    runs.
 
     Returns:
-        Centers (N, D) and the cluster of each token (T,). A cluster may be empty where there are fewer than N
-        distinct tokens.
+        Centers (N, D) and the cluster of each token (T,). A cluster may be empty where there are
+        fewer than N distinct tokens.
     """
     runs = []
     for _ in range(RESTARTS):
@@ -171,7 +186,9 @@ def kmeans(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> tuple
 
 
 def _plus_plus(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
-    """Starts that lie far apart: each next one is drawn with probability proportional to the squared distance."""
+    """Starts that lie far apart: each next one is drawn with probability proportional to the
+    squared distance.
+    """
     device = x_TD.device
     chosen = [torch.randint(len(x_TD), (1,), generator=generator, device=device)]
     far_T = x_TD.new_full((len(x_TD),), torch.inf)
@@ -179,6 +196,9 @@ def _plus_plus(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> T
         far_T = far_T.minimum((x_TD - x_TD[chosen[-1]]).square().sum(dim=1))
         # all tokens already chosen or repeated: any of them is as good
         cumulative_T = torch.where(far_T.sum() > 0, far_T, 1.0).double().cumsum(0)
-        draw = torch.rand(1, generator=generator, device=device, dtype=torch.float64) * cumulative_T[-1]
+        draw = (
+            torch.rand(1, generator=generator, device=device, dtype=torch.float64)
+            * cumulative_T[-1]
+        )
         chosen.append(torch.searchsorted(cumulative_T, draw, right=True).clamp(max=len(x_TD) - 1))
     return x_TD[torch.cat(chosen)]

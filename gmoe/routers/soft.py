@@ -1,4 +1,6 @@
-"""Soft MoE. Shapes: T tokens, D width, E experts, S slots per expert, N = E * S, B groups, R = B * N, I in, O out."""
+"""Soft MoE. Shapes: T tokens, D width, E experts, S slots per expert, N = E * S, B groups, R = B *
+N, I in, O out.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,12 @@ EPS = 1e-6
 class SoftRouting(Routing):
     """The result of :class:`gmoe.SoftSlots`: how slots mix tokens, and how tokens mix slots.
 
-    As a :class:`gmoe.Routing` it records all T * E pairs, each with the summed combine weights of the expert's slots.
+    As a :class:`gmoe.Routing` it records all T * E pairs, each with the summed combine weights of
+    the expert's slots.
 
     Args:
-        dispatch_TES: (T, E, S) the share of each token in each slot of its group; sums to 1 over a group's tokens.
+        dispatch_TES: (T, E, S) the share of each token in each slot of its group; sums to 1 over a
+            group's tokens.
         combine_TES: (T, E, S) the share of each slot in each token; sums to 1 over the slots.
         groups: the tokens that share slots.
     """
@@ -44,7 +48,9 @@ class SoftRouting(Routing):
         slots_BNI = x_TI.new_zeros(self.groups.num_groups, shares_TN.size(1), x_TI.size(1))
         for part in self.groups.batches(x_TI.device):
             mixed_BNI = part.take(shares_TN, padding=0.0).transpose(1, 2) @ part.take(x_TI)
-            slots_BNI = slots_BNI.index_copy(0, part.group, mixed_BNI.to(x_TI.dtype))  # autocast has made it bfloat16
+            slots_BNI = slots_BNI.index_copy(
+                0, part.group, mixed_BNI.to(x_TI.dtype)
+            )  # autocast has made it bfloat16
         return slots_BNI.unflatten(1, (self.num_experts, -1)).transpose(0, 1).flatten(0, 2)
 
     def combine(self, y_RO: Tensor) -> Tensor:
@@ -60,16 +66,17 @@ class SoftRouting(Routing):
 
 
 class SoftSlots(Router):
-    r"""Slots that are mixtures of a group's tokens (`Soft MoE <https://arxiv.org/abs/2308.00951>`_, Puigcerver et al.,
-    2024); for :class:`gmoe.SoftMoE`.
+    r"""Slots that are mixtures of a group's tokens (`Soft MoE <https://arxiv.org/abs/2308.00951>`_,
+    Puigcerver et al., 2024); for :class:`gmoe.SoftMoE`.
 
     .. math::
         l = X \Phi, \quad D = \mathrm{softmax}_t(l), \quad C = \mathrm{softmax}_{es}(l), \quad
         y = C f(D^\top X)
 
-    Every slot is a weighted mean of all tokens and every token one of all slots: nothing is dropped, and everything has
-    a gradient. Compute scales with the slots, not with the tokens. In the logits, tokens and slots have norm 1, the
-    slots times a learned scale that starts at 1 (section 2.3 of the paper); slots mix the tokens as they are.
+    Every slot is a weighted mean of all tokens and every token one of all slots: nothing is
+    dropped, and everything has a gradient. Compute scales with the slots, not with the tokens. In
+    the logits, tokens and slots have norm 1, the slots times a learned scale that starts at 1
+    (section 2.3 of the paper); slots mix the tokens as they are.
 
     Args:
         dim: D, the width of the tokens.
@@ -106,9 +113,23 @@ class SoftSlots(Router):
         dispatch_TN = (logits_TN - groups.logsumexp(logits_TN)).exp()
         weight_TE = combine_TES.sum(dim=-1)
         token_P = torch.arange(len(x_TD), device=x_TD.device).repeat(self.num_experts)
-        offsets_E = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=x_TD.device) * len(x_TD)
-        shares = {"dispatch_TES": dispatch_TN.view_as(combine_TES), "combine_TES": combine_TES, "groups": groups}
-        return SoftRouting(token_P, offsets_E, weight_TE.T.reshape(-1), weight_TE, len(x_TD), checked=True, **shares)
+        offsets_E = torch.arange(
+            1, self.num_experts + 1, dtype=torch.int32, device=x_TD.device
+        ) * len(x_TD)
+        shares = {
+            "dispatch_TES": dispatch_TN.view_as(combine_TES),
+            "combine_TES": combine_TES,
+            "groups": groups,
+        }
+        return SoftRouting(
+            token_P,
+            offsets_E,
+            weight_TE.T.reshape(-1),
+            weight_TE,
+            len(x_TD),
+            checked=True,
+            **shares,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, slots={self.slots}"

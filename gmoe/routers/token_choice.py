@@ -22,7 +22,8 @@ NOISE_FLOOR = 0.01
 
 
 class TokenChoice(BalancedRouter):
-    r"""Each token picks its top-K experts (Shazeer et al., 2017; Switch Transformer, Fedus et al., 2021).
+    r"""Each token picks its top-K experts (Shazeer et al., 2017; Switch Transformer, Fedus et al.,
+    2021).
 
     .. math::
         g_{te} = \mathrm{softmax}_e(x_t W)_e, \qquad y_t = \sum_{e \in \mathrm{topK}(g_t)} w_{te} f_e(x_t)
@@ -34,29 +35,31 @@ class TokenChoice(BalancedRouter):
         num_experts: E.
         k: K, experts per token (default 1).
         weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"score"`` at K = 1.
-        noise: in training, adds noise to the logits, so that the choice explores. ``"spread"``: N(0, 1) times the
-            logits' own standard deviation over the tokens. ``True``: the noisy top-K gating of Shazeer et al. (2017),
-            ``N(0, 1) * (softplus(x W_noise) + 0.01)`` with learned ``W_noise``, which starts at zero. ``None``
-            (default) is what ``balance`` needs: ``"spread"`` with the bias, ``True`` with importance and load, else
-            ``False``.
+        noise: in training, adds noise to the logits, so that the choice explores. ``"spread"``:
+            N(0, 1) times the logits' own standard deviation over the tokens. ``True``: the noisy
+            top-K gating of Shazeer et al. (2017), ``N(0, 1) * (softplus(x W_noise) + 0.01)`` with
+            learned ``W_noise``, which starts at zero. ``None`` (default) is what ``balance`` needs:
+            ``"spread"`` with the bias, ``True`` with importance and load, else ``False``.
         balance: how experts are kept equally loaded:
 
-            - ``"bias"`` (default): no loss to add. A bias per expert is added to the logits of the centered tokens for
-              the selection, not for the weights, as in DeepSeek-V3 (2024); see
+            - ``"bias"`` (default): no loss to add. A bias per expert is added to the logits of the
+              centered tokens for the selection, not for the weights, as in DeepSeek-V3 (2024); see
               :class:`gmoe.routers.balance.BalancedRouter`.
-            - ``"importance_load"``: adds ``balance_coef * (CV^2(importance) + CV^2(load))``; the load has a gradient
-              through the learned noise only, so that ``noise=False`` and ``"spread"`` are refused. Importance is
-              summed over the noisy probabilities, as by Shazeer et al. (2017), but before selection, as by V-MoE.
+            - ``"importance_load"``: adds ``balance_coef * (CV^2(importance) + CV^2(load))``; the
+              load has a gradient through the learned noise only, so that ``noise=False`` and
+              ``"spread"`` are refused. Importance is summed over the noisy probabilities, as by
+              Shazeer et al. (2017), but before selection, as by V-MoE.
             - ``"switch"``: adds ``balance_coef * E * sum_e f_e P_e``.
             - ``None``: nothing.
         balance_coef: coefficient of the balance loss (default 0.01).
         bias_rate: largest step of the bias, in units of the logits' spread (default 0.1).
         z_coef: coefficient of the router z-loss (default 0, no loss).
-        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch Transformer): a softmax that is
-            sharp from the start hardly learns.
-        capacity_factor: in training, an expert takes at most ``clamp(ceil(capacity_factor * K * T_group / E), 1,
-            T_group)`` tokens of a group. Pairs are dropped by priority (V-MoE's batch-prioritized routing: first
-            choices before second ones, and among them tokens with the highest probability first), never by position.
+        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch
+            Transformer): a softmax that is sharp from the start hardly learns.
+        capacity_factor: in training, an expert takes at most
+            ``clamp(ceil(capacity_factor * K * T_group / E), 1, T_group)`` tokens of a group. Pairs
+            are dropped by priority (V-MoE's batch-prioritized routing: first choices before second
+            ones, and among them tokens with the highest probability first), never by position.
             ``None`` (default) drops nothing.
 
     Shapes:
@@ -87,12 +90,24 @@ class TokenChoice(BalancedRouter):
     ) -> None:
         weight = weight or ("normalized" if k >= 2 else "score")
         biased = balance == "bias"
-        super().__init__(dim, num_experts, k, bias_rate=bias_rate if biased else None, weight=weight)
+        super().__init__(
+            dim, num_experts, k, bias_rate=bias_rate if biased else None, weight=weight
+        )
         check_choice("balance", balance, Balance)
         if noise is None:
             noise = "spread" if biased else balance == "importance_load"
-        check(isinstance(noise, bool) or noise == "spread", "noise", repr(noise), "True, False, 'spread' or None")
-        check(noise is True or balance != "importance_load", "noise", noise, "True with balance='importance_load'")
+        check(
+            isinstance(noise, bool) or noise == "spread",
+            "noise",
+            repr(noise),
+            "True, False, 'spread' or None",
+        )
+        check(
+            noise is True or balance != "importance_load",
+            "noise",
+            noise,
+            "True with balance='importance_load'",
+        )
         check_at_least(0, balance_coef=balance_coef, z_coef=z_coef, init_scale=init_scale)
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)
@@ -114,7 +129,9 @@ class TokenChoice(BalancedRouter):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         biased = self.balance == "bias"
-        logits_TE = clean_TE = self.balanced(x_TD, self.gate) if biased else float_linear(x_TD, self.gate)
+        logits_TE = clean_TE = (
+            self.balanced(x_TD, self.gate) if biased else float_linear(x_TD, self.gate)
+        )
         std_TE: Tensor | None = None
         if self.noise is not None:
             std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
@@ -122,26 +139,38 @@ class TokenChoice(BalancedRouter):
             # in a quarter of the time of var(dim=0)
             centered_TE = clean_TE.detach() - clean_TE.detach().mean(dim=0)
             std_TE = torch.linalg.vector_norm(centered_TE) / centered_TE.numel() ** 0.5
-            std_TE = self.noise_scale * std_TE.nan_to_num(posinf=0.0)  # a NaN token is no other token's noise
+            std_TE = self.noise_scale * std_TE.nan_to_num(
+                posinf=0.0
+            )  # a NaN token is no other token's noise
         if self.training and std_TE is not None:
             logits_TE = torch.addcmul(clean_TE, torch.randn_like(clean_TE), std_TE)
         log_probs_TE = logits_TE.log_softmax(dim=-1)
         # not by probabilities, which may underflow to ties
-        expert_TK, weight_TK = self._top_k(logits_TE + self.bias_E if biased else logits_TE, log_probs_TE)
+        expert_TK, weight_TK = self._top_k(
+            logits_TE + self.bias_E if biased else logits_TE, log_probs_TE
+        )
         has_losses = self.z_coef > 0 or self.balance in ("importance_load", "switch")
         losses = self._losses(clean_TE, logits_TE, std_TE, expert_TK) if has_losses else {}
         if self.training and self.capacity_factor is not None:
             return self._dropped(expert_TK, log_probs_TE, Groups.of(group, len(x_TD)), losses)
-        return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, checked=True)
+        return Routing.from_choices(
+            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, checked=True
+        )
 
-    def _dropped(self, expert_TK: Tensor, log_probs_TE: Tensor, groups: Groups, losses: dict[str, AuxLoss]) -> Routing:
+    def _dropped(
+        self, expert_TK: Tensor, log_probs_TE: Tensor, groups: Groups, losses: dict[str, AuxLoss]
+    ) -> Routing:
         """Route without the pairs over capacity; the weights are those of what is left."""
         probs_TE, num_tokens = log_probs_TE.exp(), len(log_probs_TE)
         share = (self.capacity_factor or 1.0) * self.k / self.num_experts
         token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, share)
-        weight_P = pair_weights(self.weight, gather_pairs(log_probs_TE, token_P, offsets_E), token_P, num_tokens)
+        weight_P = pair_weights(
+            self.weight, gather_pairs(log_probs_TE, token_P, offsets_E), token_P, num_tokens
+        )
         dropped_T = self.k - token_P.bincount(minlength=num_tokens)
-        return Routing(token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, dropped_T, checked=True)
+        return Routing(
+            token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, dropped_T, checked=True
+        )
 
     def _losses(
         self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, expert_TK: Tensor
@@ -156,8 +185,14 @@ class TokenChoice(BalancedRouter):
             tokens = importance_E.new_tensor(len(logits_TE))
             values = {"switch": switch_of(*self.summed(importance_E, load_E, tokens))}
         losses = {name: AuxLoss(value, self.balance_coef) for name, value in values.items()}
-        return losses if self.z_coef == 0 else losses | {"z": AuxLoss(self.z_loss(logits_TE), self.z_coef)}
+        return (
+            losses
+            if self.z_coef == 0
+            else losses | {"z": AuxLoss(self.z_loss(logits_TE), self.z_coef)}
+        )
 
     def extra_repr(self) -> str:
-        capacity = [] if self.capacity_factor is None else [f"capacity_factor={self.capacity_factor!r}"]
+        capacity = (
+            [] if self.capacity_factor is None else [f"capacity_factor={self.capacity_factor!r}"]
+        )
         return ", ".join([super().extra_repr(), f"balance={self.balance!r}", *capacity])
