@@ -24,10 +24,9 @@ from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.kinds import CONVS, OPTIONS, OWN, ConvLike, Make, Trial, factory_of, kinds_of
 from gmoe.conv.moe_conv import MoEConv, RouterInput, router_parts, router_view, router_width
 from gmoe.conv.separate import run
-from gmoe.convert import choose_blocks
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
-from gmoe.moe import check_copies, check_start, drawn_apart
+from gmoe.moe import check_copies, check_start, choose_blocks, drawn_apart
 from gmoe.routers import ROUTERS, Router, RouterLike, build_router
 from gmoe.routing import Routing
 

@@ -19,7 +19,7 @@ from gmoe._checks import check, check_counts
 from gmoe.conv import hetero
 from gmoe.conv.graph import parameters_of
 from gmoe.conv.hetero import HeteroMoEConv, NodeTensors, RelationalConv, RelationEdges
-from gmoe.convert import choose_blocks
+from gmoe.moe import choose_blocks
 from gmoe.models.gnn import Residual, activation_of, norm_of, reset_parameters, residual_of
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
