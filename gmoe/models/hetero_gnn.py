@@ -191,8 +191,9 @@ class HeteroGNNMoE(nn.Module):
             graphs[relation] = hetero.graph_of(relation, adj, h_dict) if is_needed else adj
 
         routings: list[Routing] = []
-        for layer in range(len(self.norms)):  # the last conv, the output layer, has no norms
-            conv, residuals, norms = self.convs[layer], self.residuals[layer], self.norms[layer]
+        # The last conv, the output layer, has no residuals and no norms: zip leaves it out.
+        hidden_layers: Any = zip(self.convs, self.residuals, self.norms, strict=False)
+        for conv, residuals, norms in hidden_layers:
             if isinstance(conv, HeteroMoEConv):
                 out, by_type = conv(h_dict, graphs, batch_dict=batch_dict, return_routing=True)
                 routings.extend(by_type.values())
