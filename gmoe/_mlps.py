@@ -288,9 +288,7 @@ def _trial_calls(got: str, mlp: nn.Module) -> list[Call]:
 
 
 def _recorder(calls: list[Call]) -> Callable[..., None]:
-    """A forward hook that appends to ``calls``; it copies, since an activation may work in
-    place.
-    """
+    """A forward hook that notes calls, with copies: an activation may work in place."""
 
     def record(
         part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -358,9 +356,7 @@ def _activation(
 
 
 def _is_close(ours: Tensor, theirs: Tensor) -> bool:
-    """True for equal numbers, up to rounding: an MLP that could not be copied may run in
-    bfloat16.
-    """
+    """True for equal numbers, up to the rounding of an MLP that could not be copied to float64."""
     if ours.shape != theirs.shape:
         return False
     rounding = 1e-9 if theirs.dtype == torch.float64 else 1e-2

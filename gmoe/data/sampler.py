@@ -199,7 +199,8 @@ class NeighborSampler(BaseSampler):
                 parts.append(none)
             for kind, in_edges in self._graph.items():
                 if isinstance(in_edges, StoredGraph):
-                    start, source, ids = in_edges.start, in_edges.source, None
+                    start, source = in_edges.start, in_edges.source
+                    ids = None  # an edge's place is its id
                 else:
                     start, source, ids = in_edges
                 src, _, dst = kind

@@ -152,15 +152,13 @@ class GNNMoE(HubMixin, nn.Module):
         self.convs = nn.ModuleList()
         for layer, width in enumerate(widths):
             is_hidden = layer < num_hidden
-            is_moe = layer in moe_layers
             out = hidden_channels if is_hidden else out_channels
-            built = _build_conv(
-                conv, width, out, is_hidden, moe_kwargs if is_moe else None, conv_kwargs
-            )
-            if is_moe and decider is not None:  # a layer's cost follows from its router
-                built.k = decider.k
-                built.experts_per_token = decider.experts_per_token
-            self.convs.append(built)
+            layer_kwargs = moe_kwargs if layer in moe_layers else None
+            self.convs.append(_build_conv(conv, width, out, is_hidden, layer_kwargs, conv_kwargs))
+        if decider is not None:  # a layer's cost follows from its router
+            for layer in moe_layers:
+                self.convs[layer].k = decider.k
+                self.convs[layer].experts_per_token = decider.experts_per_token
         self.flow = str(self.convs[0].flow)
 
         # 4. What stands between them.
@@ -170,16 +168,20 @@ class GNNMoE(HubMixin, nn.Module):
         self.norm_takes_batch = "batch" in parameters_of(norm_layer)
         self.dropout = nn.Dropout(dropout)
         self.input_dropout = nn.Dropout(input_dropout)
-        if self._joins_layers:
-            self.jk = JumpingKnowledge(jk, hidden_channels, num_layers)
-        if jk is not None:
-            joined = hidden_channels * num_layers if jk == "cat" else hidden_channels
-            self.lin = nn.Linear(joined, out_channels)
+        self._build_output()
         added = [] if residual == "none" else widths[:num_hidden]
         self.residuals = nn.ModuleList(
             residual_of(residual, width, hidden_channels) for width in added
         )
         self.shared_router = decider
+
+    def _build_output(self) -> None:
+        """Build the output layer behind the convs; with ``jk=None`` the last conv is the output."""
+        if self._joins_layers:
+            self.jk = JumpingKnowledge(self.jk_mode, self.hidden_channels, self.num_layers)
+        if self.jk_mode is not None:
+            num_joined = self.num_layers if self.jk_mode == "cat" else 1
+            self.lin = nn.Linear(self.hidden_channels * num_joined, self.out_channels)
 
     @property
     def _joins_layers(self) -> bool:
@@ -248,7 +250,9 @@ class GNNMoE(HubMixin, nn.Module):
         routings = [] if decision is None else [decision]
 
         def run_layer(layer: int, x: Tensor) -> Tensor:
-            part, part_decision, part_batch = graph, decision, batch
+            part = graph
+            part_batch = batch
+            part_decision = decision
             if (
                 layer
                 and num_sampled_nodes_per_hop is not None
@@ -308,7 +312,8 @@ class GNNMoE(HubMixin, nn.Module):
         if isinstance(conv, MoEConv):
             out, routing = conv(x, graph, batch=batch, routing=routing, return_routing=True)
         else:
-            out, routing = _run_plain(conv, x, graph), None
+            out = _run_plain(conv, x, graph)
+            routing = None
         if layer < len(self.residuals):
             out = out + self.residuals[layer](x[: len(out)])
         return out, routing
@@ -341,7 +346,8 @@ class GNNMoE(HubMixin, nn.Module):
 def _build_shared_router(router: Any, in_channels: int, moe_kwargs: dict[str, Any]) -> Router:
     """Build the router that decides for all layers, from the raw features."""
     dim = router_width(moe_kwargs["router_input"], in_channels, in_channels)
-    num_experts, k = moe_kwargs["num_experts"], moe_kwargs["k"]
+    num_experts = moe_kwargs["num_experts"]
+    k = moe_kwargs["k"]
     with drawn_apart(moe_kwargs["start"] != "plain"):
         built = build_router(router, dim, num_experts, k, moe_kwargs.get("router_kwargs"))
     check_copies(moe_kwargs["start"], built)

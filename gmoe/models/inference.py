@@ -199,7 +199,8 @@ class InMemory(_LayerByLayer):
 
     def route(self, layer: int, x: Tensor) -> Routing:
         """Route all nodes, by what the router of a layer, or the shared one, sees of them."""
-        conv, shared = self.model.convs[layer], self.model.shared_router
+        conv = self.model.convs[layer]
+        shared = self.model.shared_router
         seen = []
         for _, nodes, graph in self.parts("Routing"):
             if shared is None:
@@ -270,7 +271,8 @@ class OnDisk(_LayerByLayer):
 
     def part(self, destinations: Tensor) -> tuple[Tensor, Graph]:
         """As :meth:`Graph.part`, with all edges from disk."""
-        first, start = int(destinations[0]), self.graph.start
+        start = self.graph.start
+        first = int(destinations[0])
         source, destination = self.graph.in_edges(slice(first, first + len(destinations)))
         nodes, source = numbered(destinations, source)
         edge_index = torch.stack([source, destination - first])

@@ -13,8 +13,10 @@ from gmoe.routing import INTEGERS, Routing, check_range, described
 
 
 class RandomRouter(Router):
-    r"""Baseline: token choice by a frozen random projection, ``softmax(x R)`` with
-    :math:`R_{de} \sim N(0, 1/D)`.
+    r"""Baseline: token choice by a frozen random projection.
+
+    .. math::
+        g = \mathrm{softmax}(x R), \qquad R_{de} \sim N(0, 1/D)
 
     The choice is random but a function of the token, so that it follows permutations and equal
     tokens share experts (hash-like routing, Roller et al., 2021). What a learned router gains over

@@ -112,8 +112,9 @@ class MultiCentroid(Router):
 
     @torch.no_grad()
     def init_from_data(self, x: Tensor, *, seed: int = 0) -> None:
-        """Set the centroids by spherical k-means: E clusters of the centered data, and M clusters
-        inside each.
+        """Set the centroids by spherical k-means.
+
+        E clusters of the centered data give the experts, and M clusters inside each the centroids.
 
         Args:
             x: (..., D) tokens, at least E of them; a sample is enough.
@@ -179,8 +180,14 @@ class MultiCentroid(Router):
 
 
 def kmeans(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Lloyd's k-means with k-means++ starts (Arthur & Vassilvitskii, 2007): the best of several
-    runs.
+    """Run k-means several times, and return the best run.
+
+    It is Lloyd's algorithm with k-means++ starts (Arthur & Vassilvitskii, 2007).
+
+    Args:
+        x_TD: the tokens.
+        num_clusters: N.
+        generator: for the starts.
 
     Returns:
         Centers (N, D) and the cluster of each token (T,). A cluster may be empty if there are
