@@ -159,7 +159,7 @@ def _roles(got: str, mlp: nn.Module, calls: Sequence[Call], like: Tensor) -> Den
         calls: of its parts, in order.
         like: see :class:`DenseMLP`.
     """
-    # 1. The linear layers: the last one leads out, one or two others lead in.
+    # 1. The linear layers: the last one, and one or two (if gated) before it.
     linears = [call for call in calls if isinstance(call.part, nn.Linear)]
     is_used_once = len({call.part for call in linears}) == len(linears)
     if len(linears) not in (2, 3) or not is_used_once:
@@ -324,8 +324,8 @@ def _activation(
     if module is not None and any(True for _ in module.parameters()):
         raise _refused(got)
 
-    # 1. The hidden features: the input of the part that follows, a norm, a dropout or the last
-    # layer.
+    # 1. The hidden features are the input of the part that follows the activation: a norm, a
+    # dropout or the last layer.
     last = max(calls.index(call) for call in (*ups, *activations))
     hidden = calls[last + 1].input
 

@@ -67,7 +67,7 @@ def moefy(
     ``Mlp``; or gated, with one layer twice as wide or two before the last (timm's ``GluMlp`` and
     ``SwiGLU``, Llama's ``w1``, ``w2``, ``w3``). Dropout is kept, and so are norms before the linear
     layers. The MLP is read by what it computes: it runs once on random tokens, and the order in
-    which its parts are called counts, not the order of their names. An MLP sees tokens as
+    which its parts are called counts, not the order of their names. An MLP sees
     (B, ..., D): the tokens of an image, in a row or in a grid, are one group. Padding is part of
     the group, so it takes up places where experts choose.
 
@@ -358,8 +358,8 @@ def _moe_conv(
     is_frozen = not any(parameter.requires_grad for parameter in conv.parameters())
     copied = copy.deepcopy(conv)
     if is_frozen:
-        # Experts train all the same. Where only some parameters are frozen, as under LoRA, those
-        # stay frozen.
+        # Experts train even so. If only some parameters are frozen, as under LoRA, those stay
+        # frozen.
         copied.requires_grad_(True)
     layer = MoEConv(CopyOf(copied), in_channels, out_channels, start=start, **options)
     if is_frozen and layer.shared_expert is not None:

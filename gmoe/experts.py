@@ -105,8 +105,8 @@ class LinearExperts(Experts):
             for parameter in self.parameters():
                 parameter.zero_()
             return
-        # One by one: nn.Linear's scale follows from the fan-in, which a stacked tensor would
-        # change.
+        # One by one: nn.Linear's scale depends on the fan-in, which it would misread in a stacked
+        # tensor.
         for expert in range(self.num_experts):
             linear = nn.Linear(
                 self.in_features,

@@ -55,8 +55,7 @@ def neighbor_loader(
         num_neighbors: in-edges drawn per node in each hop, from the seeds outwards (-1: all); for
             ``HeteroData`` also a dictionary by type of edges.
         input_nodes: the seeds of an epoch: ids, a boolean mask, or all nodes (``None``, default).
-            For
-            ``HeteroData`` a type of nodes, or a pair of a type and any of these.
+            For ``HeteroData`` a type of nodes, or a pair of a type and any of these.
         batch_size: seeds in a batch (default 1).
         replace: draw with replacement (default ``False``).
         backend: who samples.
@@ -68,8 +67,8 @@ def neighbor_loader(
               ``StoredGraph``, whose edges PyG would copy into memory.
         **kwargs: further arguments of the loader and of ``torch.utils.data.DataLoader``.
             ``shuffle=True`` for training; ``num_workers=1, persistent_workers=True`` draws the next
-            batches while the model computes. ``is_sorted`` is for PyG's
-            sampler only: ours finds the order of the edges itself.
+            batches while the model computes. ``is_sorted`` is for PyG's sampler only: ours finds
+            the order of the edges itself.
 
     Returns:
         A loader of ``Data`` or ``HeteroData``. The first ``batch.batch_size`` nodes of a batch are

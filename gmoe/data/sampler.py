@@ -42,18 +42,17 @@ class NeighborSampler(BaseSampler):
     r"""Uniform neighbor sampling (GraphSAGE, Hamilton et al., 2017) with torch alone.
 
     It replaces ``pyg-lib`` behind PyG's interface: give it to PyG's ``NodeLoader`` or
-    ``LinkLoader``, or call :func:`gmoe.neighbor_loader`. Hop by hop, each
-    node that the previous hop found draws a set
+    ``LinkLoader``, or call :func:`gmoe.neighbor_loader`. Hop by hop, each node that the previous
+    hop found draws a set
 
     .. math::
         S_v \sim \mathrm{Uniform}\{S \subseteq \mathrm{in}(v) : |S| = \min(k, |\mathrm{in}(v)|)\}
 
-    of in-edges, so that messages flow from the sources to the seeds. Floyd's algorithm draws
-    the subsets of all nodes of a hop at once, in O(k^2) a node, whatever its degree. Parallel edges
-    and self-loops are edges like any other. A node is expanded once, in the hop after the one that
-    found it. A seed that is
-    given twice stays two nodes, as in PyG, each with its own draws; edges from it start at the
-    first.
+    of in-edges, so that messages flow from the sources to the seeds. Floyd's algorithm draws the
+    subsets of all nodes of a hop at once, in O(k^2) a node, whatever its degree. Parallel edges and
+    self-loops are edges like any other. A node is expanded once, in the hop after the one that
+    found it. A seed that is given twice stays two nodes, as in PyG, each with its own draws; edges
+    from it start at the first.
 
     Draws come from torch's default generator, so that ``torch.manual_seed`` repeats them, in worker
     processes too.
@@ -163,7 +162,7 @@ class NeighborSampler(BaseSampler):
         try:
             return self._spare_positions.pop()
         except IndexError:
-            # Outside of inference mode, or it could not be written to there later.
+            # Not as an inference tensor, which cannot be written to outside of that mode.
             with torch.inference_mode(False):
                 return {
                     kind: torch.full((size,), self._unseen, dtype=self._dtype)

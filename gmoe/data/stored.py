@@ -65,8 +65,8 @@ class StoredGraph(FeatureStore, GraphStore):
 
     Give it to :func:`gmoe.neighbor_loader` or :class:`gmoe.NeighborSampler` in place of PyG's
     ``Data``, or as ``(graph, graph)`` to what takes PyG's ``(FeatureStore, GraphStore)``. Opening
-    reads headers and splits. A pickle holds the path only: workers, however they are
-    started, open the files themselves.
+    reads headers and splits. A pickle holds the path only: workers, however they are started, open
+    the files themselves.
 
     ``graph.json`` lists the arrays with file, dtype, shape and SHA-256;
     ``python -m experiments.convert`` writes it:

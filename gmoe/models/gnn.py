@@ -66,9 +66,9 @@ class GNNMoE(HubMixin, nn.Module):
             ``None``).
         residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always,
             or ``"none"``. The output layer has none.
-        **conv_kwargs: further arguments of :class:`MoEConv` and of the convs. ``heads``,
-            given here or by a ``functools.partial``, divide ``hidden_channels``; the output layer
-            averages them, as in PyG's ``GAT``.
+        **conv_kwargs: further arguments of :class:`MoEConv` and of the convs. ``heads``, given here
+            or by a ``functools.partial``, divide ``hidden_channels``; the output layer averages
+            them, as in PyG's ``GAT``.
 
     Shapes:
         - as PyG's ``BasicGNN``; ``edge_index`` may be a :class:`gmoe.Graph`; ``batch`` (N,) also
@@ -161,7 +161,7 @@ class GNNMoE(HubMixin, nn.Module):
                 self.convs[layer].experts_per_token = decider.experts_per_token
         self.flow = str(self.convs[0].flow)
 
-        # 4. What stands between them.
+        # 4. Activation, norms and dropouts, the output layer, and the residual maps.
         self.act = activation_of(act)
         norm_layer = norm_of(norm, hidden_channels)
         self.norms = nn.ModuleList(copy.deepcopy(norm_layer) for _ in range(num_hidden))
@@ -290,8 +290,7 @@ class GNNMoE(HubMixin, nn.Module):
                 outputs.append(x)
         if not self._joins_layers:
             return x
-        # Trimming leaves fewer nodes to later layers, and inference may keep all outputs on the
-        # CPU.
+        # Trimming leaves fewer nodes to later layers; inference may keep all outputs on the CPU.
         device = next(self.parameters()).device
         joined = self.jk([output[: len(x)].to(device) for output in outputs])
         return self.lin(joined).to(x.device)

@@ -183,8 +183,7 @@ class HeteroGNNMoE(nn.Module):
         refuse_transforms()
         h_dict = self._inputs(x_dict, n_id_dict)
 
-        # Sort the edges once for all layers. A relation to a type that no layer needs stays as it
-        # is.
+        # Sort the edges once for all layers. Relations of types that no layer needs are not read.
         graphs: dict[Any, Any] = {}
         for relation, adj in edge_index_dict.items():
             is_needed = {relation[0], relation[-1]} <= h_dict.keys()

@@ -39,7 +39,7 @@ def inference(
     batch_size: int | None = None,
     return_routing: bool = False,
     folder: str | Path | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, list[Routing]]:
     """Logits of all nodes, layer by layer in chunks, without gradients.
 
     They equal those of the forward on the whole graph: each layer routes once over all nodes, so
@@ -103,7 +103,7 @@ def inference(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Calls that run at once, in other threads or processes, each have a folder of their own.
+    # Concurrent calls, in other threads or processes, each get their own folder.
     with TemporaryDirectory(prefix="inference-", dir=folder) as scratch:
         stored_run = OnDisk(model, data, device, batch_size, progress_bar, Path(scratch))
         logits = model.run_layers(data, stored_run.layer)

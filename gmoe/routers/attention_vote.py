@@ -250,7 +250,7 @@ def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
         k_THd: keys.
         edge_index: (2, num_edges) from voters to the nodes that they vote for.
     """
-    # Here and not above: gmoe.routers takes torch alone, and whoever has a graph has PyG.
+    # Not at the head of the file: gmoe.routers needs torch only, and users of graphs have PyG.
     from torch_geometric.utils import add_remaining_self_loops, softmax
 
     from gmoe.conv.graph import Edges, dot

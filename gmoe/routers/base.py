@@ -127,7 +127,7 @@ class Router(nn.Module, ABC):
             )
         self._check_input(x, batch)
 
-        # Flat tokens: (..., T, D) without a batch vector are equal groups of T tokens.
+        # Flatten the tokens. Without a batch vector, (..., T, D) holds equal groups of T tokens.
         x_TD = x.reshape(-1, self.dim)
         group = x.size(-2) if batch is None else batch.reshape(-1)
         if self.check_finite and not x_TD.isfinite().all():

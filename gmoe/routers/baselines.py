@@ -96,8 +96,8 @@ class OracleRouter(Router):
     Args:
         dim: D, the width of the tokens.
         num_experts: E.
-        assignment: (T,) integers in 0..E-1, the expert of each token; each call
-            must pass the same T tokens in the same order.
+        assignment: (T,) integers in 0..E-1, the expert of each token; each call must pass the same
+            T tokens in the same order.
 
     Shapes:
         See :class:`Router`.

@@ -20,9 +20,7 @@ Normalize: TypeAlias = Literal["experts", "tokens"]
 Inference: TypeAlias = Literal["group", "threshold"]
 
 MOMENTUM = 0.1
-"""Share of the newest training step in the running means; the first ten steps are averaged
-evenly.
-"""
+"""Share of a training step in the running means; the first ten steps are averaged evenly."""
 
 
 class ExpertChoice(Router):
@@ -46,8 +44,8 @@ class ExpertChoice(Router):
         weight: see :class:`Router`; default ``"score"``.
         capacity_factor: scales the number of tokens that an expert takes (default 1).
         normalize: ``"experts"`` (default): softmax over experts, as in the paper. ``"tokens"``:
-            softmax over the tokens of the group; with ``weight="score"`` the weights are
-            then divided by the detached mean of the group's selected ones and capped at 10.
+            softmax over the tokens of the group; with ``weight="score"`` the weights are then
+            divided by the detached mean of the group's selected ones and capped at 10.
         inference: how experts choose in evaluation. ``"group"`` (default): as in training, so that
             a token's experts depend on its group. ``"threshold"``: an expert takes every token
             whose score reaches a threshold, so that a token's experts depend on that token alone.

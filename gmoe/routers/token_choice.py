@@ -31,7 +31,8 @@ class TokenChoice(BalancedRouter):
         g_{te} = \mathrm{softmax}_e(x_t W)_e, \qquad
         y_t = \sum_{e \in \mathrm{topK}(g_t)} w_{te} f_e(x_t)
 
-    See Shazeer et al. (2017) and Fedus et al. (2021, Switch Transformer).
+    See Shazeer et al. (2017), and Switch Transformer (Fedus et al., 2021).
+
     No pair is dropped, unless ``capacity_factor`` is given. Ties go to the lowest expert index.
 
     Args:
