@@ -157,8 +157,9 @@ class GNNMoE(HubMixin, nn.Module):
             self.convs.append(_build_conv(conv, width, out, is_hidden, layer_kwargs, conv_kwargs))
         if decider is not None:  # a layer's cost follows from its router
             for layer in moe_layers:
-                self.convs[layer].k = decider.k
-                self.convs[layer].experts_per_token = decider.experts_per_token
+                moe_conv: Any = self.convs[layer]
+                moe_conv.k = decider.k
+                moe_conv.experts_per_token = decider.experts_per_token
         self.flow = str(self.convs[0].flow)
 
         # 4. Activation, norms and dropouts, the output layer, and the residual maps.
@@ -282,7 +283,8 @@ class GNNMoE(HubMixin, nn.Module):
             x: (N, D) features, or what ``run_layer`` takes for them.
             run_layer: called with the number of a layer and its input; returns its output.
         """
-        x = self.input_dropout(x) if self.training else x
+        if self.training:  # otherwise x may be a graph on disk, which inference runs on
+            x = self.input_dropout(x)
         outputs = []
         for layer in range(self.num_layers):
             x = run_layer(layer, x)

@@ -39,7 +39,7 @@ def inference(
     batch_size: int | None = None,
     return_routing: bool = False,
     folder: str | Path | None = None,
-) -> Tensor | tuple[Tensor, list[Routing]]:
+) -> Any:
     """Logits of all nodes, layer by layer in chunks, without gradients.
 
     They equal those of the forward on the whole graph: each layer routes once over all nodes, so
