@@ -1,12 +1,13 @@
 """Mixture-of-Experts for graphs and images over one shared router core.
 
-To read it, in this order: ``routing`` (which expert handles which token), ``dispatch`` (where tokens move),
-``experts``, ``moe`` (the layer), ``routers`` (from ``base`` and ``token_choice``), ``conv.graph``, ``conv.aggregate``,
-``conv.moe_conv`` (the layer on graphs), ``models.gnn``; then ``convert`` and ``models.vit`` for images. ``losses``,
-``metrics``, ``flops``, ``distributed``, ``plot`` and ``hub`` each stand alone.
+Read the files in this order: ``routing`` (which expert handles which token), ``dispatch`` (where
+tokens move), ``experts``, ``moe`` (the layer), ``routers`` (start with ``base`` and
+``token_choice``), ``conv.graph``, ``conv.aggregate``, ``conv.moe_conv`` (the layer on graphs),
+``models.gnn``; then ``convert`` and ``models.vit`` for images. ``losses``, ``metrics``, ``flops``,
+``distributed``, ``plot`` and ``hub`` each stand alone.
 
-Importing it takes torch alone. What needs torch_geometric, torchvision, torchmetrics or matplotlib is imported where it
-is first used.
+Importing gmoe takes torch alone. Names that need torch_geometric, torchvision, torchmetrics or
+matplotlib are imported on first use.
 """
 
 import importlib
@@ -49,14 +50,58 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Experts", "LinearExperts", "MLPExperts", "MoE", "MoELayer", "SoftMoE", "__version__"]
-__all__ += ["AuxLoss", "Routing", "aux_loss", "combine", "dispatch", "grouped_linear", "record_routing"]
-__all__ += ["ROUTERS", "AttentionVote", "ExpertChoice", "MultiCentroid", "Router", "TokenChoice", "build_router"]
-__all__ += ["OracleRouter", "RandomRouter", "SoftSlots", "UniformRouter"]
-__all__ += ["cv_squared", "importance_loss", "load_loss", "separation_loss", "switch_loss", "z_loss"]
-__all__ += ["RoutingStats", "active_parameters", "count_flops", "match_width", "moefy", "plot"]
-__all__ += ["FilterConv", "GNNMoE", "Graph", "HeteroGNNMoE", "HeteroMoEConv", "MLPConv", "MoEConv", "RelationalConv"]
-__all__ += ["NeighborSampler", "StoredGraph", "ViTMoE", "ViTSize", "neighbor_loader"]
+__all__ = [
+    "ROUTERS",
+    "AttentionVote",
+    "AuxLoss",
+    "ExpertChoice",
+    "Experts",
+    "FilterConv",
+    "GNNMoE",
+    "Graph",
+    "HeteroGNNMoE",
+    "HeteroMoEConv",
+    "LinearExperts",
+    "MLPConv",
+    "MLPExperts",
+    "MoE",
+    "MoEConv",
+    "MoELayer",
+    "MultiCentroid",
+    "NeighborSampler",
+    "OracleRouter",
+    "RandomRouter",
+    "RelationalConv",
+    "Router",
+    "Routing",
+    "RoutingStats",
+    "SoftMoE",
+    "SoftSlots",
+    "StoredGraph",
+    "TokenChoice",
+    "UniformRouter",
+    "ViTMoE",
+    "ViTSize",
+    "__version__",
+    "active_parameters",
+    "aux_loss",
+    "build_router",
+    "combine",
+    "count_flops",
+    "cv_squared",
+    "dispatch",
+    "grouped_linear",
+    "importance_loss",
+    "load_loss",
+    "match_width",
+    "moefy",
+    "neighbor_loader",
+    "plot",
+    "record_routing",
+    "separation_loss",
+    "switch_loss",
+    "z_loss",
+]
 
 _LAZY = {
     "FilterConv": "gmoe.conv.aggregate",
@@ -74,7 +119,7 @@ _LAZY = {
     "ViTMoE": "gmoe.models.vit",
     "ViTSize": "gmoe.models.vit",
 }
-"""The names above that are imported on first use, and their modules (PEP 562)."""
+"""The names that are imported on first use (PEP 562), and their modules."""
 
 
 def __getattr__(name: str) -> Any:
@@ -85,7 +130,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with naming_extras():
-        globals()[name] = value = getattr(importlib.import_module(_LAZY[name]), name)
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value  # from now on without a call of this function
     return value
 
 

@@ -1,6 +1,6 @@
 """Replace the MLPs of a transformer, or the convs of a PyG GNN, with MoE layers.
 
-Shapes: B images, T tokens, D width, E experts, I in, O out features of a linear layer.
+Shapes: B images, T tokens, D width, E experts, I in features and O out features of a linear layer.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from inspect import isfunction
 from typing import Any
 
@@ -17,11 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gmoe._checks import change_of, check, check_counts
+from gmoe._checks import change_of
 from gmoe._mlps import read_mlp
 from gmoe.dispatch import Backend
-from gmoe.moe import MoE, MoELayer, Start, check_copies, check_start, refuse_unknown
+from gmoe.moe import (
+    MoE,
+    MoELayer,
+    Start,
+    check_copies,
+    check_start,
+    choose_blocks,
+    refuse_unknown,
+)
 from gmoe.routers import Router, RouterLike, build_router
+from gmoe.routing import Routing
 
 
 def moefy(
@@ -39,49 +48,56 @@ def moefy(
     backend: Backend = "auto",
     **unknown: Any,
 ) -> nn.Module:
-    r"""Add experts to a transformer's MLPs or a GNN's convs; the first forward stays the dense model's.
+    r"""Add experts to a transformer's MLPs or a GNN's convs, with an unchanged first forward.
 
     .. math::
         y_t = \mathrm{mlp}(x_t) + \sum_e w_{te} f_e(x_t), \qquad f_e = 0 \text{ at the start}
 
-    The MLP stays as the shared expert, with its hooks, parametrizations, dropout and frozen parameters.
-    Router and experts train even if the model is frozen.
+    The MLP stays as the shared expert, with its hooks, parametrizations, dropout and frozen
+    parameters. Router and experts train even if the model is frozen.
 
-    - Transformers are changed in place: torchvision's, timm's and Hugging Face's ViTs, Swins, or any model with blocks
-      in a ``ModuleList`` or ``Sequential`` that each hold an ``mlp``. Blocks are numbered across stages.
+    - Transformers are changed in place: torchvision's, timm's and Hugging Face's ViTs, Swins, or
+      any model with blocks in a ``ModuleList`` or ``Sequential`` that each hold an ``mlp``. Blocks
+      are numbered across stages.
     - Any other model is changed in place if ``targets`` names its MLPs or PyG convs.
-    - Of a PyG ``GCN``, ``GraphSAGE``, ``GIN``, ``GAT``, ... without ``targets`` all convs but an output layer's.
+    - In a PyG ``GCN``, ``GraphSAGE``, ``GIN``, ``GAT``, ..., without ``targets``, all convs except
+      that of the output layer become MoE.
 
-    An MLP is linear, activation, linear: in a ``Sequential`` as torchvision's, or as timm's ``Mlp``; or gated, with one
-    layer twice as wide or two before the last (timm's ``GluMlp`` and ``SwiGLU``, Llama's ``w1``, ``w2``, ``w3``). Norms
-    before the linear layers and dropout are kept. It is read by what it computes: it is run once on random tokens, and
-    the order of the calls of its parts counts, not the order of their names. An MLP sees tokens as (B, ..., D): those
-    of an image, in a row or in a grid, are one group, padding included, so that padding takes places where experts
-    choose.
+    An MLP is linear, activation, linear: in a ``Sequential`` as torchvision's, or as timm's
+    ``Mlp``; or gated, with one layer twice as wide or two before the last (timm's ``GluMlp`` and
+    ``SwiGLU``, Llama's ``w1``, ``w2``, ``w3``). Dropout is kept, and so are norms before the linear
+    layers. The MLP is read by what it computes: it runs once on random tokens, and the order in
+    which its parts are called counts, not the order of their names. An MLP sees
+    (B, ..., D): the tokens of an image, in a row or in a grid, are one group. Padding is part of
+    the group, so it takes up places where experts choose.
 
     Args:
         model: the dense model.
-        every: n; block, target or layer ``i`` becomes MoE where ``i % n == n - 1`` (default 2 of a transformer, 1 of
-            ``targets`` and of a GNN, whose output layer stays dense).
+        every: n; block, target or layer ``i`` becomes MoE if ``i % n == n - 1`` (default 2 for a
+            transformer, 1 for ``targets`` and for a GNN, whose output layer stays dense).
         k: K, experts per token (default 1).
         router: a name or factory (default ``"token_choice"``); each layer gets its own router.
         num_experts: E (default 8).
-        upcycle: with ``start="shared"``, the experts begin as copies of the dense layer as it is now, of an MLP all but
-            its last layer (default); ``False`` draws them afresh.
-        targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1", "conv2"]``, instead
-            of the ``mlp`` of all blocks (default ``None``). Modules inside a match go with it.
-        blocks: numbers of the blocks, or targets, that become MoE, instead of ``every``; -1 is the last (default
-            ``None``).
+        upcycle: with ``start="shared"``, the experts begin as copies of the current dense layer,
+            for an MLP without its last layer (default); ``False`` draws them anew.
+        targets: patterns of ``model.named_modules()``, such as ``"blocks.*.mlp"`` or ``["conv1",
+            "conv2"]``, instead of the ``mlp`` of all blocks (default ``None``). Modules inside a
+            match are replaced with it.
+        blocks: numbers of the blocks, or targets, that become MoE, instead of ``every``; -1 is the
+            last (default ``None``).
         start: how the layers start.
 
-            - ``"shared"`` (default, ``None``): the dense MLP or conv stays, as a shared expert, and what is added to it
-              starts at zero: an expert's last layer, of a conv the gain of :class:`MoEConv`.
-            - ``"copies"``: the experts are copies of it and all that is left of it, and train even if it was frozen
-              (sparse upcycling, `Komatsuzaki et al., 2023 <https://arxiv.org/abs/2212.05055>`_). The model starts as
-              the dense one, since a token's weights sum to 1; other routers are refused (``router.sums_to_one``): token
-              choice and centroids take ``router_kwargs={"weight": "straight_through"}`` at K = 1 and are right as they
-              are above. That the copies compute what the MLP does is verified on random tokens.
-            - ``"plain"``: independent experts of its form, drawn afresh.
+            - ``"shared"`` (default, ``None``): the dense MLP or conv stays as a shared expert, and
+              what is added to it starts at zero: the last layer of an MLP's experts, or the gain of
+              a :class:`MoEConv`.
+            - ``"copies"``: the experts are copies of the dense layer and replace it; they train
+              even if it was frozen (sparse upcycling, `Komatsuzaki et al., 2023
+              <https://arxiv.org/abs/2212.05055>`_). The model starts as the dense one, since a
+              token's weights sum to 1; other routers are refused (``router.sums_to_one``): token
+              choice and centroids need ``router_kwargs={"weight": "straight_through"}`` at K = 1
+              and work with their defaults above. Random tokens verify that the copies compute what
+              the MLP does.
+            - ``"plain"``: independent experts of the same form, drawn anew.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
 
@@ -89,102 +105,168 @@ def moefy(
         The model with MoE layers; collect their routings with :func:`gmoe.record_routing`.
 
     Raises:
-        ValueError: no such blocks or targets, fewer than ``every``, or an argument out of range; an MLP of another
-            form, or without values (on the meta device); with copies or plain experts, one that computes something
-            else than it looks like, or with what its weights alone would lose: a parametrized weight (weight norm,
-            spectral norm, pruning), hooks, linear layers of an own class (LoRA, quantized).
+        ValueError: no such blocks or targets, fewer than ``every``, or an argument out of range; an
+            MLP of another form, or without values (on the meta device); with copies or plain
+            experts, one that computes something other than its parts suggest, or one that is more
+            than its weights: a parametrized weight (weight norm, spectral norm, pruning), hooks,
+            linear layers of a custom class (LoRA, quantized).
 
     Example:
-        >>> vit = moefy(timm.create_model("vit_tiny_patch16_224"), blocks=[-3, -1], router="expert_choice")
+        >>> vit = timm.create_model("vit_tiny_patch16_224")
+        >>> vit = moefy(vit, blocks=[-3, -1], router="expert_choice")
         >>> gnn = moefy(gnn, targets="conv*")
     """
     refuse_unknown("moefy", unknown)
-    check(not isinstance(router, Router), "router", "an instance for several layers", "a name or a factory")
-    options: dict[str, Any] = {"num_experts": num_experts, "k": k, "router": router, "router_kwargs": router_kwargs}
-    options |= {"upcycle": upcycle, "start": check_start(start), "backend": backend}
-    check(upcycle or start != "copies", "upcycle", False, "True with start='copies'")
-    usual, widths = 2 if targets is None else 1, dict[str, int]()
-    pyg = sys.modules.get("torch_geometric.nn")  # who has a PyG model has imported it
-    if pyg is not None and targets is None and isinstance(model, pyg.models.basic_gnn.BasicGNN):
-        hidden = range(model.num_layers - (model.jk_mode is None))
-        usual, widths = 1, {f"convs.{i}": model.hidden_channels if i else model.in_channels for i in hidden}
-        found = list(widths)
-    else:
-        found = _mlps(model) if targets is None else _matches(model, targets)
-    names = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
-    chosen = choose_blocks(len(names), usual if every is None else every, blocks)
-    modules = {names[i]: model.get_submodule(names[i]) for i in chosen}
+    if isinstance(router, Router):
+        raise ValueError("router: got an instance for several layers, expected a name or a factory")
+    start = check_start(start)
+    if start == "copies" and not upcycle:
+        raise ValueError("upcycle: got False, expected True with start='copies'")
+
+    # 1. List the layers that can become MoE, and choose among them.
+    candidates = _candidates(model, targets)
+    if every is None:
+        every = candidates.every
+    chosen = choose_blocks(len(candidates.names), every, blocks)
+    modules = {candidates.names[i]: model.get_submodule(candidates.names[i]) for i in chosen}
+
+    # 2. Build all MoE layers before changing any: an error leaves the model as it was.
+    options: dict[str, Any] = {
+        "num_experts": num_experts,
+        "k": k,
+        "router": router,
+        "router_kwargs": router_kwargs,
+        "upcycle": upcycle,
+        "start": start,
+        "backend": backend,
+    }
+    pyg = _imported_pyg()
     layers: dict[nn.Module, nn.Module] = {}
-    for name, module in modules.items():  # build all before changing any: an error leaves the model as it was
-        check(not isinstance(module, MoELayer), "model", f"{name}, a MoE already", "a dense one; see `blocks`")
-        empty = any(is_lazy(p) or p.is_meta for p in module.parameters())
-        check(not empty, "model", "parameters on the meta device or of lazy layers", "ones with values")
-        build = _moe
+    for name, module in modules.items():
+        _check_convertible(name, module)
+        if module in layers:  # A module that is used twice becomes one layer that is used twice.
+            continue
         if pyg is not None and isinstance(module, pyg.MessagePassing):
-            build = partial(_moe_conv, width=widths.get(name))
-        if module not in layers:  # one that is used twice stays one
-            layers[module] = build(name, module, **options)
+            width = candidates.widths.get(name)
+            layers[module] = _moe_conv(name, module, width=width, **options)
+        else:
+            layers[module] = _moe(name, module, **options)
+
+    # 3. Put them in place.
     for name, module in modules.items():
         model.set_submodule(name, layers[module])
     return model
 
 
-def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -> list[int]:
-    """Number the blocks that become MoE: every n-th of ``count``, or those that are named, from the end too.
+# What to replace ----------------------------------------------------------------------------------
 
-    Raises:
-        ValueError: no block, or one that is not there or is named twice.
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The layers of a model that can become MoE."""
+
+    names: list[str]
+    every: int
+    """Every so many of them become MoE by default."""
+    widths: dict[str, int] = field(default_factory=dict)
+    """The input widths of the layers that may not know theirs: PyG's GIN has no ``in_channels``."""
+
+
+def _imported_pyg() -> Any:
+    """``torch_geometric.nn``, or ``None`` if nobody imported it: a PyG model implies that it was.
+
+    Looking it up here keeps ``import gmoe`` free of PyG.
     """
-    check_counts(every=every)
-    if blocks is None:
-        check(every <= count, "every", every, f"at most {count}, the number of blocks or hidden layers (with jk, all)")
-        return list(range(every - 1, count, every))
-    try:
-        chosen = sorted({range(count)[block] for block in blocks})
-    except (IndexError, TypeError):
-        chosen = []
-    check(chosen and len(chosen) == len(blocks), "blocks", blocks, f"some of {-count} to {count - 1}, each once")
-    return chosen
+    return sys.modules.get("torch_geometric.nn")
+
+
+def _candidates(model: nn.Module, targets: str | Sequence[str] | None) -> _Candidates:
+    """The convs of a PyG model, the MLPs of a transformer, or what ``targets`` match."""
+    if targets is not None:
+        return _Candidates(_outermost(_matches(model, targets)), every=1)
+    pyg = _imported_pyg()
+    if pyg is not None and isinstance(model, pyg.models.basic_gnn.BasicGNN):
+        # With jumping knowledge a linear layer is the output, and all convs are hidden layers.
+        num_hidden = model.num_layers if model.jk_mode is not None else model.num_layers - 1
+        widths = {f"convs.{i}": model.hidden_channels for i in range(num_hidden)}
+        if num_hidden > 0:
+            widths["convs.0"] = model.in_channels
+        return _Candidates(list(widths), every=1, widths=widths)
+    return _Candidates(_outermost(_mlps(model)), every=2)
+
+
+def _outermost(names: list[str]) -> list[str]:
+    """The modules that do not lie inside another one of the list."""
+    return [name for name in names if not any(name.startswith(f"{outer}.") for outer in names)]
 
 
 def _mlps(model: nn.Module) -> list[str]:
     """The names of the MLPs of transformer blocks, in order."""
-    found = [
-        f"{name}.{key}.mlp".lstrip(".")
-        for name, container in model.named_modules(remove_duplicate=False)
-        if isinstance(container, nn.ModuleList | nn.Sequential)
-        and all(isinstance(getattr(block, "mlp", None), nn.Module) for block in container)
-        for key, _ in container.named_children()
-    ]
-    legal = "a transformer with blocks that hold an `mlp`, such as timm's VisionTransformer, or a PyG BasicGNN"
-    check(found, "model", type(model).__name__, f"{legal}; or `targets`, patterns of the names of MLPs or convs")
-    return found
+    names = []
+    for name, container in model.named_modules(remove_duplicate=False):
+        if not isinstance(container, nn.ModuleList | nn.Sequential):
+            continue
+        if all(isinstance(getattr(block, "mlp", None), nn.Module) for block in container):
+            for key, _ in container.named_children():
+                names.append(f"{name}.{key}.mlp".lstrip("."))
+    if not names:
+        raise ValueError(
+            f"model: got {type(model).__name__}, expected a transformer with blocks that hold an "
+            "`mlp`, such as timm's VisionTransformer, or a PyG BasicGNN; or `targets`, patterns of "
+            "the names of MLPs or convs"
+        )
+    return names
 
 
 def _matches(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """The names of the modules that match a pattern."""
+    """The names of the modules that match a pattern, in the model's order."""
     patterns = [targets] if isinstance(targets, str) else list(targets)
-    check(patterns, "targets", repr(targets), "a pattern of names of modules, or a list of them")
-    named = model.named_modules(remove_duplicate=False)
-    names = [name for name, module in named if name and not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+    if not patterns:
+        raise ValueError(
+            f"targets: got {targets!r}, expected a pattern of names of modules, or a list of them"
+        )
+    names = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    ]
     for pattern in patterns:
-        matches = any(fnmatchcase(name, pattern) for name in names)
-        check(matches, "targets", repr(pattern), f"a pattern of names that are there, such as {', '.join(names[:8])}")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"targets: got {pattern!r}, expected a pattern that matches names of the model, "
+                f"such as {', '.join(names[:8])}"
+            )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-# MLPs -----------------------------------------------------------------------------------------------------------------
+def _check_convertible(name: str, module: nn.Module) -> None:
+    """Refuse a layer that is a MoE already, or whose parameters have no values to copy."""
+    if isinstance(module, MoELayer):
+        raise ValueError(f"model: got {name}, a MoE already, expected a dense one; see `blocks`")
+    if any(is_lazy(parameter) or parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(
+            "model: got parameters on the meta device or of lazy layers, expected ones with values"
+        )
+
+
+# MLPs ---------------------------------------------------------------------------------------------
 
 
 class TokenMoE(MoE):
-    """A MoE on (B, ..., D) whose groups are the B entries: all tokens of an image, in a row or in a grid."""
+    """A MoE on (B, ..., D), where each of the B entries is a group: all tokens of an image."""
 
-    def forward(self, x: Tensor, *others: Any, return_routing: bool = False) -> Any:
-        """See :class:`MoE`; it takes tokens alone."""
+    def forward(
+        self, x: Tensor, *others: Any, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """See :class:`MoE`; it takes tokens only."""
         if others:
-            got = f"{len(others)} arguments behind the tokens"
-            raise ValueError(f"forward: got {got}, expected none: experts see tokens alone")
-        y, routing = super().forward(x.flatten(1, -2) if x.dim() > 3 else x, return_routing=True)
+            raise ValueError(
+                f"forward: got {len(others)} arguments behind the tokens, expected none: experts "
+                "see tokens only"
+            )
+        # (B, H, W, D) grids, as Swins have them, become rows of tokens: (B, H * W, D).
+        rows = x.flatten(1, -2) if x.dim() > 3 else x
+        y, routing = self._route_and_run(rows)
         y = y.view(*x.shape[:-1], y.size(-1))
         return (y, routing) if return_routing else y
 
@@ -201,12 +283,13 @@ def _moe(
     start: Start,
     backend: Backend,
 ) -> MoE:
-    """The layer in place of an MLP."""
+    """The MoE layer that replaces an MLP."""
     dense = read_mlp(name, mlp)
     copied = start == "copies" or (start == "shared" and upcycle)
     if start != "shared":
         _check_nothing_is_lost(name, mlp, copied)
-    experts = dense.experts(num_experts, copied, zero_init=start == "shared", backend=backend)
+    zero_init = start == "shared"  # the shared expert alone is the dense model
+    experts = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
     built = build_router(router, experts.in_features, num_experts, k, router_kwargs)
     check_copies(start, built)
     layer = TokenMoE(built, experts)
@@ -218,52 +301,110 @@ def _moe(
 
 @torch.no_grad()
 def _check_nothing_is_lost(name: str, mlp: nn.Module, upcycle: bool) -> None:
-    """Refuse an MLP whose copies would not be the MLP."""
-    legal = "a plain MLP, since experts would not run them; keep it with start='shared'"
+    """Refuse an MLP whose experts would not compute the same function.
+
+    Args:
+        name: of the MLP in its model, for errors.
+        mlp: the dense MLP.
+        upcycle: experts are copies of the MLP; then one is compared with it on random tokens.
+    """
     for path, part in mlp.named_modules(prefix=name):
         change = change_of(part)
-        check(change is None, "model", f"{path} with {change}", legal)
+        if change is not None:
+            raise ValueError(
+                f"model: got {path} with {change}, expected a plain MLP, since experts would not "
+                "run it; keep it with start='shared'"
+            )
     if not upcycle:
         return
-    dense = copy.deepcopy(mlp).cpu().double()  # not every device has doubles
+    dense = copy.deepcopy(mlp).cpu().double()  # Not every device has doubles.
     for part in dense.modules():
-        if isinstance(part, nn.Dropout):  # experts have the same dropouts
+        if isinstance(part, nn.Dropout):  # Experts have the same dropouts: leave them out here.
             part.p = 0.0
     with torch.device("cpu"):
-        expert = read_mlp(name, dense).experts(1, upcycle=True, zero_init=False, backend="loop").eval()
-        tokens = torch.randn(2, 3, expert.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        copied = expert(tokens.flatten(0, 1), torch.tensor([6]))
-        expected = dense.train()(tokens)  # in training mode, so that a dropout that is a function shows
-    same = expected.numel() == copied.numel() and torch.allclose(expected.view_as(copied), copied, atol=1e-8)
-    legal = "one that computes linear, activation, linear of each token, as it looks; or start='shared'"
-    check(same, "model", f"{name}, a {type(mlp).__name__} that computes something else", legal)
+        copies = read_mlp(name, dense).experts(1, upcycle=True, zero_init=False, backend="loop")
+        copies.eval()
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randn(2, 3, copies.in_features, dtype=torch.float64, generator=generator)
+        actual = copies(tokens.flatten(0, 1), torch.tensor([6]))
+        # In training mode, which exposes a dropout that is a function, not a module.
+        expected = dense.train()(tokens)
+    same = expected.numel() == actual.numel() and torch.allclose(
+        expected.view_as(actual), actual, atol=1e-8
+    )
+    if not same:
+        raise ValueError(
+            f"model: got {name}, a {type(mlp).__name__} that computes something else than its "
+            "parts suggest, expected one that computes linear, activation, linear of each token; "
+            "or start='shared'"
+        )
 
 
-# convs ----------------------------------------------------------------------------------------------------------------
+# Convs --------------------------------------------------------------------------------------------
 
 
-def _moe_conv(name: str, conv: Any, *, width: int | None, upcycle: bool, start: Start, **options: Any) -> Any:
-    """The layer in place of a PyG conv: copies of it as its experts and, frozen if it is, as the shared one."""
-    from gmoe.conv.kinds import CopyOf, Trial
+def _moe_conv(
+    name: str, conv: Any, *, width: int | None, upcycle: bool, start: Start, **options: Any
+) -> nn.Module:
+    """The MoE layer that replaces a PyG conv: its copies are the experts and the shared expert.
+
+    The shared expert stays frozen if the conv is.
+    """
+    from gmoe.conv.kinds import CopyOf
     from gmoe.conv.moe_conv import MoEConv
 
-    width = getattr(conv, "in_channels", None) or width
-    if width in (None, -1, (-1, -1)):  # of a GIN, which has no widths, or where a first call gave them
-        width = next((p.size(1) for p in conv.parameters() if p.dim() == 2), 0)
-    out: Any = getattr(conv, "out_channels", None) or (width and Trial(conv, width).width)
-    check(out, "model", f"{name}, a {type(conv).__name__} of unknown widths", "in_channels and out_channels")
-    for path, part in conv.named_modules(prefix=name):
-        # A function may hold the conv itself, which then would run in place of its copies.
-        patched = [key for key, value in vars(part).items() if isfunction(value) and hasattr(type(part), key)]
-        legal = "a conv whose methods are those of a class, since experts are copies of it"
-        check(not patched, "model", f"{path} with a function as its {', '.join(patched)}", legal)
+    in_channels, out_channels = _conv_widths(name, conv, width)
+    _check_methods(name, conv)
     is_frozen = not any(parameter.requires_grad for parameter in conv.parameters())
     copied = copy.deepcopy(conv)
-    if is_frozen:  # Experts train all the same. Where some parameters are frozen, as under LoRA, they stay so.
+    if is_frozen:
+        # Experts train even so. If only some parameters are frozen, as under LoRA, those stay
+        # frozen.
         copied.requires_grad_(True)
-    layer = MoEConv(CopyOf(copied), width, out, start=start, **options)
+    layer = MoEConv(CopyOf(copied), in_channels, out_channels, start=start, **options)
     if is_frozen and layer.shared_expert is not None:
         layer.shared_expert.requires_grad_(False)
     if start == "plain" or not upcycle:
         layer.experts.reset_parameters()
     return layer.to(next(conv.parameters())).train(conv.training)
+
+
+def _conv_widths(name: str, conv: Any, width: int | None) -> tuple[Any, Any]:
+    """The in and out channels of a conv, which not every kind tells.
+
+    Args:
+        name: of the conv in its model, for errors.
+        conv: the conv.
+        width: its input width as its model knows it, or ``None``.
+    """
+    from gmoe.conv.kinds import Trial
+
+    in_channels = getattr(conv, "in_channels", None) or width
+    if in_channels in (None, -1, (-1, -1)):
+        # A GIN has no widths, and a lazy conv keeps -1 after its first call: ask the first matrix.
+        matrices = [parameter for parameter in conv.parameters() if parameter.dim() == 2]
+        in_channels = matrices[0].size(1) if matrices else 0
+    out_channels = getattr(conv, "out_channels", None)
+    if not out_channels and in_channels:
+        out_channels = Trial(conv, in_channels).width
+    if not out_channels:
+        raise ValueError(
+            f"model: got {name}, a {type(conv).__name__} of unknown widths, expected in_channels "
+            "and out_channels"
+        )
+    return in_channels, out_channels
+
+
+def _check_methods(name: str, conv: nn.Module) -> None:
+    """Refuse patched methods: such a function may hold the conv, and would run it, not its copy."""
+    for path, part in conv.named_modules(prefix=name):
+        patched = [
+            key
+            for key, value in vars(part).items()
+            if isfunction(value) and hasattr(type(part), key)
+        ]
+        if patched:
+            raise ValueError(
+                f"model: got {path} with a function as its {', '.join(patched)}, expected a conv "
+                "whose methods are those of a class, since experts are copies of it"
+            )

@@ -1,7 +1,8 @@
-"""Sums over the processes of ``torch.distributed``, so that statistics are those of the global batch.
+"""Sums over the processes of ``torch.distributed``, for statistics of the global batch.
 
-Under data parallelism every process sees a part of the batch. Loads, balance losses and running means of routers follow
-from sums over tokens, so that the sums over processes give what one process with the whole batch would have.
+Under data parallelism every process sees a part of the batch. Loads, balance losses and running
+means of routers follow from sums over tokens. Summed over processes, these give what one process
+with the whole batch would compute.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from torch import Tensor
 
 
 def world_size(group: Any = None) -> int:
-    """The number of processes: 1 where ``torch.distributed`` was not initialized."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    """The number of processes: 1 if ``torch.distributed`` was not initialized."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(group)
+    return 1
 
 
 def world_sum(x: Tensor, group: Any = None) -> Tensor:
     """The sum of ``x`` over the processes; every process has to call it.
 
-    Its gradient is that of the local term times the number of processes: ``DistributedDataParallel`` takes the mean of
-    gradients over processes, which makes it the gradient of the sum.
+    Its gradient is that of the local term times the number of processes.
+    ``DistributedDataParallel`` averages gradients over processes, which turns this into the
+    gradient of the sum.
 
     Args:
         x: of the same shape everywhere.
@@ -32,4 +36,6 @@ def world_sum(x: Tensor, group: Any = None) -> Tensor:
         return x
     total = x.detach().clone()
     dist.all_reduce(total, group=group)
-    return total + size * (x - x.detach()) if x.requires_grad else total
+    if not x.requires_grad:
+        return total
+    return total + size * (x - x.detach())  # adds zero, with the gradient

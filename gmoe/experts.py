@@ -1,4 +1,8 @@
-"""Stacked experts. Shapes: E experts, T tokens, P pairs sorted by expert, I in, H hidden, O out features."""
+"""Stacked experts: E functions whose parameters lie in one tensor each.
+
+Shapes: E experts, T tokens, P pairs sorted by expert, I in, H hidden, O out features, U columns of
+the first layer (H, or 2 H if it is gated).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check, check_choice, check_counts
+from gmoe._checks import check_choice, check_counts
 from gmoe.dispatch import Backend, combine, dispatch, grouped_linear
 from gmoe.routing import Routing
 
@@ -22,8 +26,8 @@ class Experts(nn.Module, ABC):
     """E functions of the same shape.
 
     ``experts(x (T, I), routing) -> (T, O)`` is the mixture :math:`y_t = \\sum_e w_{te} f_e(x_t)`;
-    ``experts(x (P, I), offsets (E,)) -> (P, O)`` runs expert ``e`` on the rows ``offsets[e - 1]:offsets[e]``. A
-    subclass writes :meth:`rows`.
+    ``experts(x (P, I), offsets (E,)) -> (P, O)`` runs expert ``e`` on the rows
+    ``offsets[e - 1]:offsets[e]``. A subclass implements :meth:`rows`.
 
     Args:
         in_features: I.
@@ -50,14 +54,17 @@ class Experts(nn.Module, ABC):
         """The mixture over tokens, or each expert on its rows; see the class."""
         if isinstance(routing, Tensor):
             return self.rows(x, routing)
-        return combine(self.rows(dispatch(x, routing), routing.offsets), routing)
+        # Gather each expert's rows, run the experts, scatter back by weight.
+        x_PI = dispatch(x, routing)
+        y_PO = self.rows(x_PI, routing.offsets)
+        return combine(y_PO, routing)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, num_experts={self.num_experts}"
 
 
 class LinearExperts(Experts):
-    """One linear layer per expert, initialized as E separate ``nn.Linear`` are.
+    """One linear layer per expert, initialized as E separate ``nn.Linear`` layers are.
 
     Args:
         in_features: I.
@@ -98,21 +105,29 @@ class LinearExperts(Experts):
             for parameter in self.parameters():
                 parameter.zero_()
             return
-        sizes, bias = (self.in_features, self.out_features), self.bias is not None
-        for expert in range(self.num_experts):  # a stacked tensor would have another fan-in
-            linear = nn.Linear(*sizes, bias, device=self.weight.device, dtype=self.weight.dtype)
+        # One by one: nn.Linear's scale depends on the fan-in, which it would misread in a stacked
+        # tensor.
+        for expert in range(self.num_experts):
+            linear = nn.Linear(
+                self.in_features,
+                self.out_features,
+                self.bias is not None,
+                device=self.weight.device,
+                dtype=self.weight.dtype,
+            )
             self.copy_(expert, linear.weight.T, linear.bias)
 
     @torch.no_grad()
     def copy_(self, expert: int | slice, weight: Tensor, bias: Tensor | None) -> None:
-        """Take over the weight (I, O) and the bias of one expert, or of several."""
+        """Copy a weight (I, O) and a bias (O,) to one expert, or to several."""
         self.weight[expert] = weight
         if self.bias is not None and bias is not None:
             self.bias[expert] = bias
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
-        if self.num_experts == 1:
-            return F.linear(x_PI.to(self.weight.dtype), self.weight[0].T, None if self.bias is None else self.bias[0])
+        if self.num_experts == 1:  # all rows are this expert's
+            bias = None if self.bias is None else self.bias[0]
+            return F.linear(x_PI.to(self.weight.dtype), self.weight[0].T, bias)
         return grouped_linear(x_PI, self.weight, self.bias, offsets_E, self.backend)
 
 
@@ -122,24 +137,27 @@ class MLPExperts(Experts):
     With ``glu`` the first layer is twice as wide and gates itself: :math:`\phi(g) \odot u` with
     :math:`[g, u] = x W_e + b_e` (`Shazeer, 2020 <https://arxiv.org/abs/2002.05202>`_).
 
-    Its parts may be replaced: ``up`` and ``down`` by anything that is called with ``(rows (P, I), offsets (E,))``, such
-    as LoRA or quantized layers, the dropouts and norms by any module; whatever is there runs.
+    You may replace its parts: ``up`` and ``down`` by anything that is called with ``(rows (P, I),
+    offsets (E,))``, such as LoRA or quantized layers; the dropouts and norms by any module.
 
     Args:
         in_features: I.
         hidden_features: H.
         out_features: O.
         num_experts: E.
-        activation: an elementwise function or module, or the name of one in ``torch.nn.functional`` (default
-            ``"gelu"``).
+        activation: an elementwise function or module, or the name of one in ``torch.nn.functional``
+            (default ``"gelu"``).
         glu: gate the hidden layer (default ``False``).
-        dropout: probability of dropping a hidden unit, and an output; or the two of them (default 0).
+        dropout: probability of dropping a hidden unit, and an output; or the two of them (default
+            0).
         bias: learn biases (default ``True``).
-        input_norm: a module on the rows (P, I) before the first layer (default ``None``). All experts share it, so
-            that it had better have no parameters: an expert's own scale and shift are part of its next layer.
+        input_norm: a module on the rows (P, I) before the first layer (default ``None``). All
+            experts share it, so it should have no parameters: an expert's own scale and shift can
+            be part of its next layer.
         hidden_norm: the same on the hidden rows (P, H), before the second layer.
-        zero_init: start the second layer at zero, so that the experts add nothing to a shared expert at first; its
-            gradient is not zero, and from the second step on all have one (default ``False``).
+        zero_init: start the second layer at zero, so that the experts add nothing to a shared
+            expert at first (default ``False``). Only that layer gets a gradient in the first step;
+            from the second step on all parameters do.
         backend: see :func:`gmoe.grouped_linear` (default ``"auto"``).
 
     Raises:
@@ -164,16 +182,21 @@ class MLPExperts(Experts):
     ) -> None:
         super().__init__(in_features, out_features, num_experts)
         check_counts(hidden_features=hidden_features)
-        found = getattr(F, activation, None) if isinstance(activation, str) else activation
-        check(callable(found), "activation", repr(activation), "a function, or a name in torch.nn.functional")
+        function = getattr(F, activation, None) if isinstance(activation, str) else activation
+        if not callable(function):
+            raise ValueError(
+                f"activation: got {activation!r}, expected a function, or a name in "
+                "torch.nn.functional"
+            )
         self.hidden_features = hidden_features
-        self.activation: Any = found
+        self.activation: Any = function
         self.glu = glu
         linear = partial(LinearExperts, num_experts=num_experts, bias=bias, backend=backend)
         self.up = linear(in_features, 2 * hidden_features if glu else hidden_features)
         self.down = linear(hidden_features, out_features, zero_init=zero_init)
-        dropouts = dropout if isinstance(dropout, tuple) else (dropout, dropout)
-        self.hidden_dropout, self.output_dropout = map(nn.Dropout, dropouts)
+        hidden, output = dropout if isinstance(dropout, tuple) else (dropout, dropout)
+        self.hidden_dropout = nn.Dropout(hidden)
+        self.output_dropout = nn.Dropout(output)
         self.input_norm = input_norm or nn.Identity()
         self.hidden_norm = hidden_norm or nn.Identity()
 
@@ -183,6 +206,11 @@ class MLPExperts(Experts):
 
     def rows(self, x_PI: Tensor, offsets_E: Tensor) -> Tensor:
         u_PU = self.up(self.input_norm(x_PI), offsets_E)
-        half = u_PU.size(1) // 2  # slices, which an activation may overwrite
-        h_PH = self.activation(u_PU[:, :half]) * u_PU[:, half:] if self.glu else self.activation(u_PU)
-        return self.output_dropout(self.down(self.hidden_norm(self.hidden_dropout(h_PH)), offsets_E))
+        if self.glu:
+            half = u_PU.size(1) // 2
+            # Slices, not chunks: an activation may overwrite its input.
+            h_PH = self.activation(u_PU[:, :half]) * u_PU[:, half:]
+        else:
+            h_PH = self.activation(u_PU)
+        h_PH = self.hidden_norm(self.hidden_dropout(h_PH))
+        return self.output_dropout(self.down(h_PH, offsets_E))

@@ -1,9 +1,12 @@
-"""Save a model to a folder or the Hugging Face Hub and load it again; imports torch alone until it is asked to.
+"""Save a model to a folder or the Hugging Face Hub, and load it again.
 
-The files are those of ``huggingface_hub.PyTorchModelHubMixin``: ``config.json``, ``model.safetensors`` and a card,
-``README.md``. That mixin is not the base class here: it would make ``huggingface_hub`` a requirement of every model,
-and it leaves out what JSON cannot hold (a router's class, a list with a factory) without a word, so that another model
-comes back. Here that is refused when the model is saved, and nothing that a file names is ever imported.
+The files are those of ``huggingface_hub.PyTorchModelHubMixin``: ``config.json``,
+``model.safetensors`` and a card, ``README.md``. That mixin is not the base class here, for two
+reasons: every model would require ``huggingface_hub``, and it silently leaves out arguments that
+JSON cannot hold (a router's class, a list with a factory), so that another model comes back. Here,
+saving such a model is an error, and loading never imports anything that a file names.
+
+Importing this module takes torch alone; saving and loading import the rest.
 """
 
 from __future__ import annotations
@@ -16,20 +19,39 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from gmoe._checks import check, naming_extras
+from gmoe._checks import naming_extras
 from gmoe.flops import active_parameters
 
 Model = TypeVar("Model", bound="HubMixin")
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
+
+CARD_TEXT = """---
+library_name: gmoe
+tags: [mixture-of-experts, pytorch]
+---
+
+# {name}
+
+{total:,} parameters, of which an average token uses {active:,}.
+
+```python
+import gmoe
+
+model = gmoe.{name}.from_pretrained("THIS FOLDER OR REPOSITORY")
+```
+"""
 
 
 class HubMixin:
     """Give a model ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
-    The constructor records its arguments: ``self.config = recorded(locals())`` is its first line. A subclass with a
-    constructor of its own does so after ``super().__init__(...)``, with a ``recorded(locals())`` of its first line.
-    Classes are saved by the names that it is told: ``recorded(locals(), known=gmoe.ROUTERS)``.
+    The constructor records its arguments: ``self.config = recorded(locals())`` is its first line. A
+    subclass with its own constructor calls ``recorded(locals())`` in its first line too, and
+    assigns the result to ``config`` after ``super().__init__(...)``. Classes that ``known`` lists
+    are saved by name: ``recorded(locals(), known=gmoe.ROUTERS)``.
     """
 
     config: dict[str, Any]
@@ -39,12 +61,12 @@ class HubMixin:
         """Write configuration, weights and card, and return the folder.
 
         Args:
-            folder: where to; made if it is not there.
+            folder: where to write; created if it does not exist.
 
         Raises:
             ImportError: ``safetensors`` is not installed.
-            ValueError: an argument that JSON cannot hold and no name stands for: a function, a ``partial``, an
-                instance, your own class; a subclass that does not record its arguments.
+            ValueError: an argument that has no form in JSON and no name: a function, a ``partial``,
+                an instance, your own class; a subclass that does not record its arguments.
         """
         with naming_extras():
             from safetensors.torch import save_file
@@ -52,22 +74,25 @@ class HubMixin:
         name = type(self).__name__
         for value in self.config.values():
             if isinstance(value, ValueError):
-                raise ValueError(value)  # a new one, that keeps no frames alive
+                raise ValueError(value)  # a new one, which does not keep old frames alive
         try:
             inspect.signature(type(self)).bind(**self.config)
         except TypeError as error:
-            raise ValueError(f"model: got a {name} ({error}), expected one that records its own arguments") from error
-        # clones: safetensors refuses tensors that share their memory, as tied layers do
-        state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+            raise ValueError(
+                f"model: got a {name} ({error}), expected one that records its own arguments"
+            ) from error
+        # Clones, since safetensors refuses tensors that share their memory, as tied layers do.
+        state = {
+            key: value.detach().cpu().contiguous().clone()
+            for key, value in model.state_dict().items()
+        }
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps({"model": name, "arguments": self.config}, indent=2) + "\n")
+        config = {"model": name, "arguments": self.config}
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         total = sum(parameter.numel() for parameter in model.parameters())
-        (folder / "README.md").write_text(
-            f"---\nlibrary_name: gmoe\ntags: [mixture-of-experts, pytorch]\n---\n\n# {name}\n\n"
-            f"{total:,} parameters, of which an average token uses {active_parameters(model):,}.\n\n"
-            f'```python\nimport gmoe\n\nmodel = gmoe.{name}.from_pretrained("THIS FOLDER OR REPOSITORY")\n```\n'
-        )
+        card = CARD_TEXT.format(name=name, total=total, active=active_parameters(model))
+        (folder / CARD).write_text(card)
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         return folder
 
@@ -75,19 +100,20 @@ class HubMixin:
     def from_pretrained(
         cls: type[Model], folder: str | Path, *, revision: str | None = None, **arguments: Any
     ) -> Model:
-        """Build a saved model on the CPU, with the saved weights in their own dtypes, in evaluation mode.
+        """Build a saved model in evaluation mode on the CPU, with the dtypes of the saved weights.
 
         Args:
-            folder: a folder, or the name of a repository on the Hub, ``"owner/name"``; for a private one log in first
-                (``hf auth login``, or ``HF_TOKEN``).
+            folder: a folder, or the name of a repository on the Hub, ``"owner/name"``; log in first
+                to load a private one (``hf auth login``, or ``HF_TOKEN``).
             revision: a branch, tag or commit of the repository.
             **arguments: arguments of the constructor in place of the saved ones.
 
         Raises:
-            ImportError: ``safetensors`` is not installed, or, for a repository, ``huggingface_hub``.
+            ImportError: ``safetensors`` is not installed, or, for a repository,
+                ``huggingface_hub``.
             FileNotFoundError: a file is missing.
-            ValueError: a file, by its name, that is damaged or of another class; weights that do not fit the
-                configuration.
+            ValueError: a file that is damaged or holds another class; weights that do not fit the
+                configuration. The message names the file.
         """
         with naming_extras():
             from safetensors import SafetensorError
@@ -95,28 +121,39 @@ class HubMixin:
         if not Path(folder).is_dir():
             with naming_extras():
                 from huggingface_hub import snapshot_download
-            folder = snapshot_download(str(folder), revision=revision, allow_patterns=[CONFIG, WEIGHTS])
-        config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+            folder = snapshot_download(
+                str(folder), revision=revision, allow_patterns=[CONFIG, WEIGHTS]
+            )
+        config = Path(folder) / CONFIG
+        weights = Path(folder) / WEIGHTS
         text = config.read_bytes()
-        try:  # whatever is wrong with a file from the network; PyG's constructors raise all kinds of errors
-            saved = json.loads(text)
-            check(saved["model"] == cls.__name__, "model", saved["model"], cls.__name__)
-            model: Any = cls(**(_with_start(saved["arguments"]) | arguments))
-        except Exception as error:
-            legal = f"what save_pretrained writes of a {cls.__name__}"
-            raise ValueError(f"{config}: got {type(error).__name__}: {error}, expected {legal}") from error
         try:
-            model.load_state_dict(load_file(weights), assign=True)  # assign: in the dtypes of the file
+            saved = json.loads(text)
+            if saved["model"] != cls.__name__:
+                raise ValueError(f"model: got {saved['model']}, expected {cls.__name__}")
+            model: Any = cls(**(_with_start(saved["arguments"]) | arguments))
+        except Exception as error:  # a file from the network may hold anything
+            raise ValueError(
+                f"{config}: got {type(error).__name__}: {error}, expected what save_pretrained "
+                f"writes of a {cls.__name__}"
+            ) from error
+        try:
+            # assign: the parameters take the dtypes of the file.
+            model.load_state_dict(load_file(weights), assign=True)
         except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{weights}: got {error}, expected the weights of the model in {CONFIG}") from error
+            raise ValueError(
+                f"{weights}: got {error}, expected the weights of the model in {CONFIG}"
+            ) from error
         return model.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
-        """Make the repository if it is not there, upload what :meth:`save_pretrained` writes, return the commit's URL.
+        """Upload what :meth:`save_pretrained` writes, and return the commit's URL.
+
+        Creates the repository if it does not exist.
 
         Args:
             repo_id: the repository's name, ``"owner/name"``.
-            private: a new repository is private (default: the owner's setting).
+            private: make a new repository private (default: the owner's setting).
 
         Raises:
             ImportError: ``huggingface_hub`` or ``safetensors`` is not installed.
@@ -132,45 +169,55 @@ class HubMixin:
 
 
 def _with_start(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a model that was saved before ``start`` took the place of two.
+    """The arguments of a saved model, with ``start`` in place of the two that it has replaced.
 
     Raises:
-        ValueError: a shared expert without a dense start, which there is no longer.
+        ValueError: a shared expert without a dense start: such layers no longer exist.
     """
-    known = dict(arguments)
-    if not {"shared_expert", "dense_start"} & known.keys():
-        return known
-    shared, dense_start = known.pop("shared_expert", True), known.pop("dense_start", True)
-    is_known = shared is False or (shared is True and dense_start)
-    got = f"{shared!r} with dense_start={dense_start!r}"
-    check(is_known, "shared_expert", got, "False, or True with dense_start=True: other layers no longer exist")
-    return known | {"start": "shared" if shared else "plain"}
+    current = dict(arguments)
+    if "shared_expert" not in current and "dense_start" not in current:
+        return current
+    shared = current.pop("shared_expert", True)
+    dense_start = current.pop("dense_start", True)
+    if shared is not False and not (shared is True and dense_start):
+        raise ValueError(
+            f"shared_expert: got {shared!r} with dense_start={dense_start!r}, expected False, or "
+            "True with dense_start=True: other layers no longer exist"
+        )
+    return current | {"start": "shared" if shared else "plain"}
 
 
-def recorded(given: Mapping[str, Any], extra: str = "", known: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """A constructor's arguments as JSON, tuples as lists; what has no such form is an error, which saving raises.
+def recorded(
+    arguments: Mapping[str, Any], extra: str = "", known: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """A constructor's arguments as JSON holds them, with tuples as lists.
 
-    Nothing is kept but names and numbers, so that the model stays as light, and as picklable, as it is.
+    An argument without such a form becomes an error, which saving raises. The result holds names
+    and numbers only, so that the model stays as light and as picklable as it is.
 
     Args:
-        given: the constructor's ``locals()`` in its first line.
+        arguments: the constructor's ``locals()`` in its first line.
         extra: the name of its ``**`` argument.
-        known: classes and factories that are saved by their names, such as ``gmoe.ROUTERS`` (default: none).
+        known: classes and factories that are saved by name, such as ``gmoe.ROUTERS`` (default:
+            none).
     """
 
-    def encode(part: Any) -> Any:
-        if isinstance(part, Real):  # NumPy's
-            return int(part) if isinstance(part, Integral) else float(part)
+    def encode(value: Any) -> Any:
+        if isinstance(value, Real):  # a number of NumPy's
+            return int(value) if isinstance(value, Integral) else float(value)
         for name, registered in known.items():
-            if part is registered:
+            if value is registered:
                 return name
-        raise TypeError(getattr(part, "__qualname__", f"an instance of {type(part).__name__}"))
+        raise TypeError(getattr(value, "__qualname__", f"an instance of {type(value).__name__}"))
 
-    config = {name: value for name, value in given.items() if name not in ("self", "__class__", extra)}
-    for name, value in (config | given.get(extra, {})).items():
+    ignored = ("self", "__class__", extra)
+    config = {name: value for name, value in arguments.items() if name not in ignored}
+    for name, value in (config | arguments.get(extra, {})).items():
         try:
             config[name] = json.loads(json.dumps(value, default=encode, allow_nan=False))
         except (TypeError, ValueError) as error:
-            legal = "names, numbers, lists or dicts of them, or a class that has a name"
-            config[name] = ValueError(f"{name}: got {error}, expected {legal}, to be saved")
+            config[name] = ValueError(
+                f"{name}: got {error}, expected names, numbers, lists or dicts of them, or a class "
+                "that has a name, to be saved"
+            )
     return config

@@ -1,16 +1,19 @@
-"""MoE: a router and its experts. Shapes: T tokens, D width, E experts, K experts per token, P pairs."""
+"""MoE: a router and its experts; and what all layers with experts share.
+
+Shapes: T tokens, D in features, O out features, E experts, K experts per token, R slot rows.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from gmoe._checks import check, check_choice
+from gmoe._checks import check, check_choice, check_counts
 from gmoe.experts import Experts
 from gmoe.routers import Router, SoftRouting, SoftSlots
 from gmoe.routing import Routing
@@ -18,10 +21,10 @@ from gmoe.routing import Routing
 Start: TypeAlias = Literal["copies", "shared", "plain"]
 """How a layer with experts starts.
 
-- ``"copies"``: all experts are copies of one dense layer, and nothing runs beside them. The first forward is the dense
-  layer's, since a token's weights sum to 1: other routers are refused.
-- ``"shared"``: a shared expert, which is the dense layer, runs on every token; what the routed experts add starts at
-  zero.
+- ``"copies"``: all experts are copies of one dense layer, and nothing runs beside them. The first
+  forward is the dense layer's, since a token's weights sum to 1: other routers are refused.
+- ``"shared"``: a shared expert, which is the dense layer, runs on every token; what the routed
+  experts add starts at zero.
 - ``"plain"``: independent experts, and nothing beside them.
 """
 
@@ -30,10 +33,10 @@ REMOVED = ("shared_expert", "dense_start")
 
 
 def check_start(start: Start | None) -> Start:
-    """The start that is meant; ``None`` is a layer's default.
+    """Return the start, ``"shared"`` for ``None``, the default of all layers.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: an unknown start.
     """
     if start is None:
         return "shared"
@@ -42,33 +45,39 @@ def check_start(start: Start | None) -> Start:
 
 
 def check_copies(start: Start, router: Router) -> None:
-    """Refuse copies under a router that would scale what they give.
+    """Refuse copies of a layer under a router whose weights would scale the layer's output.
 
     Raises:
-        ValueError: copies, and a router whose weights of a token do not sum to 1 by construction.
+        ValueError: ``start="copies"``, and a router whose weights need not sum to 1 for each token.
     """
     if start == "copies" and not router.sums_to_one:
-        got = f"'copies' with {type(router).__name__}(k={router.k}, weight={router.weight!r})"
-        one = "weight='straight_through' at k=1, 'normalized' above, no capacity, tokens that choose"
-        check(False, "start", got, f"a router whose weights of a token sum to 1 ({one}), or start='shared'")
+        raise ValueError(
+            f"start: got 'copies' with {type(router).__name__}(k={router.k}, "
+            f"weight={router.weight!r}), expected a router whose weights of a token sum to 1 "
+            "(weight='straight_through' at k=1, 'normalized' above, no capacity, tokens that "
+            "choose), or start='shared'"
+        )
 
 
 def refuse_removed(arguments: Iterable[str]) -> None:
-    """Name the argument that stands for those that are gone.
+    """Refuse arguments that no longer exist, and name the one that replaces them.
 
     Raises:
-        ValueError: one of these is given.
+        ValueError: one of :data:`REMOVED`.
     """
     for name in arguments:
-        legal = "start='shared' (a shared expert, a dense start), 'copies' or 'plain' (no shared expert) in its place"
-        check(name not in REMOVED, name, "a removed argument", legal)
+        if name in REMOVED:
+            raise ValueError(
+                f"{name}: got a removed argument, expected start='shared' (a shared expert, a "
+                "dense start), 'copies' or 'plain' (no shared expert) in its place"
+            )
 
 
 def refuse_unknown(caller: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse keyword arguments that a function collects only to name those which ``start`` has replaced.
+    """Refuse the keyword arguments that ``caller`` does not have.
 
     Raises:
-        ValueError: one of these.
+        ValueError: an argument that ``start`` has replaced.
         TypeError: any other, as Python raises it.
     """
     refuse_removed(arguments)
@@ -76,9 +85,46 @@ def refuse_unknown(caller: str, arguments: Mapping[str, Any]) -> None:
         raise TypeError(f"{caller}() got an unexpected keyword argument {next(iter(arguments))!r}")
 
 
+def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -> list[int]:
+    """Return the numbers of the blocks or layers that become MoE, in order.
+
+    Args:
+        count: how many blocks there are.
+        every: n; block ``i`` is chosen if ``i % n == n - 1``.
+        blocks: the numbers themselves, instead of ``every``; -1 is the last block.
+
+    Raises:
+        ValueError: no block, a number out of range, or one that is given twice.
+    """
+    check_counts(every=every)
+    if blocks is None:
+        if every > count:
+            raise ValueError(
+                f"every: got {every}, expected at most {count}, the number of blocks or hidden "
+                "layers (with jk, all)"
+            )
+        return list(range(every - 1, count, every))
+    try:
+        chosen = sorted({range(count)[block] for block in blocks})  # a set: -1 may name a block too
+    except (IndexError, TypeError):
+        chosen = []
+    if not chosen or len(chosen) != len(blocks):
+        raise ValueError(
+            f"blocks: got {blocks}, expected some of {-count} to {count - 1}, each once"
+        )
+    return chosen
+
+
 @contextmanager
 def drawn_apart(beside_dense: bool) -> Iterator[None]:
-    """Beside dense layers, leave torch's generators as they are: these are then drawn as in a model without experts."""
+    """Keep torch's global generators untouched inside, so that dense layers get the same values.
+
+    Experts and routers are drawn in here, from a seed of their own: with the same global seed, the
+    dense layers that follow are those of a model without experts.
+
+    Args:
+        beside_dense: the experts stand beside a dense layer; else nothing is kept apart.
+    """
     if not beside_dense:
         yield
         return
@@ -96,7 +142,7 @@ class MoELayer(nn.Module, ABC):
 
     Args:
         num_experts: E.
-        k: K, experts per token, until a router says more.
+        k: K, experts per token, until the layer has a router, which may say otherwise.
 
     Attributes:
         router: the layer's own, or ``None`` if each call passes a :class:`Routing`.
@@ -117,14 +163,18 @@ class MoELayer(nn.Module, ABC):
 
 
 class _Mixture(MoELayer):
-    """A layer that holds a router and experts that fit it."""
+    """A layer that holds a router, and experts of the router's number and width."""
 
     def __init__(self, router: Router, experts: Experts) -> None:
-        check(hasattr(router, "num_experts"), "router", repr(router), "an instance, which build_router makes of a name")
+        if not hasattr(router, "num_experts"):
+            raise ValueError(
+                f"router: got {router!r}, expected an instance, which build_router makes of a name"
+            )
         if router.num_experts != experts.num_experts or router.dim != experts.in_features:
             raise ValueError(
-                f"experts: got num_experts={experts.num_experts}, in_features={experts.in_features}, expected those of "
-                f"the router, num_experts={router.num_experts}, dim={router.dim}"
+                f"experts: got num_experts={experts.num_experts}, "
+                f"in_features={experts.in_features}, expected those of the router, "
+                f"num_experts={router.num_experts}, dim={router.dim}"
             )
         super().__init__(experts.num_experts, router.k)
         self.experts_per_token = router.experts_per_token
@@ -142,20 +192,26 @@ class _Mixture(MoELayer):
 
 
 class MoE(_Mixture):
-    r"""Route tokens to experts: :math:`y_t = s(x_t) + \sum_e w_{te} f_e(x_t)`, with a shared expert s.
+    r"""Route tokens to experts and add a shared expert.
 
-    A token without an expert gets zero from the routed experts; the surrounding model adds the residual. Experts that
-    start at zero (``MLPExperts(zero_init=True)``) make the first forward the shared expert's.
+    .. math::
+        y_t = s(x_t) + \sum_e w_{te} f_e(x_t)
+
+    A token without an expert gets zero from the routed experts; the surrounding model adds the
+    residual. With experts that start at zero (``MLPExperts(zero_init=True)``), the first forward
+    is that of the shared expert s.
 
     Args:
         router: assigns tokens to experts.
         experts: the stacked experts, as many as the router expects.
-        shared_expert: a module that runs on every token with weight 1 and is added (default ``None``).
+        shared_expert: a module that runs on every token with weight 1 and is added (default
+            ``None``).
 
     Shapes:
-        - ``x``: (..., T, D); leading dimensions are groups. ``batch`` and ``edge_index`` as in :class:`Router`.
-        - returns (..., T, O), and the :class:`Routing` too with ``return_routing=True``. Losses are in the routing:
-          ``loss = task + gmoe.aux_loss(routing)``.
+        - ``x``: (..., T, D); leading dimensions are groups. ``batch`` and ``edge_index`` as in
+          :class:`Router`.
+        - returns (..., T, O), and the :class:`Routing` too with ``return_routing=True``. Losses are
+          in the routing: ``loss = task + gmoe.aux_loss(routing)``.
 
     Raises:
         ValueError: E or D of router and experts differ.
@@ -167,34 +223,56 @@ class MoE(_Mixture):
 
     router: Router
 
-    def __init__(self, router: Router, experts: Experts, shared_expert: nn.Module | None = None) -> None:
-        check(not isinstance(router, SoftSlots), "router", "SoftSlots, whose slots mix tokens", "SoftMoE around it")
+    def __init__(
+        self, router: Router, experts: Experts, shared_expert: nn.Module | None = None
+    ) -> None:
+        if isinstance(router, SoftSlots):
+            raise ValueError(
+                "router: got SoftSlots, whose slots mix tokens, expected SoftMoE around it"
+            )
         super().__init__(router, experts)
         self.shared_expert = shared_expert
 
     def forward(
-        self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None, *, return_routing: bool = False
-    ) -> Any:
+        self,
+        x: Tensor,
+        batch: Tensor | None = None,
+        edge_index: Tensor | None = None,
+        *,
+        return_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, Routing]:
         """Route and run; see the class."""
+        y, routing = self._route_and_run(x, batch, edge_index)
+        return (y, routing) if return_routing else y
+
+    def _route_and_run(
+        self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         routing: Routing = self.router(x, batch, edge_index)
+        # Experts see flat tokens (T, D): groups matter to the router only.
         y = self.experts(x.reshape(-1, x.size(-1)), routing).unflatten(0, x.shape[:-1])
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
-        return (y, routing) if return_routing else y
+        return y, routing
 
 
 class SoftMoE(_Mixture):
-    r"""Run experts on slots that are mixtures of tokens (`Soft MoE <https://arxiv.org/abs/2308.00951>`_,
-    Puigcerver et al., 2024): :math:`y = C f(D^\top X)`.
+    r"""Run experts on slots that are mixtures of tokens.
+
+    .. math::
+        y = C f(D^\top X)
+
+    This is `Soft MoE <https://arxiv.org/abs/2308.00951>`_ (Puigcerver et al., 2024).
 
     Args:
-        router: the slots.
+        router: the slots, and how they mix tokens.
         experts: the stacked experts, as many as the router expects.
 
     Shapes:
-        - ``x``: (..., T, D); leading dimensions are groups, each with its own E * S slots. ``batch`` as in
-          :class:`Router`.
-        - returns (..., T, O), and the :class:`gmoe.routers.SoftRouting` too with ``return_routing=True``.
+        - ``x``: (..., T, D); leading dimensions are groups, each with its own E * S slots.
+          ``batch`` as in :class:`Router`.
+        - returns (..., T, O), and the :class:`gmoe.routers.SoftRouting` too with
+          ``return_routing=True``.
 
     Raises:
         ValueError: ``router`` is not a :class:`SoftSlots`, or E or D of router and experts differ.
@@ -210,9 +288,12 @@ class SoftMoE(_Mixture):
         check(isinstance(router, SoftSlots), "router", type(router).__name__, "SoftSlots")
         super().__init__(router, experts)
 
-    def forward(self, x: Tensor, batch: Tensor | None = None, *, return_routing: bool = False) -> Any:
-        """Mix, run, and mix back; see the class."""
+    def forward(
+        self, x: Tensor, batch: Tensor | None = None, *, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, SoftRouting]:
+        """Mix tokens into slots, run the experts, and mix their outputs back; see the class."""
         routing: SoftRouting = self.router(x, batch)
-        slots_RI = routing.dispatch(x.reshape(-1, x.size(-1)))
-        y = routing.combine(self.experts(slots_RI, routing.slot_offsets)).unflatten(0, x.shape[:-1])
+        slots_RD = routing.dispatch(x.reshape(-1, x.size(-1)))
+        out_RO = self.experts(slots_RD, routing.slot_offsets)
+        y = routing.combine(out_RO).unflatten(0, x.shape[:-1])
         return (y, routing) if return_routing else y

@@ -525,7 +525,7 @@ def by_hand(model: GNNMoE, c: Config, given: Given) -> tuple[Tensor, list[Routin
     x, convs = given.x[0], {}
     decision, graph = None, Graph(given.plain, x.size(0), flow=model.flow)
     if model.shared_router is not None:
-        decision = model.shared_router(model.view(x, graph), given.batch, graph.edge_index)
+        decision = model.shared_router(model.shared_router_input(x, graph), given.batch, graph.edge_index)
     routings = [] if decision is None else [decision]
     xs = []
     for layer, conv in enumerate(model.convs):

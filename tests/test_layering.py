@@ -19,7 +19,9 @@ PYG = frozenset({"torch_geometric", "numpy", "tqdm"})
 
 ROOMS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("gmoe.conv", "gmoe.data"), PYG),
-    **dict.fromkeys(("gmoe.models.gnn", "gmoe.models.hetero_gnn", "gmoe.models.inference"), PYG),
+    **dict.fromkeys(
+        ("gmoe.models.gnn", "gmoe.models.hetero_gnn", "gmoe.models.inference", "gmoe.models.parts"), PYG
+    ),
     "gmoe.metrics": frozenset({"torchmetrics"}),
     "gmoe.models.vit": frozenset({"torchvision"}),
     "gmoe.plot": frozenset({"matplotlib"}),

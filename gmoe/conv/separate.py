@@ -1,4 +1,6 @@
-"""Experts that are run one by one. Shapes: T tokens (destinations), S sources, O width, E experts.
+"""Experts that run one by one, for convs that cannot be stacked.
+
+Shapes: T tokens (destinations), n of them in a part, S sources, O out width, E experts.
 
 ``torch.compile`` runs them in pieces: each conv gets a graph of its own, whose sizes follow the data.
 """
@@ -20,11 +22,13 @@ from gmoe.routing import Routing
 
 
 class SeparateExperts(ConvExperts):
-    """E convs run one by one, each on the in-edges of its own destinations where it is local, else on the whole graph.
+    """E convs that run one by one.
+
+    A local conv runs on the in-edges of its own destinations only, any other on the whole graph.
 
     Args:
         convs: the E convs.
-        local: for each of them, if it is local.
+        local: for each of them, whether it is local.
     """
 
     def __init__(self, convs: Sequence[MessagePassing], local: Sequence[bool]) -> None:
@@ -47,29 +51,41 @@ class SeparateExperts(ConvExperts):
 
     def expert(self, index: int) -> MessagePassing:
         conv = copy.deepcopy(self.members[index])
-        conv.zero_grad()  # the copy takes gradients along
+        conv.zero_grad()  # deepcopy copies gradients too
         return conv
 
     def convs(self) -> list[MessagePassing]:
         return list(self.members)
 
-    def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
-        outs: list[Tensor] = []
-        idle: list[Tensor] = []
+    def forward(
+        self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing
+    ) -> Tensor:
+        outputs: list[Tensor] = []
+        idle: list[Tensor] = []  # parameters of experts without a token
         for conv, local, token in zip(self.members, self.is_local, tokens_of(routing), strict=True):
-            # loops of a bipartite graph join nodes of equal index, which a part keeps only where N_src >= N_dst
-            misaligned = getattr(conv, "add_self_loops", False) and graph.num_src < graph.num_dst
             if not token.numel():
                 idle += conv.parameters()
-            elif not local or conv.explain or misaligned or len(token) == graph.num_dst:
-                # a mask is of the whole graph's edges
-                outs.append(run(conv, graph, x_src, x_dst).index_select(0, token))
+            elif local and not self._needs_whole_graph(conv, graph, token):
+                outputs.append(run_on(conv, graph, x_src, x_dst, token))
             else:
-                outs.append(run_on(conv, graph, x_src, x_dst, token))
-        outs = outs or [run(self.members[0], graph, x_src, x_dst)[:0]]
-        y = combine(torch.cat(outs), routing)
-        # experts without a token get zero gradients, not None, or DDP would wait for them
-        return y + sum(((p * 0).sum() for p in idle), y.new_zeros(())).to(y.dtype) if idle else y
+                outputs.append(run(conv, graph, x_src, x_dst).index_select(0, token))
+        if not outputs:  # no tokens at all: only the shape and the dtype of the output matter
+            outputs = [run(self.members[0], graph, x_src, x_dst)[:0]]
+        y = combine(torch.cat(outputs), routing)
+        if not idle:
+            return y
+        # Idle experts get zero gradients, not None: DDP would wait for them.
+        zero = sum(((parameter * 0).sum() for parameter in idle), y.new_zeros(()))
+        return y + zero.to(y.dtype)
+
+    @staticmethod
+    def _needs_whole_graph(conv: Any, graph: Graph, token: Tensor) -> bool:
+        """True if a local conv cannot run on a part of the graph, or does not gain from it."""
+        # Self-loops that a conv adds to a bipartite graph join nodes of equal index, and a part
+        # keeps those indices only if N_src >= N_dst.
+        is_misaligned = getattr(conv, "add_self_loops", False) and graph.num_src < graph.num_dst
+        # An explainer's mask has an entry for each edge of the whole graph.
+        return conv.explain or is_misaligned or len(token) == graph.num_dst
 
 
 def run(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
@@ -79,14 +95,18 @@ def run(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor) -> Tensor:
 
 
 def run_on(conv: Any, graph: Graph, x_src: Tensor, x_dst: Tensor, token: Tensor) -> Tensor:
-    """(n, O) PyG's conv on the in-edges of ``token`` only, the destinations first among the sources."""
+    """(n, O) PyG's conv on the in-edges of ``token`` only.
+
+    The destinations come first among the nodes of the part.
+    """
     nodes, part = graph.part(token)
     x: Any = x_src.index_select(0, nodes)
     if _are_two(graph, x_src, x_dst):
-        x = x, x_dst.index_select(0, nodes if graph.num_src == graph.num_rows else part.destinations)
+        is_aligned = graph.num_src == graph.num_rows
+        x = (x, x_dst.index_select(0, nodes if is_aligned else part.destinations))
     return conv(x, part.adj, **part.args_for(conv))[: token.numel()]
 
 
 def _are_two(graph: Graph, x_src: Tensor, x_dst: Tensor) -> bool:
-    """False where the destinations are the first of the sources."""
+    """True if destinations have features of their own; False if they are the first sources."""
     return x_src is not x_dst and graph.num_rows == graph.num_dst

@@ -1,1 +1,4 @@
-"""Mini-batches of a graph, in memory or on disk. Each module needs torch_geometric: import it by itself."""
+"""Mini-batches of a graph, in memory or on disk.
+
+All modules need torch_geometric, so nothing is imported here: import each by its name.
+"""

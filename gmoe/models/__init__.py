@@ -1,1 +1,5 @@
-"""Whole models. ``gnn`` and ``hetero_gnn`` need torch_geometric, ``vit`` torchvision: import each by itself."""
+"""Whole models.
+
+``gnn`` and ``hetero_gnn`` need torch_geometric, ``vit`` needs torchvision, so nothing is imported
+here: import each by its name.
+"""

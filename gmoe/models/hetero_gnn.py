@@ -1,11 +1,14 @@
-"""HeteroGNNMoE: a GNN with HeteroMoEConv layers. Shapes: N nodes of a type, D width, E experts, K experts per node."""
+"""HeteroGNNMoE: a GNN with HeteroMoEConv layers.
+
+Shapes: N nodes of a type, D width, E experts, K experts per node.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch_geometric.nn import BatchNorm
@@ -13,63 +16,73 @@ from torch_geometric.nn.module_dict import ModuleDict
 from torch_geometric.typing import Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check, check_counts
+from gmoe._checks import check_counts
 from gmoe.conv import hetero
 from gmoe.conv.graph import parameters_of
 from gmoe.conv.hetero import HeteroMoEConv, NodeTensors, RelationalConv, RelationEdges
-from gmoe.convert import choose_blocks
-from gmoe.models.gnn import Residual, activation_of, norm_of, reset_parameters, residual_of
+from gmoe.models.parts import Residual, activation_of, norm_of, reset_parameters, residual_of
+from gmoe.moe import choose_blocks
 from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
 
+Logits: TypeAlias = Tensor | dict[NodeType, Tensor]
+"""Those of the target, or of each node type."""
+
 
 class HeteroGNNMoE(nn.Module):
-    r"""A GNN of :class:`HeteroMoEConv` layers on PyG's ``HeteroData``, as :class:`GNNMoE` is on ``Data``.
+    r"""A GNN of :class:`HeteroMoEConv` layers: what :class:`GNNMoE` is, for ``HeteroData``.
 
     .. math::
         h^{(l+1)}_t = \mathrm{dropout}(\phi(\mathrm{norm}_t(\mathrm{HeteroMoEConv}_l(h^{(l)})_t
             + \mathrm{res}_t(h^{(l)}_t)))) \quad \text{for each node type } t
 
-    The last layer is a dense :class:`RelationalConv`, so that a node that no expert takes still gets its logits. With
-    a ``target``, each layer computes only the node types that the target's logits follow from.
+    The last layer is a dense :class:`RelationalConv`, so that a node without an expert still gets
+    its logits. With a ``target``, each layer computes only the node types that the target's logits
+    depend on.
 
     Args:
-        in_channels: width of the features, of all node types, or of each that has some: every other type gets an
-            embedding of width ``hidden_channels``, learned for each of its nodes. Where widths differ, a linear layer
-            to ``hidden_channels`` comes first.
+        in_channels: width of the features, of all node types, or of each type that has some: every
+            other type gets an embedding of width ``hidden_channels``, learned for each of its
+            nodes. If widths differ, a linear layer to ``hidden_channels`` comes first.
         hidden_channels: width of the hidden layers.
         out_channels: width of the output, such as the number of classes.
         metadata: node types and edge types, ``data.metadata()``.
         num_layers: number of relational layers (default 2).
-        router: a name or factory (default ``"token_choice"``). ``None`` builds the dense baseline: the same model with
-            :class:`RelationalConv` in all layers.
+        router: a name or factory (default ``"token_choice"``). ``None`` builds the dense baseline:
+            the same model with :class:`RelationalConv` in all layers.
         target: the node type whose logits are wanted; ``None`` (default) is all of them.
-        num_nodes_dict: number of nodes of every type, ``data.num_nodes_dict``; needed where a type has an embedding.
-        every: layer ``i`` is a MoE where ``i % every == every - 1`` (default 1), the output layer excepted.
+        num_nodes_dict: number of nodes of every type, ``data.num_nodes_dict``; needed if a type
+            has an embedding.
+        every: layer ``i`` is a MoE if ``i % every == every - 1`` (default 1), except for the output
+            layer.
         dropout: default 0.
         act, norm: see :class:`GNNMoE` (defaults: relu, no norm). Each node type has its own norms.
-        residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always, or ``"none"``. The
-            output layer has none.
-        **moe_kwargs: further arguments of :class:`HeteroMoEConv`, such as ``num_experts`` and ``k``.
+        residual: ``"identity"`` (default; a linear layer where widths differ), ``"linear"`` always,
+            or ``"none"``. The output layer has none.
+        **moe_kwargs: further arguments of :class:`HeteroMoEConv`, such as ``num_experts`` and
+            ``k``.
 
     Shapes:
         - ``x_dict``: (N, D) of each type that has features.
         - ``edge_index_dict``, ``batch_dict``: see :class:`HeteroMoEConv`.
-        - ``n_id_dict``: (N,) of a mini-batch, each node's number in the whole graph, ``batch.n_id_dict``; needed for
-          types with embeddings. Without it, these are taken to be whole.
-        - returns (N, out_channels) of the target, or a dict of all types; with ``return_routing=True`` also the list of
-          all layers' and node types' :class:`Routing`, in the order of ``routed``.
+        - ``n_id_dict``: for a mini-batch, ``batch.n_id_dict``: (N,) each node's number in the whole
+          graph; needed for types with embeddings. Without it, all nodes of these types take part.
+        - returns (N, out_channels) of the target, or a dict of all types; with
+          ``return_routing=True`` also the list of all layers' and node types' :class:`Routing`, in
+          the order of ``routed``.
 
     Attributes:
         routed: (layer, node type) of each routing.
 
     Raises:
         ValueError: no layer would be a MoE; a router instance; a type without features and without
-            ``num_nodes_dict``; features of a mini-batch without ``n_id_dict``; whatever :class:`HeteroMoEConv` refuses.
+            ``num_nodes_dict``; features of a mini-batch without ``n_id_dict``; whatever
+            :class:`HeteroMoEConv` refuses.
 
     Example:
+        >>> sizes = data.num_nodes_dict
         >>> model = HeteroGNNMoE(
-        ...     {"paper": 128}, 64, 349, data.metadata(), target="paper", num_nodes_dict=data.num_nodes_dict
+        ...     {"paper": 128}, 64, 349, data.metadata(), target="paper", num_nodes_dict=sizes
         ... )
         >>> logits, routings = model(data.x_dict, data.edge_index_dict, return_routing=True)
         >>> loss = F.cross_entropy(logits, data["paper"].y) + gmoe.aux_loss(routings)
@@ -94,36 +107,66 @@ class HeteroGNNMoE(nn.Module):
         **moe_kwargs: Any,
     ) -> None:
         check_counts(hidden_channels=hidden_channels, num_layers=num_layers)
-        check(not isinstance(router, Router), "router", "an instance for several layers", "a name or a factory")
-        moe_layers = [] if router is None else choose_blocks(num_layers - 1, every)
+        if isinstance(router, Router):
+            raise ValueError(
+                "router: got an instance for several layers, expected a name or a factory"
+            )
         super().__init__()
+
+        # 1. Which layers are MoE, and which node types each layer computes.
+        moe_layers = [] if router is None else choose_blocks(num_layers - 1, every)
         inputs, *types_of = _types_by_depth(metadata, target, num_layers)
-        self.target, self.routed = target, [(layer, name) for layer in moe_layers for name in types_of[layer]]
-        given = in_channels if isinstance(in_channels, Mapping) else dict.fromkeys(inputs, in_channels)
-        self.widths = {name: given.get(name, hidden_channels) for name in inputs}
-        embedded = [name for name in inputs if name not in given]
+        self.target = target
+        self.routed = [(layer, name) for layer in moe_layers for name in types_of[layer]]
+
+        # 2. The inputs: features, projected if their widths differ, or embeddings.
+        if isinstance(in_channels, Mapping):
+            feature_widths = dict(in_channels)
+        else:
+            feature_widths = dict.fromkeys(inputs, in_channels)
+        embedded = [name for name in inputs if name not in feature_widths]
+        self.widths = {name: feature_widths.get(name, hidden_channels) for name in inputs}
         self.num_nodes_dict = dict(num_nodes_dict or {}) if embedded else {}
-        check(self.num_nodes_dict.keys() >= set(embedded), "num_nodes_dict", num_nodes_dict, f"those of {embedded} too")
+        if not self.num_nodes_dict.keys() >= set(embedded):
+            raise ValueError(
+                f"num_nodes_dict: got {num_nodes_dict}, expected those of {embedded} too"
+            )
         check_counts(**{f"in_channels[{name!r}]": size for name, size in self.widths.items()})
-        self.embeddings = ModuleDict({t: NodeEmbedding(self.num_nodes_dict[t], hidden_channels) for t in embedded})
-        projects = len(set(self.widths.values())) > 1
-        width = hidden_channels if projects else self.widths[inputs[0]]
-        self.lin_in = ModuleDict({t: nn.Linear(d, width) for t, d in self.widths.items() if projects and t in given})
+        self.embeddings = ModuleDict(
+            {name: NodeEmbedding(self.num_nodes_dict[name], hidden_channels) for name in embedded}
+        )
+        is_projected = len(set(self.widths.values())) > 1
+        width = hidden_channels if is_projected else self.widths[inputs[0]]
+        projected = {
+            name: size
+            for name, size in self.widths.items()
+            if is_projected and name in feature_widths
+        }
+        self.lin_in = ModuleDict({name: nn.Linear(size, width) for name, size in projected.items()})
+
+        # 3. The hidden layers: each type has its own residual map and norm.
         moe: Any = partial(HeteroMoEConv, router=router, **moe_kwargs)  # type: ignore[arg-type]
         norm_layer = norm_of(norm, hidden_channels)
         self.norm_takes_batch = "batch" in parameters_of(norm_layer)
         if isinstance(norm_layer, BatchNorm) and norm_layer.module.track_running_stats:
             norm_layer.allow_single_element = True  # a mini-batch may hold one node of a type
-        self.convs, self.residuals, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.convs = nn.ModuleList()
+        self.residuals = nn.ModuleList()
+        self.norms = nn.ModuleList()
         for layer, types in enumerate(types_of[:-1]):
             conv = moe if layer in moe_layers else RelationalConv
             self.convs.append(conv(width, hidden_channels, metadata, out_types=types))
             added = [] if residual == "none" else types
-            self.residuals.append(ModuleDict({t: residual_of(residual, width, hidden_channels) for t in added}))
-            self.norms.append(ModuleDict({t: copy.deepcopy(norm_layer) for t in types}))
+            self.residuals.append(
+                ModuleDict({name: residual_of(residual, width, hidden_channels) for name in added})
+            )
+            self.norms.append(ModuleDict({name: copy.deepcopy(norm_layer) for name in types}))
             width = hidden_channels
+
+        # 4. The output layer, which is dense.
         self.convs.append(RelationalConv(width, out_channels, metadata, out_types=types_of[-1]))
-        self.act, self.dropout = activation_of(act), nn.Dropout(dropout)
+        self.act = activation_of(act)
+        self.dropout = nn.Dropout(dropout)
 
     reset_parameters = reset_parameters
 
@@ -135,46 +178,66 @@ class HeteroGNNMoE(nn.Module):
         *,
         batch_dict: NodeTensors | None = None,
         return_routing: bool = False,
-    ) -> Any:
+    ) -> Logits | tuple[Logits, list[Routing]]:
         """Logits of the target, (N, out_channels), or of all types, a dict; see the class."""
         refuse_transforms()
         h_dict = self._inputs(x_dict, n_id_dict)
-        graphs = {  # sorted once for all layers
-            r: hetero.graph_of(r, adj, h_dict) if {r[0], r[-1]} <= h_dict.keys() else adj
-            for r, adj in edge_index_dict.items()
-        }
+
+        # Sort the edges once for all layers. Relations of types that no layer needs are not read.
+        graphs: dict[Any, Any] = {}
+        for relation, adj in edge_index_dict.items():
+            is_needed = {relation[0], relation[-1]} <= h_dict.keys()
+            graphs[relation] = hetero.graph_of(relation, adj, h_dict) if is_needed else adj
+
         routings: list[Routing] = []
-        layers: Any = zip(self.convs, self.residuals, self.norms, strict=False)  # the output layer follows
-        for conv, residuals, norms in layers:
+        # The last conv, the output layer, has no residuals and no norms: zip leaves it out.
+        hidden_layers: Any = zip(self.convs, self.residuals, self.norms, strict=False)
+        for conv, residuals, norms in hidden_layers:
             if isinstance(conv, HeteroMoEConv):
-                out, decided = conv(h_dict, graphs, batch_dict=batch_dict, return_routing=True)
-                routings.extend(decided.values())
+                out, by_type = conv(h_dict, graphs, batch_dict=batch_dict, return_routing=True)
+                routings.extend(by_type.values())
             else:
                 out = conv(h_dict, graphs)
             for name, norm in norms.items():
-                h = out[name] + residuals[name](h_dict[name]) if name in residuals else out[name]
-                h = norm(h, (batch_dict or {}).get(name)) if self.norm_takes_batch else norm(h)
+                h = out[name]
+                if name in residuals:
+                    h = h + residuals[name](h_dict[name])
+                batch = (batch_dict or {}).get(name)
+                h = norm(h, batch) if self.norm_takes_batch else norm(h)
                 out[name] = self.dropout(self.act(h))
             h_dict = out
+
         logits = self.convs[-1](h_dict, graphs)
-        logits = logits if self.target is None else logits[self.target]
+        if self.target is not None:
+            logits = logits[self.target]
         return (logits, routings) if return_routing else logits
 
     def _inputs(self, x_dict: NodeTensors, n_id_dict: NodeTensors | None) -> dict[NodeType, Tensor]:
-        """(N, D) of each node type its features, projected where they are, or its embeddings."""
+        """(N, D) of each node type: its features, projected if widths differ, or its embeddings."""
         h_dict: dict[NodeType, Tensor] = {}
         for name, width in self.widths.items():
             if name in self.embeddings:
-                known = n_id_dict is None or name in n_id_dict
-                check(known, "n_id_dict", f"no {name!r}", "numbers in the whole graph")
-                check(name not in x_dict, f"x_dict[{name!r}]", "features", "none: in_channels has no width of them")
+                if n_id_dict is not None and name not in n_id_dict:
+                    raise ValueError(
+                        f"n_id_dict: got no {name!r}, expected numbers in the whole graph"
+                    )
+                if name in x_dict:
+                    raise ValueError(
+                        f"x_dict[{name!r}]: got features, expected none: in_channels has no width "
+                        "of them"
+                    )
                 embedding = self.embeddings[name]
                 h_dict[name] = embedding.weight if n_id_dict is None else embedding(n_id_dict[name])
                 continue
             hetero.check_features(name, x_dict.get(name), width)
             x = x_dict[name]
-            whole = n_id_dict is not None or len(x) == self.num_nodes_dict.get(name, len(x))
-            check(whole, "n_id_dict", f"None for some of the {name!r} nodes", "numbers in the whole graph")
+            # Without numbers the embeddings are those of all nodes: then features are, too.
+            is_whole = len(x) == self.num_nodes_dict.get(name, len(x))
+            if n_id_dict is None and not is_whole:
+                raise ValueError(
+                    f"n_id_dict: got None for some of the {name!r} nodes, expected numbers in the "
+                    "whole graph"
+                )
             h_dict[name] = self.lin_in[name](x) if name in self.lin_in else x
         return h_dict
 
@@ -186,12 +249,20 @@ class NodeEmbedding(nn.Embedding):
         nn.init.xavier_uniform_(self.weight)
 
 
-def _types_by_depth(metadata: Metadata, target: NodeType | None, num_layers: int) -> list[list[NodeType]]:
-    """The node types that are needed as input, and after each layer."""
+def _types_by_depth(
+    metadata: Metadata, target: NodeType | None, num_layers: int
+) -> list[list[NodeType]]:
+    """The node types whose features are needed as input, and after each layer.
+
+    Going back from the output, a layer needs what the next one needs, and the sources of the
+    relations that end there.
+    """
     node_types, edge_types = hetero.checked_metadata(metadata)
-    check(target in (None, *node_types), "target", repr(target), f"one of {node_types}")
+    if target not in (None, *node_types):
+        raise ValueError(f"target: got {target!r}, expected one of {node_types}")
     needed = [node_types if target is None else [target]]
     for _ in range(num_layers):
-        found = {*needed[0], *(source for source, _, end in edge_types if end in needed[0])}
-        needed.insert(0, [name for name in node_types if name in found])
+        sources = {source for source, _, end in edge_types if end in needed[0]}
+        before = {*needed[0], *sources}
+        needed.insert(0, [name for name in node_types if name in before])
     return needed

@@ -1,4 +1,7 @@
-"""ViTMoE: torchvision's VisionTransformer with experts. Shapes: B images, C channels, T tokens, E experts."""
+"""ViTMoE: torchvision's VisionTransformer with experts.
+
+Shapes: B images, H x W pixels, T tokens, E experts, K experts per token.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from gmoe._checks import check, check_counts
+from gmoe._checks import check_counts
 from gmoe.convert import moefy
 from gmoe.dispatch import Backend
 from gmoe.experts import LinearExperts
@@ -43,8 +46,12 @@ class ViTSize:
 
 SIZES = {
     8: ViTSize(image_size=8, patch_size=2, num_layers=4, num_heads=4, hidden_dim=48, mlp_dim=96),
-    32: ViTSize(image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256),
-    160: ViTSize(image_size=160, patch_size=16, num_layers=6, num_heads=4, hidden_dim=192, mlp_dim=384),
+    32: ViTSize(
+        image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256
+    ),
+    160: ViTSize(
+        image_size=160, patch_size=16, num_layers=6, num_heads=4, hidden_dim=192, mlp_dim=384
+    ),
 }
 """Sizes by image size: handwritten digits (8x8), CIFAR (32x32), Imagenette (160x160)."""
 
@@ -52,29 +59,35 @@ SIZES = {
 class ViTMoE(HubMixin, VisionTransformer):
     r"""torchvision's ViT (Dosovitskiy et al., 2021) with a MoE in the MLP of every n-th block.
 
-    The tokens of one image, the class token included, form a group: they compete for experts only among themselves.
+    The tokens of one image, the class token included, form a group: they compete for experts only
+    among themselves.
 
     Args:
-        size: a :class:`ViTSize`, a dictionary of its sizes, or an image size with defaults: 8, 32 or 160.
+        size: a :class:`ViTSize`, a dictionary of its sizes, or an image size with defaults: 8, 32
+            or 160.
         num_classes: default 10.
-        router: a name or factory (default ``"expert_choice"``); ``None`` leaves the dense ViT, the baseline.
+        router: a name or factory (default ``"expert_choice"``); ``None`` leaves the dense ViT, the
+            baseline.
         num_experts: E (default 8).
         k: K, experts per token (default 1).
-        every: block ``i`` is MoE where ``i % every == every - 1`` (default 2).
-        start: ``"shared"`` (default, ``None``): the dense MLP runs beside the routed experts, which start at zero;
-            ``"copies"``: all experts start as copies of the dense MLP; ``"plain"``: each by itself. With the first, and
-            with copies, a new model gives what the dense one (``router=None``) gives
-            that is drawn with the same seed; see :func:`moefy`.
+        every: block ``i`` is MoE if ``i % every == every - 1`` (default 2).
+        start: how the experts start; see :func:`moefy`. ``"shared"`` (default, ``None``): the dense
+            MLP runs on every token, and what the routed experts add starts at zero. ``"copies"``:
+            all experts start as copies of the dense MLP. ``"plain"``: independent experts. With the
+            first two, the outputs of a new model equal those of the dense one (``router=None``)
+            with the same seed.
         dropout: of the dense ViT and the experts (default 0).
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
 
     Shapes:
         - ``images``: (B, 3, H, W), or (B, 1, H, W) gray ones, H = W = ``image_size``.
-        - returns (B, num_classes), and the list of :class:`gmoe.Routing` with ``return_routing=True``, empty if dense.
+        - returns (B, num_classes), and the list of :class:`gmoe.Routing` with
+          ``return_routing=True``, empty if dense.
 
     Raises:
-        ValueError: an image size without a preset, sizes below 1 or that do not divide, or images of another shape.
+        ValueError: an image size without a preset, a size below 1 or one that another does not
+            divide, or images of another shape.
 
     Example:
         >>> logits, routings = ViTMoE(32, router="expert_choice")(images, return_routing=True)
@@ -100,33 +113,57 @@ class ViTMoE(HubMixin, VisionTransformer):
         size = asdict(size) if isinstance(size, ViTSize) else size
         start = check_start(start)
         config = recorded(locals(), "unknown", ROUTERS)
-        check(isinstance(size, Mapping) or size in SIZES, "size", repr(size), f"a ViTSize or one of {sorted(SIZES)}")
+        if not isinstance(size, Mapping) and size not in SIZES:
+            raise ValueError(f"size: got {size!r}, expected a ViTSize or one of {sorted(SIZES)}")
         sizes = asdict(ViTSize(**size) if isinstance(size, Mapping) else SIZES[size])
         check_counts(num_classes=num_classes, **sizes)
         for whole, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
-            check(sizes[whole] % sizes[part] == 0, whole, sizes[whole], f"a multiple of {part}={sizes[part]}")
+            if sizes[whole] % sizes[part]:
+                raise ValueError(
+                    f"{whole}: got {sizes[whole]}, expected a multiple of {part}={sizes[part]}"
+                )
         super().__init__(**sizes, num_classes=num_classes, dropout=dropout)
         self.config = config
         if router is None:
             return
-        options: Any = {"start": start, "upcycle": start != "shared", "router_kwargs": router_kwargs}
         with drawn_apart(start != "plain"):
-            moefy(self, every, k, router, num_experts, backend=backend, **options)
-            if start == "copies":
-                return
-            for part in self.modules():  # as torchvision initializes its MLPs, and so the dense baseline
-                if isinstance(part, LinearExperts) and part.bias is not None and not part.zero_init:
-                    for weight in part.weight:
-                        nn.init.xavier_uniform_(weight)
-                    nn.init.normal_(part.bias, std=1e-6)
+            moefy(
+                self,
+                every,
+                k,
+                router,
+                num_experts,
+                upcycle=start != "shared",
+                start=start,
+                router_kwargs=router_kwargs,
+                backend=backend,
+            )
+            if start != "copies":
+                self._init_experts()
 
-    def forward(self, images: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, list[Routing]]:
+    def _init_experts(self) -> None:
+        """Draw the experts as torchvision draws the MLPs of the dense model."""
+        for module in self.modules():
+            if not isinstance(module, LinearExperts):
+                continue
+            if module.bias is not None and not module.zero_init:
+                for weight in module.weight:
+                    nn.init.xavier_uniform_(weight)
+                nn.init.normal_(module.bias, std=1e-6)
+
+    def forward(
+        self, images: Tensor, *, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, list[Routing]]:
         """Logits of the images; see the class."""
         side = self.image_size
         if images.dim() != 4 or images.size(1) not in (1, 3) or images.shape[2:] != (side, side):
-            raise ValueError(f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})")
-        routed = any(isinstance(module, Router) for module in self.modules())
-        recording: Any = record_routing(self.encoder) if return_routing and routed else nullcontext([])
+            raise ValueError(
+                f"images: got shape {tuple(images.shape)}, expected (B, 3 or 1, {side}, {side})"
+            )
+        is_routed = any(isinstance(module, Router) for module in self.modules())
+        recording: Any = nullcontext([])
+        if return_routing and is_routed:
+            recording = record_routing(self.encoder)
         with recording as routings:
-            logits = super().forward(images.expand(-1, 3, -1, -1))
+            logits = super().forward(images.expand(-1, 3, -1, -1))  # gray becomes RGB
         return (logits, routings) if return_routing else logits

@@ -1,4 +1,7 @@
-"""The abstract router. Shapes: T tokens, D width, E experts, K experts per token, P pairs."""
+"""The abstract router: the checks, weights and sums over processes that all routers share.
+
+Shapes: T tokens, D width, E experts, K experts per token, P (token, expert) pairs.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ from gmoe.routing import INTEGERS, Routing, described
 Weighting: TypeAlias = Literal["score", "normalized", "straight_through"]
 
 MAX_WEIGHT = 10.0
-"""Cap of a ``"score"`` weight; only gates that run along tokens reach it."""
+"""Cap of a ``"score"`` weight; only gates that are normalized over tokens reach it."""
 
 
 class Router(nn.Module, ABC):
     """Decide which expert handles which token.
 
-    Called as ``router(x, batch=None, edge_index=None)``. Scores are computed in float32 at least, also under autocast.
-    A router of your own implements :meth:`route` and :meth:`reset_parameters`.
+    Called as ``router(x, batch=None, edge_index=None)``. Scores are computed in float32 at least,
+    also under autocast. Your own router implements :meth:`route` and :meth:`reset_parameters`.
 
     Args:
         dim: D, the width of the tokens.
@@ -35,51 +38,64 @@ class Router(nn.Module, ABC):
         k: K, experts per token (on average, where experts choose). 1 <= K <= E.
         weight: how a pair's weight follows from its gate ``g`` (a probability or a vote):
 
-            - ``"score"``: ``g`` itself. Where ``g`` runs along tokens, it is divided by the detached mean of the
-              selected gates of the group and capped at 10, so that the scale does not depend on T.
-            - ``"normalized"``: ``g`` divided by the sum over the token's experts, so that a token's weights sum to 1.
-              Refused at K = 1, where it is constant and the router would get no gradient from the task.
-            - ``"straight_through"``: ``g / g.detach()``: the value 1 with the gradient of ``log g``.
-            - ``None`` (default): the router's own default; ``"score"`` where it has none.
+            - ``"score"``: ``g`` itself. If ``g`` is normalized over tokens, it is divided by the
+              detached mean of the selected gates of the group and capped at 10, so that the scale
+              does not depend on T.
+            - ``"normalized"``: ``g`` divided by the sum over the token's experts, so that a token's
+              weights sum to 1. Refused at K = 1, where the weight is constant and the task gives
+              the router no gradient.
+            - ``"straight_through"``: ``g / g.detach()``: the value 1 with the gradient of
+              ``log g``.
+            - ``None`` (default): the router's own default, ``"score"`` unless its class says
+              otherwise.
 
     Attributes:
-        check_finite: set to ``True`` to raise on NaN or infinity in the tokens; costs a host sync (default ``False``).
+        check_finite: set to ``True`` to raise on NaN or infinity in the tokens; costs a host sync
+            (default ``False``).
         experts_per_token: average number of experts per token; compute scales with it.
-        process_group: under ``torch.distributed``, losses and counters are those of the tokens of all processes of this
-            group, ``None`` (default) for all there are. One collective a forward in training with gradients (one more
-            for a z-loss), so that every process has to call the router; not in the forward of a reentrant
-            checkpoint, which has none. Where tokens compete (expert choice, votes, capacities), they do so inside a
-            process. A router with a group of its own can be neither copied nor pickled.
-        sums_to_one: each token's weights sum to 1 by construction, whatever the values, so that copies of one layer
-            give what that layer gives (default ``False``).
-        by_token: a token's experts follow from the token alone in evaluation, so that a graph on disk can be routed a
-            part at a time (default ``False``).
+        process_group: under ``torch.distributed``, losses and counters cover the tokens of all
+            processes in this group; ``None`` (default) is the group of all processes. In training
+            with gradients, a forward runs one collective (one more for a z-loss), so every process
+            has to call the router. The forward of a reentrant checkpoint has no gradients and runs
+            none. Where tokens compete (expert choice, votes, capacities), they compete inside a
+            process. A router with its own group can be neither copied nor pickled.
+        sums_to_one: each token's weights sum to 1 by construction, whatever the values, so that
+            copies of one layer give what that layer gives (default ``False``).
+        by_token: in evaluation, a token's experts follow from that token alone, so that a graph on
+            disk can be routed a part at a time (default ``False``).
 
     Shapes:
-        - ``x``: (..., T, D); leading dimensions are groups, without them all tokens are one group.
-        - ``batch``: optional group ids (PyG's ``batch``), integers of shape ``x.shape[:-1]``, unsorted and with gaps
-          allowed.
-        - ``edge_index``: optional (2, number of edges), the graph of the tokens; only some routers look at it. A
-          ``MoEConv`` gives it where sources and destinations are the same nodes.
+        - ``x``: (..., T, D); leading dimensions are groups; in (T, D) all tokens are one group.
+        - ``batch``: optional group ids (PyG's ``batch``), integers of shape ``x.shape[:-1]``,
+          unsorted and with gaps allowed.
+        - ``edge_index``: optional (2, number of edges), the graph of the tokens; only some routers
+          use it. A ``MoEConv`` passes it if sources and destinations are the same nodes.
 
     Raises:
-        ValueError: K, E or ``weight`` out of range; tokens, a batch vector or an edge index that do not fit;
-            ``check_finite`` and a value that is not finite.
+        ValueError: K, E or ``weight`` out of range; tokens, a batch vector or an edge index that do
+            not fit; ``check_finite`` and a value that is not finite.
         RuntimeError: called inside a transform of ``torch.func``.
     """
 
     by_token = False
     sums_to_one = False
 
-    def __init__(self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None) -> None:
+    def __init__(
+        self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None
+    ) -> None:
         super().__init__()
         weight = weight or "score"
         check_counts(dim=dim, num_experts=num_experts, k=k)
         check(k <= num_experts, "k", k, f"at most num_experts={num_experts}")
         check_choice("weight", weight, Weighting)
-        constant = weight == "normalized" and k == 1
-        check(not constant, "weight", "'normalized' with k=1, the constant 1 without a gradient", "another, or k >= 2")
-        self.dim, self.num_experts, self.k = dim, num_experts, k
+        if weight == "normalized" and k == 1:
+            raise ValueError(
+                "weight: got 'normalized' with k=1, the constant 1 without a gradient, expected "
+                "another, or k >= 2"
+            )
+        self.dim = dim
+        self.num_experts = num_experts
+        self.k = k
         self.weight = weight
         self.check_finite = False
         self.experts_per_token = float(k)
@@ -95,110 +111,185 @@ class Router(nn.Module, ABC):
 
         Args:
             x_TD: (T, D) tokens.
-            group: (T,) group ids, unsorted and with gaps allowed; or the number of tokens in each of the equal groups
-                that lie one behind the other. Where tokens compete, ``Groups.of(group, T)`` reads either.
+            group: (T,) group ids, unsorted and with gaps allowed; or one number, the size of groups
+                that are equally large and contiguous. Where tokens compete,
+                ``Groups.of(group, T)`` reads either.
             edge_index: (2, number of edges), or ``None``.
         """
 
-    def forward(self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None) -> Routing:
+    def forward(
+        self, x: Tensor, batch: Tensor | None = None, edge_index: Tensor | None = None
+    ) -> Routing:
         """Route ``x``; see the class."""
         if not torch.compiler.is_compiling() and in_transform():
-            raise RuntimeError("torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers")
-        if not isinstance(x, Tensor) or x.dim() < 2 or x.size(-1) != self.dim or not x.is_floating_point():
-            raise ValueError(f"x: got {described(x)}, expected (..., T, dim={self.dim}), a tensor of floats")
-        if batch is not None and (getattr(batch, "dtype", None) not in INTEGERS or batch.shape != x.shape[:-1]):
-            raise ValueError(f"batch: got {described(batch)}, expected integers, a tensor of {tuple(x.shape[:-1])}")
+            raise RuntimeError(
+                "torch.func transforms (grad, vmap, jvp, …) are not supported by gmoe's layers"
+            )
+        self._check_input(x, batch)
+
+        # Flatten the tokens. Without a batch vector, (..., T, D) holds equal groups of T tokens.
         x_TD = x.reshape(-1, self.dim)
-        if self.check_finite and not x_TD.isfinite().all():
-            raise ValueError(f"x: got {int((~x_TD.isfinite()).sum())} values that are NaN or infinite, expected none")
         group = x.size(-2) if batch is None else batch.reshape(-1)
+        if self.check_finite and not x_TD.isfinite().all():
+            raise ValueError(
+                f"x: got {int((~x_TD.isfinite()).sum())} values that are NaN or infinite, "
+                "expected none"
+            )
+
+        # In half precision two close logits round to a tie, and probabilities underflow.
+        dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            routing = self.route(x_TD.to(torch.promote_types(x.dtype, torch.float32)), group, edge_index)
-        if not isinstance(routing, Routing) or routing.scores.shape != (len(x_TD), self.num_experts):
+            routing = self.route(x_TD.to(dtype), group, edge_index)
+
+        shape = (len(x_TD), self.num_experts)
+        if not isinstance(routing, Routing) or routing.scores.shape != shape:
             got = repr(routing) if isinstance(routing, Routing) else described(routing)
-            expected = f"a Routing of {len(x_TD)} tokens, {self.num_experts} experts"
-            raise ValueError(f"route: got {got} from {type(self).__name__}, expected {expected}")
+            raise ValueError(
+                f"route: got {got} from {type(self).__name__}, "
+                f"expected a Routing of {len(x_TD)} tokens, {self.num_experts} experts"
+            )
+        # Losses that were computed without gradients train nothing: aux_loss warns about them.
         if routing.losses and self.training and not torch.is_grad_enabled():
             routing = replace(routing, detached=True, checked=True)
         return routing
 
+    def _check_input(self, x: Tensor, batch: Tensor | None) -> None:
+        """Refuse tokens of another width, and a batch vector that does not fit them."""
+        is_floats = isinstance(x, Tensor) and x.is_floating_point()
+        if not is_floats or x.dim() < 2 or x.size(-1) != self.dim:
+            raise ValueError(
+                f"x: got {described(x)}, expected (..., T, dim={self.dim}), a tensor of floats"
+            )
+        if batch is None:
+            return
+        is_integers = getattr(batch, "dtype", None) in INTEGERS
+        if not is_integers or batch.shape != x.shape[:-1]:
+            raise ValueError(
+                f"batch: got {described(batch)}, expected integers, "
+                f"a tensor of {tuple(x.shape[:-1])}"
+            )
+
     @property
     def _picks_sum_to_one(self) -> bool:
-        """True if the weights of K chosen experts sum to 1: normalized ones, and the 1 of a single expert."""
+        """True if the weights of K chosen experts sum to 1.
+
+        That holds for normalized weights, and for the constant 1 of a single expert.
+        """
         return self.weight == "normalized" or (self.weight == "straight_through" and self.k == 1)
 
     def _top_k(self, ranked_TE: Tensor, log_gate_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, K) each token's best experts, best first, ties to the lowest index; and (T, K) their weights."""
-        if self.k == 1:  # the first of equal maxima, unlike topk
+        """Choose each token's best experts.
+
+        Args:
+            ranked_TE: (T, E) what the choice goes by; it may differ from the gates, by a bias.
+            log_gate_TE: (T, E) logarithms of the gates, from which the weights follow.
+
+        Returns:
+            (T, K) the experts, best first and ties to the lowest index; and (T, K) their weights.
+        """
+        if self.k == 1:  # argmax takes the first of equal maxima, which topk does not promise
             expert_TK = ranked_TE.argmax(dim=-1, keepdim=True)
         else:
-            expert_TK = ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, : self.k]
+            order_TE = ranked_TE.argsort(dim=-1, descending=True, stable=True)
+            expert_TK = order_TE[:, : self.k]
         log_gate_TK = log_gate_TE.gather(1, expert_TK)
+        if self.weight == "straight_through":
+            return expert_TK, straight_through(log_gate_TK)
         if self.weight == "normalized":
             log_gate_TK = log_gate_TK.log_softmax(dim=-1)
-        elif self.weight == "straight_through":
-            return expert_TK, straight_through(log_gate_TK)
         return expert_TK, log_gate_TK.exp()
 
     def summed(self, *parts: Tensor) -> Sequence[Tensor]:
-        """Sum over the processes what was summed over tokens: one collective, in training with gradients only.
+        """Sum over the processes what was summed over tokens, in one collective.
 
-        Every process has to come here, also one without tokens.
+        Only in training with gradients; otherwise the parts are returned as they are. Every process
+        has to call this, even one without tokens.
         """
-        if not (self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
+        is_distributed = dist.is_available() and dist.is_initialized()
+        if not (self.training and torch.is_grad_enabled() and is_distributed):
             return parts
-        total = world_sum(torch.cat([part.view(-1) for part in parts]), self.process_group)
-        sums = total.split([part.numel() for part in parts])
-        return [one.view_as(part) for one, part in zip(sums, parts, strict=True)]
+        flat = torch.cat([part.view(-1) for part in parts])
+        sums = world_sum(flat, self.process_group).split([part.numel() for part in parts])
+        return [total.view_as(part) for total, part in zip(sums, parts, strict=True)]
 
     def z_loss(self, logits_TE: Tensor) -> Tensor:
         """The router z-loss over the tokens of all processes."""
-        squares, tokens = self.summed(square_sum(logits_TE), logits_TE.new_full((), len(logits_TE)))
-        return squares / tokens.clamp(min=1)
+        num_tokens = logits_TE.new_full((), len(logits_TE))  # new_tensor would copy from the host
+        square, num_tokens = self.summed(square_sum(logits_TE), num_tokens)
+        return square / num_tokens.clamp(min=1)
 
     def is_training_step(self) -> bool:
-        """True if this forward moves the counters: not in evaluation, nor when a checkpoint recomputes it."""
-        # what torch.utils.checkpoint itself asks; a compiled checkpoint recomputes without Python
-        return self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
+        """True if this forward moves the counters.
+
+        It does in training, but not when a checkpoint recomputes the forward in the backward pass.
+        """
+        if not self.training:
+            return False
+        # A compiled checkpoint recomputes without Python, so it never comes here twice.
+        if torch.compiler.is_compiling():
+            return True
+        # -1 outside of a backward pass; torch.utils.checkpoint asks the same function.
+        return torch._C._current_graph_task_id() == -1
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
-        """Keep counters and frozen projections in float32 at least: in bfloat16 a bias's steps would round away."""
-        buffers = set(map(id, self.buffers()))
+        """Keep counters and frozen projections in float32 at least when the module is cast.
 
-        def kept(old: Tensor) -> Tensor:
+        In bfloat16 the small steps of a bias would round away.
+        """
+        buffer_ids = {id(buffer) for buffer in self.buffers()}
+
+        def cast(old: Tensor) -> Tensor:
             new = fn(old)
-            if id(old) not in buffers or not new.is_floating_point() or new.dtype.itemsize >= 4:
+            is_half = new.is_floating_point() and new.dtype.itemsize < 4
+            if id(old) not in buffer_ids or not is_half:
                 return new
-            return new.float() if old.is_meta else old.to(device=new.device, dtype=torch.float32)
+            if old.is_meta:  # it has no values to keep
+                return new.float()
+            return old.to(device=new.device, dtype=torch.float32)
 
-        return super()._apply(kept, recurse)
+        return super()._apply(cast, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, k={self.k}, weight={self.weight!r}"
 
 
-def pair_weights(weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_tokens: int) -> Tensor:
-    """(P,) the weights of any pairs from the logarithms of their gates."""
+def pair_weights(
+    weighting: Weighting, log_gate_P: Tensor, token_P: Tensor, num_tokens: int
+) -> Tensor:
+    """(P,) the weights of pairs from the logarithms of their gates, K or not per token.
+
+    Args:
+        weighting: see :class:`Router`.
+        log_gate_P: logarithm of each pair's gate.
+        token_P: the token of each pair.
+        num_tokens: T.
+    """
     if weighting == "score":
         return log_gate_P.exp().clamp(max=MAX_WEIGHT)
     if weighting == "straight_through":
         return straight_through(log_gate_P)
+    # "normalized": a softmax over each token's pairs, relative to its best one so as not to
+    # overflow.
     best_T = log_gate_P.detach().new_zeros(num_tokens)
     best_T = best_T.scatter_reduce(0, token_P, log_gate_P.detach(), "amax", include_self=False)
     gate_P = (log_gate_P - best_T.index_select(0, token_P)).exp()
-    return gate_P / gate_P.new_zeros(num_tokens).index_add(0, token_P, gate_P).index_select(0, token_P)
+    total_T = gate_P.new_zeros(num_tokens).index_add(0, token_P, gate_P)
+    return gate_P / total_T.index_select(0, token_P)
 
 
 def straight_through(log_gate: Tensor) -> Tensor:
-    """1, with the gradient of ``log_gate``."""
+    """The value 1, with the gradient of ``log_gate``."""
     return (log_gate - log_gate.detach()) + 1.0
 
 
 def float_linear(x_TD: Tensor, linear: nn.Module) -> Tensor:
-    """``linear(x)`` in the precision of ``x``, at least float32: a model in bfloat16 still scores in float32."""
+    """``linear(x)`` in the dtype of ``x``, so that a model in bfloat16 still scores in float32."""
+    # A plain layer: cast its weight up. Any other (LoRA, quantized, with hooks) has to be called,
+    # in its own dtype.
     if type(linear) is nn.Linear and linear.bias is None and not must_be_called(linear):
         return nn.functional.linear(x_TD, linear.weight.to(x_TD.dtype))
-    dtype = getattr(getattr(linear, "weight", None), "dtype", x_TD.dtype)  # a quantized one's weight is no tensor
+    weight = getattr(linear, "weight", None)
+    dtype = getattr(weight, "dtype", x_TD.dtype)  # a quantized layer's weight is not a tensor
     return linear(x_TD.to(dtype)).to(x_TD.dtype)
 
 
@@ -210,7 +301,14 @@ def reset_linear(linear: nn.Linear, scale: float) -> None:
 
 
 def edges_among(edge_index: Tensor | None) -> Tensor:
-    """The edges, if they have the form of some. Whether they join the tokens is checked where they are sorted."""
-    if edge_index is None or edge_index.dtype not in INTEGERS or edge_index.dim() != 2 or len(edge_index) != 2:
-        raise ValueError(f"edge_index: got {described(edge_index)}, expected integers (2, edges), of one set of nodes")
+    """Return the edges; refuse what does not have the form of edges.
+
+    Sorting them checks that they join the tokens.
+    """
+    is_integers = edge_index is not None and edge_index.dtype in INTEGERS
+    if edge_index is None or not is_integers or edge_index.dim() != 2 or len(edge_index) != 2:
+        raise ValueError(
+            f"edge_index: got {described(edge_index)}, expected integers (2, edges), "
+            "of one set of nodes"
+        )
     return edge_index

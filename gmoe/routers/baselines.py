@@ -1,27 +1,34 @@
-"""Baselines: random, uniform and oracle routing. Shapes: T tokens, D width, E experts, K experts per token."""
+"""Baselines: random, uniform and oracle routing.
+
+Shapes: T tokens, D width, E experts, K experts per token.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from gmoe._checks import check
 from gmoe.routers.base import Router, Weighting
 from gmoe.routing import INTEGERS, Routing, check_range, described
 
 
 class RandomRouter(Router):
-    r"""Baseline: token choice by a frozen random projection, ``softmax(x R)`` with :math:`R_{de} \sim N(0, 1/D)`.
+    r"""Baseline: token choice by a frozen random projection.
 
-    Random but a function of the token, so that it follows permutations and equal tokens share experts (hash-like
-    routing, Roller et al., 2021). What a learned router gains over it is due to learned routing.
+    .. math::
+        g = \mathrm{softmax}(x R), \qquad R_{de} \sim N(0, 1/D)
+
+    The choice is random but a function of the token, so that it follows permutations and equal
+    tokens share experts (hash-like routing, Roller et al., 2021). What a learned router gains over
+    it is due to learning.
 
     Args:
         dim: D, the width of the tokens.
         num_experts: E.
         k: K, experts per token (default 1).
-        weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"straight_through"``, the value 1, at
-            K = 1: scores of a frozen projection say nothing that an output should be scaled by.
+        weight: see :class:`Router`; default ``"normalized"`` for K >= 2, and at K = 1
+            ``"straight_through"``, the value 1: the scores of a frozen projection are no reason to
+            scale an output.
 
     Shapes:
         See :class:`Router`.
@@ -33,8 +40,11 @@ class RandomRouter(Router):
     by_token = True
     projection_DE: Tensor
 
-    def __init__(self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None) -> None:
-        weight = weight or ("normalized" if k >= 2 else "straight_through")
+    def __init__(
+        self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None
+    ) -> None:
+        if weight is None:
+            weight = "normalized" if k >= 2 else "straight_through"
         super().__init__(dim, num_experts, k, weight=weight)
         self.sums_to_one = self._picks_sum_to_one
         self.register_buffer("projection_DE", torch.empty(dim, num_experts))
@@ -46,8 +56,10 @@ class RandomRouter(Router):
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TE = x_TD @ self.projection_DE.to(x_TD.dtype)
         log_probs_TE = logits_TE.log_softmax(dim=-1)
-        choices = self._top_k(logits_TE, log_probs_TE)
-        return Routing.from_choices(*choices, self.num_experts, log_probs_TE.exp(), checked=True)
+        expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
+        return Routing.from_choices(
+            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), checked=True
+        )
 
 
 class UniformRouter(Router):
@@ -73,7 +85,9 @@ class UniformRouter(Router):
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         scores_TE = x_TD.new_full((len(x_TD), self.num_experts), 1.0 / self.num_experts)
         experts_TE = torch.arange(self.num_experts, device=x_TD.device).expand(len(x_TD), -1)
-        return Routing.from_choices(experts_TE, scores_TE, self.num_experts, scores_TE, checked=True)
+        return Routing.from_choices(
+            experts_TE, scores_TE, self.num_experts, scores_TE, checked=True
+        )
 
 
 class OracleRouter(Router):
@@ -82,7 +96,8 @@ class OracleRouter(Router):
     Args:
         dim: D, the width of the tokens.
         num_experts: E.
-        assignment: (T,) integers in 0..E-1, the expert of each token; calls must bring the same T tokens in order.
+        assignment: (T,) integers in 0..E-1, the expert of each token; each call must pass the same
+            T tokens in the same order.
 
     Shapes:
         See :class:`Router`.
@@ -96,17 +111,19 @@ class OracleRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, assignment: Tensor) -> None:
         super().__init__(dim, num_experts, k=1)
-        fits = assignment.dim() == 1 and assignment.dtype in INTEGERS
-        check(fits, "assignment", described(assignment), "(T,) integers")
+        if assignment.dim() != 1 or assignment.dtype not in INTEGERS:
+            raise ValueError(f"assignment: got {described(assignment)}, expected (T,) integers")
         check_range("assignment", assignment, num_experts)
-        self.assignment = assignment  # what a buffer that went through the meta device is restored from
+        # The buffer loses its values on the meta device; reset_parameters restores them from here.
+        self.assignment = assignment
         self.register_buffer("assignment_T", assignment.long())
 
     def reset_parameters(self) -> None:
         self.assignment_T.copy_(self.assignment)
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        num_tokens, assigned = len(x_TD), len(self.assignment_T)
-        check(num_tokens == assigned, "x", f"{num_tokens} tokens", f"{assigned} assigned ones")
+        num_assigned = len(self.assignment_T)
+        if len(x_TD) != num_assigned:
+            raise ValueError(f"x: got {len(x_TD)} tokens, expected {num_assigned} assigned ones")
         expert_T1 = self.assignment_T[:, None]
         return Routing.from_choices(expert_T1, x_TD.new_ones(expert_T1.shape), self.num_experts)

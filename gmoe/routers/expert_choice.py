@@ -1,4 +1,7 @@
-"""Expert choice. Shapes: T tokens, D width, E experts, C capacity, P pairs."""
+"""Expert choice: each expert picks its top-C tokens.
+
+Shapes: T tokens, D width, E experts, C capacity, B groups, P (token, expert) pairs.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,22 @@ Normalize: TypeAlias = Literal["experts", "tokens"]
 Inference: TypeAlias = Literal["group", "threshold"]
 
 MOMENTUM = 0.1
-"""Share of the newest training step in the running means; the first ten steps are averaged evenly."""
+"""Share of a training step in the running means; the first ten steps are averaged evenly."""
 
 
 class ExpertChoice(Router):
-    r"""Each expert picks its top-C tokens of a group (a PyG ``Batch`` needs ``batch=``: else its graphs compete).
-
-    From Zhou et al. (2022); the load is even by construction.
+    r"""Each expert picks its top-C tokens of a group (Zhou et al., 2022).
 
     .. math::
         g = \mathrm{softmax}(X W), \quad
-        C = \mathrm{clamp}(\lceil \mathrm{cf} \cdot K \cdot T_\mathrm{group} / E \rceil, 1, T_\mathrm{group})
+        C = \mathrm{clamp}(\lceil \mathrm{cf} \cdot K \cdot T_\mathrm{group} / E \rceil,
+            1, T_\mathrm{group})
 
-    A token may get several experts, or none (then the layer gives it zero). Ties go to the lowest token index.
+    The load is even by construction. Call it on a PyG ``Batch`` with ``batch=``: without it, the
+    graphs of the batch compete with each other.
+
+    A token may get several experts, or none (then the layer gives it zero). Ties go to the lowest
+    token index.
 
     Args:
         dim: D, the width of the tokens.
@@ -37,16 +43,17 @@ class ExpertChoice(Router):
         k: K, the average number of experts of a token at ``capacity_factor=1`` (default 1).
         weight: see :class:`Router`; default ``"score"``.
         capacity_factor: scales the number of tokens that an expert takes (default 1).
-        normalize: ``"experts"`` (default): softmax over experts, as in the paper. ``"tokens"``: softmax along the
-            tokens of the group; with ``weight="score"`` the weights are then divided by the detached mean of the
-            group's selected ones and capped at 10.
-        inference: at evaluation, ``"group"`` (default): as in training, so that a token's experts depend on its group.
-            ``"threshold"``: an expert takes every token whose score reaches a running mean of the last scores that
-            were taken in training, a tenth of each new one, so that each token decides alone; needs at least one
-            training step before.
+        normalize: ``"experts"`` (default): softmax over experts, as in the paper. ``"tokens"``:
+            softmax over the tokens of the group; with ``weight="score"`` the weights are then
+            divided by the detached mean of the group's selected ones and capped at 10.
+        inference: how experts choose in evaluation. ``"group"`` (default): as in training, so that
+            a token's experts depend on its group. ``"threshold"``: an expert takes every token
+            whose score reaches a threshold, so that a token's experts depend on that token alone.
+            The threshold is a running mean, by a tenth a step, of the lowest score that the expert
+            took in training; it needs at least one training step.
         z_coef: coefficient of the router z-loss (default 0, no loss).
-        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch Transformer): a softmax that is
-            sharp from the start hardly learns.
+        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch
+            Transformer): a softmax that is sharp from the start hardly learns.
 
     Shapes:
         See :class:`Router`.
@@ -71,7 +78,8 @@ class ExpertChoice(Router):
     ) -> None:
         super().__init__(dim, num_experts, k, weight=weight)
         check_at_least(0, z_coef=z_coef, init_scale=init_scale)
-        self.z_coef, self.init_scale = z_coef, init_scale
+        self.z_coef = z_coef
+        self.init_scale = init_scale
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.selection = ExpertSelection(num_experts, capacity_factor, normalize, inference)
         self.by_token = inference == "threshold"
@@ -84,16 +92,21 @@ class ExpertChoice(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TE = float_linear(x_TD, self.gate)
-        losses = {"z": AuxLoss(self.z_loss(logits_TE), self.z_coef)} if self.z_coef > 0 else {}
+        losses = {}
+        if self.z_coef > 0:
+            losses["z"] = AuxLoss(self.z_loss(logits_TE), self.z_coef)
         return self.selection(self, logits_TE, group, losses)
 
 
 class ExpertSelection(nn.Module):
-    """Each expert takes its ``C = clamp(ceil(capacity_factor * K * T_group / E), 1, T_group)`` best tokens of a group.
+    """Each expert takes its C best tokens of a group, or in evaluation those above a threshold.
 
-    In threshold inference it keeps, for each expert, a running mean of the logarithm of the score of the last token
-    taken (the *threshold*) and, where gates run along tokens, of what divides them (the *scale*; the threshold is then
-    one of logits); at evaluation each token then decides alone.
+    ``C = clamp(ceil(capacity_factor * K * T_group / E), 1, T_group)``.
+
+    For threshold inference it keeps running means for each expert: of the logarithm of the lowest
+    score that it took (the *threshold*), and, if gates are normalized over tokens, of the logarithm
+    of what divides them (the *scale*; the threshold is then one of logits). In evaluation they
+    stand for the group, so that each token is routed by itself.
 
     Args:
         num_experts: E.
@@ -106,12 +119,16 @@ class ExpertSelection(nn.Module):
     log_scale_E: Tensor
     steps: Tensor
 
-    def __init__(self, num_experts: int, capacity_factor: float, normalize: Normalize, inference: Inference) -> None:
+    def __init__(
+        self, num_experts: int, capacity_factor: float, normalize: Normalize, inference: Inference
+    ) -> None:
         super().__init__()
         check_positive("capacity_factor", capacity_factor)
         check_choice("normalize", normalize, Normalize)
         check_choice("inference", inference, Inference)
-        self.capacity_factor, self.normalize, self.inference = capacity_factor, normalize, inference
+        self.capacity_factor = capacity_factor
+        self.normalize = normalize
+        self.inference = inference
         if inference == "threshold":
             self.register_buffer("threshold_E", torch.zeros(num_experts))
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
@@ -123,21 +140,30 @@ class ExpertSelection(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
-    def forward(self, router: Router, logits_TE: Tensor, group: Tensor | int, losses: Mapping[str, AuxLoss]) -> Routing:
+    def forward(
+        self, router: Router, logits_TE: Tensor, group: Tensor | int, losses: Mapping[str, AuxLoss]
+    ) -> Routing:
         """Select the pairs, and move the running means.
 
         Args:
-            router: the router, whose weights and process group are used.
+            router: the router, for its weighting and its process group.
             logits_TE: the logits.
             group: the tokens that compete, see :meth:`gmoe.routers.Router.route`.
-            losses: those of the routing.
+            losses: auxiliary losses, which the routing passes on.
         """
-        along_tokens, num_tokens = self.normalize == "tokens", len(logits_TE)
-        # inside a group the softmax along tokens ranks as the logits do
-        ranked_TE = log_scores_TE = logits_TE if along_tokens else logits_TE.log_softmax(dim=-1)
+        num_tokens = len(logits_TE)
+        along_tokens = self.normalize == "tokens"
+        # Inside a group, the softmax over tokens ranks them as the logits do.
+        ranked_TE = logits_TE if along_tokens else logits_TE.log_softmax(dim=-1)
+        log_scores_TE = ranked_TE
+
         if self.inference == "threshold" and not self.training:
+            # Each token by itself: the running means stand for the group.
             if int(self.steps) == 0:
-                raise RuntimeError("inference='threshold' has no thresholds yet: run a training step or load a state")
+                raise RuntimeError(
+                    "inference='threshold' has no thresholds yet: run a training step or load a "
+                    "state"
+                )
             if along_tokens:
                 log_scores_TE = logits_TE - self.log_scale_E
             token_P, offsets_E = pairs_of_mask((ranked_TE >= self.threshold_E).T)
@@ -147,30 +173,59 @@ class ExpertSelection(nn.Module):
             if along_tokens:
                 log_scores_TE = logits_TE - groups.logsumexp(logits_TE)
             share = self.capacity_factor * router.k / router.num_experts
-            token_P, offsets_E, log_gate_P = groups.best_pairs(ranked_TE, log_scores_TE, share, along_tokens)
+            token_P, offsets_E, log_gate_P = groups.best_pairs(
+                ranked_TE, log_scores_TE, share, along_tokens
+            )
             if self.inference == "threshold" and router.is_training_step():
-                self._move(router, ranked_TE.detach(), log_gate_P.detach(), token_P, groups)
-        weight_P = pair_weights(router.weight, log_gate_P, token_P, num_tokens)
-        return Routing(token_P, offsets_E, weight_P, log_scores_TE.exp(), num_tokens, losses, checked=True)
+                self._update(router, ranked_TE.detach(), log_gate_P.detach(), token_P, groups)
 
-    def _move(self, router: Router, ranked_TE: Tensor, log_gate_P: Tensor, token_P: Tensor, groups: Groups) -> None:
-        """Move the running means by a step's mean over its groups, unless there are none or it is not finite."""
-        token_EC, num_groups = token_P.view(router.num_experts, -1), groups.num_groups
-        group_EC, ranked_EC = groups.of_tokens(token_P).view_as(token_EC), ranked_TE.T.gather(1, token_EC)
+        weight_P = pair_weights(router.weight, log_gate_P, token_P, num_tokens)
+        return Routing(
+            token_P, offsets_E, weight_P, log_scores_TE.exp(), num_tokens, losses, checked=True
+        )
+
+    def _update(
+        self, router: Router, ranked_TE: Tensor, log_gate_P: Tensor, token_P: Tensor, groups: Groups
+    ) -> None:
+        """Move the running means by the mean of a step over the groups of all processes.
+
+        Without groups, or if the mean is NaN or infinite, they stay.
+
+        Args:
+            router: for its process group.
+            ranked_TE: what tokens were ranked by.
+            log_gate_P: logarithms of the gates of the chosen pairs.
+            token_P: their tokens: each expert has as many.
+            groups: the groups.
+        """
+        # 1. The lowest score that each expert took in each group.
+        num_groups = groups.num_groups
+        token_EC = token_P.view(router.num_experts, -1)
+        group_EC = groups.of_tokens(token_P).view_as(token_EC)
+        ranked_EC = ranked_TE.T.gather(1, token_EC)
         last_EB = ranked_EC.new_full((len(token_EC), num_groups), torch.inf)
         last_EB = last_EB.scatter_reduce(1, group_EC, ranked_EC, "amin")
-        means, sums = [self.threshold_E], [last_EB.sum(dim=1)]
-        if self.normalize == "tokens":  # gate = exp(logit) / scale, the same scale in all of a group
-            scale_EC = ranked_EC - log_gate_P.view_as(token_EC)
+        means = [self.threshold_E]
+        sums = [last_EB.sum(dim=1)]
+
+        # 2. The scale of each group: gate = exp(logit) / scale, the same for all its tokens.
+        if self.normalize == "tokens":
+            log_scale_EC = ranked_EC - log_gate_P.view_as(token_EC)
             means.append(self.log_scale_E)
-            sums.append(last_EB.scatter(1, group_EC, scale_EC).sum(dim=1))
+            sums.append(last_EB.scatter(1, group_EC, log_scale_EC).sum(dim=1))
+
+        # 3. Move the means: the first ten steps count evenly.
         num_groups_all, *sums = router.summed(last_EB.new_full((), num_groups), *sums)
-        some = (num_groups_all > 0) & torch.cat(sums).isfinite().all()
-        self.steps += some
+        is_valid = (num_groups_all > 0) & torch.cat(sums).isfinite().all()
+        self.steps += is_valid
         share = (1.0 / self.steps.clamp(min=1)).clamp(min=MOMENTUM)
         for mean_E, sum_E in zip(means, sums, strict=True):
             step_E = sum_E / num_groups_all.clamp(min=1)
-            mean_E.copy_(torch.where(some, mean_E + share.to(mean_E.dtype) * (step_E - mean_E), mean_E))
+            moved_E = mean_E + share.to(mean_E.dtype) * (step_E - mean_E)
+            mean_E.copy_(torch.where(is_valid, moved_E, mean_E))
 
     def extra_repr(self) -> str:
-        return f"normalize={self.normalize!r}, inference={self.inference!r}, capacity_factor={self.capacity_factor}"
+        return (
+            f"normalize={self.normalize!r}, inference={self.inference!r}, "
+            f"capacity_factor={self.capacity_factor}"
+        )

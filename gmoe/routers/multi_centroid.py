@@ -1,4 +1,8 @@
-"""Multi-centroid routing. Shapes: T tokens, D width, E experts, M centroids per expert, N centroids or clusters."""
+"""Multi-centroid routing: an expert has several centroids, and the nearest one counts.
+
+Shapes: T tokens, D width, E experts, M centroids per expert, N centroids of all experts, or
+clusters of k-means.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check, check_at_least, check_choice, check_counts, check_positive
+from gmoe._checks import check_at_least, check_choice, check_counts, check_positive
 from gmoe.losses import separation_loss
 from gmoe.routers.base import Router, Weighting
 from gmoe.routers.expert_choice import ExpertSelection, Inference, Normalize
@@ -17,8 +21,11 @@ from gmoe.routing import AuxLoss, Routing
 
 Choice: TypeAlias = Literal["tokens", "experts"]
 
-RESTARTS, STEPS = 8, 50
-"""Runs of k-means, and steps of each at most."""
+RESTARTS = 8
+"""Runs of k-means, of which the best counts."""
+
+STEPS = 50
+"""Most steps of a run of k-means."""
 
 EPS = 1e-12
 """The smallest norm that a token is divided by, as in ``torch.nn.functional.normalize``."""
@@ -27,24 +34,27 @@ EPS = 1e-12
 class MultiCentroid(Router):
     r"""Score an expert by the cosine similarity of its nearest centroid; each expert has several.
 
-    The nearest relative is `X-MoE <https://arxiv.org/abs/2204.09179>`_ (Chi et al., 2022): one centroid per expert.
+    The most similar published router is `X-MoE <https://arxiv.org/abs/2204.09179>`_ (Chi et al.,
+    2022): one centroid per expert.
 
     .. math::
         l_{te} = \max_m \cos(x_t - \mu, c_{em}) / \tau, \qquad g_t = \mathrm{softmax}_e(l_t)
 
-    The temperature :math:`\tau` is learned. The center :math:`\mu` is zero until :meth:`init_from_data` sets it.
+    The temperature :math:`\tau` is learned. The center :math:`\mu` is zero until
+    :meth:`init_from_data` sets it.
 
     Args:
         dim: D, the width of the tokens.
         num_experts: E.
         k: K, experts per token (on average, where experts choose; default 1).
-        weight: see :class:`Router`; default ``"normalized"`` where tokens choose and K >= 2, else ``"score"``.
+        weight: see :class:`Router`; default ``"normalized"`` where tokens choose and K >= 2, else
+            ``"score"``.
         num_centroids: M, centroids per expert (default 4).
-        choice: ``"tokens"`` (default): tokens take their top-K experts, as in :class:`TokenChoice`. ``"experts"``:
-            experts take their top-C tokens of a group, as in :class:`ExpertChoice`.
+        choice: ``"tokens"`` (default): tokens take their top-K experts, as in :class:`TokenChoice`.
+            ``"experts"``: experts take their top-C tokens of a group, as in :class:`ExpertChoice`.
         temperature: initial tau (default 0.1).
-        separation_coef: coefficient of the separation loss, the mean squared positive cosine between centroids within
-            and across experts (default 0.01; 0 for no loss).
+        separation_coef: coefficient of the separation loss, the mean squared positive cosine
+            between centroids within and across experts (default 0.01; 0 for no loss).
         capacity_factor, normalize, inference: for ``choice="experts"``, see :class:`ExpertChoice`.
 
     Shapes:
@@ -78,8 +88,10 @@ class MultiCentroid(Router):
         check_counts(num_centroids=num_centroids)
         check_positive("temperature", temperature)
         check_at_least(0, separation_coef=separation_coef)
-        self.choice, self.num_centroids = choice, num_centroids
-        self.temperature, self.separation_coef = temperature, separation_coef
+        self.choice = choice
+        self.num_centroids = num_centroids
+        self.temperature = temperature
+        self.separation_coef = separation_coef
         self.centroid = nn.Parameter(torch.empty(num_experts, num_centroids, dim))
         self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP2 refuses scalars
         self.register_buffer("center_D", torch.zeros(dim))
@@ -100,85 +112,122 @@ class MultiCentroid(Router):
 
     @torch.no_grad()
     def init_from_data(self, x: Tensor, *, seed: int = 0) -> None:
-        """Set the centroids by spherical k-means: E clusters of the centered data, and M clusters inside each.
+        """Set the centroids by spherical k-means.
+
+        E clusters of the centered data give the experts, and M clusters inside each the centroids.
 
         Args:
             x: (..., D) tokens, at least E of them; a sample is enough.
             seed: of the k-means++ starts (default 0).
 
         Raises:
-            ValueError: a width that does not fit, fewer tokens than experts, or values that are not finite.
+            ValueError: a width that does not fit, fewer tokens than experts, or values that are not
+                finite.
         """
-        fits = x.size(-1) == self.dim and x.numel() >= self.dim * self.num_experts
-        check(fits, "x", f"shape {tuple(x.shape)}", f"at least {self.num_experts} tokens of width {self.dim}")
-        check(x.isfinite().all(), "x", "values that are NaN or infinite", "none")
+        is_enough = x.numel() >= self.dim * self.num_experts
+        if x.size(-1) != self.dim or not is_enough:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, expected at least {self.num_experts} tokens of "
+                f"width {self.dim}"
+            )
+        if not x.isfinite().all():
+            raise ValueError("x: got values that are NaN or infinite, expected none")
         dtype = torch.promote_types(self.centroid.dtype, torch.float32)
         x_TD = x.reshape(-1, self.dim).to(self.centroid.device, dtype)
         self.center_D.copy_(x_TD.mean(dim=0))
         unit_TD = F.normalize(x_TD - self.center_D, dim=-1)
+
+        # A cluster for each expert, and inside it a cluster for each centroid.
         generator = torch.Generator(unit_TD.device).manual_seed(seed)
         center_ED, owner_T = kmeans(unit_TD, self.num_experts, generator)
         for expert in range(self.num_experts):
             mine_TD = unit_TD[owner_T == expert]
             if len(mine_TD) == 0:  # fewer distinct tokens than experts
                 mine_TD = center_ED[expert : expert + 1]
-            clusters = min(self.num_centroids, len(mine_TD))
-            centroid_MD, _ = kmeans(mine_TD, clusters, generator)
-            # an expert with fewer tokens than centroids repeats them
-            self.centroid[expert] = centroid_MD[torch.arange(self.num_centroids) % clusters]
+            num_clusters = min(self.num_centroids, len(mine_TD))
+            center_ND, _ = kmeans(mine_TD, num_clusters, generator)
+            # An expert with fewer tokens than centroids repeats its centers.
+            repeated_M = torch.arange(self.num_centroids) % num_clusters
+            self.centroid[expert] = center_ND[repeated_M]
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
+        # 1. Cosines of tokens and centroids. The product is divided by the norms of the tokens, so
+        # that no (T, D) unit vectors are held.
         unit_ND = F.normalize(self.centroid.flatten(0, 1).to(x_TD.dtype), dim=-1)
         centered_TD = x_TD - self.center_D.to(x_TD.dtype)
         norm_T1 = torch.linalg.vector_norm(centered_TD, dim=-1, keepdim=True).clamp(min=EPS)
-        cosine_TN = (centered_TD @ unit_ND.T) / norm_T1  # no unit vector a token is held
+        cosine_TN = (centered_TD @ unit_ND.T) / norm_T1
+
+        # 2. The nearest centroid of each expert, over the temperature.
         cosine_TEM = cosine_TN.unflatten(-1, (self.num_experts, -1))
-        logits_TE = cosine_TEM.amax(dim=-1) * (-self.log_temperature.to(cosine_TN.dtype)).exp()
+        inverse_temperature = (-self.log_temperature.to(cosine_TN.dtype)).exp()
+        logits_TE = cosine_TEM.amax(dim=-1) * inverse_temperature
+
+        # 3. Experts or tokens choose.
         losses = {}
         if self.separation_coef > 0:
             losses["separation"] = AuxLoss(separation_loss(self.centroid), self.separation_coef)
         if self.selection is not None:
             return self.selection(self, logits_TE, group, losses)
         log_probs_TE = logits_TE.log_softmax(dim=-1)
-        choices = self._top_k(logits_TE, log_probs_TE)
-        return Routing.from_choices(*choices, self.num_experts, log_probs_TE.exp(), losses, checked=True)
+        expert_TK, weight_TK = self._top_k(logits_TE, log_probs_TE)
+        return Routing.from_choices(
+            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, checked=True
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_centroids={self.num_centroids}, choice={self.choice!r}"
 
 
 def kmeans(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Lloyd's k-means with k-means++ starts (Arthur & Vassilvitskii, 2007): the best of several runs.
+    """Run k-means several times, and return the best run.
+
+    It is Lloyd's algorithm with k-means++ starts (Arthur & Vassilvitskii, 2007).
+
+    Args:
+        x_TD: the tokens.
+        num_clusters: N.
+        generator: for the starts.
 
     Returns:
-        Centers (N, D) and the cluster of each token (T,). A cluster may be empty where there are fewer than N
-        distinct tokens.
+        Centers (N, D) and the cluster of each token (T,). A cluster may be empty if there are
+        fewer than N distinct tokens.
     """
     runs = []
     for _ in range(RESTARTS):
         center_ND = _plus_plus(x_TD, num_clusters, generator)
         for _ in range(STEPS):
-            owner_T, before_ND = torch.cdist(x_TD, center_ND).argmin(dim=1), center_ND
+            before_ND = center_ND
+            owner_T = torch.cdist(x_TD, center_ND).argmin(dim=1)
             count_N1 = owner_T.bincount(minlength=num_clusters)[:, None]
             total_ND = torch.zeros_like(center_ND).index_add_(0, owner_T, x_TD)
-            # an emptied cluster keeps its center
+            # A cluster that lost all tokens keeps its center.
             center_ND = torch.where(count_N1 > 0, total_ND / count_N1.clamp(min=1), center_ND)
             if torch.equal(center_ND, before_ND):
                 break
         distance_T, owner_T = torch.cdist(x_TD, center_ND).min(dim=1)
-        runs.append((float(distance_T.square().sum()), center_ND, owner_T))
-    return min(runs, key=lambda found: found[0])[1:]
+        error = float(distance_T.square().sum())
+        runs.append((error, center_ND, owner_T))
+    _, center_ND, owner_T = min(runs, key=lambda run: run[0])
+    return center_ND, owner_T
 
 
 def _plus_plus(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
-    """Starts that lie far apart: each next one is drawn with probability proportional to the squared distance."""
+    """(N, D) tokens that lie far apart, for a run of k-means to start from.
+
+    The next token is drawn with a probability proportional to its squared distance from those that
+    are drawn already.
+    """
     device = x_TD.device
-    chosen = [torch.randint(len(x_TD), (1,), generator=generator, device=device)]
-    far_T = x_TD.new_full((len(x_TD),), torch.inf)
+    starts = [torch.randint(len(x_TD), (1,), generator=generator, device=device)]
+    square_T = x_TD.new_full((len(x_TD),), torch.inf)  # squared distance from the nearest start
     for _ in range(num_clusters - 1):
-        far_T = far_T.minimum((x_TD - x_TD[chosen[-1]]).square().sum(dim=1))
-        # all tokens already chosen or repeated: any of them is as good
-        cumulative_T = torch.where(far_T.sum() > 0, far_T, 1.0).double().cumsum(0)
-        draw = torch.rand(1, generator=generator, device=device, dtype=torch.float64) * cumulative_T[-1]
-        chosen.append(torch.searchsorted(cumulative_T, draw, right=True).clamp(max=len(x_TD) - 1))
-    return x_TD[torch.cat(chosen)]
+        square_T = square_T.minimum((x_TD - x_TD[starts[-1]]).square().sum(dim=1))
+        # If all tokens equal a start, any of them is as good.
+        chance_T = torch.where(square_T.sum() > 0, square_T, 1.0).double()
+        cumulative_T = chance_T.cumsum(0)
+        uniform = torch.rand(1, generator=generator, device=device, dtype=torch.float64)
+        draw = uniform * cumulative_T[-1]
+        drawn = torch.searchsorted(cumulative_T, draw, right=True)
+        starts.append(drawn.clamp(max=len(x_TD) - 1))
+    return x_TD[torch.cat(starts)]

@@ -1,4 +1,9 @@
-"""Soft MoE. Shapes: T tokens, D width, E experts, S slots per expert, N = E * S, B groups, R = B * N, I in, O out."""
+"""Soft MoE: experts see slots, which are mixtures of tokens.
+
+Shapes: T tokens, D width, E experts, S slots per expert, N = E * S slots of a group, B groups, R =
+B * N slots in all, I in and O out features of the experts. In a batch of padded groups, B is the
+number of its groups and T the number of tokens in each.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +25,12 @@ EPS = 1e-6
 class SoftRouting(Routing):
     """The result of :class:`gmoe.SoftSlots`: how slots mix tokens, and how tokens mix slots.
 
-    As a :class:`gmoe.Routing` it records all T * E pairs, each with the summed combine weights of the expert's slots.
+    As a :class:`gmoe.Routing` it records all T * E pairs, each with the summed combine weights of
+    the expert's slots.
 
     Args:
-        dispatch_TES: (T, E, S) the share of each token in each slot of its group; sums to 1 over a group's tokens.
+        dispatch_TES: (T, E, S) the share of each token in each slot of its group; sums to 1 over a
+            group's tokens.
         combine_TES: (T, E, S) the share of each slot in each token; sums to 1 over the slots.
         groups: the tokens that share slots.
     """
@@ -34,17 +41,20 @@ class SoftRouting(Routing):
 
     @property
     def slot_offsets(self) -> Tensor:
-        """(E,) int32 cumulative ends of the slot rows of each expert."""
+        """(E,) int32 cumulative ends of the rows of each expert's slots."""
         rows = self.groups.num_groups * self.dispatch_TES.size(2)
         return torch.full_like(self.offsets, rows).cumsum(0, dtype=torch.int32)
 
     def dispatch(self, x_TI: Tensor) -> Tensor:
-        """(R, I) the slots, weighted means of a group's tokens; sorted by expert, then by group."""
+        """(R, I) the slots: weighted means of a group's tokens, sorted by expert, then by group."""
         shares_TN = self.dispatch_TES.flatten(1).to(x_TI.dtype)
         slots_BNI = x_TI.new_zeros(self.groups.num_groups, shares_TN.size(1), x_TI.size(1))
-        for part in self.groups.batches(x_TI.device):
-            mixed_BNI = part.take(shares_TN, padding=0.0).transpose(1, 2) @ part.take(x_TI)
-            slots_BNI = slots_BNI.index_copy(0, part.group, mixed_BNI.to(x_TI.dtype))  # autocast has made it bfloat16
+        for batch in self.groups.batches(x_TI.device):
+            share_BTN = batch.take(shares_TN, padding=0.0)
+            mixed_BNI = share_BTN.transpose(1, 2) @ batch.take(x_TI)
+            mixed_BNI = mixed_BNI.to(x_TI.dtype)  # autocast has made it bfloat16
+            slots_BNI = slots_BNI.index_copy(0, batch.group, mixed_BNI)
+        # (B, E, S, I) to rows by expert.
         return slots_BNI.unflatten(1, (self.num_experts, -1)).transpose(0, 1).flatten(0, 2)
 
     def combine(self, y_RO: Tensor) -> Tensor:
@@ -53,23 +63,26 @@ class SoftRouting(Routing):
         shape = (self.num_experts, self.groups.num_groups, self.dispatch_TES.size(2), y_RO.size(1))
         y_BNO = y_RO.view(shape).transpose(0, 1).flatten(1, 2)
         y_TO = y_RO.new_zeros(self.num_tokens, y_RO.size(1))
-        for part in self.groups.batches(y_RO.device):
-            out_BSO = part.take(shares_TN, padding=0.0) @ y_BNO.index_select(0, part.group)
-            y_TO = part.add(y_TO, out_BSO.to(y_TO.dtype))
+        for batch in self.groups.batches(y_RO.device):
+            share_BTN = batch.take(shares_TN, padding=0.0)
+            out_BTO = share_BTN @ y_BNO.index_select(0, batch.group)
+            y_TO = batch.add(y_TO, out_BTO.to(y_TO.dtype))
         return y_TO
 
 
 class SoftSlots(Router):
-    r"""Slots that are mixtures of a group's tokens (`Soft MoE <https://arxiv.org/abs/2308.00951>`_, Puigcerver et al.,
-    2024); for :class:`gmoe.SoftMoE`.
+    r"""Slots that are mixtures of a group's tokens, for :class:`gmoe.SoftMoE`.
 
     .. math::
         l = X \Phi, \quad D = \mathrm{softmax}_t(l), \quad C = \mathrm{softmax}_{es}(l), \quad
         y = C f(D^\top X)
 
-    Every slot is a weighted mean of all tokens and every token one of all slots: nothing is dropped, and everything has
-    a gradient. Compute scales with the slots, not with the tokens. In the logits, tokens and slots have norm 1, the
-    slots times a learned scale that starts at 1 (section 2.3 of the paper); slots mix the tokens as they are.
+    This is `Soft MoE <https://arxiv.org/abs/2308.00951>`_ (Puigcerver et al., 2024).
+
+    Every slot is a weighted mean of all tokens and every token one of all slots: nothing is
+    dropped, and everything has a gradient. Compute scales with the slots, not with the tokens. In
+    the logits, tokens and slots have norm 1, the slots times a learned scale that starts at 1
+    (section 2.3 of the paper); slots mix the tokens as they are.
 
     Args:
         dim: D, the width of the tokens.
@@ -97,18 +110,33 @@ class SoftSlots(Router):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> SoftRouting:
         groups = Groups.of(group, len(x_TD))
-        unit_TD, unit_ND = (
-            value / (torch.linalg.vector_norm(value, dim=-1, keepdim=True) + EPS)
-            for value in (x_TD, self.phi.flatten(0, 1).to(x_TD.dtype))
-        )
+        unit_TD = _normalized(x_TD)
+        unit_ND = _normalized(self.phi.flatten(0, 1).to(x_TD.dtype))
         logits_TN = unit_TD @ (unit_ND * self.scale.to(x_TD.dtype)).T
         combine_TES = logits_TN.softmax(dim=-1).unflatten(-1, (self.num_experts, self.slots))
         dispatch_TN = (logits_TN - groups.logsumexp(logits_TN)).exp()
+        dispatch_TES = dispatch_TN.view_as(combine_TES)
+
+        # As a routing: each token goes to all experts.
+        num_tokens = len(x_TD)
         weight_TE = combine_TES.sum(dim=-1)
-        token_P = torch.arange(len(x_TD), device=x_TD.device).repeat(self.num_experts)
-        offsets_E = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=x_TD.device) * len(x_TD)
-        shares = {"dispatch_TES": dispatch_TN.view_as(combine_TES), "combine_TES": combine_TES, "groups": groups}
-        return SoftRouting(token_P, offsets_E, weight_TE.T.reshape(-1), weight_TE, len(x_TD), checked=True, **shares)
+        experts_E = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=x_TD.device)
+        return SoftRouting(
+            token=torch.arange(num_tokens, device=x_TD.device).repeat(self.num_experts),
+            offsets=experts_E * num_tokens,
+            weight=weight_TE.T.reshape(-1),
+            scores=weight_TE,
+            num_tokens=num_tokens,
+            checked=True,
+            dispatch_TES=dispatch_TES,
+            combine_TES=combine_TES,
+            groups=groups,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, slots={self.slots}"
+
+
+def _normalized(x: Tensor) -> Tensor:
+    """(..., D) vectors divided by their norms."""
+    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + EPS)

@@ -1,4 +1,7 @@
-"""Token choice. Shapes: T tokens, D width, E experts, K experts per token, P pairs."""
+"""Token choice: each token picks its top-K experts.
+
+Shapes: T tokens, D width, E experts, K experts per token, P (token, expert) pairs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmoe._checks import check, check_at_least, check_choice, check_positive
+from gmoe._checks import check_at_least, check_choice, check_positive
 from gmoe.losses import cv_squared, expected_load, switch_of
 from gmoe.routers.balance import BalancedRouter
 from gmoe.routers.base import Weighting, float_linear, pair_weights, reset_linear
@@ -22,41 +25,46 @@ NOISE_FLOOR = 0.01
 
 
 class TokenChoice(BalancedRouter):
-    r"""Each token picks its top-K experts (Shazeer et al., 2017; Switch Transformer, Fedus et al., 2021).
+    r"""Each token picks its top-K experts.
 
     .. math::
-        g_{te} = \mathrm{softmax}_e(x_t W)_e, \qquad y_t = \sum_{e \in \mathrm{topK}(g_t)} w_{te} f_e(x_t)
+        g_{te} = \mathrm{softmax}_e(x_t W)_e, \qquad
+        y_t = \sum_{e \in \mathrm{topK}(g_t)} w_{te} f_e(x_t)
 
-    Dropless, unless ``capacity_factor`` is given. Ties go to the lowest expert index.
+    See Shazeer et al. (2017), and Switch Transformer (Fedus et al., 2021).
+
+    No pair is dropped, unless ``capacity_factor`` is given. Ties go to the lowest expert index.
 
     Args:
         dim: D, the width of the tokens.
         num_experts: E.
         k: K, experts per token (default 1).
         weight: see :class:`Router`; default ``"normalized"`` for K >= 2, ``"score"`` at K = 1.
-        noise: in training, adds noise to the logits, so that the choice explores. ``"spread"``: N(0, 1) times the
-            logits' own standard deviation over the tokens. ``True``: the noisy top-K gating of Shazeer et al. (2017),
-            ``N(0, 1) * (softplus(x W_noise) + 0.01)`` with learned ``W_noise``, which starts at zero. ``None``
-            (default) is what ``balance`` needs: ``"spread"`` with the bias, ``True`` with importance and load, else
-            ``False``.
-        balance: how experts are kept equally loaded:
+        noise: adds noise to the logits in training, so that the choice explores. ``"spread"``:
+            N(0, 1) times the logits' own standard deviation over the tokens. ``True``: the noisy
+            top-K gating of Shazeer et al. (2017), ``N(0, 1) * (softplus(x W_noise) + 0.01)`` with
+            a learned ``W_noise`` that starts at zero. ``None`` (default) follows ``balance``:
+            ``"spread"`` with ``"bias"``, ``True`` with ``"importance_load"``, else ``False``.
+        balance: what keeps the load of the experts equal:
 
-            - ``"bias"`` (default): no loss to add. A bias per expert is added to the logits of the centered tokens for
-              the selection, not for the weights, as in DeepSeek-V3 (2024); see
+            - ``"bias"`` (default): no loss. A bias per expert is added to the logits of the
+              centered tokens for the selection, not for the weights, as in DeepSeek-V3 (2024); see
               :class:`gmoe.routers.balance.BalancedRouter`.
-            - ``"importance_load"``: adds ``balance_coef * (CV^2(importance) + CV^2(load))``; the load has a gradient
-              through the learned noise only, so that ``noise=False`` and ``"spread"`` are refused. Importance is
-              summed over the noisy probabilities, as by Shazeer et al. (2017), but before selection, as by V-MoE.
+            - ``"importance_load"``: adds ``balance_coef * (CV^2(importance) + CV^2(load))``. The
+              load has a gradient through the learned noise only, so ``noise=False`` and
+              ``"spread"`` are refused. Importance is summed over the noisy probabilities, as in
+              Shazeer et al. (2017), but before selection, as in V-MoE.
             - ``"switch"``: adds ``balance_coef * E * sum_e f_e P_e``.
             - ``None``: nothing.
         balance_coef: coefficient of the balance loss (default 0.01).
         bias_rate: largest step of the bias, in units of the logits' spread (default 0.1).
         z_coef: coefficient of the router z-loss (default 0, no loss).
-        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch Transformer): a softmax that is
-            sharp from the start hardly learns.
-        capacity_factor: in training, an expert takes at most ``clamp(ceil(capacity_factor * K * T_group / E), 1,
-            T_group)`` tokens of a group. Pairs are dropped by priority (V-MoE's batch-prioritized routing: first
-            choices before second ones, and among them tokens with the highest probability first), never by position.
+        init_scale: factor of ``nn.Linear``'s initial weights (default 0.1, as in Switch
+            Transformer): a softmax that is sharp from the start hardly learns.
+        capacity_factor: in training, an expert takes at most
+            ``clamp(ceil(capacity_factor * K * T_group / E), 1, T_group)`` tokens of a group. Pairs
+            are dropped by priority (V-MoE's batch-prioritized routing: first choices before second
+            ones, and among them tokens with the highest probability first), never by position.
             ``None`` (default) drops nothing.
 
     Shapes:
@@ -68,7 +76,7 @@ class TokenChoice(BalancedRouter):
 
     by_token = True
     noise_scale = 1.0
-    """Factor of the noise by the logits' spread, for schedules; 0 for none."""
+    """Factor of the ``"spread"`` noise; a schedule may set it, 0 turns the noise off."""
 
     def __init__(
         self,
@@ -87,19 +95,26 @@ class TokenChoice(BalancedRouter):
     ) -> None:
         weight = weight or ("normalized" if k >= 2 else "score")
         biased = balance == "bias"
-        super().__init__(dim, num_experts, k, bias_rate=bias_rate if biased else None, weight=weight)
+        super().__init__(
+            dim, num_experts, k, bias_rate=bias_rate if biased else None, weight=weight
+        )
         check_choice("balance", balance, Balance)
         if noise is None:
             noise = "spread" if biased else balance == "importance_load"
-        check(isinstance(noise, bool) or noise == "spread", "noise", repr(noise), "True, False, 'spread' or None")
-        check(noise is True or balance != "importance_load", "noise", noise, "True with balance='importance_load'")
+        if not isinstance(noise, bool) and noise != "spread":
+            raise ValueError(f"noise: got {noise!r}, expected True, False, 'spread' or None")
+        if balance == "importance_load" and noise is not True:
+            raise ValueError(f"noise: got {noise}, expected True with balance='importance_load'")
         check_at_least(0, balance_coef=balance_coef, z_coef=z_coef, init_scale=init_scale)
         if capacity_factor is not None:
             check_positive("capacity_factor", capacity_factor)
-        self.balance, self.by_spread = balance, noise == "spread"
-        self.balance_coef, self.z_coef, self.init_scale = balance_coef, z_coef, init_scale
+        self.balance = balance
+        self.by_spread = noise == "spread"
+        self.balance_coef = balance_coef
+        self.z_coef = z_coef
+        self.init_scale = init_scale
         self.capacity_factor = capacity_factor
-        # A capacity drops experts of a token, and their weights with them.
+        # A capacity drops pairs, and what is left of a token's weights need not sum to 1.
         self.sums_to_one = capacity_factor is None and self._picks_sum_to_one
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.noise = nn.Linear(dim, num_experts, bias=False) if noise is True else None
@@ -114,51 +129,82 @@ class TokenChoice(BalancedRouter):
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         biased = self.balance == "bias"
-        logits_TE = clean_TE = self.balanced(x_TD, self.gate) if biased else float_linear(x_TD, self.gate)
-        std_TE: Tensor | None = None
-        if self.noise is not None:
-            std_TE = F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
-        elif self.by_spread and self.training and len(x_TD):
-            # in a quarter of the time of var(dim=0)
-            centered_TE = clean_TE.detach() - clean_TE.detach().mean(dim=0)
-            std_TE = torch.linalg.vector_norm(centered_TE) / centered_TE.numel() ** 0.5
-            std_TE = self.noise_scale * std_TE.nan_to_num(posinf=0.0)  # a NaN token is no other token's noise
+
+        # 1. Score the experts; with a bias, from centered tokens.
+        clean_TE = self.balanced(x_TD, self.gate) if biased else float_linear(x_TD, self.gate)
+
+        # 2. In training, add noise, so that experts which nobody chooses get a chance.
+        std_TE = self._noise_std(x_TD, clean_TE)
+        logits_TE = clean_TE
         if self.training and std_TE is not None:
             logits_TE = torch.addcmul(clean_TE, torch.randn_like(clean_TE), std_TE)
-        log_probs_TE = logits_TE.log_softmax(dim=-1)
-        # not by probabilities, which may underflow to ties
-        expert_TK, weight_TK = self._top_k(logits_TE + self.bias_E if biased else logits_TE, log_probs_TE)
-        has_losses = self.z_coef > 0 or self.balance in ("importance_load", "switch")
-        losses = self._losses(clean_TE, logits_TE, std_TE, expert_TK) if has_losses else {}
-        if self.training and self.capacity_factor is not None:
-            return self._dropped(expert_TK, log_probs_TE, Groups.of(group, len(x_TD)), losses)
-        return Routing.from_choices(expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, checked=True)
 
-    def _dropped(self, expert_TK: Tensor, log_probs_TE: Tensor, groups: Groups, losses: dict[str, AuxLoss]) -> Routing:
-        """Route without the pairs over capacity; the weights are those of what is left."""
-        probs_TE, num_tokens = log_probs_TE.exp(), len(log_probs_TE)
+        # 3. Choose by logits, which do not tie where probabilities underflow; the bias counts for
+        # the choice, not for the weights.
+        log_probs_TE = logits_TE.log_softmax(dim=-1)
+        ranked_TE = logits_TE + self.bias_E if biased else logits_TE
+        expert_TK, weight_TK = self._top_k(ranked_TE, log_probs_TE)
+
+        losses = self._losses(clean_TE, logits_TE, std_TE, expert_TK)
+        if self.training and self.capacity_factor is not None:
+            groups = Groups.of(group, len(x_TD))
+            return self._within_capacity(expert_TK, log_probs_TE, groups, losses)
+        return Routing.from_choices(
+            expert_TK, weight_TK, self.num_experts, log_probs_TE.exp(), losses, checked=True
+        )
+
+    def _noise_std(self, x_TD: Tensor, clean_TE: Tensor) -> Tensor | None:
+        """(T, E), or a scalar for all pairs: the standard deviation of the noise; or ``None``."""
+        if self.noise is not None:
+            return F.softplus(float_linear(x_TD, self.noise)) + NOISE_FLOOR
+        if not (self.by_spread and self.training and len(x_TD)):
+            return None
+        # The spread over the tokens, all experts together; four times as fast as var(dim=0).
+        centered_TE = clean_TE.detach() - clean_TE.detach().mean(dim=0)
+        std = torch.linalg.vector_norm(centered_TE) / centered_TE.numel() ** 0.5
+        # A NaN or infinite token must not become the noise of all others.
+        return self.noise_scale * std.nan_to_num(posinf=0.0)
+
+    def _within_capacity(
+        self, expert_TK: Tensor, log_probs_TE: Tensor, groups: Groups, losses: dict[str, AuxLoss]
+    ) -> Routing:
+        """Route without the pairs over capacity; the weights are those of the remaining pairs."""
+        probs_TE = log_probs_TE.exp()
+        num_tokens = len(log_probs_TE)
         share = (self.capacity_factor or 1.0) * self.k / self.num_experts
         token_P, offsets_E = drop_over_capacity(expert_TK, probs_TE.detach(), groups, share)
-        weight_P = pair_weights(self.weight, gather_pairs(log_probs_TE, token_P, offsets_E), token_P, num_tokens)
-        kept_T = token_P.new_zeros(num_tokens).index_add(0, token_P, torch.ones_like(token_P))  # bincount waits
-        return Routing(token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, self.k - kept_T, checked=True)
+        log_gate_P = gather_pairs(log_probs_TE, token_P, offsets_E)
+        weight_P = pair_weights(self.weight, log_gate_P, token_P, num_tokens)
+        # Not by bincount, for which the host waits.
+        kept_T = token_P.new_zeros(num_tokens).index_add(0, token_P, torch.ones_like(token_P))
+        dropped_T = self.k - kept_T
+        return Routing(
+            token_P, offsets_E, weight_P, probs_TE, num_tokens, losses, dropped_T, checked=True
+        )
 
     def _losses(
         self, clean_TE: Tensor, logits_TE: Tensor, std_TE: Tensor | None, expert_TK: Tensor
     ) -> dict[str, AuxLoss]:
-        """Compute the losses from sums over tokens, for which all processes are asked."""
-        importance_E = logits_TE.softmax(dim=-1).sum(dim=0)
-        values: dict[str, Tensor] = {}
-        if std_TE is not None and self.balance == "importance_load":
-            sums = self.summed(importance_E, expected_load(clean_TE, logits_TE, std_TE, self.k))
-            values = dict(zip(("importance", "load"), map(cv_squared, sums), strict=True))
+        """Compute the losses from sums over the tokens of all processes."""
+        losses: dict[str, AuxLoss] = {}
+        if self.balance == "importance_load" and std_TE is not None:
+            importance_E = logits_TE.softmax(dim=-1).sum(dim=0)
+            load_E = expected_load(clean_TE, logits_TE, std_TE, self.k)
+            importance_E, load_E = self.summed(importance_E, load_E)
+            losses["importance"] = AuxLoss(cv_squared(importance_E), self.balance_coef)
+            losses["load"] = AuxLoss(cv_squared(load_E), self.balance_coef)
         elif self.balance == "switch":
+            importance_E = logits_TE.softmax(dim=-1).sum(dim=0)
             load_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, 1.0).sum(dim=0)
-            tokens = importance_E.new_full((), len(logits_TE))
-            values = {"switch": switch_of(*self.summed(importance_E, load_E, tokens))}
-        losses = {name: AuxLoss(value, self.balance_coef) for name, value in values.items()}
-        return losses if self.z_coef == 0 else losses | {"z": AuxLoss(self.z_loss(logits_TE), self.z_coef)}
+            num_tokens = importance_E.new_full((), len(logits_TE))
+            sums = self.summed(importance_E, load_E, num_tokens)
+            losses["switch"] = AuxLoss(switch_of(*sums), self.balance_coef)
+        if self.z_coef > 0:
+            losses["z"] = AuxLoss(self.z_loss(logits_TE), self.z_coef)
+        return losses
 
     def extra_repr(self) -> str:
-        capacity = [] if self.capacity_factor is None else [f"capacity_factor={self.capacity_factor!r}"]
-        return ", ".join([super().extra_repr(), f"balance={self.balance!r}", *capacity])
+        text = f"{super().extra_repr()}, balance={self.balance!r}"
+        if self.capacity_factor is not None:
+            text += f", capacity_factor={self.capacity_factor!r}"
+        return text

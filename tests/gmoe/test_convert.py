@@ -267,7 +267,7 @@ def test_a_hidden_activation_that_no_function_gives_is_refused() -> None:
             out: Tensor = self.fc2(self.fc1(x).sin())
             return out
 
-    with pytest.raises(ValueError, match=r"^model: got 0\.mlp, a Sine .* whose activation is none that is known"):
+    with pytest.raises(ValueError, match=r"^model: got 0\.mlp, a Sine .* whose activation is not a known one"):
         moefy(stack(Sine()), every=1)
 
 

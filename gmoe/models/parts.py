@@ -1,0 +1,47 @@
+"""Parts that both GNNs are built from: activations, norms and residual maps.
+
+Shapes: N nodes, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+from torch_geometric.nn.inits import reset
+from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
+
+from gmoe._checks import check_choice
+
+Residual: TypeAlias = Literal["none", "identity", "linear"]
+
+
+def reset_parameters(model: nn.Module) -> None:
+    """Draw all parameters anew."""
+    for part in model.children():
+        reset(part)
+
+
+def activation_of(act: Any) -> Any:
+    """Return the activation: by its name, or a function or module as it is; the identity for None.
+
+    Raises:
+        ValueError: what is neither of them.
+    """
+    activation = activation_resolver(act) or nn.Identity()
+    if not callable(activation):
+        raise ValueError(f"act: got {act!r}, expected a name, a function or None")
+    return activation
+
+
+def norm_of(norm: Any, width: int) -> Any:
+    """Return the norm: by its name, or a module as it is; the identity for ``None``."""
+    return normalization_resolver(norm, width) or nn.Identity()
+
+
+def residual_of(residual: Residual, width: int, out: int) -> nn.Module:
+    """Return the map from a hidden layer's input (N, width) to what is added to its output."""
+    check_choice("residual", residual, Residual)
+    if residual == "identity" and width == out:
+        return nn.Identity()
+    return nn.Linear(width, out)

@@ -1,0 +1,52 @@
+"""The parts of both GNNs: which activation, norm and residual map an argument stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch_geometric.nn import BatchNorm
+
+from gmoe.models.parts import activation_of, norm_of, residual_of
+
+
+def test_none_is_the_identity() -> None:
+    assert isinstance(activation_of(None), nn.Identity)
+    assert isinstance(norm_of(None, 8), nn.Identity)
+
+
+def test_a_name_and_a_function_are_activations() -> None:
+    assert isinstance(activation_of("relu"), nn.ReLU)
+    assert activation_of(torch.tanh) is torch.tanh
+
+
+def test_a_norm_gets_the_width_of_the_hidden_layers() -> None:
+    norm = norm_of("batch_norm", 8)
+    assert isinstance(norm, BatchNorm)
+    assert norm.module.num_features == 8
+
+
+def test_an_activation_that_cannot_be_called_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^act: got 3, expected a name, a function or None"):
+        activation_of(3)
+
+
+@pytest.mark.parametrize(
+    ("residual", "out", "expected"),
+    [
+        ("identity", 8, nn.Identity),
+        ("identity", 4, nn.Linear),
+        ("linear", 8, nn.Linear),
+    ],
+)
+def test_a_residual_is_linear_if_asked_for_or_where_widths_differ(
+    residual: Any, out: int, expected: type[nn.Module]
+) -> None:
+    assert isinstance(residual_of(residual, 8, out), expected)
+
+
+def test_an_unknown_residual_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^residual: got 'sum', expected one of"):
+        residual_of("sum", 8, 8)  # type: ignore[arg-type]
