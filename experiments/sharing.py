@@ -1,4 +1,4 @@
-"""What copies of one layer may have in common while they train, and two routers to compare with.
+"""What copies of one layer may have in common while they train, and a router to compare with.
 
 Parts of a study, not of the library. Shapes: E experts, T tokens, K experts per token.
 """
@@ -142,13 +142,6 @@ FORMS: dict[str, type[FromBase]] = {
     "difference-gain": FromBaseByGain,
     "difference-rank": FromBaseOfLowRank,
 }
-
-
-class Unbalanced(gmoe.TokenChoice):
-    """Token choice with the noise of the default, and nothing that keeps the load even."""
-
-    def __init__(self, dim: int, num_experts: int, k: int = 1, *, weight: Weighting | None = None) -> None:
-        super().__init__(dim, num_experts, k, weight=weight, balance=None, noise="spread")
 
 
 class GumbelChoice(gmoe.TokenChoice):

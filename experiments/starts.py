@@ -72,17 +72,20 @@ SEEN: dict[str, tuple[str, ...]] = {"node": ("node",), "neighbors": ("node", "ne
 NOISE: dict[str, dict[str, Any]] = {
     "constant": {},
     "annealed": {"anneal_noise": True},
-    "quiet": {"options": RouterOptions(weight="straight_through", noise=False)},
+    "quiet": {
+        "options": RouterOptions(weight="straight_through", noise=False, balance="bias"),
+    },
 }
 
 
 STRAIGHT = RouterOptions(weight="straight_through")
-TOP_2 = RouterOptions(weight="normalized")
+BALANCED = RouterOptions(weight="straight_through", balance="bias")
+TOP_2 = RouterOptions(weight="normalized", balance="bias")
 OF_ALL: dict[str, dict[str, Any]] = {
     "four": {"experts": 4},
     "top2": {"k": 2, "options": TOP_2},
-    "unbalanced": {"router": "experiments.sharing:Unbalanced"},
-    "gumbel": {"router": "experiments.sharing:GumbelChoice"},
+    "unbalanced": {"options": RouterOptions()},  # the library's choice for copies since
+    "gumbel": {"router": "experiments.sharing:GumbelChoice", "options": STRAIGHT},
 }
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "copies": {
@@ -110,7 +113,7 @@ def controls(base: RunConfig) -> dict[str, RunConfig]:
     return {
         "dense": dense,
         "dense-lr2": replace(dense, lr=2 * base.lr),
-        "dense-difference": replace(base, start="copies", sharing="difference", experts=1, options=STRAIGHT),
+        "dense-difference": replace(base, start="copies", sharing="difference", experts=1, options=BALANCED),
         "dense-flops": replace(dense, equal="flops", equal_to="token_choice"),
         "default": replace(base, router="token_choice"),
     }
@@ -137,10 +140,10 @@ class Arm:
         changes: dict[str, Any] = {
             "start": "copies",
             "sharing": SHARING[self.sharing],
-            "options": STRAIGHT,
+            "options": BALANCED,
         }
         if self.choice == "random":
-            changes["router"] = "random"
+            changes |= {"router": "random", "options": STRAIGHT}
         else:
             changes |= {"router": "token_choice"} | NOISE[self.choice]
         if isinstance(base, GraphConfig):

@@ -24,12 +24,12 @@ from gmoe.moe import (
     MoE,
     MoELayer,
     Start,
-    check_copies,
+    build_layer_router,
     check_start,
     choose_blocks,
     refuse_unknown,
 )
-from gmoe.routers import Router, RouterLike, build_router
+from gmoe.routers import Router, RouterLike
 from gmoe.routing import Routing
 
 
@@ -93,10 +93,9 @@ def moefy(
             - ``"copies"``: the experts are copies of the dense layer and replace it; they train
               even if it was frozen (sparse upcycling, `Komatsuzaki et al., 2023
               <https://arxiv.org/abs/2212.05055>`_). The model starts as the dense one, since a
-              token's weights sum to 1; other routers are refused (``router.sums_to_one``): token
-              choice and centroids need ``router_kwargs={"weight": "straight_through"}`` at K = 1
-              and work with their defaults above. Random tokens verify that the copies compute what
-              the MLP does.
+              token's weights sum to 1; other routers are refused (``router.sums_to_one``). Token
+              choice by name has weights of 1 at K = 1 and does not balance its load, as in
+              :class:`MoEConv`. Random tokens verify that the copies compute what the MLP does.
             - ``"plain"``: independent experts of the same form, drawn anew.
         router_kwargs: further arguments of the routers.
         backend: see :func:`gmoe.grouped_linear`.
@@ -290,8 +289,7 @@ def _moe(
         _check_nothing_is_lost(name, mlp, copied)
     zero_init = start == "shared"  # the shared expert alone is the dense model
     experts = dense.experts(num_experts, copied, zero_init=zero_init, backend=backend)
-    built = build_router(router, experts.in_features, num_experts, k, router_kwargs)
-    check_copies(start, built)
+    built = build_layer_router(start, router, experts.in_features, num_experts, k, router_kwargs)
     layer = TokenMoE(built, experts)
     layer.to(experts.up.weight).train(mlp.training)
     # The MLP joins last, so that its parts keep their own types and modes.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gmoe._checks import check, check_choice, check_counts
 from gmoe.experts import Experts
-from gmoe.routers import Router, SoftRouting, SoftSlots
+from gmoe.routers import Router, RouterLike, SoftRouting, SoftSlots, build_router
 from gmoe.routing import Routing
 
 Start: TypeAlias = Literal["copies", "shared", "plain"]
@@ -44,19 +44,51 @@ def check_start(start: Start | None) -> Start:
     return start
 
 
-def check_copies(start: Start, router: Router) -> None:
-    """Refuse copies of a layer under a router whose weights would scale the layer's output.
+def build_layer_router(
+    start: Start,
+    router: RouterLike,
+    dim: int,
+    num_experts: int,
+    k: int,
+    kwargs: Mapping[str, Any] | None,
+) -> Router:
+    """Build the router of a layer, by defaults that suit how the layer starts.
+
+    With ``start="copies"``, a router that a name builds has weights that sum to 1, and token choice
+    does not balance its load: experts without tokens cost nothing there, since all began as the
+    same layer. Where nothing is gained by several experts, it may leave all tokens to one, which is
+    the dense layer. An argument in ``kwargs`` goes first; a class, a factory or an instance is left
+    as it is.
 
     Raises:
-        ValueError: ``start="copies"``, and a router whose weights need not sum to 1 for each token.
+        ValueError: ``start="copies"``, and a router whose weights need not sum to 1 for each token;
+            and as :func:`gmoe.routers.build_router`.
     """
-    if start == "copies" and not router.sums_to_one:
+    if start != "copies":
+        return build_router(router, dim, num_experts, k, kwargs)
+    if isinstance(kwargs, Mapping | None):  # build_router refuses the rest
+        kwargs = _defaults_for_copies(router, k, kwargs or {}) | dict(kwargs or {})
+    built = build_router(router, dim, num_experts, k, kwargs)
+    if not built.sums_to_one:
         raise ValueError(
-            f"start: got 'copies' with {type(router).__name__}(k={router.k}, "
-            f"weight={router.weight!r}), expected a router whose weights of a token sum to 1 "
+            f"start: got 'copies' with {type(built).__name__}(k={built.k}, "
+            f"weight={built.weight!r}), expected a router whose weights of a token sum to 1 "
             "(weight='straight_through' at k=1, 'normalized' above, no capacity, tokens that "
             "choose), or start='shared'"
         )
+    return built
+
+
+def _defaults_for_copies(router: RouterLike, k: int, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a router given by name that differ from its own defaults."""
+    defaults: dict[str, Any] = {}
+    if router in ("token_choice", "multi_centroid") and k == 1:
+        defaults["weight"] = "straight_through"
+    # The noise is that of the balanced router, which explores; a caller who sets one of the two
+    # gets what the router makes of it.
+    if router == "token_choice" and kwargs.keys().isdisjoint(("balance", "noise")):
+        defaults |= {"balance": None, "noise": "spread"}
+    return defaults
 
 
 def refuse_removed(arguments: Iterable[str]) -> None:
@@ -100,8 +132,7 @@ def choose_blocks(count: int, every: int, blocks: Sequence[int] | None = None) -
     if blocks is None:
         if every > count:
             raise ValueError(
-                f"every: got {every}, expected at most {count}, the number of blocks or hidden "
-                "layers (with jk, all)"
+                f"every: got {every}, expected at most {count}, the number of blocks or hidden layers (with jk, all)"
             )
         return list(range(every - 1, count, every))
     try:

@@ -21,8 +21,15 @@ from gmoe._checks import check_counts
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend, combine, dispatch
 from gmoe.experts import LinearExperts
-from gmoe.moe import MoELayer, Start, check_copies, check_start, drawn_apart, refuse_unknown
-from gmoe.routers import RouterLike, build_router
+from gmoe.moe import (
+    MoELayer,
+    Start,
+    build_layer_router,
+    check_start,
+    drawn_apart,
+    refuse_unknown,
+)
+from gmoe.routers import RouterLike
 from gmoe.routing import GAIN_SCALE, Routing
 
 NodeTensors: TypeAlias = Mapping[NodeType, Tensor]
@@ -245,12 +252,13 @@ class HeteroMoEConv(MoELayer):
             # 3. A router for each node type.
             for name in self.experts.relations_into:
                 dim = self.experts.in_channels[name]
-                built = build_router(router, dim, num_experts, k, router_kwargs)
+                built = build_layer_router(
+                    self.start, router, dim, num_experts, k, router_kwargs
+                )
                 if built is router and self.routers:
                     raise ValueError(
                         "router: got an instance for several types, expected a factory"
                     )
-                check_copies(self.start, built)
                 built.check_finite |= check_finite
                 self.routers[name] = built
                 self.k = built.k

@@ -23,8 +23,8 @@ from gmoe._checks import check, check_choice, check_counts, nearest
 from gmoe.conv.graph import Graph, parameters_of
 from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvLike, Make, Trial, build_experts, kinds_of
 from gmoe.dispatch import Backend
-from gmoe.moe import MoELayer, Start, check_copies, check_start, drawn_apart
-from gmoe.routers import RouterLike, build_router
+from gmoe.moe import MoELayer, Start, build_layer_router, check_start, drawn_apart
+from gmoe.routers import RouterLike
 from gmoe.routing import GAIN_SCALE, Routing, described
 
 RouterPart: TypeAlias = Literal["node", "neighbors", "degree"]
@@ -73,10 +73,12 @@ class MoEConv(MoELayer, MessagePassing):
             - ``"shared"`` (default, ``None``): beside a shared expert, a conv of the same kind (of a list, the first)
               that runs on every node with weight 1; the routed experts' output is scaled by a tenth of a learned gain
               that starts at zero.
-            - ``"copies"``: all experts as copies of one conv, at the FLOPs of one. The first forward is that conv's,
-              since a node's weights sum to 1. Others are refused (``router.sums_to_one``): token choice and centroids
-              take ``router_kwargs={"weight": "straight_through"}`` at K = 1 and are right as they are above; random and
-              uniform routers are by default. Sparse upcycling, `Komatsuzaki et al., 2023
+            - ``"copies"``: all experts are copies of one conv, at the FLOPs of one. The first forward
+              is that conv's, since a node's weights sum to 1; other routers are refused
+              (``router.sums_to_one``). Token choice by name then has weights of 1
+              (``weight="straight_through"``) at K = 1 and, unless ``router_kwargs`` say otherwise,
+              does not balance its load: it may leave all nodes to one expert, which is the conv.
+              Centroids by name have weights of 1, too. Sparse upcycling, `Komatsuzaki et al., 2023
               <https://arxiv.org/abs/2212.05055>`_.
             - ``"plain"``: independent experts.
         shared_transform: map the input to the output's width once, before router and routed experts; the shared expert
@@ -187,8 +189,9 @@ class MoEConv(MoELayer, MessagePassing):
                 # filters, and several aggregations, give several aggregates side by side
                 neighbors = getattr(self.experts, "aggregate_width", seen[0])
                 dim = router_width(self.router_input, seen[1], neighbors)
-                self.router = build_router(router, dim, self.num_experts, self.k, router_kwargs)
-                check_copies(self.start, self.router)
+                self.router = build_layer_router(
+                    self.start, router, dim, self.num_experts, self.k, router_kwargs
+                )
                 self.router.check_finite |= check_finite
                 self.k, self.experts_per_token = self.router.k, self.router.experts_per_token
             if self.start == "shared":

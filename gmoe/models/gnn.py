@@ -26,8 +26,8 @@ from gmoe.conv.separate import run
 from gmoe.hub import HubMixin, recorded
 from gmoe.models.inference import inference
 from gmoe.models.parts import Residual, activation_of, norm_of, reset_parameters, residual_of
-from gmoe.moe import check_copies, check_start, choose_blocks, drawn_apart
-from gmoe.routers import ROUTERS, Router, RouterLike, build_router
+from gmoe.moe import build_layer_router, check_start, choose_blocks, drawn_apart
+from gmoe.routers import ROUTERS, Router, RouterLike
 from gmoe.routing import Routing
 
 
@@ -349,9 +349,11 @@ def _build_shared_router(router: Any, in_channels: int, moe_kwargs: dict[str, An
     dim = router_width(moe_kwargs["router_input"], in_channels, in_channels)
     num_experts = moe_kwargs["num_experts"]
     k = moe_kwargs["k"]
-    with drawn_apart(moe_kwargs["start"] != "plain"):
-        built = build_router(router, dim, num_experts, k, moe_kwargs.get("router_kwargs"))
-    check_copies(moe_kwargs["start"], built)
+    start = moe_kwargs["start"]
+    with drawn_apart(start != "plain"):
+        built = build_layer_router(
+            start, router, dim, num_experts, k, moe_kwargs.get("router_kwargs")
+        )
     built.check_finite |= moe_kwargs.get("check_finite", False)
     return built
 

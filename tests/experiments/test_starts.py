@@ -15,7 +15,7 @@ from experiments.config import RouterOptions
 from experiments.data import load_tasks
 from experiments.loop import run
 from experiments.presets import DIGITS_GRAPH, MOSAIC
-from experiments.sharing import FromBaseOfLowRank, GumbelChoice, Unbalanced, share_among_copies, tie_copies
+from experiments.sharing import FromBaseOfLowRank, GumbelChoice, share_among_copies, tie_copies
 from experiments.starts import (
     ARMS,
     COLUMNS,
@@ -93,7 +93,7 @@ def test_differences_that_are_held_back_start_at_zero_and_are_trained(sharing: A
         assert difference.left.shape == (2, 12, 4)
 
 
-def test_the_routers_to_compare_with_draw_and_leave_the_load_alone() -> None:
+def test_gumbel_choice_draws_in_training_and_weighs_by_one() -> None:
     torch.manual_seed(0)
     x = torch.randn(200, 6)
     gumbel = GumbelChoice(6, 4, weight="straight_through")
@@ -101,9 +101,6 @@ def test_the_routers_to_compare_with_draw_and_leave_the_load_alone() -> None:
     assert not torch.equal(first, second)
     gumbel.eval()
     torch.testing.assert_close(gumbel(x).weight, torch.ones(200))
-    unbalanced = Unbalanced(6, 4)
-    assert unbalanced.by_spread
-    assert "bias_E" not in dict(unbalanced.named_buffers())
 
 
 def test_a_model_whose_copies_share_starts_as_the_dense_one() -> None:

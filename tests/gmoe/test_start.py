@@ -21,6 +21,7 @@ from gmoe import (
     MoEConv,
     OracleRouter,
     RelationalConv,
+    TokenChoice,
     moefy,
 )
 from gmoe.models.vit import ViTMoE, ViTSize
@@ -76,9 +77,11 @@ def test_a_new_layer_gives_what_its_conv_gives(conv: Any) -> None:
 
 STRAIGHT: dict[str, Any] = {"weight": "straight_through"}
 SUMS_TO_ONE: dict[str, dict[str, Any]] = {
-    "token choice": {"router": "token_choice", "router_kwargs": STRAIGHT},
+    "token choice": {"router": "token_choice"},
+    "token choice, balanced": {"router": "token_choice", "router_kwargs": {"balance": "bias"}},
+    "token choice, a class": {"router": TokenChoice, "router_kwargs": STRAIGHT},
     "token choice, K = 2": {"router": "token_choice", "k": 2},
-    "centroids": {"router": "multi_centroid", "router_kwargs": STRAIGHT},
+    "centroids": {"router": "multi_centroid"},
     "centroids, K = 2": {"router": "multi_centroid", "k": 2},
     "random": {"router": "random"},
     "random, K = 3": {"router": "random", "k": 3},
@@ -86,7 +89,8 @@ SUMS_TO_ONE: dict[str, dict[str, Any]] = {
     "oracle": {"router": partial(OracleRouter, assignment=torch.arange(NODES) % 3)},
 }
 NOT_ONE: dict[str, dict[str, Any]] = {
-    "scores": {"router": "token_choice"},
+    "scores": {"router": "token_choice", "router_kwargs": {"weight": "score"}},
+    "scores of a class": {"router": TokenChoice},
     "capacity": {"router": "token_choice", "router_kwargs": {**STRAIGHT, "capacity_factor": 1.0}},
     "straight-through at K = 2": {"router": "token_choice", "k": 2, "router_kwargs": STRAIGHT},
     "expert choice": {"router": "expert_choice"},
@@ -121,6 +125,36 @@ def test_copies_under_a_router_that_would_scale_them_are_refused(router: str) ->
     for build in (partial(MoEConv, GCNConv, WIDTH, WIDTH), partial(GNNMoE, WIDTH, WIDTH, WIDTH, shared_router=True)):
         with pytest.raises(ValueError, match=r"^start: got 'copies' with \w+\(k=\d, weight='\w+'\), expected a router"):
             build(num_experts=3, start="copies", **NOT_ONE[router])
+
+
+def test_token_choice_by_name_does_not_balance_copies() -> None:
+    """Since experts without tokens cost nothing there; what a caller says goes first."""
+
+    def router(**options: Any) -> Any:
+        return MoEConv(GCNConv, 4, 4, num_experts=3, **options).router
+
+    copies = router(start="copies")
+    assert (copies.balance, copies.by_spread, copies.weight) == (None, True, "straight_through")
+    pair_of_experts = router(start="copies", k=2)
+    assert (pair_of_experts.balance, pair_of_experts.weight) == (None, "normalized")
+    balanced = router(start="copies", router_kwargs={"balance": "bias"})
+    assert (balanced.balance, balanced.by_spread, balanced.weight) == ("bias", True, "straight_through")
+    quiet = router(start="copies", router_kwargs={"noise": False, "balance": None})
+    assert (quiet.balance, quiet.by_spread, quiet.noise) == (None, False, None)
+    shared = router()
+    assert (shared.balance, shared.by_spread, shared.weight) == ("bias", True, "score")
+
+
+def test_copies_may_all_be_left_to_one_expert() -> None:
+    """Where one function explains everything, a router without balance need not spread the nodes."""
+    torch.manual_seed(0)
+    layer = MoEConv(SAGEConv, WIDTH, WIDTH, num_experts=4, start="copies")
+    with torch.no_grad():
+        layer.router.gate.weight[2] = 100 * torch.ones(WIDTH)
+    x = features(NODES, WIDTH).float().abs()
+    for _ in range(20):
+        _, routing = layer(x, EDGES, return_routing=True)
+    assert routing.load.tolist() == [0, 0, NODES, 0]
 
 
 def test_copies_of_open_widths_are_filled_in_by_the_first_call() -> None:
@@ -196,8 +230,8 @@ def test_experts_and_router_learn_from_the_second_step_on(options: dict[str, Any
     [
         {"shared_router": True, "router_input": ("node", "neighbors"), "jk": "cat", "norm": "batch_norm"},
         {"conv": ["sage", "gcn", "gat"], "router": "expert_choice", "residual": "linear", "every": 2},
-        {"start": "copies", "router_kwargs": {"weight": "straight_through"}},
-        {"start": "copies", "router_kwargs": {"weight": "straight_through"}, "shared_router": True, "conv": "gat"},
+        {"start": "copies"},
+        {"start": "copies", "shared_router": True, "conv": "gat"},
         {"start": "copies", "k": 2, "conv": "sage", "norm": "batch_norm"},
     ],
     ids=ids,
