@@ -148,7 +148,7 @@ def test_token_choice_by_name_does_not_balance_copies() -> None:
 def test_copies_may_all_be_left_to_one_expert() -> None:
     """Where one function explains everything, a router without balance need not spread the nodes."""
     torch.manual_seed(0)
-    layer = MoEConv(SAGEConv, WIDTH, WIDTH, num_experts=4, start="copies")
+    layer: Any = MoEConv(SAGEConv, WIDTH, WIDTH, num_experts=4, start="copies")
     with torch.no_grad():
         layer.router.gate.weight[2] = 100 * torch.ones(WIDTH)
     x = features(NODES, WIDTH).float().abs()
