@@ -135,10 +135,10 @@ def test_the_noise_falls_to_zero_over_the_first_half(monkeypatch: pytest.MonkeyP
 
 def test_the_arms_are_those_that_were_fixed() -> None:
     names = {arm.name for arm in (*ARMS, *SECOND)}
-    assert (len(ARMS), len(SECOND), len(RANDOM)) == (36, 20, 12)
-    assert len(names) == 36 + 20
+    assert (len(ARMS), len(SECOND), len(RANDOM)) == (36, 24, 12)
+    assert len(names) == 36 + 24
     found = cells((), Path("data"))
-    assert len(found) == 7 * (36 + 12 + 5) + (9 + 3 + 5) + 20 * len(WEIGHED)
+    assert len(found) == 7 * (36 + 12 + 5) + (9 + 3 + 5) + 24 * len(WEIGHED)
     top_2 = found["cora/difference-once-neighbors-constant-top2"]
     assert (top_2.k, top_2.options.weight, top_2.sharing) == (2, "normalized", "difference")
     mosaic = found["mosaic/pooled-once-neighbors-annealed"]
