@@ -23,14 +23,15 @@ from experiments.tables import mean_std
 
 NAMES = {
     "dense": "dense",
-    "shared": 'experts beside a shared one (`start="shared"`, the default)',
-    "copies": 'experts begun as copies (`start="copies"`)',
+    "shared": "beside a shared expert (default)",
+    "copies": 'copies (`start="copies"`)',
+    "differences": "a base and differences, routed once",
 }
-MARKERS = {"dense": "D", "shared": "s", "copies": "o"}
+MARKERS = {"dense": "D", "shared": "s", "copies": "o", "differences": "^"}
 THEMES = {
     # the text's color, and one color a model
-    "light": ("#24292f", {"dense": "#6e7781", "shared": "#bc4c00", "copies": "#0969da"}),
-    "dark": ("#e6edf3", {"dense": "#8b949e", "shared": "#f0883e", "copies": "#58a6ff"}),
+    "light": ("#24292f", {"dense": "#6e7781", "shared": "#bc4c00", "copies": "#0969da", "differences": "#1a7f37"}),
+    "dark": ("#e6edf3", {"dense": "#8b949e", "shared": "#f0883e", "copies": "#58a6ff", "differences": "#3fb950"}),
 }
 
 Lines: TypeAlias = dict[str, dict[str, list[Point]]]
@@ -84,7 +85,7 @@ def draw(found: Lines, theme: str, path: Path) -> None:
             draw_panel(axis, column, models, colors)
         panels[0].set_ylabel("test score (%)")
         handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", ncols=3, fontsize=10, frameon=False)
+        figure.legend(handles, names, loc="upper center", ncols=4, fontsize=10, frameon=False)
         figure.tight_layout(rect=(0, 0, 1, 0.92))
         note = {"Description": description(found)}
         figure.savefig(path, dpi=110, transparent=True, metadata=note)

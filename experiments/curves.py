@@ -1,4 +1,4 @@
-"""Test scores over active FLOPs: dense models and two shapes of experts at several widths.
+"""Test scores over active FLOPs: dense models and three shapes of experts at several widths.
 
 ``python -m experiments.sweep curves`` writes ``results/curves/COLUMN/MODEL-WIDTH.json``. A point of
 a MoE says something for experts where it lies above the *dense curve*: above what a dense model of
@@ -17,32 +17,34 @@ from statistics import fmean
 from typing import Any
 
 from experiments.config import RunConfig
-from experiments.starts import COLUMNS, Arm, controls, on_column
+from experiments.starts import COLUMNS, OFFERED, Arm, controls, on_column
 
 SEEDS = (0, 1, 2)
 
 DRAWN = ("mosaic", "minesweeper", "facebook", "digits")
 """The columns of the study that have curves."""
 
-COPIES = Arm("copies", "once", "neighbors", "constant")
-"""The arm that stands for copies."""
+DIFFERENCES = Arm("difference", "once", "node", "constant", "unbalanced")
+"""The cheaper of the study's best two: a base and differences, decided once for all layers."""
 
 WIDTHS: dict[str, tuple[int, ...]] = {
     # A shared expert doubles the FLOPs: one dense point lies where the widest MoE does.
     "dense": (8, 16, 32, 64, 96),
     "shared": (8, 16, 32, 64),
     "copies": (8, 16, 32, 64),
+    "differences": (8, 16, 32, 64),
 }
 """The widths of the hidden layers (of a ViT: of its MLPs), by model."""
 
 
 def models(column: str, base: RunConfig) -> dict[str, RunConfig]:
-    """The three models of a column, at its own width."""
+    """The models of a column, at its own width."""
     known = controls(base)
     return {
         "dense": known["dense"],
         "shared": known["default"],
-        "copies": on_column(COPIES, column).applied(base),
+        "copies": on_column(OFFERED, column).applied(base),
+        "differences": on_column(DIFFERENCES, column).applied(base),
     }
 
 
