@@ -1,7 +1,7 @@
-"""Attention vote.
+"""Attention vote: each expert picks the tokens to which the others attend.
 
-Shapes: T tokens, D width, E experts, H voting heads, d head width, B groups, S tokens per group, M edges with one
-self-loop a token.
+Shapes: T tokens, D width, E experts, H voting heads, d head width, B groups, S tokens per group, b
+voters of a block, c columns, M edges with a self-loop added per token, P (token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -16,30 +16,40 @@ from torch import Tensor, nn
 from gmoe._autograd import first_order
 from gmoe._checks import check_choice, check_counts, check_positive
 from gmoe.dispatch import operator
-from gmoe.routers.base import Router, Weighting, edges_among, float_linear, pair_weights, reset_linear
+from gmoe.routers.base import (
+    Router,
+    Weighting,
+    edges_among,
+    float_linear,
+    pair_weights,
+    reset_linear,
+)
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
 
 Scope: TypeAlias = Literal["group", "neighbors"]
 
 BLOCK_ELEMENTS = 2**22
-"""Scores held at once: 16 MiB in float32. Memory for votes is this and O(T)."""
+"""Scores held at once: 16 MiB in float32. Votes need this much memory, and O(T)."""
 
 KEPT = 4
-"""The softmax is kept for the backward pass where a group has at most so many tokens a unit of the head width."""
+"""The softmax is kept for the backward pass if a group has at most this many tokens per unit of the
+head width.
+"""
 
 
 class AttentionVote(Router):
-    r"""Each expert picks a group's top-C tokens by votes (a PyG ``Batch`` needs ``batch=``: else its graphs compete).
+    r"""Each expert picks the tokens of a group that get the most votes.
 
-    A token's votes are the attention that it gets from other tokens.
+    A token's votes are the attention that it gets from other tokens:
 
     .. math::
         \mathrm{votes}_j^e = \sum_i \mathrm{softmax}_j(q_i^e \cdot k_j^e / \sqrt{d})
 
-    Every token has one vote per expert, so votes average 1. Capacity and ties are those of :class:`ExpertChoice`. Votes
-    run along tokens: with ``weight="score"`` they are divided by the
-    detached mean of the group's selected votes and capped at 10.
+    Every token has one vote per expert, so votes average 1. Capacity and ties are those of
+    :class:`ExpertChoice`. Votes are normalized over tokens: with ``weight="score"`` they are
+    divided by the detached mean of the group's selected votes and capped at 10. Call it on a PyG
+    ``Batch`` with ``batch=``: without it, the graphs of the batch compete with each other.
 
     Args:
         dim: D, the width of the tokens.
@@ -47,14 +57,15 @@ class AttentionVote(Router):
         k: K, the average number of experts of a token at ``capacity_factor=1`` (default 1).
         weight: see :class:`Router`; default ``"score"``.
         capacity_factor: scales the number of tokens that an expert takes (default 1).
-        shared_queries: ``False`` (default): E queries and E keys. ``True``: one global query and E keys, E + 1
-            projections instead of 2E.
-        scope: ``"group"`` (default): all tokens of a group vote; exact, O(T^2) time, O(T) memory forward and backward.
-            ``"neighbors"``: a node spreads its vote over its out-neighbors and itself, O(edges); needs ``edge_index``
-            and torch_geometric. Experts choose inside groups either way.
+        shared_queries: ``False`` (default): E queries and E keys. ``True``: one global query and E
+            keys, E + 1 projections instead of 2E.
+        scope: ``"group"`` (default): all tokens of a group vote; exact, O(T^2) time, O(T) memory
+            forward and backward. ``"neighbors"``: a node spreads its vote over its out-neighbors
+            and itself, O(edges); needs ``edge_index`` and torch_geometric. Experts choose inside
+            groups either way.
         head_dim: d, the width of queries and keys (default 32).
-        init_scale: factor of ``nn.Linear``'s initial weights of the queries (default 0.1): a softmax that is sharp from
-            the start, as large features make it, hardly learns.
+        init_scale: factor of ``nn.Linear``'s initial weights of the queries (default 0.1): large
+            features make the softmax sharp, and one that is sharp from the start hardly learns.
 
     Shapes:
         See :class:`Router`.
@@ -81,10 +92,14 @@ class AttentionVote(Router):
         check_choice("scope", scope, Scope)
         check_counts(head_dim=head_dim)
         check_positive("init_scale", init_scale)
-        self.capacity_factor, self.scope, self.shared_queries = capacity_factor, scope, shared_queries
-        self.head_dim, self.init_scale = head_dim, init_scale
+        self.capacity_factor = capacity_factor
+        self.scope = scope
+        self.shared_queries = shared_queries
+        self.head_dim = head_dim
+        self.init_scale = init_scale
         self.experts_per_token = min(k * capacity_factor, float(num_experts))
-        self.query = nn.Linear(dim, (1 if shared_queries else num_experts) * head_dim, bias=False)
+        num_queries = 1 if shared_queries else num_experts
+        self.query = nn.Linear(dim, num_queries * head_dim, bias=False)
         self.key = nn.Linear(dim, num_experts * head_dim, bias=False)
         self.reset_parameters()
 
@@ -93,60 +108,76 @@ class AttentionVote(Router):
         self.key.reset_parameters()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
-        groups = Groups.of(group, len(x_TD))
-        q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim)) / math.sqrt(self.head_dim)
+        num_tokens = len(x_TD)
+        groups = Groups.of(group, num_tokens)
+
+        # 1. Queries, divided by sqrt(d) here and not in the scores, which are larger; and keys.
+        q_THd = float_linear(x_TD, self.query).unflatten(-1, (-1, self.head_dim))
+        q_THd = q_THd / math.sqrt(self.head_dim)
         k_TEd = float_linear(x_TD, self.key).unflatten(-1, (-1, self.head_dim))
+
+        # 2. Votes among neighbors, or among all tokens of a group.
         if self.scope == "neighbors":
             votes_TE = neighbor_votes(q_THd, k_TEd, edges_among(edge_index))
         else:
             votes_TE = k_TEd.new_zeros(k_TEd.shape[:2])
-            for part in groups.batches(x_TD.device):
-                votes_BES = group_votes(part.take(q_THd).transpose(1, 2), part.take(k_TEd).transpose(1, 2), part.mask)
-                votes_TE = part.add(votes_TE, votes_BES.transpose(1, 2))
+            for batch in groups.batches(x_TD.device):
+                q_BHSd = batch.take(q_THd).transpose(1, 2)
+                k_BESd = batch.take(k_TEd).transpose(1, 2)
+                votes_BES = group_votes(q_BHSd, k_BESd, batch.mask)
+                votes_TE = batch.add(votes_TE, votes_BES.transpose(1, 2))
+
+        # 3. The tokens with the most votes.
         share = self.capacity_factor * self.k / self.num_experts
         log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
-        token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, share, along_tokens=True)
-        weight_P = pair_weights(self.weight, log_gate_P, token_P, len(x_TD))
-        return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD), checked=True)
+        token_P, offsets_E, log_gate_P = groups.best_pairs(
+            votes_TE, log_gate_TE, share, along_tokens=True
+        )
+        weight_P = pair_weights(self.weight, log_gate_P, token_P, num_tokens)
+        return Routing(token_P, offsets_E, weight_P, votes_TE, num_tokens, checked=True)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shared_queries={self.shared_queries}, scope={self.scope!r}"
 
 
 def group_votes(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-    """(B, H, S) how much each token is voted for by the tokens of its group; exact, in O(S) memory.
+    """(B, H, S) the votes that each token gets from its group; exact, in O(S) memory.
 
     Args:
-        q_BHSd: queries, already divided by sqrt(d); H may be 1 where all heads share them.
+        q_BHSd: queries, already divided by sqrt(d); H may be 1 if all heads share them.
         k_BHSd: keys.
-        mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor is voted for.
+        mask_BS: which slots hold a token; ``None`` for all. Padding neither votes nor gets votes.
     """
     if k_BHSd.size(2) > KEPT * k_BHSd.size(3):
         return _Votes.apply(q_BHSd, k_BHSd, mask_BS)
     scores_BHSS = q_BHSd @ k_BHSd.transpose(-1, -2)
     if mask_BS is None:
         return scores_BHSS.softmax(dim=-1).sum(dim=2)
-    shares_BHSS = scores_BHSS.masked_fill_(~mask_BS[:, None, None], -torch.inf).softmax(dim=-1)
+    scores_BHSS = scores_BHSS.masked_fill_(~mask_BS[:, None, None], -torch.inf)  # gets no votes
+    shares_BHSS = scores_BHSS.softmax(dim=-1)
     return (shares_BHSS * mask_BS[:, None, :, None]).sum(dim=2)
 
 
 def _empty_votes(k_BHSd: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """The shapes of :func:`_vote_by_blocks`, for compilers."""
     return k_BHSd.new_empty(k_BHSd.shape[:-1]), k_BHSd.new_empty(k_BHSd.shape[:-1])
 
 
 @operator(fake=_empty_votes)
-def _vote_by_blocks(k_BHSd: Tensor, q_BHSd: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, H, S) votes, and each voter's log-sum-exp, a block of voters at a time.
+def _vote_by_blocks(
+    k_BHSd: Tensor, q_BHSd: Tensor, mask_BS: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(B, H, S) votes, and (B, H, S) each voter's log-sum-exp, a block of voters at a time.
 
-    In one buffer that every block uses again: a fresh tensor a block would leave the allocator with holes that the
-    next block does not fit into.
+    All blocks share one buffer: a new tensor for each block would leave the allocator with holes
+    too small for the next block.
     """
     votes_BHS = k_BHSd.new_zeros(k_BHSd.shape[:-1])
-    log_sum_BHS = torch.empty_like(votes_BHS)  # of each voter's exponentials
+    log_sum_BHS = torch.empty_like(votes_BHS)  # of each voter's exponentials, for the backward
     for voters, share_BHbS in _blocks(q_BHSd, k_BHSd, mask_BS):
         log_sum_BHb = share_BHbS.logsumexp(dim=-1)
         log_sum_BHS[:, :, voters] = log_sum_BHb
-        share_BHbS.sub_(log_sum_BHb[..., None]).exp_()
+        share_BHbS.sub_(log_sum_BHb[..., None]).exp_()  # a softmax in place
         vote_BHb = torch.ones_like(log_sum_BHb)
         if mask_BS is not None:
             vote_BHb *= mask_BS[:, None, voters]
@@ -155,6 +186,7 @@ def _vote_by_blocks(k_BHSd: Tensor, q_BHSd: Tensor, mask_BS: Tensor | None) -> t
 
 
 def _empty_like_keys(_: Tensor, k_BHSd: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
+    """The shapes of :func:`_vote_by_blocks_backward`, for compilers."""
     return k_BHSd.new_empty(k_BHSd.shape), k_BHSd.new_empty(k_BHSd.shape)
 
 
@@ -162,13 +194,15 @@ def _empty_like_keys(_: Tensor, k_BHSd: Tensor, *__: Any) -> tuple[Tensor, Tenso
 def _vote_by_blocks_backward(
     grad_BHS: Tensor, k_BHSd: Tensor, q_BHSd: Tensor, mask_BS: Tensor | None, log_sum_BHS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""(B, H, S, d) the gradients of the queries, one a head also where heads share them, and of the keys.
+    r"""(B, H, S, d) the gradients of the queries, one per head even if heads share them, and keys.
 
-    With shares P of a voter's vote and g the gradient of the votes, that of its scores is P (g - P g). Both factors go
-    into the small matrices, so that no second matrix of scores is needed: :math:`dQ = P (g K) - (P g) (P K)` and
+    The shares are computed again, block by block. With shares P of the voters' votes and gradients
+    g of the votes, the gradient of a voter's scores is P (g - P g). Both factors go into the small
+    matrices, so that no second matrix of scores is needed: :math:`dQ = P (g K) - (P g) (P K)` and
     :math:`dK = g (P^T Q) - P^T ((P g) Q)`.
     """
-    grad_q_BHSd, grad_k_BHSd = k_BHSd.new_zeros(k_BHSd.shape), k_BHSd.new_zeros(k_BHSd.shape)
+    grad_q_BHSd = k_BHSd.new_zeros(k_BHSd.shape)
+    grad_k_BHSd = k_BHSd.new_zeros(k_BHSd.shape)
     grad_BHS1 = grad_BHS[..., None]
     width = k_BHSd.size(-1)
     # Columns side by side, so that the large matrix is read once for all of them.
@@ -177,16 +211,20 @@ def _vote_by_blocks_backward(
         share_BHbS.sub_(log_sum_BHS[:, :, voters, None]).exp_()
         if mask_BS is not None:
             share_BHbS *= mask_BS[:, None, voters, None]
-        mean_k, mean_grad_k, mean_grad = (share_BHbS @ columns_BHSc).split([width, width, 1], dim=-1)
+        means_BHbc = share_BHbS @ columns_BHSc
+        mean_k, mean_grad_k, mean_grad = means_BHbc.split([width, width, 1], dim=-1)
         grad_q_BHSd[:, :, voters] = mean_grad_k - mean_grad * mean_k
         q_BHbd = q_BHSd[:, :, voters].expand_as(mean_k)
-        received_BHSc = share_BHbS.transpose(-1, -2) @ torch.cat([q_BHbd, mean_grad * q_BHbd], dim=-1)
+        voters_BHbc = torch.cat([q_BHbd, mean_grad * q_BHbd], dim=-1)
+        received_BHSc = share_BHbS.transpose(-1, -2) @ voters_BHbc
         of_all, of_mean = received_BHSc.split(width, dim=-1)
         grad_k_BHSd += grad_BHS1 * of_all - of_mean
     return grad_q_BHSd, grad_k_BHSd
 
 
 class _Votes(torch.autograd.Function):
+    """Votes by blocks, with a gradient."""
+
     @staticmethod
     def forward(ctx: Any, q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None) -> Tensor:
         votes_BHS, log_sum_BHS = _vote_by_blocks(k_BHSd, q_BHSd, mask_BS)
@@ -198,19 +236,26 @@ class _Votes(torch.autograd.Function):
     def backward(ctx: Any, grad_BHS: Tensor) -> tuple[Tensor, Tensor, None]:
         q_BHSd, k_BHSd, mask_BS, log_sum_BHS = ctx.saved_tensors
         grad_q, grad_k = _vote_by_blocks_backward(grad_BHS, k_BHSd, q_BHSd, mask_BS, log_sum_BHS)
-        return grad_q.sum_to_size(q_BHSd.shape), grad_k, None
+        return grad_q.sum_to_size(q_BHSd.shape), grad_k, None  # summed over heads that share
 
 
-def _blocks(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Some voters at a time, and (B, H, b, S) their scores of all tokens, in a buffer that the next ones overwrite."""
+def _blocks(
+    q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some voters at a time as a slice, and (B, H, b, S) their scores of all tokens.
+
+    The scores are in a buffer that the next ones overwrite.
+    """
     batch, heads, size, _ = k_BHSd.shape
     at_once = max(BLOCK_ELEMENTS // max(batch * heads * size, 1), 1)
-    block = math.ceil(size / math.ceil(size / at_once))  # as many as fit, of nearly equal length
+    # As many voters as fit, in blocks of nearly equal length.
+    block = math.ceil(size / math.ceil(size / at_once))
     buffer = k_BHSd.new_empty(batch * heads * block * size)
     for start in range(0, size, block):
         voters = slice(start, min(start + block, size))
         number = voters.stop - voters.start
-        scores_BHbS = buffer[: batch * heads * number * size].view(batch, heads, number, size)
+        used = buffer[: batch * heads * number * size]
+        scores_BHbS = used.view(batch, heads, number, size)
         torch.matmul(q_BHSd[:, :, voters], k_BHSd.transpose(-1, -2), out=scores_BHbS)
         if mask_BS is not None:
             scores_BHbS.masked_fill_(~mask_BS[:, None, None], -torch.inf)
@@ -218,25 +263,29 @@ def _blocks(q_BHSd: Tensor, k_BHSd: Tensor, mask_BS: Tensor | None) -> Iterator[
 
 
 def neighbor_votes(q_THd: Tensor, k_THd: Tensor, edge_index: Tensor) -> Tensor:
-    """(T, H) votes where each node spreads one vote over its out-neighbors and itself; O(edges).
+    """(T, H) votes, if each node spreads one vote over its out-neighbors and itself; O(edges).
 
-    Every node has itself once, whether or not the graph has self-loops; parallel edges count once each. Scores and
-    gradients are those of :func:`gmoe.conv.edges.dot`: no (M, d) tensor.
+    Every node counts itself once, whether or not the graph has self-loops; parallel edges count
+    once each. Scores come from :func:`gmoe.conv.edges.dot`, which holds no (M, d) tensor.
 
     Args:
-        q_THd: queries, already divided by sqrt(d); H may be 1 where all heads share them.
+        q_THd: queries, already divided by sqrt(d); H may be 1 if all heads share them.
         k_THd: keys.
-        edge_index: (2, num_edges) from voters to those they vote for.
+        edge_index: (2, num_edges) from voters to the nodes that they vote for.
     """
-    from torch_geometric.utils import softmax  # who has a graph has it
+    # Not at the head of the file: gmoe.routers needs torch only, and users of graphs have PyG.
+    from torch_geometric.utils import softmax
 
     from gmoe.conv.edges import Edges, dot
 
-    num_tokens, (voter_M, other_M) = len(k_THd), edge_index
+    num_tokens = len(k_THd)
+    voter_M, chosen_M = edge_index
     every_T = torch.arange(num_tokens, device=k_THd.device)
-    edges = Edges.sorted(torch.cat([other_M, every_T]), torch.cat([voter_M, every_T]), num_tokens, num_tokens)
-    # Loops that the graph has itself stay, without a share: how many there are depends on the data.
-    is_second = (edges.sender == edges.receiver) & (edges.order < len(voter_M))
-    score_MH = dot(q_THd.expand_as(k_THd), k_THd, edges).masked_fill(is_second[:, None], -torch.inf)
+    senders, receivers = torch.cat([chosen_M, every_T]), torch.cat([voter_M, every_T])
+    edges = Edges.sorted(senders, receivers, num_tokens, num_tokens)
+    # Self-loops of the graph itself stay, without a share, since their number depends on the data.
+    is_second_M = (edges.sender == edges.receiver) & (edges.order < len(voter_M))
+    score_MH = dot(q_THd.expand_as(k_THd), k_THd, edges)
+    score_MH = score_MH.masked_fill(is_second_M[:, None], -torch.inf)
     share_MH = softmax(score_MH, ptr=edges.ptr)
     return k_THd.new_zeros(k_THd.shape[:2]).index_add(0, edges.sender, share_MH)
