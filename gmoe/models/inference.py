@@ -204,7 +204,7 @@ class InMemory(_LayerByLayer):
         seen = []
         for _, nodes, graph in self.parts("Routing"):
             if shared is None:
-                seen.append(conv.view(self.rows(x, nodes), graph))
+                seen.append(conv.router_features(self.rows(x, nodes), graph))
             else:
                 raw = self.rows(self.features, nodes)
                 seen.append(self.model.shared_router_input(raw, graph))
