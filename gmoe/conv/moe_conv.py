@@ -32,16 +32,9 @@ from gmoe.conv.arguments import (
     refuse_unknown,
     two_widths,
 )
+from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.graph import Graph, parameters_of
-from gmoe.conv.kinds import (
-    OWN_NETWORK,
-    SOURCES_ALONE,
-    ConvLike,
-    Make,
-    Trial,
-    build_experts,
-    kinds_of,
-)
+from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvLike, Make, kinds_of
 from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Start, build_layer_router, check_start, drawn_apart

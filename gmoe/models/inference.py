@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from gmoe._checks import check_counts
 from gmoe.conv.base import refuse_far
+from gmoe.conv.build import looks_one_hop
 from gmoe.conv.graph import Graph, numbered
-from gmoe.conv.kinds import looks_one_hop
 from gmoe.conv.moe_conv import MoEConv
 from gmoe.data.stored import StoredGraph, create_npy
 from gmoe.routers import Router
