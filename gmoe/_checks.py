@@ -114,6 +114,22 @@ def _common_start(one: str, other: str) -> int:
     return different[0] if different else min(len(one), len(other))
 
 
+_parameters: dict[type, tuple[str, ...]] = {}
+"""What :func:`parameters_of` gave for a class.
+
+To read a signature takes as long as a small matmul. Not by ``functools.cache``, of which
+``torch.compile`` warns.
+"""
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's forward, in order."""
+    cls = type(module)
+    if cls not in _parameters:
+        _parameters[cls] = tuple(inspect.signature(cls.forward).parameters)[1:]
+    return _parameters[cls]
+
+
 def must_be_called(module: nn.Module) -> bool:
     """True if a module has to be called, since reading its weights would miss something.
 

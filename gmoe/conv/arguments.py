@@ -13,8 +13,8 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
 
-from gmoe._checks import check_counts, nearest
-from gmoe.conv.graph import Graph, parameters_of
+from gmoe._checks import check_counts, nearest, parameters_of
+from gmoe.conv.graph import Graph
 
 
 def two_widths(in_channels: object) -> tuple[int, int]:

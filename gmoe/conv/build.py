@@ -18,10 +18,10 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.dense.linear import Linear
 
-from gmoe._checks import change_of
+from gmoe._checks import change_of, parameters_of
 from gmoe.conv.aggregate import FilterConv
 from gmoe.conv.base import ConvExperts, MixedExperts, probe_copy
-from gmoe.conv.graph import Graph, parameters_of
+from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import LOCAL, STACKS, Make, name_of
 from gmoe.conv.separate import SeparateExperts, run, run_on
 from gmoe.dispatch import Backend

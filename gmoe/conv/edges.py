@@ -125,6 +125,21 @@ class Edges:
         return Edges(ptr, sender, receiver, self.num_senders, order), kept
 
 
+def renumber(first: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the nodes of a part of a graph anew.
+
+    Args:
+        first: (n,) distinct nodes, which come first.
+        others: (m,) nodes, in any order and as often as they occur.
+
+    Returns:
+        (S,) the distinct nodes of both, and (m,) the place of each of ``others`` among them.
+    """
+    nodes = torch.cat([first, others[~torch.isin(others, first)].unique()])
+    ascending, order = nodes.sort()
+    return nodes, order[torch.searchsorted(ascending, others)]
+
+
 def weighted_sum(weight_MH: Tensor, value_UGC: Tensor, edges: Edges) -> Tensor:
     r"""(R, H, C) the sum of each receiver's messages, :math:`y_{rh} = \sum_{m \to r} w_{mh} v_{u(m) h}`.
 

@@ -24,7 +24,7 @@ from torch_geometric.nn.inits import reset, zeros
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_counts
+from gmoe._checks import check_choice, check_counts, parameters_of
 from gmoe.conv.arguments import (
     by_position,
     check_routing,
@@ -33,7 +33,7 @@ from gmoe.conv.arguments import (
     two_widths,
 )
 from gmoe.conv.build import Trial, build_experts
-from gmoe.conv.graph import Graph, parameters_of
+from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvLike, Make, kinds_of
 from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width
 from gmoe.dispatch import Backend

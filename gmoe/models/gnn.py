@@ -17,10 +17,10 @@ from torch_geometric.nn import GCNConv, JumpingKnowledge
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_counts
+from gmoe._checks import check_choice, check_counts, parameters_of
 from gmoe.conv.aggregate import FilterConv
 from gmoe.conv.build import Trial
-from gmoe.conv.graph import Graph, parameters_of
+from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import CONVS, OPTIONS, OWN, ConvLike, Make, factory_of, kinds_of
 from gmoe.conv.moe_conv import MoEConv
 from gmoe.conv.router_input import RouterInput, router_features, router_parts, router_width

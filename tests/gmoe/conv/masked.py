@@ -13,7 +13,7 @@ from torch_geometric import EdgeIndex
 from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 
 from gmoe import MoEConv, Routing
-from gmoe.conv.graph import parameters_of
+from gmoe._checks import parameters_of
 from gmoe.routing import GAIN_SCALE
 
 Features = Tensor | tuple[Tensor, Tensor]
