@@ -19,11 +19,6 @@ from torch import Tensor, nn
 from gmoe._autograd import untraced
 from gmoe._checks import check
 
-GAIN_SCALE = 0.1
-"""Factor of the gains of convs with a dense start. Adam moves a number by the learning rate a step, however small its
-gradient: the factor keeps the routed experts small where steps and labels are few."""
-
-
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 """The dtypes of indices."""
 

@@ -33,8 +33,8 @@ from torch_geometric.nn import CGConv, LayerNorm, PNAConv
 from gmoe import GNNMoE, Graph, MoEConv, Router, Routing, StoredGraph, neighbor_loader
 from gmoe._checks import parameters_of
 from gmoe.conv import edges as edges_module
+from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.kinds import CONVS, LOCAL, OWN, SOURCES_ALONE
-from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv import masked as ref
 from tests.gmoe.data.stored_files import store
 

@@ -22,7 +22,7 @@ from torch_geometric.nn.inits import zeros
 from torch_geometric.typing import Adj
 
 from gmoe._checks import check_choice, check_counts, must_be_called
-from gmoe.conv.base import StackedExperts, all_of, stacked
+from gmoe.conv.base import StackedExperts, all_of, is_plain, stacked
 from gmoe.conv.graph import Graph, Matrix
 from gmoe.dispatch import Backend, combine, dispatch, routed_linear
 from gmoe.experts import LinearExperts
@@ -288,11 +288,6 @@ class MLPConvExperts(StackedExperts):
     def forward(self, graph: Graph, x_src: Tensor, x_dst: Tensor, h: Any, routing: Routing) -> Tensor:
         hidden_PH = self.up(dispatch(x_dst, routing), routing.offsets).relu()
         return combine(self.down(hidden_PH, routing.offsets), routing)
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """True if a kernel may stand in for the module: nobody replaced it or hung something on it."""
-    return type(linear) is LinearExperts and not must_be_called(linear)
 
 
 class FilterConv(MessagePassing):

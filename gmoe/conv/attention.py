@@ -18,8 +18,7 @@ from torch_geometric.utils import softmax
 
 from gmoe._autograd import first_order
 from gmoe._checks import check
-from gmoe.conv.aggregate import is_plain
-from gmoe.conv.base import StackedExperts, stacked
+from gmoe.conv.base import StackedExperts, is_plain, stacked
 from gmoe.conv.edges import Edges, blocks, dot, weighted_sum
 from gmoe.conv.graph import Graph
 from gmoe.conv.kept import lazy

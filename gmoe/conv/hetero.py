@@ -18,6 +18,7 @@ from torch_geometric.typing import Adj, EdgeType, Metadata, NodeType
 
 from gmoe._autograd import refuse_transforms
 from gmoe._checks import check_counts
+from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.graph import Graph
 from gmoe.dispatch import Backend, combine, dispatch
 from gmoe.experts import LinearExperts
@@ -30,7 +31,7 @@ from gmoe.moe import (
     refuse_unknown,
 )
 from gmoe.routers import RouterLike
-from gmoe.routing import GAIN_SCALE, Routing
+from gmoe.routing import Routing
 
 NodeTensors: TypeAlias = Mapping[NodeType, Tensor]
 RelationEdges: TypeAlias = Mapping[EdgeType, Adj | Graph]

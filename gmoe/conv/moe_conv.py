@@ -32,6 +32,7 @@ from gmoe.conv.arguments import (
     refuse_unknown,
     two_widths,
 )
+from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.build import Trial, build_experts
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import OWN_NETWORK, SOURCES_ALONE, ConvLike, Make, kinds_of
@@ -39,7 +40,7 @@ from gmoe.conv.router_input import RouterInput, router_features, router_parts, r
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Start, build_layer_router, check_start, drawn_apart
 from gmoe.routers import RouterLike
-from gmoe.routing import GAIN_SCALE, Routing, described
+from gmoe.routing import Routing, described
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ class MoEConv(MoELayer, MessagePassing):
     def _build_router(self, options: _BuildOptions, widths: tuple[int, int]) -> None:
         """Build the router for what it sees of nodes of these widths."""
         # Filters, and several aggregations, give several aggregates side by side.
-        neighbors = getattr(self.experts, "aggregate_width", widths[0])
+        neighbors = self.experts.aggregate_width or widths[0]
         dim = router_width(self.router_input, widths[1], neighbors)
         self.router = build_layer_router(
             self.start, options.router, dim, self.num_experts, self.k, options.router_kwargs

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch_geometric.nn import HeteroConv, SAGEConv
 
 from gmoe import Routing, aux_loss
+from gmoe.conv.base import GAIN_SCALE
 from gmoe.conv.hetero import HeteroMoEConv, RelationalConv
-from gmoe.routing import GAIN_SCALE
 from tests.gmoe.conv.masked import features, gradient, random_graph
 
 EdgeType = tuple[str, str, str]

@@ -14,7 +14,7 @@ from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
 
 from gmoe import MoEConv, Routing
 from gmoe._checks import parameters_of
-from gmoe.routing import GAIN_SCALE
+from gmoe.conv.base import GAIN_SCALE
 
 Features = Tensor | tuple[Tensor, Tensor]
 Size = tuple[int, int]
