@@ -241,7 +241,7 @@ class MoEConv(MoELayer, MessagePassing):
 
             # 3. The router.
             if options.router is not None:
-                self._build_router(options, routed_widths)
+                self._build_router(options.router, routed_widths)
 
             # 4. The shared expert, and the gain of what is added to it.
             if self.start == "shared":
@@ -253,15 +253,15 @@ class MoEConv(MoELayer, MessagePassing):
         # aggregate.
         self._shares_aggregate = not options.shared_transform
 
-    def _build_router(self, options: _BuildOptions, widths: tuple[int, int]) -> None:
+    def _build_router(self, router: RouterLike, widths: tuple[int, int]) -> None:
         """Build the router for what it sees of nodes of these widths."""
         # Filters, and several aggregations, give several aggregates side by side.
         neighbors = self.experts.aggregate_width or widths[0]
         dim = router_width(self.router_input, widths[1], neighbors)
         self.router = build_layer_router(
-            self.start, options.router, dim, self.num_experts, self.k, options.router_kwargs
+            self.start, router, dim, self.num_experts, self.k, self._options.router_kwargs
         )
-        self.router.check_finite |= options.check_finite
+        self.router.check_finite |= self._options.check_finite
         self.k = self.router.k
         self.experts_per_token = self.router.experts_per_token
 
