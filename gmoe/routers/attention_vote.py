@@ -13,9 +13,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gmoe._autograd import first_order
+from gmoe._autograd import first_order, operator
 from gmoe._checks import check_choice, check_counts, check_positive
-from gmoe.dispatch import operator
 from gmoe.routers.base import Router, Weighting, edges_among, float_linear, pair_weights, reset_linear
 from gmoe.routers.groups import Groups
 from gmoe.routing import Routing
