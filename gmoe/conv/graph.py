@@ -20,10 +20,9 @@ from torch_geometric.typing import Adj, SparseTensor
 from torch_geometric.utils import add_self_loops, is_sparse
 
 from gmoe._autograd import is_watched
-from gmoe._checks import check_choice, parameters_of
+from gmoe._checks import INTEGERS, check_choice, described, parameters_of
 from gmoe.conv.edges import Edges, renumber, weighted_sum
 from gmoe.conv.kept import Kept, once, versions_of
-from gmoe.routing import INTEGERS, described
 
 FLOWS = ("source_to_target", "target_to_source")
 

@@ -24,7 +24,7 @@ from torch_geometric.nn.inits import reset, zeros
 from torch_geometric.typing import Adj
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import check_choice, check_counts, parameters_of
+from gmoe._checks import check_choice, check_counts, described, parameters_of
 from gmoe.conv.arguments import (
     by_position,
     check_routing,
@@ -40,7 +40,7 @@ from gmoe.conv.router_input import RouterInput, router_features, router_parts, r
 from gmoe.dispatch import Backend
 from gmoe.moe import MoELayer, Start, build_layer_router, check_start, drawn_apart
 from gmoe.routers import RouterLike
-from gmoe.routing import Routing, described
+from gmoe.routing import Routing
 
 
 @dataclass(frozen=True)

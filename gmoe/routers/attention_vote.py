@@ -106,7 +106,7 @@ class AttentionVote(Router):
         log_gate_TE = votes_TE.clamp(min=torch.finfo(votes_TE.dtype).tiny).log()
         token_P, offsets_E, log_gate_P = groups.best_pairs(votes_TE, log_gate_TE, share, along_tokens=True)
         weight_P = pair_weights(self.weight, log_gate_P, token_P, len(x_TD))
-        return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD), checked=True)
+        return Routing(token_P, offsets_E, weight_P, votes_TE, len(x_TD), validate=False)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shared_queries={self.shared_queries}, scope={self.scope!r}"

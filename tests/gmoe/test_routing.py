@@ -109,7 +109,7 @@ def test_from_choices_puts_each_weight_at_its_pair(data: st.DataObject, num_toke
     [
         ([[0, 3]], [[0.5, 0.5]], "expert_TK"),
         ([[-1, 2]], [[0.5, 0.5]], "expert_TK"),
-        ([[1, 1]], [[0.5, 0.5]], "token"),
+        ([[1, 1]], [[0.5, 0.5]], "expert_TK"),
         ([[0, 1]], [[0.5]], "weight_TK"),
         ([0, 1], [0.5, 0.5], "expert_TK"),
         ([[0.0, 1.0]], [[0.5, 0.5]], "expert_TK"),
